@@ -1,0 +1,1 @@
+"""The worker: token ids in, token ids out. It knows no text, no tenants and no other workers."""
