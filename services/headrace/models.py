@@ -136,7 +136,7 @@ def resolve(
     """
     if model in DEFAULTS:
         return fetch(model, cache, progress)
-    path = Path(model).expanduser()
+    path = Path(model or "(nothing)").expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():

