@@ -1,0 +1,266 @@
+"""The `headrace` command: what can be asked of it, and with which flags.
+
+Each command reads its flags here and hands over to the module of its name.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from headrace import models
+from headrace.cli.complaints import complain, complaining
+from headrace.cli.mesh import DEFAULT_TIERS, MeshSpec, parse_tiers
+from headrace.cli.processes import log_folder
+from headrace.cli.up import DEFAULT_PORT, DEFAULT_TARGET
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""A gRPC mesh for LLM inference, on this machine or another.
+
+    Bring one up:  [bold]headrace up[/]   (add --fake to try it without any model)
+
+    Then, in another terminal:  [bold]headrace chat "Why is the sky blue?"[/]""",
+)
+
+Target = Annotated[
+    str, typer.Option(envvar="HEADRACE_TARGET", help="Router or batcher to ask, as a gRPC target.")
+]
+Fake = Annotated[bool, typer.Option("--fake", help="Echo engines instead of models: nothing to download.")]
+Tiers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tier",
+        metavar="NAME=MODEL",
+        help="A tier, smallest first; repeat it for more. MODEL is a default's name, a folder, a .gguf "
+        f"file or a hub id. Default: {' '.join(f'{tier.name}={tier.model}' for tier in DEFAULT_TIERS)}",
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of weights and activations.")
+]
+Threads = Annotated[
+    int, typer.Option(min=0, help="CPU threads per worker; 0 shares the cores out between them.")
+]
+LogDir = Annotated[
+    Path | None, typer.Option(help="Folder for the processes' logs. Default: a new one in the cache.")
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Folder for fetched models. Default: $HEADRACE_CACHE or ~/.cache/headrace."),
+]
+DrainSeconds = Annotated[
+    float, typer.Option(min=0, help="How long requests in flight may go on when the mesh stops.")
+]
+
+
+@app.command()
+def fetch(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Which; all defaults if none is given.")
+    ] = None,
+    cache: Cache = None,
+) -> None:
+    """Download models, check them, and keep them for later.
+
+    Example:  headrace fetch smollm2-135m-instruct
+    """
+    from headrace.cli.up import fetch_models
+
+    console = Console()
+    with complaining():
+        paths = fetch_models(names or list(models.DEFAULTS), cache or models.cache_folder(), console)
+    for name, path in paths.items():
+        console.print(f"{name}: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def up(
+    fake: Fake = False,
+    tier: Tiers = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the router; 0 picks a free one.")] = (
+        DEFAULT_PORT
+    ),
+    device: Device = "",
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    log_dir: LogDir = None,
+    cache: Cache = None,
+    drain_seconds: DrainSeconds = 10.0,
+) -> None:
+    """Start a mesh on this machine: a worker and a batcher per tier, and the router. Ctrl-C stops it.
+
+    Example:  headrace up --fake
+
+    Example:  headrace up --tier small=smollm2-135m-instruct --tier large=Qwen/Qwen2.5-1.5B-Instruct
+    """
+    from headrace.cli.up import prepare, run_until_signal
+    from headrace.cli.up import up as run
+
+    console = Console()
+    with complaining():
+        home = cache or models.cache_folder()
+        spec = MeshSpec(
+            cache=home,
+            log_dir=log_dir or log_folder(home),
+            tiers=parse_tiers(tier or [], fake=fake),
+            fake=fake,
+            port=port,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            drain_seconds=drain_seconds,
+        )
+        prepare(spec, console)
+        run_until_signal(run(spec, console), lambda: console.print("stopping..."))
+
+
+@app.command()
+def demo(
+    fake: Fake = False,
+    tier: Tiers = None,
+    device: Device = "",
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    log_dir: LogDir = None,
+    cache: Cache = None,
+) -> None:
+    """Bring a mesh up, ask it sixteen things, show figures and a trace, and take it down again.
+
+    Example:  headrace demo --fake
+    """
+    from headrace.cli.demo import demo as run
+    from headrace.cli.up import prepare, run_until_signal
+
+    console = Console()
+    finished = False
+
+    async def note(spec: MeshSpec) -> None:
+        nonlocal finished
+        finished = await run(spec, console)
+
+    with complaining():
+        home = cache or models.cache_folder()
+        spec = MeshSpec(
+            cache=home,
+            log_dir=log_dir or log_folder(home),
+            tiers=parse_tiers(tier or [], fake=fake),
+            fake=fake,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+        )
+        prepare(spec, console)
+        run_until_signal(note(spec), lambda: console.print("stopping..."))
+    if not finished:
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask. None: standard input, or a conversation on a terminal.")
+    ] = None,
+    target: Target = DEFAULT_TARGET,
+    tier: Annotated[str, typer.Option(help="Answer on this tier and no other.")] = "",
+    min_tier: Annotated[str, typer.Option(help="Not below this tier.")] = "",
+    max_tier: Annotated[str, typer.Option(help="Not above this tier.")] = "",
+    temperature: Annotated[
+        float, typer.Option(min=0, max=10, help="0 takes the likeliest token always; more is more varied.")
+    ] = 0.0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes a sampled answer repeatable.")] = None,
+    system: Annotated[str, typer.Option(help="Replaces the model's system prompt.")] = "",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a whole answer.")] = 120.0,
+) -> None:
+    """Ask something and watch the answer come. Without a prompt, talk.
+
+    Example:  headrace chat --max-tokens 60 "Why is the sky blue?"
+
+    Example:  git diff | headrace chat --system "Write a commit message." --min-tier large
+    """
+    import asyncio
+
+    from headrace.cli.chat import Wishes, conversation, once
+
+    wishes = Wishes(
+        target=target,
+        timeout=timeout,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        system=system,
+        tier=tier,
+        min_tier=min_tier,
+        max_tier=max_tier,
+    )
+    with complaining(target):
+        if prompt is None and sys.stdin.isatty():
+            conversation(wishes)
+            return
+        text = sys.stdin.read() if prompt is None else prompt
+        if not text.strip():
+            complain("the prompt is empty; give it as an argument or on standard input")
+            raise typer.Exit(2)
+        asyncio.run(once(text, wishes))
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="What would be asked.")],
+    target: Target = DEFAULT_TARGET,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """Show which tier a prompt would go to, and why. Nothing is generated.
+
+    Example:  headrace explain "Prove that there are infinitely many primes."
+    """
+    import asyncio
+
+    from headrace.cli.routing import as_dict, ask_explain, explained
+
+    with complaining(target):
+        response = asyncio.run(ask_explain(target, prompt))
+    if as_json:
+        print(json.dumps(as_dict(response), indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    for part in explained(response):
+        console.print(part)
+
+
+@app.command()
+def tiers(
+    target: Target = DEFAULT_TARGET,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """List the tiers with their models, health and load.
+
+    Example:  headrace tiers
+    """
+    import asyncio
+
+    from headrace.cli.routing import as_dict, ask_tiers, tiers_table
+
+    with complaining(target):
+        response = asyncio.run(ask_tiers(target))
+    if as_json:
+        print(json.dumps(as_dict(response), indent=2, ensure_ascii=False))
+    else:
+        Console().print(tiers_table(response.tiers))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

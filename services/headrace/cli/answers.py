@@ -1,0 +1,102 @@
+"""Put the events of one answer together: its text, who gave it, and how fast it came.
+
+Plain bookkeeping: events and times go in, a record comes out. It neither calls nor prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from headrace.v1 import generation_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# A model may say anything, and a terminal obeys escape sequences: neither may meet the other.
+_CONTROLS = dict.fromkeys([*range(32), *range(127, 160)])
+del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
+
+
+def printable(text: str) -> str:
+    """Return *text* without the control characters that a terminal would act upon."""
+    return text.translate(_CONTROLS)
+
+
+@dataclass
+class Answer:
+    """What has come of an answer so far. Times are seconds since the request was sent."""
+
+    text: str = ""
+    tier: str = ""
+    model: str = ""
+    score: float | None = None  # nobody scored it, or nothing has come yet
+    prompt_tokens: int = 0
+    tokens: int = 0
+    first_token: float | None = None
+    last_token: float | None = None
+    moves: list[pb.RouteChange] = field(default_factory=list)
+    finish: str = ""  # "stop", "length"...; empty while it is not complete
+
+    def take(self, response: pb.GenerateResponse, seconds: float) -> str:
+        """Add an event that arrived after *seconds*; return the text it brings."""
+        match response.WhichOneof("event"):
+            case "accepted":
+                accepted = response.accepted
+                self.tier, self.model = accepted.tier, accepted.model
+                self.score = accepted.score if accepted.HasField("score") else None
+                self.prompt_tokens = accepted.prompt_tokens
+            case "delta":
+                if self.first_token is None:
+                    self.first_token = seconds
+                self.last_token = seconds
+                self.tokens += response.delta.token_count
+                self.text += response.delta.text
+                return response.delta.text
+            case "route_change":
+                self.moves.append(response.route_change)
+            case "finish":
+                self.finish = finish_name(response.finish.reason)
+                self.tokens = response.finish.usage.completion_tokens or self.tokens
+        return ""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """How fast tokens followed the first one; None for answers too short to tell."""
+        if self.first_token is None or self.last_token is None or self.tokens < 2:
+            return None
+        elapsed = self.last_token - self.first_token
+        return (self.tokens - 1) / elapsed if elapsed > 0 else None
+
+    def figures(self) -> str:
+        """Return all there is to say about the answer but its text, in one line."""
+        return " · ".join(self._figures())
+
+    def _figures(self) -> Iterable[str]:
+        yield f"tier {self.tier or '?'}"
+        if self.model:
+            yield self.model
+        if self.score is not None:
+            yield f"score {self.score:.2f}"
+        if self.first_token is not None:
+            yield f"first token {seconds(self.first_token)}"
+        yield f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
+        if (rate := self.tokens_per_second) is not None:
+            yield f"{rate:.1f} tokens/s"
+        for move in self.moves:
+            yield f"moved from {getattr(move, 'from')} to {move.to} ({move.reason})"
+        yield self.finish or "not finished"
+
+
+def finish_name(reason: pb.FinishReason.ValueType) -> str:
+    """Return "stop" for FINISH_REASON_STOP, and so on."""
+    return pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower().replace("_", " ")
+
+
+def seconds(value: float) -> str:
+    """Write a duration as people read it: "350 µs", "12 ms", "1.25 s"."""
+    if value < 0.001:
+        return f"{value * 1e6:.0f} µs"
+    if value < 1:
+        return f"{value * 1e3:.3g} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
+    return f"{value:.2f} s"

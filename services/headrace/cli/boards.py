@@ -1,0 +1,121 @@
+"""Show what one waits for: models on their way, and processes that start.
+
+On a terminal the boards move; elsewhere they print a line when something changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.spinner import Spinner
+from rich.table import Table
+
+from headrace.cli.answers import seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from headrace import models
+    from headrace.cli.mesh import State
+
+
+class FetchBoard:
+    """Bars for models being fetched; give it to `models.resolve` as its *progress*."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        if console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._tenths: dict[tuple[str, str], int] = {}
+
+    def __enter__(self) -> Self:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def __call__(self, progress: models.Progress, /) -> None:
+        key = (progress.model, progress.stage)
+        if self._bars:
+            if key not in self._tasks:
+                self._tasks[key] = self._bars.add_task(f"{progress.model} {progress.stage}", total=None)
+            total = progress.total or None
+            self._bars.update(self._tasks[key], completed=progress.done, total=total)
+            return
+        tenth = 10 * progress.done // progress.total if progress.total else 0
+        if self._tenths.get(key) != tenth:
+            self._tenths[key] = tenth
+            of = f" {10 * tenth} % of {progress.total / 1e6:.0f} MB" if progress.total else ""
+            self._console.print(f"{progress.model}: {progress.stage}{of}", highlight=False, markup=False)
+
+
+class StartBoard:
+    """A table of processes that start; give it to `mesh` as its *on_states*."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, transient=True) if console.is_terminal else None
+        self._said: dict[str, tuple[str, str]] = {}
+        self._spinner = Spinner("dots")
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Leave the screen to others; no states come any more."""
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, states: Sequence[State], /) -> None:
+        if self._live:
+            self._live.update(self._table(states))
+            return
+        for state in states:
+            said = (state.phase, state.detail)
+            if self._said.get(state.process.name) != said:
+                self._said[state.process.name] = said
+                after = f" after {seconds(state.seconds)}" if state.phase == "ready" else ""
+                line = f"{state.process.name}: {' '.join(filter(None, said))}{after}"
+                self._console.print(line, highlight=False, markup=False)
+
+    def _table(self, states: Sequence[State]) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for state in states:
+            ready = state.phase == "ready"
+            table.add_row(
+                "[green]✓[/]" if ready else self._spinner,
+                state.process.name,
+                f"[green]{state.phase}[/]" if ready else state.phase,
+                f"[dim]{state.detail}[/]",
+                f"[dim]{state.seconds:.0f} s[/]",
+            )
+        return table

@@ -1,0 +1,154 @@
+"""`headrace demo`: a mesh, some prompts of all kinds, and one request's trace.
+
+The first prompts come one by one, so that one can watch the answers stream; the rest at once, so that
+the batchers have something to coalesce.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.resources
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from opentelemetry import trace
+from rich.console import Console
+from rich.rule import Rule
+
+from headrace.cli.answers import Answer, printable
+from headrace.cli.boards import StartBoard
+from headrace.cli.chat import Wishes, follow, request_for
+from headrace.cli.complaints import advice
+from headrace.cli.mesh import mesh
+from headrace.cli.otlp_sink import otlp_sink, whole
+from headrace.cli.summary import Outcome, summarise, summary_table
+from headrace.cli.trace_tree import trace_tree
+from headrace.client import connect
+from headrace.errors import HeadraceError
+from headrace.runtime.telemetry import telemetry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from headrace.cli.mesh import MeshSpec
+    from headrace.cli.otlp_sink import Sink
+    from headrace.client import Client
+
+_ALONE = 4  # prompts that are asked one by one
+_AT_ONCE = 6  # of the others
+_TRACE_SECONDS = 15.0  # for the last spans to arrive
+_tracer = trace.get_tracer(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of demo_prompts.jsonl."""
+
+    kind: str
+    prompt: str
+    max_tokens: int
+
+
+def prompts() -> list[Prompt]:
+    """Read the prompts that come with the package."""
+    text = (importlib.resources.files("headrace.cli") / "demo_prompts.jsonl").read_text("utf-8")
+    return [Prompt(**json.loads(line)) for line in text.splitlines()]
+
+
+async def demo(spec: MeshSpec, console: Console) -> bool:
+    """Run it all; tell whether every prompt got a finished answer. Raises BadSpec and ChildDied."""
+    began = time.perf_counter()
+    async with otlp_sink() as sink:
+        # The SDK reads its settings from the environment, ours as well as the children's.
+        os.environ.update(sink.environment)
+        with StartBoard(console) as board:
+            started = replace(spec, environment={**spec.environment, **sink.environment})
+            async with mesh(started, on_states=board) as running:
+                board.finish()
+                since = time.perf_counter() - began
+                console.print(f"mesh of {len(running.processes)} processes up after {since:.1f} s\n")
+                wishes = Wishes(target=running.address, temperature=0.0)
+                async with telemetry("client"), connect(running.address) as client:
+                    return await _tour(_Guide(client, wishes, console), prompts(), sink, console)
+
+
+async def _tour(guide: _Guide, everything: Sequence[Prompt], sink: Sink, console: Console) -> bool:
+    began = time.perf_counter()
+    console.print(Rule("one by one, as the answers come", align="left"))
+    outcomes = [await guide.aloud(prompt) for prompt in everything[:_ALONE]]
+    console.print(Rule(f"{_AT_ONCE} at a time, each when it is complete", align="left"))
+    room = asyncio.Semaphore(_AT_ONCE)
+
+    async def quietly(prompt: Prompt) -> Outcome:
+        async with room:
+            return await guide.quietly(prompt)
+
+    async with asyncio.TaskGroup() as tasks:
+        rest = [tasks.create_task(quietly(prompt)) for prompt in everything[_ALONE:]]
+    outcomes += [task.result() for task in rest]
+    summary = summarise(outcomes, time.perf_counter() - began)
+    console.print(summary_table(summary))
+    await _show_trace(guide.traces[_ALONE], sink, console)
+    return not summary.failures
+
+
+async def _show_trace(trace_id: str, sink: Sink, console: Console) -> None:
+    """Show the trace of the first of the prompts that were asked side by side."""
+    try:
+        await sink.until(lambda spans: whole(spans, trace_id), timeout=_TRACE_SECONDS)
+    except TimeoutError:
+        console.print("some spans of the trace have not arrived", style="yellow")
+    console.print(Rule("one request, seen from all processes", align="left"))
+    console.print(trace_tree(sink.spans, trace_id))
+
+
+class _Guide:
+    """Asks prompts and shows the answers; remembers the trace of each, in order of asking."""
+
+    def __init__(self, client: Client, wishes: Wishes, console: Console) -> None:
+        self._client = client
+        self._wishes = wishes
+        self._console = console
+        self.traces: list[str] = []
+
+    async def aloud(self, prompt: Prompt) -> Outcome:
+        """Ask, and show the answer as it comes."""
+        self._question(prompt)
+        outcome = await self._ask(prompt, self._write)
+        self._write("\n")
+        self._figures(outcome)
+        return outcome
+
+    async def quietly(self, prompt: Prompt) -> Outcome:
+        """Ask, and show the answer when it is complete."""
+        outcome = await self._ask(prompt, lambda text: None)
+        self._question(prompt)
+        self._write(f"{outcome.answer.text}\n")
+        self._figures(outcome)
+        return outcome
+
+    async def _ask(self, prompt: Prompt, write: Callable[[str], None]) -> Outcome:
+        answer = Answer()
+        request = request_for([("user", prompt.prompt)], replace(self._wishes, max_tokens=prompt.max_tokens))
+        with _tracer.start_as_current_span("demo.prompt", attributes={"demo.kind": prompt.kind}) as span:
+            self.traces.append(f"{span.get_span_context().trace_id:032x}")
+            try:
+                await follow(self._client, request, answer, timeout=self._wishes.timeout, write=write)
+            except HeadraceError as error:
+                return Outcome(prompt.kind, answer, advice(error, self._wishes.target))
+        return Outcome(prompt.kind, answer)
+
+    def _question(self, prompt: Prompt) -> None:
+        self._console.print(f"[bold cyan]{prompt.kind}[/]", end="  ")
+        self._console.print(prompt.prompt, style="bold", markup=False, highlight=False, soft_wrap=True)
+
+    def _write(self, text: str) -> None:
+        self._console.print(printable(text), end="", markup=False, highlight=False, soft_wrap=True)
+
+    def _figures(self, outcome: Outcome) -> None:
+        if outcome.failure:
+            self._console.print(f"failed: {outcome.failure}", style="red", markup=False, soft_wrap=True)
+        self._console.print(f"{outcome.answer.figures()}\n", style="dim", markup=False, highlight=False)

@@ -1,0 +1,111 @@
+"""Show what the router knows and thinks: `headrace explain` and `headrace tiers`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.json_format import MessageToDict
+from rich.table import Table
+from rich.text import Text
+
+from headrace.client import chat, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from google.protobuf.message import Message
+    from rich.console import RenderableType
+
+    from headrace.v1 import routing_service_pb2 as pb
+
+
+async def ask_explain(target: str, prompt: str) -> pb.ExplainResponse:
+    """Ask the router at *target* where *prompt* would go. Raises a HeadraceError."""
+    async with connect(target) as client:
+        return await client.explain(chat(prompt))
+
+
+async def ask_tiers(target: str) -> pb.ListTiersResponse:
+    """Ask *target* for its tiers. Raises a HeadraceError."""
+    async with connect(target) as client:
+        return await client.list_tiers()
+
+
+def as_dict(response: Message) -> dict[str, Any]:
+    """Return all fields under the names of the contract, those at zero too."""
+    return MessageToDict(
+        response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def explained(response: pb.ExplainResponse) -> Iterator[RenderableType]:
+    """Lay out an explanation: the decision, what the score is made of, and the candidates."""
+    yield Text.assemble(
+        ("score ", "dim"),
+        (f"{response.score:.3f}", "bold"),
+        ("  tier ", "dim"),
+        (response.tier, "bold green"),
+    )
+    yield Text(response.why)
+    yield features_table(response)
+    yield candidates_table(response.candidates)
+
+
+def features_table(response: pb.ExplainResponse) -> Table:
+    """List the features, the weightiest first, and the bias; log-odds add up to the score's."""
+    table = Table("feature", title="what the score is made of", title_justify="left")
+    table.add_column("value", justify="right")
+    table.add_column("log-odds", justify="right")
+    table.add_column("")
+    features = sorted(response.features, key=lambda feature: -abs(feature.log_odds))
+    for feature in features:
+        table.add_row(
+            Text(feature.name), f"{feature.value:.2f}", f"{feature.log_odds:+.2f}", _bar(feature.log_odds)
+        )
+    table.add_row("[dim](bias)[/]", "", f"{response.bias:+.2f}", _bar(response.bias), end_section=True)
+    total = response.bias + sum(feature.log_odds for feature in response.features)
+    table.add_row("[bold]score[/]", f"[bold]{response.score:.3f}[/]", f"{total:+.2f}", "")
+    return table
+
+
+def _bar(log_odds: float) -> Text:
+    """Draw a share: to the right for a larger tier, to the left for a smaller one."""
+    length = min(8, round(abs(log_odds) * 2))
+    left, right = ("█" * length, "") if log_odds < 0 else ("", "█" * length)
+    return Text.assemble((f"{left:>8}", "green"), ("│", "dim"), (f"{right:<8}", "yellow"))
+
+
+def candidates_table(candidates: Sequence[pb.Candidate]) -> Table:
+    """List the tiers that were looked at, smallest first."""
+    table = Table("tier", "from score", "eligible", "why", title="candidates", title_justify="left")
+    for candidate in candidates:
+        table.add_row(
+            Text(candidate.tier.name),
+            f"{candidate.threshold:.2f}",
+            "[green]yes[/]" if candidate.eligible else "[red]no[/]",
+            Text(candidate.reason),
+        )
+    return table
+
+
+def tiers_table(tiers: Sequence[pb.Tier]) -> Table:
+    """List the tiers with model, health, limits and load."""
+    table = Table("tier", "model", "health")
+    for heading in ("context", "max tokens", "workers", "running", "queued", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for tier in tiers:
+        health = (
+            Text("healthy", "green") if tier.healthy else Text(tier.unhealthy_reason or "unhealthy", "red")
+        )
+        table.add_row(
+            Text(tier.name),
+            Text(tier.model or "?"),
+            health,
+            str(tier.limits.context_length),
+            str(tier.limits.max_tokens),
+            str(tier.load.workers),
+            f"{tier.load.running}/{tier.limits.max_running}",
+            f"{tier.load.queued}/{tier.limits.queue_limit}",
+            f"{tier.load.tokens_per_second:.1f}",
+        )
+    return table

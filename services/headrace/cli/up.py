@@ -1,0 +1,109 @@
+"""`headrace up`: a whole mesh on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from headrace import models
+from headrace.cli.boards import FetchBoard, StartBoard
+from headrace.cli.mesh import mesh, require_free
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from headrace.cli.mesh import MeshSpec, Running
+
+DEFAULT_PORT = 50051
+DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
+
+
+def fetch_models(names: Sequence[str], cache: Path, console: Console) -> dict[str, Path]:
+    """Have the files of *names* on this machine, showing progress. Raises ModelUnavailable."""
+    with FetchBoard(console) as board:
+        return {name: models.resolve(name, cache, board) for name in dict.fromkeys(names)}
+
+
+def prepare(spec: MeshSpec, console: Console) -> None:
+    """Do all that can fail before a process is started. Raises BadSpec or ModelUnavailable."""
+    require_free(spec.port)
+    if not spec.fake:
+        fetch_models([tier.model for tier in spec.tiers], spec.cache, console)
+
+
+async def up(spec: MeshSpec, console: Console) -> None:
+    """Run the mesh until cancelled. Raises BadSpec and ChildDied."""
+    console.print(f"logs in {spec.log_dir}", style="dim", markup=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+
+    with StartBoard(console) as board:
+        async with mesh(spec, on_states=board, say=say) as running:
+            board.finish()
+            console.print(_processes(spec, running))
+            console.print(f"Headrace is up at [bold]{running.address}[/] (Ctrl-C stops it). Try:\n")
+            for line in examples(running.address):
+                console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+            await asyncio.Event().wait()
+
+
+def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], None]) -> bool:
+    """Run *main*, cancelling it on Ctrl-C or SIGTERM; tell whether that is how it ended.
+
+    A second signal cancels what *main* does about the first one.
+    """
+    asked = False
+
+    async def guarded() -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+
+        def stop() -> None:
+            nonlocal asked
+            if not asked:
+                on_signal()
+            asked = True
+            task.cancel()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+        await main
+
+    try:
+        asyncio.run(guarded())
+    except asyncio.CancelledError:
+        if not asked:
+            raise
+    return asked
+
+
+def examples(address: str) -> list[str]:
+    """Return commands to try against a router at *address*."""
+    target = "" if address == DEFAULT_TARGET else f" --target {address}"
+    chat = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "sampling": {"max_tokens": 32}}'
+    return [
+        f'headrace chat{target} "Why is the sky blue?"',
+        f'headrace explain{target} "Prove that there are infinitely many primes."',
+        f"headrace tiers{target}",
+        f"grpcurl -plaintext {address} list",
+        f"grpcurl -plaintext -d '{chat}' {address} headrace.v1.GenerationService/Generate",
+    ]
+
+
+def _processes(spec: MeshSpec, running: Running) -> Table:
+    models_by_name = {tier.name: "echo" if spec.fake else tier.model for tier in spec.tiers}
+    table = Table("process", "model")
+    table.add_column("port", justify="right")
+    table.add_column("pid", justify="right")
+    for process in running.processes:
+        model = models_by_name.get(process.name.partition("-")[2], "")
+        table.add_row(process.name, model, str(process.port), str(running.pids[process.name]))
+    return table
