@@ -1,0 +1,273 @@
+"""Make an engine from files: a model folder as transformers lays it out, or one .gguf file.
+
+Everything that can be wrong with the files, the device or the model is found here, before the worker
+says that it is ready. Downloading is somebody else's work; this module never reaches the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from headrace.worker.engine import selfcheck
+from headrace.worker.engine.attention import IMPLEMENTATION, SlotMemory, rung, slot_attention
+from headrace.worker.engine.gguf_weights import END_OF_TURN, dequantised, file_digest
+from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
+from headrace.worker.engine.seam import ModelInfo
+from headrace.worker.engine.torch_engine import TorchEngine
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Served by default even if the model could hold more: KV memory is slots x context.
+DEFAULT_CONTEXT = 8192
+
+# The share of free CUDA memory that KV memory may take; the rest is for activations and logits.
+_CUDA_SHARE = 0.8
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+def load_engine(
+    path: Path,
+    *,
+    name: str,
+    cache: Path,
+    tokenizer_fingerprint: str,
+    device: str = "cpu",
+    dtype: str = "auto",
+    threads: int | None = None,
+    context_length: int | None = None,
+    max_running: int = 32,
+    progress: Callable[[str], None] = _quiet,
+) -> TorchEngine:
+    """Load a model, check it and warm it up.
+
+    path                    a folder with config.json and safetensors, or a .gguf file
+    name                    what the model is called in the mesh
+    cache                   a folder for what is made once, such as unpacked gguf weights
+    tokenizer_fingerprint   handed through to `ModelInfo`
+    device                  "cpu", "cuda" or "cuda:N"
+    dtype                   "float32", "bfloat16", "float16", or "auto": see `choose_dtype`
+    threads                 for torch on the CPU; None leaves torch's choice
+    context_length          tokens of prompt and answer; None for what the model can hold, at most
+                            DEFAULT_CONTEXT
+    max_running             sequences at the same time; on CUDA fewer when memory is short
+    progress                hears short sentences about what takes time
+
+    Raises LoadingError, or UnsupportedModel if this engine would not compute the model right.
+    """
+    place = choose_device(device)
+    precision = choose_dtype(dtype, place)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    AttentionInterface.register(IMPLEMENTATION, slot_attention)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    folder, digest = path, ""
+    if path.suffix == ".gguf" and path.is_file():
+        digest = file_digest(path)
+        folder = dequantised(path, digest=digest, cache=cache, progress=progress)
+    config = read_config(folder)
+    progress(f"loading {name} in {str(precision).removeprefix('torch.')}")
+    network = _read_network(folder, precision, place)
+    model = ModelInfo(
+        name=name,
+        revision=digest or (path.name if path.parent.name == "snapshots" else ""),
+        dtype=str(precision).removeprefix("torch."),
+        device=str(place),
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        weights_fingerprint=weights_fingerprint(folder, digest, precision),
+        context_length=choose_context(config, context_length),
+        vocabulary_size=network.get_output_embeddings().weight.shape[0],
+        eos_ids=read_eos_ids(folder, network),
+        max_running=max_running,
+        exact=False,
+        features=("logprobs",),
+    )
+    progress("comparing with transformers' own forward pass")
+    probe = TorchEngine(
+        network,
+        dataclasses.replace(model, max_running=selfcheck.SLOTS, context_length=selfcheck.CONTEXT),
+    )
+    exact = selfcheck.check(probe, network)
+    slots = _affordable_slots(model, probe.memory, place)
+    return TorchEngine(network, dataclasses.replace(model, exact=exact, max_running=slots))
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn the setting into a device that is there. Raises LoadingError."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise LoadingError(f"device {device!r} is not one of cpu, cuda, cuda:N")
+    if place.type == "cpu":
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (place.index or 0) >= found:
+        raise LoadingError(
+            f"device {device!r} was asked for, but torch {torch.__version__} finds {found} CUDA devices; "
+            f"use cpu, or a torch built for CUDA on a machine with a driver"
+        )
+    return torch.device("cuda", place.index or 0)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turn the setting into a dtype. Raises LoadingError for an unknown one.
+
+    "auto" is bfloat16 on CUDA and on CPUs that multiply it in hardware (avx512_bf16 or AMX), float32 on
+    others, where bfloat16 is emulated and slower.
+    """
+    if dtype == "auto":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if device.type == "cuda" or native else torch.float32
+    if dtype not in DTYPES:
+        raise LoadingError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def choose_context(config: Any, asked: int | None) -> int:
+    """Decide how many tokens a sequence may have. Raises LoadingError when too many are asked for."""
+    text = config.get_text_config()
+    limit = int(getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+    for rope in _ropes(getattr(text, "rope_parameters", None) or {}):
+        # These scale with the longest sequence in the step: beyond the original length, a row would depend
+        # on its neighbours, and keys held in memory would be stale.
+        if rope["rope_type"] in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings")
+            original = original or getattr(text, "original_max_position_embeddings", None) or limit
+            limit = min(limit, int(original))
+    if asked is None:
+        return min(limit, DEFAULT_CONTEXT)
+    if not 0 < asked <= limit:
+        raise LoadingError(f"context length {asked} is not between 1 and {limit}, which the model can hold")
+    return asked
+
+
+def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return rope parameters as a list: some models have one set, some have one per kind of layer."""
+    if "rope_type" in parameters:
+        return [parameters]
+    return [own for own in parameters.values() if isinstance(own, dict) and "rope_type" in own]
+
+
+def read_config(folder: Path) -> Any:
+    """Read config.json, and refuse what is not a causal language model that transformers knows."""
+    try:
+        plain = json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise LoadingError(
+            f"no model at {folder}: expected a folder with config.json, or a .gguf file"
+        ) from error
+    except ValueError as error:
+        raise LoadingError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    kind = plain.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        if "auto_map" in plain:
+            raise UnsupportedModel(
+                f"{folder} brings code of its own (auto_map), which is not run here; "
+                f"convert it to an architecture that transformers has"
+            )
+        raise UnsupportedModel(f"{folder} has model_type {kind!r}, which this transformers does not know")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{folder} is an encoder-decoder model ({kind}); only decoders are served")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(
+            f"{folder} has no head to generate with: {kind} is not a causal language model"
+        )
+    return config
+
+
+def _read_network(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise LoadingError(f"cannot load the weights in {folder}: {error}") from error
+    network, found = loaded
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise LoadingError(f"{folder} lacks {len(missing)} weights, the first of them {missing[0]}")
+    try:
+        network.set_attn_implementation(IMPLEMENTATION)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(
+            f"{type(network).__name__} does not take attention functions: {error}"
+        ) from error
+    return network.to(device).eval()
+
+
+def read_eos_ids(folder: Path, network: Any) -> frozenset[int]:
+    """Collect the ids that end a turn.
+
+    What the generation config and the config name, the tokenizer's eos token, and special tokens that
+    are known to end turns: many folders name only the one that ends a document.
+    """
+    ids: set[int] = set()
+    for source in (network.generation_config, network.config.get_text_config()):
+        named = getattr(source, "eos_token_id", None)
+        ids.update([named] if isinstance(named, int) else named or ())
+    settings = _read_json(folder / "tokenizer_config.json")
+    eos = settings.get("eos_token")
+    ends = END_OF_TURN | {eos["content"] if isinstance(eos, dict) else eos}
+    added = {int(index): token for index, token in settings.get("added_tokens_decoder", {}).items()}
+    added |= {token["id"]: token for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])}
+    ids.update(index for index, token in added.items() if token.get("special") and token["content"] in ends)
+    return frozenset(ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def weights_fingerprint(folder: Path, digest: str, dtype: torch.dtype) -> str:
+    """Return 16 hex digits, equal for equal weights computed in the same dtype.
+
+    From the file's digest for a gguf. For a folder from config.json and, of each safetensors file, the
+    size, the header and the last kilobyte: reading all weights would take as long as loading them.
+    """
+    state = hashlib.sha256(f"{dtype} {digest}".encode())
+    if not digest:
+        state.update((folder / "config.json").read_bytes())
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 1024
+                state.update(f"{path.name} {size}".encode() + file.read(min(header, size)))
+                file.seek(max(size - 1024, 0))
+                state.update(file.read())
+    return state.hexdigest()[:16]
+
+
+def _affordable_slots(model: ModelInfo, probe: SlotMemory, device: torch.device) -> int:
+    """Return how many slots CUDA memory has room for, at most max_running; all of them on the CPU."""
+    if device.type == "cpu":
+        return model.max_running
+    slot = probe.bytes_per_token * rung(model.context_length)
+    free, _ = torch.cuda.mem_get_info(device)
+    slots = min(int(free * _CUDA_SHARE) // slot, model.max_running)
+    if slots < 1:
+        raise LoadingError(
+            f"one sequence of {model.context_length} tokens takes {slot >> 20} MiB of CUDA memory, and "
+            f"{free >> 20} MiB are free; ask for a shorter context"
+        )
+    return slots

@@ -1,0 +1,14 @@
+"""Why a model cannot be served: every reason that `loading` gives for not starting.
+
+The messages are for the person who starts the worker and say what to do instead.
+"""
+
+from __future__ import annotations
+
+
+class LoadingError(Exception):
+    """The model cannot be loaded as asked: wrong path, device, dtype or context length."""
+
+
+class UnsupportedModel(LoadingError):
+    """The model is readable, but this engine would not compute it right."""

@@ -1,0 +1,173 @@
+"""Draw one token per row from logits, for all rows of a step at once and each as if it were alone.
+
+The filters mean what transformers' logits processors mean, and apply in their order: logit bias,
+repetition penalty, frequency and presence penalties (as OpenAI's API defines them), the ban on ending
+early, temperature, top-k, top-p, min-p. `noise` supplies the randomness. A row's token depends on its
+logits, its ids and its params, never on the other rows: all sums below run along single rows in
+kernels that give a row the same result in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+
+from headrace.worker.engine.noise import gumbel, noise_key
+from headrace.worker.engine.seam import Fault, Row, Token
+
+# Filters look at so many of the likeliest tokens first; where those do not settle it, at all.
+CANDIDATES = 1024
+
+
+class Sampler:
+    """Draws tokens for one model.
+
+    eos_ids   what `min_tokens` bans
+    """
+
+    def __init__(self, eos_ids: frozenset[int], device: torch.device) -> None:
+        self._eos_ids = sorted(eos_ids)
+        self._device = device
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
+        """Draw the token at `row.stop` for each row.
+
+        logits   [rows, vocabulary], any float type; not modified
+
+        Returns one entry per row: a Fault where the logits are not finite. Log-probabilities are of the
+        model's own distribution, before temperature, filters and penalties.
+        """
+        scores = self._edit(logits, rows)
+        best, ids = scores.max(dim=-1)
+        warm = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+        if warm:
+            chosen = self._index(warm)
+            whole = scores if len(warm) == len(rows) else scores[chosen]
+            ids[chosen] = self._draw(whole.float(), [rows[i] for i in warm])
+        logprobs = torch.zeros(len(rows), dtype=torch.float64, device=self._device)
+        told = [i for i, row in enumerate(rows) if row.params.logprobs]
+        if told:
+            chosen = self._index(told)
+            own = torch.log_softmax(logits[chosen].float(), dim=-1)
+            logprobs[chosen] = own.gather(1, ids[chosen, None])[:, 0].double()
+        # One transfer for all: float64 holds every id exactly.
+        table = torch.stack((ids.double(), torch.isfinite(best).double(), logprobs)).tolist()
+        return [
+            Token(int(token), logprob if row.params.logprobs else None)
+            if finite
+            else Fault("the model's logits are not finite")
+            for row, token, finite, logprob in zip(rows, *table, strict=True)
+        ]
+
+    def _edit(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """Apply bias, penalties and the ban on ending early; *logits* itself when no row has any."""
+        biased = [i for i, row in enumerate(rows) if row.params.logit_bias]
+        repeated = [i for i, row in enumerate(rows) if row.params.repetition_penalty != 1]
+        counted = [
+            i for i, row in enumerate(rows) if row.params.frequency_penalty or row.params.presence_penalty
+        ]
+        unfinished = [
+            i
+            for i, row in enumerate(rows)
+            if row.stop - row.prompt < row.params.min_tokens and not row.params.ignore_eos
+        ]
+        if not (biased or repeated or counted or unfinished):
+            return logits
+        scores = logits.to(torch.float32, copy=True)
+        if biased:
+            row, ids = self._pairs(biased, [list(rows[i].params.logit_bias) for i in biased])
+            bias = chain.from_iterable(rows[i].params.logit_bias.values() for i in biased)
+            scores[row, ids] += self._floats(list(bias))
+        if repeated:
+            row, ids = self._pairs(repeated, [rows[i].ids[: rows[i].stop] for i in repeated])
+            penalty = self._floats([r.params.repetition_penalty for r in rows])[row]
+            seen = scores[row, ids]
+            # A token seen twice is written twice, with the same value.
+            scores[row, ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
+        if counted:
+            answers = [rows[i].ids[rows[i].prompt : rows[i].stop] for i in counted]
+            row, ids = self._pairs(counted, answers)
+            flat, count = torch.unique(row * scores.shape[1] + ids, return_counts=True)
+            row = flat // scores.shape[1]
+            frequency = self._floats([r.params.frequency_penalty for r in rows])[row]
+            presence = self._floats([r.params.presence_penalty for r in rows])[row]
+            scores.view(-1)[flat] -= frequency * count + presence
+        if unfinished:
+            row, ids = self._pairs(unfinished, [self._eos_ids] * len(unfinished))
+            scores[row, ids] = float("-inf")
+        return scores
+
+    def _draw(self, scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """Draw one id per row, [rows] int64, from float32 scores that have no temperature yet."""
+        temperature = self._floats([row.params.temperature for row in rows])[:, None]
+        # The maximum becomes 0 first, so that no temperature, however small, overflows.
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
+        keys = torch.tensor([noise_key(row.params.seed, row.stop) for row in rows], dtype=torch.int32)
+        keys = keys.to(self._device)
+        ids = torch.zeros(len(rows), dtype=torch.int64, device=self._device)
+        filtered = [
+            i for i, row in enumerate(rows) if 0 < row.params.top_k < scores.shape[1] or row.params.top_p < 1
+        ]
+        free = [i for i in range(len(rows)) if i not in set(filtered)]
+        if free:
+            chosen = self._index(free)
+            floor = self._floats([rows[i].params.min_p for i in free]).log()[:, None]
+            every = torch.arange(scores.shape[1], dtype=torch.int32, device=self._device)
+            own = scores if len(free) == len(rows) else scores[chosen]
+            # The maximum is 0: a token's score is the log of its probability over the likeliest one's.
+            noisy = gumbel(keys[chosen], every[None]).add_(own).masked_fill_(own < floor, float("-inf"))
+            ids[chosen] = noisy.argmax(dim=-1)
+        for size in (min(CANDIDATES, scores.shape[1]), scores.shape[1]):
+            if not filtered:
+                break
+            chosen = self._index(filtered)
+            drawn, settled = self._draw_filtered(
+                scores[chosen], keys[chosen], [rows[i] for i in filtered], size
+            )
+            ids[chosen] = drawn
+            filtered = [i for i, done in zip(filtered, settled.tolist(), strict=True) if not done]
+        return ids
+
+    def _draw_filtered(
+        self, scores: torch.Tensor, keys: torch.Tensor, rows: Sequence[Row], size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw from rows with top-k or top-p, looking at the *size* likeliest tokens.
+
+        Returns the ids and whether those tokens were enough to tell what the filters keep, both [rows].
+        """
+        whole = torch.log_softmax(scores, dim=-1)
+        likely, ids = whole.topk(size, dim=-1)
+        limits = [row.params.top_k if 0 < row.params.top_k < scores.shape[1] else 0 for row in rows]
+        limit = torch.tensor(limits, device=self._device)[:, None]
+        # As in transformers, tokens as likely as the k-th stay too.
+        least = likely.gather(1, (limit - 1).clamp(0, size - 1))
+        within = (limit > 0) & ((least > likely[:, -1:]) | (size == scores.shape[1])) & (limit <= size)
+        kept = (limit == 0) | (likely >= least)
+        shares = torch.log_softmax(likely.masked_fill(~kept, float("-inf")), dim=-1)
+        probability = torch.where(limit > 0, shares, likely).exp()
+        # Keep tokens until their sum reaches top_p: those with less than top_p before them.
+        reached = probability.cumsum(dim=-1)
+        # Sums may round to more than 1: no bound at all where all is to be kept.
+        bounds = [row.params.top_p if row.params.top_p < 1 else float("inf") for row in rows]
+        top_p = self._floats(bounds)[:, None]
+        kept &= reached - probability < top_p
+        kept &= probability >= probability[:, :1] * self._floats([r.params.min_p for r in rows])[:, None]
+        kept[:, 0] = True
+        noisy = (likely + gumbel(keys, ids.int())).masked_fill_(~kept, float("-inf"))
+        settled = within | ((limit == 0) & (reached[:, -1:] >= top_p)) | (size == scores.shape[1])
+        return ids.gather(1, noisy.argmax(dim=-1, keepdim=True))[:, 0], settled[:, 0]
+
+    def _pairs(
+        self, indices: Sequence[int], ids: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flatten ids per row into a row index and an id for each of them."""
+        row = chain.from_iterable([i] * len(own) for i, own in zip(indices, ids, strict=True))
+        return self._index(list(row)), self._index(list(chain.from_iterable(ids)))
+
+    def _index(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _floats(self, values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)

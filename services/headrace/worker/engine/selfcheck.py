@@ -1,0 +1,144 @@
+"""Check at start that an engine computes what the model means, and whether it does so bit for bit.
+
+transformers' own eager attention says what the model means. The same few sequences go through the
+engine alone, in a batch of ragged chunks and decodes, and resumed from the middle of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headrace.worker.engine.attention import IMPLEMENTATION
+from headrace.worker.engine.refusals import UnsupportedModel
+from headrace.worker.engine.seam import Row, SamplingParams, Token
+from headrace.worker.engine.torch_engine import TorchEngine
+
+PROMPT = 122  # the answer crosses 128 keys, where attention goes from one rung to the next
+ANSWER = 12
+CONTEXT = 512
+SLOTS = 4
+_PARAMS = SamplingParams(seed=2**63 + 1, max_tokens=ANSWER, temperature=0.8, top_p=0.95, ignore_eos=True)
+
+# How far logits may be from those of the eager forward pass, as a share of their norm. Rounding stays a
+# factor of ten below; a wrong mask, window, scale or position lands far above.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What an engine made of a sequence: all its ids, and the logits [answer, vocabulary] drawn from."""
+
+    ids: list[int]
+    logits: torch.Tensor
+
+
+def check(engine: TorchEngine, network: Any) -> bool:
+    """Compare the engine with the model's own eager forward pass, and with itself.
+
+    engine    a fresh engine with at least SLOTS slots of CONTEXT tokens
+    network   its model; attention is switched to eager for one pass
+
+    Returns whether sequences come out bitwise the same alone, in a batch and resumed. Raises
+    UnsupportedModel when the engine's logits are not the model's.
+    """
+    config = network.config.get_text_config()
+    prompts = _prompts(engine.model.vocabulary_size)
+    alone = _run(engine, config, prompts[:1], chunk=PROMPT)[0]
+    _compare(alone, network, "alone")
+    batched = _run(engine, config, prompts, chunk=50)
+    for transcript in batched:
+        _compare(transcript, network, "in a batch")
+    half = PROMPT + ANSWER // 2
+    resumed = _run(engine, config, [alone.ids[:half]], chunk=half, prompt=PROMPT, slot=1)[0]
+    return (
+        alone.ids == batched[0].ids == resumed.ids
+        and torch.equal(alone.logits, batched[0].logits)
+        and torch.equal(alone.logits[ANSWER // 2 :], resumed.logits)
+    )
+
+
+def _prompts(vocabulary: int) -> list[list[int]]:
+    """Make SLOTS prompts: the one under test, and neighbours of other lengths."""
+    random = torch.Generator().manual_seed(0)
+    lengths = (PROMPT, 1, 33, 210)
+    return [torch.randint(vocabulary, (length,), generator=random).tolist() for length in lengths]
+
+
+def _run(
+    engine: TorchEngine,
+    config: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    chunk: int,
+    prompt: int | None = None,
+    slot: int = 0,
+) -> list[Transcript]:
+    """Answer prompts together, up to PROMPT + ANSWER ids for the first; prefill in chunks."""
+    ids = [list(own) for own in prompts]
+    started = [len(own) for own in ids]
+    computed = [0] * len(ids)
+    logits: list[list[torch.Tensor]] = [[] for _ in ids]
+    while len(ids[0]) < PROMPT + ANSWER:
+        rows = []
+        for index, own in enumerate(ids):
+            stop = min(len(own), computed[index] + chunk)
+            rows.append(
+                Row(
+                    slot=slot + index,
+                    start=computed[index],
+                    stop=stop,
+                    ids=own,
+                    prompt=started[index] if prompt is None else prompt,
+                    sample=stop == len(own),
+                    params=_PARAMS,
+                )
+            )
+            computed[index] = stop
+        step = engine.compute(rows)
+        _look(step.plan.windows, config)
+        for index, token, seen in zip(step.sampling, step.tokens, step.logits, strict=True):
+            if not isinstance(token, Token):
+                raise UnsupportedModel(f"the model's logits are not finite in {engine.model.dtype}")
+            ids[index].append(token.id)
+            logits[index].append(seen)
+    for index in range(len(ids)):
+        engine.release(slot + index)
+    return [Transcript(own, torch.stack(seen)) for own, seen in zip(ids, logits, strict=True)]
+
+
+def _look(windows: Mapping[int, int | None], config: Any) -> None:
+    """Refuse models whose layers do not all attend through us, or slide without telling us."""
+    layers = int(config.num_hidden_layers)
+    if windows.keys() != set(range(layers)):
+        raise UnsupportedModel(
+            f"{len(windows)} of {layers} layers attend through transformers' attention interface; "
+            f"recurrent and hybrid models are not supported"
+        )
+    # No probe is as long as a real window, so the logits cannot show that one is missing.
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModel(f"layer {layer} needs {kind}, which is not supported")
+        if kind == "sliding_attention" and windows[layer] is None:
+            raise UnsupportedModel(f"layer {layer} slides but does not say how far")
+
+
+@torch.inference_mode()
+def _compare(transcript: Transcript, network: Any, how: str) -> None:
+    """Compare with an eager forward pass over the whole sequence."""
+    network.set_attn_implementation("eager")
+    try:
+        ids = torch.tensor([transcript.ids[:-1]], device=network.device)
+        kept = torch.arange(ids.shape[1] - len(transcript.logits), ids.shape[1], device=network.device)
+        expected = network(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0].double()
+    finally:
+        network.set_attn_implementation(IMPLEMENTATION)
+    error = ((transcript.logits.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    if not error <= TOLERANCE[network.dtype]:
+        raise UnsupportedModel(
+            f"{type(network).__name__} computed {how} is not what transformers computes: "
+            f"its logits are off by {error:.2g} of their size"
+        )
