@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 20
 
 
-class ModelUnavailable(Exception):  # noqa: N818 - named like the leaves of errors.py
+class ModelUnavailable(Exception):
     """A model cannot be had. The message says what was tried, why it failed, and what to do."""
 
 

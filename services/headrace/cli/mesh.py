@@ -33,12 +33,11 @@ _POLL_SECONDS = 0.1
 _STOP_SECONDS = 12.0  # beyond the drain, to hand back what is unfinished, flush telemetry and end
 # What `plan` decides; inherited values would reach processes that they were not meant for.
 _OURS = {
-    f"HEADRACE_{name}"
-    for name in ("HOST", "PORT", "TIER", "TIERS", "THRESHOLDS", "WORKERS", "MODEL", "FAKE", "THREADS")
+    f"HEADRACE_{name}" for name in ("HOST", "PORT", "TIER", "TIERS", "WORKERS", "MODEL", "FAKE", "THREADS")
 }
 
 
-class BadSpec(Exception):  # noqa: N818 - named like the leaves of errors.py
+class BadSpec(Exception):
     """The mesh that was asked for cannot be: the message says why."""
 
 
@@ -110,11 +109,6 @@ def parse_tiers(texts: Sequence[str], *, fake: bool = False) -> Sequence[TierSpe
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BadSpec(f"--tier names {', '.join(twice)} more than once")
     return tiers or DEFAULT_TIERS
-
-
-def thresholds(tiers: int) -> list[float]:
-    """Cut the scores 0 to 1 into as many even pieces as there are *tiers*."""
-    return [round(number / tiers, 3) for number in range(1, tiers)]
 
 
 def cores() -> int:
@@ -195,7 +189,6 @@ def plan(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Proce
     compute += [f"--device={spec.device}"] if spec.device else []
     compute += [f"--dtype={spec.dtype}"] if spec.dtype else []
     routes = ",".join(f"{tier.name}={HOST}:{port}" for tier, port in zip(spec.tiers, batchers, strict=True))
-    routing = ["--tiers", routes, "--thresholds", ",".join(map(str, thresholds(len(spec.tiers))))]
     return [
         [
             process("worker", f"worker-{tier.name}", port, *engine(tier), *compute)
@@ -208,7 +201,7 @@ def plan(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Proce
             )
             for tier, port, worker in zip(spec.tiers, batchers, workers, strict=True)
         ],
-        [process("router", "router", spec.port or ports[-1], *routing)],
+        [process("router", "router", spec.port or ports[-1], "--tiers", routes)],
     ]
 
 

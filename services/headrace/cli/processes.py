@@ -33,7 +33,7 @@ class Process:
     port: int = 0
 
 
-class ChildDied(Exception):  # noqa: N818 - named like the leaves of errors.py
+class ChildDied(Exception):
     """A child ended although nobody had asked it to."""
 
     def __init__(self, process: Process, code: int) -> None:
@@ -111,18 +111,17 @@ class Crew:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._grace):
                         await asyncio.gather(*(child.wait() for _, child in alive))
-                self._kill(stage)
+                await self._kill(stage)
         finally:
-            everyone = [pair for stage in self._stages for pair in stage]
-            self._kill(everyone)
-            await asyncio.gather(*(child.wait() for _, child in everyone))
+            await self._kill([pair for stage in self._stages for pair in stage])
 
-    def _kill(self, children: Sequence[tuple[Process, asyncio.subprocess.Process]]) -> None:
+    async def _kill(self, children: Sequence[tuple[Process, asyncio.subprocess.Process]]) -> None:
         for process, child in children:
             if child.returncode is None:
                 self._say(f"{process.name} did not stop when asked; killed it")
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
+        await asyncio.gather(*(child.wait() for _, child in children))
 
 
 @asynccontextmanager

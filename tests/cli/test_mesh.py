@@ -1,0 +1,103 @@
+"""What `headrace up` decides before it starts anything."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+from headrace.cli import mesh
+from headrace.cli.mesh import BadSpec, MeshSpec, TierSpec, parse_tier, parse_tiers, plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> MeshSpec:
+    return MeshSpec(cache=tmp_path / "cache", log_dir=tmp_path / "logs", port=50051)
+
+
+def flag(command: object, name: str) -> str:
+    """Return what follows the flag *name*."""
+    assert isinstance(command, list)
+    return str(command[command.index(name) + 1])
+
+
+def test_a_tier_is_a_name_and_a_model() -> None:
+    assert parse_tier("small=org/model") == TierSpec("small", "org/model")
+    assert parse_tier(" x-1 = /a=b/m.gguf ") == TierSpec("x-1", "/a=b/m.gguf")
+    assert parse_tier("small", fake=True) == TierSpec("small", "")
+
+
+@pytest.mark.parametrize("text", ["", "small", "=model", "Big=model", "a b=model", "a,b=model", "-a=model"])
+def test_what_is_no_tier_says_how_one_is_written(text: str) -> None:
+    with pytest.raises(BadSpec, match="--tier"):
+        parse_tier(text)
+
+
+def test_no_tiers_means_the_defaults_and_twice_is_too_much() -> None:
+    assert parse_tiers([]) == mesh.DEFAULT_TIERS
+    with pytest.raises(BadSpec, match="a more than once"):
+        parse_tiers(["a=x", "b=y", "a=z"])
+
+
+def test_stages_start_from_the_bottom_and_know_each_others_ports(spec: MeshSpec) -> None:
+    workers, batchers, (router,) = plan(spec, [1, 2, 3, 4, 5], cores=8)
+
+    assert [w.name for w in workers] == ["worker-small", "worker-large"]
+    assert [w.port for w in workers] == [1, 2]
+    assert [flag(b.command, "--workers") for b in batchers] == ["127.0.0.1:1", "127.0.0.1:2"]
+    assert [flag(b.command, "--tier") for b in batchers] == ["small", "large"]
+    assert flag(router.command, "--tiers") == "small=127.0.0.1:3,large=127.0.0.1:4"
+    assert router.port == 50051
+    assert flag(workers[0].command, "--model") == flag(batchers[0].command, "--model")
+
+
+@pytest.mark.parametrize(("cores", "asked", "given"), [(8, 0, "4"), (2, 0, "1"), (1, 0, "1"), (2, 6, "6")])
+def test_workers_share_the_cores(tmp_path: Path, cores: int, asked: int, given: str) -> None:
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, threads=asked)
+
+    workers, _, _ = plan(spec, [1, 2, 3, 4, 5], cores=cores)
+
+    assert [flag(worker.command, "--threads") for worker in workers] == [given, given]
+
+
+def test_a_fake_mesh_has_no_models(tmp_path: Path) -> None:
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, fake=True, flags={"worker": ["--max-running", "2"]})
+
+    workers, batchers, (router,) = plan(spec, [1, 2, 3, 4, 5], cores=2)
+
+    for process in (*workers, *batchers):
+        assert "--fake" in process.command
+        assert "--model" not in process.command
+    assert flag(workers[0].command, "--max-running") == "2"
+    assert router.port == 5
+
+
+def test_children_inherit_the_environment_less_what_the_flags_say(spec: MeshSpec) -> None:
+    inherited = {"PATH": "/bin", "HEADRACE_PORT": "1", "HEADRACE_MODEL": "x", "HEADRACE_LINGER": "0.1"}
+
+    environment = mesh.environment(spec, inherited)
+
+    assert environment == {"PATH": "/bin", "HEADRACE_LINGER": "0.1", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert mesh.environment(spec, {"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+async def test_a_port_in_use_is_noticed_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", port=server.getsockname()[1], fake=True)
+
+        with pytest.raises(BadSpec, match="--port"):
+            async with mesh.mesh(spec):
+                pass
+
+    assert not spec.log_dir.exists()
+
+
+def test_free_ports_are_different_and_free() -> None:
+    ports = mesh.free_ports(20)
+
+    assert len(set(ports)) == 20
+    for port in ports:
+        mesh.require_free(port)

@@ -1,0 +1,126 @@
+"""Spans exported by a real SDK arrive in the sink and become a tree."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from headrace.cli.otlp_sink import Event, Span, otlp_sink, whole
+from headrace.cli.trace_tree import trace_tree
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Link, StatusCode
+from rich.console import Console
+
+MS = 1_000_000
+
+
+def span(span_id: str, parent: str, start: int, end: int, **more: object) -> Span:
+    fields: dict[str, object] = {
+        "service": "router",
+        "name": f"span-{span_id}",
+        "trace_id": "t1",
+        "span_id": span_id,
+        "parent_id": parent,
+        "start": start * MS,
+        "end": end * MS,
+        "attributes": {},
+        "events": [],
+        "links": [],
+        "failed": False,
+    }
+    return Span(**{**fields, **more})  # type: ignore[arg-type]
+
+
+def drawn(spans: list[Span], trace_id: str = "t1") -> list[str]:
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(trace_tree(spans, trace_id))
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_children_hang_below_their_parents_in_order_of_time() -> None:
+    lines = drawn(
+        [
+            span("c", "a", 50, 60, name="worker.decode", service="worker"),
+            span("b", "a", 10, 40, events=[Event("first_token", 30 * MS)]),
+            span("a", "", 0, 100, name="root", service="client"),
+        ]
+    )
+
+    assert lines[0] == "trace t1"
+    assert [line.split()[-3:] for line in lines[1:]] == [
+        ["root", "100", "ms"],
+        ["span-b", "30", "ms"],
+        ["ms", "•", "first_token"],
+        ["worker.decode", "10", "ms"],
+    ]
+    assert "+10 ms router" in lines[2]
+    assert "+30 ms • first_token" in lines[3]
+
+
+def test_a_batch_of_another_trace_hangs_where_it_is_linked() -> None:
+    batch = span("x", "", 20, 25, trace_id="t2", name="batcher.batch", links=["b", "other"])
+    lines = drawn([span("a", "", 0, 100), span("b", "a", 10, 40), batch])
+
+    assert "⇄ router batcher.batch 5 ms linked with 2 requests" in lines[3]
+    assert len(lines) == 4
+
+
+def test_links_both_ways_are_drawn_once_and_unknown_ones_by_id() -> None:
+    batch = span("x", "", 20, 25, trace_id="t2", name="batcher.batch", links=["a"])
+    lines = drawn([span("a", "", 0, 100, links=["x", "gone"]), batch])
+
+    assert sum("batcher.batch" in line for line in lines) == 1
+    assert any("linked with span gone" in line for line in lines)
+
+
+def test_a_span_whose_parent_never_came_is_still_shown() -> None:
+    assert any("span-b" in line for line in drawn([span("b", "lost", 0, 1)]))
+
+
+def test_no_spans_are_an_empty_tree() -> None:
+    assert drawn([], "") == ["trace (none)"]
+
+
+def test_a_trace_is_whole_when_every_parent_is_there() -> None:
+    root, child, grandchild = span("a", "", 0, 9), span("b", "a", 1, 8), span("c", "b", 2, 7)
+
+    assert whole([root, child, grandchild], "t1")
+    assert not whole([root, grandchild], "t1")
+    assert not whole([child, grandchild], "t1")
+    assert not whole([], "t1")
+
+
+async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with otlp_sink() as sink:
+        for name, value in sink.environment.items():
+            monkeypatch.setenv(name, value)
+        provider = TracerProvider(resource=Resource({"service.name": "test"}), shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        tracer = provider.get_tracer("test")
+        with tracer.start_as_current_span("parent", attributes={"n": 1, "names": ["a", "b"]}) as parent:
+            parent.add_event("halfway")
+            with tracer.start_as_current_span("child", links=[Link(parent.get_span_context())]) as child:
+                child.set_status(StatusCode.ERROR)
+
+        await sink.until(lambda spans: len(spans) == 2, timeout=30)
+        await asyncio.to_thread(provider.shutdown)
+
+    by_name = {each.name: each for each in sink.spans}
+    assert by_name["child"].parent_id == by_name["parent"].span_id
+    assert by_name["child"].links == [by_name["parent"].span_id]
+    assert by_name["child"].failed
+    assert by_name["parent"].attributes == {"n": 1, "names": ["a", "b"]}
+    assert [event.name for event in by_name["parent"].events] == ["halfway"]
+    assert by_name["parent"].service == "test"
+    assert os.environ["OTEL_METRICS_EXPORTER"] == "none"
+
+
+async def test_waiting_for_what_does_not_come_ends() -> None:
+    async with otlp_sink() as sink:
+        with pytest.raises(TimeoutError):
+            await sink.until(lambda spans: bool(spans), timeout=0)
