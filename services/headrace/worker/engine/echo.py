@@ -67,7 +67,9 @@ class EchoEngine:
     def _compute(self, row: Row) -> Token | Fault | None:
         # A real engine would read another sequence's keys here; say so rather than answer nonsense.
         if self._lengths.get(row.slot, 0) != row.start:
-            raise RuntimeError(f"slot {row.slot} holds {self._lengths.get(row.slot, 0)}, row starts at {row.start}")
+            raise RuntimeError(
+                f"slot {row.slot} holds {self._lengths.get(row.slot, 0)}, row starts at {row.start}"
+            )
         self._lengths[row.slot] = row.stop
         if not row.sample:
             return None

@@ -1,0 +1,70 @@
+"""Names of spans, attributes and metrics: ours, gen_ai.* and rpc.*, and nowhere else.
+
+The conventional names still move (GenAI is in development; `rpc.status_code` was renamed in 2026), so
+a change of theirs is a change of this file alone.
+"""
+
+from __future__ import annotations
+
+# Spans, in the order in which a request meets them. Servers and clients of an RPC are named
+# "headrace.v1.GenerationService/Generate", as the RPC conventions ask.
+SPAN_SCORE = "router.score"
+SPAN_TOKENIZE = "batcher.tokenize"
+SPAN_QUEUE = "batcher.queue"
+SPAN_BATCH = "batcher.batch"
+SPAN_PREFILL = "worker.prefill"
+SPAN_DECODE = "worker.decode"
+
+EVENT_FIRST_TOKEN = "first_token"
+EVENT_FINISH = "finish"
+
+# RPC semantic conventions (stable).
+RPC_SYSTEM = "rpc.system.name"
+RPC_METHOD = "rpc.method"
+RPC_STATUS_CODE = "rpc.status_code"
+ERROR_TYPE = "error.type"
+METRIC_SERVER_CALL_DURATION = "rpc.server.call.duration"
+METRIC_CLIENT_CALL_DURATION = "rpc.client.call.duration"
+
+# GenAI semantic conventions (development).
+GEN_AI_OPERATION = "gen_ai.operation.name"
+GEN_AI_PROVIDER = "gen_ai.provider.name"
+GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
+GEN_AI_REQUEST_MAX_TOKENS = "gen_ai.request.max_tokens"
+GEN_AI_REQUEST_TEMPERATURE = "gen_ai.request.temperature"
+GEN_AI_FINISH_REASONS = "gen_ai.response.finish_reasons"
+GEN_AI_INPUT_TOKENS = "gen_ai.usage.input_tokens"
+GEN_AI_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+METRIC_TTFT = "gen_ai.server.time_to_first_token"
+METRIC_TPOT = "gen_ai.server.time_per_output_token"
+METRIC_REQUEST_DURATION = "gen_ai.server.request.duration"
+
+# Ours.
+REQUEST_ID = "headrace.request.id"
+TIER = "headrace.tier"
+SCORE = "headrace.score"
+ROUTE_REASON = "headrace.route.reason"
+BATCH_ID = "headrace.batch.id"
+BATCH_SIZE = "headrace.batch.size"
+BATCH_TOKENS = "headrace.batch.tokens"
+WORKER = "headrace.worker.id"
+ATTEMPT = "headrace.attempt"
+OUTCOME = "headrace.outcome"
+METRIC_TOKENS = "headrace.generated_tokens"
+METRIC_TOKEN_RATE = "headrace.tokens_per_second"
+METRIC_REQUESTS = "headrace.requests"
+METRIC_QUEUE_DEPTH = "headrace.queue.depth"
+METRIC_QUEUE_WAIT = "headrace.queue.wait"
+METRIC_BATCH_SIZE = "headrace.batch.size"
+METRIC_RUNNING = "headrace.sequences.running"
+METRIC_WAITING = "headrace.sequences.waiting"
+METRIC_ENDED = "headrace.sequences.ended"
+METRIC_STEP_ROWS = "headrace.step.rows"
+METRIC_STEP_SECONDS = "headrace.step.duration"
+METRIC_ROUTED = "headrace.routed"
+
+# Bucket edges that the conventions advise, in seconds.
+BUCKETS_CALL = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+BUCKETS_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+BUCKETS_TPOT = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+BUCKETS_SIZE = (1, 2, 4, 8, 16, 32, 64, 128, 256)

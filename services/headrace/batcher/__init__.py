@@ -1,0 +1,4 @@
+"""The batcher of one tier: text in and out, batches of token ids to the workers.
+
+It does not know how a prompt was scored, nor which other tiers there are.
+"""

@@ -1,0 +1,107 @@
+"""Start a batcher: `python -m headrace.batcher --help`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from headrace.batcher.coalescer import Coalescer
+from headrace.batcher.queue import JobQueue
+from headrace.batcher.service import SERVICES, GenerationServicer
+from headrace.batcher.settings import Settings
+from headrace.batcher.tokens import ByteTokenizer, Tokenizer, load_tokenizer
+from headrace.batcher.window import Window
+from headrace.batcher.workers import WorkerLink
+from headrace.models import ModelUnavailable, cache_folder, resolve
+from headrace.runtime import logs
+from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
+from headrace.runtime.telemetry import telemetry
+from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
+from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
+
+log = logging.getLogger("headrace.batcher")
+
+
+@dataclass(frozen=True)
+class Batcher:
+    """A running batcher: its server, and its coalescer to look at."""
+
+    server: Serving
+    coalescer: Coalescer
+
+
+@asynccontextmanager
+async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> AsyncGenerator[Batcher, None]:
+    """Serve one tier while the block runs; drain when it is left.
+
+    identity   names this batcher in its workers' logs
+    """
+    links = [
+        WorkerLink(target, fingerprint=tokenizer.fingerprint, batcher_id=identity)
+        for target in settings.worker_targets
+    ]
+    coalescer = Coalescer(
+        links,
+        JobQueue(settings.queue_limit),
+        Window(size=settings.batch_size, tokens=settings.batch_tokens, linger=settings.linger),
+        tier=settings.tier,
+    )
+    with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as executor:
+        servicer = GenerationServicer(
+            coalescer, tokenizer, tier=settings.tier, executor=executor, max_tokens=settings.max_tokens
+        )
+
+        def register(server: grpc.aio.Server) -> None:
+            add_GenerationServiceServicer_to_server(servicer, server)
+            add_RoutingServiceServicer_to_server(servicer, server)
+
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(link.run()) for link in links]
+            running.append(tasks.create_task(coalescer.run()))
+            try:
+                async with serving(
+                    register,
+                    SERVICES,
+                    host=settings.host,
+                    port=settings.port,
+                    drain_seconds=settings.drain_seconds,
+                    ready=lambda: bool(coalescer.workers()),
+                ) as server:
+                    yield Batcher(server, coalescer)
+            finally:
+                for task in running:
+                    task.cancel()
+
+
+async def main(settings: Settings) -> None:
+    """Serve until a signal comes."""
+    identity = f"{settings.tier}-{socket.gethostname()}-{os.getpid()}"
+    log.info("loading", extra={"stage": "tokenizer", "model": settings.model or "echo"})
+    tokenizer = await asyncio.to_thread(_tokenizer, settings)
+    async with telemetry("batcher", instance=identity), batcher(settings, tokenizer, identity):
+        await until_signal()
+
+
+def _tokenizer(settings: Settings) -> Tokenizer:
+    if settings.fake:
+        return ByteTokenizer()
+    cache = Path(settings.cache) if settings.cache else cache_folder()
+    try:
+        return load_tokenizer(resolve(settings.model, cache), cache)
+    except ModelUnavailable as error:
+        raise StartFailed(str(error)) from error
+
+
+if __name__ == "__main__":
+    settings = Settings.load(program="python -m headrace.batcher")
+    logs.configure("batcher", settings.log_level)
+    run(main(settings))

@@ -1,0 +1,43 @@
+"""What a batcher can be told, by flags or HEADRACE_* variables."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from headrace.runtime.settings import ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """The batcher of one tier: coalesces request streams into batches for its workers."""
+
+    port: int = Field(default=50052, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    tier: str = Field(default="default", min_length=1, description="name of the tier that it serves")
+    workers: str = Field(
+        description="gRPC targets of the tier's workers, separated by commas, such as 127.0.0.1:50053"
+    )
+    model: str = Field(
+        default="",
+        description="whose tokenizer to use: a default model's name, a folder, a .gguf or a hub id",
+    )
+    cache: str = Field(default="", description="folder for fetched models; default ~/.cache/headrace")
+    fake: bool = Field(default=False, description="use the echo engine's tokenizer, which needs no model")
+    queue_limit: int = Field(default=256, ge=1, description="requests that may wait for a worker")
+    batch_size: int = Field(default=32, ge=1, description="most sequences in a batch")
+    batch_tokens: int = Field(default=4096, ge=1, description="most prompt tokens in a batch")
+    linger: float = Field(
+        default=0.005, ge=0, le=10, description="seconds a batch waits for company; 0 while a worker is idle"
+    )
+    max_tokens: int = Field(default=1024, ge=1, description="most tokens of an answer")
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> Settings:
+        if bool(self.model) == self.fake:
+            raise ValueError("HEADRACE_MODEL is not set (or --model), and neither is --fake: set one of them")
+        if not self.worker_targets:
+            raise ValueError("HEADRACE_WORKERS (or --workers) names no target")
+        return self
+
+    @property
+    def worker_targets(self) -> list[str]:
+        """The targets of `workers`, one by one."""
+        return [target.strip() for target in self.workers.split(",") if target.strip()]

@@ -1,0 +1,250 @@
+"""Call a Headrace server: the router, or a batcher; a caller cannot tell them apart.
+
+    async with connect("127.0.0.1:50051") as client:
+        async with aclosing(client.generate(chat("Why is the sky blue?"), timeout=30)) as stream:
+            async for response in stream:
+                print(response.delta.text, end="")
+
+Leaving the stream cancels the call, every failure is an exception of `headrace.errors`, and a request
+that a server could not take is tried again while nothing of its answer has been seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Self, TypeVar
+
+import grpc
+from opentelemetry import metrics, propagate, trace
+
+from headrace import attributes, errors
+from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import generation_service_pb2_grpc, routing_service_pb2, routing_service_pb2_grpc
+
+T = TypeVar("T")
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # either way, on every hop
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A peer that vanished without a word is noticed in half a minute. Servers allow a ping each 10 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Retrying is decided here, where it is known what the caller has seen; not twice.
+    ("grpc.enable_retries", 0),
+    # A server that comes back is found within a second or two, not after gRPC's two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+_GENERATE = "headrace.v1.GenerationService/Generate"
+
+_tracer = trace.get_tracer("headrace.client")
+_call_duration = metrics.get_meter("headrace.client").create_histogram(
+    attributes.METRIC_CLIENT_CALL_DURATION,
+    unit="s",
+    explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL,
+)
+
+
+def chat(
+    text: str | Sequence[tuple[str, str]], *, system: str = "", **sampling: object
+) -> pb.GenerateRequest:
+    """A request for the answer to *text*, or to a conversation of (role, content) pairs.
+
+    sampling   fields of `headrace.v1.Sampling`, such as temperature=0, max_tokens=64, stop=["\\n"]
+    """
+    turns = [("user", text)] if isinstance(text, str) else list(text)
+    if system:
+        turns.insert(0, ("system", system))
+    request = pb.GenerateRequest(sampling=pb.Sampling(**sampling))  # type: ignore[arg-type]
+    for role, content in turns:
+        request.chat.messages.add(role=role, content=content)
+    return request
+
+
+class RetryBudget:
+    """How many retries may follow upon how many calls (gRPC proposal A6, retry throttling).
+
+    Each retry costs one token, each success gives back *refund*, and at half of *tokens* retrying
+    stops: a server in trouble is not buried under second tries.
+    """
+
+    def __init__(self, tokens: float = 10, refund: float = 0.1) -> None:
+        self._most = tokens
+        self._tokens = tokens
+        self._refund = refund
+
+    def take(self) -> bool:
+        """Pay for one retry; false if it cannot be afforded."""
+        if self._tokens <= self._most / 2:
+            return False
+        self._tokens -= 1
+        return True
+
+    def succeed(self) -> None:
+        """Book a call that went well."""
+        self._tokens = min(self._most, self._tokens + self._refund)
+
+
+class Client:
+    """Calls one target over one channel; make it with `connect`.
+
+    retries   most tries after the first, for calls that failed as UNAVAILABLE before any event
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, *, retries: int = 2) -> None:
+        self._channel = channel
+        self._generation = generation_service_pb2_grpc.GenerationServiceStub(channel)
+        self._routing = routing_service_pb2_grpc.RoutingServiceStub(channel)
+        self._retries = retries
+        self._budget = RetryBudget()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End all calls and close the channel."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        request: pb.GenerateRequest,
+        *,
+        timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Stream the answer to *request*: `accepted`, deltas, `finish`.
+
+        timeout    seconds for the whole answer; None leaves the deadline to the router
+        metadata   further headers
+
+        Raises a HeadraceError. Iterate under `contextlib.aclosing`: leaving then cancels the call.
+        """
+        size = request.ByteSize()
+        if size > MAX_MESSAGE_BYTES:
+            raise errors.MessageTooLarge(
+                f"the request has {size} bytes, servers take {MAX_MESSAGE_BYTES}", size=size
+            )
+        ends = None if timeout is None else time.monotonic() + timeout
+        for attempt in range(self._retries + 1):
+            seen = False
+            try:
+                left = None if ends is None else max(ends - time.monotonic(), 0.0)
+                async with aclosing(self._call(request, left, metadata or {})) as responses:
+                    async for response in responses:
+                        seen = True
+                        yield response
+            except errors.Unavailable as error:
+                if seen or attempt == self._retries or not self._budget.take():
+                    raise
+                await asyncio.sleep(_backoff(attempt, error, ends))
+            else:
+                self._budget.succeed()
+                return
+
+    async def explain(
+        self, request: pb.GenerateRequest, *, timeout: float = 5.0
+    ) -> routing_service_pb2.ExplainResponse:
+        """Where the router would send *request*, and why. Nothing is generated."""
+        return await self._unary(
+            self._routing.Explain(
+                routing_service_pb2.ExplainRequest(request=request), timeout=timeout, metadata=_context()
+            )
+        )
+
+    async def list_tiers(self, *, timeout: float = 5.0) -> routing_service_pb2.ListTiersResponse:
+        """The tiers with model, limits, health and load, smallest first."""
+        return await self._unary(
+            self._routing.ListTiers(
+                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=_context()
+            )
+        )
+
+    @staticmethod
+    async def _unary(call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc_error(error) from error
+
+    async def _call(
+        self, request: pb.GenerateRequest, timeout: float | None, metadata: Mapping[str, str]
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """One call, as a client span with the events that a caller sees."""
+        # Not `start_as_current_span`: a generator's body runs in whoever's context asks for the next item.
+        span = _tracer.start_span(
+            _GENERATE,
+            kind=trace.SpanKind.CLIENT,
+            attributes={attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: _GENERATE},
+        )
+        headers = _context(trace.set_span_in_context(span), **metadata)
+        began = time.monotonic()
+        code = grpc.StatusCode.CANCELLED  # unless it ends some other way
+        call = self._generation.Generate(request, timeout=timeout, metadata=headers)
+        delivered = False
+        try:
+            async for response in call:
+                event = response.WhichOneof("event")
+                if event == "delta" and not delivered:
+                    delivered = True
+                    span.add_event(attributes.EVENT_FIRST_TOKEN)
+                elif event == "finish":
+                    span.add_event(attributes.EVENT_FINISH)
+                yield response
+            code = grpc.StatusCode.OK
+        except grpc.aio.AioRpcError as error:
+            code = error.code()
+            translated = errors.from_rpc_error(error)
+            span.set_attribute(attributes.ERROR_TYPE, translated.reason)
+            span.set_status(trace.StatusCode.ERROR, translated.message)
+            raise translated from error
+        finally:
+            call.cancel()  # harmless once the stream has ended
+            span.set_attribute(attributes.RPC_STATUS_CODE, code.name)
+            span.end()
+            _call_duration.record(
+                time.monotonic() - began,
+                {attributes.RPC_METHOD: _GENERATE, attributes.RPC_STATUS_CODE: code.name},
+            )
+
+
+@asynccontextmanager
+async def connect(
+    target: str, *, credentials: grpc.ChannelCredentials | None = None, retries: int = 2
+) -> AsyncGenerator[Client, None]:
+    """A client for *target*, a gRPC name such as "127.0.0.1:50051" or "dns:///router:50051".
+
+    credentials   for TLS; None speaks plain text
+    """
+    async with Client(open_channel(target, credentials=credentials), retries=retries) as client:
+        yield client
+
+
+def open_channel(target: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """A channel with the message limits and keepalive that every hop of the mesh uses."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+
+
+def _context(context: object | None = None, **headers: str) -> tuple[tuple[str, str], ...]:
+    """Headers that carry the trace context, and *headers*."""
+    carrier: dict[str, str] = dict(headers)
+    propagate.inject(carrier, context=context)  # type: ignore[arg-type]
+    return tuple(carrier.items())
+
+
+def _backoff(attempt: int, error: errors.HeadraceError, ends: float | None) -> float:
+    """Seconds until the next try: what the server asked for, else jittered doubling from 50 ms."""
+    delay = error.retry_after if error.retry_after is not None else random.uniform(0.5, 1) * 0.1 * 2**attempt
+    return delay if ends is None else max(0.0, min(delay, ends - time.monotonic()))

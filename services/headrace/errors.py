@@ -1,0 +1,311 @@
+"""What may go wrong, as exceptions inside and gRPC statuses with google.rpc details at the edge.
+
+    HeadraceError
+    ├── InvalidRequest          the caller's to mend; retrying does not help
+    │   ├── EmptyInput  InvalidText  InvalidSampling  ContextTooLong
+    │   └── UnknownTier  UnknownModel  HintsConflict
+    ├── MessageTooLarge
+    ├── Overloaded              retry after the delay
+    │   └── SlowReader
+    ├── DeadlineExceeded
+    │   └── DeadlineInQueue  DeadlineInDecode
+    ├── RequestCancelled
+    ├── Unavailable             may pass; retry before `accepted`
+    │   └── NoWorkers  WorkerLost  BatcherLost  WorkerDraining  Draining  NotReady
+    ├── SequenceFault           this request failed in the engine, its neighbours did not
+    ├── Unimplemented
+    └── InternalError           a fault of ours; the log of the server has it in full
+
+`to_status` turns an exception into a google.rpc.Status; `from_status` and `from_rpc_error` turn it
+back into the same class. `reason` is for programs and never changes; the message is for people.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import grpc
+from google.protobuf import duration_pb2, message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+DOMAIN = "headrace"
+DETAILS_KEY = "grpc-status-details-bin"  # where gRPC carries a google.rpc.Status
+
+
+class HeadraceError(Exception):
+    """Anything that Headrace reports to a caller.
+
+    message       what happened and what to do, for people
+    fields        facts for programs, carried as ErrorInfo.metadata
+    retry_after   seconds after which trying again makes sense; None if it never does
+    field         the request's field at fault, such as "sampling.top_p"; carried as BadRequest
+    """
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, field: str = "", **fields: object
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+        self.field = field
+        self.fields = {name: str(value) for name, value in fields.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, self.retry_after, self.field, self.fields))
+
+
+class InvalidRequest(HeadraceError):
+    """A field is missing, out of range or at odds with another. Mend the request."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+
+class EmptyInput(InvalidRequest):
+    """There is nothing to answer."""
+
+    reason = "EMPTY_INPUT"
+
+
+class InvalidText(InvalidRequest):
+    """The request's bytes cannot be read: text that is not UTF-8, or no message of this kind."""
+
+    reason = "INVALID_UTF8"
+
+
+class InvalidSampling(InvalidRequest):
+    """A sampling field is out of its range."""
+
+    reason = "INVALID_SAMPLING"
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt and answer do not fit the model's context. Shorten the prompt or pick another tier."""
+
+    reason = "CONTEXT_TOO_LONG"
+
+
+class UnknownTier(InvalidRequest):
+    """No tier of that name."""
+
+    reason = "UNKNOWN_TIER"
+
+
+class UnknownModel(InvalidRequest):
+    """No tier serves a model of that name."""
+
+    reason = "UNKNOWN_MODEL"
+
+
+class HintsConflict(InvalidRequest):
+    """The routing hints leave no tier."""
+
+    reason = "HINTS_CONFLICT"
+
+
+class MessageTooLarge(HeadraceError):
+    """The request is larger than a server takes. Send less."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "MESSAGE_TOO_LARGE"
+
+
+class Overloaded(HeadraceError):
+    """The batcher's queue is full. Retry after the delay; nothing was generated."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+
+
+class SlowReader(Overloaded):
+    """The caller read its answer too slowly for the server to keep it."""
+
+    reason = "SLOW_READER"
+
+
+class DeadlineExceeded(HeadraceError):
+    """The deadline passed. Give more time, or ask for less."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE"
+
+
+class DeadlineInQueue(DeadlineExceeded):
+    """The deadline passed before a worker took the request."""
+
+    reason = "DEADLINE_QUEUE"
+
+
+class DeadlineInDecode(DeadlineExceeded):
+    """The deadline passed while the answer was being generated."""
+
+    reason = "DEADLINE_DECODE"
+
+
+class RequestCancelled(HeadraceError):
+    """The caller left."""
+
+    code = grpc.StatusCode.CANCELLED
+    reason = "CANCELLED"
+
+
+class Unavailable(HeadraceError):
+    """The server cannot be reached or cannot serve now."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "UNAVAILABLE"
+
+
+class NoWorkers(Unavailable):
+    """Nothing healthy stands behind the tier."""
+
+    reason = "NO_WORKERS"
+
+
+class WorkerLost(Unavailable):
+    """The worker vanished with the request. The batcher may carry on elsewhere."""
+
+    reason = "WORKER_LOST"
+
+
+class BatcherLost(Unavailable):
+    """The batcher vanished with the request. The router may carry on elsewhere."""
+
+    reason = "BATCHER_LOST"
+
+
+class WorkerDraining(Unavailable):
+    """The worker is stopping and handed the request back."""
+
+    reason = "WORKER_DRAINING"
+
+
+class Draining(Unavailable):
+    """The server is stopping and takes no new requests. Another one will."""
+
+    reason = "DRAINING"
+
+
+class NotReady(Unavailable):
+    """The server is still starting."""
+
+    reason = "NOT_READY"
+
+
+class SequenceFault(HeadraceError):
+    """The engine failed on this request; others in the batch are unharmed."""
+
+    code = grpc.StatusCode.INTERNAL
+    reason = "SEQUENCE_FAULT"
+
+
+class Unimplemented(HeadraceError):
+    """The server does not have this RPC."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = "UNIMPLEMENTED"
+
+
+class InternalError(HeadraceError):
+    """A fault of ours."""
+
+    reason = "INTERNAL"
+
+
+def _leaves(cls: type[HeadraceError]) -> list[type[HeadraceError]]:
+    return [cls, *(leaf for sub in cls.__subclasses__() for leaf in _leaves(sub))]
+
+
+_BY_REASON: dict[str, type[HeadraceError]] = {
+    cls.reason: cls for cls in _leaves(HeadraceError) if cls is not HeadraceError
+}
+# For statuses without our ErrorInfo: gRPC's own, a proxy's.
+_BY_CODE: dict[grpc.StatusCode, type[HeadraceError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: RequestCancelled,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+}
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_TOO_LARGE = re.compile(r"message larger than max", re.IGNORECASE)
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The one exception inside a group of one, however deep; anything else as it is.
+
+    A TaskGroup wraps what its tasks raise, and a group says nothing to a caller.
+    """
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def to_status(error: HeadraceError) -> status_pb2.Status:
+    """The error with its details: ErrorInfo always, RetryInfo and BadRequest where they apply."""
+    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+
+    def attach(detail: message.Message) -> None:
+        status.details.add().Pack(detail)
+
+    attach(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.fields))
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        attach(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.field:
+        bad = error_details_pb2.BadRequest()
+        bad.field_violations.add(field=error.field, description=error.message, reason=error.reason)
+        attach(bad)
+    return status
+
+
+def from_status(status: status_pb2.Status) -> HeadraceError:
+    """The exception that the status was made from; the nearest one for statuses of other making."""
+    info = error_details_pb2.ErrorInfo()
+    retry = error_details_pb2.RetryInfo()
+    bad = error_details_pb2.BadRequest()
+    retry_after = None
+    field = ""
+    for detail in status.details:
+        if detail.Unpack(info):
+            continue
+        if detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+        elif detail.Unpack(bad) and bad.field_violations:
+            field = bad.field_violations[0].field
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    cls = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
+    if cls is None:
+        cls = MessageTooLarge if _TOO_LARGE.search(status.message) else _BY_CODE.get(code, InternalError)
+    return _rebuild(cls, status.message, retry_after, field, dict(info.metadata))
+
+
+def from_rpc_error(error: grpc.RpcError) -> HeadraceError:
+    """What a failed call means: our own exception where the server sent one."""
+    assert isinstance(error, grpc.aio.AioRpcError), f"not an asyncio call's error: {error!r}"
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            status = status_pb2.Status()
+            try:
+                status.ParseFromString(value if isinstance(value, bytes) else value.encode())
+            except message.DecodeError:
+                break
+            return from_status(status)
+    code = error.code() or grpc.StatusCode.UNKNOWN
+    return from_status(
+        status_pb2.Status(code=code.value[0], message=error.details() or code_pb2.Code.Name(code.value[0]))
+    )
+
+
+def _rebuild(
+    cls: type[HeadraceError], message: str, retry_after: float | None, field: str, fields: dict[str, str]
+) -> HeadraceError:
+    error = cls(message, retry_after=retry_after, field=field)
+    error.fields = fields
+    return error

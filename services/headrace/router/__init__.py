@@ -1,0 +1,4 @@
+"""The router: scores each prompt and sends it to the smallest tier that will answer it well.
+
+It knows tiers by their names and their batchers' addresses; tokens, batches and workers are beyond it.
+"""

@@ -1,0 +1,223 @@
+"""Serve gRPC: our services, and what operators expect beside them on every port.
+
+That is grpc.health.v1 with `readiness` and `liveness`, reflection v1 and v1alpha, channelz, message
+limits, keepalive rules, and a drain that loses no request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, text_format
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_channelz.v1 import channelz
+from grpc_channelz.v1.channelz_pb2 import DESCRIPTOR as CHANNELZ
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha._async import ReflectionServicer
+
+from headrace import errors
+from headrace.client import MAX_MESSAGE_BYTES
+from headrace.runtime.interceptors import Activity, ServerInterceptor
+
+log = logging.getLogger(__name__)
+
+READINESS = "readiness"
+LIVENESS = "liveness"
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.enable_channelz", 1),
+    # Two servers on one port would each get half of the calls and none would complain.
+    ("grpc.so_reuseport", 0),
+)
+_FOLLOW_SECONDS = 0.1
+_FORCE_SECONDS = 0.5  # for calls that are still open when the drain is over, to hear that it is
+
+
+class StartFailed(Exception):
+    """The process cannot start, for a reason that a person can mend; the message says which."""
+
+
+class PortInUse(StartFailed):
+    """Something else listens on the port."""
+
+
+class Health:
+    """The server's health as grpc.health.v1 tells it: "" and `readiness` alike, and `liveness`."""
+
+    def __init__(self) -> None:
+        self.servicer = HealthServicer()
+        self.ready = False
+
+    async def set_ready(self, ready: bool) -> None:
+        """Say whether the server takes work."""
+        self.ready = ready
+        status = (
+            health_pb2.HealthCheckResponse.SERVING if ready else (health_pb2.HealthCheckResponse.NOT_SERVING)
+        )
+        for name in ("", READINESS):
+            await self.servicer.set(name, status)
+
+    async def follow(self, ready: Callable[[], bool]) -> None:
+        """Keep readiness as *ready* says, until cancelled."""
+        while True:
+            if (now := ready()) != self.ready:
+                await self.set_ready(now)
+            await asyncio.sleep(_FOLLOW_SECONDS)
+
+    async def set_live(self) -> None:
+        """Say that the process runs."""
+        await self.servicer.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A running server.
+
+    port    where it listens
+    """
+
+    port: int
+    health: Health
+    activity: Activity = field(default_factory=Activity)
+
+
+@asynccontextmanager
+async def serving(
+    register: Callable[[grpc.aio.Server], None],
+    services: Iterable[ServiceDescriptor],
+    *,
+    host: str,
+    port: int,
+    drain_seconds: float,
+    long_lived: frozenset[str] = frozenset(),
+    ready: Callable[[], bool],
+    drain: Callable[[], Coroutine[object, object, None]] | None = None,
+) -> AsyncGenerator[Serving, None]:
+    """Serve until the block is left, then drain.
+
+    register       adds the servicers
+    services       descriptors of the services it adds, for reflection
+    port           0 picks a free one
+    drain_seconds  how long requests in flight may go on after the block was left
+    long_lived     full method names of streams that last as long as the connection
+    ready          whether the server takes work, asked ten times a second: the readiness that health tells
+    drain          awaited after admission has stopped, at most *drain_seconds*, for what the
+                   service itself has to hand back
+
+    Raises PortInUse.
+    """
+    health, activity = Health(), Activity()
+    server = grpc.aio.server(
+        interceptors=[ServerInterceptor(activity, untraced=long_lived)], options=_OPTIONS
+    )
+    register(server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    channelz.add_channelz_servicer(server)
+    _add_reflection(
+        server,
+        [
+            *(service.full_name for service in services),
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            CHANNELZ.services_by_name["Channelz"].full_name,
+        ],
+    )
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise PortInUse(f"cannot listen on {host}:{port}; is something else there?") from error
+    await health.set_ready(False)
+    await health.set_live()
+    await server.start()
+    log.info("serving", extra={"host": host, "port": bound})
+    telling = asyncio.create_task(health.follow(ready))
+    try:
+        yield Serving(bound, health, activity)
+    finally:
+        began = time.monotonic()
+        telling.cancel()
+        activity.draining = True
+        await health.set_ready(False)
+        log.info("draining", extra={"in_flight": activity.in_flight, "seconds": drain_seconds})
+        try:
+            async with asyncio.timeout(drain_seconds):
+                if drain is not None:
+                    await drain()
+                while activity.in_flight:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            log.warning("drain timed out", extra={"in_flight": activity.in_flight})
+        await server.stop(_FORCE_SECONDS)
+        log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
+
+
+def _add_reflection(server: grpc.aio.Server, services: list[str]) -> None:
+    alpha = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
+    _describe_reflection_v1()
+    servicer = ReflectionServicer([*services, alpha, REFLECTION_V1])
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    # The messages of v1 are those of v1alpha under another package; only the method's path differs.
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler}),)
+    )
+
+
+def _describe_reflection_v1() -> None:
+    """Make reflection v1 describable: its package ships v1alpha alone, which differs in name only."""
+    alpha = descriptor_pb2.FileDescriptorProto()
+    reflection_pb2.DESCRIPTOR.CopyToProto(alpha)
+    v1 = descriptor_pb2.FileDescriptorProto()
+    text_format.Parse(text_format.MessageToString(alpha).replace("v1alpha", "v1"), v1)
+    descriptor_pool.Default().AddSerializedFile(v1.SerializeToString())
+
+
+async def until_signal() -> None:
+    """Wait for SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    await asked.wait()
+    log.info("asked to stop")
+
+
+def run(main: Coroutine[object, object, None]) -> None:
+    """Run a service's main, on uvloop where there is one; what stops it is one line, not a traceback.
+
+    Exits with status 1 on a failure that a person can mend, such as a port in use.
+    """
+    failure = ""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with contextlib.suppress(ImportError):  # there is none for Windows
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(main)
+    except* StartFailed as group:
+        failure = str(errors.unwrap(group))
+    if failure:
+        log.critical(failure)
+        raise SystemExit(1)

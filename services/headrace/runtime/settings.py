@@ -1,0 +1,69 @@
+"""Read a process's settings from flags and the environment: once, frozen, complete.
+
+Flags win over HEADRACE_* variables, which win over defaults. What is wrong or missing stops the start,
+and the message lists all of it at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+PREFIX = "HEADRACE_"
+
+
+class ServiceSettings(BaseSettings):
+    """What every server needs; each service adds its own."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="ignore",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(default=0, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    drain_seconds: float = Field(
+        default=25.0, ge=0, description="after SIGTERM, how long requests in flight may go on"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="least level of log lines"
+    )
+
+    @classmethod
+    def load(cls, arguments: list[str] | None = None, *, program: str = "") -> Self:
+        """Read flags (*arguments*, or the process's own) and environment.
+
+        Prints what is wrong and exits with status 2 where the settings are not usable.
+        """
+        cls.model_config["cli_prog_name"] = program or None
+        try:
+            return CliApp.run(cls, cli_args=sys.argv[1:] if arguments is None else arguments)
+        except ValidationError as error:
+            print(complaint(error), file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+def complaint(error: ValidationError) -> str:
+    """All that is wrong with the settings, in one line for people."""
+    parts = []
+    for item in error.errors():
+        place = "_".join(str(part) for part in item["loc"])
+        variable, flag = PREFIX + place.upper(), "--" + place.replace("_", "-")
+        if item["type"] == "missing":
+            parts.append(f"{variable} is not set (or {flag})")
+        elif place:
+            message = item["msg"].removeprefix("Value error, ")
+            parts.append(f"{variable}={str(item['input'])!r} (or {flag}): {message}")
+        else:
+            parts.append(item["msg"].removeprefix("Value error, "))
+    return "; ".join(parts)

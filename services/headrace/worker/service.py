@@ -1,0 +1,158 @@
+"""Speak WorkerService: one `Run` stream per batcher, and the model's description."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from headrace import errors
+from headrace.v1 import worker_service_pb2 as wire
+from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer
+from headrace.worker.engine.seam import ModelInfo
+from headrace.worker.sessions import Session, Sessions
+
+log = logging.getLogger(__name__)
+
+SERVICES = tuple(wire.DESCRIPTOR.services_by_name.values())
+RUN = "/headrace.v1.WorkerService/Run"
+LOAD_SECONDS = 1.0
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class WorkerServicer(WorkerServiceServicer):
+    """Answers batchers; refuses them until `open` was called, for the model loads while we serve."""
+
+    def __init__(self, worker_id: str, incarnation: int) -> None:
+        self._worker_id = worker_id
+        self._incarnation = incarnation
+        self._sessions: Sessions | None = None
+
+    def open(self, sessions: Sessions) -> None:
+        """The model is loaded and warm."""
+        self._sessions = sessions
+
+    @property
+    def ready(self) -> bool:
+        """Whether batchers may come."""
+        return self._sessions is not None
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more; let what runs finish within *seconds*, hand back the rest, end the streams."""
+        sessions = self._sessions
+        if sessions is None:
+            return
+        sessions.draining = True
+        notice = wire.Drain()
+        notice.deadline.FromNanoseconds(int(seconds * 1e9))
+        sessions.announce(wire.RunResponse(drain=notice))
+        ends = time.monotonic() + seconds
+        while sessions.live and time.monotonic() < ends:
+            await asyncio.sleep(0.02)
+        if sessions.live:
+            log.warning("handing back", extra={"sequences": sessions.live})
+            sessions.hand_back()
+            while sessions.live:
+                await asyncio.sleep(0.02)
+        while sessions.unsent:
+            await asyncio.sleep(0.02)
+
+    async def GetModel(self, request: wire.GetModelRequest, context: _Context) -> wire.GetModelResponse:
+        """Describe the model."""
+        return wire.GetModelResponse(model=_described(self._open_sessions().model))
+
+    async def Run(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
+        self, requests: AsyncIterator[wire.RunRequest], context: _Context
+    ) -> None:
+        """Carry one batcher's work until it hangs up."""
+        sessions = self._open_sessions()
+        first = await anext(aiter(requests), None)
+        if first is None or first.WhichOneof("message") != "hello":
+            raise errors.InvalidRequest("the first message of Run must be hello", field="hello")
+        session = sessions.open()
+        log.info("batcher connected", extra={"batcher": first.hello.batcher_id, "epoch": first.hello.epoch})
+        credit = wire.Credit(generation=1, sequences=_credit(sessions.model))
+        session.say(
+            wire.RunResponse(
+                welcome=wire.Welcome(
+                    worker_id=self._worker_id,
+                    incarnation=self._incarnation,
+                    epoch=first.hello.epoch,
+                    model=_described(sessions.model),
+                    credit=credit,
+                )
+            )
+        )
+        writing = asyncio.create_task(_write(context, session))
+        reporting = asyncio.create_task(_report(sessions, session))
+        try:
+            async for request in requests:
+                _take(sessions, session, request)
+            # Half-closed: the batcher sends no more, and hears the rest.
+            while session.flights:
+                await asyncio.sleep(0.02)
+        finally:
+            reporting.cancel()
+            writing.cancel()
+            sessions.shut(session)
+            log.info("batcher gone", extra={"batcher": first.hello.batcher_id})
+
+    def _open_sessions(self) -> Sessions:
+        if self._sessions is None:
+            raise errors.NotReady("the model is still loading; try again", retry_after=1.0)
+        return self._sessions
+
+
+def _take(sessions: Sessions, session: Session, request: wire.RunRequest) -> None:
+    kind = request.WhichOneof("message")
+    if kind == "submit":
+        session.say(sessions.submit(session, request.submit))
+    elif kind == "cancel":
+        sessions.cancel(session, request.cancel.handles)
+    elif kind == "ping":
+        session.say(wire.RunResponse(pong=wire.Pong(nonce=request.ping.nonce)))
+    elif kind == "hello":
+        raise errors.InvalidRequest("hello comes once, first", field="hello")
+    # `ack` and `quiesce` need no answer; members of later versions are none of our business.
+
+
+async def _write(context: _Context, session: Session) -> None:
+    while True:
+        await session.has_news.wait()
+        session.sending = True
+        for response in session.news():
+            await context.write(response)
+        session.sending = False
+
+
+async def _report(sessions: Sessions, session: Session) -> None:
+    while True:
+        session.say(wire.RunResponse(load=sessions.load()))
+        await asyncio.sleep(LOAD_SECONDS)
+
+
+def _credit(model: ModelInfo) -> int:
+    """Sequences that a batcher may have here: all that run, and as many again to fill the gaps at once."""
+    return 2 * model.max_running
+
+
+def _described(model: ModelInfo) -> wire.ModelDescription:
+    return wire.ModelDescription(
+        name=model.name,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        tokenizer_fingerprint=model.tokenizer_fingerprint,
+        weights_fingerprint=model.weights_fingerprint,
+        context_length=model.context_length,
+        vocabulary_size=model.vocabulary_size,
+        max_running=model.max_running,
+        kv_tokens=model.max_running * model.context_length,
+        determinism=wire.DETERMINISM_EXACT if model.exact else wire.DETERMINISM_BEST_EFFORT,
+        features=model.features,
+    )

@@ -1,0 +1,39 @@
+"""What a worker can be told, by flags or HEADRACE_* variables."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from headrace.runtime.settings import ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """A model worker: runs one model and computes tokens for batchers."""
+
+    port: int = Field(default=50053, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    model: str = Field(
+        default="", description="what to run: a default model's name, a folder, a .gguf or a hub id"
+    )
+    cache: str = Field(default="", description="folder for fetched models; default ~/.cache/headrace")
+    device: str = Field(default="cpu", description="where to run: cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of weights and activations"
+    )
+    threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0 leaves it to torch")
+    context_length: int = Field(
+        default=0, ge=0, description="tokens of prompt and answer together; 0 takes the model's own"
+    )
+    max_running: int = Field(default=32, ge=1, le=1024, description="sequences that run at the same time")
+    step_tokens: int = Field(default=512, ge=1, description="most tokens that one engine step computes")
+    fake: bool = Field(default=False, description="run the echo engine, which needs no model")
+    fake_step_seconds: float = Field(
+        default=0.0, ge=0, description="how long a step of the echo engine takes"
+    )
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Settings:
+        if bool(self.model) == self.fake:
+            raise ValueError("HEADRACE_MODEL is not set (or --model), and neither is --fake: set one of them")
+        return self
