@@ -1,0 +1,64 @@
+"""What all tests share: an echo mesh, and telemetry kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+
+import pytest
+from opentelemetry import metrics, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tests.harness import Mesh, running_mesh
+
+# Global providers can be set once in a process, so all tests share these.
+_spans = InMemorySpanExporter()
+_reader = InMemoryMetricReader()
+
+
+def pytest_configure() -> None:
+    """Record spans and metrics of everything that runs in this process."""
+    tracers = TracerProvider()
+    tracers.add_span_processor(SimpleSpanProcessor(_spans))
+    trace.set_tracer_provider(tracers)
+    metrics.set_meter_provider(MeterProvider(metric_readers=[_reader]))
+
+
+@pytest.fixture
+def spans() -> InMemorySpanExporter:
+    """The spans that ended since the test began."""
+    _spans.clear()
+    return _spans
+
+
+@pytest.fixture
+def count() -> Callable[..., float]:
+    """Reads metrics as they are now, by our own labels: count("headrace.requests", outcome="stop").
+
+    Counters give their sum, gauges their value, histograms how often they were recorded.
+    """
+
+    def read(name: str, **labels: str) -> float:
+        data = _reader.get_metrics_data()
+        total = 0.0
+        for resource in data.resource_metrics if data is not None else ():
+            for scope in resource.scope_metrics:
+                for metric in scope.metrics:
+                    if metric.name != name:
+                        continue
+                    for point in metric.data.data_points:
+                        attributes = dict(point.attributes or {})
+                        if all(attributes.get(f"headrace.{key}") == value for key, value in labels.items()):
+                            total += point.count if hasattr(point, "count") else point.value
+        return total
+
+    return read
+
+
+@pytest.fixture
+async def mesh() -> AsyncGenerator[Mesh, None]:
+    """Two tiers of echo engines."""
+    async with running_mesh() as running:
+        yield running

@@ -1,0 +1,183 @@
+"""A whole mesh inside the test's process: real servers on real ports, an echo engine behind each tier."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.batcher.__main__ import Batcher, batcher
+from headrace.batcher.settings import Settings as BatcherSettings
+from headrace.batcher.tokens import ByteTokenizer, Tokenizer
+from headrace.client import Client, connect
+from headrace.router.__main__ import router
+from headrace.router.settings import Settings as RouterSettings
+from headrace.v1 import generation_pb2 as pb
+from headrace.worker.__main__ import Worker, worker
+from headrace.worker.engine.echo import EchoEngine
+from headrace.worker.engine.seam import Engine
+from headrace.worker.settings import Settings as WorkerSettings
+
+
+@dataclass(frozen=True)
+class TierParts:
+    """One tier of a test mesh, for tests to look into."""
+
+    engine: Engine
+    worker: Worker
+    batcher: Batcher
+
+    @property
+    def left_behind(self) -> dict[str, int]:
+        """What a quiet tier must have none of; non-zero entries only."""
+        (link,) = self.batcher.coalescer.links
+        counts = {
+            "queued": len(self.batcher.coalescer.queue),
+            "live": self.batcher.coalescer.live,
+            "flights": link.outstanding,
+            "handles": len(link._handles),
+            "batcher requests": self.batcher.server.activity.in_flight,
+            "worker sequences": self.worker.sessions.live,
+            "slots": self.engine.occupied_slots if isinstance(self.engine, EchoEngine) else 0,
+        }
+        return {name: count for name, count in counts.items() if count}
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A running mesh and a client of its router."""
+
+    client: Client
+    port: int
+    tiers: Mapping[str, TierParts]
+    stack: AsyncExitStack = field(repr=False)
+
+    @property
+    def left_behind(self) -> dict[str, dict[str, int]]:
+        """What is left in any tier."""
+        return {name: parts.left_behind for name, parts in self.tiers.items() if parts.left_behind}
+
+
+def echo_engine() -> EchoEngine:
+    """The usual engine of tests: no model, no waiting."""
+    return EchoEngine()
+
+
+@asynccontextmanager
+async def running_mesh(
+    *names: str,
+    engine: Callable[[], Engine] = echo_engine,
+    tokenizer: Tokenizer | None = None,
+    batcher_settings: Mapping[str, Any] | None = None,
+    router_settings: Mapping[str, Any] | None = None,
+    worker_settings: Mapping[str, Any] | None = None,
+) -> AsyncGenerator[Mesh, None]:
+    """Start a mesh with tiers of these *names*, smallest first; "small" and "large" unless told."""
+    names = names or ("small", "large")
+    async with AsyncExitStack() as stack:
+        tiers: dict[str, TierParts] = {}
+        for name in names:
+            made = engine()
+            running = await stack.enter_async_context(running_worker(made, **(worker_settings or {})))
+            front = await stack.enter_async_context(
+                batcher(
+                    BatcherSettings(
+                        port=0,
+                        tier=name,
+                        workers=f"127.0.0.1:{running.server.port}",
+                        fake=True,
+                        **{"drain_seconds": 2.0, **(batcher_settings or {})},
+                    ),
+                    tokenizer or ByteTokenizer(),
+                    f"{name}-batcher",
+                )
+            )
+            tiers[name] = TierParts(made, running, front)
+        gate = await stack.enter_async_context(
+            router(
+                RouterSettings(
+                    port=0,
+                    tiers=",".join(
+                        f"{name}=127.0.0.1:{parts.batcher.server.port}" for name, parts in tiers.items()
+                    ),
+                    **{"drain_seconds": 2.0, "poll_seconds": 0.1, **(router_settings or {})},
+                )
+            )
+        )
+        client = await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}"))
+        mesh = Mesh(client, gate.port, tiers, stack)
+        await eventually(lambda: gate.health.ready)
+        await eventually(lambda: all(parts.batcher.coalescer.workers() for parts in tiers.values()))
+        for _ in range(100):
+            if all(tier.healthy for tier in (await client.list_tiers()).tiers):
+                break
+            await asyncio.sleep(0.02)
+        yield mesh
+
+
+@asynccontextmanager
+async def running_worker(engine: Engine, **settings: Any) -> AsyncGenerator[Worker, None]:
+    """Start a worker over *engine*."""
+    async with worker(
+        WorkerSettings(port=0, fake=True, **{"drain_seconds": 2.0, **settings}), lambda: engine, "worker"
+    ) as running:
+        yield running
+
+
+async def eventually(condition: Callable[[], object], *, timeout: float = 10.0) -> None:
+    """Wait until *condition* holds; fail after *timeout* seconds."""
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@dataclass
+class Answer:
+    """A whole answer, checked for the contract's order while it was read."""
+
+    accepted: pb.Accepted = field(default_factory=pb.Accepted)
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    deltas: int = 0
+    tokens: int = 0
+    finish: pb.Finish = field(default_factory=pb.Finish)
+
+
+async def collect(client: Client, request: pb.GenerateRequest, *, timeout: float | None = 60) -> Answer:
+    """Read one answer to its end, asserting what every stream promises."""
+    answer = Answer()
+    seen: list[str] = []
+    async with aclosing(client.generate(request, timeout=timeout)) as stream:
+        async for response in stream:
+            event = response.WhichOneof("event") or "nothing"
+            assert "finish" not in seen, "an event followed finish"
+            assert (event == "accepted") == (not seen), "accepted is the first event and only that"
+            seen.append(event)
+            if event == "accepted":
+                answer.accepted = response.accepted
+            elif event == "delta":
+                delta = response.delta
+                expected = len(request.resume.token_ids) + answer.tokens
+                assert delta.offset == expected, f"offset {delta.offset}, expected {expected}"
+                if request.stream.include_token_ids:
+                    assert len(delta.token_ids) == delta.token_count
+                delta.text.encode()
+                answer.deltas += 1
+                answer.tokens += delta.token_count
+                answer.text += delta.text
+                answer.ids += delta.token_ids
+                answer.logprobs += delta.logprobs
+            elif event == "finish":
+                answer.finish = response.finish
+    assert seen[-1:] == ["finish"], f"the stream ended without finish: {seen}"
+    return answer
+
+
+def prompt(text: str, **sampling: Any) -> pb.GenerateRequest:
+    """A raw prompt with token ids asked for."""
+    return pb.GenerateRequest(
+        prompt=text, sampling=pb.Sampling(**sampling), stream=pb.StreamOptions(include_token_ids=True)
+    )

@@ -1,0 +1,107 @@
+"""A request that nobody waits for any more costs nothing more, wherever it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+import pytest
+from headrace import errors
+from headrace.v1 import generation_pb2 as pb
+from headrace.worker.engine.echo import EchoEngine
+from tests.harness import Mesh, collect, eventually, prompt, running_mesh
+
+LONG = 3000
+
+
+@pytest.fixture
+async def slow() -> AsyncGenerator[Mesh, None]:
+    """One tier that computes two sequences at a time, 20 ms a step, 8 prompt tokens a step."""
+    async with running_mesh(
+        "only",
+        engine=lambda: EchoEngine(max_running=2, step_seconds=0.02),
+        worker_settings={"step_tokens": 8},
+        batcher_settings={"max_tokens": LONG},
+    ) as running:
+        yield running
+
+
+def endless(text: str = "x") -> pb.GenerateRequest:
+    return prompt(text, max_tokens=LONG, ignore_eos=True)
+
+
+async def test_hanging_up_in_mid_answer_frees_the_sequence(slow: Mesh, count: Callable[..., float]) -> None:
+    before = count("headrace.sequences.ended", outcome="cancelled")
+    async with aclosing(slow.client.generate(endless(), timeout=30)) as stream:
+        async for response in stream:
+            if response.HasField("delta"):
+                break
+
+    await eventually(lambda: not slow.left_behind)
+    assert count("headrace.sequences.ended", outcome="cancelled") == before + 1
+    assert count("headrace.requests", outcome="cancelled") >= 1
+
+
+async def test_hanging_up_during_prefill_frees_the_sequence(slow: Mesh) -> None:
+    only = slow.tiers["only"]
+    async with aclosing(slow.client.generate(prompt("p" * 2000), timeout=30)) as stream:
+        await anext(stream)
+        await eventually(lambda: only.engine.occupied_slots == 1)  # type: ignore[attr-defined]
+
+    await eventually(lambda: not slow.left_behind)
+
+
+async def test_hanging_up_in_the_queue_frees_the_place(slow: Mesh) -> None:
+    coalescer = slow.tiers["only"].batcher.coalescer
+    async with asyncio.TaskGroup() as tasks:
+        readers = [tasks.create_task(collect(slow.client, endless())) for _ in range(6)]
+        await eventually(lambda: len(coalescer.queue) == 2)  # 2 run, 2 wait at the worker
+        for reader in readers:
+            reader.cancel()
+
+    await eventually(lambda: not slow.left_behind)
+
+
+async def test_a_deadline_in_mid_answer_is_told_and_frees_the_sequence(slow: Mesh) -> None:
+    with pytest.raises(errors.DeadlineExceeded):
+        await collect(slow.client, endless(), timeout=0.4)
+
+    await eventually(lambda: not slow.left_behind)
+
+
+async def test_a_deadline_in_the_queue_is_told_apart(slow: Mesh, count: Callable[..., float]) -> None:
+    coalescer = slow.tiers["only"].batcher.coalescer
+    async with asyncio.TaskGroup() as tasks:
+        readers = [tasks.create_task(collect(slow.client, endless())) for _ in range(4)]
+        await eventually(lambda: slow.tiers["only"].worker.sessions.live == 4)
+        with pytest.raises(errors.DeadlineExceeded):
+            await collect(slow.client, endless(), timeout=0.3)
+        assert len(coalescer.queue) == 0
+        for reader in readers:
+            reader.cancel()
+
+    await eventually(lambda: not slow.left_behind)
+    assert count("headrace.requests", outcome="deadline_queue") == 1
+
+
+async def test_a_request_without_a_deadline_gets_the_routers_default() -> None:
+    async with running_mesh(
+        "only",
+        engine=lambda: EchoEngine(step_seconds=0.02),
+        router_settings={"default_deadline": 0.4},
+    ) as mesh:
+        with pytest.raises(errors.DeadlineExceeded):
+            await collect(mesh.client, endless(), timeout=None)
+
+        await eventually(lambda: not mesh.left_behind)
+
+
+async def test_neighbours_of_a_cancelled_sequence_finish_unharmed(slow: Mesh) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        leaving = tasks.create_task(collect(slow.client, endless("leaves")))
+        staying = tasks.create_task(collect(slow.client, prompt("stays " * 5)))
+        await eventually(lambda: slow.tiers["only"].worker.sessions.live == 2)
+        leaving.cancel()
+
+    assert (await staying).text == "stays " * 5
