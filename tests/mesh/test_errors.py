@@ -1,0 +1,260 @@
+"""Bad input and full houses: what the caller is told, over the wire, and that nobody else suffers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from headrace import errors
+from headrace.client import MAX_MESSAGE_BYTES, chat, connect, open_channel
+from headrace.v1 import generation_pb2 as pb
+from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
+from headrace.worker.engine.echo import FAULT_ID, EchoEngine
+from tests.harness import Mesh, collect, eventually, prompt, running_mesh
+
+GENERATE = "/headrace.v1.GenerationService/Generate"
+
+
+def routed(text: str = "hello", **hints: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(prompt=text, routing=pb.Routing(**hints))  # type: ignore[arg-type]
+
+
+BAD_REQUESTS: list[tuple[pb.GenerateRequest, type[errors.HeadraceError], str]] = [
+    (pb.GenerateRequest(), errors.EmptyInput, "input"),
+    (pb.GenerateRequest(prompt=""), errors.EmptyInput, "prompt"),
+    (pb.GenerateRequest(chat=pb.Chat()), errors.EmptyInput, "chat.messages"),
+    (chat("  "), errors.EmptyInput, "chat.messages[0].content"),
+    (chat([("robot", "hi")]), errors.InvalidRequest, "chat.messages[0].role"),
+    (prompt("x", temperature=-1), errors.InvalidSampling, "sampling.temperature"),
+    (prompt("x", temperature=float("nan")), errors.InvalidSampling, "sampling.temperature"),
+    (prompt("x", top_p=0), errors.InvalidSampling, "sampling.top_p"),
+    (prompt("x", top_p=1.5), errors.InvalidSampling, "sampling.top_p"),
+    (prompt("x", min_p=2), errors.InvalidSampling, "sampling.min_p"),
+    (prompt("x", repetition_penalty=0), errors.InvalidSampling, "sampling.repetition_penalty"),
+    (prompt("x", max_tokens=0), errors.InvalidSampling, "sampling.max_tokens"),
+    (prompt("x", max_tokens=2, min_tokens=3), errors.InvalidSampling, "sampling.min_tokens"),
+    (prompt("x", stop=[""]), errors.InvalidSampling, "sampling.stop"),
+    (prompt("x", stop=["s"] * 17), errors.InvalidSampling, "sampling.stop"),
+    (prompt("x", logit_bias={3: 101}), errors.InvalidSampling, "sampling.logit_bias"),
+    (prompt("x", logit_bias={999_999: 1}), errors.InvalidSampling, "sampling.logit_bias"),
+    (routed(priority=10), errors.InvalidRequest, "routing.priority"),
+    (routed(quality_preference=2), errors.InvalidRequest, "routing.quality_preference"),
+    (routed(tier="huge"), errors.UnknownTier, "routing.tier"),
+    (routed(min_tier="huge"), errors.UnknownTier, "routing.min_tier"),
+    (routed(model="gpt-9"), errors.UnknownModel, "routing.model"),
+    (routed(min_tier="large", max_tier="small"), errors.HintsConflict, "routing.min_tier"),
+    (pb.GenerateRequest(prompt="x", request_id="r" * 129), errors.InvalidRequest, "request_id"),
+    (
+        pb.GenerateRequest(prompt="x", stream=pb.StreamOptions(flush_tokens=0)),
+        errors.InvalidRequest,
+        "stream.flush_tokens",
+    ),
+    (routed("p" * 4096), errors.ContextTooLong, "input"),
+]
+
+
+async def test_bad_requests_are_refused_with_class_field_and_remedy(mesh: Mesh) -> None:
+    for request, expected, field in BAD_REQUESTS:
+        with pytest.raises(errors.InvalidRequest) as caught:
+            await collect(mesh.client, request)
+
+        assert type(caught.value) is expected, request
+        assert caught.value.field == field
+        assert len(caught.value.message) > 20, "the message tells a person what to do"
+    assert mesh.left_behind == {}
+
+
+async def test_a_batcher_alone_refuses_in_the_same_words(mesh: Mesh) -> None:
+    async with connect(f"127.0.0.1:{mesh.tiers['small'].batcher.server.port}") as behind:
+        for request, expected, _ in BAD_REQUESTS[:17]:
+            with pytest.raises(expected) as direct:
+                await collect(behind, request)
+            with pytest.raises(expected) as through_router:
+                await collect(mesh.client, request)
+
+            assert direct.value.message == through_router.value.message.replace("'large'", "'small'")
+
+
+async def test_the_status_carries_google_rpc_details(mesh: Mesh) -> None:
+    async with open_channel(f"127.0.0.1:{mesh.port}") as channel:
+        call = GenerationServiceStub(channel).Generate(prompt("x", top_p=3))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    trailing = {key: value for key, value in caught.value.trailing_metadata() or ()}
+    status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])  # type: ignore[arg-type]
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(info)
+    assert status.details[1].Unpack(bad)
+    assert (info.domain, info.reason) == ("headrace", "INVALID_SAMPLING")
+    assert bad.field_violations[0].field == "sampling.top_p"
+
+
+async def test_text_that_is_not_utf8_is_told_so(mesh: Mesh) -> None:
+    for port in (mesh.port, mesh.tiers["small"].batcher.server.port):
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            raw = channel.unary_stream(
+                GENERATE, request_serializer=None, response_deserializer=pb.GenerateResponse.FromString
+            )
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in raw(b"\x1a\x02\xff\xfe"):  # field 3, `prompt`, of two bytes
+                    pass
+
+        error = errors.from_rpc_error(caught.value)
+        assert isinstance(error, errors.InvalidText)
+        assert "UTF-8" in error.message
+
+
+async def test_an_oversize_message_is_refused_by_client_and_server(mesh: Mesh) -> None:
+    huge = prompt("x" * (MAX_MESSAGE_BYTES + 1))
+    with pytest.raises(errors.MessageTooLarge):
+        await collect(mesh.client, huge)
+
+    async with grpc.aio.insecure_channel(
+        f"127.0.0.1:{mesh.port}", options=[("grpc.max_send_message_length", -1)]
+    ) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in GenerationServiceStub(channel).Generate(huge):
+                pass
+
+    assert isinstance(errors.from_rpc_error(caught.value), errors.MessageTooLarge)
+
+
+async def test_a_full_queue_answers_at_once_with_a_delay_and_recovers() -> None:
+    async with running_mesh(
+        "only",
+        engine=lambda: EchoEngine(max_running=1, step_seconds=0.01),
+        batcher_settings={"queue_limit": 3},
+    ) as mesh:
+        coalescer = mesh.tiers["only"].batcher.coalescer
+        busy = prompt("x", max_tokens=1000, ignore_eos=True)
+        async with asyncio.TaskGroup() as tasks:
+            readers = [tasks.create_task(collect(mesh.client, busy)) for _ in range(5)]
+            await eventually(lambda: len(coalescer.queue) == 3)  # one runs, one waits at the worker
+
+            with pytest.raises(errors.Overloaded) as caught:
+                await collect(mesh.client, prompt("late"))
+            for reader in readers:
+                reader.cancel()
+
+        assert caught.value.retry_after is not None
+        assert caught.value.retry_after > 0
+        assert caught.value.fields == {"queued": "3", "limit": "3"}
+        await eventually(lambda: not mesh.left_behind)
+        assert (await collect(mesh.client, prompt("later"))).text == "later"
+
+
+class _FaultyTokenizer:
+    """A byte tokenizer that turns one letter into the id at which the echo engine fails."""
+
+    fingerprint = "bytes-1"
+
+    def encode_chat(self, turns: object) -> list[int]:
+        raise AssertionError("these tests send prompts")
+
+    def encode_text(self, text: str) -> list[int]:
+        return [FAULT_ID if letter == "!" else ord(letter) for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+async def test_a_sequence_that_fails_in_the_engine_ends_alone() -> None:
+    async with running_mesh("only", tokenizer=_FaultyTokenizer()) as mesh:  # type: ignore[arg-type]
+        bad = asyncio.create_task(collect(mesh.client, prompt("bad!")))
+        good = [asyncio.create_task(collect(mesh.client, prompt("good" * 20))) for _ in range(8)]
+
+        with pytest.raises(errors.SequenceFault):
+            await bad
+        assert [(await task).text for task in good] == ["good" * 20] * 8
+        assert mesh.left_behind == {}
+
+
+class _Exploding(EchoEngine):
+    """An engine whose third step raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def step(self, rows):  # type: ignore[no-untyped-def]
+        self.steps += 1
+        if self.steps == 3:
+            raise RuntimeError("kernel panic")
+        return super().step(rows)
+
+
+async def test_an_engine_that_raises_fails_that_step_and_serves_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with running_mesh("only", engine=_Exploding) as mesh:
+        with pytest.raises(errors.SequenceFault):
+            await collect(mesh.client, prompt("abcdef"))
+
+        assert (await collect(mesh.client, prompt("again"))).text == "again"
+    assert "engine step failed" in caplog.text
+
+
+async def test_an_unexpected_exception_is_an_internal_error_without_its_details(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from headrace.router.complexity import FeatureScorer
+
+    def broken(self: object, text: str) -> None:
+        raise RuntimeError("secret path /etc/shadow")
+
+    monkeypatch.setattr(FeatureScorer, "score", broken)
+    with pytest.raises(errors.InternalError) as caught:
+        await collect(mesh.client, prompt("x"))
+
+    assert "secret" not in caught.value.message
+    assert "secret" in caplog.text
+
+
+async def test_a_tier_without_workers_is_passed_over_or_named() -> None:
+    async with running_mesh() as mesh:
+        small = mesh.tiers["small"]
+        small.batcher.coalescer.links[0]._ready = False
+        for _ in range(100):
+            if not (await mesh.client.list_tiers()).tiers[0].healthy:
+                break
+            await asyncio.sleep(0.02)
+
+        moved = await collect(mesh.client, chat("Hi!"))
+        assert moved.accepted.tier == "large"
+
+        pinned = chat("Hi!")
+        pinned.routing.tier = "small"
+        async with connect(f"127.0.0.1:{mesh.port}", retries=0) as client:
+            with pytest.raises(errors.NoWorkers) as caught:
+                await collect(client, pinned)
+        assert caught.value.retry_after == 1.0
+
+
+async def test_a_mesh_that_is_not_there_is_unavailable() -> None:
+    async with connect("127.0.0.1:1", retries=1) as client:
+        with pytest.raises(errors.Unavailable):
+            await collect(client, prompt("x"), timeout=5)
+
+
+async def test_a_worker_with_another_tokenizer_is_refused() -> None:
+    from headrace.batcher.__main__ import batcher
+    from headrace.batcher.settings import Settings
+    from headrace.batcher.tokens import ByteTokenizer
+    from tests.harness import running_worker
+
+    class Other(ByteTokenizer):
+        fingerprint = "other"
+
+    async with running_worker(EchoEngine()) as worker:
+        settings = Settings(port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True)
+        async with batcher(settings, Other(), "b") as running:
+            (link,) = running.coalescer.links
+            await eventually(lambda: "tokenizer" in link.problem)
+            async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
+                with pytest.raises(errors.NoWorkers, match="give both the same model"):
+                    await collect(client, prompt("x"))

@@ -1,0 +1,178 @@
+"""One trace per request, batches linked both ways, and serving that does not mind the collector."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from headrace import errors
+from headrace.cli.mesh import MeshSpec
+from headrace.cli.mesh import mesh as processes
+from headrace.cli.otlp_sink import Span, otlp_sink, whole
+from headrace.client import chat, connect
+from headrace.worker.engine.echo import EchoEngine
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tests.harness import Mesh, collect, eventually, prompt, running_mesh
+
+GENERATE = "headrace.v1.GenerationService/Generate"
+
+
+def by_name(spans: Sequence[ReadableSpan], name: str) -> list[ReadableSpan]:
+    return [span for span in spans if span.name == name]
+
+
+async def test_every_stage_of_a_request_is_a_span_of_one_trace(
+    mesh: Mesh, spans: InMemorySpanExporter
+) -> None:
+    with trace.get_tracer("test").start_as_current_span("caller"):
+        await collect(mesh.client, prompt("hello"))
+    await eventually(lambda: by_name(spans.get_finished_spans(), "worker.decode"))
+    await eventually(lambda: len(by_name(spans.get_finished_spans(), GENERATE)) == 4)
+
+    (caller,) = by_name(spans.get_finished_spans(), "caller")
+    ours = [
+        span
+        for span in spans.get_finished_spans()
+        if span.context.trace_id == caller.context.trace_id  # type: ignore[union-attr]
+    ]
+    names = sorted(span.name for span in ours)
+    assert names == sorted(
+        [
+            "caller",
+            *[GENERATE] * 4,  # client, router, router's client, batcher
+            "router.score",
+            "batcher.tokenize",
+            "batcher.queue",
+            "worker.prefill",
+            "worker.decode",
+        ]
+    )
+    ids = {span.context.span_id for span in ours}  # type: ignore[union-attr]
+    assert all(span.parent is None or span.parent.span_id in ids for span in ours)
+    events = {event.name for span in ours for event in span.events}
+    assert {"first_token", "finish"} <= events
+
+
+async def test_a_batch_and_its_members_link_to_each_other(spans: InMemorySpanExporter) -> None:
+    async with running_mesh(
+        "only", engine=lambda: EchoEngine(max_running=2, step_seconds=0.01), batcher_settings={"linger": 0.05}
+    ) as mesh:
+        await asyncio.gather(*(collect(mesh.client, prompt(f"text {number}")) for number in range(6)))
+    finished = spans.get_finished_spans()
+    contexts = {span.context.span_id: span for span in finished}  # type: ignore[union-attr]
+    batches = by_name(finished, "batcher.batch")
+
+    members = 0
+    for batch in batches:
+        assert batch.parent is None, "a batch has many parents, so it is nobody's child"
+        assert batch.attributes is not None
+        assert batch.attributes["headrace.batch.size"] == len(batch.links)
+        for link in batch.links:
+            members += 1
+            member = contexts[link.context.span_id]
+            assert batch.context.span_id in {back.context.span_id for back in member.links}  # type: ignore[union-attr]
+    assert members == 6
+    assert any(len(batch.links) > 1 for batch in batches), "requests that arrive together share a batch"
+    for span in by_name(finished, "worker.prefill"):
+        assert [contexts[link.context.span_id].name for link in span.links] == ["batcher.batch"]
+
+
+async def test_a_failed_or_cancelled_stream_says_so_in_its_span(
+    mesh: Mesh, spans: InMemorySpanExporter, count: Callable[..., float]
+) -> None:
+    with pytest.raises(errors.InvalidSampling):
+        await collect(mesh.client, prompt("x", top_p=9))
+    reading = asyncio.create_task(collect(mesh.client, prompt("x" * 4000, max_tokens=1000)))
+    await eventually(lambda: mesh.tiers["small"].worker.sessions.live or mesh.tiers["large"].worker.sessions.live)
+    reading.cancel()
+    await asyncio.wait([reading])
+    await eventually(lambda: not mesh.left_behind)
+    await eventually(lambda: len(by_name(spans.get_finished_spans(), GENERATE)) >= 5)
+
+    codes = [
+        (span.kind.name, (span.attributes or {}).get("rpc.status_code"))
+        for span in by_name(spans.get_finished_spans(), GENERATE)
+    ]
+    assert codes.count(("SERVER", "INVALID_ARGUMENT")) == 1
+    assert ("SERVER", "CANCELLED") in codes
+    assert ("CLIENT", "CANCELLED") in codes
+    assert ("SERVER", "OK") not in codes
+
+
+async def test_the_core_metrics_are_recorded(mesh: Mesh, count: Callable[..., float]) -> None:
+    names = (
+        "headrace.generated_tokens",
+        "gen_ai.server.time_to_first_token",
+        "gen_ai.server.time_per_output_token",
+        "gen_ai.server.request.duration",
+        "headrace.batch.size",
+        "headrace.queue.wait",
+        "headrace.routed",
+        "rpc.server.call.duration",
+    )
+    before = {name: count(name) for name in names}
+    answer = await collect(mesh.client, prompt("x" * 3000, max_tokens=300))
+
+    assert count("headrace.generated_tokens") - before["headrace.generated_tokens"] == answer.tokens == 300
+    await eventually(lambda: count("rpc.server.call.duration") > before["rpc.server.call.duration"])
+    for name in names:
+        assert count(name) > before[name], name
+    assert count("headrace.queue.depth") == 0
+    assert count("headrace.tokens_per_second") >= 0
+
+
+async def test_a_real_receiver_gets_one_trace_across_all_processes(tmp_path: Path) -> None:
+    async with otlp_sink() as sink:
+        spec = MeshSpec(
+            cache=tmp_path, log_dir=tmp_path / "logs", fake=True, environment=sink.environment
+        )
+        async with processes(spec) as running, connect(running.address) as client:
+            answers = await asyncio.gather(*(collect(client, chat(f"hello {number}")) for number in range(4)))
+
+            def complete(spans: Sequence[Span]) -> bool:
+                return sum(span.name == "worker.decode" for span in spans) == len(answers) and all(
+                    whole_without_client(spans, span.trace_id) for span in spans
+                )
+
+            await sink.until(complete, timeout=20)
+        spans = list(sink.spans)
+
+    for answer in answers:
+        (entry,) = [
+            span
+            for span in spans
+            if span.service == "headrace-router"
+            and span.attributes.get("headrace.request.id") == answer.accepted.request_id
+        ]
+        ours = [span for span in spans if span.trace_id == entry.trace_id]
+        assert {span.service for span in ours} == {"headrace-router", "headrace-batcher", "headrace-worker"}
+    known = {span.span_id for span in spans}
+    batches = [span for span in spans if span.name == "batcher.batch"]
+    assert sum(len(batch.links) for batch in batches) == len(answers)
+    assert all(link in known for span in spans for link in span.links), "every link resolves"
+
+
+def whole_without_client(spans: Sequence[Span], trace_id: str) -> bool:
+    """Whether every span of the trace has its parent; the test's own client exports nothing."""
+    roots = [span for span in spans if span.trace_id == trace_id and span.name == GENERATE]
+    if not roots:
+        return whole(spans, trace_id)
+    ids = {span.span_id for span in spans}
+    orphans = [span for span in spans if span.trace_id == trace_id and span.parent_id not in ids]
+    return len(orphans) == 1 and orphans[0].service == "headrace-router"
+
+
+async def test_a_collector_that_is_down_does_not_disturb_serving(tmp_path: Path) -> None:
+    spec = MeshSpec(
+        cache=tmp_path,
+        log_dir=tmp_path / "logs",
+        fake=True,
+        environment={"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_BSP_SCHEDULE_DELAY": "100"},
+    )
+    async with processes(spec) as running, connect(running.address) as client:
+        for number in range(3):
+            assert (await collect(client, chat(f"hello {number}"))).text == f"hello {number}"
