@@ -7,7 +7,7 @@ import os
 
 import pytest
 from headrace.cli.otlp_sink import Event, Span, otlp_sink, whole
-from headrace.cli.trace_tree import trace_tree
+from headrace.cli.trace_tree import busiest, trace_tree
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -25,6 +25,7 @@ def span(span_id: str, parent: str, start: int, end: int, **more: object) -> Spa
         "trace_id": "t1",
         "span_id": span_id,
         "parent_id": parent,
+        "kind": "internal",
         "start": start * MS,
         "end": end * MS,
         "attributes": {},
@@ -66,16 +67,34 @@ def test_a_batch_of_another_trace_hangs_where_it_is_linked() -> None:
     batch = span("x", "", 20, 25, trace_id="t2", name="batcher.batch", links=["b", "other"])
     lines = drawn([span("a", "", 0, 100), span("b", "a", 10, 40), batch])
 
-    assert "⇄ router batcher.batch 5 ms linked with 2 requests" in lines[3]
+    assert "⇄ router batcher.batch 5 ms with 2 requests" in lines[3]
     assert len(lines) == 4
 
 
-def test_links_both_ways_are_drawn_once_and_unknown_ones_by_id() -> None:
-    batch = span("x", "", 20, 25, trace_id="t2", name="batcher.batch", links=["a"])
-    lines = drawn([span("a", "", 0, 100, links=["x", "gone"]), batch])
+def test_linked_spans_are_drawn_once_whichever_way_the_link_goes() -> None:
+    batch = span("x", "", 20, 25, trace_id="t2", name="batcher.batch", links=["a", "b"])
+    lines = drawn([span("a", "", 0, 100, links=["x", "gone"]), span("b", "a", 1, 2, links=["x"]), batch])
 
     assert sum("batcher.batch" in line for line in lines) == 1
-    assert any("linked with span gone" in line for line in lines)
+
+
+def test_the_busiest_trace_shares_its_batch_with_the_most() -> None:
+    spans = [span(f"root-{n}", "", 0, 9, trace_id=f"t{n}") for n in (1, 2, 3)]
+    spans.append(span("x", "", 1, 2, trace_id="b1", links=["root-1"]))
+    spans.append(span("y", "", 1, 2, trace_id="b2", links=["root-2", "root-3"]))
+
+    assert busiest(spans, ["t1", "t2", "t3"]) == "t2"
+    assert busiest(spans, ["t1"]) == "t1"
+    assert busiest([], ["t1", "t2"]) == "t1"
+
+
+def test_calls_are_told_from_what_they_call() -> None:
+    name = "headrace.v1.GenerationService/Generate"
+    call = span("a", "", 0, 100, name=name, kind="client", service="headrace-client")
+    lines = drawn([call, span("b", "a", 1, 99, name=name, kind="server", service="headrace-router")])
+
+    assert "client → GenerationService/Generate" in lines[1]
+    assert "router GenerationService/Generate" in lines[2]
 
 
 def test_a_span_whose_parent_never_came_is_still_shown() -> None:
@@ -114,6 +133,7 @@ async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> N
     assert by_name["child"].parent_id == by_name["parent"].span_id
     assert by_name["child"].links == [by_name["parent"].span_id]
     assert by_name["child"].failed
+    assert by_name["child"].kind == "internal"
     assert by_name["parent"].attributes == {"n": 1, "names": ["a", "b"]}
     assert [event.name for event in by_name["parent"].events] == ["halfway"]
     assert by_name["parent"].service == "test"

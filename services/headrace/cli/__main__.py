@@ -243,7 +243,7 @@ def tiers(
 ) -> None:
     """List the tiers with their models, health and load.
 
-    Example:  headrace tiers
+    Example:  headrace tiers --target router.example:50051
     """
     import asyncio
 

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 from headrace.cli.answers import seconds
 
@@ -79,7 +80,7 @@ class StartBoard:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(console=console, transient=True) if console.is_terminal else None
-        self._said: dict[str, tuple[str, str]] = {}
+        self._said: dict[str, str] = {}
         self._spinner = Spinner("dots")
 
     def __enter__(self) -> Self:
@@ -100,11 +101,11 @@ class StartBoard:
             self._live.update(self._table(states))
             return
         for state in states:
-            said = (state.phase, state.detail)
+            said = state.detail or state.phase
             if self._said.get(state.process.name) != said:
                 self._said[state.process.name] = said
                 after = f" after {seconds(state.seconds)}" if state.phase == "ready" else ""
-                line = f"{state.process.name}: {' '.join(filter(None, said))}{after}"
+                line = f"{state.process.name}: {said}{after}"
                 self._console.print(line, highlight=False, markup=False)
 
     def _table(self, states: Sequence[State]) -> Table:
@@ -114,8 +115,7 @@ class StartBoard:
             table.add_row(
                 "[green]✓[/]" if ready else self._spinner,
                 state.process.name,
-                f"[green]{state.phase}[/]" if ready else state.phase,
-                f"[dim]{state.detail}[/]",
+                Text(state.detail or state.phase, "green" if ready else ""),
                 f"[dim]{state.seconds:.0f} s[/]",
             )
         return table

@@ -136,4 +136,5 @@ async def _answer(client: Client, turns: Sequence[tuple[str, str]], wishes: Wish
     finally:
         if answer.text and not answer.text.endswith("\n"):
             write("\n")
-    Console(stderr=True, highlight=False).print(answer.figures(), style="dim", markup=False)
+    aside = Console(stderr=True, highlight=False)
+    aside.print(answer.figures(), style="dim", markup=False, soft_wrap=True)

@@ -25,7 +25,7 @@ from headrace.cli.complaints import advice
 from headrace.cli.mesh import mesh
 from headrace.cli.otlp_sink import otlp_sink, whole
 from headrace.cli.summary import Outcome, summarise, summary_table
-from headrace.cli.trace_tree import trace_tree
+from headrace.cli.trace_tree import busiest, trace_tree
 from headrace.client import connect
 from headrace.errors import HeadraceError
 from headrace.runtime.telemetry import telemetry
@@ -91,18 +91,18 @@ async def _tour(guide: _Guide, everything: Sequence[Prompt], sink: Sink, console
     outcomes += [task.result() for task in rest]
     summary = summarise(outcomes, time.perf_counter() - began)
     console.print(summary_table(summary))
-    await _show_trace(guide.traces[_ALONE], sink, console)
+    await _show_trace(guide.traces[_ALONE:], sink, console)
     return not summary.failures
 
 
-async def _show_trace(trace_id: str, sink: Sink, console: Console) -> None:
-    """Show the trace of the first of the prompts that were asked side by side."""
+async def _show_trace(trace_ids: Sequence[str], sink: Sink, console: Console) -> None:
+    """Show one of the traces: the request that shared its batch with the most others."""
     try:
-        await sink.until(lambda spans: whole(spans, trace_id), timeout=_TRACE_SECONDS)
+        await sink.until(lambda spans: all(whole(spans, each) for each in trace_ids), timeout=_TRACE_SECONDS)
     except TimeoutError:
-        console.print("some spans of the trace have not arrived", style="yellow")
+        console.print("some spans have not arrived", style="yellow")
     console.print(Rule("one request, seen from all processes", align="left"))
-    console.print(trace_tree(sink.spans, trace_id))
+    console.print(trace_tree(sink.spans, busiest(sink.spans, trace_ids)))
 
 
 class _Guide:
@@ -151,4 +151,5 @@ class _Guide:
     def _figures(self, outcome: Outcome) -> None:
         if outcome.failure:
             self._console.print(f"failed: {outcome.failure}", style="red", markup=False, soft_wrap=True)
-        self._console.print(f"{outcome.answer.figures()}\n", style="dim", markup=False, highlight=False)
+        figures = f"{outcome.answer.figures()}\n"
+        self._console.print(figures, style="dim", markup=False, highlight=False, soft_wrap=True)

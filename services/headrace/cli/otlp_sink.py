@@ -32,6 +32,7 @@ class Span:
     trace_id: str
     span_id: str
     parent_id: str  # empty: a root
+    kind: str  # "internal", "server", "client"...
     start: int
     end: int
     attributes: Mapping[str, Any]
@@ -100,6 +101,7 @@ def spans_of(request: pb.ExportTraceServiceRequest) -> list[Span]:
             trace_id=span.trace_id.hex(),
             span_id=span.span_id.hex(),
             parent_id=span.parent_span_id.hex(),
+            kind=span.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_").lower(),
             start=span.start_time_unix_nano,
             end=span.end_time_unix_nano,
             attributes=_attributes(span),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.json_format import MessageToDict
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -90,9 +91,11 @@ def candidates_table(candidates: Sequence[pb.Candidate]) -> Table:
 
 def tiers_table(tiers: Sequence[pb.Tier]) -> Table:
     """List the tiers with model, health, limits and load."""
-    table = Table("tier", "model", "health")
-    for heading in ("context", "max tokens", "workers", "running", "queued", "tokens/s"):
-        table.add_column(heading, justify="right")
+    table = Table("tier", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="fold", min_width=12)
+    table.add_column("health", overflow="fold", min_width=7)
+    for heading in ("context", "workers", "running", "queued", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for tier in tiers:
         health = (
             Text("healthy", "green") if tier.healthy else Text(tier.unhealthy_reason or "unhealthy", "red")
@@ -102,7 +105,6 @@ def tiers_table(tiers: Sequence[pb.Tier]) -> Table:
             Text(tier.model or "?"),
             health,
             str(tier.limits.context_length),
-            str(tier.limits.max_tokens),
             str(tier.load.workers),
             f"{tier.load.running}/{tier.limits.max_running}",
             f"{tier.load.queued}/{tier.limits.queue_limit}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -21,35 +22,33 @@ _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 def trace_tree(spans: Sequence[Span], trace_id: str) -> Tree:
     """Build the tree of *trace_id* out of *spans*, which may hold other traces too.
 
-    Spans of other traces that link to this one, such as the batch that a request was part of, hang
-    below the span that they are linked with. A span whose parent never arrived is shown as a root.
+    Spans of other traces that are linked with this one, such as the batch that a request was part of,
+    hang below the first span that they are linked with. A span whose parent never arrived is shown as
+    a root.
     """
     ours = sorted((span for span in spans if span.trace_id == trace_id), key=lambda span: span.start)
     known = {span.span_id: span for span in spans}
     ids = {span.span_id for span in ours}
     began = ours[0].start if ours else 0
-    services = list(dict.fromkeys(span.service for span in ours))
-    colours = {service: _COLOURS[n % len(_COLOURS)] for n, service in enumerate(services)}
+    colours = dict(zip(dict.fromkeys(span.service for span in ours), itertools.cycle(_COLOURS), strict=False))
     children: dict[str, list[Span]] = defaultdict(list)
     for span in ours:
         children[span.parent_id if span.parent_id in ids else ""].append(span)
-    linking: dict[str, list[Span]] = defaultdict(list)
-    for span in sorted(spans, key=lambda span: span.start):
-        for linked in span.links:
-            if span.trace_id != trace_id and linked in ids:
-                linking[linked].append(span)
+    drawn: set[str] = set()
+
+    def strangers(span: Span) -> list[Span]:
+        """Return the spans of other traces linked with *span*, either way, that are not drawn yet."""
+        found = [known[link] for link in span.links if link in known]
+        found += [other for other in spans if span.span_id in other.links]
+        new = {other.span_id: other for other in found if other.span_id not in ids | drawn}
+        drawn.update(new)
+        return list(new.values())
 
     def grow(branch: Tree, span: Span) -> None:
         twig = branch.add(_span(span, began, colours))
-        rows: list[tuple[int, Text | Span]] = [
-            (event.at, _event(event.name, event.at - began)) for event in span.events
-        ]
-        others = {other.span_id: other for other in linking[span.span_id]}
-        others |= {linked: known[linked] for linked in span.links if linked in known and linked not in ids}
-        rows += [(other.start, _linked(other, began)) for other in others.values()]
-        missing = [linked for linked in span.links if linked not in known]
-        rows += [(span.start, Text(f"⇄ linked with span {linked}", "dim")) for linked in missing]
-        rows += [(child.start, child) for child in children[span.span_id]]
+        rows: list[tuple[int, Text | Span]] = [(child.start, child) for child in children[span.span_id]]
+        rows += [(event.at, _event(event.name, event.at - began)) for event in span.events]
+        rows += [(other.start, _linked(other, began, colours)) for other in strangers(span)]
         for _, row in sorted(rows, key=lambda row: row[0]):
             if isinstance(row, Text):
                 twig.add(row)
@@ -62,14 +61,31 @@ def trace_tree(spans: Sequence[Span], trace_id: str) -> Tree:
     return tree
 
 
+def busiest(spans: Sequence[Span], trace_ids: Sequence[str]) -> str:
+    """Return the trace, of *trace_ids*, that shares a span with the most others; else the first."""
+    trace_of = {span.span_id: span.trace_id for span in spans}
+    shared = dict.fromkeys(trace_ids, 0)
+    for span in spans:
+        for linked in {trace_of.get(link, "") for link in span.links} & shared.keys():
+            shared[linked] = max(shared[linked], len(span.links))
+    return max(trace_ids, key=lambda trace_id: shared[trace_id])
+
+
+def _who_and_what(span: Span, colours: Mapping[str, str]) -> Text:
+    """Shorten a span to its service and name, with an arrow if it is a call to another process."""
+    service, name = span.service.removeprefix("headrace-"), span.name.removeprefix("headrace.v1.")
+    # "batcher.queue" says by itself whose it is.
+    who = "" if name.startswith(f"{service}.") else f"{service} "
+    colour = colours.get(span.service, "")
+    return Text.assemble((who, colour), "→ " if span.kind == "client" else "", (name, f"bold {colour}"))
+
+
 def _span(span: Span, began: int, colours: Mapping[str, str]) -> Text:
     return Text.assemble(
         (f"{_offset(span.start - began):>10} ", "dim"),
-        (span.service, colours.get(span.service, "")),
-        " ",
-        (span.name, "bold red" if span.failed else "bold"),
+        _who_and_what(span, colours),
         f" {seconds((span.end - span.start) / 1e9)}",
-        (" failed" if span.failed else "", "red"),
+        (" failed" if span.failed else "", "bold red"),
     )
 
 
@@ -77,12 +93,14 @@ def _event(name: str, offset: int) -> Text:
     return Text.assemble((f"{_offset(offset):>10} ", "dim"), ("• ", "dim"), name)
 
 
-def _linked(span: Span, began: int) -> Text:
+def _linked(span: Span, began: int, colours: Mapping[str, str]) -> Text:
+    count = len(span.links)
     return Text.assemble(
         (f"{_offset(span.start - began):>10} ", "dim"),
         ("⇄ ", "dim"),
-        f"{span.service} {span.name} {seconds((span.end - span.start) / 1e9)}",
-        (f" linked with {len(span.links)} request{'' if len(span.links) == 1 else 's'}", "dim"),
+        _who_and_what(span, colours),
+        f" {seconds((span.end - span.start) / 1e9)}",
+        (f" with {count} request{'' if count == 1 else 's'}" if count else "", "dim"),
     )
 
 

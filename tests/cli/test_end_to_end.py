@@ -1,0 +1,339 @@
+"""The `headrace` command as a person uses it: real processes, real gRPC, echo engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from headrace.cli.mesh import require_free
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+HEADRACE = [sys.executable, "-m", "headrace.cli"]
+PATIENCE = 90.0  # seconds; far more than anything here takes on an idle machine
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith(("HEADRACE_", "OTEL_"))},
+    "COLUMNS": "160",
+    "NO_COLOR": "1",
+}
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*HEADRACE, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env=ENVIRONMENT,
+    )
+
+
+@dataclass
+class Up:
+    """A running `headrace up`: what it has printed, and its children's process ids."""
+
+    process: subprocess.Popen[str]
+    printed: str
+
+    @property
+    def address(self) -> str:
+        found = re.search(r"up at (\S+)", self.printed)
+        assert found, self.printed
+        return found[1]
+
+    @property
+    def pids(self) -> dict[str, int]:
+        rows = re.findall(r"│ (\S+) +│ .*│ +\d+ │ +(\d+) │", self.printed)
+        return {name: int(pid) for name, pid in rows}
+
+
+@contextmanager
+def up(folder: Path, *flags: str) -> Iterator[Up]:
+    command = [*HEADRACE, "up", "--fake", "--port", "0", "--drain-seconds", "2", "--log-dir", str(folder)]
+    with subprocess.Popen(
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    ) as process:
+        assert process.stdout is not None
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if "GenerationService/Generate" in line:  # the last of the examples
+                break
+        running = Up(process, printed)
+        try:
+            yield running
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            running.printed += process.communicate(timeout=PATIENCE)[0]
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with up(tmp_path_factory.mktemp("logs")) as running:
+        yield running
+
+
+def gone(pid: int) -> bool:
+    """Tell whether a process has ended, reaped or not."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def until_gone(pids: list[int]) -> None:
+    ends = time.monotonic() + PATIENCE
+    while not all(gone(pid) for pid in pids):
+        assert time.monotonic() < ends, "a process lives on"
+        time.sleep(0.02)
+
+
+def test_the_answer_goes_to_stdout_and_the_figures_to_stderr(mesh: Up) -> None:
+    out = run("chat", "--target", mesh.address, "Hello, mesh!")
+
+    assert (out.returncode, out.stdout) == (0, "Hello, mesh!\n")
+    assert re.search(
+        r"tier small · echo · score 0\.\d\d · first token .* · 12 tokens · .* · stop", out.stderr
+    )
+
+
+def test_standard_input_is_a_prompt(mesh: Up) -> None:
+    out = run("chat", "--target", mesh.address, "--max-tokens", "5", "--tier", "large", stdin="from a pipe")
+
+    assert (out.returncode, out.stdout) == (0, "from \n")
+    assert "tier large" in out.stderr
+
+
+def test_an_empty_prompt_is_not_sent(mesh: Up) -> None:
+    out = run("chat", "--target", mesh.address, stdin=" \n")
+
+    assert out.returncode == 2
+    assert "empty" in out.stderr
+
+
+def test_an_unknown_tier_is_one_line_and_what_to_do(mesh: Up) -> None:
+    out = run("chat", "--target", mesh.address, "--tier", "huge", "Hello")
+
+    assert out.returncode == 1
+    assert "UNKNOWN_TIER" in out.stderr
+    assert "headrace tiers" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+def test_no_mesh_is_one_line_and_what_to_do() -> None:
+    for arguments in (["chat", "Hi"], ["explain", "Hi"], ["tiers"]):
+        out = run(*arguments, "--target", "127.0.0.1:1")
+
+        assert out.returncode == 1
+        assert out.stderr == (
+            "error: no mesh at 127.0.0.1:1; start one with `headrace up`, or name another with --target\n"
+        )
+
+
+def test_explaining_shows_score_features_and_candidates(mesh: Up) -> None:
+    out = run("explain", "--target", mesh.address, "Prove that there are infinitely many primes.")
+
+    assert out.returncode == 0
+    for word in ("score", "large", "log-odds", "(bias)", "candidates", "eligible"):
+        assert word in out.stdout
+
+
+def test_an_explanation_as_json_has_the_names_of_the_contract(mesh: Up) -> None:
+    out = run("explain", "--target", mesh.address, "--json", "Hello")
+
+    explanation = json.loads(out.stdout)
+    assert explanation["tier"] == "small"
+    assert {"name", "value", "log_odds"} <= explanation["features"][0].keys()
+
+
+def test_tiers_are_listed_smallest_first(mesh: Up) -> None:
+    out = run("tiers", "--target", mesh.address)
+
+    assert out.returncode == 0
+    assert re.search(r"small.*healthy.*\n.*large.*healthy", out.stdout)
+    assert [
+        tier["name"] for tier in json.loads(run("tiers", "--target", mesh.address, "--json").stdout)["tiers"]
+    ] == [
+        "small",
+        "large",
+    ]
+
+
+def test_a_port_in_use_ends_the_start_with_2(mesh: Up, tmp_path: Path) -> None:
+    port = mesh.address.rpartition(":")[2]
+    out = run("up", "--fake", "--port", port, "--log-dir", str(tmp_path / "logs"))
+
+    assert out.returncode == 2
+    assert "--port" in out.stderr
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tier", "Small=x"], "no name for a tier"),
+        (["--tier", "small"], "write NAME=MODEL"),
+        (["--tier", "small=./nowhere"], "hub id"),
+    ],
+)
+def test_a_bad_tier_ends_the_start_with_2(tmp_path: Path, flags: list[str], said: str) -> None:
+    out = run("up", "--port", "0", "--cache", str(tmp_path), *flags)
+
+    assert out.returncode == 2
+    assert said in out.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_in_order(tmp_path: Path, number: signal.Signals) -> None:
+    with up(tmp_path) as running:
+        pids = running.pids
+        assert len(pids) == 5
+        running.process.send_signal(number)
+
+    assert running.process.returncode == 0
+    assert "killed" not in running.printed
+    assert all(gone(pid) for pid in pids.values())
+    assert len(list(tmp_path.glob("*.log"))) == 5
+    require_free(int(running.address.rpartition(":")[2]))
+
+
+def test_a_dead_child_is_named_and_ends_the_mesh(tmp_path: Path) -> None:
+    with up(tmp_path) as running:
+        pids = running.pids
+        os.kill(pids["worker-large"], signal.SIGKILL)
+        assert running.process.wait(PATIENCE) == 1
+
+    assert "worker-large was ended by SIGKILL" in running.printed
+    assert "worker-large.log" in running.printed
+    until_gone(list(pids.values()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc and the parent-death signal are Linux's")
+def test_nothing_outlives_a_killed_up(tmp_path: Path) -> None:
+    with up(tmp_path) as running:
+        pids = running.pids
+        running.process.kill()
+        running.process.wait(PATIENCE)
+
+        until_gone(list(pids.values()))
+
+
+def test_one_tier_is_a_mesh_too(tmp_path: Path) -> None:
+    with up(tmp_path, "--tier", "only") as running:
+        assert sorted(running.pids) == ["batcher-only", "router", "worker-only"]
+        assert run("chat", "--target", running.address, "Hi").stdout == "Hi\n"
+
+
+def test_the_demo_answers_everything_and_shows_a_whole_trace(tmp_path: Path) -> None:
+    out = run("demo", "--fake", "--log-dir", str(tmp_path))
+
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert re.search(r"failures +│ 0", out.stdout)
+    tree = out.stdout[out.stdout.index("trace ") :]
+    for name in (
+        "demo.prompt",
+        "router.score",
+        "batcher.queue",
+        "batcher.batch",
+        "worker.prefill",
+        "worker.decode",
+    ):
+        assert name in tree
+    assert "first_token" in tree
+    assert "not arrived" not in out.stdout
+
+
+class Terminal:
+    """`headrace chat` on a pseudo-terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        master, slave = pty.openpty()
+        self.master = master
+        self.seen = ""
+        self.process = subprocess.Popen(
+            [*HEADRACE, *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**ENVIRONMENT, "TERM": "dumb"},
+            preexec_fn=self._take_terminal,
+            close_fds=True,
+        )
+        os.close(slave)
+
+    @staticmethod
+    def _take_terminal() -> None:
+        """Make the terminal the controlling one, so that it turns ^C into SIGINT."""
+        import fcntl
+        import termios
+
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def expect(self, text: str) -> None:
+        """Read until *text* has come up after what was expected before."""
+        ends = time.monotonic() + PATIENCE
+        while text not in self.seen:
+            assert time.monotonic() < ends, f"{text!r} did not come; seen: {self.seen!r}"
+            if select.select([self.master], [], [], 1)[0]:
+                with suppress(OSError):
+                    self.seen += os.read(self.master, 4096).decode(errors="replace")
+        self.seen = self.seen.partition(text)[2]
+
+    def close(self) -> int:
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self.master)
+
+
+def test_a_conversation_is_stopped_by_control_c_and_ended_by_control_d(mesh: Up) -> None:
+    terminal = Terminal("chat", "--target", mesh.address)
+    terminal.expect("> ")
+    terminal.type("Hello there\n")
+    terminal.expect("Hello there")  # as typed
+    terminal.expect("Hello there")  # as answered
+    terminal.expect("stop")
+    terminal.expect("> ")
+    terminal.type("long " * 100 + "\n")
+    terminal.expect("\n")  # the end of the line as typed
+    terminal.expect("long long")
+    terminal.type("\x03")
+    terminal.expect("(stopped)")
+    terminal.expect("> ")
+    terminal.type("\x03")
+    terminal.expect("Ctrl-D ends")
+    terminal.type("\x04")
+
+    assert terminal.close() == 0
+
+
+def test_help_has_an_example_for_every_command() -> None:
+    commands = re.findall(r"^│ (\w+)  ", run("--help").stdout, re.MULTILINE)
+
+    assert {"fetch", "up", "demo", "chat", "explain", "tiers"} <= set(commands)
+    for command in commands:
+        assert f"headrace {command} " in run(command, "--help").stdout.partition("Example:")[2]
