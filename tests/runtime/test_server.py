@@ -1,0 +1,245 @@
+"""What operators find on every port, and how a server goes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from contextlib import aclosing
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
+from headrace import errors
+from headrace.cli.mesh import free_ports
+from headrace.client import connect, open_channel
+from headrace.runtime.server import PortInUse
+from headrace.worker.engine.echo import EchoEngine
+from tests.harness import Mesh, collect, eventually, prompt, running_mesh, running_worker
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health(port: int, service: str) -> int:
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        reply = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        return int(reply.status)
+
+
+def ports(mesh: Mesh) -> list[int]:
+    tiers = mesh.tiers.values()
+    return [
+        mesh.port,
+        *(parts.batcher.server.port for parts in tiers),
+        *(parts.worker.server.port for parts in tiers),
+    ]
+
+
+async def test_every_server_tells_readiness_and_liveness(mesh: Mesh) -> None:
+    for port in ports(mesh):
+        for service in ("", "readiness", "liveness"):
+            assert await health(port, service) == SERVING
+
+
+async def test_a_worker_is_alive_but_not_ready_until_its_model_is_warm() -> None:
+    import threading
+
+    from headrace.worker.__main__ import worker
+    from headrace.worker.settings import Settings
+
+    loaded = threading.Event()
+
+    def load() -> EchoEngine:
+        assert loaded.wait(20)
+        return EchoEngine()
+
+    (port,) = free_ports(1)
+
+    async def serve() -> None:
+        async with worker(Settings(port=port, fake=True), load, "w"):
+            await asyncio.Event().wait()
+
+    serving = asyncio.create_task(serve())
+
+    async def answers() -> bool:
+        try:
+            return await health(port, "liveness") == SERVING
+        except grpc.aio.AioRpcError:
+            return False
+
+    while not await answers():
+        await asyncio.sleep(0.02)
+    assert await health(port, "readiness") == NOT_SERVING
+    loaded.set()
+    while await health(port, "readiness") != SERVING:
+        await asyncio.sleep(0.02)
+    serving.cancel()
+    await asyncio.wait([serving])
+
+
+async def test_a_batcher_without_workers_is_alive_but_not_ready(mesh: Mesh) -> None:
+    small = mesh.tiers["small"]
+    small.batcher.coalescer.links[0]._ready = False
+    await eventually(lambda: not small.batcher.server.health.ready)
+
+    assert await health(small.batcher.server.port, "readiness") == NOT_SERVING
+    assert await health(small.batcher.server.port, "liveness") == SERVING
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_lists_and_describes_every_service(mesh: Mesh, version: str) -> None:
+    expected = {
+        mesh.port: "headrace.v1.RoutingService",
+        mesh.tiers["small"].batcher.server.port: "headrace.v1.GenerationService",
+        mesh.tiers["small"].worker.server.port: "headrace.v1.WorkerService",
+    }
+    for port, service in expected.items():
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            ask = channel.stream_stream(
+                f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+                request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+                response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+            )
+            listing = reflection_pb2.ServerReflectionRequest(list_services="")
+            replies = [reply async for reply in ask(iter([listing]))]
+            names = {entry.name for entry in replies[0].list_services_response.service}
+            assert {service, "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"} <= names
+            described = [
+                reply
+                async for reply in ask(
+                    iter(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names)
+                )
+            ]
+            assert all(reply.file_descriptor_response.file_descriptor_proto for reply in described)
+
+
+async def test_channelz_knows_the_servers(mesh: Mesh) -> None:
+    async with open_channel(f"127.0.0.1:{mesh.port}") as channel:
+        stub = channelz_pb2_grpc.ChannelzStub(channel)  # type: ignore[no-untyped-call]
+        servers = await stub.GetServers(channelz_pb2.GetServersRequest())
+
+    assert len(servers.server) >= 5
+
+
+async def test_a_port_that_is_taken_is_said_so(mesh: Mesh) -> None:
+    with pytest.raises(PortInUse, match=str(mesh.port)):
+        async with running_worker(EchoEngine(), **{"drain_seconds": 0.0}) as running:
+            from headrace.runtime.server import serving
+
+            async with serving(
+                lambda server: None,
+                (),
+                host="127.0.0.1",
+                port=mesh.port,
+                drain_seconds=0,
+                ready=lambda: True,
+            ):
+                raise AssertionError(f"two servers on one port, beside {running.server.port}")
+
+
+async def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
+    async with running_mesh("only", engine=lambda: EchoEngine(step_seconds=0.01)) as mesh:
+        batcher = mesh.tiers["only"].batcher.server
+        async with connect(f"127.0.0.1:{batcher.port}", retries=0) as client:
+            running = asyncio.create_task(collect(client, prompt("x" * 50)))
+            await eventually(lambda: mesh.tiers["only"].worker.sessions.live)
+            batcher.activity.draining = True
+
+            with pytest.raises(errors.Draining) as caught:
+                await collect(client, prompt("late"))
+            assert caught.value.retry_after is not None
+            assert (await running).text == "x" * 50
+
+
+async def test_a_worker_that_drains_hands_back_what_it_cannot_finish() -> None:
+    engine = EchoEngine(step_seconds=0.02)
+    from headrace.batcher.__main__ import batcher
+    from headrace.batcher.settings import Settings
+    from headrace.batcher.tokens import ByteTokenizer
+
+    worker_up = running_worker(engine, drain_seconds=0.2)
+    worker = await worker_up.__aenter__()
+    settings = Settings(port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True)
+    async with batcher(settings, ByteTokenizer(), "b") as running:
+        await eventually(running.coalescer.workers)
+        async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
+            endless = asyncio.create_task(
+                collect(client, prompt("x", max_tokens=1000, ignore_eos=True))
+            )
+            await eventually(lambda: worker.sessions.live)
+            await worker_up.__aexit__(None, None, None)
+
+            with pytest.raises(errors.WorkerDraining):
+                await endless
+            assert engine.occupied_slots == 0
+
+
+async def start(*arguments: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def test_sigterm_drains_and_exits_0(tmp_path: Path) -> None:
+    worker_port, batcher_port = free_ports(2)
+    worker = await start(
+        "headrace.worker", "--fake", "--port", str(worker_port), "--fake-step-seconds", "0.02"
+    )
+    batcher = await start(
+        *("headrace.batcher", "--fake", "--tier", "t", "--port", str(batcher_port)),
+        *("--workers", f"127.0.0.1:{worker_port}"),
+    )
+    async with connect(f"127.0.0.1:{batcher_port}", retries=0) as client:
+
+        async def ready() -> bool:
+            try:
+                return (await client.list_tiers()).tiers[0].healthy
+            except errors.Unavailable:
+                return False
+
+        async with asyncio.timeout(20):
+            while not await ready():
+                await asyncio.sleep(0.05)
+        async with aclosing(client.generate(prompt("x" * 40), timeout=20)) as stream:
+            await anext(stream)
+            batcher.send_signal(signal.SIGTERM)
+            events = [response.WhichOneof("event") async for response in stream]
+        assert events[-1] == "finish", "what was under way is finished"
+    worker.send_signal(signal.SIGTERM)
+
+    for process in (batcher, worker):
+        _, logs = await asyncio.wait_for(process.communicate(), 20)
+        assert process.returncode == 0, logs.decode()
+        lines = logs.decode().splitlines()
+        assert all(line.startswith("{") for line in lines), "logs are JSON lines"
+
+
+async def test_missing_and_wrong_settings_are_all_listed_and_stop_the_start() -> None:
+    process = await start("headrace.batcher", "--fake", "--port", "abc", "--queue-limit", "0")
+    _, complaint = await asyncio.wait_for(process.communicate(), 20)
+
+    assert process.returncode == 2
+    text = complaint.decode()
+    assert "HEADRACE_WORKERS is not set" in text
+    assert "HEADRACE_PORT='abc'" in text
+    assert "HEADRACE_QUEUE_LIMIT='0'" in text
+    assert "Traceback" not in text
+
+
+async def test_help_explains_every_flag() -> None:
+    for service in ("router", "batcher", "worker"):
+        process = await start(f"headrace.{service}", "--help")
+        text, _ = await asyncio.wait_for(process.communicate(), 20)
+
+        assert process.returncode == 0
+        assert "--drain-seconds" in text.decode()
+        assert "after SIGTERM" in " ".join(text.decode().split())
