@@ -12,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
+
 from headrace import models
 from headrace.models import ModelUnavailable, Part, Pinned, Progress, fetch, pip_download, resolve
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from headrace.cli.answers import Answer, printable, seconds
 from headrace.v1 import generation_pb2 as pb
 

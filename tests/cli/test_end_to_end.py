@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+
 from headrace.cli.mesh import require_free
 
 if TYPE_CHECKING:

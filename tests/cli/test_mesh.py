@@ -6,6 +6,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
+
 from headrace.cli import mesh
 from headrace.cli.mesh import BadSpec, MeshSpec, TierSpec, parse_tier, parse_tiers, plan
 

@@ -12,6 +12,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 import pytest
+
 from headrace.cli.processes import (
     ChildDied,
     Process,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
+
 from headrace.cli.answers import Answer
 from headrace.cli.summary import Outcome, summarise, summary_table
-from rich.console import Console
 
 OUTCOMES = [
     Outcome("fact", Answer(tier="small", tokens=10, first_token=0.2, finish="stop")),

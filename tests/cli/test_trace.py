@@ -6,14 +6,15 @@ import asyncio
 import os
 
 import pytest
-from headrace.cli.otlp_sink import Event, Span, otlp_sink, whole
-from headrace.cli.trace_tree import busiest, trace_tree
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, StatusCode
 from rich.console import Console
+
+from headrace.cli.otlp_sink import Event, Span, otlp_sink, whole
+from headrace.cli.trace_tree import busiest, trace_tree
 
 MS = 1_000_000
 

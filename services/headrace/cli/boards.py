@@ -101,7 +101,7 @@ class StartBoard:
             self._live.update(self._table(states))
             return
         for state in states:
-            said = state.detail or state.phase
+            said = _standing(state)
             if self._said.get(state.process.name) != said:
                 self._said[state.process.name] = said
                 after = f" after {seconds(state.seconds)}" if state.phase == "ready" else ""
@@ -115,7 +115,11 @@ class StartBoard:
             table.add_row(
                 "[green]✓[/]" if ready else self._spinner,
                 state.process.name,
-                Text(state.detail or state.phase, "green" if ready else ""),
+                Text(_standing(state), "green" if ready else ""),
                 f"[dim]{state.seconds:.0f} s[/]",
             )
         return table
+
+
+def _standing(state: State) -> str:
+    return f"loading: {state.detail.removeprefix('loading ')}" if state.detail else state.phase

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 _POLL_SECONDS = 0.1
+_PHASES = ("starting", "loading", "ready")
 _STOP_SECONDS = 12.0  # beyond the drain, to hand back what is unfinished, flush telemetry and end
 # What `plan` decides; inherited values would reach processes that they were not meant for.
 _OURS = {
@@ -75,7 +76,7 @@ class State:
     """Where a starting process stands."""
 
     process: Process
-    phase: str  # "starting" (does not answer yet), "loading" or "ready"
+    phase: str  # one of _PHASES; "starting" does not answer yet
     detail: str  # what it loads, if it says so
     seconds: float  # since the start of the mesh
 
@@ -256,7 +257,8 @@ async def _until_ready(processes: Sequence[Process], on_states: Callable[[Sequen
         async with open_channel(f"{HOST}:{process.port}") as channel:
             phase = "starting"
             while phase != "ready":
-                phase = await _phase(channel)
+                # A process that computes hard may be slow to answer; it has not gone back to the start.
+                phase = max(phase, await _phase(channel), key=_PHASES.index)
                 detail = stage_of(process.log) if phase != "ready" else ""
                 states[process.name] = State(process, phase, detail, time.monotonic() - began)
                 await asyncio.sleep(_POLL_SECONDS)

@@ -39,7 +39,7 @@ def prepare(spec: MeshSpec, console: Console) -> None:
 
 async def up(spec: MeshSpec, console: Console) -> None:
     """Run the mesh until cancelled. Raises BadSpec and ChildDied."""
-    console.print(f"logs in {spec.log_dir}", style="dim", markup=False, soft_wrap=True)
+    console.print(f"logs in {spec.log_dir}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:
         console.print(line, style="yellow", markup=False, soft_wrap=True)
@@ -48,7 +48,9 @@ async def up(spec: MeshSpec, console: Console) -> None:
         async with mesh(spec, on_states=board, say=say) as running:
             board.finish()
             console.print(_processes(spec, running))
-            console.print(f"Headrace is up at [bold]{running.address}[/] (Ctrl-C stops it). Try:\n")
+            console.print(
+                f"Headrace is up at [bold]{running.address}[/] (Ctrl-C stops it). Try:\n", highlight=False
+            )
             for line in examples(running.address):
                 console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
             await asyncio.Event().wait()
