@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import pytest
+
 from headrace import errors
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine

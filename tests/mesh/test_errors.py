@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+
 from headrace import errors
 from headrace.client import MAX_MESSAGE_BYTES, chat, connect, open_channel
 from headrace.v1 import generation_pb2 as pb
@@ -85,8 +87,8 @@ async def test_the_status_carries_google_rpc_details(mesh: Mesh) -> None:
                 pass
 
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    trailing = {key: value for key, value in caught.value.trailing_metadata() or ()}
-    status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])  # type: ignore[arg-type]
+    trailing = dict(caught.value.trailing_metadata() or ())
+    status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     assert status.details[0].Unpack(info)
     assert status.details[1].Unpack(bad)
@@ -97,7 +99,7 @@ async def test_the_status_carries_google_rpc_details(mesh: Mesh) -> None:
 async def test_text_that_is_not_utf8_is_told_so(mesh: Mesh) -> None:
     for port in (mesh.port, mesh.tiers["small"].batcher.server.port):
         async with open_channel(f"127.0.0.1:{port}") as channel:
-            raw = channel.unary_stream(
+            raw: Any = channel.unary_stream(
                 GENERATE, request_serializer=None, response_deserializer=pb.GenerateResponse.FromString
             )
             with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 import pytest
-from headrace.v1 import generation_pb2 as pb
-from headrace.worker.engine.echo import EchoEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from headrace import errors
+from headrace.v1 import generation_pb2 as pb
+from headrace.worker.engine.echo import EchoEngine
 from tests.harness import Mesh, collect, eventually, prompt, running_mesh
 
 TEXTS = st.text(st.sampled_from("abc é–火🚀"), min_size=1, max_size=40)
@@ -66,12 +68,11 @@ def expected(visit: Visit) -> tuple[str, int]:
         ids, reason = said, pb.FINISH_REASON_STOP
     text = ids.decode(errors="replace")
     whole = ids.decode(errors="ignore")
-    stops = [(whole.find(stop) + len(stop), -order) for order, stop in enumerate(visit.stop) if stop in whole]
-    if stops:
+    places = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in visit.stop if stop in whole]
+    if places:
         # The stop text that is complete first wins; of two at once the one that begins first.
-        ends = min(end for end, _ in stops)
-        first = min(whole.find(stop) for stop in visit.stop if whole.find(stop) + len(stop) == ends and stop in whole)
-        return whole[:first], pb.FINISH_REASON_STOP_SEQUENCE
+        _, begins = min(places)
+        return whole[:begins], pb.FINISH_REASON_STOP_SEQUENCE
     return text, reason
 
 
@@ -89,11 +90,8 @@ async def pay(mesh: Mesh, visit: Visit) -> None:
                     break
         return
     if visit.timeout < 1:
-        try:
+        with suppress(errors.DeadlineExceeded):
             await collect(mesh.client, request, timeout=visit.timeout)
-        except Exception as error:
-            assert getattr(error, "code", None) is not None, error
-            assert "DEADLINE" in error.reason, error  # type: ignore[attr-defined]
         return
     answer = await collect(mesh.client, request)
     text, reason = expected(visit)
@@ -119,9 +117,7 @@ async def test_a_thousand_visits_leave_no_task_behind(tight: Mesh) -> None:
         async with asyncio.TaskGroup() as tasks:
             for number in range(100):
                 leaves = number % 3 if number % 4 == 0 else None
-                tasks.create_task(
-                    pay(tight, Visit(f"v{round_}-{number}", 0, 20, False, (), 1, leaves, 30.0))
-                )
+                tasks.create_task(pay(tight, Visit(f"v{round_}-{number}", 0, 20, False, (), 1, leaves, 30.0)))
 
     await eventually(lambda: not tight.left_behind)
     await eventually(lambda: len(asyncio.all_tasks()) <= before)

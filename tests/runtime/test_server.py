@@ -7,12 +7,14 @@ import signal
 import sys
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+
 from headrace import errors
 from headrace.cli.mesh import free_ports
 from headrace.client import connect, open_channel
@@ -26,7 +28,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 async def health(port: int, service: str) -> int:
     async with open_channel(f"127.0.0.1:{port}") as channel:
-        stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         reply = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
         return int(reply.status)
 
@@ -109,18 +111,16 @@ async def test_reflection_lists_and_describes_every_service(mesh: Mesh, version:
             replies = [reply async for reply in ask(iter([listing]))]
             names = {entry.name for entry in replies[0].list_services_response.service}
             assert {service, "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"} <= names
-            described = [
-                reply
-                async for reply in ask(
-                    iter(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names)
-                )
+            questions = [
+                reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names
             ]
+            described = [reply async for reply in ask(iter(questions))]
             assert all(reply.file_descriptor_response.file_descriptor_proto for reply in described)
 
 
 async def test_channelz_knows_the_servers(mesh: Mesh) -> None:
     async with open_channel(f"127.0.0.1:{mesh.port}") as channel:
-        stub = channelz_pb2_grpc.ChannelzStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = channelz_pb2_grpc.ChannelzStub(channel)  # type: ignore[arg-type]
         servers = await stub.GetServers(channelz_pb2.GetServersRequest())
 
     assert len(servers.server) >= 5
@@ -168,9 +168,7 @@ async def test_a_worker_that_drains_hands_back_what_it_cannot_finish() -> None:
     async with batcher(settings, ByteTokenizer(), "b") as running:
         await eventually(running.coalescer.workers)
         async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
-            endless = asyncio.create_task(
-                collect(client, prompt("x", max_tokens=1000, ignore_eos=True))
-            )
+            endless = asyncio.create_task(collect(client, prompt("x", max_tokens=1000, ignore_eos=True)))
             await eventually(lambda: worker.sessions.live)
             await worker_up.__aexit__(None, None, None)
 

@@ -65,6 +65,19 @@ def thresholds(count: int) -> list[float]:
     return [place / count for place in range(count)]
 
 
+def shift(score: float, preference: float) -> float:
+    """The score as seen with a quality preference: their log-odds added.
+
+    At 0.5 the score stays as it is; a preference of 0 (cost alone) makes it 0, one of 1 (quality alone) 1,
+    and for the rest a score of 0 or 1 is certain and stays.
+    """
+    if preference in (0, 1):
+        return preference
+    if score in (0, 1):
+        return score
+    return sigmoid(_log_odds(score) + _log_odds(preference))
+
+
 def decide(
     score: float, hints: Hints, tiers: Sequence[TierView], *, exclude: Collection[str] = ()
 ) -> Decision:
@@ -77,7 +90,7 @@ def decide(
     the tiers that they allow are not healthy.
     """
     allowed, wish = _allowed(hints, tiers)
-    shifted = sigmoid(_log_odds(score) + _log_odds(hints.quality_preference))
+    shifted = shift(score, hints.quality_preference)
     wanted = max(place for place, tier in enumerate(tiers) if place == 0 or shifted >= tier.threshold)
     ideal = min(max(wanted, allowed[0]), allowed[-1])
     if ideal not in allowed:  # a model pin may leave gaps
@@ -193,8 +206,4 @@ def _why(
 
 
 def _log_odds(probability: float) -> float:
-    if probability <= 0:
-        return -1e9
-    if probability >= 1:
-        return 1e9
     return math.log(probability / (1 - probability))

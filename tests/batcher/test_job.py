@@ -1,0 +1,66 @@
+"""Tokens gather on their way to the caller: the first at once, the rest as the flush says."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from headrace import errors
+from headrace.batcher.job import End, Flush, Inbox, flush_for
+from headrace.v1 import generation_pb2 as pb
+
+END = End(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing())
+
+
+async def test_the_first_token_is_given_at_once_and_later_ones_together() -> None:
+    inbox = Inbox(Flush(tokens=3, seconds=60))
+    inbox.put([1], [])
+    assert (await inbox.take()).ids == [1]
+
+    waiting = asyncio.create_task(inbox.take())
+    inbox.put([2], [])
+    inbox.put([3], [])
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    inbox.put([4], [])
+
+    assert (await waiting).ids == [2, 3, 4]
+
+
+async def test_a_token_waits_no_longer_than_the_interval() -> None:
+    inbox = Inbox(Flush(tokens=1000, seconds=0.01))
+    inbox.put([1], [])
+    await inbox.take()
+    inbox.put([2], [])
+
+    assert (await asyncio.wait_for(inbox.take(), 5)).ids == [2]
+
+
+async def test_the_end_comes_with_what_was_gathered() -> None:
+    inbox = Inbox(Flush(tokens=1000, seconds=60))
+    inbox.put([1], [])
+    await inbox.take()
+    inbox.put([2, 3], [-0.5, -1.0])
+    inbox.end(END)
+
+    arrival = await inbox.take()
+
+    assert (arrival.ids, arrival.logprobs, arrival.end) == ([2, 3], [-0.5, -1.0], END)
+
+
+async def test_tokens_that_came_before_a_failure_are_given_before_it() -> None:
+    inbox = Inbox(Flush())
+    inbox.put([1], [])
+    inbox.fail(errors.WorkerLost("gone"))
+
+    assert (await inbox.take()).ids == [1]
+    with pytest.raises(errors.WorkerLost):
+        await inbox.take()
+
+
+def test_more_streams_make_larger_flushes() -> None:
+    sizes = [flush_for(streams).tokens for streams in (1, 16, 17, 40, 100, 1000)]
+
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (1, 8)

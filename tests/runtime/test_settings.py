@@ -1,0 +1,65 @@
+"""Settings come from flags, then the environment, then defaults; wrong ones are all named at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.batcher.settings import Settings as BatcherSettings
+from headrace.router.settings import Settings as RouterSettings
+from headrace.worker.settings import Settings as WorkerSettings
+
+
+def complaint_of(
+    settings: type[BatcherSettings | RouterSettings | WorkerSettings],
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    with pytest.raises(SystemExit) as caught:
+        settings.load(arguments)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_flags_win_over_the_environment_which_wins_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_QUEUE_LIMIT", "7")
+    monkeypatch.setenv("HEADRACE_BATCH_SIZE", "9")
+
+    settings = BatcherSettings.load(["--fake", "--workers", "a:1, b:2", "--batch-size", "3"])
+
+    assert (settings.queue_limit, settings.batch_size, settings.batch_tokens) == (7, 3, 4096)
+    assert settings.worker_targets == ["a:1", "b:2"]
+
+
+def test_settings_cannot_be_changed_later() -> None:
+    settings = WorkerSettings.load(["--fake"])
+
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1
+
+
+def test_a_worker_needs_a_model_or_the_fake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "HEADRACE_MODEL is not set" in complaint_of(WorkerSettings, [], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "HEADRACE_TIERS is not set"),
+        (["--tiers", "small"], "'small' is not NAME=TARGET"),
+        (["--tiers", "a=x:1,a=y:2"], "names a tier twice"),
+        (["--tiers", "a=x:1,b=y:2", "--thresholds", "high"], "is not numbers"),
+        (["--tiers", "a=x:1,b=y:2", "--thresholds", "0.5,0.7"], "must be 1 ascending"),
+        (["--tiers", "a=x:1,b=y:2,c=z:3", "--thresholds", "0.7,0.5"], "must be 2 ascending"),
+    ],
+)
+def test_what_is_wrong_with_the_tiers_is_said(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert complaint in complaint_of(RouterSettings, arguments, capsys)
+
+
+def test_tiers_keep_their_order_and_thresholds() -> None:
+    settings = RouterSettings.load(["--tiers", "s=a:1,m=b:2,l=dns:///c:3", "--thresholds", "0.3,0.8"])
+
+    assert settings.tier_targets() == [("s", "a:1"), ("m", "b:2"), ("l", "dns:///c:3")]
+    assert settings.tier_thresholds() == [0, 0.3, 0.8]

@@ -1,0 +1,82 @@
+"""Export is off unless the standard variables ask for it, and log lines carry the trace."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry import trace
+
+from headrace.runtime import logs
+from headrace.runtime.rate import RateMeter
+from headrace.runtime.telemetry import telemetry, wanted
+
+
+@pytest.mark.parametrize(
+    ("variables", "traces", "metrics"),
+    [
+        ({}, False, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}, True, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4317"}, True, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", "OTEL_METRICS_EXPORTER": "none"}, True, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", "OTEL_SDK_DISABLED": "true"}, False, False),
+    ],
+)
+def test_the_standard_variables_decide(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], traces: bool, metrics: bool
+) -> None:
+    for name in ("ENDPOINT", "TRACES_ENDPOINT", "METRICS_ENDPOINT"):
+        monkeypatch.delenv(f"OTEL_EXPORTER_OTLP_{name}", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    assert (wanted("traces"), wanted("metrics")) == (traces, metrics)
+
+
+async def test_without_the_variables_nothing_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    before = trace.get_tracer_provider()
+
+    async with telemetry("test"):
+        assert trace.get_tracer_provider() is before
+
+
+def test_log_lines_are_json_with_fields_and_trace_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        logs.configure("batcher")
+        with trace.get_tracer("test").start_as_current_span("here") as span:
+            logging.getLogger("headrace.test").info("batch closed", extra={"rows": 3})
+        context = span.get_span_context()
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+    line = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (line["message"], line["rows"], line["service"], line["level"]) == (
+        "batch closed",
+        3,
+        "batcher",
+        "INFO",
+    )
+    assert line["trace_id"] == f"{context.trace_id:032x}"
+
+
+@given(events=st.lists(st.tuples(st.floats(0.001, 2), st.integers(1, 50)), min_size=1, max_size=60))
+def test_the_rate_is_what_happened_in_the_window(events: list[tuple[float, int]]) -> None:
+    meter, now = RateMeter(window=5.0), 100.0
+    happened = []
+    for pause, count in events:
+        now += pause
+        meter.add(now, count)
+        happened.append((now, count))
+
+    # Entries within 50 ms share one place in time, so the edge of the window is that much blurred.
+    least = sum(count for at, count in happened if at > now - 4.9)
+    most = sum(count for at, count in happened if at > now - 5.1)
+    assert least / 5 - 1e-9 <= meter.per_second(now) <= most / 0.5 + 1e-9
+    assert meter.per_second(now + 10) == 0

@@ -1,0 +1,75 @@
+"""An error crosses the wire and comes out as the same class with the same facts."""
+
+from __future__ import annotations
+
+import pickle
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+
+from headrace import errors
+
+
+def leaves(cls: type[errors.HeadraceError]) -> list[type[errors.HeadraceError]]:
+    return [cls, *(leaf for sub in cls.__subclasses__() for leaf in leaves(sub))]
+
+
+ALL = [cls for cls in leaves(errors.HeadraceError) if cls is not errors.HeadraceError]
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_every_error_survives_the_round_trip(cls: type[errors.HeadraceError]) -> None:
+    error = cls("what to do", retry_after=1.25, field="sampling.top_p", limit=64)
+
+    again = errors.from_status(status_pb2.Status.FromString(errors.to_status(error).SerializeToString()))
+
+    assert type(again) is cls
+    assert (again.message, again.retry_after, again.field, again.fields) == (
+        "what to do",
+        1.25,
+        "sampling.top_p",
+        {"limit": "64"},
+    )
+
+
+def test_reasons_are_unique() -> None:
+    reasons = [cls.reason for cls in ALL]
+
+    assert len(set(reasons)) == len(reasons)
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "expected"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "connection refused", errors.Unavailable),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", errors.DeadlineExceeded),
+        (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "Received message larger than max (9 vs. 4)",
+            errors.MessageTooLarge,
+        ),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", errors.Overloaded),
+        (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", errors.Unimplemented),
+        (grpc.StatusCode.UNKNOWN, "?", errors.InternalError),
+    ],
+)
+def test_a_status_of_other_making_becomes_the_nearest_class(
+    code: grpc.StatusCode, message: str, expected: type[errors.HeadraceError]
+) -> None:
+    error = errors.from_status(status_pb2.Status(code=code.value[0], message=message))
+
+    assert type(error) is expected
+    assert error.message == message
+
+
+def test_a_group_of_one_is_unwrapped() -> None:
+    inner = errors.WorkerLost("gone")
+
+    assert errors.unwrap(ExceptionGroup("a", [ExceptionGroup("b", [inner])])) is inner
+
+
+def test_errors_can_be_pickled() -> None:
+    error = pickle.loads(pickle.dumps(errors.Overloaded("full", retry_after=2, limit=3)))
+
+    assert (type(error), error.retry_after, error.fields) == (errors.Overloaded, 2, {"limit": "3"})
