@@ -76,6 +76,11 @@ class SlotMemory:
         """Indices of the layers that have stored something."""
         return frozenset(self._layers)
 
+    def shape(self, layer: int) -> tuple[int, int]:
+        """Return how many KV heads a layer has, and the dimension of a key."""
+        keys, _ = self._layers[layer]
+        return keys.shape[2], keys.shape[3]
+
     @property
     def bytes_per_token(self) -> int:
         """What one token takes in all layers together, in bytes; known once every layer has stored."""

@@ -101,8 +101,13 @@ def _unpack(path: Path, folder: Path) -> None:
     network.is_quantized = False
     network.generation_config.eos_token_id = sorted(_eos_ids(path, network.generation_config.eos_token_id))
     network.save_pretrained(folder)
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Write down every file's size and bring all to the disk: from here on the folder counts as whole."""
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
-    (folder / _MANIFEST).write_text(json.dumps({"source": path.name, "sizes": sizes}, indent=1))
+    (folder / _MANIFEST).write_text(json.dumps({"sizes": sizes}, indent=1))
     for file in folder.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())

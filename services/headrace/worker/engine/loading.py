@@ -149,6 +149,8 @@ def choose_context(config: Any, asked: int | None) -> int:
             original = rope.get("original_max_position_embeddings")
             original = original or getattr(text, "original_max_position_embeddings", None) or limit
             limit = min(limit, int(original))
+    if limit < selfcheck.SHORTEST:
+        raise UnsupportedModel(f"the model holds {limit} tokens; at least {selfcheck.SHORTEST} are needed")
     if asked is None:
         return min(limit, DEFAULT_CONTEXT)
     if not 0 < asked <= limit:

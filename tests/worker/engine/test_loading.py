@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from headrace.worker.engine import attention, gguf_weights, loading
+from headrace.worker.engine.loading import load_engine
+from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
+from headrace.worker.engine.seam import Row, SamplingParams, Token
+from headrace.worker.engine.torch_engine import TorchEngine
+
+Folder = Callable[[str], Path]
+CPU = torch.device("cpu")
+
+
+def load(path: Path, tmp_path: Path, **options: Any) -> TorchEngine:
+    settings = {"dtype": "float32", "max_running": 4, **options}
+    return load_engine(path, name="tiny", cache=tmp_path, tokenizer_fingerprint="f00d", **settings)
+
+
+def changed(folder: Path, tmp_path: Path, **config: Any) -> Path:
+    """Copy a model folder with another config."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path = copy / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return copy
+
+
+def test_a_folder_becomes_an_engine_that_tells_what_it_is(tiny_folder: Folder, tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    model = load(tiny_folder("llama"), tmp_path, context_length=300, progress=heard.append).model
+
+    assert (model.name, model.dtype, model.device, model.tokenizer_fingerprint) == (
+        "tiny",
+        "float32",
+        "cpu",
+        "f00d",
+    )
+    assert (model.context_length, model.vocabulary_size, model.max_running) == (300, 131, 4)
+    assert model.eos_ids == {2}
+    assert len(heard) == 2
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "model.gguf"])
+def test_a_path_without_a_model_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+
+    with pytest.raises(LoadingError, match=r"no model at .*expected a folder with config\.json"):
+        load(tmp_path / name, tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = changed(tiny_folder("llama"), tmp_path)
+    (folder / "model.safetensors").unlink()
+
+    with pytest.raises(LoadingError, match="cannot load the weights"):
+        load(folder, tmp_path)
+
+
+def test_a_folder_that_lacks_some_weights_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    """transformers would make them up and warn."""
+    folder = changed(tiny_folder("llama"), tmp_path, num_hidden_layers=3)
+
+    with pytest.raises(LoadingError, match=r"lacks 9 weights, the first of them model\.layers\.2"):
+        load(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.T5Config(), "encoder-decoder"),
+        (transformers.ViTConfig(), "no head to generate with"),
+    ],
+    ids=["t5", "vit"],
+)
+def test_what_is_not_a_causal_language_model_is_refused(config: Any, reason: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+
+    with pytest.raises(UnsupportedModel, match=reason):
+        load(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "new"}, "brings code of its own"),
+        ({"model_type": "new"}, "does not know"),
+        ({}, "does not know"),
+    ],
+)
+def test_models_that_transformers_does_not_have_are_refused(
+    config: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(UnsupportedModel, match=reason):
+        load(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MambaConfig(vocab_size=131, hidden_size=32, num_hidden_layers=2, state_size=4),
+        transformers.GPTJConfig(vocab_size=131, n_embd=32, n_head=2, n_layer=2, rotary_dim=8),
+        transformers.BertConfig(
+            vocab_size=131, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        ),
+    ],
+    ids=["recurrent", "own attention", "looks both ways"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_do_not_attend_through_us_are_refused(config: Any, tmp_path: Path) -> None:
+    auto: Any = transformers.AutoModelForCausalLM
+    network = auto.from_config(config)
+    network.save_pretrained(tmp_path / "model")
+
+    with pytest.raises(UnsupportedModel):
+        load(tmp_path / "model", tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["scale", "mask", "window"])
+def test_an_engine_that_computes_something_else_does_not_start(
+    wrong: str, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend, mask = attention._attend, attention.StepPlan.mask
+
+    def wrong_attend(q: Any, k: Any, v: Any, m: Any, scale: float, softcap: Any) -> torch.Tensor:
+        return attend(q, k, v, m, scale * 1.1, softcap)
+
+    def wrong_mask(self: Any, part: int, last: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return mask(self, part, (last - 1).clamp(min=0), *rest)
+
+    def wrong_window(self: Any, part: int, last: Any, length: int, window: int, dtype: Any) -> torch.Tensor:
+        return mask(self, part, last, length, window + 1, dtype)
+
+    if wrong == "scale":
+        monkeypatch.setattr(attention, "_attend", wrong_attend)
+    else:
+        replacement = wrong_mask if wrong == "mask" else wrong_window
+        monkeypatch.setattr(attention.StepPlan, "mask", replacement)
+
+    with pytest.raises(UnsupportedModel, match=r"is not what transformers computes: its logits are off by"):
+        load(tiny_folder("mistral"), tmp_path)
+
+
+def test_logits_that_are_not_finite_at_start_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = changed(tiny_folder("llama"), tmp_path)
+    network: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    network.get_output_embeddings().weight.data.fill_(float("nan"))
+    network.save_pretrained(folder)
+
+    with pytest.raises(UnsupportedModel, match="not finite in float32"):
+        load(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"device": "cuda:99"}, "finds . CUDA devices; use cpu"),
+        ({"device": "tpu"}, "is not one of cpu, cuda"),
+        ({"device": "mps"}, "is not one of cpu, cuda"),
+        ({"dtype": "int8"}, "is not one of auto, float32, bfloat16, float16"),
+        ({"context_length": 4096}, "is not between 1 and 2048"),
+        ({"context_length": 0}, "is not between 1 and 2048"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused(
+    options: dict[str, Any], reason: str, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    with pytest.raises(LoadingError, match=reason):
+        load(tiny_folder("llama"), tmp_path, **options)
+
+
+def test_auto_is_a_dtype_that_the_cpu_multiplies_in_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        assert loading.choose_dtype("auto", CPU) == dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_works_too(dtype: str, tiny_folder: Folder, tmp_path: Path) -> None:
+    engine = load(tiny_folder("qwen2"), tmp_path, dtype=dtype)
+    params = SamplingParams(seed=1, max_tokens=3, logprobs=True)
+
+    (token,) = engine.step([Row(0, 0, 5, [3, 4, 5, 6, 7], 5, True, params)])
+
+    assert engine.model.dtype == dtype
+    assert isinstance(token, Token)
+
+
+@pytest.mark.parametrize(("asked", "served"), [(None, 1024), (1024, 1024), (700, 700)])
+def test_rope_that_scales_with_the_batch_is_kept_to_its_original_length(
+    asked: int | None, served: int
+) -> None:
+    factors = [1.0] * 8
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": factors,
+        "long_factor": factors,
+        "original_max_position_embeddings": 1024,
+    }
+    config = transformers.Phi3Config(
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=1024,
+        rope_parameters=rope,
+    )
+
+    assert loading.choose_context(config, asked) == served
+
+
+def test_turns_end_with_whatever_the_folder_names_or_is_known_to_mean_it(
+    tiny_folder: Folder, tmp_path: Path
+) -> None:
+    folder = changed(tiny_folder("llama"), tmp_path, eos_token_id=[2, 9])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 11}))
+    added = {
+        "20": {"content": "<|im_end|>", "special": True},
+        "21": {"content": "<|im_start|>", "special": True},
+        "22": {"content": "<end>", "special": True},
+        "23": {"content": "<|endoftext|>", "special": False},
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<end>", "added_tokens_decoder": added})
+    )
+    tokens = {"added_tokens": [{"id": 24, "content": "<|eot_id|>", "special": True}]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+
+    assert load(folder, tmp_path).model.eos_ids == {2, 9, 11, 20, 22, 24}
+
+
+def test_the_weights_fingerprint_tells_weights_configs_and_dtypes_apart(
+    tiny_folder: Folder, tmp_path: Path
+) -> None:
+    folder = changed(tiny_folder("llama"), tmp_path)
+    first = loading.weights_fingerprint(folder, "", torch.float32)
+
+    assert first == loading.weights_fingerprint(folder, "", torch.float32)
+    assert len(first) == 16
+    others = {loading.weights_fingerprint(folder, "", torch.bfloat16)}
+    others.add(loading.weights_fingerprint(tiny_folder("qwen2"), "", torch.float32))
+    network: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    network.get_output_embeddings().weight.data[-1] += 1
+    network.save_pretrained(folder)
+    others.add(loading.weights_fingerprint(folder, "", torch.float32))
+    assert len(others | {first}) == 4
+
+
+def test_a_gguf_file_is_unpacked_once_even_if_many_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def unpack(path: Path, folder: Path) -> None:
+        made.append(folder)
+        (folder / "model.safetensors").write_bytes(path.read_bytes() * 2)
+        gguf_weights.seal(folder)
+
+    monkeypatch.setattr(gguf_weights, "_unpack", unpack)
+    source = tmp_path / "model.gguf"
+    source.write_bytes(b"weights")
+
+    def get() -> Path:
+        return gguf_weights.dequantised(source, digest="ab" * 32, cache=tmp_path, progress=lambda _: None)
+
+    threads = [threading.Thread(target=get) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(made) == 1
+    assert (get() / "model.safetensors").read_bytes() == b"weightsweights"
+    assert not list((tmp_path / "dequantised").glob(".unpacking-*"))
+
+    (get() / "model.safetensors").write_bytes(b"torn")
+    assert (get() / "model.safetensors").read_bytes() == b"weightsweights"
+    assert len(made) == 2
+
+
+def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + b"\0" * 64)
+
+    with pytest.raises(LoadingError, match=r"cannot read .*model\.gguf"):
+        load(path, tmp_path)
+
+    assert not [entry for entry in (tmp_path / "dequantised").iterdir() if entry.is_dir()]
+
+
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_unpacked_gguf_answers_as_the_file_itself(headrace_cache: Path) -> None:
+    path = headrace_cache / "models" / "smollm2-135m-instruct" / "model.gguf"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: run `headrace fetch`")
+    prompt = torch.tensor([[1, 9690, 198, 2683, 359, 253, 5356]])
+    direct: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+
+    folder = gguf_weights.dequantised(
+        path, digest=gguf_weights.file_digest(path), cache=headrace_cache, progress=lambda _: None
+    )
+    unpacked: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    answers = [net.generate(prompt, max_new_tokens=24, do_sample=False) for net in (direct, unpacked)]
+    assert torch.equal(*answers)
+    assert unpacked.config.dtype == torch.float32

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import queue
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headrace.worker.engine.loop import EngineLoop, StepReport
+from headrace.worker.engine.scheduler import Ending, LiveSequence
+from headrace.worker.engine.seam import Fault, Row, SamplingParams, Token
+from headrace.worker.engine.torch_engine import TorchEngine
+from tests.worker.engine.conftest import ARCHITECTURES, EOS, VOCABULARY
+
+GREEDY = SamplingParams(seed=0, max_tokens=64, temperature=0, ignore_eos=True)
+WARM = SamplingParams(seed=11, max_tokens=64, temperature=1.0, top_p=0.9, ignore_eos=True)
+
+Network = Callable[[str], Any]
+Engine = Callable[..., TorchEngine]
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return random.Random(f"{seed} {length}").choices(range(3, VOCABULARY), k=length)
+
+
+def generated(network: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """What transformers' own `generate` answers greedily, told not to stop."""
+    ids = network.generate(
+        torch.tensor([list(prompt)]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return ids[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+def answer(
+    engine: TorchEngine,
+    prompt: Sequence[int],
+    count: int,
+    *,
+    params: SamplingParams = GREEDY,
+    resume: Sequence[int] = (),
+    slot: int = 0,
+) -> list[int]:
+    """Answer one prompt alone, prefilled in one piece, until the answer has *count* ids."""
+    ids = [*prompt, *resume]
+    start = 0
+    while len(ids) < len(prompt) + count:
+        (token,) = engine.step([Row(slot, start, len(ids), ids, len(prompt), True, params)])
+        assert isinstance(token, Token)
+        start = len(ids)
+        ids.append(token.id)
+    engine.release(slot)
+    return ids[len(prompt) :]
+
+
+def answer_together(
+    engine: TorchEngine,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    params: Sequence[SamplingParams],
+    seed: int = 0,
+) -> list[list[int]]:
+    """Answer all prompts in random ragged steps: any rows, any chunks, any slots."""
+    dice = random.Random(seed)
+    slots = dice.sample(range(engine.model.max_running), len(prompts))
+    ids = [list(prompt) for prompt in prompts]
+    computed = [0] * len(prompts)
+    while True:
+        running = [i for i, own in enumerate(ids) if len(own) < len(prompts[i]) + count]
+        if not running:
+            break
+        rows, members = [], dice.sample(running, dice.randint(1, len(running)))
+        for i in members:
+            stop = min(len(ids[i]), computed[i] + dice.choice((1, 2, 5, 31, 32, 33, 100)))
+            done = stop == len(ids[i])
+            rows.append(Row(slots[i], computed[i], stop, ids[i], len(prompts[i]), done, params[i]))
+            computed[i] = stop
+        for i, row, token in zip(members, rows, engine.step(rows), strict=True):
+            assert isinstance(token, Token) == row.sample
+            if isinstance(token, Token):
+                ids[i].append(token.id)
+    for slot in slots:
+        engine.release(slot)
+    return [own[len(prompt) :] for own, prompt in zip(ids, prompts, strict=True)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_random_schedules_answer_as_generate_does(
+    architecture: str, tiny_engine: Engine, tiny_network: Network
+) -> None:
+    """Chunks, slots and neighbours change nothing, whatever the architecture: windows, soft caps, groups."""
+    engine, network = tiny_engine(architecture), tiny_network(architecture)
+    prompts = [prompt_of(length) for length in (1, 7, 40, 90, 130)]
+    expected = [generated(network, prompt, 10) for prompt in prompts]
+
+    for seed in range(3):
+        assert answer_together(engine, prompts, 10, params=[GREEDY] * 5, seed=seed) == expected
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "phi3"])
+def test_logits_are_those_of_a_plain_forward_pass_far_into_a_long_prompt(
+    architecture: str, tiny_engine: Engine, tiny_network: Network
+) -> None:
+    """Past 512 keys attention works in blocks, and a window hides whole blocks."""
+    engine, network = tiny_engine(architecture), tiny_network(architecture)
+    ids = prompt_of(701)
+    with torch.inference_mode():
+        expected = network(torch.tensor([ids])).logits[0]
+
+    seen = {}
+    for start, stop in ((0, 1), (1, 300), (300, 301), (301, 520), (520, 700), (700, 701)):
+        seen[stop] = engine.compute([Row(3, start, stop, ids, 701, True, GREEDY)]).logits[0]
+
+    for stop, logits in seen.items():
+        torch.testing.assert_close(logits, expected[stop - 1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_sampled_row_does_not_depend_on_its_neighbours(tiny_engine: Engine) -> None:
+    engine = tiny_engine()
+    if not engine.model.exact:
+        pytest.skip("this machine's kernels are not exact")
+    prompts = [prompt_of(length) for length in (3, 60, 125, 500)]
+    params = [WARM, GREEDY, WARM, WARM]
+    alone = [answer(engine, prompt, 12, params=own) for prompt, own in zip(prompts, params, strict=True)]
+
+    for seed in range(4):
+        assert answer_together(engine, prompts, 12, params=params, seed=seed) == alone
+
+
+@pytest.mark.parametrize("params", [GREEDY, WARM])
+def test_an_answer_resumed_from_any_point_ends_the_same(params: SamplingParams, tiny_engine: Engine) -> None:
+    engine = tiny_engine("qwen2")
+    if not engine.model.exact:
+        pytest.skip("this machine's kernels are not exact")
+    prompt = prompt_of(120)
+    whole = answer(engine, prompt, 16, params=params)
+
+    for said in (1, 8, 9, 15):
+        assert answer(engine, prompt, 16, params=params, resume=whole[:said], slot=5) == whole
+
+
+def test_a_row_whose_logits_are_not_finite_ends_alone(tiny_engine: Engine, tiny_network: Network) -> None:
+    engine, network = tiny_engine(), tiny_network("llama")
+    poison = 99
+    engine._network.get_input_embeddings().weight.data[poison] = float("nan")
+    good, bad = prompt_of(20), [5, poison, 6]
+    good = [3 if token == poison else token for token in good]
+
+    results = engine.step([Row(0, 0, 20, good, 20, True, GREEDY), Row(1, 0, 3, bad, 3, True, GREEDY)])
+
+    assert isinstance(results[1], Fault)
+    assert isinstance(results[0], Token)
+    assert results[0].id == generated(network, good, 1)[0]
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_a_slot_that_held_a_broken_sequence_serves_the_next_one(
+    sample: bool, tiny_engine: Engine, tiny_network: Network
+) -> None:
+    """What is masked still counts as 0 x value: left-over NaN would spread to whoever comes next."""
+    engine, network = tiny_engine(), tiny_network("llama")
+    poison = 99
+    engine._network.get_input_embeddings().weight.data[poison] = float("nan")
+    engine.step([Row(0, 0, 30, [poison] * 30, 30, sample, GREEDY)])
+    engine.release(0)
+    prompt = [3 if token == poison else token for token in prompt_of(9)]
+
+    assert answer(engine, prompt, 4) == generated(network, prompt, 4)
+
+
+def test_a_step_in_which_nobody_samples_returns_nothing(tiny_engine: Engine) -> None:
+    rows = [Row(0, 0, 4, prompt_of(9), 9, False, GREEDY), Row(2, 0, 1, prompt_of(5), 5, False, GREEDY)]
+
+    assert tiny_engine().step(rows) == [None, None]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_the_loop_answers_random_arrivals_as_generate_does(
+    architecture: str, tiny_engine: Engine, tiny_network: Network
+) -> None:
+    """More requests than slots, small steps, cancellations: each answer is still its own."""
+    engine, network = tiny_engine(architecture, max_running=4), tiny_network(architecture)
+    dice = random.Random(5)
+    prompts = {key: prompt_of(dice.randint(1, 150), seed=key) for key in range(12)}
+    lengths = {key: dice.randint(1, 12) for key in prompts}
+    endings: queue.Queue[tuple[int, Ending]] = queue.Queue()
+    said: dict[int, list[int]] = {key: [] for key in prompts}
+
+    def hear(report: StepReport[int]) -> None:
+        for update in report.updates:
+            said[update.sequence.key] += update.token_ids
+            if update.ending is not None:
+                endings.put((update.sequence.key, update.ending))
+
+    loop = EngineLoop(engine, report=hear, step_tokens=48)
+    loop.start()
+    for key, prompt in prompts.items():
+        params = SamplingParams(seed=key, max_tokens=lengths[key], temperature=0, ignore_eos=True)
+        loop.submit(LiveSequence(key, list(prompt), len(prompt), params, None, 0.0))
+        if key % 5 == 4:
+            loop.cancel(key)
+    ended = dict(endings.get(timeout=60) for _ in prompts)
+    loop.stop()
+
+    for key, prompt in prompts.items():
+        expected = generated(network, prompt, lengths[key])
+        if ended[key] is Ending.LENGTH:
+            assert said[key] == expected
+        else:
+            assert ended[key] is Ending.CANCELLED
+            assert said[key] == expected[: len(said[key])]
+    assert {Ending.LENGTH} == {ended[key] for key in prompts if key % 5 != 4}
+
+
+def test_the_model_ends_its_turn_with_its_own_token(tiny_engine: Engine) -> None:
+    engine = tiny_engine()
+    assert engine.model.eos_ids == {EOS}
+    eager_to_end = SamplingParams(seed=1, max_tokens=9, temperature=0, logit_bias={EOS: 1000.0})
+
+    (token,) = engine.step([Row(0, 0, 3, [4, 5, 6], 3, True, eager_to_end)])
+
+    assert token == Token(EOS)
+
+
+@pytest.mark.model
+def test_a_default_model_knows_the_capital_of_france_and_ends_its_turn(
+    default_model: Path, headrace_cache: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    from headrace.worker.engine.loading import load_engine
+
+    engine = load_engine(
+        default_model, name="m", cache=headrace_cache, tokenizer_fingerprint="t", max_running=2
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(default_model.parent, gguf_file=default_model.name)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+    said: list[int] = []
+    for _ in range(32):
+        params = SamplingParams(seed=1, max_tokens=32, temperature=0)
+        token = answer(engine, ids, len(said) + 1, params=params, resume=said)[-1]
+        if token in engine.model.eos_ids:
+            break
+        said.append(token)
+
+    assert tokenizer.decode(said).strip() == "The capital of France is Paris."
+    assert token == tokenizer.convert_tokens_to_ids("<|im_end|>")
