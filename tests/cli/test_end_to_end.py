@@ -295,8 +295,8 @@ class Terminal:
     def expect(self, text: str, *, pressing: str = "") -> None:
         """Read until *text* has come up after what was expected before.
 
-        *pressing* is typed, and again when a second passes without a word: a signal that reaches readline just before it waits for
-        a key is seen with the next key only.
+        *pressing* is typed, and again when a second passes without a word: a signal that reaches
+        readline just before it waits for a key is seen with the next key only.
         """
         ends = time.monotonic() + PATIENCE
         self.type(pressing)
