@@ -96,7 +96,7 @@ def _tokenizer(settings: Settings) -> Tokenizer:
         return ByteTokenizer()
     cache = Path(settings.cache) if settings.cache else cache_folder()
     try:
-        return load_tokenizer(resolve(settings.model, cache), cache)
+        return load_tokenizer(resolve(settings.model, cache, weights=False), cache)
     except ModelUnavailable as error:
         raise StartFailed(str(error)) from error
 
