@@ -29,8 +29,8 @@ class Settings(ServiceSettings):
     step_tokens: int = Field(
         default=0,
         ge=0,
-        description="most tokens that one engine step computes, prompts included: fewer let answers under way "
-        "go on more evenly, more let prompts be computed faster; 0 takes 128 on CPUs, 2048 on GPUs",
+        description="most tokens that one engine step computes, prompts included: fewer keep answers under "
+        "way even, more compute prompts faster; 0 takes 128 on CPUs, 2048 on GPUs",
     )
     fake: bool = Field(default=False, description="run the echo engine, which needs no model")
     fake_step_seconds: float = Field(

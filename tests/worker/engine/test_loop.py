@@ -1,0 +1,147 @@
+"""The engine's thread: who leaves does so before the next step, and everybody hears how it ended."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.worker.engine.echo import EchoEngine
+from headrace.worker.engine.loop import EngineLoop, StepReport
+from headrace.worker.engine.scheduler import Ending, LiveSequence
+from headrace.worker.engine.seam import Fault, Row, SamplingParams, Token
+
+SECONDS = 20
+
+
+class GatedEngine(EchoEngine):
+    """Computes a step only when the test allows it, and shows whose rows are in it."""
+
+    def __init__(self) -> None:
+        super().__init__(max_running=4)
+        self.entered: queue.Queue[set[int]] = queue.Queue()
+        self.permits: queue.Queue[None] = queue.Queue()
+
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+        self.entered.put({row.ids[0] for row in rows})
+        self.permits.get(timeout=SECONDS)
+        return super().step(rows)
+
+
+def sequence(
+    key: int, length: int = 3, *, expires: float | None = None, tokens: int = 50
+) -> LiveSequence[int]:
+    params = SamplingParams(seed=0, max_tokens=tokens, ignore_eos=True)
+    return LiveSequence(key, [key] * length, length, params, expires, time.monotonic())
+
+
+@contextmanager
+def running(
+    engine: EchoEngine, **settings: int
+) -> Iterator[tuple[EngineLoop[int], queue.Queue[StepReport[int]]]]:
+    reports: queue.Queue[StepReport[int]] = queue.Queue()
+    loop: EngineLoop[int] = EngineLoop(engine, report=reports.put, **settings)
+    loop.start()
+    try:
+        yield loop, reports
+    finally:
+        loop.stop()
+
+
+def test_a_sequence_cancelled_during_a_step_is_not_in_the_next() -> None:
+    engine = GatedEngine()
+    with running(engine) as (loop, reports):
+        loop.submit(sequence(1))
+        assert engine.entered.get(timeout=SECONDS) == {1}
+        loop.submit(sequence(2))
+        loop.cancel(1)
+        engine.permits.put(None)
+
+        assert engine.entered.get(timeout=SECONDS) == {2}
+        assert reports.get(timeout=SECONDS).updates[0].token_ids == [1]
+        (goodbye,) = reports.get(timeout=SECONDS).updates
+        assert (goodbye.sequence.key, goodbye.ending) == (1, Ending.CANCELLED)
+        for _ in range(60):
+            engine.permits.put(None)
+
+
+def test_a_sequence_whose_deadline_passes_during_a_step_is_not_in_the_next() -> None:
+    engine = GatedEngine()
+    with running(engine) as (loop, reports):
+        loop.submit(sequence(1, expires=time.monotonic() + 0.05))
+        engine.entered.get(timeout=SECONDS)
+        threading.Event().wait(0.06)  # the deadline is real time, and this is when it has passed
+        engine.permits.put(None)
+
+        reports.get(timeout=SECONDS)
+        (goodbye,) = reports.get(timeout=SECONDS).updates
+        assert goodbye.ending is Ending.DEADLINE
+        assert engine.entered.empty()
+        assert engine.occupied_slots == 0
+
+
+def test_a_sequence_cancelled_in_mid_prefill_or_while_it_waits_leaves_too() -> None:
+    engine = GatedEngine()
+    with running(engine, step_tokens=8) as (loop, reports):
+        for key in range(6):  # 4 places: two wait, and prefill takes many steps
+            loop.submit(sequence(key, 100))
+        engine.entered.get(timeout=SECONDS)
+        for key in range(6):
+            loop.cancel(key)
+        engine.permits.put(None)
+
+        endings = {}
+        while len(endings) < 6:
+            for update in reports.get(timeout=SECONDS).updates:
+                endings[update.sequence.key] = update.ending
+        assert set(endings.values()) == {Ending.CANCELLED}
+        assert engine.entered.empty(), "there was nothing left to compute"
+
+
+def test_stopping_tells_every_sequence_that_it_ended() -> None:
+    engine = EchoEngine(step_seconds=0.001)
+    with running(engine) as (loop, reports):
+        for key in range(5):
+            loop.submit(sequence(key, tokens=10_000))
+    ended = set()
+    while not reports.empty():
+        ended |= {update.sequence.key for update in reports.get().updates if update.ending}
+
+    assert ended == set(range(5))
+    assert engine.occupied_slots == 0
+
+
+@given(
+    plan=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20), st.booleans()), min_size=1, max_size=10)
+)
+@settings(max_examples=30, deadline=None)
+def test_random_arrivals_and_cancels_from_another_thread_end_exactly_once(
+    plan: list[tuple[int, int, bool]],
+) -> None:
+    engine = EchoEngine(max_running=3)
+    said: dict[int, list[int]] = {key: [] for key in range(len(plan))}
+    endings: dict[int, Ending] = {}
+    with running(engine, step_tokens=7) as (loop, reports):
+        for key, (length, tokens, leaves) in enumerate(plan):
+            loop.submit(sequence(key, length, tokens=tokens))
+            if leaves:
+                loop.cancel(key)
+        while len(endings) < len(plan):
+            for update in reports.get(timeout=SECONDS).updates:
+                key = update.sequence.key
+                assert key not in endings
+                assert update.offset == len(said[key])
+                said[key] += update.token_ids
+                if update.ending is not None:
+                    endings[key] = update.ending
+
+    for key, (_, tokens, leaves) in enumerate(plan):
+        assert endings[key] is Ending.LENGTH or leaves
+        assert said[key] == [key] * len(said[key])
+        assert len(said[key]) == tokens or endings[key] is Ending.CANCELLED
+    assert engine.occupied_slots == 0
