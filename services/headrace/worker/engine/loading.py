@@ -100,7 +100,12 @@ def load_engine(
         network,
         dataclasses.replace(model, max_running=selfcheck.SLOTS, context_length=selfcheck.CONTEXT),
     )
-    exact = selfcheck.check(probe, network)
+    try:
+        exact = selfcheck.check(probe, network)
+    except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+        raise UnsupportedModel(
+            f"{type(network).__name__} cannot be computed in ragged steps: {error}"
+        ) from error
     slots = _affordable_slots(model, probe.memory, place)
     return TorchEngine(network, dataclasses.replace(model, exact=exact, max_running=slots))
 

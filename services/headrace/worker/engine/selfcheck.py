@@ -41,10 +41,10 @@ class Transcript:
 
 
 def check(engine: TorchEngine, network: Any) -> bool:
-    """Compare the engine with the model's own eager forward pass, and with itself.
+    """Compare the engine with the model's own forward pass, and with itself.
 
     engine    a fresh engine with at least SLOTS slots of CONTEXT tokens
-    network   its model; attention is switched to eager for one pass
+    network   its model, whose attention is switched to transformers' own for some passes
 
     Returns whether sequences come out bitwise the same alone, in a batch and resumed. Raises
     UnsupportedModel when the engine's logits are not the model's.
@@ -120,7 +120,7 @@ def _look(windows: Mapping[int, int | None], config: Any) -> None:
     if windows.keys() != set(range(layers)):
         raise UnsupportedModel(
             f"{len(windows)} of {layers} layers attend through transformers' attention interface; "
-            f"recurrent and hybrid models are not supported"
+            f"recurrent and hybrid models, and those with attention of their own, are not supported"
         )
     # No probe is as long as a real window, so the logits cannot show that one is missing.
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
