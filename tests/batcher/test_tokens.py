@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     specials = ["</s>", "<user>", "<assistant>"]
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
     fast.train_from_iterator(["the sky is blue and the sea is green"] * 3, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", chat_template=TEMPLATE)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", chat_template=TEMPLATE)  # type: ignore[no-untyped-call]
     place = tmp_path_factory.mktemp("tokenizer")
     wrapped.save_pretrained(place)
     return place

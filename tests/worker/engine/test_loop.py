@@ -95,7 +95,7 @@ def test_a_sequence_cancelled_in_mid_prefill_or_while_it_waits_leaves_too() -> N
             loop.cancel(key)
         engine.permits.put(None)
 
-        endings = {}
+        endings: dict[int, Ending | None] = {}
         while len(endings) < 6:
             for update in reports.get(timeout=SECONDS).updates:
                 endings[update.sequence.key] = update.ending
