@@ -9,13 +9,15 @@ dropped telemetry and a warning.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 from opentelemetry import metrics, trace
 
-_FLUSH_SECONDS = 3.0  # for the last spans, when the process ends
+_FLUSH_SECONDS = 2.0  # for the last spans, when the process ends
 
 
 def wanted(signal: str) -> bool:
@@ -41,9 +43,28 @@ async def telemetry(service: str, *, instance: str = "") -> AsyncGenerator[None,
         yield
     finally:
         if closing:
-            # The exporters block while a collector is down; the process ends all the same.
-            closers = asyncio.gather(*(asyncio.to_thread(close) for close in closing), return_exceptions=True)
-            await asyncio.wait([closers], timeout=_FLUSH_SECONDS + 1)
+            await _within(_FLUSH_SECONDS, closing)
+
+
+async def _within(seconds: float, closing: list[Callable[[], object]]) -> None:
+    """Call them all, for at most so long.
+
+    Exporters block while a collector is down, and the process ends all the same: on threads of its own,
+    for the event loop would wait for those of its executor.
+    """
+    loop, left = asyncio.get_running_loop(), asyncio.Semaphore(0)
+
+    def call(close: Callable[[], object]) -> None:
+        close()
+        with contextlib.suppress(RuntimeError):  # the loop has not waited for us
+            loop.call_soon_threadsafe(left.release)
+
+    for close in closing:
+        threading.Thread(target=call, args=(close,), daemon=True).start()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            for _ in closing:
+                await left.acquire()
 
 
 def _start(service: str, instance: str) -> list[Callable[[], object]]:
