@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from headrace.worker.engine import selfcheck
 from headrace.worker.engine.attention import IMPLEMENTATION, SlotMemory, rung, slot_attention
 from headrace.worker.engine.gguf_weights import END_OF_TURN, dequantised, file_digest
+from headrace.worker.engine.packing import pack_linears
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
 from headrace.worker.engine.seam import ModelInfo
 from headrace.worker.engine.torch_engine import TorchEngine
@@ -95,10 +96,12 @@ def load_engine(
         exact=False,
         features=("logprobs",),
     )
+    packed = place.type == "cpu" and pack_linears(network)
     progress("comparing with transformers' own forward pass")
     probe = TorchEngine(
         network,
         dataclasses.replace(model, max_running=selfcheck.SLOTS, context_length=selfcheck.CONTEXT),
+        packed=packed,
     )
     try:
         exact = selfcheck.check(probe, network)
@@ -107,7 +110,7 @@ def load_engine(
             f"{type(network).__name__} cannot be computed in ragged steps: {error}"
         ) from error
     slots = _affordable_slots(model, probe.memory, place)
-    return TorchEngine(network, dataclasses.replace(model, exact=exact, max_running=slots))
+    return TorchEngine(network, dataclasses.replace(model, exact=exact, max_running=slots), packed=packed)
 
 
 def choose_device(device: str) -> torch.device:

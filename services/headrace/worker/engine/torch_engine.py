@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from headrace.worker.engine import packing
 from headrace.worker.engine.attention import MIN_ROWS, SlotMemory, StepPlan, plan_step, step_order
 from headrace.worker.engine.sampling import Sampler
 from headrace.worker.engine.seam import Fault, ModelInfo, Row, Token
 
-# Steps of fewer tokens are padded on the CPU, since its matrix kernels round differently below: measured
-# bitwise with torch 2.13, the two default models' shapes and up to 600 rows. One row takes as long as two.
+# Steps of fewer tokens are padded on the CPU, since its plain matrix kernels round differently below:
+# measured bitwise with torch 2.13, the two default models' shapes and up to 600 rows.
 MIN_TOKENS = {torch.float32: MIN_ROWS, torch.bfloat16: 2}
 
 
@@ -45,16 +46,19 @@ class TorchEngine:
     network   a transformers causal language model whose attention is `attention.IMPLEMENTATION`, in
               evaluation mode on its device
     model     what it tells about itself; max_running and context_length size the KV memory
+    packed    whether all linear layers of the network are packed, and rows come out the same in steps of
+              fewer tokens
     """
 
-    def __init__(self, network: Any, model: ModelInfo) -> None:
+    def __init__(self, network: Any, model: ModelInfo, *, packed: bool = False) -> None:
         self._network = network
         self._model = model
         self._device = torch.device(model.device)
         dtype: torch.dtype = getattr(torch, model.dtype)
         self.memory = SlotMemory(model.max_running, model.context_length, device=self._device, dtype=dtype)
         self._sampler = Sampler(model.eos_ids, self._device)
-        self._min_tokens = MIN_TOKENS.get(dtype, MIN_ROWS) if self._device.type == "cpu" else 1
+        fewest = packing.MIN_TOKENS if packed else MIN_TOKENS
+        self._min_tokens = fewest.get(dtype, MIN_ROWS) if self._device.type == "cpu" else 1
         self._lengths = [0] * model.max_running
         # Slots whose last token came from finite logits: what they hold is finite and may stay.
         self._proven = [True] * model.max_running
