@@ -152,10 +152,10 @@ def free_ports(count: int) -> list[int]:
 def environment(spec: MeshSpec, inherited: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the children: *inherited*, less what we decide, and what *spec* adds."""
     kept = {name: value for name, value in inherited.items() if name not in _OURS}
-    # A worker's threads wait for each other some hundred times a step. Asleep they are slow to wake: a step of
-    # SmolLM2 on two cores takes 49 ms, where spinning as long as GNU OpenMP does by itself takes 27. Spinning,
-    # they take the cores from others: 813 ms beside a second such worker. A short spin, some 10 us, takes 30
-    # alone; and where workers share the cores, one thread each is best.
+    # A worker's threads wait for each other some hundred times a step. Asleep they are slow to wake: a step
+    # of SmolLM2 on two cores takes 49 ms, where spinning as long as GNU OpenMP does by itself takes 27.
+    # Spinning, they take the cores from others: 813 ms beside a second such worker. A short spin, some 10 us,
+    # takes 30 alone; and where workers share the cores, one thread each is best.
     return {"GOMP_SPINCOUNT": "10000", **kept, **spec.environment}
 
 
