@@ -36,8 +36,10 @@ protos: $(INSTALLED) ## regenerate the stubs after a change of protos/
 	python -m grpc_tools.protoc -I protos --python_out=$(OUT) --grpc_python_out=$(OUT) \
 		--mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) protos/headrace/v1/*.proto
 
-bench: $(INSTALLED) ## measure what the mesh itself costs, against the same engine called directly
+bench: $(INSTALLED) ## measure the mesh against its engine alone, and the engine against transformers
 	python -m benchmarks.mesh
+	headrace fetch
+	python -m benchmarks.engine
 
 clean: ## remove the environment and everything that was built; fetched models stay
 	rm -rf $(VENV) build dist services/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -126,7 +126,7 @@ class WorkerLink:
 
     async def run(self) -> None:
         """Keep the stream open, dialling again when it breaks, until cancelled."""
-        pause = RECONNECT_SECONDS[0]
+        pause, told = RECONNECT_SECONDS[0], ""
         async with open_channel(self.target) as channel:
             stub = WorkerServiceStub(channel)
             while True:
@@ -140,11 +140,13 @@ class WorkerLink:
                 finally:
                     was_ready, self._ready = self._ready, False
                     self._lose()
-                log.log(
-                    logging.WARNING if was_ready else logging.INFO,
-                    "worker not connected",
-                    extra={"target": self.target, "problem": self.problem},
-                )
+                if was_ready or self.problem != told:
+                    told = self.problem
+                    log.log(
+                        logging.WARNING if was_ready else logging.INFO,
+                        "worker not connected",
+                        extra={"target": self.target, "problem": self.problem},
+                    )
                 pause = RECONNECT_SECONDS[0] if was_ready else min(pause * 2, RECONNECT_SECONDS[1])
                 await asyncio.sleep(pause)
 
