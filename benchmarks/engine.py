@@ -97,7 +97,7 @@ def theirs(network: Any, prompt: list[int], rows: int) -> list[float]:
     stamps: list[float] = []
 
     class Clock(StoppingCriteria):
-        def __call__(self, ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:  # type: ignore[override]
+        def __call__(self, ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
             stamps.append(time.perf_counter())
             return torch.full((rows,), stamps[-1] - stamps[0] > SECONDS)
 
@@ -125,9 +125,8 @@ def measure(model: str, dtype: str, threads: int) -> list[Figures]:
         path, name=model, cache=cache, tokenizer_fingerprint="", dtype=dtype, threads=threads, progress=print
     )
     network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    prompt = torch.randint(
-        engine.model.vocabulary_size, (PROMPT,), generator=torch.Generator().manual_seed(1)
-    )
+    random = torch.Generator().manual_seed(1)
+    ids: list[int] = torch.randint(engine.model.vocabulary_size, (PROMPT,), generator=random).tolist()
     kept = []
     for rows in (1, 8, 32):
         for what in ("engine", "generate"):
