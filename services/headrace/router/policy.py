@@ -114,7 +114,7 @@ def decide(
             retry_after=1.0,
         )
     candidates = tuple(
-        Candidate(tier, *_judge(place, chosen, wanted, ideal, tier, allowed, choices, exclude))
+        Candidate(tier, *_judge(place, chosen, tier, allowed, choices, exclude))
         for place, tier in enumerate(tiers)
     )
     return Decision(tiers[chosen].name, _why(score, shifted, wanted, ideal, chosen, wish, tiers), candidates)
@@ -163,8 +163,6 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
 def _judge(
     place: int,
     chosen: int,
-    wanted: int,
-    ideal: int,
     tier: TierView,
     allowed: Sequence[int],
     choices: Sequence[int],

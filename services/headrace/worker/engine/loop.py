@@ -9,6 +9,7 @@ before the next one.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -61,7 +62,7 @@ class EngineLoop(Generic[K]):
         self._cancelled: deque[K] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -85,6 +86,14 @@ class EngineLoop(Generic[K]):
         with self._wake:
             self._cancelled.append(key)
             self._wake.notify()
+
+    def _live(self) -> None:
+        try:
+            self._run()
+        except BaseException:
+            # A worker without its engine can only hang; a process that ends is noticed and replaced.
+            log.critical("the engine's thread died", exc_info=True)
+            os._exit(1)
 
     def _run(self) -> None:
         while True:

@@ -1,0 +1,68 @@
+"""What README tells people to type works as printed."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from headrace.cli.mesh import MeshSpec, Running, mesh
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+ADDRESS = "127.0.0.1:50051"
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language; "" for those without one."""
+    every = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in every if name == language]
+
+
+def grpcurl_commands() -> list[str]:
+    """Every grpcurl command, with the lines that belong to it."""
+    lines = "".join(block for block in blocks("") if "grpcurl -plaintext" in block)
+    return re.findall(r"^grpcurl .*?(?=^grpcurl |\Z)", lines, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Running, None]:
+    """`headrace up --fake`, on a free port."""
+    folder = tmp_path_factory.mktemp("readme")
+    async with mesh(MeshSpec(cache=folder, log_dir=folder / "logs", fake=True, fake_step_seconds=0)) as up:
+        yield up
+
+
+async def run(*command: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    printed, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, printed.decode()
+    return printed.decode()
+
+
+async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
+    commands = grpcurl_commands()
+    assert len(commands) == 6
+
+    printed = [await run("bash", "-c", command.replace(ADDRESS, running.address)) for command in commands]
+
+    listed, described, generated, explained, tiers, health = printed
+    assert "headrace.v1.GenerationService" in listed
+    assert "rpc Generate" in described
+    assert "What is the capital of France?" in generated, "the echo engine says it back"
+    assert '"tier": "large"' in explained
+    assert '"name": "small"' in tiers
+    assert "SERVING" in health
+
+
+async def test_the_python_example_works_as_printed(running: Running, tmp_path: Path) -> None:
+    (example,) = blocks("python")
+    script = tmp_path / "example.py"
+    script.write_text(example.replace(ADDRESS, running.address))
+
+    assert "Why is the sky blue?" in await run(sys.executable, str(script))
