@@ -79,14 +79,24 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                         yield response
                 return
             except errors.Unavailable as error:
+                # A broken connection says nothing of who broke; what a batcher said itself is passed on.
                 if accepted:
-                    raise _lost(error, decision.tier) from error
+                    if type(error) is not errors.Unavailable:
+                        raise
+                    raise errors.BatcherLost(
+                        f"the batcher of tier {decision.tier!r} was lost in mid-answer; try again"
+                    ) from error
                 # Nothing was said yet: another tier may take it, if the hints allow one.
                 failed.append(decision.tier)
                 try:
                     self._decide(score, request, failed)
                 except errors.NoWorkers:
-                    raise error from None
+                    if type(error) is not errors.Unavailable:
+                        raise error from None
+                    raise errors.NoWorkers(
+                        f"the batcher of tier {decision.tier!r} cannot be reached; try again shortly",
+                        retry_after=1.0,
+                    ) from error
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Say where a request would go, and why."""
@@ -153,10 +163,3 @@ def _hints(hints: pb.Routing) -> Hints:
         quality_preference=hints.quality_preference if hints.HasField("quality_preference") else 0.5,
         allow_escalation=hints.allow_escalation if hints.HasField("allow_escalation") else True,
     )
-
-
-def _lost(error: errors.Unavailable, tier: str) -> errors.Unavailable:
-    """A broken connection says nothing of who broke; what the batcher said itself is passed on."""
-    if type(error) is errors.Unavailable:
-        return errors.BatcherLost(f"the batcher of tier {tier!r} was lost in mid-answer; try again")
-    return error
