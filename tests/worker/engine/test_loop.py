@@ -103,6 +103,33 @@ def test_a_sequence_cancelled_in_mid_prefill_or_while_it_waits_leaves_too() -> N
         assert engine.entered.empty(), "there was nothing left to compute"
 
 
+def test_a_cancel_that_comes_too_late_does_not_hit_the_next_of_the_same_key() -> None:
+    """Keys are reused as soon as a sequence has ended, and its cancel may be under way then."""
+    engine = GatedEngine()
+    with running(engine) as (loop, reports):
+        loop.submit(sequence(1, tokens=1))
+        loop.submit(sequence(2, tokens=9))
+        engine.entered.get(timeout=SECONDS)
+        engine.permits.put(None)
+        if engine.entered.get(timeout=SECONDS) == {1, 2}:  # 2 may have come in time for the first step
+            engine.permits.put(None)
+            assert engine.entered.get(timeout=SECONDS) == {2}
+        loop.cancel(1)  # whose last token is out already
+        loop.submit(sequence(1, tokens=2))
+        for _ in range(20):
+            engine.permits.put(None)
+
+        endings: list[tuple[int, Ending]] = []
+        while len(endings) < 3:
+            updates = reports.get(timeout=SECONDS).updates
+            endings += [(update.sequence.key, update.ending) for update in updates if update.ending]
+        assert sorted(endings, key=lambda end: end[0]) == [
+            (1, Ending.LENGTH),
+            (1, Ending.LENGTH),
+            (2, Ending.LENGTH),
+        ]
+
+
 def test_stopping_tells_every_sequence_that_it_ended() -> None:
     engine = EchoEngine(step_seconds=0.001)
     with running(engine) as (loop, reports):

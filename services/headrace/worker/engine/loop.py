@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 from headrace.worker.engine.scheduler import Ending, LiveSequence, Scheduler, Update
@@ -58,8 +59,9 @@ class EngineLoop(Generic[K]):
         self._engine = engine
         self._report = report
         self._scheduler: Scheduler[K] = Scheduler(engine.model, step_tokens=step_tokens)
-        self._added: deque[LiveSequence[K]] = deque()
-        self._cancelled: deque[K] = deque()
+        # One queue for all, in order: a cancel that comes too late for its sequence must not hit the next
+        # one of the same key, handed in after it.
+        self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
@@ -78,13 +80,13 @@ class EngineLoop(Generic[K]):
     def submit(self, sequence: LiveSequence[K]) -> None:
         """Hand a sequence in; its key must be new."""
         with self._wake:
-            self._added.append(sequence)
+            self._commands.append(partial(self._scheduler.add, sequence))
             self._wake.notify()
 
     def cancel(self, key: K) -> None:
         """Let a sequence leave before the next step."""
         with self._wake:
-            self._cancelled.append(key)
+            self._commands.append(partial(self._scheduler.cancel, key))
             self._wake.notify()
 
     def _live(self) -> None:
@@ -98,15 +100,12 @@ class EngineLoop(Generic[K]):
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._added or self._cancelled or self._stopping or not self._scheduler.idle):
+                while not (self._commands or self._stopping or not self._scheduler.idle):
                     self._wake.wait()
-                added, self._added = self._added, deque()
-                cancelled, self._cancelled = self._cancelled, deque()
+                commands, self._commands = self._commands, deque()
                 stopping = self._stopping
-            for sequence in added:
-                self._scheduler.add(sequence)
-            for key in cancelled:
-                self._scheduler.cancel(key)
+            for command in commands:
+                command()
             if stopping:
                 self._scheduler.cancel_all()
             self._turn()
