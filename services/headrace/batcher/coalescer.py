@@ -20,9 +20,6 @@ from headrace.batcher.window import Window
 from headrace.batcher.workers import WorkerLink
 from headrace.v1 import generation_pb2 as pb
 
-# Servers answer a deadline a moment before gRPC ends the call, so that the caller hears the reason.
-DEADLINE_MARGIN = 0.02
-
 _tracer = trace.get_tracer("headrace.batcher")
 _meter = metrics.get_meter("headrace.batcher")
 _queue_depth = _meter.create_up_down_counter(
@@ -81,17 +78,17 @@ class Coalescer:
             yield Arrival([], [], None)
             while not ended:
                 try:
-                    async with asyncio.timeout_at(self._answer_by(job)):
+                    async with asyncio.timeout_at(job.answer_by):
                         arrival = await job.inbox.take()
                 except TimeoutError:
-                    raise _late(job) from None
+                    raise job.deadline_error() from None
                 except errors.HeadraceError:
                     ended = True
                     raise
                 if arrival.end is not None:
                     ended = True
                     if arrival.end.reason == pb.FINISH_REASON_DEADLINE:
-                        raise _late(job)
+                        raise job.deadline_error()
                     if arrival.end.reason == pb.FINISH_REASON_CANCELLED:
                         raise errors.WorkerDraining("the worker gave the request back; try again")
                 yield arrival
@@ -180,13 +177,3 @@ class Coalescer:
         for link in self._links:
             if link.cancel(job):
                 return
-
-    @staticmethod
-    def _answer_by(job: Job) -> float | None:
-        return None if job.expires is None else job.expires - DEADLINE_MARGIN
-
-
-def _late(job: Job) -> errors.DeadlineExceeded:
-    if job.submitted is None:
-        return errors.DeadlineInQueue("the deadline passed before a worker was free; nothing was generated")
-    return errors.DeadlineInDecode("the deadline passed before the answer was complete")

@@ -11,6 +11,8 @@ from headrace import errors
 from headrace.v1 import generation_pb2 as pb
 
 FLUSH_SECONDS = 0.1
+# Servers answer a deadline a moment before gRPC ends the call, so that the caller hears the reason.
+DEADLINE_MARGIN = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,23 @@ class Job:
     span: trace.Span
     queue_span: trace.Span = field(default=trace.INVALID_SPAN)
     submitted: float | None = None
+
+    @property
+    def answer_by(self) -> float | None:
+        """When the caller has to hear that the deadline passed."""
+        return None if self.expires is None else self.expires - DEADLINE_MARGIN
+
+    def late(self, now: float) -> bool:
+        """Whether it is too late for an answer."""
+        return self.answer_by is not None and now >= self.answer_by
+
+    def deadline_error(self) -> errors.DeadlineExceeded:
+        """What to tell the caller when it is."""
+        if self.submitted is None:
+            return errors.DeadlineInQueue(
+                "the deadline passed before a worker was free; nothing was generated"
+            )
+        return errors.DeadlineInDecode("the deadline passed before the answer was complete")
 
     @property
     def tokens(self) -> int:

@@ -100,6 +100,9 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
             outcome = error.reason.lower()
             raise
         finally:
+            # A busy server may be told of the deadline by gRPC, as a cancel, before it has noticed itself.
+            if outcome == "cancelled" and job.late(time.monotonic()):
+                outcome = job.deadline_error().reason.lower()
             answer.record(outcome)
 
     async def ListTiers(
