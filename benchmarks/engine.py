@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from headrace import models
-from headrace.worker.engine.gguf_weights import dequantised, file_digest
+from headrace.worker.engine.gguf_weights import dequantised
 from headrace.worker.engine.loading import load_engine
 from headrace.worker.engine.seam import Row, SamplingParams, Token
 from headrace.worker.engine.torch_engine import TorchEngine
@@ -120,7 +120,7 @@ def measure(model: str, dtype: str, threads: int) -> list[Figures]:
     path = models.resolve(model, cache)
     folder = path
     if path.suffix == ".gguf":
-        folder = dequantised(path, digest=file_digest(path), cache=cache, progress=print)
+        folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=print)
     engine = load_engine(
         path, name=model, cache=cache, tokenizer_fingerprint="", dtype=dtype, threads=threads, progress=print
     )

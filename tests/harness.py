@@ -52,7 +52,6 @@ class Mesh:
     client: Client
     port: int
     tiers: Mapping[str, TierParts]
-    stack: AsyncExitStack = field(repr=False)
 
     @property
     def left_behind(self) -> dict[str, dict[str, int]]:
@@ -107,7 +106,7 @@ async def running_mesh(
             )
         )
         client = await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}"))
-        mesh = Mesh(client, gate.port, tiers, stack)
+        mesh = Mesh(client, gate.port, tiers)
         await eventually(lambda: gate.health.ready)
         await eventually(lambda: all(parts.batcher.coalescer.workers() for parts in tiers.values()))
         for _ in range(100):

@@ -186,6 +186,11 @@ def fetch(
     return path
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 in hex: as remembered from when the file was checked, if it is unchanged since."""
+    return _remembered(path) or _sha256(path)
+
+
 def tokenizer_fingerprint(path: Path) -> str:
     """Return 16 hex digits that are equal for equal tokenizers, the same on every machine.
 
@@ -193,7 +198,7 @@ def tokenizer_fingerprint(path: Path) -> str:
     which holds its tokenizer. Raises ModelUnavailable if *path* has none of these.
     """
     if path.is_file():
-        return (_remembered(path) or _sha256(path))[:16]
+        return file_digest(path)[:16]
     for file in (path / "tokenizer.json", path / "tokenizer.model"):
         if file.is_file():
             return _sha256(file)[:16]

@@ -47,11 +47,11 @@ def generate(model_name: str, requests: list[pb.GenerateRequest]) -> list[list[i
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from headrace.worker.engine.gguf_weights import dequantised, file_digest
+    from headrace.worker.engine.gguf_weights import dequantised
 
     cache = models.cache_folder()
     path: Path = models.resolve(model_name, cache)
-    folder = dequantised(path, digest=file_digest(path), cache=cache, progress=lambda stage: None)
+    folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=lambda stage: None)
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answers = []

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from headrace import models
 from headrace.worker.engine import attention, gguf_weights, loading
 from headrace.worker.engine.loading import load_engine
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
@@ -313,7 +314,7 @@ def test_an_unpacked_gguf_answers_as_the_file_itself(headrace_cache: Path) -> No
     )
 
     folder = gguf_weights.dequantised(
-        path, digest=gguf_weights.file_digest(path), cache=headrace_cache, progress=lambda _: None
+        path, digest=models.file_digest(path), cache=headrace_cache, progress=lambda _: None
     )
     unpacked: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

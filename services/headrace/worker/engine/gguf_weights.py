@@ -8,7 +8,6 @@ can be deleted at any time.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -46,12 +45,6 @@ END_OF_TURN = frozenset(
     }
 )
 _CONTROL = 3  # gguf's token type of special tokens
-
-
-def file_digest(path: Path) -> str:
-    """Return the file's sha256, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dequantised(path: Path, *, digest: str, cache: Path, progress: Callable[[str], None]) -> Path:

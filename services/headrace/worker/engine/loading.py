@@ -19,9 +19,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from headrace.models import file_digest
 from headrace.worker.engine import selfcheck
 from headrace.worker.engine.attention import IMPLEMENTATION, SlotMemory, rung, slot_attention
-from headrace.worker.engine.gguf_weights import END_OF_TURN, dequantised, file_digest
+from headrace.worker.engine.gguf_weights import END_OF_TURN, dequantised
 from headrace.worker.engine.packing import pack_linears
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
 from headrace.worker.engine.seam import ModelInfo

@@ -14,11 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
-from headrace.worker.engine.scheduler import Ending, LiveSequence, Scheduler, Update
+from headrace.worker.engine.scheduler import LiveSequence, Scheduler, Update
 from headrace.worker.engine.seam import Engine, Fault, Row, Token
 
 log = logging.getLogger(__name__)
@@ -154,13 +154,8 @@ class EngineLoop(Generic[K]):
     def _tell(self, report: StepReport[K]) -> None:
         scheduler = self._scheduler
         self._report(
-            StepReport(
-                updates=report.updates,
-                rows=report.rows,
-                tokens=report.tokens,
-                seconds=report.seconds,
-                started=report.started,
-                ended=report.ended,
+            replace(
+                report,
                 running=scheduler.running,
                 waiting=scheduler.waiting,
                 kv_tokens=scheduler.kv_tokens,
@@ -168,6 +163,3 @@ class EngineLoop(Generic[K]):
                 oldest_wait=scheduler.oldest_wait(time.monotonic()),
             )
         )
-
-
-__all__ = ["Ending", "EngineLoop", "LiveSequence", "StepReport", "Update"]
