@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from headrace.router.complexity import FeatureScorer
+from headrace.router import scorer
 from headrace.router.service import SERVICES, RouterServicer
 from headrace.router.settings import Settings
 from headrace.router.tiers import Tiers
@@ -30,7 +30,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         ) as tiers,
         asyncio.TaskGroup() as tasks,
     ):
-        servicer = RouterServicer(tiers, FeatureScorer(), default_deadline=settings.default_deadline)
+        servicer = RouterServicer(tiers, scorer.load(), default_deadline=settings.default_deadline)
 
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServiceServicer_to_server(servicer, server)

@@ -1,0 +1,83 @@
+"""A draft is judged by what a reader would stumble over."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.router import draft_check
+from headrace.router.draft_features import FEATURES
+
+checker = draft_check.load()
+
+EGGS = (
+    "Janet has 3 boxes with 12 eggs each. She eats 5 eggs and sells the rest for $2 each. "
+    "How many dollars does she make?"
+)
+RIGHT = "She has 3 * 12 = 36 eggs. 36 - 5 = 31. She makes 31 x $2 = $62.\n#### 62"
+
+
+def good(
+    draft: str, *, prompt: str = EGGS, finished: bool = True, logprobs: list[float] | None = None
+) -> float:
+    return checker.check(prompt, draft, finished=finished, logprobs=logprobs).good
+
+
+@pytest.mark.parametrize(
+    ("draft", "reason"),
+    [
+        (RIGHT.replace("36 eggs", "35 eggs"), "wrong_equation"),
+        (RIGHT.replace("#### 62", "#### 57"), "answer_unsupported"),
+        ("The answer is 62. " + RIGHT.replace("#### 62", "#### 26"), "answers_differ"),
+        ("I'm sorry, there is not enough information to tell.", "refusal"),
+        ("She has 3 * 12 = 36 eggs, and after breakfast she still", "no_answer"),
+        (RIGHT.replace("36 - 5", "Wait, that is a mistake. 36 - 5"), "second_thoughts"),
+        ("She has no eggs left to sell at all.", "no_number"),
+        ("", "empty"),
+    ],
+)
+def test_what_is_wrong_with_an_answer_lowers_it_and_is_told(draft: str, reason: str) -> None:
+    verdict = checker.check(EGGS, draft, finished=True)
+
+    assert verdict.good < good(RIGHT)
+    assert FEATURES[reason] in verdict.reasons
+
+
+def test_an_answer_cut_short_is_worth_less_than_the_same_answer_finished() -> None:
+    assert good(RIGHT, finished=False) < good(RIGHT)
+
+
+def test_unlikely_tokens_lower_a_draft_and_likely_ones_do_not() -> None:
+    assert good(RIGHT, logprobs=[-2.0] * 30) < good(RIGHT, logprobs=[-0.01] * 30) == good(RIGHT)
+
+
+def test_code_that_does_not_parse_is_not_good_enough() -> None:
+    prompt = "Write a Python function that doubles a number."
+    whole = "```python\ndef double(x):\n    return 2 * x\n```"
+
+    assert good(whole.replace("(x):", "(x:"), prompt=prompt) < 0.5 < good(whole, prompt=prompt)
+
+
+@given(st.text(max_size=300), st.text(max_size=600), st.booleans())
+def test_any_text_gets_a_probability_whose_shares_add_up(prompt: str, draft: str, finished: bool) -> None:
+    verdict = checker.check(prompt, draft, finished=finished)
+
+    assert 0 < verdict.good < 1
+    log_odds = verdict.bias + sum(feature.log_odds for feature in verdict.features)
+    assert math.isclose(math.log(verdict.good / (1 - verdict.good)), log_odds, abs_tol=1e-6)
+    assert all(0 <= feature.value <= 1 for feature in verdict.features)
+    assert verdict == checker.check(prompt, draft, finished=finished)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"format": 99, "kind": "draft_check"})])
+def test_a_file_that_is_no_check_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "check.json"
+    path.write_text(content)
+
+    with pytest.raises(draft_check.BadArtifact, match=r"check\.json"):
+        draft_check.load(path)
