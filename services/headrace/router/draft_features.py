@@ -82,8 +82,8 @@ _REFUSAL = re.compile(
     r"can't be (?:determined|calculated|solved)|(?:not|isn't) (?:enough|sufficient) information|"
     r"insufficient information|not (?:provided|specified|given|stated|mentioned)|(?:is|are) missing|"
     r"(?:isn't|not) possible to|impossible to|no (?:way|information) (?:to|about|on)|"
-    r"need (?:more|additional) information|without (?:knowing|more|additional)|doesn't (?:specify|provide|say|mention)|"
-    r"does not (?:specify|provide|say|mention)|unknown)\b",
+    r"need (?:more|additional) information|without (?:knowing|more|additional)|"
+    r"doesn't (?:specify|provide|say|mention)|does not (?:specify|provide|say|mention)|unknown)\b",
     re.IGNORECASE,
 )
 _HEDGING = re.compile(
@@ -94,7 +94,8 @@ _HEDGING = re.compile(
 )
 _SECOND_THOUGHTS = re.compile(
     r"\b(?:wait|actually|correction|mistake|my (?:bad|apolog\w+)|apologi[sz]e|"
-    r"let me (?:re\w+|correct|try again)|let's (?:re-?\w*(?:check|do|think|calculate|consider|examine)|try again|correct)|re-?calculat\w+|"
+    r"let me (?:re\w+|correct|try again)|"
+    r"let's (?:re-?\w*(?:check|do|think|calculate|consider|examine)|try again|correct)|re-?calculat\w+|"
     r"re-?evaluat\w+|oops|on second thought|that(?:'s| is) (?:not|in)correct|contradict\w*|inconsisten\w+|"
     r"doesn't make sense|does not make sense|(?:is|was) (?:not|in)correct|"
     r"there (?:is|must be|seems to be) an? (?:error|mistake|typo)|not possible|impossible)\b",
