@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -49,7 +50,7 @@ class Flaky(GenerationServiceServicer):
 
 
 @asynccontextmanager
-async def calling(servicer: Flaky, *, retries: int = 2) -> AsyncGenerator[Client, None]:
+async def calling(servicer: GenerationServiceServicer, *, retries: int = 2) -> AsyncGenerator[Client, None]:
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
 
@@ -105,6 +106,101 @@ async def test_leaving_the_stream_cancels_the_call() -> None:
             await anext(stream)
 
         await eventually(lambda: servicer.cancelled == 1)
+
+
+class Reciter(GenerationServiceServicer):
+    """Says the prompt back, a byte a token; the first streams break, each after so many tokens of its own."""
+
+    def __init__(
+        self, *breaks: int, model: str = "echo", refuses: Sequence[errors.HeadraceError] = ()
+    ) -> None:
+        self.breaks = breaks
+        self.model = model
+        self.refuses = list(refuses)
+        self.requests: list[pb.GenerateRequest] = []
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        count = len(self.requests)
+        self.requests.append(request)
+        if count and self.refuses:
+            raise self.refuses.pop(0)
+        yield pb.GenerateResponse(accepted=pb.Accepted(request_id="r", tier="t", model=self.model))
+        said = request.prompt.encode()
+        had = len(request.resume.token_ids)
+        for offset in range(had, len(said)):
+            if count < len(self.breaks) and offset - had == self.breaks[count]:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "as a broken connection: without details")
+            delta = pb.Delta(offset=offset, token_count=1, text=chr(said[offset]))
+            if request.stream.include_token_ids:
+                delta.token_ids.append(said[offset])
+            yield pb.GenerateResponse(delta=delta)
+        yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_STOP))
+
+
+async def test_an_answer_whose_stream_broke_is_carried_on_unseen() -> None:
+    servicer = Reciter(3, 0, 5)
+    async with calling(servicer) as client:
+        answer = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
+
+    assert answer.text == "a long way to go"
+    assert answer.ids == [], "nobody asked for them"
+    assert [len(request.resume.token_ids) for request in servicer.requests] == [0, 3, 3, 8]
+    assert [request.resume.attempt for request in servicer.requests] == [0, 1, 2, 3]
+    assert len({request.sampling.seed for request in servicer.requests}) == 1
+    assert len({request.request_id for request in servicer.requests}) == 1
+    first, *later = servicer.requests
+    assert (first.routing.tier, first.routing.model) == ("", "")
+    assert {(request.routing.tier, request.routing.model) for request in later} == {("t", "echo")}
+
+
+async def test_who_asks_hears_that_the_answer_was_carried_on() -> None:
+    request = pb.GenerateRequest(prompt="abc", stream=pb.StreamOptions(include_route_changes=True))
+    async with calling(Reciter(1)) as client, aclosing(client.generate(request, timeout=20)) as stream:
+        events = [response async for response in stream]
+
+    assert [event.WhichOneof("event") for event in events] == [
+        *("accepted", "delta", "route_change", "delta", "delta", "finish")
+    ]
+    assert events[2].route_change.reason == "UNAVAILABLE"
+    assert events[2].route_change.attempt == 1
+
+
+async def test_a_busy_server_is_asked_again_for_the_rest_of_an_answer() -> None:
+    servicer = Reciter(1, refuses=[errors.Overloaded("full", retry_after=0.01)])
+    async with calling(servicer) as client:
+        assert (await collect(client, pb.GenerateRequest(prompt="abc"))).text == "abc"
+
+    assert len(servicer.requests) == 3
+
+
+async def test_carrying_on_can_be_left_to_the_caller() -> None:
+    servicer = Reciter(1)
+    async with calling(servicer) as client:
+        with pytest.raises(errors.Unavailable):
+            async with aclosing(client.generate(pb.GenerateRequest(prompt="abc"), resume=False)) as stream:
+                async for _ in stream:
+                    pass
+
+    (request,) = servicer.requests
+    assert not request.sampling.HasField("seed"), "the request is sent as it is"
+
+
+async def test_another_model_does_not_carry_on() -> None:
+    servicer = Reciter(1)
+    async with calling(servicer) as client:
+        with pytest.raises(errors.NoWorkers, match="begun by model 'echo'"):
+            async with aclosing(client.generate(pb.GenerateRequest(prompt="abc"), timeout=20)) as stream:
+                async for _ in stream:
+                    servicer.model = "other"
+
+
+async def test_an_answer_that_never_gets_on_is_given_up() -> None:
+    servicer = Reciter(*[0] * 100)
+    async with calling(servicer) as client:
+        with pytest.raises(errors.Unavailable):
+            await collect(client, pb.GenerateRequest(prompt="abc"))
+
+    assert len(servicer.requests) == 7, "the first, one that is free, and what the budget pays"
 
 
 def test_the_retry_budget_is_spent_at_half_and_refilled_by_success() -> None:

@@ -17,6 +17,7 @@ SPAN_DECODE = "worker.decode"
 
 EVENT_FIRST_TOKEN = "first_token"
 EVENT_FINISH = "finish"
+EVENT_FAILOVER = "failover"
 
 # RPC semantic conventions (stable).
 RPC_SYSTEM = "rpc.system.name"
@@ -48,8 +49,10 @@ BATCH_ID = "headrace.batch.id"
 BATCH_SIZE = "headrace.batch.size"
 BATCH_TOKENS = "headrace.batch.tokens"
 WORKER = "headrace.worker.id"
+BATCHER = "headrace.batcher.address"
 ATTEMPT = "headrace.attempt"
 OUTCOME = "headrace.outcome"
+REASON = "headrace.reason"
 METRIC_TOKENS = "headrace.generated_tokens"
 METRIC_TOKEN_RATE = "headrace.tokens_per_second"
 METRIC_REQUESTS = "headrace.requests"
@@ -62,6 +65,7 @@ METRIC_ENDED = "headrace.sequences.ended"
 METRIC_STEP_ROWS = "headrace.step.rows"
 METRIC_STEP_SECONDS = "headrace.step.duration"
 METRIC_ROUTED = "headrace.routed"
+METRIC_FAILOVERS = "headrace.failovers"
 
 # Bucket edges that the conventions advise, in seconds.
 BUCKETS_CALL = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)

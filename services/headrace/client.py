@@ -5,15 +5,18 @@
             async for response in stream:
                 print(response.delta.text, end="")
 
-Leaving the stream cancels the call, every failure is an exception of `headrace.errors`, and a request
-that a server could not take is tried again while nothing of its answer has been seen.
+Leaving the stream cancels the call, and every failure is an exception of `headrace.errors`. A request that a
+server could not take is tried again, and an answer whose stream broke off is carried on at the very next
+token: the caller reads one stream, whatever becomes of the server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Self, TypeVar
@@ -22,6 +25,7 @@ import grpc
 from opentelemetry import metrics, propagate, trace
 
 from headrace import attributes, errors
+from headrace.progress import Progress, route_change
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2_grpc, routing_service_pb2, routing_service_pb2_grpc
 
@@ -42,6 +46,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+
+RESUME_SECONDS = 10.0  # the longest that an answer under way waits for a server to come back
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
 
@@ -122,11 +128,16 @@ class Client:
         *,
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        resume: bool = True,
+        labels: Mapping[str, str | int] | None = None,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Stream the answer to *request*: `accepted`, deltas, `finish`.
 
         timeout    seconds for the whole answer; None leaves the deadline to the router
         metadata   further headers
+        resume     whether to carry on when the stream breaks off. The rest is what would have come if the
+                   model is EXACT, for the seed is drawn here if the request has none
+        labels     further attributes of the calls' spans
 
         Raises a HeadraceError. Iterate under `contextlib.aclosing`: leaving then cancels the call.
         """
@@ -136,21 +147,55 @@ class Client:
                 f"the request has {size} bytes, servers take {MAX_MESSAGE_BYTES}", size=size
             )
         ends = None if timeout is None else time.monotonic() + timeout
-        for attempt in range(self._retries + 1):
-            seen = False
+        answer = _Answer(request) if resume else None
+        failures = 0  # in a row, that brought nothing
+        while True:
+            seen, had = False, None if answer is None else answer.mark
             try:
                 left = None if ends is None else max(ends - time.monotonic(), 0.0)
-                async with aclosing(self._call(request, left, metadata or {})) as responses:
+                asked = request if answer is None else answer.request()
+                async with aclosing(self._call(asked, left, metadata or {}, labels or {})) as responses:
                     async for response in responses:
                         seen = True
-                        yield response
-            except errors.Unavailable as error:
-                if seen or attempt == self._retries or not self._budget.take():
-                    raise
-                await asyncio.sleep(_backoff(attempt, error, ends))
-            else:
+                        heard = response if answer is None else answer.take(response)
+                        if heard is not None:
+                            yield heard
                 self._budget.succeed()
                 return
+            except errors.HeadraceError as error:
+                failures = failures + 1 if answer is None or answer.mark == had else 1
+                if answer is not None and answer.accepted is not None:
+                    if not await self._ready_to_resume(error, failures, ends):
+                        raise
+                    answer.broke(error)
+                elif seen or not self._may_retry(error, failures):
+                    raise
+                else:
+                    await asyncio.sleep(_backoff(failures - 1, error, ends))
+
+    def _may_retry(self, error: errors.HeadraceError, failures: int) -> bool:
+        """Whether to ask again for what nobody has begun to answer."""
+        return isinstance(error, errors.Unavailable) and failures <= self._retries and self._budget.take()
+
+    async def _ready_to_resume(self, error: errors.HeadraceError, failures: int, ends: float | None) -> bool:
+        """Whether to carry on with an answer whose stream ended in *error*; waits until that makes sense.
+
+        The first try after a stream that brought something is free, further ones are paid from the budget.
+        """
+        if not _may_pass(error, resuming=failures > 1):
+            return False
+        if failures > 1 and not self._budget.take():
+            return False
+        left = RESUME_SECONDS if ends is None else min(RESUME_SECONDS, ends - time.monotonic())
+        try:
+            async with asyncio.timeout(left):
+                if failures > 1 or error.retry_after is not None:
+                    await asyncio.sleep(_backoff(failures - 1, error, ends))
+                # One connection is made for all streams that broke, and they wait for it together.
+                await self._channel.channel_ready()
+        except TimeoutError:
+            return False
+        return True
 
     async def explain(
         self, request: pb.GenerateRequest, *, timeout: float = 5.0
@@ -178,14 +223,18 @@ class Client:
             raise errors.from_rpc_error(error) from error
 
     async def _call(
-        self, request: pb.GenerateRequest, timeout: float | None, metadata: Mapping[str, str]
+        self,
+        request: pb.GenerateRequest,
+        timeout: float | None,
+        metadata: Mapping[str, str],
+        labels: Mapping[str, str | int],
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """One call, as a client span with the events that a caller sees."""
         # Not `start_as_current_span`: a generator's body runs in whoever's context asks for the next item.
         span = _tracer.start_span(
             _GENERATE,
             kind=trace.SpanKind.CLIENT,
-            attributes={attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: _GENERATE},
+            attributes={attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: _GENERATE, **labels},
         )
         headers = _context(trace.set_span_in_context(span), **metadata)
         began = time.monotonic()
@@ -218,6 +267,52 @@ class Client:
             )
 
 
+class _Answer(Progress):
+    """An answer as the caller reads it: one stream, over all those that it takes."""
+
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        named = pb.GenerateRequest()
+        named.CopyFrom(request)
+        # What is drawn by a server is lost with it.
+        if not named.sampling.HasField("seed"):
+            named.sampling.seed = secrets.randbits(64)
+        named.request_id = named.request_id or str(uuid.uuid4())
+        super().__init__(named)
+        self._broke: errors.HeadraceError | None = None
+
+    @property
+    def mark(self) -> tuple[bool, int]:
+        """How far it has come: it differs after a stream that brought something."""
+        return self.accepted is not None, len(self.ids)
+
+    def request(self) -> pb.GenerateRequest:
+        """What to ask for."""
+        request = super().request()
+        if self.accepted is not None:
+            # The token ids are those of the model that began.
+            request.routing.tier = self.accepted.tier
+            request.routing.model = self.accepted.model
+        return request
+
+    def take(self, response: pb.GenerateResponse) -> pb.GenerateResponse | None:
+        """What of this event is the caller's. Raises as `Progress` does."""
+        event = response.WhichOneof("event")
+        if event == "delta":
+            self.add(response.delta)
+        elif event == "accepted" and not self.accept(response.accepted):
+            if not self._asked.stream.include_route_changes or self._broke is None:
+                return None
+            return route_change("", "", self._broke.reason, self.attempt)
+        elif event == "route_change":
+            self.attempt = max(self.attempt, response.route_change.attempt)
+        return response
+
+    def broke(self, error: errors.HeadraceError) -> None:
+        """The stream ended early."""
+        self._broke = error
+        self.attempt += 1
+
+
 @asynccontextmanager
 async def connect(
     target: str, *, credentials: grpc.ChannelCredentials | None = None, retries: int = 2
@@ -242,6 +337,20 @@ def _context(context: object | None = None, **headers: str) -> tuple[tuple[str, 
     carrier: dict[str, str] = dict(headers)
     propagate.inject(carrier, context=context)  # type: ignore[arg-type]
     return tuple(carrier.items())
+
+
+def _may_pass(error: errors.HeadraceError, *, resuming: bool) -> bool:
+    """Whether an answer may be carried on after *error*.
+
+    It broke off if the server is gone or going, or says when to try again. Not after WORKER_LOST: the batcher
+    has tried, and a request that kills its workers must end somewhere. *resuming*: the server has not even
+    taken the rest; then its being busy may pass, too.
+    """
+    if isinstance(error, errors.Unavailable) and not isinstance(error, errors.WorkerLost):
+        return type(error) is errors.Unavailable or error.retry_after is not None
+    if isinstance(error, errors.RequestCancelled):
+        return True  # not by us, or this would be a CancelledError
+    return resuming and isinstance(error, errors.Overloaded)
 
 
 def _backoff(attempt: int, error: errors.HeadraceError, ends: float | None) -> float:

@@ -59,7 +59,7 @@ def test_what_is_wrong_with_the_tiers_is_said(
 
 
 def test_tiers_keep_their_order_and_thresholds() -> None:
-    settings = RouterSettings.load(["--tiers", "s=a:1,m=b:2,l=dns:///c:3", "--thresholds", "0.3,0.8"])
+    settings = RouterSettings.load(["--tiers", "s=a:1,m=b:2+b:3,l=dns:///c:3", "--thresholds", "0.3,0.8"])
 
-    assert settings.tier_targets() == [("s", "a:1"), ("m", "b:2"), ("l", "dns:///c:3")]
+    assert settings.tier_targets() == [("s", ["a:1"]), ("m", ["b:2", "b:3"]), ("l", ["dns:///c:3"])]
     assert settings.tier_thresholds() == [0, 0.3, 0.8]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from collections.abc import AsyncGenerator
@@ -24,31 +23,35 @@ from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_s
 @asynccontextmanager
 async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
     """Serve the mesh while the block runs; drain when it is left."""
+    tiers = Tiers(
+        settings.tier_targets(),
+        settings.tier_thresholds(),
+        poll_seconds=settings.poll_seconds,
+        stall_seconds=settings.stall_seconds,
+    )
+    servicer = RouterServicer(
+        tiers,
+        scorer.load(),
+        default_deadline=settings.default_deadline,
+        resume_seconds=settings.resume_seconds,
+    )
+
+    def register(server: grpc.aio.Server) -> None:
+        add_GenerationServiceServicer_to_server(servicer, server)
+        add_RoutingServiceServicer_to_server(servicer, server)
+
     async with (
-        Tiers(
-            settings.tier_targets(), settings.tier_thresholds(), poll_seconds=settings.poll_seconds
-        ) as tiers,
-        asyncio.TaskGroup() as tasks,
+        tiers.watching(),
+        serving(
+            register,
+            SERVICES,
+            host=settings.host,
+            port=settings.port,
+            drain_seconds=settings.drain_seconds,
+            ready=lambda: tiers.any_healthy,
+        ) as server,
     ):
-        servicer = RouterServicer(tiers, scorer.load(), default_deadline=settings.default_deadline)
-
-        def register(server: grpc.aio.Server) -> None:
-            add_GenerationServiceServicer_to_server(servicer, server)
-            add_RoutingServiceServicer_to_server(servicer, server)
-
-        watching = tasks.create_task(tiers.watch())
-        try:
-            async with serving(
-                register,
-                SERVICES,
-                host=settings.host,
-                port=settings.port,
-                drain_seconds=settings.drain_seconds,
-                ready=lambda: tiers.any_healthy,
-            ) as server:
-                yield server
-        finally:
-            watching.cancel()
+        yield server
 
 
 async def main(settings: Settings) -> None:

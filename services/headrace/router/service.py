@@ -5,14 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 from opentelemetry import metrics, trace
 
-from headrace import attributes, errors
+from headrace import attributes
+from headrace.router.attempts import across_tiers
 from headrace.router.complexity import Score, Scorer
 from headrace.router.policy import Decision, Hints, decide
 from headrace.router.tiers import Tiers
@@ -40,12 +41,16 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     """The mesh, as its callers see it.
 
     default_deadline   seconds for a request that came without a deadline
+    resume_seconds     how long an answer that lost its batcher waits for another one of its tier
     """
 
-    def __init__(self, tiers: Tiers, scorer: Scorer, *, default_deadline: float) -> None:
+    def __init__(
+        self, tiers: Tiers, scorer: Scorer, *, default_deadline: float, resume_seconds: float = 10.0
+    ) -> None:
         self._tiers = tiers
         self._scorer = scorer
         self._default_deadline = default_deadline
+        self._resume_seconds = resume_seconds
 
     async def Generate(
         self, request: pb.GenerateRequest, context: _Context
@@ -63,40 +68,17 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         if not forwarded.sampling.HasField("seed"):
             forwarded.sampling.seed = secrets.randbits(64)
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, forwarded.request_id)
-        failed: list[str] = []
-        while True:
-            decision = self._decide(score, request, failed)
-            accepted = False
-            try:
-                responses = self._tiers[decision.tier].client.generate(
-                    forwarded, timeout=max(ends - time.monotonic(), 0.0)
-                )
-                async with aclosing(responses) as stream:
-                    async for response in stream:
-                        if response.HasField("accepted"):
-                            accepted = True
-                            response.accepted.score = score.value
-                        yield response
-                return
-            except errors.Unavailable as error:
-                # A broken connection says nothing of who broke; what a batcher said itself is passed on.
-                if accepted:
-                    if type(error) is not errors.Unavailable:
-                        raise
-                    raise errors.BatcherLost(
-                        f"the batcher of tier {decision.tier!r} was lost in mid-answer; try again"
-                    ) from error
-                # Nothing was said yet: another tier may take it, if the hints allow one.
-                failed.append(decision.tier)
-                try:
-                    self._decide(score, request, failed)
-                except errors.NoWorkers:
-                    if type(error) is not errors.Unavailable:
-                        raise error from None
-                    raise errors.NoWorkers(
-                        f"the batcher of tier {decision.tier!r} cannot be reached; try again shortly",
-                        retry_after=1.0,
-                    ) from error
+        answer = across_tiers(
+            lambda failed: self._tiers[self._decide(score, request, failed).tier],
+            forwarded,
+            ends=ends,
+            resume_seconds=self._resume_seconds,
+        )
+        async with aclosing(answer) as responses:
+            async for response in responses:
+                if response.HasField("accepted"):
+                    response.accepted.score = score.value
+                yield response
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Say where a request would go, and why."""
@@ -129,7 +111,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         """All tiers, smallest first, as last seen."""
         return routing.ListTiersResponse(tiers=[tier.seen for tier in self._tiers.tiers])
 
-    def _decide(self, score: Score, request: pb.GenerateRequest, failed: list[str]) -> Decision:
+    def _decide(self, score: Score, request: pb.GenerateRequest, failed: Collection[str]) -> Decision:
         decision = decide(score.value, _hints(request.routing), self._tiers.views(), exclude=failed)
         trace.get_current_span().set_attributes(
             {

@@ -14,7 +14,8 @@ class Settings(ServiceSettings):
     port: int = Field(default=50051, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     tiers: str = Field(
         description="the tiers and their batchers, smallest first, such as "
-        "small=127.0.0.1:50061,large=127.0.0.1:50062"
+        "small=127.0.0.1:50061,large=127.0.0.1:50062; several batchers of a tier with + between them, or as "
+        "a name that has an address for each, such as small=dns:///batcher-small:50052"
     )
     thresholds: str = Field(
         default="",
@@ -24,7 +25,17 @@ class Settings(ServiceSettings):
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests that come without a deadline"
     )
-    poll_seconds: float = Field(default=1.0, gt=0, description="pause between looks at a tier's health")
+    poll_seconds: float = Field(default=1.0, gt=0, description="pause between looks at a batcher's health")
+    stall_seconds: float = Field(
+        default=5.0,
+        gt=0,
+        description="a batcher that is silent for so long is taken for lost, though its connection stands",
+    )
+    resume_seconds: float = Field(
+        default=10.0,
+        ge=0,
+        description="how long an answer that lost its batcher waits for another one of its tier",
+    )
 
     @model_validator(mode="after")
     def _usable(self) -> Settings:
@@ -34,14 +45,15 @@ class Settings(ServiceSettings):
         self.tier_thresholds()
         return self
 
-    def tier_targets(self) -> list[tuple[str, str]]:
-        """(name, target) of each tier, smallest first. Raises ValueError."""
+    def tier_targets(self) -> list[tuple[str, list[str]]]:
+        """(name, its batchers' targets) of each tier, smallest first. Raises ValueError."""
         pairs = []
         for part in filter(None, (part.strip() for part in self.tiers.split(","))):
-            name, separator, target = part.partition("=")
-            if not (name and separator and target):
-                raise ValueError(f"HEADRACE_TIERS (or --tiers): {part!r} is not NAME=TARGET")
-            pairs.append((name.strip(), target.strip()))
+            name, separator, listed = part.partition("=")
+            targets = [target.strip() for target in listed.split("+")]
+            if not (name and separator and all(targets)):
+                raise ValueError(f"HEADRACE_TIERS (or --tiers): {part!r} is not NAME=TARGET[+TARGET...]")
+            pairs.append((name.strip(), targets))
         if not pairs:
             raise ValueError("HEADRACE_TIERS (or --tiers) names no tier")
         return pairs

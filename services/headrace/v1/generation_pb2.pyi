@@ -409,11 +409,16 @@ class StreamOptions(_message.Message):
     INCLUDE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FLUSH_TOKENS_FIELD_NUMBER: _builtins.int
     FLUSH_INTERVAL_FIELD_NUMBER: _builtins.int
+    INCLUDE_ROUTE_CHANGES_FIELD_NUMBER: _builtins.int
     include_token_ids: _builtins.bool
     """Whether deltas carry token ids besides text. Default false."""
     flush_tokens: _builtins.int
     """Tokens per delta, 1 to 1024; the first token is always sent at once. Absent: one while the server
     is calm, more under load.
+    """
+    include_route_changes: _builtins.bool
+    """Whether `route_change` events tell that the answer moved to another worker, batcher or tier. It moves
+    unseen otherwise. Default false.
     """
     @_builtins.property
     def flush_interval(self) -> _duration_pb2.Duration:
@@ -425,17 +430,22 @@ class StreamOptions(_message.Message):
         include_token_ids: _builtins.bool | None = ...,
         flush_tokens: _builtins.int | None = ...,
         flush_interval: _duration_pb2.Duration | None = ...,
+        include_route_changes: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_flush_tokens", b"_flush_tokens", "_include_token_ids", b"_include_token_ids", "flush_interval", b"flush_interval", "flush_tokens", b"flush_tokens", "include_token_ids", b"include_token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_flush_tokens", b"_flush_tokens", "_include_route_changes", b"_include_route_changes", "_include_token_ids", b"_include_token_ids", "flush_interval", b"flush_interval", "flush_tokens", b"flush_tokens", "include_route_changes", b"include_route_changes", "include_token_ids", b"include_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_flush_tokens", b"_flush_tokens", "_include_token_ids", b"_include_token_ids", "flush_interval", b"flush_interval", "flush_tokens", b"flush_tokens", "include_token_ids", b"include_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_flush_tokens", b"_flush_tokens", "_include_route_changes", b"_include_route_changes", "_include_token_ids", b"_include_token_ids", "flush_interval", b"flush_interval", "flush_tokens", b"flush_tokens", "include_route_changes", b"include_route_changes", "include_token_ids", b"include_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__flush_tokens: _TypeAlias = _typing.Literal["flush_tokens"]  # noqa: Y015
     _WhichOneofArgType__flush_tokens: _TypeAlias = _typing.Literal["_flush_tokens", b"_flush_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__include_route_changes: _TypeAlias = _typing.Literal["include_route_changes"]  # noqa: Y015
+    _WhichOneofArgType__include_route_changes: _TypeAlias = _typing.Literal["_include_route_changes", b"_include_route_changes"]  # noqa: Y015
     _WhichOneofReturnType__include_token_ids: _TypeAlias = _typing.Literal["include_token_ids"]  # noqa: Y015
     _WhichOneofArgType__include_token_ids: _TypeAlias = _typing.Literal["_include_token_ids", b"_include_token_ids"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__flush_tokens) -> _WhichOneofReturnType__flush_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_route_changes) -> _WhichOneofReturnType__include_route_changes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__include_token_ids) -> _WhichOneofReturnType__include_token_ids | None: ...
 
@@ -443,7 +453,9 @@ Global___StreamOptions: _TypeAlias = StreamOptions  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):
-    """What the caller already has of an answer."""
+    """What the caller already has of an answer. The token ids mean something to one model only: with them go the
+    seed, `routing.tier` and `routing.model` that the first stream's `accepted` named.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1,0 +1,73 @@
+"""Keep what has been read of an answer, so that it can be carried on where its stream broke off.
+
+Client and router both do: the client for a router that died, the router for a batcher. What is generated
+next is a function of model, prompt, seed and the tokens so far, so asking for the rest takes those.
+"""
+
+from __future__ import annotations
+
+from headrace import errors
+from headrace.v1 import generation_pb2 as pb
+
+
+class Progress:
+    """One answer, over all streams that it takes.
+
+    request    what was asked, with the seed set
+    ids        the tokens so far, those that came with the request included
+    attempt    of the stream under way, as in `headrace.v1.Resume`
+    accepted   the first event, once it is there
+    finished   whether the last event is there
+    """
+
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        self.ids = list(request.resume.token_ids)
+        self.attempt = request.resume.attempt
+        self.accepted: pb.Accepted | None = None
+        self.finished = False
+        self._asked = request
+        self._with_ids = request.stream.include_token_ids
+
+    def request(self) -> pb.GenerateRequest:
+        """What to ask for: all of the answer, or what is missing of it."""
+        request = pb.GenerateRequest()
+        request.CopyFrom(self._asked)
+        request.stream.include_token_ids = True
+        if self.ids or self.attempt:
+            request.resume.attempt = self.attempt
+            del request.resume.token_ids[:]
+            request.resume.token_ids.extend(self.ids)
+        return request
+
+    def accept(self, accepted: pb.Accepted) -> bool:
+        """Whether the caller is to hear it: the first it is. Raises NoWorkers at another model."""
+        if self.accepted is None:
+            self.accepted = accepted
+            return True
+        if accepted.model != self.accepted.model:
+            raise errors.NoWorkers(
+                f"the answer was begun by model {self.accepted.model!r}, which nobody serves here now: "
+                f"{accepted.model!r} would make nonsense of it"
+            )
+        return False
+
+    def add(self, delta: pb.Delta) -> None:
+        """Take in the next tokens, and leave their ids to those who asked for them.
+
+        Raises BatcherLost when they do not join what is there: whoever sent them has lost count.
+        """
+        if delta.offset != len(self.ids) or len(delta.token_ids) != delta.token_count:
+            raise errors.BatcherLost(
+                f"the stream went on at token {delta.offset} with {len(delta.token_ids)} ids for "
+                f"{delta.token_count} tokens, expected at {len(self.ids)}"
+            )
+        self.ids.extend(delta.token_ids)
+        if not self._with_ids:
+            del delta.token_ids[:]
+
+
+def route_change(origin: str, target: str, reason: str, attempt: int) -> pb.GenerateResponse:
+    """The event that says that an answer moved."""
+    change = pb.RouteChange(to=target, reason=reason, attempt=attempt)
+    setattr(change, "from", origin)  # a keyword of Python's
+    return pb.GenerateResponse(route_change=change)

@@ -1,0 +1,276 @@
+"""Carry one request through: try it at a batcher, carry it on at another, move it to another tier.
+
+What survives a batcher's death lives here: the ids of the tokens that were passed on. With them, the seed
+and the prompt another batcher goes on at the very next token. `on_tier` keeps a request on one tier,
+`across_tiers` moves it while nothing of its answer has been said; which tier comes next is the caller's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import aclosing
+
+from opentelemetry import metrics, trace
+
+from headrace import attributes, errors
+from headrace.progress import Progress, route_change
+from headrace.router.tiers import Batcher, Stalled, Tier
+from headrace.v1 import generation_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+RESUMES = 2  # an answer that lost more batchers than this may be what kills them
+
+# What a batcher says of itself, not of the request: another batcher may do better. WORKER_LOST is not among
+# them: the batcher has tried its workers, and a request that kills each worker it meets must end somewhere.
+_BATCHER_GONE = (errors.Unavailable, errors.BatcherLost, errors.Draining, errors.NotReady)
+_TIER_BUSY = (errors.NoWorkers, errors.WorkerDraining, errors.Overloaded)
+
+_failovers = metrics.get_meter("headrace.router").create_counter(
+    attributes.METRIC_FAILOVERS, description="answers carried on elsewhere, by tier and reason"
+)
+
+
+async def across_tiers(
+    choose: Callable[[Collection[str]], Tier],
+    request: pb.GenerateRequest,
+    *,
+    ends: float,
+    resume_seconds: float,
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    """Stream the answer of the tier that *choose* names, given the names of those that failed so far.
+
+    request          with request_id and seed set
+    ends             time.monotonic() of the deadline
+    resume_seconds   as for `on_tier`
+
+    A tier that cannot serve, or would not now, is replaced as long as the caller has heard nothing; a request
+    that resumes stays, for its token ids are those of one model. Raises what `choose` raises at first, and
+    what the last tier said when it finds no other.
+    """
+    failed: list[str] = []
+    reason = ""
+    tier = choose(failed)
+    while True:
+        accepted = False
+        try:
+            answer = on_tier(tier, request, ends=ends, resume_seconds=resume_seconds)
+            async with aclosing(answer) as responses:
+                async for response in responses:
+                    first, accepted = not accepted, True
+                    yield response
+                    if first and failed and request.stream.include_route_changes:
+                        yield route_change(failed[-1], tier.name, reason, len(failed))
+            return
+        except (errors.Unavailable, errors.Overloaded) as error:
+            if accepted or request.resume.token_ids:
+                raise
+            failed.append(tier.name)
+            try:
+                tier = choose(failed)
+            except errors.NoWorkers:
+                raise error from None
+            reason = error.reason
+
+
+async def on_tier(
+    tier: Tier, request: pb.GenerateRequest, *, ends: float, resume_seconds: float
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    """Stream one answer from the batchers of *tier*: whole, whatever becomes of up to two of them.
+
+    request          with request_id and seed set
+    ends             time.monotonic() of the deadline
+    resume_seconds   how long an answer that lost its batcher waits for another one
+
+    Before the first event every batcher of the tier is asked once. Raises NoWorkers or Overloaded when none
+    takes the request, BatcherLost when an answer could not be carried on, and whatever else a batcher says
+    of the request.
+    """
+    answer = _Answer(request)
+    refused: dict[Batcher, errors.HeadraceError] = {}
+    patience = 0.0  # time.monotonic() until which an answer under way looks for a batcher
+    while True:
+        batcher = await _next(tier, refused, patience if answer.accepted else None)
+        if batcher is None:
+            raise _nobody(tier, refused, answer.lost)
+        answer.goes_to(batcher.address)
+        error: errors.HeadraceError
+        try:
+            labels: dict[str, str | int] = {
+                attributes.TIER: tier.name,
+                attributes.BATCHER: batcher.address,
+                attributes.ATTEMPT: answer.attempt,
+            }
+            left = max(ends - time.monotonic(), 0.0)
+            async with aclosing(batcher.generate(answer.request(), timeout=left, **labels)) as responses:
+                async for response in responses:
+                    passed_on = answer.take(response)
+                    if passed_on is not None:
+                        yield passed_on
+            if answer.finished:
+                return
+            error = errors.BatcherLost(f"the batcher at {batcher.address} ended the stream without a finish")
+        except Stalled as stalled:
+            error = errors.BatcherLost(str(stalled))
+        except (errors.Unavailable, errors.Overloaded) as said:
+            error = said
+        except errors.RequestCancelled as cancelled:
+            # Not by us, or this would be a CancelledError: the batcher was stopped, or something between.
+            error = errors.BatcherLost(f"the batcher at {batcher.address} cancelled the answer: {cancelled}")
+        if not answer.taken:
+            # It refused, and nothing was lost by asking.
+            refused[batcher] = error
+            if type(error) in _BATCHER_GONE:
+                batcher.doubt()
+            elif not isinstance(error, _TIER_BUSY):
+                raise error
+            continue
+        if type(error) not in _BATCHER_GONE:
+            raise error
+        batcher.doubt()
+        refused.clear()
+        answer.lose(error if type(error) is not errors.Unavailable else errors.BatcherLost(error.message))
+        if answer.losses > RESUMES:
+            raise errors.BatcherLost(
+                f"tier {tier.name!r} lost {answer.losses} batchers with this answer; the last: {error}"
+            ) from error
+        patience = min(time.monotonic() + resume_seconds, ends)
+        log.info("answer lost its batcher", extra={"tier": tier.name, "batcher": batcher.address})
+
+
+async def _next(
+    tier: Tier, refused: dict[Batcher, errors.HeadraceError], patience: float | None
+) -> Batcher | None:
+    """The batcher to ask next, None if there is none.
+
+    patience   an answer under way is worth waiting for, until this; None asks each batcher once
+    """
+    if patience is None:
+        if (batcher := tier.pick(refused)) is None:
+            await tier.settle()
+            batcher = tier.pick(refused)
+        return batcher
+    while (left := patience - time.monotonic()) > 0:
+        if not refused:
+            return await tier.picked((), left)
+        if (batcher := tier.pick(refused)) is not None:
+            return batcher
+        # All are busy: ask again when they said, a little apart from the others that were lost with us.
+        delays = [error.retry_after for error in refused.values() if error.retry_after is not None]
+        await asyncio.sleep(min(min(delays, default=0.2) * random.uniform(0.5, 1), left))
+        refused.clear()
+    return None
+
+
+def _nobody(
+    tier: Tier, refused: dict[Batcher, errors.HeadraceError], lost: errors.HeadraceError | None
+) -> errors.HeadraceError:
+    """What to say when no batcher is left to ask."""
+    if lost is not None:
+        return errors.BatcherLost(
+            f"the batcher of tier {tier.name!r} was lost in mid-answer ({lost}) and no other carries on; "
+            "try again",
+            retry_after=1.0,
+        )
+    said = list(refused.values())
+    # Busy beats gone: its delay is the better advice.
+    for error in said:
+        if isinstance(error, errors.Overloaded):
+            return error
+    for error in said:
+        if type(error) is not errors.Unavailable:
+            return error
+    problem = "cannot be reached" if said else f"cannot serve ({tier.seen.unhealthy_reason})"
+    return errors.NoWorkers(
+        f"the batcher of tier {tier.name!r} {problem}; try again shortly", retry_after=1.0
+    )
+
+
+class _Answer(Progress):
+    """What the caller has of an answer, and what it took: all that the next batcher needs.
+
+    taken    whether the batcher of this attempt has taken it
+    lost     why the answer left the batcher before, if it did
+    losses   batchers that were lost with it; one that drained is not held against the answer
+    """
+
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        super().__init__(request)
+        self.taken = False
+        self.lost: errors.HeadraceError | None = None
+        self.losses = 0
+        self._tells_moves = request.stream.include_route_changes
+        self._place = self._last_place = ""
+        self._replayed_before = 0  # by attempts that were lost
+        self._replayed = 0  # by this one
+        self._began = time.monotonic()
+        self._first_token: float | None = None
+        self._last_token = 0.0
+
+    def request(self) -> pb.GenerateRequest:
+        """What to ask the next batcher for."""
+        request = super().request()
+        request.stream.include_route_changes = True
+        return request
+
+    def goes_to(self, place: str) -> None:
+        """The next attempt is at the batcher at *place*."""
+        self._place = place
+        self._replayed = len(self.ids)
+
+    def take(self, response: pb.GenerateResponse) -> pb.GenerateResponse | None:
+        """What of this event is the caller's. Raises as `Progress` does."""
+        event = response.WhichOneof("event")
+        if event == "delta":
+            self.add(response.delta)
+            if response.delta.token_count:
+                self._last_token = time.monotonic()
+                self._first_token = self._first_token or self._last_token
+        elif event == "accepted":
+            return self._accept(response)
+        elif event == "route_change":
+            self.attempt = max(self.attempt, response.route_change.attempt)
+            self._replayed += len(self.ids)
+            return response if self._tells_moves else None
+        elif event == "finish":
+            self.finished = True
+            self._settle(response.finish)
+        return response  # an event that a newer batcher knows and we do not is the caller's to ignore
+
+    def lose(self, why: errors.HeadraceError) -> None:
+        """The batcher of this attempt is gone."""
+        self.lost = why
+        self.losses += not isinstance(why, errors.Draining)
+        self.taken = False
+        self.attempt += 1
+        self._last_place = self._place
+        self._replayed_before += self._replayed
+
+    def _accept(self, response: pb.GenerateResponse) -> pb.GenerateResponse | None:
+        first = self.accept(response.accepted)
+        self.taken = True
+        if first or self.lost is None:
+            return response
+        reason = self.lost.reason
+        _failovers.add(1, {attributes.TIER: response.accepted.tier, attributes.REASON: reason})
+        trace.get_current_span().add_event(
+            attributes.EVENT_FAILOVER, {attributes.REASON: reason, attributes.BATCHER: self._place}
+        )
+        if not self._tells_moves:
+            return None
+        return route_change(self._last_place, self._place, reason, self.attempt)
+
+    def _settle(self, finish: pb.Finish) -> None:
+        """Bill and clock the whole answer, of which the last batcher knows its own part."""
+        if self.lost is None:
+            return
+        finish.usage.replayed_tokens += self._replayed_before
+        timing = finish.timing
+        timing.total.FromNanoseconds(int((time.monotonic() - self._began) * 1e9))
+        if self._first_token is not None:
+            timing.first_token.FromNanoseconds(int((self._first_token - self._began) * 1e9))
+            timing.decode.FromNanoseconds(int((self._last_token - self._first_token) * 1e9))

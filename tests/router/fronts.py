@@ -1,0 +1,123 @@
+"""Batchers that do as they are told, and a router in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from headrace import errors
+from headrace.client import Client, connect
+from headrace.router.__main__ import router
+from headrace.router.settings import Settings
+from headrace.runtime.server import serving
+from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import routing_service_pb2 as routing
+from headrace.v1.generation_service_pb2_grpc import (
+    GenerationServiceServicer,
+    add_GenerationServiceServicer_to_server,
+)
+from headrace.v1.routing_service_pb2_grpc import (
+    RoutingServiceServicer,
+    add_RoutingServiceServicer_to_server,
+)
+from tests.harness import eventually
+
+
+@dataclass
+class Front(GenerationServiceServicer, RoutingServiceServicer):
+    """Says the prompt back, a byte a token and `pieces` tokens a delta, until it fails as it was told.
+
+    refuses      raised instead of `accepted`; a string breaks off without details, as a connection does
+    breaks       for each request in turn, after how many tokens of its own its stream breaks; then no more
+    breaks_with  what it breaks with
+    hangs        says nothing more after `accepted`, and answers no look
+    running      what it says of its load
+    """
+
+    model: str = "echo"
+    refuses: errors.HeadraceError | str = ""
+    breaks: Sequence[int] = ()
+    breaks_with: errors.HeadraceError | str = "broken"
+    hangs: bool = False
+    pieces: int = 1
+    running: int = 0
+    requests: list[pb.GenerateRequest] = field(default_factory=list)
+    time_left: list[float] = field(default_factory=list)
+
+    async def ListTiers(self, request: object, context: object) -> routing.ListTiersResponse:
+        if self.hangs and self.requests:
+            await asyncio.Event().wait()
+        load = routing.TierLoad(running=self.running, workers=1)
+        return routing.ListTiersResponse(tiers=[routing.Tier(healthy=True, model=self.model, load=load)])
+
+    async def Explain(self, request: object, context: object) -> routing.ExplainResponse:
+        raise errors.Unimplemented("a batcher does not explain")
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        breaks = self.breaks[len(self.requests)] if len(self.requests) < len(self.breaks) else None
+        self.requests.append(request)
+        self.time_left.append(context.time_remaining())
+        if self.refuses:
+            await self._fail(self.refuses, context)
+        yield pb.GenerateResponse(
+            accepted=pb.Accepted(request_id=request.request_id, model=self.model, seed=request.sampling.seed)
+        )
+        if self.hangs:
+            await asyncio.Event().wait()
+        said = list((request.prompt or request.chat.messages[-1].content).encode())
+        had = at = len(request.resume.token_ids)
+        assert list(request.resume.token_ids) == said[:at], "what was said before is what is said"
+        while at < len(said):
+            ids = said[at : at + self.pieces]
+            if breaks is not None and at - had + len(ids) > breaks:
+                break
+            delta = pb.Delta(offset=at, token_count=len(ids), token_ids=ids, text=bytes(ids).decode())
+            if not request.stream.include_token_ids:
+                del delta.token_ids[:]
+            yield pb.GenerateResponse(delta=delta)
+            at += len(ids)
+        if breaks is not None:
+            await self._fail(self.breaks_with, context)
+        usage = pb.Usage(completion_tokens=len(said), replayed_tokens=had)
+        yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_STOP, usage=usage))
+
+    async def _fail(self, failure: errors.HeadraceError | str, context: Any) -> None:
+        if isinstance(failure, errors.HeadraceError):
+            raise failure
+        await context.abort(grpc.StatusCode.UNAVAILABLE, failure)
+
+
+@asynccontextmanager
+async def serving_front(front: Front) -> AsyncGenerator[str, None]:
+    """Serve one; yields its address."""
+
+    def register(server: grpc.aio.Server) -> None:
+        add_GenerationServiceServicer_to_server(front, server)
+        add_RoutingServiceServicer_to_server(front, server)
+
+    async with serving(register, (), host="127.0.0.1", port=0, drain_seconds=0, ready=lambda: True) as server:
+        yield f"127.0.0.1:{server.port}"
+
+
+@asynccontextmanager
+async def routed(
+    settings: dict[str, Any] | None = None, **tiers: Front | Sequence[Front]
+) -> AsyncGenerator[Client, None]:
+    """A router in front of these tiers' batchers, smallest first, and a client that does not retry."""
+    async with AsyncExitStack() as stack:
+        targets = []
+        for name, fronts in tiers.items():
+            addresses = [
+                await stack.enter_async_context(serving_front(front))
+                for front in ([fronts] if isinstance(fronts, Front) else fronts)
+            ]
+            targets.append(f"{name}={'+'.join(addresses)}")
+        given = {"drain_seconds": 0, "poll_seconds": 60, "resume_seconds": 5, **(settings or {})}
+        gate = await stack.enter_async_context(router(Settings(port=0, tiers=",".join(targets), **given)))
+        await eventually(lambda: gate.health.ready)
+        yield await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}", retries=0))

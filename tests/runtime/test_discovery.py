@@ -1,0 +1,63 @@
+"""Addresses come and go, and a name server that fails takes nobody away."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import aclosing
+
+from headrace.runtime.discovery import Discovery, lookup
+
+
+class Names:
+    """A name server: what it says in turn, None for a failure; the last goes on."""
+
+    def __init__(self, *answers: set[str] | None) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[str, str]] = []
+
+    async def __call__(self, host: str, port: str) -> frozenset[str]:
+        self.asked.append((host, port))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer is None:
+            raise OSError("no answer")
+        return frozenset(answer)
+
+
+async def changes(names: Names, count: int, *targets: str) -> list[set[str]]:
+    seen: list[set[str]] = []
+    discovery = Discovery(targets, resolve_seconds=0.001, lookup=names)
+    async with aclosing(discovery.changes()) as stream:
+        async for addresses in stream:
+            seen.append(set(addresses))
+            if len(seen) == count:
+                break
+    return seen
+
+
+async def test_replicas_that_join_and_leave_a_name_are_noticed() -> None:
+    names = Names({"10.0.0.1:5"}, {"10.0.0.1:5", "10.0.0.2:5"}, {"10.0.0.2:5"})
+
+    seen = await changes(names, 3, "dns:///pods:5")
+
+    assert seen == [{"10.0.0.1:5"}, {"10.0.0.1:5", "10.0.0.2:5"}, {"10.0.0.2:5"}]
+    assert names.asked[0] == ("pods", "5")
+
+
+async def test_a_name_that_is_not_answered_keeps_its_addresses() -> None:
+    names = Names({"10.0.0.1:5"}, None, None, {"10.0.0.3:5"})
+
+    assert await changes(names, 2, "dns:pods:5") == [{"10.0.0.1:5"}, {"10.0.0.3:5"}]
+
+
+async def test_addresses_and_targets_of_grpc_are_taken_as_they_stand() -> None:
+    targets = ["127.0.0.1:1", "unix:/tmp/socket", "dns://8.8.8.8/pods:5"]
+    names = Names(None)
+
+    assert await changes(names, 1, *targets) == [set(targets)]
+    assert names.asked == []
+
+
+async def test_a_name_with_both_families_is_one_replica_per_host() -> None:
+    found = await lookup("localhost", "5")
+
+    assert found == {"127.0.0.1:5"} or all(socket.inet_pton(socket.AF_INET6, a[1:-3]) for a in found)
