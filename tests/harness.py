@@ -108,7 +108,7 @@ async def running_mesh(
         client = await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}"))
         mesh = Mesh(client, gate.port, tiers)
         await eventually(lambda: gate.health.ready)
-        await eventually(lambda: all(parts.batcher.coalescer.workers() for parts in tiers.values()))
+        await eventually(lambda: all(parts.batcher.server.health.ready for parts in tiers.values()))
         for _ in range(100):
             if all(tier.healthy for tier in (await client.list_tiers()).tiers):
                 break

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from headrace import errors
+from headrace.batcher.__main__ import batcher
+from headrace.batcher.settings import Settings as BatcherSettings
+from headrace.batcher.tokens import ByteTokenizer
 from headrace.cli.mesh import free_ports
 from headrace.client import connect, open_channel
 from headrace.runtime.server import PortInUse
+from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import Mesh, collect, eventually, prompt, running_mesh, running_worker
 
@@ -158,13 +163,9 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
 
 async def test_a_worker_that_drains_hands_back_what_it_cannot_finish() -> None:
     engine = EchoEngine(step_seconds=0.02)
-    from headrace.batcher.__main__ import batcher
-    from headrace.batcher.settings import Settings
-    from headrace.batcher.tokens import ByteTokenizer
-
     worker_up = running_worker(engine, drain_seconds=0.2)
     worker = await worker_up.__aenter__()
-    settings = Settings(port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True)
+    settings = BatcherSettings(port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True)
     async with batcher(settings, ByteTokenizer(), "b") as running:
         await eventually(running.coalescer.workers)
         async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
@@ -241,3 +242,53 @@ async def test_help_explains_every_flag() -> None:
         assert process.returncode == 0
         assert "--drain-seconds" in text.decode()
         assert "after SIGTERM" in " ".join(text.decode().split())
+
+
+@asynccontextmanager
+async def one_tier(**settings: Any) -> AsyncGenerator[tuple[Worker, Callable[[], Any]], None]:
+    """A worker whose steps take 20 ms, and a way to make batchers in front of it."""
+
+    def make() -> Any:
+        return batcher(
+            BatcherSettings(port=0, workers=f"127.0.0.1:{running.server.port}", fake=True, **settings),
+            ByteTokenizer(),
+            "b",
+        )
+
+    async with running_worker(EchoEngine(step_seconds=0.02)) as running:
+        yield running, make
+
+
+async def test_what_outlasts_a_drain_is_handed_back_as_draining() -> None:
+    async with one_tier(drain_seconds=0.1) as (worker, make):
+        up = make()
+        running = await up.__aenter__()
+        await eventually(running.coalescer.workers)
+        async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
+            request = prompt("x", max_tokens=2000, ignore_eos=True)
+            async with aclosing(client.generate(request, timeout=30, resume=False)) as stream:
+                await anext(stream)
+                stopping = asyncio.create_task(up.__aexit__(None, None, None))
+                with pytest.raises(errors.Draining):
+                    async for _ in stream:
+                        pass
+            await stopping
+        await eventually(lambda: not worker.sessions.live)
+
+
+async def test_a_client_of_two_servers_goes_to_the_other_when_one_drains() -> None:
+    async with one_tier(drain_seconds=10.0) as (_, make), make() as other:
+        up = make()
+        first = await up.__aenter__()
+        await eventually(first.coalescer.workers)
+        await eventually(other.coalescer.workers)
+        ports = f"ipv4:127.0.0.1:{first.server.port},127.0.0.1:{other.server.port}"
+        async with connect(ports, retries=0) as client:
+            under_way = asyncio.create_task(collect(client, prompt("x" * 50)))
+            await eventually(lambda: first.server.activity.in_flight)
+            stopping = asyncio.create_task(up.__aexit__(None, None, None))
+            await eventually(lambda: first.server.activity.draining)
+
+            assert (await collect(client, prompt("later"))).text == "later"
+            assert (await under_way).text == "x" * 50
+            await stopping

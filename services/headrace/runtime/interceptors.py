@@ -6,11 +6,12 @@ for streams that were cancelled, timed out or failed, and has no asyncio metrics
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import aclosing, contextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -41,11 +42,44 @@ class _Unreadable:
 
 
 class Activity:
-    """Counts the requests in flight, and closes the door when the server drains."""
+    """Knows the requests in flight, and closes the door when the server drains."""
 
     def __init__(self) -> None:
-        self.in_flight = 0
         self.draining = False
+        self.evicting = False
+        self._calls: set[asyncio.Task[Any]] = set()
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are under way."""
+        return len(self._calls)
+
+    def evict(self) -> None:
+        """End the requests in flight as DRAINING: their callers carry on elsewhere."""
+        self.evicting = True
+        for call in self._calls:
+            call.cancel()
+
+    @contextmanager
+    def call(self) -> Generator[None, None, None]:
+        """Count the current task as a request in flight, and let it hear of its eviction.
+
+        Raises Draining at the door, and inside when evicted.
+        """
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        self._calls.add(task)
+        try:
+            if self.draining:
+                raise errors.Draining("this server is stopping; try again", retry_after=0.2)
+            yield
+        except asyncio.CancelledError:
+            if not self.evicting:
+                raise
+            task.uncancel()
+            raise errors.Draining("this server is stopping; carry on elsewhere", retry_after=0.2) from None
+        finally:
+            self._calls.discard(task)
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):
@@ -133,8 +167,6 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         began = time.monotonic()
         code = grpc.StatusCode.CANCELLED  # unless it ends some other way
-        activity = self._activity
-        activity.in_flight += 1
         with _tracer.start_as_current_span(
             name,
             context=propagate.extract(carrier),
@@ -144,9 +176,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             set_status_on_exception=False,
         ) as span:
             try:
-                if activity.draining:
-                    raise errors.Draining("this server is stopping; try again", retry_after=0.2)
-                result = await call()
+                with self._activity.call():
+                    result = await call()
                 code = grpc.StatusCode.OK
                 return result
             except Exception as raised:
@@ -158,7 +189,6 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                     span.set_status(trace.StatusCode.ERROR, error.message)
                 await _abort(context, error)
             finally:
-                activity.in_flight -= 1
                 left = context.time_remaining()
                 if code is grpc.StatusCode.CANCELLED and left is not None and left <= 0:
                     code = grpc.StatusCode.DEADLINE_EXCEEDED

@@ -115,7 +115,8 @@ async def serving(
     register       adds the servicers
     services       descriptors of the services it adds, for reflection
     port           0 picks a free one
-    drain_seconds  how long requests in flight may go on after the block was left
+    drain_seconds  how long requests in flight may go on after the block was left; those that are
+                   left then end as DRAINING, so that their callers carry on elsewhere
     long_lived     full method names of streams that last as long as the connection
     ready          whether the server takes work, asked ten times a second: the readiness that health tells
     drain          awaited after admission has stopped, at most *drain_seconds*, for what the
@@ -155,6 +156,9 @@ async def serving(
         activity.draining = True
         await health.set_ready(False)
         log.info("draining", extra={"in_flight": activity.in_flight, "seconds": drain_seconds})
+        # Callers are told to go (GOAWAY) and the port is closed: their next request opens a connection to
+        # somebody else instead of being refused here. Streams that are open go on.
+        closing = asyncio.create_task(server.stop(drain_seconds + 2 * _FORCE_SECONDS))
         try:
             async with asyncio.timeout(drain_seconds):
                 if drain is not None:
@@ -163,7 +167,9 @@ async def serving(
                     await asyncio.sleep(0.02)
         except TimeoutError:
             log.warning("drain timed out", extra={"in_flight": activity.in_flight})
+            activity.evict()
         await server.stop(_FORCE_SECONDS)
+        await closing
         log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
 
