@@ -1,0 +1,32 @@
+"""A worker process over the dice engine: `python -m tests.faults.dice_worker --fake ...`, else as usual."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from headrace.runtime import logs
+from headrace.runtime.server import run, until_signal
+from headrace.worker.__main__ import worker
+from headrace.worker.settings import Settings
+from tests.faults.dice import DiceEngine
+
+
+async def main(settings: Settings) -> None:
+    """Serve until a signal comes."""
+
+    def load() -> DiceEngine:
+        return DiceEngine(
+            context_length=settings.context_length or 4096,
+            max_running=settings.max_running,
+            step_seconds=settings.fake_step_seconds,
+        )
+
+    async with worker(settings, load, f"{socket.gethostname()}-{os.getpid()}"):
+        await until_signal()
+
+
+if __name__ == "__main__":
+    settings = Settings.load(program="python -m tests.faults.dice_worker")
+    logs.configure("worker", settings.log_level)
+    run(main(settings))

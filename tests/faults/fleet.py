@@ -1,0 +1,208 @@
+"""Real processes to do harm to: routers, batchers and workers on loopback, each with a pid and a log."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from headrace.cli.mesh import free_ports
+from headrace.client import open_channel
+
+HOST = "127.0.0.1"
+START_SECONDS = 60.0
+
+
+@dataclass
+class Child:
+    """One service as a process of its own, on a port that stays its own over restarts."""
+
+    name: str
+    module: str
+    flags: Sequence[str]
+    port: int
+    log: Path
+    process: asyncio.subprocess.Process | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"{HOST}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs (stopped processes do)."""
+        return self.process is not None and self.process.returncode is None
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs now."""
+        assert self.process is not None
+        return self.process.pid
+
+    async def start(self) -> None:
+        """Start the process; it dies with this one."""
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "headrace.cli.child", str(os.getpid()), self.module),
+                *("--host", HOST, "--port", str(self.port), *self.flags),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    async def kill(self) -> None:
+        """SIGKILL, and gone."""
+        if self.alive:
+            self.send(signal.SIGKILL)
+        await self.gone()
+
+    async def gone(self) -> int:
+        """Wait until it has ended; its exit code."""
+        assert self.process is not None
+        return await self.process.wait()
+
+    async def ready(self, *, seconds: float = START_SECONDS) -> None:
+        """Wait until it says that it takes work."""
+        began = time.monotonic()
+        async with open_channel(self.address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            while True:
+                with suppress(grpc.aio.AioRpcError):
+                    asked = health_pb2.HealthCheckRequest(service="readiness")
+                    reply = await stub.Check(asked, timeout=2)
+                    if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                if not self.alive:
+                    raise AssertionError(f"{self.name} ended by itself: {self.tail()}")
+                if time.monotonic() - began > seconds:
+                    raise AssertionError(f"{self.name} is not ready after {seconds:g} s: {self.tail()}")
+                await asyncio.sleep(0.05)
+
+    async def restart(self) -> None:
+        """Start it anew, and wait until it takes work."""
+        await self.start()
+        await self.ready()
+
+    async def heal(self) -> None:
+        """Have it running and ready, whatever was done to it."""
+        if self.alive:
+            self.send(signal.SIGCONT)
+        else:
+            await self.start()
+        await self.ready()
+
+    def tail(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace")[-2000:]
+
+    @property
+    def memory(self) -> int:
+        """Resident bytes."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def files(self) -> int:
+        """Open file descriptors."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    @property
+    def threads(self) -> int:
+        """Threads."""
+        return len(os.listdir(f"/proc/{self.pid}/task"))
+
+
+@dataclass
+class Fleet:
+    """All processes of a mesh."""
+
+    workers: list[Child] = field(default_factory=list)
+    batchers: list[Child] = field(default_factory=list)
+    routers: list[Child] = field(default_factory=list)
+
+    @property
+    def children(self) -> list[Child]:
+        """All, workers first."""
+        return [*self.workers, *self.batchers, *self.routers]
+
+    @property
+    def target(self) -> str:
+        """The routers, as one gRPC target."""
+        return f"ipv4:{','.join(router.address for router in self.routers)}"
+
+    async def heal(self) -> None:
+        """Have all of them running and ready."""
+        await asyncio.gather(*(child.heal() for child in self.children))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to start.
+
+    flags      of each service, beyond what makes them find each other
+    to_worker, to_batcher   replaces the address of the n-th worker or batcher, for proxies between
+    """
+
+    workers: int = 2
+    batchers: int = 2
+    routers: int = 2
+    tier: str = "only"
+    worker_module: str = "tests.faults.dice_worker"
+    worker_flags: Sequence[str] = ("--fake", "--fake-step-seconds", "0.01", "--max-running", "16")
+    batcher_flags: Sequence[str] = ("--fake",)
+    router_flags: Sequence[str] = ()
+    to_worker: dict[int, str] = field(default_factory=dict)
+    to_batcher: dict[int, str] = field(default_factory=dict)
+    worker_ports: Sequence[int] = ()
+    batcher_ports: Sequence[int] = ()
+
+
+@asynccontextmanager
+async def fleet(plan: Plan, logs: Path) -> AsyncGenerator[Fleet, None]:
+    """Run the processes of *plan*; entered when all are ready, and none is left afterwards."""
+    ports = iter(free_ports(plan.workers + plan.batchers + plan.routers))
+    worker_ports = list(plan.worker_ports) or [next(ports) for _ in range(plan.workers)]
+    batcher_ports = list(plan.batcher_ports) or [next(ports) for _ in range(plan.batchers)]
+    workers = [plan.to_worker.get(n, f"{HOST}:{port}") for n, port in enumerate(worker_ports)]
+    batchers = [plan.to_batcher.get(n, f"{HOST}:{port}") for n, port in enumerate(batcher_ports)]
+    running = Fleet()
+    for n, port in enumerate(worker_ports):
+        running.workers.append(
+            Child(f"worker{n}", plan.worker_module, plan.worker_flags, port, logs / f"worker{n}.log")
+        )
+    for n, port in enumerate(batcher_ports):
+        flags = ["--tier", plan.tier, "--workers", ",".join(workers), *plan.batcher_flags]
+        running.batchers.append(
+            Child(f"batcher{n}", "headrace.batcher", flags, port, logs / f"batcher{n}.log")
+        )
+    for n in range(plan.routers):
+        flags = ["--tiers", f"{plan.tier}={'+'.join(batchers)}", *plan.router_flags]
+        running.routers.append(
+            Child(f"router{n}", "headrace.router", flags, next(ports), logs / f"router{n}.log")
+        )
+    try:
+        await asyncio.gather(*(child.start() for child in running.children))
+        await asyncio.gather(*(child.ready() for child in running.children))
+        yield running
+    finally:
+        for child in running.children:
+            if child.alive:
+                child.send(signal.SIGCONT)
+                child.send(signal.SIGKILL)
+        await asyncio.gather(*(child.gone() for child in running.children if child.process))

@@ -1,0 +1,229 @@
+"""Ask, judge every token of the answer, and count what must be zero."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from headrace import errors
+from headrace.client import Client
+from headrace.v1 import generation_pb2 as pb
+from tests.faults.dice import Expected, expected
+
+HANG_SECONDS = 5.0  # past the deadline, on a machine that may be busy with other things
+
+ZEROS = ("lost", "twice", "wrong", "hangs", "failed")
+
+
+@dataclass
+class Visit:
+    """One request and what came of it.
+
+    outcome    "stop", "length"... of a whole answer, the reason of an error, "left", or "hang"
+    lost       tokens of the fault-free answer that a whole answer lacks, and gaps
+    twice      tokens that came again
+    wrong      whether anything that came differs from the fault-free answer
+    moves      how often it went on elsewhere
+    first, seconds   until the first token, until the end
+    """
+
+    outcome: str = ""
+    tokens: int = 0
+    lost: int = 0
+    twice: int = 0
+    wrong: bool = False
+    moves: int = 0
+    replayed: int = 0
+    first: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the answer came to its finish."""
+        return self.outcome in ("stop", "stop_sequence", "length")
+
+
+async def visit(
+    client: Client,
+    request: pb.GenerateRequest,
+    *,
+    timeout: float = 60.0,
+    leaves_after: int | None = None,
+    on_token: Callable[[int], None] = lambda count: None,
+    judge: Callable[[pb.GenerateRequest, int], Expected] = expected,
+    resume: bool = True,
+) -> Visit:
+    """Read one answer and judge it.
+
+    leaves_after   tokens after which the caller hangs up
+    on_token       hears how many tokens have come
+    """
+    seen = Visit()
+    ids: list[int] = []
+    text = ""
+    seed = 0
+    finish: pb.Finish | None = None
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(timeout + HANG_SECONDS):
+            async with aclosing(client.generate(request, timeout=timeout, resume=resume)) as stream:
+                async for response in stream:
+                    if finish is not None:
+                        seen.wrong = True  # an event after the last
+                    kind = response.WhichOneof("event")
+                    if kind == "accepted":
+                        seed = response.accepted.seed
+                        on_token(0)
+                    elif kind == "route_change":
+                        seen.moves += 1
+                    elif kind == "finish":
+                        finish = response.finish
+                    elif kind == "delta":
+                        delta = response.delta
+                        seen.twice += max(len(ids) - delta.offset, 0)
+                        seen.lost += max(delta.offset - len(ids), 0)
+                        ids += delta.token_ids
+                        text += delta.text
+                        if delta.token_count:
+                            if seen.first is None:
+                                seen.first = time.monotonic() - began
+                            on_token(len(ids))
+                        if leaves_after is not None and len(ids) >= leaves_after:
+                            seen.outcome = "left"
+                            break
+    except TimeoutError:
+        seen.outcome = "hang"
+    except errors.HeadraceError as error:
+        seen.outcome = error.reason
+    seen.seconds = time.monotonic() - began
+    seen.tokens = len(ids)
+    whole = judge(request, seed)
+    if finish is not None:
+        seen.outcome = pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
+        seen.replayed = finish.usage.replayed_tokens
+        seen.lost += max(len(whole.ids) - len(ids), 0)
+        seen.wrong |= ids != whole.ids or text != whole.text or finish.reason != whole.reason
+        seen.wrong |= finish.usage.completion_tokens != len(ids)
+    else:
+        seen.wrong |= ids != whole.ids[: len(ids)] or not whole.text.startswith(text)
+    return seen
+
+
+@dataclass
+class Row:
+    """One scenario of the table."""
+
+    scenario: str
+    requests: int = 0
+    tokens: int = 0
+    moved: int = 0
+    replayed: int = 0
+    lost: int = 0
+    twice: int = 0
+    wrong: int = 0
+    hangs: int = 0
+    failed: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, visits: Iterable[Visit], *, may: Iterable[str] = ()) -> None:
+        """Count *visits*; each must be whole, or have left, or end in one of the reasons that it *may*."""
+        allowed = {"left", *may}
+        for one in visits:
+            self.requests += 1
+            self.tokens += one.tokens
+            self.moved += one.moves
+            self.replayed += one.replayed
+            self.lost += one.lost
+            self.twice += one.twice
+            self.wrong += one.wrong
+            self.hangs += one.outcome == "hang"
+            self.failed += not (one.whole or one.outcome in allowed or one.outcome == "hang")
+            self.outcomes[one.outcome] += 1
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """What is not zero of what must be."""
+        return {name: getattr(self, name) for name in ZEROS if getattr(self, name)}
+
+    def check(self) -> None:
+        """Fail the test if anything was lost, doubled, wrong, hung or failed."""
+        assert not self.faults, f"{self.scenario}: {self.faults}; outcomes {dict(self.outcomes)}"
+        assert self.requests, f"{self.scenario}: nothing was asked"
+
+
+class Table:
+    """All scenarios of a run."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def row(self, scenario: str) -> Row:
+        """A new scenario."""
+        row = Row(scenario)
+        self.rows.append(row)
+        return row
+
+    def markdown(self) -> str:
+        """As it stands in README."""
+        heads = ("scenario", "requests", "tokens", "moved", "lost", "twice", "wrong", "hung", "failed", "")
+        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for row in self.rows:
+            cells = (
+                *(row.scenario, f"{row.requests:,}", f"{row.tokens:,}", row.moved),
+                *(row.lost, row.twice, row.wrong, row.hangs, row.failed, "; ".join(row.notes)),
+            )
+            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """Keep it as faults.json and faults.md."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "faults.md").write_text(self.markdown() + "\n")
+        rows = [{**vars(row), "outcomes": dict(row.outcomes)} for row in self.rows]
+        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+        (folder / "faults.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+def requests(rng: random.Random, count: int, **limits: int) -> list[pb.GenerateRequest]:
+    """Mixed requests: greedy and sampled in turn, with and without seed, penalties and stop texts.
+
+    limits   min_tokens and max_tokens of the answers; they do not end before unless a stop text does
+    """
+    return [request(rng, number, **limits) for number in range(count)]
+
+
+def request(
+    rng: random.Random, number: int, *, min_tokens: int = 20, max_tokens: int = 60, prompt_tokens: int = 40
+) -> pb.GenerateRequest:
+    """One request; even numbers are greedy, odd ones sampled."""
+    letters = "abcdefghij klmnop"
+    text = f"{number} " + "".join(rng.choice(letters) for _ in range(rng.randint(5, prompt_tokens)))
+    sampling = pb.Sampling(max_tokens=rng.randint(min_tokens, max_tokens))
+    if number % 2 == 0:
+        sampling.temperature = 0
+    else:
+        sampling.temperature = rng.choice([0.5, 1.0, 1.5])
+        sampling.top_p = rng.choice([0.8, 1.0])
+        if rng.random() < 0.7:
+            sampling.seed = rng.getrandbits(64)
+    if rng.random() < 0.3:
+        sampling.presence_penalty = 0.5
+        sampling.repetition_penalty = 1.1
+    if rng.random() < 0.2:
+        sampling.stop.append(rng.choice(["zz", "q,", "\n."]))
+    sampling.ignore_eos = rng.random() < 0.7
+    return pb.GenerateRequest(
+        prompt=text,
+        sampling=sampling,
+        stream=pb.StreamOptions(include_token_ids=True, include_route_changes=True),
+    )
