@@ -25,7 +25,7 @@ import grpc
 from opentelemetry import metrics, propagate, trace
 
 from headrace import attributes, errors
-from headrace.progress import Progress, route_change
+from headrace.progress import Progress, Told, route_change
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2_grpc, routing_service_pb2, routing_service_pb2_grpc
 
@@ -47,7 +47,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
-RESUME_SECONDS = 10.0  # the longest that an answer under way waits for a server to come back
+CONNECT_SECONDS = 2.0  # the longest that a request whose connection broke waits for a new one
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
 
@@ -102,14 +102,17 @@ class RetryBudget:
 class Client:
     """Calls one target over one channel; make it with `connect`.
 
-    retries   most tries after the first, for calls that failed as UNAVAILABLE before any event
+    retries   most tries after the first, for calls that failed as UNAVAILABLE before any event; an answer
+              under way is carried on without regard to it
+    patience  seconds that an answer under way waits, within its deadline, for a server to come back
     """
 
-    def __init__(self, channel: grpc.aio.Channel, *, retries: int = 2) -> None:
+    def __init__(self, channel: grpc.aio.Channel, *, retries: int = 2, patience: float = 30.0) -> None:
         self._channel = channel
         self._generation = generation_service_pb2_grpc.GenerationServiceStub(channel)
         self._routing = routing_service_pb2_grpc.RoutingServiceStub(channel)
         self._retries = retries
+        self._patience = patience
         self._budget = RetryBudget()
 
     async def __aenter__(self) -> Self:
@@ -157,42 +160,45 @@ class Client:
                 async with aclosing(self._call(asked, left, metadata or {}, labels or {})) as responses:
                     async for response in responses:
                         seen = True
-                        heard = response if answer is None else answer.take(response)
-                        if heard is not None:
-                            yield heard
+                        for told in (response,) if answer is None else answer.take(response):
+                            yield told
                 self._budget.succeed()
                 return
             except errors.HeadraceError as error:
+                if answer is not None and answer.finished:
+                    return  # whatever became of the stream after its last event
                 failures = failures + 1 if answer is None or answer.mark == had else 1
-                if answer is not None and answer.accepted is not None:
-                    if not await self._ready_to_resume(error, failures, ends):
-                        raise
-                    answer.broke(error)
-                elif seen or not self._may_retry(error, failures):
+                begun = answer is not None and answer.accepted is not None
+                if (seen and not begun) or not await self._again(error, failures, begun=begun, ends=ends):
                     raise
-                else:
-                    await asyncio.sleep(_backoff(failures - 1, error, ends))
+                if answer is not None and begun:
+                    answer.lose(error)
 
-    def _may_retry(self, error: errors.HeadraceError, failures: int) -> bool:
-        """Whether to ask again for what nobody has begun to answer."""
-        return isinstance(error, errors.Unavailable) and failures <= self._retries and self._budget.take()
+    async def _again(
+        self, error: errors.HeadraceError, failures: int, *, begun: bool, ends: float | None
+    ) -> bool:
+        """Whether to ask again after *failures* in a row, the last being *error*; waits until it makes sense.
 
-    async def _ready_to_resume(self, error: errors.HeadraceError, failures: int, ends: float | None) -> bool:
-        """Whether to carry on with an answer whose stream ended in *error*; waits until that makes sense.
+        begun   whether it is the rest of an answer that is asked for
 
-        The first try after a stream that brought something is free, further ones are paid from the budget.
+        Free is the first try after a connection broke, for all calls that broke with it wait together for
+        one new connection, and the first after a stream that brought something. The budget pays for others.
         """
-        if not _may_pass(error, resuming=failures > 1):
+        broken = type(error) is errors.Unavailable or isinstance(error, errors.RequestCancelled)
+        if begun:
+            may = _may_pass(error, resuming=failures > 1)
+        else:
+            may = isinstance(error, errors.Unavailable) and failures <= self._retries
+        free = failures == 1 and (begun or broken)
+        if not may or not (free or self._budget.take()):
             return False
-        if failures > 1 and not self._budget.take():
-            return False
-        left = RESUME_SECONDS if ends is None else min(RESUME_SECONDS, ends - time.monotonic())
+        patience = self._patience if begun else CONNECT_SECONDS
         try:
-            async with asyncio.timeout(left):
-                if failures > 1 or error.retry_after is not None:
+            async with asyncio.timeout(patience if ends is None else min(patience, ends - time.monotonic())):
+                if not free or error.retry_after is not None:
                     await asyncio.sleep(_backoff(failures - 1, error, ends))
-                # One connection is made for all streams that broke, and they wait for it together.
-                await self._channel.channel_ready()
+                if broken:
+                    await self._channel.channel_ready()
         except TimeoutError:
             return False
         return True
@@ -278,7 +284,7 @@ class _Answer(Progress):
             named.sampling.seed = secrets.randbits(64)
         named.request_id = named.request_id or str(uuid.uuid4())
         super().__init__(named)
-        self._broke: errors.HeadraceError | None = None
+        self._lost: errors.HeadraceError | None = None
 
     @property
     def mark(self) -> tuple[bool, int]:
@@ -294,34 +300,42 @@ class _Answer(Progress):
             request.routing.model = self.accepted.model
         return request
 
-    def take(self, response: pb.GenerateResponse) -> pb.GenerateResponse | None:
-        """What of this event is the caller's. Raises as `Progress` does."""
+    def take(self, response: pb.GenerateResponse) -> Told:
+        """What the caller hears of this event. Raises as `Progress` does."""
         event = response.WhichOneof("event")
         if event == "delta":
-            self.add(response.delta)
-        elif event == "accepted" and not self.accept(response.accepted):
-            if not self._asked.stream.include_route_changes or self._broke is None:
-                return None
-            return route_change("", "", self._broke.reason, self.attempt)
-        elif event == "route_change":
+            return self.add(response)
+        if event == "finish":
+            return self.finish(response)
+        if event == "route_change":
             self.attempt = max(self.attempt, response.route_change.attempt)
-        return response
+        elif event == "accepted" and not self.accept(response.accepted):
+            if not self._asked.stream.include_route_changes or self._lost is None:
+                return ()
+            return (route_change("", "", self._lost.reason, self.attempt),)
+        return (response,)
 
-    def broke(self, error: errors.HeadraceError) -> None:
-        """The stream ended early."""
-        self._broke = error
-        self.attempt += 1
+    def lose(self, error: errors.HeadraceError) -> None:
+        """The stream ended early, and the rest will be asked for."""
+        self.broke()
+        self._lost = error
 
 
 @asynccontextmanager
 async def connect(
-    target: str, *, credentials: grpc.ChannelCredentials | None = None, retries: int = 2
+    target: str,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    retries: int = 2,
+    patience: float = 30.0,
 ) -> AsyncGenerator[Client, None]:
     """A client for *target*, a gRPC name such as "127.0.0.1:50051" or "dns:///router:50051".
 
-    credentials   for TLS; None speaks plain text
+    credentials         for TLS; None speaks plain text
+    retries, patience   see `Client`
     """
-    async with Client(open_channel(target, credentials=credentials), retries=retries) as client:
+    channel = open_channel(target, credentials=credentials)
+    async with Client(channel, retries=retries, patience=patience) as client:
         yield client
 
 

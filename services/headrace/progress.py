@@ -6,8 +6,12 @@ next is a function of model, prompt, seed and the tokens so far, so asking for t
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from headrace import errors
 from headrace.v1 import generation_pb2 as pb
+
+Told: TypeAlias = tuple[pb.GenerateResponse, ...]  # what the caller hears
 
 
 class Progress:
@@ -27,6 +31,7 @@ class Progress:
         self.finished = False
         self._asked = request
         self._with_ids = request.stream.include_token_ids
+        self._ending: pb.GenerateResponse | None = None
 
     def request(self) -> pb.GenerateRequest:
         """What to ask for: all of the answer, or what is missing of it."""
@@ -51,19 +56,37 @@ class Progress:
             )
         return False
 
-    def add(self, delta: pb.Delta) -> None:
-        """Take in the next tokens, and leave their ids to those who asked for them.
+    def add(self, response: pb.GenerateResponse) -> Told:
+        """Take in a delta, and leave its token ids to those who asked for them.
 
-        Raises BatcherLost when they do not join what is there: whoever sent them has lost count.
+        Text without tokens is what was kept back until the end. It waits here for the `finish` that follows:
+        if that is lost, the next stream says both.
+
+        Raises BatcherLost when the tokens do not join what is there: whoever sent them has lost count.
         """
+        delta = response.delta
         if delta.offset != len(self.ids) or len(delta.token_ids) != delta.token_count:
             raise errors.BatcherLost(
                 f"the stream went on at token {delta.offset} with {len(delta.token_ids)} ids for "
                 f"{delta.token_count} tokens, expected at {len(self.ids)}"
             )
+        if not delta.token_count:
+            self._ending = response
+            return ()
         self.ids.extend(delta.token_ids)
         if not self._with_ids:
             del delta.token_ids[:]
+        return (response,)
+
+    def finish(self, response: pb.GenerateResponse) -> Told:
+        """Take in the last event."""
+        self.finished = True
+        return (response,) if self._ending is None else (self._ending, response)
+
+    def broke(self) -> None:
+        """The stream ended early; another one follows."""
+        self._ending = None
+        self.attempt += 1
 
 
 def route_change(origin: str, target: str, reason: str, attempt: int) -> pb.GenerateResponse:

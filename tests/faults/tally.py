@@ -31,7 +31,7 @@ class Visit:
     outcome    "stop", "length"... of a whole answer, the reason of an error, "left", or "hang"
     lost       tokens of the fault-free answer that a whole answer lacks, and gaps
     twice      tokens that came again
-    wrong      whether anything that came differs from the fault-free answer
+    wrong      whether anything that came differs from the fault-free answer; `problem` says what
     moves      how often it went on elsewhere
     first, seconds   until the first token, until the end
     """
@@ -45,6 +45,7 @@ class Visit:
     replayed: int = 0
     first: float | None = None
     seconds: float = 0.0
+    problem: str = ""
 
     @property
     def whole(self) -> bool:
@@ -78,7 +79,8 @@ async def visit(
             async with aclosing(client.generate(request, timeout=timeout, resume=resume)) as stream:
                 async for response in stream:
                     if finish is not None:
-                        seen.wrong = True  # an event after the last
+                        seen.wrong = True
+                        seen.problem = f"after the finish came {response}"
                     kind = response.WhichOneof("event")
                     if kind == "accepted":
                         seed = response.accepted.seed
@@ -111,10 +113,14 @@ async def visit(
         seen.outcome = pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
         seen.replayed = finish.usage.replayed_tokens
         seen.lost += max(len(whole.ids) - len(ids), 0)
-        seen.wrong |= ids != whole.ids or text != whole.text or finish.reason != whole.reason
-        seen.wrong |= finish.usage.completion_tokens != len(ids)
+        came = (ids, text, int(finish.reason), finish.usage.completion_tokens)
+        right = (whole.ids, whole.text, int(whole.reason), len(whole.ids))
     else:
-        seen.wrong |= ids != whole.ids[: len(ids)] or not whole.text.startswith(text)
+        came = (ids, text, 0, 0)
+        right = (whole.ids[: len(ids)], whole.text[: len(text)], 0, 0)
+    if came != right:
+        seen.wrong = True
+        seen.problem = f"{request} came as {came}, is {right}"
     return seen
 
 
@@ -134,6 +140,7 @@ class Row:
     failed: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     def add(self, visits: Iterable[Visit], *, may: Iterable[str] = ()) -> None:
         """Count *visits*; each must be whole, or have left, or end in one of the reasons that it *may*."""
@@ -149,6 +156,8 @@ class Row:
             self.hangs += one.outcome == "hang"
             self.failed += not (one.whole or one.outcome in allowed or one.outcome == "hang")
             self.outcomes[one.outcome] += 1
+            if one.problem:
+                self.problems.append(one.problem)
 
     @property
     def faults(self) -> dict[str, int]:
@@ -157,7 +166,9 @@ class Row:
 
     def check(self) -> None:
         """Fail the test if anything was lost, doubled, wrong, hung or failed."""
-        assert not self.faults, f"{self.scenario}: {self.faults}; outcomes {dict(self.outcomes)}"
+        assert not self.faults, (
+            f"{self.scenario}: {self.faults}; outcomes {dict(self.outcomes)}; {self.problems[:3]}"
+        )
         assert self.requests, f"{self.scenario}: nothing was asked"
 
 

@@ -148,3 +148,16 @@ async def test_list_tiers_tells_model_limits_and_health(mesh: Mesh) -> None:
 async def test_leaving_early_leaves_nothing_behind(mesh: Mesh) -> None:
     async with aclosing(mesh.client.generate(prompt("x" * 500), timeout=30)) as stream:
         await anext(stream)
+
+
+async def test_text_that_was_kept_back_until_the_end_survives_the_loss_of_the_finish(mesh: Mesh) -> None:
+    for request in (prompt("xyo", stop=["oz"]), prompt("xyo", stop=["oz"], max_tokens=3)):
+        async with aclosing(mesh.client.generate(request, timeout=30)) as stream:
+            events = [response async for response in stream]
+        with_tokens = [event.delta for event in events if event.delta.token_count]
+        kept_back = [event.delta.text for event in events if event.HasField("delta")][len(with_tokens) :]
+
+        assert "".join(delta.text for delta in with_tokens) == "xy"
+        assert kept_back == ["o"]
+        request.resume.token_ids.extend(b"xyo")
+        assert (await collect(mesh.client, request)).text == "o"

@@ -85,7 +85,8 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         try:
             if answer.complete_already:
                 yield self._accepted(job)
-                yield answer.finish()
+                for response in answer.rest():
+                    yield response
             else:
                 async with aclosing(self._coalescer.arrivals(job)) as arrivals:
                     await anext(arrivals)
@@ -277,23 +278,26 @@ class _Answer:
                 self._first = now
                 self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
             self._last = now
-        text = piece.text
-        last = Piece("", 0)
-        if arrival.end is not None and piece.stopped is None:
-            last = self._text.flush()
-            text += last.text
-        if arrival.ids or text:
-            responses.append(self._delta(arrival, piece.used, text))
-        stopped = piece.stopped if piece.stopped is not None else last.stopped
-        if stopped is not None or arrival.end is not None:
+        if arrival.ids:
+            responses.append(self._delta(arrival, piece.used, piece.text))
+        if piece.stopped is not None or arrival.end is not None:
             self._end = arrival.end
-            responses.append(self.finish(stopped, wasted=len(arrival.ids) - piece.used))
+            responses += self.rest(piece.stopped, wasted=len(arrival.ids) - piece.used)
         return responses
 
-    def finish(self, stopped: str | None = None, *, wasted: int = 0) -> pb.GenerateResponse:
-        """The last event."""
-        self.done = True
+    def rest(self, stopped: str | None = None, *, wasted: int = 0) -> list[pb.GenerateResponse]:
+        """The last events: what text was kept back, if any, and the finish.
+
+        The text comes in a delta of its own, without tokens: what the deltas before said is then a function
+        of their tokens alone, and one who carries on from these misses nothing and hears nothing twice.
+        """
         stopped = stopped if stopped is not None else self._replayed.stopped
+        last = self._text.flush() if stopped is None else Piece("", 0)
+        kept_back = [self._delta(Arrival([], [], None), 0, last.text)] if last.text else []
+        return [*kept_back, self._finish(stopped if stopped is not None else last.stopped, wasted)]
+
+    def _finish(self, stopped: str | None, wasted: int) -> pb.GenerateResponse:
+        self.done = True
         finish = pb.Finish(
             reason=pb.FINISH_REASON_STOP_SEQUENCE
             if stopped is not None

@@ -17,7 +17,7 @@ from contextlib import aclosing
 from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
-from headrace.progress import Progress, route_change
+from headrace.progress import Progress, Told, route_change
 from headrace.router.tiers import Batcher, Stalled, Tier
 from headrace.v1 import generation_pb2 as pb
 
@@ -108,11 +108,8 @@ async def on_tier(
             left = max(ends - time.monotonic(), 0.0)
             async with aclosing(batcher.generate(answer.request(), timeout=left, **labels)) as responses:
                 async for response in responses:
-                    passed_on = answer.take(response)
-                    if passed_on is not None:
-                        yield passed_on
-            if answer.finished:
-                return
+                    for told in answer.take(response):
+                        yield told
             error = errors.BatcherLost(f"the batcher at {batcher.address} ended the stream without a finish")
         except Stalled as stalled:
             error = errors.BatcherLost(str(stalled))
@@ -121,6 +118,8 @@ async def on_tier(
         except errors.RequestCancelled as cancelled:
             # Not by us, or this would be a CancelledError: the batcher was stopped, or something between.
             error = errors.BatcherLost(f"the batcher at {batcher.address} cancelled the answer: {cancelled}")
+        if answer.finished:
+            return  # whatever became of the stream after its last event
         if not answer.taken:
             # It refused, and nothing was lost by asking.
             refused[batcher] = error
@@ -222,47 +221,47 @@ class _Answer(Progress):
         self._place = place
         self._replayed = len(self.ids)
 
-    def take(self, response: pb.GenerateResponse) -> pb.GenerateResponse | None:
-        """What of this event is the caller's. Raises as `Progress` does."""
+    def take(self, response: pb.GenerateResponse) -> Told:
+        """What the caller hears of this event. Raises as `Progress` does."""
         event = response.WhichOneof("event")
         if event == "delta":
-            self.add(response.delta)
             if response.delta.token_count:
                 self._last_token = time.monotonic()
                 self._first_token = self._first_token or self._last_token
-        elif event == "accepted":
+            return self.add(response)
+        if event == "accepted":
             return self._accept(response)
-        elif event == "route_change":
+        if event == "route_change":
             self.attempt = max(self.attempt, response.route_change.attempt)
             self._replayed += len(self.ids)
-            return response if self._tells_moves else None
-        elif event == "finish":
-            self.finished = True
+            return (response,) if self._tells_moves else ()
+        if event == "finish":
             self._settle(response.finish)
-        return response  # an event that a newer batcher knows and we do not is the caller's to ignore
+            return self.finish(response)
+        return (response,)  # an event that a newer batcher knows and we do not is the caller's to ignore
 
     def lose(self, why: errors.HeadraceError) -> None:
         """The batcher of this attempt is gone."""
+        self.broke()
         self.lost = why
         self.losses += not isinstance(why, errors.Draining)
         self.taken = False
-        self.attempt += 1
         self._last_place = self._place
         self._replayed_before += self._replayed
 
-    def _accept(self, response: pb.GenerateResponse) -> pb.GenerateResponse | None:
+    def _accept(self, response: pb.GenerateResponse) -> Told:
         first = self.accept(response.accepted)
         self.taken = True
         if first or self.lost is None:
-            return response
+            return (response,)
         reason = self.lost.reason
         _failovers.add(1, {attributes.TIER: response.accepted.tier, attributes.REASON: reason})
         trace.get_current_span().add_event(
             attributes.EVENT_FAILOVER, {attributes.REASON: reason, attributes.BATCHER: self._place}
         )
         if not self._tells_moves:
-            return None
-        return route_change(self._last_place, self._place, reason, self.attempt)
+            return ()
+        return (route_change(self._last_place, self._place, reason, self.attempt),)
 
     def _settle(self, finish: pb.Finish) -> None:
         """Bill and clock the whole answer, of which the last batcher knows its own part."""

@@ -588,7 +588,8 @@ class Delta(_message.Message):
     """How many tokens this delta stands for."""
     text: _builtins.str
     """Text that these tokens completed; valid UTF-8. May be empty, or lag behind the tokens, while
-    a character or a possible stop text is incomplete.
+    a character or a possible stop text is incomplete. What is still kept back at the end comes in a delta
+    without tokens, right before `finish`; one who carries on after losing that `finish` hears both again.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
