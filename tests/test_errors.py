@@ -73,3 +73,20 @@ def test_errors_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(errors.Overloaded("full", retry_after=2, limit=3)))
 
     assert (type(error), error.retry_after, error.fields) == (errors.Overloaded, 2, {"limit": "3"})
+
+
+@pytest.mark.parametrize(
+    ("details", "expected"),
+    [
+        ("Stream removed (Deadline Exceeded)", errors.DeadlineExceeded),
+        ("Stream removed", errors.Unavailable),
+        ("something else", errors.InternalError),
+    ],
+)
+def test_a_stream_that_grpc_removed_is_what_its_text_says(
+    details: str, expected: type[errors.HeadraceError]
+) -> None:
+    nothing = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, details)
+
+    assert type(errors.from_rpc_error(error)) is expected

@@ -298,9 +298,12 @@ def from_rpc_error(error: grpc.RpcError) -> HeadraceError:
                 break
             return from_status(status)
     code = error.code() or grpc.StatusCode.UNKNOWN
-    return from_status(
-        status_pb2.Status(code=code.value[0], message=error.details() or code_pb2.Code.Name(code.value[0]))
-    )
+    details = error.details() or code_pb2.Code.Name(code.value[0])
+    if code is grpc.StatusCode.UNKNOWN and details.startswith("Stream removed"):
+        # gRPC's word for a call whose transport went away under it; what it knows stands in the text.
+        late = "deadline exceeded" in details.lower()
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.UNAVAILABLE
+    return from_status(status_pb2.Status(code=code.value[0], message=details))
 
 
 def _rebuild(

@@ -46,10 +46,12 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
     hangs: bool = False
     pieces: int = 1
     running: int = 0
+    looks: int = 0
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     time_left: list[float] = field(default_factory=list)
 
     async def ListTiers(self, request: object, context: object) -> routing.ListTiersResponse:
+        self.looks += 1
         if self.hangs and self.requests:
             await asyncio.Event().wait()
         load = routing.TierLoad(running=self.running, workers=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from typing import Any
 
@@ -202,3 +203,16 @@ async def test_wherever_it_breaks_the_answer_is_whole(text: str, breaks: list[in
 
     assert answer.text == text
     assert answer.ids == list(text.encode())
+
+
+async def test_one_late_answer_to_a_look_takes_no_batcher_away() -> None:
+    front = Front()
+    async with routed({"poll_seconds": 0.05, "stall_seconds": 60}, only=front) as client:
+        front.requests.append(pb.GenerateRequest())
+        front.hangs = True
+        looks = front.looks
+        async with asyncio.timeout(20):
+            while front.looks < looks + 2:  # one of these has been given up
+                await asyncio.sleep(0.01)
+
+        assert (await client.list_tiers()).tiers[0].healthy

@@ -42,6 +42,7 @@ class Batcher:
         self.address = address
         self.seen = routing.Tier(unhealthy_reason="not asked yet")
         self.suspect = False
+        self.late = False
         self.live = 0
         self._live_then = 0
         self._stall_seconds = stall_seconds
@@ -102,24 +103,33 @@ class Batcher:
         try:
             listed = await self._client.list_tiers(timeout=timeout)
         except errors.HeadraceError as error:
-            reason = f"no answer from the batcher at {self.address}: {error}"
-            seen = routing.Tier(model=self.seen.model, unhealthy_reason=reason)
-            seen.limits.CopyFrom(self.seen.limits)
-            # A refused connection is no silence: one that drains takes none and yet speaks on its streams.
-            silent = isinstance(error, errors.DeadlineExceeded)
-            if silent and time.monotonic() - self._heard > self._stall_seconds:
+            # A refused connection is no silence: a batcher that drains takes none and speaks on its streams.
+            # And one late answer is no silence yet: the batcher may be busy.
+            self.late = not isinstance(error, errors.Unavailable)
+            silent = self.late and time.monotonic() - self._heard > self._stall_seconds
+            if silent:
                 self._lose()
+            if silent or not self.late:
+                reason = f"no answer from the batcher at {self.address}: {error}"
+                seen = routing.Tier(model=self.seen.model, unhealthy_reason=reason)
+                seen.limits.CopyFrom(self.seen.limits)
+                self.seen = seen
         else:
             seen = routing.Tier()
             seen.CopyFrom(listed.tiers[0])
+            self.seen = seen
+            self.late = False
             self._heard = time.monotonic()
             self._live_then = self.live
         self.suspect = False
-        self.seen = seen
-        if was != seen.healthy:
+        if was != self.seen.healthy:
             log.info(
                 "batcher health changed",
-                extra={"batcher": self.address, "healthy": seen.healthy, "reason": seen.unhealthy_reason},
+                extra={
+                    "batcher": self.address,
+                    "healthy": self.seen.healthy,
+                    "reason": self.seen.unhealthy_reason,
+                },
             )
 
     async def pause(self, seconds: float) -> None:
@@ -179,9 +189,12 @@ class Tier:
         return TierView(self.name, self.threshold, seen.healthy, seen.model, seen.unhealthy_reason)
 
     def pick(self, avoid: Collection[Batcher] = ()) -> Batcher | None:
-        """The least busy batcher that is ready, None if there is none; *avoid* those."""
+        """The least busy batcher that is ready, rather one that answers its looks; None if there is none.
+
+        avoid   not those
+        """
         ready = [batcher for batcher in self._batchers.values() if batcher.ready and batcher not in avoid]
-        return min(ready, key=lambda batcher: (batcher.busy, random.random()), default=None)
+        return min(ready, key=lambda batcher: (batcher.late, batcher.busy, random.random()), default=None)
 
     async def picked(self, avoid: Collection[Batcher], seconds: float) -> Batcher | None:
         """Like `pick`, but waits up to *seconds* for a batcher to become ready."""
