@@ -64,6 +64,7 @@ METRIC_WAITING = "headrace.sequences.waiting"
 METRIC_ENDED = "headrace.sequences.ended"
 METRIC_STEP_ROWS = "headrace.step.rows"
 METRIC_STEP_SECONDS = "headrace.step.duration"
+METRIC_FAILOVERS = "headrace.failovers"
 METRIC_ROUTED = "headrace.routed"
 METRIC_FAILOVERS = "headrace.failovers"
 

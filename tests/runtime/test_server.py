@@ -91,7 +91,7 @@ async def test_a_worker_is_alive_but_not_ready_until_its_model_is_warm() -> None
 
 async def test_a_batcher_without_workers_is_alive_but_not_ready(mesh: Mesh) -> None:
     small = mesh.tiers["small"]
-    small.batcher.coalescer.links[0]._ready = False
+    next(iter(small.batcher.coalescer.pool)).draining = True
     await eventually(lambda: not small.batcher.server.health.ready)
 
     assert await health(small.batcher.server.port, "readiness") == NOT_SERVING
@@ -165,15 +165,17 @@ async def test_a_worker_that_drains_hands_back_what_it_cannot_finish() -> None:
     engine = EchoEngine(step_seconds=0.02)
     worker_up = running_worker(engine, drain_seconds=0.2)
     worker = await worker_up.__aenter__()
-    settings = BatcherSettings(port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True)
+    settings = BatcherSettings(
+        port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True, failover_seconds=0
+    )
     async with batcher(settings, ByteTokenizer(), "b") as running:
-        await eventually(running.coalescer.workers)
+        await eventually(running.coalescer.pool.ready)
         async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
             endless = asyncio.create_task(collect(client, prompt("x", max_tokens=1000, ignore_eos=True)))
             await eventually(lambda: worker.sessions.live)
             await worker_up.__aexit__(None, None, None)
 
-            with pytest.raises(errors.WorkerDraining):
+            with pytest.raises(errors.WorkerLost, match="no worker was ready"):
                 await endless
             assert engine.occupied_slots == 0
 
