@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.batcher.pace import RETRY_SECONDS, Mean, Pace, retry_after
+from headrace.batcher.pace import RETRY_SECONDS, Arrivals, Mean, Pace, retry_after
 from headrace.batcher.placement import Candidate, choose
 from headrace.batcher.prefixes import BLOCK, Prefixes, blocks
 
@@ -110,3 +110,17 @@ def test_a_mean_begins_evenly_and_then_follows() -> None:
         mean.add(value)
 
     assert mean.value == 2.5
+
+
+def test_a_burst_after_silence_is_seen_after_a_handful_and_silence_at_once() -> None:
+    arrivals = Arrivals()
+    arrivals.add(0.0)
+    assert arrivals.per_second(0.0) == 0
+    for second in (60.0, 120.0, 180.0):
+        arrivals.add(second)
+    assert arrivals.per_second(180.0) < 1
+    for number in range(10):
+        arrivals.add(200.0 + number * 0.001)
+
+    assert arrivals.per_second(200.01) > 100
+    assert arrivals.per_second(202.0) < 1

@@ -1,4 +1,4 @@
-"""Order: priorities, then tenants in turn, then deadlines, nobody waits for ever; and who goes when it is full."""
+"""Order: priorities, then tenants in turn, then deadlines; nobody for ever; and who goes when it is full."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ async def test_what_outlasts_a_drain_is_handed_back_as_draining() -> None:
     async with one_tier(drain_seconds=0.1) as (worker, make):
         up = make()
         running = await up.__aenter__()
-        await eventually(running.coalescer.workers)
+        await eventually(running.coalescer.pool.ready)
         async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
             request = prompt("x", max_tokens=2000, ignore_eos=True)
             async with aclosing(client.generate(request, timeout=30, resume=False)) as stream:
@@ -282,8 +282,8 @@ async def test_a_client_of_two_servers_goes_to_the_other_when_one_drains() -> No
     async with one_tier(drain_seconds=10.0) as (_, make), make() as other:
         up = make()
         first = await up.__aenter__()
-        await eventually(first.coalescer.workers)
-        await eventually(other.coalescer.workers)
+        await eventually(first.coalescer.pool.ready)
+        await eventually(other.coalescer.pool.ready)
         ports = f"ipv4:127.0.0.1:{first.server.port},127.0.0.1:{other.server.port}"
         async with connect(ports, retries=0) as client:
             under_way = asyncio.create_task(collect(client, prompt("x" * 50)))

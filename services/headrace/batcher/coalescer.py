@@ -19,7 +19,7 @@ from headrace import attributes, errors
 from headrace.batcher import failover, placement
 from headrace.batcher.inbox import Arrival, End, Move
 from headrace.batcher.job import Job
-from headrace.batcher.pace import Mean, Pace, retry_after
+from headrace.batcher.pace import Arrivals, Mean, Pace, retry_after
 from headrace.batcher.pool import WorkerPool
 from headrace.batcher.prefixes import Prefixes
 from headrace.batcher.queue import JobQueue
@@ -76,7 +76,7 @@ class Coalescer:
         self._changed = asyncio.Event()
         self._served = time.monotonic()  # when a worker was ready last
         self._stopping = False
-        self._arrivals = RateMeter()
+        self._arrivals = Arrivals()
         self._drained = RateMeter()
         self._answers = Mean()
 

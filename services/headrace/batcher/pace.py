@@ -5,6 +5,7 @@ Plain functions and running means. Nothing measured means no judgement: then eve
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 RETRY_SECONDS = (0.1, 30.0)  # bounds of what a caller is told to wait
@@ -18,13 +19,36 @@ class Mean:
 
     def __init__(self, weight: float = 0.1) -> None:
         self._weight = weight
-        self._seen = 0
+        self.seen = 0
         self.value = 0.0
 
     def add(self, value: float) -> None:
         """Book a value. The first ones count evenly."""
-        self._seen += 1
-        self.value += max(self._weight, 1 / self._seen) * (value - self.value)
+        self.seen += 1
+        self.value += max(self._weight, 1 / self.seen) * (value - self.value)
+
+
+class Arrivals:
+    """How often requests come just now: one over the geometric mean of the last few gaps.
+
+    Geometric, so that a burst after a long silence is seen after a handful of requests.
+    """
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._gap = Mean(weight=0.25)  # of logarithms
+
+    def add(self, now: float) -> None:
+        """A request came."""
+        if self._last is not None:
+            self._gap.add(math.log(min(max(now - self._last, 1e-5), 10.0)))
+        self._last = now
+
+    def per_second(self, now: float) -> float:
+        """The rate as of *now*; 0 while only one has come."""
+        if self._last is None or not self._gap.seen:
+            return 0.0
+        return 1 / max(math.exp(self._gap.value), now - self._last)
 
 
 @dataclass(frozen=True, slots=True)
