@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 
 import pytest
+from hypothesis import settings
 from opentelemetry import metrics, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -17,6 +18,11 @@ from tests.harness import Mesh, running_mesh
 # Global providers can be set once in a process, so all tests share these.
 _spans = InMemorySpanExporter()
 _reader = InMemoryMetricReader()
+
+
+# A busy machine is no failure.
+settings.register_profile("headrace", deadline=None)
+settings.load_profile("headrace")
 
 
 def pytest_configure() -> None:

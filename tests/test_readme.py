@@ -47,16 +47,17 @@ async def run(*command: str) -> str:
 
 async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
     commands = grpcurl_commands()
-    assert len(commands) == 6
+    assert len(commands) == 7
 
     printed = [await run("bash", "-c", command.replace(ADDRESS, running.address)) for command in commands]
 
-    listed, described, generated, explained, tiers, health = printed
+    listed, described, generated, explained, tiers, told, health = printed
     assert "headrace.v1.GenerationService" in listed
     assert "rpc Generate" in described
     assert "What is the capital of France?" in generated, "the echo engine says it back"
     assert '"tier": "large"' in explained
     assert '"name": "small"' in tiers
+    assert '"tier": "small"' in told
     assert "SERVING" in health
 
 

@@ -221,6 +221,26 @@ class Client:
             )
         )
 
+    async def feedback(
+        self,
+        request_id: str,
+        *,
+        ok: bool | None = None,
+        quality: float | None = None,
+        tier: str = "",
+        timeout: float = 5.0,
+    ) -> routing_service_pb2.FeedbackResponse:
+        """Tell the router how good the answer to a request was: *ok* or not, or a *quality* from 0 to 1.
+
+        tier   whose answer is meant; empty: the one that was given
+        """
+        request = routing_service_pb2.FeedbackRequest(request_id=request_id, tier=tier)
+        if ok is not None:
+            request.ok = ok
+        if quality is not None:
+            request.quality = quality
+        return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=_context()))
+
     @staticmethod
     async def _unary(call: Awaitable[T]) -> T:
         try:

@@ -4,16 +4,16 @@
     ├── InvalidRequest          the caller's to mend; retrying does not help
     │   ├── EmptyInput  InvalidText  InvalidSampling  ContextTooLong
     │   └── UnknownTier  UnknownModel  HintsConflict
+    ├── UnknownRequest
     ├── MessageTooLarge
     ├── Overloaded              retry after the delay
-    │   └── Shed  SlowReader
+    │   └── SlowReader
     ├── DeadlineExceeded
-    │   └── DeadlineInQueue  DeadlineInDecode  Unattainable
+    │   └── DeadlineInQueue  DeadlineInDecode
     ├── RequestCancelled
     ├── Unavailable             may pass; retry before `accepted`
     │   └── NoWorkers  WorkerLost  BatcherLost  WorkerDraining  Draining  NotReady
     ├── SequenceFault           this request failed in the engine, its neighbours did not
-    ├── PoisonRequest           the workers that took this request in died of it, it seems
     ├── Unimplemented
     └── InternalError           a fault of ours; the log of the server has it in full
 
@@ -108,6 +108,13 @@ class HintsConflict(InvalidRequest):
     reason = "HINTS_CONFLICT"
 
 
+class UnknownRequest(HeadraceError):
+    """The router does not remember a request of that id; it may be too old, or another router's."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "UNKNOWN_REQUEST"
+
+
 class MessageTooLarge(HeadraceError):
     """The request is larger than a server takes. Send less."""
 
@@ -120,12 +127,6 @@ class Overloaded(HeadraceError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
-
-
-class Shed(Overloaded):
-    """The request waited, and gave its place to one that matters more. Retry after the delay."""
-
-    reason = "SHED"
 
 
 class SlowReader(Overloaded):
@@ -151,12 +152,6 @@ class DeadlineInDecode(DeadlineExceeded):
     """The deadline passed while the answer was being generated."""
 
     reason = "DEADLINE_DECODE"
-
-
-class Unattainable(DeadlineExceeded):
-    """The deadline cannot be met, by the rates measured now; nothing was generated."""
-
-    reason = "TTFT_UNATTAINABLE"
 
 
 class RequestCancelled(HeadraceError):
@@ -214,12 +209,6 @@ class SequenceFault(HeadraceError):
 
     code = grpc.StatusCode.INTERNAL
     reason = "SEQUENCE_FAULT"
-
-
-class PoisonRequest(HeadraceError):
-    """Each worker that took this request in was lost before its first token. Nobody should try again."""
-
-    reason = "POISON_REQUEST"
 
 
 class Unimplemented(HeadraceError):

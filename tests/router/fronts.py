@@ -60,6 +60,9 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
     async def Explain(self, request: object, context: object) -> routing.ExplainResponse:
         raise errors.Unimplemented("a batcher does not explain")
 
+    async def Feedback(self, request: object, context: object) -> routing.FeedbackResponse:
+        raise errors.Unimplemented("a batcher takes no feedback")
+
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         breaks = self.breaks[len(self.requests)] if len(self.requests) < len(self.breaks) else None
         self.requests.append(request)

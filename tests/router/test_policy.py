@@ -7,17 +7,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace import errors
-from headrace.router.policy import Decision, Hints, TierView, decide, thresholds
+from headrace.router.policy import Decision, Hints, Price, TierView, decide, thresholds
 
 NAMES = ("nano", "small", "medium", "large", "huge")
 
 
 @st.composite
 def tier_lists(draw: st.DrawFn) -> list[TierView]:
+    """Tiers in any state: down, full, slow, with and without prices."""
     count = draw(st.integers(1, 5))
     marks = [0.0, *sorted(draw(st.lists(st.floats(0, 1), min_size=count - 1, max_size=count - 1)))]
+    prices = st.none() | st.builds(Price, st.floats(0, 10), st.floats(0, 10))
     return [
-        TierView(name, mark, draw(st.booleans()), f"m-{name}")
+        TierView(
+            name,
+            mark,
+            draw(st.booleans()),
+            f"m-{name}",
+            saturated=draw(st.booleans()),
+            answer_seconds=draw(st.floats(0, 20)),
+            price=draw(prices),
+        )
         for name, mark in zip(NAMES, marks, strict=False)
     ]
 
@@ -38,36 +48,53 @@ def place(tiers: list[TierView], name: str) -> int:
     return [tier.name for tier in tiers].index(name)
 
 
-@given(data=st.data(), tiers=tier_lists(), score=st.floats(0, 1))
+slacks = st.none() | st.floats(0, 20)
+
+
+@given(data=st.data(), tiers=tier_lists(), score=st.floats(0, 1), slack=slacks)
 def test_every_decision_keeps_the_hints_and_is_healthy(
-    data: st.DataObject, tiers: list[TierView], score: float
+    data: st.DataObject, tiers: list[TierView], score: float, slack: float | None
 ) -> None:
-    hints = data.draw(hints_for([tier.name for tier in tiers]))
+    names = [tier.name for tier in tiers]
+    hints = data.draw(hints_for(names))
+    floor = data.draw(st.sampled_from(["", *names]))
+    failed = data.draw(st.lists(st.sampled_from(names), max_size=2))
     try:
-        decision = decide(score, hints, tiers)
+        decision = decide(score, hints, tiers, floor=floor, slack=slack, exclude=failed)
     except (errors.HintsConflict, errors.NoWorkers):
         return
 
     at = place(tiers, decision.tier)
+    assert at == decision.place
     assert tiers[at].healthy
+    assert decision.tier not in failed
     assert not hints.tier or decision.tier == hints.tier
     assert not hints.min_tier or at >= place(tiers, hints.min_tier)
     assert not hints.max_tier or at <= place(tiers, hints.max_tier)
-    assert [candidate.tier.name for candidate in decision.candidates] == [tier.name for tier in tiers]
+    assert [candidate.tier.name for candidate in decision.candidates] == names
     chosen = [candidate for candidate in decision.candidates if candidate.reason == "chosen"]
     assert [candidate.tier.name for candidate in chosen] == [decision.tier]
+    for name in decision.escalations:
+        above = place(tiers, name)
+        assert above > at
+        assert tiers[above].healthy
+        assert name not in failed
+        assert hints.allow_escalation
+        assert not hints.max_tier or above <= place(tiers, hints.max_tier)
+        assert not hints.tier
 
 
-@given(data=st.data(), tiers=tier_lists(), scores=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+@given(data=st.data(), tiers=tier_lists(), scores=st.tuples(st.floats(0, 1), st.floats(0, 1)), slack=slacks)
 def test_a_higher_score_never_means_a_smaller_tier(
-    data: st.DataObject, tiers: list[TierView], scores: tuple[float, float]
+    data: st.DataObject, tiers: list[TierView], scores: tuple[float, float], slack: float | None
 ) -> None:
-    """With all tiers healthy: an unhealthy one may send a middling score further up than a high one."""
-    tiers = [TierView(tier.name, tier.threshold) for tier in tiers]
-    hints = data.draw(hints_for([tier.name for tier in tiers]))
+    """In whatever state the tiers are: a tier may be passed over, the order stays."""
+    names = [tier.name for tier in tiers]
+    hints = data.draw(hints_for(names))
+    floor = data.draw(st.sampled_from(["", *names]))
     try:
-        low, high = (place(tiers, decide(score, hints, tiers).tier) for score in sorted(scores))
-    except errors.HintsConflict:
+        low, high = (decide(score, hints, tiers, floor=floor, slack=slack).place for score in sorted(scores))
+    except (errors.HintsConflict, errors.NoWorkers):
         return
 
     assert low <= high
@@ -80,11 +107,36 @@ def test_the_preference_moves_the_choice_its_way(
     tiers = [TierView(tier.name, tier.threshold) for tier in tiers]
     low, high = sorted(data.draw(st.tuples(st.floats(0, 1), st.floats(0, 1))))
 
-    cheap = decide(score, Hints(quality_preference=low), tiers).tier
-    good = decide(score, Hints(quality_preference=high), tiers).tier
+    cheap = decide(score, Hints(quality_preference=low), tiers).place
+    good = decide(score, Hints(quality_preference=high), tiers).place
 
-    assert place(tiers, cheap) <= place(tiers, good)
+    assert cheap <= good
     assert decide(score, Hints(quality_preference=1), tiers).tier == tiers[-1].name
+    assert decide(score, Hints(quality_preference=0), tiers).tier == tiers[0].name
+
+
+@given(tiers=tier_lists(), score=st.floats(0, 1), data=st.data())
+def test_a_conversation_never_moves_down_while_its_tier_serves(
+    tiers: list[TierView], score: float, data: st.DataObject
+) -> None:
+    tiers = [TierView(tier.name, tier.threshold) for tier in tiers]
+    floor = data.draw(st.sampled_from([tier.name for tier in tiers]))
+
+    assert decide(score, Hints(), tiers, floor=floor).place >= place(tiers, floor)
+
+
+@given(tiers=tier_lists(), score=st.floats(0, 1), slack=st.floats(0, 20))
+def test_a_tier_that_would_be_late_is_taken_only_if_all_would(
+    tiers: list[TierView], score: float, slack: float
+) -> None:
+    try:
+        chosen = tiers[decide(score, Hints(), tiers, slack=slack).place]
+    except errors.NoWorkers:
+        return
+
+    in_time = [tier for tier in tiers if tier.healthy and tier.answer_seconds <= slack]
+    assert chosen in in_time or not in_time
+    assert not chosen.saturated or all(tier.saturated for tier in in_time)
 
 
 def two(small: bool = True, large: bool = True) -> list[TierView]:
@@ -118,6 +170,32 @@ def test_the_reason_names_score_bound_and_health() -> None:
     assert "score 0.20" in why(decide(0.2, Hints(), two()))
     assert "the bounds moved it to 'large'" in why(decide(0.2, Hints(min_tier="large"), two()))
     assert "'small' cannot serve" in why(decide(0.2, Hints(), two(small=False)))
+
+
+def test_a_full_tier_is_relieved_by_the_next() -> None:
+    full = [TierView("small", 0.0, saturated=True), TierView("large", 0.5)]
+
+    decision = decide(0.1, Hints(), full)
+
+    assert decision.tier == "large"
+    assert "'small' has a full queue" in decision.why
+    assert decide(0.1, Hints(max_tier="small"), full).tier == "small"
+
+
+def test_a_short_deadline_takes_the_tier_that_can_keep_it() -> None:
+    slow = [TierView("small", 0.0, answer_seconds=1.0), TierView("large", 0.5, answer_seconds=8.0)]
+
+    assert decide(0.9, Hints(), slow).tier == "large"
+    decision = decide(0.9, Hints(), slow, slack=3.0)
+    assert decision.tier == "small"
+    assert "'large' would take 8.0 s of the 3.0 s left" in decision.why
+
+
+def test_nobody_pays_more_for_a_smaller_model() -> None:
+    odd = [TierView("small", 0.0, price=Price(2, 2)), TierView("large", 0.5, price=Price(1, 1))]
+
+    assert decide(0.1, Hints(), odd).tier == "large"
+    assert decide(0.1, Hints(max_tier="small"), odd).tier == "small"
 
 
 def test_default_thresholds_are_even() -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import grpc
 
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.pool import WorkerPool
 from headrace.batcher.queue import JobQueue
 from headrace.batcher.service import SERVICES, GenerationServicer
 from headrace.batcher.settings import Settings
 from headrace.batcher.tokens import ByteTokenizer, Tokenizer, load_tokenizer
 from headrace.batcher.window import Window
+from headrace.batcher.workers import WorkerLink
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime import logs
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
@@ -45,22 +45,19 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
 
     identity   names this batcher in its workers' logs
     """
-    pool = WorkerPool(settings.worker_targets, fingerprint=tokenizer.fingerprint, batcher_id=identity)
+    links = [
+        WorkerLink(target, fingerprint=tokenizer.fingerprint, batcher_id=identity)
+        for target in settings.worker_targets
+    ]
     coalescer = Coalescer(
-        pool,
-        JobQueue(settings.queue_limit, ageing=settings.ageing_seconds, quantum=settings.quantum_tokens),
+        links,
+        JobQueue(settings.queue_limit),
         Window(size=settings.batch_size, tokens=settings.batch_tokens, linger=settings.linger),
         tier=settings.tier,
-        failover_seconds=settings.failover_seconds,
     )
     with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as executor:
         servicer = GenerationServicer(
-            coalescer,
-            tokenizer,
-            tier=settings.tier,
-            executor=executor,
-            max_tokens=settings.max_tokens,
-            unread_limit=settings.unread_limit,
+            coalescer, tokenizer, tier=settings.tier, executor=executor, max_tokens=settings.max_tokens
         )
 
         def register(server: grpc.aio.Server) -> None:
@@ -68,7 +65,8 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
             add_RoutingServiceServicer_to_server(servicer, server)
 
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(pool.run(coalescer)), tasks.create_task(coalescer.run())]
+            running = [tasks.create_task(link.run()) for link in links]
+            running.append(tasks.create_task(coalescer.run()))
             try:
                 async with serving(
                     register,
@@ -76,7 +74,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
                     host=settings.host,
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
-                    ready=lambda: bool(pool.ready()),
+                    ready=lambda: bool(coalescer.workers()),
                 ) as server:
                     yield Batcher(server, coalescer)
             finally:

@@ -257,6 +257,118 @@ def tiers(
         Console().print(tiers_table(response.tiers))
 
 
+@app.command()
+def top(
+    target: Target = DEFAULT_TARGET,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+) -> None:
+    """Watch the mesh work: load, tokens per second, the tiers' shares, waste, cost and what was saved.
+
+    Costs need prices:  HEADRACE_PRICES=small=0.05/0.10,large=0.50/1.50 headrace up
+
+    Example:  headrace top
+    """
+    from headrace.cli.top import top as run
+    from headrace.cli.up import run_until_signal
+
+    console = Console()
+    with complaining(target):
+        run_until_signal(run(target, console, interval=interval, once=once), lambda: None)
+
+
+@app.command()
+def feedback(
+    request_id: Annotated[str, typer.Argument(help="Of the answer, as `accepted` names it.")],
+    ok: Annotated[bool | None, typer.Option("--ok/--not-ok", help="Whether it was good enough.")] = None,
+    quality: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Instead of that, how good: 0 to 1.")
+    ] = None,
+    tier: Annotated[str, typer.Option(help="Whose answer is meant, if not the one that was given.")] = "",
+    target: Target = DEFAULT_TARGET,
+) -> None:
+    """Tell the router how good an answer was; started with --feedback FILE, it keeps that to learn from.
+
+    Example:  headrace feedback 7d1c... --not-ok
+    """
+    import asyncio
+
+    from headrace.cli.routing import tell
+
+    if (ok is None) == (quality is None):
+        complain("say either --ok, --not-ok or --quality")
+        raise typer.Exit(2)
+    with complaining(target):
+        said = asyncio.run(tell(target, request_id, ok=ok, quality=quality, tier=tier))
+    kept = "kept" if said.kept else "counted; the router keeps no file of feedback"
+    Console().print(f"tier {said.tier}: {kept}", highlight=False, markup=False)
+
+
+@app.command()
+def calibrate(
+    traffic: Annotated[
+        Path,
+        typer.Argument(help='Rows of JSON with "prompt", and "small_ok", "large_ok" if there are labels.'),
+    ],
+    share: Annotated[
+        str, typer.Option(help="Wanted share of calls, 0 to 1, per tier after the first: 0.3 or 0.2,0.1.")
+    ] = "",
+    quality: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Instead of that, how much of the gap between smallest and largest tier to keep.",
+        ),
+    ] = None,
+    tiers: Annotated[str, typer.Option(help="Names, smallest first.")] = "small,large",
+    costs: Annotated[
+        str,
+        typer.Option(help="What a call costs per tier, in any unit. Default: each tier ten times the last."),
+    ] = "",
+    out: Annotated[Path, typer.Option(help="The file for the router.")] = Path("calibration.json"),
+    png: Annotated[Path | None, typer.Option(help="Draw the trade-off into this file.")] = None,
+) -> None:
+    """Turn your own traffic into thresholds, for a wanted share of large calls or a wanted quality.
+
+    Example:  headrace calibrate traffic.jsonl --share 0.3
+
+    Example:  headrace calibrate labelled.jsonl --quality 0.9 --png curve.png
+    """
+    from headrace.calibration import BadCalibration
+    from headrace.cli.calibrate import calibrate as run
+
+    names = [name.strip() for name in tiers.split(",")]
+    try:
+        shares = [float(part) for part in share.split(",")] if share else None
+        prices = (
+            [float(part) for part in costs.split(",")] if costs else [10.0**at for at in range(len(names))]
+        )
+    except ValueError:
+        complain("--share and --costs are numbers with commas between them")
+        raise typer.Exit(2) from None
+    if (shares is None) == (quality is None):
+        complain("say either --share or --quality")
+        raise typer.Exit(2)
+    if len(names) < 2 or not all(names) or len(prices) != len(names) or min(prices) < 0 or not prices[-1]:
+        complain("--tiers names at least two tiers, and --costs has one number for each, the last above 0")
+        raise typer.Exit(2)
+    try:
+        run(
+            traffic,
+            tiers=names,
+            costs=prices,
+            shares=shares,
+            quality=quality,
+            out=out,
+            png=png,
+            console=Console(),
+        )
+    except (BadCalibration, OSError) as error:
+        complain(str(error))
+        raise typer.Exit(2) from None
+
+
 def main() -> None:
     """Run the command line."""
     app()

@@ -32,6 +32,14 @@ async def ask_tiers(target: str) -> pb.ListTiersResponse:
         return await client.list_tiers()
 
 
+async def tell(
+    target: str, request_id: str, *, ok: bool | None, quality: float | None, tier: str
+) -> pb.FeedbackResponse:
+    """Tell the router at *target* how good an answer was. Raises a HeadraceError."""
+    async with connect(target) as client:
+        return await client.feedback(request_id, ok=ok, quality=quality, tier=tier)
+
+
 def as_dict(response: Message) -> dict[str, Any]:
     """Return all fields under the names of the contract, those at zero too."""
     return MessageToDict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import AsyncGenerator
@@ -9,12 +10,18 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from headrace.router import scorer
+from headrace.calibration import BadCalibration
+from headrace.router import draft_check, scorer
+from headrace.router.chooser import CascadeRules, Chooser
+from headrace.router.complexity import fingerprint
+from headrace.router.feedback import Feedback
 from headrace.router.service import SERVICES, RouterServicer
+from headrace.router.sessions import Sessions
 from headrace.router.settings import Settings
+from headrace.router.thresholds import Thresholds
 from headrace.router.tiers import Tiers
 from headrace.runtime import logs
-from headrace.runtime.server import Serving, run, serving, until_signal
+from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
@@ -24,14 +31,37 @@ from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_s
 async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
     """Serve the mesh while the block runs; drain when it is left."""
     tiers = Tiers(
-        settings.tier_targets(),
-        settings.tier_thresholds(),
-        poll_seconds=settings.poll_seconds,
-        stall_seconds=settings.stall_seconds,
+        settings.tier_targets(), poll_seconds=settings.poll_seconds, stall_seconds=settings.stall_seconds
+    )
+    scores = scorer.load()
+    try:
+        thresholds = Thresholds(
+            [tier.name for tier in tiers.tiers],
+            settings.tier_thresholds(),
+            path=settings.calibration,
+            scorer=fingerprint(scores),
+            shares=settings.tier_shares(),
+        )
+    except BadCalibration as error:
+        raise StartFailed(str(error)) from error
+    chooser = Chooser(
+        tiers,
+        thresholds,
+        draft_check.load(),
+        prices=settings.tier_prices(),
+        sessions=Sessions(idle_seconds=settings.session_idle_seconds),
+        rules=CascadeRules(
+            enabled=settings.cascade,
+            from_score=settings.cascade_from,
+            release=settings.cascade_release,
+            tokens=settings.draft_tokens,
+        ),
     )
     servicer = RouterServicer(
         tiers,
-        scorer.load(),
+        scores,
+        chooser,
+        Feedback(settings.feedback, max_bytes=int(settings.feedback_megabytes * 1e6)),
         default_deadline=settings.default_deadline,
         resume_seconds=settings.resume_seconds,
     )
@@ -42,6 +72,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
 
     async with (
         tiers.watching(),
+        asyncio.TaskGroup() as tasks,
         serving(
             register,
             SERVICES,
@@ -51,7 +82,11 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             ready=lambda: tiers.any_healthy,
         ) as server,
     ):
-        yield server
+        watching = tasks.create_task(thresholds.watch(settings.poll_seconds))
+        try:
+            yield server
+        finally:
+            watching.cancel()
 
 
 async def main(settings: Settings) -> None:

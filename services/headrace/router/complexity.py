@@ -7,6 +7,7 @@ which tiers exist.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -43,6 +44,22 @@ class Scorer(Protocol):
         ...
 
 
+def fingerprint(scorer: Scorer) -> str:
+    """Equal for scorers that score alike, and then only: what they say of a few prompts, as a digest.
+
+    Thresholds that were made for one scorer mean nothing to another.
+    """
+    said = [round(scorer.score(text).value, 6) for text in _PROBES]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
+_PROBES = (
+    "Hello!",
+    "What is the capital of France?",
+    "Prove that there are infinitely many primes.",
+    "Write a Python function that merges two sorted lists.",
+    "A train leaves at 9:40 and arrives at 12:05. How long does it travel?",
+)
 _MAX_CHARACTERS = 20_000  # what lies beyond does not make a prompt harder, only slower to read
 
 _DIGIT = re.compile(r"\d")

@@ -1,8 +1,10 @@
-"""Choose a tier: from the score, the caller's hints and the tiers' health. Pure functions.
+"""Choose a tier: from the score, the caller's hints, the tiers' state and the time left. Pure functions.
 
 Tiers are ordered from small to large and each has the lowest score that it is meant for; the largest
-whose threshold the score reaches is wanted. Hints bound the choice, health may move it: up first, for
-the answer gets no worse, then down.
+whose threshold the score reaches is wanted. A conversation keeps the tier that it has reached. Hints
+bound the choice. Health, the deadline and full queues may move it: up first, for the answer gets no
+worse, then down; and a larger tier that costs less than the one wanted is taken in its place. Whatever
+the tiers' state, a higher score never means a smaller tier.
 """
 
 from __future__ import annotations
@@ -16,11 +18,26 @@ from headrace.router.complexity import sigmoid
 
 
 @dataclass(frozen=True, slots=True)
+class Price:
+    """What tokens cost, per million, in any one currency."""
+
+    prompt: float
+    completion: float
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """What so many tokens cost."""
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
 class TierView:
     """A tier as the policy sees it.
 
-    threshold   the lowest score that it is meant for; the first tier's is 0
-    model       what it serves; empty while unknown
+    threshold       the lowest score that it is meant for; the first tier's is 0
+    model           what it serves; empty while unknown
+    saturated       its queue is full: what is sent there now would be refused
+    answer_seconds  how long it is expected to take for this request, queue included; 0 while unknown
+    price           what its tokens cost; None where no price is set
     """
 
     name: str
@@ -28,6 +45,9 @@ class TierView:
     healthy: bool = True
     model: str = ""
     unhealthy_reason: str = ""
+    saturated: bool = False
+    answer_seconds: float = 0.0
+    price: Price | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +61,11 @@ class Hints:
     quality_preference: float = 0.5
     allow_escalation: bool = True
 
+    @property
+    def free(self) -> bool:
+        """Whether the score alone decides: no pin and no bound."""
+        return not (self.tier or self.model or self.min_tier or self.max_tier)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -53,11 +78,19 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where a request goes, and why, in one sentence."""
+    """Where a request goes, and why, in one sentence.
+
+    wanted      place of the tier that the score asks for, before hints and the tiers' state
+    place       place of the tier that it goes to
+    escalations names of the tiers that may take over from it, nearest first, all larger
+    """
 
     tier: str
     why: str
     candidates: tuple[Candidate, ...]
+    wanted: int
+    place: int
+    escalations: tuple[str, ...]
 
 
 def thresholds(count: int) -> list[float]:
@@ -79,11 +112,19 @@ def shift(score: float, preference: float) -> float:
 
 
 def decide(
-    score: float, hints: Hints, tiers: Sequence[TierView], *, exclude: Collection[str] = ()
+    score: float,
+    hints: Hints,
+    tiers: Sequence[TierView],
+    *,
+    floor: str = "",
+    slack: float | None = None,
+    exclude: Collection[str] = (),
 ) -> Decision:
     """Choose the tier for a prompt of *score*, 0 to 1.
 
     tiers     at least one, smallest first, thresholds ascending
+    floor     the tier that the conversation has reached; empty: none
+    slack     seconds that are left for the answer; None: no deadline
     exclude   tiers that were tried and failed this request
 
     Raises UnknownTier, UnknownModel or HintsConflict for hints that no tier can meet, and NoWorkers when
@@ -91,33 +132,76 @@ def decide(
     """
     allowed, wish = _allowed(hints, tiers)
     shifted = shift(score, hints.quality_preference)
-    wanted = max(place for place, tier in enumerate(tiers) if place == 0 or shifted >= tier.threshold)
-    ideal = min(max(wanted, allowed[0]), allowed[-1])
-    if ideal not in allowed:  # a model pin may leave gaps
-        ideal = min(allowed, key=lambda place: (abs(place - ideal), -place))
-    # Up first, nearest first; then down. Without escalation there is no second choice.
-    choices = [place for place in allowed if place >= ideal]
-    choices += [place for place in reversed(allowed) if place < ideal]
-    if not hints.allow_escalation:
-        choices = [ideal]
-    chosen = next(
-        (place for place in choices if tiers[place].healthy and tiers[place].name not in exclude), None
+    wanted = _wanted(shifted, hints.quality_preference, tiers)
+    reached = max(wanted, _place(floor, tiers))
+    ideal = _at_or_above(reached, allowed)
+    # Without escalation there is no second choice.
+    choices = allowed if hints.allow_escalation else [ideal]
+    serving = [place for place in choices if tiers[place].healthy and tiers[place].name not in exclude]
+    if not serving:
+        raise _nobody(choices, tiers)
+    # Of those that can serve, the ones that will be in time; of those, the ones with room.
+    best = min(_trouble(tiers[place], slack) for place in serving)
+    fit = [place for place in serving if _trouble(tiers[place], slack) == best]
+    chosen = _cheapest_from(_at_or_above(ideal, fit), fit, tiers)
+    return Decision(
+        tier=tiers[chosen].name,
+        why=_why(score, shifted, [wanted, reached, ideal, chosen], wish, tiers, slack=slack, exclude=exclude),
+        candidates=tuple(
+            Candidate(tier, *_judge(place, chosen, tiers, allowed, choices, exclude, slack))
+            for place, tier in enumerate(tiers)
+        ),
+        wanted=wanted,
+        place=chosen,
+        escalations=tuple(tiers[place].name for place in serving if place > chosen),
     )
-    if chosen is None:
-        names = ", ".join(tiers[place].name for place in choices)
-        problems = "; ".join(
-            f"{tiers[place].name}: {tiers[place].unhealthy_reason or 'failed this request'}"
-            for place in choices
-        )
-        raise errors.NoWorkers(
-            f"no tier that the request allows ({names}) can serve it now ({problems}); try again shortly",
-            retry_after=1.0,
-        )
-    candidates = tuple(
-        Candidate(tier, *_judge(place, chosen, tier, allowed, choices, exclude))
-        for place, tier in enumerate(tiers)
+
+
+def _wanted(score: float, preference: float, tiers: Sequence[TierView]) -> int:
+    # The two extremes are meant as they are said, wherever the thresholds stand.
+    if preference in (0, 1):
+        return 0 if preference == 0 else len(tiers) - 1
+    return max(place for place, tier in enumerate(tiers) if not place or score >= tier.threshold)
+
+
+def _at_or_above(place: int, places: Sequence[int]) -> int:
+    """The nearest of *places* from *place* upwards; below, where there is none above."""
+    return min((other for other in places if other >= place), default=places[-1])
+
+
+def _cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView]) -> int:
+    """The cheapest of *places* from *place* upwards: nobody pays more for a smaller model.
+
+    Prompt and completion prices are weighed alike. Tiers without a price stay out of it.
+    """
+    price = tiers[place].price
+    if price is None:
+        return place
+    priced = [
+        (other_price.prompt + other_price.completion, other)
+        for other in places
+        if other >= place and (other_price := tiers[other].price) is not None
+    ]
+    return min(priced)[1]
+
+
+def _trouble(tier: TierView, slack: float | None) -> tuple[bool, bool]:
+    return (slack is not None and tier.answer_seconds > slack, tier.saturated)
+
+
+def _place(name: str, tiers: Sequence[TierView]) -> int:
+    return next((place for place, tier in enumerate(tiers) if tier.name == name), 0)
+
+
+def _nobody(choices: Sequence[int], tiers: Sequence[TierView]) -> errors.NoWorkers:
+    names = ", ".join(tiers[place].name for place in choices)
+    problems = "; ".join(
+        f"{tiers[place].name}: {tiers[place].unhealthy_reason or 'failed this request'}" for place in choices
     )
-    return Decision(tiers[chosen].name, _why(score, shifted, wanted, ideal, chosen, wish, tiers), candidates)
+    return errors.NoWorkers(
+        f"no tier that the request allows ({names}) can serve it now ({problems}); try again shortly",
+        retry_after=1.0,
+    )
 
 
 def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
@@ -163,12 +247,14 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
 def _judge(
     place: int,
     chosen: int,
-    tier: TierView,
+    tiers: Sequence[TierView],
     allowed: Sequence[int],
     choices: Sequence[int],
     exclude: Collection[str],
+    slack: float | None,
 ) -> tuple[bool, str]:
     """Whether the tier could have been chosen, and why it was or was not."""
+    tier = tiers[place]
     if place not in allowed:
         return False, "the hints exclude it"
     if not tier.healthy:
@@ -179,27 +265,47 @@ def _judge(
         return False, "the hints allow no move to another tier"
     if place == chosen:
         return True, "chosen"
+    if _trouble(tier, slack) > _trouble(tiers[chosen], slack):
+        return True, _problem(tier, slack)
     if place > chosen:
         return True, "larger than needed"
+    price, other = tier.price, tiers[chosen].price
+    if price and other and price.prompt + price.completion > other.prompt + other.completion:
+        return True, "smaller than the one chosen, and dearer"
     return True, f"too small for the score, meant for {tier.threshold:.2f} and up to the next"
+
+
+def _problem(tier: TierView, slack: float | None, exclude: Collection[str] = ()) -> str:
+    """Why a tier did not get what was meant for it."""
+    if not tier.healthy:
+        return f"cannot serve ({tier.unhealthy_reason or 'not healthy'})"
+    if tier.name in exclude:
+        return "failed this request"
+    if slack is not None and tier.answer_seconds > slack:
+        return f"would take {tier.answer_seconds:.1f} s of the {slack:.1f} s left"
+    return "has a full queue" if tier.saturated else "is dearer"
 
 
 def _why(
     score: float,
     shifted: float,
-    wanted: int,
-    ideal: int,
-    chosen: int,
+    steps: Sequence[int],
     wish: str,
     tiers: Sequence[TierView],
+    *,
+    slack: float | None,
+    exclude: Collection[str],
 ) -> str:
+    wanted, reached, ideal, chosen = steps
     preference = "" if math.isclose(score, shifted) else f", {shifted:.2f} after the quality preference,"
     why = f"score {score:.2f}{preference} is in the range of tier {tiers[wanted].name!r}"
-    if ideal != wanted:
+    if reached != wanted:
+        why += f"; its conversation has reached {tiers[reached].name!r}"
+    if ideal != reached:
         why += f"; {wish} moved it to {tiers[ideal].name!r}"
     if chosen != ideal:
-        reason = tiers[ideal].unhealthy_reason or "it failed this request"
-        why += f"; {tiers[ideal].name!r} cannot serve ({reason}), so {tiers[chosen].name!r} does"
+        why += f"; {tiers[ideal].name!r} {_problem(tiers[ideal], slack, exclude)}, "
+        why += f"so it goes to {tiers[chosen].name!r}"
     return why
 
 

@@ -1,22 +1,26 @@
-"""Speak the contract for all tiers: score, choose, forward."""
+"""Speak the contract for all tiers: protobuf to decisions, answers back to protobuf."""
 
 from __future__ import annotations
 
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 from opentelemetry import metrics, trace
 
-from headrace import attributes
+from headrace import attributes, errors
 from headrace.router.attempts import across_tiers
+from headrace.router.bills import Bill
+from headrace.router.cascade import Draft, Judge, cascade
+from headrace.router.chooser import Asked, Chooser
 from headrace.router.complexity import Score, Scorer
-from headrace.router.policy import Decision, Hints, decide
-from headrace.router.tiers import Tiers
+from headrace.router.feedback import Answered, Feedback
+from headrace.router.policy import Decision, Hints
+from headrace.router.tiers import Tier, Tiers
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
 from headrace.v1 import routing_service_pb2 as routing
@@ -30,8 +34,22 @@ SERVICES = (
 )
 
 _tracer = trace.get_tracer("headrace.router")
-_routed = metrics.get_meter("headrace.router").create_counter(
+_meter = metrics.get_meter("headrace.router")
+_routed = _meter.create_counter(
     attributes.METRIC_ROUTED, description="requests, by the tier that they were sent to"
+)
+_drafts = _meter.create_counter(
+    attributes.METRIC_DRAFTS, description="drafts that were judged, by tier and outcome"
+)
+_billed = _meter.create_counter(
+    attributes.METRIC_BILLED_TOKENS, unit="{token}", description="tokens of the bill, by tier and kind"
+)
+_cost = _meter.create_counter(attributes.METRIC_COST, description="cost by the configured prices, by tier")
+_largest_cost = _meter.create_counter(
+    attributes.METRIC_LARGEST_COST, description="what the largest tier would have cost for the same tokens"
+)
+_feedback = _meter.create_counter(
+    attributes.METRIC_FEEDBACK, description="outcomes that callers told, by tier and outcome"
 )
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -45,12 +63,22 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     """
 
     def __init__(
-        self, tiers: Tiers, scorer: Scorer, *, default_deadline: float, resume_seconds: float = 10.0
+        self,
+        tiers: Tiers,
+        scorer: Scorer,
+        chooser: Chooser,
+        feedback: Feedback,
+        *,
+        default_deadline: float,
+        resume_seconds: float = 10.0,
     ) -> None:
         self._tiers = tiers
         self._scorer = scorer
+        self._chooser = chooser
+        self._feedback = feedback
         self._default_deadline = default_deadline
         self._resume_seconds = resume_seconds
+        self._bill = self._new_bill()
 
     async def Generate(
         self, request: pb.GenerateRequest, context: _Context
@@ -59,32 +87,50 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         check_request(request)
         remaining = context.time_remaining()
         ends = time.monotonic() + (self._default_deadline if remaining is None else remaining)
-        with _tracer.start_as_current_span(attributes.SPAN_SCORE) as span:
-            score = self._scorer.score(_text(request))
-            span.set_attribute(attributes.SCORE, score.value)
         forwarded = pb.GenerateRequest()
         forwarded.CopyFrom(request)
         forwarded.request_id = request.request_id or str(uuid.uuid4())
         if not forwarded.sampling.HasField("seed"):
             forwarded.sampling.seed = secrets.randbits(64)
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, forwarded.request_id)
-        answer = across_tiers(
-            lambda failed: self._tiers[self._decide(score, request, failed).tier],
-            forwarded,
-            ends=ends,
-            resume_seconds=self._resume_seconds,
+        journey = _Journey(
+            self._chooser, self._tiers, self._new_bill(), request, self._score(request), ends=ends
         )
-        async with aclosing(answer) as responses:
-            async for response in responses:
-                if response.HasField("accepted"):
-                    response.accepted.score = score.value
-                yield response
+        # The judge reads them, and nobody else who has not asked.
+        forwarded.sampling.logprobs = request.sampling.logprobs or journey.may_draft
+        if not forwarded.sampling.logprobs:
+            forwarded.sampling.ClearField("logprobs")
+
+        def begin(rejected: Sequence[str]) -> AsyncGenerator[pb.GenerateResponse, None]:
+            return across_tiers(
+                lambda failed: journey.choose(rejected, failed),
+                forwarded,
+                ends=ends,
+                resume_seconds=self._resume_seconds,
+            )
+
+        answer = cascade(
+            begin,
+            journey.judge,
+            journey.gave_up,
+            tier_of=lambda: journey.tier,
+            tells_moves=request.stream.include_route_changes,
+        )
+        try:
+            async with aclosing(answer) as responses:
+                async for response in responses:
+                    journey.pass_on(response)
+                    yield response
+        finally:
+            self._settle(journey, forwarded.request_id)
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Say where a request would go, and why."""
         check_request(request.request)
-        score = self._scorer.score(_text(request.request))
-        decision = decide(score.value, _hints(request.request.routing), self._tiers.views())
+        score = self._score(request.request)
+        asked = _asked(request.request, score)
+        now = time.monotonic()
+        decision = self._chooser.choose(asked, now)
         return routing.ExplainResponse(
             score=score.value,
             features=[
@@ -95,7 +141,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             tier=decision.tier,
             candidates=[
                 routing.Candidate(
-                    tier=self._tiers[candidate.tier.name].seen,
+                    tier=self._tier(candidate.tier.name),
                     threshold=candidate.tier.threshold,
                     eligible=candidate.eligible,
                     reason=candidate.reason,
@@ -103,25 +149,193 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 for candidate in decision.candidates
             ],
             why=decision.why,
+            cascade=self._chooser.judges(asked, decision, now, None),
         )
 
     async def ListTiers(
         self, request: routing.ListTiersRequest, context: _Context
     ) -> routing.ListTiersResponse:
-        """All tiers, smallest first, as last seen."""
-        return routing.ListTiersResponse(tiers=[tier.seen for tier in self._tiers.tiers])
+        """All tiers, smallest first, as last seen, and the bill of all that was answered."""
+        return routing.ListTiersResponse(
+            tiers=[self._tier(tier.name) for tier in self._tiers.tiers], bill=_bill(self._bill)
+        )
 
-    def _decide(self, score: Score, request: pb.GenerateRequest, failed: Collection[str]) -> Decision:
-        decision = decide(score.value, _hints(request.routing), self._tiers.views(), exclude=failed)
+    async def Feedback(self, request: routing.FeedbackRequest, context: _Context) -> routing.FeedbackResponse:
+        """Book how good an answer was."""
+        outcome = request.WhichOneof("outcome")
+        if outcome is None:
+            raise errors.InvalidRequest("the feedback has no outcome: set ok or quality", field="outcome")
+        quality = float(request.ok) if outcome == "ok" else request.quality
+        if not 0 <= quality <= 1:
+            raise errors.InvalidRequest(f"quality is {quality:g}, must be 0 to 1", field="quality")
+        names = [tier.name for tier in self._tiers.tiers]
+        if request.tier and request.tier not in names:
+            raise errors.UnknownTier(
+                f"tier is {request.tier!r}; the tiers are {', '.join(names)}", field="tier"
+            )
+        tier = request.tier or self._feedback.recall(request.request_id).tier
+        kept = await self._feedback.keep(request.request_id, tier, quality)
+        _feedback.add(
+            1, {attributes.TIER: tier, attributes.OUTCOME: "good" if quality >= 0.5 else "not_good"}
+        )
+        return routing.FeedbackResponse(kept=kept, tier=tier)
+
+    def _score(self, request: pb.GenerateRequest) -> Score:
+        with _tracer.start_as_current_span(attributes.SPAN_SCORE) as span:
+            score = self._scorer.score(_text(request))
+            span.set_attribute(attributes.SCORE, score.value)
+        return score
+
+    def _tier(self, name: str) -> routing.Tier:
+        seen = routing.Tier()
+        seen.CopyFrom(self._tiers[name].seen)
+        if (price := self._chooser.prices.get(name)) is not None:
+            seen.price.prompt, seen.price.completion = price.prompt, price.completion
+        return seen
+
+    def _new_bill(self) -> Bill:
+        return Bill([tier.name for tier in self._tiers.tiers], self._chooser.prices)
+
+    def _settle(self, journey: _Journey, request_id: str) -> None:
+        """Book the request, however it ended."""
+        bill = journey.bill
+        journey.close()
+        self._bill.add(bill)
+        for tier, charge in bill.charges:
+            for kind, tokens in (
+                ("prompt", charge.prompt_tokens),
+                ("completion", charge.completion_tokens),
+                ("wasted", charge.wasted_tokens),
+            ):
+                _billed.add(tokens, {attributes.TIER: tier, attributes.TOKEN_KIND: kind})
+            if (cost := bill.cost_of(tier)) is not None:
+                _cost.add(cost, {attributes.TIER: tier})
+        if bill.largest_tier_cost is not None:
+            _largest_cost.add(bill.largest_tier_cost)
+        if journey.accepted is not None:
+            self._feedback.remember(request_id, Answered(journey.tier, journey.asked.score, journey.text))
+
+
+class _Journey:
+    """One request on its way: where it was sent, what is judged, what it used.
+
+    tier      where it is now
+    accepted  the event that the caller got, if it did
+    """
+
+    def __init__(
+        self,
+        chooser: Chooser,
+        tiers: Tiers,
+        bill: Bill,
+        request: pb.GenerateRequest,
+        score: Score,
+        *,
+        ends: float,
+    ) -> None:
+        self.text = _text(request)
+        self.asked = _asked(request, score)
+        self.bill = bill
+        self.tier = ""
+        self.accepted: pb.Accepted | None = None
+        self._chooser = chooser
+        self._tiers = tiers
+        self._ends = ends
+        self._shows_logprobs = request.sampling.logprobs
+        self._decision: Decision | None = None
+        self._delivered = 0
+        self._finished = False
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether any answer of it may be judged."""
+        return self._chooser.may_draft(self.asked)
+
+    def choose(self, rejected: Sequence[str], failed: Collection[str]) -> Tier:
+        """The tier to try next. Raises what `policy.decide` raises."""
+        now = time.monotonic()
+        decision = self._chooser.choose(
+            self.asked, now, slack=self._ends - now, failed=list(failed), rejected=rejected
+        )
+        if self._decision is None:
+            self._chooser.note(self.asked, decision)
+        self._decision = decision
+        self.tier = decision.tier
+        self.bill.asked(decision.tier)
         trace.get_current_span().set_attributes(
             {
-                attributes.SCORE: score.value,
+                attributes.SCORE: self.asked.score,
                 attributes.TIER: decision.tier,
                 attributes.ROUTE_REASON: decision.why,
             }
         )
         _routed.add(1, {attributes.TIER: decision.tier})
-        return decision
+        return self._tiers[decision.tier]
+
+    def judge(self) -> Judge | None:
+        """How the answer that has begun is judged; None if it is not."""
+        assert self._decision is not None, "an answer begins with a decision"
+        now = time.monotonic()
+        if not self._chooser.judges(self.asked, self._decision, now, self._ends - now):
+            return None
+        return Judge(self._good, self._chooser.rules.tokens)
+
+    def _good(self, draft: Draft) -> bool:
+        with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span:
+            text, finished = draft.to_judge()
+            released, check = self._chooser.check(
+                self.text,
+                text,
+                finished=finished,
+                logprobs=draft.logprobs,
+                preference=self.asked.hints.quality_preference,
+            )
+            outcome = "released" if released else "escalated"
+            span.set_attributes(
+                {
+                    attributes.TIER: draft.tier,
+                    attributes.CHECK_GOOD: check.good,
+                    attributes.CHECK_REASONS: list(check.reasons),
+                    attributes.OUTCOME: outcome,
+                }
+            )
+        _drafts.add(1, {attributes.TIER: draft.tier, attributes.OUTCOME: outcome})
+        return released
+
+    def gave_up(self, draft: Draft) -> None:
+        """Book a draft that is thrown away; the answer is now where the last decision sent it."""
+        self.bill.wasted(draft.tier, prompt_tokens=draft.prompt_tokens, tokens=draft.tokens)
+        self._chooser.note_escalation(self.asked, draft.tier, self.tier)
+
+    def pass_on(self, response: pb.GenerateResponse) -> None:
+        """Make an event the caller's."""
+        event = response.WhichOneof("event")
+        if event == "accepted":
+            response.accepted.score = self.asked.score
+            self.accepted = response.accepted
+            # A draft that was released although it was no good is still where it was made.
+            self.tier = response.accepted.tier or self.tier
+            self._chooser.answered(self.asked, self.tier, time.monotonic())
+        elif event == "delta":
+            self._delivered += response.delta.token_count
+            if not self._shows_logprobs:
+                del response.delta.logprobs[:]
+        elif event == "finish":
+            usage = response.finish.usage
+            # Waste of drafts that were given up is booked with their own tiers.
+            given_up = sum(charge.wasted_tokens for _, charge in self.bill.charges)
+            self._answered(usage.prompt_tokens, self._delivered, max(usage.wasted_tokens - given_up, 0))
+            self._chooser.finished(self.tier, response.finish, time.monotonic())
+            response.finish.bill.CopyFrom(_bill(self.bill))
+
+    def close(self) -> None:
+        """Book what was delivered of an answer that broke off."""
+        if self.accepted is not None and not self._finished:
+            self._answered(self.accepted.prompt_tokens, self._delivered, 0)
+
+    def _answered(self, prompt_tokens: int, tokens: int, wasted_tokens: int) -> None:
+        self._finished = True
+        self.bill.answered(self.tier, prompt_tokens=prompt_tokens, tokens=tokens, wasted_tokens=wasted_tokens)
 
 
 def _text(request: pb.GenerateRequest) -> str:
@@ -136,12 +350,36 @@ def _text(request: pb.GenerateRequest) -> str:
     return request.prompt
 
 
-def _hints(hints: pb.Routing) -> Hints:
-    return Hints(
-        tier=hints.tier,
-        model=hints.model,
-        min_tier=hints.min_tier,
-        max_tier=hints.max_tier,
-        quality_preference=hints.quality_preference if hints.HasField("quality_preference") else 0.5,
-        allow_escalation=hints.allow_escalation if hints.HasField("allow_escalation") else True,
+def _asked(request: pb.GenerateRequest, score: Score) -> Asked:
+    hints = request.routing
+    return Asked(
+        score=score.value,
+        hints=Hints(
+            tier=hints.tier,
+            model=hints.model,
+            min_tier=hints.min_tier,
+            max_tier=hints.max_tier,
+            quality_preference=hints.quality_preference if hints.HasField("quality_preference") else 0.5,
+            allow_escalation=hints.allow_escalation if hints.HasField("allow_escalation") else True,
+        ),
+        tenant=hints.tenant,
+        session=hints.session_id,
+        max_tokens=request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None,
+        cascade=hints.cascade if hints.HasField("cascade") else None,
+        resumes=bool(request.resume.token_ids),
     )
+
+
+def _bill(bill: Bill) -> pb.Bill:
+    message = pb.Bill(cost=bill.cost, largest_tier_cost=bill.largest_tier_cost)
+    for tier, charge in bill.charges:
+        message.charges.add(
+            tier=tier,
+            answers=charge.answers,
+            attempts=charge.attempts,
+            prompt_tokens=charge.prompt_tokens,
+            completion_tokens=charge.completion_tokens,
+            wasted_tokens=charge.wasted_tokens,
+            cost=bill.cost_of(tier),
+        )
+    return message

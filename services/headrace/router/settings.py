@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
+from headrace.router.policy import Price
 from headrace.router.policy import thresholds as evenly
 from headrace.runtime.settings import ServiceSettings
 
@@ -21,6 +25,51 @@ class Settings(ServiceSettings):
         default="",
         description="the lowest score, 0 to 1, of each tier after the first, such as 0.5 for two tiers; "
         "default evenly spaced",
+    )
+    calibration: Path | None = Field(
+        default=None,
+        description="file of thresholds that `headrace calibrate` wrote, in place of --thresholds; read "
+        "again when it changes",
+    )
+    share: str = Field(
+        default="",
+        description="share of calls, 0 to 1, of each tier after the first, such as 0.3: the thresholds then "
+        "follow the traffic so that it is held",
+    )
+    prices: str = Field(
+        default="",
+        description="what a million tokens cost, as NAME=PROMPT/COMPLETION with commas, in any one currency, "
+        "such as small=0.05/0.10,large=0.50/1.50",
+    )
+    cascade: bool = Field(
+        default=False,
+        description="hold a smaller tier's answer back, judge it, and give it up for a larger tier's where "
+        "it is not good enough; a request's own hint goes before",
+    )
+    cascade_from: float = Field(
+        default=0.0, ge=0, le=1, description="prompts that score lower are answered unjudged"
+    )
+    cascade_release: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="the lowest probability of being good enough that a draft is released with",
+    )
+    draft_tokens: int = Field(
+        default=96, ge=1, description="a draft that is longer is judged when it has so many tokens"
+    )
+    session_idle_seconds: float = Field(
+        default=600.0,
+        ge=0,
+        description="a conversation that was idle for longer may go to a smaller tier again",
+    )
+    feedback: Path | None = Field(
+        default=None,
+        description="file that keeps prompts and what Feedback says of their answers; none: prompts are kept "
+        "nowhere",
+    )
+    feedback_megabytes: float = Field(
+        default=64.0, gt=0, description="size at which that file makes room; one older one is kept beside it"
     )
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests that come without a deadline"
@@ -43,6 +92,8 @@ class Settings(ServiceSettings):
         if len(set(names)) != len(names):
             raise ValueError(f"HEADRACE_TIERS={self.tiers!r} (or --tiers) names a tier twice")
         self.tier_thresholds()
+        self.tier_shares()
+        self.tier_prices()
         return self
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:
@@ -75,3 +126,39 @@ class Settings(ServiceSettings):
                 "numbers from 0 to 1, one per tier after the first"
             )
         return values
+
+    def tier_shares(self) -> list[float]:
+        """The wanted share of each tier after the first; empty: none. Raises ValueError."""
+        count = len(self.tier_targets()) - 1
+        if not self.share.strip():
+            return []
+        try:
+            values = [float(part) for part in self.share.split(",")]
+        except ValueError:
+            values = []
+        if len(values) != count or not all(0 <= value <= 1 for value in values) or sum(values) > 1 + 1e-9:
+            raise ValueError(
+                f"HEADRACE_SHARE={self.share!r} (or --share) must be {count} numbers from 0 to 1, one per "
+                "tier after the first, which add up to at most 1"
+            )
+        return values
+
+    def tier_prices(self) -> dict[str, Price]:
+        """The price of each tier that has one. Raises ValueError."""
+        names = [name for name, _ in self.tier_targets()]
+        prices = {}
+        for part in filter(None, (part.strip() for part in self.prices.split(","))):
+            name, _, listed = part.partition("=")
+            try:
+                prompt, completion = (float(value) for value in listed.split("/"))
+            except ValueError:
+                raise ValueError(
+                    f"HEADRACE_PRICES (or --prices): {part!r} is not NAME=PROMPT/COMPLETION"
+                ) from None
+            if name not in names or not all(math.isfinite(p) and p >= 0 for p in (prompt, completion)):
+                raise ValueError(
+                    f"HEADRACE_PRICES (or --prices): {part!r} must name one of the tiers "
+                    f"{', '.join(names)} and prices of 0 or more"
+                )
+            prices[name] = Price(prompt, completion)
+        return prices

@@ -16,7 +16,6 @@ from typing import Self
 
 from headrace import errors
 from headrace.client import Client, open_channel
-from headrace.router.policy import TierView
 from headrace.runtime.discovery import Discovery
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
@@ -156,20 +155,17 @@ class Tier:
     """One tier and its batchers.
 
     targets     gRPC targets of its batchers; dns:/// names are resolved to one batcher per address
-    threshold   the lowest score that it is meant for
     """
 
     def __init__(
         self,
         name: str,
         targets: Sequence[str],
-        threshold: float,
         *,
         poll_seconds: float = 1.0,
         stall_seconds: float = 5.0,
     ) -> None:
         self.name = name
-        self.threshold = threshold
         self.seen = routing.Tier(name=name, unhealthy_reason="not asked yet")
         self._discovery = Discovery(targets)
         self._poll_seconds = poll_seconds
@@ -181,12 +177,6 @@ class Tier:
     def batchers(self) -> list[Batcher]:
         """Those that its targets name now."""
         return list(self._batchers.values())
-
-    @property
-    def view(self) -> TierView:
-        """What the policy needs to know."""
-        seen = self.seen
-        return TierView(self.name, self.threshold, seen.healthy, seen.model, seen.unhealthy_reason)
 
     def pick(self, avoid: Collection[Batcher] = ()) -> Batcher | None:
         """The least busy batcher that is ready, rather one that answers its looks; None if there is none.
@@ -304,7 +294,6 @@ class Tiers:
     """All tiers, smallest first.
 
     targets         (name, its batchers' targets) pairs, smallest first
-    thresholds      one per tier, ascending from 0
     poll_seconds    pause between looks at a healthy batcher
     stall_seconds   how long a batcher may be silent
     """
@@ -312,14 +301,13 @@ class Tiers:
     def __init__(
         self,
         targets: Sequence[tuple[str, Sequence[str]]],
-        thresholds: Sequence[float],
         *,
         poll_seconds: float = 1.0,
         stall_seconds: float = 5.0,
     ) -> None:
         self.tiers = [
-            Tier(name, addresses, threshold, poll_seconds=poll_seconds, stall_seconds=stall_seconds)
-            for (name, addresses), threshold in zip(targets, thresholds, strict=True)
+            Tier(name, addresses, poll_seconds=poll_seconds, stall_seconds=stall_seconds)
+            for name, addresses in targets
         ]
 
     def __getitem__(self, name: str) -> Tier:
@@ -329,10 +317,6 @@ class Tiers:
     def any_healthy(self) -> bool:
         """Whether there is anybody to send a request to."""
         return any(tier.seen.healthy for tier in self.tiers)
-
-    def views(self) -> list[TierView]:
-        """The tiers as the policy sees them."""
-        return [tier.view for tier in self.tiers]
 
     @asynccontextmanager
     async def watching(self) -> AsyncGenerator[Self, None]:

@@ -346,6 +346,7 @@ class Routing(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    CASCADE_FIELD_NUMBER: _builtins.int
     tier: _builtins.str
     """Answer on this tier and no other, by name. Empty: any tier."""
     model: _builtins.str
@@ -363,11 +364,18 @@ class Routing(_message.Message):
     Default true.
     """
     session_id: _builtins.str
-    """Names the conversation that this request belongs to. Empty: none."""
+    """Names the conversation that this request belongs to. A conversation does not fall below the tier that it
+    has reached, unless it was idle for long. Empty: none.
+    """
     priority: _builtins.int
     """0 is the least urgent, 9 the most. Default 5."""
     tenant: _builtins.str
     """Whom to account the request to. Empty: the anonymous tenant."""
+    cascade: _builtins.bool
+    """Whether a smaller tier's answer may be held back and judged, and given up for a larger tier's where it
+    is not good enough. Nothing is released before it is judged, and nothing that was released is replaced.
+    Absent: as the router is set.
+    """
     def __init__(
         self,
         *,
@@ -380,19 +388,24 @@ class Routing(_message.Message):
         session_id: _builtins.str = ...,
         priority: _builtins.int | None = ...,
         tenant: _builtins.str = ...,
+        cascade: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_escalation", b"_allow_escalation", "_priority", b"_priority", "_quality_preference", b"_quality_preference", "allow_escalation", b"allow_escalation", "priority", b"priority", "quality_preference", b"quality_preference"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_escalation", b"_allow_escalation", "_cascade", b"_cascade", "_priority", b"_priority", "_quality_preference", b"_quality_preference", "allow_escalation", b"allow_escalation", "cascade", b"cascade", "priority", b"priority", "quality_preference", b"quality_preference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_escalation", b"_allow_escalation", "_priority", b"_priority", "_quality_preference", b"_quality_preference", "allow_escalation", b"allow_escalation", "max_tier", b"max_tier", "min_tier", b"min_tier", "model", b"model", "priority", b"priority", "quality_preference", b"quality_preference", "session_id", b"session_id", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_escalation", b"_allow_escalation", "_cascade", b"_cascade", "_priority", b"_priority", "_quality_preference", b"_quality_preference", "allow_escalation", b"allow_escalation", "cascade", b"cascade", "max_tier", b"max_tier", "min_tier", b"min_tier", "model", b"model", "priority", b"priority", "quality_preference", b"quality_preference", "session_id", b"session_id", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__allow_escalation: _TypeAlias = _typing.Literal["allow_escalation"]  # noqa: Y015
     _WhichOneofArgType__allow_escalation: _TypeAlias = _typing.Literal["_allow_escalation", b"_allow_escalation"]  # noqa: Y015
+    _WhichOneofReturnType__cascade: _TypeAlias = _typing.Literal["cascade"]  # noqa: Y015
+    _WhichOneofArgType__cascade: _TypeAlias = _typing.Literal["_cascade", b"_cascade"]  # noqa: Y015
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType__quality_preference: _TypeAlias = _typing.Literal["quality_preference"]  # noqa: Y015
     _WhichOneofArgType__quality_preference: _TypeAlias = _typing.Literal["_quality_preference", b"_quality_preference"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__allow_escalation) -> _WhichOneofReturnType__allow_escalation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cascade) -> _WhichOneofReturnType__cascade | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
     @_typing.overload
@@ -657,6 +670,7 @@ class Finish(_message.Message):
     STOP_SEQUENCE_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    BILL_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     """How it ended."""
     stop_sequence: _builtins.str
@@ -669,6 +683,10 @@ class Finish(_message.Message):
     def timing(self) -> Global___Timing:
         """How long it took."""
 
+    @_builtins.property
+    def bill(self) -> Global___Bill:
+        """What it cost over all tiers. Set by a router only."""
+
     def __init__(
         self,
         *,
@@ -676,14 +694,104 @@ class Finish(_message.Message):
         stop_sequence: _builtins.str = ...,
         usage: Global___Usage | None = ...,
         timing: Global___Timing | None = ...,
+        bill: Global___Bill | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "stop_sequence", b"stop_sequence", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "reason", b"reason", "stop_sequence", b"stop_sequence", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finish: _TypeAlias = Finish  # noqa: Y015
+
+@_typing.final
+class Bill(_message.Message):
+    """What was used, tier by tier, and what that costs by the prices that the router was given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHARGES_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    LARGEST_TIER_COST_FIELD_NUMBER: _builtins.int
+    cost: _builtins.float
+    """All charges together, in the currency of the prices. Absent where a charge has none."""
+    largest_tier_cost: _builtins.float
+    """What the same prompts and answers would have cost on the largest tier, token for token: another model
+    counts and says others, so this is an estimate. Absent without a price for the largest tier.
+    """
+    @_builtins.property
+    def charges(self) -> _containers.RepeatedCompositeFieldContainer[Global___Charge]:
+        """One per tier that did anything, smallest first."""
+
+    def __init__(
+        self,
+        *,
+        charges: _abc.Iterable[Global___Charge] | None = ...,
+        cost: _builtins.float | None = ...,
+        largest_tier_cost: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_largest_tier_cost", b"_largest_tier_cost", "cost", b"cost", "largest_tier_cost", b"largest_tier_cost"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_largest_tier_cost", b"_largest_tier_cost", "charges", b"charges", "cost", b"cost", "largest_tier_cost", b"largest_tier_cost"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
+    _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015
+    _WhichOneofReturnType__largest_tier_cost: _TypeAlias = _typing.Literal["largest_tier_cost"]  # noqa: Y015
+    _WhichOneofArgType__largest_tier_cost: _TypeAlias = _typing.Literal["_largest_tier_cost", b"_largest_tier_cost"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost) -> _WhichOneofReturnType__cost | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__largest_tier_cost) -> _WhichOneofReturnType__largest_tier_cost | None: ...
+
+Global___Bill: _TypeAlias = Bill  # noqa: Y015
+
+@_typing.final
+class Charge(_message.Message):
+    """What one tier did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    WASTED_TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    """Its name."""
+    answers: _builtins.int
+    """Answers that it gave, complete or not."""
+    attempts: _builtins.int
+    """Times that it was asked; more than answers where it refused, or where its draft was given up."""
+    prompt_tokens: _builtins.int
+    """Tokens of prompts that it took in, for drafts too."""
+    completion_tokens: _builtins.int
+    """Tokens that were delivered."""
+    wasted_tokens: _builtins.int
+    """Tokens that were generated and thrown away, as those of drafts that were given up."""
+    cost: _builtins.float
+    """What all of them cost. Absent where the tier has no price."""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        answers: _builtins.int = ...,
+        attempts: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        wasted_tokens: _builtins.int = ...,
+        cost: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "answers", b"answers", "attempts", b"attempts", "completion_tokens", b"completion_tokens", "cost", b"cost", "prompt_tokens", b"prompt_tokens", "tier", b"tier", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
+    _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost) -> _WhichOneofReturnType__cost | None: ...
+
+Global___Charge: _TypeAlias = Charge  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
@@ -703,13 +811,9 @@ class Usage(_message.Message):
     completion_tokens: _builtins.int
     """Of the answer, as delivered; includes the tokens of a matched stop text, not the end-of-turn token."""
     replayed_tokens: _builtins.int
-    """Of the answer, handed to a later attempt to carry on from, which computes them again unless it
-    finds them computed. Counted once for each attempt that had to.
-    """
+    """Of earlier attempts, computed again to carry on."""
     wasted_tokens: _builtins.int
-    """Generated and thrown away, as far as it is known: what follows a stop text, and what an attempt that
-    was given up still sent.
-    """
+    """Generated and thrown away."""
     def __init__(
         self,
         *,

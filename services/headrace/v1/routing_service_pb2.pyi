@@ -21,6 +21,68 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class FeedbackRequest(_message.Message):
+    """How good an answer was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    OK_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As in `accepted`."""
+    tier: _builtins.str
+    """Whose answer is meant. Empty: the tier that answered the request."""
+    ok: _builtins.bool
+    """Whether the answer was good enough."""
+    quality: _builtins.float
+    """How good it was, 0 (useless) to 1 (nothing better to wish for)."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tier: _builtins.str = ...,
+        ok: _builtins.bool = ...,
+        quality: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ok", b"ok", "outcome", b"outcome", "quality", b"quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ok", b"ok", "outcome", b"outcome", "quality", b"quality", "request_id", b"request_id", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["ok", "quality"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___FeedbackRequest: _TypeAlias = FeedbackRequest  # noqa: Y015
+
+@_typing.final
+class FeedbackResponse(_message.Message):
+    """What became of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEPT_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    kept: _builtins.bool
+    """Whether it was kept on disk; false where the router has no file for it, and only counts outcomes."""
+    tier: _builtins.str
+    """The tier that it was booked for."""
+    def __init__(
+        self,
+        *,
+        kept: _builtins.bool = ...,
+        tier: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeedbackResponse: _TypeAlias = FeedbackResponse  # noqa: Y015
+
+@_typing.final
 class ExplainRequest(_message.Message):
     """Asks for a dry run."""
 
@@ -56,6 +118,7 @@ class ExplainResponse(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    CASCADE_FIELD_NUMBER: _builtins.int
     score: _builtins.float
     """How hard the prompt looks: 0 (a greeting) to 1 (needs the largest model)."""
     bias: _builtins.float
@@ -64,6 +127,8 @@ class ExplainResponse(_message.Message):
     """The tier that would answer."""
     why: _builtins.str
     """The decision in one sentence for people."""
+    cascade: _builtins.bool
+    """Whether the tier's answer would be held back and judged before it is released."""
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureShare]:
         """What the score is made of. The log-odds of all features and `bias` add up to ln(score / (1 - score))."""
@@ -81,10 +146,11 @@ class ExplainResponse(_message.Message):
         tier: _builtins.str = ...,
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
         why: _builtins.str = ...,
+        cascade: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "candidates", b"candidates", "features", b"features", "score", b"score", "tier", b"tier", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "candidates", b"candidates", "cascade", b"cascade", "features", b"features", "score", b"score", "tier", b"tier", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -180,18 +246,24 @@ class ListTiersResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TIERS_FIELD_NUMBER: _builtins.int
+    BILL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tier]:
         """In the order of the router's settings."""
+
+    @_builtins.property
+    def bill(self) -> _generation_pb2.Bill:
+        """All that was answered since the router started. Absent behind a batcher."""
 
     def __init__(
         self,
         *,
         tiers: _abc.Iterable[Global___Tier] | None = ...,
+        bill: _generation_pb2.Bill | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -209,6 +281,7 @@ class Tier(_message.Message):
     UNHEALTHY_REASON_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    PRICE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, as used in `Routing`."""
     model: _builtins.str
@@ -225,6 +298,10 @@ class Tier(_message.Message):
     def load(self) -> Global___TierLoad:
         """What it is busy with, as of the last look."""
 
+    @_builtins.property
+    def price(self) -> Global___Price:
+        """What its tokens cost. Absent where no price is set, and behind a batcher."""
+
     def __init__(
         self,
         *,
@@ -234,14 +311,41 @@ class Tier(_message.Message):
         unhealthy_reason: _builtins.str = ...,
         limits: Global___TierLimits | None = ...,
         load: Global___TierLoad | None = ...,
+        price: Global___Price | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "price", b"price"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["healthy", b"healthy", "limits", b"limits", "load", b"load", "model", b"model", "name", b"name", "unhealthy_reason", b"unhealthy_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["healthy", b"healthy", "limits", b"limits", "load", b"load", "model", b"model", "name", b"name", "price", b"price", "unhealthy_reason", b"unhealthy_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tier: _TypeAlias = Tier  # noqa: Y015
+
+@_typing.final
+class Price(_message.Message):
+    """What tokens cost, in any one currency."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    COMPLETION_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.float
+    """A million tokens of prompt."""
+    completion: _builtins.float
+    """A million generated tokens, delivered or not."""
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.float = ...,
+        completion: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Price: _TypeAlias = Price  # noqa: Y015
 
 @_typing.final
 class TierLimits(_message.Message):

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RoutingServiceStub:
-    """Tells how prompts are matched to tiers. Generates nothing.
+    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,15 @@ class RoutingServiceStub:
                 request_serializer=headrace_dot_v1_dot_routing__service__pb2.ListTiersRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_routing__service__pb2.ListTiersResponse.FromString,
                 _registered_method=True)
+        self.Feedback = channel.unary_unary(
+                '/headrace.v1.RoutingService/Feedback',
+                request_serializer=headrace_dot_v1_dot_routing__service__pb2.FeedbackRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_routing__service__pb2.FeedbackResponse.FromString,
+                _registered_method=True)
 
 
 class RoutingServiceServicer:
-    """Tells how prompts are matched to tiers. Generates nothing.
+    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing.
     """
 
     def Explain(self, request, context):
@@ -67,6 +72,14 @@ class RoutingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Feedback(self, request, context):
+        """Tells how good an answer was. Router only. The router remembers its last requests and answers NOT_FOUND
+        for others. Where it was given a file for that, it keeps prompt and outcome, to calibrate and train with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RoutingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +93,11 @@ def add_RoutingServiceServicer_to_server(servicer, server):
                     request_deserializer=headrace_dot_v1_dot_routing__service__pb2.ListTiersRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_routing__service__pb2.ListTiersResponse.SerializeToString,
             ),
+            'Feedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Feedback,
+                    request_deserializer=headrace_dot_v1_dot_routing__service__pb2.FeedbackRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_routing__service__pb2.FeedbackResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'headrace.v1.RoutingService', rpc_method_handlers)
@@ -89,7 +107,7 @@ def add_RoutingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RoutingService:
-    """Tells how prompts are matched to tiers. Generates nothing.
+    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing.
     """
 
     @staticmethod
@@ -136,6 +154,33 @@ class RoutingService:
             '/headrace.v1.RoutingService/ListTiers',
             headrace_dot_v1_dot_routing__service__pb2.ListTiersRequest.SerializeToString,
             headrace_dot_v1_dot_routing__service__pb2.ListTiersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Feedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.RoutingService/Feedback',
+            headrace_dot_v1_dot_routing__service__pb2.FeedbackRequest.SerializeToString,
+            headrace_dot_v1_dot_routing__service__pb2.FeedbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

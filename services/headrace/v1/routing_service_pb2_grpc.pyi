@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RoutingServiceStub:
-    """Tells how prompts are matched to tiers. Generates nothing."""
+    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -41,10 +41,14 @@ class RoutingServiceStub:
     """Lists the tiers, smallest first. A batcher lists the one that it serves, which is how a router
     learns of models, limits, health and load.
     """
+    Feedback: _grpc.UnaryUnaryMultiCallable[_routing_service_pb2.FeedbackRequest, _routing_service_pb2.FeedbackResponse]
+    """Tells how good an answer was. Router only. The router remembers its last requests and answers NOT_FOUND
+    for others. Where it was given a file for that, it keeps prompt and outcome, to calibrate and train with.
+    """
 
 @_typing.type_check_only
 class RoutingServiceAsyncStub(RoutingServiceStub):
-    """Tells how prompts are matched to tiers. Generates nothing."""
+    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Explain: _aio.UnaryUnaryMultiCallable[_routing_service_pb2.ExplainRequest, _routing_service_pb2.ExplainResponse]  # type: ignore[assignment]
@@ -55,9 +59,13 @@ class RoutingServiceAsyncStub(RoutingServiceStub):
     """Lists the tiers, smallest first. A batcher lists the one that it serves, which is how a router
     learns of models, limits, health and load.
     """
+    Feedback: _aio.UnaryUnaryMultiCallable[_routing_service_pb2.FeedbackRequest, _routing_service_pb2.FeedbackResponse]  # type: ignore[assignment]
+    """Tells how good an answer was. Router only. The router remembers its last requests and answers NOT_FOUND
+    for others. Where it was given a file for that, it keeps prompt and outcome, to calibrate and train with.
+    """
 
 class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells how prompts are matched to tiers. Generates nothing."""
+    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing."""
 
     @_abc_1.abstractmethod
     def Explain(
@@ -77,6 +85,16 @@ class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_routing_service_pb2.ListTiersResponse, _abc.Awaitable[_routing_service_pb2.ListTiersResponse]]:
         """Lists the tiers, smallest first. A batcher lists the one that it serves, which is how a router
         learns of models, limits, health and load.
+        """
+
+    @_abc_1.abstractmethod
+    def Feedback(
+        self,
+        request: _routing_service_pb2.FeedbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_routing_service_pb2.FeedbackResponse, _abc.Awaitable[_routing_service_pb2.FeedbackResponse]]:
+        """Tells how good an answer was. Router only. The router remembers its last requests and answers NOT_FOUND
+        for others. Where it was given a file for that, it keeps prompt and outcome, to calibrate and train with.
         """
 
 def add_RoutingServiceServicer_to_server(servicer: RoutingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

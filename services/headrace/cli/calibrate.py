@@ -1,0 +1,147 @@
+"""`headrace calibrate`: from a file of the user's own traffic to the thresholds that a router loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from headrace import calibration
+from headrace.calibration import BadCalibration, Point, Row
+from headrace.router import scorer
+from headrace.router.complexity import Scorer, fingerprint
+
+_LINES = 21  # of the table; the curve has more points
+
+
+def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Console) -> list[Row]:
+    """Score the prompts of *path*: JSON objects, one a line, with `prompt` and perhaps `NAME_ok` per tier.
+
+    Rows about the same prompt are put together, as `Feedback` writes one per outcome. Raises BadCalibration.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadCalibration(f"{path} cannot be read: {error}") from error
+    merged: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt = row["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str) or not prompt:
+            raise BadCalibration(f'{path}, line {number}: not a JSON object with a "prompt"')
+        # The same prompt asked twice is traffic twice; its outcomes are one row each per tier.
+        key = prompt if any(f"{tier}_ok" in row for tier in tiers) else f"{number} {prompt}"
+        merged.setdefault(key, {}).update(row)
+    if not merged:
+        raise BadCalibration(f"{path} has no rows")
+    labelled = [row for row in merged.values() if all(f"{tier}_ok" in row for tier in tiers)]
+    if labelled and len(labelled) < len(merged):
+        console.print(
+            f"{len(merged) - len(labelled)} of {len(merged)} prompts lack a tier's outcome and are left out",
+            style="yellow",
+        )
+    rows = labelled or list(merged.values())
+    return [
+        Row(scores.score(row["prompt"]).value, calibration.qualities(row, tiers) if labelled else ())
+        for row in track(rows, "scoring", console=console, transient=True, disable=not console.is_terminal)
+    ]
+
+
+def curve_table(tiers: Sequence[str], points: Sequence[Point], chosen: Point) -> Table:
+    """The trade-off, cheapest first, with the chosen point in its place."""
+    table = Table(title="the trade-off", title_justify="left")
+    for tier in tiers[1:]:
+        table.add_column(f"{tier} from", justify="right")
+    for tier in tiers:
+        table.add_column(f"to {tier}", justify="right")
+    table.add_column("cost", justify="right")
+    labelled = chosen.quality is not None
+    if labelled:
+        table.add_column("quality", justify="right")
+        table.add_column("of the gap", justify="right")
+    table.add_column("")
+    step = max(len(points) / (_LINES - 1), 1)
+    places = sorted({min(round(line * step), len(points) - 1) for line in range(_LINES)})
+    shown = {points[place].thresholds: points[place] for place in places}
+    shown[chosen.thresholds] = chosen
+    for point in sorted(shown.values(), key=lambda point: point.cost):
+        cells = [f"{mark:.3f}" for mark in point.thresholds[1:]]
+        cells += [f"{share:.0%}" for share in point.shares]
+        cells.append(f"{point.cost:.0%}")
+        if labelled:
+            cells.append(f"{point.quality:.3f}")
+            cells.append("" if point.recovered is None else f"{point.recovered:.0%}")
+        is_chosen = point is chosen
+        table.add_row(*cells, "<- chosen" if is_chosen else "", style="bold green" if is_chosen else "")
+    return table
+
+
+def draw(tiers: Sequence[str], points: Sequence[Point], chosen: Point, path: Path) -> None:
+    """The trade-off as a picture. Raises BadCalibration where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadCalibration("--png needs matplotlib: pip install 'headrace[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labelled = chosen.quality is not None
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=120)
+    costs = [100 * point.cost for point in points]
+    if labelled:
+        heights, height, label = [p.quality or 0.0 for p in points], chosen.quality or 0.0, "mean quality"
+        axes.plot([costs[0], costs[-1]], [heights[0], heights[-1]], ":", color="grey", label="at random")
+    else:
+        heights, height = [p.thresholds[-1] for p in points], chosen.thresholds[-1]
+        label = f"threshold of {tiers[-1]}"
+    axes.plot(costs, heights, label="by score")
+    axes.plot([100 * chosen.cost], [height], "o", label="chosen")
+    axes.set_xlabel(f"cost, % of always {tiers[-1]}")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def calibrate(
+    traffic: Path,
+    *,
+    tiers: Sequence[str],
+    costs: Sequence[float],
+    shares: Sequence[float] | None,
+    quality: float | None,
+    out: Path,
+    png: Path | None,
+    console: Console,
+) -> None:
+    """Choose thresholds by *shares* or *quality*, show the trade-off, and write what the router loads.
+
+    Raises BadCalibration and OSError.
+    """
+    scores = scorer.load()
+    rows = read_traffic(traffic, scores, tiers, console)
+    points = calibration.curve(rows, costs)
+    if quality is not None:
+        chosen = calibration.for_quality(points, quality)
+    else:
+        chosen = calibration.for_shares(rows, costs, shares or [])
+    console.print(curve_table(tiers, points, chosen))
+    if len(rows) < 100:
+        console.print(f"only {len(rows)} rows: expect other shares on other traffic", style="yellow")
+    calibration.save(calibration.calibration(tiers, chosen, rows, scorer=fingerprint(scores)), out)
+    console.print(f"{out}: for a router's --calibration; it reads the file again when that changes")
+    if png is not None:
+        draw(tiers, points, chosen, png)
+        console.print(f"{png}: the trade-off as a picture")

@@ -1,0 +1,96 @@
+"""`headrace top`: what the mesh does now, and what it has cost since the router started."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from headrace import errors
+from headrace.client import connect
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from headrace.v1 import routing_service_pb2 as pb
+
+
+async def top(target: str, console: Console, *, interval: float, once: bool) -> None:
+    """Show the mesh behind the router at *target*, again each *interval* seconds, until cancelled.
+
+    A router that goes away is waited for. Raises a HeadraceError if it was not there at all.
+    """
+    async with connect(target) as client:
+        before, then = await client.list_tiers(), time.monotonic()
+        if once:
+            console.print(screen(before, None, 0.0))
+            return
+        with Live(screen(before, None, 0.0), console=console, auto_refresh=False) as live:
+            while True:
+                await asyncio.sleep(interval)
+                try:
+                    now = await client.list_tiers()
+                except errors.Unavailable as error:
+                    live.update(Text(f"{error.message}; waiting for it", "red"), refresh=True)
+                    continue
+                elapsed = time.monotonic() - then
+                live.update(screen(now, before, elapsed), refresh=True)
+                before, then = now, time.monotonic()
+
+
+def screen(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elapsed: float) -> RenderableType:
+    """One look: a line per tier, then what it costs. Rates are since *before*, *elapsed* seconds ago."""
+    charges = {charge.tier: charge for charge in now.bill.charges}
+    earlier = {charge.tier: charge for charge in before.bill.charges} if before is not None else {}
+    answers = sum(charge.answers for charge in charges.values())
+    table = Table("tier", "model", "health", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in (
+        *("running", "queued", "tokens/s", "answers/s", "answers", "share"),
+        *("tokens out", "wasted", "cost"),
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for tier in now.tiers:
+        charge = charges.get(tier.name)
+        counted = charge.answers if charge else 0
+        was = earlier[tier.name].answers if tier.name in earlier else 0
+        rate = f"{(counted - was) / elapsed:.1f}" if before is not None and elapsed > 0 else "-"
+        table.add_row(
+            Text(tier.name),
+            Text(tier.model or "?"),
+            Text("healthy", "green") if tier.healthy else Text(tier.unhealthy_reason or "unhealthy", "red"),
+            str(tier.load.running),
+            str(tier.load.queued),
+            f"{tier.load.tokens_per_second:.1f}",
+            rate,
+            f"{counted:,}",
+            f"{counted / answers:.0%}" if answers else "-",
+            f"{charge.completion_tokens:,}" if charge else "0",
+            f"{charge.wasted_tokens:,}" if charge else "0",
+            money(charge.cost) if charge and charge.HasField("cost") else "-",
+        )
+    return Group(table, saved(now))
+
+
+def saved(now: pb.ListTiersResponse) -> Text:
+    """What it cost, and what the largest tier alone would have cost."""
+    bill = now.bill
+    if not (bill.HasField("cost") and bill.HasField("largest_tier_cost")):
+        return Text("no prices: start the router with --prices, or HEADRACE_PRICES, to see costs", "dim")
+    line = f"cost {money(bill.cost)}; always {now.tiers[-1].name}: {money(bill.largest_tier_cost)}"
+    if bill.largest_tier_cost > 0:
+        share = 1 - bill.cost / bill.largest_tier_cost
+        line += f"; {'saved' if share >= 0 else 'lost'} {abs(share):.0%}"
+    return Text(line, "bold")
+
+
+def money(amount: float) -> str:
+    """Two places, more for small amounts: "12.30", "0.0042", "1.2e-06"."""
+    if amount == 0 or amount >= 1:
+        return f"{amount:,.2f}"
+    return f"{amount:.4f}" if amount >= 0.001 else f"{amount:.2g}"

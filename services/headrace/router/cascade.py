@@ -1,0 +1,168 @@
+"""Let a smaller tier answer first, judge its draft before anything is released, and escalate if need be.
+
+The caller sees one answer: `accepted` names the tier whose text is released, and released text is never
+replaced. Which tiers there are, and which drafts are judged at all, is the caller's of this module;
+`draft_check` judges; `attempts` carries each answer through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from headrace import errors
+from headrace.progress import route_change
+from headrace.v1 import generation_pb2 as pb
+
+REJECTED = "DRAFT_REJECTED"
+_SENTENCE_END = re.compile(r"[.!?:;]['\")\]]*(?:\s|$)|\n")
+
+
+@dataclass
+class Draft:
+    """An answer that is held back.
+
+    held       its events so far, to be released as they are
+    prompt_tokens, tokens   taken in, and generated
+    logprobs   one per token, if the engine tells them
+    finish     how it ended; None while it goes on
+    """
+
+    tier: str
+    held: list[pb.GenerateResponse] = field(default_factory=list)
+    text: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    finish: pb.Finish | None = None
+
+    def take(self, response: pb.GenerateResponse) -> None:
+        """Hold an event back."""
+        self.held.append(response)
+        event = response.WhichOneof("event")
+        if event == "accepted":
+            self.prompt_tokens = response.accepted.prompt_tokens
+        elif event == "delta":
+            self.text += response.delta.text
+            self.tokens += response.delta.token_count
+            self.logprobs.extend(response.delta.logprobs)
+        elif event == "finish":
+            self.finish = response.finish
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model ended its turn by itself."""
+        return self.finish is not None and self.finish.reason != pb.FINISH_REASON_LENGTH
+
+    def to_judge(self) -> tuple[str, bool]:
+        """The text to judge, and whether it is to be taken as finished.
+
+        A draft that goes on is judged by its whole sentences: that it breaks off is not its fault.
+        """
+        if self.finish is not None:
+            return self.text, self.complete
+        ends = [found.end() for found in _SENTENCE_END.finditer(self.text)]
+        return (self.text[: ends[-1]], True) if ends else (self.text, False)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How the drafts of one tier are judged.
+
+    good      whether a draft may be released
+    tokens    a draft that is longer is judged when it has so many, and streamed from there if it is good
+    """
+
+    good: Callable[[Draft], bool]
+    tokens: int
+
+
+async def cascade(
+    begin: Callable[[Sequence[str]], AsyncGenerator[pb.GenerateResponse, None]],
+    judge_of: Callable[[], Judge | None],
+    gave_up: Callable[[Draft], None],
+    *,
+    tier_of: Callable[[], str],
+    tells_moves: bool,
+    rejected: Sequence[str] = (),
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    """Stream the first answer that is good enough, or the last one.
+
+    begin        streams an answer by a tier larger than those that were *rejected*
+    judge_of     how the answer that was just begun is judged; None: not at all
+    gave_up      told of each draft that is thrown away
+    tier_of      the tier that gives the answer that was just begun
+    tells_moves  whether the caller wants `route_change` events
+
+    A draft that fails is escalated, too. Where no larger tier takes the request, the draft is released
+    after all: it is better than nothing. Raises what the last tier says.
+    """
+    async with aclosing(begin(rejected)) as responses:
+        accepted = await anext(responses)
+        draft = Draft(tier_of())
+        draft.take(accepted)
+        judge = judge_of()
+        failure: errors.HeadraceError | None = None
+        if judge is not None:
+            failure = await _read(draft, responses, judge.tokens)
+            if failure is not None or not judge.good(draft):
+                better = cascade(
+                    begin,
+                    judge_of,
+                    gave_up,
+                    tier_of=tier_of,
+                    tells_moves=tells_moves,
+                    rejected=[*rejected, draft.tier],
+                )
+                async with aclosing(better) as escalated:
+                    first = await _first(escalated)
+                    if first is not None:
+                        await responses.aclose()  # what it still says is not wanted any more
+                        gave_up(draft)
+                        yield first
+                        if tells_moves:
+                            reason = REJECTED if failure is None else failure.reason
+                            yield route_change(draft.tier, tier_of(), reason, len(rejected) + 1)
+                        async for response in escalated:
+                            if response.HasField("finish"):
+                                response.finish.usage.wasted_tokens += draft.tokens
+                            yield response
+                        return
+        if failure is not None:
+            raise failure
+        if accepted.HasField("accepted"):
+            accepted.accepted.tier = accepted.accepted.tier or draft.tier
+        for response in draft.held:
+            yield response
+        async for response in responses:
+            yield response
+
+
+async def _read(
+    draft: Draft, responses: AsyncGenerator[pb.GenerateResponse, None], tokens: int
+) -> errors.HeadraceError | None:
+    """Fill the draft until it ends or has so many tokens; the failure that ended it, if one did."""
+    try:
+        async for response in responses:
+            draft.take(response)
+            if draft.tokens >= tokens and draft.finish is None:
+                return None
+    except (errors.DeadlineExceeded, errors.RequestCancelled):
+        raise  # no other tier has more time
+    except errors.HeadraceError as error:
+        return error
+    return None
+
+
+async def _first(
+    responses: AsyncGenerator[pb.GenerateResponse, None],
+) -> pb.GenerateResponse | None:
+    """The first event; None if there is no tier for it, or none takes the request."""
+    try:
+        return await anext(responses)
+    except (errors.DeadlineExceeded, errors.RequestCancelled):
+        raise
+    except errors.HeadraceError:
+        return None

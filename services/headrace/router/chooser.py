@@ -1,0 +1,184 @@
+"""Decide for live traffic: the policy, and what the router knows and remembers that it decides by.
+
+That is the tiers' state, the thresholds in force, prices, how fast each tier answers, and the tier that each
+conversation has reached. Time is an argument; nothing here waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from headrace.router.draft_check import Check, DraftChecker
+from headrace.router.pace import Pace
+from headrace.router.policy import Decision, Hints, Price, TierView, decide, shift
+from headrace.router.sessions import Sessions
+from headrace.router.thresholds import Thresholds
+from headrace.router.tiers import Tiers
+from headrace.v1 import generation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeRules:
+    """When drafts are judged, and how.
+
+    enabled      for requests that do not say
+    from_score   prompts that score lower are so easy that their answers are streamed unjudged
+    release      the lowest probability of being good enough that a draft is released with
+    tokens       a draft that is longer is judged when it has so many
+    """
+
+    enabled: bool = False
+    from_score: float = 0.0
+    release: float = 0.5
+    tokens: int = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request brings to the decision.
+
+    max_tokens  most tokens of its answer, if it says
+    cascade     whether its draft may be judged; None: as the router is set
+    resumes     it carries an answer on, which one model has begun
+    """
+
+    score: float
+    hints: Hints
+    tenant: str = ""
+    session: str = ""
+    max_tokens: int | None = None
+    cascade: bool | None = None
+    resumes: bool = False
+
+
+class Chooser:
+    """Chooses tiers for requests, and learns from how they went."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        thresholds: Thresholds,
+        checker: DraftChecker,
+        *,
+        prices: Mapping[str, Price] | None = None,
+        sessions: Sessions | None = None,
+        rules: CascadeRules | None = None,
+    ) -> None:
+        self._tiers = tiers
+        self._thresholds = thresholds
+        self._checker = checker
+        self._prices = dict(prices or {})
+        self._sessions = Sessions() if sessions is None else sessions
+        self._rules = CascadeRules() if rules is None else rules
+        self._paces = {tier.name: Pace() for tier in tiers.tiers}
+
+    @property
+    def rules(self) -> CascadeRules:
+        """When drafts are judged, and how."""
+        return self._rules
+
+    @property
+    def prices(self) -> Mapping[str, Price]:
+        """Of those tiers that have one."""
+        return self._prices
+
+    def views(self, max_tokens: int | None, now: float) -> list[TierView]:
+        """The tiers as the policy sees them."""
+        views = []
+        for tier, threshold in zip(self._tiers.tiers, self._thresholds.now(), strict=True):
+            seen = tier.seen
+            limit = seen.limits.queue_limit
+            views.append(
+                TierView(
+                    tier.name,
+                    threshold,
+                    seen.healthy,
+                    seen.model,
+                    seen.unhealthy_reason,
+                    saturated=0 < limit <= seen.load.queued,
+                    answer_seconds=self._paces[tier.name].answer_seconds(max_tokens, now),
+                    price=self._prices.get(tier.name),
+                )
+            )
+        return views
+
+    def choose(
+        self,
+        asked: Asked,
+        now: float,
+        *,
+        slack: float | None = None,
+        failed: Sequence[str] = (),
+        rejected: Sequence[str] = (),
+    ) -> Decision:
+        """The tier for a request. Raises what `policy.decide` raises.
+
+        slack      seconds left for the answer; None: no deadline
+        failed     tiers that could not serve it
+        rejected   tiers whose drafts were given up, smallest first: a larger one than all of them is chosen
+        """
+        views = self.views(asked.max_tokens, now)
+        floor = self._sessions.reached(asked.tenant, asked.session, now)
+        below: list[str] = []  # the drafts that were given up came from among these
+        if rejected:
+            names = [view.name for view in views]
+            below = names[: names.index(rejected[-1]) + 1]
+        return decide(asked.score, asked.hints, views, floor=floor, slack=slack, exclude=[*below, *failed])
+
+    def note(self, asked: Asked, decision: Decision) -> None:
+        """Book the first decision about a request, if the score alone made it."""
+        if asked.hints.free and not asked.resumes:
+            self._thresholds.note(asked.score, decision.wanted)
+
+    def note_escalation(self, asked: Asked, before: str, after: str) -> None:
+        """Book that a draft of the tier *before* was given up for *after*."""
+        if asked.hints.free:
+            places = [tier.name for tier in self._tiers.tiers]
+            self._thresholds.escalated(places.index(before), places.index(after))
+
+    def answered(self, asked: Asked, tier: str, now: float) -> None:
+        """Book that a tier began to answer: its conversation stays there, or above."""
+        names = [known.name for known in self._tiers.tiers]
+        reached = self._sessions.reached(asked.tenant, asked.session, now)
+        if reached and names.index(reached) > names.index(tier):
+            tier = reached
+        self._sessions.note(asked.tenant, asked.session, tier, now)
+
+    def finished(self, tier: str, finish: pb.Finish, now: float) -> None:
+        """Book how fast an answer came."""
+        timing = finish.timing
+        self._paces[tier].note(
+            now,
+            first_seconds=timing.first_token.ToNanoseconds() / 1e9,
+            decode_seconds=timing.decode.ToNanoseconds() / 1e9,
+            tokens=finish.usage.completion_tokens,
+        )
+
+    def may_draft(self, asked: Asked) -> bool:
+        """Whether answers to this request may be judged, as far as it can be told from itself."""
+        wanted = self._rules.enabled if asked.cascade is None else asked.cascade
+        hints = asked.hints
+        # A preference for cost alone would release every draft.
+        return wanted and not (asked.resumes or hints.tier or hints.model or hints.quality_preference == 0)
+
+    def judges(self, asked: Asked, decision: Decision, now: float, slack: float | None) -> bool:
+        """Whether the answer of the chosen tier is held back and judged.
+
+        It is if a larger tier could take over and there would be time for both.
+        """
+        if not (self.may_draft(asked) and decision.escalations and asked.score >= self._rules.from_score):
+            return False
+        views = {view.name: view for view in self.views(asked.max_tokens, now)}
+        both = views[decision.tier].answer_seconds + views[decision.escalations[0]].answer_seconds
+        return slack is None or both <= slack
+
+    def check(
+        self, prompt: str, text: str, *, finished: bool, logprobs: Sequence[float], preference: float
+    ) -> tuple[bool, Check]:
+        """Whether a draft is released, and the verdict.
+
+        A preference for quality lowers its chances as it would raise the score of the prompt.
+        """
+        check = self._checker.check(prompt, text, finished=finished, logprobs=logprobs or None)
+        return shift(check.good, 1 - preference) >= self._rules.release, check

@@ -1,0 +1,253 @@
+"""Drafts are judged before anything is released: released as they are, or replaced unseen, never both."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from headrace import errors
+from headrace.client import Client, chat
+from headrace.router.cascade import Draft
+from headrace.v1 import generation_pb2 as pb
+from tests.harness import Answer, collect, eventually
+from tests.router.fronts import Front, routed
+
+PRICES = {"prices": "small=1/2,large=10/20"}
+CASCADE = {"cascade": True, "thresholds": "0.9", **PRICES}
+GOOD = "The capital of France is Paris."
+BAD = "I'm sorry, but I cannot help with that."
+QUESTION = "What is the capital of France?"
+
+
+@dataclass
+class Speaker(Front):
+    """Says its own text, a word a token, whatever it is asked; *cancelled* counts answers nobody wanted."""
+
+    text: str = GOOD
+    logprob: float = -0.01
+    length: bool = False
+    cancelled: int = 0
+    fails_after: int | None = None
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        self.requests.append(request)
+        if self.refuses:
+            await self._fail(self.refuses, context)
+        yield pb.GenerateResponse(
+            accepted=pb.Accepted(request_id=request.request_id, model=self.model, prompt_tokens=10, seed=1)
+        )
+        words = self.text.split(" ")
+        ended = False
+        try:
+            for place, word in enumerate(words):
+                if place == self.fails_after:
+                    ended = True
+                    raise errors.SequenceFault("the engine failed on this request")
+                delta = pb.Delta(offset=place, token_count=1, text=word if place == 0 else f" {word}")
+                delta.token_ids.append(place)
+                if request.sampling.logprobs:
+                    delta.logprobs.append(self.logprob)
+                yield pb.GenerateResponse(delta=delta)
+            ended = True
+        finally:
+            self.cancelled += not ended
+        reason = pb.FINISH_REASON_LENGTH if self.length else pb.FINISH_REASON_STOP
+        usage = pb.Usage(prompt_tokens=10, completion_tokens=len(words))
+        yield pb.GenerateResponse(finish=pb.Finish(reason=reason, usage=usage))
+
+
+async def events_of(client: Client, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
+    async with aclosing(client.generate(request, timeout=20)) as stream:
+        return [response async for response in stream]
+
+
+def charges(answer: Answer) -> dict[str, tuple[int, int, int, int]]:
+    return {
+        charge.tier: (charge.attempts, charge.prompt_tokens, charge.completion_tokens, charge.wasted_tokens)
+        for charge in answer.finish.bill.charges
+    }
+
+
+async def test_a_good_draft_is_released_and_nothing_is_generated_twice() -> None:
+    small, large = Speaker(), Speaker()
+    async with routed(CASCADE, small=small, large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+
+    assert answer.text == GOOD
+    assert answer.accepted.tier == "small"
+    assert answer.logprobs == [], "the judge reads them; the caller has not asked for them"
+    assert small.requests[0].sampling.logprobs
+    assert large.requests == []
+    assert charges(answer) == {"small": (1, 10, 6, 0)}
+    assert answer.finish.bill.cost == pytest.approx((10 * 1 + 6 * 2) / 1e6)
+    assert answer.finish.bill.largest_tier_cost == pytest.approx((10 * 10 + 6 * 20) / 1e6)
+
+
+async def test_a_bad_draft_is_replaced_unseen_and_billed_as_waste(count: Callable[..., float]) -> None:
+    drafts = count("headrace.drafts", outcome="escalated")
+    wasted = count("headrace.billed_tokens", tier="small")
+    small, large = Speaker(text=BAD), Speaker()
+    async with routed(CASCADE, small=small, large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+        listed = await client.list_tiers()
+
+    words = len(BAD.split())
+    assert answer.text == GOOD
+    assert answer.accepted.tier == "large"
+    assert answer.finish.usage.wasted_tokens == words
+    assert charges(answer) == {"small": (1, 10, 0, words), "large": (1, 10, 6, 0)}
+    cost = (10 * 1 + words * 2 + 10 * 10 + 6 * 20) / 1e6
+    assert answer.finish.bill.cost == pytest.approx(cost), "the draft is on the bill"
+    assert listed.bill.cost == pytest.approx(cost)
+    assert count("headrace.drafts", outcome="escalated") == drafts + 1
+    assert count("headrace.billed_tokens", tier="small") == wasted + 10 + words
+
+
+async def test_callers_that_asked_are_told_of_the_move() -> None:
+    request = chat(QUESTION, logprobs=True)
+    request.stream.include_route_changes = True
+    async with routed(CASCADE, small=Speaker(text=BAD), large=Speaker()) as client:
+        events = await events_of(client, request)
+
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds == ["accepted", "route_change", *["delta"] * 6, "finish"]
+    moved = events[1].route_change
+    assert (getattr(moved, "from"), moved.to, moved.reason) == ("small", "large", "DRAFT_REJECTED")
+    assert all(len(event.delta.logprobs) == 1 for event in events[2:-1])
+
+
+async def test_three_tiers_are_climbed_one_by_one() -> None:
+    small, medium, large = Speaker(text=BAD), Speaker(text=BAD), Speaker(text=BAD)
+    settings = {"cascade": True, "thresholds": "0.9,0.95"}
+    async with routed(settings, small=small, medium=medium, large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+
+    assert answer.accepted.tier == "large", "the last one is not judged: there is none above"
+    assert answer.text == BAD
+    assert [len(front.requests) for front in (small, medium, large)] == [1, 1, 1]
+    assert answer.finish.usage.wasted_tokens == 2 * len(BAD.split())
+    assert not answer.finish.bill.HasField("cost"), "no prices, no cost"
+
+
+async def test_a_draft_is_released_after_all_if_no_larger_tier_serves() -> None:
+    large = Speaker(refuses=errors.Overloaded("full", retry_after=1.0))
+    async with routed(CASCADE, small=Speaker(text=BAD), large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+
+    assert answer.text == BAD
+    assert answer.accepted.tier == "small"
+    assert charges(answer) == {"small": (1, 10, len(BAD.split()), 0), "large": (1, 0, 0, 0)}
+
+
+async def test_a_draft_that_fails_is_escalated() -> None:
+    async with routed(CASCADE, small=Speaker(fails_after=3), large=Speaker()) as client:
+        answer = await collect(client, chat(QUESTION))
+
+    assert answer.text == GOOD
+    assert answer.accepted.tier == "large"
+    assert charges(answer)["small"] == (1, 10, 0, 3)
+
+
+async def test_a_draft_that_fails_is_the_callers_error_where_no_other_tier_serves() -> None:
+    large = Speaker(refuses=errors.Overloaded("full", retry_after=1.0))
+    async with routed(CASCADE, small=Speaker(fails_after=3), large=large) as client:
+        with pytest.raises(errors.SequenceFault):
+            await collect(client, chat(QUESTION))
+
+
+async def test_a_long_draft_is_judged_early_and_streams_on_if_it_is_good() -> None:
+    long = " ".join(f"Paris has {place} bridges over the river." for place in range(2, 12))
+    small, large = Speaker(text=long), Speaker()
+    async with routed({**CASCADE, "draft_tokens": 14}, small=small, large=large) as client:
+        answer = await collect(client, chat("What do you know of the bridges of Paris?"))
+
+    assert answer.text == long
+    assert large.requests == []
+
+
+async def test_a_long_bad_draft_is_cut_short() -> None:
+    small, large = Speaker(text=" ".join([BAD] * 50)), Speaker()
+    async with routed({**CASCADE, "draft_tokens": 16}, small=small, large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+        await eventually(lambda: small.cancelled == 1)
+
+    assert answer.text == GOOD
+    assert charges(answer)["small"][3] == 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "hints"),
+    [
+        ({"cascade": False}, pb.Routing()),
+        ({"cascade": True}, pb.Routing(cascade=False)),
+        ({"cascade": True}, pb.Routing(tier="small")),
+        ({"cascade": True}, pb.Routing(max_tier="small")),
+        ({"cascade": True}, pb.Routing(allow_escalation=False)),
+        ({"cascade": True}, pb.Routing(quality_preference=0)),
+        ({"cascade": True, "cascade_from": 0.8}, pb.Routing()),
+    ],
+)
+async def test_without_leave_to_escalate_the_answer_is_streamed_unjudged(
+    settings: dict[str, Any], hints: pb.Routing
+) -> None:
+    small, large = Speaker(text=BAD), Speaker()
+    request = chat(QUESTION)
+    request.routing.CopyFrom(hints)
+    async with routed({"thresholds": "0.9", **settings}, small=small, large=large) as client:
+        answer = await collect(client, request)
+        explained = await client.explain(request)
+
+    assert answer.text == BAD
+    assert large.requests == []
+    assert not explained.cascade
+
+
+async def test_a_request_may_ask_for_it() -> None:
+    request = chat(QUESTION)
+    request.routing.cascade = True
+    async with routed({"thresholds": "0.9"}, small=Speaker(text=BAD), large=Speaker()) as client:
+        answer = await collect(client, request)
+        explained = await client.explain(request)
+
+    assert answer.accepted.tier == "large"
+    assert explained.cascade
+
+
+async def test_draft_check_and_answer_are_spans_of_one_trace(spans: InMemorySpanExporter) -> None:
+    async with routed(CASCADE, small=Speaker(text=BAD), large=Speaker()) as client:
+        await collect(client, chat(QUESTION))
+        await eventually(lambda: any(span.name == "router.check" for span in spans.get_finished_spans()))
+
+    finished = spans.get_finished_spans()
+    (check,) = [span for span in finished if span.name == "router.check"]
+    attempts = [
+        span
+        for span in finished
+        if span.parent is not None
+        and check.parent is not None
+        and span.parent.span_id == check.parent.span_id
+        and (span.attributes or {}).get("headrace.tier")
+        and span is not check
+    ]
+    assert [(span.attributes or {})["headrace.tier"] for span in attempts] == ["small", "large"]
+    assert {span.context.trace_id for span in attempts} == {check.context.trace_id}
+    assert (check.attributes or {})["headrace.outcome"] == "escalated"
+    assert (check.attributes or {})["headrace.check.good"] < 0.5  # type: ignore[operator]
+    said = " ".join(str(value) for span in finished for value in (span.attributes or {}).values())
+    assert "sorry" not in said, "answers are not in spans"
+
+
+def test_a_draft_that_goes_on_is_judged_by_its_whole_sentences() -> None:
+    draft = Draft("small", text="It is Paris. The second largest ci")
+    assert draft.to_judge() == ("It is Paris. ", True)
+
+    draft.text = "It is the cap"
+    assert draft.to_judge() == ("It is the cap", False)
+
+    draft.finish = pb.Finish(reason=pb.FINISH_REASON_LENGTH)
+    assert draft.to_judge() == ("It is the cap", False)
