@@ -1,0 +1,277 @@
+"""Ask real models through a real mesh, under several routing policies, and check what they answer.
+
+    python -m benchmarks.routing.live            # some twenty minutes on two cores
+    python -m benchmarks.routing.live --plot     # draws the figure again from the results
+
+The same questions go through router, batchers and workers as anybody's would, greedily, under each policy:
+one tier for all, a random choice, the score at several shares of large calls, and the score with drafts
+judged before release. Thresholds come from a calibration file that the router reads while it runs.
+
+Cost is what the router's own bills say, by prices in proportion to the models' parameters; time is that of
+all questions, some side by side, on whatever else the machine was doing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.routing.questions import Question, load
+from headrace import calibration
+from headrace.calibration import Row
+from headrace.cli.mesh import MeshSpec, mesh
+from headrace.client import Client, chat, connect
+from headrace.models import cache_folder
+from headrace.router.complexity import fingerprint
+from headrace.router.scorer import load as load_scorer
+from headrace.v1 import generation_pb2 as pb
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "live.json"
+FIGURE = HERE / "results" / "live.png"
+TIERS = ("small", "large")
+# Parameters, in millions: a token is taken to cost what its model is large.
+PRICES = {"small": 0.135, "large": 0.494}
+MAX_TOKENS = 64
+SIDE_BY_SIDE = 16
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One way to route.
+
+    share     of questions that the score (or chance) sends to the large tier at once
+    pin       "small", "large", "random" or "" for the score
+    cascade   whether drafts of the small tier are judged
+    """
+
+    name: str
+    share: float = 0.0
+    pin: str = ""
+    cascade: bool = False
+
+
+POLICIES = (
+    Policy("always small", pin="small"),
+    Policy("always large", share=1.0, pin="large"),
+    Policy("random", share=0.5, pin="random"),
+    *(Policy("score", share=share) for share in (0.25, 0.5)),
+    *(Policy("score + check", share=share, cascade=True) for share in (0.0, 0.25)),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of all questions under one policy.
+
+    large_share   of questions that the large tier answered
+    tokens        generated, delivered or not; wasted ones are among them
+    cost          in units of always calling the large tier
+    """
+
+    policy: str
+    share: float
+    accuracy: float
+    large_share: float
+    tokens: int
+    wasted_tokens: int
+    seconds: float
+    cost: float
+    by_family: dict[str, float]
+
+
+async def ask(
+    client: Client, question: Question, policy: Policy, pin: str
+) -> tuple[str, pb.Accepted, pb.Finish]:
+    """One answer, whole."""
+    request = chat(question.prompt, temperature=0, max_tokens=MAX_TOKENS)
+    request.routing.tier = pin
+    request.routing.cascade = policy.cascade
+    text, accepted, finish = "", pb.Accepted(), pb.Finish()
+    async with aclosing(client.generate(request, timeout=600)) as stream:
+        async for response in stream:
+            if response.HasField("accepted"):
+                accepted = response.accepted
+            text += response.delta.text
+            if response.HasField("finish"):
+                finish = response.finish
+    return text, accepted, finish
+
+
+async def run(
+    client: Client, policy: Policy, questions: Sequence[Question]
+) -> tuple[Result, list[dict[str, Any]]]:
+    """All questions under one policy; the figures, and a row per answer."""
+    pins = [policy.pin] * len(questions)
+    if policy.pin == "random":
+        up = round(policy.share * len(questions))
+        pins = ["large"] * up + ["small"] * (len(questions) - up)
+        random.Random(7).shuffle(pins)
+    began = time.monotonic()
+    places = asyncio.Semaphore(SIDE_BY_SIDE)
+
+    async def one(question: Question, pin: str) -> dict[str, Any]:
+        async with places:
+            text, accepted, finish = await ask(client, question, policy, pin)
+        return {
+            "id": question.id,
+            "family": question.family,
+            "tier": accepted.tier,
+            "text": text,
+            "right": question.right(text),
+            "tokens": finish.usage.completion_tokens,
+            "wasted": sum(charge.wasted_tokens for charge in finish.bill.charges),
+            "cost": finish.bill.cost,
+        }
+
+    rows = await asyncio.gather(*(one(question, pin) for question, pin in zip(questions, pins, strict=True)))
+    families = sorted({row["family"] for row in rows})
+    result = Result(
+        policy=policy.name,
+        share=policy.share,
+        accuracy=_mean([row["right"] for row in rows]),
+        large_share=_mean([row["tier"] == TIERS[-1] for row in rows]),
+        tokens=sum(row["tokens"] + row["wasted"] for row in rows),
+        wasted_tokens=sum(row["wasted"] for row in rows),
+        seconds=round(time.monotonic() - began, 1),
+        cost=sum(row["cost"] for row in rows),
+        by_family={
+            family: _mean([row["right"] for row in rows if row["family"] == family]) for family in families
+        },
+    )
+    return result, list(rows)
+
+
+async def calibrate(client: Client, path: Path, rows: Sequence[Row], share: float) -> None:
+    """Have the router send the top *share* of these scores to the large tier, and wait until it does."""
+    point = calibration.for_shares(rows, list(PRICES.values()), [share])
+    made = calibration.calibration(TIERS, point, rows, scorer=fingerprint(load_scorer()))
+    calibration.save(made, path)
+    async with asyncio.timeout(30):
+        while True:
+            explained = await client.explain(chat("Hello!"))
+            if abs(explained.candidates[-1].threshold - made.thresholds[-1]) < 1e-5:
+                return
+            await asyncio.sleep(0.1)
+
+
+async def measure(questions: Sequence[Question], log: Path | None) -> list[Result]:
+    """Bring the mesh up and run all policies through it; every answer goes to *log* as it comes."""
+    scorer = load_scorer()
+    rows = [Row(scorer.score(question.prompt).value) for question in questions]
+    with tempfile.TemporaryDirectory(prefix="headrace-live-") as folder:
+        path = Path(folder) / "calibration.json"
+        calibration.save(
+            calibration.calibration(
+                TIERS, calibration.for_shares(rows, [1, 2], [0.5]), rows, scorer=fingerprint(scorer)
+            ),
+            path,
+        )
+        prices = ",".join(f"{tier}={price}/{price}" for tier, price in PRICES.items())
+        spec = MeshSpec(
+            cache=cache_folder(),
+            log_dir=Path(folder) / "logs",
+            flags={"router": ["--calibration", str(path), "--prices", prices]},
+        )
+        results: list[Result] = []
+        answers: dict[str, list[dict[str, Any]]] = {}
+        async with mesh(spec) as running, connect(running.address) as client:
+            for policy in POLICIES:
+                if not policy.pin:
+                    await calibrate(client, path, rows, policy.share)
+                result, said = await run(client, policy, questions)
+                results.append(result)
+                answers[f"{policy.name} {policy.share:g}"] = said
+                _write(log, answers)
+                print(_line(result), flush=True)
+    return results
+
+
+def _write(path: Path | None, content: object) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against cost, both of always calling the large tier."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=120)
+    marks = {"always small": "s", "always large": "D", "random": "x", "score": "o", "score + check": "^"}
+    for name, mark in marks.items():
+        points = sorted((r["cost"], 100 * r["accuracy"], r["share"]) for r in results if r["policy"] == name)
+        axes.plot(
+            [cost for cost, _, _ in points],
+            [accuracy for _, accuracy, _ in points],
+            mark + ("-" if len(points) > 1 else ""),
+            label=name,
+            markersize=8,
+        )
+    ends = [next(r for r in results if r["policy"] == name) for name in ("always small", "always large")]
+    axes.plot(
+        [end["cost"] for end in ends], [100 * end["accuracy"] for end in ends], ":", color="grey", linewidth=1
+    )
+    axes.set_xlabel("cost (1 = always large)")
+    axes.set_ylabel("answers that were right, %")
+    axes.set_title("144 questions, SmolLM2-135M and Qwen2.5-Coder-0.5B", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _relative(results: Sequence[Result]) -> list[dict[str, Any]]:
+    whole = next(result.cost for result in results if result.policy == "always large")
+    return [{**asdict(result), "cost": result.cost / whole} for result in results]
+
+
+def _line(result: Result) -> str:
+    return (
+        f"{result.policy:14} share {result.share:4.2f}  right {100 * result.accuracy:5.1f} %  "
+        f"by large {100 * result.large_share:5.1f} %  "
+        f"tokens {result.tokens:6} (wasted {result.wasted_tokens})  "
+        f"{result.seconds:6.1f} s"
+    )
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def main() -> None:
+    """Measure, write the results, draw them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plot", action="store_true", help="only draw the figure again")
+    parser.add_argument("--limit", type=int, default=0, help="only so many questions; writes nothing")
+    parser.add_argument("--answers", type=Path, help="write every answer to this file, as JSON")
+    arguments = parser.parse_args()
+    if not arguments.plot:
+        questions = load()
+        if arguments.limit:
+            questions = questions[:: max(len(questions) // arguments.limit, 1)]
+        results = asyncio.run(measure(questions, arguments.answers))
+        if arguments.limit:
+            return
+        RESULTS.parent.mkdir(exist_ok=True)
+        content = {"questions": len(questions), "max_tokens": MAX_TOKENS, "results": _relative(results)}
+        _write(RESULTS, content)
+    plot(json.loads(RESULTS.read_text())["results"], FIGURE)
+    print(f"results in {RESULTS}, figure in {FIGURE}")
+
+
+if __name__ == "__main__":
+    main()
