@@ -32,12 +32,12 @@ class TierParts:
     @property
     def left_behind(self) -> dict[str, int]:
         """What a quiet tier must have none of; non-zero entries only."""
-        (link,) = self.batcher.coalescer.links
+        pool = self.batcher.coalescer.pool
         counts = {
             "queued": len(self.batcher.coalescer.queue),
-            "live": self.batcher.coalescer.live,
-            "flights": link.outstanding,
-            "handles": len(link._handles),
+            "live": len(self.batcher.coalescer.live),
+            "flights": sum(link.outstanding for link in pool),
+            "handles": sum(len(link.flights.jobs()) for link in pool),
             "batcher requests": self.batcher.server.activity.in_flight,
             "worker sequences": self.worker.sessions.live,
             "slots": self.engine.occupied_slots if isinstance(self.engine, EchoEngine) else 0,

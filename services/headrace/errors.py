@@ -7,13 +7,14 @@
     ├── UnknownRequest
     ├── MessageTooLarge
     ├── Overloaded              retry after the delay
-    │   └── SlowReader
+    │   └── Shed  SlowReader
     ├── DeadlineExceeded
-    │   └── DeadlineInQueue  DeadlineInDecode
+    │   └── DeadlineInQueue  DeadlineInDecode  Unattainable
     ├── RequestCancelled
     ├── Unavailable             may pass; retry before `accepted`
     │   └── NoWorkers  WorkerLost  BatcherLost  WorkerDraining  Draining  NotReady
     ├── SequenceFault           this request failed in the engine, its neighbours did not
+    ├── PoisonRequest           the workers that took this request in died of it, it seems
     ├── Unimplemented
     └── InternalError           a fault of ours; the log of the server has it in full
 
@@ -129,6 +130,12 @@ class Overloaded(HeadraceError):
     reason = "QUEUE_FULL"
 
 
+class Shed(Overloaded):
+    """The request waited, and gave its place to one that matters more. Retry after the delay."""
+
+    reason = "SHED"
+
+
 class SlowReader(Overloaded):
     """The caller read its answer too slowly for the server to keep it."""
 
@@ -152,6 +159,12 @@ class DeadlineInDecode(DeadlineExceeded):
     """The deadline passed while the answer was being generated."""
 
     reason = "DEADLINE_DECODE"
+
+
+class Unattainable(DeadlineExceeded):
+    """The deadline cannot be met, by the rates measured now; nothing was generated."""
+
+    reason = "TTFT_UNATTAINABLE"
 
 
 class RequestCancelled(HeadraceError):
@@ -209,6 +222,12 @@ class SequenceFault(HeadraceError):
 
     code = grpc.StatusCode.INTERNAL
     reason = "SEQUENCE_FAULT"
+
+
+class PoisonRequest(HeadraceError):
+    """Each worker that took this request in was lost before its first token. Nobody should try again."""
+
+    reason = "POISON_REQUEST"
 
 
 class Unimplemented(HeadraceError):

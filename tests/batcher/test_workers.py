@@ -1,23 +1,21 @@
-"""The link to a worker believes only what is current, and loses nothing when the stream breaks."""
+"""The link to a worker believes only what is current, and reports what it loses."""
 
 from __future__ import annotations
-
-import asyncio
 
 import grpc
 import pytest
 from opentelemetry import trace
 
 from headrace import errors
-from headrace.batcher.job import Flush, Inbox, Job
+from headrace.batcher.inbox import End, Flush, Inbox
+from headrace.batcher.job import Job
 from headrace.batcher.workers import WorkerLink
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
-from headrace.worker.engine.echo import EchoEngine
-from tests.harness import Mesh, collect, eventually, prompt, running_mesh
+from tests.harness import Mesh
 
 
-def job(*, attempt: int = 0) -> Job:
+def job(*, attempt: int = 0, unread_limit: int = 1000) -> Job:
     return Job(
         request_id="r",
         prompt_ids=[1],
@@ -27,14 +25,34 @@ def job(*, attempt: int = 0) -> Job:
         expires=None,
         priority=5,
         attempt=attempt,
-        inbox=Inbox(Flush()),
+        inbox=Inbox(Flush(), limit=unread_limit),
         span=trace.INVALID_SPAN,
     )
 
 
-def connected(*jobs: Job) -> WorkerLink:
+class Recorder:
+    """A sink that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[Job, End]] = []
+        self.failures: list[tuple[Job, errors.HeadraceError]] = []
+
+    def changed(self) -> None:
+        pass
+
+    def ended(self, link: WorkerLink, job: Job, end: End) -> None:
+        self.ends.append((job, end))
+
+    def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
+        self.failures.append((job, error))
+
+    def renewed(self, link: WorkerLink) -> None:
+        pass
+
+
+def connected(*jobs: Job, sink: Recorder | None = None) -> WorkerLink:
     """A link that was welcomed and has submitted *jobs*, with handles from 0."""
-    link = WorkerLink("nowhere", fingerprint="f", batcher_id="b")
+    link = WorkerLink("nowhere", fingerprint="f", batcher_id="b", sink=sink or Recorder())
     model = wire.ModelDescription(tokenizer_fingerprint="f", max_running=8)
     link._take(wire.RunResponse(welcome=wire.Welcome(model=model, credit=wire.Credit(sequences=8))))
     link.submit(list(jobs), trace.INVALID_SPAN, 0.0)
@@ -78,11 +96,11 @@ async def test_a_handle_is_reused_only_after_the_last_word_on_it() -> None:
     link = connected(one)
     assert link.cancel(one)
     link.submit([two], trace.INVALID_SPAN, 0.0)
-    assert link._handles[two] == 1, "0 is still the cancelled one's"
+    assert link.flights.handle(two) == 1, "0 is still the cancelled one's"
     delta(link, handle=0, offset=0, token_ids=[4], finish=pb.FINISH_REASON_CANCELLED)
     link.submit([three], trace.INVALID_SPAN, 0.0)
 
-    assert link._handles[three] == 0
+    assert link.flights.handle(three) == 0
     assert link.outstanding == 2
 
 
@@ -91,12 +109,12 @@ async def test_only_the_newest_credit_counts() -> None:
     link._take(wire.RunResponse(credit=wire.Credit(generation=3, sequences=5)))
     link._take(wire.RunResponse(credit=wire.Credit(generation=2, sequences=50)))
 
-    assert link.room == 5
+    assert link.room(0.0) == 5
 
 
 async def test_a_refused_sequence_gets_its_reason() -> None:
-    one = job()
-    link = connected(one)
+    one, sink = job(), Recorder()
+    link = connected(one, sink=sink)
     verdict = wire.Verdict(
         handle=0,
         state=wire.ADMISSION_STATE_REFUSED,
@@ -104,30 +122,61 @@ async def test_a_refused_sequence_gets_its_reason() -> None:
     )
     link._take(wire.RunResponse(admission=wire.Admission(verdicts=[verdict])))
 
-    with pytest.raises(errors.ContextTooLong):
-        await one.inbox.take()
+    ((failed, error),) = sink.failures
+    assert failed is one
+    assert isinstance(error, errors.ContextTooLong)
     assert link.outstanding == 0
 
 
-async def test_a_worker_that_dies_is_told_and_a_new_one_is_found() -> None:
-    """The stream breaks in mid-answer; the link dials until somebody is there again."""
-    async with running_mesh("only", engine=lambda: EchoEngine(step_seconds=0.01)) as mesh:
-        (link,) = mesh.tiers["only"].batcher.coalescer.links
-        reading = asyncio.create_task(collect(mesh.client, prompt("x", max_tokens=900, ignore_eos=True)))
-        await eventually(lambda: link.outstanding)
-        await hang_up(mesh)
+async def test_late_tokens_of_a_job_that_went_elsewhere_are_counted_as_waste() -> None:
+    one = job()
+    link = connected(one)
+    delta(link, handle=0, offset=0, token_ids=[5])
+    link.cancel(one)
+    one.attempt = 1
+    delta(link, handle=0, attempt=0, offset=1, token_ids=[6, 7])
 
-        with pytest.raises(errors.WorkerLost):
-            await reading
-        await eventually(lambda: link.ready)
-        assert (await collect(mesh.client, prompt("again"))).text == "again"
-        await eventually(lambda: not mesh.left_behind)
+    assert one.generated == [5]
+    assert one.history.wasted == 2
 
 
-async def hang_up(mesh: Mesh) -> None:
-    """End the worker's `Run` stream from the batcher's side, as a broken connection would."""
-    (link,) = mesh.tiers["only"].batcher.coalescer.links
-    link._outgoing.put_nowait(wire.RunRequest(hello=wire.Hello()))  # a second hello is an error
+async def test_a_slow_reader_loses_its_place_and_hears_why() -> None:
+    one = job(unread_limit=3)
+    link = connected(one)
+    delta(link, handle=0, offset=0, token_ids=[1, 2, 3, 4])
+
+    assert one not in link.flights, "it is cancelled at the worker"
+    assert link._outgoing.get_nowait() is not None
+    cancel = link._outgoing.get_nowait()
+    assert cancel is not None
+    assert list(cancel.cancel.handles) == [0]
+    assert (await one.inbox.take()).ids == [1, 2, 3, 4]
+    with pytest.raises(errors.SlowReader, match="resume"):
+        await one.inbox.take()
+
+
+async def test_frames_are_acknowledged_now_and_then() -> None:
+    link = connected()
+    link._outgoing.get_nowait()
+    for frame in range(1, 17):
+        link._take(wire.RunResponse(step=wire.Step(frame=frame)))
+
+    acks = []
+    while not link._outgoing.empty():
+        message = link._outgoing.get_nowait()
+        assert message is not None
+        acks.append(message.ack.frame)
+    assert acks == [8, 16]
+
+
+async def test_what_a_lost_stream_held_is_reported_once_and_its_handles_are_forgotten() -> None:
+    one, two, sink = job(), job(), Recorder()
+    link = connected(one, two, sink=sink)
+    link.cancel(two)
+    link._lose()
+
+    assert [(failed, error.reason) for failed, error in sink.failures] == [(one, "WORKER_LOST")]
+    assert link.outstanding == 0
 
 
 async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) -> None:

@@ -91,7 +91,7 @@ async def test_a_worker_is_alive_but_not_ready_until_its_model_is_warm() -> None
 
 async def test_a_batcher_without_workers_is_alive_but_not_ready(mesh: Mesh) -> None:
     small = mesh.tiers["small"]
-    small.batcher.coalescer.links[0]._ready = False
+    next(iter(small.batcher.coalescer.pool)).draining = True
     await eventually(lambda: not small.batcher.server.health.ready)
 
     assert await health(small.batcher.server.port, "readiness") == NOT_SERVING
@@ -165,15 +165,17 @@ async def test_a_worker_that_drains_hands_back_what_it_cannot_finish() -> None:
     engine = EchoEngine(step_seconds=0.02)
     worker_up = running_worker(engine, drain_seconds=0.2)
     worker = await worker_up.__aenter__()
-    settings = BatcherSettings(port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True)
+    settings = BatcherSettings(
+        port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True, failover_seconds=0
+    )
     async with batcher(settings, ByteTokenizer(), "b") as running:
-        await eventually(running.coalescer.workers)
+        await eventually(running.coalescer.pool.ready)
         async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
             endless = asyncio.create_task(collect(client, prompt("x", max_tokens=1000, ignore_eos=True)))
             await eventually(lambda: worker.sessions.live)
             await worker_up.__aexit__(None, None, None)
 
-            with pytest.raises(errors.WorkerDraining):
+            with pytest.raises(errors.WorkerLost, match="no worker was ready"):
                 await endless
             assert engine.occupied_slots == 0
 
@@ -263,7 +265,7 @@ async def test_what_outlasts_a_drain_is_handed_back_as_draining() -> None:
     async with one_tier(drain_seconds=0.1) as (worker, make):
         up = make()
         running = await up.__aenter__()
-        await eventually(running.coalescer.workers)
+        await eventually(running.coalescer.pool.ready)
         async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
             request = prompt("x", max_tokens=2000, ignore_eos=True)
             async with aclosing(client.generate(request, timeout=30, resume=False)) as stream:
@@ -280,8 +282,8 @@ async def test_a_client_of_two_servers_goes_to_the_other_when_one_drains() -> No
     async with one_tier(drain_seconds=10.0) as (_, make), make() as other:
         up = make()
         first = await up.__aenter__()
-        await eventually(first.coalescer.workers)
-        await eventually(other.coalescer.workers)
+        await eventually(first.coalescer.pool.ready)
+        await eventually(other.coalescer.pool.ready)
         ports = f"ipv4:127.0.0.1:{first.server.port},127.0.0.1:{other.server.port}"
         async with connect(ports, retries=0) as client:
             under_way = asyncio.create_task(collect(client, prompt("x" * 50)))

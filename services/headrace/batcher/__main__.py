@@ -15,12 +15,12 @@ from pathlib import Path
 import grpc
 
 from headrace.batcher.coalescer import Coalescer
+from headrace.batcher.pool import WorkerPool
 from headrace.batcher.queue import JobQueue
 from headrace.batcher.service import SERVICES, GenerationServicer
 from headrace.batcher.settings import Settings
 from headrace.batcher.tokens import ByteTokenizer, Tokenizer, load_tokenizer
 from headrace.batcher.window import Window
-from headrace.batcher.workers import WorkerLink
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime import logs
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
@@ -45,19 +45,22 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
 
     identity   names this batcher in its workers' logs
     """
-    links = [
-        WorkerLink(target, fingerprint=tokenizer.fingerprint, batcher_id=identity)
-        for target in settings.worker_targets
-    ]
+    pool = WorkerPool(settings.worker_targets, fingerprint=tokenizer.fingerprint, batcher_id=identity)
     coalescer = Coalescer(
-        links,
-        JobQueue(settings.queue_limit),
+        pool,
+        JobQueue(settings.queue_limit, ageing=settings.ageing_seconds, quantum=settings.quantum_tokens),
         Window(size=settings.batch_size, tokens=settings.batch_tokens, linger=settings.linger),
         tier=settings.tier,
+        failover_seconds=settings.failover_seconds,
     )
     with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as executor:
         servicer = GenerationServicer(
-            coalescer, tokenizer, tier=settings.tier, executor=executor, max_tokens=settings.max_tokens
+            coalescer,
+            tokenizer,
+            tier=settings.tier,
+            executor=executor,
+            max_tokens=settings.max_tokens,
+            unread_limit=settings.unread_limit,
         )
 
         def register(server: grpc.aio.Server) -> None:
@@ -65,8 +68,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
             add_RoutingServiceServicer_to_server(servicer, server)
 
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(link.run()) for link in links]
-            running.append(tasks.create_task(coalescer.run()))
+            running = [tasks.create_task(pool.run(coalescer)), tasks.create_task(coalescer.run())]
             try:
                 async with serving(
                     register,
@@ -74,7 +76,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
                     host=settings.host,
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
-                    ready=lambda: bool(coalescer.workers()),
+                    ready=lambda: bool(pool.ready()),
                 ) as server:
                     yield Batcher(server, coalescer)
             finally:

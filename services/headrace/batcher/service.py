@@ -15,12 +15,14 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 
 import grpc
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 
 from headrace import attributes, errors
+from headrace.batcher.answer import Answer
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.detokenizer import Piece, TextStream
-from headrace.batcher.job import Arrival, End, Flush, Inbox, Job, flush_for
+from headrace.batcher.inbox import Flush, Inbox, flush_for
+from headrace.batcher.job import Job
+from headrace.batcher.prefixes import blocks
 from headrace.batcher.tokens import Tokenizer
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
@@ -35,20 +37,6 @@ SERVICES = (
 )
 
 _tracer = trace.get_tracer("headrace.batcher")
-_meter = metrics.get_meter("headrace.batcher")
-_requests = _meter.create_counter(attributes.METRIC_REQUESTS, description="requests, by how they ended")
-_tokens = _meter.create_counter(
-    attributes.METRIC_TOKENS, unit="{token}", description="tokens delivered to callers"
-)
-_ttft = _meter.create_histogram(
-    attributes.METRIC_TTFT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TTFT
-)
-_tpot = _meter.create_histogram(
-    attributes.METRIC_TPOT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TPOT
-)
-_duration = _meter.create_histogram(
-    attributes.METRIC_REQUEST_DURATION, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL
-)
 
 
 class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
@@ -56,6 +44,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     executor     where tokenising happens: never on the event loop
     max_tokens   most tokens of an answer
+    unread_limit most tokens kept for a caller that does not read them
     """
 
     def __init__(
@@ -66,12 +55,14 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         tier: str,
         executor: Executor,
         max_tokens: int,
+        unread_limit: int,
     ) -> None:
         self._coalescer = coalescer
         self._tokenizer = tokenizer
         self._tier = tier
         self._executor = executor
         self._max_tokens = max_tokens
+        self._unread_limit = unread_limit
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[object, object]
@@ -80,7 +71,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         arrived = time.monotonic()
         check_request(request)
         job = await self._job(request, arrived, context.time_remaining())
-        answer = _Answer(job, request, self._tokenizer, {attributes.TIER: self._tier})
+        answer = Answer(job, request, self._tokenizer, {attributes.TIER: self._tier})
         outcome = "cancelled"  # unless it ends some other way
         try:
             if answer.complete_already:
@@ -111,16 +102,16 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> routing.ListTiersResponse:
         """The one tier that this batcher serves."""
         now = time.monotonic()
-        workers = self._coalescer.workers()
-        queue = self._coalescer.queue
+        pool, queue = self._coalescer.pool, self._coalescer.queue
+        workers = pool.ready()
         tier = routing.Tier(
             name=self._tier,
             healthy=bool(workers),
-            unhealthy_reason="" if workers else "; ".join(link.problem for link in self._coalescer.links),
+            unhealthy_reason="" if workers else pool.problem,
             limits=routing.TierLimits(max_tokens=self._max_tokens, queue_limit=queue.limit),
             load=routing.TierLoad(
                 queued=len(queue),
-                running=sum(link.outstanding for link in self._coalescer.links),
+                running=sum(link.outstanding for link in pool),
                 workers=len(workers),
                 tokens_per_second=sum(link.rate.per_second(now) for link in workers),
             ),
@@ -147,11 +138,12 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     async def _job(self, request: pb.GenerateRequest, arrived: float, remaining: float | None) -> Job:
         """Check what needs the model, and bring the request into the batcher's own form."""
-        workers = self._coalescer.workers()
+        pool = self._coalescer.pool
+        workers = pool.ready()
         if not workers:
-            problems = "; ".join(link.problem for link in self._coalescer.links)
             raise errors.NoWorkers(
-                f"no worker of tier {self._tier!r} is ready ({problems}); try again shortly", retry_after=1.0
+                f"no worker of tier {self._tier!r} is ready ({pool.problem}); try again shortly",
+                retry_after=1.0,
             )
         models = [link.model for link in workers if link.model is not None]
         self._check_pins(request.routing, models[0].name)
@@ -197,8 +189,11 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
             expires=None if remaining is None else arrived + remaining,
             priority=routing.priority if routing.HasField("priority") else 5,
             attempt=request.resume.attempt,
-            inbox=Inbox(_flush(request.stream, self._coalescer.live)),
+            inbox=Inbox(_flush(request.stream, len(self._coalescer.live)), limit=self._unread_limit),
             span=span,
+            tenant=routing.tenant,
+            blocks=blocks(prompt_ids),
+            tells_moves=request.stream.include_route_changes,
         )
         span.set_attributes(
             {
@@ -230,7 +225,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         return self._tokenizer.encode_text(request.prompt)
 
     def _accepted(self, job: Job) -> pb.GenerateResponse:
-        model = next((link.model.name for link in self._coalescer.workers() if link.model), "")
+        model = next((link.model.name for link in self._coalescer.pool.ready() if link.model), "")
         return pb.GenerateResponse(
             accepted=pb.Accepted(
                 request_id=job.request_id,
@@ -248,114 +243,3 @@ def _flush(stream: pb.StreamOptions, live: int) -> Flush:
         stream.flush_tokens if stream.HasField("flush_tokens") else calm.tokens,
         stream.flush_interval.ToNanoseconds() / 1e9 if stream.HasField("flush_interval") else calm.seconds,
     )
-
-
-class _Answer:
-    """What has been said so far, and the events that say it."""
-
-    def __init__(
-        self, job: Job, request: pb.GenerateRequest, tokenizer: Tokenizer, labels: dict[str, str]
-    ) -> None:
-        self._job = job
-        self._labels = labels
-        self._with_ids = request.stream.include_token_ids
-        self._text = TextStream(tokenizer.decode, job.sampling.stop)
-        self._offset = len(job.resume_ids)
-        self._first: float | None = None
-        self._last: float | None = None
-        self._end: End | None = None
-        self.done = False
-        self.outcome = "unfinished"
-        # What a caller has already may hold all there is to say.
-        self._replayed = self._text.feed(job.resume_ids)
-
-    @property
-    def complete_already(self) -> bool:
-        """Whether the tokens that came with the request leave nothing to generate."""
-        return self._replayed.stopped is not None or self._offset >= self._job.sampling.max_tokens
-
-    def take(self, arrival: Arrival) -> list[pb.GenerateResponse]:
-        """The events for what arrived."""
-        responses = []
-        now = time.monotonic()
-        piece = self._text.feed(arrival.ids)
-        if arrival.ids:
-            if self._first is None:
-                self._first = now
-                self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
-            self._last = now
-        if arrival.ids:
-            responses.append(self._delta(arrival, piece.used, piece.text))
-        if piece.stopped is not None or arrival.end is not None:
-            self._end = arrival.end
-            responses += self.rest(piece.stopped, wasted=len(arrival.ids) - piece.used)
-        return responses
-
-    def rest(self, stopped: str | None = None, *, wasted: int = 0) -> list[pb.GenerateResponse]:
-        """The last events: what text was kept back, if any, and the finish.
-
-        The text comes in a delta of its own, without tokens: what the deltas before said is then a function
-        of their tokens alone, and one who carries on from these misses nothing and hears nothing twice.
-        """
-        stopped = stopped if stopped is not None else self._replayed.stopped
-        last = self._text.flush() if stopped is None else Piece("", 0)
-        kept_back = [self._delta(Arrival([], [], None), 0, last.text)] if last.text else []
-        return [*kept_back, self._finish(stopped if stopped is not None else last.stopped, wasted)]
-
-    def _finish(self, stopped: str | None, wasted: int) -> pb.GenerateResponse:
-        self.done = True
-        finish = pb.Finish(
-            reason=pb.FINISH_REASON_STOP_SEQUENCE
-            if stopped is not None
-            else self._end.reason
-            if self._end is not None
-            else pb.FINISH_REASON_LENGTH,
-            stop_sequence=stopped or "",
-            usage=pb.Usage(
-                prompt_tokens=len(self._job.prompt_ids),
-                cached_tokens=self._end.usage.cached_tokens if self._end is not None else 0,
-                completion_tokens=self._offset,
-                replayed_tokens=len(self._job.resume_ids),
-                wasted_tokens=wasted,
-            ),
-        )
-        timing = finish.timing
-        now = time.monotonic()
-        job = self._job
-        if self._end is not None:
-            timing.prefill.CopyFrom(self._end.timing.prefill)
-        if job.submitted is not None:
-            timing.queue.FromNanoseconds(_nanoseconds(job.submitted - job.arrived))
-        if self._first is not None and self._last is not None:
-            timing.first_token.FromNanoseconds(_nanoseconds(self._first - job.arrived))
-            timing.decode.FromNanoseconds(_nanoseconds(self._last - self._first))
-        timing.total.FromNanoseconds(_nanoseconds(now - job.arrived))
-        self.outcome = pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
-        return pb.GenerateResponse(finish=finish)
-
-    def record(self, outcome: str) -> None:
-        """Book the request in metrics and on its span, however it ended."""
-        job, now = self._job, time.monotonic()
-        new_tokens = self._offset - len(job.resume_ids)
-        _requests.add(1, {**self._labels, attributes.OUTCOME: outcome})
-        _tokens.add(new_tokens, self._labels)
-        _duration.record(now - job.arrived, {**self._labels, attributes.OUTCOME: outcome})
-        if self._first is not None and self._last is not None:
-            _ttft.record(self._first - job.arrived, self._labels)
-            if new_tokens > 1:
-                _tpot.record((self._last - self._first) / (new_tokens - 1), self._labels)
-        job.span.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: outcome})
-        job.span.set_attributes(
-            {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}
-        )
-
-    def _delta(self, arrival: Arrival, used: int, text: str) -> pb.GenerateResponse:
-        delta = pb.Delta(offset=self._offset, token_count=used, text=text, logprobs=arrival.logprobs[:used])
-        if self._with_ids:
-            delta.token_ids.extend(arrival.ids[:used])
-        self._offset += used
-        return pb.GenerateResponse(delta=delta)
-
-
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)

@@ -13,7 +13,8 @@ class Settings(ServiceSettings):
     port: int = Field(default=50052, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     tier: str = Field(default="default", min_length=1, description="name of the tier that it serves")
     workers: str = Field(
-        description="gRPC targets of the tier's workers, separated by commas, such as 127.0.0.1:50053"
+        description="gRPC targets of the tier's workers, separated by commas, such as 127.0.0.1:50053; "
+        "dns:///NAME:PORT stands for every address of a name and is looked up again every second or two"
     )
     model: str = Field(
         default="",
@@ -23,9 +24,32 @@ class Settings(ServiceSettings):
     fake: bool = Field(default=False, description="use the echo engine's tokenizer, which needs no model")
     queue_limit: int = Field(default=256, ge=1, description="requests that may wait for a worker")
     batch_size: int = Field(default=32, ge=1, description="most sequences in a batch")
-    batch_tokens: int = Field(default=4096, ge=1, description="most prompt tokens in a batch")
+    batch_tokens: int = Field(
+        default=4096,
+        ge=1,
+        description="most prompt tokens that may wait at a worker; less, where it computes less in 0.5 s",
+    )
     linger: float = Field(
-        default=0.005, ge=0, le=10, description="seconds a batch waits for company; 0 while a worker is idle"
+        default=0.005,
+        ge=0,
+        le=10,
+        description="most seconds that a batch waits for company; it waits less, or not at all, where no "
+        "request is expected, or a worker has nothing to take in",
+    )
+    ageing_seconds: float = Field(
+        default=10.0, gt=0, description="a waiting request rises by one priority each so many seconds"
+    )
+    quantum_tokens: int = Field(
+        default=512, ge=1, description="tokens that a tenant may take on its turn, prompt and answer"
+    )
+    unread_limit: int = Field(
+        default=16384, ge=1, description="most tokens kept for a caller that does not read its answer"
+    )
+    failover_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="how long requests wait for a worker to come back when none is left, their deadline "
+        "permitting",
     )
     max_tokens: int = Field(default=1024, ge=1, description="most tokens of an answer")
 

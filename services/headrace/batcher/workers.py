@@ -1,25 +1,28 @@
 """One long-lived `Run` stream to one worker: batches down, step frames up, back to their jobs.
 
 A link dials, says hello, checks that the worker speaks the batcher's tokens, and then carries work until
-the stream breaks; it fails what was under way and dials again. What may be sent, and when, is decided in
-`coalescer`; a link only knows how much room there is.
+the stream breaks; it reports what was under way as failed and dials again. What may be sent, and when,
+and what follows a failure, is decided elsewhere (`coalescer`); a link only knows how much room there is
+and whether its worker lives.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 from opentelemetry import propagate, trace
 
 from headrace import errors
-from headrace.batcher.job import End, Job
+from headrace.batcher.breaker import Breaker
+from headrace.batcher.failover import workers_fault
+from headrace.batcher.flights import Flight, Flights
+from headrace.batcher.inbox import End
+from headrace.batcher.job import Job
+from headrace.batcher.liveness import PING_SECONDS, Liveness
 from headrace.client import open_channel
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import generation_pb2 as pb
@@ -31,22 +34,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PING_SECONDS = 1.0
-SILENCE_SECONDS = 10.0  # a worker that says nothing for so long is taken for lost
 RECONNECT_SECONDS = (0.1, 2.0)  # first and longest pause between attempts
+WATCH_SECONDS = 0.25  # between looks at whether the worker lives
+FRAME_WINDOW = 32  # step frames that the worker may send before it hears that they were taken in
+_ACK_EVERY = FRAME_WINDOW // 4
 
 
 class Mismatch(Exception):
     """The worker runs another model than this batcher tokenises for."""
 
 
-@dataclass(slots=True)
-class _Flight:
-    """A job at the worker. A job that nobody waits for stays until the worker's last word on it."""
+class Sink(Protocol):
+    """Who hears what becomes of the jobs."""
 
-    job: Job
-    received: int
-    abandoned: bool = False
+    def changed(self) -> None:
+        """Room or readiness of a worker may have changed."""
+        ...
+
+    def ended(self, link: WorkerLink, job: Job, end: End) -> None:
+        """The worker has said the last of a job."""
+        ...
+
+    def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
+        """The worker will say no more of a job, and why."""
+        ...
+
+    def renewed(self, link: WorkerLink) -> None:
+        """The worker is another process than before: it remembers nothing."""
+        ...
 
 
 class WorkerLink:
@@ -54,58 +69,78 @@ class WorkerLink:
 
     target        its gRPC name
     fingerprint   of the batcher's tokenizer; a worker with another one is refused
-    on_change     called when room or readiness may have changed
     """
 
-    def __init__(self, target: str, *, fingerprint: str, batcher_id: str) -> None:
+    def __init__(self, target: str, *, fingerprint: str, batcher_id: str, sink: Sink) -> None:
         self.target = target
         self.worker_id = ""
+        self.incarnation = 0
         self.model: wire.ModelDescription | None = None
         self.load = wire.Load()
         self.problem = "not connected yet"
         self.rate = RateMeter()
-        self.on_change: Callable[[], None] = lambda: None
+        self.breaker = Breaker()
+        self.liveness = Liveness(time.monotonic())
+        self.flights = Flights()
+        self.credit = wire.Credit()
+        self.draining = False
+        self.suspect = False
+        self.retiring = False
+        self.epoch = 0
         self._fingerprint = fingerprint
         self._batcher_id = batcher_id
-        self._epoch = 0
+        self._sink = sink
         self._batches = 0
-        self._credit = wire.Credit()
-        self._flights: dict[int, _Flight] = {}
-        self._handles: dict[Job, int] = {}
-        self._free_handles: list[int] = []
-        self._outgoing: asyncio.Queue[wire.RunRequest] = asyncio.Queue()
-        self._ready = False
-        self._heard = 0.0
+        self._outgoing: asyncio.Queue[wire.RunRequest | None] = asyncio.Queue()
+        self._welcomed = False
+        self._acked = 0
+        self._others_backlog = 0
+
+    @property
+    def connected(self) -> bool:
+        """The worker has welcomed this stream, and the stream has not broken."""
+        return self._welcomed
 
     @property
     def ready(self) -> bool:
-        """Connected, welcomed, and not draining."""
-        return self._ready
+        """Connected, and neither draining, nor suspect, nor on its way out."""
+        return self._welcomed and not (self.draining or self.suspect or self.retiring)
 
     @property
     def outstanding(self) -> int:
         """Sequences at the worker."""
-        return len(self._flights)
+        return len(self.flights)
 
     @property
-    def room(self) -> int:
+    def backlog(self) -> int:
+        """Prompt tokens that wait at the worker to be computed, other batchers' included."""
+        return self.flights.backlog + self._others_backlog
+
+    @property
+    def kind(self) -> str:
+        """What it runs: workers of equal kind give equal answers, as far as they are deterministic."""
+        return f"{self.model.weights_fingerprint}/{self.model.dtype}" if self.model is not None else ""
+
+    def room(self, now: float) -> int:
         """How many more sequences it takes now."""
-        return max(self._credit.sequences - len(self._flights), 0) if self._ready else 0
+        if not self.ready:
+            return 0
+        return self.breaker.room(now, max(self.credit.sequences - len(self.flights), 0))
 
     def submit(self, batch: list[Job], batch_span: trace.Span, now: float) -> int:
         """Send a batch, of at most `room` jobs; returns its number."""
         self._batches += 1
+        if not self.flights:
+            self.liveness.busy(now)
+        self.breaker.sent()
         message = wire.Submit(batch_id=self._batches, batch_trace=_trace_context(batch_span))
         for job in batch:
-            handle = heapq.heappop(self._free_handles) if self._free_handles else len(self._flights)
-            self._flights[handle] = _Flight(job, received=len(job.resume_ids))
-            self._handles[job] = handle
             sequence = message.sequences.add(
-                handle=handle,
+                handle=self.flights.board(job),
                 request_id=job.request_id,
                 attempt=job.attempt,
                 prompt_ids=job.prompt_ids,
-                resume_ids=job.resume_ids,
+                resume_ids=job.answer_ids,
                 sampling=job.sampling,
                 priority=job.priority,
                 trace=_trace_context(job.span),
@@ -117,58 +152,70 @@ class WorkerLink:
 
     def cancel(self, job: Job) -> bool:
         """Let a job go; false if it is not here. Its handle is free when the worker has confirmed."""
-        handle = self._handles.pop(job, None)
+        handle = self.flights.abandon(job)
         if handle is None:
             return False
-        self._flights[handle].abandoned = True
+        self.breaker.forgive()
         self._outgoing.put_nowait(wire.RunRequest(cancel=wire.Cancel(handles=[handle])))
         return True
 
+    def retire(self) -> None:
+        """Send no more work here; `run` returns when what is under way has ended."""
+        self.retiring = True
+        self._outgoing.put_nowait(None)
+
     async def run(self) -> None:
-        """Keep the stream open, dialling again when it breaks, until cancelled."""
+        """Keep the stream open, dialling again when it breaks, until cancelled or retired."""
         pause, told = RECONNECT_SECONDS[0], ""
         async with open_channel(self.target) as channel:
             stub = WorkerServiceStub(channel)
-            while True:
+            while not self.retiring:
+                was_connected = False
                 try:
                     await self._converse(stub)
                     self.problem = "the worker ended the stream"
                 except (errors.HeadraceError, Mismatch) as error:
                     self.problem = str(error)
-                except TimeoutError:
-                    self.problem = f"nothing heard for {SILENCE_SECONDS:g} s"
                 finally:
-                    was_ready, self._ready = self._ready, False
+                    was_connected, self._welcomed = self._welcomed, False
                     self._lose()
-                if was_ready or self.problem != told:
+                if was_connected or self.problem != told:
                     told = self.problem
                     log.log(
-                        logging.WARNING if was_ready else logging.INFO,
+                        logging.WARNING if was_connected else logging.INFO,
                         "worker not connected",
                         extra={"target": self.target, "problem": self.problem},
                     )
-                pause = RECONNECT_SECONDS[0] if was_ready else min(pause * 2, RECONNECT_SECONDS[1])
-                await asyncio.sleep(pause)
+                pause = RECONNECT_SECONDS[0] if was_connected else min(pause * 2, RECONNECT_SECONDS[1])
+                if not self.retiring:
+                    await asyncio.sleep(pause)
 
     async def _converse(self, stub: WorkerServiceAsyncStub) -> None:
         """One stream, from hello to its end."""
-        self._epoch += 1
+        self.epoch += 1
+        self.credit = wire.Credit()
+        self.draining = self.suspect = False
+        self._acked = 0
         self._outgoing = asyncio.Queue()
+        self.liveness = Liveness(time.monotonic())
         # wait_for_ready is off: a refused connection is an answer, and the pause is ours.
         call = stub.Run()
         try:
-            await call.write(
-                wire.RunRequest(hello=wire.Hello(batcher_id=self._batcher_id, epoch=self._epoch))
-            )
-            self._heard = time.monotonic()
             async with asyncio.TaskGroup() as tasks:
+                # From the first moment on: a peer that accepts and says nothing must not hold us.
+                watcher = tasks.create_task(self._watch())
+                await call.write(
+                    wire.RunRequest(
+                        hello=wire.Hello(
+                            batcher_id=self._batcher_id, epoch=self.epoch, frame_window=FRAME_WINDOW
+                        )
+                    )
+                )
                 writer = tasks.create_task(self._write(call))
-                pinger = tasks.create_task(self._ping())
                 async for response in call:
-                    self._heard = time.monotonic()
                     self._take(response)
                 writer.cancel()
-                pinger.cancel()
+                watcher.cancel()
         except grpc.aio.AioRpcError as error:
             raise errors.from_rpc_error(error) from error
         except BaseExceptionGroup as group:
@@ -185,106 +232,142 @@ class WorkerLink:
 
     async def _write(self, call: grpc.aio.StreamStreamCall[wire.RunRequest, wire.RunResponse]) -> None:
         while True:
-            await call.write(await self._outgoing.get())
+            request = await self._outgoing.get()
+            if request is None:  # on the way out: no more submits will come
+                await call.write(wire.RunRequest(quiesce=wire.Quiesce()))
+            else:
+                await call.write(request)
+            if self.retiring and not self.flights:
+                await call.done_writing()
+                return
 
-    async def _ping(self) -> None:
-        nonce = 0
-        while time.monotonic() - self._heard < SILENCE_SECONDS:
-            await asyncio.sleep(PING_SECONDS)
-            nonce += 1
-            self._outgoing.put_nowait(wire.RunRequest(ping=wire.Ping(nonce=nonce)))
-        raise TimeoutError
+    async def _watch(self) -> None:
+        """Ping, and see whether the worker lives. Raises WorkerLost if it does not."""
+        nonce, pinged, looked = 0, 0.0, time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = time.monotonic()
+            late, looked = now - looked - WATCH_SECONDS, now
+            if late > WATCH_SECONDS:
+                self.liveness.excuse(late)
+            if now - pinged >= PING_SECONDS - WATCH_SECONDS / 2:
+                nonce, pinged = nonce + 1, now
+                self._outgoing.put_nowait(wire.RunRequest(ping=wire.Ping(nonce=nonce)))
+            running = len(self.flights)
+            if problem := self.liveness.lost(now, running=running):
+                raise errors.WorkerLost(problem)
+            suspect = self._welcomed and self.liveness.suspect(now, running=running)
+            if suspect and not self.suspect:
+                log.warning("worker is suspect", extra={"target": self.target, "running": running})
+                self.breaker.fail(now)
+            self.suspect = suspect
+            if suspect:
+                self._sink.changed()  # others may have room by now
 
     def _take(self, response: wire.RunResponse) -> None:
+        now = time.monotonic()
+        self.liveness.heard(now)
         kind = response.WhichOneof("message")
         if kind == "step":
-            now = time.monotonic()
-            for delta in response.step.deltas:
-                self._take_delta(delta, now)
+            self._take_step(response.step, now)
         elif kind == "admission":
             for verdict in response.admission.verdicts:
                 if verdict.state == wire.ADMISSION_STATE_REFUSED:
-                    self._finish(verdict.handle, verdict.attempt, error=errors.from_status(verdict.error))
+                    self._land(verdict.handle, verdict.attempt, errors.from_status(verdict.error), now)
         elif kind == "welcome":
             self._welcome(response.welcome)
         elif kind == "load":
             self.load = response.load
+            self._others_backlog = max(int(response.load.uncomputed_prompt_tokens) - self.flights.backlog, 0)
         elif kind == "credit":
-            if response.credit.generation > self._credit.generation:
-                self._credit = response.credit
+            if response.credit.generation > self.credit.generation:
+                self.credit = response.credit
         elif kind == "drain":
-            self._ready = False
+            self.draining = True
             self.problem = "the worker is draining"
             log.info("worker drains", extra={"target": self.target})
-        self.on_change()
+        if self.retiring and not self.flights:
+            self._outgoing.put_nowait(None)
+        self._sink.changed()
 
     def _welcome(self, welcome: wire.Welcome) -> None:
         model = welcome.model
+        if welcome.epoch != self.epoch:
+            raise Mismatch(f"worker {self.target} answers to stream {welcome.epoch}, this is {self.epoch}")
         if model.tokenizer_fingerprint != self._fingerprint:
             raise Mismatch(
                 f"worker {self.target} runs {model.name} with tokenizer {model.tokenizer_fingerprint}, this "
                 f"batcher's is {self._fingerprint}: give both the same model"
             )
+        if welcome.incarnation != self.incarnation:
+            self._sink.renewed(self)
+        self.incarnation = welcome.incarnation
         self.worker_id = welcome.worker_id
         self.model = model
-        self._credit = welcome.credit
-        self._ready = True
+        self.credit = welcome.credit
         self.problem = ""
+        self._welcomed = True
         log.info("worker connected", extra={"target": self.target, "worker": self.worker_id})
 
+    def _take_step(self, step: wire.Step, now: float) -> None:
+        self.liveness.stepped(now)
+        self.suspect = False
+        for delta in step.deltas:
+            self._take_delta(delta, now)
+        if step.frame - self._acked >= _ACK_EVERY:
+            self._acked = step.frame
+            self._outgoing.put_nowait(wire.RunRequest(ack=wire.Ack(frame=step.frame)))
+
     def _take_delta(self, delta: wire.SequenceDelta, now: float) -> None:
-        flight = self._flights.get(delta.handle)
-        if flight is None or delta.attempt != flight.job.attempt:
-            return  # of a sequence that is over
-        skip = flight.received - delta.offset
-        if skip < 0:
-            raise errors.WorkerLost(
-                f"worker {self.worker_id} skipped tokens: offset {delta.offset}, expected {flight.received}"
-            )
-        ids, logprobs = list(delta.token_ids[skip:]), list(delta.logprobs[skip:])
-        flight.received += len(ids)
+        arrived = self.flights.arrive(delta)
+        if arrived is None:
+            return
+        flight, ids, logprobs = arrived
         if ids:
             self.rate.add(now, len(ids))
-            if not flight.abandoned:
-                flight.job.inbox.put(ids, logprobs)
+            self._hand_over(flight, ids, logprobs)
         if delta.HasField("error"):
-            self._finish(delta.handle, delta.attempt, error=errors.from_status(delta.error))
+            self._land(delta.handle, delta.attempt, errors.from_status(delta.error), now)
         elif delta.finish != pb.FINISH_REASON_UNSPECIFIED:
-            self._finish(delta.handle, delta.attempt, end=End(delta.finish, delta.usage, delta.timing))
+            end = End(delta.finish, delta.usage, delta.timing)
+            self._land(delta.handle, delta.attempt, end, now)
 
-    def _finish(
-        self,
-        handle: int,
-        attempt: int,
-        *,
-        end: End | None = None,
-        error: errors.HeadraceError | None = None,
-    ) -> None:
-        flight = self._flights.get(handle)
-        if flight is None or flight.job.attempt != attempt:
+    def _hand_over(self, flight: Flight, ids: list[int], logprobs: list[float]) -> None:
+        job = flight.job
+        if flight.abandoned:
+            job.history.wasted += len(ids)
             return
-        del self._flights[handle]
-        heapq.heappush(self._free_handles, handle)
-        self._handles.pop(flight.job, None)
+        job.generated += ids
+        job.inbox.put(ids, logprobs)
+        if job.inbox.closed:  # its reader is too slow: nothing more will be read
+            self.cancel(job)
+
+    def _land(self, handle: int, attempt: int, last: End | errors.HeadraceError, now: float) -> None:
+        flight = self.flights.land(handle, attempt)
+        if flight is None:
+            return
+        if isinstance(last, errors.HeadraceError):
+            if workers_fault(last):
+                self.breaker.fail(now)
+        elif last.reason != pb.FINISH_REASON_CANCELLED:
+            self.breaker.succeed()
         if flight.abandoned:
             return
-        if error is not None:
-            flight.job.inbox.fail(error)
-        elif end is not None:
-            flight.job.inbox.end(end)
+        if isinstance(last, End):
+            self._sink.ended(self, flight.job, last)
+        else:
+            self._sink.failed(self, flight.job, last)
 
     def _lose(self) -> None:
         """The stream is gone and with it everything at the worker."""
-        flights = list(self._flights.values())
-        self._flights.clear()
-        self._handles.clear()
-        self._free_handles.clear()
-        for flight in flights:
-            if not flight.abandoned:
-                flight.job.inbox.fail(
-                    errors.WorkerLost(f"the worker at {self.target} was lost ({self.problem}); try again")
-                )
-        self.on_change()
+        flights, self.flights = self.flights, Flights()
+        jobs = flights.jobs()
+        if len(flights) and not (self.draining or self.suspect):  # of a suspect it is counted already
+            self.breaker.fail(time.monotonic())
+        error = errors.WorkerLost(f"the worker at {self.target} was lost ({self.problem}); try again")
+        for job in jobs:
+            self._sink.failed(self, job, error)
+        self._sink.changed()
 
 
 def _trace_context(span: trace.Span) -> wire.TraceContext:

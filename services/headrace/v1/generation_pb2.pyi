@@ -811,9 +811,13 @@ class Usage(_message.Message):
     completion_tokens: _builtins.int
     """Of the answer, as delivered; includes the tokens of a matched stop text, not the end-of-turn token."""
     replayed_tokens: _builtins.int
-    """Of earlier attempts, computed again to carry on."""
+    """Of the answer, handed to a later attempt to carry on from, which computes them again unless it
+    finds them computed. Counted once for each attempt that had to.
+    """
     wasted_tokens: _builtins.int
-    """Generated and thrown away."""
+    """Generated and thrown away, as far as it is known: what follows a stop text, and what an attempt that
+    was given up still sent.
+    """
     def __init__(
         self,
         *,

@@ -100,7 +100,7 @@ class RunRequest(_message.Message):
 
     @_builtins.property
     def ack(self) -> Global___Ack:
-        """How many frames the batcher has taken in; reserved for flow control above gRPC's own."""
+        """How many frames the batcher has taken in: room for as many more."""
 
     @_builtins.property
     def ping(self) -> Global___Ping:
@@ -200,19 +200,23 @@ class Hello(_message.Message):
 
     BATCHER_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    FRAME_WINDOW_FIELD_NUMBER: _builtins.int
     batcher_id: _builtins.str
     """Names the batcher in the worker's logs."""
     epoch: _builtins.int
     """Counts the streams that this batcher has opened to this worker, from 1."""
+    frame_window: _builtins.int
+    """Most `step` frames that may wait for an `ack`. 0: no bound, and no `ack` will come."""
     def __init__(
         self,
         *,
         batcher_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        frame_window: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher_id", b"batcher_id", "epoch", b"epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher_id", b"batcher_id", "epoch", b"epoch", "frame_window", b"frame_window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -563,7 +567,9 @@ class Step(_message.Message):
     """Counts the frames of this stream, from 1."""
     @_builtins.property
     def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceDelta]:
-        """One per sequence that has news."""
+        """One per sequence that has news. None: the engine is at work on this stream's sequences, and none
+        of them has a token to show for it yet.
+        """
 
     def __init__(
         self,
@@ -657,6 +663,7 @@ class Load(_message.Message):
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     STEP_TIME_FIELD_NUMBER: _builtins.int
     OLDEST_WAIT_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the step."""
     waiting: _builtins.int
@@ -669,6 +676,8 @@ class Load(_message.Message):
     """Prompt tokens of waiting and running sequences that are not computed yet."""
     tokens_per_second: _builtins.float
     """Generated over the last few seconds."""
+    prefill_tokens_per_second: _builtins.float
+    """Prompt tokens that steps compute per second when they are full. 0: none measured yet."""
     @_builtins.property
     def step_time(self) -> _duration_pb2.Duration:
         """Mean of the last steps."""
@@ -688,10 +697,11 @@ class Load(_message.Message):
         tokens_per_second: _builtins.float = ...,
         step_time: _duration_pb2.Duration | None = ...,
         oldest_wait: _duration_pb2.Duration | None = ...,
+        prefill_tokens_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_wait", b"oldest_wait", "step_time", b"step_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_tokens_free", b"kv_tokens_free", "kv_tokens_total", b"kv_tokens_total", "oldest_wait", b"oldest_wait", "running", b"running", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second", "uncomputed_prompt_tokens", b"uncomputed_prompt_tokens", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_tokens_free", b"kv_tokens_free", "kv_tokens_total", b"kv_tokens_total", "oldest_wait", b"oldest_wait", "prefill_tokens_per_second", b"prefill_tokens_per_second", "running", b"running", "step_time", b"step_time", "tokens_per_second", b"tokens_per_second", "uncomputed_prompt_tokens", b"uncomputed_prompt_tokens", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,7 +57,9 @@ class WorkerServiceServicer:
         1. The batcher dials and sends `hello`; the worker answers `welcome`. Anything before is an error.
         2. The batcher sends `submit` with one or more sequences; the worker answers `admission` for each.
         3. After each engine step the worker sends one `step` with what is new for all sequences of this
-        stream; when the batcher reads slowly, the steps that pile up are merged into one.
+        stream. A step may be empty: it says that the engine lives while prompts are computed. When
+        hello.frame_window frames wait for an `ack`, the steps that pile up are merged into the next one; the
+        engine never waits.
         4. A sequence ends with exactly one delta that has `finish` or `error`: its handle is free again.
         A `cancel` is answered that way too.
         5. The worker reports `load` and `credit` whenever they change, and about each second.

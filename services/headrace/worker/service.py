@@ -47,7 +47,7 @@ class WorkerServicer(WorkerServiceServicer):
         sessions = self._sessions
         if sessions is None:
             return
-        sessions.draining = True
+        sessions.stop_admitting()
         notice = wire.Drain()
         notice.deadline.FromNanoseconds(int(seconds * 1e9))
         sessions.announce(wire.RunResponse(drain=notice))
@@ -74,17 +74,16 @@ class WorkerServicer(WorkerServiceServicer):
         first = await anext(aiter(requests), None)
         if first is None or first.WhichOneof("message") != "hello":
             raise errors.InvalidRequest("the first message of Run must be hello", field="hello")
-        session = sessions.open()
+        session = sessions.open(window=first.hello.frame_window)
         log.info("batcher connected", extra={"batcher": first.hello.batcher_id, "epoch": first.hello.epoch})
-        credit = wire.Credit(generation=1, sequences=_credit(sessions.model))
-        session.say(
+        session.welcome(
             wire.RunResponse(
                 welcome=wire.Welcome(
                     worker_id=self._worker_id,
                     incarnation=self._incarnation,
                     epoch=first.hello.epoch,
                     model=_described(sessions.model),
-                    credit=credit,
+                    credit=wire.Credit(generation=session.generation, sequences=session.credit),
                 )
             )
         )
@@ -114,18 +113,20 @@ def _take(sessions: Sessions, session: Session, request: wire.RunRequest) -> Non
         session.say(sessions.submit(session, request.submit))
     elif kind == "cancel":
         sessions.cancel(session, request.cancel.handles)
+    elif kind == "ack":
+        session.ack(request.ack.frame)
     elif kind == "ping":
         session.say(wire.RunResponse(pong=wire.Pong(nonce=request.ping.nonce)))
     elif kind == "hello":
         raise errors.InvalidRequest("hello comes once, first", field="hello")
-    # `ack` and `quiesce` need no answer; members of later versions are none of our business.
+    # `quiesce` needs no answer; members of later versions are none of our business.
 
 
 async def _write(context: _Context, session: Session) -> None:
     while True:
         await session.has_news.wait()
         session.sending = True
-        for response in session.news():
+        for response in session.news(time.monotonic()):
             await context.write(response)
         session.sending = False
 
@@ -134,11 +135,6 @@ async def _report(sessions: Sessions, session: Session) -> None:
     while True:
         session.say(wire.RunResponse(load=sessions.load()))
         await asyncio.sleep(LOAD_SECONDS)
-
-
-def _credit(model: ModelInfo) -> int:
-    """Sequences that a batcher may have here: all that run, and as many again to fill the gaps at once."""
-    return 2 * model.max_running
 
 
 def _described(model: ModelInfo) -> wire.ModelDescription:

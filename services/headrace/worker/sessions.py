@@ -19,9 +19,12 @@ from headrace import attributes, errors
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
+from headrace.worker.credit import capacity, share
 from headrace.worker.engine.loop import EngineLoop, StepReport
 from headrace.worker.engine.scheduler import Ending, LiveSequence, Update
 from headrace.worker.engine.seam import Engine, ModelInfo, SamplingParams
+
+BEAT_SECONDS = 0.25  # while prompts are computed and no token comes, an empty step is sent so often
 
 # A sequence's name inside the engine: its stream and its handle there.
 Key = tuple[int, int]
@@ -67,27 +70,59 @@ class Session:
     """One batcher's stream.
 
     pending   deltas that wait for the writer, by handle: later steps merge into them
+    window    most step frames that may be unacknowledged; 0 is no bound
+    credit    sequences that it may have here
     """
 
     number: int
+    window: int = 0
+    credit: int = 0
     flights: dict[int, Flight] = field(default_factory=dict)
     pending: dict[int, wire.SequenceDelta] = field(default_factory=dict)
     others: list[wire.RunResponse] = field(default_factory=list)
     has_news: asyncio.Event = field(default_factory=asyncio.Event)
     frames: int = 0
+    acked: int = 0
+    generation: int = 1
     sending: bool = False
+    beating: bool = False
+    framed: float = 0.0
+
+    @property
+    def hungry(self) -> bool:
+        """Whether it has used all of its credit."""
+        return len(self.flights) >= self.credit
+
+    def welcome(self, response: wire.RunResponse) -> None:
+        """Send the first message, before anything that was said meanwhile."""
+        self.others.insert(0, response)
+        self.has_news.set()
 
     def say(self, response: wire.RunResponse) -> None:
         """Send something that is not a step."""
         self.others.append(response)
         self.has_news.set()
 
-    def news(self) -> list[wire.RunResponse]:
-        """Everything that waits for the writer, as few messages as it takes."""
+    def beat(self, now: float) -> None:
+        """A step was computed: say so now and then, if there is nothing else to say."""
+        if self.flights and not self.pending and now - self.framed >= BEAT_SECONDS:
+            self.beating = True
+            self.has_news.set()
+
+    def ack(self, frame: int) -> None:
+        """The batcher has taken in all frames up to *frame*."""
+        self.acked = max(self.acked, min(frame, self.frames))
+        self.has_news.set()
+
+    def news(self, now: float) -> list[wire.RunResponse]:
+        """Everything that may be sent now, as few messages as it takes."""
         self.has_news.clear()
         responses, self.others = self.others, []
-        if self.pending:
+        full = self.window and self.frames - self.acked >= self.window
+        if (self.pending or self.beating) and not full:
             self.frames += 1
+            self.framed = now
+            self.beating = False
             responses.append(
                 wire.RunResponse(step=wire.Step(frame=self.frames, deltas=self.pending.values()))
             )
@@ -107,7 +142,10 @@ class Sessions:
         self._opened = 0
         self._rate = RateMeter()
         self._last: StepReport[Key] = StepReport()
+        self._step_tokens = max(step_tokens, engine.model.max_running)
         self._step_mean = 0.0
+        self._prefill_rate = 0.0
+        self._mean_prompt = 0.0
         self._engine.start()
 
     @property
@@ -126,11 +164,12 @@ class Sessions:
         """Stop the engine's thread; blocks until its step is over."""
         self._engine.stop()
 
-    def open(self) -> Session:
-        """A new stream."""
+    def open(self, *, window: int = 0) -> Session:
+        """A new stream, with its first credit."""
         self._opened += 1
-        session = Session(self._opened)
+        session = Session(self._opened, window=window)
         self._sessions[session.number] = session
+        self._share_credit()
         return session
 
     def shut(self, session: Session) -> None:
@@ -138,6 +177,12 @@ class Sessions:
         del self._sessions[session.number]
         for handle in session.flights:
             self._engine.cancel((session.number, handle))
+        self._share_credit()
+
+    @property
+    def streams(self) -> list[Session]:
+        """The batchers' streams."""
+        return list(self._sessions.values())
 
     def submit(self, session: Session, batch: wire.Submit) -> wire.RunResponse:
         """Take a batch in; returns the admission to send before anything else of these sequences."""
@@ -158,7 +203,10 @@ class Sessions:
             session.flights[message.handle] = Flight(
                 sequence, message.attempt, _span_context(message.trace), batch_span, now_ns
             )
+            length = len(sequence.ids)
+            self._mean_prompt += 0.1 * (length - self._mean_prompt) if self._mean_prompt else length
             self._engine.submit(sequence)
+        self._share_credit()
         return wire.RunResponse(admission=wire.Admission(verdicts=verdicts))
 
     def cancel(self, session: Session, handles: Iterable[int]) -> None:
@@ -166,6 +214,11 @@ class Sessions:
         for handle in handles:
             if handle in session.flights:
                 self._engine.cancel((session.number, handle))
+
+    def stop_admitting(self) -> None:
+        """Refuse what comes from now on, and say that there is no credit."""
+        self.draining = True
+        self._share_credit()
 
     def hand_back(self) -> None:
         """End everything under way, so that batchers carry on elsewhere."""
@@ -190,6 +243,7 @@ class Sessions:
             kv_tokens_free=total - last.kv_tokens,
             uncomputed_prompt_tokens=last.uncomputed_prompt_tokens,
             tokens_per_second=self._rate.per_second(now),
+            prefill_tokens_per_second=self._prefill_rate,
         )
         load.step_time.FromNanoseconds(int(self._step_mean * 1e9))
         load.oldest_wait.FromNanoseconds(int(last.oldest_wait * 1e9))
@@ -237,11 +291,52 @@ class Sessions:
             _step_rows.record(report.rows)
             _step_seconds.record(report.seconds)
             self._step_mean += 0.1 * (report.seconds - self._step_mean)
+            self._measure_prefill(report)
         new_tokens = sum(len(update.token_ids) for update in report.updates)
         if new_tokens:
             self._rate.add(now, new_tokens)
         for update in report.updates:
             self._deliver_one(update, report)
+        if report.rows:
+            for session in self._sessions.values():
+                session.beat(now)
+        if any(update.ending is not None for update in report.updates):
+            self._share_credit()
+
+    def _measure_prefill(self, report: StepReport[Key]) -> None:
+        """How fast prompts are computed: only full steps say it, others say how fast at least."""
+        prompts = report.tokens - report.rows  # a decode is one token of one row
+        if prompts <= 0 or report.seconds <= 0:
+            return
+        rate = prompts / report.seconds
+        if report.tokens >= self._step_tokens:
+            self._prefill_rate += (0.1 if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
+        else:
+            self._prefill_rate = max(self._prefill_rate, rate)
+
+    def _share_credit(self) -> None:
+        """Tell each stream what it may have here, where that has changed."""
+        streams = list(self._sessions.values())
+        if not streams:
+            return
+        room = capacity(
+            max_running=self.model.max_running,
+            running=self._last.running,
+            waiting=self._last.waiting,
+            step_tokens=self._step_tokens,
+            mean_prompt=self._mean_prompt,
+        )
+        credits_ = share(
+            0 if self.draining else room,
+            [len(session.flights) for session in streams],
+            [session.hungry for session in streams],
+        )
+        for session, credit in zip(streams, credits_, strict=True):
+            if credit != session.credit:
+                session.credit = credit
+                session.generation += 1
+                message = wire.Credit(generation=session.generation, sequences=credit)
+                session.say(wire.RunResponse(credit=message))
 
     def _deliver_one(self, update: Update[Key], report: StepReport[Key]) -> None:
         number, handle = update.sequence.key

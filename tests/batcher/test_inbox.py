@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from headrace import errors
-from headrace.batcher.job import End, Flush, Inbox, flush_for
+from headrace.batcher.inbox import End, Flush, Inbox, flush_for
 from headrace.v1 import generation_pb2 as pb
 
 END = End(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing())

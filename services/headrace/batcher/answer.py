@@ -1,0 +1,145 @@
+"""What a caller hears of its answer: arrivals in, events of the contract out, and the books at its end."""
+
+from __future__ import annotations
+
+import time
+
+from opentelemetry import metrics
+
+from headrace import attributes
+from headrace.batcher.detokenizer import Piece, TextStream
+from headrace.batcher.inbox import Arrival, End
+from headrace.batcher.job import Job
+from headrace.batcher.tokens import Tokenizer
+from headrace.v1 import generation_pb2 as pb
+
+_meter = metrics.get_meter("headrace.batcher")
+_requests = _meter.create_counter(attributes.METRIC_REQUESTS, description="requests, by how they ended")
+_tokens = _meter.create_counter(
+    attributes.METRIC_TOKENS, unit="{token}", description="tokens delivered to callers"
+)
+_ttft = _meter.create_histogram(
+    attributes.METRIC_TTFT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TTFT
+)
+_tpot = _meter.create_histogram(
+    attributes.METRIC_TPOT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TPOT
+)
+_duration = _meter.create_histogram(
+    attributes.METRIC_REQUEST_DURATION, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL
+)
+
+
+class Answer:
+    """What has been said so far, and the events that say it."""
+
+    def __init__(
+        self, job: Job, request: pb.GenerateRequest, tokenizer: Tokenizer, labels: dict[str, str]
+    ) -> None:
+        self._job = job
+        self._labels = labels
+        self._with_ids = request.stream.include_token_ids
+        self._text = TextStream(tokenizer.decode, job.sampling.stop)
+        self._offset = len(job.resume_ids)
+        self._first: float | None = None
+        self._last: float | None = None
+        self._end: End | None = None
+        self.done = False
+        self.outcome = "unfinished"
+        # What a caller has already may hold all there is to say.
+        self._replayed = self._text.feed(job.resume_ids)
+
+    @property
+    def complete_already(self) -> bool:
+        """Whether the tokens that came with the request leave nothing to generate."""
+        return self._replayed.stopped is not None or self._offset >= self._job.sampling.max_tokens
+
+    def take(self, arrival: Arrival) -> list[pb.GenerateResponse]:
+        """The events for what arrived."""
+        responses = []
+        if (move := arrival.move) is not None:
+            change = pb.RouteChange(
+                to=move.target, reason=move.reason, attempt=move.attempt, **{"from": move.origin}
+            )
+            responses.append(pb.GenerateResponse(route_change=change))
+        now = time.monotonic()
+        piece = self._text.feed(arrival.ids)
+        if arrival.ids:
+            if self._first is None:
+                self._first = now
+                self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
+            self._last = now
+        if arrival.ids:
+            responses.append(self._delta(arrival, piece.used, piece.text))
+        if piece.stopped is not None or arrival.end is not None:
+            self._end = arrival.end
+            responses += self.rest(piece.stopped, wasted=len(arrival.ids) - piece.used)
+        return responses
+
+    def rest(self, stopped: str | None = None, *, wasted: int = 0) -> list[pb.GenerateResponse]:
+        """The last events: what text was kept back, if any, and the finish.
+
+        The text comes in a delta of its own, without tokens: what the deltas before said is then a function
+        of their tokens alone, and one who carries on from these misses nothing and hears nothing twice.
+        """
+        stopped = stopped if stopped is not None else self._replayed.stopped
+        last = self._text.flush() if stopped is None else Piece("", 0)
+        kept_back = [self._delta(Arrival([], [], None), 0, last.text)] if last.text else []
+        return [*kept_back, self._finish(stopped if stopped is not None else last.stopped, wasted)]
+
+    def _finish(self, stopped: str | None, wasted: int) -> pb.GenerateResponse:
+        self.done = True
+        finish = pb.Finish(
+            reason=pb.FINISH_REASON_STOP_SEQUENCE
+            if stopped is not None
+            else self._end.reason
+            if self._end is not None
+            else pb.FINISH_REASON_LENGTH,
+            stop_sequence=stopped or "",
+            usage=pb.Usage(
+                prompt_tokens=len(self._job.prompt_ids),
+                cached_tokens=self._end.usage.cached_tokens if self._end is not None else 0,
+                completion_tokens=self._offset,
+                replayed_tokens=self._job.history.replayed or len(self._job.resume_ids),
+                wasted_tokens=self._job.history.wasted + wasted,
+            ),
+        )
+        timing = finish.timing
+        now = time.monotonic()
+        job = self._job
+        if self._end is not None:
+            timing.prefill.CopyFrom(self._end.timing.prefill)
+        if job.submitted is not None:
+            timing.queue.FromNanoseconds(_nanoseconds(job.submitted - job.arrived))
+        if self._first is not None and self._last is not None:
+            timing.first_token.FromNanoseconds(_nanoseconds(self._first - job.arrived))
+            timing.decode.FromNanoseconds(_nanoseconds(self._last - self._first))
+        timing.total.FromNanoseconds(_nanoseconds(now - job.arrived))
+        self.outcome = pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
+        return pb.GenerateResponse(finish=finish)
+
+    def record(self, outcome: str) -> None:
+        """Book the request in metrics and on its span, however it ended."""
+        job, now = self._job, time.monotonic()
+        new_tokens = self._offset - len(job.resume_ids)
+        _requests.add(1, {**self._labels, attributes.OUTCOME: outcome})
+        _tokens.add(new_tokens, self._labels)
+        _duration.record(now - job.arrived, {**self._labels, attributes.OUTCOME: outcome})
+        if self._first is not None and self._last is not None:
+            _ttft.record(self._first - job.arrived, self._labels)
+            if new_tokens > 1:
+                _tpot.record((self._last - self._first) / (new_tokens - 1), self._labels)
+        job.span.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: outcome})
+        job.span.set_attributes(
+            {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}
+        )
+
+    def _delta(self, arrival: Arrival, used: int, text: str) -> pb.GenerateResponse:
+        delta = pb.Delta(offset=self._offset, token_count=used, text=text, logprobs=arrival.logprobs[:used])
+        if self._with_ids:
+            delta.token_ids.extend(arrival.ids[:used])
+        self._offset += used
+        return pb.GenerateResponse(delta=delta)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

@@ -1,0 +1,64 @@
+"""Decide what becomes of a job whose attempt at a worker ended badly.
+
+Plain functions over the job's history. A worker that fails is the batcher's to hide, within bounds: the
+answer goes on elsewhere from the tokens that arrived. A request that may be what kills workers is not
+carried from one to the next.
+"""
+
+from __future__ import annotations
+
+from headrace import errors
+from headrace.batcher.job import Job
+
+RESUMES = 2  # after the loss of a worker
+SILENT_LOSSES = 2  # in a row: workers lost before the request showed a token
+FAULT_RETRIES = 1
+
+
+def workers_fault(error: errors.HeadraceError) -> bool:
+    """Whether *error* speaks against the worker: what opens its circuit breaker."""
+    return isinstance(error, errors.WorkerLost | errors.SequenceFault)
+
+
+def carry_on(job: Job, error: errors.HeadraceError) -> None:
+    """Book the end of the job's attempt; return if another one should follow.
+
+    A worker that hands its work back on stopping costs no try: a rolling restart may do so at every
+    worker. Raises what the caller should hear if there is nothing more to be done.
+    """
+    history = job.history
+    history.reason = error.reason
+    if isinstance(error, errors.WorkerDraining):
+        return
+    if isinstance(error, errors.SequenceFault):
+        history.faults += 1
+        if history.faults > FAULT_RETRIES:
+            raise error
+        return
+    # A worker that refuses for want of room is no better than a lost one: go elsewhere, but not for ever.
+    if not isinstance(error, errors.Unavailable | errors.Overloaded):
+        raise error
+    history.losses += 1
+    if isinstance(error, errors.WorkerLost):
+        history.silent_losses = 0 if job.answered > history.started_at else history.silent_losses + 1
+    if history.silent_losses >= SILENT_LOSSES:
+        raise errors.PoisonRequest(
+            f"{history.silent_losses} workers in a row were lost while they took this request in; it is not "
+            "given to another one. If smaller requests work, report this one",
+            attempts=job.attempt + 1,
+        )
+    if history.losses > RESUMES:
+        raise errors.WorkerLost(
+            f"{history.losses} workers were lost during this answer, the last one: {error.message}; "
+            "carry on with `resume`",
+            attempts=job.attempt + 1,
+        )
+
+
+def on_probation(job: Job) -> bool:
+    """Whether the job may be what its last worker died of.
+
+    Such a job goes to a worker where no other is on probation: if that one dies as well, it is known of
+    whom, and no neighbour is taken for the culprit.
+    """
+    return job.history.silent_losses > 0

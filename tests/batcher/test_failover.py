@@ -1,0 +1,308 @@
+"""A worker may die at any token: the caller reads the same answer as if it had not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from headrace import errors
+from headrace.client import Client
+from headrace.v1 import generation_pb2 as pb
+from headrace.worker.engine.echo import EchoEngine
+from tests.harness import Answer, collect, eventually, prompt
+from tests.tier import OracleEngine, Tier, Trap, running_tier
+
+TOKENS = 24
+
+# What an answer may depend on besides its ids; each makes another answer of the same prompt.
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 1.0, "seed": 7},
+    "penalties": {"seed": 3, "presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
+    "logprobs": {"seed": 5, "logprobs": True},
+    "stops": {"seed": 11, "stop": ["ba", "jjj", "e a", "- "]},
+    "minimum": {"seed": 13, "min_tokens": 20},
+}
+
+
+def request(kind: str, **more: Any) -> pb.GenerateRequest:
+    return prompt("what the oracle says", max_tokens=TOKENS, ignore_eos=True, **KINDS[kind], **more)
+
+
+def same(left: Answer, right: Answer) -> None:
+    """Assert that two answers are equal, byte for byte."""
+    assert left.text == right.text
+    assert left.ids == right.ids
+    assert left.logprobs == right.logprobs
+    assert left.finish.reason == right.finish.reason
+    assert left.finish.stop_sequence == right.finish.stop_sequence
+    assert left.finish.usage.completion_tokens == right.finish.usage.completion_tokens
+
+
+@pytest.fixture(scope="module")
+async def pair() -> AsyncGenerator[Tier, None]:
+    """Two workers whose wires can be cut."""
+    async with running_tier([OracleEngine(), OracleEngine()]) as tier:
+        yield tier
+
+
+async def whole(tier: Tier) -> None:
+    """Wait until both workers are there."""
+    await eventually(lambda: len(tier.batcher.coalescer.pool.ready()) == 2)
+
+
+async def cut(tier: Tier, trap: Trap) -> None:
+    """Cut off the worker that stands in *trap*, after all that it said has arrived."""
+    if not tier.batcher.coalescer.live:
+        trap.open()
+        return
+    (job,) = tier.batcher.coalescer.live
+    attempt, serving = job.attempt, tier.serving
+    await eventually(lambda: job.answered == trap.offset or job not in tier.batcher.coalescer.live)
+    if job not in tier.batcher.coalescer.live:  # at a stop text the caller has all, the worker not yet
+        trap.open()
+        return
+    tier.wires[serving].reset()
+    # Both ends have noticed before it goes on, else its engine would run into the next trap.
+    await eventually(lambda: job.attempt > attempt or job.inbox.closed)
+    await eventually(lambda: not tier.workers[serving].sessions.live)
+    trap.open()
+
+
+async def interrupted(tier: Tier, asked: pb.GenerateRequest, *offsets: int) -> Answer:
+    """Read the answer while the worker that has it is cut off as it draws the token of each offset."""
+    await whole(tier)
+    traps = [Trap(offset) for offset in offsets]
+
+    def drew(offset: int) -> None:
+        for trap in traps:
+            trap(offset)
+
+    for engine in tier.engines:
+        engine.drew = drew  # type: ignore[attr-defined]
+    reading = asyncio.create_task(collect(tier.client, asked, timeout=30))
+    for trap in traps:
+        sprung = asyncio.create_task(trap.sprung.wait())
+        await asyncio.wait({sprung, reading}, return_when=asyncio.FIRST_COMPLETED)
+        if not trap.sprung.is_set():
+            sprung.cancel()  # the answer was over before
+            break
+        await cut(tier, trap)
+    answer = await reading
+    for engine in tier.engines:
+        engine.drew = None  # type: ignore[attr-defined]
+    return answer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_worker_lost_at_any_token_changes_nothing(pair: Tier, kind: str) -> None:
+    expected = await collect(pair.client, request(kind))
+    assert expected.tokens > 4
+
+    for offset in range(expected.tokens + 1):
+        answer = await interrupted(pair, request(kind), offset)
+
+        same(answer, expected)
+        if offset < expected.tokens and kind != "stops":
+            assert answer.finish.usage.replayed_tokens == offset
+
+
+async def test_without_a_seed_the_one_that_was_drawn_stays_in_force(pair: Tier) -> None:
+    asked = prompt("any seed", max_tokens=TOKENS, ignore_eos=True)
+    answer = await interrupted(pair, asked, 9)
+
+    asked.sampling.seed = answer.accepted.seed
+    same(answer, await collect(pair.client, asked))
+
+
+async def test_two_losses_are_hidden_and_the_replayed_tokens_are_counted(pair: Tier) -> None:
+    expected = await collect(pair.client, request("sampled"))
+    answer = await interrupted(pair, request("sampled"), 6, 15)
+
+    same(answer, expected)
+    assert answer.finish.usage.replayed_tokens == 6 + 15
+
+
+async def test_a_third_loss_is_told_and_the_caller_can_carry_on_by_itself(pair: Tier) -> None:
+    expected = await collect(pair.client, request("sampled"))
+    with pytest.raises(errors.WorkerLost, match="resume") as caught:
+        await interrupted(pair, request("sampled"), 3, 8, 13)
+    assert caught.value.fields["attempts"] == "3"
+    await whole(pair)
+
+    resumed = request("sampled")
+    resumed.resume.token_ids.extend(expected.ids[:10])
+    rest = await collect(pair.client, resumed)
+    assert expected.ids[10:] == rest.ids
+
+
+async def test_a_caller_that_asks_hears_where_its_answer_went(pair: Tier) -> None:
+    asked = request("sampled")
+    asked.stream.include_route_changes = True
+    await whole(pair)
+    trap = Trap(5)
+    for engine in pair.engines:
+        engine.drew = trap  # type: ignore[attr-defined]
+    events: list[pb.GenerateResponse] = []
+
+    async def read() -> None:
+        async with aclosing(pair.client.generate(asked, timeout=30)) as stream:
+            events.extend([event async for event in stream])
+
+    reading = asyncio.create_task(read())
+    await trap.sprung.wait()
+    await cut(pair, trap)
+    await reading
+    for engine in pair.engines:
+        engine.drew = None  # type: ignore[attr-defined]
+
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds.count("route_change") == 1
+    assert kinds[0] == "accepted"
+    assert kinds[-1] == "finish"
+    change = next(event.route_change for event in events if event.HasField("route_change"))
+    assert (change.reason, change.attempt) == ("WORKER_LOST", 1)
+    assert change.to == "worker"
+    offset = 0
+    for event in events:
+        if event.HasField("delta"):
+            assert event.delta.offset == offset
+            offset += event.delta.token_count
+
+
+async def test_the_same_worker_carries_on_when_it_comes_back() -> None:
+    trap = Trap(7)
+    async with running_tier([OracleEngine(drew=trap)]) as tier:
+        asked = request("sampled")
+        reading = asyncio.create_task(collect(tier.client, asked))
+        await trap.sprung.wait()
+        tier.wires[0].cut()
+        trap.open()
+        await eventually(lambda: not tier.batcher.coalescer.pool.ready())
+        await tier.wires[0].join()
+
+        same(await reading, await collect(tier.client, asked))
+
+
+async def test_what_waits_for_a_worker_that_does_not_come_back_is_told() -> None:
+    async with running_tier([EchoEngine(step_seconds=0.01)], failover_seconds=0.3) as tier:
+        reading = asyncio.create_task(
+            collect(tier.client, prompt("x", max_tokens=900, ignore_eos=True), timeout=30)
+        )
+        await eventually(lambda: tier.workers[0].sessions.live)
+        tier.wires[0].cut()
+
+        with pytest.raises(errors.WorkerLost, match="no worker was ready"):
+            await reading
+
+
+async def killed_by(client: Client, text: str) -> errors.HeadraceError:
+    with pytest.raises(errors.HeadraceError) as caught:
+        await collect(client, prompt(text), timeout=30)
+    return caught.value
+
+
+async def test_a_prompt_that_kills_each_worker_stops_after_two_and_no_neighbour_suffers() -> None:
+    """Three workers: the prompt meets two. Neighbours that were taken in beside it get their answers."""
+    wires: list[Any] = []
+
+    class Mortal(EchoEngine):
+        """Dies, as seen from outside, when it takes in a prompt with "poison"."""
+
+        def step(self, rows, *rest):  # type: ignore[no-untyped-def]
+            for row in rows:
+                if row.start == 0 and bytes(id for id in row.ids[:6] if id < 256) == b"poison":
+                    loop.call_soon_threadsafe(wires[engines.index(self)].reset)
+                    dead.wait(0.3)  # nothing of this step is heard
+            return super().step(rows, *rest)
+
+    import threading
+
+    loop, dead = asyncio.get_running_loop(), threading.Event()
+    engines = [Mortal(), Mortal(), Mortal()]
+    async with running_tier(engines) as tier:
+        wires.extend(tier.wires)
+        bad = asyncio.create_task(killed_by(tier.client, "poison"))
+        good = [asyncio.create_task(collect(tier.client, prompt(f"good {n} " * 9))) for n in range(12)]
+
+        error = await bad
+        assert isinstance(error, errors.PoisonRequest)
+        assert error.fields["attempts"] == "2"
+        assert [(await task).text for task in good] == [f"good {n} " * 9 for n in range(12)]
+
+
+class _Forgetful(EchoEngine):
+    """Raises in its first steps."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+
+    def step(self, rows, *rest):  # type: ignore[no-untyped-def]
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("out of memory")
+        return super().step(rows, *rest)
+
+
+async def test_a_fault_of_the_engine_is_tried_once_more_elsewhere() -> None:
+    async with running_tier([_Forgetful(99), EchoEngine()]) as tier:
+        assert [(await collect(tier.client, prompt(f"try {n}"))).text for n in range(4)] == [
+            f"try {n}" for n in range(4)
+        ]
+
+
+async def test_a_fault_that_happens_twice_is_told() -> None:
+    async with running_tier([_Forgetful(2)]) as tier:
+        with pytest.raises(errors.SequenceFault):
+            await collect(tier.client, prompt("x"))
+        assert (await collect(tier.client, prompt("again"))).text == "again"
+
+
+async def test_a_worker_that_stands_still_loses_its_work_and_its_late_tokens_do_not_count() -> None:
+    """The connection stays open, as when a process is stopped: only silence tells."""
+    async with running_tier([OracleEngine(step_seconds=0.01), OracleEngine(step_seconds=0.01)]) as tier:
+        asked = prompt("long", max_tokens=150, ignore_eos=True, seed=3)
+        expected = await collect(tier.client, asked)
+        reading = asyncio.create_task(collect(tier.client, asked, timeout=30))
+        await eventually(lambda: any(worker.sessions.live for worker in tier.workers))
+        frozen = tier.wires[tier.serving]
+        await asyncio.sleep(0.2)
+        frozen.freeze()
+        answer = await reading
+        frozen.thaw()
+
+        same(answer, expected)
+        await eventually(lambda: not any(link.outstanding for link in tier.batcher.coalescer.pool))
+
+
+async def test_an_engine_that_hangs_while_its_process_answers_loses_its_work() -> None:
+    trap = Trap(40)
+    async with running_tier([OracleEngine(drew=trap, step_seconds=0.005) for _ in range(2)]) as tier:
+        asked = prompt("long", max_tokens=80, ignore_eos=True, seed=3)
+        reading = asyncio.create_task(collect(tier.client, asked, timeout=30))
+        await trap.sprung.wait()
+        answer = await reading
+        trap.open()
+
+        same(answer, await collect(tier.client, asked))
+
+
+async def test_a_drained_worker_hands_its_answers_over() -> None:
+    async with running_tier(
+        [OracleEngine(step_seconds=0.01), OracleEngine(step_seconds=0.01)],
+        worker_settings={"drain_seconds": 0.1},
+    ) as tier:
+        asked = prompt("long", max_tokens=100, ignore_eos=True, seed=3)
+        expected = await collect(tier.client, asked)
+        reading = [asyncio.create_task(collect(tier.client, asked, timeout=30)) for _ in range(6)]
+        await eventually(lambda: all(worker.sessions.live for worker in tier.workers))
+        tier.workers[0].sessions.stop_admitting()
+        tier.workers[0].sessions.hand_back()
+
+        for answer in await asyncio.gather(*reading):
+            same(answer, expected)

@@ -1,0 +1,193 @@
+"""One tier inside the test's process: a batcher, several workers, and a wire to each that can be cut."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from headrace.batcher.__main__ import Batcher, batcher
+from headrace.batcher.settings import Settings as BatcherSettings
+from headrace.batcher.tokens import ByteTokenizer, Tokenizer
+from headrace.client import Client, connect
+from headrace.worker.__main__ import Worker
+from headrace.worker.engine.echo import EOS_ID, EchoEngine
+from headrace.worker.engine.seam import Engine, Fault, Row, Token
+from tests.harness import eventually, running_worker
+
+
+class OracleEngine(EchoEngine):
+    """Draws each token from a hash of all that it may depend on: prompt, answer so far, seed, sampling.
+
+    So an answer that was carried on from anything but its exact state is another answer, as it would be
+    with a model; and one that was carried on rightly is the same, byte for byte, as on an EXACT worker.
+
+    drew   called on the engine's thread with the answer's offset before each token is handed out
+    """
+
+    def __init__(self, *, drew: Callable[[int], None] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.drew = drew
+
+    def step(self, rows: Sequence[Row], *rest: Any) -> list[Token | Fault | None]:
+        results = super().step(rows, *rest)
+        for row, result in zip(rows, results, strict=True):
+            if self.drew is not None and result is not None:
+                self.drew(row.stop - row.prompt)
+        return [
+            result if result is None or isinstance(result, Fault) else oracle(row)
+            for row, result in zip(rows, results, strict=True)
+        ]
+
+
+def oracle(row: Row) -> Token:
+    """The token that follows the row's ids."""
+    params = row.params if row.params.temperature else replace(row.params, seed=0)  # greedy: no noise
+    state = (list(row.ids[: row.stop]), row.prompt, params)
+    number = int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=8).digest())
+    said = row.stop - row.prompt
+    if number % 64 == 0 and said >= row.params.min_tokens and not row.params.ignore_eos:
+        return Token(EOS_ID, 0.0)
+    letters = b"abcdefghij -"
+    return Token(letters[number // 64 % len(letters)], -(number % 997) / 100)
+
+
+class Wire:
+    """A TCP wire to a port on this machine, which can be cut and joined again.
+
+    port   where to connect
+    """
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self.port = 0
+        self.cuts = 0
+
+    async def join(self) -> None:
+        """Listen, on the same port as before."""
+        self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def cut(self) -> None:
+        """Reset every connection, and refuse new ones until joined again."""
+        self.cuts += 1
+        if self._server is not None:
+            self._server.close()
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset every connection; new ones are taken."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def freeze(self) -> None:
+        """Carry nothing more, with all connections open."""
+        self._flowing.clear()
+
+    def thaw(self) -> None:
+        """Carry on where it was frozen."""
+        self._flowing.set()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, far_writer}
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._pump(reader, far_writer))
+                tasks.create_task(self._pump(far_reader, writer))
+        finally:
+            self._writers -= {writer, far_writer}
+            writer.transport.abort()
+            far_writer.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                await self._flowing.wait()
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
+
+
+@dataclass
+class Tier:
+    """A running tier."""
+
+    client: Client
+    batcher: Batcher
+    workers: list[Worker] = field(default_factory=list)
+    wires: list[Wire] = field(default_factory=list)
+    engines: list[Engine] = field(default_factory=list)
+
+    @property
+    def serving(self) -> int:
+        """Which worker has sequences."""
+        return next(number for number, worker in enumerate(self.workers) if worker.sessions.live)
+
+
+@asynccontextmanager
+async def running_tier(
+    engines: Sequence[Engine],
+    *,
+    tokenizer: Tokenizer | None = None,
+    worker_settings: dict[str, Any] | None = None,
+    **settings: Any,
+) -> AsyncGenerator[Tier, None]:
+    """Start a worker for each of *engines*, a wire to each, and their batcher with *settings*."""
+    async with AsyncExitStack() as stack:
+        workers = [
+            await stack.enter_async_context(running_worker(engine, **(worker_settings or {})))
+            for engine in engines
+        ]
+        wires = [Wire(worker.server.port) for worker in workers]
+        for wire in wires:
+            await wire.join()
+            stack.callback(wire.cut)
+            stack.callback(wire.thaw)
+        targets = ",".join(f"127.0.0.1:{wire.port}" for wire in wires)
+        running = await stack.enter_async_context(
+            batcher(
+                BatcherSettings(port=0, tier="t", workers=targets, fake=True, drain_seconds=2.0, **settings),
+                tokenizer or ByteTokenizer(),
+                "b",
+            )
+        )
+        client = await stack.enter_async_context(connect(f"127.0.0.1:{running.server.port}", retries=0))
+        await eventually(lambda: len(running.coalescer.pool.ready()) == len(engines))
+        yield Tier(client, running, workers, wires, list(engines))
+
+
+class Trap:
+    """Stops an engine's thread before it hands out the token of an offset, until it is let go.
+
+    sprung   set on the event loop when the thread stands
+    """
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self._loop = asyncio.get_running_loop()
+        self._go = threading.Event()
+        self._used = False
+        self.sprung = asyncio.Event()
+
+    def __call__(self, offset: int) -> None:
+        if offset == self.offset and not self._used:
+            self._used = True
+            self._loop.call_soon_threadsafe(self.sprung.set)
+            self._go.wait(20)
+
+    def open(self) -> None:
+        """Let the thread go on."""
+        self._go.set()
