@@ -8,10 +8,10 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check protos bench clean
+.PHONY: help demo up test check protos bench bench-peers clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 14
 
 demo: $(INSTALLED) ## set up all there is to set up, bring a mesh up, send it mixed prompts, show what came of them
 	headrace demo
@@ -36,10 +36,14 @@ protos: $(INSTALLED) ## regenerate the stubs after a change of protos/
 	python -m grpc_tools.protoc -I protos --python_out=$(OUT) --grpc_python_out=$(OUT) \
 		--mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) protos/headrace/v1/*.proto
 
-bench: $(INSTALLED) ## measure the mesh against its engine alone, and the engine against transformers
+bench: $(INSTALLED) ## measure mesh and engine, beside the peers that `make bench-peers` has set up
 	python -m benchmarks.mesh
 	headrace fetch
-	python -m benchmarks.engine
+	python -m benchmarks.serving
+
+bench-peers: $(INSTALLED) ## set up what Headrace is measured against: vLLM, OpenVINO, llama.cpp, transformers
+	headrace fetch
+	python -m benchmarks.serving.peers
 
 clean: ## remove the environment and everything that was built; fetched models stay
 	rm -rf $(VENV) build dist services/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,166 @@
+"""What the machine is and what it is doing: who else computes, how much memory a tree of processes holds.
+
+A measurement is worth what the machine was quiet: `Window` tells how much of the CPU went to processes that
+have no part in it. Linux tells all of this in /proc; elsewhere `others` is 0, unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+QUIET = 0.10  # cores that others may use during a clean run
+_STAT = Path("/proc/stat")
+
+
+def describe() -> dict[str, object]:
+    """Name the machine, for the record beside its figures."""
+    cpu, flags = platform.processor() or platform.machine(), set[str]()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                cpu = value.strip()
+            if key.strip() == "flags":
+                flags = set(value.split())
+    return {
+        "cpu": cpu,
+        "cores": cores(),
+        "features": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of installed packages; those that are not installed are left out."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def tree(roots: Iterable[int]) -> list[psutil.Process]:
+    """The processes of these ids and all their descendants, each once."""
+    found: dict[int, psutil.Process] = {}
+    for root in roots:
+        with suppress(psutil.Error):
+            process = psutil.Process(root)
+            for each in (process, *process.children(recursive=True)):
+                found[each.pid] = each
+    return list(found.values())
+
+
+def resident(roots: Iterable[int]) -> int:
+    """Bytes of resident memory of process trees; pages that processes share count for each."""
+    total = 0
+    for process in tree(roots):
+        with suppress(psutil.Error):
+            total += process.memory_info().rss
+    return total
+
+
+def cpu_seconds(roots: Iterable[int]) -> float:
+    """CPU time that process trees have used, their ended children included."""
+    total = 0.0
+    for process in tree(roots):
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+            total += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+    return total
+
+
+def busy_seconds() -> float | None:
+    """CPU time that all processes of the machine have used; None where that is not told."""
+    if not _STAT.exists():
+        return None
+    fields = [int(part) for part in _STAT.read_text().split("\n", 1)[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Window:
+    """What happened between opening and closing: cores that we used, cores that others used.
+
+    roots    process trees that take part; this process always does
+    """
+
+    roots: Sequence[int]
+    own: float = 0.0
+    others: float = 0.0
+    peak_bytes: int = 0
+    _began: float = field(default=0.0, repr=False)
+    _busy: float | None = field(default=None, repr=False)
+    _cpu: float = field(default=0.0, repr=False)
+
+    @property
+    def clean(self) -> bool:
+        """Whether others left the machine to us."""
+        return self.others <= QUIET
+
+    def open(self) -> None:
+        """Start the window."""
+        self._cpu, self._busy = cpu_seconds(self._all), busy_seconds()
+        self._began = time.perf_counter()
+
+    def close(self) -> None:
+        """End it, and book what was used."""
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        busy, own = busy_seconds(), cpu_seconds(self._all) - self._cpu
+        self.own = own / seconds
+        if busy is not None and self._busy is not None:
+            self.others = max(0.0, (busy - self._busy - own) / seconds)
+
+    @property
+    def _all(self) -> set[int]:
+        return {os.getpid(), *self.roots}
+
+
+@asynccontextmanager
+async def watched(roots: Sequence[int], *, every: float = 0.25) -> AsyncGenerator[Window, None]:
+    """Watch process trees while the block runs: CPU of ours and of others, peak of resident memory."""
+    window = Window(roots)
+
+    async def sample() -> None:
+        while True:
+            window.peak_bytes = max(window.peak_bytes, resident(roots))
+            await asyncio.sleep(every)
+
+    window.open()
+    sampling = asyncio.create_task(sample())
+    try:
+        yield window
+    finally:
+        sampling.cancel()
+        window.close()
+        window.peak_bytes = max(window.peak_bytes, resident(roots))
+
+
+async def until_quiet(patience: float, roots: Sequence[int] = ()) -> float:
+    """Wait until others let go of the CPU, at most *patience* seconds; return the cores they use."""
+    ends = time.monotonic() + patience
+    while True:
+        window = Window(roots)
+        window.open()
+        await asyncio.sleep(0.5)
+        window.close()
+        if window.clean or time.monotonic() >= ends:
+            return window.others

@@ -1,0 +1,88 @@
+"""Write a default model in the formats that peers read: `python -m benchmarks.serving.convert --help`.
+
+bf16   a folder as transformers saves it, with tokenizer, from the dequantised gguf that Headrace loads
+w8a8   from such a folder, compressed-tensors as vLLM reads them: int8 weights with a scale per output
+       channel, rounded to nearest; activations quantised as they come, with a scale per token
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from headrace import models
+from headrace.worker.engine.gguf_weights import dequantised
+
+WEIGHTS = "model.safetensors"
+
+
+def to_bf16(model: str, target: Path) -> None:
+    """Write the model folder with bfloat16 weights and the tokenizer."""
+    cache = models.cache_folder()
+    path = models.resolve(model, cache)
+    folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=print)
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    network.save_pretrained(target)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(target)
+
+
+def to_w8a8(source: Path, target: Path) -> None:
+    """Quantise the projections of a bf16 folder; embeddings, norms and head stay."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(WEIGHTS))
+    tensors = {}
+    for name, weight in load_file(source / WEIGHTS).items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight
+            continue
+        scale = weight.float().abs().amax(1, keepdim=True) / 127
+        tensors[name] = (weight.float() / scale).round().clamp(-127, 127).to(torch.int8)
+        tensors[f"{name}_scale"] = scale.to(torch.bfloat16)
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": _scheme("channel", dynamic=False),
+                "input_activations": _scheme("token", dynamic=True),
+            }
+        },
+    }
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def _scheme(strategy: str, *, dynamic: bool) -> dict[str, object]:
+    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+
+
+def main() -> None:
+    """Parse arguments and convert."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("format", choices=("bf16", "w8a8"))
+    parser.add_argument("source", help="a default model's name for bf16, a bf16 folder for w8a8")
+    parser.add_argument("target", type=Path, help="the folder to make")
+    arguments = parser.parse_args()
+    if arguments.format == "bf16":
+        to_bf16(arguments.source, arguments.target)
+    else:
+        to_w8a8(Path(arguments.source), arguments.target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""From arrival times to figures, in the words of `vllm bench serve`.
+
+TTFT    from sending a request to its first token
+TPOT    of one request, the mean time per token after the first: (last - first) / (tokens - 1)
+ITL     the gaps between the messages that bring a request's tokens, all requests together
+E2EL    from sending a request to its last token
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+
+@dataclass
+class Answer:
+    """What came of one request; times in seconds on one clock.
+
+    arrivals   when a message came, and how many tokens it brought
+    """
+
+    request: int
+    wanted: int
+    sent: float
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that came."""
+        return sum(count for _, count in self.arrivals)
+
+    @property
+    def ttft(self) -> float:
+        """Time to the first token."""
+        return self.arrivals[0][0] - self.sent
+
+    @property
+    def e2el(self) -> float:
+        """Time to the last token."""
+        return self.arrivals[-1][0] - self.sent
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per token after the first; None for an answer of one token."""
+        if self.tokens < 2:
+            return None
+        return (self.arrivals[-1][0] - self.arrivals[0][0]) / (self.tokens - 1)
+
+    @property
+    def gaps(self) -> list[float]:
+        """Times between messages."""
+        return [later - earlier for (earlier, _), (later, _) in pairwise(self.arrivals)]
+
+
+class WrongLength(Exception):
+    """An answer has not the number of tokens that was asked for: its run counts for nothing."""
+
+
+def check(answers: Sequence[Answer]) -> None:
+    """Raise WrongLength unless every answer has exactly the tokens that were asked for."""
+    for answer in answers:
+        if answer.tokens != answer.wanted:
+            raise WrongLength(
+                f"request {answer.request} was to get {answer.wanted} tokens and got {answer.tokens}"
+            )
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Interpolate linearly between the two nearest ranks, as numpy does; *values* are not empty."""
+    ordered = sorted(values)
+    rank = (len(ordered) - 1) * percent / 100
+    low = math.floor(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def figures(answers: Sequence[Answer], seconds: float) -> dict[str, float]:
+    """Sum up a run of *seconds*: rates per second, times in milliseconds."""
+    tokens = sum(answer.tokens for answer in answers)
+    kept = {
+        "requests": float(len(answers)),
+        "output_tokens": float(tokens),
+        "duration_s": seconds,
+        "output_tokens_per_s": tokens / seconds,
+        "requests_per_s": len(answers) / seconds,
+    }
+    times = {
+        "ttft": [answer.ttft for answer in answers],
+        "tpot": [answer.tpot for answer in answers if answer.tpot is not None],
+        "itl": [gap for answer in answers for gap in answer.gaps],
+        "e2el": [answer.e2el for answer in answers],
+    }
+    for name, values in times.items():
+        if not values:
+            continue
+        kept[f"{name}_mean_ms"] = statistics.fmean(values) * 1e3
+        for percent in (50, 90, 99):
+            kept[f"{name}_p{percent}_ms"] = percentile(values, percent) * 1e3
+    return kept
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure over the repetitions."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(runs: Sequence[Mapping[str, float]], name: str) -> Spread | None:
+    """Median and range of one figure; None if no run has it."""
+    values = [run[name] for run in runs if name in run]
+    return Spread(statistics.median(values), min(values), max(values)) if values else None

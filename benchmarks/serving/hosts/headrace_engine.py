@@ -1,0 +1,91 @@
+"""Headrace's engine without the mesh: its step loop, as a worker runs it, fed with token ids."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.serving.hosts.pipe import Pipe
+from headrace.worker.engine.loop import EngineLoop, StepReport
+from headrace.worker.engine.scheduler import LiveSequence
+from headrace.worker.engine.seam import Engine, SamplingParams
+from headrace.worker.settings import Settings
+
+CAN_CACHE = "prefix_cache" in Settings.model_fields
+
+
+def load(model: str, dtype: str, threads: int, say: Callable[[str], None] = print, **limits: int) -> Engine:
+    """Load a model as a worker does; "echo" is the engine without one.
+
+    limits   context_length and max_running, where not the defaults
+    """
+    if model == "echo":
+        from headrace.worker.engine.echo import EchoEngine
+
+        return EchoEngine()
+    from headrace import models
+    from headrace.worker.engine.loading import load_engine
+
+    cache = models.cache_folder()
+    return load_engine(
+        models.resolve(model, cache),
+        name=model,
+        cache=cache,
+        tokenizer_fingerprint="",
+        dtype=dtype,
+        threads=threads,
+        progress=say,
+        **limits,  # type: ignore[arg-type]
+    )
+
+
+def start(
+    engine: Engine,
+    report: Callable[[StepReport[int]], None],
+    *,
+    step_tokens: int = 0,
+    prefix_cache: bool = False,
+) -> EngineLoop[int]:
+    """Start the step loop as a worker would.
+
+    step_tokens    0 takes the worker's default
+    prefix_cache   off, unless it is what is measured: repetitions of a workload would find themselves
+    """
+    steps = step_tokens or Settings(fake=True).tokens_per_step
+    caching: dict[str, Any] = {"prefix_cache": prefix_cache} if CAN_CACHE else {}
+    loop: EngineLoop[int] = EngineLoop(engine, report=report, step_tokens=steps, **caching)
+    loop.start()
+    return loop
+
+
+def sequence(key: int, ids: Sequence[int], tokens: int) -> LiveSequence[int]:
+    """A greedy request for exactly *tokens* tokens."""
+    params = SamplingParams(seed=0, max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    return LiveSequence(key, list(ids), len(ids), params, None, time.monotonic())
+
+
+def main() -> None:
+    """Load, then serve the pipe."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    pipe = Pipe()
+    engine = load(arguments.model, arguments.dtype, arguments.threads)
+
+    def hear(report: StepReport[int]) -> None:
+        pipe.tokens((update.sequence.key, update.token_ids) for update in report.updates if update.token_ids)
+
+    loop = start(engine, hear)
+    pipe.ready({"dtype": engine.model.dtype, "exact": str(engine.model.exact)})
+    while (asks := pipe.take(wait=True)) is not None:
+        for ask in asks:
+            loop.submit(sequence(ask.key, ask.prompt, ask.tokens))
+    loop.stop()
+
+
+if __name__ == "__main__":
+    main()

