@@ -40,6 +40,8 @@ bench: $(INSTALLED) ## measure mesh and engine, beside the peers that `make benc
 	python -m benchmarks.mesh
 	headrace fetch
 	python -m benchmarks.serving
+	python -m benchmarks.scaling
+	python -m benchmarks.quality
 
 bench-peers: $(INSTALLED) ## set up what Headrace is measured against: vLLM, OpenVINO, llama.cpp, transformers
 	headrace fetch

@@ -1,0 +1,300 @@
+"""How the engine's cost grows, and how near it comes to what the machine could do.
+
+    python -m benchmarks.scaling [--model smollm2-135m-instruct ...] [--dtype int8 bfloat16]
+
+steps      decode steps of 1 to 64 sequences, and of 8 sequences with 128 to 4096 tokens before them, beside
+           the roofline of this machine, measured in the same run: the products of the same rows with the
+           same weights and reading the keys and values, or reading all of it from memory, if that is longer
+profile    where the time of a step goes, as torch sees it; kernels that are not torch's are outside of it
+stall      time to first token of 16 tokens while 4000 others are prefilled, and of the same alone
+prefix     time to first token in conversations that grow, with the prefix cache and without
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from benchmarks import machine, roofline
+from benchmarks.serving.hosts.headrace_engine import CAN_CACHE, load, sequence, start
+from benchmarks.stepping import release, row
+from headrace import models
+from headrace.worker.engine.gguf_weights import dequantised
+from headrace.worker.engine.loop import StepReport
+from headrace.worker.settings import Settings
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS = (128, 512, 1024, 2048, 4096)
+CONTEXT_ROWS = 8
+STEPS, SECONDS = 24, 4.0
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+def decode_seconds(engine: Any, rows: int, context: int) -> float:
+    """Median time of a decode step of *rows* sequences with *context* tokens each.
+
+    What their KV memory holds is whatever was there: the time does not depend on it.
+    """
+    ids = [1 + number % 1000 for number in range(context)]
+    room = context
+    step = [row(engine.model, number, context - 1, ids, room=room) for number in range(rows)]
+    engine.step(step)
+    times: list[float] = []
+    while len(times) < STEPS and sum(times) < SECONDS:
+        began = time.perf_counter()
+        engine.step(step)
+        times.append(time.perf_counter() - began)
+    release(engine, rows)
+    return statistics.median(times)
+
+
+def steps(engine: Any, dtype: str, shapes: roofline.Shapes, bandwidth: float) -> list[dict[str, float]]:
+    """Time decode steps beside their limits."""
+    cells = [(rows, 128) for rows in ROWS if rows <= engine.model.max_running]
+    cells += [(CONTEXT_ROWS, context) for context in CONTEXTS[1:] if context <= engine.model.context_length]
+    products = {
+        rows: roofline.products(dtype, shapes.layers, rows) for rows in sorted({rows for rows, _ in cells})
+    }
+    kept = []
+    for rows, context in cells:
+        seconds = decode_seconds(engine, rows, context)
+        # Keys and values are kept in 16 bits where weights have 8.
+        cached = rows * context * shapes.kv_values * max(BYTES[dtype], 2)
+        memory = (shapes.weights * BYTES[dtype] + cached) / bandwidth
+        limit = max(products[rows] + cached / bandwidth, memory)
+        kept.append(
+            {
+                **{"rows": rows, "context": context, "step_ms": seconds * 1e3},
+                **{"tokens_per_s": rows / seconds, "products_ms": products[rows] * 1e3},
+                **{"memory_ms": memory * 1e3, "of_limit": limit / seconds},
+            }
+        )
+    return kept
+
+
+def profile(engine: Any, rows: int = 8, context: int = 128, count: int = 8) -> dict[str, float]:
+    """Shares of a decode step by operator, of the time that torch's profiler saw on the CPU."""
+    ids = [1] * context
+    step = [row(engine.model, number, context - 1, ids, room=context) for number in range(rows)]
+    engine.step(step)
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        for _ in range(count):
+            engine.step(step)
+    took = (time.perf_counter() - began) * 1e6
+    release(engine, rows)
+    shares: dict[str, float] = {}
+    for event in seen.key_averages():
+        kind = _kind(event.key)
+        shares[kind] = shares.get(kind, 0.0) + event.self_cpu_time_total / took
+    shares["outside of torch"] = max(0.0, 1 - sum(shares.values()))
+    return shares
+
+
+def _kind(operator: str) -> str:
+    name = operator.lower()
+    if "attention" in name or "bmm" in name or "softmax" in name:
+        return "attention"
+    if "linear" in name or "mm" in name or "mkldnn" in name or "onednn" in name:
+        return "linear layers"
+    if "argmax" in name or "topk" in name or "sort" in name or "multinomial" in name:
+        return "sampling"
+    return "other operators"
+
+
+class Clock:
+    """Hears of steps, and notes when each sequence got its first token and when it was complete."""
+
+    def __init__(self) -> None:
+        self._news = threading.Condition()
+        self.first: dict[int, float] = {}
+        self.ended: dict[int, list[int]] = {}
+        self.steps = 0
+
+    def hear(self, report: StepReport[int]) -> None:
+        """Take a step's report; called on the engine's thread."""
+        now = time.perf_counter()
+        with self._news:
+            self.steps += report.rows > 0
+            for update in report.updates:
+                if update.token_ids:
+                    self.first.setdefault(update.sequence.key, now)
+                if update.ending is not None:
+                    self.ended[update.sequence.key] = list(update.sequence.ids)
+            self._news.notify_all()
+
+    def wait(self, *keys: int) -> None:
+        """Wait until these sequences have ended."""
+        with self._news:
+            self._news.wait_for(lambda: all(key in self.ended for key in keys), timeout=600)
+
+    def wait_steps(self, count: int) -> None:
+        """Wait until so many steps were computed."""
+        with self._news:
+            self._news.wait_for(lambda: self.steps >= count, timeout=600)
+
+
+def stall(engine: Any, long: int = 4000, short: int = 16, tries: int = 2) -> dict[str, float]:
+    """Time to first token of a short prompt, alone and while a long one is being prefilled."""
+    vocabulary = engine.model.vocabulary_size
+    long = min(long, engine.model.context_length - 2)
+    times: dict[str, list[float]] = {"alone": [], "beside": [], "long": []}
+    clock = Clock()
+    loop = start(engine, clock.hear)
+    key = 0
+    for turn in range(tries + 1):
+        for what in ("alone", "beside"):
+            ids = [(turn * 7919 + key * 31 + number * 13) % vocabulary for number in range(long)]
+            key += 2
+            if what == "beside":
+                began = time.perf_counter()
+                already = clock.steps
+                loop.submit(sequence(key, ids, 1))
+                clock.wait_steps(already + 1)
+            sent = time.perf_counter()
+            loop.submit(sequence(key + 1, ids[::-1][:short], 8))
+            clock.wait(key + 1)
+            if turn:  # the first turn warms up
+                times[what].append(clock.first[key + 1] - sent)
+            if what == "beside":
+                clock.wait(key)
+                if turn:
+                    times["long"].append(clock.first[key] - began)
+    loop.stop()
+    return {f"{what}_ms": statistics.median(values) * 1e3 for what, values in times.items()}
+
+
+def conversations(
+    engine: Any, *, prefix_cache: bool, chats: int = 4, turns: int = 4, system: int = 400, said: int = 40
+) -> dict[str, float]:
+    """Let *chats* conversations with one system prompt take *turns* turns, all at once."""
+    vocabulary = engine.model.vocabulary_size
+    clock, ttft = Clock(), []
+    loop = start(engine, clock.hear, prefix_cache=prefix_cache)
+    histories = [[(7 * number) % vocabulary for number in range(system)] for _ in range(chats)]
+    began = time.perf_counter()
+    for turn in range(turns):
+        sent = {}
+        for chat, history in enumerate(histories):
+            history += [(1000 * chat + 100 * turn + 3 * number) % vocabulary for number in range(said)]
+            sent[turn * chats + chat] = time.perf_counter()
+            loop.submit(sequence(turn * chats + chat, history, 24))
+        clock.wait(*sent)
+        ttft += [clock.first[key] - at for key, at in sent.items()]
+        histories = [list(clock.ended[turn * chats + chat]) for chat in range(chats)]
+    seconds = time.perf_counter() - began
+    loop.stop()
+    return {"ttft_p50_ms": statistics.median(ttft) * 1e3, "total_s": seconds}
+
+
+def measure(model: str, dtype: str, threads: int, bandwidth: float) -> dict[str, Any]:
+    """Measure one model in one dtype."""
+    cache = models.cache_folder()
+    path = models.resolve(model, cache)
+    folder = path
+    if path.suffix == ".gguf":
+        folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=print)
+    shapes = roofline.shapes(AutoConfig.from_pretrained(folder))
+    engine: Any = load(model, dtype, threads, context_length=4224, max_running=max(ROWS))
+    window = machine.Window([])
+    window.open()
+    found: dict[str, Any] = {"model": model, "dtype": dtype}
+    for name, work in (
+        ("steps", lambda: steps(engine, dtype, shapes, bandwidth)),
+        ("profile", lambda: profile(engine)),
+        ("stall", lambda: stall(engine)),
+        ("without_cache", lambda: conversations(engine, prefix_cache=False)),
+        ("with_cache", lambda: conversations(engine, prefix_cache=True) if CAN_CACHE else None),
+    ):
+        print(f"{model} {dtype}: {name.replace('_', ' ')} ...", flush=True)
+        found[name] = work()
+    window.close()
+    return {**found, "others": window.others}
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print what was measured of one model in one dtype."""
+    quiet = (
+        "" if found["others"] <= machine.QUIET else f"; NOT QUIET: others used {found['others']:.2f} cores"
+    )
+    table = Table(title=f"{found['model']} in {found['dtype']}: decode steps{quiet}")
+    for heading in (
+        "sequences",
+        "context",
+        "step ms",
+        "tokens/s",
+        "products ms",
+        "memory ms",
+        "of the limit",
+    ):
+        table.add_column(heading, justify="right")
+    for cell in found["steps"]:
+        table.add_row(
+            *(str(cell["rows"]), str(cell["context"]), f"{cell['step_ms']:.1f}"),
+            *(f"{cell['tokens_per_s']:.0f}", f"{cell['products_ms']:.1f}", f"{cell['memory_ms']:.1f}"),
+            f"{cell['of_limit']:.0%}",
+        )
+    console.print(table)
+    shares = sorted(found["profile"].items(), key=lambda share: -share[1])
+    console.print("a step of 8: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
+    late = found["stall"]
+    console.print(
+        f"first token of 16: {late['alone_ms']:.0f} ms alone, {late['beside_ms']:.0f} ms beside a prefill "
+        f"that takes {late['long_ms']:.0f} ms"
+    )
+    for name in ("without_cache", "with_cache"):
+        if found[name]:
+            console.print(
+                f"chats {name.replace('_', ' ')}: first token p50 {found[name]['ttft_p50_ms']:.0f} ms, "
+                f"all in {found[name]['total_s']:.1f} s"
+            )
+
+
+def main() -> None:
+    """Parse flags, measure, print, and write build/bench/scaling.json."""
+    known: Sequence[str] = get_args(Settings.model_fields["dtype"].annotation)
+    usual = [dtype for dtype in ("int8", "bfloat16") if dtype in known]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", nargs="+", default=[models.SMALL, models.LARGE])
+    parser.add_argument("--dtype", nargs="+", choices=[d for d in known if d != "auto"], default=usual)
+    parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bandwidth = roofline.bandwidth()
+    console = Console()
+    console.print(f"memory is read at {bandwidth / 1e9:.0f} GB/s by {arguments.threads} threads")
+    result: dict[str, Any] = {
+        "machine": machine.describe(),
+        "threads": arguments.threads,
+        "memory_bytes_per_s": bandwidth,
+        "engines": [],
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for model in arguments.model:
+        for dtype in arguments.dtype:
+            result["engines"].append(measure(model, dtype, arguments.threads, bandwidth))
+            show(result["engines"][-1], console)
+            (arguments.out / "scaling.json").write_text(json.dumps(result, indent=1))
+            gc.collect()
+    print(f"written to {arguments.out / 'scaling.json'}")
+
+
+if __name__ == "__main__":
+    main()

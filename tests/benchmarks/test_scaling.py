@@ -1,0 +1,38 @@
+"""How cost grows, on an engine that computes nothing; and the shapes that limits are derived from."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.roofline import shapes
+from benchmarks.scaling import conversations, decode_seconds, stall
+from headrace.worker.engine.echo import EchoEngine
+
+
+def test_the_weights_of_a_model_are_all_counted() -> None:
+    config = SimpleNamespace(
+        **{"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
+        **{"intermediate_size": 1536, "num_hidden_layers": 30},
+    )
+
+    found = shapes(config)
+
+    assert found.weights == 134_479_872, "SmolLM2-135M's 134,515,008 parameters, without its norms"
+    assert found.kv_values == 30 * 2 * 3 * 64
+
+
+def test_conversations_take_their_turns_and_a_short_prompt_is_answered_beside_a_long_one() -> None:
+    engine = EchoEngine()
+
+    talked = conversations(engine, prefix_cache=False, chats=2, turns=2, system=50)
+    late = stall(engine, long=1000, tries=1)
+
+    assert 0 < talked["ttft_p50_ms"] < talked["total_s"] * 1e3
+    assert late.keys() == {"alone_ms", "beside_ms", "long_ms"}
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_steps_are_timed(rows: int) -> None:
+    assert decode_seconds(EchoEngine(), rows, 100) > 0
