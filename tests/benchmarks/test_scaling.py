@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
-
 from benchmarks.roofline import shapes
-from benchmarks.scaling import conversations, decode_seconds, stall
+from benchmarks.scaling import conversations, stall
 from headrace.worker.engine.echo import EchoEngine
 
 
@@ -31,8 +29,3 @@ def test_conversations_take_their_turns_and_a_short_prompt_is_answered_beside_a_
 
     assert 0 < talked["ttft_p50_ms"] < talked["total_s"] * 1e3
     assert late.keys() == {"alone_ms", "beside_ms", "long_ms"}
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-def test_steps_are_timed(rows: int) -> None:
-    assert decode_seconds(EchoEngine(), rows, 100) > 0
