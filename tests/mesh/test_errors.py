@@ -200,12 +200,12 @@ async def test_an_engine_that_raises_once_is_asked_again_unseen(caplog: pytest.L
 async def test_an_unexpected_exception_is_an_internal_error_without_its_details(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from headrace.router.complexity import FeatureScorer
+    from headrace.router.scorer import LearnedScorer
 
     def broken(self: object, text: str) -> None:
         raise RuntimeError("secret path /etc/shadow")
 
-    monkeypatch.setattr(FeatureScorer, "score", broken)
+    monkeypatch.setattr(LearnedScorer, "score", broken)
     with pytest.raises(errors.InternalError) as caught:
         await collect(mesh.client, prompt("x"))
 

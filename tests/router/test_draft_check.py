@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.router import draft_check
+from headrace.router.artifact import BadArtifact
 from headrace.router.draft_features import FEATURES
 
 checker = draft_check.load()
@@ -79,5 +80,5 @@ def test_a_file_that_is_no_check_is_refused_by_name(tmp_path: Path, content: str
     path = tmp_path / "check.json"
     path.write_text(content)
 
-    with pytest.raises(draft_check.BadArtifact, match=r"check\.json"):
+    with pytest.raises(BadArtifact, match=r"check\.json"):
         draft_check.load(path)

@@ -56,6 +56,7 @@ Cache = Annotated[
     Path | None,
     typer.Option(help="Folder for fetched models. Default: $HEADRACE_CACHE or ~/.cache/headrace."),
 ]
+Artifact = Annotated[Path | None, typer.Option(help="A model file in place of the one that is shipped.")]
 DrainSeconds = Annotated[
     float, typer.Option(min=0, help="How long requests in flight may go on when the mesh stops.")
 ]
@@ -214,26 +215,90 @@ def chat(
 
 @app.command()
 def explain(
-    prompt: Annotated[str, typer.Argument(help="What would be asked.")],
+    prompt: Annotated[str | None, typer.Argument(help="What would be asked.")] = None,
     target: Target = DEFAULT_TARGET,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    jsonl: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="Score rows of id and prompt, without a mesh; - is standard input."
+        ),
+    ] = "",
+    artifact: Artifact = None,
+    tier_names: Annotated[
+        str, typer.Option("--tiers", help="With --jsonl: names of the tiers, smallest first, with commas.")
+    ] = "small,large",
+    from_score: Annotated[
+        str, typer.Option("--thresholds", help="With --jsonl: the lowest score of each tier after the first.")
+    ] = "",
 ) -> None:
     """Show which tier a prompt would go to, and why. Nothing is generated.
 
     Example:  headrace explain "Prove that there are infinitely many primes."
+
+    Example:  headrace explain --jsonl prompts.jsonl --thresholds 0.6
     """
+    if (prompt is None) == (not jsonl):
+        complain("give a prompt, or a file of them with --jsonl")
+        raise typer.Exit(2)
+    if jsonl:
+        from headrace.cli.offline import print_scores
+
+        with complaining():
+            print_scores(jsonl, artifact, tier_names, from_score)
+        return
     import asyncio
 
     from headrace.cli.routing import as_dict, ask_explain, explained
 
     with complaining(target):
-        response = asyncio.run(ask_explain(target, prompt))
+        response = asyncio.run(ask_explain(target, prompt or ""))
     if as_json:
         print(json.dumps(as_dict(response), indent=2, ensure_ascii=False))
         return
     console = Console()
     for part in explained(response):
         console.print(part)
+
+
+@app.command()
+def check(
+    jsonl: Annotated[
+        str, typer.Option(metavar="FILE", help="Rows of id, prompt and draft; - is standard input.")
+    ],
+    artifact: Artifact = None,
+) -> None:
+    """Judge drafted answers; no mesh is needed. The higher the score, the more a larger tier is needed.
+
+    Rows may also say "finished" (did the model end by itself?) and "logprobs" (of the draft's tokens).
+
+    Example:  headrace check --jsonl drafts.jsonl
+    """
+    from headrace.cli.offline import print_checks
+
+    with complaining():
+        print_checks(jsonl, artifact)
+
+
+@app.command()
+def train(
+    rows: Annotated[
+        str,
+        typer.Argument(metavar="ROWS", help="Rows of prompt, small_ok and large_ok; - is standard input."),
+    ],
+    out: Annotated[Path, typer.Option(help="Where to write the refitted artifact.")],
+    artifact: Artifact = None,
+) -> None:
+    """Refit the router's score to outcomes of your own: how each tier answered, 0 (badly) to 1 (well).
+
+    Two hundred rows bring most of what can be had. What is shipped stays the prior, against harm by few.
+
+    Example:  headrace train outcomes.jsonl --out scorer.json
+    """
+    from headrace.cli.offline import refit_and_tell
+
+    with complaining():
+        refit_and_tell(rows, out, artifact, Console(highlight=False))
 
 
 @app.command()

@@ -14,7 +14,9 @@ from rich.console import Console
 from headrace import errors
 from headrace.cli.mesh import BadSpec
 from headrace.cli.processes import ChildDied
+from headrace.cli.rows import BadRow
 from headrace.models import ModelUnavailable
+from headrace.router.artifact import BadArtifact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +56,7 @@ def complaining(target: str = "") -> Iterator[None]:
     except errors.HeadraceError as error:
         complain(advice(error, target))
         raise typer.Exit(1) from None
-    except (BadSpec, ModelUnavailable) as error:
+    except (BadSpec, BadRow, BadArtifact, ModelUnavailable) as error:
         complain(str(error))
         raise typer.Exit(2) from None
     except ChildDied as error:

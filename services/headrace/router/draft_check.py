@@ -17,16 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace.router.artifact import BadArtifact
 from headrace.router.complexity import Feature, sigmoid
 from headrace.router.draft_features import FEATURES, measure
 
 FORMAT = 1  # of the weights' file
 SHIPPED = Path(__file__).parent / "artifacts" / "draft_check.json"
 _WORTH_SAYING = 0.25  # log-odds; what weighs less is no reason of its own
-
-
-class BadArtifact(ValueError):
-    """A model file cannot be used. The message names the file and says what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ def load(path: Path | None = None) -> DraftChecker:
         return DraftChecker(float(content["bias"]), weights)
     except OSError as error:
         raise BadArtifact(f"{path} cannot be read: {error.strerror or error}") from error
+    except BadArtifact:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, BadArtifact):
-            raise
         raise BadArtifact(f"{path} is not a draft check's weights: {error!r}") from error

@@ -1,0 +1,164 @@
+"""Make the scorer that Headrace ships: `python -m benchmarks.routing.train DATA [--out FILE]`.
+
+Deterministic: the same data give the same bytes. See `data.py` for DATA, `kinds.py` for what is set by
+hand, and the model card beside the artifact for what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.routing.data import SHIPPABLE, Family, families
+from benchmarks.routing.kinds import ASKS_MORE, KINDS, OPEN, TYPICAL, open_prompts
+from headrace.router import prompt_features, scorer
+from headrace.router.fitting import ridge, softmax
+
+Array = NDArray[np.float64]
+
+_KIND_OF = {
+    "mmlu": "choices",
+    "steps": "word_problem",
+    "nine/gsm8k": "word_problem",
+    "nine/math": "mathematics",
+    "nine/mbpp": "code",
+    "nine/humaneval": "code",
+    "nine/natural_questions": "fact",
+    "nine/trivia": "fact",
+    "nine/commonsense": "fact",
+    "nine/openbook": "fact",
+    "nine/arc": "fact",
+    "nine/race": "passage",
+}
+_AT_MOST = 400  # rows of a family that teach the gate
+_STEEPNESS = 10.0  # log-odds per unit of gain: one standard deviation of gains is about half of one
+
+
+def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.Model:
+    """Fit a model to the shippable families of *data* but those in *without*."""
+    usable = {
+        name: family for name, family in data.items() if name.startswith(SHIPPABLE) and name not in without
+    }
+    gate, gate_bias = _gate(usable)
+    count = len(prompt_features.NAMES)
+    heads = {kind: np.zeros(count) for kind in KINDS}
+    levels = dict(TYPICAL)
+    centres = {kind: _mean(usable, kind, count) for kind in KINDS}
+    if "mmlu" in usable:
+        heads["choices"] = ridge(usable["mmlu"].features, usable["mmlu"].gains, 1000.0)[0]
+    else:  # without labels: longer is harder, as far as anyone has seen
+        heads["choices"] = _named({"length": 0.1})
+    if "steps" in usable:
+        # Solution steps are what makes word problems hard; length carries what the steps miss.
+        steps = ridge(usable["steps"].features, usable["steps"].gains, 300.0)[0]
+        spread = float((usable["steps"].features @ steps).std())
+        heads["word_problem"] = 0.05 * steps / spread + _named({"length": 0.12})
+    if "nine/math" in usable:
+        heads["mathematics"] = ridge(usable["nine/math"].features, usable["nine/math"].gains, 1000.0)[0]
+    facts = [usable[name] for name in usable if _KIND_OF.get(name) == "fact"]
+    if facts:
+        features = np.vstack([family.features for family in facts])
+        # Centred per family: its mean says more about who answered it than about the question.
+        gains = np.concatenate([family.gains - family.gains.mean() for family in facts])
+        heads["fact"] = ridge(features, gains, 3000.0)[0]
+    # Riddles and requests about code that read like plain questions keep what they ask for.
+    heads["fact"] = heads["fact"] + _named(ASKS_MORE)
+    heads["open"] = _named(OPEN)
+    heads["code"] = _named({"length": 0.05, "programming": 0.03})
+    heads["passage"] = _named(ASKS_MORE)
+    bias = [levels[kind] - float(centres[kind] @ heads[kind]) for kind in KINDS]
+    return scorer.Model(
+        kinds=KINDS,
+        gate=gate,
+        gate_bias=gate_bias,
+        heads=np.array([heads[kind] for kind in KINDS]),
+        head_bias=np.array(bias),
+        steepness=_STEEPNESS,
+        centre=0.17,
+        made="python -m benchmarks.routing.train",
+    )
+
+
+def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
+    features: list[Array] = []
+    labels: list[str] = []
+
+    def teach(found: Array, kind: str) -> None:
+        features.append(found)
+        labels.extend([kind] * len(found))
+
+    for name, kind in _KIND_OF.items():
+        if name in usable:
+            teach(usable[name].features[:_AT_MOST], kind)
+    if "mmlu" in usable:  # the same questions in other layouts, and with fewer choices
+        asked = usable["mmlu"].prompts[_AT_MOST : 2 * _AT_MOST]
+        teach(np.array([scorer.read(_in_a_row(prompt)) for prompt in asked[::2]]), "choices")
+        teach(np.array([scorer.read(_shorter(prompt)) for prompt in asked[1::2]]), "choices")
+    teach(np.array([scorer.read(prompt) for prompt in open_prompts()]), "open")
+    if "arenahard" in usable:
+        found = usable["arenahard"].features
+        coding = (_column(found, "syntax") >= 0.5) | (_column(found, "programming") >= 0.75)
+        teach(found[coding], "code")
+        teach(found[~coding & (_column(found, "mathematics") < 0.75)], "open")
+    places = np.array([KINDS.index(kind) for kind in labels])
+    present = sorted(set(places.tolist()))
+    weights, bias = softmax(np.vstack(features), np.searchsorted(present, places), len(present))
+    gate = np.zeros((len(KINDS), weights.shape[1]))
+    gate_bias = np.full(len(KINDS), -20.0)  # a kind that nothing was seen of is never chosen
+    gate[present], gate_bias[present] = weights, bias
+    choices = KINDS.index("choices")
+    if choices not in present:  # its form alone tells
+        gate[choices], gate_bias[choices] = _named({"options": 16.0}), -8.0
+    return gate, gate_bias
+
+
+def _in_a_row(prompt: str) -> str:
+    return re.sub(r"\n([A-D])\. ", r" (\1) ", prompt)
+
+
+def _shorter(prompt: str) -> str:
+    """A short question in place of the long one, and two of its four choices."""
+    kept = re.sub(r"\n[C-D]\. [^\n]*", "", prompt)
+    return "Which one?" + kept[kept.find("\nA. ") :].replace("A. ", "A) ").replace("B. ", "B) ")
+
+
+def _mean(usable: Mapping[str, Family], kind: str, count: int) -> Array:
+    """The mean features [F] of a kind's prompts, which get its typical gain."""
+    found = [usable[name].features for name in usable if _KIND_OF.get(name) == kind]
+    if kind == "open":
+        found = [np.array([scorer.read(prompt) for prompt in open_prompts()])]
+        found += [usable["arenahard"].features] if "arenahard" in usable else []
+    means: Array = np.mean([family.mean(axis=0) for family in found], axis=0) if found else np.zeros(count)
+    return means
+
+
+def _column(features: Array, name: str) -> Array:
+    column: Array = features[:, prompt_features.NAMES.index(name)]
+    return column
+
+
+def _named(weights: Mapping[str, float]) -> Array:
+    """Weights [F] from some of the features' names."""
+    return np.array([weights.get(name, 0.0) for name in prompt_features.NAMES])
+
+
+def main() -> None:
+    """Fit and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with dev/ and train/")
+    parser.add_argument(
+        "--out", type=Path, default=scorer.SHIPPED, help="where to write (default: what is shipped)"
+    )
+    arguments = parser.parse_args()
+    model = fit(families(arguments.data))
+    scorer.save(model, arguments.out)
+    print(f"{arguments.out}: {arguments.out.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Score prompts, check drafts and refit the scorer without a mesh: `explain --jsonl`, `check`, `train`."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from headrace.cli.rows import BadRow, read_rows
+from headrace.router import draft_check, fitting, scorer
+from headrace.router.policy import Hints, TierView, decide, thresholds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from headrace.router.complexity import Score
+
+_FEATURES = 3  # that a reason names
+
+
+def print_scores(path: str, artifact: Path | None, tiers: str, from_score: str) -> None:
+    """Print, for each row of *path*, its score, tier, reason, and milliseconds that the decision took.
+
+    tiers        names, smallest first, with commas
+    from_score   the lowest score of each tier after the first, with commas; evenly spaced if empty
+
+    Raises BadRow and BadArtifact.
+    """
+    names = [name.strip() for name in tiers.split(",") if name.strip()]
+    views = [TierView(name, lowest) for name, lowest in zip(names, _lowest(names, from_score), strict=True)]
+    loaded = scorer.load(artifact)
+    loaded.score("The first score warms up.")
+    for row in read_rows(path, ["prompt"]):
+        began = time.perf_counter()
+        score = loaded.score(row["prompt"])
+        decision = decide(score.value, Hints(), views)
+        took = time.perf_counter() - began
+        _print_row(
+            id=row["id"],
+            score=round(score.value, 6),
+            tier=decision.tier,
+            reason=f"{decision.why}; {_weightiest(score)}",
+            latency_ms=round(1000 * took, 4),
+        )
+
+
+def print_checks(path: str, artifact: Path | None) -> None:
+    """Print, for each row of *path*, a score from 0 to 1: the higher, the more its draft should be escalated.
+
+    Raises BadRow and BadArtifact.
+    """
+    checker = draft_check.load(artifact)
+    for row in read_rows(path, ["prompt", "draft"]):
+        finished, logprobs = row.get("finished", True), row.get("logprobs")
+        if not isinstance(finished, bool):
+            raise BadRow(f"{path}, row {row['id']!r}: field 'finished' must be true or false")
+        if logprobs is not None and not (
+            isinstance(logprobs, list) and all(isinstance(value, int | float) for value in logprobs)
+        ):
+            raise BadRow(f"{path}, row {row['id']!r}: field 'logprobs' must be a list of numbers")
+        verdict = checker.check(row["prompt"], row["draft"], finished=finished, logprobs=logprobs)
+        _print_row(
+            id=row["id"],
+            score=round(1 - verdict.good, 6),
+            good=round(verdict.good, 6),
+            reasons=list(verdict.reasons),
+        )
+
+
+def refit_and_tell(path: str, out: Path, artifact: Path | None, console: Console) -> None:
+    """Refit the scorer to the outcomes in *path*, tell what that is worth, and write it to *out*.
+
+    Raises BadRow, also when the rows cannot teach anything or *out* cannot be written, and BadArtifact.
+    """
+    model = scorer.load(artifact).model
+    rows = list(read_rows(path, ["prompt"], numbers=["small_ok", "large_ok"]))
+    if not rows:
+        raise BadRow(f"{path} holds no rows")
+    features = np.array([scorer.read(row["prompt"]) for row in rows])
+    weak = np.array([float(row["small_ok"]) for row in rows])
+    strong = np.array([float(row["large_ok"]) for row in rows])
+    try:
+        fitted = fitting.refit(model, features, weak, strong)
+    except ValueError as error:
+        raise BadRow(f"{path}: {error}") from error
+    console.print(f"{len(rows)} rows, cross-validated (chance is APGR 0.500, CPT50 50, CPT80 80):")
+    for name, figures in (("before", fitted.before), ("after", fitted.after)):
+        console.print(
+            f"  {name:6}  APGR {figures.apgr:.3f}  CPT50 {figures.cpt50:.1f}  CPT80 {figures.cpt80:.1f}"
+        )
+    if fitted.after.apgr <= fitted.before.apgr:
+        console.print("On rows that it had not seen it is no better than before: think before you use it.")
+    try:
+        scorer.save(fitted.model, out)
+    except OSError as error:
+        raise BadRow(f"{out} cannot be written: {error.strerror or error}") from error
+    console.print(f"written: {out}", markup=False, soft_wrap=True)
+
+
+def _lowest(names: Sequence[str], from_score: str) -> list[float]:
+    if not from_score.strip():
+        return thresholds(len(names))
+    try:
+        lowest = [0.0, *(float(part) for part in from_score.split(","))]
+    except ValueError:
+        raise BadRow(f"--thresholds {from_score!r} is not numbers with commas") from None
+    if len(lowest) != len(names) or sorted(lowest) != lowest or lowest[-1] > 1:
+        raise BadRow(f"{len(names)} tiers need {len(names) - 1} ascending --thresholds from 0 to 1")
+    return lowest
+
+
+def _print_row(**row: object) -> None:
+    print(json.dumps(row, ensure_ascii=False))
+
+
+def _weightiest(score: Score) -> str:
+    """The kind of prompt, and the features that move the score most, in words."""
+    kinds = [share for share in score.features if share.name.startswith("kind:")]
+    others = sorted(
+        (share for share in score.features if not share.name.startswith("kind:")),
+        key=lambda share: -abs(share.log_odds),
+    )
+    kind = max(kinds, key=lambda share: share.value, default=None)
+    told = [f"{share.name} {share.log_odds:+.2f}" for share in others[:_FEATURES]]
+    if kind is not None:
+        told.insert(0, f"reads as {kind.name.removeprefix('kind:')} ({kind.value:.0%})")
+    return ", ".join(told)

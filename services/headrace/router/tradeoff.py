@@ -1,0 +1,67 @@
+"""What a score is worth as a router between two tiers: quality against the share of strong calls.
+
+The metrics of RouteLLM (Ong et al., arXiv 2406.18665): sort prompts by score, send the top share to the
+strong tier, and see how much of the gap between always-weak and always-strong is recovered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How well a score routes. A random one has 0.5, 50 and 80.
+
+    apgr    average performance gap recovered, over shares of strong calls from 0 to 100 %
+    cpt50   smallest share of strong calls, in %, that recovers half of the gap
+    cpt80   the same for four fifths
+    """
+
+    apgr: float
+    cpt50: float
+    cpt80: float
+
+
+def recovered(scores: ArrayLike, weak: ArrayLike, strong: ArrayLike) -> tuple[Array, Array]:
+    """The share of strong calls, 0 to 100 %, and the performance gap recovered there; both [rows + 1].
+
+    Prompts of equal score are taken in random order: each counts as their mean. Raises ValueError when the
+    strong tier is no better than the weak one: there is no gap to recover.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    gains = np.asarray(strong, dtype=np.float64) - np.asarray(weak, dtype=np.float64)
+    if gains.sum() <= 0:
+        raise ValueError("the strong tier is no better than the weak one on these rows")
+    _, group = np.unique(-values, return_inverse=True)
+    means = np.bincount(group, gains) / np.bincount(group)
+    ordered = means[np.sort(group)]
+    gap = np.concatenate([[0.0], np.cumsum(ordered)]) / gains.sum()
+    return np.linspace(0.0, 100.0, len(values) + 1), gap
+
+
+def quality(scores: ArrayLike, weak: ArrayLike, strong: ArrayLike) -> Quality:
+    """The three figures for *scores* [rows] and each tier's outcomes [rows], 0 to 1. Raises ValueError."""
+    share, gap = recovered(scores, weak, strong)
+    apgr = float(np.interp(np.linspace(0, 100, 101), share, gap).mean())
+    return Quality(apgr, _first(share, gap, 0.5), _first(share, gap, 0.8))
+
+
+def _first(share: Array, gap: Array, wanted: float) -> float:
+    """Where the curve first reaches *wanted*, between its points too."""
+    place = int(np.argmax(gap >= wanted))
+    low, high = gap[place - 1], gap[place]
+    part = (wanted - low) / (high - low)
+    return float(share[place - 1] + part * (share[place] - share[place - 1]))
+
+
+def folds(count: int, parts: int, seed: int) -> list[Sequence[int]]:
+    """Split *count* rows at random into *parts* of about the same size."""
+    order = np.random.default_rng(seed).permutation(count)
+    return [order[part::parts].tolist() for part in range(parts)]

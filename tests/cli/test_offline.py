@@ -1,0 +1,161 @@
+"""Prompts are scored, drafts checked and the scorer refitted from files, without a mesh."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from headrace.cli.__main__ import app
+
+runner = CliRunner()
+
+
+def rows_of(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_explain_scores_each_row_in_order_and_says_why(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "in.jsonl",
+        [{"id": "easy", "prompt": "Hello!"}, {"id": 7, "prompt": "Prove that $n^3-n$ is divisible by 6."}],
+    )
+
+    result = runner.invoke(app, ["explain", "--jsonl", path])
+
+    assert result.exit_code == 0, result.output
+    easy, hard = rows_of(result.output)
+    assert (easy["id"], hard["id"]) == ("easy", 7)
+    assert easy["score"] < hard["score"]
+    assert (easy["tier"], hard["tier"]) == ("small", "large")
+    assert "mathematics" in hard["reason"]
+    assert set(hard) == {"id", "score", "tier", "reason", "latency_ms"}
+
+
+def test_explain_reads_standard_input_and_knows_any_number_of_tiers() -> None:
+    text = (
+        json.dumps({"prompt": "Hello!"})
+        + "\n\n"
+        + json.dumps({"prompt": "Solve $x^2 = 4$ for all x."})
+        + "\n"
+    )
+
+    result = runner.invoke(
+        app, ["explain", "--jsonl", "-", "--tiers", "s,m,l", "--thresholds", "0.01,0.02"], input=text
+    )
+
+    assert [(row["id"], row["tier"]) for row in rows_of(result.output)] == [(1, "l"), (3, "l")]
+
+
+def test_check_orders_drafts_by_how_much_they_need_a_larger_tier(tmp_path: Path) -> None:
+    prompt = "Ann has 4 bags of 6 apples and eats 3. How many apples are left?"
+    path = write(
+        tmp_path / "in.jsonl",
+        [
+            {"id": "right", "prompt": prompt, "draft": "4 * 6 = 24 and 24 - 3 = 21. The answer is 21."},
+            {"id": "wrong", "prompt": prompt, "draft": "4 * 6 = 26 and 26 - 3 = 23. The answer is 23."},
+            {"id": "sorry", "prompt": prompt, "draft": "I'm sorry, I cannot tell.", "finished": False},
+        ],
+    )
+
+    result = runner.invoke(app, ["check", "--jsonl", path])
+
+    right, wrong, sorry = rows_of(result.output)
+    assert right["score"] < wrong["score"] < sorry["score"]
+    assert wrong["reasons"]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: a row is an object"),
+        ('{"id": "a"}', "line 2: field 'prompt' is missing"),
+        ('{"id": "a", "prompt": 3}', "line 2: field 'prompt' must be a string"),
+        ('{"id": [], "prompt": "a"}', "line 2: field 'id'"),
+    ],
+)
+def test_a_bad_line_is_named_and_ends_the_run(tmp_path: Path, line: str, complaint: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "Hello!"}\n' + line + "\n")
+
+    result = runner.invoke(app, ["explain", "--jsonl", str(path)])
+
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+
+
+@pytest.mark.parametrize("command", [["explain", "--jsonl"], ["check", "--jsonl"]])
+def test_files_and_artifacts_that_cannot_be_used_are_named(tmp_path: Path, command: list[str]) -> None:
+    nothing = str(tmp_path / "nothing.jsonl")
+    assert "nothing.jsonl cannot be read" in runner.invoke(app, [*command, nothing]).stderr
+
+    path = write(tmp_path / "in.jsonl", [{"prompt": "a", "draft": "b"}])
+    result = runner.invoke(app, [*command, path, "--artifact", path])
+
+    assert result.exit_code == 2
+    assert "in.jsonl" in result.stderr
+
+
+def test_explain_wants_a_prompt_or_a_file() -> None:
+    assert "give a prompt" in runner.invoke(app, ["explain"]).stderr
+
+
+def test_train_writes_an_artifact_that_explain_uses(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(200):
+        hard = bool(rng.random() < 0.5)
+        about = (
+            "the court, the plaintiff and the statute" if hard else "the garden, the cake and the sunshine"
+        )
+        gained = bool(rng.random() < (0.6 if hard else 0.05))
+        rows.append({"prompt": f"Say {number} words about {about}.", "small_ok": not gained, "large_ok": 1})
+    out = tmp_path / "mine.json"
+
+    result = runner.invoke(app, ["train", write(tmp_path / "rows.jsonl", rows), "--out", str(out)])
+
+    assert result.exit_code == 0, result.output
+    assert "before" in result.output
+    assert "after" in result.output
+    asked = write(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt": "Say 9 words about the garden, the cake and the sunshine."},
+            {"prompt": "Say 9 words about the court, the plaintiff and the statute."},
+        ],
+    )
+    shipped = rows_of(runner.invoke(app, ["explain", "--jsonl", asked]).output)
+    mine = rows_of(runner.invoke(app, ["explain", "--jsonl", asked, "--artifact", str(out)]).output)
+    assert mine[1]["score"] - mine[0]["score"] > shipped[1]["score"] - shipped[0]["score"] + 0.05
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([], "no rows"),
+        ([{"prompt": "a", "small_ok": 0, "large_ok": 1}], "too few"),
+        ([{"prompt": "a", "small_ok": 2, "large_ok": 1}], "'small_ok' must be a number from 0 to 1"),
+        ([{"prompt": "a", "small_ok": 1}], "'large_ok' is missing"),
+        ([{"prompt": f"{n}", "small_ok": 1, "large_ok": 1} for n in range(50)], "no better"),
+    ],
+)
+def test_rows_that_cannot_teach_are_refused_and_nothing_is_written(
+    tmp_path: Path, rows: list[dict[str, Any]], complaint: str
+) -> None:
+    out = tmp_path / "mine.json"
+
+    result = runner.invoke(app, ["train", write(tmp_path / "rows.jsonl", rows), "--out", str(out)])
+
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+    assert not out.exists()
