@@ -2,8 +2,7 @@
 
 Set by hand, from what is published, where no labelled rows that may be shipped exist:
 
-- The gain of GPT-4 over Mixtral-8x7B: MMLU about 0.13, GSM8K about 0.22 (RouteLLM, arXiv 2406.18665, table
-1);
+- The gain of GPT-4 over Mixtral-8x7B: MMLU about 0.13, GSM8K about 0.22 (RouteLLM, arXiv 2406.18665);
   open instructions more, for there the larger model is preferred in most comparisons and not only where
   the smaller one errs (AlpacaEval's public leaderboard); competition mathematics more still.
 - In open-ended chat large models lead small ones most in mathematics, coding, reasoning and extraction, and

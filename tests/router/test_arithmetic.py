@@ -23,6 +23,8 @@ from headrace.router.arithmetic import equations, final_answers
         "30 / 120 = 25%",
         "1,200 - 200 = 1,000",
         "50 / 3 = 16.67",
+        "50 / 3 = 16.6",
+        "100 - 20% = 80",
         "So that is 8 + 2 + 5 = 15 in all.",
     ],
 )
@@ -64,3 +66,8 @@ def test_no_text_upsets_the_reader(text: str) -> None:
 
 def test_marked_answers_are_read_in_order() -> None:
     assert final_answers("The answer is 7.\nSo \\boxed{8}.\n#### 1,009") == [7.0, 8.0, 1009.0]
+
+
+def test_a_line_that_runs_on_is_read_as_it_is_meant() -> None:
+    assert [equation.holds for equation in equations("5 * 2 = 10 + 3 = 13")] == [True, True]
+    assert [equation.holds for equation in equations("5 * 2 = 11 + 3 = 14")] == [False, True]

@@ -42,6 +42,8 @@ _SPOKEN = frozenset(
         "sum",
         "product",
         "remainder",
+        "cents",
+        "cent",
         "mod",
         "fifth",
         "sixth",
@@ -87,7 +89,10 @@ def equations(text: str) -> list[Equation]:
         for left, right in pairwise(stretch.split("=")):
             value, written = _evaluate(left), _leading_number(right)
             if value is not None and written is not None:
-                found.append(Equation(value, written[0], _agree(value, *written)))
+                # "5 * 2 = 10 + 3 = 13" runs on: either the 10 or the 13 may be meant.
+                onward = _evaluate(right)
+                holds = _agree(value, *written) or (onward is not None and _agree(value, onward, 6))
+                found.append(Equation(value, written[0], holds))
     return found
 
 
@@ -96,24 +101,14 @@ def _leading_number(side: str) -> tuple[float, int] | None:
     match = re.match(r"\s*(?:about|approximately|roughly|~|≈)?\s*(-?\s*\d[\d,]*(?:\.\d+)?|-?\.\d+)", side)
     if match is None:
         return None
-    # "= 3 * 4" goes on: its value is not the leading 3.
-    rest = _strip_unit(side[match.end() :])
-    if re.match(r"\s*(?:[-+*/×÷^]|[xX]\s*\d)", rest):
-        value = _evaluate(side)
-        return None if value is None else (value, 6)
     digits = match.group(1).replace(",", "").replace(" ", "")
     return float(digits), len(digits.partition(".")[2])
 
 
-def _strip_unit(text: str) -> str:
-    return re.sub(
-        r"^\s*(?!x\s*\d)[^\W\d_]+(?:\s+[^\W\d_]+){0,2}(?=\s*[-+*/×÷])", "", text, flags=re.IGNORECASE
-    )
-
-
 def _agree(value: float, written: float, decimals: int) -> bool:
     """Whether *written* is *value* as far as its decimals go; a percentage may stand for its fraction."""
-    slack = 0.51 * 10.0**-decimals + 1e-4 * abs(value)
+    # Half a unit of the last digit when rounded, a whole one when decimals are cut off.
+    slack = (1.01 * 10.0**-decimals if decimals else 0.51) + 1e-4 * abs(value)
     return any(abs(candidate - written) <= slack for candidate in (value, value * 100, value / 100))
 
 
@@ -162,8 +157,11 @@ def _tail(tokens: list[str]) -> list[str]:
 def _sum(tokens: list[str]) -> tuple[float, list[str]]:
     value, rest = _product(tokens)
     while rest and rest[0] in "+-":
-        sign, (term, rest) = rest[0], _product(rest[1:])
-        value = value + term if sign == "+" else value - term
+        sign, (term, after) = rest[0], _product(rest[1:])
+        # "100 - 20%" takes a fifth of the hundred.
+        if rest[1].endswith("%") and len(after) == len(rest) - 2:
+            term *= value
+        value, rest = (value + term if sign == "+" else value - term), after
     return value, rest
 
 

@@ -83,13 +83,13 @@ _REFUSAL = re.compile(
     r"insufficient information|not (?:provided|specified|given|stated|mentioned)|(?:is|are) missing|"
     r"(?:isn't|not) possible to|impossible to|no (?:way|information) (?:to|about|on)|"
     r"need (?:more|additional) information|without (?:knowing|more|additional)|"
-    r"doesn't (?:specify|provide|say|mention)|does not (?:specify|provide|say|mention)|unknown)\b",
+    r"doesn't (?:specify|provide|say|mention)|does not (?:specify|provide|say|mention))\b",
     re.IGNORECASE,
 )
 _HEDGING = re.compile(
-    r"\b(?:assum(?:e|es|ed|ing)|approximately|roughly|about|around|maybe|perhaps|probably|possibly|"
+    r"\b(?:assum(?:e|es|ed|ing)|approximately|roughly|maybe|perhaps|probably|possibly|"
     r"might be|could be|it seems|seems to|appears to|presumably|unclear|ambiguous|depends|not sure|i think|"
-    r"i believe|i guess|if we|round(?:ed|ing)?|estimate[ds]?|likely|however|unfortunately)\b|≈|\\approx",
+    r"i believe|i guess|if we|round(?:ed|ing)?|estimate[ds]?|unfortunately)\b|≈|\\approx",
     re.IGNORECASE,
 )
 _SECOND_THOUGHTS = re.compile(

@@ -1,5 +1,4 @@
-"""Fit the scorer's model: the gate between kinds of prompt, a head per kind, and a refit on one's own
-outcomes.
+"""Fit the scorer's model: the gate between kinds of prompt, a head per kind, a refit on own outcomes.
 
 All of it is linear algebra on the features of `prompt_features.py`: ridge regression for the heads, a
 softmax regression for the gate. `benchmarks/routing` makes the shipped model with it, `headrace train`
