@@ -4,8 +4,8 @@
 
 Each file holds rows of JSON with a `prompt`, and perhaps `weak_score` and `strong_score`. The families are
 shuffled and sent one after the other, 400 prompts of each, ten times over. Compared are a fixed threshold
-made for the first family, the same quantile of a sliding window, and the router's own: that window with what was
-called too much or too little made up for.
+made for the first family, the same quantile of a sliding window, and the router's own: that window with
+what was called too much or too little made up for.
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ def test_train_writes_an_artifact_that_explain_uses(tmp_path: Path) -> None:
         ([], "no rows"),
         ([{"prompt": "a", "small_ok": 0, "large_ok": 1}], "too few"),
         ([{"prompt": "a", "small_ok": 2, "large_ok": 1}], "'small_ok' must be a number from 0 to 1"),
-        ([{"prompt": "a", "small_ok": 1}], "'large_ok' is missing"),
+        ([{"prompt": "a"}], "one of the fields 'small_ok', 'large_ok' is needed"),
+        ([{"prompt": "a", "small_ok": 1}], "no prompt has both"),
         ([{"prompt": f"{n}", "small_ok": 1, "large_ok": 1} for n in range(50)], "no better"),
     ],
 )
@@ -159,3 +160,16 @@ def test_rows_that_cannot_teach_are_refused_and_nothing_is_written(
     assert result.exit_code == 2
     assert complaint in result.stderr
     assert not out.exists()
+
+
+def test_train_joins_what_was_said_of_each_tier_in_rows_of_their_own(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n} and {n}?", "cheap_ok": n % 3 > 0} for n in range(60)]
+    rows += [{"prompt": f"What is {n} and {n}?", "dear_ok": 0.9} for n in range(50)]
+    path, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "mine.json"
+
+    result = runner.invoke(app, ["train", path, "--out", str(out), "--tiers", "cheap,dear"])
+
+    assert result.exit_code == 0, result.output
+    assert "10 prompts left out" in result.output
+    assert "50 prompts, cross-validated" in result.output
+    assert out.exists()

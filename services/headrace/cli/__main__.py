@@ -286,19 +286,23 @@ def train(
         str,
         typer.Argument(metavar="ROWS", help="Rows of prompt, small_ok and large_ok; - is standard input."),
     ],
-    out: Annotated[Path, typer.Option(help="Where to write the refitted artifact.")],
+    out: Annotated[Path, typer.Option(help="Where to write the refitted artifact, for a router's --scorer.")],
+    tiers: Annotated[
+        str, typer.Option(help="The smaller and the larger tier: NAME_ok is read.")
+    ] = "small,large",
     artifact: Artifact = None,
 ) -> None:
     """Refit the router's score to outcomes of your own: how each tier answered, 0 (badly) to 1 (well).
 
-    Two hundred rows bring most of what can be had. What is shipped stays the prior, against harm by few.
+    A tier may have its say in a row of its own, as in the router's --feedback file: prompts are joined.
+    Two hundred prompts bring most of what can be had. What is shipped stays the prior, against harm by few.
 
     Example:  headrace train outcomes.jsonl --out scorer.json
     """
     from headrace.cli.offline import refit_and_tell
 
     with complaining():
-        refit_and_tell(rows, out, artifact, Console(highlight=False))
+        refit_and_tell(rows, out, tiers, artifact, Console(highlight=False))
 
 
 @app.command()
@@ -393,6 +397,7 @@ def calibrate(
     ] = "",
     out: Annotated[Path, typer.Option(help="The file for the router.")] = Path("calibration.json"),
     png: Annotated[Path | None, typer.Option(help="Draw the trade-off into this file.")] = None,
+    artifact: Artifact = None,
 ) -> None:
     """Turn your own traffic into thresholds, for a wanted share of large calls or a wanted quality.
 
@@ -402,6 +407,7 @@ def calibrate(
     """
     from headrace.calibration import BadCalibration
     from headrace.cli.calibrate import calibrate as run
+    from headrace.router.artifact import BadArtifact
 
     names = [name.strip() for name in tiers.split(",")]
     try:
@@ -427,9 +433,10 @@ def calibrate(
             quality=quality,
             out=out,
             png=png,
+            artifact=artifact,
             console=Console(),
         )
-    except (BadCalibration, OSError) as error:
+    except (BadArtifact, BadCalibration, OSError) as error:
         complain(str(error))
         raise typer.Exit(2) from None
 

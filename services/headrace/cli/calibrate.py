@@ -124,13 +124,14 @@ def calibrate(
     quality: float | None,
     out: Path,
     png: Path | None,
+    artifact: Path | None = None,
     console: Console,
 ) -> None:
     """Choose thresholds by *shares* or *quality*, show the trade-off, and write what the router loads.
 
-    Raises BadCalibration and OSError.
+    Raises BadCalibration, BadArtifact and OSError.
     """
-    scores = scorer.load()
+    scores = scorer.load(artifact)
     rows = read_traffic(traffic, scores, tiers, console)
     points = calibration.curve(rows, costs)
     if quality is not None:

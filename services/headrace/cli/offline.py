@@ -72,23 +72,38 @@ def print_checks(path: str, artifact: Path | None) -> None:
         )
 
 
-def refit_and_tell(path: str, out: Path, artifact: Path | None, console: Console) -> None:
+def refit_and_tell(path: str, out: Path, tiers: str, artifact: Path | None, console: Console) -> None:
     """Refit the scorer to the outcomes in *path*, tell what that is worth, and write it to *out*.
+
+    tiers   the smaller and the larger one, with a comma
 
     Raises BadRow, also when the rows cannot teach anything or *out* cannot be written, and BadArtifact.
     """
+    names = [f"{name.strip()}_ok" for name in tiers.split(",")]
+    if len(names) != 2:
+        raise BadRow(f"--tiers {tiers!r} must name two tiers, the smaller one first")
     model = scorer.load(artifact).model
-    rows = list(read_rows(path, ["prompt"], numbers=["small_ok", "large_ok"]))
-    if not rows:
+    said: dict[str, dict[str, list[float]]] = {}
+    for row in read_rows(path, ["prompt"], numbers=names):
+        for name in names:
+            if name in row:
+                said.setdefault(row["prompt"], {}).setdefault(name, []).append(float(row[name]))
+    if not said:
         raise BadRow(f"{path} holds no rows")
-    features = np.array([scorer.read(row["prompt"]) for row in rows])
-    weak = np.array([float(row["small_ok"]) for row in rows])
-    strong = np.array([float(row["large_ok"]) for row in rows])
+    prompts = [prompt for prompt, outcomes in said.items() if len(outcomes) == 2]
+    if not prompts:
+        raise BadRow(f"{path}: no prompt has both {names[0]!r} and {names[1]!r}")
+    features = np.array([scorer.read(prompt) for prompt in prompts])
+    weak, strong = (np.array([np.mean(said[prompt][name]) for prompt in prompts]) for name in names)
     try:
         fitted = fitting.refit(model, features, weak, strong)
     except ValueError as error:
         raise BadRow(f"{path}: {error}") from error
-    console.print(f"{len(rows)} rows, cross-validated (chance is APGR 0.500, CPT50 50, CPT80 80):")
+    if len(prompts) < len(said):
+        console.print(
+            f"{len(said) - len(prompts)} prompts left out: only one of the tiers had its say on them"
+        )
+    console.print(f"{len(prompts)} prompts, cross-validated (chance is APGR 0.500, CPT50 50, CPT80 80):")
     for name, figures in (("before", fitted.before), ("after", fitted.after)):
         console.print(
             f"  {name:6}  APGR {figures.apgr:.3f}  CPT50 {figures.cpt50:.1f}  CPT80 {figures.cpt80:.1f}"

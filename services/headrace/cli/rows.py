@@ -20,7 +20,7 @@ def read_rows(path: str, texts: Sequence[str], *, numbers: Sequence[str] = ()) -
     """Each row of *path*, blank lines left out, as it is read.
 
     texts     fields that must be there, as strings; an "id" is added where it is absent: the line's number
-    numbers   fields that must be there, as numbers from 0 to 1; true and false are 1 and 0
+    numbers   fields of which at least one must be there, as a number from 0 to 1; true and false are 1 and 0
 
     Raises BadRow.
     """
@@ -49,9 +49,10 @@ def _row(line: str, number: int, where: str, texts: Sequence[str], numbers: Sequ
     for name in texts:
         if not isinstance(row.get(name), str):
             raise BadRow(f"{where}: field {name!r} {'must be a string' if name in row else 'is missing'}")
+    if numbers and not any(name in row for name in numbers):
+        raise BadRow(f"{where}: one of the fields {', '.join(map(repr, numbers))} is needed")
     for name in numbers:
-        value = row.get(name)
+        value = row.get(name, 0)
         if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
-            told = "must be a number from 0 to 1, true or false" if name in row else "is missing"
-            raise BadRow(f"{where}: field {name!r} {told}")
+            raise BadRow(f"{where}: field {name!r} must be a number from 0 to 1, true or false")
     return row

@@ -12,6 +12,7 @@ import grpc
 
 from headrace.calibration import BadCalibration
 from headrace.router import draft_check, scorer
+from headrace.router.artifact import BadArtifact
 from headrace.router.chooser import CascadeRules, Chooser
 from headrace.router.complexity import fingerprint
 from headrace.router.feedback import Feedback
@@ -33,8 +34,8 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
     tiers = Tiers(
         settings.tier_targets(), poll_seconds=settings.poll_seconds, stall_seconds=settings.stall_seconds
     )
-    scores = scorer.load()
     try:
+        scores, checker = scorer.load(settings.scorer), draft_check.load(settings.draft_check)
         thresholds = Thresholds(
             [tier.name for tier in tiers.tiers],
             settings.tier_thresholds(),
@@ -42,12 +43,12 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             scorer=fingerprint(scores),
             shares=settings.tier_shares(),
         )
-    except BadCalibration as error:
+    except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error
     chooser = Chooser(
         tiers,
         thresholds,
-        draft_check.load(),
+        checker,
         prices=settings.tier_prices(),
         sessions=Sessions(idle_seconds=settings.session_idle_seconds),
         rules=CascadeRules(

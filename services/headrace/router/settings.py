@@ -41,6 +41,12 @@ class Settings(ServiceSettings):
         description="what a million tokens cost, as NAME=PROMPT/COMPLETION with commas, in any one currency, "
         "such as small=0.05/0.10,large=0.50/1.50",
     )
+    scorer: Path | None = Field(
+        default=None, description="artifact of the score that `headrace train` wrote; none: what is shipped"
+    )
+    draft_check: Path | None = Field(
+        default=None, description="artifact of the check of drafts; none: what is shipped"
+    )
     cascade: bool = Field(
         default=False,
         description="hold a smaller tier's answer back, judge it, and give it up for a larger tier's where "
