@@ -53,6 +53,15 @@ def test_an_answer_cut_short_is_worth_less_than_the_same_answer_finished() -> No
     assert good(RIGHT, finished=False) < good(RIGHT)
 
 
+def test_only_the_answer_is_judged_where_a_draft_runs_on_with_a_question_of_its_own() -> None:
+    onward = RIGHT + "\n\nQuestion: Tom has 4 pens and buys 5. How many has he?\nAnswer: 4 + 5 = 10. #### 10"
+
+    verdict = checker.check(EGGS, onward, finished=True)
+
+    assert verdict.reasons == (FEATURES["runs_on"],)
+    assert good("She has none. #### 0\nQuestion: 1 + 1?\nAnswer: #### 2") < verdict.good < good(RIGHT)
+
+
 def test_unlikely_tokens_lower_a_draft_and_likely_ones_do_not() -> None:
     assert good(RIGHT, logprobs=[-2.0] * 30) < good(RIGHT, logprobs=[-0.01] * 30) == good(RIGHT)
 

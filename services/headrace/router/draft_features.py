@@ -146,6 +146,10 @@ def measure(prompt: str, draft: str, *, finished: bool, logprobs: Sequence[float
         found["unsure_at_worst"] = _between(sum(worst) / len(worst), 0.7, 4.0)
     if not draft:
         return found | {"empty": 1.0}
+    onward = _RUNS_ON.search(draft, 1)
+    if onward and onward.start() > 0:  # what answers a question that nobody asked is not judged
+        found["runs_on"] = 1.0
+        draft = draft[: onward.start()].strip() or draft
     found |= _form(prompt, draft)
     if _ASKS_NUMBER.search(prompt) and not _CHOICES.search(prompt) and not _ASKS_CODE.search(prompt):
         found |= _number(prompt, draft)
@@ -171,7 +175,6 @@ def _form(prompt: str, draft: str) -> dict[str, float]:
         "long_question": _between(math.log(max(asked, 1)), math.log(20), math.log(120)),
         "long_draft": _between(math.log((said + 1) / (asked + 20)), math.log(1.0), math.log(6.0)),
         "repetition": _repetition(draft),
-        "runs_on": 1.0 if _RUNS_ON.search(draft[1:]) else 0.0,
         "off_topic": 1.0 if len(topics) >= 8 and said >= 20 and not topics & spoken else 0.0,
     }
 
