@@ -75,7 +75,7 @@ class Result:
 
     large_share   of questions that the large tier answered
     tokens        generated, delivered or not; wasted ones are among them
-    cost          in units of always calling the large tier
+    cost          of all questions, in the unit of the prices
     """
 
     policy: str
@@ -164,8 +164,10 @@ async def calibrate(client: Client, path: Path, rows: Sequence[Row], share: floa
             await asyncio.sleep(0.1)
 
 
-async def measure(questions: Sequence[Question], log: Path | None) -> list[Result]:
-    """Bring the mesh up and run all policies through it; every answer goes to *log* as it comes."""
+async def measure(
+    questions: Sequence[Question], policies: Sequence[Policy], log: Path | None
+) -> list[Result]:
+    """Bring the mesh up and run *policies* through it; every answer goes to *log* as it comes."""
     scorer = load_scorer()
     rows = [Row(scorer.score(question.prompt).value) for question in questions]
     with tempfile.TemporaryDirectory(prefix="headrace-live-") as folder:
@@ -185,7 +187,7 @@ async def measure(questions: Sequence[Question], log: Path | None) -> list[Resul
         results: list[Result] = []
         answers: dict[str, list[dict[str, Any]]] = {}
         async with mesh(spec) as running, connect(running.address) as client:
-            for policy in POLICIES:
+            for policy in policies:
                 if not policy.pin:
                     await calibrate(client, path, rows, policy.share)
                 result, said = await run(client, policy, questions)
@@ -209,19 +211,24 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=120)
+    whole = next(r["cost"] for r in results if r["policy"] == "always large")
     marks = {"always small": "s", "always large": "D", "random": "x", "score": "o", "score + check": "^"}
     for name, mark in marks.items():
-        points = sorted((r["cost"], 100 * r["accuracy"], r["share"]) for r in results if r["policy"] == name)
+        points = sorted((r["cost"] / whole, 100 * r["accuracy"]) for r in results if r["policy"] == name)
         axes.plot(
-            [cost for cost, _, _ in points],
-            [accuracy for _, accuracy, _ in points],
+            [cost for cost, _ in points],
+            [accuracy for _, accuracy in points],
             mark + ("-" if len(points) > 1 else ""),
             label=name,
             markersize=8,
         )
     ends = [next(r for r in results if r["policy"] == name) for name in ("always small", "always large")]
     axes.plot(
-        [end["cost"] for end in ends], [100 * end["accuracy"] for end in ends], ":", color="grey", linewidth=1
+        [end["cost"] / whole for end in ends],
+        [100 * end["accuracy"] for end in ends],
+        ":",
+        color="grey",
+        linewidth=1,
     )
     axes.set_xlabel("cost (1 = always large)")
     axes.set_ylabel("answers that were right, %")
@@ -230,11 +237,6 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
-
-
-def _relative(results: Sequence[Result]) -> list[dict[str, Any]]:
-    whole = next(result.cost for result in results if result.policy == "always large")
-    return [{**asdict(result), "cost": result.cost / whole} for result in results]
 
 
 def _line(result: Result) -> str:
@@ -257,17 +259,24 @@ def main() -> None:
     )
     parser.add_argument("--plot", action="store_true", help="only draw the figure again")
     parser.add_argument("--limit", type=int, default=0, help="only so many questions; writes nothing")
+    parser.add_argument(
+        "--only", default="", help="run only policies of this name, and keep the other results as they are"
+    )
     parser.add_argument("--answers", type=Path, help="write every answer to this file, as JSON")
     arguments = parser.parse_args()
     if not arguments.plot:
         questions = load()
         if arguments.limit:
             questions = questions[:: max(len(questions) // arguments.limit, 1)]
-        results = asyncio.run(measure(questions, arguments.answers))
+        policies = [policy for policy in POLICIES if arguments.only in ("", policy.name)]
+        results = [asdict(result) for result in asyncio.run(measure(questions, policies, arguments.answers))]
         if arguments.limit:
             return
         RESULTS.parent.mkdir(exist_ok=True)
-        content = {"questions": len(questions), "max_tokens": MAX_TOKENS, "results": _relative(results)}
+        if arguments.only:
+            kept = json.loads(RESULTS.read_text())["results"]
+            results = [row for row in kept if row["policy"] != arguments.only] + results
+        content = {"questions": len(questions), "max_tokens": MAX_TOKENS, "results": results}
         _write(RESULTS, content)
     plot(json.loads(RESULTS.read_text())["results"], FIGURE)
     print(f"results in {RESULTS}, figure in {FIGURE}")

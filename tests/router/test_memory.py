@@ -97,6 +97,13 @@ async def test_a_router_does_not_start_with_a_calibration_that_it_cannot_use(
             pass
 
 
+async def test_a_router_does_not_start_with_a_scorer_that_it_cannot_use(tmp_path: Path) -> None:
+    settings = Settings(port=0, tiers="small=127.0.0.1:1", scorer=tmp_path / "none.json")
+    with pytest.raises(StartFailed, match="none"):
+        async with router(settings):
+            pass
+
+
 async def test_a_share_is_held_on_traffic_that_all_scores_alike() -> None:
     small, large = Front(), Front()
     async with routed({"share": "0.3"}, small=small, large=large) as client:

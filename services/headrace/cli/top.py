@@ -14,8 +14,11 @@ from rich.text import Text
 
 from headrace import errors
 from headrace.client import connect
+from headrace.v1 import generation_pb2 as generation
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console, RenderableType
 
     from headrace.v1 import routing_service_pb2 as pb
@@ -45,21 +48,14 @@ async def top(target: str, console: Console, *, interval: float, once: bool) -> 
 
 
 def screen(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elapsed: float) -> RenderableType:
-    """One look: a line per tier, then what it costs. Rates are since *before*, *elapsed* seconds ago."""
-    charges = {charge.tier: charge for charge in now.bill.charges}
-    earlier = {charge.tier: charge for charge in before.bill.charges} if before is not None else {}
-    answers = sum(charge.answers for charge in charges.values())
-    table = Table("tier", "model", "health", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in (
-        *("running", "queued", "tokens/s", "answers/s", "answers", "share"),
-        *("tokens out", "wasted", "cost"),
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for tier in now.tiers:
-        charge = charges.get(tier.name)
-        counted = charge.answers if charge else 0
-        was = earlier[tier.name].answers if tier.name in earlier else 0
-        rate = f"{(counted - was) / elapsed:.1f}" if before is not None and elapsed > 0 else "-"
+    """One look: the load now, the bill since the start. Rates are since *before*, *elapsed* seconds ago."""
+    return Group(load_table(now.tiers), bill_table(now, before, elapsed), saved(now))
+
+
+def load_table(tiers: Sequence[pb.Tier]) -> Table:
+    """What each tier is busy with."""
+    table = _table("tier", "model", "health", right=("running", "queued", "tokens/s"))
+    for tier in tiers:
         table.add_row(
             Text(tier.name),
             Text(tier.model or "?"),
@@ -67,14 +63,36 @@ def screen(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elaps
             str(tier.load.running),
             str(tier.load.queued),
             f"{tier.load.tokens_per_second:.1f}",
-            rate,
-            f"{counted:,}",
-            f"{counted / answers:.0%}" if answers else "-",
-            f"{charge.completion_tokens:,}" if charge else "0",
-            f"{charge.wasted_tokens:,}" if charge else "0",
-            money(charge.cost) if charge and charge.HasField("cost") else "-",
         )
-    return Group(table, saved(now))
+    return table
+
+
+def bill_table(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elapsed: float) -> Table:
+    """What each tier did since the router started."""
+    charges = {charge.tier: charge for charge in now.bill.charges}
+    earlier = {charge.tier: charge.answers for charge in before.bill.charges} if before is not None else {}
+    answers = sum(charge.answers for charge in charges.values())
+    table = _table("tier", right=("answers", "per s", "share", "tokens out", "wasted", "cost"))
+    for tier in now.tiers:
+        charge = charges.get(tier.name, generation.Charge())
+        rate = (charge.answers - earlier.get(tier.name, 0)) / elapsed if elapsed > 0 else None
+        table.add_row(
+            Text(tier.name),
+            f"{charge.answers:,}",
+            "-" if rate is None else f"{rate:.1f}",
+            f"{charge.answers / answers:.0%}" if answers else "-",
+            f"{charge.completion_tokens:,}",
+            f"{charge.wasted_tokens:,}",
+            money(charge.cost) if charge.HasField("cost") else "-",
+        )
+    return table
+
+
+def _table(*left: str, right: Sequence[str]) -> Table:
+    table = Table(*left, box=SIMPLE_HEAD, pad_edge=False)
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def saved(now: pb.ListTiersResponse) -> Text:
