@@ -188,7 +188,7 @@ class Client:
         if begun:
             may = _may_pass(error, resuming=failures > 1)
         else:
-            may = isinstance(error, errors.Unavailable) and failures <= self._retries
+            may = (broken or isinstance(error, errors.Unavailable)) and failures <= self._retries
         free = failures == 1 and (begun or broken)
         if not may or not (free or self._budget.take()):
             return False

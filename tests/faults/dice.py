@@ -8,6 +8,7 @@ function, so each stream of a test is compared with its fault-free run without m
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from headrace.worker.engine.echo import EOS_ID, EchoEngine
 from headrace.worker.engine.seam import Fault, Row, Token
 
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz .,\n"
+POISON = b"POISON"
 _END = 61  # one token in so many ends the turn
 
 
@@ -34,6 +36,8 @@ class DiceEngine(EchoEngine):
 
     def step(self, rows: Sequence[Row], *rest: Any, **named: Any) -> list[Token | Fault | None]:
         """Compute all rows; see `Engine.step`."""
+        if any(bytes(row.ids[: len(POISON)]) == POISON for row in rows):
+            os._exit(13)  # as a driver's fault ends a process: without a word
         return [
             _token(row) if isinstance(result, Token) else result
             for row, result in zip(rows, super().step(rows, *rest, **named), strict=True)

@@ -17,7 +17,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.cli.mesh import free_ports
-from headrace.client import open_channel
+from headrace.client import connect, open_channel
+from headrace.v1 import routing_service_pb2 as routing
 
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
@@ -145,6 +146,28 @@ class Fleet:
     def target(self) -> str:
         """The routers, as one gRPC target."""
         return f"ipv4:{','.join(router.address for router in self.routers)}"
+
+    async def loads(self) -> list[routing.TierLoad]:
+        """What each batcher is busy with."""
+
+        async def load(batcher: Child) -> routing.TierLoad:
+            async with connect(batcher.address) as client:
+                return (await client.list_tiers(timeout=30)).tiers[0].load
+
+        return list(await asyncio.gather(*(load(batcher) for batcher in self.batchers)))
+
+    async def busiest_batcher(self) -> Child:
+        """The one with most requests."""
+        loads = await self.loads()
+        return max(zip(self.batchers, loads, strict=True), key=lambda pair: pair[1].queued + pair[1].running)[
+            0
+        ]
+
+    async def quiet(self, *, seconds: float = 30.0) -> None:
+        """Wait until nothing waits or runs at any batcher."""
+        async with asyncio.timeout(seconds):
+            while any(load.queued or load.running for load in await self.loads()):
+                await asyncio.sleep(0.05)
 
     async def heal(self) -> None:
         """Have all of them running and ready."""

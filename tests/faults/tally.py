@@ -9,7 +9,7 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +124,58 @@ async def visit(
     return seen
 
 
+class Streams:
+    """Many answers under way at once, and how far they are."""
+
+    def __init__(
+        self,
+        client: Client,
+        asked: Sequence[pb.GenerateRequest],
+        *,
+        timeout: float = 60.0,
+        resume: bool = True,
+    ) -> None:
+        self.count = len(asked)
+        self.most = 0
+        self._accepted: set[int] = set()
+        self._speaking: set[int] = set()
+        self._tasks = [
+            asyncio.create_task(
+                visit(client, one, on_token=self._hear(number), timeout=timeout, resume=resume)
+            )
+            for number, one in enumerate(asked)
+        ]
+
+    def _hear(self, number: int) -> Callable[[int], None]:
+        def hear(tokens: int) -> None:
+            self._accepted.add(number)
+            self.most = max(self.most, tokens)
+            if tokens >= 5:
+                self._speaking.add(number)
+
+        return hear
+
+    async def accepted(self) -> None:
+        """Wait until all of them are."""
+        while len(self._accepted) < self.count:
+            await asyncio.sleep(0.002)
+
+    async def reached(self, tokens: int) -> None:
+        """Wait until the first of them has so many tokens."""
+        while self.most < tokens:
+            await asyncio.sleep(0.002)
+
+    async def speaking(self) -> None:
+        """Wait until all of them are accepted and a third have said something."""
+        await self.accepted()
+        while len(self._speaking) < self.count / 3:
+            await asyncio.sleep(0.002)
+
+    async def done(self) -> list[Visit]:
+        """Wait until all have ended."""
+        return await asyncio.gather(*self._tasks)
+
+
 @dataclass
 class Row:
     """One scenario of the table."""
@@ -205,7 +257,7 @@ class Table:
         (folder / "faults.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
 
-def requests(rng: random.Random, count: int, **limits: int) -> list[pb.GenerateRequest]:
+def mixed(rng: random.Random, count: int, **limits: int) -> list[pb.GenerateRequest]:
     """Mixed requests: greedy and sampled in turn, with and without seed, penalties and stop texts.
 
     limits   min_tokens and max_tokens of the answers; they do not end before unless a stop text does

@@ -47,6 +47,7 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 _FOLLOW_SECONDS = 0.1
+_EVICT_SECONDS = 2.0  # for requests that outlast the drain to be answered, on a machine that is busy
 _FORCE_SECONDS = 0.5  # for calls that are still open when the drain is over, to hear that it is
 
 
@@ -158,7 +159,7 @@ async def serving(
         log.info("draining", extra={"in_flight": activity.in_flight, "seconds": drain_seconds})
         # Callers are told to go (GOAWAY) and the port is closed: their next request opens a connection to
         # somebody else instead of being refused here. Streams that are open go on.
-        closing = asyncio.create_task(server.stop(drain_seconds + 2 * _FORCE_SECONDS))
+        closing = asyncio.create_task(server.stop(drain_seconds + _EVICT_SECONDS + _FORCE_SECONDS))
         try:
             async with asyncio.timeout(drain_seconds):
                 if drain is not None:
@@ -168,6 +169,10 @@ async def serving(
         except TimeoutError:
             log.warning("drain timed out", extra={"in_flight": activity.in_flight})
             activity.evict()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_EVICT_SECONDS):
+                    while activity.in_flight:
+                        await asyncio.sleep(0.02)
         await server.stop(_FORCE_SECONDS)
         await closing
         log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})

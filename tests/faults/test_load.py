@@ -1,0 +1,170 @@
+"""Too much, too many at once, and all kinds of leaving: the mesh refuses, frees and goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+
+from headrace.client import Client, connect
+from headrace.v1 import generation_pb2 as pb
+from tests.faults.fleet import Fleet, Plan
+from tests.faults.tally import Row, Visit, mixed, request, visit
+
+Fleets = Callable[[Plan], AbstractAsyncContextManager[Fleet]]
+
+DEADLINES = ("DEADLINE", "DEADLINE_QUEUE", "DEADLINE_DECODE", "TTFT_UNATTAINABLE")
+REFUSALS = ("QUEUE_FULL", "SHED")
+
+
+async def test_a_storm_of_1000_cancels(twins: Fleet, row: Callable[[str], Row], rng: random.Random) -> None:
+    counted = row("1000 callers hang up, 250 at a time")
+    async with connect(twins.target) as client:
+        for _ in range(4):
+            visits = [
+                visit(client, one, leaves_after=rng.randint(0, 6), timeout=120)
+                for one in mixed(rng, 250, min_tokens=60, max_tokens=120)
+            ]
+            counted.add(await asyncio.gather(*visits))
+        await twins.quiet()
+        counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 20))))
+
+    counted.check()
+    assert counted.outcomes["left"] > 900
+
+
+async def test_cancel_finish_and_deadline_race(
+    twins: Fleet, row: Callable[[str], Row], rng: random.Random
+) -> None:
+    """Callers leave at their last token and deadlines pass around the finish: each ends in one way."""
+    counted = row("cancel x finish x deadline, 300 races")
+    async with connect(twins.target, retries=0) as client:
+        began = time.monotonic()
+        counted.add([await visit(client, one) for one in mixed(rng, 3, min_tokens=10, max_tokens=10)])
+        usual = (time.monotonic() - began) / 3
+        for _ in range(6):
+            visits = []
+            for one in mixed(rng, 50, min_tokens=10, max_tokens=10):
+                leaves = rng.choice([None, None, 9, 10])
+                visits.append(visit(client, one, leaves_after=leaves, timeout=usual * rng.uniform(0.5, 4)))
+            counted.add(await asyncio.gather(*visits), may=DEADLINES)
+        await twins.quiet()
+        counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 10))))
+
+    counted.check()
+    assert len(counted.outcomes) >= 3, "all kinds of ends were seen"
+
+
+SMALL = Plan(
+    workers=1,
+    batchers=1,
+    routers=1,
+    worker_flags=("--fake", "--fake-step-seconds", "0.02", "--max-running", "8"),
+    batcher_flags=("--fake", "--queue-limit", "32"),
+)
+
+
+async def test_overload_at_five_times_capacity(
+    fleets: Fleets, row: Callable[[str], Row], rng: random.Random, long: bool
+) -> None:
+    """What cannot be served is refused at once; what is taken is served as fast as ever."""
+    seconds = 30.0 if long else 6.0
+    counted = row(f"overload, five times capacity, {seconds:g} s")
+    tokens = 25
+    async with fleets(SMALL) as few, connect(few.target, retries=0) as client:
+
+        def ask(number: int) -> pb.GenerateRequest:
+            asked = request(rng, number, min_tokens=tokens, max_tokens=tokens)
+            asked.sampling.ignore_eos = True
+            del asked.sampling.stop[:]
+            return asked
+
+        # Capacity, as it is here and now: as many callers as the worker has places, again and again.
+        began = time.monotonic()
+        full = await asyncio.gather(*(_in_turn(client, [ask(n) for n in range(4)]) for _ in range(8)))
+        capacity = sum(one.tokens for visits in full for one in visits) / (time.monotonic() - began)
+        memory = few.batchers[0].memory
+
+        pause = tokens / (5 * capacity)
+        visits: list[asyncio.Task[Visit]] = []
+        deepest = 0
+        began = time.monotonic()
+        while (now := time.monotonic() - began) < seconds:
+            while len(visits) < now / pause:
+                visits.append(asyncio.create_task(visit(client, ask(len(visits)), timeout=30)))
+            deepest = max(deepest, (await few.loads())[0].queued)
+            await asyncio.sleep(0.02)
+        done = [one.result() for one in visits if one.done()]
+        goodput = sum(one.tokens for one in done if one.whole) / (time.monotonic() - began)
+        waiting = time.monotonic()
+        counted.add(await asyncio.gather(*visits), may=[*REFUSALS, *DEADLINES])
+        await few.quiet()
+        recovery = time.monotonic() - waiting
+        counted.add([await visit(client, ask(n)) for n in range(3)])
+        grown = few.batchers[0].memory - memory
+
+    share = goodput / capacity
+    counted.notes.append(
+        f"goodput {share:.0%} of capacity, queue at most {deepest} of 32, idle again after {recovery:.1f} s"
+    )
+    counted.check()
+    refused = sum(counted.outcomes[reason] for reason in REFUSALS)
+    assert refused > len(visits) / 3, "it was overload"
+    assert deepest <= 32
+    assert grown < 64 * 1024 * 1024
+    assert share > 0.4, "a mesh that is refusing still serves"
+
+
+async def _in_turn(client: Client, asked: list[pb.GenerateRequest]) -> list[Visit]:
+    return [await visit(client, one) for one in asked]
+
+
+@pytest.mark.parametrize("flood", [48])
+async def test_a_flooding_tenant_does_not_hold_up_a_quiet_one(
+    fleets: Fleets, row: Callable[[str], Row], rng: random.Random, flood: int
+) -> None:
+    counted = row("one tenant floods, another asks now and then")
+    plan = Plan(workers=1, batchers=1, routers=1, worker_flags=SMALL.worker_flags)
+    finished = 0
+    async with fleets(plan) as few, connect(few.target, retries=0) as client:
+
+        def ask(number: int, tenant: str) -> pb.GenerateRequest:
+            asked = request(rng, number, min_tokens=15, max_tokens=15)
+            asked.sampling.ignore_eos = True
+            asked.routing.tenant = tenant
+            return asked
+
+        async def keep_flooding() -> list[Visit]:
+            nonlocal finished
+            seen: list[Visit] = []
+            while not enough.is_set():
+                seen.append(await visit(client, ask(len(seen), "flood")))
+                finished += 1
+            return seen
+
+        enough = asyncio.Event()
+        floods = [asyncio.create_task(keep_flooding()) for _ in range(flood)]
+        while finished < flood:
+            await asyncio.sleep(0.01)
+        quiet: list[Visit] = []
+        overtaken_by: list[int] = []
+        for number in range(10):
+            before = finished
+            quiet.append(await visit(client, ask(number, "quiet")))
+            overtaken_by.append(finished - before)
+        enough.set()
+        counted.add(quiet)
+        for seen in await asyncio.gather(*floods):
+            counted.add(seen)
+
+    typical = statistics.median(overtaken_by)
+    counted.notes.append(
+        f"{typical:g} of the flood end while a quiet request is served; {flood} are always there"
+    )
+    counted.check()
+    assert typical < flood * 0.75, "first come, first served would be all of them"

@@ -1,0 +1,137 @@
+"""Workers die, stall and come back; the batcher carries on at another one, at the very next token."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+
+from headrace.client import connect
+from headrace.v1 import generation_pb2 as pb
+from tests.faults.fleet import Fleet, Plan
+from tests.faults.tally import Row, Streams, mixed, request, visit
+
+TOKENS = 40
+
+
+def exactly(rng: random.Random, number: int, tokens: int = TOKENS, **limits: int) -> pb.GenerateRequest:
+    """A request whose answer has exactly so many tokens."""
+    asked = request(rng, number, min_tokens=tokens, max_tokens=tokens, **limits)
+    asked.sampling.ignore_eos = True
+    del asked.sampling.stop[:]
+    return asked
+
+
+@pytest.mark.parametrize("stage", ["queued", "prefill", "first", "middle", "last", "finished"])
+async def test_a_worker_that_is_killed(
+    twins: Fleet, row: Callable[[str], Row], rng: random.Random, stage: str
+) -> None:
+    counted = row(f"SIGKILL of a worker: {stage}")
+    victim = twins.workers[rng.randrange(2)]
+    # Two workers take 32 at a time; of 80 most wait. Prompts of 3000 tokens take 24 steps to compute.
+    count = 80 if stage == "queued" else 16
+    asked = [exactly(rng, number) for number in range(count)]
+    if stage == "prefill":
+        for one in asked:
+            one.prompt += "x" * 3000
+    async with connect(twins.target, retries=0) as client:
+        streams = Streams(client, asked)
+        if stage in ("queued", "prefill"):
+            await streams.accepted()
+            assert streams.most < TOKENS
+        elif stage == "finished":
+            counted.add(await streams.done())
+        else:
+            await streams.reached({"first": 1, "middle": TOKENS // 2, "last": TOKENS - 1}[stage])
+        await victim.kill()
+        if stage != "finished":
+            counted.add(await streams.done())
+        counted.add(await asyncio.gather(*(visit(client, exactly(rng, number)) for number in range(4))))
+
+    counted.check()
+    if stage in ("queued", "prefill", "first", "middle"):
+        assert counted.moved > 0, "the kill was felt"
+
+
+async def test_both_workers_are_killed_one_after_the_other(
+    twins: Fleet, row: Callable[[str], Row], rng: random.Random
+) -> None:
+    counted = row("SIGKILL of both workers in turn")
+    async with connect(twins.target, retries=0) as client:
+        streams = Streams(client, [exactly(rng, number, 300) for number in range(12)])
+        await streams.reached(30)
+        await twins.workers[0].kill()
+        await twins.workers[0].restart()
+        await twins.workers[1].kill()
+        counted.add(await streams.done())
+
+    counted.check()
+    assert counted.moved > 0, "the kills were felt"
+
+
+async def test_a_worker_that_stops_while_its_connections_stand(
+    twins: Fleet, row: Callable[[str], Row], rng: random.Random
+) -> None:
+    """Its late frames, when it goes on, are of attempts that are over: none may be heard."""
+    counted = row("SIGSTOP of a worker, then SIGCONT")
+    async with connect(twins.target, retries=0) as client:
+        streams = Streams(client, [exactly(rng, number, 200) for number in range(16)])
+        await streams.reached(20)
+        twins.workers[0].send(signal.SIGSTOP)
+        counted.add(await streams.done())
+        again = Streams(client, [exactly(rng, number, 100) for number in range(16)])
+        await again.accepted()
+        twins.workers[0].send(signal.SIGCONT)
+        counted.add(await again.done())
+
+    counted.check()
+    assert counted.moved > 0, "the stop was felt"
+
+
+async def test_all_workers_are_gone_and_come_back(
+    twins: Fleet, row: Callable[[str], Row], rng: random.Random
+) -> None:
+    counted = row("all workers killed, later restarted")
+    async with connect(twins.target, retries=0) as client:
+        streams = Streams(client, [exactly(rng, number, 100) for number in range(16)], resume=False)
+        await streams.reached(10)
+        await asyncio.gather(*(worker.kill() for worker in twins.workers))
+        # Nobody waits long for nobody: refused at once, with a delay to try again after.
+        refused = [await visit(client, one) for one in mixed(rng, 4)]
+        await asyncio.gather(*(worker.restart() for worker in twins.workers))
+        counted.add(refused, may=["NO_WORKERS"])
+        counted.add(await streams.done(), may=["NO_WORKERS", "WORKER_LOST"])
+        async with asyncio.timeout(30):
+            while not all(tier.healthy for tier in (await client.list_tiers()).tiers):
+                await asyncio.sleep(0.05)
+        back = await asyncio.gather(*(visit(client, one) for one in mixed(rng, 16)))
+        counted.add(back)
+
+    counted.check()
+    assert all(one.whole for one in back)
+
+
+async def test_a_prompt_that_kills_each_worker_it_meets_stops_after_two(
+    fleets: Callable[[Plan], AbstractAsyncContextManager[Fleet]],
+    row: Callable[[str], Row],
+    rng: random.Random,
+) -> None:
+    counted = row("a prompt that kills its worker, three workers")
+    async with fleets(Plan(workers=3, batchers=1, routers=1)) as few:
+        async with connect(few.target) as client:
+            streams = Streams(client, [exactly(rng, number, 250) for number in range(12)])
+            await streams.reached(20)
+            poison = pb.GenerateRequest(prompt="POISON", sampling=pb.Sampling(max_tokens=9))
+            poisoned = await visit(client, poison)
+            counted.add([poisoned], may=["WORKER_LOST"])
+            counted.add(await streams.done())
+            counted.add([await visit(client, exactly(rng, 99))])
+        dead = [worker for worker in few.workers if not worker.alive]
+
+    counted.check()
+    assert poisoned.outcome == "WORKER_LOST"
+    assert len(dead) == 2
