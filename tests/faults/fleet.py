@@ -170,8 +170,11 @@ class Fleet:
                 await asyncio.sleep(0.05)
 
     async def heal(self) -> None:
-        """Have all of them running and ready."""
+        """Have all of them running and ready, and known to those before them."""
         await asyncio.gather(*(child.heal() for child in self.children))
+        async with asyncio.timeout(START_SECONDS):
+            while any(load.workers < len(self.workers) for load in await self.loads()):
+                await asyncio.sleep(0.05)
 
 
 @dataclass(frozen=True, kw_only=True)
