@@ -62,7 +62,11 @@ async def worker(
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,
     ) as server:
-        sessions = Sessions(await asyncio.to_thread(load), step_tokens=settings.tokens_per_step)
+        sessions = Sessions(
+            await asyncio.to_thread(load),
+            step_tokens=settings.tokens_per_step,
+            prefix_cache=settings.prefix_cache,
+        )
         servicer.open(sessions)
         log.info("ready", extra={"model": sessions.model.name, "device": sessions.model.device})
         yield Worker(server, sessions)

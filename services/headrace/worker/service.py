@@ -148,7 +148,7 @@ def _described(model: ModelInfo) -> wire.ModelDescription:
         context_length=model.context_length,
         vocabulary_size=model.vocabulary_size,
         max_running=model.max_running,
-        kv_tokens=model.max_running * model.context_length,
+        kv_tokens=model.kv_tokens,
         determinism=wire.DETERMINISM_EXACT if model.exact else wire.DETERMINISM_BEST_EFFORT,
         features=model.features,
     )

@@ -40,6 +40,13 @@ _tracer = trace.get_tracer("headrace.worker")
 _meter = metrics.get_meter("headrace.worker")
 _running = _meter.create_gauge(attributes.METRIC_RUNNING, description="sequences in the engine's steps")
 _waiting = _meter.create_gauge(attributes.METRIC_WAITING, description="sequences that wait for room")
+_kv_usage = _meter.create_gauge(attributes.METRIC_KV_USAGE, unit="1", description="share of KV memory held")
+_cached = _meter.create_counter(
+    attributes.METRIC_CACHED_TOKENS, unit="{token}", description="found in KV memory instead of computed"
+)
+_preempted = _meter.create_counter(
+    attributes.METRIC_PREEMPTIONS, description="sequences that left KV memory for a while to make room"
+)
 _rate = _meter.create_gauge(attributes.METRIC_TOKEN_RATE, unit="{token}/s")
 _ended = _meter.create_counter(attributes.METRIC_ENDED, description="sequences, by how they ended")
 _step_rows = _meter.create_histogram(
@@ -133,15 +140,17 @@ class Session:
 class Sessions:
     """All streams of one worker over one engine."""
 
-    def __init__(self, engine: Engine, *, step_tokens: int) -> None:
+    def __init__(self, engine: Engine, *, step_tokens: int, prefix_cache: bool) -> None:
         self.model: ModelInfo = engine.model
         self.draining = False
         self._loop = asyncio.get_running_loop()
-        self._engine: EngineLoop[Key] = EngineLoop(engine, report=self._hear, step_tokens=step_tokens)
+        self._engine: EngineLoop[Key] = EngineLoop(
+            engine, report=self._hear, step_tokens=step_tokens, prefix_cache=prefix_cache
+        )
         self._sessions: dict[int, Session] = {}
         self._opened = 0
         self._rate = RateMeter()
-        self._last: StepReport[Key] = StepReport()
+        self._last: StepReport[Key] = StepReport(kv_tokens_free=self.model.kv_tokens)
         self._step_tokens = max(step_tokens, engine.model.max_running)
         self._step_mean = 0.0
         self._prefill_rate = 0.0
@@ -235,12 +244,11 @@ class Sessions:
     def load(self) -> wire.Load:
         """How busy the engine is."""
         last, now = self._last, time.monotonic()
-        total = self.model.max_running * self.model.context_length
         load = wire.Load(
             running=last.running,
             waiting=last.waiting,
-            kv_tokens_total=total,
-            kv_tokens_free=total - last.kv_tokens,
+            kv_tokens_total=self.model.kv_tokens,
+            kv_tokens_free=last.kv_tokens_free,
             uncomputed_prompt_tokens=last.uncomputed_prompt_tokens,
             tokens_per_second=self._rate.per_second(now),
             prefill_tokens_per_second=self._prefill_rate,
@@ -275,6 +283,7 @@ class Sessions:
             expires=now + message.ttl.ToNanoseconds() / 1e9 if message.HasField("ttl") else None,
             submitted=now,
             resumed=len(resume),
+            priority=min(message.priority, 9),
         )
 
     def _hear(self, report: StepReport[Key]) -> None:
@@ -283,8 +292,11 @@ class Sessions:
             self._loop.call_soon_threadsafe(self._deliver, report)
 
     def _deliver(self, report: StepReport[Key]) -> None:
-        self._last = report
+        last, self._last = self._last, report
         now = time.monotonic()
+        _kv_usage.set(1 - report.kv_tokens_free / self.model.kv_tokens)
+        _cached.add(report.cached_tokens - last.cached_tokens)
+        _preempted.add(report.preemptions - last.preemptions)
         _running.set(report.running)
         _waiting.set(report.waiting)
         if report.rows:
@@ -371,6 +383,7 @@ class Sessions:
         else:
             delta.finish = _FINISH[ending]
         delta.usage.prompt_tokens = sequence.prompt
+        delta.usage.cached_tokens = min(sequence.cached, sequence.prompt)
         delta.usage.completion_tokens = sequence.answered
         delta.usage.replayed_tokens = sequence.resumed
         queue = (sequence.started if sequence.started is not None else time.monotonic()) - sequence.submitted
@@ -391,6 +404,7 @@ def _tell(flight: Flight, sequence: LiveSequence[Key], ending: Ending, queue_ns:
         return
     prefill = _tracer.start_span(attributes.SPAN_PREFILL, context=context, links=links, start_time=began)
     prefill.set_attribute(attributes.GEN_AI_INPUT_TOKENS, sequence.prompt + sequence.resumed)
+    prefill.set_attribute(attributes.GEN_AI_CACHE_READ_TOKENS, sequence.cached)
     if not flight.first_token_ns:
         prefill.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: ending.value}, timestamp=ended_ns)
         prefill.end(ended_ns)

@@ -32,6 +32,10 @@ class Settings(ServiceSettings):
         description="most tokens that one engine step computes, prompts included: fewer keep answers under "
         "way even, more compute prompts faster; 0 takes 128 on CPUs, 2048 on GPUs",
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="keep what earlier prompts computed in spare KV memory, for prompts that begin alike",
+    )
     fake: bool = Field(default=False, description="run the echo engine, which needs no model")
     fake_step_seconds: float = Field(
         default=0.0, ge=0, description="how long a step of the echo engine takes"

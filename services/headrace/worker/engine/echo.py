@@ -8,9 +8,9 @@ unnoticed. It needs neither torch nor weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from headrace.worker.engine.seam import Fault, ModelInfo, Row, Token
+from headrace.worker.engine.seam import Fault, ModelInfo, Row, Token, nothing
 
 # One id per byte of UTF-8, then the special ids. `headrace.batcher.tokens.ByteTokenizer` is the other half.
 VOCABULARY_SIZE = 258
@@ -18,17 +18,45 @@ EOS_ID = 256
 FAULT_ID = 257  # a prompt that holds this id fails when its first token is drawn
 
 
+class _Block:
+    """What one block of KV memory holds.
+
+    before   stands for all ids before the block's first, as keys and values depend on them as well
+    digest   the same for the block behind this one; set when the block is full
+    """
+
+    __slots__ = ("before", "digest", "ids")
+
+    def __init__(self) -> None:
+        self.before = 0
+        self.digest = 0
+        self.ids: list[int] = []
+
+
 class EchoEngine:
     """Answers each prompt with the prompt.
 
+    kv_blocks      size of the KV memory; None for a whole context for each running sequence
     step_seconds   how long a step takes, to stand in for a model's work
+
+    It remembers what was written to its blocks and refuses, with RuntimeError, a row whose blocks do not
+    hold exactly what the row says is computed. So whatever runs on it proves that no sequence ever
+    reads another one's keys.
     """
 
     def __init__(
-        self, *, context_length: int = 4096, max_running: int = 64, step_seconds: float = 0.0
+        self,
+        *,
+        context_length: int = 4096,
+        max_running: int = 64,
+        block_tokens: int = 16,
+        kv_blocks: int | None = None,
+        step_seconds: float = 0.0,
     ) -> None:
         self._step_seconds = step_seconds
-        self._lengths: dict[int, int] = {}  # tokens held, by slot: what a real engine keeps as KV memory
+        if kv_blocks is None:
+            kv_blocks = max_running * -(-context_length // block_tokens)
+        self._memory: dict[int, _Block] = {}
         self._model = ModelInfo(
             name="echo",
             revision="1",
@@ -40,6 +68,8 @@ class EchoEngine:
             vocabulary_size=VOCABULARY_SIZE,
             eos_ids=frozenset({EOS_ID}),
             max_running=max_running,
+            block_tokens=block_tokens,
+            kv_blocks=kv_blocks,
             exact=True,
             features=("logprobs",),
         )
@@ -49,36 +79,61 @@ class EchoEngine:
         """What it pretends to be."""
         return self._model
 
-    @property
-    def occupied_slots(self) -> int:
-        """How many slots hold something."""
-        return len(self._lengths)
-
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(
+        self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing
+    ) -> list[Token | Fault | None]:
         """Compute all rows; see `Engine.step`."""
+        meanwhile()
         if self._step_seconds:
             time.sleep(self._step_seconds)
-        return [self._compute(row) for row in rows]
+        # All reads come before all writes: a row that reads what its neighbour writes is refused, too.
+        for row in rows:
+            self._verify(row)
+        for row in rows:
+            self._write(row)
+        return [_answer(row) for row in rows]
 
-    def release(self, slot: int) -> None:
-        """Forget the slot."""
-        self._lengths.pop(slot, None)
+    def _verify(self, row: Row) -> None:
+        """Check that positions 0 to start - 1 were computed from exactly the ids of this row."""
+        size, digest = self._model.block_tokens, 0
+        for begin in range(0, row.start, size):
+            number = row.blocks[begin // size]
+            block = self._memory.get(number)
+            held = min(row.start - begin, size)
+            if block is None or block.before != digest or block.ids[:held] != row.ids[begin : begin + held]:
+                raise RuntimeError(
+                    f"block {number} does not hold ids {begin} to {begin + held - 1} of its row"
+                )
+            digest = block.digest
 
-    def _compute(self, row: Row) -> Token | Fault | None:
-        # A real engine would read another sequence's keys here; say so rather than answer nonsense.
-        if self._lengths.get(row.slot, 0) != row.start:
-            raise RuntimeError(
-                f"slot {row.slot} holds {self._lengths.get(row.slot, 0)}, row starts at {row.start}"
-            )
-        self._lengths[row.slot] = row.stop
-        if not row.sample:
-            return None
-        if FAULT_ID in row.ids[: row.prompt]:
-            return Fault("the prompt holds the id that makes the echo engine fail")
-        said = row.stop - row.prompt
-        cycle = row.prompt + 1
-        at_end = said % cycle == row.prompt
-        if at_end and not row.params.ignore_eos and said >= row.params.min_tokens:
-            return Token(EOS_ID, 0.0)
-        # Past its end it starts over, without a gap that could not be read as text.
-        return Token(row.ids[said % row.prompt], 0.0)
+    def _write(self, row: Row) -> None:
+        size, position = self._model.block_tokens, row.start
+        while position < row.stop:
+            index, offset = divmod(position, size)
+            number = row.blocks[index]
+            if not 0 <= number < self._model.kv_blocks:
+                raise RuntimeError(f"there is no block {number}")
+            block = self._memory.get(number)
+            if block is None:
+                block = self._memory[number] = _Block()
+            if offset == 0:
+                block.before = self._memory[row.blocks[index - 1]].digest if index else 0
+            ends = min(position - offset + size, row.stop)
+            block.ids[offset:] = row.ids[position:ends]
+            if len(block.ids) == size:
+                block.digest = hash((block.before, *block.ids))
+            position = ends
+
+
+def _answer(row: Row) -> Token | Fault | None:
+    if not row.sample:
+        return None
+    if FAULT_ID in row.ids[: row.prompt]:
+        return Fault("the prompt holds the id that makes the echo engine fail")
+    said = row.stop - row.prompt
+    cycle = row.prompt + 1
+    at_end = said % cycle == row.prompt
+    if at_end and not row.params.ignore_eos and said >= row.params.min_tokens:
+        return Token(EOS_ID, 0.0)
+    # Past its end it starts over, without a gap that could not be read as text.
+    return Token(row.ids[said % row.prompt], 0.0)

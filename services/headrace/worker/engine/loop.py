@@ -2,8 +2,8 @@
 
 The thread owns engine and scheduler. Callers hand commands in from any thread and hear of each step
 through one callback, called on the engine's thread: the worker's service turns it into a single
-`call_soon_threadsafe` a step. A running step cannot be interrupted, so what was cancelled leaves
-before the next one.
+`call_soon_threadsafe` a step. Where a device computes by itself, that is done while it computes the next
+step. A running step cannot be interrupted, so what was cancelled leaves before the next one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ class StepReport(Generic[K]):
 
     rows, tokens, seconds   of the step: rows computed, ids computed, wall time; 0 without one
     started, ended          time.time_ns() around the step
+    running, waiting        sequences, when it was over
+    kv_tokens_free          tokens that KV memory had room for then
+    cached_tokens           ids found in KV memory instead of computed, since the start
+    preemptions             since the start
     """
 
     updates: list[Update[K]] = field(default_factory=list)
@@ -42,7 +46,9 @@ class StepReport(Generic[K]):
     ended: int = 0
     running: int = 0
     waiting: int = 0
-    kv_tokens: int = 0
+    kv_tokens_free: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
     uncomputed_prompt_tokens: int = 0
     oldest_wait: float = 0.0
 
@@ -50,15 +56,25 @@ class StepReport(Generic[K]):
 class EngineLoop(Generic[K]):
     """Drives one engine.
 
-    report      called on the engine's thread after each step that changed something
+    report                      called on the engine's thread after each step and each departure: at once
+                                where nothing follows, else when the next step's computation is launched
+    step_tokens, prefix_cache   as for `Scheduler`
     """
 
     def __init__(
-        self, engine: Engine, *, report: Callable[[StepReport[K]], None], step_tokens: int = 512
+        self,
+        engine: Engine,
+        *,
+        report: Callable[[StepReport[K]], None],
+        step_tokens: int = 512,
+        prefix_cache: bool = True,
     ) -> None:
         self._engine = engine
         self._report = report
-        self._scheduler: Scheduler[K] = Scheduler(engine.model, step_tokens=step_tokens)
+        self._scheduler: Scheduler[K] = Scheduler(
+            engine.model, step_tokens=step_tokens, prefix_cache=prefix_cache
+        )
+        self._untold: list[StepReport[K]] = []
         # One queue for all, in order: a cancel that comes too late for its sequence must not hit the next
         # one of the same key, handed in after it.
         self._commands: deque[Callable[[], None]] = deque()
@@ -114,52 +130,55 @@ class EngineLoop(Generic[K]):
 
     def _turn(self) -> None:
         """Let go who must leave, then compute one step."""
-        updates, slots = self._scheduler.expel(time.monotonic())
-        self._free(slots)
-        if updates:
-            self._tell(StepReport(updates=updates))
+        scheduler = self._scheduler
+        departed = scheduler.expel(time.monotonic())
+        if departed:
+            self._note(StepReport(updates=departed))
         now = time.monotonic()
-        rows = self._scheduler.plan(now)
-        if not rows:
-            return
-        started = time.time_ns()
-        results = self._step(rows)
-        ended = time.time_ns()
-        done = time.monotonic()
-        updates, slots = self._scheduler.apply(rows, results, done)
-        self._free(slots)
-        self._tell(
-            StepReport(
-                updates=updates,
-                rows=len(rows),
-                tokens=sum(row.stop - row.start for row in rows),
-                seconds=done - now,
-                started=started,
-                ended=ended,
+        rows = scheduler.plan(now)
+        if rows:
+            started = time.time_ns()
+            results = self._step(rows)
+            ended = time.time_ns()
+            done = time.monotonic()
+            self._note(
+                StepReport(
+                    updates=scheduler.apply(rows, results, done),
+                    rows=len(rows),
+                    tokens=sum(row.stop - row.start for row in rows),
+                    seconds=done - now,
+                    started=started,
+                    ended=ended,
+                )
             )
-        )
+        if scheduler.idle:
+            self._tell()
 
     def _step(self, rows: list[Row]) -> list[Token | Fault | None]:
         try:
-            return self._engine.step(rows)
+            return self._engine.step(rows, self._tell)
         except Exception:
-            # What the slots hold now is unknown: every row of this step ends, later ones are unharmed.
+            # What the rows' blocks hold now is unknown: every row of this step ends, later ones are unharmed.
             log.exception("engine step failed", extra={"rows": len(rows)})
             return [Fault("the engine failed in this step")] * len(rows)
 
-    def _free(self, slots: list[int]) -> None:
-        for slot in slots:
-            self._engine.release(slot)
-
-    def _tell(self, report: StepReport[K]) -> None:
+    def _note(self, report: StepReport[K]) -> None:
+        """Keep a report until the next computation is launched."""
         scheduler = self._scheduler
-        self._report(
+        self._untold.append(
             replace(
                 report,
                 running=scheduler.running,
                 waiting=scheduler.waiting,
-                kv_tokens=scheduler.kv_tokens,
+                kv_tokens_free=scheduler.kv_tokens_free,
+                cached_tokens=scheduler.cached_tokens,
+                preemptions=scheduler.preemptions,
                 uncomputed_prompt_tokens=scheduler.uncomputed_prompt_tokens,
                 oldest_wait=scheduler.oldest_wait(time.monotonic()),
             )
         )
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, []
+        for report in untold:
+            self._report(report)

@@ -2,20 +2,27 @@
 
 Sequences join and leave between steps (Orca, OSDI 2022) and prompts are cut into chunks that share
 the step with decodes under a token budget (Sarathi-Serve, OSDI 2024), so that a long prompt does not
-stall the answers around it. Plain data and plain functions: no clock, no thread, no torch.
+stall the answers around it. KV memory is handed out in blocks; when it runs out, the sequence that came
+last leaves for a while and is computed again later (vLLM, SOSP 2023). Plain data and plain functions: no
+clock, no thread, no torch. `kv` keeps the books of the blocks.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
 
+from headrace.worker.engine.kv import BlockPool, BlockTable, Key
 from headrace.worker.engine.seam import Fault, ModelInfo, Row, SamplingParams, Token
 
 K = TypeVar("K", bound=Hashable)
+
+# One level of priority is worth having come this much earlier. So urgent sequences go first, and nobody
+# waits for ever behind those who came long after.
+PRIORITY_SECONDS = 2.0
 
 
 class Ending(Enum):
@@ -28,15 +35,25 @@ class Ending(Enum):
     FAULT = "fault"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LiveSequence(Generic[K]):
     """One request inside the engine.
 
-    ids       prompt and answer so far; grows
-    prompt    how many of the ids are prompt
-    resumed   how many answer ids came with the request, delivered by an earlier attempt
-    computed  how many ids are in KV memory
-    expires   on the caller's clock, seconds; None for never
+    ids         prompt and answer so far; grows
+    prompt      how many of the ids are prompt
+    expires     on the caller's clock, seconds; None for never
+    submitted   on the caller's clock, seconds
+    resumed     how many answer ids came with the request, delivered by an earlier attempt
+    priority    0, the least urgent, to 9
+
+    The rest is the scheduler's:
+
+    rank        the lowest goes first
+    table       its blocks while it runs
+    computed    how many ids are in KV memory
+    cached      how many of the first ids were there already, computed for another sequence
+    preempted   how often it had to leave KV memory for a while
+    needs       available blocks that it lacked when it was last looked at
     """
 
     key: K
@@ -46,8 +63,13 @@ class LiveSequence(Generic[K]):
     expires: float | None
     submitted: float
     resumed: int = 0
+    priority: int = 5
+    rank: tuple[float, int] = (0.0, 0)
+    table: BlockTable | None = None
     computed: int = 0
-    slot: int = -1
+    cached: int = 0
+    preempted: int = 0
+    needs: int = 0
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -73,33 +95,40 @@ class Update(Generic[K]):
 class Scheduler(Generic[K]):
     """Chooses the rows of each step and books what they produced.
 
-    model         limits: context_length, max_running, eos_ids
-    step_tokens   most tokens that one step computes; at least max_running, so that decodes always fit
+    model          limits: context_length, max_running, KV memory, eos_ids
+    step_tokens    most tokens that one step computes; at least max_running, so that decodes always fit
+    prefix_cache   whether sequences that begin alike share what is computed
 
-    First come, first served: running sequences decode in every step; what is left of the budget goes
-    to prompts in order of arrival. Every sequence added leaves through exactly one update with an
+    Sequences are ranked by arrival, each level of priority counting as some seconds. They start in this
+    order, as soon as there is a place and KV memory for all their ids; who ranks last makes room when a
+    decode finds none. Running sequences decode in every step, and prompts share what is left of its
+    budget: half is for the first in rank, the other half for the shortest. So a long prompt stalls no
+    short ones, nor do they stall it. Every sequence added leaves through exactly one update with an
     ending.
     """
 
-    def __init__(self, model: ModelInfo, *, step_tokens: int = 512) -> None:
+    def __init__(self, model: ModelInfo, *, step_tokens: int = 512, prefix_cache: bool = True) -> None:
         self._model = model
         self._step_tokens = max(step_tokens, model.max_running)
-        self._waiting: deque[LiveSequence[K]] = deque()
-        self._running: dict[K, LiveSequence[K]] = {}  # in order of arrival
+        self._pool = BlockPool(model.kv_blocks, model.block_tokens, prefix_cache=prefix_cache)
+        # Both by rank.
+        self._waiting: list[LiveSequence[K]] = []
+        self._running: list[LiveSequence[K]] = []
         self._keys: set[K] = set()
         self._leaving: dict[K, Ending] = {}
-        # Lowest slot first keeps the occupied slots dense, which engines can exploit.
-        self._free_slots = list(range(model.max_running - 1, -1, -1))
         self._planned: list[LiveSequence[K]] = []
+        self._added = 0
+        self.preemptions = 0  # since the start, as is the next
+        self.cached_tokens = 0
 
     @property
     def running(self) -> int:
-        """Sequences that hold a slot."""
+        """Sequences that hold KV memory."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for one."""
+        """Sequences that wait for some."""
         return len(self._waiting)
 
     @property
@@ -109,26 +138,39 @@ class Scheduler(Generic[K]):
 
     @property
     def uncomputed_prompt_tokens(self) -> int:
-        """Prompt tokens that are still to be computed."""
-        return sum(
-            max(s.prompt + s.resumed - s.computed, 0) for s in (*self._running.values(), *self._waiting)
-        )
+        """Tokens to compute before each sequence can draw its next one; plain decodes count as none."""
+        missing = sum(len(s.ids) - s.computed for s in self._waiting)
+        for sequence in self._running:
+            rest = len(sequence.ids) - sequence.computed
+            if rest > 1:
+                missing += rest
+        return missing
 
     @property
-    def kv_tokens(self) -> int:
-        """Tokens in KV memory."""
-        return sum(s.computed for s in self._running.values())
+    def kv_tokens_free(self) -> int:
+        """Tokens that KV memory has room for; what is kept only to be found again counts as room."""
+        return self._pool.available * self._pool.block_tokens
 
     def oldest_wait(self, now: float) -> float:
-        """How long the first of the waiting has waited, in seconds."""
-        return now - self._waiting[0].submitted if self._waiting else 0.0
+        """How long the one that waits longest has waited, in seconds."""
+        return max((now - s.submitted for s in self._waiting), default=0.0)
 
     def add(self, sequence: LiveSequence[K]) -> None:
-        """Take a sequence in. Its key must not be in use."""
+        """Take a sequence in.
+
+        Raises ValueError where its key is in use, and where it leaves no room for an answer in the
+        context: KV memory holds a whole context, so all others are sure to be computed.
+        """
         if sequence.key in self._keys:
             raise ValueError(f"key {sequence.key!r} is in use")
+        if not 0 < len(sequence.ids) < self._model.context_length:
+            raise ValueError(
+                f"a sequence starts with 1 to {self._model.context_length - 1} ids, not {len(sequence.ids)}"
+            )
         self._keys.add(sequence.key)
-        self._waiting.append(sequence)
+        self._added += 1
+        sequence.rank = (sequence.submitted - PRIORITY_SECONDS * sequence.priority, self._added)
+        insort(self._waiting, sequence, key=_rank)
 
     def cancel(self, key: K) -> None:
         """Let a sequence leave before the next step. Unknown keys are none of our business."""
@@ -140,91 +182,149 @@ class Scheduler(Generic[K]):
         for key in self._keys:
             self._leaving[key] = Ending.CANCELLED
 
-    def expel(self, now: float) -> tuple[list[Update[K]], list[int]]:
-        """Remove what was cancelled and what has expired at *now*.
+    def expel(self, now: float) -> list[Update[K]]:
+        """Remove what was cancelled and what has expired at *now*; called before each `plan`.
 
-        Returns their last updates, and the slots that became free. Called before each `plan`.
+        Returns their last updates.
         """
-        for sequence in (*self._running.values(), *self._waiting):
+        for sequence in (*self._running, *self._waiting):
             if sequence.expires is not None and now >= sequence.expires:
                 self._leaving.setdefault(sequence.key, Ending.DEADLINE)
         if not self._leaving:
-            return [], []
-        updates, slots = [], []
-        for sequence in [s for s in (*self._running.values(), *self._waiting) if s.key in self._leaving]:
-            if sequence.slot >= 0:
-                slots.append(sequence.slot)
-            updates.append(self._end(sequence, self._leaving[sequence.key]))
-        self._waiting = deque(s for s in self._waiting if s.key in self._keys)
-        self._leaving.clear()
-        return updates, slots
+            return []
+        leaving = [s for s in (*self._running, *self._waiting) if s.key in self._leaving]
+        return [self._end(sequence, self._leaving[sequence.key]) for sequence in leaving]
 
     def plan(self, now: float) -> list[Row]:
         """Choose the rows of the next step; empty when there is nothing to compute."""
-        while self._waiting and self._free_slots:
-            sequence = self._waiting.popleft()
-            sequence.slot = self._free_slots.pop()
-            self._running[sequence.key] = sequence
-        budget = self._step_tokens
-        chosen: dict[K, int] = {}
-        for sequence in self._running.values():
-            if len(sequence.ids) - sequence.computed == 1:  # decodes first: their readers are waiting
-                chosen[sequence.key] = 1
-                budget -= 1
-        for sequence in self._running.values():
-            if sequence.key not in chosen and budget > 0:
-                chosen[sequence.key] = min(budget, len(sequence.ids) - sequence.computed)
-                budget -= chosen[sequence.key]
-        self._planned = [self._running[key] for key in chosen]
-        rows = []
-        for sequence in self._planned:
-            if sequence.started is None:
-                sequence.started = now
-            stop = sequence.computed + chosen[sequence.key]
-            rows.append(
-                Row(
-                    slot=sequence.slot,
-                    start=sequence.computed,
-                    stop=stop,
-                    ids=sequence.ids,
-                    prompt=sequence.prompt,
-                    sample=stop == len(sequence.ids),
-                    params=sequence.params,
-                )
-            )
-        return rows
+        chosen = dict.fromkeys(self._decodes(), 1)
+        self._admit()
+        if len(chosen) < len(self._running):
+            prefilling = [sequence for sequence in self._running if sequence not in chosen]
+            for sequence, tokens in self._share(prefilling, self._step_tokens - len(chosen)):
+                chosen[sequence] = tokens
+                if sequence.started is None:
+                    sequence.started = now
+        self._planned = list(chosen)
+        return [_row(sequence, tokens) for sequence, tokens in chosen.items()]
 
     def apply(
         self, rows: Sequence[Row], results: Sequence[Token | Fault | None], now: float
-    ) -> tuple[list[Update[K]], list[int]]:
+    ) -> list[Update[K]]:
         """Book what the engine made of the planned rows.
 
-        Returns one update per sequence that has news, and the slots that became free.
+        Returns one update per sequence that has news.
         """
-        updates, slots = [], []
+        updates = []
+        size = self._pool.block_tokens
         for sequence, row, result in zip(self._planned, rows, results, strict=True):
-            sequence.computed = row.stop
-            if result is None:
+            table = _table(sequence)
+            if isinstance(result, Fault):
+                # Whatever went wrong may have left wrong keys: nobody else shall build on them.
+                table.forget()
+                updates.append(self._end(sequence, Ending.FAULT, fault=result.message))
                 continue
-            update = self._book(sequence, result, now)
-            updates.append(update)
-            if update.ending is not None:
-                slots.append(row.slot)
+            sequence.computed = row.stop
+            if row.stop >= table.settled_tokens + size:
+                self._settle(sequence)
+            if result is not None:
+                updates.append(self._book(sequence, result, now))
         self._planned = []
-        return updates, slots
+        return updates
 
-    def _book(self, sequence: LiveSequence[K], result: Token | Fault, now: float) -> Update[K]:
-        if isinstance(result, Fault):
-            return self._end(sequence, Ending.FAULT, fault=result.message)
+    def check(self) -> None:
+        """Raise AssertionError unless the books of KV memory are right. For tests."""
+        self._pool.check([_table(sequence).blocks for sequence in self._running])
+
+    def _decodes(self) -> list[LiveSequence[K]]:
+        """Give running sequences that draw a token in every step the block for it; preempts for that."""
+        size, running = self._pool.block_tokens, self._running
+        decoding = []
+        for sequence in running.copy():
+            if sequence.computed != len(sequence.ids) - 1 or sequence.table is None:
+                continue
+            if sequence.computed == len(sequence.table.blocks) * size:
+                while not self._pool.available:
+                    self._preempt(running[-1])
+                if sequence.table is None:
+                    break  # it was the last itself
+                sequence.table.grow()
+            decoding.append(sequence)
+        return decoding
+
+    def _preempt(self, sequence: LiveSequence[K]) -> None:
+        """Let a running sequence wait until there is memory for it again. What it said stays said."""
+        self._leave(sequence)
+        sequence.computed = 0
+        sequence.needs = 0
+        sequence.preempted += 1
+        self.preemptions += 1
+        insort(self._waiting, sequence, key=_rank)
+
+    def _admit(self) -> None:
+        """Let those start for whom there is a place and memory, by rank."""
+        pool = self._pool
+        while self._waiting and len(self._running) < self._model.max_running:
+            sequence = self._waiting[0]
+            # Every running sequence will soon ask for a block: who starts shall not be preempted at once.
+            spare = pool.available - min(len(self._running), pool.blocks // 16)
+            if sequence.needs > spare:
+                return  # without looking again, which takes time on long prompts
+            sequence.table = BlockTable(pool)
+            sequence.needs = sequence.table.need(sequence.ids)
+            if sequence.needs > spare:
+                sequence.table = None
+                return
+            self._find(sequence, sequence.table.fill(sequence.ids))
+            del self._waiting[0]
+            insort(self._running, sequence, key=_rank)
+
+    def _share(self, prefilling: Sequence[LiveSequence[K]], room: int) -> list[tuple[LiveSequence[K], int]]:
+        """Share *room* tokens among sequences whose ids are not all computed, given by rank."""
+        for sequence in prefilling:
+            self._settle(sequence)
+        oldest = prefilling[0]
+        rest: dict[LiveSequence[K], int] = {}
+        computing: set[Key] = set()
+        for sequence in (oldest, *sorted(prefilling[1:], key=_uncomputed)):
+            # Two that go on alike do not compute the same: the second finds it done in the next step.
+            key = _table(sequence).next_key(sequence.ids)
+            if key is None or key not in computing:
+                rest[sequence] = _uncomputed(sequence)
+                if key is not None:
+                    computing.add(key)
+        chosen = {oldest: min(rest[oldest], (room + 1) // 2)}
+        room -= chosen[oldest]
+        rest[oldest] -= chosen[oldest]
+        for sequence in sorted(rest, key=rest.__getitem__):
+            tokens = min(rest[sequence], room)
+            if tokens:
+                chosen[sequence] = chosen.get(sequence, 0) + tokens
+                room -= tokens
+        return list(chosen.items())
+
+    def _settle(self, sequence: LiveSequence[K]) -> None:
+        """Share what it has computed, and skip what others have."""
+        self._find(sequence, _table(sequence).settle(sequence.ids, sequence.computed))
+
+    def _find(self, sequence: LiveSequence[K], computed: int) -> None:
+        """Book that so many of its ids are computed, by whomever."""
+        found = computed - sequence.computed
+        if found:
+            sequence.computed = computed
+            if not sequence.preempted:  # later it finds what it has computed itself
+                sequence.cached += found
+                self.cached_tokens += found
+
+    def _book(self, sequence: LiveSequence[K], result: Token, now: float) -> Update[K]:
         params = sequence.params
         if sequence.first_token is None:
             sequence.first_token = now
         sequence.last_token = now
         if result.id in self._model.eos_ids and not params.ignore_eos:
             return self._end(sequence, Ending.STOP)
-        offset = sequence.answered
+        update = Update(sequence, sequence.answered, [result.id])
         sequence.ids.append(result.id)
-        update = Update(sequence, offset, [result.id])
         if params.logprobs and result.logprob is not None:
             update.logprobs.append(result.logprob)
         if sequence.answered >= params.max_tokens or len(sequence.ids) >= self._model.context_length:
@@ -234,9 +334,41 @@ class Scheduler(Generic[K]):
     def _end(self, sequence: LiveSequence[K], ending: Ending, fault: str = "") -> Update[K]:
         self._keys.discard(sequence.key)
         self._leaving.pop(sequence.key, None)
-        if sequence.slot >= 0:
-            del self._running[sequence.key]
-            self._free_slots.append(sequence.slot)
-            self._free_slots.sort(reverse=True)
-            sequence.slot = -1
+        if sequence.table is None:
+            self._waiting.remove(sequence)
+        else:
+            self._leave(sequence)
         return Update(sequence, sequence.answered, ending=ending, fault=fault)
+
+    def _leave(self, sequence: LiveSequence[K]) -> None:
+        """Give up the place in KV memory."""
+        self._running.remove(sequence)
+        _table(sequence).empty()
+        sequence.table = None
+
+
+def _rank(sequence: LiveSequence[K]) -> tuple[float, int]:
+    return sequence.rank
+
+
+def _uncomputed(sequence: LiveSequence[K]) -> int:
+    return len(sequence.ids) - sequence.computed
+
+
+def _table(sequence: LiveSequence[K]) -> BlockTable:
+    """The blocks of a running sequence."""
+    assert sequence.table is not None
+    return sequence.table
+
+
+def _row(sequence: LiveSequence[K], tokens: int) -> Row:
+    stop = sequence.computed + tokens
+    return Row(
+        blocks=_table(sequence).blocks,
+        start=sequence.computed,
+        stop=stop,
+        ids=sequence.ids,
+        prompt=sequence.prompt,
+        sample=stop == len(sequence.ids),
+        params=sequence.params,
+    )

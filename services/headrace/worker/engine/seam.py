@@ -1,13 +1,14 @@
 """What an engine is: the seam between deciding a step and computing it.
 
 The scheduler turns sequences into `Row`s, an `Engine` turns the rows of one step into `Token`s. The
-engine keeps the KV memory, one slot per running sequence; it does not know why a row is in the step,
-who asked, or when to stop.
+engine keeps the KV memory, cut into blocks of equally many tokens; the scheduler says which block holds
+which part of which sequence, and may let sequences share blocks that begin alike. The engine does not
+know why a row is in the step, who asked, or when to stop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,7 +34,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
-    """A loaded model, as `headrace.v1.ModelDescription` tells it to batchers."""
+    """A loaded model, as `headrace.v1.ModelDescription` tells it to batchers.
+
+    context_length   tokens of prompt and answer together, at most kv_tokens: a model whose KV memory
+                     holds less than its own context has a shorter one
+    max_running      most rows of a step, and most sequences that run at the same time
+    block_tokens     tokens in one block of KV memory
+    kv_blocks        blocks 0 to kv_blocks - 1 are the scheduler's; what an engine needs for itself, such
+                     as a block for padding to write to, comes on top
+
+    Raises ValueError where one sequence could outgrow all KV memory.
+    """
 
     name: str
     revision: str
@@ -45,17 +56,33 @@ class ModelInfo:
     vocabulary_size: int
     eos_ids: frozenset[int]
     max_running: int
+    block_tokens: int
+    kv_blocks: int
     exact: bool
     features: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.context_length > self.kv_tokens:
+            raise ValueError(
+                f"a context of {self.context_length} tokens does not fit a KV memory of {self.kv_tokens}: "
+                "give it a shorter context or more blocks"
+            )
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV memory holds in all."""
+        return self.kv_blocks * self.block_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sequence's part of one step: a chunk of its prompt, or the token it decoded last.
 
-    slot     where its keys and values live, 0 to max_running - 1; its own from its first row until
-             `Engine.release`
-    start    position of the first of the ids to compute; all before are in the slot already
+    blocks   the sequence's block table: the keys and values of position p live in block
+             `blocks[p // block_tokens]` at `p % block_tokens`. Covers at least positions 0 to stop - 1.
+             Valid for this step: it grows, and blocks of equal contents may be exchanged
+    start    position of the first of the ids to compute; the keys and values of all before are in
+             their blocks already, written in earlier steps by this sequence or by one that began alike
     stop     position after the last; `ids[start:stop]` are computed
     ids      prompt and answer so far: the whole history, not only the chunk. Grows between steps
     prompt   how many of the ids are prompt; the rest is answer
@@ -63,7 +90,7 @@ class Row:
              false while more of the prompt is to come
     """
 
-    slot: int
+    blocks: Sequence[int]
     start: int
     stop: int
     ids: Sequence[int]
@@ -87,24 +114,35 @@ class Fault:
     message: str
 
 
+def nothing() -> None:
+    """Nothing to do meanwhile."""
+
+
 class Engine(Protocol):
-    """Computes steps. One thread calls `step` and `release`, never two at once."""
+    """Computes steps. One thread calls `step`, never twice at once."""
 
     @property
     def model(self) -> ModelInfo:
         """What is loaded; constant."""
         ...
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(
+        self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing
+    ) -> list[Token | Fault | None]:
         """Compute all rows in one pass.
 
-        rows  one to max_running rows, each of another slot
+        rows        one to max_running rows, each of another sequence. No row writes a block that another
+                    row of the step reads or writes
+        meanwhile   called exactly once: by an engine whose device computes by itself after the launch,
+                    before it waits for the results, so that the caller's work overlaps with the
+                    device's; by an engine that computes on the calling thread before it starts
+
+        Writes the keys and values of positions start to stop - 1 of each row and reads those of positions
+        0 to stop - 1, nothing else: whatever else a block holds is stale, so no block is ever cleared
+        by the scheduler.
 
         Returns one entry per row, in order: None where the row does not sample. A token depends on
-        the row alone (ids, params, position), never on its neighbours.
+        the row alone (ids, params, position), never on its neighbours. Where it raises, the blocks that
+        the rows were to write hold nothing of use.
         """
-        ...
-
-    def release(self, slot: int) -> None:
-        """Forget what the slot holds; the next row for it starts at position 0."""
         ...
