@@ -143,7 +143,7 @@ class BlockPool:
 class BlockTable:
     """The blocks of one sequence, in order.
 
-    blocks   their numbers; grows, and is exchanged for another list never
+    blocks   their numbers
     """
 
     __slots__ = ("_pool", "_prefix", "_settled", "blocks")
@@ -223,11 +223,9 @@ class BlockTable:
         return self._pool.key(self._prefix, ids, self._settled)
 
     def empty(self) -> None:
-        """Give all blocks back."""
+        """Give all blocks back; the table is of no use any more."""
         self._pool.give_back(self.blocks)
         self.blocks = []
-        self._settled = 0
-        self._prefix = _NO_PREFIX
 
     def forget(self) -> None:
         """Let nobody find what is in these blocks: it may be wrong."""
