@@ -33,6 +33,7 @@ class TierParts:
     def left_behind(self) -> dict[str, int]:
         """What a quiet tier must have none of; non-zero entries only."""
         pool = self.batcher.coalescer.pool
+        load = self.worker.sessions.load()
         counts = {
             "queued": len(self.batcher.coalescer.queue),
             "live": len(self.batcher.coalescer.live),
@@ -40,7 +41,7 @@ class TierParts:
             "handles": sum(len(link.flights.jobs()) for link in pool),
             "batcher requests": self.batcher.server.activity.in_flight,
             "worker sequences": self.worker.sessions.live,
-            "slots": self.engine.occupied_slots if isinstance(self.engine, EchoEngine) else 0,
+            "kv tokens": load.kv_tokens_total - load.kv_tokens_free,
         }
         return {name: count for name, count in counts.items() if count}
 

@@ -48,7 +48,7 @@ async def test_hanging_up_during_prefill_frees_the_sequence(slow: Mesh) -> None:
     only = slow.tiers["only"]
     async with aclosing(slow.client.generate(prompt("p" * 2000), timeout=30)) as stream:
         await anext(stream)
-        await eventually(lambda: only.engine.occupied_slots == 1)  # type: ignore[attr-defined]
+        await eventually(lambda: only.worker.sessions.load().running == 1)
 
     await eventually(lambda: not slow.left_behind)
 

@@ -49,10 +49,10 @@ VISITS = st.builds(
 
 @pytest.fixture(scope="module")
 async def tight() -> AsyncGenerator[Mesh, None]:
-    """A mesh with little room anywhere: 3 slots, 12 tokens a step, batches of 2."""
+    """A mesh with little room anywhere: 3 places, 320 tokens of KV memory, 12 a step, batches of 2."""
     async with running_mesh(
         "only",
-        engine=lambda: EchoEngine(max_running=3, step_seconds=0.0005),
+        engine=lambda: EchoEngine(max_running=3, context_length=256, kv_blocks=20, step_seconds=0.0005),
         worker_settings={"step_tokens": 12},
         batcher_settings={"batch_size": 2, "linger": 0.002},
     ) as running:

@@ -1,11 +1,11 @@
-"""The engine's thread: who leaves does so before the next step, and everybody hears how it ended."""
+"""The engine's thread: who leaves does so before the next step, and everybody hears of each step in time."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hypothesis import given, settings
@@ -14,21 +14,31 @@ from hypothesis import strategies as st
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.engine.loop import EngineLoop, StepReport
 from headrace.worker.engine.scheduler import Ending, LiveSequence
-from headrace.worker.engine.seam import Fault, Row, SamplingParams, Token
+from headrace.worker.engine.seam import Fault, Row, SamplingParams, Token, nothing
 
 SECONDS = 20
 
 
 class GatedEngine(EchoEngine):
-    """Computes a step only when the test allows it, and shows whose rows are in it."""
+    """Computes a step only when the test allows it, and shows whose rows are in it.
 
-    def __init__(self) -> None:
+    alone   whether it is a device that computes by itself: it calls meanwhile after the launch, else before
+    """
+
+    def __init__(self, *, alone: bool = False) -> None:
         super().__init__(max_running=4)
+        self.alone = alone
         self.entered: queue.Queue[set[int]] = queue.Queue()
         self.permits: queue.Queue[None] = queue.Queue()
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(
+        self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing
+    ) -> list[Token | Fault | None]:
+        if not self.alone:
+            meanwhile()
         self.entered.put({row.ids[0] for row in rows})
+        if self.alone:
+            meanwhile()
         self.permits.get(timeout=SECONDS)
         return super().step(rows)
 
@@ -79,10 +89,11 @@ def test_a_sequence_whose_deadline_passes_during_a_step_is_not_in_the_next() -> 
         engine.permits.put(None)
 
         reports.get(timeout=SECONDS)
-        (goodbye,) = reports.get(timeout=SECONDS).updates
+        last = reports.get(timeout=SECONDS)
+        (goodbye,) = last.updates
         assert goodbye.ending is Ending.DEADLINE
         assert engine.entered.empty()
-        assert engine.occupied_slots == 0
+        assert last.kv_tokens_free == engine.model.kv_tokens
 
 
 def test_a_sequence_cancelled_in_mid_prefill_or_while_it_waits_leaves_too() -> None:
@@ -137,10 +148,63 @@ def test_stopping_tells_every_sequence_that_it_ended() -> None:
             loop.submit(sequence(key, tokens=10_000))
     ended = set()
     while not reports.empty():
-        ended |= {update.sequence.key for update in reports.get().updates if update.ending}
+        last = reports.get()
+        ended |= {update.sequence.key for update in last.updates if update.ending}
 
     assert ended == set(range(5))
-    assert engine.occupied_slots == 0
+    assert last.kv_tokens_free == engine.model.kv_tokens
+
+
+def test_a_step_is_told_while_a_device_computes_the_next_or_before_a_thread_does() -> None:
+    for alone in (True, False):
+        engine = GatedEngine(alone=alone)
+        with running(engine) as (loop, reports):
+            loop.submit(sequence(1, tokens=2))
+            engine.entered.get(timeout=SECONDS)
+            assert reports.empty()
+            engine.permits.put(None)
+            engine.entered.get(timeout=SECONDS)
+
+            first = reports.get(timeout=SECONDS)  # the second step is still being computed
+            assert [update.token_ids for update in first.updates] == [[1]]
+            engine.permits.put(None)
+
+            last = reports.get(timeout=SECONDS)  # at once, for no step follows
+            assert last.updates[0].ending is Ending.LENGTH
+
+
+class Careless(EchoEngine):
+    """Raises in its second step before it has called meanwhile."""
+
+    steps = 0
+
+    def step(
+        self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing
+    ) -> list[Token | Fault | None]:
+        self.steps += 1
+        if self.steps == 2:
+            raise RuntimeError("no memory")
+        return super().step(rows, meanwhile)
+
+
+def test_a_step_that_raises_loses_no_report_and_leaves_nothing_to_build_on() -> None:
+    engine = Careless(block_tokens=2)
+    ended: list[tuple[Ending, list[int], int]] = []
+    with running(engine) as (loop, reports):
+        for _ in range(2):  # alike: the second would share what the first computed
+            loop.submit(sequence(1, 7, tokens=3))
+            ending = None
+            tokens: list[int] = []
+            while ending is None:
+                report = reports.get(timeout=SECONDS)
+                for update in report.updates:
+                    assert update.offset == len(tokens)
+                    tokens += update.token_ids
+                    ending = update.ending
+            ended.append((ending, tokens, report.cached_tokens))
+            assert report.kv_tokens_free == engine.model.kv_tokens
+
+    assert ended == [(Ending.FAULT, [1], 0), (Ending.LENGTH, [1, 1, 1], 0)]
 
 
 @given(
@@ -150,7 +214,7 @@ def test_stopping_tells_every_sequence_that_it_ended() -> None:
 def test_random_arrivals_and_cancels_from_another_thread_end_exactly_once(
     plan: list[tuple[int, int, bool]],
 ) -> None:
-    engine = EchoEngine(max_running=3)
+    engine = EchoEngine(max_running=3, context_length=64, block_tokens=4, kv_blocks=18)
     said: dict[int, list[int]] = {key: [] for key in range(len(plan))}
     endings: dict[int, Ending] = {}
     with running(engine, step_tokens=7) as (loop, reports):
@@ -159,7 +223,8 @@ def test_random_arrivals_and_cancels_from_another_thread_end_exactly_once(
             if leaves:
                 loop.cancel(key)
         while len(endings) < len(plan):
-            for update in reports.get(timeout=SECONDS).updates:
+            last = reports.get(timeout=SECONDS)
+            for update in last.updates:
                 key = update.sequence.key
                 assert key not in endings
                 assert update.offset == len(said[key])
@@ -171,4 +236,4 @@ def test_random_arrivals_and_cancels_from_another_thread_end_exactly_once(
         assert endings[key] is Ending.LENGTH or leaves
         assert said[key] == [key] * len(said[key])
         assert len(said[key]) == tokens or endings[key] is Ending.CANCELLED
-    assert engine.occupied_slots == 0
+    assert last.kv_tokens_free == engine.model.kv_tokens

@@ -53,6 +53,27 @@ class BlockPool:
         """Blocks that can be found by their contents, held or not."""
         return len(self._found)
 
+    def match(self, ids: Sequence[int]) -> list[int]:
+        """Find the blocks of the longest prefix that is computed already, the block of the last id excluded.
+
+        For whoever draws the token behind the last id needs that one computed.
+        """
+        found: list[int] = []
+        if not self.prefix_cache:
+            return found
+        prefix = _NO_PREFIX
+        for index in range((len(ids) - 1) // self.block_tokens):
+            block = self._found.get(self.key(prefix, ids, index))
+            if block is None:
+                break
+            found.append(block)
+            prefix = self._prefixes[block]
+        return found
+
+    def need(self, tokens: int, found: Sequence[int]) -> int:
+        """How many of the available blocks a sequence of so many ids uses up that shares what was found."""
+        return -(-tokens // self.block_tokens) - sum(self._holders[block] > 0 for block in found)
+
     def key(self, prefix: int, ids: Sequence[int], index: int) -> Key:
         """What block *index* of a sequence with these ids is found by; *prefix* is that of the one before."""
         begin = index * self.block_tokens
@@ -65,10 +86,6 @@ class BlockPool:
     def prefix(self, block: int) -> int:
         """The number of the prefix that ends with a findable block."""
         return self._prefixes[block]
-
-    def idle(self, block: int) -> bool:
-        """Whether nobody holds a findable block."""
-        return not self._holders[block]
 
     def take(self, count: int) -> list[int]:
         """Hand out blocks; raises IndexError when fewer are available."""
@@ -143,38 +160,22 @@ class BlockPool:
 class BlockTable:
     """The blocks of one sequence, in order.
 
+    found    blocks of its beginning, from `BlockPool.match`: shared. The other ids get blocks of their own,
+             and `BlockPool.need` says how many must be available
     blocks   their numbers
     """
 
     __slots__ = ("_pool", "_prefix", "_settled", "blocks")
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, ids: Sequence[int], found: Sequence[int]) -> None:
         self._pool = pool
-        self.blocks: list[int] = []
-        self._settled = 0  # how many of the blocks, from the first on, are findable
-        self._prefix = _NO_PREFIX  # the number of the prefix that ends with the last of them
-
-    def need(self, ids: Sequence[int]) -> int:
-        """How many available blocks `fill` would use up for a sequence with these ids."""
-        found = self._match(ids)
-        return -(-len(ids) // self._pool.block_tokens) - sum(not self._pool.idle(block) for block in found)
-
-    def fill(self, ids: Sequence[int]) -> int:
-        """Get blocks for all *ids*, those found computed first.
-
-        Returns how many ids are computed already: less than all, for whoever draws the next token needs the
-        last one computed. The table must be empty and `need` blocks available.
-        """
-        pool = self._pool
-        found = self._match(ids)
         for block in found:
             pool.share(block)
-        if found:
-            self._prefix = pool.prefix(found[-1])
-        self._settled = len(found)
-        self.blocks += found
-        self.blocks += pool.take(-(-len(ids) // pool.block_tokens) - len(found))
-        return len(found) * pool.block_tokens
+        own = -(-len(ids) // pool.block_tokens) - len(found)
+        self.blocks = [*found, *pool.take(own)]
+        self._settled = len(found)  # how many of the blocks, from the first on, are findable
+        # The number of the prefix that ends with the last of them.
+        self._prefix = pool.prefix(found[-1]) if found else _NO_PREFIX
 
     def grow(self) -> None:
         """Get one more block; one must be available."""
@@ -230,18 +231,3 @@ class BlockTable:
     def forget(self) -> None:
         """Let nobody find what is in these blocks: it may be wrong."""
         self._pool.forget(self.blocks)
-
-    def _match(self, ids: Sequence[int]) -> list[int]:
-        """The longest findable prefix, the block of the last id excluded."""
-        pool = self._pool
-        found: list[int] = []
-        if not pool.prefix_cache:
-            return found
-        prefix = _NO_PREFIX
-        for index in range((len(ids) - 1) // pool.block_tokens):
-            block = pool.find(pool.key(prefix, ids, index))
-            if block is None:
-                break
-            found.append(block)
-            prefix = pool.prefix(block)
-        return found

@@ -270,12 +270,12 @@ class Scheduler(Generic[K]):
             spare = pool.available - min(len(self._running), pool.blocks // 16)
             if sequence.needs > spare:
                 return  # without looking again, which takes time on long prompts
-            sequence.table = BlockTable(pool)
-            sequence.needs = sequence.table.need(sequence.ids)
+            found = pool.match(sequence.ids)
+            sequence.needs = pool.need(len(sequence.ids), found)
             if sequence.needs > spare:
-                sequence.table = None
                 return
-            self._find(sequence, sequence.table.fill(sequence.ids))
+            sequence.table = BlockTable(pool, sequence.ids, found)
+            self._find(sequence, sequence.table.settled_tokens)
             del self._waiting[0]
             insort(self._running, sequence, key=_rank)
 
