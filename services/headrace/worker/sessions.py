@@ -197,7 +197,7 @@ class Sessions:
         """Take a batch in; returns the admission to send before anything else of these sequences."""
         now, now_ns = time.monotonic(), time.time_ns()
         batch_span = _span_context(batch.batch_trace)
-        busy = self._last.running + self._last.waiting >= self.model.max_running
+        busy = self._last.waiting > 0 or self._last.running >= self.model.max_running
         verdicts = []
         for message in batch.sequences:
             verdict = wire.Verdict(handle=message.handle, attempt=message.attempt)
@@ -295,8 +295,10 @@ class Sessions:
         last, self._last = self._last, report
         now = time.monotonic()
         _kv_usage.set(1 - report.kv_tokens_free / self.model.kv_tokens)
-        _cached.add(report.cached_tokens - last.cached_tokens)
-        _preempted.add(report.preemptions - last.preemptions)
+        if report.cached_tokens > last.cached_tokens:
+            _cached.add(report.cached_tokens - last.cached_tokens)
+        if report.preemptions > last.preemptions:
+            _preempted.add(report.preemptions - last.preemptions)
         _running.set(report.running)
         _waiting.set(report.waiting)
         if report.rows:

@@ -52,10 +52,10 @@ def sequence(
 
 @contextmanager
 def running(
-    engine: EchoEngine, **settings: int
+    engine: EchoEngine, *, step_tokens: int = 512
 ) -> Iterator[tuple[EngineLoop[int], queue.Queue[StepReport[int]]]]:
     reports: queue.Queue[StepReport[int]] = queue.Queue()
-    loop: EngineLoop[int] = EngineLoop(engine, report=reports.put, **settings)
+    loop: EngineLoop[int] = EngineLoop(engine, report=reports.put, step_tokens=step_tokens)
     loop.start()
     try:
         yield loop, reports

@@ -20,9 +20,9 @@ from headrace.worker.engine.seam import Fault, ModelInfo, Row, SamplingParams, T
 
 K = TypeVar("K", bound=Hashable)
 
-# One level of priority is worth having come this much earlier. So urgent sequences go first, and nobody
-# waits for ever behind those who came long after.
-PRIORITY_SECONDS = 2.0
+# One level of priority is worth having come this much earlier, as in the batcher's queue. So urgent
+# sequences go first, and nobody waits for ever behind those who came long after.
+PRIORITY_SECONDS = 10.0
 
 
 class Ending(Enum):
