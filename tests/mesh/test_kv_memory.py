@@ -56,7 +56,10 @@ async def test_answers_are_whole_though_memory_holds_hardly_one_of_them(count: C
     preempted = count("headrace.sequences.preempted")
     texts = [f"{number} is a number and this is a text about it" for number in range(8)]
     async with running_mesh(
-        "only", engine=lambda: EchoEngine(max_running=8, context_length=128, block_tokens=4, kv_blocks=36)
+        "only",
+        engine=lambda: EchoEngine(  # slow enough for the eight to meet there
+            max_running=8, context_length=128, block_tokens=4, kv_blocks=36, step_seconds=0.01
+        ),
     ) as mesh:
         answers = await asyncio.gather(
             *(collect(mesh.client, prompt(text, max_tokens=70, ignore_eos=True)) for text in texts)
