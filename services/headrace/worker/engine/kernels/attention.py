@@ -1,0 +1,350 @@
+"""Attend over paged keys and values: any number of sequences, prompt chunks and decodes alike, in one call.
+
+Memory is cut into blocks of 32 tokens, which sequences hold through block tables (Kwon et al.,
+PagedAttention, SOSP 2023). In a block, each KV head's keys lie transposed, so that a query meets 16 keys
+with one instruction, and its values as they come:
+
+    keys    [blocks, kv_heads, head_dim, 32]        bfloat16 or float32
+    values  [blocks, kv_heads, 32, value_dim]
+
+Queries go block by block with a running maximum and sum (Milakov & Gimelshein, Online normalizer
+calculation for softmax, 2018; FlashAttention's loop). Blocks lie at fixed positions of a sequence and a
+block's arithmetic does not depend on who else is in the tile, so a token's result has the same bits in a
+chunk and in a decode. Nothing past a query's own position is looked at but by later queries of its tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+
+from headrace.worker.engine.kernels import machine as m
+from headrace.worker.engine.kernels.elementwise import load_float, pointer, store_float
+from headrace.worker.engine.kernels.machine import integer, offset
+
+BLOCK = 2 * m.LANES  # tokens
+MOST_QUERIES = 12  # rows of a tile: queries times heads of a group
+
+_i8, _f4 = types.int64, types.float32
+
+# One layer's memory and how it attends.
+LAYER = np.dtype(
+    [
+        ("keys", np.int64),  # addresses
+        ("values", np.int64),
+        ("half", np.int64),  # 1 for bfloat16, 0 for float32
+        ("heads", np.int64),
+        ("kv_heads", np.int64),
+        ("head_dim", np.int64),
+        ("value_dim", np.int64),  # as stored: a multiple of 16
+        ("window", np.int64),  # tokens that a token sees, itself included; 0 for all
+        ("scale", np.float32),
+        ("softcap", np.float32),  # 0 for none
+    ]
+)
+
+# What is attended: which tokens the step computes, and where their sequences' memory is.
+RAGGED = np.dtype(
+    [
+        ("tokens", np.int64),
+        ("tiles", np.int64),  # how many
+        ("tile_table", np.int64),  # address of [tiles, 3] int32: row, first token, tokens
+        ("positions", np.int64),  # address of [tokens] int32
+        ("token_rows", np.int64),  # address of [tokens] int32
+        ("blocks", np.int64),  # address of [rows, table_width] int32
+        ("table_width", np.int64),
+    ]
+)
+
+
+def _element(b: Any, half: bool, address: Any, index: Any) -> Any:
+    """Load 16 keys or values as float32."""
+    if half:
+        return m.widen(b, m.load(b, offset(b, address, index, 2), m.SHORTS, 2))
+    return m.load(b, offset(b, address, index, 4), m.FLOATS)
+
+
+def _scores(rows: int, half: bool) -> Any:
+    """Make the kernel that multiplies *rows* queries by a block's keys.
+
+    Arguments: queries [rows, head_dim] float32, keys [head_dim, 32], head_dim, out [rows, 32] float32.
+    """
+
+    def emit(b: Any, queries: Any, keys: Any, head_dim: Any, out: Any) -> None:
+        starts = [offset(b, queries, b.mul(head_dim, integer(r)), 4) for r in range(rows)]
+
+        def body(d: Any, sums: list[Any]) -> list[Any]:
+            first = b.mul(d, integer(BLOCK))
+            found = [_element(b, half, keys, b.add(first, integer(16 * i))) for i in (0, 1)]
+            new = []
+            for r in range(rows):
+                own = m.splat(b, m.load(b, offset(b, starts[r], d, 4), m.F32))
+                new += [m.fma(b, own, found[i], sums[2 * r + i]) for i in (0, 1)]
+            return new
+
+        sums = m.counted_loop(b, head_dim, [m.floats(0.0)] * (2 * rows), body)
+        for i, value in enumerate(sums):
+            m.store(b, b.add(out, integer(64 * i)), value)
+
+    return m.kernel([_i8] * 4, emit)
+
+
+def _weigh(rows: int, half: bool, vectors: int) -> Any:
+    """Make the kernel that adds a block's values, weighted, to *rows* sums of 16 x *vectors* columns.
+
+    Arguments: weights [rows, 32] float32, how many of the 32 count, values, value_dim, decays [rows, 4]
+    float32 (the first of each counts), sums [rows, value_dim] float32.
+    """
+
+    def emit(b: Any, weights: Any, count: Any, values: Any, value_dim: Any, decays: Any, sums: Any) -> None:
+        places = []
+        carried = []
+        for r in range(rows):
+            decay = m.splat(b, m.load(b, b.add(decays, integer(16 * r)), m.F32))
+            start = offset(b, sums, b.mul(value_dim, integer(r)), 4)
+            for i in range(vectors):
+                place = b.add(start, integer(64 * i))
+                places.append(place)
+                carried.append(b.fmul(m.load(b, place, m.FLOATS), decay))
+
+        def body(j: Any, held: list[Any]) -> list[Any]:
+            first = b.mul(j, value_dim)
+            found = [_element(b, half, values, b.add(first, integer(16 * i))) for i in range(vectors)]
+            new = []
+            for r in range(rows):
+                weight = m.splat(b, m.load(b, offset(b, b.add(weights, integer(128 * r)), j, 4), m.F32))
+                new += [m.fma(b, weight, found[i], held[vectors * r + i]) for i in range(vectors)]
+            return new
+
+        for place, value in zip(places, m.counted_loop(b, count, carried, body), strict=True):
+            m.store(b, place, value)
+
+    return m.kernel([_i8] * 6, emit)
+
+
+@m.emitted([_i8, _i8, _i8, _f4, _i8])
+def _softmax(b: Any, scores: Any, first: Any, end: Any, softcap: Any, state: Any) -> None:
+    """Turn a query's scores of a block into weights, in place, and bring its state forward.
+
+    scores      [32] float32; those from *first* up to but not including *end* are visible
+    state       decay, maximum, sum; float32
+    """
+    lanes = [ir.Constant(m.INTS, list(range(16 * i, 16 * i + 16))) for i in (0, 1)]
+    low, high = (m.splat(b, b.trunc(bound, m.I32)) for bound in (first, end))
+    capped = b.fcmp_ordered(">", softcap, ir.Constant(m.F32, 0.0))
+    # Without a cap the division must still be finite.
+    cap = m.splat(b, b.select(capped, softcap, ir.Constant(m.F32, 1.0)))
+    everywhere = m.splat(b, capped)
+    found = []
+    for i in (0, 1):
+        value = m.load(b, b.add(scores, integer(64 * i)), m.FLOATS)
+        value = b.select(everywhere, b.fmul(_tanh(b, b.fdiv(value, cap)), cap), value)
+        visible = b.and_(b.icmp_signed(">=", lanes[i], low), b.icmp_signed("<", lanes[i], high))
+        found.append(b.select(visible, value, m.floats(float("-inf"))))
+
+    def larger(left: Any, right: Any) -> Any:
+        return b.select(b.fcmp_ordered(">", left, right), left, right)
+
+    before = m.load(b, b.add(state, integer(4)), m.F32)
+    maximum = larger(before, m.reduce(b, larger(found[0], found[1]), larger))
+    highest = m.splat(b, maximum)
+    weights = [m.exp(b, b.fsub(value, highest)) for value in found]
+    decay = b.extract_element(m.exp(b, b.fsub(m.splat(b, before), highest)), ir.Constant(m.I32, 0))
+    total = m.reduce(b, b.fadd(weights[0], weights[1]), lambda left, right: b.fadd(left, right))
+    total = b.fadd(b.fmul(m.load(b, b.add(state, integer(8)), m.F32), decay), total)
+    for i in (0, 1):
+        m.store(b, b.add(scores, integer(64 * i)), weights[i])
+    for i, value in enumerate((decay, maximum, total)):
+        m.store(b, b.add(state, integer(4 * i)), value)
+
+
+def _tanh(b: Any, x: Any) -> Any:
+    bounded = b.select(b.fcmp_ordered(">", x, m.floats(20.0)), m.floats(20.0), x)
+    twice = m.exp(b, b.fadd(bounded, bounded))
+    return b.fsub(m.floats(1.0), b.fdiv(m.floats(2.0), b.fadd(twice, m.floats(1.0))))
+
+
+def _dispatch(make: Any, arguments: int) -> Any:
+    """Make a function that takes 1 to 12 rows through the kernels for 1, 2, 3, 4, 6, 7, 8 and 12."""
+    k1, k2, k3, k4, k6, k7, k8, k12 = (make(rows) for rows in (1, 2, 3, 4, 6, 7, 8, 12))
+    names = ", ".join(f"a{i}" for i in range(arguments))
+    lines = [f"def chosen(rows, {names}):"]
+    for rows in (1, 2, 3, 4, 6, 7, 8):
+        lines += [f"    if rows <= {rows}:", f"        k{rows}({names})", "        return"]
+    lines.append(f"    k12({names})")
+    scope = {"k1": k1, "k2": k2, "k3": k3, "k4": k4, "k6": k6, "k7": k7, "k8": k8, "k12": k12}
+    exec("\n".join(lines), scope)
+    return njit(nogil=True)(scope["chosen"])
+
+
+_scores_half = _dispatch(lambda rows: _scores(rows, True), 4)
+_scores_full = _dispatch(lambda rows: _scores(rows, False), 4)
+_weigh_half = _dispatch(lambda rows: _weigh(rows, True, 2), 6)
+_weigh_full = _dispatch(lambda rows: _weigh(rows, False, 2), 6)
+_weigh_half_last = _dispatch(lambda rows: _weigh(rows, True, 1), 6)
+_weigh_full_last = _dispatch(lambda rows: _weigh(rows, False, 1), 6)
+
+
+def scratch_bytes(head_dim: int, value_dim: int) -> int:
+    """Return how many bytes one thread works in."""
+    return MOST_QUERIES * (head_dim + BLOCK + value_dim + 4) * 4
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def attend_tile(
+    layer: Any, ragged: Any, tile: int, kv_head: int, head: int, group: int, queries: int, query_row: int,
+    out: int, out_row: int, scratch: int,
+) -> None:  # fmt: skip
+    """Attend from the queries of one tile to one KV head.
+
+    tile        index into the tile table
+    head        the first of the *group* heads to compute, which share the KV head; the tile's tokens times
+                *group* are at most MOST_QUERIES
+    queries     address of the step's [tokens, heads, head_dim] float32, query_row bytes a token
+    out         the same, [tokens, heads, value_dim as stored]
+    scratch     address of `scratch_bytes` bytes of the thread's own
+    """
+    table = carray(pointer(ragged.tile_table), (ragged.tiles, 3), np.int32)
+    row, begin, count = table[tile, 0], table[tile, 1], table[tile, 2]
+    positions = carray(pointer(ragged.positions), (ragged.tokens,), np.int32)
+    blocks = carray(pointer(ragged.blocks + 4 * ragged.table_width * row), (ragged.table_width,), np.int32)
+    dim, wide = layer.head_dim, layer.value_dim
+    rows = count * group
+    own = scratch
+    scores = own + 4 * MOST_QUERIES * dim
+    sums = scores + 4 * MOST_QUERIES * BLOCK
+    states = sums + 4 * MOST_QUERIES * wide
+    held = carray(pointer(own), (MOST_QUERIES, dim), np.float32)
+    total = carray(pointer(sums), (MOST_QUERIES, wide), np.float32)
+    for r in range(rows):
+        source = queries + query_row * (begin + r // group) + 4 * dim * (head + r % group)
+        query = carray(pointer(source), (dim,), np.float32)
+        for d in range(dim):
+            held[r, d] = query[d] * layer.scale
+        for d in range(wide):
+            total[r, d] = 0.0
+        store_float(states + 16 * r + 4, np.float32(-1e30))
+        store_float(states + 16 * r + 8, np.float32(0.0))
+    last = positions[begin + count - 1]
+    first = 0
+    if layer.window > 0:
+        first = max(0, positions[begin] - layer.window + 1) // BLOCK
+    size = 2 if layer.half else 4
+    for index in range(first, last // BLOCK + 1):
+        start = index * BLOCK
+        block = np.int64(blocks[index]) * layer.kv_heads + kv_head
+        keys = layer.keys + block * BLOCK * dim * size
+        if layer.half:
+            _scores_half(rows, own, keys, dim, scores)
+        else:
+            _scores_full(rows, own, keys, dim, scores)
+        for r in range(rows):
+            position = positions[begin + r // group]
+            end = min(max(position + 1 - start, 0), BLOCK)
+            lowest = 0
+            if layer.window > 0:
+                lowest = max(position - layer.window + 1 - start, 0)
+            _softmax(scores + 4 * BLOCK * r, lowest, end, layer.softcap, states + 16 * r)
+        visible = min(last + 1 - start, BLOCK)
+        values = layer.values + block * BLOCK * wide * size
+        column = 0
+        while column + 32 <= wide:
+            if layer.half:
+                _weigh_half(rows, scores, visible, values + column * 2, wide, states, sums + column * 4)
+            else:
+                _weigh_full(rows, scores, visible, values + column * 4, wide, states, sums + column * 4)
+            column += 32
+        if column < wide:
+            if layer.half:
+                _weigh_half_last(rows, scores, visible, values + column * 2, wide, states, sums + column * 4)
+            else:
+                _weigh_full_last(rows, scores, visible, values + column * 4, wide, states, sums + column * 4)
+    for r in range(rows):
+        place = out + out_row * (begin + r // group) + 4 * wide * (head + r % group)
+        result = carray(pointer(place), (wide,), np.float32)
+        share = np.float32(1.0) / load_float(states + 16 * r + 8)
+        for d in range(wide):
+            result[d] = total[r, d] * share
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def store_token(layer: Any, ragged: Any, token: int, keys: int, values: int, value_dim: int) -> None:
+    """Write one token's key and value of each KV head into its block.
+
+    keys        address of [kv_heads, head_dim] float32
+    values      address of [kv_heads, value_dim] float32, *value_dim* as the model has it
+    """
+    positions = carray(pointer(ragged.positions), (ragged.tokens,), np.int32)
+    token_rows = carray(pointer(ragged.token_rows), (ragged.tokens,), np.int32)
+    position = positions[token]
+    table = ragged.blocks + 4 * ragged.table_width * token_rows[token]
+    blocks = carray(pointer(table), (ragged.table_width,), np.int32)
+    place = np.int64(blocks[position // BLOCK]) * layer.kv_heads
+    at = position % BLOCK
+    dim, wide = layer.head_dim, layer.value_dim
+    for head in range(layer.kv_heads):
+        key = carray(pointer(keys + 4 * dim * head), (dim,), np.float32)
+        value = carray(pointer(values + 4 * value_dim * head), (value_dim,), np.float32)
+        if layer.half:
+            half_keys = carray(
+                pointer(layer.keys + (place + head) * BLOCK * dim * 2), (dim, BLOCK), np.uint16
+            )
+            half_values = carray(
+                pointer(layer.values + ((place + head) * BLOCK + at) * wide * 2), (wide,), np.uint16
+            )
+            for d in range(dim):
+                half_keys[d, at] = to_bfloat16(key[d])
+            for d in range(value_dim):
+                half_values[d] = to_bfloat16(value[d])
+        else:
+            full_keys = carray(
+                pointer(layer.keys + (place + head) * BLOCK * dim * 4), (dim, BLOCK), np.float32
+            )
+            full_values = carray(
+                pointer(layer.values + ((place + head) * BLOCK + at) * wide * 4), (wide,), np.float32
+            )
+            for d in range(dim):
+                full_keys[d, at] = key[d]
+            for d in range(value_dim):
+                full_values[d] = value[d]
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def attend_unit(
+    layer: Any, ragged: Any, unit: int, queries: int, query_row: int, out: int, out_row: int, scratch: int
+) -> None:
+    """Attend one of the step's `units`; see `attend_tile`."""
+    group = layer.heads // layer.kv_heads
+    parts = (group + MOST_QUERIES - 1) // MOST_QUERIES
+    size = (group + parts - 1) // parts
+    tile, rest = unit // (layer.kv_heads * parts), unit % (layer.kv_heads * parts)
+    kv_head, part = rest // parts, rest % parts
+    head = kv_head * group + part * size
+    heads = min(size, group - part * size)
+    attend_tile(layer, ragged, tile, kv_head, head, heads, queries, query_row, out, out_row, scratch)
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def units(layer: Any, ragged: Any) -> int:
+    """Return into how many pieces of work a step's attention falls."""
+    group = layer.heads // layer.kv_heads
+    return ragged.tiles * layer.kv_heads * ((group + MOST_QUERIES - 1) // MOST_QUERIES)
+
+
+def tile_tokens(heads: int, kv_heads: int) -> int:
+    """Return how many tokens of a sequence a tile may hold."""
+    return max(1, MOST_QUERIES // (heads // kv_heads))
+
+
+@m.emitted([_f4], types.uint16)
+def to_bfloat16(b: Any, value: Any) -> Any:
+    """Return a float32 as bfloat16, rounded to nearest even; NaN stays NaN."""
+    bits = b.bitcast(value, m.I32)
+    constant = lambda number: ir.Constant(m.I32, number)  # noqa: E731
+    odd = b.and_(b.lshr(bits, constant(16)), constant(1))
+    rounded = b.lshr(b.add(b.add(bits, constant(0x7FFF)), odd), constant(16))
+    known = b.fcmp_ordered("==", value, value)
+    return b.trunc(b.select(known, rounded, constant(0x7FC0)), m.I16)

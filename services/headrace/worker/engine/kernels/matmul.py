@@ -1,0 +1,180 @@
+"""Multiply rows by a matrix that was laid out once, in int8, bfloat16 or float32.
+
+A matrix [out, in] is cut into panels of 32 outputs. In a panel, 4 bytes of each output's inputs lie
+together (four int8, two bfloat16 or one float32), so that one instruction takes 16 outputs one such word
+further. Up to 12 rows go through a panel together, 24 accumulators in registers.
+
+    panels [out / 32, words, 2, 16, 4 bytes]      words = in x bytes of an element / 4
+
+int8 means 8-bit weights with a scale per output, and 8-bit activations with a scale per row, rounded to
+the nearest (LLM.int8's vector-wise scheme, Dettmers et al., 2022, without its outliers). Activations are
+stored as unsigned, 128 higher than they are, as the instruction wants them; what that adds to a sum is
+known beforehand and taken off. Sums are exact integers, whatever the order.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from headrace.worker.engine.kernels import machine as m
+
+PANEL = 2 * m.LANES  # outputs
+
+
+class Kind(IntEnum):
+    """What weights and activations are multiplied in."""
+
+    INT8 = 0
+    BFLOAT16 = 1
+    FLOAT32 = 2
+
+
+ELEMENT_BYTES = {Kind.INT8: 1, Kind.BFLOAT16: 2, Kind.FLOAT32: 4}
+
+# What a matrix is to the kernels; the addresses' owners must outlive it.
+MATRIX = np.dtype(
+    [
+        ("panels", np.int64),  # address, 64-byte aligned
+        ("count", np.int64),  # panels
+        ("words", np.int64),
+        ("scales", np.int64),  # int8: address of [out] float32
+        ("excess", np.int64),  # int8: address of [out] int32, what 128 in every activation adds
+        ("bias", np.int64),  # address of [out] float32; zeros where the layer has none
+    ]
+)
+
+
+def _tile(kind: Kind, rows: int, *, add: bool) -> Any:
+    """Make the kernel that takes *rows* rows through one panel.
+
+    Its arguments: activations and their bytes per row, activation scales, panel, words, the panel's scales,
+    excess and bias, results and their bytes per row. Results are stored, or added to what is there.
+    """
+
+    def emit(
+        b: Any, a: Any, a_row: Any, a_scales: Any, panel: Any, words: Any, scales: Any, excess: Any,
+        bias: Any, out: Any, out_row: Any,
+    ) -> None:  # fmt: skip
+        whole = kind is Kind.INT8
+        zero = m.ints(0) if whole else m.floats(0.0)
+        starts = [b.add(a, b.mul(a_row, m.integer(r))) for r in range(rows)]
+
+        def body(word: Any, sums: list[Any]) -> list[Any]:
+            at = m.offset(b, panel, word, 128)
+            weights = [m.load(b, b.add(at, m.integer(64 * half)), m.INTS, 64) for half in (0, 1)]
+            new = []
+            for r in range(rows):
+                own = m.splat(b, m.load(b, m.offset(b, starts[r], word, 4), m.I32))
+                for half in (0, 1):
+                    new.append(_dot(b, kind, sums[2 * r + half], own, weights[half]))
+            return new
+
+        sums = m.counted_loop(b, words, [zero] * (2 * rows), body)
+        for half in (0, 1):
+            here = m.integer(64 * half)
+            offsets = m.load(b, b.add(bias, here), m.FLOATS)
+            if whole:
+                factors = m.load(b, b.add(scales, here), m.FLOATS)
+                surplus = m.load(b, b.add(excess, here), m.INTS)
+            for r in range(rows):
+                value = sums[2 * r + half]
+                if whole:
+                    own = m.splat(b, m.load(b, b.add(a_scales, m.integer(4 * r)), m.F32))
+                    value = b.fmul(b.sitofp(b.sub(value, surplus), m.FLOATS), b.fmul(own, factors))
+                value = b.fadd(value, offsets)
+                place = b.add(b.add(out, b.mul(out_row, m.integer(r))), here)
+                if add:
+                    value = b.fadd(value, m.load(b, place, m.FLOATS))
+                m.store(b, place, value)
+
+    return m.kernel([types.int64] * 10, emit)
+
+
+def _dot(b: Any, kind: Kind, acc: Any, own: Any, weights: Any) -> Any:
+    if kind is Kind.INT8:
+        return m.dot_int8(b, acc, own, weights)
+    if kind is Kind.BFLOAT16:
+        return m.dot_bf16(b, acc, own, weights)
+    return m.fma(b, b.bitcast(own, m.FLOATS), b.bitcast(weights, m.FLOATS), acc)
+
+
+_SIZES = (1, 2, 3, 4, 6, 8, 12)
+
+
+def _panel_of(kind: Kind, *, add: bool) -> Any:
+    """Make the function that takes any number of rows through one panel, in tiles."""
+    t1, t2, t3, t4, t6, t8, t12 = (_tile(kind, rows, add=add) for rows in _SIZES)
+
+    @njit(nogil=True)  # type: ignore[untyped-decorator]
+    def panel_of(
+        rows: int, a: int, a_row: int, a_scales: int, panel: int, words: int, scales: int, excess: int,
+        bias: int, out: int, out_row: int,
+    ) -> None:  # fmt: skip
+        r = 0
+        while r < rows:
+            left = rows - r
+            a0, s0, o0 = a + r * a_row, a_scales + 4 * r, out + r * out_row
+            if left >= 12:
+                t12(a0, a_row, s0, panel, words, scales, excess, bias, o0, out_row)
+                r += 12
+            elif left >= 8:
+                t8(a0, a_row, s0, panel, words, scales, excess, bias, o0, out_row)
+                r += 8
+            elif left >= 6:
+                t6(a0, a_row, s0, panel, words, scales, excess, bias, o0, out_row)
+                r += 6
+            elif left >= 4:
+                t4(a0, a_row, s0, panel, words, scales, excess, bias, o0, out_row)
+                r += 4
+            elif left == 3:
+                t3(a0, a_row, s0, panel, words, scales, excess, bias, o0, out_row)
+                r += 3
+            elif left == 2:
+                t2(a0, a_row, s0, panel, words, scales, excess, bias, o0, out_row)
+                r += 2
+            else:
+                t1(a0, a_row, s0, panel, words, scales, excess, bias, o0, out_row)
+                r += 1
+
+    return panel_of
+
+
+_int8, _int8_add = _panel_of(Kind.INT8, add=False), _panel_of(Kind.INT8, add=True)
+_bf16, _bf16_add = _panel_of(Kind.BFLOAT16, add=False), _panel_of(Kind.BFLOAT16, add=True)
+_f32, _f32_add = _panel_of(Kind.FLOAT32, add=False), _panel_of(Kind.FLOAT32, add=True)
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def multiply_panel(
+    kind: int, add: bool, matrix: Any, panel: int, rows: int, a: int, a_scales: int, out: int, out_row: int
+) -> None:
+    """Compute *rows* rows of one panel: out [rows, out_row bytes] from its first column, or += there.
+
+    a         address of the activations, words x 4 bytes a row
+    a_scales  int8: address of [rows] float32
+    out       address of the panel's first result
+    """
+    at = matrix.panels + panel * matrix.words * 128
+    scales = matrix.scales + panel * 128
+    excess = matrix.excess + panel * 128
+    bias = matrix.bias + panel * 128
+    a_row = matrix.words * 4
+    words = matrix.words
+    if kind == 0:
+        if add:
+            _int8_add(rows, a, a_row, a_scales, at, words, scales, excess, bias, out, out_row)
+        else:
+            _int8(rows, a, a_row, a_scales, at, words, scales, excess, bias, out, out_row)
+    elif kind == 1:
+        if add:
+            _bf16_add(rows, a, a_row, a_scales, at, words, scales, excess, bias, out, out_row)
+        else:
+            _bf16(rows, a, a_row, a_scales, at, words, scales, excess, bias, out, out_row)
+    elif add:
+        _f32_add(rows, a, a_row, a_scales, at, words, scales, excess, bias, out, out_row)
+    else:
+        _f32(rows, a, a_row, a_scales, at, words, scales, excess, bias, out, out_row)
