@@ -20,6 +20,7 @@ from headrace.runtime import logs
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
 from headrace.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
+from headrace.worker.cpus import keep_to, parse
 from headrace.worker.engine.refusals import LoadingError
 from headrace.worker.engine.seam import Engine
 from headrace.worker.service import RUN, SERVICES, WorkerServicer
@@ -112,6 +113,8 @@ def _load(settings: Settings) -> Engine:
             threads=settings.threads or None,
             context_length=settings.context_length or None,
             max_running=settings.max_running,
+            step_tokens=settings.tokens_per_step,
+            kv_memory=settings.kv_memory or None,
             tokenizer_fingerprint=tokenizer_fingerprint(path),
             progress=lambda stage: log.info("loading", extra={"stage": stage, "model": settings.model}),
         )
@@ -122,4 +125,9 @@ def _load(settings: Settings) -> Engine:
 if __name__ == "__main__":
     settings = Settings.load(program="python -m headrace.worker")
     logs.configure("worker", settings.log_level)
+    # Before there is any other thread, for they inherit it.
+    try:
+        keep_to(parse(settings.cpus))
+    except (OSError, NotImplementedError) as error:
+        raise SystemExit(f"cannot keep to CPUs {settings.cpus}: {error}") from error
     run(main(settings))

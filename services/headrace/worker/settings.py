@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from headrace.runtime.settings import ServiceSettings
+from headrace.worker import cpus
 
 
 class Settings(ServiceSettings):
@@ -22,6 +23,16 @@ class Settings(ServiceSettings):
         default="auto", description="of weights and activations"
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0 leaves it to torch")
+    cpus: str = Field(
+        default="",
+        description="CPUs that the worker keeps to: a list such as 0-7,16 or a NUMA node such as node0",
+    )
+    kv_memory: float = Field(
+        default=0,
+        ge=0,
+        description="GiB of memory for keys and values; 0 takes a quarter of what is free on CPUs, nine "
+        "tenths on GPUs, and no more than --max-running sequences can use",
+    )
     context_length: int = Field(
         default=0, ge=0, description="tokens of prompt and answer together; 0 takes the model's own"
     )
@@ -45,6 +56,12 @@ class Settings(ServiceSettings):
     def tokens_per_step(self) -> int:
         """`step_tokens`, or what suits the device."""
         return self.step_tokens or (128 if self.device == "cpu" else 2048)
+
+    @field_validator("cpus")
+    @classmethod
+    def _known_cpus(cls, text: str) -> str:
+        cpus.parse(text)
+        return text
 
     @model_validator(mode="after")
     def _one_engine(self) -> Settings:
