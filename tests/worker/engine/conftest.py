@@ -45,6 +45,18 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
     "mistral": lambda: transformers.MistralConfig(**_COMMON, sliding_window=24),
+    "qwen3": lambda: transformers.Qwen3Config(**{**_COMMON, "num_attention_heads": 6, "head_dim": 24}),
+    "gemma2_wide": lambda: transformers.Gemma2Config(
+        **{
+            **_COMMON,
+            "hidden_size": 96,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+        },
+        sliding_window=40,
+        query_pre_attn_scalar=200,
+    ),
     "phi3": lambda: transformers.Phi3Config(**{**_COMMON, "num_key_value_heads": 4}),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(
         **{k: v for k, v in _COMMON.items() if k not in ("num_key_value_heads", "head_dim")}

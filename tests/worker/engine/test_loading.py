@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -7,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from headrace import models
-from headrace.worker.engine import attention, gguf_weights, loading
+from headrace.worker.engine import gguf_weights, loading
+from headrace.worker.engine.flat_step import FlatStep
+from headrace.worker.engine.kernel_attention import KernelAttention
 from headrace.worker.engine.loading import load_engine
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
 from headrace.worker.engine.seam import Row, SamplingParams, Token
@@ -49,7 +53,11 @@ def test_a_folder_becomes_an_engine_that_tells_what_it_is(tiny_folder: Folder, t
     )
     assert (model.context_length, model.vocabulary_size, model.max_running) == (300, 131, 4)
     assert model.eos_ids == {2}
-    assert len(heard) == 2
+    assert heard[:3] == [
+        "loading tiny in float32",
+        "comparing with transformers' own forward pass",
+        "measuring the memory of a step",
+    ]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "model.gguf"])
@@ -129,29 +137,82 @@ def test_models_that_do_not_attend_through_us_are_refused(config: Any, tmp_path:
         load(tmp_path / "model", tmp_path)
 
 
-@pytest.mark.parametrize("wrong", ["scale", "mask", "window"])
+@pytest.mark.parametrize("wrong", ["scale", "window", "blocks"])
 def test_an_engine_that_computes_something_else_does_not_start(
     wrong: str, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend, mask = attention._attend, attention.StepPlan.mask
+    class Wrong(KernelAttention):
+        def __init__(self, memory: Any, flat: FlatStep) -> None:
+            if wrong == "blocks":
+                flat = dataclasses.replace(flat, tables=np.ascontiguousarray(flat.tables[:, ::-1]))
+            super().__init__(memory, flat)
 
-    def wrong_attend(q: Any, k: Any, v: Any, m: Any, scale: float, softcap: Any) -> torch.Tensor:
-        return attend(q, k, v, m, scale * 1.1, softcap)
+        def __call__(self, layer: int, query: Any, keys: Any, values: Any, masking: Any) -> torch.Tensor:
+            if wrong == "scale":
+                masking = dataclasses.replace(masking, scale=masking.scale * 1.1)
+            if wrong == "window" and masking.window is not None:
+                masking = dataclasses.replace(masking, window=masking.window + 1)
+            return super().__call__(layer, query, keys, values, masking)
 
-    def wrong_mask(self: Any, part: int, last: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return mask(self, part, (last - 1).clamp(min=0), *rest)
-
-    def wrong_window(self: Any, part: int, last: Any, length: int, window: int, dtype: Any) -> torch.Tensor:
-        return mask(self, part, last, length, window + 1, dtype)
-
-    if wrong == "scale":
-        monkeypatch.setattr(attention, "_attend", wrong_attend)
-    else:
-        replacement = wrong_mask if wrong == "mask" else wrong_window
-        monkeypatch.setattr(attention.StepPlan, "mask", replacement)
+    monkeypatch.setattr("headrace.worker.engine.kernel_attention.KernelAttention", Wrong)
 
     with pytest.raises(UnsupportedModel, match=r"is not what transformers computes: its logits are off by"):
-        load(tiny_folder("mistral"), tmp_path)
+        load(tiny_folder("gemma3"), tmp_path)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_engine_is_exact_only_if_it_was_seen_to_be(
+    exact: bool, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Depends(KernelAttention):
+        """Rounds otherwise in company."""
+
+        def __call__(self, *arguments: Any) -> torch.Tensor:
+            out = super().__call__(*arguments)
+            return out if exact or self._ragged.tokens == 1 else out * (1 + 2**-20)
+
+    monkeypatch.setattr("headrace.worker.engine.kernel_attention.KernelAttention", Depends)
+
+    assert load(tiny_folder("gpt_neox"), tmp_path).model.exact is exact
+
+
+def test_attention_that_is_wrong_only_far_into_a_sequence_does_not_start(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sequences that the whole model is tried with at start are shorter than that."""
+
+    class Forgetful(KernelAttention):
+        def __call__(self, layer: int, query: Any, keys: Any, values: Any, masking: Any) -> torch.Tensor:
+            return super().__call__(layer, query, keys, values, dataclasses.replace(masking, window=500))
+
+    monkeypatch.setattr("headrace.worker.engine.kernel_attention.KernelAttention", Forgetful)
+
+    with pytest.raises(UnsupportedModel, match=r"attention \(kernels\) over .* is off by"):
+        load(tiny_folder("gpt_neox"), tmp_path)
+
+
+def test_memory_for_sequences_is_made_for_as_many_as_may_run_and_told(
+    tiny_folder: Folder, tmp_path: Path
+) -> None:
+    heard: list[str] = []
+
+    model = load(tiny_folder("llama"), tmp_path, context_length=300, progress=heard.append).model
+
+    assert model.kv_blocks == 4 * 10  # of 32 tokens
+    assert heard[-1] == "KV memory for 1280 tokens, 0.0 GiB"
+
+
+def test_memory_may_be_given_by_setting(tiny_folder: Folder, tmp_path: Path) -> None:
+    block = 2 * (2 * 32 * (16 + 16)) * 4  # layers, KV heads, tokens, numbers of a key and a value, bytes
+
+    model = load(tiny_folder("llama"), tmp_path, context_length=300, kv_memory=100 * block / 2**30).model
+
+    assert model.kv_blocks == 100
+
+
+def test_memory_that_holds_not_one_sequence_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    with pytest.raises(LoadingError, match=r"one sequence of the whole context takes .* a shorter context"):
+        load(tiny_folder("llama"), tmp_path, kv_memory=1e-6)
 
 
 def test_logits_that_are_not_finite_at_start_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:
@@ -194,7 +255,7 @@ def test_half_precision_works_too(dtype: str, tiny_folder: Folder, tmp_path: Pat
     engine = load(tiny_folder("qwen2"), tmp_path, dtype=dtype)
     params = SamplingParams(seed=1, max_tokens=3, logprobs=True)
 
-    (token,) = engine.step([Row(0, 0, 5, [3, 4, 5, 6, 7], 5, True, params)])
+    (token,) = engine.step([Row([3], 0, 5, [3, 4, 5, 6, 7], 5, True, params)])
 
     assert engine.model.dtype == dtype
     assert isinstance(token, Token)

@@ -21,7 +21,7 @@ EOS = 0
 def row_of(ids: Sequence[int] = (1, 2, 3), *, prompt: int | None = None, seed: int = 1, **params: Any) -> Row:
     """A row that samples after *ids*."""
     sampler = SamplingParams(seed=seed, max_tokens=100, **params)
-    return Row(0, 0, len(ids), ids, len(ids) if prompt is None else prompt, True, sampler)
+    return Row([0], 0, len(ids), ids, len(ids) if prompt is None else prompt, True, sampler)
 
 
 def draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:

@@ -34,6 +34,18 @@ def generated(network: Any, prompt: Sequence[int], count: int) -> list[int]:
     return ids[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
+def blocks_of(engine: TorchEngine, which: int) -> Sequence[int]:
+    """A block table for a whole context, one of max_running, scattered over the memory back to front."""
+    last, step = engine.model.kv_blocks - 1, engine.model.max_running
+    return range(last - which, -1, -step)
+
+
+def embedding_of(engine: TorchEngine) -> Any:
+    """Its network's token embeddings, to be poisoned."""
+    forward: Any = engine._forward
+    return forward._network.get_input_embeddings()
+
+
 def answer(
     engine: TorchEngine,
     prompt: Sequence[int],
@@ -41,17 +53,18 @@ def answer(
     *,
     params: SamplingParams = GREEDY,
     resume: Sequence[int] = (),
-    slot: int = 0,
+    which: int = 0,
 ) -> list[int]:
     """Answer one prompt alone, prefilled in one piece, until the answer has *count* ids."""
     ids = [*prompt, *resume]
     start = 0
     while len(ids) < len(prompt) + count:
-        (token,) = engine.step([Row(slot, start, len(ids), ids, len(prompt), True, params)])
+        (token,) = engine.step(
+            [Row(blocks_of(engine, which), start, len(ids), ids, len(prompt), True, params)]
+        )
         assert isinstance(token, Token)
         start = len(ids)
         ids.append(token.id)
-    engine.release(slot)
     return ids[len(prompt) :]
 
 
@@ -63,9 +76,10 @@ def answer_together(
     params: Sequence[SamplingParams],
     seed: int = 0,
 ) -> list[list[int]]:
-    """Answer all prompts in random ragged steps: any rows, any chunks, any slots."""
+    """Answer all prompts in random ragged steps: any rows, any chunks, any blocks."""
     dice = random.Random(seed)
-    slots = dice.sample(range(engine.model.max_running), len(prompts))
+    numbers = dice.sample(range(engine.model.kv_blocks), engine.model.kv_blocks)
+    tables = [numbers[i :: len(prompts)] for i in range(len(prompts))]
     ids = [list(prompt) for prompt in prompts]
     computed = [0] * len(prompts)
     while True:
@@ -76,14 +90,12 @@ def answer_together(
         for i in members:
             stop = min(len(ids[i]), computed[i] + dice.choice((1, 2, 5, 31, 32, 33, 100)))
             done = stop == len(ids[i])
-            rows.append(Row(slots[i], computed[i], stop, ids[i], len(prompts[i]), done, params[i]))
+            rows.append(Row(tables[i], computed[i], stop, ids[i], len(prompts[i]), done, params[i]))
             computed[i] = stop
         for i, row, token in zip(members, rows, engine.step(rows), strict=True):
             assert isinstance(token, Token) == row.sample
             if isinstance(token, Token):
                 ids[i].append(token.id)
-    for slot in slots:
-        engine.release(slot)
     return [own[len(prompt) :] for own, prompt in zip(ids, prompts, strict=True)]
 
 
@@ -91,7 +103,7 @@ def answer_together(
 def test_random_schedules_answer_as_generate_does(
     architecture: str, tiny_engine: Engine, tiny_network: Network
 ) -> None:
-    """Chunks, slots and neighbours change nothing, whatever the architecture: windows, soft caps, groups."""
+    """Chunks, blocks and neighbours change nothing, whatever the architecture: windows, soft caps, groups."""
     engine, network = tiny_engine(architecture), tiny_network(architecture)
     prompts = [prompt_of(length) for length in (1, 7, 40, 90, 130)]
     expected = [generated(network, prompt, 10) for prompt in prompts]
@@ -112,7 +124,9 @@ def test_logits_are_those_of_a_plain_forward_pass_far_into_a_long_prompt(
 
     seen = {}
     for start, stop in ((0, 1), (1, 300), (300, 301), (301, 520), (520, 700), (700, 701)):
-        seen[stop] = engine.compute([Row(3, start, stop, ids, 701, True, GREEDY)]).logits[0]
+        seen[stop] = engine.compute([Row(blocks_of(engine, 3), start, stop, ids, 701, True, GREEDY)]).logits[
+            0
+        ]
 
     for stop, logits in seen.items():
         torch.testing.assert_close(logits, expected[stop - 1], rtol=1e-3, atol=1e-3)
@@ -139,49 +153,104 @@ def test_an_answer_resumed_from_any_point_ends_the_same(params: SamplingParams, 
     whole = answer(engine, prompt, 16, params=params)
 
     for said in (1, 8, 9, 15):
-        assert answer(engine, prompt, 16, params=params, resume=whole[:said], slot=5) == whole
+        assert answer(engine, prompt, 16, params=params, resume=whole[:said], which=5) == whole
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("shared", [1, 3])
+def test_a_sequence_carries_on_from_blocks_that_another_has_written(
+    architecture: str, shared: int, tiny_engine: Engine, tiny_network: Network
+) -> None:
+    """Prompts that begin alike are computed once: the second starts behind what the first has stored."""
+    engine, network = tiny_engine(architecture), tiny_network(architecture)
+    held = shared * engine.model.block_tokens
+    one, two = prompt_of(held + 30), prompt_of(held + 9)
+    two[:held] = one[:held]
+    ours, others = blocks_of(engine, 0), blocks_of(engine, 1)
+    theirs = [*ours[:shared], *others[shared:]]
+    engine.step([Row(ours, 0, len(one), one, len(one), True, GREEDY)])
+
+    ids, start = list(two), held
+    for _ in range(5):
+        rows = [Row(theirs, start, len(ids), ids, len(two), True, GREEDY)]
+        if start == held:  # the owner carries on beside it
+            rows.append(Row(ours, len(one), len(one) + 1, [*one, 5], len(one), True, GREEDY))
+        token = engine.step(rows)[0]
+        assert isinstance(token, Token)
+        start = len(ids)
+        ids.append(token.id)
+
+    assert ids[len(two) :] == generated(network, two, 5)
 
 
 def test_a_row_whose_logits_are_not_finite_ends_alone(tiny_engine: Engine, tiny_network: Network) -> None:
-    engine, network = tiny_engine(), tiny_network("llama")
+    engine, network = tiny_engine("gemma3"), tiny_network("gemma3")
     poison = 99
-    engine._network.get_input_embeddings().weight.data[poison] = float("nan")
+    embedding_of(engine).weight.data[poison] = float("nan")
     good, bad = prompt_of(20), [5, poison, 6]
     good = [3 if token == poison else token for token in good]
 
-    results = engine.step([Row(0, 0, 20, good, 20, True, GREEDY), Row(1, 0, 3, bad, 3, True, GREEDY)])
+    results = engine.step(
+        [
+            Row(blocks_of(engine, 0), 0, 20, good, 20, True, GREEDY),
+            Row(blocks_of(engine, 1), 0, 3, bad, 3, True, GREEDY),
+        ]
+    )
 
     assert isinstance(results[1], Fault)
     assert isinstance(results[0], Token)
     assert results[0].id == generated(network, good, 1)[0]
 
 
-@pytest.mark.parametrize("sample", [True, False])
-def test_a_slot_that_held_a_broken_sequence_serves_the_next_one(
-    sample: bool, tiny_engine: Engine, tiny_network: Network
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("gpt_neox", "float32"), ("gemma3", "float32"), ("gpt_neox", "float16"), ("mistral", "float16")],
+)
+def test_blocks_that_held_a_broken_sequence_serve_the_next_one(
+    architecture: str, dtype: str, tiny_engine: Engine
 ) -> None:
-    """What is masked still counts as 0 x value: left-over NaN would spread to whoever comes next."""
-    engine, network = tiny_engine(), tiny_network("llama")
+    """Nobody clears blocks: NaN that is left over in them must not spread to whoever comes next."""
+    engine, fresh = (tiny_engine(architecture, dtype=dtype) for _ in range(2))
     poison = 99
-    engine._network.get_input_embeddings().weight.data[poison] = float("nan")
-    engine.step([Row(0, 0, 30, [poison] * 30, 30, sample, GREEDY)])
-    engine.release(0)
-    prompt = [3 if token == poison else token for token in prompt_of(9)]
+    for each in (engine, fresh):
+        embedding_of(each).weight.data[poison] = float("nan")
+    (fault,) = engine.step([Row(blocks_of(engine, 0), 0, 90, [poison] * 90, 90, True, GREEDY)])
+    assert isinstance(fault, Fault)
+    prompt = [3 if token == poison else token for token in prompt_of(39)]
 
-    assert answer(engine, prompt, 4) == generated(network, prompt, 4)
+    assert answer(engine, prompt, 4) == answer(fresh, prompt, 4)
 
 
 def test_a_step_in_which_nobody_samples_returns_nothing(tiny_engine: Engine) -> None:
-    rows = [Row(0, 0, 4, prompt_of(9), 9, False, GREEDY), Row(2, 0, 1, prompt_of(5), 5, False, GREEDY)]
+    engine = tiny_engine()
+    rows = [
+        Row(blocks_of(engine, 0), 0, 4, prompt_of(9), 9, False, GREEDY),
+        Row(blocks_of(engine, 2), 0, 1, prompt_of(5), 5, False, GREEDY),
+    ]
 
-    assert tiny_engine().step(rows) == [None, None]
+    assert engine.step(rows) == [None, None]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_caller_has_its_turn_once_in_every_step(fails: bool, tiny_engine: Engine) -> None:
+    engine = tiny_engine()
+    turns: list[str] = []
+    row = Row([] if fails else blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, GREEDY)
+
+    if fails:
+        with pytest.raises(ValueError, match="could not broadcast"):
+            engine.step([row], lambda: turns.append("turn"))
+    else:
+        engine.step([row], lambda: turns.append("turn"))
+
+    assert turns == ["turn"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_the_loop_answers_random_arrivals_as_generate_does(
     architecture: str, tiny_engine: Engine, tiny_network: Network
 ) -> None:
-    """More requests than slots, small steps, cancellations: each answer is still its own."""
+    """More requests than rows, small steps, cancellations: each answer is still its own."""
     engine, network = tiny_engine(architecture, max_running=4), tiny_network(architecture)
     dice = random.Random(5)
     prompts = {key: prompt_of(dice.randint(1, 150), seed=key) for key in range(12)}
@@ -220,7 +289,7 @@ def test_the_model_ends_its_turn_with_its_own_token(tiny_engine: Engine) -> None
     assert engine.model.eos_ids == {EOS}
     eager_to_end = SamplingParams(seed=1, max_tokens=9, temperature=0, logit_bias={EOS: 1000.0})
 
-    (token,) = engine.step([Row(0, 0, 3, [4, 5, 6], 3, True, eager_to_end)])
+    (token,) = engine.step([Row(blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, eager_to_end)])
 
     assert token == Token(EOS)
 

@@ -6,10 +6,12 @@ says that it is ready. Downloading is somebody else's work; this module never re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,24 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from headrace.models import file_digest
-from headrace.worker.engine import selfcheck
-from headrace.worker.engine.attention import IMPLEMENTATION, SlotMemory, rung, slot_attention
+from headrace.worker.engine import cuda, kv_sizing, packing, selfcheck
+from headrace.worker.engine.attention import IMPLEMENTATION, observe_layers, paged_attention
+from headrace.worker.engine.attention_kinds import AttentionKind, Layers, choose_kind
+from headrace.worker.engine.forward import Forward, TransformersForward, VarlenForward
 from headrace.worker.engine.gguf_weights import END_OF_TURN, dequantised
-from headrace.worker.engine.packing import pack_linears
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
 from headrace.worker.engine.seam import ModelInfo
+from headrace.worker.engine.static_decodes import StaticDecodes
 from headrace.worker.engine.torch_engine import TorchEngine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Served by default even if the model could hold more: KV memory is slots x context.
+# Served by default even if the model could hold more.
 DEFAULT_CONTEXT = 8192
 
-# The share of free CUDA memory that KV memory may take; the rest is for activations and logits.
-_CUDA_SHARE = 0.8
+# Steps of fewer tokens are padded on the CPU where layers are not packed, since its plain matrix kernels
+# round differently below: measured bitwise with torch 2.13, the two default models' shapes, up to 600 rows.
+_MIN_TOKENS = {torch.float32: 4, torch.bfloat16: 2}
 
 
 def _quiet(_: str) -> None:
@@ -52,6 +57,8 @@ def load_engine(
     threads: int | None = None,
     context_length: int | None = None,
     max_running: int = 32,
+    step_tokens: int = 512,
+    kv_memory: float | None = None,
     progress: Callable[[str], None] = _quiet,
 ) -> TorchEngine:
     """Load a model, check it and warm it up.
@@ -65,7 +72,9 @@ def load_engine(
     threads                 for torch on the CPU; None leaves torch's choice
     context_length          tokens of prompt and answer; None for what the model can hold, at most
                             DEFAULT_CONTEXT
-    max_running             sequences at the same time; on CUDA fewer when memory is short
+    max_running             sequences at the same time
+    step_tokens             most tokens that one step will compute; KV memory leaves room for such a step
+    kv_memory               GiB of KV memory; None for a share of what is free, see `kv_sizing`
     progress                hears short sentences about what takes time
 
     Raises LoadingError, or UnsupportedModel if this engine would not compute the model right.
@@ -74,7 +83,7 @@ def load_engine(
     precision = choose_dtype(dtype, place)
     if threads is not None:
         torch.set_num_threads(threads)
-    AttentionInterface.register(IMPLEMENTATION, slot_attention)
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder, digest = path, ""
     if path.suffix == ".gguf" and path.is_file():
@@ -83,6 +92,12 @@ def load_engine(
     config = read_config(folder)
     progress(f"loading {name} in {str(precision).removeprefix('torch.')}")
     network = _read_network(folder, precision, place)
+    with _refusing(network):
+        layers = observe_layers(network)
+    kind = choose_kind(layers, place, precision)
+    if kind.reason:
+        progress(f"attention in plain torch, which is slow: {kind.reason}")
+    context = choose_context(config, context_length)
     model = ModelInfo(
         name=name,
         revision=digest or (path.name if path.parent.name == "snapshots" else ""),
@@ -90,28 +105,125 @@ def load_engine(
         device=str(place),
         tokenizer_fingerprint=tokenizer_fingerprint,
         weights_fingerprint=weights_fingerprint(folder, digest, precision),
-        context_length=choose_context(config, context_length),
+        context_length=context,
         vocabulary_size=network.get_output_embeddings().weight.shape[0],
         eos_ids=read_eos_ids(folder, network),
         max_running=max_running,
+        block_tokens=kind.block_tokens,
+        kv_blocks=max_running * -(-context // kind.block_tokens),
         exact=False,
         features=("logprobs",),
     )
-    packed = place.type == "cpu" and pack_linears(network)
+    parts = _Parts(network, layers, kind, packed=place.type == "cpu" and packing.pack_linears(network))
     progress("comparing with transformers' own forward pass")
-    probe = TorchEngine(
-        network,
-        dataclasses.replace(model, max_running=selfcheck.SLOTS, context_length=selfcheck.CONTEXT),
-        packed=packed,
-    )
+    exact = _check(parts, model)
+    progress("measuring the memory of a step")
+    blocks = _size_memory(parts, model, step_tokens=step_tokens, asked=kv_memory)
+    model = dataclasses.replace(model, exact=exact, kv_blocks=blocks)
+    progress(f"KV memory for {model.kv_tokens} tokens, {blocks * kind.block_bytes(layers) / 2**30:.1f} GiB")
+    return TorchEngine(parts.assemble(model, progress), model)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Parts:
+    """What engines of one loaded network are made of.
+
+    packed   whether all linear layers of the network are packed, and rows come out the same in steps of
+             fewer tokens
+    """
+
+    network: Any
+    layers: Layers
+    kind: AttentionKind
+    packed: bool
+
+    def assemble(
+        self, model: ModelInfo, progress: Callable[[str], None] = _quiet, *, graphs: bool = True
+    ) -> Forward:
+        """Make KV memory as the model tells, and what computes over it."""
+        network, kind = self.network, self.kind
+        place = torch.device(model.device)
+        precision: torch.dtype = getattr(torch, model.dtype)
+        if kind.name != "flash":
+            memory = kind.make_memory(self.layers, model.kv_blocks)
+            fewest = packing.MIN_TOKENS if self.packed else _MIN_TOKENS
+            return TransformersForward(
+                network,
+                functools.partial(kind.begin, memory),
+                min_tokens=fewest.get(precision, 1) if place.type == "cpu" else 1,
+            )
+        memory = kind.make_memory(self.layers, model.kv_blocks + 1)  # one for padding
+        if not graphs:
+            return VarlenForward(network, memory)
+        progress("capturing CUDA graphs")
+        try:
+            decodes = StaticDecodes(
+                network,
+                memory,
+                max_rows=model.max_running,
+                context_length=model.context_length,
+                vocabulary=model.vocabulary_size,
+                capture=cuda.GraphPool(place).capture,
+            )
+        except RuntimeError as error:
+            progress(f"{type(network).__name__} computes without CUDA graphs, which is slower: {error}")
+            return VarlenForward(network, memory)
+        return VarlenForward(network, memory, decodes)
+
+
+@contextlib.contextmanager
+def _refusing(network: Any) -> Iterator[None]:
+    """Turn what goes wrong in a model's own code, called as it does not expect, into a refusal."""
     try:
-        exact = selfcheck.check(probe, network)
+        yield
     except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
         raise UnsupportedModel(
             f"{type(network).__name__} cannot be computed in ragged steps: {error}"
         ) from error
-    slots = _affordable_slots(model, probe.memory, place)
-    return TorchEngine(network, dataclasses.replace(model, exact=exact, max_running=slots), packed=packed)
+
+
+def _check(parts: _Parts, model: ModelInfo) -> bool:
+    """Refuse what would be computed wrong, and say whether the engine is exact."""
+    probe = dataclasses.replace(
+        model,
+        max_running=selfcheck.SEQUENCES,
+        context_length=selfcheck.CONTEXT,
+        kv_blocks=selfcheck.blocks_needed(model.block_tokens),
+    )
+    place, precision = torch.device(model.device), getattr(torch, model.dtype)
+    with _refusing(parts.network):
+        exact = selfcheck.check(TorchEngine(parts.assemble(probe), probe), parts.network)
+        return selfcheck.check_attention(parts.kind, parts.layers, place, precision) and exact
+
+
+def _size_memory(parts: _Parts, model: ModelInfo, *, step_tokens: int, asked: float | None) -> int:
+    """Run the largest step there may be, and return how many blocks fit beside it."""
+    place = torch.device(model.device)
+    # Its rows live in two blocks, so it needs no more; see `kv_sizing.largest_step`.
+    two = dataclasses.replace(model, kv_blocks=2, context_length=2 * model.block_tokens)
+    engine = TorchEngine(parts.assemble(two, graphs=False), two)
+    rows = kv_sizing.largest_step(
+        step_tokens=step_tokens,
+        max_running=model.max_running,
+        context_length=model.context_length,
+        block_tokens=model.block_tokens,
+    )
+    peak = kv_sizing.peak_bytes(place, lambda: _ignore(engine.step(rows)))
+    sequence = -(-model.context_length // model.block_tokens)
+    return kv_sizing.choose_blocks(
+        free=kv_sizing.free_bytes(place),
+        # Graphs keep a pool of their own, which takes no more than the step of most rows.
+        peak=2 * peak if place.type == "cuda" else peak,
+        share=kv_sizing.SHARES[place.type],
+        block=parts.kind.block_bytes(parts.layers),
+        fewest=sequence,
+        most=sequence * model.max_running,
+        asked=None if asked is None else int(asked * 2**30),
+    )
+
+
+def _ignore(_: object) -> None:
+    pass
 
 
 def choose_device(device: str) -> torch.device:
@@ -267,18 +379,3 @@ def weights_fingerprint(folder: Path, digest: str, dtype: torch.dtype) -> str:
                 file.seek(max(size - 1024, 0))
                 state.update(file.read())
     return state.hexdigest()[:16]
-
-
-def _affordable_slots(model: ModelInfo, probe: SlotMemory, device: torch.device) -> int:
-    """Return how many slots CUDA memory has room for, at most max_running; all of them on the CPU."""
-    if device.type == "cpu":
-        return model.max_running
-    slot = probe.bytes_per_token * rung(model.context_length)
-    free, _ = torch.cuda.mem_get_info(device)
-    slots = min(int(free * _CUDA_SHARE) // slot, model.max_running)
-    if slots < 1:
-        raise LoadingError(
-            f"one sequence of {model.context_length} tokens takes {slot >> 20} MiB of CUDA memory, and "
-            f"{free >> 20} MiB are free; ask for a shorter context"
-        )
-    return slots

@@ -9,16 +9,56 @@ kernels that give a row the same result in any batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 
+from headrace.worker.engine.cuda import Fetch, to_device
 from headrace.worker.engine.noise import gumbel, noise_key
 from headrace.worker.engine.seam import Fault, Row, Token
 
 # Filters look at so many of the likeliest tokens first; where those do not settle it, at all.
 CANDIDATES = 1024
+
+
+class Drawing:
+    """Tokens that are being drawn: on CUDA the kernels are queued, and nobody has waited for them yet.
+
+    rows       the rows they are for
+    table      what comes back, [4, rows] float64: ids, whether logits were finite, log-probabilities, and
+               whether the filters were settled by the likeliest tokens alone
+    scores     [rows, vocabulary], for rows that were not
+    """
+
+    def __init__(
+        self, sampler: Sampler, rows: Sequence[Row], logits: torch.Tensor, scores: torch.Tensor, table: Fetch
+    ) -> None:
+        self._sampler = sampler
+        self._rows = rows
+        self._logits = logits
+        self._scores = scores
+        self._table = table
+
+    def tokens(self) -> list[Token | Fault]:
+        """Wait for them. One entry per row: a Fault where the logits are not finite."""
+        ids, finite, logprobs, settled = self._table.wait().tolist()
+        return [
+            self._sampler.draw_whole(row, self._logits[index], self._scores[index])
+            if good and not done
+            else _token(row, int(token), good, logprob)
+            for index, (row, token, good, logprob, done) in enumerate(
+                zip(self._rows, ids, finite, logprobs, settled, strict=True)
+            )
+        ]
+
+
+def _token(row: Row, token: int, finite: float, logprob: float) -> Token | Fault:
+    if not finite:
+        return Fault("the model's logits are not finite")
+    return Token(token, logprob if row.params.logprobs else None)
 
 
 class Sampler:
@@ -32,20 +72,25 @@ class Sampler:
         self._device = device
 
     def sample(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
-        """Draw the token at `row.stop` for each row.
+        """Draw the token at `row.stop` for each row, and wait for them; see `start`."""
+        return self.start(logits, rows).tokens()
 
-        logits   [rows, vocabulary], any float type; not modified
+    def start(self, logits: torch.Tensor, rows: Sequence[Row]) -> Drawing:
+        """Begin to draw the token at `row.stop` for each row. Nothing here waits for the device.
 
-        Returns one entry per row: a Fault where the logits are not finite. Log-probabilities are of the
-        model's own distribution, before temperature, filters and penalties.
+        logits   [rows, vocabulary], any float type; not modified, and to be left alone until the tokens
+                 are there
+
+        Log-probabilities are of the model's own distribution, before temperature, filters and penalties.
         """
         scores = self._edit(logits, rows)
         best, ids = scores.max(dim=-1)
+        settled = torch.ones(len(rows), dtype=torch.bool, device=self._device)
         warm = [i for i, row in enumerate(rows) if row.params.temperature > 0]
         if warm:
             chosen = self._index(warm)
             whole = scores if len(warm) == len(rows) else scores[chosen]
-            ids[chosen] = self._draw(whole.float(), [rows[i] for i in warm])
+            ids[chosen], settled[chosen] = self._draw(whole.float(), [rows[i] for i in warm], CANDIDATES)
         logprobs = torch.zeros(len(rows), dtype=torch.float64, device=self._device)
         told = [i for i, row in enumerate(rows) if row.params.logprobs]
         if told:
@@ -53,13 +98,16 @@ class Sampler:
             own = torch.log_softmax(logits[chosen].float(), dim=-1)
             logprobs[chosen] = own.gather(1, ids[chosen, None])[:, 0].double()
         # One transfer for all: float64 holds every id exactly.
-        table = torch.stack((ids.double(), torch.isfinite(best).double(), logprobs)).tolist()
-        return [
-            Token(int(token), logprob if row.params.logprobs else None)
-            if finite
-            else Fault("the model's logits are not finite")
-            for row, token, finite, logprob in zip(rows, *table, strict=True)
-        ]
+        table = torch.stack((ids.double(), torch.isfinite(best).double(), logprobs, settled.double()))
+        return Drawing(self, rows, logits, scores, Fetch(table))
+
+    def draw_whole(self, row: Row, logits: torch.Tensor, scores: torch.Tensor) -> Token:
+        """Draw for a row whose likeliest tokens did not settle what its filters keep: look at all."""
+        ids, _ = self._draw(scores[None].float(), [row], scores.shape[0])
+        token = int(ids[0])
+        if not row.params.logprobs:
+            return Token(token)
+        return Token(token, float(torch.log_softmax(logits.float(), dim=-1)[token]))
 
     def _edit(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """Apply bias, penalties and the ban on ending early; *logits* itself when no row has any."""
@@ -87,26 +135,32 @@ class Sampler:
             # A token seen twice is written twice, with the same value.
             scores[row, ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
         if counted:
-            answers = [rows[i].ids[rows[i].prompt : rows[i].stop] for i in counted]
-            row, ids = self._pairs(counted, answers)
-            flat, count = torch.unique(row * scores.shape[1] + ids, return_counts=True)
-            row = flat // scores.shape[1]
+            # Counted here: torch.unique would wait for the device.
+            counts = [Counter(rows[i].ids[rows[i].prompt : rows[i].stop]) for i in counted]
+            row, ids = self._pairs(counted, [list(own) for own in counts])
+            count = self._floats(list(chain.from_iterable(own.values() for own in counts)))
             frequency = self._floats([r.params.frequency_penalty for r in rows])[row]
             presence = self._floats([r.params.presence_penalty for r in rows])[row]
-            scores.view(-1)[flat] -= frequency * count + presence
+            scores[row, ids] -= frequency * count + presence
         if unfinished:
             row, ids = self._pairs(unfinished, [self._eos_ids] * len(unfinished))
             scores[row, ids] = float("-inf")
         return scores
 
-    def _draw(self, scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        """Draw one id per row, [rows] int64, from float32 scores that have no temperature yet."""
+    def _draw(
+        self, scores: torch.Tensor, rows: Sequence[Row], size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw one id per row from float32 scores that have no temperature yet.
+
+        Filters look at the *size* likeliest tokens. Returns the ids, int64, and whether those were enough,
+        both [rows].
+        """
         temperature = self._floats([row.params.temperature for row in rows])[:, None]
         # The maximum becomes 0 first, so that no temperature, however small, overflows.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
-        keys = torch.tensor([noise_key(row.params.seed, row.stop) for row in rows], dtype=torch.int32)
-        keys = keys.to(self._device)
+        keys = self._tensor([noise_key(row.params.seed, row.stop) for row in rows], torch.int32)
         ids = torch.zeros(len(rows), dtype=torch.int64, device=self._device)
+        settled = torch.ones(len(rows), dtype=torch.bool, device=self._device)
         filtered = [
             i for i, row in enumerate(rows) if 0 < row.params.top_k < scores.shape[1] or row.params.top_p < 1
         ]
@@ -119,16 +173,13 @@ class Sampler:
             # The maximum is 0: a token's score is the log of its probability over the likeliest one's.
             noisy = gumbel(keys[chosen], every[None]).add_(own).masked_fill_(own < floor, float("-inf"))
             ids[chosen] = noisy.argmax(dim=-1)
-        for size in (min(CANDIDATES, scores.shape[1]), scores.shape[1]):
-            if not filtered:
-                break
+        if filtered:
             chosen = self._index(filtered)
-            drawn, settled = self._draw_filtered(
-                scores[chosen], keys[chosen], [rows[i] for i in filtered], size
+            few = min(size, scores.shape[1])
+            ids[chosen], settled[chosen] = self._draw_filtered(
+                scores[chosen], keys[chosen], [rows[i] for i in filtered], few
             )
-            ids[chosen] = drawn
-            filtered = [i for i, done in zip(filtered, settled.tolist(), strict=True) if not done]
-        return ids
+        return ids, settled
 
     def _draw_filtered(
         self, scores: torch.Tensor, keys: torch.Tensor, rows: Sequence[Row], size: int
@@ -140,7 +191,7 @@ class Sampler:
         whole = torch.log_softmax(scores, dim=-1)
         likely, ids = whole.topk(size, dim=-1)
         limits = [row.params.top_k if 0 < row.params.top_k < scores.shape[1] else 0 for row in rows]
-        limit = torch.tensor(limits, device=self._device)[:, None]
+        limit = self._index(limits)[:, None]
         # As in transformers, tokens as likely as the k-th stay too.
         least = likely.gather(1, (limit - 1).clamp(0, size - 1))
         within = (limit > 0) & ((least > likely[:, -1:]) | (size == scores.shape[1])) & (limit <= size)
@@ -167,7 +218,10 @@ class Sampler:
         return self._index(list(row)), self._index(list(chain.from_iterable(ids)))
 
     def _index(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return self._tensor(values, torch.int64)
 
     def _floats(self, values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)
+        return self._tensor(values, torch.float32)
+
+    def _tensor(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+        return to_device(torch.tensor(values, dtype=dtype), self._device)

@@ -6,30 +6,35 @@ alone, in a batch of ragged chunks and decodes, and resumed from the middle of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from headrace.worker.engine.attention import IMPLEMENTATION, SlotMemory, plan_step, slot_attention, step_order
+from headrace.worker.engine.attention import IMPLEMENTATION, LayerAttention
+from headrace.worker.engine.attention_kinds import AttentionKind, Layers
+from headrace.worker.engine.flat_step import flatten
+from headrace.worker.engine.plain_attention import attend
 from headrace.worker.engine.refusals import UnsupportedModel
 from headrace.worker.engine.seam import Row, SamplingParams, Token
 from headrace.worker.engine.torch_engine import TorchEngine
 
-PROMPT = 125  # the answer crosses 128 keys, where attention goes from one rung to the next
+PROMPT = 125  # the answer goes into another block of KV memory where blocks hold 32, 64 or 128 tokens
 ANSWER = 8
 SHORTEST = 256  # tokens that a model must be able to hold, for the check to fit
 CONTEXT = SHORTEST
-LONG = 1090  # the attention's own test goes into its third block of keys
-SLOTS = 4
+LONG = 1090  # the attention's own test goes through many blocks, whatever their size
+SEQUENCES = 4
 _PARAMS = SamplingParams(seed=2**63 + 1, max_tokens=ANSWER, temperature=0.8, top_p=0.95, ignore_eos=True)
 
 # How far logits may be from transformers' own, as a share of their norm. Rounding in float32 stays a
 # factor of a hundred below. bfloat16 is coarser: 0.01 to 0.07 on the default models, where hiding one key
 # too many makes 0.08 to 0.6; so transformers' disagreement with itself counts too.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+# How far a layer's attention may be from what plain torch computes in float32 of the same keys.
+_ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +45,36 @@ class Transcript:
     logits: torch.Tensor
 
 
+def blocks_needed(block_tokens: int) -> int:
+    """Return how many blocks of KV memory `check` wants an engine to have."""
+    return SEQUENCES * -(-CONTEXT // block_tokens)
+
+
 def check(engine: TorchEngine, network: Any) -> bool:
     """Compare the engine with the model's own forward pass, and with itself.
 
-    engine    a fresh engine with at least SLOTS slots of CONTEXT tokens
+    engine    a fresh engine of `blocks_needed` blocks, for SEQUENCES sequences of CONTEXT tokens
     network   its model, whose attention is switched to transformers' own for some passes
 
     Returns whether sequences come out bitwise the same alone, in a batch and resumed. Raises
     UnsupportedModel when the engine's logits are not the model's.
     """
-    config = network.config.get_text_config()
     prompts = _prompts(engine.model.vocabulary_size)
-    alone = _run(engine, config, prompts[:1], chunk=PROMPT)[0]
+    alone = _run(engine, prompts[:1], chunk=PROMPT)[0]
     _compare(alone, network, "alone")
-    batched = _run(engine, config, prompts, chunk=50)
+    batched = _run(engine, prompts, chunk=50)
     _compare(batched[2], network, "in a batch")
     half = PROMPT + ANSWER // 2
-    resumed = _run(engine, config, [alone.ids[:half]], chunk=half, prompt=PROMPT, slot=1)[0]
+    resumed = _run(engine, [alone.ids[:half]], chunk=half, prompt=PROMPT, first=1)[0]
     return (
-        _attention_is_exact(engine, config.num_attention_heads)
-        and alone.ids == batched[0].ids == resumed.ids
+        alone.ids == batched[0].ids == resumed.ids
         and torch.equal(alone.logits, batched[0].logits)
         and torch.equal(alone.logits[ANSWER // 2 :], resumed.logits)
     )
 
 
 def _prompts(vocabulary: int) -> list[list[int]]:
-    """Make SLOTS prompts: the one under test, and neighbours of other lengths."""
+    """Make SEQUENCES prompts: the one under test, and neighbours of other lengths."""
     random = torch.Generator().manual_seed(0)
     lengths = (PROMPT, 1, 33, 210)
     return [torch.randint(vocabulary, (length,), generator=random).tolist() for length in lengths]
@@ -74,17 +82,20 @@ def _prompts(vocabulary: int) -> list[list[int]]:
 
 def _run(
     engine: TorchEngine,
-    config: Any,
     prompts: Sequence[Sequence[int]],
     *,
     chunk: int,
     prompt: int | None = None,
-    slot: int = 0,
+    first: int = 0,
 ) -> list[Transcript]:
-    """Answer prompts together, up to PROMPT + ANSWER ids for the first; prefill in chunks."""
+    """Answer prompts together, up to PROMPT + ANSWER ids for the first; prefill in chunks.
+
+    first   where among the blocks the first prompt's lie: what others left there must not matter
+    """
     ids = [list(own) for own in prompts]
     started = [len(own) for own in ids]
     computed = [0] * len(ids)
+    blocks = range(blocks_needed(engine.model.block_tokens))
     logits: list[list[torch.Tensor]] = [[] for _ in ids]
     while len(ids[0]) < PROMPT + ANSWER:
         rows = []
@@ -92,7 +103,7 @@ def _run(
             stop = min(len(own), computed[index] + chunk)
             rows.append(
                 Row(
-                    slot=slot + index,
+                    blocks=blocks[first + index :: SEQUENCES],
                     start=computed[index],
                     stop=stop,
                     ids=own,
@@ -103,67 +114,63 @@ def _run(
             )
             computed[index] = stop
         step = engine.compute(rows)
-        _look(step.plan.windows, config)
-        for index, token, seen in zip(step.sampling, step.tokens, step.logits, strict=True):
+        for index, token, seen in zip(step.sampling, step.tokens, step.logits.clone(), strict=True):
             if not isinstance(token, Token):
                 raise UnsupportedModel(f"the model's logits are not finite in {engine.model.dtype}")
             ids[index].append(token.id)
             logits[index].append(seen)
-    for index in range(len(ids)):
-        engine.release(slot + index)
     return [Transcript(own, torch.stack(seen)) for own, seen in zip(ids, logits, strict=True)]
 
 
-def _look(windows: Mapping[int, int | None], config: Any) -> None:
-    """Refuse models whose layers do not all attend through us, or slide without telling us."""
-    layers = int(config.num_hidden_layers)
-    if windows.keys() != set(range(layers)):
-        raise UnsupportedModel(
-            f"{len(windows)} of {layers} layers attend through transformers' attention interface; "
-            f"recurrent and hybrid models, and those with attention of their own, are not supported"
-        )
-    # No probe is as long as a real window, so the logits cannot show that one is missing.
-    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModel(f"layer {layer} needs {kind}, which is not supported")
-        if kind == "sliding_attention" and windows[layer] is None:
-            raise UnsupportedModel(f"layer {layer} slides but does not say how far")
-
-
 @torch.inference_mode()
-def _attention_is_exact(engine: TorchEngine, heads: int) -> bool:
-    """Say whether attention alone is bitwise the same however long sequences are cut and batched.
+def check_attention(kind: AttentionKind, layers: Layers, device: torch.device, dtype: torch.dtype) -> bool:
+    """Compare attention over a long sequence with plain torch, and with itself.
 
     Lengths at which kernels change their ways are too long for the whole model at every start.
+
+    Returns whether a token comes out bitwise the same however long sequences are cut and batched. Raises
+    UnsupportedModel when it is not what plain torch computes.
     """
-    device, dtype = torch.device(engine.model.device), getattr(torch, engine.model.dtype)
+    exact = [_is_exact(kind, own, device, dtype) for own in dict.fromkeys(layers.values())]
+    return all(exact)
+
+
+def _is_exact(kind: AttentionKind, layer: LayerAttention, device: torch.device, dtype: torch.dtype) -> bool:
     random = torch.Generator().manual_seed(1)
-    for kv_heads, width in {engine.memory.shape(layer) for layer in engine.memory.layers}:
-        memory = SlotMemory(2, LONG, device=device, dtype=dtype)
-        query, key, value = (
-            torch.randn(1, count, LONG, width, generator=random).to(device, dtype)
-            for count in (heads, kv_heads, kv_heads)
+    shape = layer.shape
+    query, key, value = (
+        torch.randn(LONG, heads, width, generator=random).to(device, dtype)
+        for heads, width in (
+            (layer.heads, shape.key_dim),
+            (shape.kv_heads, shape.key_dim),
+            (shape.kv_heads, shape.value_dim),
         )
+    )
+    width = -(-LONG // kind.block_tokens)
+    memory = kind.make_memory({0: layer}, 2 * width + 1)
 
-        def attend(*parts: tuple[int, int, int]) -> torch.Tensor:
-            """Attend parts (slot, start, stop) in one step; both slots hold the same sequence."""
-            rows = [Row(slot, start, stop, (), LONG, False, _PARAMS) for slot, start, stop in parts]
-            rows = [rows[i] for i in step_order(rows)]
-            here = torch.cat([torch.arange(row.start, row.stop, device=device) for row in rows])
-            plan = plan_step(rows, memory, device)  # noqa: B023 -- called in this round only
-            layer = SimpleNamespace(layer_idx=0)
-            own = (tensor[:, :, here] for tensor in (query, key, value))  # noqa: B023
-            seen, _ = slot_attention(layer, *own, attention_mask=None, headrace_step=plan)  # type: ignore[misc,arg-type]
-            return seen[0]
+    def seen_by(*parts: tuple[int, int, int]) -> torch.Tensor:
+        """Attend parts (sequence, start, stop) in one step; both sequences are the same."""
+        rows = [
+            Row(range(2 * width - 1 - which, -1, -2), start, stop, [0] * LONG, LONG, False, _PARAMS)
+            for which, start, stop in parts
+        ]
+        here = torch.cat([torch.arange(start, stop, device=device) for _, start, stop in parts])
+        attention = kind.begin(memory, flatten(rows, kind.block_tokens))
+        return attention(0, query[here], key[here], value[here], layer.masking)
 
-        whole = torch.cat([attend((0, 0, 600)), attend((0, 600, LONG))])
-        attend((1, 0, LONG))
-        for last in (70, 200, 500, 511, 512, 700, 1000, LONG - 1):
-            alone = attend((0, last, last + 1))[0]
-            beside = attend((0, last, last + 1), (1, LONG - 1, LONG))[0]
-            chunked = attend((0, last - 40, last + 1), (1, 60, 90))[40]
-            if not all(torch.equal(whole[last], own) for own in (alone, beside, chunked)):
-                return False
+    whole = torch.cat([seen_by((0, 0, 600)), seen_by((0, 600, LONG))])
+    expected = attend(query, key, value, 0, layer.masking)
+    error = _distance(whole.flatten(1), expected.flatten(1))
+    if not error <= _ATTENTION_TOLERANCE[dtype]:
+        raise UnsupportedModel(f"attention ({kind.name}) over {layer} is off by {error:.2g} of its size")
+    seen_by((1, 0, LONG))
+    for last in (70, 200, 500, 511, 512, 700, 1000, LONG - 1):
+        alone = seen_by((0, last, last + 1))[0]
+        beside = seen_by((0, last, last + 1), (1, LONG - 1, LONG))[0]
+        chunked = seen_by((0, last - 40, last + 1), (1, 60, 90))[40]
+        if not all(torch.equal(whole[last], own) for own in (alone, beside, chunked)):
+            return False
     return True
 
 
