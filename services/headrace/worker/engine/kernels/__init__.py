@@ -8,3 +8,35 @@ Why not torch's operators: a step of a small model is 400 calls of some microsec
 oneDNN's int8 product reaches half of what the same instructions give here. Every kernel computes a row
 in an order that depends on the row alone, so its bits are the same alone, in a batch and in a chunk.
 """
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numba
+
+from headrace.models import cache_folder
+
+
+def _compiled() -> str:
+    """Return the folder for compiled kernels, another one for each version of their source.
+
+    numba looks only at the file of the function that it caches, not at those of the functions it calls.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    folder = cache_folder() / "kernels" / digest.hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError:  # a read-only home: compile at each start
+        return tempfile.mkdtemp(prefix="headrace-kernels-")
+
+
+if "NUMBA_CACHE_DIR" not in os.environ:
+    numba.config.CACHE_DIR = _compiled()

@@ -26,6 +26,7 @@ from headrace.worker.engine.kernels.elementwise import load_float, pointer, stor
 from headrace.worker.engine.kernels.machine import integer, offset
 
 BLOCK = 2 * m.LANES  # tokens
+STRETCH = 4 * BLOCK  # keys between two looks at the running maximum
 MOST_QUERIES = 12  # rows of a tile: queries times heads of a group
 
 _i8, _f4 = types.int64, types.float32
@@ -67,16 +68,24 @@ def _element(b: Any, half: bool, address: Any, index: Any) -> Any:
     return m.load(b, offset(b, address, index, 4), m.FLOATS)
 
 
+def _prefetch(b: Any, half: bool, address: Any, index: Any) -> None:
+    """Ask for the memory of 32 numbers."""
+    for line in range(1 if half else 2):
+        m.prefetch(b, b.add(offset(b, address, index, 64 if half else 128), integer(64 * line)))
+
+
 def _scores(rows: int, half: bool) -> Any:
     """Make the kernel that multiplies *rows* queries by a block's keys.
 
-    Arguments: queries [rows, head_dim] float32, keys [head_dim, 32], head_dim, out [rows, 32] float32.
+    Arguments: queries [rows, head_dim] float32, keys [head_dim, 32], head_dim, out [rows, 32] float32 at a
+    distance of STRETCH, and an address of as many bytes as the keys take that are needed next.
     """
 
-    def emit(b: Any, queries: Any, keys: Any, head_dim: Any, out: Any) -> None:
+    def emit(b: Any, queries: Any, keys: Any, head_dim: Any, out: Any, ahead: Any) -> None:
         starts = [offset(b, queries, b.mul(head_dim, integer(r)), 4) for r in range(rows)]
 
         def body(d: Any, sums: list[Any]) -> list[Any]:
+            _prefetch(b, half, ahead, d)
             first = b.mul(d, integer(BLOCK))
             found = [_element(b, half, keys, b.add(first, integer(16 * i))) for i in (0, 1)]
             new = []
@@ -87,35 +96,37 @@ def _scores(rows: int, half: bool) -> Any:
 
         sums = m.counted_loop(b, head_dim, [m.floats(0.0)] * (2 * rows), body)
         for i, value in enumerate(sums):
-            m.store(b, b.add(out, integer(64 * i)), value)
+            m.store(b, b.add(out, integer(4 * STRETCH * (i // 2) + 64 * (i % 2))), value)
 
-    return m.kernel([_i8] * 4, emit)
+    return m.kernel([_i8] * 5, emit)
 
 
 def _weigh(rows: int, half: bool, vectors: int) -> Any:
     """Make the kernel that adds a block's values, weighted, to *rows* sums of 16 x *vectors* columns.
 
-    Arguments: weights [rows, 32] float32, how many of the 32 count, values, value_dim, decays [rows, 4]
-    float32 (the first of each counts), sums [rows, value_dim] float32.
+    Arguments: weights [rows, 32] float32 at a distance of STRETCH, how many of the 32 count, values,
+    value_dim, sums [rows, value_dim] float32, and an address of which 32 rows of 32 numbers are needed next.
     """
 
-    def emit(b: Any, weights: Any, count: Any, values: Any, value_dim: Any, decays: Any, sums: Any) -> None:
+    def emit(
+        b: Any, weights: Any, count: Any, values: Any, value_dim: Any, sums: Any, ahead: Any
+    ) -> None:
         places = []
         carried = []
         for r in range(rows):
-            decay = m.splat(b, m.load(b, b.add(decays, integer(16 * r)), m.F32))
             start = offset(b, sums, b.mul(value_dim, integer(r)), 4)
             for i in range(vectors):
                 place = b.add(start, integer(64 * i))
                 places.append(place)
-                carried.append(b.fmul(m.load(b, place, m.FLOATS), decay))
+                carried.append(m.load(b, place, m.FLOATS))
 
         def body(j: Any, held: list[Any]) -> list[Any]:
+            _prefetch(b, half, ahead, j)
             first = b.mul(j, value_dim)
             found = [_element(b, half, values, b.add(first, integer(16 * i))) for i in range(vectors)]
             new = []
             for r in range(rows):
-                weight = m.splat(b, m.load(b, offset(b, b.add(weights, integer(128 * r)), j, 4), m.F32))
+                weight = m.splat(b, m.load(b, offset(b, b.add(weights, integer(4 * STRETCH * r)), j, 4), m.F32))
                 new += [m.fma(b, weight, found[i], held[vectors * r + i]) for i in range(vectors)]
             return new
 
@@ -125,40 +136,59 @@ def _weigh(rows: int, half: bool, vectors: int) -> Any:
     return m.kernel([_i8] * 6, emit)
 
 
-@m.emitted([_i8, _i8, _i8, _f4, _i8])
-def _softmax(b: Any, scores: Any, first: Any, end: Any, softcap: Any, state: Any) -> None:
-    """Turn a query's scores of a block into weights, in place, and bring its state forward.
+@m.emitted([_i8, _i8, _i8, _i8, _f4, _i8], _f4)
+def _softmax(b: Any, scores: Any, vectors: Any, first: Any, end: Any, softcap: Any, state: Any) -> Any:
+    """Turn a query's scores of a stretch into weights, in place, and bring its state forward.
 
-    scores      [32] float32; those from *first* up to but not including *end* are visible
-    state       decay, maximum, sum; float32
+    scores    [16 x vectors] float32; those from *first* up to but not including *end* are visible
+    state     the maximum and the sum so far, float32
+
+    Returns by what the weights of earlier stretches are to be multiplied.
     """
-    lanes = [ir.Constant(m.INTS, list(range(16 * i, 16 * i + 16))) for i in (0, 1)]
+    lanes = ir.Constant(m.INTS, list(range(m.LANES)))
     low, high = (m.splat(b, b.trunc(bound, m.I32)) for bound in (first, end))
     capped = b.fcmp_ordered(">", softcap, ir.Constant(m.F32, 0.0))
     # Without a cap the division must still be finite.
     cap = m.splat(b, b.select(capped, softcap, ir.Constant(m.F32, 1.0)))
-    everywhere = m.splat(b, capped)
-    found = []
-    for i in (0, 1):
-        value = m.load(b, b.add(scores, integer(64 * i)), m.FLOATS)
-        value = b.select(everywhere, b.fmul(_tanh(b, b.fdiv(value, cap)), cap), value)
-        visible = b.and_(b.icmp_signed(">=", lanes[i], low), b.icmp_signed("<", lanes[i], high))
-        found.append(b.select(visible, value, m.floats(float("-inf"))))
 
     def larger(left: Any, right: Any) -> Any:
         return b.select(b.fcmp_ordered(">", left, right), left, right)
 
-    before = m.load(b, b.add(state, integer(4)), m.F32)
-    maximum = larger(before, m.reduce(b, larger(found[0], found[1]), larger))
+    def mask(i: Any, carried: list[Any]) -> list[Any]:
+        place = offset(b, scores, i, 64)
+        value = m.load(b, place, m.FLOATS)
+        with b.if_else(capped) as (then, otherwise):
+            with then:
+                bounded = b.fmul(_tanh(b, b.fdiv(value, cap)), cap)
+                there = b.block
+            with otherwise:
+                elsewhere = b.block
+        chosen = b.phi(m.FLOATS)
+        chosen.add_incoming(bounded, there)
+        chosen.add_incoming(value, elsewhere)
+        lane = b.add(lanes, m.splat(b, b.trunc(b.mul(i, integer(m.LANES)), m.I32)))
+        visible = b.and_(b.icmp_signed(">=", lane, low), b.icmp_signed("<", lane, high))
+        value = b.select(visible, chosen, m.floats(float("-inf")))
+        m.store(b, place, value)
+        return [larger(value, carried[0])]
+
+    (highest,) = m.counted_loop(b, vectors, [m.floats(-1e30)], mask)
+    before = m.load(b, state, m.F32)
+    maximum = larger(before, m.reduce(b, highest, larger))
     highest = m.splat(b, maximum)
-    weights = [m.exp(b, b.fsub(value, highest)) for value in found]
+
+    def weigh(i: Any, carried: list[Any]) -> list[Any]:
+        place = offset(b, scores, i, 64)
+        weight = m.exp(b, b.fsub(m.load(b, place, m.FLOATS), highest))
+        m.store(b, place, weight)
+        return [b.fadd(carried[0], weight)]
+
+    (total,) = m.counted_loop(b, vectors, [m.floats(0.0)], weigh)
     decay = b.extract_element(m.exp(b, b.fsub(m.splat(b, before), highest)), ir.Constant(m.I32, 0))
-    total = m.reduce(b, b.fadd(weights[0], weights[1]), lambda left, right: b.fadd(left, right))
-    total = b.fadd(b.fmul(m.load(b, b.add(state, integer(8)), m.F32), decay), total)
-    for i in (0, 1):
-        m.store(b, b.add(scores, integer(64 * i)), weights[i])
-    for i, value in enumerate((decay, maximum, total)):
-        m.store(b, b.add(state, integer(4 * i)), value)
+    so_far = b.fmul(m.load(b, b.add(state, integer(4)), m.F32), decay)
+    m.store(b, state, maximum)
+    m.store(b, b.add(state, integer(4)), b.fadd(so_far, m.reduce(b, total, lambda x, y: b.fadd(x, y))))
+    return decay
 
 
 def _tanh(b: Any, x: Any) -> Any:
@@ -180,8 +210,8 @@ def _dispatch(make: Any, arguments: int) -> Any:
     return njit(nogil=True)(scope["chosen"])
 
 
-_scores_half = _dispatch(lambda rows: _scores(rows, True), 4)
-_scores_full = _dispatch(lambda rows: _scores(rows, False), 4)
+_scores_half = _dispatch(lambda rows: _scores(rows, True), 5)
+_scores_full = _dispatch(lambda rows: _scores(rows, False), 5)
 _weigh_half = _dispatch(lambda rows: _weigh(rows, True, 2), 6)
 _weigh_full = _dispatch(lambda rows: _weigh(rows, False, 2), 6)
 _weigh_half_last = _dispatch(lambda rows: _weigh(rows, True, 1), 6)
@@ -190,7 +220,7 @@ _weigh_full_last = _dispatch(lambda rows: _weigh(rows, False, 1), 6)
 
 def scratch_bytes(head_dim: int, value_dim: int) -> int:
     """Return how many bytes one thread works in."""
-    return MOST_QUERIES * (head_dim + BLOCK + value_dim + 4) * 4
+    return MOST_QUERIES * (head_dim + STRETCH + value_dim + 2) * 4
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
@@ -215,7 +245,7 @@ def attend_tile(
     rows = count * group
     own = scratch
     scores = own + 4 * MOST_QUERIES * dim
-    sums = scores + 4 * MOST_QUERIES * BLOCK
+    sums = scores + 4 * MOST_QUERIES * STRETCH
     states = sums + 4 * MOST_QUERIES * wide
     held = carray(pointer(own), (MOST_QUERIES, dim), np.float32)
     total = carray(pointer(sums), (MOST_QUERIES, wide), np.float32)
@@ -226,46 +256,61 @@ def attend_tile(
             held[r, d] = query[d] * layer.scale
         for d in range(wide):
             total[r, d] = 0.0
-        store_float(states + 16 * r + 4, np.float32(-1e30))
-        store_float(states + 16 * r + 8, np.float32(0.0))
+        store_float(states + 8 * r, np.float32(-1e30))
+        store_float(states + 8 * r + 4, np.float32(0.0))
     last = positions[begin + count - 1]
     first = 0
     if layer.window > 0:
-        first = max(0, positions[begin] - layer.window + 1) // BLOCK
+        first = max(0, positions[begin] - layer.window + 1) // STRETCH * STRETCH
     size = 2 if layer.half else 4
-    for index in range(first, last // BLOCK + 1):
-        start = index * BLOCK
-        block = np.int64(blocks[index]) * layer.kv_heads + kv_head
-        keys = layer.keys + block * BLOCK * dim * size
-        if layer.half:
-            _scores_half(rows, own, keys, dim, scores)
-        else:
-            _scores_full(rows, own, keys, dim, scores)
+    key_block, value_block = BLOCK * dim * size, BLOCK * wide * size
+    for start in range(first, last + 1, STRETCH):
+        begins = start // BLOCK
+        many = min(STRETCH // BLOCK, last // BLOCK + 1 - begins)
+        for i in range(many):
+            block = np.int64(blocks[begins + i]) * layer.kv_heads + kv_head
+            keys, values = layer.keys + block * key_block, layer.values + block * value_block
+            if layer.half:
+                _scores_half(rows, own, keys, dim, scores + 4 * BLOCK * i, values)
+            else:
+                _scores_full(rows, own, keys, dim, scores + 4 * BLOCK * i, values)
         for r in range(rows):
             position = positions[begin + r // group]
-            end = min(max(position + 1 - start, 0), BLOCK)
+            end = min(max(position + 1 - start, 0), STRETCH)
             lowest = 0
             if layer.window > 0:
                 lowest = max(position - layer.window + 1 - start, 0)
-            _softmax(scores + 4 * BLOCK * r, lowest, end, layer.softcap, states + 16 * r)
-        visible = min(last + 1 - start, BLOCK)
-        values = layer.values + block * BLOCK * wide * size
-        column = 0
-        while column + 32 <= wide:
-            if layer.half:
-                _weigh_half(rows, scores, visible, values + column * 2, wide, states, sums + column * 4)
-            else:
-                _weigh_full(rows, scores, visible, values + column * 4, wide, states, sums + column * 4)
-            column += 32
-        if column < wide:
-            if layer.half:
-                _weigh_half_last(rows, scores, visible, values + column * 2, wide, states, sums + column * 4)
-            else:
-                _weigh_full_last(rows, scores, visible, values + column * 4, wide, states, sums + column * 4)
+            decay = _softmax(
+                scores + 4 * STRETCH * r, many * (BLOCK // 16), lowest, end, layer.softcap, states + 8 * r
+            )
+            if decay != np.float32(1.0):
+                for d in range(wide):
+                    total[r, d] *= decay
+        for i in range(many):
+            block = np.int64(blocks[begins + i]) * layer.kv_heads + kv_head
+            values = layer.values + block * value_block
+            following = np.int64(blocks[min(begins + many + i, last // BLOCK)]) * layer.kv_heads + kv_head
+            ahead = layer.keys + following * key_block
+            visible = min(last + 1 - start - i * BLOCK, BLOCK)
+            weights = scores + 4 * BLOCK * i
+            column = 0
+            while column + 32 <= wide:
+                place, sum_, next_ = values + column * size, sums + column * 4, ahead + column * BLOCK * size
+                if layer.half:
+                    _weigh_half(rows, weights, visible, place, wide, sum_, next_)
+                else:
+                    _weigh_full(rows, weights, visible, place, wide, sum_, next_)
+                column += 32
+            if column < wide:
+                place, sum_, next_ = values + column * size, sums + column * 4, ahead + column * BLOCK * size
+                if layer.half:
+                    _weigh_half_last(rows, weights, visible, place, wide, sum_, next_)
+                else:
+                    _weigh_full_last(rows, weights, visible, place, wide, sum_, next_)
     for r in range(rows):
         place = out + out_row * (begin + r // group) + 4 * wide * (head + r % group)
         result = carray(pointer(place), (wide,), np.float32)
-        share = np.float32(1.0) / load_float(states + 16 * r + 8)
+        share = np.float32(1.0) / load_float(states + 8 * r + 4)
         for d in range(wide):
             result[d] = total[r, d] * share
 

@@ -11,7 +11,8 @@ from llvmlite import ir
 from numba import njit, types
 
 from headrace.worker.engine.kernels import machine as m
-from headrace.worker.engine.kernels.machine import offset
+from headrace.worker.engine.kernels.machine import integer, offset
+from headrace.worker.engine.kernels.matmul import GROUP
 
 _i8, _f4 = types.int64, types.float32
 
@@ -30,8 +31,8 @@ def _add(b: Any) -> Any:
 
 
 def _largest(b: Any) -> Any:
-    # A NaN on the left wins, one on the right is lost: the new value stands left.
-    return lambda left, right: b.select(b.fcmp_unordered(">", left, right), left, right)
+    # llvm.maximum keeps a NaN, whichever side it comes from: quantised, it would look like a number.
+    return lambda left, right: m.call(b, "llvm.maximum." + ("f32" if left.type == m.F32 else "v16f32"), left, right)
 
 
 def _magnitude(b: Any, value: Any) -> Any:
@@ -50,24 +51,23 @@ def sum_of_squares(b: Any, x: Any, vectors: Any) -> Any:
     return m.reduce(b, total, _add(b))
 
 
-@m.emitted([_i8, _f4, _i8, _i8, _i8], _f4)
-def scale_row(b: Any, x: Any, factor: Any, weights: Any, vectors: Any, out: Any) -> Any:
-    """Store x x factor x weights in out; return the largest magnitude."""
+@m.emitted([_i8, _f4, _i8, _i8, _i8])
+def scale_row(b: Any, x: Any, factor: Any, weights: Any, vectors: Any, out: Any) -> None:
+    """Store x x factor x weights in out."""
     factors = m.splat(b, factor)
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
         value = b.fmul(m.load(b, offset(b, x, i, 64), m.FLOATS), factors)
         value = b.fmul(value, m.load(b, offset(b, weights, i, 64), m.FLOATS))
         m.store(b, offset(b, out, i, 64), value)
-        return [_largest(b)(_magnitude(b, value), carried[0])]
+        return []
 
-    (largest,) = m.counted_loop(b, vectors, [m.floats(0.0)], body)
-    return m.reduce(b, largest, _largest(b))
+    m.counted_loop(b, vectors, [], body)
 
 
-@m.emitted([_i8, _i8, _i8, _i8], _f4)
-def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> Any:
-    """Store gate x sigmoid(gate) x up in out; return the largest magnitude."""
+@m.emitted([_i8, _i8, _i8, _i8])
+def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> None:
+    """Store gate x sigmoid(gate) x up in out."""
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
         value = m.load(b, offset(b, gate, i, 64), m.FLOATS)
@@ -77,37 +77,39 @@ def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> Any:
         value = b.fdiv(value, b.fadd(m.floats(1.0), m.exp(b, bounded)))
         value = b.fmul(value, m.load(b, offset(b, up, i, 64), m.FLOATS))
         m.store(b, offset(b, out, i, 64), value)
-        return [_largest(b)(_magnitude(b, value), carried[0])]
-
-    (largest,) = m.counted_loop(b, vectors, [m.floats(0.0)], body)
-    return m.reduce(b, largest, _largest(b))
-
-
-@m.emitted([_i8, _i8], _f4)
-def largest_of(b: Any, x: Any, vectors: Any) -> Any:
-    """Return the largest magnitude in x."""
-
-    def body(i: Any, carried: list[Any]) -> list[Any]:
-        value = _magnitude(b, m.load(b, offset(b, x, i, 64), m.FLOATS))
-        return [_largest(b)(value, carried[0])]
-
-    (largest,) = m.counted_loop(b, vectors, [m.floats(0.0)], body)
-    return m.reduce(b, largest, _largest(b))
-
-
-@m.emitted([_i8, _f4, _i8, _i8])
-def quantise_row(b: Any, x: Any, factor: Any, vectors: Any, out: Any) -> None:
-    """Store x x factor, rounded to integers and 128 added, as bytes in out."""
-    factors = m.splat(b, factor)
-    bytes_ = ir.VectorType(m.I8, m.LANES)
-
-    def body(i: Any, carried: list[Any]) -> list[Any]:
-        value = m.load(b, offset(b, x, i, 64), m.FLOATS)
-        rounded = b.bitcast(m.fma(b, value, factors, m.floats(_ROUND)), m.INTS)
-        m.store(b, offset(b, out, i, m.LANES), b.trunc(rounded, bytes_), 1)
         return []
 
     m.counted_loop(b, vectors, [], body)
+
+
+@m.emitted([_i8, _i8, _i8, _i8])
+def quantise_row(b: Any, x: Any, groups: Any, out: Any, scales: Any) -> None:
+    """Store x as bytes, 128 higher than they are, and a scale for each group of 64.
+
+    A group with an infinite or NaN number gets such a scale, and so such results.
+    """
+    bytes_ = ir.VectorType(m.I8, m.LANES)
+    each = GROUP // m.LANES
+
+    def body(group: Any, carried: list[Any]) -> list[Any]:
+        start = offset(b, x, group, 4 * GROUP)
+        values = [m.load(b, b.add(start, integer(64 * i)), m.FLOATS) for i in range(each)]
+        largest = _magnitude(b, values[0])
+        for value in values[1:]:
+            largest = _largest(b)(largest, _magnitude(b, value))
+        scale = b.fdiv(m.reduce(b, largest, _largest(b)), ir.Constant(m.F32, 127.0))
+        m.store(b, offset(b, scales, group, 4), scale)
+        one, zero = ir.Constant(m.F32, 1.0), ir.Constant(m.F32, 0.0)
+        # Below this the inverse overflows; such numbers count as 0.
+        usable = b.fcmp_ordered(">", scale, ir.Constant(m.F32, 2.0**-120))
+        factor = m.splat(b, b.select(usable, b.fdiv(one, scale), zero))
+        place = offset(b, out, group, GROUP)
+        for i, value in enumerate(values):
+            rounded = b.bitcast(m.fma(b, value, factor, m.floats(_ROUND)), m.INTS)
+            m.store(b, b.add(place, integer(m.LANES * i)), b.trunc(rounded, bytes_), 1)
+        return []
+
+    m.counted_loop(b, groups, [], body)
 
 
 @m.emitted([_i8, _i8, _i8])
@@ -146,24 +148,18 @@ def widen_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
-def pack_row(kind: int, x: int, largest: float, length: int, out: int, scales: int) -> None:
-    """Store a row as `matmul` wants its activations, and for int8 its scale.
+def pack_row(kind: int, x: int, length: int, out: int, scales: int) -> None:
+    """Store a row as `matmul` wants its activations, and for int8 the scales of its groups.
 
-    x, out    addresses: [length] float32; the row's place among the activations
-    largest   the largest magnitude in x
-    scales    address of the row's scale, float32
+    x        address of [length] float32
+    out      address of the row's place among the activations
+    scales   address of [length / 64] float32
     """
     if kind == 0:
-        # A row of zeros has any scale. An infinite or NaN one leaves a NaN scale, and so NaN results.
-        scale = largest / types.float32(127.0)
-        store_float(scales, scale)
-        inverse = types.float32(0.0)
-        if scale > types.float32(0.0):
-            inverse = types.float32(1.0) / scale
-        quantise_row(x, inverse, length // 16, out)
+        quantise_row(x, length // GROUP, out, scales)
     elif kind == 1:
         bfloat16_row(x, length // 16, out)
-    elif x != out:
+    else:
         copy_row(x, length // 16, out)
 
 

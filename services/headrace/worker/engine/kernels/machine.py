@@ -100,6 +100,13 @@ def store(builder: Builder, address: Value, value: Value, align: int = 4) -> Non
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
+def prefetch(builder: Builder, address: Value) -> None:
+    """Ask for a cache line that is soon read; any address will do."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # read, keep, data
+    call(builder, "llvm.prefetch.p0", pointer, *hints, result=ir.VoidType())
+
+
 def offset(builder: Builder, address: Value, count: Value, size: int) -> Value:
     """Return address + count x size."""
     return builder.add(address, builder.mul(count, integer(size)))
