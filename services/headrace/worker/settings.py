@@ -19,8 +19,9 @@ class Settings(ServiceSettings):
     )
     cache: str = Field(default="", description="folder for fetched models; default ~/.cache/headrace")
     device: str = Field(default="cpu", description="where to run: cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="of weights and activations"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        default="auto",
+        description="what is computed in; auto takes int8 on CPUs that multiply it, for models that can",
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0 leaves it to torch")
     cpus: str = Field(

@@ -1,8 +1,8 @@
 """A decoder of Llama's build on the CPU, without torch's operators: weights laid out for `kernels`.
 
-Reads what it needs from a network that transformers has loaded. `supports` says which networks it can stand
-in for; all others go through transformers' own code. That it computes the same is not believed but
-checked at each start, by `selfcheck`.
+`refusal` says which models it can stand in for; all others go through transformers' own code. Weights come
+from a network that transformers has loaded. That the same is computed is not believed but checked at each
+start, by `selfcheck`.
 """
 
 from __future__ import annotations
@@ -13,125 +13,69 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.worker.engine.kernels import attention, forward
+from headrace.worker.engine.flat_step import FlatStep
+from headrace.worker.engine.kernels import attention, forward, machine
 from headrace.worker.engine.kernels.matmul import ELEMENT_BYTES, GROUP, MATRIX, PANEL, Kind
 from headrace.worker.engine.kernels.paging import PagedMemory, Ragged
 
 Record = npt.NDArray[Any]
 
 # Networks that are Llama's but for biases, norms of queries and keys, and the numbers in their configs.
-_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
-def supports(network: Any, kind: Kind) -> str:
-    """Return why `Decoder` cannot compute a network in this kind, or an empty string if it can."""
-    config = network.config
-    if type(network).__name__ not in _CLASSES:
-        return f"{type(network).__name__} is not one of {', '.join(_CLASSES)}"
+def refusal(architecture: str, config: Any, kind: Kind) -> str:
+    """Return why a `Decoder` cannot compute a model, or an empty string if it can.
+
+    architecture   the class that transformers would make
+    config         its configuration
+    """
+    if kind is Kind.INT8 and not machine.HAS_VNNI:
+        return "this CPU has no avx512_vnni"
+    if architecture not in ARCHITECTURES:
+        return f"{architecture} is not one of {', '.join(ARCHITECTURES)}"
     if config.hidden_act not in ("silu", "swish"):
         return f"its activation is {config.hidden_act}"
-    layers = network.model.layers
-    first = layers[0].self_attn
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = GROUP if kind is Kind.INT8 else 32
     sizes = {
-        "hidden size": (config.hidden_size, 32),
-        "feed-forward size": (config.intermediate_size, 16),
-        "attention width": (config.num_attention_heads * first.head_dim, 32),
-        "head dimension": (first.head_dim, 16),
+        "hidden size": (config.hidden_size, each),
+        "feed-forward size": (config.intermediate_size, each),
+        "attention width": (config.num_attention_heads * head, each),
+        "head dimension": (head, 16),
     }
-    odd = [f"{name} {size}, not a multiple of {by}" for name, (size, by) in sizes.items() if size % by]
-    if odd:
-        return f"it has {odd[0]}"
-    plain = [m for m in network.modules() if hasattr(m, "weight") and m.weight is not None and m.weight.dim() == 2]
-    if any(type(module) not in (torch.nn.Linear, torch.nn.Embedding) for module in plain):
-        return "it has linear layers of a class of its own"
-    return ""
+    odd = [f"its {name} {size} is not a multiple of {by}" for name, (size, by) in sizes.items() if size % by]
+    return odd[0] if odd else ""
 
 
-class Decoder:
-    """Computes steps of one network.
+class DecoderWeights:
+    """The weights of one network, laid out for the kernels. The network is not needed afterwards.
 
-    network    a transformers network for which `supports` is empty, in float32 or bfloat16
-    kind       what its matrix products are computed in
-    memory     where keys and values are kept: bfloat16 or float32
-    positions  the longest sequence
-    threads    as many as torch's own, whose threads they are
-
-    The network is not needed any more after this.
+    network     a transformers network for which `refusal` is empty, on the CPU
+    kind        what its matrix products are computed in
+    positions   the longest sequence
     """
 
     @torch.inference_mode()
-    def __init__(self, network: Any, kind: Kind, memory: PagedMemory, *, positions: int, threads: int) -> None:
+    def __init__(self, network: Any, kind: Kind, *, positions: int) -> None:
         config, model = network.config, network.model
         self.kind = kind
         self.vocabulary_size = int(network.lm_head.weight.shape[0])
-        self._threads = threads
         self._owned: list[torch.Tensor] = []  # what the records' addresses point into
-        layers = [self._layer(index, layer, memory) for index, layer in enumerate(model.layers)]
-        self._layers: Record = np.concatenate(layers)
-        half = network.dtype is not torch.float32 or kind is not Kind.FLOAT32
+        self.layers: Record = np.concatenate([self._layer(layer) for layer in model.layers])
+        half = kind is not Kind.FLOAT32
         embedding = model.embed_tokens.weight.detach().to(torch.bfloat16 if half else torch.float32)
-        self._step: Record = np.zeros(1, forward.STEP)
-        step = self._step
-        step["kind"], step["layers"], step["layer_table"] = kind, len(layers), self._layers.ctypes.data
+        step = self.step = np.zeros(1, forward.STEP)
+        step["kind"], step["layers"] = kind, len(self.layers)
         step["hidden"], step["inner"] = config.hidden_size, config.intermediate_size
         step["epsilon"] = config.rms_norm_eps
-        step["embedding"], step["embedding_half"] = self._keep(embedding), half
+        # A copy of its own: the network's may be a file mapped into memory, and goes.
+        step["embedding"], step["embedding_half"] = self._keep(embedding.clone()), half
         step["final_norm"] = self._vector(model.norm.weight)
         step["head"] = self._matrix([network.lm_head])
         step["cosines"], step["sines"] = self._rotation(model.rotary_emb, positions)
-        step["threads"] = threads
-        own = self._layers["attention"][0]
-        heads, kv_heads, head_dim = int(own["heads"]), int(own["kv_heads"]), int(own["head_dim"])
-        self._tile_tokens = attention.tile_tokens(heads, kv_heads)
-        self._mixed = heads * head_dim
-        widths = [int(self._layers[name]["count"].max()) * PANEL for name in ("qkv", "gate_up")]
-        self._wide = max(widths)
-        self._longest = max(config.hidden_size, config.intermediate_size, self._mixed)
-        scratch = max(attention.scratch_bytes(head_dim, head_dim), 4 * self._longest)
-        scratch = -(-scratch // 64) * 64
-        step["scratch"], step["scratch_bytes"] = self._keep(_bytes(scratch * threads)), scratch
-        self._counters = np.zeros((len(layers) * forward.PHASES + 1, forward.COUNTER_BYTES // 8), np.int64)
-        step["counters"] = self._counters.ctypes.data
-        self._room_tokens = 0
-        self._room: list[torch.Tensor] = []
 
-    def compute(self, ids: npt.NDArray[np.int32], ragged: Ragged, sampled: npt.NDArray[np.int32]) -> torch.Tensor:
-        """Compute one step.
-
-        ids       [tokens] of all rows, one after the other
-        ragged    where they stand and where their keys and values are
-        sampled   [sampled] int32, the tokens whose logits are wanted
-
-        Returns [sampled, vocabulary_size] float32.
-        """
-        self._make_room(ragged.tokens)
-        step = self._step
-        step["ragged"] = ragged.record(self._tile_tokens)
-        logits = torch.empty(len(sampled), int(step["head"]["count"][0]) * PANEL)
-        step["ids"] = ids.ctypes.data
-        step["sampled"], step["sampled_tokens"] = len(sampled), sampled.ctypes.data
-        step["logits"] = logits.data_ptr()
-        self._counters.fill(0)
-        forward.compute(step, self._threads)
-        return logits[:, : self.vocabulary_size]
-
-    def _make_room(self, tokens: int) -> None:
-        if tokens <= self._room_tokens:
-            return
-        self._room_tokens = tokens
-        hidden = int(self._step["hidden"][0])
-        sizes = {
-            "x": 4 * hidden,
-            "packed": ELEMENT_BYTES[self.kind] * self._longest,
-            "scales": 4 * (self._longest // GROUP + 1),
-            "wide": 4 * self._wide,
-            "mixed": 4 * self._mixed,
-        }
-        self._room = [_bytes(size * tokens) for size in sizes.values()]
-        for name, room in zip(sizes, self._room, strict=True):
-            self._step[name] = room.data_ptr()
-
-    def _layer(self, index: int, layer: Any, memory: PagedMemory) -> Record:
+    def _layer(self, layer: Any) -> Record:
         attend, feed = layer.self_attn, layer.mlp
         made: Record = np.zeros(1, forward.DECODER_LAYER)
         made["attention_norm"] = self._vector(layer.input_layernorm.weight)
@@ -143,16 +87,6 @@ class Decoder:
         made["output"] = self._matrix([attend.o_proj])
         made["gate_up"] = self._matrix([feed.gate_proj, feed.up_proj])
         made["down"] = self._matrix([feed.down_proj])
-        dim = attend.head_dim
-        made["attention"] = memory.layer(
-            index,
-            heads=attend.q_proj.out_features // dim,
-            kv_heads=attend.k_proj.out_features // dim,
-            head_dim=dim,
-            value_dim=dim,
-            scale=attend.scaling,
-            window=getattr(attend, "sliding_window", None) or 0,
-        )
         return made
 
     def _matrix(self, layers: list[Any]) -> Record:
@@ -200,6 +134,79 @@ class Decoder:
     def _keep(self, tensor: torch.Tensor) -> int:
         self._owned.append(tensor)
         return tensor.data_ptr()
+
+
+class Decoder:
+    """Computes steps: a `Forward` over weights and memory.
+
+    memory    keys and values; `PagedMemory.layer` has been told each layer's shape
+    threads   how many compute: of torch's own threads, see `kernels.team`
+    """
+
+    def __init__(self, weights: DecoderWeights, memory: PagedMemory, *, threads: int) -> None:
+        self._weights, self._memory = weights, memory  # the addresses below point into them
+        self._layers = weights.layers.copy()
+        for index in range(len(self._layers)):
+            self._layers["attention"][index] = memory.told(index)[0]
+        own = self._layers["attention"][0]
+        heads, kv_heads, head_dim = int(own["heads"]), int(own["kv_heads"]), int(own["head_dim"])
+        self._tile_tokens = attention.tile_tokens(heads, kv_heads)
+        step = self._step = weights.step.copy()
+        step["layer_table"] = self._layers.ctypes.data
+        step["threads"] = threads
+        hidden, inner, mixed = int(step["hidden"][0]), int(step["inner"][0]), heads * head_dim
+        longest = max(hidden, inner, mixed)
+        scratch = max(attention.scratch_bytes(head_dim, head_dim), 4 * longest)
+        scratch = -(-scratch // 64) * 64
+        self._scratch = _bytes(scratch * threads)
+        step["scratch"], step["scratch_bytes"] = self._scratch.data_ptr(), scratch
+        self._counters = np.zeros(
+            (len(self._layers) * forward.PHASES + 1, forward.COUNTER_BYTES // 8), np.int64
+        )
+        step["counters"] = self._counters.ctypes.data
+        self._threads = threads
+        self._token_bytes = {
+            "x": 4 * hidden,
+            "packed": ELEMENT_BYTES[weights.kind] * longest,
+            "scales": 4 * (longest // GROUP + 1),
+            "wide": 4 * PANEL * max(int(self._layers[name]["count"].max()) for name in ("qkv", "gate_up")),
+            "mixed": 4 * mixed,
+        }
+        self._room_tokens = 0
+        self._room: list[torch.Tensor] = []
+
+    def __call__(self, flat: FlatStep) -> torch.Tensor:
+        """See `Forward`; logits are float32."""
+        self._make_room(flat.tokens)
+        ragged = Ragged(flat.starts, flat.stops - flat.starts, flat.tables)
+        step = self._step
+        step["ragged"] = ragged.record(self._tile_tokens)
+        ids, last = flat.ids.astype(np.int32), flat.last.astype(np.int32)
+        logits = torch.empty(len(last), int(step["head"]["count"][0]) * PANEL)
+        step["ids"], step["sampled_tokens"] = ids.ctypes.data, last.ctypes.data
+        step["sampled"], step["logits"] = len(last), logits.data_ptr()
+        self._counters.fill(0)
+        forward.compute(step, self._threads)
+        return logits[:, : self._weights.vocabulary_size]
+
+    def profile(self, flat: FlatStep) -> dict[str, float]:
+        """Compute a step and return what share of its time each part took; see `forward.PARTS`."""
+        cycles = np.zeros(len(forward.PARTS) + 1, np.int64)
+        self._step["cycles"] = cycles.ctypes.data
+        try:
+            self(flat)
+        finally:
+            self._step["cycles"] = 0
+        spent = cycles[1:-1]  # the first part's begin is not known
+        return dict(zip(forward.PARTS[1:], (spent / spent.sum()).tolist(), strict=True))
+
+    def _make_room(self, tokens: int) -> None:
+        if tokens <= self._room_tokens:
+            return
+        self._room_tokens = tokens
+        self._room = [_bytes(size * tokens) for size in self._token_bytes.values()]
+        for name, room in zip(self._token_bytes, self._room, strict=True):
+            self._step[name] = room.data_ptr()
 
 
 def _bytes(size: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -25,14 +26,14 @@ from headrace.models import file_digest
 from headrace.worker.engine import cuda, kv_sizing, packing, selfcheck
 from headrace.worker.engine.attention import IMPLEMENTATION, observe_layers, paged_attention
 from headrace.worker.engine.attention_kinds import AttentionKind, Layers, choose_kind
+from headrace.worker.engine.decoder import Decoder, DecoderWeights
 from headrace.worker.engine.forward import Forward, TransformersForward, VarlenForward
 from headrace.worker.engine.gguf_weights import END_OF_TURN, dequantised
+from headrace.worker.engine.precision import Precision, choose_precision
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
 from headrace.worker.engine.seam import ModelInfo
 from headrace.worker.engine.static_decodes import StaticDecodes
 from headrace.worker.engine.torch_engine import TorchEngine
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Served by default even if the model could hold more.
 DEFAULT_CONTEXT = 8192
@@ -68,7 +69,7 @@ def load_engine(
     cache                   a folder for what is made once, such as unpacked gguf weights
     tokenizer_fingerprint   handed through to `ModelInfo`
     device                  "cpu", "cuda" or "cuda:N"
-    dtype                   "float32", "bfloat16", "float16", or "auto": see `choose_dtype`
+    dtype                   one of `precision.NAMES`; see `choose_precision`
     threads                 for torch on the CPU; None leaves torch's choice
     context_length          tokens of prompt and answer; None for what the model can hold, at most
                             DEFAULT_CONTEXT
@@ -80,7 +81,6 @@ def load_engine(
     Raises LoadingError, or UnsupportedModel if this engine would not compute the model right.
     """
     place = choose_device(device)
-    precision = choose_dtype(dtype, place)
     if threads is not None:
         torch.set_num_threads(threads)
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
@@ -90,21 +90,23 @@ def load_engine(
         digest = file_digest(path)
         folder = dequantised(path, digest=digest, cache=cache, progress=progress)
     config = read_config(folder)
-    progress(f"loading {name} in {str(precision).removeprefix('torch.')}")
-    network = _read_network(folder, precision, place)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    precision = choose_precision(dtype, place, architecture, config)
+    progress(f"loading {name} in {precision.name}")
+    network = _read_network(folder, precision.network, place)
     with _refusing(network):
         layers = observe_layers(network)
-    kind = choose_kind(layers, place, precision)
+    kind = choose_kind(layers, place, precision.memory)
     if kind.reason:
         progress(f"attention in plain torch, which is slow: {kind.reason}")
     context = choose_context(config, context_length)
     model = ModelInfo(
         name=name,
         revision=digest or (path.name if path.parent.name == "snapshots" else ""),
-        dtype=str(precision).removeprefix("torch."),
+        dtype=precision.name,
         device=str(place),
         tokenizer_fingerprint=tokenizer_fingerprint,
-        weights_fingerprint=weights_fingerprint(folder, digest, precision),
+        weights_fingerprint=weights_fingerprint(folder, digest, precision.name),
         context_length=context,
         vocabulary_size=network.get_output_embeddings().weight.shape[0],
         eos_ids=read_eos_ids(folder, network),
@@ -114,9 +116,13 @@ def load_engine(
         exact=False,
         features=("logprobs",),
     )
-    parts = _Parts(network, layers, kind, packed=place.type == "cpu" and packing.pack_linears(network))
+    parts = _Parts(network, layers, kind, precision, _lay_out(network, precision, context, progress))
     progress("comparing with transformers' own forward pass")
     exact = _check(parts, model)
+    if isinstance(parts.weights, DecoderWeights):
+        del network
+        parts = dataclasses.replace(parts, network=None)
+        gc.collect()  # modules refer to each other in circles
     progress("measuring the memory of a step")
     blocks = _size_memory(parts, model, step_tokens=step_tokens, asked=kv_memory)
     model = dataclasses.replace(model, exact=exact, kv_blocks=blocks)
@@ -128,14 +134,16 @@ def load_engine(
 class _Parts:
     """What engines of one loaded network are made of.
 
-    packed   whether all linear layers of the network are packed, and rows come out the same in steps of
-             fewer tokens
+    network   None once a decoder has what it needs of it
+    weights   laid out for a decoder; or whether all linear layers of the network are packed, and rows come
+              out the same in steps of fewer tokens
     """
 
     network: Any
     layers: Layers
     kind: AttentionKind
-    packed: bool
+    precision: Precision
+    weights: DecoderWeights | bool
 
     def assemble(
         self, model: ModelInfo, progress: Callable[[str], None] = _quiet, *, graphs: bool = True
@@ -143,14 +151,16 @@ class _Parts:
         """Make KV memory as the model tells, and what computes over it."""
         network, kind = self.network, self.kind
         place = torch.device(model.device)
-        precision: torch.dtype = getattr(torch, model.dtype)
+        if isinstance(self.weights, DecoderWeights):
+            memory = kind.make_memory(self.layers, model.kv_blocks)
+            return Decoder(self.weights, memory, threads=torch.get_num_threads())
         if kind.name != "flash":
             memory = kind.make_memory(self.layers, model.kv_blocks)
-            fewest = packing.MIN_TOKENS if self.packed else _MIN_TOKENS
+            fewest = packing.MIN_TOKENS if self.weights else _MIN_TOKENS
             return TransformersForward(
                 network,
                 functools.partial(kind.begin, memory),
-                min_tokens=fewest.get(precision, 1) if place.type == "cpu" else 1,
+                min_tokens=fewest.get(self.precision.network, 1) if place.type == "cpu" else 1,
             )
         memory = kind.make_memory(self.layers, model.kv_blocks + 1)  # one for padding
         if not graphs:
@@ -169,6 +179,16 @@ class _Parts:
             progress(f"{type(network).__name__} computes without CUDA graphs, which is slower: {error}")
             return VarlenForward(network, memory)
         return VarlenForward(network, memory, decodes)
+
+
+def _lay_out(
+    network: Any, precision: Precision, context: int, progress: Callable[[str], None]
+) -> DecoderWeights | bool:
+    """Lay the weights of a network on the CPU out for the kernels that will read them; see `_Parts`."""
+    if precision.kind is not None:
+        progress("laying out weights")
+        return DecoderWeights(network, precision.kind, positions=context)
+    return network.device.type == "cpu" and packing.pack_linears(network)
 
 
 @contextlib.contextmanager
@@ -190,10 +210,10 @@ def _check(parts: _Parts, model: ModelInfo) -> bool:
         context_length=selfcheck.CONTEXT,
         kv_blocks=selfcheck.blocks_needed(model.block_tokens),
     )
-    place, precision = torch.device(model.device), getattr(torch, model.dtype)
+    place, memory = torch.device(model.device), parts.precision.memory
     with _refusing(parts.network):
         exact = selfcheck.check(TorchEngine(parts.assemble(probe), probe), parts.network)
-        return selfcheck.check_attention(parts.kind, parts.layers, place, precision) and exact
+        return selfcheck.check_attention(parts.kind, parts.layers, place, memory) and exact
 
 
 def _size_memory(parts: _Parts, model: ModelInfo, *, step_tokens: int, asked: float | None) -> int:
@@ -243,20 +263,6 @@ def choose_device(device: str) -> torch.device:
             f"use cpu, or a torch built for CUDA on a machine with a driver"
         )
     return torch.device("cuda", place.index or 0)
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn the setting into a dtype. Raises LoadingError for an unknown one.
-
-    "auto" is bfloat16 on CUDA and on CPUs that multiply it in hardware (avx512_bf16 or AMX), float32 on
-    others, where bfloat16 is emulated and slower.
-    """
-    if dtype == "auto":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if device.type == "cuda" or native else torch.float32
-    if dtype not in DTYPES:
-        raise LoadingError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def choose_context(config: Any, asked: int | None) -> int:
@@ -362,7 +368,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def weights_fingerprint(folder: Path, digest: str, dtype: torch.dtype) -> str:
+def weights_fingerprint(folder: Path, digest: str, dtype: str) -> str:
     """Return 16 hex digits, equal for equal weights computed in the same dtype.
 
     From the file's digest for a gguf. For a folder from config.json and, of each safetensors file, the

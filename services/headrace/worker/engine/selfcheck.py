@@ -31,7 +31,8 @@ _PARAMS = SamplingParams(seed=2**63 + 1, max_tokens=ANSWER, temperature=0.8, top
 # How far logits may be from transformers' own, as a share of their norm. Rounding in float32 stays a
 # factor of a hundred below. bfloat16 is coarser: 0.01 to 0.07 on the default models, where hiding one key
 # too many makes 0.08 to 0.6; so transformers' disagreement with itself counts too.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# int8 against float32: 0.04 to 0.12, where that makes 0.4 and more.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, "int8": 0.25}
 
 # How far a layer's attention may be from what plain torch computes in float32 of the same keys.
 _ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -61,9 +62,9 @@ def check(engine: TorchEngine, network: Any) -> bool:
     """
     prompts = _prompts(engine.model.vocabulary_size)
     alone = _run(engine, prompts[:1], chunk=PROMPT)[0]
-    _compare(alone, network, "alone")
+    _compare(alone, network, engine.model.dtype, "alone")
     batched = _run(engine, prompts, chunk=50)
-    _compare(batched[2], network, "in a batch")
+    _compare(batched[2], network, engine.model.dtype, "in a batch")
     half = PROMPT + ANSWER // 2
     resumed = _run(engine, [alone.ids[:half]], chunk=half, prompt=PROMPT, first=1)[0]
     return (
@@ -175,7 +176,7 @@ def _is_exact(kind: AttentionKind, layer: LayerAttention, device: torch.device, 
 
 
 @torch.inference_mode()
-def _compare(transcript: Transcript, network: Any, how: str) -> None:
+def _compare(transcript: Transcript, network: Any, dtype: str, how: str) -> None:
     """Compare with forward passes over the whole sequence by transformers' own attention functions."""
     ids = torch.tensor([transcript.ids[:-1]], device=network.device)
     kept = torch.arange(ids.shape[1] - len(transcript.logits), ids.shape[1], device=network.device)
@@ -191,7 +192,7 @@ def _compare(transcript: Transcript, network: Any, how: str) -> None:
     finally:
         network.set_attn_implementation(IMPLEMENTATION)
     error = min(_distance(transcript.logits, reference) for reference in references)
-    allowed = max(TOLERANCE[network.dtype], 3 * _distance(references[-1], references[0]))
+    allowed = max(TOLERANCE[dtype], 3 * _distance(references[-1], references[0]))
     if not error <= allowed:
         raise UnsupportedModel(
             f"{type(network).__name__} computed {how} is not what transformers computes: "

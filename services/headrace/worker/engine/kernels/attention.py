@@ -108,9 +108,7 @@ def _weigh(rows: int, half: bool, vectors: int) -> Any:
     value_dim, sums [rows, value_dim] float32, and an address of which 32 rows of 32 numbers are needed next.
     """
 
-    def emit(
-        b: Any, weights: Any, count: Any, values: Any, value_dim: Any, sums: Any, ahead: Any
-    ) -> None:
+    def emit(b: Any, weights: Any, count: Any, values: Any, value_dim: Any, sums: Any, ahead: Any) -> None:
         places = []
         carried = []
         for r in range(rows):
@@ -126,7 +124,9 @@ def _weigh(rows: int, half: bool, vectors: int) -> Any:
             found = [_element(b, half, values, b.add(first, integer(16 * i))) for i in range(vectors)]
             new = []
             for r in range(rows):
-                weight = m.splat(b, m.load(b, offset(b, b.add(weights, integer(4 * STRETCH * r)), j, 4), m.F32))
+                weight = m.splat(
+                    b, m.load(b, offset(b, b.add(weights, integer(4 * STRETCH * r)), j, 4), m.F32)
+                )
                 new += [m.fma(b, weight, found[i], held[vectors * r + i]) for i in range(vectors)]
             return new
 

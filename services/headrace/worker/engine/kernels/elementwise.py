@@ -32,7 +32,9 @@ def _add(b: Any) -> Any:
 
 def _largest(b: Any) -> Any:
     # llvm.maximum keeps a NaN, whichever side it comes from: quantised, it would look like a number.
-    return lambda left, right: m.call(b, "llvm.maximum." + ("f32" if left.type == m.F32 else "v16f32"), left, right)
+    return lambda left, right: m.call(
+        b, "llvm.maximum." + ("f32" if left.type == m.F32 else "v16f32"), left, right
+    )
 
 
 def _magnitude(b: Any, value: Any) -> Any:

@@ -60,6 +60,10 @@ class PagedMemory:
         made["heads"], made["scale"], made["softcap"], made["window"] = heads, scale, softcap, window
         return made
 
+    def told(self, index: int) -> npt.NDArray[Any]:
+        """Return the record of a layer that `layer` has made."""
+        return self._layers[index]
+
     @property
     def block_bytes(self) -> int:
         """What one block takes in all layers together, in bytes; known once every layer was told."""
