@@ -231,7 +231,8 @@ def test_logits_that_are_not_finite_at_start_are_refused(tiny_folder: Folder, tm
         ({"device": "cuda:99"}, "finds . CUDA devices; use cpu"),
         ({"device": "tpu"}, "is not one of cpu, cuda"),
         ({"device": "mps"}, "is not one of cpu, cuda"),
-        ({"dtype": "int8"}, "is not one of auto, float32, bfloat16, float16"),
+        ({"dtype": "int4"}, "is not one of auto, float32, bfloat16, float16, int8"),
+        ({"dtype": "int8"}, "int8 is not to be had"),
         ({"context_length": 4096}, "is not between 1 and 2048"),
         ({"context_length": 0}, "is not between 1 and 2048"),
     ],
@@ -241,13 +242,6 @@ def test_settings_that_cannot_be_met_are_refused(
 ) -> None:
     with pytest.raises(LoadingError, match=reason):
         load(tiny_folder("llama"), tmp_path, **options)
-
-
-def test_auto_is_a_dtype_that_the_cpu_multiplies_in_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
-        assert loading.choose_dtype("auto", CPU) == dtype
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -308,16 +302,16 @@ def test_the_weights_fingerprint_tells_weights_configs_and_dtypes_apart(
     tiny_folder: Folder, tmp_path: Path
 ) -> None:
     folder = changed(tiny_folder("llama"), tmp_path)
-    first = loading.weights_fingerprint(folder, "", torch.float32)
+    first = loading.weights_fingerprint(folder, "", "float32")
 
-    assert first == loading.weights_fingerprint(folder, "", torch.float32)
+    assert first == loading.weights_fingerprint(folder, "", "float32")
     assert len(first) == 16
-    others = {loading.weights_fingerprint(folder, "", torch.bfloat16)}
-    others.add(loading.weights_fingerprint(tiny_folder("qwen2"), "", torch.float32))
+    others = {loading.weights_fingerprint(folder, "", "bfloat16")}
+    others.add(loading.weights_fingerprint(tiny_folder("qwen2"), "", "float32"))
     network: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     network.get_output_embeddings().weight.data[-1] += 1
     network.save_pretrained(folder)
-    others.add(loading.weights_fingerprint(folder, "", torch.float32))
+    others.add(loading.weights_fingerprint(folder, "", "float32"))
     assert len(others | {first}) == 4
 
 

@@ -64,13 +64,14 @@ class DecoderWeights:
         self._owned: list[torch.Tensor] = []  # what the records' addresses point into
         self.layers: Record = np.concatenate([self._layer(layer) for layer in model.layers])
         half = kind is not Kind.FLOAT32
-        embedding = model.embed_tokens.weight.detach().to(torch.bfloat16 if half else torch.float32)
+        embedding = model.embed_tokens.weight.detach().to(
+            torch.bfloat16 if half else torch.float32, copy=True
+        )
         step = self.step = np.zeros(1, forward.STEP)
         step["kind"], step["layers"] = kind, len(self.layers)
         step["hidden"], step["inner"] = config.hidden_size, config.intermediate_size
         step["epsilon"] = config.rms_norm_eps
-        # A copy of its own: the network's may be a file mapped into memory, and goes.
-        step["embedding"], step["embedding_half"] = self._keep(embedding.clone()), half
+        step["embedding"], step["embedding_half"] = self._keep(embedding), half
         step["final_norm"] = self._vector(model.norm.weight)
         step["head"] = self._matrix([network.lm_head])
         step["cosines"], step["sines"] = self._rotation(model.rotary_emb, positions)
@@ -129,7 +130,8 @@ class DecoderWeights:
         )
 
     def _vector(self, weight: torch.Tensor) -> int:
-        return self._keep(weight.detach().float().contiguous())
+        # A copy, also of float32: the network's own may be a view of a whole file mapped into memory.
+        return self._keep(weight.detach().to(torch.float32, copy=True).contiguous())
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self._owned.append(tensor)

@@ -7,6 +7,7 @@ says that it is ready. Downloading is somebody else's work; this module never re
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -90,7 +91,7 @@ def load_engine(
         digest = file_digest(path)
         folder = dequantised(path, digest=digest, cache=cache, progress=progress)
     config = read_config(folder)
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    architecture = str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)  # type: ignore[attr-defined]
     precision = choose_precision(dtype, place, architecture, config)
     progress(f"loading {name} in {precision.name}")
     network = _read_network(folder, precision.network, place)
@@ -122,7 +123,7 @@ def load_engine(
     if isinstance(parts.weights, DecoderWeights):
         del network
         parts = dataclasses.replace(parts, network=None)
-        gc.collect()  # modules refer to each other in circles
+        _give_back()
     progress("measuring the memory of a step")
     blocks = _size_memory(parts, model, step_tokens=step_tokens, asked=kv_memory)
     model = dataclasses.replace(model, exact=exact, kv_blocks=blocks)
@@ -179,6 +180,13 @@ class _Parts:
             progress(f"{type(network).__name__} computes without CUDA graphs, which is slower: {error}")
             return VarlenForward(network, memory)
         return VarlenForward(network, memory, decodes)
+
+
+def _give_back() -> None:
+    """Return what was freed to the system, which sizes KV memory by what it has."""
+    gc.collect()  # modules refer to each other in circles
+    with contextlib.suppress(AttributeError, OSError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _lay_out(

@@ -223,7 +223,7 @@ def scratch_bytes(head_dim: int, value_dim: int) -> int:
     return MOST_QUERIES * (head_dim + STRETCH + value_dim + 2) * 4
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def attend_tile(
     layer: Any, ragged: Any, tile: int, kv_head: int, head: int, group: int, queries: int, query_row: int,
     out: int, out_row: int, scratch: int,
@@ -315,7 +315,7 @@ def attend_tile(
             result[d] = total[r, d] * share
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def store_token(layer: Any, ragged: Any, token: int, keys: int, values: int, value_dim: int) -> None:
     """Write one token's key and value of each KV head into its block.
 
@@ -357,7 +357,7 @@ def store_token(layer: Any, ragged: Any, token: int, keys: int, values: int, val
                 full_values[d] = value[d]
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def attend_unit(
     layer: Any, ragged: Any, unit: int, queries: int, query_row: int, out: int, out_row: int, scratch: int
 ) -> None:
@@ -372,8 +372,8 @@ def attend_unit(
     attend_tile(layer, ragged, tile, kv_head, head, heads, queries, query_row, out, out_row, scratch)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def units(layer: Any, ragged: Any) -> int:
+@njit(nogil=True)
+def units(layer: Any, ragged: Any) -> Any:
     """Return into how many pieces of work a step's attention falls."""
     group = layer.heads // layer.kv_heads
     return ragged.tiles * layer.kv_heads * ((group + MOST_QUERIES - 1) // MOST_QUERIES)
@@ -388,8 +388,8 @@ def tile_tokens(heads: int, kv_heads: int) -> int:
 def to_bfloat16(b: Any, value: Any) -> Any:
     """Return a float32 as bfloat16, rounded to nearest even; NaN stays NaN."""
     bits = b.bitcast(value, m.I32)
-    constant = lambda number: ir.Constant(m.I32, number)  # noqa: E731
-    odd = b.and_(b.lshr(bits, constant(16)), constant(1))
-    rounded = b.lshr(b.add(b.add(bits, constant(0x7FFF)), odd), constant(16))
+    sixteen, one, almost, nan = (ir.Constant(m.I32, number) for number in (16, 1, 0x7FFF, 0x7FC0))
+    odd = b.and_(b.lshr(bits, sixteen), one)
+    rounded = b.lshr(b.add(b.add(bits, almost), odd), sixteen)
     known = b.fcmp_ordered("==", value, value)
-    return b.trunc(b.select(known, rounded, constant(0x7FC0)), m.I16)
+    return b.trunc(b.select(known, rounded, nan), m.I16)

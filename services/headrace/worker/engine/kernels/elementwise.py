@@ -149,7 +149,7 @@ def widen_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
     m.counted_loop(b, vectors, [], body)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def pack_row(kind: int, x: int, length: int, out: int, scales: int) -> None:
     """Store a row as `matmul` wants its activations, and for int8 the scales of its groups.
 

@@ -18,13 +18,13 @@ from numba import carray, cfunc, njit, types
 
 from headrace.worker.engine.kernels import attention, machine, team
 from headrace.worker.engine.kernels.elementwise import (
+    copy_row,
     pack_row,
     pointer,
     scale_row,
     silu_row,
     sum_of_squares,
     widen_row,
-    copy_row,
 )
 from headrace.worker.engine.kernels.matmul import MATRIX, multiply_panel
 
@@ -94,7 +94,7 @@ def _now(b: Any) -> Any:
     return machine.call(b, "llvm.readcyclecounter", result=machine.I64)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _book(step: Any, part: int) -> None:
     """Count the cycles since the last part's end towards this part, if anyone wants to know."""
     if step.cycles and team.thread_number() == 0:
@@ -104,7 +104,7 @@ def _book(step: Any, part: int) -> None:
         cycles[12] = now
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _multiply(
     step: Any, part: int, phase: int, add: bool, matrix: Any, rows: int, out: int, out_row: int
 ) -> None:
@@ -121,7 +121,7 @@ def _multiply(
     _book(step, part)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
     """Pack the RMS norm of one row (Zhang & Sennrich, 2019) as activations of the next product."""
     vectors = step.hidden // 16
@@ -131,14 +131,14 @@ def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
     _pack(step, scratch, step.hidden, row)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _pack(step: Any, x: int, length: int, row: int) -> None:
     """Make one row of floats the activations of the next product."""
     size = 1 if step.kind == 0 else (2 if step.kind == 1 else 4)
     pack_row(step.kind, x, length, step.packed + row * length * size, step.scales + 4 * row * (length // 64))
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _rotate(step: Any, layer: Any, token: int, row: int) -> None:
     """Normalise, where the model does, and rotate a token's queries and keys (Su et al., RoFormer, 2021)."""
     own = layer.attention
@@ -166,7 +166,7 @@ def _rotate(step: Any, layer: Any, token: int, row: int) -> None:
             vector[d + half] = right * cosines[d] + left * sines[d]
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     """Compute queries, keys and values, attend, and add the result to the residual stream."""
     own = layer.attention
@@ -216,7 +216,7 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     _multiply(step, 6, phase + 5, True, layer.output, tokens, step.x, x_row)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
     """Compute the gated feed-forward network (Shazeer, GLU Variants, 2020), and add its result."""
     tokens = step.ragged.tokens
@@ -244,7 +244,7 @@ def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
     _multiply(step, 10, phase + 3, True, layer.down, tokens, step.x, x_row)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _compute(step: Any) -> None:
     me = team.thread_number()
     scratch = step.scratch + me * step.scratch_bytes
@@ -273,7 +273,7 @@ def _compute(step: Any) -> None:
         _multiply(step, 11, phase, False, step.head, step.sampled, step.logits, 128 * step.head.count)
 
 
-@cfunc(types.void(types.voidptr), nopython=True, cache=True)  # type: ignore[untyped-decorator]
+@cfunc(types.void(types.voidptr), nopython=True, cache=True)
 def _compute_on_thread(data: Any) -> None:
     _compute(carray(data, (1,), STEP)[0])
 

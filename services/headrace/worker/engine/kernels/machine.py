@@ -23,7 +23,7 @@ HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # 8-bit products, four at a time
 HAS_BF16 = bool(_FEATURES.get("avx512bf16"))  # bfloat16 products, two at a time
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
+class _BFloat(ir.Type):
     """LLVM's bfloat, which llvmlite does not name."""
 
     def _to_string(self) -> str:
@@ -160,11 +160,10 @@ def dot_bf16(builder: Builder, acc: Value, a: Value, w: Value) -> Value:
         halves = [builder.bitcast(value, _BFLOATS) for value in (a, w)]
         return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", acc, *halves)
     high = ints(-65536)
-    for part in (
-        lambda v: builder.shl(v, ints(16)),
-        lambda v: builder.and_(v, high),
-    ):
-        acc = fma(builder, builder.bitcast(part(a), FLOATS), builder.bitcast(part(w), FLOATS), acc)
+    lower = [builder.shl(value, ints(16)) for value in (a, w)]
+    upper = [builder.and_(value, high) for value in (a, w)]
+    for left, right in (lower, upper):
+        acc = fma(builder, builder.bitcast(left, FLOATS), builder.bitcast(right, FLOATS), acc)
     return acc
 
 

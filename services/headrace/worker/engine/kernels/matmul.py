@@ -9,9 +9,9 @@ up twice.
 
 int8 means 8-bit weights with a scale per output, and 8-bit activations with a scale per row and group of 64
 inputs, rounded to the nearest: with one scale for a whole row, which outliers dictate, the perplexity of
-SmolLM2 is 5.6 % higher than in float32, with groups 0.6 %. Activations are stored as unsigned, 128 higher than they are, as the
-instruction wants them; what that adds to a group's sum is known beforehand. Sums within a group are exact
-integers; groups are added up in order.
+SmolLM2 is 5.6 % higher than in float32, with groups 0.6 %. Activations are stored as unsigned, 128 higher
+than they are, as the instruction wants them; what that adds to a group's sum is known beforehand. Sums
+within a group are exact integers; groups are added up in order.
 
     panels of int8 [out / 32, groups, 64 + 16 x 128 bytes]: 32 int16, the sums of the group's weights, then
     the group's 16 words
@@ -144,7 +144,7 @@ def _panel_of(kind: Kind, *, add: bool) -> Any:
     most = 8 if kind is Kind.INT8 else 12
     t1, t2, t3, t4, t6, t8, t12 = (_tile(kind, min(rows, most), add=add) for rows in _SIZES)
 
-    @njit(nogil=True)  # type: ignore[untyped-decorator]
+    @njit(nogil=True)
     def panel_of(
         rows: int, a: int, a_row: int, a_scales: int, scales_row: int, panel: int, words: int, scales: int,
         bias: int, out: int, out_row: int,
@@ -183,7 +183,7 @@ _bf16, _bf16_add = _panel_of(Kind.BFLOAT16, add=False), _panel_of(Kind.BFLOAT16,
 _f32, _f32_add = _panel_of(Kind.FLOAT32, add=False), _panel_of(Kind.FLOAT32, add=True)
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def multiply_panel(
     kind: int, add: bool, matrix: Any, panel: int, rows: int, a: int, a_scales: int, out: int, out_row: int
 ) -> None:

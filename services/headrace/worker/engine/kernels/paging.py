@@ -92,7 +92,12 @@ class Ragged:
     tables   each row's block table, covering its last token
     """
 
-    def __init__(self, starts: Sequence[int], counts: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        starts: Sequence[int] | Ints,
+        counts: Sequence[int] | Ints,
+        tables: Sequence[Sequence[int]] | Ints,
+    ) -> None:
         begins = np.asarray(starts, np.int32)
         self.counts = np.asarray(counts, np.int32)
         self.tokens = int(self.counts.sum())
@@ -148,7 +153,7 @@ _CALL = np.dtype(
 )
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _attend(call: Any) -> None:
     layer, ragged = call.layer, call.ragged
     me = team.thread_number()
@@ -168,14 +173,14 @@ def _attend(call: Any) -> None:
         attention.attend_unit(layer, ragged, unit, call.queries, query_row, call.out, out_row, scratch)
 
 
-@cfunc(types.void(types.voidptr), nopython=True, cache=True)  # type: ignore[untyped-decorator]
+@cfunc(types.void(types.voidptr), nopython=True, cache=True)
 def _attend_on_thread(data: Any) -> None:
     _attend(carray(data, (1,), _CALL)[0])
 
 
 def attend(
-    layer: npt.NDArray[Any], ragged: Ragged, queries: int, keys: int, values: int, *, value_dim: int, out: int,
-    threads: int,
+    layer: npt.NDArray[Any], ragged: Ragged, queries: int, keys: int, values: int, *, value_dim: int,
+    out: int, threads: int,
 ) -> None:  # fmt: skip
     """Store a step's keys and values in a layer's memory, and attend.
 
