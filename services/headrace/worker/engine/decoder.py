@@ -92,33 +92,8 @@ class DecoderWeights:
 
     def _matrix(self, layers: list[Any]) -> Record:
         weights = torch.cat([layer.weight.detach().float() for layer in layers])
-        outputs, inputs = weights.shape
-        padding = -outputs % PANEL
-        weights = torch.nn.functional.pad(weights, (0, 0, 0, padding))
-        bias = torch.cat(
-            [
-                torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().float()
-                for layer in layers
-            ]
-        )
-        made: Record = np.zeros(1, MATRIX)
-        made["bias"] = self._keep(torch.nn.functional.pad(bias, (0, padding)))
-        if self.kind is Kind.INT8:
-            scales = weights.abs().amax(dim=1).clamp(min=1e-30) / 127
-            made["scales"] = self._keep(scales)
-            stored = (weights / scales[:, None]).round().to(torch.int8)
-        else:
-            stored = weights.to(torch.bfloat16 if self.kind is Kind.BFLOAT16 else torch.float32)
-        each = 4 // ELEMENT_BYTES[self.kind]  # elements in a word
-        panels = stored.view(-1, 2, 16, inputs // each, each).permute(0, 3, 1, 2, 4).contiguous()
-        if self.kind is Kind.INT8:
-            groups = inputs // GROUP
-            sums = stored.view(-1, PANEL, groups, GROUP).sum(dim=3, dtype=torch.int16).transpose(1, 2)
-            sums = sums.contiguous().view(torch.int8)
-            panels = torch.cat([sums, panels.view(len(sums), groups, -1)], dim=2)
-        made["panels"] = self._keep(panels)
-        made["count"], made["words"] = weights.shape[0] // PANEL, inputs // each
-        return made
+        biases = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+        return lay_out(weights, torch.cat([bias.detach().float() for bias in biases]), self.kind, self._owned)
 
     def _rotation(self, rotary: Any, positions: int) -> tuple[int, int]:
         """Return the addresses of the cosines and sines that the network's own code computes."""
@@ -136,6 +111,43 @@ class DecoderWeights:
     def _keep(self, tensor: torch.Tensor) -> int:
         self._owned.append(tensor)
         return tensor.data_ptr()
+
+
+def lay_out(
+    weights: torch.Tensor, bias: torch.Tensor | None, kind: Kind, owned: list[torch.Tensor]
+) -> Record:
+    """Lay a matrix out as `kernels.matmul` reads it; returns a MATRIX record.
+
+    weights   [out, in] float32; in is a multiple of 4, of 64 for int8
+    bias      [out] float32
+    owned     gets what the record's addresses point into
+    """
+    outputs, inputs = weights.shape
+    weights = torch.nn.functional.pad(weights, (0, 0, 0, -outputs % PANEL))
+    made: Record = np.zeros(1, MATRIX)
+    offsets = torch.zeros(len(weights))
+    if bias is not None:
+        offsets[:outputs] = bias
+    owned.append(offsets)
+    made["bias"] = offsets.data_ptr()
+    if kind is Kind.INT8:
+        scales = weights.abs().amax(dim=1).clamp(min=1e-30) / 127
+        owned.append(scales)
+        made["scales"] = scales.data_ptr()
+        stored = (weights / scales[:, None]).round().to(torch.int8)
+    else:
+        stored = weights.to(torch.bfloat16 if kind is Kind.BFLOAT16 else torch.float32)
+    each = 4 // ELEMENT_BYTES[kind]  # elements in a word
+    panels = stored.view(-1, 2, 16, inputs // each, each).permute(0, 3, 1, 2, 4).contiguous()
+    if kind is Kind.INT8:
+        groups = inputs // GROUP
+        sums = stored.view(-1, PANEL, groups, GROUP).sum(dim=3, dtype=torch.int16).transpose(1, 2)
+        sums = sums.contiguous().view(torch.int8)
+        panels = torch.cat([sums, panels.view(len(sums), groups, -1)], dim=2)
+    owned.append(panels)
+    made["panels"] = panels.data_ptr()
+    made["count"], made["words"] = len(weights) // PANEL, inputs // each
+    return made
 
 
 class Decoder:
