@@ -186,6 +186,7 @@ class Decoder:
             "wide": 4 * PANEL * max(int(self._layers[name]["count"].max()) for name in ("qkv", "gate_up")),
             "mixed": 4 * mixed,
         }
+        self._logits = torch.empty(0, 0)
         self._room_tokens = 0
         self._room: list[torch.Tensor] = []
 
@@ -196,7 +197,9 @@ class Decoder:
         step = self._step
         step["ragged"] = ragged.record(self._tile_tokens)
         ids, last = flat.ids.astype(np.int32), flat.last.astype(np.int32)
-        logits = torch.empty(len(last), int(step["head"]["count"][0]) * PANEL)
+        if len(last) > len(self._logits):  # kept, for new memory would first have to be zeroed by the system
+            self._logits = torch.empty(len(last), int(step["head"]["count"][0]) * PANEL)
+        logits = self._logits[: len(last)]
         step["ids"], step["sampled_tokens"] = ids.ctypes.data, last.ctypes.data
         step["sampled"], step["logits"] = len(last), logits.data_ptr()
         self._counters.fill(0)

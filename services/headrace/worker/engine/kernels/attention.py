@@ -2,10 +2,13 @@
 
 Memory is cut into blocks of 32 tokens, which sequences hold through block tables (Kwon et al.,
 PagedAttention, SOSP 2023). In a block, each KV head's keys lie transposed, so that a query meets 16 keys
-with one instruction, and its values as they come:
+with one instruction, and its values as they come. Numbers go in words of 4 bytes, as in `matmul`: one
+float32, or two bfloat16 that are multiplied and added together, of neighbouring dimensions or tokens:
 
-    keys    [blocks, kv_heads, head_dim, 32]        bfloat16 or float32
-    values  [blocks, kv_heads, 32, value_dim]
+    keys    [blocks, kv_heads, head_dim, 32] float32, or [blocks, kv_heads, head_dim / 2, 32, 2] bfloat16
+    values  [blocks, kv_heads, 32, value_dim] float32, or [blocks, kv_heads, 16, value_dim, 2] bfloat16
+
+With bfloat16 memory, queries and weights are rounded to bfloat16 too; sums are float32.
 
 Queries go block by block with a running maximum and sum (Milakov & Gimelshein, Online normalizer
 calculation for softmax, 2018; FlashAttention's loop). Blocks lie at fixed positions of a sequence and a
@@ -15,6 +18,7 @@ chunk and in a decode. Nothing past a query's own position is looked at but by l
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,40 +65,40 @@ RAGGED = np.dtype(
 )
 
 
-def _element(b: Any, half: bool, address: Any, index: Any) -> Any:
-    """Load 16 keys or values as float32."""
+def _multiply(b: Any, half: bool, acc: Any, own: Any, words: Any) -> Any:
+    """Add to 16 sums the products of one word, in every lane of *own*, with 16 words."""
     if half:
-        return m.widen(b, m.load(b, offset(b, address, index, 2), m.SHORTS, 2))
-    return m.load(b, offset(b, address, index, 4), m.FLOATS)
+        return m.dot_bf16(b, acc, own, words)
+    return m.fma(b, b.bitcast(own, m.FLOATS), b.bitcast(words, m.FLOATS), acc)
 
 
-def _prefetch(b: Any, half: bool, address: Any, index: Any) -> None:
-    """Ask for the memory of 32 numbers."""
-    for line in range(1 if half else 2):
-        m.prefetch(b, b.add(offset(b, address, index, 64 if half else 128), integer(64 * line)))
+def _prefetch(b: Any, address: Any, index: Any) -> None:
+    """Ask for the 128 bytes that are a word of 32 keys, or of 32 columns of values."""
+    for line in (0, 64):
+        m.prefetch(b, b.add(offset(b, address, index, 128), integer(line)))
 
 
 def _scores(rows: int, half: bool) -> Any:
     """Make the kernel that multiplies *rows* queries by a block's keys.
 
-    Arguments: queries [rows, head_dim] float32, keys [head_dim, 32], head_dim, out [rows, 32] float32 at a
-    distance of STRETCH, and an address of as many bytes as the keys take that are needed next.
+    Arguments: queries [rows, words], keys [words, 32 words], words, out [rows, 32] float32 at a distance of
+    STRETCH, and an address of as many bytes as the keys take that are needed next.
     """
 
-    def emit(b: Any, queries: Any, keys: Any, head_dim: Any, out: Any, ahead: Any) -> None:
-        starts = [offset(b, queries, b.mul(head_dim, integer(r)), 4) for r in range(rows)]
+    def emit(b: Any, queries: Any, keys: Any, words: Any, out: Any, ahead: Any) -> None:
+        starts = [offset(b, queries, b.mul(words, integer(r)), 4) for r in range(rows)]
 
-        def body(d: Any, sums: list[Any]) -> list[Any]:
-            _prefetch(b, half, ahead, d)
-            first = b.mul(d, integer(BLOCK))
-            found = [_element(b, half, keys, b.add(first, integer(16 * i))) for i in (0, 1)]
+        def body(word: Any, sums: list[Any]) -> list[Any]:
+            _prefetch(b, ahead, word)
+            at = offset(b, keys, word, 128)
+            found = [m.load(b, b.add(at, integer(64 * i)), m.INTS) for i in (0, 1)]
             new = []
-            for r in range(rows):
-                own = m.splat(b, m.load(b, offset(b, starts[r], d, 4), m.F32))
-                new += [m.fma(b, own, found[i], sums[2 * r + i]) for i in (0, 1)]
+            for r, start in enumerate(starts):
+                own = m.splat(b, m.load(b, offset(b, start, word, 4), m.I32))
+                new += [_multiply(b, half, sums[2 * r + i], own, found[i]) for i in (0, 1)]
             return new
 
-        sums = m.counted_loop(b, head_dim, [m.floats(0.0)] * (2 * rows), body)
+        sums = m.counted_loop(b, words, [m.floats(0.0)] * (2 * rows), body)
         for i, value in enumerate(sums):
             m.store(b, b.add(out, integer(4 * STRETCH * (i // 2) + 64 * (i % 2))), value)
 
@@ -104,30 +108,27 @@ def _scores(rows: int, half: bool) -> Any:
 def _weigh(rows: int, half: bool, vectors: int) -> Any:
     """Make the kernel that adds a block's values, weighted, to *rows* sums of 16 x *vectors* columns.
 
-    Arguments: weights [rows, 32] float32 at a distance of STRETCH, how many of the 32 count, values,
-    value_dim, sums [rows, value_dim] float32, and an address of which 32 rows of 32 numbers are needed next.
+    Arguments: weights [rows, words] at a distance of 4 STRETCH bytes, how many words of them count, values
+    [words, value_dim words], value_dim, sums [rows, value_dim] float32, and an address of which as many
+    words of 32 numbers are needed next.
     """
 
     def emit(b: Any, weights: Any, count: Any, values: Any, value_dim: Any, sums: Any, ahead: Any) -> None:
-        places = []
-        carried = []
+        places, carried = [], []
         for r in range(rows):
             start = offset(b, sums, b.mul(value_dim, integer(r)), 4)
-            for i in range(vectors):
-                place = b.add(start, integer(64 * i))
-                places.append(place)
-                carried.append(m.load(b, place, m.FLOATS))
+            places += [b.add(start, integer(64 * i)) for i in range(vectors)]
+        carried = [m.load(b, place, m.FLOATS) for place in places]
 
-        def body(j: Any, held: list[Any]) -> list[Any]:
-            _prefetch(b, half, ahead, j)
-            first = b.mul(j, value_dim)
-            found = [_element(b, half, values, b.add(first, integer(16 * i))) for i in range(vectors)]
+        def body(word: Any, held: list[Any]) -> list[Any]:
+            _prefetch(b, ahead, word)
+            at = offset(b, values, b.mul(word, value_dim), 4)
+            found = [m.load(b, b.add(at, integer(64 * i)), m.INTS) for i in range(vectors)]
             new = []
             for r in range(rows):
-                weight = m.splat(
-                    b, m.load(b, offset(b, b.add(weights, integer(4 * STRETCH * r)), j, 4), m.F32)
-                )
-                new += [m.fma(b, weight, found[i], held[vectors * r + i]) for i in range(vectors)]
+                place = offset(b, b.add(weights, integer(4 * STRETCH * r)), word, 4)
+                weight = m.splat(b, m.load(b, place, m.I32))
+                new += [_multiply(b, half, held[vectors * r + i], weight, found[i]) for i in range(vectors)]
             return new
 
         for place, value in zip(places, m.counted_loop(b, count, carried, body), strict=True):
@@ -136,11 +137,13 @@ def _weigh(rows: int, half: bool, vectors: int) -> Any:
     return m.kernel([_i8] * 6, emit)
 
 
-@m.emitted([_i8, _i8, _i8, _i8, _f4, _i8], _f4)
-def _softmax(b: Any, scores: Any, vectors: Any, first: Any, end: Any, softcap: Any, state: Any) -> Any:
+def _softmax(
+    half: bool, b: Any, scores: Any, vectors: Any, first: Any, end: Any, softcap: Any, state: Any
+) -> Any:
     """Turn a query's scores of a stretch into weights, in place, and bring its state forward.
 
-    scores    [16 x vectors] float32; those from *first* up to but not including *end* are visible
+    scores    [16 x vectors] float32; those from *first* up to but not including *end* are visible. Weights
+              are bfloat16 for bfloat16 memory, at the beginning of the place of the scores
     state     the maximum and the sum so far, float32
 
     Returns by what the weights of earlier stretches are to be multiplied.
@@ -180,7 +183,13 @@ def _softmax(b: Any, scores: Any, vectors: Any, first: Any, end: Any, softcap: A
     def weigh(i: Any, carried: list[Any]) -> list[Any]:
         place = offset(b, scores, i, 64)
         weight = m.exp(b, b.fsub(m.load(b, place, m.FLOATS), highest))
-        m.store(b, place, weight)
+        if half:
+            # Half as wide, so never ahead of what is still to be read.
+            rounded = m.narrow(b, weight)
+            m.store(b, offset(b, scores, i, 32), rounded)
+            weight = m.widen(b, rounded)
+        else:
+            m.store(b, place, weight)
         return [b.fadd(carried[0], weight)]
 
     (total,) = m.counted_loop(b, vectors, [m.floats(0.0)], weigh)
@@ -189,6 +198,10 @@ def _softmax(b: Any, scores: Any, vectors: Any, first: Any, end: Any, softcap: A
     m.store(b, state, maximum)
     m.store(b, b.add(state, integer(4)), b.fadd(so_far, m.reduce(b, total, lambda x, y: b.fadd(x, y))))
     return decay
+
+
+_softmax_half = m.kernel([_i8, _i8, _i8, _i8, _f4, _i8], partial(_softmax, True), _f4)
+_softmax_full = m.kernel([_i8, _i8, _i8, _i8, _f4, _i8], partial(_softmax, False), _f4)
 
 
 def _tanh(b: Any, x: Any) -> Any:
@@ -247,13 +260,20 @@ def attend_tile(
     scores = own + 4 * MOST_QUERIES * dim
     sums = scores + 4 * MOST_QUERIES * STRETCH
     states = sums + 4 * MOST_QUERIES * wide
-    held = carray(pointer(own), (MOST_QUERIES, dim), np.float32)
+    words = (dim + 1) // 2 if layer.half else dim
     total = carray(pointer(sums), (MOST_QUERIES, wide), np.float32)
     for r in range(rows):
         source = queries + query_row * (begin + r // group) + 4 * dim * (head + r % group)
         query = carray(pointer(source), (dim,), np.float32)
-        for d in range(dim):
-            held[r, d] = query[d] * layer.scale
+        if layer.half:
+            rounded = carray(pointer(own + 4 * words * r), (2 * words,), np.uint16)
+            rounded[2 * words - 1] = 0
+            for d in range(dim):
+                rounded[d] = to_bfloat16(query[d] * layer.scale)
+        else:
+            scaled = carray(pointer(own + 4 * words * r), (dim,), np.float32)
+            for d in range(dim):
+                scaled[d] = query[d] * layer.scale
         for d in range(wide):
             total[r, d] = 0.0
         store_float(states + 8 * r, np.float32(-1e30))
@@ -262,8 +282,9 @@ def attend_tile(
     first = 0
     if layer.window > 0:
         first = max(0, positions[begin] - layer.window + 1) // STRETCH * STRETCH
-    size = 2 if layer.half else 4
-    key_block, value_block = BLOCK * dim * size, BLOCK * wide * size
+    key_block, value_block, packed = 128 * words, 4 * BLOCK * wide, 4 * BLOCK
+    if layer.half:
+        value_block, packed = value_block // 2, packed // 2
     for start in range(first, last + 1, STRETCH):
         begins = start // BLOCK
         many = min(STRETCH // BLOCK, last // BLOCK + 1 - begins)
@@ -271,18 +292,20 @@ def attend_tile(
             block = np.int64(blocks[begins + i]) * layer.kv_heads + kv_head
             keys, values = layer.keys + block * key_block, layer.values + block * value_block
             if layer.half:
-                _scores_half(rows, own, keys, dim, scores + 4 * BLOCK * i, values)
+                _scores_half(rows, own, keys, words, scores + 4 * BLOCK * i, values)
             else:
-                _scores_full(rows, own, keys, dim, scores + 4 * BLOCK * i, values)
+                _scores_full(rows, own, keys, words, scores + 4 * BLOCK * i, values)
         for r in range(rows):
             position = positions[begin + r // group]
             end = min(max(position + 1 - start, 0), STRETCH)
             lowest = 0
             if layer.window > 0:
                 lowest = max(position - layer.window + 1 - start, 0)
-            decay = _softmax(
-                scores + 4 * STRETCH * r, many * (BLOCK // 16), lowest, end, layer.softcap, states + 8 * r
-            )
+            place, state, vectors = scores + 4 * STRETCH * r, states + 8 * r, many * (BLOCK // 16)
+            if layer.half:
+                decay = _softmax_half(place, vectors, lowest, end, layer.softcap, state)
+            else:
+                decay = _softmax_full(place, vectors, lowest, end, layer.softcap, state)
             if decay != np.float32(1.0):
                 for d in range(wide):
                     total[r, d] *= decay
@@ -292,21 +315,21 @@ def attend_tile(
             following = np.int64(blocks[min(begins + many + i, last // BLOCK)]) * layer.kv_heads + kv_head
             ahead = layer.keys + following * key_block
             visible = min(last + 1 - start - i * BLOCK, BLOCK)
-            weights = scores + 4 * BLOCK * i
+            weights = scores + packed * i
             column = 0
-            while column + 32 <= wide:
-                place, sum_, next_ = values + column * size, sums + column * 4, ahead + column * BLOCK * size
+            while column < wide:
+                whole = column + 32 <= wide
+                place, sum_, next_ = values + column * 4, sums + column * 4, ahead + column * packed
                 if layer.half:
-                    _weigh_half(rows, weights, visible, place, wide, sum_, next_)
-                else:
+                    if whole:
+                        _weigh_half(rows, weights, (visible + 1) // 2, place, wide, sum_, next_)
+                    else:
+                        _weigh_half_last(rows, weights, (visible + 1) // 2, place, wide, sum_, next_)
+                elif whole:
                     _weigh_full(rows, weights, visible, place, wide, sum_, next_)
-                column += 32
-            if column < wide:
-                place, sum_, next_ = values + column * size, sums + column * 4, ahead + column * BLOCK * size
-                if layer.half:
-                    _weigh_half_last(rows, weights, visible, place, wide, sum_, next_)
                 else:
                     _weigh_full_last(rows, weights, visible, place, wide, sum_, next_)
+                column += 32
     for r in range(rows):
         place = out + out_row * (begin + r // group) + 4 * wide * (head + r % group)
         result = carray(pointer(place), (wide,), np.float32)
@@ -330,31 +353,35 @@ def store_token(layer: Any, ragged: Any, token: int, keys: int, values: int, val
     place = np.int64(blocks[position // BLOCK]) * layer.kv_heads
     at = position % BLOCK
     dim, wide = layer.head_dim, layer.value_dim
+    # Two tokens share a word of values. The second's place may hold anything, even NaN: zero until it comes.
+    alone = at % 2 == 0 and (token + 1 == ragged.tokens or token_rows[token + 1] != token_rows[token])
     for head in range(layer.kv_heads):
         key = carray(pointer(keys + 4 * dim * head), (dim,), np.float32)
         value = carray(pointer(values + 4 * value_dim * head), (value_dim,), np.float32)
         if layer.half:
+            words = (dim + 1) // 2
             half_keys = carray(
-                pointer(layer.keys + (place + head) * BLOCK * dim * 2), (dim, BLOCK), np.uint16
+                pointer(layer.keys + (place + head) * 128 * words), (words, BLOCK, 2), np.uint16
             )
             half_values = carray(
-                pointer(layer.values + ((place + head) * BLOCK + at) * wide * 2), (wide,), np.uint16
+                pointer(layer.values + (place + head) * 2 * BLOCK * wide), (BLOCK // 2, wide, 2), np.uint16
             )
             for d in range(dim):
-                half_keys[d, at] = to_bfloat16(key[d])
+                half_keys[d // 2, at, d % 2] = to_bfloat16(key[d])
             for d in range(value_dim):
-                half_values[d] = to_bfloat16(value[d])
+                half_values[at // 2, d, at % 2] = to_bfloat16(value[d])
+            if alone:
+                for d in range(value_dim):
+                    half_values[at // 2, d, 1] = 0
         else:
-            full_keys = carray(
-                pointer(layer.keys + (place + head) * BLOCK * dim * 4), (dim, BLOCK), np.float32
-            )
+            full_keys = carray(pointer(layer.keys + (place + head) * 128 * dim), (dim, BLOCK), np.float32)
             full_values = carray(
-                pointer(layer.values + ((place + head) * BLOCK + at) * wide * 4), (wide,), np.float32
+                pointer(layer.values + (place + head) * 4 * BLOCK * wide), (BLOCK, wide), np.float32
             )
             for d in range(dim):
                 full_keys[d, at] = key[d]
             for d in range(value_dim):
-                full_values[d] = value[d]
+                full_values[at, d] = value[d]
 
 
 @njit(nogil=True)

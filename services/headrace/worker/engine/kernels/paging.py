@@ -52,7 +52,7 @@ class PagedMemory:
         if made is None:
             stored = -(-value_dim // 16) * 16
             made = np.zeros(1, LAYER)
-            made["keys"] = self._take(self.blocks * kv_heads * head_dim * BLOCK)
+            made["keys"] = self._take(self.blocks * kv_heads * (head_dim + head_dim % 2) * BLOCK)
             made["values"] = self._take(self.blocks * kv_heads * BLOCK * stored)
             made["half"], made["kv_heads"], made["head_dim"] = self.half, kv_heads, head_dim
             made["value_dim"] = stored
@@ -69,7 +69,10 @@ class PagedMemory:
         """What one block takes in all layers together, in bytes; known once every layer was told."""
         size = 2 if self.half else 4
         return sum(
-            int(made["kv_heads"][0]) * BLOCK * int(made["head_dim"][0] + made["value_dim"][0]) * size
+            int(made["kv_heads"][0])
+            * BLOCK
+            * int(made["head_dim"][0] + made["head_dim"][0] % 2 + made["value_dim"][0])
+            * size
             for made in self._layers.values()
         )
 
