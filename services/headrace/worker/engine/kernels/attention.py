@@ -108,22 +108,28 @@ def _scores(rows: int, half: bool) -> Any:
 def _weigh(rows: int, half: bool, vectors: int) -> Any:
     """Make the kernel that adds a block's values, weighted, to *rows* sums of 16 x *vectors* columns.
 
-    Arguments: weights [rows, words] at a distance of 4 STRETCH bytes, how many words of them count, values
+    Arguments: weights [rows, words] at a distance of 4 STRETCH bytes, how many tokens count, values
     [words, value_dim words], value_dim, sums [rows, value_dim] float32, and an address of which as many
     words of 32 numbers are needed next.
     """
 
-    def emit(b: Any, weights: Any, count: Any, values: Any, value_dim: Any, sums: Any, ahead: Any) -> None:
+    def emit(b: Any, weights: Any, tokens: Any, values: Any, value_dim: Any, sums: Any, ahead: Any) -> None:
         places, carried = [], []
         for r in range(rows):
             start = offset(b, sums, b.mul(value_dim, integer(r)), 4)
             places += [b.add(start, integer(64 * i)) for i in range(vectors)]
         carried = [m.load(b, place, m.FLOATS) for place in places]
+        count = b.lshr(b.add(tokens, integer(1)), integer(1)) if half else tokens
 
         def body(word: Any, held: list[Any]) -> list[Any]:
             _prefetch(b, ahead, word)
             at = offset(b, values, b.mul(word, value_dim), 4)
             found = [m.load(b, b.add(at, integer(64 * i)), m.INTS) for i in range(vectors)]
+            if half:
+                # What lies beside the last of an odd number of tokens may be NaN, which no weight makes 0.
+                both = b.icmp_signed("<", b.add(b.add(word, word), integer(1)), tokens)
+                keep = b.select(both, ir.Constant(m.I32, -1), ir.Constant(m.I32, 0xFFFF))
+                found = [b.and_(words, m.splat(b, keep)) for words in found]
             new = []
             for r in range(rows):
                 place = offset(b, b.add(weights, integer(4 * STRETCH * r)), word, 4)
@@ -322,9 +328,9 @@ def attend_tile(
                 place, sum_, next_ = values + column * 4, sums + column * 4, ahead + column * packed
                 if layer.half:
                     if whole:
-                        _weigh_half(rows, weights, (visible + 1) // 2, place, wide, sum_, next_)
+                        _weigh_half(rows, weights, visible, place, wide, sum_, next_)
                     else:
-                        _weigh_half_last(rows, weights, (visible + 1) // 2, place, wide, sum_, next_)
+                        _weigh_half_last(rows, weights, visible, place, wide, sum_, next_)
                 elif whole:
                     _weigh_full(rows, weights, visible, place, wide, sum_, next_)
                 else:
@@ -353,8 +359,6 @@ def store_token(layer: Any, ragged: Any, token: int, keys: int, values: int, val
     place = np.int64(blocks[position // BLOCK]) * layer.kv_heads
     at = position % BLOCK
     dim, wide = layer.head_dim, layer.value_dim
-    # Two tokens share a word of values. The second's place may hold anything, even NaN: zero until it comes.
-    alone = at % 2 == 0 and (token + 1 == ragged.tokens or token_rows[token + 1] != token_rows[token])
     for head in range(layer.kv_heads):
         key = carray(pointer(keys + 4 * dim * head), (dim,), np.float32)
         value = carray(pointer(values + 4 * value_dim * head), (value_dim,), np.float32)
@@ -370,9 +374,6 @@ def store_token(layer: Any, ragged: Any, token: int, keys: int, values: int, val
                 half_keys[d // 2, at, d % 2] = to_bfloat16(key[d])
             for d in range(value_dim):
                 half_values[at // 2, d, at % 2] = to_bfloat16(value[d])
-            if alone:
-                for d in range(value_dim):
-                    half_values[at // 2, d, 1] = 0
         else:
             full_keys = carray(pointer(layer.keys + (place + head) * 128 * dim), (dim, BLOCK), np.float32)
             full_values = carray(
