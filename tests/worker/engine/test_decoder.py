@@ -201,12 +201,21 @@ def test_other_architectures_go_through_transformers() -> None:
     assert choose_precision("auto", CPU, "GemmaForCausalLM", config).name in ("float32", "bfloat16")
 
 
-def test_the_fastest_kind_is_chosen_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LlamaConfig(**SIZES)
-    for vnni, name, kind in ((True, "int8", Kind.INT8), (False, None, None)):
-        monkeypatch.setattr(machine, "HAS_VNNI", vnni)
-        chosen = choose_precision("auto", CPU, "LlamaForCausalLM", config)
-        assert (chosen.name, chosen.kind) == (name, kind) if vnni else chosen.kind is not Kind.INT8
+@pytest.mark.parametrize(
+    ("eight_bits", "sixteen_bits", "chosen"),
+    [(True, True, "int8"), (False, True, "bfloat16"), (False, False, "float32")],
+)
+def test_where_none_is_asked_for_it_is_what_the_cpu_multiplies_in_hardware(
+    eight_bits: bool, sixteen_bits: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "HAS_VNNI", eight_bits)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: sixteen_bits)
+
+    precision = choose_precision("auto", CPU, "LlamaForCausalLM", LlamaConfig(**SIZES))
+
+    assert precision.name == chosen
+    assert precision.kind is not None
 
 
 @pytest.mark.parametrize(("name", "device"), [("int4", "cpu"), ("int8", "cuda")])

@@ -26,7 +26,7 @@ KINDS = [
 TOLERANCE = {Kind.FLOAT32: 1e-6, Kind.BFLOAT16: 6e-3, Kind.INT8: 2e-2}
 
 
-@njit
+@njit  # type: ignore[untyped-decorator]
 def multiply(
     kind: int, add: bool, matrix: Any, rows: int, x: int, inputs: int, packed: int, scales: int, out: int
 ) -> None:
