@@ -80,7 +80,7 @@ async def test_explain_tells_tier_and_shares(real_mesh: Running) -> None:
     (explained,) = messages(printed)
     assert status == 0
     assert explained["tier"] == "large"
-    assert "code" in {share["name"] for share in explained["features"] if share.get("log_odds")}
+    assert "kind:code" in {share["name"] for share in explained["features"] if share.get("log_odds")}
 
 
 async def test_every_process_tells_its_health(real_mesh: Running) -> None:
