@@ -42,7 +42,7 @@ def read(path: Path) -> list[Call]:
     scorer = load_scorer()
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [json.loads(line) for line in text.split("\n") if line]
     return [
         Call(scorer.score(row["prompt"]).value, row.get("weak_score", 0.0), row.get("strong_score", 0.0))
         for row in rows

@@ -130,6 +130,13 @@ def test_outcomes_of_one_prompt_are_put_together_and_half_ones_left_out(tmp_path
     assert [row.quality for row in rows] == [(1.0, 0.5)]
 
 
+def test_a_prompt_may_hold_what_looks_like_a_line_end_to_python(tmp_path: Path) -> None:
+    traffic = tmp_path / "traffic.jsonl"
+    traffic.write_text('{"prompt": "one\u2028two\x85three"}\n{"prompt": "four"}\n', encoding="utf-8")
+
+    assert len(read_traffic(traffic, scorer.load(), ["small", "large"], Console(quiet=True))) == 2
+
+
 async def test_feedback_from_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     async with running_mesh(router_settings={"feedback": path}) as mesh:

@@ -25,7 +25,8 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
     Rows about the same prompt are put together, as `Feedback` writes one per outcome. Raises BadCalibration.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: a prompt may hold what Python takes for a line's end, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadCalibration(f"{path} cannot be read: {error}") from error
     merged: dict[str, dict[str, Any]] = {}
