@@ -234,7 +234,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("answers that were right, %")
     axes.set_title("144 questions, SmolLM2-135M and Qwen2.5-Coder-0.5B", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path)
 
