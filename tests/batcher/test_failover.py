@@ -216,7 +216,7 @@ async def test_a_prompt_that_kills_each_worker_stops_after_two_and_no_neighbour_
         def step(self, rows, *rest):  # type: ignore[no-untyped-def]
             for row in rows:
                 if row.start == 0 and bytes(id for id in row.ids[:6] if id < 256) == b"poison":
-                    loop.call_soon_threadsafe(wires[engines.index(self)].reset)
+                    loop.call_soon_threadsafe(wires[engines.index(self)].cut)
                     dead.wait(0.3)  # nothing of this step is heard
             return super().step(rows, *rest)
 

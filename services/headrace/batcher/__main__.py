@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 
+from headrace.batcher import admin
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.pool import WorkerPool
 from headrace.batcher.queue import JobQueue
@@ -25,6 +26,7 @@ from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime import logs
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
+from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
 
@@ -63,19 +65,23 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
             unread_limit=settings.unread_limit,
         )
 
+        inside = admin.AdminServicer(coalescer, tier=settings.tier)
+
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServiceServicer_to_server(servicer, server)
             add_RoutingServiceServicer_to_server(servicer, server)
+            add_AdminServiceServicer_to_server(inside, server)
 
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(pool.run(coalescer)), tasks.create_task(coalescer.run())]
             try:
                 async with serving(
                     register,
-                    SERVICES,
+                    (*SERVICES, *admin.SERVICES),
                     host=settings.host,
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
+                    aside=frozenset({admin.INSPECT}),
                     ready=lambda: bool(pool.ready()),
                 ) as server:
                     yield Batcher(server, coalescer)

@@ -167,7 +167,8 @@ class Coalescer:
         try:
             if self._stopping:
                 raise errors.Draining("this batcher is stopping; carry on elsewhere", retry_after=0.2)
-            failover.carry_on(job, error)
+            alive = {(one.target, one.incarnation) for one in self.pool if one.ready and one is not link}
+            failover.carry_on(job, error, alive)
         except errors.HeadraceError as last:
             job.inbox.fail(last)
             return
@@ -359,6 +360,7 @@ class Coalescer:
                 job.inbox.move(Move(history.worker, link.worker_id, history.reason, job.attempt))
             job.submitted = now if job.submitted is None else job.submitted
             history.worker, history.address, history.kind = link.worker_id, link.target, link.kind
+            history.incarnation = link.incarnation
             history.started_at = job.answered
             history.replayed += job.answered
             job.span.add_link(span.get_span_context())

@@ -7,6 +7,8 @@ carried from one to the next.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from headrace import errors
 from headrace.batcher.job import Job
 
@@ -20,8 +22,11 @@ def workers_fault(error: errors.HeadraceError) -> bool:
     return isinstance(error, errors.WorkerLost | errors.SequenceFault)
 
 
-def carry_on(job: Job, error: errors.HeadraceError) -> None:
+def carry_on(job: Job, error: errors.HeadraceError, alive: Collection[tuple[str, int]] = ()) -> None:
     """Book the end of the job's attempt; return if another one should follow.
+
+    alive   addresses and incarnations of the workers that are ready: who is there again as the same process
+            was cut off, and did not die
 
     A worker that hands its work back on stopping costs no try: a rolling restart may do so at every
     worker. Raises what the caller should hear if there is nothing more to be done.
@@ -40,10 +45,12 @@ def carry_on(job: Job, error: errors.HeadraceError) -> None:
         raise error
     history.losses += 1
     if isinstance(error, errors.WorkerLost):
-        history.silent_losses = 0 if job.answered > history.started_at else history.silent_losses + 1
-    if history.silent_losses >= SILENT_LOSSES:
+        last = (history.address, history.incarnation)
+        showed = job.answered > history.started_at
+        history.killed = [] if showed else [*(one for one in history.killed if one not in alive), last]
+    if len(history.killed) >= SILENT_LOSSES:
         raise errors.PoisonRequest(
-            f"{history.silent_losses} workers in a row were lost while they took this request in; it is not "
+            f"{len(history.killed)} workers in a row were lost while they took this request in; it is not "
             "given to another one. If smaller requests work, report this one",
             attempts=job.attempt + 1,
         )
@@ -61,4 +68,4 @@ def on_probation(job: Job) -> bool:
     Such a job goes to a worker where no other is on probation: if that one dies as well, it is known of
     whom, and no neighbour is taken for the culprit.
     """
-    return job.history.silent_losses > 0
+    return bool(job.history.killed)

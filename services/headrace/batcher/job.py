@@ -100,11 +100,12 @@ class Job:
 class History:
     """What became of a job's attempts at workers.
 
-    worker          who had it last: name and address
+    worker          who had it last: name, address and incarnation
     kind            what it ran; an answer keeps to equal weights where it can
     reason          why it left there, as an error reason; empty while it is there
     losses          attempts that ended with their worker
-    silent_losses   of these, the ones that never showed a token
+    killed          workers, by address and incarnation, that it may have killed: lost one after the other,
+                    before it showed a token there
     faults          attempts that ended in a fault of the engine
     started_at      tokens that the answer had when the attempt began
     replayed        answer tokens that attempts had to take in again
@@ -113,10 +114,11 @@ class History:
 
     worker: str = ""
     address: str = ""
+    incarnation: int = 0
     kind: str = ""
     reason: str = ""
     losses: int = 0
-    silent_losses: int = 0
+    killed: list[tuple[str, int]] = field(default_factory=list)
     faults: int = 0
     started_at: int = 0
     replayed: int = 0

@@ -85,8 +85,8 @@ class Activity:
 class ServerInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the RPCs of our own services; health, reflection and channelz pass untouched.
 
-    untraced   full method names of long-lived streams, which are nobody's parent and not counted as
-               requests in flight
+    untraced   full method names of long-lived streams and looks inside, which are nobody's parent and not
+               counted as requests in flight
     """
 
     def __init__(self, activity: Activity, *, untraced: frozenset[str] = frozenset()) -> None:

@@ -107,7 +107,7 @@ async def serving(
     host: str,
     port: int,
     drain_seconds: float,
-    long_lived: frozenset[str] = frozenset(),
+    aside: frozenset[str] = frozenset(),
     ready: Callable[[], bool],
     drain: Callable[[], Coroutine[object, object, None]] | None = None,
 ) -> AsyncGenerator[Serving, None]:
@@ -118,7 +118,8 @@ async def serving(
     port           0 picks a free one
     drain_seconds  how long requests in flight may go on after the block was left; those that are
                    left then end as DRAINING, so that their callers carry on elsewhere
-    long_lived     full method names of streams that last as long as the connection
+    aside          full method names of calls that are no requests: streams that last as long as the
+                   connection, and looks inside
     ready          whether the server takes work, asked ten times a second: the readiness that health tells
     drain          awaited after admission has stopped, at most *drain_seconds*, for what the
                    service itself has to hand back
@@ -126,9 +127,7 @@ async def serving(
     Raises PortInUse.
     """
     health, activity = Health(), Activity()
-    server = grpc.aio.server(
-        interceptors=[ServerInterceptor(activity, untraced=long_lived)], options=_OPTIONS
-    )
+    server = grpc.aio.server(interceptors=[ServerInterceptor(activity, untraced=aside)], options=_OPTIONS)
     register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     channelz.add_channelz_servicer(server)

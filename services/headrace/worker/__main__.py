@@ -19,11 +19,15 @@ from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_f
 from headrace.runtime import logs
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
+from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
+from headrace.worker import admin
+from headrace.worker.admin import AdminServicer
 from headrace.worker.cpus import keep_to, parse
 from headrace.worker.engine.refusals import LoadingError
 from headrace.worker.engine.seam import Engine
-from headrace.worker.service import RUN, SERVICES, WorkerServicer
+from headrace.worker.faults import FaultPlan, FaultyEngine
+from headrace.worker.service import RUN, SERVICES, WorkerServicer, described
 from headrace.worker.sessions import Sessions
 from headrace.worker.settings import Settings
 
@@ -47,19 +51,24 @@ async def worker(
     load       makes the engine, on a thread; the server answers health checks meanwhile, not ready
     identity   names this worker in its batchers' logs
     """
-    servicer = WorkerServicer(identity, secrets.randbits(63))
+    incarnation = secrets.randbits(63)
+    servicer = WorkerServicer(identity, incarnation)
+    inside = AdminServicer(
+        identity, incarnation, lambda: servicer.sessions, lambda sessions: described(sessions.model)
+    )
 
     def register(server: grpc.aio.Server) -> None:
         add_WorkerServiceServicer_to_server(servicer, server)
+        add_AdminServiceServicer_to_server(inside, server)
 
     async with serving(
         register,
-        SERVICES,
+        (*SERVICES, *admin.SERVICES),
         host=settings.host,
         port=settings.port,
         # What the servicer hands back at the end of the drain has to be sent as well.
         drain_seconds=settings.drain_seconds + 2,
-        long_lived=frozenset({RUN}),
+        aside=frozenset({RUN, admin.INSPECT}),
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,
     ) as server:
@@ -82,9 +91,13 @@ async def main(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, os._exit, 0)
     async with (
         telemetry("worker", instance=identity),
-        worker(settings, lambda: _load(settings), identity),
+        worker(settings, lambda: _with_faults(_load(settings), settings.faults), identity),
     ):
         await until_signal()
+
+
+def _with_faults(engine: Engine, faults: str) -> Engine:
+    return FaultyEngine(engine, FaultPlan.parse(faults)) if faults else engine
 
 
 def _load(settings: Settings) -> Engine:

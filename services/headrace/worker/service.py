@@ -38,6 +38,11 @@ class WorkerServicer(WorkerServiceServicer):
         self._sessions = sessions
 
     @property
+    def sessions(self) -> Sessions | None:
+        """The batchers' streams; None while the model loads."""
+        return self._sessions
+
+    @property
     def ready(self) -> bool:
         """Whether batchers may come."""
         return self._sessions is not None
@@ -64,7 +69,7 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def GetModel(self, request: wire.GetModelRequest, context: _Context) -> wire.GetModelResponse:
         """Describe the model."""
-        return wire.GetModelResponse(model=_described(self._open_sessions().model))
+        return wire.GetModelResponse(model=described(self._open_sessions().model))
 
     async def Run(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
         self, requests: AsyncIterator[wire.RunRequest], context: _Context
@@ -74,15 +79,16 @@ class WorkerServicer(WorkerServiceServicer):
         first = await anext(aiter(requests), None)
         if first is None or first.WhichOneof("message") != "hello":
             raise errors.InvalidRequest("the first message of Run must be hello", field="hello")
-        session = sessions.open(window=first.hello.frame_window)
-        log.info("batcher connected", extra={"batcher": first.hello.batcher_id, "epoch": first.hello.epoch})
+        hello = first.hello
+        session = sessions.open(batcher_id=hello.batcher_id, epoch=hello.epoch, window=hello.frame_window)
+        log.info("batcher connected", extra={"batcher": hello.batcher_id, "epoch": hello.epoch})
         session.welcome(
             wire.RunResponse(
                 welcome=wire.Welcome(
                     worker_id=self._worker_id,
                     incarnation=self._incarnation,
-                    epoch=first.hello.epoch,
-                    model=_described(sessions.model),
+                    epoch=hello.epoch,
+                    model=described(sessions.model),
                     credit=wire.Credit(generation=session.generation, sequences=session.credit),
                 )
             )
@@ -99,7 +105,7 @@ class WorkerServicer(WorkerServiceServicer):
             reporting.cancel()
             writing.cancel()
             sessions.shut(session)
-            log.info("batcher gone", extra={"batcher": first.hello.batcher_id})
+            log.info("batcher gone", extra={"batcher": hello.batcher_id})
 
     def _open_sessions(self) -> Sessions:
         if self._sessions is None:
@@ -137,7 +143,8 @@ async def _report(sessions: Sessions, session: Session) -> None:
         await asyncio.sleep(LOAD_SECONDS)
 
 
-def _described(model: ModelInfo) -> wire.ModelDescription:
+def described(model: ModelInfo) -> wire.ModelDescription:
+    """The model, as batchers are told of it."""
     return wire.ModelDescription(
         name=model.name,
         revision=model.revision,

@@ -64,6 +64,7 @@ class Flight:
     """What the streams' side knows of a sequence under way."""
 
     sequence: LiveSequence[Key]
+    request_id: str
     attempt: int
     parent: trace.SpanContext
     batch: trace.SpanContext
@@ -82,6 +83,8 @@ class Session:
     """
 
     number: int
+    batcher_id: str = ""
+    epoch: int = 0
     window: int = 0
     credit: int = 0
     flights: dict[int, Flight] = field(default_factory=dict)
@@ -173,10 +176,10 @@ class Sessions:
         """Stop the engine's thread; blocks until its step is over."""
         self._engine.stop()
 
-    def open(self, *, window: int = 0) -> Session:
+    def open(self, *, batcher_id: str = "", epoch: int = 0, window: int = 0) -> Session:
         """A new stream, with its first credit."""
         self._opened += 1
-        session = Session(self._opened, window=window)
+        session = Session(self._opened, batcher_id, epoch, window)
         self._sessions[session.number] = session
         self._share_credit()
         return session
@@ -210,7 +213,12 @@ class Sessions:
                 continue
             verdict.state = wire.ADMISSION_STATE_QUEUED if busy else wire.ADMISSION_STATE_ADMITTED
             session.flights[message.handle] = Flight(
-                sequence, message.attempt, _span_context(message.trace), batch_span, now_ns
+                sequence,
+                message.request_id,
+                message.attempt,
+                _span_context(message.trace),
+                batch_span,
+                now_ns,
             )
             length = len(sequence.ids)
             self._mean_prompt += 0.1 * (length - self._mean_prompt) if self._mean_prompt else length

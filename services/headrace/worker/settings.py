@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from headrace.runtime.settings import ServiceSettings
 from headrace.worker import cpus
+from headrace.worker.faults import FaultPlan
 
 
 class Settings(ServiceSettings):
@@ -53,6 +54,12 @@ class Settings(ServiceSettings):
         default=0.0, ge=0, description="how long a step of the echo engine takes"
     )
 
+    faults: str = Field(
+        default="",
+        description="make the engine fail on purpose, such as step_delay=0.05,crash_after_tokens=100; see "
+        "headrace.worker.faults. For tests only",
+    )
+
     @property
     def tokens_per_step(self) -> int:
         """`step_tokens`, or what suits the device."""
@@ -68,4 +75,8 @@ class Settings(ServiceSettings):
     def _one_engine(self) -> Settings:
         if bool(self.model) == self.fake:
             raise ValueError("HEADRACE_MODEL is not set (or --model), and neither is --fake: set one of them")
+        try:
+            FaultPlan.parse(self.faults)
+        except ValueError as error:
+            raise ValueError(f"HEADRACE_FAULTS (or --faults): {error}") from None
         return self

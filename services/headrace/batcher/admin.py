@@ -1,0 +1,92 @@
+"""Show what the batcher is doing: its queue, its workers, and every request under way."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+
+import grpc
+
+from headrace.batcher.coalescer import Coalescer
+from headrace.batcher.job import Job
+from headrace.batcher.workers import WorkerLink
+from headrace.v1 import admin_service_pb2 as admin
+from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
+
+SERVICES = tuple(admin.DESCRIPTOR.services_by_name.values())
+INSPECT = "/headrace.v1.AdminService/Inspect"
+LISTED = 100
+
+
+class AdminServicer(AdminServiceServicer):
+    """Answers people who want to look inside."""
+
+    def __init__(self, coalescer: Coalescer, *, tier: str) -> None:
+        self._coalescer = coalescer
+        self._tier = tier
+
+    async def Inspect(
+        self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> admin.InspectResponse:
+        """Everything as it is now."""
+        now, coalescer = time.monotonic(), self._coalescer
+        queue, pool = coalescer.queue, coalescer.pool
+        state = admin.BatcherState(
+            tier=self._tier,
+            queue=[
+                admin.QueueState(priority=priority, tenant=tenant, waiting=count)
+                for (priority, tenant), count in sorted(queue.counts().items(), reverse=True)
+            ],
+            begun=len(queue.begun),
+            workers=[_link(link, now) for link in pool],
+            live=len(coalescer.live),
+            prefill_tokens_per_second=coalescer.pace(now).prefill,
+            prefix_blocks=len(coalescer.prefixes),
+        )
+        state.oldest_wait.FromNanoseconds(int(queue.oldest_wait(now) * 1e9))
+        places = {job: link.target for link in pool for job in link.flights.jobs()}
+        oldest = sorted(coalescer.live, key=lambda job: job.arrived)
+        for job in islice(oldest, request.max_sequences or LISTED):
+            state.sequences.append(_sequence(job, places.get(job, ""), now))
+        return admin.InspectResponse(batcher=state)
+
+
+def _link(link: WorkerLink, now: float) -> admin.WorkerLinkState:
+    state = admin.WorkerLinkState(
+        target=link.target,
+        worker_id=link.worker_id,
+        incarnation=link.incarnation,
+        state="not connected"
+        if not link.connected
+        else "leaving"
+        if link.retiring
+        else "draining"
+        if link.draining
+        else "suspect"
+        if link.suspect
+        else "ready",
+        problem=link.problem,
+        breaker=link.breaker.state(now).value,
+        epoch=link.epoch,
+        credit=link.credit,
+        outstanding=link.outstanding,
+        backlog_tokens=link.backlog,
+    )
+    state.step_p99.FromNanoseconds(int(link.liveness.p99 * 1e9))
+    state.silent.FromNanoseconds(max(int((now - link.liveness.heard_at) * 1e9), 0))
+    return state
+
+
+def _sequence(job: Job, place: str, now: float) -> admin.SequenceState:
+    state = admin.SequenceState(
+        request_id=job.request_id,
+        attempt=job.attempt,
+        offset=job.answered,
+        tenant=job.tenant,
+        priority=job.priority,
+        place=place,
+        unread=job.inbox.unread,
+        losses=job.history.losses,
+    )
+    state.age.FromNanoseconds(int((now - job.arrived) * 1e9))
+    return state
