@@ -14,6 +14,7 @@ from headrace.cli.mesh import MeshSpec, Running, mesh
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ADDRESS = "127.0.0.1:50051"
+BATCHER = "127.0.0.1:50052"
 
 
 def blocks(language: str) -> list[str]:
@@ -47,11 +48,16 @@ async def run(*command: str) -> str:
 
 async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
     commands = grpcurl_commands()
-    assert len(commands) == 7
+    assert len(commands) == 8
+    batcher = next(process for process in running.processes if process.name == "batcher-small")
 
-    printed = [await run("bash", "-c", command.replace(ADDRESS, running.address)) for command in commands]
+    def here(command: str) -> str:
+        return command.replace(ADDRESS, running.address).replace(BATCHER, f"127.0.0.1:{batcher.port}")
 
-    listed, described, generated, explained, tiers, told, health = printed
+    printed = [await run("bash", "-c", here(command)) for command in commands]
+
+    listed, described, generated, explained, tiers, told, health, inside = printed
+    assert '"state": "ready"' in inside
     assert "headrace.v1.GenerationService" in listed
     assert "rpc Generate" in described
     assert "What is the capital of France?" in generated, "the echo engine says it back"

@@ -66,7 +66,8 @@ async def test_hanging_up_in_the_queue_frees_the_place(slow: Mesh) -> None:
 
 async def test_a_deadline_in_mid_answer_is_told_and_frees_the_sequence(slow: Mesh) -> None:
     with pytest.raises(errors.DeadlineExceeded):
-        await collect(slow.client, endless(), timeout=0.4)
+        # Not one that asks for many tokens: that would be refused at once, knowing the pace.
+        await collect(slow.client, prompt("y" * 100), timeout=0.5)
 
     await eventually(lambda: not slow.left_behind)
 
@@ -78,7 +79,7 @@ async def test_a_deadline_in_the_queue_is_told_apart(slow: Mesh, count: Callable
         readers = [tasks.create_task(collect(slow.client, endless())) for _ in range(4)]
         await eventually(lambda: slow.tiers["only"].worker.sessions.live == 4)
         with pytest.raises(errors.DeadlineExceeded):
-            await collect(slow.client, endless(), timeout=1.0)
+            await collect(slow.client, prompt("late"), timeout=1.0)
         await eventually(lambda: len(coalescer.queue) == 0)
         for reader in readers:
             reader.cancel()
