@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks import machine
 from benchmarks.serving.hosts.headrace_engine import load
 from benchmarks.serving.workload import load as load_workload
-from benchmarks.stepping import release, row
+from benchmarks.stepping import row
 from headrace import models
 from headrace.batcher.tokens import load_tokenizer
 from headrace.worker.settings import Settings
@@ -87,7 +87,6 @@ def read(engine: Any, texts: Sequence[Text]) -> Reading:
             logprobs.append(scores.gather(1, known[:, None])[:, 0])
             top.append(scores.argmax(-1))
             starts = ends
-        release(engine, len(chosen))
     return Reading(torch.cat(logprobs), torch.cat(top))
 
 
@@ -127,7 +126,6 @@ def answers(engine: Any, prompts: Sequence[Sequence[int]], length: int) -> list[
             starts = [len(ids) for ids in chosen]
             for ids, token in zip(chosen, engine.step(rows), strict=True):
                 ids.append(token.id)
-        release(engine, len(chosen))
         written += [Text(ids, len(prompt)) for ids, prompt in zip(chosen, given, strict=True)]
     return written
 

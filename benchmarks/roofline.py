@@ -1,7 +1,7 @@
-"""What this machine could do at best: how fast it reads memory, how fast it multiplies a model's matrices.
+"""What this machine could do at best: how fast it reads memory, and how fast it multiplies.
 
-Rates are the best of several tries, with the fastest kernel that torch has for the dtype: weights prepacked
-for oneDNN in bfloat16, `_int_mm` in int8. An engine with kernels of its own may exceed them.
+Both are the best of several tries: reading a block far larger than the caches, and the multiply-and-add
+instruction of the dtype on numbers that never leave the registers. No engine can be faster.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+
+from headrace.worker.engine.kernels import machine, team
+from headrace.worker.engine.kernels.matmul import ELEMENT_BYTES, Kind
 
 _SLICES = 8
 
@@ -22,10 +28,12 @@ class Shapes:
 
     layers       [outputs, inputs] of each linear layer, layer by layer, the head last
     kv_values    keys and values of one position, all layers together
+    group        query heads that share a key head
     """
 
     layers: Sequence[tuple[int, int]]
     kv_values: int
+    group: int
 
     @property
     def weights(self) -> int:
@@ -45,7 +53,7 @@ def shapes(config: Any) -> Shapes:
         (hidden, config.intermediate_size),
     ]
     layers = each * config.num_hidden_layers + [(config.vocab_size, hidden)]
-    return Shapes(layers, 2 * kv * config.num_hidden_layers)
+    return Shapes(layers, 2 * kv * config.num_hidden_layers, heads // config.num_key_value_heads)
 
 
 def best(work: Callable[[], object]) -> float:
@@ -65,24 +73,54 @@ def bandwidth() -> float:
     return block.numel() * block.element_size() / best(block.sum)
 
 
-def products(dtype: str, layers: Sequence[tuple[int, int]], rows: int) -> float:
-    """Seconds to multiply *rows* rows by the weights of all layers once, each read from memory."""
-    return best(_multiplier(dtype, layers, rows))
+def multiplications(kind: Kind, threads: int) -> float:
+    """Products that are made and added up per second, by the instruction that the engine's kernels use."""
+    rounds = 200_000
+    plan = np.array([int(kind), rounds, 0], np.int64)
+    seconds = best(lambda: team.run(_spin, plan.ctypes.data, threads))
+    return threads * rounds * _CHAINS * machine.LANES * (4 // ELEMENT_BYTES[kind]) / seconds
 
 
-def _multiplier(dtype: str, layers: Sequence[tuple[int, int]], rows: int) -> Callable[[], object]:
-    if dtype == "int8":
-        integers = [torch.randint(-127, 127, shape, dtype=torch.int8) for shape in layers]
-        # `_int_mm` wants more than 16 rows on some devices; on the CPU any number will do.
-        fed = {inputs: torch.randint(-127, 127, (rows, inputs), dtype=torch.int8) for _, inputs in layers}
-        return lambda: [torch._int_mm(fed[weight.shape[1]], weight.t()) for weight in integers]
-    precision: torch.dtype = getattr(torch, dtype)
-    weights = [torch.randn(shape).to(precision) for shape in layers]
-    given = {inputs: torch.randn(rows, inputs).to(precision) for _, inputs in layers}
-    mkldnn: Any = torch.ops.mkldnn
-    if precision is torch.bfloat16 and hasattr(mkldnn, "_reorder_linear_weight"):
-        packed = [(mkldnn._reorder_linear_weight(weight, rows), weight.shape[1]) for weight in weights]
-        return lambda: [
-            mkldnn._linear_pointwise(given[inputs], weight, None, "none", [], "") for weight, inputs in packed
-        ]
-    return lambda: [torch.nn.functional.linear(given[weight.shape[1]], weight) for weight in weights]
+_CHAINS = 16  # sums that do not wait for each other: enough to hide how long one instruction takes
+
+
+def _chains(dot: Callable[..., Any], zero: Any) -> Any:
+    def emit(b: Any, rounds: Any) -> Any:
+        ones = machine.ints(0x01010101)
+
+        def body(_: Any, sums: list[Any]) -> list[Any]:
+            return [dot(b, held, ones, ones) for held in sums]
+
+        sums = machine.counted_loop(b, rounds, [zero] * _CHAINS, body)
+        # Without a use of the sums the loop would be optimised away.
+        total = sums[0]
+        for held in sums[1:]:
+            total = b.add(total, held) if zero.type == machine.INTS else b.fadd(total, held)
+        bits = b.bitcast(total, machine.INTS)
+        return b.zext(b.extract_element(bits, ir.Constant(machine.I32, 0)), machine.I64)
+
+    return machine.kernel([types.int64], emit, types.int64)
+
+
+def _fma(b: Any, held: Any, left: Any, right: Any) -> Any:
+    return machine.fma(b, b.bitcast(left, machine.FLOATS), b.bitcast(right, machine.FLOATS), held)
+
+
+_int8 = _chains(machine.dot_int8, machine.ints(0))
+_bfloat16 = _chains(machine.dot_bf16, machine.floats(0.0))
+_float32 = _chains(_fma, machine.floats(0.0))
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def _work(kind: int, rounds: int) -> int:
+    if kind == 0:
+        return int(_int8(rounds))
+    if kind == 1:
+        return int(_bfloat16(rounds))
+    return int(_float32(rounds))
+
+
+@cfunc(types.void(types.voidptr))  # type: ignore[untyped-decorator]
+def _spin(data: Any) -> None:
+    plan = carray(data, (3,), np.int64)
+    plan[2] = _work(plan[0], plan[1])

@@ -3,9 +3,9 @@
     python -m benchmarks.scaling [--model smollm2-135m-instruct ...] [--dtype int8 bfloat16]
 
 steps      decode steps of 1 to 64 sequences, and of 8 sequences with 128 to 4096 tokens before them, beside
-           the roofline of this machine, measured in the same run: the products of the same rows with the
-           same weights and reading the keys and values, or reading all of it from memory, if that is longer
-profile    where the time of a step goes, as torch sees it; kernels that are not torch's are outside of it
+           the roofline of this machine, measured in the same run: as long as the products of these rows
+           with the weights take, or reading weights, keys and values from memory, whichever is longer
+profile    where the time of a step goes
 stall      time to first token of 16 tokens while 4000 others are prefilled, and of the same alone
 prefix     time to first token in conversations that grow, with the prefix cache and without
 """
@@ -29,9 +29,10 @@ from transformers import AutoConfig
 
 from benchmarks import machine, roofline
 from benchmarks.serving.hosts.headrace_engine import CAN_CACHE, load, sequence, start
-from benchmarks.stepping import release, row
+from benchmarks.stepping import row
 from headrace import models
 from headrace.worker.engine.gguf_weights import dequantised
+from headrace.worker.engine.kernels.matmul import Kind
 from headrace.worker.engine.loop import StepReport
 from headrace.worker.settings import Settings
 
@@ -56,62 +57,40 @@ def decode_seconds(engine: Any, rows: int, context: int) -> float:
         began = time.perf_counter()
         engine.step(step)
         times.append(time.perf_counter() - began)
-    release(engine, rows)
     return statistics.median(times)
 
 
-def steps(engine: Any, dtype: str, shapes: roofline.Shapes, bandwidth: float) -> list[dict[str, float]]:
+def steps(
+    engine: Any, dtype: str, shapes: roofline.Shapes, bandwidth: float, rate: float
+) -> list[dict[str, float]]:
     """Time decode steps beside their limits."""
     cells = [(rows, 128) for rows in ROWS if rows <= engine.model.max_running]
     cells += [(CONTEXT_ROWS, context) for context in CONTEXTS[1:] if context <= engine.model.context_length]
-    products = {
-        rows: roofline.products(dtype, shapes.layers, rows) for rows in sorted({rows for rows, _ in cells})
-    }
     kept = []
     for rows, context in cells:
         seconds = decode_seconds(engine, rows, context)
         # Keys and values are kept in 16 bits where weights have 8.
         cached = rows * context * shapes.kv_values * max(BYTES[dtype], 2)
         memory = (shapes.weights * BYTES[dtype] + cached) / bandwidth
-        limit = max(products[rows] + cached / bandwidth, memory)
+        products = rows * (shapes.weights + context * shapes.kv_values * shapes.group) / rate
+        limit = max(products, memory)
         kept.append(
             {
                 **{"rows": rows, "context": context, "step_ms": seconds * 1e3},
-                **{"tokens_per_s": rows / seconds, "products_ms": products[rows] * 1e3},
+                **{"tokens_per_s": rows / seconds, "products_ms": products * 1e3},
                 **{"memory_ms": memory * 1e3, "of_limit": limit / seconds},
             }
         )
     return kept
 
 
-def profile(engine: Any, rows: int = 8, context: int = 128, count: int = 8) -> dict[str, float]:
-    """Shares of a decode step by operator, of the time that torch's profiler saw on the CPU."""
+def profile(engine: Any, rows: int, context: int = 128, count: int = 8) -> dict[str, float]:
+    """Shares of a decode step by part."""
     ids = [1] * context
     step = [row(engine.model, number, context - 1, ids, room=context) for number in range(rows)]
     engine.step(step)
-    began = time.perf_counter()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        for _ in range(count):
-            engine.step(step)
-    took = (time.perf_counter() - began) * 1e6
-    release(engine, rows)
-    shares: dict[str, float] = {}
-    for event in seen.key_averages():
-        kind = _kind(event.key)
-        shares[kind] = shares.get(kind, 0.0) + event.self_cpu_time_total / took
-    shares["outside of torch"] = max(0.0, 1 - sum(shares.values()))
-    return shares
-
-
-def _kind(operator: str) -> str:
-    name = operator.lower()
-    if "attention" in name or "bmm" in name or "softmax" in name:
-        return "attention"
-    if "linear" in name or "mm" in name or "mkldnn" in name or "onednn" in name:
-        return "linear layers"
-    if "argmax" in name or "topk" in name or "sort" in name or "multinomial" in name:
-        return "sampling"
-    return "other operators"
+    seen = [engine.profile(step) for _ in range(count)]
+    return {part: statistics.median(shares[part] for shares in seen) for part in seen[0]}
 
 
 class Clock:
@@ -210,10 +189,11 @@ def measure(model: str, dtype: str, threads: int, bandwidth: float) -> dict[str,
     engine: Any = load(model, dtype, threads, context_length=4224, max_running=max(ROWS))
     window = machine.Window([])
     window.open()
-    found: dict[str, Any] = {"model": model, "dtype": dtype}
+    rate = roofline.multiplications(Kind[dtype.upper()], threads)
+    found: dict[str, Any] = {"model": model, "dtype": dtype, "products_per_s": rate}
     for name, work in (
-        ("steps", lambda: steps(engine, dtype, shapes, bandwidth)),
-        ("profile", lambda: profile(engine)),
+        ("steps", lambda: steps(engine, dtype, shapes, bandwidth, rate)),
+        ("profile", lambda: {rows: profile(engine, rows) for rows in (1, 8, 32)}),
         ("stall", lambda: stall(engine)),
         ("without_cache", lambda: conversations(engine, prefix_cache=False)),
         ("with_cache", lambda: conversations(engine, prefix_cache=True) if CAN_CACHE else None),
@@ -247,8 +227,10 @@ def show(found: dict[str, Any], console: Console) -> None:
             f"{cell['of_limit']:.0%}",
         )
     console.print(table)
-    shares = sorted(found["profile"].items(), key=lambda share: -share[1])
-    console.print("a step of 8: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
+    for rows, parts in found["profile"].items():
+        shares = sorted(parts.items(), key=lambda share: -share[1])
+        told = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.01)
+        console.print(f"a step of {rows}: {told}")
     late = found["stall"]
     console.print(
         f"first token of 16: {late['alone_ms']:.0f} ms alone, {late['beside_ms']:.0f} ms beside a prefill "
@@ -272,7 +254,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", nargs="+", default=[models.SMALL, models.LARGE])
-    parser.add_argument("--dtype", nargs="+", choices=[d for d in known if d != "auto"], default=usual)
+    parser.add_argument("--dtype", nargs="+", choices=["int8", "bfloat16", "float32"], default=usual)
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from headrace.worker.engine.seam import ModelInfo, Row, SamplingParams
 
 _GREEDY = SamplingParams(seed=0, max_tokens=1 << 30, temperature=0.0, ignore_eos=True)
-# Older seams give a sequence a slot, newer ones a table of blocks.
-_BLOCKS = "blocks" in Row.__dataclass_fields__
 
 
 def row(model: ModelInfo, sequence: int, start: int, ids: Sequence[int], *, room: int) -> Row:
@@ -18,16 +15,6 @@ def row(model: ModelInfo, sequence: int, start: int, ids: Sequence[int], *, room
     sequence   its number; each has its own place in KV memory
     room       most tokens that any of the sequences will have, the same in every call
     """
-    place: dict[str, Any] = {"slot": sequence}
-    if _BLOCKS:
-        size: int = getattr(model, "block_tokens")  # noqa: B009
-        each = -(-room // size)
-        place = {"blocks": range(sequence * each, (sequence + 1) * each)}
-    return Row(start=start, stop=len(ids), ids=ids, prompt=1, sample=True, params=_GREEDY, **place)
-
-
-def release(engine: Any, sequences: int) -> None:
-    """Forget the sequences, where engines have to be told."""
-    if not _BLOCKS:
-        for sequence in range(sequences):
-            engine.release(sequence)
+    each = -(-room // model.block_tokens)
+    blocks = range(sequence * each, (sequence + 1) * each)
+    return Row(blocks=blocks, start=start, stop=len(ids), ids=ids, prompt=1, sample=True, params=_GREEDY)

@@ -6,11 +6,12 @@ only after the caller had its turn, so that scheduling costs a GPU nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from headrace.worker.engine.decoder import Decoder
 from headrace.worker.engine.flat_step import flatten
 from headrace.worker.engine.forward import Forward
 from headrace.worker.engine.sampling import Sampler
@@ -79,3 +80,13 @@ class TorchEngine:
             if turns:
                 turns.pop()()
         return Computed(sampling, logits, drawing.tokens() if drawing is not None else [])
+
+    @torch.inference_mode()
+    def profile(self, rows: Sequence[Row]) -> Mapping[str, float]:
+        """Compute all rows and return what share of the time each part of the forward pass took.
+
+        Raises NotImplementedError where the model goes through transformers' own code.
+        """
+        if not isinstance(self._forward, Decoder):
+            raise NotImplementedError("only a decoder tells its parts apart; use torch.profiler")
+        return self._forward.profile(flatten(rows, self._model.block_tokens))
