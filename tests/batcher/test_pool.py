@@ -209,7 +209,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
         await eventually(lambda: link.load.prefill_tokens_per_second > 0)
 
         with pytest.raises(errors.Unattainable, match="first token"):
-            await collect(tier.client, prompt("m" * 3500, max_tokens=1), timeout=0.4)
+            await collect(tier.client, prompt("m" * 3500, max_tokens=1), timeout=0.3)
         with pytest.raises(errors.Unattainable, match="400 tokens"):
             await collect(tier.client, prompt("m", max_tokens=400, min_tokens=400), timeout=1)
         assert (await collect(tier.client, prompt("m", max_tokens=4), timeout=30)).tokens == 1

@@ -47,6 +47,9 @@ _failovers = _meter.create_counter(
     attributes.METRIC_FAILOVERS, description="answers that went on at another worker, by why they had to"
 )
 
+# What is measured in trouble, such as the loss of a worker, looks worse than it will be: a request is refused
+# only if it would take this many times as long as it has.
+DOUBT = 2.0
 _LOOK_SECONDS = 1.0  # the longest that `run` sleeps: breakers close, deadlines pass, workers stay away
 
 
@@ -215,7 +218,7 @@ class Coalescer:
         left = job.answer_by - now
         first = pace.first_token_in(jobs=jobs, ahead=ahead, tokens=job.tokens)
         last = first + pace.tokens_in(job.least_tokens - job.answered)
-        if last > left:
+        if last > DOUBT * left:
             what = "its first token" if first > left else f"its {job.least_tokens} tokens"
             raise errors.Unattainable(
                 f"the deadline is in {left:.2f} s and {what} cannot come before {max(first, last):.2f} s, as "
