@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check protos bench bench-peers clean
+.PHONY: help demo up test check protos bench bench-mesh faults bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 14
@@ -22,6 +22,9 @@ up: $(INSTALLED) ## bring the mesh up on 127.0.0.1:50051 and keep it up until Ct
 test: $(INSTALLED) ## run all tests; fetches the default models for those that need real weights
 	headrace fetch
 	pytest
+
+faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: minutes of overload and soak)
+	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )pytest tests/faults
 
 check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import arrows
 	ruff check .
@@ -42,6 +45,9 @@ bench: $(INSTALLED) ## measure mesh and engine, beside the peers that `make benc
 	python -m benchmarks.serving
 	python -m benchmarks.scaling
 	python -m benchmarks.quality
+
+bench-mesh: $(INSTALLED) ## measure what the mesh itself costs, on an engine that computes nothing
+	python -m benchmarks.mesh $(if $(BEFORE),--before $(BEFORE))
 
 bench-peers: $(INSTALLED) ## set up what Headrace is measured against: vLLM, OpenVINO, llama.cpp, transformers
 	headrace fetch

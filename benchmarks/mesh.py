@@ -1,11 +1,12 @@
 """What the mesh itself costs: an echo engine through all three services, against the same engine alone.
 
-    python -m benchmarks.mesh [--streams 1 8 64] [--tokens 256] [--repeat 3] [--step-seconds 0]
+    python -m benchmarks.mesh [--streams 1 8 64 256] [--tokens 256] [--repeat 3] [--before CHECKOUT]
 
-The mesh runs as real processes on loopback: router, batcher, worker. The engine computes nothing, so what
-is measured is messages, serialisation and scheduling. With --step-seconds the engine sleeps as a model
-would compute, which shows the time that the mesh adds per token. Every answer is checked against its
-prompt: none lost, none mixed up.
+The mesh runs as real processes on loopback: one router, one batcher, one worker. The engine computes nothing,
+so what is measured is messages, serialisation and scheduling. Two paces: with a step of 10 ms, as a model
+would take, the table shows what the mesh adds to the time to the first token and between tokens; with no
+pause at all it shows the token rate at which the mesh saturates. --before runs the services of another
+checkout beside ours, in turn with them. Every answer is checked against its prompt: none lost, none mixed up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import tempfile
 import threading
 import time
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.engine.loop import EngineLoop, StepReport
 from headrace.worker.engine.scheduler import LiveSequence
 from headrace.worker.engine.seam import SamplingParams
+
+MAX_RUNNING, STEP_TOKENS = 256, 128  # of the engine, alone and in the mesh
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,23 @@ class Figures:
     ttft_p50: float
     ttft_max: float
     tpot_p50: float
+    gap_p99: float
+    step_seconds: float
 
 
-def figures(what: str, seconds: float, messages: int, streams: list[tuple[float, float, int]]) -> Figures:
-    """Sum up one run; *streams* are (first token after, last token after, tokens)."""
+def figures(
+    what: str,
+    step_seconds: float,
+    seconds: float,
+    messages: int,
+    streams: list[tuple[float, float, int]],
+    gaps: list[float],
+) -> Figures:
+    """Sum up one run.
+
+    streams   of each: first token after, last token after, tokens
+    gaps      between messages of one stream; none where all of it came in one
+    """
     tokens = sum(count for _, _, count in streams)
     firsts = sorted(first for first, _, _ in streams)
     return Figures(
@@ -64,6 +80,8 @@ def figures(what: str, seconds: float, messages: int, streams: list[tuple[float,
         statistics.median(firsts),
         firsts[-1],
         statistics.median((last - first) / (count - 1) for first, last, count in streams),
+        sorted(gaps)[int(len(gaps) * 0.99)] if gaps else 0.0,
+        step_seconds,
     )
 
 
@@ -72,9 +90,12 @@ def prompt(number: int) -> str:
     return f"stream {number:03} says hello, "
 
 
-async def through_mesh(client: Client, streams: int, tokens: int) -> Figures:
+async def through_mesh(
+    client: Client, streams: int, tokens: int, step_seconds: float, what: str = "mesh"
+) -> Figures:
     """Run *streams* requests at once through the mesh."""
     messages = 0
+    gaps: list[float] = []
 
     async def one(number: int) -> tuple[float, float, int]:
         nonlocal messages
@@ -85,8 +106,11 @@ async def through_mesh(client: Client, streams: int, tokens: int) -> Figures:
             async for response in stream:
                 messages += 1
                 if response.HasField("delta"):
-                    last = time.perf_counter() - began
-                    first = first or last
+                    now = time.perf_counter() - began
+                    if first:
+                        gaps.append(now - last)
+                    last = now
+                    first = first or now
                     said += response.delta.text
         expected = (text * (tokens // len(text) + 1))[:tokens]
         if said != expected:
@@ -97,7 +121,7 @@ async def through_mesh(client: Client, streams: int, tokens: int) -> Figures:
 
     began = time.perf_counter()
     done = await asyncio.gather(*(one(number) for number in range(streams)))
-    return figures("mesh", time.perf_counter() - began, messages, list(done))
+    return figures(what, step_seconds, time.perf_counter() - began, messages, list(done), gaps)
 
 
 def engine_alone(streams: int, tokens: int, step_seconds: float) -> Figures:
@@ -107,6 +131,9 @@ def engine_alone(streams: int, tokens: int, step_seconds: float) -> Figures:
     steps = 0
     done = threading.Event()
 
+    lasts_heard: dict[int, float] = {}
+    gaps: list[float] = []
+
     def hear(report: StepReport[int]) -> None:
         nonlocal steps
         steps += 1
@@ -114,13 +141,16 @@ def engine_alone(streams: int, tokens: int, step_seconds: float) -> Figures:
         for update in report.updates:
             key = update.sequence.key
             firsts.setdefault(key, now)
+            if key in lasts_heard:
+                gaps.append(now - lasts_heard[key])
+            lasts_heard[key] = now
             if update.ending is not None:
                 lasts[key] = now
         if len(lasts) == streams:
             done.set()
 
-    engine = EchoEngine(max_running=64, step_seconds=step_seconds)
-    loop: EngineLoop[int] = EngineLoop(engine, report=hear)
+    engine = EchoEngine(max_running=MAX_RUNNING, step_seconds=step_seconds)
+    loop: EngineLoop[int] = EngineLoop(engine, report=hear, step_tokens=STEP_TOKENS)
     loop.start()
     began = time.perf_counter()
     for number in range(streams):
@@ -130,7 +160,8 @@ def engine_alone(streams: int, tokens: int, step_seconds: float) -> Figures:
     done.wait(300)
     seconds = time.perf_counter() - began
     loop.stop()
-    return figures("engine", seconds, steps, [(firsts[key], lasts[key], tokens) for key in firsts])
+    streamed = [(firsts[key], lasts[key], tokens) for key in firsts]
+    return figures("engine", step_seconds, seconds, steps, streamed, gaps)
 
 
 def median_of(runs: list[Figures]) -> Figures:
@@ -138,48 +169,68 @@ def median_of(runs: list[Figures]) -> Figures:
     return sorted(runs, key=lambda run: run.tokens_per_second)[len(runs) // 2]
 
 
-async def measure(arguments: argparse.Namespace) -> list[Figures]:
-    """Measure engine and mesh, interleaved, and keep the median runs."""
-    kept = []
-    with tempfile.TemporaryDirectory() as folder:
-        spec = MeshSpec(
-            cache=Path(folder),
-            log_dir=Path(folder) / "logs",
-            tiers=[TierSpec("only")],
-            fake=True,
-            fake_step_seconds=arguments.step_seconds,
-            flags={"worker": ["--max-running", "64"]},
-        )
-        async with mesh(spec) as running, connect(running.address) as client:
-            await through_mesh(client, 4, arguments.tokens)  # everything is imported and connected
-            for streams in arguments.streams:
-                runs: dict[str, list[Figures]] = {"engine": [], "mesh": []}
-                for _ in range(arguments.repeat):
-                    alone = await asyncio.to_thread(
-                        engine_alone, streams, arguments.tokens, arguments.step_seconds
+async def measure(arguments: argparse.Namespace, step_seconds: float) -> list[Figures]:
+    """Measure engine and mesh, and the mesh of another checkout, in turn; keep the median runs."""
+    kept: list[Figures] = []
+    checkouts = {"mesh": None, **({"before": arguments.before} if arguments.before else {})}
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        clients: dict[str, Client] = {}
+        for name, checkout in checkouts.items():
+            spec = MeshSpec(
+                cache=folder,
+                log_dir=folder / name,
+                tiers=[TierSpec("only")],
+                fake=True,
+                fake_step_seconds=step_seconds,
+                environment={"PYTHONPATH": str(checkout / "services")} if checkout else {},
+                flags={
+                    "worker": ["--max-running", str(MAX_RUNNING), "--step-tokens", str(STEP_TOKENS)],
+                    "batcher": ["--queue-limit", str(2 * MAX_RUNNING)],
+                },
+            )
+            running = await stack.enter_async_context(mesh(spec))
+            clients[name] = await stack.enter_async_context(connect(running.address))
+            # Everything is imported and connected.
+            await through_mesh(clients[name], 4, arguments.tokens, step_seconds)
+        for streams in arguments.streams:
+            runs: dict[str, list[Figures]] = {"engine": [], **{name: [] for name in clients}}
+            for _ in range(arguments.repeat):
+                alone = asyncio.to_thread(engine_alone, streams, arguments.tokens, step_seconds)
+                runs["engine"].append(await alone)
+                for name, client in clients.items():
+                    runs[name].append(
+                        await through_mesh(client, streams, arguments.tokens, step_seconds, name)
                     )
-                    runs["engine"].append(alone)
-                    runs["mesh"].append(await through_mesh(client, streams, arguments.tokens))
-                kept += [median_of(runs["engine"]), median_of(runs["mesh"])]
+            kept += [median_of(one) for one in runs.values()]
     return kept
 
 
 def show(kept: list[Figures]) -> None:
-    """Print the runs as a table."""
-    table = Table(title=f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
-    for heading in ("streams", "what", "tokens/s", "messages/s", "TTFT p50 ms", "TTFT max ms", "TPOT p50 ms"):
+    """Print the runs of one pace as a table."""
+    pace = kept[0].step_seconds
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    table = Table(title=f"a step takes {pace * 1e3:g} ms; {machine}")
+    headings = ("streams", "what", "tokens/s", "messages/s", "TTFT p50 ms", "added", "TPOT p50 ms", "added")
+    for heading in (*headings, "gap p99 ms"):
         table.add_column(heading, justify="right")
+    alone = kept[0]
     for run in kept:
+        if run.what == "engine":
+            alone = run
+        added = run is not alone
         table.add_row(
             str(run.streams),
             run.what,
             f"{run.tokens_per_second:,.0f}",
             f"{run.messages_per_second:,.0f}",
             f"{run.ttft_p50 * 1e3:.1f}",
-            f"{run.ttft_max * 1e3:.1f}",
+            f"{(run.ttft_p50 - alone.ttft_p50) * 1e3:+.1f}" if added else "",
             f"{run.tpot_p50 * 1e3:.3f}",
+            f"{(run.tpot_p50 - alone.tpot_p50) * 1e3:+.3f}" if added else "",
+            f"{run.gap_p99 * 1e3:.1f}",
         )
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 def main() -> None:
@@ -187,13 +238,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--tokens", type=int, default=256, help="tokens per answer")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; the median is shown")
-    parser.add_argument("--step-seconds", type=float, default=0.0, help="what a step of the engine takes")
+    parser.add_argument(
+        "--step-seconds", type=float, nargs="+", default=[0.01, 0.0], help="what a step of the engine takes"
+    )
+    parser.add_argument("--before", type=Path, help="another checkout, whose services are measured as well")
     arguments = parser.parse_args()
-    kept = asyncio.run(measure(arguments))
-    show(kept)
+    kept: list[Figures] = []
+    for step_seconds in arguments.step_seconds:
+        runs = asyncio.run(measure(arguments, step_seconds))
+        show(runs)
+        kept += runs
     out = Path("build/bench-mesh.json")
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps([asdict(run) for run in kept], indent=1))

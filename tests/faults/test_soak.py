@@ -8,6 +8,8 @@ import signal
 import time
 from collections.abc import Callable
 
+import pytest
+
 from headrace.client import Client, connect
 from tests.faults.fleet import Child, Fleet
 from tests.faults.tally import Row, Visit, request, visit
@@ -16,6 +18,7 @@ from tests.faults.test_load import DEADLINES
 MEGABYTE = 1024 * 1024
 
 
+@pytest.mark.timeout(1200)
 async def test_nothing_grows(twins: Fleet, row: Callable[[str], Row], rng: random.Random, long: bool) -> None:
     """Memory, file descriptors and threads of every process are what they were after the warm-up."""
     seconds = 600.0 if long else 20.0
