@@ -121,7 +121,7 @@ async def test_a_prompt_that_kills_each_worker_it_meets_stops_after_two(
     counted = row("a prompt that kills its worker, three workers")
     async with fleets(Plan(workers=3, batchers=1, routers=1)) as few:
         async with connect(few.target) as client:
-            streams = Streams(client, [exactly(rng, number, 250) for number in range(12)])
+            streams = Streams(client, [exactly(rng, number, 250) for number in range(12)], timeout=150)
             await streams.reached(20)
             poison = pb.GenerateRequest(prompt="POISON", sampling=pb.Sampling(max_tokens=9))
             poisoned = await visit(client, poison)
