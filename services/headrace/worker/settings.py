@@ -43,7 +43,7 @@ class Settings(ServiceSettings):
         default=0,
         ge=0,
         description="most tokens that one engine step computes, prompts included: fewer keep answers under "
-        "way even, more compute prompts faster; 0 takes 128 on CPUs, 2048 on GPUs",
+        "way even, more compute prompts faster; 0 takes 256 on CPUs, 2048 on GPUs",
     )
     prefix_cache: bool = Field(
         default=True,
@@ -63,7 +63,7 @@ class Settings(ServiceSettings):
     @property
     def tokens_per_step(self) -> int:
         """`step_tokens`, or what suits the device."""
-        return self.step_tokens or (128 if self.device == "cpu" else 2048)
+        return self.step_tokens or (256 if self.device == "cpu" else 2048)
 
     @field_validator("cpus")
     @classmethod
