@@ -53,6 +53,7 @@ def test_a_folder_becomes_an_engine_that_tells_what_it_is(tiny_folder: Folder, t
     )
     assert (model.context_length, model.vocabulary_size, model.max_running) == (300, 131, 4)
     assert model.eos_ids == {2}
+    heard = [sentence for sentence in heard if "compiling" not in sentence]
     assert heard[:4] == [
         "loading tiny in float32",
         "laying out weights",

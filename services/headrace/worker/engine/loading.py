@@ -30,6 +30,7 @@ from headrace.worker.engine.attention_kinds import AttentionKind, Layers, choose
 from headrace.worker.engine.decoder import Decoder, DecoderWeights
 from headrace.worker.engine.forward import Forward, TransformersForward, VarlenForward
 from headrace.worker.engine.gguf_weights import END_OF_TURN, dequantised
+from headrace.worker.engine.kernels.compiling import compile_kernels
 from headrace.worker.engine.precision import Precision, choose_precision
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
 from headrace.worker.engine.seam import ModelInfo
@@ -85,6 +86,8 @@ def load_engine(
     if threads is not None:
         torch.set_num_threads(threads)
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
+    if place.type == "cpu":
+        compile_kernels(progress)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder, digest = path, ""
     if path.suffix == ".gguf" and path.is_file():

@@ -11,6 +11,7 @@ activation are float32; `matmul.Kind` says what the products are.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -273,11 +274,16 @@ def _compute(step: Any) -> None:
         _multiply(step, 11, phase, False, step.head, step.sampled, step.logits, 128 * step.head.count)
 
 
-@cfunc(types.void(types.voidptr), nopython=True, cache=True)
+@functools.cache
+def compiled() -> Any:
+    """Return what the threads call; compiles it, or reads it from the cache, the first time."""
+    return cfunc(types.void(types.voidptr), nopython=True, cache=True)(_compute_on_thread)
+
+
 def _compute_on_thread(data: Any) -> None:
     _compute(carray(data, (1,), STEP)[0])
 
 
 def compute(step: Any, threads: int) -> None:
     """Compute the step that a STEP record describes, on *threads* threads."""
-    team.run(_compute_on_thread, step.ctypes.data, threads)
+    team.run(compiled(), step.ctypes.data, threads)

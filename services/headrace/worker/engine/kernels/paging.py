@@ -6,6 +6,7 @@ leaving compiled code.
 
 from __future__ import annotations
 
+import functools
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -176,7 +177,12 @@ def _attend(call: Any) -> None:
         attention.attend_unit(layer, ragged, unit, call.queries, query_row, call.out, out_row, scratch)
 
 
-@cfunc(types.void(types.voidptr), nopython=True, cache=True)
+@functools.cache
+def compiled() -> Any:
+    """Return what the threads call; compiles it, or reads it from the cache, the first time."""
+    return cfunc(types.void(types.voidptr), nopython=True, cache=True)(_attend_on_thread)
+
+
 def _attend_on_thread(data: Any) -> None:
     _attend(carray(data, (1,), _CALL)[0])
 
@@ -205,4 +211,4 @@ def attend(
     call["value_dim"], call["out"] = value_dim, out
     call["scratch"], call["scratch_bytes"] = scratch.ctypes.data, size
     call["counter"], call["threads"] = counter.ctypes.data, threads
-    team.run(_attend_on_thread, call.ctypes.data, threads)
+    team.run(compiled(), call.ctypes.data, threads)
