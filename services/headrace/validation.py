@@ -13,6 +13,7 @@ from headrace.v1 import generation_pb2 as pb
 
 ROLES = ("system", "user", "assistant")
 MAX_STOPS = 16
+MAX_STOP_IDS = 64
 MAX_STOP_CHARACTERS = 256
 MAX_REQUEST_ID = 128
 MAX_FLUSH_TOKENS = 1024
@@ -83,6 +84,10 @@ def check_sampling(sampling: pb.Sampling) -> None:
             raise _bad_sampling(
                 "stop", f"holds a text of {len(stop)} characters, must be 1 to {MAX_STOP_CHARACTERS}"
             )
+    if len(sampling.stop_token_ids) > MAX_STOP_IDS:
+        raise _bad_sampling(
+            "stop_token_ids", f"has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_IDS} are taken"
+        )
     for token, bias in sampling.logit_bias.items():
         if not -100 <= bias <= 100:
             raise _bad_sampling("logit_bias", f"of token {token} is {bias:g}, must be -100 to 100")

@@ -161,3 +161,13 @@ async def test_text_that_was_kept_back_until_the_end_survives_the_loss_of_the_fi
         assert kept_back == ["o"]
         request.resume.token_ids.extend(b"xyo")
         assert (await collect(mesh.client, request)).text == "o"
+
+
+async def test_a_stop_token_ends_the_answer_and_is_not_delivered(mesh: Mesh) -> None:
+    request = prompt("one, two; three", stop_token_ids=[ord(";"), ord("!")], ignore_eos=True)
+
+    answer = await collect(mesh.client, request)
+
+    assert answer.text == "one, two"
+    assert answer.finish.reason == pb.FINISH_REASON_STOP
+    assert answer.finish.usage.completion_tokens == len("one, two")

@@ -165,14 +165,17 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
                 context_length=context_length,
             )
         vocabulary = min(model.vocabulary_size for model in models)
-        for token in (*request.sampling.logit_bias, *request.resume.token_ids):
-            if token >= vocabulary:
-                raise errors.InvalidSampling(
-                    f"token id {token} is not in the model's vocabulary of {vocabulary}",
-                    field="sampling.logit_bias"
-                    if token in request.sampling.logit_bias
-                    else "resume.token_ids",
-                )
+        given = {
+            "sampling.logit_bias": request.sampling.logit_bias,
+            "sampling.stop_token_ids": request.sampling.stop_token_ids,
+            "resume.token_ids": request.resume.token_ids,
+        }
+        for field, tokens in given.items():
+            for token in tokens:
+                if token >= vocabulary:
+                    raise errors.InvalidSampling(
+                        f"token id {token} is not in the model's vocabulary of {vocabulary}", field=field
+                    )
         sampling = pb.Sampling()
         sampling.CopyFrom(request.sampling)
         wanted = sampling.max_tokens if sampling.HasField("max_tokens") else self._max_tokens

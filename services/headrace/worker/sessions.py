@@ -451,6 +451,7 @@ def _params(sampling: pb.Sampling) -> SamplingParams:
         seed=sampling.seed,
         max_tokens=sampling.max_tokens,
         logit_bias=dict(sampling.logit_bias),
+        stop_ids=frozenset(sampling.stop_token_ids),
         **given,
     )
 

@@ -193,6 +193,24 @@ def test_a_turn_cannot_end_before_min_tokens_unless_its_end_is_ignored(
         assert (ids_of(draw(logits, [row])) == [EOS]) == ends
 
 
+def test_ids_that_end_the_answer_are_not_drawn_before_min_tokens() -> None:
+    logits = torch.tensor([[1.0, 9.0, 5.0, 1.0]])
+
+    def drawn(answered: int) -> list[int]:
+        row = row_of(
+            [1] * (4 + answered),
+            prompt=4,
+            min_tokens=3,
+            ignore_eos=True,
+            temperature=0.0,
+            stop_ids=frozenset({1}),
+        )
+        return ids_of(draw(logits, [row]))
+
+    assert drawn(2) == [2]
+    assert drawn(3) == [1]
+
+
 def test_log_probabilities_are_the_models_own() -> None:
     """Before temperature, filters and penalties; and only for rows that ask."""
     logits = random_logits(3, 60)

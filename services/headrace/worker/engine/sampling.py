@@ -119,7 +119,7 @@ class Sampler:
         unfinished = [
             i
             for i, row in enumerate(rows)
-            if row.stop - row.prompt < row.params.min_tokens and not row.params.ignore_eos
+            if row.stop - row.prompt < row.params.min_tokens and self._endings(row)
         ]
         if not (biased or repeated or counted or unfinished):
             return logits
@@ -143,9 +143,13 @@ class Sampler:
             presence = self._floats([r.params.presence_penalty for r in rows])[row]
             scores[row, ids] -= frequency * count + presence
         if unfinished:
-            row, ids = self._pairs(unfinished, [self._eos_ids] * len(unfinished))
+            row, ids = self._pairs(unfinished, [self._endings(rows[i]) for i in unfinished])
             scores[row, ids] = float("-inf")
         return scores
+
+    def _endings(self, row: Row) -> list[int]:
+        """Return the ids that would end this row's answer."""
+        return [*(() if row.params.ignore_eos else self._eos_ids), *row.params.stop_ids]
 
     def _draw(
         self, scores: torch.Tensor, rows: Sequence[Row], size: int

@@ -321,7 +321,8 @@ class Scheduler(Generic[K]):
         if sequence.first_token is None:
             sequence.first_token = now
         sequence.last_token = now
-        if result.id in self._model.eos_ids and not params.ignore_eos:
+        ended = result.id in self._model.eos_ids and not params.ignore_eos
+        if ended or result.id in params.stop_ids:
             return self._end(sequence, Ending.STOP)
         update = Update(sequence, sequence.answered, [result.id])
         sequence.ids.append(result.id)
