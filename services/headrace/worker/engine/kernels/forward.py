@@ -133,6 +133,19 @@ def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
 
 
 @njit(nogil=True)
+def _normalise_all(step: Any, part: int, phase: int, weights: int, scratch: int) -> None:
+    """Pack the norms of all rows; the team shares them."""
+    counter = step.counters + COUNTER_BYTES * phase
+    while True:
+        row = team.claim(counter)
+        if row >= step.ragged.tokens:
+            break
+        _normalise(step, step.x + 4 * step.hidden * row, weights, row, scratch)
+    team.barrier()
+    _book(step, part)
+
+
+@njit(nogil=True)
 def _pack(step: Any, x: int, length: int, row: int) -> None:
     """Make one row of floats the activations of the next product."""
     size = 1 if step.kind == 0 else (2 if step.kind == 1 else 4)
@@ -173,14 +186,7 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     own = layer.attention
     tokens = step.ragged.tokens
     x_row = 4 * step.hidden
-    counter = step.counters + COUNTER_BYTES * phase
-    while True:
-        row = team.claim(counter)
-        if row >= tokens:
-            break
-        _normalise(step, step.x + row * x_row, layer.attention_norm, row, scratch)
-    team.barrier()
-    _book(step, 1)
+    _normalise_all(step, 1, phase, layer.attention_norm, scratch)
     wide_row = 128 * layer.qkv.count
     _multiply(step, 2, phase + 1, False, layer.qkv, tokens, step.wide, wide_row)
     keys = 4 * own.heads * own.head_dim
@@ -222,14 +228,7 @@ def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
     """Compute the gated feed-forward network (Shazeer, GLU Variants, 2020), and add its result."""
     tokens = step.ragged.tokens
     x_row = 4 * step.hidden
-    counter = step.counters + COUNTER_BYTES * phase
-    while True:
-        row = team.claim(counter)
-        if row >= tokens:
-            break
-        _normalise(step, step.x + row * x_row, layer.feed_forward_norm, row, scratch)
-    team.barrier()
-    _book(step, 7)
+    _normalise_all(step, 7, phase, layer.feed_forward_norm, scratch)
     wide_row = 128 * layer.gate_up.count
     _multiply(step, 8, phase + 1, False, layer.gate_up, tokens, step.wide, wide_row)
     counter = step.counters + COUNTER_BYTES * (phase + 2)
