@@ -332,11 +332,10 @@ def test_a_conversation_is_stopped_by_control_c_and_ended_by_control_d(mesh: Up)
     terminal.expect("Hello there")  # as answered
     terminal.expect("stop")
     terminal.expect("> ")
-    terminal.type("long " * 100 + "\n")
-    terminal.expect("\n")  # the end of the line as typed
-    terminal.expect("long long")
-    terminal.type("\x03")
-    terminal.expect("(stopped)")
+    terminal.type("long " * 100 + "indeed\n")
+    terminal.expect("indeed")  # as typed
+    terminal.expect("long long")  # as answered
+    terminal.expect("(stopped)", pressing="\x03")
     terminal.expect("> ")
     terminal.expect("Ctrl-D ends", pressing="\x03")
 
