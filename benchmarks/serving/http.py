@@ -62,7 +62,7 @@ async def server(
     base = f"http://127.0.0.1:{port}"
     async with (
         process(name, command, log, environment) as child,
-        # A connection for each request: llama.cpp's server closes kept ones while the next request is on its way.
+        # A connection for each request: llama.cpp's server closes kept ones just as they are used again.
         aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None),
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
