@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -164,6 +167,27 @@ def test_a_poisoned_sequence_spoils_no_other_and_leaves_its_blocks_usable(kind: 
     assert torch.equal(both[0], expected)
     assert both[1].isnan().all()
     assert torch.equal(after, expected)
+
+
+def test_fewer_threads_than_asked_for_compute_all_of_a_step() -> None:
+    """OpenMP gives what it has: no row may be left to a thread that never came."""
+    script = """
+import torch
+from tests.worker.engine.test_decoder import Kind, decoder_of, flatten, network_of, prompts, row, BLOCK
+(ids,) = prompts(50)
+rows = [row(ids, 0, 50, [0, 1]), row(ids, 0, 50, [2, 3])]
+logits = decoder_of(network_of("llama"), Kind.FLOAT32, threads=4)(flatten(rows, BLOCK))
+print(torch.equal(logits[0], logits[1]), bool(logits.isfinite().all()), bool(logits.any()))
+"""
+    alone = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert alone.stdout.split() == ["True", "True", "True"]
 
 
 def test_a_profile_says_where_a_step_spends_its_time() -> None:

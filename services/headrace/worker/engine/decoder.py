@@ -167,7 +167,6 @@ class Decoder:
         self._tile_tokens = attention.tile_tokens(heads, kv_heads)
         step = self._step = weights.step.copy()
         step["layer_table"] = self._layers.ctypes.data
-        step["threads"] = threads
         hidden, inner, mixed = int(step["hidden"][0]), int(step["inner"][0]), heads * head_dim
         longest = max(hidden, inner, mixed)
         scratch = max(attention.scratch_bytes(head_dim, head_dim), 4 * longest)

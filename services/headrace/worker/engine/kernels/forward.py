@@ -77,7 +77,6 @@ STEP = np.dtype(
         ("counters", np.int64),  # zeros: (layers x PHASES + 3) x COUNTER_BYTES
         ("scratch", np.int64),  # per thread
         ("scratch_bytes", np.int64),
-        ("threads", np.int64),
         ("cycles", np.int64),  # address of [len(PARTS) + 1] int64 to count the first thread's cycles in, or 0
     ]
 )
@@ -246,11 +245,11 @@ def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
 
 @njit(nogil=True)
 def _compute(step: Any) -> None:
-    me = team.thread_number()
+    me, threads = team.thread_number(), team.thread_count()
     scratch = step.scratch + me * step.scratch_bytes
     tokens, hidden = step.ragged.tokens, step.hidden
     ids = carray(pointer(step.ids), (tokens,), np.int32)
-    for row in range(me * tokens // step.threads, (me + 1) * tokens // step.threads):
+    for row in range(me * tokens // threads, (me + 1) * tokens // threads):
         if step.embedding_half:
             source = step.embedding + 2 * hidden * np.int64(ids[row])
             widen_row(source, hidden // 16, step.x + 4 * hidden * row)
@@ -266,7 +265,7 @@ def _compute(step: Any) -> None:
         _feed_forward(step, layers[index], phase + 6, scratch)
         phase += 10
     sampled = carray(pointer(step.sampled_tokens), (step.sampled,), np.int32)
-    for row in range(me * step.sampled // step.threads, (me + 1) * step.sampled // step.threads):
+    for row in range(me * step.sampled // threads, (me + 1) * step.sampled // threads):
         _normalise(step, step.x + 4 * hidden * np.int64(sampled[row]), step.final_norm, row, scratch)
     team.barrier()
     if step.sampled:

@@ -152,7 +152,6 @@ _CALL = np.dtype(
         ("scratch", np.int64),
         ("scratch_bytes", np.int64),
         ("counter", np.int64),
-        ("threads", np.int64),
     ]
 )
 
@@ -160,10 +159,10 @@ _CALL = np.dtype(
 @njit(nogil=True)
 def _attend(call: Any) -> None:
     layer, ragged = call.layer, call.ragged
-    me = team.thread_number()
+    me, threads = team.thread_number(), team.thread_count()
     key_row = 4 * layer.kv_heads * layer.head_dim
     value_row = 4 * layer.kv_heads * call.value_dim
-    for token in range(me * ragged.tokens // call.threads, (me + 1) * ragged.tokens // call.threads):
+    for token in range(me * ragged.tokens // threads, (me + 1) * ragged.tokens // threads):
         attention.store_token(
             layer, ragged, token, call.keys + token * key_row, call.values + token * value_row, call.value_dim
         )
@@ -210,5 +209,5 @@ def attend(
     call["queries"], call["keys"], call["values"] = queries, keys, values
     call["value_dim"], call["out"] = value_dim, out
     call["scratch"], call["scratch_bytes"] = scratch.ctypes.data, size
-    call["counter"], call["threads"] = counter.ctypes.data, threads
+    call["counter"] = counter.ctypes.data
     team.run(compiled(), call.ctypes.data, threads)

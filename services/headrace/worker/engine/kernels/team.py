@@ -29,7 +29,11 @@ _LIBRARY = _openmp()
 AVAILABLE = _LIBRARY is not None
 
 # Without OpenMP there is one thread: no number but 0, and nobody to wait for.
-_ALONE = (ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0), ctypes.CFUNCTYPE(None)(lambda: None))
+_ALONE = (
+    ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0),
+    ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1),
+    ctypes.CFUNCTYPE(None)(lambda: None),
+)
 
 
 def _address(name: str, alone: Any) -> int:
@@ -38,9 +42,12 @@ def _address(name: str, alone: Any) -> int:
 
 
 llvmlite.binding.add_symbol("headrace_thread", _address("omp_get_thread_num", _ALONE[0]))
-llvmlite.binding.add_symbol("headrace_barrier", _address("GOMP_barrier", _ALONE[1]))
+llvmlite.binding.add_symbol("headrace_threads", _address("omp_get_num_threads", _ALONE[1]))
+llvmlite.binding.add_symbol("headrace_barrier", _address("GOMP_barrier", _ALONE[2]))
 
 thread_number = types.ExternalFunction("headrace_thread", types.int32())
+# How many there are: OpenMP may give fewer than were asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC).
+thread_count = types.ExternalFunction("headrace_threads", types.int32())
 barrier = types.ExternalFunction("headrace_barrier", types.void())
 
 
@@ -52,7 +59,7 @@ def claim(b: Any, counter: Any) -> Any:
 
 
 def run(function: Any, data: int, threads: int) -> None:
-    """Call a numba cfunc(voidptr) once on each of *threads* threads, and wait for all.
+    """Call a numba cfunc(voidptr) once on each of at most *threads* threads, and wait for all.
 
     The GIL is released meanwhile.
     """
