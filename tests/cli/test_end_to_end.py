@@ -288,6 +288,8 @@ class Terminal:
 
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        # Who runs the tests in the background has it ignored, and children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
