@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from benchmarks import machine, roofline
-from benchmarks.serving.hosts.headrace_engine import CAN_CACHE, load, sequence, start
+from benchmarks.serving.hosts.headrace_engine import load, sequence, start
 from benchmarks.stepping import row
 from headrace import models
 from headrace.worker.engine.gguf_weights import dequantised
@@ -196,7 +196,7 @@ def measure(model: str, dtype: str, threads: int, bandwidth: float) -> dict[str,
         ("profile", lambda: {rows: profile(engine, rows) for rows in (1, 8, 32)}),
         ("stall", lambda: stall(engine)),
         ("without_cache", lambda: conversations(engine, prefix_cache=False)),
-        ("with_cache", lambda: conversations(engine, prefix_cache=True) if CAN_CACHE else None),
+        ("with_cache", lambda: conversations(engine, prefix_cache=True)),
     ):
         print(f"{model} {dtype}: {name.replace('_', ' ')} ...", flush=True)
         found[name] = work()

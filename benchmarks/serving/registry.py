@@ -73,7 +73,7 @@ def headrace_mesh(dtype: str) -> Opener:
             threads=place.threads,
             drain_seconds=1.0,
             # No two prompts of the workload share anything, but its repetitions do.
-            flags={"worker": ["--no-prefix-cache"] if "prefix_cache" in Settings.model_fields else []},
+            flags={"worker": ["--no-prefix-cache"]},
         )
         async with mesh(spec) as running, connect(running.address) as client:
             yield Mesh(client, list(running.pids.values()))

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from benchmarks.serving.hosts.pipe import Pipe
 from headrace.worker.engine.loop import EngineLoop, StepReport
 from headrace.worker.engine.scheduler import LiveSequence
 from headrace.worker.engine.seam import Engine, SamplingParams
 from headrace.worker.settings import Settings
-
-CAN_CACHE = "prefix_cache" in Settings.model_fields
 
 
 def load(model: str, dtype: str, threads: int, say: Callable[[str], None] = print, **limits: int) -> Engine:
@@ -54,8 +51,7 @@ def start(
     prefix_cache   off, unless it is what is measured: repetitions of a workload would find themselves
     """
     steps = step_tokens or Settings(fake=True).tokens_per_step
-    caching: dict[str, Any] = {"prefix_cache": prefix_cache} if CAN_CACHE else {}
-    loop: EngineLoop[int] = EngineLoop(engine, report=report, step_tokens=steps, **caching)
+    loop: EngineLoop[int] = EngineLoop(engine, report=report, step_tokens=steps, prefix_cache=prefix_cache)
     loop.start()
     return loop
 
