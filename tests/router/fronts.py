@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -33,19 +34,23 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
     """Says the prompt back, a byte a token and `pieces` tokens a delta, until it fails as it was told.
 
     refuses      raised instead of `accepted`; a string breaks off without details, as a connection does
+    refusals     how many requests it refuses
     breaks       for each request in turn, after how many tokens of its own its stream breaks; then no more
     breaks_with  what it breaks with
     hangs        says nothing more after `accepted`, and answers no look
     running      what it says of its load
+    healthy      what it says of its health
     """
 
     model: str = "echo"
     refuses: errors.HeadraceError | str = ""
+    refusals: float = math.inf
     breaks: Sequence[int] = ()
     breaks_with: errors.HeadraceError | str = "broken"
     hangs: bool = False
     pieces: int = 1
     running: int = 0
+    healthy: bool = True
     looks: int = 0
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     time_left: list[float] = field(default_factory=list)
@@ -55,7 +60,8 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
         if self.hangs and self.requests:
             await asyncio.Event().wait()
         load = routing.TierLoad(running=self.running, workers=1)
-        return routing.ListTiersResponse(tiers=[routing.Tier(healthy=True, model=self.model, load=load)])
+        tier = routing.Tier(healthy=self.healthy, model=self.model, load=load)
+        return routing.ListTiersResponse(tiers=[tier])
 
     async def Explain(self, request: object, context: object) -> routing.ExplainResponse:
         raise errors.Unimplemented("a batcher does not explain")
@@ -67,7 +73,7 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
         breaks = self.breaks[len(self.requests)] if len(self.requests) < len(self.breaks) else None
         self.requests.append(request)
         self.time_left.append(context.time_remaining())
-        if self.refuses:
+        if self.refuses and len(self.requests) <= self.refusals:
             await self._fail(self.refuses, context)
         yield pb.GenerateResponse(
             accepted=pb.Accepted(request_id=request.request_id, model=self.model, seed=request.sampling.seed)
@@ -122,7 +128,13 @@ async def routed(
                 for front in ([fronts] if isinstance(fronts, Front) else fronts)
             ]
             targets.append(f"{name}={'+'.join(addresses)}")
-        given = {"drain_seconds": 0, "poll_seconds": 60, "resume_seconds": 5, **(settings or {})}
+        given: dict[str, Any] = {
+            "drain_seconds": 0,
+            "poll_seconds": 60,
+            "resume_seconds": 5,
+            "wait_seconds": 0,
+        }
+        given |= settings or {}
         gate = await stack.enter_async_context(router(Settings(port=0, tiers=",".join(targets), **given)))
         await eventually(lambda: gate.health.ready)
         yield await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}", retries=0))

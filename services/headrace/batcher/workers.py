@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECONNECT_SECONDS = (0.1, 2.0)  # first and longest pause between attempts
+RECONNECT_SECONDS = (0.1, 0.5)  # first and longest pause between attempts
 WATCH_SECONDS = 0.25  # between looks at whether the worker lives
 FRAME_WINDOW = 32  # step frames that the worker may send before it hears that they were taken in
 _ACK_EVERY = FRAME_WINDOW // 4

@@ -32,7 +32,10 @@ from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_s
 async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
     """Serve the mesh while the block runs; drain when it is left."""
     tiers = Tiers(
-        settings.tier_targets(), poll_seconds=settings.poll_seconds, stall_seconds=settings.stall_seconds
+        settings.tier_targets(),
+        poll_seconds=settings.poll_seconds,
+        stall_seconds=settings.stall_seconds,
+        wait_seconds=settings.wait_seconds,
     )
     try:
         scores, checker = scorer.load(settings.scorer), draft_check.load(settings.draft_check)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import aclosing
 
 from opentelemetry import metrics, trace
@@ -41,21 +41,30 @@ async def across_tiers(
     *,
     ends: float,
     resume_seconds: float,
+    returning: Callable[[Collection[str], float], Awaitable[bool]],
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Stream the answer of the tier that *choose* names, given the names of those that failed so far.
 
     request          with request_id and seed set
     ends             time.monotonic() of the deadline
     resume_seconds   as for `on_tier`
+    returning        asked when no tier is left: whether it is worth choosing anew (`Tiers.returning`)
 
     A tier that cannot serve, or would not now, is replaced as long as the caller has heard nothing; a request
     that resumes stays, for its token ids are those of one model. Raises what `choose` raises at first, and
     what the last tier said when it finds no other.
     """
+    began = time.monotonic()
     failed: list[str] = []
-    reason = ""
-    tier = choose(failed)
+    said: errors.HeadraceError | None = None
     while True:
+        try:
+            tier = choose(failed)
+        except errors.NoWorkers as nobody:
+            if (said is None or _may_pass(said)) and await returning(failed, began):
+                failed.clear()
+                continue
+            raise said or nobody from None
         accepted = False
         try:
             answer = on_tier(tier, request, ends=ends, resume_seconds=resume_seconds)
@@ -64,17 +73,18 @@ async def across_tiers(
                     first, accepted = not accepted, True
                     yield response
                     if first and failed and request.stream.include_route_changes:
-                        yield route_change(failed[-1], tier.name, reason, len(failed))
+                        yield route_change(failed[-1], tier.name, said.reason if said else "", len(failed))
             return
         except (errors.Unavailable, errors.Overloaded) as error:
             if accepted or request.resume.token_ids:
                 raise
             failed.append(tier.name)
-            try:
-                tier = choose(failed)
-            except errors.NoWorkers:
-                raise error from None
-            reason = error.reason
+            said = error
+
+
+def _may_pass(error: errors.HeadraceError) -> bool:
+    """Whether a tier that said this may take the same request in a moment: it told of itself, not of load."""
+    return isinstance(error, errors.NoWorkers) or type(error) in _BATCHER_GONE
 
 
 async def on_tier(

@@ -107,6 +107,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 forwarded,
                 ends=ends,
                 resume_seconds=self._resume_seconds,
+                returning=self._tiers.returning,
             )
 
         answer = cascade(

@@ -91,6 +91,12 @@ class Settings(ServiceSettings):
         ge=0,
         description="how long an answer that lost its batcher waits for another one of its tier",
     )
+    wait_seconds: float = Field(
+        default=3.0,
+        ge=0,
+        description="how long a request that no tier can take waits if one could until a moment ago, as in a "
+        "restart",
+    )
 
     @model_validator(mode="after")
     def _usable(self) -> Settings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
@@ -167,6 +168,7 @@ class Tier:
     ) -> None:
         self.name = name
         self.seen = routing.Tier(name=name, unhealthy_reason="not asked yet")
+        self.healthy_at = -math.inf  # time.monotonic() when it was last seen to be
         self._discovery = Discovery(targets)
         self._poll_seconds = poll_seconds
         self._stall_seconds = stall_seconds
@@ -245,6 +247,8 @@ class Tier:
     def _tell(self) -> None:
         """Sum up what the batchers said, and wake who waits for one of them."""
         self.seen = summary(self.name, [batcher.seen for batcher in self._batchers.values()])
+        if self.seen.healthy:
+            self.healthy_at = time.monotonic()
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -296,6 +300,7 @@ class Tiers:
     targets         (name, its batchers' targets) pairs, smallest first
     poll_seconds    pause between looks at a healthy batcher
     stall_seconds   how long a batcher may be silent
+    wait_seconds    how long a tier that has lost its last batcher or worker is waited for
     """
 
     def __init__(
@@ -304,7 +309,9 @@ class Tiers:
         *,
         poll_seconds: float = 1.0,
         stall_seconds: float = 5.0,
+        wait_seconds: float = 3.0,
     ) -> None:
+        self._wait_seconds = wait_seconds
         self.tiers = [
             Tier(name, addresses, poll_seconds=poll_seconds, stall_seconds=stall_seconds)
             for name, addresses in targets
@@ -317,6 +324,26 @@ class Tiers:
     def any_healthy(self) -> bool:
         """Whether there is anybody to send a request to."""
         return any(tier.seen.healthy for tier in self.tiers)
+
+    async def returning(self, failed: Collection[str], began: float) -> bool:
+        """Whether it is worth choosing anew, after a moment, although no tier would serve a request.
+
+        failed  names of the tiers that were asked
+        began   time.monotonic() at which the request began
+
+        In a restart the last one of a tier may have gone before the router has heard that the first is back.
+        A tier that has been gone for longer than that is not waited for.
+        """
+        now = time.monotonic()
+        lately = any(
+            now - tier.healthy_at < self._wait_seconds
+            for tier in self.tiers
+            if tier.name in failed or not tier.seen.healthy
+        )
+        if not lately or now - began >= self._wait_seconds:
+            return False
+        await asyncio.sleep(random.uniform(0.05, 0.15))
+        return True
 
     @asynccontextmanager
     async def watching(self) -> AsyncGenerator[Self, None]:
