@@ -21,7 +21,8 @@ from headrace.batcher.__main__ import batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.tokens import ByteTokenizer
 from headrace.cli.mesh import free_ports
-from headrace.client import connect, open_channel
+from headrace.client import CHANNEL_OPTIONS, connect, open_channel
+from headrace.runtime import server
 from headrace.runtime.server import PortInUse
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EchoEngine
@@ -45,6 +46,22 @@ def ports(mesh: Mesh) -> list[int]:
         *(parts.batcher.server.port for parts in tiers),
         *(parts.worker.server.port for parts in tiers),
     ]
+
+
+async def test_a_client_that_is_silent_for_long_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keepalive pings, as fast as gRPC sends any, at a server that allows for that and forgives one."""
+    quick = [(name, 10 if "ping_interval" in name else value) for name, value in server._OPTIONS]
+    monkeypatch.setattr(server, "_OPTIONS", [*quick, ("grpc.http2.max_ping_strikes", 1)])
+    often = [(name, 100 if name == "grpc.keepalive_time_ms" else value) for name, value in CHANNEL_OPTIONS]
+    async with (
+        running_worker(EchoEngine()) as parts,
+        grpc.aio.insecure_channel(f"127.0.0.1:{parts.server.port}", options=often) as channel,
+    ):
+        await channel.channel_ready()
+
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(4):  # one ping a second; the third that is not allowed ends it
+                await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
 
 
 async def test_every_server_tells_readiness_and_liveness(mesh: Mesh) -> None:
