@@ -159,7 +159,15 @@ def test_top_shows_shares_waste_and_what_was_saved() -> None:
         tiers=[routing.Tier(name="small", model="s", healthy=True), routing.Tier(name="large", model="l")],
         bill=pb.Bill(
             charges=[
-                pb.Charge(tier="small", answers=3, completion_tokens=300, wasted_tokens=70, cost=0.25),
+                pb.Charge(
+                    tier="small",
+                    answers=3,
+                    prompt_tokens=800,
+                    cached_tokens=200,
+                    completion_tokens=300,
+                    wasted_tokens=70,
+                    cost=0.25,
+                ),
                 pb.Charge(tier="large", answers=1, completion_tokens=100, cost=0.5),
             ],
             cost=0.75,
@@ -174,8 +182,8 @@ def test_top_shows_shares_waste_and_what_was_saved() -> None:
     printed = console.export_text()
 
     lines = [line.split() for line in printed.splitlines()]
-    assert ["small", "3", "1.0", "75%", "300", "70", "0.2500"] in lines
-    assert ["large", "1", "0.0", "25%", "100", "0", "0.5000"] in lines
+    assert ["small", "3", "1.0", "75%", "800", "25%", "300", "70", "0.2500"] in lines
+    assert ["large", "1", "0.0", "25%", "0", "-", "100", "0", "0.5000"] in lines
     assert "saved 25%" in printed
     assert "unhealthy" in printed
 

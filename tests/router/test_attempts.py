@@ -43,6 +43,8 @@ async def test_a_batcher_that_breaks_off_is_replaced_at_the_next_token() -> None
     assert before.sampling.seed == after.sampling.seed
     assert before.request_id == after.request_id
     assert answer.finish.usage.replayed_tokens == 5
+    (charge,) = answer.finish.bill.charges
+    assert (charge.attempts, charge.answers) == (2, 1), "each batcher that was asked counts"
 
 
 async def test_token_ids_and_moves_are_told_to_those_who_asked_only() -> None:

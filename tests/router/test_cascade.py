@@ -33,6 +33,7 @@ class Speaker(Front):
     length: bool = False
     cancelled: int = 0
     fails_after: int | None = None
+    cached: int = 0
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
@@ -57,7 +58,7 @@ class Speaker(Front):
         finally:
             self.cancelled += not ended
         reason = pb.FINISH_REASON_LENGTH if self.length else pb.FINISH_REASON_STOP
-        usage = pb.Usage(prompt_tokens=10, completion_tokens=len(words))
+        usage = pb.Usage(prompt_tokens=10, cached_tokens=self.cached, completion_tokens=len(words))
         yield pb.GenerateResponse(finish=pb.Finish(reason=reason, usage=usage))
 
 
@@ -86,6 +87,23 @@ async def test_a_good_draft_is_released_and_nothing_is_generated_twice() -> None
     assert charges(answer) == {"small": (1, 10, 6, 0)}
     assert answer.finish.bill.cost == pytest.approx((10 * 1 + 6 * 2) / 1e6)
     assert answer.finish.bill.largest_tier_cost == pytest.approx((10 * 10 + 6 * 20) / 1e6)
+
+
+async def test_cached_tokens_of_a_prompt_have_their_own_price_here_and_on_the_largest_tier() -> None:
+    prices = {"prices": "small=1/2/0.25,large=10/20/1"}
+    words = len(BAD.split())
+    small, large = Speaker(text=BAD, cached=8), Speaker(cached=2)
+    async with routed({**CASCADE, **prices}, small=small, large=large) as client:
+        bill = (await collect(client, chat(QUESTION))).finish.bill
+        listed = await client.list_tiers()
+
+    assert [(charge.prompt_tokens, charge.cached_tokens) for charge in bill.charges] == [(10, 8), (10, 2)]
+    draft, answer = 2 * 1 + 8 * 0.25 + words * 2, 8 * 10 + 2 * 1 + 6 * 20
+    assert bill.cost == pytest.approx((draft + answer) / 1e6)
+    assert bill.largest_tier_cost == pytest.approx((2 * 10 + 8 * 1 + 6 * 20) / 1e6), (
+        "what the small tier had seen before, the large one alone would have seen"
+    )
+    assert [tier.price.cached_prompt for tier in listed.tiers] == [0.25, 1]
 
 
 async def test_a_bad_draft_is_replaced_unseen_and_billed_as_waste(count: Callable[..., float]) -> None:

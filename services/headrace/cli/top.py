@@ -68,11 +68,12 @@ def load_table(tiers: Sequence[pb.Tier]) -> Table:
 
 
 def bill_table(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elapsed: float) -> Table:
-    """What each tier did since the router started."""
+    """What each tier did since the router started; tokens of prompts, and of answers."""
     charges = {charge.tier: charge for charge in now.bill.charges}
     earlier = {charge.tier: charge.answers for charge in before.bill.charges} if before is not None else {}
     answers = sum(charge.answers for charge in charges.values())
-    table = _table("tier", right=("answers", "per s", "share", "tokens out", "wasted", "cost"))
+    figures = ("answers", "per s", "share", "prompts", "cached", "tokens", "wasted", "cost")
+    table = _table("tier", right=figures)
     for tier in now.tiers:
         charge = charges.get(tier.name, generation.Charge())
         rate = (charge.answers - earlier.get(tier.name, 0)) / elapsed if elapsed > 0 else None
@@ -81,6 +82,8 @@ def bill_table(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, e
             f"{charge.answers:,}",
             "-" if rate is None else f"{rate:.1f}",
             f"{charge.answers / answers:.0%}" if answers else "-",
+            f"{charge.prompt_tokens:,}",
+            f"{charge.cached_tokens / charge.prompt_tokens:.0%}" if charge.prompt_tokens else "-",
             f"{charge.completion_tokens:,}",
             f"{charge.wasted_tokens:,}",
             money(charge.cost) if charge.HasField("cost") else "-",

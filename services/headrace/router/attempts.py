@@ -42,12 +42,14 @@ async def across_tiers(
     ends: float,
     resume_seconds: float,
     returning: Callable[[Collection[str], float], Awaitable[bool]],
+    asked: Callable[[str], None],
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Stream the answer of the tier that *choose* names, given the names of those that failed so far.
 
     request          with request_id and seed set
     ends             time.monotonic() of the deadline
     resume_seconds   as for `on_tier`
+    asked            as for `on_tier`
     returning        asked when no tier is left: whether it is worth choosing anew (`Tiers.returning`)
 
     A tier that cannot serve, or would not now, is replaced as long as the caller has heard nothing; a request
@@ -67,7 +69,7 @@ async def across_tiers(
             raise said or nobody from None
         accepted = False
         try:
-            answer = on_tier(tier, request, ends=ends, resume_seconds=resume_seconds)
+            answer = on_tier(tier, request, ends=ends, resume_seconds=resume_seconds, asked=asked)
             async with aclosing(answer) as responses:
                 async for response in responses:
                     first, accepted = not accepted, True
@@ -88,13 +90,19 @@ def _may_pass(error: errors.HeadraceError) -> bool:
 
 
 async def on_tier(
-    tier: Tier, request: pb.GenerateRequest, *, ends: float, resume_seconds: float
+    tier: Tier,
+    request: pb.GenerateRequest,
+    *,
+    ends: float,
+    resume_seconds: float,
+    asked: Callable[[str], None],
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Stream one answer from the batchers of *tier*: whole, whatever becomes of up to two of them.
 
     request          with request_id and seed set
     ends             time.monotonic() of the deadline
     resume_seconds   how long an answer that lost its batcher waits for another one
+    asked            told the tier's name whenever one of its batchers is asked
 
     Before the first event every batcher of the tier is asked once. Raises NoWorkers or Overloaded when none
     takes the request, BatcherLost when an answer could not be carried on, and whatever else a batcher says
@@ -108,6 +116,7 @@ async def on_tier(
         if batcher is None:
             raise _nobody(tier, refused, answer.lost)
         answer.goes_to(batcher.address)
+        asked(tier.name)
         error: errors.HeadraceError
         try:
             labels: dict[str, str | int] = {

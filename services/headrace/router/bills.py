@@ -1,7 +1,8 @@
 """Count what each tier did, per request and since the start, and what it costs. Plain bookkeeping.
 
 Honest means: tokens of drafts that were given up are on the bill, and so is what was delivered before an
-answer broke off.
+answer broke off. And what the largest tier would have cost is not made dearer than it would have been: it
+gets the price of cached tokens for as much of a prompt as any tier found computed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ class Charge:
     answers: int = 0
     attempts: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     wasted_tokens: int = 0
 
@@ -29,7 +31,7 @@ class Charge:
 
     def cost(self, price: Price) -> float:
         """What it comes to; wasted tokens were computed, and cost what delivered ones do."""
-        return price.cost(self.prompt_tokens, self.completion_tokens + self.wasted_tokens)
+        return price.cost(self.prompt_tokens, self.completion_tokens + self.wasted_tokens, self.cached_tokens)
 
 
 class Bill:
@@ -46,6 +48,8 @@ class Bill:
         # Prompts and answers as the caller saw them, whatever it took to get there.
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        self._cached_tokens = 0  # of the prompts
+        self._found = 0  # of this request's prompt, found computed by drafts
 
     @property
     def charges(self) -> list[tuple[str, Charge]]:
@@ -53,24 +57,31 @@ class Bill:
         return [(tier, charge) for tier, charge in self._charges.items() if charge.attempts]
 
     def asked(self, tier: str) -> None:
-        """The tier was asked for an answer."""
+        """A batcher of the tier was asked for an answer, or for the rest of one."""
         self._charges[tier].attempts += 1
 
-    def wasted(self, tier: str, *, prompt_tokens: int, tokens: int) -> None:
+    def wasted(self, tier: str, *, prompt_tokens: int, tokens: int, cached_tokens: int = 0) -> None:
         """The tier took in a prompt and made a draft that was given up."""
         charge = self._charges[tier]
         charge.prompt_tokens += prompt_tokens
+        charge.cached_tokens += cached_tokens
         charge.wasted_tokens += tokens
+        self._found = max(self._found, cached_tokens)
 
-    def answered(self, tier: str, *, prompt_tokens: int, tokens: int, wasted_tokens: int = 0) -> None:
+    def answered(
+        self, tier: str, *, prompt_tokens: int, tokens: int, wasted_tokens: int = 0, cached_tokens: int = 0
+    ) -> None:
         """The tier gave the answer, or as much of it as was delivered."""
         charge = self._charges[tier]
         charge.answers += 1
         charge.prompt_tokens += prompt_tokens
+        charge.cached_tokens += cached_tokens
         charge.completion_tokens += tokens
         charge.wasted_tokens += wasted_tokens
         self._prompt_tokens += prompt_tokens
         self._completion_tokens += tokens
+        # Another tier's tokenizer may have counted more of them than there are here.
+        self._cached_tokens += min(max(self._found, cached_tokens), prompt_tokens)
 
     def add(self, other: Bill) -> None:
         """Add another bill of the same tiers."""
@@ -78,6 +89,7 @@ class Bill:
             self._charges[tier].add(charge)
         self._prompt_tokens += other._prompt_tokens
         self._completion_tokens += other._completion_tokens
+        self._cached_tokens += other._cached_tokens
 
     def cost_of(self, tier: str) -> float | None:
         """What the tier's charge comes to; None without a price."""
@@ -95,4 +107,4 @@ class Bill:
         """What the largest tier would have cost for the same tokens; None without its price."""
         if self._largest is None:
             return None
-        return self._largest.cost(self._prompt_tokens, self._completion_tokens)
+        return self._largest.cost(self._prompt_tokens, self._completion_tokens, self._cached_tokens)

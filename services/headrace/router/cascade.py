@@ -52,6 +52,11 @@ class Draft:
             self.finish = response.finish
 
     @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, found computed already; 0 while it is not known."""
+        return min(self.finish.usage.cached_tokens, self.prompt_tokens) if self.finish is not None else 0
+
+    @property
     def complete(self) -> bool:
         """Whether the model ended its turn by itself."""
         return self.finish is not None and self.finish.reason != pb.FINISH_REASON_LENGTH

@@ -19,14 +19,20 @@ from headrace.router.complexity import sigmoid
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What tokens cost, per million, in any one currency."""
+    """What tokens cost, per million, in any one currency.
+
+    cached_prompt   of a prompt, found computed already; None: as any others of it
+    """
 
     prompt: float
     completion: float
+    cached_prompt: float | None = None
 
-    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What so many tokens cost."""
-        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+    def cost(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
+        """What so many tokens cost, *cached_tokens* of the prompt's found computed already."""
+        cached = self.prompt if self.cached_prompt is None else self.cached_prompt
+        computed = prompt_tokens - cached_tokens
+        return (computed * self.prompt + cached_tokens * cached + completion_tokens * self.completion) / 1e6
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 ends=ends,
                 resume_seconds=self._resume_seconds,
                 returning=self._tiers.returning,
+                asked=journey.bill.asked,
             )
 
         answer = cascade(
@@ -192,6 +193,8 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         seen.CopyFrom(self._tiers[name].seen)
         if (price := self._chooser.prices.get(name)) is not None:
             seen.price.prompt, seen.price.completion = price.prompt, price.completion
+            if price.cached_prompt is not None:
+                seen.price.cached_prompt = price.cached_prompt
         return seen
 
     def _new_bill(self) -> Bill:
@@ -262,7 +265,6 @@ class _Journey:
             self._chooser.note(self.asked, decision)
         self._decision = decision
         self.tier = decision.tier
-        self.bill.asked(decision.tier)
         trace.get_current_span().set_attributes(
             {
                 attributes.SCORE: self.asked.score,
@@ -305,7 +307,12 @@ class _Journey:
 
     def gave_up(self, draft: Draft) -> None:
         """Book a draft that is thrown away; the answer is now where the last decision sent it."""
-        self.bill.wasted(draft.tier, prompt_tokens=draft.prompt_tokens, tokens=draft.tokens)
+        self.bill.wasted(
+            draft.tier,
+            prompt_tokens=draft.prompt_tokens,
+            tokens=draft.tokens,
+            cached_tokens=draft.cached_tokens,
+        )
         self._chooser.note_escalation(self.asked, draft.tier, self.tier)
 
     def pass_on(self, response: pb.GenerateResponse) -> None:
@@ -325,18 +332,29 @@ class _Journey:
             usage = response.finish.usage
             # Waste of drafts that were given up is booked with their own tiers.
             given_up = sum(charge.wasted_tokens for _, charge in self.bill.charges)
-            self._answered(usage.prompt_tokens, self._delivered, max(usage.wasted_tokens - given_up, 0))
+            self._answered(
+                usage.prompt_tokens,
+                self._delivered,
+                max(usage.wasted_tokens - given_up, 0),
+                min(usage.cached_tokens, usage.prompt_tokens),
+            )
             self._chooser.finished(self.tier, response.finish, time.monotonic())
             response.finish.bill.CopyFrom(_bill(self.bill))
 
     def close(self) -> None:
         """Book what was delivered of an answer that broke off."""
         if self.accepted is not None and not self._finished:
-            self._answered(self.accepted.prompt_tokens, self._delivered, 0)
+            self._answered(self.accepted.prompt_tokens, self._delivered, 0, 0)
 
-    def _answered(self, prompt_tokens: int, tokens: int, wasted_tokens: int) -> None:
+    def _answered(self, prompt_tokens: int, tokens: int, wasted_tokens: int, cached_tokens: int) -> None:
         self._finished = True
-        self.bill.answered(self.tier, prompt_tokens=prompt_tokens, tokens=tokens, wasted_tokens=wasted_tokens)
+        self.bill.answered(
+            self.tier,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            wasted_tokens=wasted_tokens,
+            cached_tokens=cached_tokens,
+        )
 
 
 def _text(request: pb.GenerateRequest) -> str:
@@ -379,6 +397,7 @@ def _bill(bill: Bill) -> pb.Bill:
             answers=charge.answers,
             attempts=charge.attempts,
             prompt_tokens=charge.prompt_tokens,
+            cached_tokens=charge.cached_tokens,
             completion_tokens=charge.completion_tokens,
             wasted_tokens=charge.wasted_tokens,
             cost=bill.cost_of(tier),

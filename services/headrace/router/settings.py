@@ -38,8 +38,9 @@ class Settings(ServiceSettings):
     )
     prices: str = Field(
         default="",
-        description="what a million tokens cost, as NAME=PROMPT/COMPLETION with commas, in any one currency, "
-        "such as small=0.05/0.10,large=0.50/1.50",
+        description="what a million tokens cost, as NAME=PROMPT/COMPLETION[/CACHED_PROMPT] with commas, in "
+        "any one currency, such as small=0.05/0.10,large=0.50/1.50/0.05; the third is for tokens of a prompt "
+        "that were found computed already, which otherwise cost as much as the rest of it",
     )
     scorer: Path | None = Field(
         default=None, description="artifact of the score that `headrace train` wrote; none: what is shipped"
@@ -162,15 +163,17 @@ class Settings(ServiceSettings):
         for part in filter(None, (part.strip() for part in self.prices.split(","))):
             name, _, listed = part.partition("=")
             try:
-                prompt, completion = (float(value) for value in listed.split("/"))
+                values = [float(value) for value in listed.split("/")]
             except ValueError:
+                values = []
+            if len(values) not in (2, 3):
                 raise ValueError(
-                    f"HEADRACE_PRICES (or --prices): {part!r} is not NAME=PROMPT/COMPLETION"
-                ) from None
-            if name not in names or not all(math.isfinite(p) and p >= 0 for p in (prompt, completion)):
+                    f"HEADRACE_PRICES (or --prices): {part!r} is not NAME=PROMPT/COMPLETION[/CACHED_PROMPT]"
+                )
+            if name not in names or not all(math.isfinite(value) and value >= 0 for value in values):
                 raise ValueError(
                     f"HEADRACE_PRICES (or --prices): {part!r} must name one of the tiers "
                     f"{', '.join(names)} and prices of 0 or more"
                 )
-            prices[name] = Price(prompt, completion)
+            prices[name] = Price(*values)
         return prices

@@ -725,7 +725,9 @@ class Bill(_message.Message):
     """All charges together, in the currency of the prices. Absent where a charge has none."""
     largest_tier_cost: _builtins.float
     """What the same prompts and answers would have cost on the largest tier, token for token: another model
-    counts and says others, so this is an estimate. Absent without a price for the largest tier.
+    counts and says others, so this is an estimate. As much of each prompt is taken for found computed there
+    as on the tier that found the most: alone, the largest tier would have seen all that came before. Absent
+    without a price for the largest tier.
     """
     @_builtins.property
     def charges(self) -> _containers.RepeatedCompositeFieldContainer[Global___Charge]:
@@ -766,20 +768,29 @@ class Charge(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     WASTED_TOKENS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     tier: _builtins.str
     """Its name."""
     answers: _builtins.int
     """Answers that it gave, complete or not."""
     attempts: _builtins.int
-    """Times that it was asked; more than answers where it refused, or where its draft was given up."""
+    """Times that one of its batchers was asked; more than answers where they refused, where an answer that had
+    lost its batcher was carried on by another, or where its draft was given up.
+    """
     prompt_tokens: _builtins.int
-    """Tokens of prompts that it took in, for drafts too."""
+    """Tokens of prompts that it took in, for drafts too. Once for each answer: what was computed again to carry
+    on after a loss is in `Usage.replayed_tokens`, and nobody is charged for it.
+    """
     completion_tokens: _builtins.int
     """Tokens that were delivered."""
     wasted_tokens: _builtins.int
     """Tokens that were generated and thrown away, as those of drafts that were given up."""
     cost: _builtins.float
     """What all of them cost. Absent where the tier has no price."""
+    cached_tokens: _builtins.int
+    """Of prompt_tokens, found computed already, as far as it is known: an answer that broke off, or a draft
+    that was judged before its end, does not tell.
+    """
     def __init__(
         self,
         *,
@@ -790,10 +801,11 @@ class Charge(_message.Message):
         completion_tokens: _builtins.int = ...,
         wasted_tokens: _builtins.int = ...,
         cost: _builtins.float | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "answers", b"answers", "attempts", b"attempts", "completion_tokens", b"completion_tokens", "cost", b"cost", "prompt_tokens", b"prompt_tokens", "tier", b"tier", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "answers", b"answers", "attempts", b"attempts", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "cost", b"cost", "prompt_tokens", b"prompt_tokens", "tier", b"tier", "wasted_tokens", b"wasted_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
     _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015

@@ -329,21 +329,27 @@ class Price(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     COMPLETION_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_FIELD_NUMBER: _builtins.int
     prompt: _builtins.float
     """A million tokens of prompt."""
     completion: _builtins.float
     """A million generated tokens, delivered or not."""
+    cached_prompt: _builtins.float
+    """A million tokens of prompt that were found computed already (`Usage.cached_tokens`). Absent: as `prompt`."""
     def __init__(
         self,
         *,
         prompt: _builtins.float = ...,
         completion: _builtins.float = ...,
+        cached_prompt: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt", b"_cached_prompt", "cached_prompt", b"cached_prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt", b"_cached_prompt", "cached_prompt", b"cached_prompt", "completion", b"completion", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__cached_prompt: _TypeAlias = _typing.Literal["cached_prompt"]  # noqa: Y015
+    _WhichOneofArgType__cached_prompt: _TypeAlias = _typing.Literal["_cached_prompt", b"_cached_prompt"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_prompt) -> _WhichOneofReturnType__cached_prompt | None: ...
 
 Global___Price: _TypeAlias = Price  # noqa: Y015
 
