@@ -64,10 +64,11 @@ class Up:
 
 
 @contextmanager
-def up(folder: Path, *flags: str) -> Iterator[Up]:
+def up(folder: Path, *flags: str, feedback: Path | None = None) -> Iterator[Up]:
     command = [*HEADRACE, "up", "--fake", "--port", "0", "--drain-seconds", "2", "--log-dir", str(folder)]
+    environment = {**ENVIRONMENT, **({"HEADRACE_FEEDBACK": str(feedback)} if feedback else {})}
     with subprocess.Popen(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
         assert process.stdout is not None
         printed = ""
@@ -111,7 +112,18 @@ def test_the_answer_goes_to_stdout_and_the_figures_to_stderr(mesh: Up) -> None:
 
     assert (out.returncode, out.stdout) == (0, "Hello, mesh!\n")
     assert re.search(
-        r"tier small · echo · score 0\.\d\d · first token .* · 12 tokens · .* · stop", out.stderr
+        r"tier small · echo · score 0\.\d\d · first token .* · 12 tokens · .* · stop\n", out.stderr
+    )
+
+
+def test_the_id_that_is_shown_is_what_feedback_takes(mesh: Up) -> None:
+    shown = re.search(r"^request (\S+)$", run("chat", "--target", mesh.address, "Hello").stderr, re.MULTILINE)
+    assert shown
+    told = run("feedback", "--target", mesh.address, shown[1], "--ok")
+
+    assert (told.returncode, told.stdout) == (
+        0,
+        "tier small: counted, not kept: the router was started without --feedback FILE\n",
     )
 
 
@@ -342,6 +354,36 @@ def test_a_conversation_is_stopped_by_control_c_and_ended_by_control_d(mesh: Up)
     terminal.expect("Ctrl-D ends", pressing="\x03")
 
     assert terminal.close(pressing="\x04") == 0
+
+
+def test_answers_of_a_conversation_are_rated_where_they_are_read(tmp_path: Path) -> None:
+    kept = tmp_path / "feedback.jsonl"
+    with up(tmp_path / "logs", feedback=kept) as running:
+        terminal = Terminal("chat", "--target", running.address)
+        terminal.expect("/good or /bad")
+        terminal.expect("> ")
+        for line, reply in (
+            ("/good", "no answer to rate yet"),
+            ("/sing", "no command /sing"),
+            ("Hello there", "· stop"),
+            ("/good", "tier small: kept"),
+            ("Write a Python function that sorts a list.", "tier large"),
+            ("/bad", "tier large: kept"),
+            ("Hello again", "tier large"),  # where the conversation has come to
+            ("/new", "> "),
+            ("/good", "no answer to rate yet"),
+            ("Hello again", "tier small"),
+        ):
+            terminal.type(f"{line}\n")
+            terminal.expect(reply)
+        terminal.expect("> ")
+        assert terminal.close(pressing="\x04") == 0
+
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [(row["prompt"][:5], row.get("small_ok"), row.get("large_ok")) for row in rows] == [
+        ("Hello", 1.0, None),
+        ("Write", None, 0.0),
+    ]
 
 
 def test_help_has_an_example_for_every_command() -> None:

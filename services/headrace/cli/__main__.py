@@ -181,7 +181,9 @@ def chat(
     system: Annotated[str, typer.Option(help="Replaces the model's system prompt.")] = "",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a whole answer.")] = 120.0,
 ) -> None:
-    """Ask something and watch the answer come. Without a prompt, talk.
+    """Ask something and watch the answer come. Without a prompt, talk: /help says what may be said.
+
+    What comes after the answer is on standard error; the request's id there is for `headrace feedback`.
 
     Example:  headrace chat --max-tokens 60 "Why is the sky blue?"
 
@@ -189,7 +191,8 @@ def chat(
     """
     import asyncio
 
-    from headrace.cli.chat import Wishes, conversation, once
+    from headrace.cli.chat import Wishes, once
+    from headrace.cli.conversation import conversation
 
     wishes = Wishes(
         target=target,
@@ -348,7 +351,7 @@ def top(
 
 @app.command()
 def feedback(
-    request_id: Annotated[str, typer.Argument(help="Of the answer, as `accepted` names it.")],
+    request_id: Annotated[str, typer.Argument(help="Of the answer, as `headrace chat` shows it.")],
     ok: Annotated[bool | None, typer.Option("--ok/--not-ok", help="Whether it was good enough.")] = None,
     quality: Annotated[
         float | None, typer.Option(min=0, max=1, help="Instead of that, how good: 0 to 1.")
@@ -358,19 +361,20 @@ def feedback(
 ) -> None:
     """Tell the router how good an answer was; started with --feedback FILE, it keeps that to learn from.
 
+    In a conversation of `headrace chat`, /good and /bad do the same for the last answer.
+
     Example:  headrace feedback 7d1c... --not-ok
     """
     import asyncio
 
-    from headrace.cli.routing import tell
+    from headrace.cli.routing import booked, tell
 
     if (ok is None) == (quality is None):
         complain("say either --ok, --not-ok or --quality")
         raise typer.Exit(2)
     with complaining(target):
         said = asyncio.run(tell(target, request_id, ok=ok, quality=quality, tier=tier))
-    kept = "kept" if said.kept else "counted; the router keeps no file of feedback"
-    Console().print(f"tier {said.tier}: {kept}", highlight=False, markup=False)
+    Console().print(booked(said), highlight=False, markup=False)
 
 
 @app.command()

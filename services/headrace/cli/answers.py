@@ -27,6 +27,7 @@ def printable(text: str) -> str:
 class Answer:
     """What has come of an answer so far. Times are seconds since the request was sent."""
 
+    request_id: str = ""
     text: str = ""
     tier: str = ""
     model: str = ""
@@ -43,6 +44,7 @@ class Answer:
         match response.WhichOneof("event"):
             case "accepted":
                 accepted = response.accepted
+                self.request_id = accepted.request_id
                 self.tier, self.model = accepted.tier, accepted.model
                 self.score = accepted.score if accepted.HasField("score") else None
                 self.prompt_tokens = accepted.prompt_tokens

@@ -1,4 +1,4 @@
-"""`headrace chat`: one answer, or a conversation in the terminal.
+"""`headrace chat`: ask, and show the answer as it comes. `conversation` does so again and again.
 
 The answer goes to standard output and the figures to standard error, so that a pipe gets the answer
 alone.
@@ -6,18 +6,15 @@ alone.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from headrace import errors
 from headrace.cli.answers import Answer, printable
-from headrace.cli.complaints import advice, complain
 from headrace.client import Client, chat, connect
 from headrace.runtime.telemetry import telemetry
 
@@ -42,8 +39,11 @@ class Wishes:
     max_tier: str = ""
 
 
-def request_for(turns: Sequence[tuple[str, str]], wishes: Wishes) -> pb.GenerateRequest:
-    """Make the request for the next turn of a conversation of (role, content) pairs."""
+def request_for(turns: Sequence[tuple[str, str]], wishes: Wishes, *, session: str = "") -> pb.GenerateRequest:
+    """Make the request for the next turn of a conversation of (role, content) pairs.
+
+    session   names the conversation to the router, which then keeps it on the tier that it has reached
+    """
     sampling = {
         name: value
         for name in ("temperature", "max_tokens", "seed")
@@ -53,6 +53,7 @@ def request_for(turns: Sequence[tuple[str, str]], wishes: Wishes) -> pb.Generate
     request.routing.tier = wishes.tier
     request.routing.min_tier = wishes.min_tier
     request.routing.max_tier = wishes.max_tier
+    request.routing.session_id = session
     return request
 
 
@@ -72,69 +73,37 @@ async def follow(
                 write(text)
 
 
-async def once(prompt: str, wishes: Wishes) -> None:
-    """Answer one prompt. Raises a HeadraceError."""
-    async with telemetry("client"), connect(wishes.target) as client:
-        await _answer(client, [("user", prompt)], wishes, Answer())
+async def say(client: Client, request: pb.GenerateRequest, wishes: Wishes, answer: Answer) -> None:
+    """Print an answer as it comes, filling *answer*, and its figures. Raises a HeadraceError."""
 
-
-def conversation(wishes: Wishes) -> None:
-    """Talk until Ctrl-D; Ctrl-C stops the answer under way and keeps what was said."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its line editing
-    aside = Console(stderr=True, highlight=False)
-    aside.print("Ctrl-C stops an answer, /new starts over, Ctrl-D ends.", style="dim")
-    turns: list[tuple[str, str]] = []
-    with asyncio.Runner() as runner:
-        stack = AsyncExitStack()
-        client = runner.run(_open(stack, wishes.target))
-        try:
-            while True:
-                try:
-                    said = input("> ").strip()
-                except EOFError:
-                    aside.print()
-                    return
-                except KeyboardInterrupt:
-                    aside.print("\n(Ctrl-D ends)", style="dim")
-                    continue
-                if said == "/new":
-                    turns = []
-                elif said:
-                    turns = _turn(runner, client, [*turns, ("user", said)], wishes)
-        finally:
-            runner.run(stack.aclose())
-
-
-async def _open(stack: AsyncExitStack, target: str) -> Client:
-    await stack.enter_async_context(telemetry("client"))
-    return await stack.enter_async_context(connect(target))
-
-
-def _turn(
-    runner: asyncio.Runner, client: Client, turns: list[tuple[str, str]], wishes: Wishes
-) -> list[tuple[str, str]]:
-    """Take one turn; return the conversation as it stands then, less a question without an answer."""
-    answer = Answer()
-    try:
-        runner.run(_answer(client, turns, wishes, answer))
-    except KeyboardInterrupt:
-        sys.stdout.write("\n")
-        Console(stderr=True).print("(stopped)", style="dim")
-    except errors.HeadraceError as error:
-        complain(advice(error, wishes.target))
-    return [*turns, ("assistant", answer.text)] if answer.text else turns[:-1]
-
-
-async def _answer(client: Client, turns: Sequence[tuple[str, str]], wishes: Wishes, answer: Answer) -> None:
     def write(text: str) -> None:
         sys.stdout.write(printable(text))
         sys.stdout.flush()
 
     try:
-        await follow(client, request_for(turns, wishes), answer, timeout=wishes.timeout, write=write)
+        await follow(client, request, answer, timeout=wishes.timeout, write=write)
     finally:
         if answer.text and not answer.text.endswith("\n"):
             write("\n")
-    aside = Console(stderr=True, highlight=False)
-    aside.print(answer.figures(), style="dim", markup=False, soft_wrap=True)
+    aside().print(answer.figures(), style="dim", markup=False, soft_wrap=True)
+
+
+async def once(prompt: str, wishes: Wishes) -> None:
+    """Answer one prompt, and name the request: for `headrace feedback`, or to find it in logs and traces.
+
+    Raises a HeadraceError.
+    """
+    answer = Answer()
+    try:
+        async with telemetry("client"), connect(wishes.target) as client:
+            await say(client, request_for([("user", prompt)], wishes), wishes, answer)
+    finally:
+        if answer.request_id:
+            aside().print(
+                f"request {printable(answer.request_id)}", style="dim", markup=False, soft_wrap=True
+            )
+
+
+def aside() -> Console:
+    """Where all is said that is not the answer."""
+    return Console(stderr=True, highlight=False)

@@ -1,4 +1,4 @@
-"""Show what the router knows and thinks: `headrace explain` and `headrace tiers`."""
+"""Show what the router knows and thinks: `headrace explain`, `tiers` and `feedback`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ async def tell(
     """Tell the router at *target* how good an answer was. Raises a HeadraceError."""
     async with connect(target) as client:
         return await client.feedback(request_id, ok=ok, quality=quality, tier=tier)
+
+
+def booked(said: pb.FeedbackResponse) -> str:
+    """Say what became of feedback."""
+    kept = "kept" if said.kept else "counted, not kept: the router was started without --feedback FILE"
+    return f"tier {said.tier}: {kept}"
 
 
 def as_dict(response: Message) -> dict[str, Any]:
