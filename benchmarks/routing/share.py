@@ -1,11 +1,12 @@
-"""Is a wanted share of large calls held while the traffic shifts from one family of prompts to another?
+"""Are wanted shares of calls held while the traffic shifts from one family of prompts to another?
 
     python -m benchmarks.routing.share FAMILY.jsonl[.gz] FAMILY.jsonl[.gz] ...
 
 Each file holds rows of JSON with a `prompt`, and perhaps `weak_score` and `strong_score`. The families are
-shuffled and sent one after the other, 400 prompts of each, ten times over. Compared are a fixed threshold
-made for the first family, the same quantile of a sliding window, and the router's own: that window with
-what was called too much or too little made up for.
+shuffled and sent one after the other, 400 prompts of each, ten times over. Compared are fixed thresholds
+made for the first family, the same quantiles of a sliding window, and the router's own: that window with
+what was called too much or too little made up for. For two tiers and more it shows the share of calls that
+each got, and how far that was from what was wanted in the worst of any 200 calls in a row.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import TypeAlias
 
 from headrace.router.scorer import load as load_scorer
 from headrace.router.share import ShareKeeper
 
-SHARES = (0.1, 0.3, 0.5)
+# Of each tier after the first.
+SHARES: tuple[tuple[float, ...], ...] = ((0.1,), (0.3,), (0.5,), (0.3, 0.1), (0.4, 0.3), (0.3, 0.2, 0.1))
 STRETCH = 200  # calls over which a share is looked at
 SEEDS = 10
 OF_EACH = 400
+
+Policy: TypeAlias = Callable[[Sequence["Call"]], list[int]]  # the tier's place for each call
 
 
 @dataclass(frozen=True)
@@ -49,26 +55,38 @@ def read(path: Path) -> list[Call]:
     ]
 
 
-def fixed(families: Sequence[Sequence[Call]], share: float) -> Callable[[Sequence[Call]], list[bool]]:
-    """A threshold made for the first family."""
+def place(score: float, thresholds: Sequence[float]) -> int:
+    """The largest tier whose threshold the score reaches."""
+    return max(place for place, mark in enumerate(thresholds) if score >= mark)
+
+
+def fixed(families: Sequence[Sequence[Call]], shares: Sequence[float]) -> Policy:
+    """Thresholds made for the first family."""
     ordered = sorted((call.score for call in families[0]), reverse=True)
-    mark = ordered[round(share * (len(ordered) - 1))]
-    return lambda stream: [call.score >= mark for call in stream]
+    above = [sum(shares[tier:]) for tier in range(len(shares))]
+    marks = [0.0, *(ordered[round(share * (len(ordered) - 1))] for share in above)]
+    return lambda stream: [place(call.score, marks) for call in stream]
 
 
-def window(share: float, correction: float) -> Callable[[Sequence[Call]], list[bool]]:
+def window(shares: Sequence[float], correction: float) -> Policy:
     """The router's thresholds; an endless correction leaves the window alone."""
 
-    def send(stream: Sequence[Call]) -> list[bool]:
-        keeper = ShareKeeper([share], correction=correction)
+    def send(stream: Sequence[Call]) -> list[int]:
+        keeper = ShareKeeper(shares, correction=correction)
         sent = []
         for call in stream:
-            up = call.score >= keeper.thresholds()[1]
-            keeper.note(call.score, int(up))
-            sent.append(up)
+            sent.append(place(call.score, keeper.thresholds()))
+            keeper.note(call.score, sent[-1])
         return sent
 
     return send
+
+
+def worst(sent: Sequence[int], tier: int, share: float) -> float:
+    """How far the tier's share of any `STRETCH` calls in a row is from *share*, at most; 0 to 1."""
+    sums = list(accumulate((place == tier for place in sent), initial=0))
+    stretches = zip(sums, sums[STRETCH:], strict=False)
+    return max(abs((after - before) / STRETCH - share) for before, after in stretches)
 
 
 def main() -> None:
@@ -78,39 +96,45 @@ def main() -> None:
     )
     parser.add_argument("families", nargs="+", type=Path)
     families = [read(path) for path in parser.parse_args().families]
-    print(f"{'wanted':>7} {'thresholds':28} {'share':>6} {'worst of any ' + str(STRETCH):>17} {'quality':>8}")
-    for share in SHARES:
+    streams = [shuffled(families, seed) for seed in range(SEEDS)]
+    print(f"of each tier, smallest first; worst of any {STRETCH} calls in a row, in points")
+    print(f"{'wanted, %':17} {'thresholds':28} {'came out, %':25} {'worst':25} quality")
+    for shares in SHARES:
+        wanted = (1 - sum(shares), *shares)
         for name, send in (
-            ("fixed, from the first family", fixed(families, share)),
-            ("sliding window", window(share, 1e9)),
-            ("window, made up for", window(share, 8.0)),
+            ("fixed, from the first family", fixed(families, shares)),
+            ("sliding window", window(shares, 1e9)),
+            ("window, made up for", window(shares, 8.0)),
         ):
-            shares, worst, quality = [], 0.0, []
-            for seed in range(SEEDS):
-                generator = random.Random(seed)
-                stream = [
-                    call
-                    for family in families
-                    for call in generator.sample(family, min(OF_EACH, len(family)))
-                ]
-                sent = send(stream)
-                shares.append(statistics.mean(sent))
-                worst = max(
-                    worst,
-                    *(
-                        abs(sum(sent[at : at + STRETCH]) / STRETCH - share)
-                        for at in range(len(sent) - STRETCH + 1)
-                    ),
-                )
-                quality.append(
-                    statistics.mean(
-                        call.strong if up else call.weak for call, up in zip(stream, sent, strict=True)
-                    )
-                )
+            every = [(stream, send(stream)) for stream in streams]
+            came = [
+                statistics.mean(sent.count(tier) / len(sent) for _, sent in every)
+                for tier in range(len(wanted))
+            ]
+            off = [max(worst(sent, tier, share) for _, sent in every) for tier, share in enumerate(wanted)]
             print(
-                f"{share:7.0%} {name:28} {statistics.mean(shares):6.1%} {100 * worst:10.1f} points "
-                f"{statistics.mean(quality):8.3f}"
+                f"{' / '.join(f'{100 * share:.0f}' for share in wanted):17} {name:28} "
+                f"{' / '.join(f'{100 * share:.1f}' for share in came):25} "
+                f"{' / '.join(f'{100 * by:.1f}' for by in off):25} {quality(every, len(wanted))}"
             )
+
+
+def shuffled(families: Sequence[Sequence[Call]], seed: int) -> list[Call]:
+    """A stream of the families, one after the other."""
+    generator = random.Random(seed)
+    return [call for family in families for call in generator.sample(family, min(OF_EACH, len(family)))]
+
+
+def quality(every: Sequence[tuple[Sequence[Call], Sequence[int]]], tiers: int) -> str:
+    """The mean outcome. Of three tiers nothing is known about the middle one."""
+    if tiers != 2:
+        return "-"
+    mean = statistics.mean(
+        call.strong if place else call.weak
+        for stream, sent in every
+        for call, place in zip(stream, sent, strict=True)
+    )
+    return f"{mean:.3f}"
 
 
 if __name__ == "__main__":

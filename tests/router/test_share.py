@@ -38,6 +38,33 @@ def test_of_any_calls_the_share_is_kept_to_a_few(
             assert abs(sum(stretch) - share * len(stretch)) <= correction + 1 + 1e-6
 
 
+def unsteady(generator: random.Random, count: int) -> list[float]:
+    """Scores that stand, rise, fall and scatter: what parts one tier's debt from the next one's."""
+    scores: list[float] = []
+    while len(scores) < count:
+        start, run = generator.random(), generator.randint(1, 80)
+        rise = generator.choice([0.0, 0.002, -0.002])
+        width = generator.choice([0.0, 0.0, 1 - start])
+        scores += [min(max(start + rise * at + width * generator.random(), 0), 1) for at in range(run)]
+    return scores[:count]
+
+
+@pytest.mark.parametrize("correction", [2, 8])
+@pytest.mark.parametrize("shares", [[0.02, 0.4], [0.05, 0.4, 0.3], [0.02, 0.4, 0.3, 0.0]])
+def test_with_more_tiers_each_gets_its_share_to_a_few(shares: list[float], correction: int) -> None:
+    """The bound that the module promises for them, whatever the number of tiers."""
+    for seed in range(20):
+        sent = places(ShareKeeper(shares, correction=correction), unsteady(random.Random(seed), 500))
+
+        for tier, share in enumerate([1 - sum(shares), *shares]):
+            debt, lowest, highest = 0.0, 0.0, 0.0
+            for place in sent:
+                debt += (place == tier) - share
+                lowest, highest = min(lowest, debt), max(highest, debt)
+            # Two points of the running debt are a stretch of calls.
+            assert highest - lowest <= correction + 2
+
+
 def family(generator: random.Random, low: float, high: float, count: int) -> list[float]:
     return [generator.uniform(low, high) for _ in range(count)]
 

@@ -4,8 +4,13 @@ A threshold that gives 30 % large calls on one kind of prompts gives 5 % or 90 %
 thresholds are quantiles of the scores seen last. They follow a shift of the traffic only as fast as the
 window fills with it, and meanwhile too many or too few calls would go up: what has been called too much
 is therefore kept as a debt, and lowers the share that is asked of the window, until it is paid back. That
-bounds the error whatever the traffic does: of any n calls, the ones sent to a tier or above differ from
-their share of n by at most `correction` + 1; with the default and 200 calls, by less than 5 points.
+bounds the error whatever the traffic does: of any n calls, the ones sent to a tier differ from its share of
+n by at most `correction` + 1 where there are two tiers, and `correction` + 2 where there are more. With the
+default and 200 calls that is 5 points at most.
+
+With more than two tiers debts may ask for more calls to one tier or above than to the tier below it or above,
+which cannot be. Where they do, both get the mean: to let one give way to the other leaves it with a debt that
+grows without bound.
 """
 
 from __future__ import annotations
@@ -23,9 +28,9 @@ class ShareKeeper:
 
     shares       of each tier after the first, smallest first; together at most 1
     window       scores that are remembered
-    correction   debt, in calls, that makes up for a whole share of 1: smaller holds the share closer,
-                 larger leaves more to the scores. On shuffled families of real prompts the quality at the
-                 same share did not differ between 8 and 48, and was lower without any correction
+    correction   debt, in calls, that makes up for a whole share of 1, at least 2: smaller holds the share
+                 closer, larger leaves more to the scores. On shuffled families of real prompts the quality
+                 at the same share did not differ between 8 and 48, and was lower without any correction
     seen         scores to begin with, such as those of the traffic that was calibrated on
     """
 
@@ -46,14 +51,10 @@ class ShareKeeper:
 
     def thresholds(self) -> list[float]:
         """The thresholds now, one per tier, ascending from 0."""
-        marks = [
-            self._quantile(share - debt / self._correction)
-            for share, debt in zip(self._shares, self._debts, strict=True)
+        wanted = [
+            share - debt / self._correction for share, debt in zip(self._shares, self._debts, strict=True)
         ]
-        # Ascending also while debts differ: the smaller tier's mark bows to the larger one's.
-        for place in reversed(range(len(marks) - 1)):
-            marks[place] = min(marks[place], marks[place + 1])
-        return [0.0, *marks]
+        return [0.0, *(self._quantile(share) for share in _descending(wanted))]
 
     def note(self, score: float, place: int) -> None:
         """Book a call of *score* that the thresholds sent to the tier at *place*."""
@@ -83,3 +84,20 @@ class ShareKeeper:
         if top <= 0:
             return NEVER
         return 0.0 if top >= count else self._sorted[count - top]
+
+
+def _descending(values: Sequence[float]) -> list[float]:
+    """The nearest values that descend, by least squares: those that rise share their mean.
+
+    The min-max formula of isotonic regression (Robertson, Wright & Dykstra, 1988).
+    """
+    count = len(values)
+    means = {
+        (start, stop): sum(values[start:stop]) / (stop - start)
+        for start in range(count)
+        for stop in range(start + 1, count + 1)
+    }
+    return [
+        min(max(means[start, stop] for stop in range(place + 1, count + 1)) for start in range(place + 1))
+        for place in range(count)
+    ]
