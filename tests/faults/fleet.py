@@ -182,6 +182,7 @@ class Plan:
     """What to start.
 
     flags      of each service, beyond what makes them find each other
+    start_seconds   longest that it may take until all are ready
     to_worker, to_batcher   replaces the address of the n-th worker or batcher, for proxies between
     """
 
@@ -197,6 +198,7 @@ class Plan:
     to_batcher: dict[int, str] = field(default_factory=dict)
     worker_ports: Sequence[int] = ()
     batcher_ports: Sequence[int] = ()
+    start_seconds: float = START_SECONDS
 
 
 @asynccontextmanager
@@ -224,7 +226,7 @@ async def fleet(plan: Plan, logs: Path) -> AsyncGenerator[Fleet, None]:
         )
     try:
         await asyncio.gather(*(child.start() for child in running.children))
-        await asyncio.gather(*(child.ready() for child in running.children))
+        await asyncio.gather(*(child.ready(seconds=plan.start_seconds) for child in running.children))
         yield running
     finally:
         for child in running.children:

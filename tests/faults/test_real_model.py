@@ -29,6 +29,7 @@ def asking(seed: int) -> pb.GenerateRequest:
 
 
 @pytest.mark.model
+@pytest.mark.timeout(600)
 async def test_a_sampled_answer_survives_its_worker(
     fleets: Callable[[Plan], AbstractAsyncContextManager[Fleet]], row: Callable[[str], Row]
 ) -> None:
@@ -40,6 +41,7 @@ async def test_a_sampled_answer_survives_its_worker(
         worker_module="headrace.worker",
         worker_flags=("--model", models.SMALL, "--dtype", "float32", "--threads", "1"),
         batcher_flags=("--model", models.SMALL),
+        start_seconds=300,  # where no kernel has been compiled yet, on a machine that is busy
     )
     asked = [asking(seed) for seed in (1, 2, 3, 4)]
     async with fleets(plan) as few, connect(few.target, retries=0) as client:
