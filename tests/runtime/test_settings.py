@@ -30,6 +30,22 @@ def test_flags_win_over_the_environment_which_wins_over_defaults(monkeypatch: py
     assert settings.worker_targets == ["a:1", "b:2"]
 
 
+@pytest.mark.parametrize("settings", [BatcherSettings, RouterSettings, WorkerSettings])
+def test_help_names_every_flag_the_variables_and_no_default_that_says_nothing(
+    settings: type[BatcherSettings | RouterSettings | WorkerSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        settings.load(["--help"])
+    printed = capsys.readouterr().out
+
+    for name in settings.model_fields:
+        assert f"  --{name.replace('_', '-')}" in printed
+    assert "\nEach flag may be given as a variable instead: HEADRACE_" in printed
+    assert "(default: 25.0)" in printed
+    assert "(default: )" not in printed
+    assert "(default: None)" not in printed
+
+
 def test_settings_cannot_be_changed_later() -> None:
     settings = WorkerSettings.load(["--fake"])
 

@@ -8,7 +8,10 @@ from headrace.runtime.settings import ServiceSettings
 
 
 class Settings(ServiceSettings):
-    """The batcher of one tier: coalesces request streams into batches for its workers."""
+    """The batcher of one tier: coalesces request streams into batches for its workers.
+
+    Each flag may be given as a variable instead: HEADRACE_WORKERS is --workers. Flags win.
+    """
 
     port: int = Field(default=50052, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     tier: str = Field(default="default", min_length=1, description="name of the tier that it serves")

@@ -13,7 +13,10 @@ from headrace.runtime.settings import ServiceSettings
 
 
 class Settings(ServiceSettings):
-    """The router: scores each prompt and sends it to the smallest tier that will answer it well."""
+    """The router: scores each prompt and sends it to the smallest tier that will answer it well.
+
+    Each flag may be given as a variable instead: HEADRACE_TIERS is --tiers. Flags win.
+    """
 
     port: int = Field(default=50051, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     tiers: str = Field(

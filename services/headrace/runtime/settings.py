@@ -6,13 +6,26 @@ and the message lists all of it at once.
 
 from __future__ import annotations
 
+import argparse
+import inspect
+import re
 import sys
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
 PREFIX = "HEADRACE_"
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Leaves out defaults that say nothing: such a setting tells in words what holds without it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return re.sub(r" \(default: (None)?\)$", "", action.help or "")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return super()._fill_text(inspect.cleandoc(text), width, indent)
 
 
 class ServiceSettings(BaseSettings):
@@ -46,8 +59,10 @@ class ServiceSettings(BaseSettings):
         Prints what is wrong and exits with status 2 where the settings are not usable.
         """
         cls.model_config["cli_prog_name"] = program or None
+        source: CliSettingsSource[Any] = CliSettingsSource(cls, formatter_class=_Help)
+        given = sys.argv[1:] if arguments is None else arguments
         try:
-            return CliApp.run(cls, cli_args=sys.argv[1:] if arguments is None else arguments)
+            return CliApp.run(cls, cli_args=given, cli_settings_source=source)
         except ValidationError as error:
             print(complaint(error), file=sys.stderr)
             raise SystemExit(2) from None

@@ -12,7 +12,10 @@ from headrace.worker.faults import FaultPlan
 
 
 class Settings(ServiceSettings):
-    """A model worker: runs one model and computes tokens for batchers."""
+    """A model worker: runs one model and computes tokens for batchers.
+
+    Each flag may be given as a variable instead: HEADRACE_MODEL is --model. Flags win.
+    """
 
     port: int = Field(default=50053, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     model: str = Field(
