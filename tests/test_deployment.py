@@ -1,0 +1,136 @@
+"""Manifests and image agree with the services: settings, ports, probes, drains."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from headrace.batcher.settings import Settings as BatcherSettings
+from headrace.router.settings import Settings as RouterSettings
+from headrace.runtime.server import LIVENESS, READINESS
+from headrace.runtime.settings import PREFIX, ServiceSettings
+from headrace.worker.settings import Settings as WorkerSettings
+
+ROOT = Path(__file__).parent.parent
+SETTINGS: dict[str, type[ServiceSettings]] = {
+    "router": RouterSettings,
+    "batcher": BatcherSettings,
+    "worker": WorkerSettings,
+}
+# Variables that are not ours, and those that have other readers: the Dockerfile's own, the cache folder.
+OTHERS = {f"{PREFIX}SERVICE", f"{PREFIX}CACHE"}
+
+
+def manifests(kind: str) -> list[dict[str, Any]]:
+    base = ROOT / "k8s" / "base"
+    listed = yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]
+    assert set(listed) == {path.name for path in base.glob("*.yaml")} - {"kustomization.yaml"}
+    every = [found for name in listed for found in yaml.safe_load_all((base / name).read_text())]
+    return [found for found in every if found["kind"] == kind]
+
+
+DEPLOYMENTS = {found["metadata"]["name"]: found for found in manifests("Deployment")}
+
+
+def container_of(name: str) -> dict[str, Any]:
+    (container,) = DEPLOYMENTS[name]["spec"]["template"]["spec"]["containers"]
+    assert isinstance(container, dict)
+    return container
+
+
+def settings_of(name: str, monkeypatch: pytest.MonkeyPatch) -> ServiceSettings:
+    """What the service of the container would read."""
+    container = container_of(name)
+    kind = SETTINGS[container["name"]]
+    for variable in container["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+        known = variable["name"].removeprefix(PREFIX).lower() in kind.model_fields
+        assert known or not variable["name"].startswith(PREFIX) or variable["name"] in OTHERS
+    return kind.load([])
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_a_service_takes_what_its_manifest_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, container = settings_of(name, monkeypatch), container_of(name)
+    pod = DEPLOYMENTS[name]["spec"]["template"]["spec"]
+
+    assert [port["containerPort"] for port in container["ports"]] == [settings.port]
+    for probe, service in (
+        ("startupProbe", LIVENESS),
+        ("livenessProbe", LIVENESS),
+        ("readinessProbe", READINESS),
+    ):
+        assert container[probe]["grpc"] == {"port": settings.port, "service": service}
+    assert pod["terminationGracePeriodSeconds"] > settings.drain_seconds
+    assert re.fullmatch(rf"headrace-{container['name']}:[\d.]+", container["image"])
+
+
+def test_what_services_ask_for_by_name_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = {
+        f"{found['metadata']['name']}:{found['spec']['ports'][0]['port']}" for found in manifests("Service")
+    }
+    asked = set()
+    for name in DEPLOYMENTS:
+        with monkeypatch.context() as environment:
+            settings = settings_of(name, environment)
+        if isinstance(settings, RouterSettings):
+            asked |= {target for _, targets in settings.tier_targets() for target in targets}
+        elif isinstance(settings, BatcherSettings):
+            asked |= set(settings.worker_targets)
+
+    assert len(asked) == 4
+    assert {target.removeprefix("dns:///") for target in asked} < served
+    assert {found["metadata"]["name"] for found in manifests("Service")} == set(DEPLOYMENTS)
+
+
+def test_the_tiers_of_router_and_batchers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batcher's tier and model are its worker's, and the router knows it by that name."""
+    tiers = {}
+    for name in DEPLOYMENTS:
+        with monkeypatch.context() as environment:
+            settings = settings_of(name, environment)
+        if isinstance(settings, BatcherSettings):
+            assert settings.worker_targets == [f"dns:///worker-{settings.tier}:50053"]
+            tiers[settings.tier] = settings.model
+        elif isinstance(settings, RouterSettings):
+            routed = [tier for tier, _ in settings.tier_targets()]
+
+    assert list(tiers) == routed
+    for tier, model in tiers.items():
+        env = {variable["name"]: variable["value"] for variable in container_of(f"worker-{tier}")["env"]}
+        assert env[f"{PREFIX}MODEL"] == model
+
+
+def test_what_the_manifests_suggest_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In comments, where nothing else would notice."""
+    suggested = re.findall(
+        r"# - \{name: (\w+), value: \"?([^\"}]+)", (ROOT / "k8s" / "base" / "router.yaml").read_text()
+    )
+    assert len(suggested) == 3
+    for name, value in suggested:
+        assert name.removeprefix(PREFIX).lower() in RouterSettings.model_fields
+        monkeypatch.setenv(name, value)
+
+    settings_of("router", monkeypatch)
+
+
+def test_the_image_builds_what_is_there() -> None:
+    """Each service has an extra to install and a module to run; the version is the one that is deployed."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    assert re.findall(r"--build-arg SERVICE=(\w+)", dockerfile) == list(SETTINGS)
+    for service in SETTINGS:
+        assert service in project["optional-dependencies"]
+        assert (ROOT / "services" / "headrace" / service / "__main__.py").exists()
+    for source in re.findall(r"^COPY ([^-].*) \S+$", dockerfile, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in source.split())
+    for name in re.findall(r"(HEADRACE_\w+)=", dockerfile):
+        assert name in OTHERS or name.removeprefix(PREFIX).lower() in ServiceSettings.model_fields
+    for name in DEPLOYMENTS:
+        assert container_of(name)["image"].endswith(f":{project['version']}")
