@@ -106,7 +106,7 @@ class StartBoard:
                 self._said[state.process.name] = said
                 after = f" after {seconds(state.seconds)}" if state.phase == "ready" else ""
                 line = f"{state.process.name}: {said}{after}"
-                self._console.print(line, highlight=False, markup=False)
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _table(self, states: Sequence[State]) -> Table:
         table = Table.grid(padding=(0, 2))

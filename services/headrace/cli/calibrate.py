@@ -141,9 +141,13 @@ def calibrate(
         chosen = calibration.for_shares(rows, costs, shares or [])
     console.print(curve_table(tiers, points, chosen))
     if len(rows) < 100:
-        console.print(f"only {len(rows)} rows: expect other shares on other traffic", style="yellow")
+        console.print(
+            f"only {len(rows)} rows: expect other shares on other traffic", style="yellow", soft_wrap=True
+        )
     calibration.save(calibration.calibration(tiers, chosen, rows, scorer=fingerprint(scores)), out)
-    console.print(f"{out}: for a router's --calibration; it reads the file again when that changes")
+    console.print(
+        f"{out}: for a router's --calibration; it reads the file again when that changes", soft_wrap=True
+    )
     if png is not None:
         draw(tiers, points, chosen, png)
-        console.print(f"{png}: the trade-off as a picture")
+        console.print(f"{png}: the trade-off as a picture", soft_wrap=True)

@@ -105,7 +105,7 @@ def candidates_table(candidates: Sequence[pb.Candidate]) -> Table:
 
 def tiers_table(tiers: Sequence[pb.Tier]) -> Table:
     """List the tiers with model, health, limits and load."""
-    table = Table("tier", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("tier", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("model", overflow="fold", min_width=12)
     table.add_column("health", overflow="fold", min_width=7)
     for heading in ("context", "workers", "running", "queued", "tokens/s"):
