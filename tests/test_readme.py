@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from headrace.batcher.settings import Settings as BatcherSettings
+from headrace.cli.__main__ import app
 from headrace.cli.mesh import MeshSpec, Running, mesh
+from headrace.router.settings import Settings as RouterSettings
+from headrace.runtime.settings import ServiceSettings
+from headrace.worker.settings import Settings as WorkerSettings
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ADDRESS = "127.0.0.1:50051"
@@ -65,6 +72,39 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
     assert '"name": "small"' in tiers
     assert '"tier": "small"' in told
     assert "SERVING" in health
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]+", text))
+
+
+@pytest.mark.parametrize("settings", [RouterSettings, BatcherSettings, WorkerSettings])
+def test_every_flag_in_the_table_of_settings_is_one(
+    settings: type[ServiceSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        settings.load(["--help"])
+    service = settings.__module__.split(".")[1]
+    rows = re.findall(rf"^\| (?:{service}|all) \| (.*--.*)$", README, re.MULTILINE)
+
+    assert len(rows) == 2
+    assert flags_in(" ".join(rows)) <= flags_in(capsys.readouterr().out)
+
+
+def test_every_command_of_ours_that_is_shown_parses() -> None:
+    """Up to its `--help`: commands and flags exist, whatever they would do."""
+    shown = [
+        shlex.split(line, comments=True)
+        for block in blocks("")
+        for line in block.splitlines()
+        if re.match(r"(\w+=\S+ )*headrace ", line)
+    ]
+    assert len(shown) > 12
+    for words in shown:
+        command, *arguments = words[words.index("headrace") + 1 :]
+        known = flags_in(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output)
+        assert known, command
+        assert flags_in(" ".join(word for word in arguments if word.startswith("--"))) <= known, words
 
 
 async def test_the_python_example_works_as_printed(running: Running, tmp_path: Path) -> None:
