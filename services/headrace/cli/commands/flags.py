@@ -17,28 +17,37 @@ Tiers = Annotated[
         "--tier",
         metavar="NAME=MODEL",
         help="A tier, smallest first; repeat it for more. MODEL is a default's name, a folder, a .gguf "
-        f"file or a hub id. Default: {' '.join(f'{tier.name}={tier.model}' for tier in DEFAULT_TIERS)}",
+        f"file or a hub id. Default: {', '.join(f'{tier.model} as {tier.name}' for tier in DEFAULT_TIERS)}",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where models run: cpu (unless told), cuda or cuda:N.")]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="Where models run: cpu (unless told), cuda or cuda:N.")
+]
 Dtype = Annotated[
     Literal["auto", "int8", "bfloat16", "float32", "float16"],
-    typer.Option(help="What is computed in; auto takes int8 on CPUs that multiply it, for models that can."),
+    typer.Option(
+        metavar="DTYPE",
+        help="What is computed in: int8, bfloat16, float32, float16; auto takes int8 on CPUs that multiply "
+        "it, for models that can.",
+    ),
 ]
 Threads = Annotated[
-    int, typer.Option(min=0, help="CPU threads per worker; 0 shares the cores out between them.")
+    int, typer.Option(metavar="N", min=0, help="CPU threads per worker; 0 shares the cores out between them.")
 ]
 LogDir = Annotated[
-    Path | None, typer.Option(help="Folder for the processes' logs. Default: a new one in the cache.")
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Folder for the processes' logs. Default: a new one in the cache."),
 ]
 Cache = Annotated[
     Path | None,
     typer.Option(
+        metavar="FOLDER",
         help="Folder for fetched models. Default: $HEADRACE_CACHE, $XDG_CACHE_HOME/headrace or "
-        "~/.cache/headrace."
+        "~/.cache/headrace.",
     ),
 ]
 Artifact = Annotated[Path | None, typer.Option(help="A model file in place of the one that is shipped.")]
 DrainSeconds = Annotated[
-    float, typer.Option(min=0, help="How long requests in flight may go on when the mesh stops.")
+    float,
+    typer.Option(metavar="SECONDS", min=0, help="How long requests in flight may go on when the mesh stops."),
 ]

@@ -25,9 +25,9 @@ from headrace.cli.up import DEFAULT_PORT
 def up(
     fake: Fake = False,
     tier: Tiers = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the router; 0 picks a free one.")] = (
-        DEFAULT_PORT
-    ),
+    port: Annotated[
+        int, typer.Option(metavar="PORT", min=0, max=65535, help="Of the router; 0 picks a free one.")
+    ] = (DEFAULT_PORT),
     device: Device = "",
     dtype: Dtype = "auto",
     threads: Threads = 0,
