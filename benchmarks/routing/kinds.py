@@ -9,13 +9,13 @@ Set by hand, from what is published, where no labelled rows that may be shipped 
   hardly in writing, roleplay and the humanities (MT-Bench by category: Zheng et al., arXiv 2306.05685,
   section 4.3).
 
-The prompts of the open kind below are ours, made from templates: they teach the gate what such requests
-look like.
+The prompts of the open kind and the puzzles below are ours, made from templates: they teach the gate what such
+requests look like.
 """
 
 from __future__ import annotations
 
-KINDS = ("choices", "word_problem", "mathematics", "code", "fact", "passage", "open")
+KINDS = ("choices", "word_problem", "mathematics", "code", "reasoning", "fact", "passage", "open")
 
 # The typical gain of each kind.
 TYPICAL = {
@@ -23,12 +23,20 @@ TYPICAL = {
     "word_problem": 0.23,
     "mathematics": 0.29,
     "code": 0.22,
+    "reasoning": 0.24,
     "fact": 0.07,
     "passage": 0.14,
     "open": 0.20,
 }
 
-# Gain per feature at full strength within open-ended chat, and within code where it speaks.
+# Longer prompts gain more: the one order that held in nearly every family that was measured. Gain per unit of
+# the feature, which grows by one from 5 to 500 words; every head starts from it, and few labels move it.
+LONGER = {"length": 0.3}
+
+# In competition mathematics less so, for there long problems defeat the strong tier too.
+LONGER_MATHEMATICS = {"length": 0.1}
+
+# Gain per feature at full strength within open-ended chat, beside its length.
 OPEN = {
     "mathematics": 0.08,
     "numbers": 0.05,
@@ -40,10 +48,11 @@ OPEN = {
     "programming": 0.10,
     "syntax": 0.06,
     "reasoning": 0.09,
+    "relations": 0.04,
     "conditions": 0.03,
-    "extraction": 0.06,
-    "constraints": 0.01,
-    "length": 0.09,
+    "extraction": 0.03,
+    "length": 0.12,
+    "long_words": 0.03,
     "questions": 0.02,
     "list_items": 0.02,
     "fractions": 0.03,
@@ -52,15 +61,15 @@ OPEN = {
     "persona": -0.04,
     "advice": -0.05,
     "first_person": -0.02,
-    "transformation": -0.02,
+    "transformation": -0.06,
     "humanities": -0.04,
     "fact": -0.02,
     "analysis": -0.01,
     "you": -0.01,
 }
 
-# What speaks for a larger tier in a plain question too.
-ASKS_MORE = {"length": 0.08, "reasoning": 0.08, "comparison": 0.08, "conditions": 0.03, "programming": 0.1}
+# What speaks for a larger tier in a plain question too, beside its length.
+ASKS_MORE = {"reasoning": 0.08, "comparison": 0.08, "conditions": 0.03, "programming": 0.1}
 
 _TOPICS = (
     "a lighthouse keeper", "renewable energy", "remote work", "the French Revolution", "a lost dog", "coffee",
@@ -89,11 +98,61 @@ _TEMPLATES = (
     "Plan a week of lessons about {} for beginners, with goals for each day.",
     "I have been thinking about {} lately and I feel stuck. What should I do?",
     "Compare two ways of looking at {} and recommend one of them.",
+    "What led to {}, and what came of it?",
+    "How does {} work? Explain it so that a student understands it.",
+    "What is known about {}, and which questions are still open?",
+    "What is the difference between {} and what people usually think of it?",
 )
 _SMALL_TALK = (
     "Hello!", "Hi, how are you today?", "Thanks a lot, that helped.", "Good morning", "What can you do?",
     "Tell me a joke.", "Who are you?", "Nice to meet you!", "ok thanks", "Happy birthday!", "What's up?",
 )  # fmt: skip
+
+
+_NAMES = (
+    ("Mara", "Joel", "Ines", "Theo"), ("Petra", "Sam", "Lucia", "Karl"), ("Nora", "Emil", "Yusuf", "Greta"),
+    ("Vera", "Hugo", "Mina", "Otto"), ("Lea", "Anton", "Sara", "Ivo"), ("Dana", "Felix", "Rosa", "Paul"),
+)  # fmt: skip
+_THINGS = (
+    ("swans", "birds", "white"), ("tailors", "jugglers", "patient"), ("poets", "gardeners", "cheerful"),
+    ("boats", "machines", "noisy"), ("novels", "gifts", "heavy"), ("robots", "dancers", "polite"),
+)  # fmt: skip
+_PUZZLES = (
+    "{a} is older than {b}, and {b} is older than {c}. Who is the youngest?",
+    "{a} is taller than {b} but shorter than {c}. Is {c} taller than {b}? Say how you know.",
+    "{a} has three brothers, and each brother has two sisters. How many sisters does {a} have?",
+    "{a}'s mother has three children. Two of them are called {b} and {c}. What is the third one called?",
+    "{a} is the sister of {b}'s father. What relation is {b} to {a}?",
+    "In a row of seats {a} sits to the left of {b}, {c} sits at the right end and {d} next to {c}. Who sits "
+    "in the second seat?",
+    "{a}, {b}, {c} and {d} finished a race. {b} came in before {d} and right behind {a}; {c} was not last. In "
+    "which order did they finish?",
+    "{a} walks south for a while, turns left, walks on and turns left again. Which way does {a} face now?",
+    "{a} always lies and {b} always tells the truth. One of them says: 'We are both liars.' Who said it?",
+    "{a} must bring a fox, a goose and a sack of corn across a river in a boat that holds only one of them "
+    "at a time. How can {a} do it?",
+    "{a} has eight coins that look the same; one is lighter. How few weighings on a balance find it?",
+    "All {x} are {y}. Some {y} are {z}. Does it follow that some {x} are {z}?",
+    "No {x} are {z}. Every one of the {y} is {z}. Can any of the {x} be among the {y}? Justify your answer.",
+    "If it rains, the {x} stay at home. The {x} did not stay at home. What can be concluded about the rain?",
+    "Since the town bought more {x}, fewer people have been ill. Did the {x} make them healthy? Which flaw does "
+    "this argument have?",
+    "Which word is the odd one out: {x}, {y}, clouds, thirteen? Give your reason.",
+    "What comes next: {x}, {y}, {x}, {x}, {y}, {x}, {x}, {x}?",
+    "A man lives on the tenth floor and takes the lift down each day, but on the way back gets out at the "
+    "sixth and walks, unless {a} is with him. Why?",
+    "How could {a} fall from a ladder of twenty steps and not be hurt?",
+    "The more {x} you take away, the bigger it becomes. What is it?",
+)
+
+
+def puzzles() -> list[str]:
+    """Prompts that ask for reasoning, every template with several names and things."""
+    return [
+        template.format(**dict(zip("abcd", names, strict=True)), **dict(zip("xyz", things, strict=True)))
+        for template in _PUZZLES
+        for names, things in zip(_NAMES, _THINGS, strict=True)
+    ]
 
 
 def open_prompts() -> list[str]:

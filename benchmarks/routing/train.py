@@ -15,7 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.routing.data import SHIPPABLE, Family, families
-from benchmarks.routing.kinds import ASKS_MORE, KINDS, OPEN, TYPICAL, open_prompts
+from benchmarks.routing.kinds import (
+    ASKS_MORE,
+    KINDS,
+    LONGER,
+    LONGER_MATHEMATICS,
+    OPEN,
+    TYPICAL,
+    open_prompts,
+    puzzles,
+)
 from headrace.router import prompt_features, scorer
 from headrace.router.fitting import ridge, softmax
 
@@ -36,6 +45,8 @@ _KIND_OF = {
     "nine/race": "passage",
 }
 _AT_MOST = 400  # rows of a family that teach the gate
+_RIDGE = 3000.0  # rows that the prior of a head counts for
+_STEPS = 0.03  # gain per standard deviation of the expected solution steps
 _STEEPNESS = 10.0  # log-odds per unit of gain: one standard deviation of gains is about half of one
 
 
@@ -46,31 +57,22 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
     }
     gate, gate_bias = _gate(usable)
     count = len(prompt_features.NAMES)
-    heads = {kind: np.zeros(count) for kind in KINDS}
     levels = dict(TYPICAL)
     centres = {kind: _mean(usable, kind, count) for kind in KINDS}
-    if "mmlu" in usable:
-        heads["choices"] = ridge(usable["mmlu"].features, usable["mmlu"].gains, 1000.0)[0]
-    else:  # without labels: longer is harder, as far as anyone has seen
-        heads["choices"] = _named({"length": 0.1})
-    if "steps" in usable:
-        # Solution steps are what makes word problems hard; length carries what the steps miss.
-        steps = ridge(usable["steps"].features, usable["steps"].gains, 300.0)[0]
-        spread = float((usable["steps"].features @ steps).std())
-        heads["word_problem"] = 0.05 * steps / spread + _named({"length": 0.12})
-    if "nine/math" in usable:
-        heads["mathematics"] = ridge(usable["nine/math"].features, usable["nine/math"].gains, 1000.0)[0]
-    facts = [usable[name] for name in usable if _KIND_OF.get(name) == "fact"]
-    if facts:
-        features = np.vstack([family.features for family in facts])
-        # Centred per family: its mean says more about who answered it than about the question.
-        gains = np.concatenate([family.gains - family.gains.mean() for family in facts])
-        heads["fact"] = ridge(features, gains, 3000.0)[0]
-    # Riddles and requests about code that read like plain questions keep what they ask for.
-    heads["fact"] = heads["fact"] + _named(ASKS_MORE)
-    heads["open"] = _named(OPEN)
-    heads["code"] = _named({"length": 0.05, "programming": 0.03})
-    heads["passage"] = _named(ASKS_MORE)
+    heads = {
+        "choices": _taught(usable, "mmlu", LONGER),
+        "word_problem": _named(LONGER),
+        "mathematics": _taught(usable, "nine/math", LONGER_MATHEMATICS),
+        "code": _named(LONGER),
+        "reasoning": _named(LONGER | ASKS_MORE),
+        "fact": _named(LONGER | ASKS_MORE),
+        "passage": _named(LONGER | ASKS_MORE),
+        "open": _named(OPEN),
+    }
+    if "steps" in usable:  # what makes word problems hard; length carries what they miss
+        features = usable["steps"].features
+        steps = ridge(features, usable["steps"].gains, 300.0)[0]
+        heads["word_problem"] += _STEPS / float((features @ steps).std()) * steps
     bias = [levels[kind] - float(centres[kind] @ heads[kind]) for kind in KINDS]
     return scorer.Model(
         kinds=KINDS,
@@ -82,6 +84,14 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
         centre=0.17,
         made="python -m benchmarks.routing.train",
     )
+
+
+def _taught(usable: Mapping[str, Family], name: str, prior: Mapping[str, float]) -> Array:
+    """A head [F] from a family's gains, shrunk to *prior*; that alone where the family is not there."""
+    known = _named(prior)
+    if name not in usable:
+        return known
+    return ridge(usable[name].features, usable[name].gains, _RIDGE, prior=known)[0]
 
 
 def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
@@ -100,6 +110,7 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
         teach(np.array([scorer.read(_in_a_row(prompt)) for prompt in asked[::2]]), "choices")
         teach(np.array([scorer.read(_shorter(prompt)) for prompt in asked[1::2]]), "choices")
     teach(np.array([scorer.read(prompt) for prompt in open_prompts()]), "open")
+    teach(np.array([scorer.read(prompt) for prompt in puzzles()]), "reasoning")
     if "arenahard" in usable:
         found = usable["arenahard"].features
         coding = (_column(found, "syntax") >= 0.5) | (_column(found, "programming") >= 0.75)
@@ -130,6 +141,8 @@ def _shorter(prompt: str) -> str:
 def _mean(usable: Mapping[str, Family], kind: str, count: int) -> Array:
     """The mean features [F] of a kind's prompts, which get its typical gain."""
     found = [usable[name].features for name in usable if _KIND_OF.get(name) == kind]
+    if kind == "reasoning":
+        found = [np.array([scorer.read(prompt) for prompt in puzzles()])]
     if kind == "open":
         found = [np.array([scorer.read(prompt) for prompt in open_prompts()])]
         found += [usable["arenahard"].features] if "arenahard" in usable else []

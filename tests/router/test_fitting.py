@@ -45,16 +45,31 @@ def test_two_hundred_outcomes_of_new_traffic_improve_its_order() -> None:
     assert fitted.after.apgr > fitted.before.apgr
 
 
-def test_outcomes_that_are_pure_noise_hardly_move_the_order() -> None:
-    prompts, _ = traffic(200, seed=5)
-    rng = np.random.default_rng(6)
+@pytest.mark.parametrize("seed", [5, 6, 7])
+def test_outcomes_that_are_pure_noise_hardly_move_the_order(seed: int) -> None:
+    prompts, _ = traffic(200, seed)
+    rng = np.random.default_rng(seed + 1)
     features = np.array([scorer.read(prompt) for prompt in prompts])
     fitted = refit(shipped, features, (rng.random(200) < 0.5).astype(float), np.ones(200)).model
     others = np.array(
-        [scorer.read(text) for text in ("Solve $x^2=4$.", "Hello!", "Who wrote Hamlet?", "2+2?")]
+        [scorer.read(text) for text in ("Who wrote Hamlet?", "Hello!", "Solve $x^2 - 5x = 4$ for real x.")]
     )
 
-    assert fitted.gains(others).argsort().tolist() == shipped.gains(others).argsort().tolist()
+    assert shipped.gains(others).argsort().tolist() == [0, 1, 2]
+    assert fitted.gains(others).argsort().tolist() == [0, 1, 2]
+
+
+def test_a_refit_learns_which_kind_of_prompt_gains() -> None:
+    places = ("town", "lake", "street", "garden", "bridge")
+    facts = [f"Who built the {place} in {year}?" for place in places for year in range(1900, 1940)]
+    code = [f"Write a Python function that returns item {n} of a list." for n in range(200)]
+    features = np.array([scorer.read(prompt) for prompt in facts + code])
+    weak = np.array([0.0] * 200 + [1.0] * 200)  # against what the shipped model expects
+
+    fitted = refit(shipped, features, weak, np.ones(400)).model
+
+    assert shipped.gains(features[:200]).mean() < shipped.gains(features[200:]).mean()
+    assert fitted.gains(features[:200]).mean() > fitted.gains(features[200:]).mean()
 
 
 def test_a_kind_of_prompt_that_the_rows_do_not_contain_keeps_its_head() -> None:

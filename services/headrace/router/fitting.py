@@ -19,29 +19,37 @@ Array = NDArray[np.float64]
 
 MIN_ROWS = 40  # below, a refit would follow the noise
 _SPREAD = 0.02  # below it a feature's scale is not trusted: it hardly varies
-_RIDGES = (1000.0, 3000.0, 10_000.0)
-_TRUST = 60.0  # rows that the shipped order counts for when its own scale is refitted
+_RIDGES = (300.0, 1000.0, 3000.0)
+_SCALE_DOUBT = 0.5  # standard deviation of what the old order's scale may be on other traffic, around 1
+_LEVEL_ROWS = 60.0  # rows that the old model's mean gain counts for
 _KIND_ROWS = 15.0  # rows of a kind at which half of a correction is applied to it
 
 
 def ridge(
-    features: Array, target: Array, strength: float, weights: Array | None = None
+    features: Array,
+    target: Array,
+    strength: float,
+    *,
+    prior: Array | None = None,
+    weights: Array | None = None,
 ) -> tuple[Array, float]:
     """Coefficients [F] and intercept of a ridge regression on standardised features.
 
-    strength   rows' worth of evidence for a coefficient of zero
+    strength   rows' worth of evidence that the coefficients are the prior's
+    prior      [F], coefficients to shrink to; zero if None
     weights    [rows], of rows; all 1 if None
     """
     each = np.ones(len(target)) if weights is None else weights
+    known = np.zeros(features.shape[1]) if prior is None else prior
+    rest = target - features @ known
     total = each.sum()
     mean = each @ features / total
     spread = np.sqrt(each @ (features - mean) ** 2 / total) + _SPREAD
     scaled = (features - mean) / spread
-    centre = float(each @ target / total)
+    centre = float(each @ rest / total)
     gram = (scaled * each[:, None]).T @ scaled + strength * np.eye(features.shape[1])
-    solved = np.linalg.solve(gram, (scaled * each[:, None]).T @ (target - centre))
-    slopes: Array = solved / spread
-    return slopes, centre - float(mean @ slopes)
+    slopes: Array = np.linalg.solve(gram, (scaled * each[:, None]).T @ (rest - centre)) / spread
+    return known + slopes, centre - float(mean @ slopes)
 
 
 def softmax(
@@ -84,9 +92,9 @@ class Refit:
 def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: int = 0) -> Refit:
     """Fit *model* to outcomes: features [rows, F], weak and strong [rows] from 0 to 1.
 
-    The old model is the prior: its order keeps the weight of 60 rows, and corrections per feature are
-    shrunk so strongly that a few hundred rows move them where they agree. How strongly is chosen by
-    cross-validation. A kind of prompt that the rows hardly contain keeps its head. Raises ValueError when
+    The old model is the prior: its order is rescaled as far as the rows tell how, and corrections per
+    feature and per kind are shrunk so strongly that a few hundred rows move them where they agree. How
+    strongly is chosen by cross-validation. A kind of prompt that the rows hardly contain keeps its head. Raises ValueError when
     there are too few rows, or no gain in them.
     """
     if len(weak) < MIN_ROWS:
@@ -114,22 +122,29 @@ def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: in
 
 
 def _corrected(model: Model, features: Array, gains: Array, strength: float) -> Model:
-    """*model* with its order rescaled, its level shifted and its features' slopes corrected by the rows."""
+    """*model* with its order rescaled, its level, its kinds' levels and its features' slopes corrected."""
     old = model.gains(features)
     centred = old - old.mean()
-    spread = float(centred.std()) + 1e-6
-    # The scale of the old order: a regression whose prior, of _TRUST rows' weight, is that it is right.
-    scale = float(np.clip((centred @ gains / spread**2 + _TRUST) / (len(gains) + _TRUST), 0.0, 2.0))
-    level = (gains.sum() + _TRUST * old.mean()) / (len(gains) + _TRUST)
-    rest = gains - gains.mean() - scale * centred
-    slopes, intercept = ridge(features, rest, strength)
-    # gain = level + scale * (old - mean) + features @ slopes + intercept, for kinds that the rows contain
-    presence = model.kinds_of(features).sum(axis=0)
-    trusted = (presence / (presence + _KIND_ROWS))[:, None]
-    heads = scale * model.heads + slopes
-    bias = scale * (model.head_bias - old.mean()) + level + intercept
+    about = gains - gains.mean()
+    # The scale of the old order: Bayesian regression with a prior around 1, so that rows on which the old
+    # order hardly varies, and from which its scale cannot be told, leave it alone.
+    noise = float(about.var()) + 1e-9
+    certain = 1 / _SCALE_DOUBT**2
+    scale = (centred @ about / noise + certain) / (centred @ centred / noise + certain)
+    scale = float(np.clip(scale, 0.0, 2.0))
+    level = (gains.sum() + _LEVEL_ROWS * old.mean()) / (len(gains) + _LEVEL_ROWS)
+    rest = about - scale * centred
+    kinds = model.kinds_of(features)
+    slopes, intercept = ridge(np.hstack([features, kinds]), rest, strength)
+    of_features, of_kinds = np.split(slopes, [features.shape[1]])
+    # gain = level + scale * (old - mean) + features @ of_features + kinds @ of_kinds + intercept, for kinds
+    # that the rows contain
+    presence = kinds.sum(axis=0)
+    trusted = presence / (presence + _KIND_ROWS)
+    heads = scale * model.heads + of_features
+    bias = scale * (model.head_bias - old.mean()) + level + intercept + of_kinds
     return replace(
         model,
-        heads=trusted * heads + (1 - trusted) * model.heads,
-        head_bias=trusted[:, 0] * bias + (1 - trusted[:, 0]) * model.head_bias,
+        heads=trusted[:, None] * heads + (1 - trusted[:, None]) * model.heads,
+        head_bias=trusted * bias + (1 - trusted) * model.head_bias,
     )

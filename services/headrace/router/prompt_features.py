@@ -29,7 +29,7 @@ _CLOSING = re.compile(
     re.IGNORECASE,
 )
 _LINE_OPTION = re.compile(r"^[ \t]*\(?([A-Ja-j])[).:][ \t]+(\S.*)$", re.MULTILINE)
-_INLINE_OPTION = re.compile(r"(?:(?<=\s)|^)\(?([A-J])[).:]\s+([^\n]+?)(?=\s\(?[A-J][).:]\s|$)", re.MULTILINE)
+_INLINE_OPTION = re.compile(r"(?:(?<=\s)|^)\(?([A-J])[).]\s+([^\n]+?)(?=\s\(?[A-J][).]\s|$)", re.MULTILINE)
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
@@ -89,6 +89,21 @@ _LEXICON: dict[str, tuple[str, int]] = {
         "permutation* combination* sequence* sum product perpendicular coordinate* solve simplify compute "
         "calculate evaluate slope ratio* variance deviation positive real area volume perimeter",
         4,
+    ),
+    "number_words": (
+        "two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty fifty sixty "
+        "hundred thousand dozen couple",
+        4,
+    ),
+    "parts": ("half halves third thirds quarter quarters fourth fourths fifth fifths tenth twice thrice", 3),
+    "conjunctions": ("and", 6),
+    "than": ("than", 3),
+    "relations": (
+        "mother father parent parents brother brothers sister sisters son daughter uncle aunt cousin cousins "
+        "siblings older younger oldest youngest taller shorter tallest shortest heavier lighter heaviest "
+        "faster slower north south east west left right behind beside facing opposite upside row first last "
+        "in_front next_to sits sit stands stand lies odd_one belong related relative finish",
+        3,
     ),
     "how_many": ("how_many how_much how_long how_far how_old how_tall how_fast the_total the_average", 1),
     "each": ("each every per apiece respectively", 4),
@@ -207,6 +222,7 @@ NAMES: tuple[str, ...] = (
     "capitals",
     "numbers",
     "number_density",
+    "quantities",
     "large_numbers",
     "variables",
     "questions",
@@ -293,6 +309,7 @@ def measure(text: str) -> dict[str, float]:
         if first in _FIRST_OF_PAIR:
             for name in _FEATURES_OF.get(f"{first}_{second}", ()):
                 counts[name] += 1
+    found["quantities"] = _between(math.log1p(len(numbers) + counts["number_words"]), 0.0, math.log(20))
     for name, (_, full) in _LEXICON.items():
         found[name] = min(counts[name], full) / full
     return found
