@@ -4,13 +4,14 @@ Set by hand, from what is published, where no labelled rows that may be shipped 
 
 - The gain of GPT-4 over Mixtral-8x7B: MMLU about 0.13, GSM8K about 0.22 (RouteLLM, arXiv 2406.18665);
   open instructions more, for there the larger model is preferred in most comparisons and not only where
-  the smaller one errs (AlpacaEval's public leaderboard); competition mathematics more still.
+  the smaller one errs (AlpacaEval's public leaderboard); competition mathematics more still; puzzles between
+  word problems and those.
 - In open-ended chat large models lead small ones most in mathematics, coding, reasoning and extraction, and
   hardly in writing, roleplay and the humanities (MT-Bench by category: Zheng et al., arXiv 2306.05685,
   section 4.3).
 
-The prompts of the open kind and the puzzles below are ours, made from templates: they teach the gate what such
-requests look like.
+The prompts of the open kind and the puzzles below are ours, made from templates: they teach the gate what
+such requests look like.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ TYPICAL = {
     "open": 0.20,
 }
 
-# Longer prompts gain more: the one order that held in nearly every family that was measured. Gain per unit of
-# the feature, which grows by one from 5 to 500 words; every head starts from it, and few labels move it.
+# Longer prompts gain more: the one order that held in nearly every family that was measured. Gain per unit
+# of the feature, which grows by one from 5 to 500 words; every head starts from it, and few labels move it.
 LONGER = {"length": 0.3}
 
 # In competition mathematics less so, for there long problems defeat the strong tier too.
@@ -125,8 +126,8 @@ _PUZZLES = (
     "{a} is the sister of {b}'s father. What relation is {b} to {a}?",
     "In a row of seats {a} sits to the left of {b}, {c} sits at the right end and {d} next to {c}. Who sits "
     "in the second seat?",
-    "{a}, {b}, {c} and {d} finished a race. {b} came in before {d} and right behind {a}; {c} was not last. In "
-    "which order did they finish?",
+    "{a}, {b}, {c} and {d} finished a race. {b} came in before {d} and right behind {a}; {c} was not last. "
+    "In which order did they finish?",
     "{a} walks south for a while, turns left, walks on and turns left again. Which way does {a} face now?",
     "{a} always lies and {b} always tells the truth. One of them says: 'We are both liars.' Who said it?",
     "{a} must bring a fox, a goose and a sack of corn across a river in a boat that holds only one of them "
@@ -135,8 +136,8 @@ _PUZZLES = (
     "All {x} are {y}. Some {y} are {z}. Does it follow that some {x} are {z}?",
     "No {x} are {z}. Every one of the {y} is {z}. Can any of the {x} be among the {y}? Justify your answer.",
     "If it rains, the {x} stay at home. The {x} did not stay at home. What can be concluded about the rain?",
-    "Since the town bought more {x}, fewer people have been ill. Did the {x} make them healthy? Which flaw does "
-    "this argument have?",
+    "Since the town bought more {x}, fewer people have been ill. Did the {x} make them healthy? Which flaw "
+    "does this argument have?",
     "Which word is the odd one out: {x}, {y}, clouds, thirteen? Give your reason.",
     "What comes next: {x}, {y}, {x}, {x}, {y}, {x}, {x}, {x}?",
     "A man lives on the tenth floor and takes the lift down each day, but on the way back gets out at the "

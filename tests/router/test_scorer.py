@@ -34,6 +34,50 @@ HARD = [
 ]
 
 
+# Requests of a chat by what they ask for; by what is published, large models lead much in the first four.
+CHAT = {
+    "mathematics": [
+        "The sum of two numbers is 31 and their difference is 7. What are the numbers?",
+        "What is the area of a triangle with the corners (1, 2), (4, 6) and (7, 2)?",
+        "Two dice are thrown. What is the probability that their product is even?",
+    ],
+    "coding": [
+        "Write a Python function that checks whether a string is a palindrome, ignoring punctuation.",
+        "How do I reverse a singly linked list? Show code in C++.",
+        "Given an array of integers, write a program to find the longest increasing subsequence.",
+    ],
+    "reasoning": [
+        "Tom is taller than Ann, and Ann is taller than Raj. Is Raj shorter than Tom? Explain.",
+        "Which of these does not belong with the others, and why: apple, banana, carrot, cherry?",
+        "Every time the rooster crows the sun comes up soon after. Does the rooster cause the sunrise?",
+    ],
+    "extraction": [
+        "From this paragraph, list every date and what happened on it as a table: The bridge was begun in "
+        "1921, opened on 3 May 1925 and closed for repair in 1988.",
+        "Extract the names of all people and companies from the text below and return them as JSON.\n"
+        "Yesterday Maria Lopez of Nordwind met Jan Peters, who runs Alta Foods, to talk about a merger.",
+    ],
+    "roleplay": [
+        "You are a grumpy medieval innkeeper. A traveller asks for a room. Stay in character.",
+        "Imagine you are the last dinosaur. Write a diary entry about what you saw today.",
+    ],
+    "writing": [
+        "Write a cover letter for a junior librarian who is changing careers after ten years as a nurse.",
+        "Could you write an opening paragraph for a mystery novel that takes place on a night train?",
+    ],
+    "explaining": [
+        "How did the printing press change European society?",
+        "Please explain what an enzyme is and how temperature affects its activity.",
+    ],
+    "chores": [
+        "Translate 'Where is the station?' into Spanish.",
+        "Correct the spelling: I recieved teh letter yesterday.",
+        "Summarize the following email in two bullet points.\nHi all, the meeting moves to Tuesday at ten.",
+        "How are you today?",
+    ],
+}
+
+
 @given(st.text(max_size=2000))
 def test_the_score_is_in_range_and_its_shares_add_up(text: str) -> None:
     score = shipped.score(text)
@@ -53,6 +97,33 @@ def test_small_talk_facts_and_play_score_below_mathematics_code_and_long_word_pr
     assert max(shipped.score(text).value for text in EASY) < 0.5
     assert min(shipped.score(text).value for text in HARD) > 0.5
     assert max(shipped.score(text).value for text in EASY) < min(shipped.score(text).value for text in HARD)
+
+
+def test_in_chat_what_large_models_lead_in_scores_above_what_they_hardly_lead_in() -> None:
+    means = {asks: sum(map(value, prompts)) / len(prompts) for asks, prompts in CHAT.items()}
+
+    leads = {"mathematics", "coding", "reasoning", "extraction"}
+    assert min(means[asks] for asks in leads) > max(means[asks] for asks in means.keys() - leads)
+    assert max(map(value, CHAT["chores"])) < 0.5
+
+
+def value(text: str) -> float:
+    return shipped.score(text).value
+
+
+def test_a_word_problem_with_more_quantities_and_clauses_scores_higher() -> None:
+    short = "Ann has 3 bags of 12 apples. How many apples does she have?"
+    long = (
+        "Ann has 3 bags of 12 apples and twice as many pears. She gives a third of the apples to each of two "
+        "neighbours, sells half of the pears for $2 each and buys five more bags. How many apples and pears "
+        "does she have, and how much more money than before?"
+    )
+
+    assert shipped.score(long).value > shipped.score(short).value + 0.1
+
+
+def test_lines_that_begin_with_a_name_and_a_colon_are_not_taken_for_choices_in_a_row() -> None:
+    assert prompt_features.options("Compare them. A: revenue 10, costs 7; B: revenue 9, costs 5.") == []
 
 
 def test_a_huge_prompt_is_scored_by_its_beginning_and_its_end() -> None:

@@ -94,8 +94,8 @@ def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: in
 
     The old model is the prior: its order is rescaled as far as the rows tell how, and corrections per
     feature and per kind are shrunk so strongly that a few hundred rows move them where they agree. How
-    strongly is chosen by cross-validation. A kind of prompt that the rows hardly contain keeps its head. Raises ValueError when
-    there are too few rows, or no gain in them.
+    strongly is chosen by cross-validation. A kind of prompt that the rows hardly contain keeps its head.
+    Raises ValueError when there are too few rows, or no gain in them.
     """
     if len(weak) < MIN_ROWS:
         raise ValueError(
