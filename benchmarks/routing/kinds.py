@@ -10,8 +10,8 @@ Set by hand, from what is published, where no labelled rows that may be shipped 
   hardly in writing, roleplay and the humanities (MT-Bench by category: Zheng et al., arXiv 2306.05685,
   section 4.3).
 
-The prompts of the open kind and the puzzles below are ours, made from templates: they teach the gate what
-such requests look like.
+The prompts of the open kind, the puzzles and the questions of mathematics below are ours, made from
+templates: they teach the gate what such requests look like.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ TYPICAL = {
 # of the feature, which grows by one from 5 to 500 words; every head starts from it, and few labels move it.
 LONGER = {"length": 0.3}
 
-# In competition mathematics less so, for there long problems defeat the strong tier too.
-LONGER_MATHEMATICS = {"length": 0.1}
+# Less so in competition mathematics, where long problems defeat the strong tier too, and in code, where a
+# short request may ask for much.
+LONGER_LITTLE = {"length": 0.1}
 
 # Gain per feature at full strength within open-ended chat, beside its length.
 OPEN = {
@@ -145,6 +146,29 @@ _PUZZLES = (
     "How could {a} fall from a ladder of twenty steps and not be hurt?",
     "The more {x} you take away, the bigger it becomes. What is it?",
 )
+
+
+_MATHEMATICS = (
+    "Prove that the square root of {m} is irrational.",
+    "Show that there are infinitely many numbers that are divisible by both {n} and {m}.",
+    "Show that the sum of {n} odd numbers in a row is divisible by {n}.",
+    "What is the probability of at least one six in {n} throws of a die?",
+    "How many ways are there to choose {n} people out of {m}?",
+    "Find the smallest number that leaves the remainder {n} when divided by {m}.",
+    "What is the area of a circle with radius {m}?",
+    "Calculate the derivative of x^{n} + {m}x.",
+    "If f(x) = {n}x + {m}, what is f(f({n}))?",
+    "Is {m} a prime number? Explain how you know.",
+)
+
+
+def mathematics() -> list[str]:
+    """Short questions of mathematics in plain words, every template with several numbers."""
+    return [
+        template.format(n=n, m=m)
+        for template in _MATHEMATICS
+        for n, m in ((2, 11), (3, 24), (4, 35), (5, 47), (6, 63), (7, 90))
+    ]
 
 
 def puzzles() -> list[str]:

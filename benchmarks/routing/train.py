@@ -19,9 +19,10 @@ from benchmarks.routing.kinds import (
     ASKS_MORE,
     KINDS,
     LONGER,
-    LONGER_MATHEMATICS,
+    LONGER_LITTLE,
     OPEN,
     TYPICAL,
+    mathematics,
     open_prompts,
     puzzles,
 )
@@ -62,8 +63,8 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
     heads = {
         "choices": _taught(usable, "mmlu", LONGER),
         "word_problem": _named(LONGER),
-        "mathematics": _taught(usable, "nine/math", LONGER_MATHEMATICS),
-        "code": _named(LONGER),
+        "mathematics": _taught(usable, "nine/math", LONGER_LITTLE),
+        "code": _named(LONGER_LITTLE),
         "reasoning": _named(LONGER | ASKS_MORE),
         "fact": _named(LONGER | ASKS_MORE),
         "passage": _named(LONGER | ASKS_MORE),
@@ -109,8 +110,8 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
         asked = usable["mmlu"].prompts[_AT_MOST : 2 * _AT_MOST]
         teach(np.array([scorer.read(_in_a_row(prompt)) for prompt in asked[::2]]), "choices")
         teach(np.array([scorer.read(_shorter(prompt)) for prompt in asked[1::2]]), "choices")
-    teach(np.array([scorer.read(prompt) for prompt in open_prompts()]), "open")
-    teach(np.array([scorer.read(prompt) for prompt in puzzles()]), "reasoning")
+    for kind, made in (("open", open_prompts()), ("reasoning", puzzles()), ("mathematics", mathematics())):
+        teach(np.array([scorer.read(prompt) for prompt in made]), kind)
     if "arenahard" in usable:
         found = usable["arenahard"].features
         coding = (_column(found, "syntax") >= 0.5) | (_column(found, "programming") >= 0.75)
