@@ -128,7 +128,9 @@ def main() -> None:
             _told(name, "ours, subjects unseen", by_subject(data, name), family)
         _beside(name, family, arguments.litellm)
     mixture, scores = _mixed(data, expected)
-    _told("mixture", "ours", scores, mixture)
+    _told("mixture", "ours, mmlu in folds", scores, mixture)
+    without = fit(data, without=["mmlu"]).gains(data["mmlu"].features)
+    _told("mixture", "ours, unseen", _mixed(data, {**expected, "mmlu": without})[1], mixture)
     _beside("mixture", mixture, arguments.litellm)
     print(f"\n| family | APGR unseen | after {_LABELLED} labels |\n|---|---|---|")
     for name in ("mmlu", "rb_arc", "nine/gsm8k", "nine/math", "nine/race", "seven/gsm8k-train", "flask"):
