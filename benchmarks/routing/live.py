@@ -5,7 +5,8 @@
 
 The same questions go through router, batchers and workers as anybody's would, greedily, under each policy:
 one tier for all, a random choice, the score at several shares of large calls, and the score with drafts
-judged before release. Thresholds come from a calibration file that the router reads while it runs.
+judged before release, without and with a second, sampled answer to compare them with. Thresholds come from
+a calibration file that the router reads while it runs.
 
 Cost is what the router's own bills say, by prices in proportion to the models' parameters; time is that of
 all questions, some side by side, on whatever else the machine was doing.
@@ -43,6 +44,7 @@ TIERS = ("small", "large")
 PRICES = {"small": 0.135, "large": 0.494}
 MAX_TOKENS = 64
 SIDE_BY_SIDE = 16
+SAMPLE_SECONDS = 10.0  # that a draft waits for its sample: the machine is busy, and both are as long
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,14 @@ class Policy:
     share     of questions that the score (or chance) sends to the large tier at once
     pin       "small", "large", "random" or "" for the score
     cascade   whether drafts of the small tier are judged
+    samples   whether a sample is drawn beside each of them
     """
 
     name: str
     share: float = 0.0
     pin: str = ""
     cascade: bool = False
+    samples: bool = False
 
 
 POLICIES = (
@@ -66,6 +70,7 @@ POLICIES = (
     Policy("random", share=0.5, pin="random"),
     *(Policy("score", share=share) for share in (0.25, 0.5)),
     *(Policy("score + check", share=share, cascade=True) for share in (0.0, 0.25)),
+    *(Policy("score + check + agreement", share=share, cascade=True, samples=True) for share in (0.0, 0.25)),
 )
 
 
@@ -167,7 +172,10 @@ async def calibrate(client: Client, path: Path, rows: Sequence[Row], share: floa
 async def measure(
     questions: Sequence[Question], policies: Sequence[Policy], log: Path | None
 ) -> list[Result]:
-    """Bring the mesh up and run *policies* through it; every answer goes to *log* as it comes."""
+    """Bring the mesh up and run *policies* through it; every answer goes to *log* as it comes.
+
+    Whether samples are drawn is the router's setting: such policies get a mesh of their own.
+    """
     scorer = load_scorer()
     rows = [Row(scorer.score(question.prompt).value) for question in questions]
     with tempfile.TemporaryDirectory(prefix="headrace-live-") as folder:
@@ -179,22 +187,30 @@ async def measure(
             path,
         )
         prices = ",".join(f"{tier}={price}/{price}" for tier, price in PRICES.items())
-        spec = MeshSpec(
-            cache=cache_folder(),
-            log_dir=Path(folder) / "logs",
-            flags={"router": ["--calibration", str(path), "--prices", prices]},
-        )
         results: list[Result] = []
         answers: dict[str, list[dict[str, Any]]] = {}
-        async with mesh(spec) as running, connect(running.address) as client:
-            for policy in policies:
-                if not policy.pin:
-                    await calibrate(client, path, rows, policy.share)
-                result, said = await run(client, policy, questions)
-                results.append(result)
-                answers[f"{policy.name} {policy.share:g}"] = said
-                _write(log, answers)
-                print(_line(result), flush=True)
+        for samples in (False, True):
+            chosen = [policy for policy in policies if policy.samples == samples]
+            if not chosen:
+                continue
+            seconds = SAMPLE_SECONDS if samples else 0.0
+            flags = ["--calibration", str(path), "--prices", prices]
+            spec = MeshSpec(
+                cache=cache_folder(),
+                log_dir=Path(folder) / "logs",
+                flags={"router": [*flags, "--cascade-sample-seconds", str(seconds)]},
+            )
+            async with mesh(spec) as running, connect(running.address) as client:
+                while not all(tier.healthy for tier in (await client.list_tiers()).tiers):
+                    await asyncio.sleep(0.2)
+                for policy in chosen:
+                    if not policy.pin:
+                        await calibrate(client, path, rows, policy.share)
+                    result, said = await run(client, policy, questions)
+                    results.append(result)
+                    answers[f"{policy.name} {policy.share:g}"] = said
+                    _write(log, answers)
+                    print(_line(result), flush=True)
     return results
 
 
@@ -212,8 +228,13 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=120)
     whole = next(r["cost"] for r in results if r["policy"] == "always large")
-    marks = {"always small": "s", "always large": "D", "random": "x", "score": "o", "score + check": "^"}
+    marks = {
+        **{"always small": "s", "always large": "D", "random": "x"},
+        **{"score": "o", "score + check": "^", "score + check + agreement": "v"},
+    }
     for name, mark in marks.items():
+        if not any(r["policy"] == name for r in results):
+            continue
         points = sorted((r["cost"] / whole, 100 * r["accuracy"]) for r in results if r["policy"] == name)
         axes.plot(
             [cost for cost, _ in points],
@@ -241,7 +262,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _line(result: Result) -> str:
     return (
-        f"{result.policy:14} share {result.share:4.2f}  right {100 * result.accuracy:5.1f} %  "
+        f"{result.policy:25} share {result.share:4.2f}  right {100 * result.accuracy:5.1f} %  "
         f"by large {100 * result.large_share:5.1f} %  "
         f"tokens {result.tokens:6} (wasted {result.wasted_tokens})  "
         f"{result.seconds:6.1f} s"

@@ -74,6 +74,35 @@ def test_check_orders_drafts_by_how_much_they_need_a_larger_tier(tmp_path: Path)
     assert wrong["reasons"]
 
 
+def test_check_reads_log_probabilities_and_samples_where_rows_have_them(tmp_path: Path) -> None:
+    row = {"prompt": "What is 17 + 25?", "draft": "It is 42."}
+    path = write(
+        tmp_path / "in.jsonl",
+        [
+            {"id": "agree", **row, "samples": ["42", "The sum is 42."]},
+            {"id": "differ", **row, "samples": ["41", "The sum is 32."]},
+            {"id": "sure", **row, "logprobs": [-0.01] * 5},
+            {"id": "unsure", **row, "logprobs": [-1.5] * 5},
+        ],
+    )
+
+    agree, differ, sure, unsure = rows_of(runner.invoke(app, ["check", "--jsonl", path]).output)
+
+    assert agree["score"] < differ["score"]
+    assert sure["score"] < unsure["score"]
+    assert differ["reasons"]
+
+
+@pytest.mark.parametrize("samples", ["42", [42], {}])
+def test_check_wants_samples_to_be_texts(tmp_path: Path, samples: object) -> None:
+    path = write(tmp_path / "in.jsonl", [{"prompt": "a", "draft": "b", "samples": samples}])
+
+    result = runner.invoke(app, ["check", "--jsonl", path])
+
+    assert result.exit_code == 2
+    assert "'samples' must be a list of strings" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [

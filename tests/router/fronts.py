@@ -38,7 +38,7 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
     breaks       for each request in turn, after how many tokens of its own its stream breaks; then no more
     breaks_with  what it breaks with
     hangs        says nothing more after `accepted`, and answers no look
-    running      what it says of its load
+    running, queued   what it says of its load
     healthy      what it says of its health
     """
 
@@ -50,6 +50,7 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
     hangs: bool = False
     pieces: int = 1
     running: int = 0
+    queued: int = 0
     healthy: bool = True
     looks: int = 0
     requests: list[pb.GenerateRequest] = field(default_factory=list)
@@ -59,7 +60,7 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
         self.looks += 1
         if self.hangs and self.requests:
             await asyncio.Event().wait()
-        load = routing.TierLoad(running=self.running, workers=1)
+        load = routing.TierLoad(running=self.running, queued=self.queued, workers=1)
         tier = routing.Tier(healthy=self.healthy, model=self.model, load=load)
         return routing.ListTiersResponse(tiers=[tier])
 

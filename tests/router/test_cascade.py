@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from headrace import errors
 from headrace.client import Client, chat
 from headrace.router.cascade import Draft
+from headrace.router.draft_check import load
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import Answer, collect, eventually
 from tests.router.fronts import Front, routed
@@ -26,13 +28,17 @@ QUESTION = "What is the capital of France?"
 
 @dataclass
 class Speaker(Front):
-    """Says its own text, a word a token, whatever it is asked; *cancelled* counts answers nobody wanted."""
+    """Says its own text, a word a token, whatever it is asked; *cancelled* counts answers nobody wanted.
+
+    sample   what it says to requests for a sample: nothing at all if it is empty, an error if it is one
+    """
 
     text: str = GOOD
     logprob: float = -0.01
     length: bool = False
     cancelled: int = 0
     fails_after: int | None = None
+    sample: str | errors.HeadraceError | None = None
     cached: int = 0
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
@@ -42,9 +48,16 @@ class Speaker(Front):
         yield pb.GenerateResponse(
             accepted=pb.Accepted(request_id=request.request_id, model=self.model, prompt_tokens=10, seed=1)
         )
-        words = self.text.split(" ")
+        text = self.text
+        if self.sample is not None and request.request_id.endswith("-sample"):
+            if isinstance(self.sample, errors.HeadraceError):
+                raise self.sample
+            text = self.sample
+        words = text.split(" ")
         ended = False
         try:
+            if not text:
+                await asyncio.Event().wait()
             for place, word in enumerate(words):
                 if place == self.fails_after:
                     ended = True
@@ -234,6 +247,115 @@ async def test_a_request_may_ask_for_it() -> None:
 
     assert answer.accepted.tier == "large"
     assert explained.cascade
+
+
+SAMPLED = {**CASCADE, "cascade_sample_seconds": 10}
+SUM = "What is 17 + 25?"
+
+
+def words_of(text: str) -> int:
+    return len(text.split(" "))
+
+
+async def released_with(small: Speaker, settings: dict[str, Any]) -> Answer:
+    """The answer to a sum for which the small tier's draft needs just what it has to be released."""
+    async with routed(settings, small=small, large=Speaker(text="By the large tier: 42")) as client:
+        return await collect(client, chat(SUM, temperature=0, max_tokens=40))
+
+
+async def test_a_sample_that_agrees_lets_a_draft_pass_that_a_differing_one_gives_up() -> None:
+    """Release is set between the two verdicts, so that only the sample decides."""
+    checker = load()
+    logprobs = [-0.01] * 4
+    agrees = checker.check(SUM, "The sum is 42.", logprobs=logprobs, samples=["It is 42."]).good
+    differs = checker.check(SUM, "The sum is 42.", logprobs=logprobs, samples=["It is 41."]).good
+    settings = {**SAMPLED, "cascade_release": (agrees + differs) / 2}
+
+    same = await released_with(Speaker(text="The sum is 42.", sample="It is 42."), settings)
+    other = await released_with(Speaker(text="The sum is 42.", sample="It is 41."), settings)
+
+    assert (same.accepted.tier, other.accepted.tier) == ("small", "large")
+
+
+async def test_a_sample_is_asked_for_with_another_seed_some_warmth_and_few_tokens() -> None:
+    small = Speaker(sample="Paris")
+    request = chat(QUESTION, temperature=0, max_tokens=500, seed=7, logprobs=True)
+    request.stream.include_token_ids = True
+    async with routed({**SAMPLED, "draft_tokens": 32}, small=small, large=Speaker()) as client:
+        answer = await collect(client, request)
+
+    drafted, sampled = sorted(small.requests, key=lambda asked: asked.request_id.endswith("-sample"))
+    assert answer.text == GOOD
+    assert drafted.sampling.temperature == 0
+    assert drafted.sampling.max_tokens == 500
+    assert sampled.request_id == f"{drafted.request_id}-sample"
+    assert sampled.sampling.temperature == pytest.approx(0.7)
+    assert sampled.sampling.max_tokens == 32
+    assert sampled.sampling.seed != drafted.sampling.seed == 7
+    assert sampled.chat == drafted.chat
+    assert not sampled.sampling.logprobs
+
+
+async def test_a_sample_is_billed_as_waste_whether_the_draft_is_released_or_not() -> None:
+    sample = "It is Paris"
+    settings = {**SAMPLED, "cascade_release": 0}
+    async with routed(settings, small=Speaker(sample=sample), large=Speaker()) as client:
+        released = await collect(client, chat(QUESTION))
+    async with routed(SAMPLED, small=Speaker(text=BAD, sample=sample), large=Speaker()) as client:
+        escalated = await collect(client, chat(QUESTION))
+
+    assert charges(released) == {"small": (2, 20, 6, 3)}
+    assert released.finish.usage.wasted_tokens == 3
+    assert charges(escalated) == {"small": (2, 20, 0, words_of(BAD) + 3), "large": (1, 10, 6, 0)}
+    assert escalated.finish.usage.wasted_tokens == words_of(BAD) + 3
+
+
+@pytest.mark.parametrize("sample", [errors.Overloaded("full", retry_after=1.0), errors.SequenceFault("oh")])
+async def test_a_draft_whose_sample_fails_is_judged_without_it(sample: errors.HeadraceError) -> None:
+    async with routed(SAMPLED, small=Speaker(sample=sample), large=Speaker()) as client:
+        answer = await collect(client, chat(QUESTION))
+
+    assert answer.text == GOOD
+    assert answer.accepted.tier == "small"
+    assert answer.finish.usage.wasted_tokens == 0
+
+
+async def test_a_sample_that_does_not_come_is_waited_for_no_longer_than_is_set_and_cancelled() -> None:
+    small = Speaker(sample="")
+    async with routed({**CASCADE, "cascade_sample_seconds": 0.05}, small=small, large=Speaker()) as client:
+        answer = await collect(client, chat(QUESTION), timeout=20)
+        await eventually(lambda: small.cancelled == 1)
+
+    assert answer.text == GOOD
+    assert answer.accepted.tier == "small"
+
+
+async def test_a_caller_who_leaves_takes_draft_and_sample_along() -> None:
+    small = Speaker(text="", sample="")
+    async with routed(SAMPLED, small=small, large=Speaker()) as client:
+        small.text = ""
+        stream = client.generate(chat(QUESTION), timeout=20)
+        waiting = asyncio.ensure_future(anext(stream))
+        await eventually(lambda: len(small.requests) == 2)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await stream.aclose()
+        await eventually(lambda: small.cancelled == 2)
+
+
+async def test_no_sample_is_drawn_where_a_draft_is_not_judged_time_is_short_or_others_wait() -> None:
+    unjudged = chat(QUESTION)
+    unjudged.routing.cascade = False
+    small = Speaker(sample=GOOD)
+    async with routed({**SAMPLED, "cascade_sample_seconds": 30}, small=small, large=Speaker()) as client:
+        await collect(client, unjudged)
+        await collect(client, chat(QUESTION), timeout=20)
+    busy = Speaker(sample=GOOD, queued=3)
+    async with routed(SAMPLED, small=busy, large=Speaker()) as client:
+        await collect(client, chat(QUESTION))
+
+    assert len(small.requests) == 2
+    assert len(busy.requests) == 1
 
 
 async def test_draft_check_and_answer_are_spans_of_one_trace(spans: InMemorySpanExporter) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from headrace.router import draft_check
 from headrace.router.artifact import BadArtifact
+from headrace.router.chooser import CascadeRules
 from headrace.router.draft_features import FEATURES
 
 checker = draft_check.load()
@@ -24,9 +25,14 @@ RIGHT = "She has 3 * 12 = 36 eggs. 36 - 5 = 31. She makes 31 x $2 = $62.\n#### 6
 
 
 def good(
-    draft: str, *, prompt: str = EGGS, finished: bool = True, logprobs: list[float] | None = None
+    draft: str,
+    *,
+    prompt: str = EGGS,
+    finished: bool = True,
+    logprobs: list[float] | None = None,
+    samples: list[str] | None = None,
 ) -> float:
-    return checker.check(prompt, draft, finished=finished, logprobs=logprobs).good
+    return checker.check(prompt, draft, finished=finished, logprobs=logprobs, samples=samples or ()).good
 
 
 @pytest.mark.parametrize(
@@ -62,29 +68,63 @@ def test_only_the_answer_is_judged_where_a_draft_runs_on_with_a_question_of_its_
     assert good("She has none. #### 0\nQuestion: 1 + 1?\nAnswer: #### 2") < verdict.good < good(RIGHT)
 
 
-def test_unlikely_tokens_lower_a_draft_and_likely_ones_do_not() -> None:
-    assert good(RIGHT, logprobs=[-2.0] * 30) < good(RIGHT, logprobs=[-0.01] * 30) == good(RIGHT)
+def test_unlikely_tokens_lower_a_draft_and_likely_ones_raise_it() -> None:
+    assert good(RIGHT, logprobs=[-2.0] * 30) < good(RIGHT) < good(RIGHT, logprobs=[-0.01] * 30)
 
 
 def test_code_that_does_not_parse_is_not_good_enough() -> None:
     prompt = "Write a Python function that doubles a number."
     whole = "```python\ndef double(x):\n    return 2 * x\n```"
 
-    assert good(whole.replace("(x):", "(x:"), prompt=prompt) < 0.5 < good(whole, prompt=prompt)
+    def sure(draft: str) -> float:
+        return good(draft, prompt=prompt, logprobs=[-0.01] * 20)
+
+    assert sure(whole.replace("(x):", "(x:")) < CascadeRules().release < sure(whole)
 
 
-@given(st.text(max_size=300), st.text(max_size=600), st.booleans())
-def test_any_text_gets_a_probability_whose_shares_add_up(prompt: str, draft: str, finished: bool) -> None:
-    verdict = checker.check(prompt, draft, finished=finished)
+@pytest.mark.parametrize("logprobs", [None, [-0.1] * 30])
+def test_samples_that_agree_raise_a_draft_above_samples_that_differ(logprobs: list[float] | None) -> None:
+    other = RIGHT.replace("62", "57")
+
+    def with_samples(*samples: str) -> float:
+        return good(RIGHT, logprobs=logprobs, samples=list(samples))
+
+    assert with_samples(other, other) < with_samples(RIGHT, other) < with_samples(RIGHT, "She makes $62.")
+
+
+def test_samples_that_cannot_be_compared_change_nothing() -> None:
+    assert good(RIGHT, samples=["", "  "]) == good(RIGHT)
+
+
+def test_nothing_that_speaks_against_a_draft_ever_speaks_for_it() -> None:
+    content = json.loads(draft_check.SHIPPED.read_text())
+
+    for evidence in draft_check.EVIDENCE:
+        weights = content["evidence"][evidence]["weights"]
+        assert weights.pop("samples_agree") >= 0
+        assert all(weight <= 0 for weight in weights.values()), evidence
+
+
+@given(
+    st.text(max_size=300),
+    st.text(max_size=600),
+    st.booleans(),
+    st.none() | st.lists(st.floats(-30, 0), max_size=5),
+    st.lists(st.text(max_size=100), max_size=2),
+)
+def test_any_text_gets_a_probability_whose_shares_add_up(
+    prompt: str, draft: str, finished: bool, logprobs: list[float] | None, samples: list[str]
+) -> None:
+    verdict = checker.check(prompt, draft, finished=finished, logprobs=logprobs, samples=samples)
 
     assert 0 < verdict.good < 1
     log_odds = verdict.bias + sum(feature.log_odds for feature in verdict.features)
     assert math.isclose(math.log(verdict.good / (1 - verdict.good)), log_odds, abs_tol=1e-6)
     assert all(0 <= feature.value <= 1 for feature in verdict.features)
-    assert verdict == checker.check(prompt, draft, finished=finished)
+    assert verdict == checker.check(prompt, draft, finished=finished, logprobs=logprobs, samples=samples)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"format": 99, "kind": "draft_check"})])
+@pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"format": 1, "kind": "draft_check"})])
 def test_a_file_that_is_no_check_is_refused_by_name(tmp_path: Path, content: str) -> None:
     path = tmp_path / "check.json"
     path.write_text(content)

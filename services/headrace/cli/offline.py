@@ -63,7 +63,12 @@ def print_checks(path: str, artifact: Path | None) -> None:
             isinstance(logprobs, list) and all(isinstance(value, int | float) for value in logprobs)
         ):
             raise BadRow(f"{path}, row {row['id']!r}: field 'logprobs' must be a list of numbers")
-        verdict = checker.check(row["prompt"], row["draft"], finished=finished, logprobs=logprobs)
+        samples = row.get("samples", [])
+        if not (isinstance(samples, list) and all(isinstance(sample, str) for sample in samples)):
+            raise BadRow(f"{path}, row {row['id']!r}: field 'samples' must be a list of strings")
+        verdict = checker.check(
+            row["prompt"], row["draft"], finished=finished, logprobs=logprobs, samples=samples
+        )
         _print_row(
             id=row["id"],
             score=round(1 - verdict.good, 6),

@@ -59,6 +59,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             from_score=settings.cascade_from,
             release=settings.cascade_release,
             tokens=settings.draft_tokens,
+            sample_seconds=settings.cascade_sample_seconds,
         ),
     )
     servicer = RouterServicer(

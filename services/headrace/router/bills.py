@@ -68,6 +68,16 @@ class Bill:
         charge.wasted_tokens += tokens
         self._found = max(self._found, cached_tokens)
 
+    def sampled(self, tier: str, *, prompt_tokens: int, tokens: int, cached_tokens: int = 0) -> None:
+        """The tier took in a prompt once more and made a sample, which nobody gets.
+
+        Its cached tokens are those that the draft beside it computed, and say nothing of another tier.
+        """
+        charge = self._charges[tier]
+        charge.prompt_tokens += prompt_tokens
+        charge.cached_tokens += cached_tokens
+        charge.wasted_tokens += tokens
+
     def answered(
         self, tier: str, *, prompt_tokens: int, tokens: int, wasted_tokens: int = 0, cached_tokens: int = 0
     ) -> None:

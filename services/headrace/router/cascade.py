@@ -2,14 +2,16 @@
 
 The caller sees one answer: `accepted` names the tier whose text is released, and released text is never
 replaced. Which tiers there are, and which drafts are judged at all, is the caller's of this module;
-`draft_check` judges; `attempts` carries each answer through.
+`draft_check` judges; `attempts` carries each answer through. Beside a draft a sample may be drawn, a second
+answer of the same tier for the judge to compare it with; whatever becomes of that, the draft goes on.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from headrace import errors
@@ -17,6 +19,7 @@ from headrace.progress import route_change
 from headrace.v1 import generation_pb2 as pb
 
 REJECTED = "DRAFT_REJECTED"
+SAMPLE_TEMPERATURE = 0.7  # as the samples had that the check's weights were fitted with
 _SENTENCE_END = re.compile(r"[.!?:;]['\")\]]*(?:\s|$)|\n")
 
 
@@ -28,6 +31,8 @@ class Draft:
     prompt_tokens, tokens   taken in, and generated
     logprobs   one per token, if the engine tells them
     finish     how it ended; None while it goes on
+    samples    other answers of the same tier, whole, to compare it with
+    sampled_tokens   generated for them, whole or not
     """
 
     tier: str
@@ -37,6 +42,8 @@ class Draft:
     tokens: int = 0
     logprobs: list[float] = field(default_factory=list)
     finish: pb.Finish | None = None
+    samples: Sequence[str] = ()
+    sampled_tokens: int = 0
 
     def take(self, response: pb.GenerateResponse) -> None:
         """Hold an event back."""
@@ -73,15 +80,31 @@ class Draft:
 
 
 @dataclass(frozen=True)
+class Sampler:
+    """How a sample is drawn beside a draft.
+
+    begin     streams it
+    seconds   the longest that a draft which is there waits for it
+    drawn     told of what was generated of it, whole or not, used or not
+    """
+
+    begin: Callable[[], AsyncGenerator[pb.GenerateResponse, None]]
+    seconds: float
+    drawn: Callable[[Draft], None]
+
+
+@dataclass(frozen=True)
 class Judge:
     """How the drafts of one tier are judged.
 
     good      whether a draft may be released
     tokens    a draft that is longer is judged when it has so many, and streamed from there if it is good
+    sampler   draws what a draft is compared with; None: nothing
     """
 
     good: Callable[[Draft], bool]
     tokens: int
+    sampler: Sampler | None = None
 
 
 async def cascade(
@@ -111,8 +134,12 @@ async def cascade(
         judge = judge_of()
         failure: errors.HeadraceError | None = None
         if judge is not None:
-            failure = await _read(draft, responses, judge.tokens)
-            if failure is not None or not judge.good(draft):
+            async with _sampling(judge.sampler, draft) as samples:
+                failure = await _read(draft, responses, judge.tokens)
+                if failure is None and draft.complete:
+                    draft.samples = await samples()
+                released = failure is None and judge.good(draft)
+            if not released:
                 better = cascade(
                     begin,
                     judge_of,
@@ -132,17 +159,78 @@ async def cascade(
                             yield route_change(draft.tier, tier_of(), reason, len(rejected) + 1)
                         async for response in escalated:
                             if response.HasField("finish"):
-                                response.finish.usage.wasted_tokens += draft.tokens
+                                response.finish.usage.wasted_tokens += draft.tokens + draft.sampled_tokens
                             yield response
                         return
         if failure is not None:
             raise failure
         if accepted.HasField("accepted"):
             accepted.accepted.tier = accepted.accepted.tier or draft.tier
+        if draft.finish is not None:
+            draft.finish.usage.wasted_tokens += draft.sampled_tokens
         for response in draft.held:
             yield response
         async for response in responses:
+            if response.HasField("finish"):
+                response.finish.usage.wasted_tokens += draft.sampled_tokens
             yield response
+
+
+@asynccontextmanager
+async def _sampling(
+    sampler: Sampler | None, draft: Draft
+) -> AsyncGenerator[Callable[[], Awaitable[Sequence[str]]], None]:
+    """Draw a sample while the block lasts; yields what waits for it, a while, and has it if it is whole."""
+    if sampler is None:
+        yield _no_samples
+        return
+    sample = Draft(draft.tier)
+    drawing = asyncio.create_task(_draw(sampler, sample))
+
+    async def samples() -> Sequence[str]:
+        await asyncio.wait([drawing], timeout=sampler.seconds)
+        return (sample.text,) if sample.complete else ()
+
+    try:
+        yield samples
+    finally:
+        try:
+            drawing.cancel()
+            await asyncio.wait([drawing])
+        finally:
+            draft.sampled_tokens = sample.tokens
+            sampler.drawn(sample)
+
+
+async def _draw(sampler: Sampler, sample: Draft) -> None:
+    with suppress(errors.HeadraceError):  # the draft is judged without it
+        async with aclosing(sampler.begin()) as responses:
+            async for response in responses:
+                sample.take(response)
+
+
+async def _no_samples() -> Sequence[str]:
+    return ()
+
+
+def sample_request(request: pb.GenerateRequest, tokens: int) -> pb.GenerateRequest:
+    """Ask for a second answer to *request*: another seed, no longer than *tokens*, and nothing else with it.
+
+    A greedy request would get the same answer again: its sample has a temperature.
+    """
+    made = pb.GenerateRequest()
+    made.CopyFrom(request)
+    made.request_id = f"{request.request_id[:120]}-sample"
+    made.ClearField("stream")
+    sampling = made.sampling
+    sampling.ClearField("logprobs")
+    sampling.seed = request.sampling.seed ^ 1
+    if sampling.HasField("temperature") and sampling.temperature == 0:
+        sampling.temperature = SAMPLE_TEMPERATURE
+    sampling.max_tokens = min(sampling.max_tokens, tokens) if sampling.HasField("max_tokens") else tokens
+    if sampling.min_tokens > sampling.max_tokens:
+        sampling.min_tokens = sampling.max_tokens
+    return made
 
 
 async def _read(

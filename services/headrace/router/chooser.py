@@ -26,12 +26,14 @@ class CascadeRules:
     from_score   prompts that score lower are so easy that their answers are streamed unjudged
     release      the lowest probability of being good enough that a draft is released with
     tokens       a draft that is longer is judged when it has so many
+    sample_seconds   the longest that a draft waits for a second answer to be compared with; 0: none is drawn
     """
 
     enabled: bool = False
     from_score: float = 0.0
-    release: float = 0.5
+    release: float = 0.4
     tokens: int = 96
+    sample_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +175,31 @@ class Chooser:
         both = views[decision.tier].answer_seconds + views[decision.escalations[0]].answer_seconds
         return slack is None or both <= slack
 
+    def samples(self, asked: Asked, decision: Decision, now: float, slack: float | None) -> bool:
+        """Whether a second answer is drawn beside a draft that is judged.
+
+        Not where there is no time to wait for it, and not where it would make others wait: at a queue.
+        """
+        seconds = self._rules.sample_seconds
+        if not seconds or self._tiers[decision.tier].seen.load.queued:
+            return False
+        return self.judges(asked, decision, now, None if slack is None else slack - seconds)
+
     def check(
-        self, prompt: str, text: str, *, finished: bool, logprobs: Sequence[float], preference: float
+        self,
+        prompt: str,
+        text: str,
+        *,
+        finished: bool,
+        logprobs: Sequence[float],
+        preference: float,
+        samples: Sequence[str] = (),
     ) -> tuple[bool, Check]:
         """Whether a draft is released, and the verdict.
 
         A preference for quality lowers its chances as it would raise the score of the prompt.
         """
-        check = self._checker.check(prompt, text, finished=finished, logprobs=logprobs or None)
+        check = self._checker.check(
+            prompt, text, finished=finished, logprobs=logprobs or None, samples=samples
+        )
         return shift(check.good, 1 - preference) >= self._rules.release, check

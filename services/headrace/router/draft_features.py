@@ -1,7 +1,7 @@
 """Measure a drafted answer: what in it speaks for or against it, each finding from 0 to 1.
 
 Weights are `draft_check.py`'s. Two groups apply to some prompts only: arithmetic to questions that ask for a
-number, code to drafts that hold some.
+number, code to drafts that hold some. Log-probabilities and samples add findings where they are given.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from headrace.router import arithmetic
+from headrace.router.agreement import agreement
 
 # Each finding, and how it is told to people.
 FEATURES: dict[str, str] = {
@@ -49,6 +50,8 @@ FEATURES: dict[str, str] = {
     "off_topic": "the draft shares no words with the question",
     "unsure": "the model was unsure of its tokens",
     "unsure_at_worst": "the model was unsure of its unlikeliest tokens",
+    "samples_agree": "other answers of the model agree with the draft",
+    "samples_differ": "other answers of the model differ from the draft",
 }
 
 _MAX_CHARACTERS = 20_000
@@ -133,7 +136,14 @@ _SMALL = {
 } | {"dozen": 12.0, "half": 2.0, "twice": 2.0, "double": 2.0, "triple": 3.0, "thrice": 3.0, "quarter": 4.0}
 
 
-def measure(prompt: str, draft: str, *, finished: bool, logprobs: Sequence[float] | None) -> dict[str, float]:
+def measure(
+    prompt: str,
+    draft: str,
+    *,
+    finished: bool,
+    logprobs: Sequence[float] | None,
+    samples: Sequence[str] = (),
+) -> dict[str, float]:
     """Every finding's strength, 0 to 1; see `FEATURES`, and `DraftChecker.check` for the arguments."""
     prompt, whole = prompt[-_MAX_CHARACTERS:], draft.strip()
     draft = whole[:_MAX_CHARACTERS]
@@ -151,13 +161,18 @@ def measure(prompt: str, draft: str, *, finished: bool, logprobs: Sequence[float
         found["runs_on"] = 1.0
         draft = draft[: onward.start()].strip() or draft
     found |= _form(prompt, draft)
-    if _ASKS_NUMBER.search(prompt) and not _CHOICES.search(prompt) and not _ASKS_CODE.search(prompt):
+    asks_code, chooses = bool(_ASKS_CODE.search(prompt)), len(set(_CHOICES.findall(prompt))) >= 2
+    asks_number = bool(_ASKS_NUMBER.search(prompt) and not _CHOICES.search(prompt) and not asks_code)
+    if asks_number:
         found |= _number(prompt, draft)
-    if _ASKS_CODE.search(prompt):
+    if asks_code:
         found["no_code"] = 0.0 if _looks_like_code(draft) else 1.0
     found["broken_code"] = _broken_code(draft)
-    if len(set(_CHOICES.findall(prompt))) >= 2:
+    if chooses:
         found["no_choice"] = 0.0 if _chooses(prompt, draft) else 1.0
+    agree = agreement(prompt, draft, samples, number=asks_number, choice=chooses)
+    if agree is not None:
+        found["samples_agree"], found["samples_differ"] = agree, 1 - agree
     return found
 
 

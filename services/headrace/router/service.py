@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -13,9 +13,9 @@ import grpc
 from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
-from headrace.router.attempts import across_tiers
+from headrace.router.attempts import across_tiers, on_tier
 from headrace.router.bills import Bill
-from headrace.router.cascade import Draft, Judge, cascade
+from headrace.router.cascade import Draft, Judge, Sampler, cascade, sample_request
 from headrace.router.chooser import Asked, Chooser
 from headrace.router.complexity import Score, Scorer
 from headrace.router.feedback import Answered, Feedback
@@ -111,9 +111,18 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 asked=journey.bill.asked,
             )
 
+        def sample(tier: str) -> AsyncGenerator[pb.GenerateResponse, None]:
+            return on_tier(
+                self._tiers[tier],
+                sample_request(forwarded, self._chooser.rules.tokens),
+                ends=ends,
+                resume_seconds=0.0,
+                asked=journey.bill.asked,
+            )
+
         answer = cascade(
             begin,
-            journey.judge,
+            lambda: journey.judge(sample),
             journey.gave_up,
             tier_of=lambda: journey.tier,
             tells_moves=request.stream.include_route_changes,
@@ -275,13 +284,20 @@ class _Journey:
         _routed.add(1, {attributes.TIER: decision.tier})
         return self._tiers[decision.tier]
 
-    def judge(self) -> Judge | None:
-        """How the answer that has begun is judged; None if it is not."""
+    def judge(self, sample: Callable[[str], AsyncGenerator[pb.GenerateResponse, None]]) -> Judge | None:
+        """How the answer that has begun is judged; None if it is not.
+
+        sample   streams a second answer of a tier
+        """
         assert self._decision is not None, "an answer begins with a decision"
         now = time.monotonic()
-        if not self._chooser.judges(self.asked, self._decision, now, self._ends - now):
+        slack, rules, tier = self._ends - now, self._chooser.rules, self.tier
+        if not self._chooser.judges(self.asked, self._decision, now, slack):
             return None
-        return Judge(self._good, self._chooser.rules.tokens)
+        sampler = None
+        if self._chooser.samples(self.asked, self._decision, now, slack):
+            sampler = Sampler(lambda: sample(tier), rules.sample_seconds, self._sampled)
+        return Judge(self._good, rules.tokens, sampler)
 
     def _good(self, draft: Draft) -> bool:
         with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span:
@@ -292,6 +308,7 @@ class _Journey:
                 finished=finished,
                 logprobs=draft.logprobs,
                 preference=self.asked.hints.quality_preference,
+                samples=draft.samples,
             )
             outcome = "released" if released else "escalated"
             span.set_attributes(
@@ -304,6 +321,14 @@ class _Journey:
             )
         _drafts.add(1, {attributes.TIER: draft.tier, attributes.OUTCOME: outcome})
         return released
+
+    def _sampled(self, sample: Draft) -> None:
+        self.bill.sampled(
+            sample.tier,
+            prompt_tokens=sample.prompt_tokens,
+            tokens=sample.tokens,
+            cached_tokens=sample.cached_tokens,
+        )
 
     def gave_up(self, draft: Draft) -> None:
         """Book a draft that is thrown away; the answer is now where the last decision sent it."""

@@ -60,13 +60,20 @@ class Settings(ServiceSettings):
         default=0.0, ge=0, le=1, description="prompts that score lower are answered unjudged"
     )
     cascade_release: float = Field(
-        default=0.5,
+        default=0.4,
         ge=0,
         le=1,
         description="the lowest probability of being good enough that a draft is released with",
     )
     draft_tokens: int = Field(
         default=96, ge=1, description="a draft that is longer is judged when it has so many tokens"
+    )
+    cascade_sample_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        description="have the tier give a second, sampled answer beside each draft that is judged, and hold "
+        "against the draft that they differ; a draft waits for it so long at most. Its tokens are billed as "
+        "waste. 0: none",
     )
     session_idle_seconds: float = Field(
         default=600.0,

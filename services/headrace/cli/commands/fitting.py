@@ -109,7 +109,8 @@ def check(
 ) -> None:
     """Judge drafted answers; no mesh is needed. The higher the score, the more a larger tier is needed.
 
-    Rows may also say "finished" (did the model end by itself?) and "logprobs" (of the draft's tokens).
+    Rows may also say "finished" (did the model end by itself?), "logprobs" (of the draft's tokens) and
+    "samples" (other answers of the same model, drawn at random, to compare the draft with).
 
     Example:  headrace check --jsonl drafts.jsonl
     """
