@@ -36,6 +36,7 @@ class Recorder:
     def __init__(self) -> None:
         self.ends: list[tuple[Job, End]] = []
         self.failures: list[tuple[Job, errors.HeadraceError]] = []
+        self.stopped: list[Job] = []
 
     def changed(self) -> None:
         pass
@@ -45,6 +46,10 @@ class Recorder:
 
     def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
         self.failures.append((job, error))
+
+    def full(self, link: WorkerLink, job: Job) -> None:
+        link.cancel(job)
+        self.stopped.append(job)
 
     def renewed(self, link: WorkerLink) -> None:
         pass
@@ -140,19 +145,33 @@ async def test_late_tokens_of_a_job_that_went_elsewhere_are_counted_as_waste() -
     assert one.history.wasted == 2
 
 
-async def test_a_slow_reader_loses_its_place_and_hears_why() -> None:
-    one = job(unread_limit=3)
-    link = connected(one)
+async def test_a_full_inbox_takes_its_job_off_the_worker_and_what_found_no_room_is_forgotten() -> None:
+    one, sink = job(unread_limit=3), Recorder()
+    link = connected(one, sink=sink)
     delta(link, handle=0, offset=0, token_ids=[1, 2, 3, 4])
 
-    assert one not in link.flights, "it is cancelled at the worker"
-    assert link._outgoing.get_nowait() is not None
-    cancel = link._outgoing.get_nowait()
-    assert cancel is not None
-    assert list(cancel.cancel.handles) == [0]
-    assert (await one.inbox.take()).ids == [1, 2, 3, 4]
-    with pytest.raises(errors.SlowReader, match="resume"):
-        await one.inbox.take()
+    assert sink.stopped == [one]
+    assert (await one.inbox.take()).ids == one.generated == [1, 2, 3]
+    assert one.history.wasted == 1
+
+
+async def test_an_answer_that_fits_to_its_end_is_not_stopped() -> None:
+    one, sink = job(unread_limit=3), Recorder()
+    link = connected(one, sink=sink)
+    delta(link, handle=0, offset=0, token_ids=[1, 2, 3], finish=pb.FINISH_REASON_STOP)
+
+    assert not sink.stopped
+    assert [ended for ended, _ in sink.ends] == [one]
+
+
+async def test_an_end_behind_tokens_that_found_no_room_does_not_count() -> None:
+    one, sink = job(unread_limit=3), Recorder()
+    link = connected(one, sink=sink)
+    delta(link, handle=0, offset=0, token_ids=[1, 2, 3, 4], finish=pb.FINISH_REASON_STOP)
+
+    assert sink.stopped == [one]
+    assert not sink.ends
+    assert link.outstanding == 0, "the handle is free all the same"
 
 
 async def test_frames_are_acknowledged_now_and_then() -> None:

@@ -62,11 +62,13 @@ async def visit(
     on_token: Callable[[int], None] = lambda count: None,
     judge: Callable[[pb.GenerateRequest, int], Expected] = expected,
     resume: bool = True,
+    reads_on: asyncio.Event | None = None,
 ) -> Visit:
     """Read one answer and judge it.
 
     leaves_after   tokens after which the caller hangs up
     on_token       hears how many tokens have come
+    reads_on       after its first token the caller reads nothing until this is set
     """
     seen = Visit()
     ids: list[int] = []
@@ -99,6 +101,8 @@ async def visit(
                             if seen.first is None:
                                 seen.first = time.monotonic() - began
                             on_token(len(ids))
+                            if reads_on is not None:
+                                await reads_on.wait()
                         if leaves_after is not None and len(ids) >= leaves_after:
                             seen.outcome = "left"
                             break

@@ -8,11 +8,16 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 
+import grpc
 import pytest
 
-from headrace.client import Client, connect
+from headrace.client import Client, connect, open_channel
+from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
+from tests.faults.dice import expected
 from tests.faults.fleet import Fleet, Plan
 from tests.faults.tally import Row, Visit, mixed, request, visit
 
@@ -122,6 +127,48 @@ async def test_overload_at_five_times_capacity(
 
 async def _in_turn(client: Client, asked: list[pb.GenerateRequest]) -> list[Visit]:
     return [await visit(client, one) for one in asked]
+
+
+async def test_callers_that_do_not_read_hold_up_nobody(
+    fleets: Fleets, row: Callable[[str], Row], rng: random.Random
+) -> None:
+    """They have every place of the only worker, and no others would end if they kept them."""
+    counted = row("8 callers do not read for a while, 24 others do")
+    plan = Plan(
+        workers=1,
+        batchers=1,
+        routers=1,
+        worker_flags=("--fake", "--fake-step-seconds", "0.001", "--max-running", "8"),
+        batcher_flags=("--fake", "--unread-limit", "64", "--max-tokens", "3000"),
+    )
+    reads_on = asyncio.Event()
+    # A channel that takes in little beyond what is read from it, else much of an answer lies there.
+    narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    async with fleets(plan) as few, connect(few.batchers[0].address, retries=0) as client:
+        channel = grpc.aio.insecure_channel(few.batchers[0].address, options=narrow)
+        async with Client(channel, retries=0) as slow:
+            long = [request(rng, n, min_tokens=2500, max_tokens=3000) for n in range(8)]
+            for one in long:
+                one.sampling.ignore_eos = True
+                del one.sampling.stop[:]
+            judge = partial(expected, max_tokens=3000)
+            reading = [
+                asyncio.create_task(visit(slow, one, timeout=300, reads_on=reads_on, judge=judge))
+                for one in long
+            ]
+            async with open_channel(few.batchers[0].address) as inside, asyncio.timeout(120):
+                stub = AdminServiceStub(inside)
+                while (await stub.Inspect(admin.InspectRequest())).batcher.paused < len(long):
+                    await asyncio.sleep(0.05)
+                counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 24))))
+                paused = (await stub.Inspect(admin.InspectRequest())).batcher
+            reads_on.set()
+            counted.add(await asyncio.gather(*reading))
+        await few.quiet()
+
+    counted.check()
+    assert paused.paused == len(long), "nobody read on before the others had ended"
+    assert max(one.unread for one in paused.sequences) <= 64
 
 
 @pytest.mark.parametrize("flood", [48])

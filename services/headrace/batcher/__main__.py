@@ -54,6 +54,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
         Window(size=settings.batch_size, tokens=settings.batch_tokens, linger=settings.linger),
         tier=settings.tier,
         failover_seconds=settings.failover_seconds,
+        unread_seconds=settings.unread_seconds,
     )
     with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as executor:
         servicer = GenerationServicer(

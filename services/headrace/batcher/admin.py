@@ -42,12 +42,13 @@ class AdminServicer(AdminServiceServicer):
             live=len(coalescer.live),
             prefill_tokens_per_second=coalescer.pace(now).prefill,
             prefix_blocks=len(coalescer.prefixes),
+            paused=len(coalescer.paused),
         )
         state.oldest_wait.FromNanoseconds(int(queue.oldest_wait(now) * 1e9))
         places = {job: link.target for link in pool for job in link.flights.jobs()}
         oldest = sorted(coalescer.live, key=lambda job: job.arrived)
         for job in islice(oldest, request.max_sequences or LISTED):
-            state.sequences.append(_sequence(job, places.get(job, ""), now))
+            state.sequences.append(_sequence(job, places.get(job, ""), now, paused=job in coalescer.paused))
         return admin.InspectResponse(batcher=state)
 
 
@@ -77,7 +78,7 @@ def _link(link: WorkerLink, now: float) -> admin.WorkerLinkState:
     return state
 
 
-def _sequence(job: Job, place: str, now: float) -> admin.SequenceState:
+def _sequence(job: Job, place: str, now: float, *, paused: bool) -> admin.SequenceState:
     state = admin.SequenceState(
         request_id=job.request_id,
         attempt=job.attempt,
@@ -87,6 +88,7 @@ def _sequence(job: Job, place: str, now: float) -> admin.SequenceState:
         place=place,
         unread=job.inbox.unread,
         losses=job.history.losses,
+        paused=paused,
     )
     state.age.FromNanoseconds(int((now - job.arrived) * 1e9))
     return state

@@ -46,6 +46,10 @@ _batch_size = _meter.create_histogram(
 _failovers = _meter.create_counter(
     attributes.METRIC_FAILOVERS, description="answers that went on at another worker, by why they had to"
 )
+_paused = _meter.create_counter(
+    attributes.METRIC_PAUSED,
+    description="answers that were taken off their worker until their reader caught up",
+)
 
 # What is measured in trouble, such as the loss of a worker, looks worse than it will be: a request is refused
 # only if it would take this many times as long as it has.
@@ -58,6 +62,10 @@ class Coalescer:
 
     pool              the workers of this tier; `run` of it belongs to whoever made it
     failover_seconds  how long what waits may do so while no worker is ready at all
+    unread_seconds    how long an answer is paused for a reader that is behind, before its call is ended
+
+    An answer whose inbox is full is paused: it is taken off its worker, which goes on with the others, and
+    carried on from its next token when the reader has caught up.
     """
 
     def __init__(
@@ -68,14 +76,17 @@ class Coalescer:
         *,
         tier: str,
         failover_seconds: float = 30.0,
+        unread_seconds: float = 30.0,
     ) -> None:
         self.pool = pool
         self.queue = queue
         self.prefixes = Prefixes()
         self.live: set[Job] = set()
+        self.paused: set[Job] = set()
         self._window = window
         self._labels = {attributes.TIER: tier}
         self._failover_seconds = failover_seconds
+        self._unread_seconds = unread_seconds
         self._changed = asyncio.Event()
         self._served = time.monotonic()  # when a worker was ready last
         self._stopping = False
@@ -105,9 +116,12 @@ class Coalescer:
                     ended = True
                     if arrival.end.reason == pb.FINISH_REASON_DEADLINE:
                         raise job.deadline_error()
+                if job in self.paused and job.inbox.caught_up:
+                    self._unpause(job)
                 yield arrival
         finally:
             self.live.discard(job)
+            self.paused.discard(job)
             if self.queue.discard(job):
                 self._leave_queue(job, "left")
             else:
@@ -177,6 +191,25 @@ class Coalescer:
             return
         log.info("answer goes on", extra={"reason": error.reason, "tokens": job.answered})
         _failovers.add(1, {**self._labels, attributes.ERROR_TYPE: error.reason})
+        if job.inbox.full:
+            self._pause(job)
+        else:
+            self._go_on(job)
+
+    def full(self, link: WorkerLink, job: Job) -> None:
+        """See `workers.Sink`."""
+        link.cancel(job)
+        job.history.reason = errors.SlowReader.reason
+        self._pause(job)
+
+    def renewed(self, link: WorkerLink) -> None:
+        """See `workers.Sink`."""
+        self.prefixes.forget(link.target)
+
+    # Answers that had begun.
+
+    def _go_on(self, job: Job) -> None:
+        """Have an answer carried on by the next worker that has room."""
         job.attempt += 1
         if job.answered >= job.sampling.max_tokens:  # only the word that it is complete was lost
             job.inbox.end(End(pb.FINISH_REASON_LENGTH, pb.Usage(), pb.Timing()))
@@ -185,9 +218,19 @@ class Coalescer:
         self.queue.put_back(job)
         self._changed.set()
 
-    def renewed(self, link: WorkerLink) -> None:
-        """See `workers.Sink`."""
-        self.prefixes.forget(link.target)
+    def _pause(self, job: Job) -> None:
+        """Leave an answer as it is until its reader has caught up, or has been behind for too long."""
+        self.paused.add(job)
+        _paused.add(1, self._labels)
+        if job.patience is not None:
+            job.patience.reschedule(asyncio.get_running_loop().time() + self._unread_seconds)
+
+    def _unpause(self, job: Job) -> None:
+        self.paused.discard(job)
+        if job.patience is not None:
+            job.patience.reschedule(None)
+        if not job.inbox.closed:
+            self._go_on(job)
 
     # Admission.
 
@@ -291,7 +334,7 @@ class Coalescer:
         chosen = placement.choose(
             (replace(one, held=self.prefixes.held(job.blocks, one.name)) for one in candidates.values()),
             job.tokens,
-            avoid=job.history.address if job.history.reason else "",
+            avoid=failover.avoided(job),
             kind=job.history.kind if job.answered else "",
             probation=probation,
         )

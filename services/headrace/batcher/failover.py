@@ -62,6 +62,12 @@ def carry_on(job: Job, error: errors.HeadraceError, alive: Collection[tuple[str,
         )
 
 
+def avoided(job: Job) -> str:
+    """The worker that the job should not go back to while there are others: the one that failed it last."""
+    history = job.history
+    return history.address if history.reason not in ("", errors.SlowReader.reason) else ""
+
+
 def on_probation(job: Job) -> bool:
     """Whether the job may be what its last worker died of.
 

@@ -75,7 +75,7 @@ class Inbox:
     """Tokens of one sequence that wait to be read.
 
     The first token wakes the reader at once; later ones gather as `flush` says. One reader, same event
-    loop. Bounded: a reader that leaves more than *limit* tokens lying fails with SlowReader.
+    loop. Bounded: no more than *limit* tokens are taken in.
     """
 
     def __init__(self, flush: Flush, *, limit: int = 1 << 20) -> None:
@@ -83,6 +83,7 @@ class Inbox:
         self.limit = limit
         self._ids: list[int] = []
         self._logprobs: list[float] = []
+        self._unread = 0
         self._before: deque[Arrival] = deque()  # what lies before the tokens above: up to the last move
         self._end: End | None = None
         self._error: errors.HeadraceError | None = None
@@ -93,32 +94,34 @@ class Inbox:
     @property
     def unread(self) -> int:
         """Tokens that wait for the reader."""
-        return len(self._ids) + sum(len(arrival.ids) for arrival in self._before)
+        return self._unread
+
+    @property
+    def full(self) -> bool:
+        """Whether it takes no more until the reader has taken some."""
+        return self._unread >= self.limit
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether the reader of a full inbox has read enough for more to come: half of it."""
+        return self._unread <= self.limit // 2
 
     @property
     def closed(self) -> bool:
         """Whether the end is in, good or bad."""
         return self._end is not None or self._error is not None
 
-    def put(self, ids: list[int], logprobs: list[float]) -> None:
-        """More tokens."""
-        self._ids += ids
-        self._logprobs += logprobs
-        if self.unread > self.limit:
-            self.fail(
-                errors.SlowReader(
-                    f"{self.unread} tokens wait to be read, at most {self.limit} are kept: read faster, or "
-                    "carry on later with `resume`",
-                    retry_after=1.0,
-                    unread=self.unread,
-                    limit=self.limit,
-                )
-            )
-            return
-        if self._first or len(self._ids) >= self.flush.tokens:
+    def put(self, ids: list[int], logprobs: list[float]) -> int:
+        """More tokens, in order; returns how many of them were taken in."""
+        taken = min(len(ids), self.limit - self._unread)
+        self._ids += ids[:taken]
+        self._logprobs += logprobs[:taken]
+        self._unread += taken
+        if self._first or len(self._ids) >= self.flush.tokens or self.full:
             self._wake()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self.flush.seconds, self._wake)
+        return taken
 
     def move(self, move: Move) -> None:
         """What comes after this comes from elsewhere."""
@@ -144,13 +147,16 @@ class Inbox:
         self._ready.clear()
         if self._before:
             self._ready.set()  # there may be more behind it; if not, an empty arrival does no harm
-            return self._before.popleft()
+            arrival = self._before.popleft()
+            self._unread -= len(arrival.ids)
+            return arrival
         self._first = self._first and not self._ids
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         ids, logprobs = self._ids, self._logprobs
         self._ids, self._logprobs = [], []
+        self._unread -= len(ids)
         if self._error is not None:
             if not ids:
                 raise self._error

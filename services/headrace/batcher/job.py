@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 from opentelemetry import trace
@@ -30,6 +31,7 @@ class Job:
     span        the request's server span: parent of what workers do for it
     generated   tokens of the answer that workers of this batcher made; with `resume_ids` and the seed
                 they are all that another worker needs to carry on
+    patience    what ends the call of a reader that stays behind; armed while its answer is paused
     """
 
     request_id: str
@@ -50,6 +52,7 @@ class Job:
     queued: float = 0.0
     submitted: float | None = None
     generated: list[int] = field(default_factory=list)
+    patience: asyncio.Timeout | None = None
     history: History = field(default_factory=lambda: History())  # defined below
 
     @property

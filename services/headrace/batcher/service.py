@@ -64,30 +64,31 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._max_tokens = max_tokens
         self._unread_limit = unread_limit
 
-    async def Generate(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Stream the answer to one prompt."""
+    async def Generate(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[object, pb.GenerateResponse]
+    ) -> None:
+        """Stream the answer to one prompt.
+
+        Writes itself, so that it can be ended while a caller that does not read holds up a write.
+        """
         arrived = time.monotonic()
         check_request(request)
         job = await self._job(request, arrived, context.time_remaining())
         answer = Answer(job, request, self._tokenizer, {attributes.TIER: self._tier})
         outcome = "cancelled"  # unless it ends some other way
         try:
-            if answer.complete_already:
-                yield self._accepted(job)
-                for response in answer.rest():
-                    yield response
-            else:
-                async with aclosing(self._coalescer.arrivals(job)) as arrivals:
-                    await anext(arrivals)
-                    yield self._accepted(job)
-                    async for arrival in arrivals:
-                        for response in answer.take(arrival):
-                            yield response
-                        if answer.done:
-                            break  # at a stop text the worker is still at it: leaving cancels
+            async with asyncio.timeout(None) as job.patience:
+                async with aclosing(self._responses(job, answer)) as responses:
+                    async for response in responses:
+                        await context.write(response)
             outcome = answer.outcome
+        except TimeoutError:
+            outcome = errors.SlowReader.reason.lower()
+            raise errors.SlowReader(
+                f"{job.inbox.unread} tokens have waited too long to be read, and no more are kept: read "
+                "faster, or carry on with `resume` from where you are",
+                unread=job.inbox.unread,
+            ) from None
         except errors.HeadraceError as error:
             outcome = error.reason.lower()
             raise
@@ -96,6 +97,21 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
             if outcome == "cancelled" and job.late(time.monotonic()):
                 outcome = job.deadline_error().reason.lower()
             answer.record(outcome)
+
+    async def _responses(self, job: Job, answer: Answer) -> AsyncGenerator[pb.GenerateResponse, None]:
+        if answer.complete_already:
+            yield self._accepted(job)
+            for response in answer.rest():
+                yield response
+            return
+        async with aclosing(self._coalescer.arrivals(job)) as arrivals:
+            await anext(arrivals)
+            yield self._accepted(job)
+            async for arrival in arrivals:
+                for response in answer.take(arrival):
+                    yield response
+                if answer.done:
+                    break  # at a stop text the worker is still at it: leaving cancels
 
     async def ListTiers(
         self, request: routing.ListTiersRequest, context: grpc.aio.ServicerContext[object, object]

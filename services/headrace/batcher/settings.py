@@ -46,7 +46,16 @@ class Settings(ServiceSettings):
         default=512, ge=1, description="tokens that a tenant may take on its turn, prompt and answer"
     )
     unread_limit: int = Field(
-        default=16384, ge=1, description="most tokens kept for a caller that does not read its answer"
+        default=16384,
+        ge=1,
+        description="most tokens kept for a caller that does not read its answer; at that many the answer is "
+        "paused until the caller has read them, for its worker to compute others",
+    )
+    unread_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="how long an answer stays paused for a caller that does not read, before it ends as "
+        "SLOW_READER",
     )
     failover_seconds: float = Field(
         default=30.0,

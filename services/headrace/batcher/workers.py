@@ -59,6 +59,10 @@ class Sink(Protocol):
         """The worker will say no more of a job, and why."""
         ...
 
+    def full(self, link: WorkerLink, job: Job) -> None:
+        """The job's reader is so far behind that no more is kept for it, and the worker goes on."""
+        ...
+
     def renewed(self, link: WorkerLink) -> None:
         """The worker is another process than before: it remembers nothing."""
         ...
@@ -325,22 +329,25 @@ class WorkerLink:
         flight, ids, logprobs = arrived
         if ids:
             self.rate.add(now, len(ids))
-            self._hand_over(flight, ids, logprobs)
+        left_out = self._hand_over(flight, ids, logprobs)
         if delta.HasField("error"):
             self._land(delta.handle, delta.attempt, errors.from_status(delta.error), now)
-        elif delta.finish != pb.FINISH_REASON_UNSPECIFIED:
+            return
+        ended = delta.finish != pb.FINISH_REASON_UNSPECIFIED
+        if not flight.abandoned and (left_out or (flight.job.inbox.full and not ended)):
+            self._sink.full(self, flight.job)
+        if ended:
             end = End(delta.finish, delta.usage, delta.timing)
             self._land(delta.handle, delta.attempt, end, now)
 
-    def _hand_over(self, flight: Flight, ids: list[int], logprobs: list[float]) -> None:
+    @staticmethod
+    def _hand_over(flight: Flight, ids: list[int], logprobs: list[float]) -> int:
+        """Put tokens where they are read; returns how many found no room there, and are forgotten."""
         job = flight.job
-        if flight.abandoned:
-            job.history.wasted += len(ids)
-            return
-        job.generated += ids
-        job.inbox.put(ids, logprobs)
-        if job.inbox.closed:  # its reader is too slow: nothing more will be read
-            self.cancel(job)
+        taken = 0 if flight.abandoned else job.inbox.put(ids, logprobs)
+        job.generated += ids[:taken]
+        job.history.wasted += len(ids) - taken
+        return len(ids) - taken
 
     def _land(self, handle: int, attempt: int, last: End | errors.HeadraceError, now: float) -> None:
         flight = self.flights.land(handle, attempt)

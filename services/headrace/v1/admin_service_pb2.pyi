@@ -89,6 +89,7 @@ class BatcherState(_message.Message):
     LIVE_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
     tier: _builtins.str
     """The tier that it serves."""
     begun: _builtins.int
@@ -99,6 +100,8 @@ class BatcherState(_message.Message):
     """Prompt tokens that the tier computes per second. 0: not measured yet."""
     prefix_blocks: _builtins.int
     """Blocks of prompts of which it remembers who computed them."""
+    paused: _builtins.int
+    """Requests under way that wait, without a worker, for their callers to read what there is."""
     @_builtins.property
     def queue(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueState]:
         """Who waits, by priority and tenant; the most urgent first."""
@@ -127,10 +130,11 @@ class BatcherState(_message.Message):
         live: _builtins.int = ...,
         prefill_tokens_per_second: _builtins.float = ...,
         prefix_blocks: _builtins.int = ...,
+        paused: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_wait", b"oldest_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "live", b"live", "oldest_wait", b"oldest_wait", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_blocks", b"prefix_blocks", "queue", b"queue", "sequences", b"sequences", "tier", b"tier", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "live", b"live", "oldest_wait", b"oldest_wait", "paused", b"paused", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_blocks", b"prefix_blocks", "queue", b"queue", "sequences", b"sequences", "tier", b"tier", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -253,6 +257,7 @@ class SequenceState(_message.Message):
     PLACE_FIELD_NUMBER: _builtins.int
     UNREAD_FIELD_NUMBER: _builtins.int
     LOSSES_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Its id. Empty on a worker that was not told."""
     attempt: _builtins.int
@@ -269,6 +274,8 @@ class SequenceState(_message.Message):
     """Tokens that its caller has not read yet. Batcher only."""
     losses: _builtins.int
     """Workers that were lost with it. Batcher only."""
+    paused: _builtins.bool
+    """Whether it waits, without a worker, for its caller to read what there is. Batcher only."""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
         """Since it arrived here."""
@@ -285,10 +292,11 @@ class SequenceState(_message.Message):
         place: _builtins.str = ...,
         unread: _builtins.int = ...,
         losses: _builtins.int = ...,
+        paused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "attempt", b"attempt", "losses", b"losses", "offset", b"offset", "place", b"place", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant", "unread", b"unread"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "attempt", b"attempt", "losses", b"losses", "offset", b"offset", "paused", b"paused", "place", b"place", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant", "unread", b"unread"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
