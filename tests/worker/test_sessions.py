@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headrace.v1 import worker_service_pb2 as wire
-from headrace.worker.sessions import BEAT_SECONDS, Flight, Session
+from headrace.worker.session import BEAT_SECONDS, Flight, Session
 
 
 def saying(session: Session, offset: int, *ids: int) -> None:

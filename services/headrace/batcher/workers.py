@@ -211,7 +211,10 @@ class WorkerLink:
                 await call.write(
                     wire.RunRequest(
                         hello=wire.Hello(
-                            batcher_id=self._batcher_id, epoch=self.epoch, frame_window=FRAME_WINDOW
+                            batcher_id=self._batcher_id,
+                            epoch=self.epoch,
+                            frame_window=FRAME_WINDOW,
+                            acks_credit=True,
                         )
                     )
                 )
@@ -286,6 +289,7 @@ class WorkerLink:
         elif kind == "credit":
             if response.credit.generation > self.credit.generation:
                 self.credit = response.credit
+                self._ack()  # behind all that was submitted by the credit before
         elif kind == "drain":
             self.draining = True
             self.problem = "the worker is draining"
@@ -320,7 +324,11 @@ class WorkerLink:
             self._take_delta(delta, now)
         if step.frame - self._acked >= _ACK_EVERY:
             self._acked = step.frame
-            self._outgoing.put_nowait(wire.RunRequest(ack=wire.Ack(frame=step.frame)))
+            self._ack()
+
+    def _ack(self) -> None:
+        ack = wire.Ack(frame=self._acked, credit_generation=self.credit.generation)
+        self._outgoing.put_nowait(wire.RunRequest(ack=ack))
 
     def _take_delta(self, delta: wire.SequenceDelta, now: float) -> None:
         arrived = self.flights.arrive(delta)

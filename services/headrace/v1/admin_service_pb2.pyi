@@ -316,6 +316,7 @@ class WorkerState(_message.Message):
     STREAMS_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
     LIVE_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """What it calls itself."""
     incarnation: _builtins.int
@@ -324,6 +325,8 @@ class WorkerState(_message.Message):
     """Whether it takes no more work."""
     live: _builtins.int
     """Sequences under way in all."""
+    capacity: _builtins.int
+    """Sequences that it takes, over all streams: those that run, and about one step's prompts."""
     @_builtins.property
     def model(self) -> _worker_service_pb2.ModelDescription:
         """What it runs. Absent while it loads."""
@@ -351,10 +354,11 @@ class WorkerState(_message.Message):
         streams: _abc.Iterable[Global___StreamState] | None = ...,
         sequences: _abc.Iterable[Global___SequenceState] | None = ...,
         live: _builtins.int = ...,
+        capacity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "incarnation", b"incarnation", "live", b"live", "load", b"load", "model", b"model", "sequences", b"sequences", "streams", b"streams", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "draining", b"draining", "incarnation", b"incarnation", "live", b"live", "load", b"load", "model", b"model", "sequences", b"sequences", "streams", b"streams", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,6 +377,7 @@ class StreamState(_message.Message):
     FRAMES_FIELD_NUMBER: _builtins.int
     UNACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
+    COMMITTED_FIELD_NUMBER: _builtins.int
     batcher_id: _builtins.str
     """Who."""
     epoch: _builtins.int
@@ -385,6 +390,8 @@ class StreamState(_message.Message):
     """Of these, not acknowledged yet."""
     pending: _builtins.int
     """Sequences whose news wait to be sent."""
+    committed: _builtins.int
+    """Sequences that it has here, or may still send by credit whose end it has not acknowledged."""
     @_builtins.property
     def credit(self) -> _worker_service_pb2.Credit:
         """Its last credit."""
@@ -399,10 +406,11 @@ class StreamState(_message.Message):
         frames: _builtins.int = ...,
         unacknowledged: _builtins.int = ...,
         pending: _builtins.int = ...,
+        committed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher_id", b"batcher_id", "credit", b"credit", "epoch", b"epoch", "frames", b"frames", "pending", b"pending", "sequences", b"sequences", "unacknowledged", b"unacknowledged"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher_id", b"batcher_id", "committed", b"committed", "credit", b"credit", "epoch", b"epoch", "frames", b"frames", "pending", b"pending", "sequences", b"sequences", "unacknowledged", b"unacknowledged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -201,22 +201,26 @@ class Hello(_message.Message):
     BATCHER_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     FRAME_WINDOW_FIELD_NUMBER: _builtins.int
+    ACKS_CREDIT_FIELD_NUMBER: _builtins.int
     batcher_id: _builtins.str
     """Names the batcher in the worker's logs."""
     epoch: _builtins.int
     """Counts the streams that this batcher has opened to this worker, from 1."""
     frame_window: _builtins.int
     """Most `step` frames that may wait for an `ack`. 0: no bound, and no `ack` will come."""
+    acks_credit: _builtins.bool
+    """Whether `ack` will tell which credit the batcher has seen. False: it counts as seen when it is sent."""
     def __init__(
         self,
         *,
         batcher_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         frame_window: _builtins.int = ...,
+        acks_credit: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher_id", b"batcher_id", "epoch", b"epoch", "frame_window", b"frame_window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks_credit", b"acks_credit", "batcher_id", b"batcher_id", "epoch", b"epoch", "frame_window", b"frame_window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -419,16 +423,22 @@ class Ack(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FRAME_FIELD_NUMBER: _builtins.int
+    CREDIT_GENERATION_FIELD_NUMBER: _builtins.int
     frame: _builtins.int
     """Number of the last `step` taken in."""
+    credit_generation: _builtins.int
+    """Generation of the newest credit that was seen: what was submitted before this message used credit up to it,
+    what comes after it uses none that is older.
+    """
     def __init__(
         self,
         *,
         frame: _builtins.int = ...,
+        credit_generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_generation", b"credit_generation", "frame", b"frame"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -600,6 +610,7 @@ class SequenceDelta(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Which."""
     attempt: _builtins.int
@@ -608,6 +619,10 @@ class SequenceDelta(_message.Message):
     """Position in the answer of the first of these tokens."""
     finish: _generation_pb2.FinishReason.ValueType
     """Set in the last delta of a sequence that ended well."""
+    cached_tokens: _builtins.int
+    """Set in the first delta that has tokens: how many of the sequence's ids, prompt and resumed answer, were found
+    computed already.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens, in order. Never holds the end-of-turn token that ended the sequence."""
@@ -640,12 +655,15 @@ class SequenceDelta(_message.Message):
         error: _status_pb2.Status | None = ...,
         usage: _generation_pb2.Usage | None = ...,
         timing: _generation_pb2.Timing | None = ...,
+        cached_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens", "error", b"error", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "finish", b"finish", "handle", b"handle", "logprobs", b"logprobs", "offset", b"offset", "timing", b"timing", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "attempt", b"attempt", "cached_tokens", b"cached_tokens", "error", b"error", "finish", b"finish", "handle", b"handle", "logprobs", b"logprobs", "offset", b"offset", "timing", b"timing", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
 
 Global___SequenceDelta: _TypeAlias = SequenceDelta  # noqa: Y015
 
@@ -709,7 +727,10 @@ Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
 class Credit(_message.Message):
-    """How much more the worker takes. Absolute, so that a lost message loses no credit."""
+    """How much more the worker takes. Absolute, so that a lost message loses no credit. Less than before takes effect
+    when the batcher acknowledges it: until then nobody else is given the difference, so that all batchers
+    together never have more at a worker than it takes.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -816,6 +837,7 @@ class ModelDescription(_message.Message):
     KV_TOKENS_FIELD_NUMBER: _builtins.int
     DETERMINISM_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    SHARED_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, as configured."""
     revision: _builtins.str
@@ -838,6 +860,8 @@ class ModelDescription(_message.Message):
     """Tokens that the KV memory holds in all."""
     determinism: Global___Determinism.ValueType
     """What may be expected of repeated runs."""
+    shared_block_tokens: _builtins.int
+    """Sequences that begin alike share what is computed in whole blocks of so many tokens. 0: they share nothing."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the engine can do beyond the base, such as "logprobs"."""
@@ -857,10 +881,11 @@ class ModelDescription(_message.Message):
         kv_tokens: _builtins.int = ...,
         determinism: Global___Determinism.ValueType = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
+        shared_block_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "features", b"features", "kv_tokens", b"kv_tokens", "max_running", b"max_running", "name", b"name", "revision", b"revision", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size", "weights_fingerprint", b"weights_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "determinism", b"determinism", "device", b"device", "dtype", b"dtype", "features", b"features", "kv_tokens", b"kv_tokens", "max_running", b"max_running", "name", b"name", "revision", b"revision", "shared_block_tokens", b"shared_block_tokens", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size", "weights_fingerprint", b"weights_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,9 +53,7 @@ async def worker(
     """
     incarnation = secrets.randbits(63)
     servicer = WorkerServicer(identity, incarnation)
-    inside = AdminServicer(
-        identity, incarnation, lambda: servicer.sessions, lambda sessions: described(sessions.model)
-    )
+    inside = AdminServicer(identity, incarnation, lambda: servicer.sessions, described)
 
     def register(server: grpc.aio.Server) -> None:
         add_WorkerServiceServicer_to_server(servicer, server)

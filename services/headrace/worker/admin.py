@@ -11,7 +11,8 @@ import grpc
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
-from headrace.worker.sessions import Flight, Session, Sessions
+from headrace.worker.session import Flight, Session
+from headrace.worker.sessions import Sessions
 
 SERVICES = tuple(admin.DESCRIPTOR.services_by_name.values())
 INSPECT = "/headrace.v1.AdminService/Inspect"
@@ -46,9 +47,10 @@ class AdminServicer(AdminServiceServicer):
             now = time.monotonic()
             state.draining = sessions.draining
             state.live = sessions.live
+            state.capacity = sessions.capacity
             state.model.CopyFrom(self._describe(sessions))
             state.load.CopyFrom(sessions.load())
-            state.streams.extend(_stream(session) for session in sessions.streams)
+            state.streams.extend(_stream(session, now) for session in sessions.streams)
             flights = [
                 (flight, session) for session in sessions.streams for flight in session.flights.values()
             ]
@@ -58,7 +60,7 @@ class AdminServicer(AdminServiceServicer):
         return admin.InspectResponse(worker=state)
 
 
-def _stream(session: Session) -> admin.StreamState:
+def _stream(session: Session, now: float) -> admin.StreamState:
     return admin.StreamState(
         batcher_id=session.batcher_id,
         epoch=session.epoch,
@@ -67,6 +69,7 @@ def _stream(session: Session) -> admin.StreamState:
         frames=session.frames,
         unacknowledged=session.frames - session.acked if session.window else 0,
         pending=len(session.pending),
+        committed=session.stands(now).committed,
     )
 
 

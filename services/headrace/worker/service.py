@@ -13,8 +13,8 @@ import grpc
 from headrace import errors
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer
-from headrace.worker.engine.seam import ModelInfo
-from headrace.worker.sessions import Session, Sessions
+from headrace.worker.session import Session
+from headrace.worker.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class WorkerServicer(WorkerServiceServicer):
 
     async def GetModel(self, request: wire.GetModelRequest, context: _Context) -> wire.GetModelResponse:
         """Describe the model."""
-        return wire.GetModelResponse(model=described(self._open_sessions().model))
+        return wire.GetModelResponse(model=described(self._open_sessions()))
 
     async def Run(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
         self, requests: AsyncIterator[wire.RunRequest], context: _Context
@@ -80,7 +80,7 @@ class WorkerServicer(WorkerServiceServicer):
         if first is None or first.WhichOneof("message") != "hello":
             raise errors.InvalidRequest("the first message of Run must be hello", field="hello")
         hello = first.hello
-        session = sessions.open(batcher_id=hello.batcher_id, epoch=hello.epoch, window=hello.frame_window)
+        session = sessions.open(hello)
         log.info("batcher connected", extra={"batcher": hello.batcher_id, "epoch": hello.epoch})
         session.welcome(
             wire.RunResponse(
@@ -88,7 +88,7 @@ class WorkerServicer(WorkerServiceServicer):
                     worker_id=self._worker_id,
                     incarnation=self._incarnation,
                     epoch=hello.epoch,
-                    model=described(sessions.model),
+                    model=described(sessions),
                     credit=wire.Credit(generation=session.generation, sequences=session.credit),
                 )
             )
@@ -114,13 +114,14 @@ class WorkerServicer(WorkerServiceServicer):
 
 
 def _take(sessions: Sessions, session: Session, request: wire.RunRequest) -> None:
+    session.heard = time.monotonic()
     kind = request.WhichOneof("message")
     if kind == "submit":
         session.say(sessions.submit(session, request.submit))
     elif kind == "cancel":
         sessions.cancel(session, request.cancel.handles)
     elif kind == "ack":
-        session.ack(request.ack.frame)
+        sessions.acknowledge(session, request.ack)
     elif kind == "ping":
         session.say(wire.RunResponse(pong=wire.Pong(nonce=request.ping.nonce)))
     elif kind == "hello":
@@ -140,11 +141,13 @@ async def _write(context: _Context, session: Session) -> None:
 async def _report(sessions: Sessions, session: Session) -> None:
     while True:
         session.say(wire.RunResponse(load=sessions.load()))
+        sessions.share_credit()  # who was hungry may be so no more, though nothing else has happened
         await asyncio.sleep(LOAD_SECONDS)
 
 
-def described(model: ModelInfo) -> wire.ModelDescription:
+def described(sessions: Sessions) -> wire.ModelDescription:
     """The model, as batchers are told of it."""
+    model = sessions.model
     return wire.ModelDescription(
         name=model.name,
         revision=model.revision,
@@ -158,4 +161,5 @@ def described(model: ModelInfo) -> wire.ModelDescription:
         kv_tokens=model.kv_tokens,
         determinism=wire.DETERMINISM_EXACT if model.exact else wire.DETERMINISM_BEST_EFFORT,
         features=model.features,
+        shared_block_tokens=sessions.shared_block_tokens,
     )
