@@ -73,8 +73,8 @@ def test_prompts_share_exactly_the_blocks_of_their_common_beginning(
 def test_a_worker_is_remembered_for_what_it_computed_and_forgotten_with_its_memory() -> None:
     prefixes = Prefixes()
     names = blocks(range(BLOCK * 4 + 1))
-    prefixes.served(names[:2], "a")
-    prefixes.served(names, "b")
+    prefixes.expect(names[:2], "a")
+    prefixes.expect(names, "b")
 
     assert prefixes.held(names, "a") == 2 * BLOCK
     assert prefixes.held(names, "b") == 4 * BLOCK
@@ -82,11 +82,54 @@ def test_a_worker_is_remembered_for_what_it_computed_and_forgotten_with_its_memo
     assert (prefixes.held(names, "a"), prefixes.held(names, "b")) == (2 * BLOCK, 0)
 
 
+GRAIN = 16
+
+
+def test_a_worker_that_forgot_a_prompt_has_forgotten_all_that_it_had_used_before() -> None:
+    prefixes = Prefixes()
+    old, lost, new = (blocks([first] * (BLOCK * 3 + 1)) for first in (1, 2, 3))
+    for names in (old, lost, new):
+        prefixes.expect(names, "a")
+        prefixes.computed(names, "a", 0, GRAIN)
+    prefixes.expect(new, "b")
+    assert [prefixes.held(names, "a") for names in (old, lost, new)] == [3 * BLOCK] * 3
+
+    prefixes.expect(lost, "a")
+    prefixes.computed(lost, "a", BLOCK, GRAIN)
+
+    assert prefixes.held(old, "a") == 0
+    assert prefixes.held(lost, "a") == 3 * BLOCK, "it was computed just now"
+    assert prefixes.held(new, "a") == 3 * BLOCK, "it was used later"
+    assert prefixes.held(new, "b") == 3 * BLOCK
+
+
+def test_a_worker_that_found_what_it_was_thought_to_have_loses_nothing() -> None:
+    prefixes = Prefixes()
+    old, names = blocks([1] * (BLOCK * 3 + 1)), blocks([2] * (BLOCK * 3 + 1))
+    for one in (old, names):
+        prefixes.expect(one, "a")
+        prefixes.computed(one, "a", 0, 64)
+    prefixes.computed(names, "a", 64, 64)  # of 96 tokens blocks of 64 can hold so many
+
+    assert prefixes.held(old, "a") == 3 * BLOCK
+
+
+def test_what_was_sent_and_never_computed_says_nothing_of_what_a_worker_forgot() -> None:
+    prefixes = Prefixes()
+    held, sent = blocks([1] * (BLOCK * 3 + 1)), blocks([2] * (BLOCK * 3 + 1))
+    prefixes.expect(held, "a")
+    prefixes.computed(held, "a", 0, GRAIN)
+    prefixes.expect(sent, "a")  # and its caller left
+    prefixes.computed(sent, "a", 0, GRAIN)
+
+    assert prefixes.held(held, "a") == 3 * BLOCK
+
+
 @given(prompts=st.lists(st.lists(st.integers(0, 3), min_size=40, max_size=200), max_size=20))
 def test_what_is_remembered_is_bounded(prompts: list[list[int]]) -> None:
     prefixes = Prefixes(limit=5)
     for ids in prompts:
-        prefixes.served(blocks(ids), "a")
+        prefixes.expect(blocks(ids), "a")
         assert len(prefixes) <= 5
 
 

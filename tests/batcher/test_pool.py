@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 
 from headrace import errors
 from headrace.batcher.__main__ import batcher
+from headrace.batcher.prefixes import blocks
 from headrace.batcher.settings import Settings
 from headrace.batcher.tokens import ByteTokenizer
 from headrace.cli.mesh import free_ports
@@ -41,6 +42,50 @@ async def test_a_prompt_goes_to_the_worker_that_knows_its_beginning() -> None:
         frames = [sum(stream.frames for stream in worker.sessions.streams) for worker in tier.workers]
 
         assert sorted(frames)[:2] == [0, 0]
+
+
+async def test_a_worker_that_forgot_a_beginning_is_no_longer_believed_to_know_older_ones() -> None:
+    """Its memory holds two of the four prompts: those that were longest unused are gone."""
+    engine = EchoEngine(context_length=512, max_running=1, kv_blocks=40)
+    async with running_tier([engine]) as tier:
+        (link,) = tier.batcher.coalescer.pool
+        prefixes = tier.batcher.coalescer.prefixes
+        texts = [letter * 260 for letter in "abcd"]
+        names = [blocks(ByteTokenizer().encode_text(text)) for text in texts]
+        for text in texts:
+            await collect(tier.client, prompt(text, max_tokens=1))
+        assert all(prefixes.held(one, link.target) for one in names), "as far as is known"
+
+        again = await collect(tier.client, prompt(texts[1], max_tokens=1))
+        assert again.finish.usage.cached_tokens < 256
+
+        held = [prefixes.held(one, link.target) for one in names]
+        assert held == [0, 256, 256, 256]
+
+
+async def test_cached_tokens_are_told_of_answers_that_end_at_a_stop_text() -> None:
+    async with running_tier([EchoEngine()]) as tier:
+        asked = prompt("tell me again and again and again, the same long thing STOP", stop=["STOP"])
+        first = await collect(tier.client, asked)
+        second = await collect(tier.client, asked)
+
+    assert second.finish.reason == pb.FINISH_REASON_STOP_SEQUENCE
+    assert (first.finish.usage.cached_tokens, second.finish.usage.cached_tokens) == (0, 48)
+
+
+async def test_a_prompt_that_is_known_already_is_not_refused_for_the_time_it_would_take() -> None:
+    async with running_tier([EchoEngine(step_seconds=0.02)], worker_settings={"step_tokens": 64}) as tier:
+        (link,) = tier.batcher.coalescer.pool
+        known = "m" * 3500
+        await collect(tier.client, prompt(known, max_tokens=1))
+        await eventually(lambda: link.load.prefill_tokens_per_second > 0)
+
+        with pytest.raises(errors.Unattainable, match="first token"):
+            await collect(tier.client, prompt("n" * 3500, max_tokens=1), timeout=0.3)
+        # On a busy machine the deadline may pass all the same; what counts is that it is tried.
+        with suppress(errors.DeadlineInQueue, errors.DeadlineInDecode):
+            answer = await collect(tier.client, prompt(known, max_tokens=1), timeout=0.3)
+            assert answer.finish.usage.cached_tokens >= 3488
 
 
 async def test_workers_come_and_go_by_name_under_load(monkeypatch: pytest.MonkeyPatch) -> None:

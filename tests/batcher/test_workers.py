@@ -37,6 +37,7 @@ class Recorder:
         self.ends: list[tuple[Job, End]] = []
         self.failures: list[tuple[Job, errors.HeadraceError]] = []
         self.stopped: list[Job] = []
+        self.cached: list[tuple[Job, int]] = []
 
     def changed(self) -> None:
         pass
@@ -46,6 +47,9 @@ class Recorder:
 
     def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
         self.failures.append((job, error))
+
+    def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
+        self.cached.append((job, cached))
 
     def full(self, link: WorkerLink, job: Job) -> None:
         link.cancel(job)
@@ -172,6 +176,29 @@ async def test_an_end_behind_tokens_that_found_no_room_does_not_count() -> None:
     assert sink.stopped == [one]
     assert not sink.ends
     assert link.outstanding == 0, "the handle is free all the same"
+
+
+async def test_what_a_worker_had_of_a_prompt_is_told_once_with_the_first_token() -> None:
+    one, sink = job(), Recorder()
+    link = connected(one, sink=sink)
+    delta(link, handle=0, offset=0, token_ids=[1], cached_tokens=16)
+    delta(link, handle=0, offset=1, token_ids=[2])
+
+    assert sink.cached == [(one, 16)]
+
+
+async def test_less_credit_is_acknowledged_behind_what_was_sent_by_the_old() -> None:
+    one = job()
+    link = connected()
+    link.submit([one], trace.INVALID_SPAN, 0.0)
+    link._take(wire.RunResponse(credit=wire.Credit(generation=4, sequences=1)))
+
+    sent = []
+    while not link._outgoing.empty():
+        message = link._outgoing.get_nowait()
+        assert message is not None
+        sent.append((len(message.submit.sequences), message.ack.credit_generation))
+    assert sent[-2:] == [(1, 0), (0, 4)]
 
 
 async def test_frames_are_acknowledged_now_and_then() -> None:

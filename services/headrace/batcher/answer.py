@@ -97,7 +97,7 @@ class Answer:
             stop_sequence=stopped or "",
             usage=pb.Usage(
                 prompt_tokens=len(self._job.prompt_ids),
-                cached_tokens=self._end.usage.cached_tokens if self._end is not None else 0,
+                cached_tokens=self._job.history.cached,
                 completion_tokens=self._offset,
                 replayed_tokens=self._job.history.replayed or len(self._job.resume_ids),
                 wasted_tokens=self._job.history.wasted + wasted,

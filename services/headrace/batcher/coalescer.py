@@ -175,6 +175,7 @@ class Coalescer:
             self.failed(link, job, errors.WorkerDraining("the worker gave the request back"))
             return
         self._answers.add(job.answered)
+        job.history.cached = end.usage.cached_tokens
         job.inbox.end(end)
 
     def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
@@ -195,6 +196,12 @@ class Coalescer:
             self._pause(job)
         else:
             self._go_on(job)
+
+    def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
+        """See `workers.Sink`."""
+        self.prefixes.computed(job.blocks, link.target, cached, link.shared_block_tokens)
+        if job in link.flights:
+            job.history.cached = min(cached, len(job.prompt_ids))
 
     def full(self, link: WorkerLink, job: Job) -> None:
         """See `workers.Sink`."""
@@ -245,6 +252,8 @@ class Coalescer:
         self._arrivals.add(now)
         wanted = max(job.sampling.max_tokens - job.answered, 1)
         job.cost = job.tokens + min(wanted, int(self._answers.value) or wanted)
+        held = max(self.prefixes.held(job.blocks, link.target) for link in self.pool.ready())
+        job.uncached = max(job.tokens - held, 1)
         self._check_deadline(job, now)
         if self.queue.full:
             self._make_place(job, now)
@@ -259,7 +268,7 @@ class Coalescer:
         pace = self.pace(now)
         jobs, ahead = self.queue.ahead_of(job)
         left = job.answer_by - now
-        first = pace.first_token_in(jobs=jobs, ahead=ahead, tokens=job.tokens)
+        first = pace.first_token_in(jobs=jobs, ahead=ahead, tokens=job.uncached)
         last = first + pace.tokens_in(job.least_tokens - job.answered)
         if last > DOUBT * left:
             what = "its first token" if first > left else f"its {job.least_tokens} tokens"
@@ -343,7 +352,9 @@ class Coalescer:
         self.queue.take(job)
         batch = batches.setdefault(chosen.name, [])
         batch.append(job)
-        self.prefixes.served(job.blocks, chosen.name)
+        job.uncached = max(job.tokens - chosen.held, 1)
+        if chosen.shares:
+            self.prefixes.expect(job.blocks, chosen.name)
         if chosen.room == 1 or len(batch) >= self._window.size:
             del candidates[chosen.name]
         else:
@@ -351,7 +362,7 @@ class Coalescer:
                 chosen,
                 room=chosen.room - 1,
                 sequences=chosen.sequences + 1,
-                backlog=chosen.backlog + max(job.tokens - chosen.held, 1),
+                backlog=chosen.backlog + job.uncached,
                 held=0,
                 probation=chosen.probation or probation,
             )
@@ -368,6 +379,7 @@ class Coalescer:
                 rate=link.load.prefill_tokens_per_second,
                 kind=link.kind,
                 probation=any(failover.on_probation(job) for job in link.flights.jobs()),
+                shares=link.shared_block_tokens > 0,
             )
             for link in self.pool
             if (room := link.room(now)) > 0
@@ -379,7 +391,7 @@ class Coalescer:
         now = time.monotonic()
         return self._window.closes(
             len(waiting),
-            sum(job.tokens for job in waiting),
+            sum(job.uncached for job in waiting),
             sum(candidate.room for candidate in candidates.values()),
             oldest=min(job.arrived for job in waiting),
             linger=self._window.linger_for(

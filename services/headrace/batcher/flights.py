@@ -39,7 +39,7 @@ class Flights:
         self._flights: dict[int, Flight] = {}
         self._handles: dict[Job, int] = {}
         self._free: list[int] = []  # lowest first: handles stay small, and short on the wire
-        self.backlog = 0  # tokens of those whose first token is still to come
+        self.backlog = 0  # tokens to compute of those whose first token is still to come
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -62,9 +62,9 @@ class Flights:
     def board(self, job: Job) -> int:
         """Take a job in, as it stands now; returns its handle."""
         handle = heapq.heappop(self._free) if self._free else len(self._flights)
-        self._flights[handle] = Flight(job, job.attempt, job.answered, job.tokens)
+        self._flights[handle] = Flight(job, job.attempt, job.answered, job.uncached)
         self._handles[job] = handle
-        self.backlog += job.tokens
+        self.backlog += job.uncached
         return handle
 
     def abandon(self, job: Job) -> int | None:

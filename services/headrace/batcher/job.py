@@ -25,6 +25,7 @@ class Job:
     expires     time.monotonic() of the deadline, None for never
     tenant      whom the request is accounted to; "" is the anonymous tenant
     cost        tokens that serving it is expected to take, prompt included
+    uncached    of its tokens, those that the worker has to compute, as far as is known
     blocks      names of the prompt's blocks, for workers that hold them
     attempt     counts the tries of the request, over all batchers; deltas of other attempts do not count
     queued      time.monotonic() when it entered the queue last; submitted, when it first left for a worker
@@ -46,6 +47,7 @@ class Job:
     span: trace.Span
     tenant: str = ""
     cost: int = 1
+    uncached: int = 1
     blocks: tuple[int, ...] = ()
     tells_moves: bool = False
     queue_span: trace.Span = field(default=trace.INVALID_SPAN)
@@ -111,6 +113,7 @@ class History:
                     before it showed a token there
     faults          attempts that ended in a fault of the engine
     started_at      tokens that the answer had when the attempt began
+    cached          prompt tokens that the last worker to compute the prompt had already
     replayed        answer tokens that attempts had to take in again
     wasted          tokens that came from attempts that had been given up
     """
@@ -124,5 +127,6 @@ class History:
     killed: list[tuple[str, int]] = field(default_factory=list)
     faults: int = 0
     started_at: int = 0
+    cached: int = 0
     replayed: int = 0
     wasted: int = 0

@@ -57,7 +57,7 @@ class Pace:
 
     prefill        prompt tokens per second; 0 while unknown
     step_seconds   time between two tokens of one answer; 0 while unknown
-    backlog        prompt tokens that wait at the workers
+    backlog        prompt tokens that wait at the workers to be computed
     drained        jobs per second that leave the queue because a worker has room again; 0 while unknown
                    or while there is room
     """
@@ -70,8 +70,8 @@ class Pace:
     def first_token_in(self, *, jobs: int, ahead: int, tokens: int) -> float:
         """Least seconds until a job has its first token.
 
-        jobs, ahead   how many are served before it, and their prompt tokens
-        tokens        of its own prompt
+        jobs, ahead   how many are served before it, and what has to be computed for their first tokens
+        tokens        what has to be computed for its own: its prompt, but for what a worker has of it
         """
         room = (jobs + 1) / self.drained if self.drained > 0 else 0.0
         prefill = (self.backlog + ahead + tokens) / self.prefill if self.prefill > 0 else 0.0

@@ -21,6 +21,7 @@ class Candidate:
     held        tokens of this job's prompt that it has computed already
     kind        what it runs: equal kinds give equal answers
     probation   whether it has a job that may be what killed another worker
+    shares      whether it keeps what it has computed for prompts that begin alike
     """
 
     name: str
@@ -32,6 +33,7 @@ class Candidate:
     held: int = 0
     kind: str = ""
     probation: bool = False
+    shares: bool = False
 
     def takes(self, tokens: int) -> bool:
         """Whether a job of *tokens* may go there without standing in line for long."""

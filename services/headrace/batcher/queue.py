@@ -24,6 +24,7 @@ class Waiting(Protocol):
     """What a job shows to the queue. Compared by identity.
 
     cost      tokens that serving it is expected to take, at least 1
+    uncached  tokens to compute before its first new one
     expires   time of the deadline, None for never
     """
 
@@ -33,6 +34,8 @@ class Waiting(Protocol):
     def tenant(self) -> str: ...
     @property
     def cost(self) -> int: ...
+    @property
+    def uncached(self) -> int: ...
     @property
     def arrived(self) -> float: ...
     @property
@@ -153,28 +156,28 @@ class JobQueue(Generic[J]):
         return max((entry for entry in tenants[name].jobs if self._stands(entry, level)), key=_latest)[2]
 
     def ahead_of(self, newcomer: J) -> tuple[int, int]:
-        """How many jobs are served before *newcomer*, which is not here yet, and their cost together.
+        """How many jobs are served before *newcomer*, not here yet, and how much is computed for them first.
 
         Rather too few than too many: of each other tenant of its priority as much as it has itself before
         it, for they take turns.
         """
-        jobs, cost = len(self._begun), sum(job.cost for job in self._begun)
+        jobs, tokens = len(self._begun), sum(job.uncached for job in self._begun)
         own = (0, 0)
         others: dict[str, tuple[int, int]] = {}
         for job, place in self._places.items():
             if place.level > newcomer.priority:
-                jobs, cost = jobs + 1, cost + job.cost
+                jobs, tokens = jobs + 1, tokens + job.uncached
             elif place.level < newcomer.priority:
                 continue
             elif job.tenant != newcomer.tenant:
                 number, sum_ = others.get(job.tenant, (0, 0))
-                others[job.tenant] = (number + 1, sum_ + job.cost)
+                others[job.tenant] = (number + 1, sum_ + job.uncached)
             elif _deadline(job) <= _deadline(newcomer):
-                own = (own[0] + 1, own[1] + job.cost)
+                own = (own[0] + 1, own[1] + job.uncached)
         for number, sum_ in others.values():
             jobs += min(number, own[0] + 1)
-            cost += min(sum_, own[1] + newcomer.cost)
-        return jobs + own[0], cost + own[1]
+            tokens += min(sum_, own[1] + newcomer.uncached)
+        return jobs + own[0], tokens + own[1]
 
     def oldest_wait(self, now: float) -> float:
         """How long the first to come has waited, in seconds."""

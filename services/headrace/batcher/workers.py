@@ -59,6 +59,10 @@ class Sink(Protocol):
         """The worker will say no more of a job, and why."""
         ...
 
+    def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
+        """The worker has computed a job's prompt, and had so many tokens of it before."""
+        ...
+
     def full(self, link: WorkerLink, job: Job) -> None:
         """The job's reader is so far behind that no more is kept for it, and the worker goes on."""
         ...
@@ -119,6 +123,11 @@ class WorkerLink:
     def backlog(self) -> int:
         """Prompt tokens that wait at the worker to be computed, other batchers' included."""
         return self.flights.backlog + self._others_backlog
+
+    @property
+    def shared_block_tokens(self) -> int:
+        """Tokens of the blocks in which its sequences share what is computed; 0 if they share nothing."""
+        return self.model.shared_block_tokens if self.model is not None else 0
 
     @property
     def kind(self) -> str:
@@ -337,6 +346,8 @@ class WorkerLink:
         flight, ids, logprobs = arrived
         if ids:
             self.rate.add(now, len(ids))
+        if delta.HasField("cached_tokens"):
+            self._sink.prefilled(self, flight.job, delta.cached_tokens)
         left_out = self._hand_over(flight, ids, logprobs)
         if delta.HasField("error"):
             self._land(delta.handle, delta.attempt, errors.from_status(delta.error), now)
