@@ -18,7 +18,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.cli.mesh import free_ports
 from headrace.client import connect, open_channel
+from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import routing_service_pb2 as routing
+from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
@@ -118,15 +120,10 @@ class Child:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    @property
-    def files(self) -> int:
-        """Open file descriptors."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    @property
-    def threads(self) -> int:
-        """Threads."""
-        return len(os.listdir(f"/proc/{self.pid}/task"))
+    async def inspect(self) -> admin.InspectResponse:
+        """What it tells of itself."""
+        async with open_channel(self.address) as channel:
+            return await AdminServiceStub(channel).Inspect(admin.InspectRequest(), timeout=30)
 
 
 @dataclass

@@ -13,10 +13,8 @@ from functools import partial
 import grpc
 import pytest
 
-from headrace.client import Client, connect, open_channel
-from headrace.v1 import admin_service_pb2 as admin
+from headrace.client import Client, connect
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from tests.faults.dice import expected
 from tests.faults.fleet import Fleet, Plan
 from tests.faults.tally import Row, Visit, mixed, request, visit
@@ -156,12 +154,11 @@ async def test_callers_that_do_not_read_hold_up_nobody(
                 asyncio.create_task(visit(slow, one, timeout=300, reads_on=reads_on, judge=judge))
                 for one in long
             ]
-            async with open_channel(few.batchers[0].address) as inside, asyncio.timeout(120):
-                stub = AdminServiceStub(inside)
-                while (await stub.Inspect(admin.InspectRequest())).batcher.paused < len(long):
+            async with asyncio.timeout(120):
+                while (await few.batchers[0].inspect()).batcher.paused < len(long):
                     await asyncio.sleep(0.05)
-                counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 24))))
-                paused = (await stub.Inspect(admin.InspectRequest())).batcher
+            counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 24))))
+            paused = (await few.batchers[0].inspect()).batcher
             reads_on.set()
             counted.add(await asyncio.gather(*reading))
         await few.quiet()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from headrace.client import Client, connect
+from headrace.v1 import admin_service_pb2 as admin
 from tests.faults.fleet import Child, Fleet
 from tests.faults.tally import Row, Visit, request, visit
 from tests.faults.test_load import DEADLINES
@@ -20,7 +21,7 @@ MEGABYTE = 1024 * 1024
 
 @pytest.mark.timeout(1200)
 async def test_nothing_grows(twins: Fleet, row: Callable[[str], Row], rng: random.Random, long: bool) -> None:
-    """Memory, file descriptors and threads of every process are what they were after the warm-up."""
+    """What every process holds is what it held after the warm-up, and nothing is left under way."""
     seconds = 600.0 if long else 20.0
     counted = row(f"soak, {seconds:g} s")
     steady = [*twins.routers, *twins.batchers, twins.workers[0]]
@@ -28,21 +29,56 @@ async def test_nothing_grows(twins: Fleet, row: Callable[[str], Row], rng: rando
         # What is allocated once, at the first of its kind, is there when half of the time is over.
         counted.add(await _traffic(client, rng, seconds / 2, twins.workers[1]), may=DEADLINES)
         await twins.quiet()
-        before = {child.name: _size(child) for child in steady}
+        before = {child.name: (await child.inspect()).vitals for child in steady}
         counted.add(await _traffic(client, rng, seconds / 2, twins.workers[1]), may=DEADLINES)
         await twins.quiet()
-        after = {child.name: _size(child) for child in steady}
+        await _nothing_left(twins)
+        after = {child.name: (await child.inspect()).vitals for child in steady}
 
-    grown = max(after[name][0] - before[name][0] for name in before)
-    files = max(after[name][1] - before[name][1] for name in before)
-    threads = max(after[name][2] - before[name][2] for name in before)
+    grown = {
+        what: max(getattr(after[name], what) - getattr(before[name], what) for name in before)
+        for what in ("memory_bytes", "files", "threads", "tasks")
+    }
     counted.notes.append(
-        f"second half: at most {grown / MEGABYTE:+.1f} MB, {files:+} file descriptors, {threads:+} threads"
+        f"second half: at most {grown['memory_bytes'] / MEGABYTE:+.1f} MB, {grown['files']:+} file "
+        f"descriptors, {grown['threads']:+} threads, {grown['tasks']:+} tasks; no request or handle left"
     )
     counted.check()
-    assert grown < 16 * MEGABYTE, (before, after)
-    assert files <= 8, (before, after)  # a connection that is being made anew is two
-    assert threads <= 4, (before, after)
+    assert grown["memory_bytes"] < 16 * MEGABYTE, (before, after)
+    assert grown["files"] <= 8, (before, after)  # a connection that is being made anew is two
+    assert grown["threads"] <= 4, (before, after)
+    assert grown["tasks"] <= 4, (before, after)  # a call that is being made, a look at a batcher
+
+
+async def _nothing_left(fleet: Fleet) -> None:
+    """Wait until no service has a request, a sequence or a handle under way."""
+    left: dict[str, dict[str, int]] = {}
+    try:
+        async with asyncio.timeout(30):
+            while True:
+                states = {child.name: await child.inspect() for child in fleet.children}
+                left = {name: found for name, state in states.items() if (found := _under_way(state))}
+                if not left:
+                    return
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise AssertionError(f"left behind: {left}") from None
+
+
+def _under_way(state: admin.InspectResponse) -> dict[str, int]:
+    counts = {
+        "requests": state.vitals.requests,
+        "live in the batcher": state.batcher.live,
+        "queued": sum(place.waiting for place in state.batcher.queue) + state.batcher.begun,
+        "paused": state.batcher.paused,
+        "handles": sum(worker.outstanding for worker in state.batcher.workers),
+        "live in the worker": state.worker.live,
+        "unsent": sum(stream.pending for stream in state.worker.streams),
+        "calls to batchers": sum(batcher.live for batcher in state.router.batchers),
+    }
+    if state.HasField("worker"):  # streams of batchers that are gone
+        counts["streams"] = max(len(state.worker.streams) - 2, 0)
+    return {what: count for what, count in counts.items() if count}
 
 
 async def _traffic(client: Client, rng: random.Random, seconds: float, victim: Child) -> list[Visit]:
@@ -68,7 +104,3 @@ async def _traffic(client: Client, rng: random.Random, seconds: float, victim: C
         for number in range(24):
             tasks.create_task(call(number))
     return visits
-
-
-def _size(child: Child) -> tuple[int, int, int]:
-    return child.memory, child.files, child.threads

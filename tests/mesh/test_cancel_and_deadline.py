@@ -9,6 +9,8 @@ from contextlib import aclosing
 import pytest
 
 from headrace import errors
+from headrace.batcher import job
+from headrace.batcher.pace import Pace
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import Mesh, collect, eventually, prompt, running_mesh
@@ -72,14 +74,20 @@ async def test_a_deadline_in_mid_answer_is_told_and_frees_the_sequence(slow: Mes
     await eventually(lambda: not slow.left_behind)
 
 
-async def test_a_deadline_in_the_queue_is_told_apart(slow: Mesh, count: Callable[..., float]) -> None:
+async def test_a_deadline_in_the_queue_is_told_apart(
+    slow: Mesh, count: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = count("headrace.requests", outcome="deadline_queue")
     coalescer = slow.tiers["only"].batcher.coalescer
+    # The batcher answers 59 s before the deadline: only it can notice, however busy this machine is. And it
+    # judges nobody by what was measured in that second.
+    monkeypatch.setattr(job, "DEADLINE_MARGIN", 59.0)
+    monkeypatch.setattr(coalescer, "pace", lambda now: Pace())
     async with asyncio.TaskGroup() as tasks:
-        readers = [tasks.create_task(collect(slow.client, endless())) for _ in range(4)]
+        readers = [tasks.create_task(collect(slow.client, endless(), timeout=600)) for _ in range(4)]
         await eventually(lambda: slow.tiers["only"].worker.sessions.live == 4)
         with pytest.raises(errors.DeadlineExceeded):
-            await collect(slow.client, prompt("late"), timeout=1.0)
+            await collect(slow.client, prompt("late"), timeout=60.0)
         await eventually(lambda: len(coalescer.queue) == 0)
         for reader in readers:
             reader.cancel()

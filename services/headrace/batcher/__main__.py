@@ -24,6 +24,7 @@ from headrace.batcher.tokens import ByteTokenizer, Tokenizer, load_tokenizer
 from headrace.batcher.window import Window
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime import logs
+from headrace.runtime.interceptors import Activity
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
@@ -66,7 +67,8 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
             unread_limit=settings.unread_limit,
         )
 
-        inside = admin.AdminServicer(coalescer, tier=settings.tier)
+        activity = Activity()
+        inside = admin.AdminServicer(coalescer, activity, tier=settings.tier)
 
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServiceServicer_to_server(servicer, server)
@@ -83,6 +85,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
                     aside=frozenset({admin.INSPECT}),
+                    activity=activity,
                     ready=lambda: bool(pool.ready()),
                 ) as server:
                     yield Batcher(server, coalescer)

@@ -10,6 +10,8 @@ import grpc
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.job import Job
 from headrace.batcher.workers import WorkerLink
+from headrace.runtime.interceptors import Activity
+from headrace.runtime.vitals import vitals
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 
@@ -21,8 +23,9 @@ LISTED = 100
 class AdminServicer(AdminServiceServicer):
     """Answers people who want to look inside."""
 
-    def __init__(self, coalescer: Coalescer, *, tier: str) -> None:
+    def __init__(self, coalescer: Coalescer, activity: Activity, *, tier: str) -> None:
         self._coalescer = coalescer
+        self._activity = activity
         self._tier = tier
 
     async def Inspect(
@@ -49,7 +52,7 @@ class AdminServicer(AdminServiceServicer):
         oldest = sorted(coalescer.live, key=lambda job: job.arrived)
         for job in islice(oldest, request.max_sequences or LISTED):
             state.sequences.append(_sequence(job, places.get(job, ""), now, paused=job in coalescer.paused))
-        return admin.InspectResponse(batcher=state)
+        return admin.InspectResponse(batcher=state, vitals=vitals(self._activity))
 
 
 def _link(link: WorkerLink, now: float) -> admin.WorkerLinkState:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from headrace.calibration import BadCalibration
-from headrace.router import draft_check, scorer
+from headrace.router import admin, draft_check, scorer
 from headrace.router.artifact import BadArtifact
 from headrace.router.chooser import CascadeRules, Chooser
 from headrace.router.complexity import fingerprint
@@ -22,8 +22,10 @@ from headrace.router.settings import Settings
 from headrace.router.thresholds import Thresholds
 from headrace.router.tiers import Tiers
 from headrace.runtime import logs
+from headrace.runtime.interceptors import Activity
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
+from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
 
@@ -48,12 +50,13 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         )
     except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error
+    sessions = Sessions(idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,
         thresholds,
         checker,
         prices=settings.tier_prices(),
-        sessions=Sessions(idle_seconds=settings.session_idle_seconds),
+        sessions=sessions,
         rules=CascadeRules(
             enabled=settings.cascade,
             from_score=settings.cascade_from,
@@ -70,20 +73,25 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         default_deadline=settings.default_deadline,
         resume_seconds=settings.resume_seconds,
     )
+    activity = Activity()
+    inside = admin.AdminServicer(tiers, sessions, activity)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
         add_RoutingServiceServicer_to_server(servicer, server)
+        add_AdminServiceServicer_to_server(inside, server)
 
     async with (
         tiers.watching(),
         asyncio.TaskGroup() as tasks,
         serving(
             register,
-            SERVICES,
+            (*SERVICES, *admin.SERVICES),
             host=settings.host,
             port=settings.port,
             drain_seconds=settings.drain_seconds,
+            aside=frozenset({admin.INSPECT}),
+            activity=activity,
             ready=lambda: tiers.any_healthy,
         ) as server,
     ):

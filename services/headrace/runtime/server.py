@@ -110,6 +110,7 @@ async def serving(
     port: int,
     drain_seconds: float,
     aside: frozenset[str] = frozenset(),
+    activity: Activity | None = None,
     ready: Callable[[], bool],
     drain: Callable[[], Coroutine[object, object, None]] | None = None,
 ) -> AsyncGenerator[Serving, None]:
@@ -122,13 +123,14 @@ async def serving(
                    left then end as DRAINING, so that their callers carry on elsewhere
     aside          full method names of calls that are no requests: streams that last as long as the
                    connection, and looks inside
+    activity       knows the requests in flight; one of its own unless told
     ready          whether the server takes work, asked ten times a second: the readiness that health tells
     drain          awaited after admission has stopped, at most *drain_seconds*, for what the
                    service itself has to hand back
 
     Raises PortInUse.
     """
-    health, activity = Health(), Activity()
+    health, activity = Health(), activity or Activity()
     server = grpc.aio.server(interceptors=[ServerInterceptor(activity, untraced=aside)], options=_OPTIONS)
     register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)

@@ -50,6 +50,8 @@ class InspectResponse(_message.Message):
 
     BATCHER_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
+    ROUTER_FIELD_NUMBER: _builtins.int
+    VITALS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def batcher(self) -> Global___BatcherState:
         """A batcher."""
@@ -58,21 +60,135 @@ class InspectResponse(_message.Message):
     def worker(self) -> Global___WorkerState:
         """A worker."""
 
+    @_builtins.property
+    def router(self) -> Global___RouterState:
+        """A router."""
+
+    @_builtins.property
+    def vitals(self) -> Global___ProcessState:
+        """What it holds of its system."""
+
     def __init__(
         self,
         *,
         batcher: Global___BatcherState | None = ...,
         worker: Global___WorkerState | None = ...,
+        router: Global___RouterState | None = ...,
+        vitals: Global___ProcessState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "router", b"router", "vitals", b"vitals", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "router", b"router", "vitals", b"vitals", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_process: _TypeAlias = _typing.Literal["batcher", "worker"]  # noqa: Y015
+    _WhichOneofReturnType_process: _TypeAlias = _typing.Literal["batcher", "worker", "router"]  # noqa: Y015
     _WhichOneofArgType_process: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_process) -> _WhichOneofReturnType_process | None: ...
 
 Global___InspectResponse: _TypeAlias = InspectResponse  # noqa: Y015
+
+@_typing.final
+class ProcessState(_message.Message):
+    """What a process holds of its system: what does not grow while it runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    requests: _builtins.int
+    """Requests in flight; long-lived streams and looks inside are not among them."""
+    tasks: _builtins.int
+    """Tasks of its event loop, those of long-lived streams included."""
+    threads: _builtins.int
+    """Threads."""
+    files: _builtins.int
+    """Open file descriptors. 0: the system does not tell."""
+    memory_bytes: _builtins.int
+    """Resident memory. 0: the system does not tell."""
+    def __init__(
+        self,
+        *,
+        requests: _builtins.int = ...,
+        tasks: _builtins.int = ...,
+        threads: _builtins.int = ...,
+        files: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "memory_bytes", b"memory_bytes", "requests", b"requests", "tasks", b"tasks", "threads", b"threads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessState: _TypeAlias = ProcessState  # noqa: Y015
+
+@_typing.final
+class RouterState(_message.Message):
+    """A router, at one moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCHERS_FIELD_NUMBER: _builtins.int
+    CONVERSATIONS_FIELD_NUMBER: _builtins.int
+    conversations: _builtins.int
+    """Conversations of which it remembers the tier."""
+    @_builtins.property
+    def batchers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatcherLinkState]:
+        """The batchers that it knows, tier by tier, the smallest first."""
+
+    def __init__(
+        self,
+        *,
+        batchers: _abc.Iterable[Global___BatcherLinkState] | None = ...,
+        conversations: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batchers", b"batchers", "conversations", b"conversations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterState: _TypeAlias = RouterState  # noqa: Y015
+
+@_typing.final
+class BatcherLinkState(_message.Message):
+    """A batcher as its router sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    tier: _builtins.str
+    """Its tier."""
+    address: _builtins.str
+    """Its gRPC target."""
+    ready: _builtins.bool
+    """Whether it takes requests."""
+    problem: _builtins.str
+    """Why it is not ready. Empty when it is."""
+    live: _builtins.int
+    """Requests of this router that it has."""
+    def __init__(
+        self,
+        *,
+        tier: _builtins.str = ...,
+        address: _builtins.str = ...,
+        ready: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+        live: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "live", b"live", "problem", b"problem", "ready", b"ready", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatcherLinkState: _TypeAlias = BatcherLinkState  # noqa: Y015
 
 @_typing.final
 class BatcherState(_message.Message):

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """Shows what a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
     prompts nor answers.
     """
 
@@ -44,7 +44,7 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """Shows what a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
     prompts nor answers.
     """
 
@@ -72,7 +72,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """Shows what a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
     prompts nor answers.
     """
 

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Shows what a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
     prompts nor answers.
     """
 
@@ -40,7 +40,7 @@ class AdminServiceStub:
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Shows what a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
     prompts nor answers.
     """
 
@@ -49,7 +49,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Describes the process as it is at this moment. Answered while draining, too."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Shows what a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
     prompts nor answers.
     """
 

@@ -17,6 +17,7 @@ import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
 from headrace.runtime import logs
+from headrace.runtime.interceptors import Activity
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
@@ -53,7 +54,8 @@ async def worker(
     """
     incarnation = secrets.randbits(63)
     servicer = WorkerServicer(identity, incarnation)
-    inside = AdminServicer(identity, incarnation, lambda: servicer.sessions, described)
+    activity = Activity()
+    inside = AdminServicer(identity, incarnation, lambda: servicer.sessions, described, activity)
 
     def register(server: grpc.aio.Server) -> None:
         add_WorkerServiceServicer_to_server(servicer, server)
@@ -67,6 +69,7 @@ async def worker(
         # What the servicer hands back at the end of the drain has to be sent as well.
         drain_seconds=settings.drain_seconds + 2,
         aside=frozenset({RUN, admin.INSPECT}),
+        activity=activity,
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,
     ) as server:

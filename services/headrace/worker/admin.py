@@ -8,6 +8,8 @@ from itertools import islice
 
 import grpc
 
+from headrace.runtime.interceptors import Activity
+from headrace.runtime.vitals import vitals
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
@@ -32,11 +34,13 @@ class AdminServicer(AdminServiceServicer):
         incarnation: int,
         sessions: Callable[[], Sessions | None],
         describe: Callable[[Sessions], wire.ModelDescription],
+        activity: Activity,
     ) -> None:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._sessions = sessions
         self._describe = describe
+        self._activity = activity
 
     async def Inspect(
         self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
@@ -57,7 +61,7 @@ class AdminServicer(AdminServiceServicer):
             flights.sort(key=lambda pair: pair[0].sequence.submitted)
             for flight, session in islice(flights, request.max_sequences or LISTED):
                 state.sequences.append(_sequence(flight, session, now))
-        return admin.InspectResponse(worker=state)
+        return admin.InspectResponse(worker=state, vitals=vitals(self._activity))
 
 
 def _stream(session: Session, now: float) -> admin.StreamState:
