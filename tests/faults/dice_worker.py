@@ -8,6 +8,8 @@ import socket
 from headrace.runtime import logs
 from headrace.runtime.server import run, until_signal
 from headrace.worker.__main__ import worker
+from headrace.worker.engine.seam import Engine
+from headrace.worker.faults import FaultPlan, FaultyEngine
 from headrace.worker.settings import Settings
 from tests.faults.dice import DiceEngine
 
@@ -15,12 +17,13 @@ from tests.faults.dice import DiceEngine
 async def main(settings: Settings) -> None:
     """Serve until a signal comes."""
 
-    def load() -> DiceEngine:
-        return DiceEngine(
+    def load() -> Engine:
+        engine = DiceEngine(
             context_length=settings.context_length or 4096,
             max_running=settings.max_running,
             step_seconds=settings.fake_step_seconds,
         )
+        return FaultyEngine(engine, FaultPlan.parse(settings.faults)) if settings.faults else engine
 
     async with worker(settings, load, f"{socket.gethostname()}-{os.getpid()}"):
         await until_signal()

@@ -82,7 +82,7 @@ async def test_a_deadline_in_the_queue_is_told_apart(
     # The batcher answers 59 s before the deadline: only it can notice, however busy this machine is. And it
     # judges nobody by what was measured in that second.
     monkeypatch.setattr(job, "DEADLINE_MARGIN", 59.0)
-    monkeypatch.setattr(coalescer, "pace", lambda now: Pace())
+    monkeypatch.setattr(coalescer.admission, "pace", lambda now: Pace())
     async with asyncio.TaskGroup() as tasks:
         readers = [tasks.create_task(collect(slow.client, endless(), timeout=600)) for _ in range(4)]
         await eventually(lambda: slow.tiers["only"].worker.sessions.live == 4)

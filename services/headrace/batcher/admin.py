@@ -43,7 +43,7 @@ class AdminServicer(AdminServiceServicer):
             begun=len(queue.begun),
             workers=[_link(link, now) for link in pool],
             live=len(coalescer.live),
-            prefill_tokens_per_second=coalescer.pace(now).prefill,
+            prefill_tokens_per_second=coalescer.admission.pace(now).prefill,
             prefix_blocks=len(coalescer.prefixes),
             paused=len(coalescer.paused),
         )

@@ -1,8 +1,8 @@
-"""Wait for requests and for room at the workers, and bring them together in batches.
+"""See requests through: into the line, to workers, past the loss of workers and slow readers, to their end.
 
-The one place of the batcher where requests wait. What it decides is decided elsewhere: who is next and
-who must go (`queue`), when a batch is complete (`window`), which worker it goes to (`placement`), what
-follows the loss of one (`failover`). The workers' streams are `workers`, and `pool` keeps them.
+The one place of the batcher where requests wait. What it decides is decided elsewhere: who may wait
+(`admission`), who is next and who must go (`queue`), what goes where and when (`dispatch`), what follows the
+loss of a worker (`failover`). The workers' streams are `workers`, and `pool` keeps them.
 """
 
 from __future__ import annotations
@@ -11,38 +11,26 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 
-from opentelemetry import metrics, trace
+from opentelemetry import metrics
 
 from headrace import attributes, errors
-from headrace.batcher import failover, placement
-from headrace.batcher.inbox import Arrival, End, Move
+from headrace.batcher import failover
+from headrace.batcher.admission import Admission
+from headrace.batcher.dispatch import LOOK_SECONDS, Dispatcher
+from headrace.batcher.inbox import Arrival, End
 from headrace.batcher.job import Job
-from headrace.batcher.pace import Arrivals, Mean, Pace, retry_after
+from headrace.batcher.line import Line
 from headrace.batcher.pool import WorkerPool
 from headrace.batcher.prefixes import Prefixes
 from headrace.batcher.queue import JobQueue
 from headrace.batcher.window import Window
 from headrace.batcher.workers import WorkerLink
-from headrace.runtime.rate import RateMeter
 from headrace.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-_tracer = trace.get_tracer("headrace.batcher")
 _meter = metrics.get_meter("headrace.batcher")
-_queue_depth = _meter.create_up_down_counter(
-    attributes.METRIC_QUEUE_DEPTH, description="requests that wait for a worker"
-)
-_queue_wait = _meter.create_histogram(
-    attributes.METRIC_QUEUE_WAIT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TTFT
-)
-_batch_size = _meter.create_histogram(
-    attributes.METRIC_BATCH_SIZE,
-    description="sequences per batch",
-    explicit_bucket_boundaries_advisory=attributes.BUCKETS_SIZE,
-)
 _failovers = _meter.create_counter(
     attributes.METRIC_FAILOVERS, description="answers that went on at another worker, by why they had to"
 )
@@ -50,11 +38,6 @@ _paused = _meter.create_counter(
     attributes.METRIC_PAUSED,
     description="answers that were taken off their worker until their reader caught up",
 )
-
-# What is measured in trouble, such as the loss of a worker, looks worse than it will be: a request is refused
-# only if it would take this many times as long as it has.
-DOUBT = 2.0
-_LOOK_SECONDS = 1.0  # the longest that `run` sleeps: breakers close, deadlines pass, workers stay away
 
 
 class Coalescer:
@@ -78,21 +61,21 @@ class Coalescer:
         failover_seconds: float = 30.0,
         unread_seconds: float = 30.0,
     ) -> None:
+        labels = {attributes.TIER: tier}
         self.pool = pool
         self.queue = queue
         self.prefixes = Prefixes()
         self.live: set[Job] = set()
         self.paused: set[Job] = set()
-        self._window = window
-        self._labels = {attributes.TIER: tier}
+        self._line = Line(queue, labels)
+        self.admission = Admission(self._line, pool, self.prefixes)
+        self._dispatcher = Dispatcher(self._line, pool, window, self.prefixes, self.admission, labels)
+        self._labels = labels
         self._failover_seconds = failover_seconds
         self._unread_seconds = unread_seconds
         self._changed = asyncio.Event()
         self._served = time.monotonic()  # when a worker was ready last
         self._stopping = False
-        self._arrivals = Arrivals()
-        self._drained = RateMeter()
-        self._answers = Mean()
 
     async def arrivals(self, job: Job) -> AsyncGenerator[Arrival, None]:
         """Queue *job* and yield what comes of it; the first item is empty and says that it has a place.
@@ -101,7 +84,10 @@ class Coalescer:
         Overloaded or Unattainable, later Shed, DeadlineInQueue or DeadlineInDecode, and whatever failover
         could not hide.
         """
-        self._admit(job)
+        if self._stopping:
+            raise errors.Draining("this batcher is stopping; try again", retry_after=0.2)
+        self.admission.admit(job, time.monotonic())
+        self._changed.set()
         self.live.add(job)
         ended = False
         try:
@@ -122,9 +108,7 @@ class Coalescer:
         finally:
             self.live.discard(job)
             self.paused.discard(job)
-            if self.queue.discard(job):
-                self._leave_queue(job, "left")
-            else:
+            if not self._line.remove(job, "left"):
                 any(link.cancel(job) for link in self.pool)
 
     async def run(self) -> None:
@@ -145,23 +129,10 @@ class Coalescer:
         """End everything, so that callers carry on elsewhere."""
         self._stopping = True
         for job in list(self.live):
-            if self.queue.discard(job):
-                self._leave_queue(job, "refused")
+            self._line.remove(job, "refused")
             for link in self.pool:
                 link.cancel(job)
             job.inbox.fail(errors.Draining("this batcher is stopping; carry on elsewhere", retry_after=0.2))
-
-    def pace(self, now: float) -> Pace:
-        """How fast the tier is, as measured."""
-        ready = self.pool.ready()
-        steps = [link.load.step_time.ToNanoseconds() / 1e9 for link in ready]
-        busy = not any(link.room(now) for link in ready)
-        return Pace(
-            prefill=sum(link.load.prefill_tokens_per_second for link in ready),
-            step_seconds=min(steps, default=0.0),
-            backlog=sum(link.backlog for link in ready),
-            drained=self._drained.per_second(now) if busy else 0.0,
-        )
 
     # What links report.
 
@@ -174,7 +145,7 @@ class Coalescer:
         if end.reason == pb.FINISH_REASON_CANCELLED:  # not by us: whoever we cancel is not reported
             self.failed(link, job, errors.WorkerDraining("the worker gave the request back"))
             return
-        self._answers.add(job.answered)
+        self.admission.answers.add(job.answered)
         job.history.cached = end.usage.cached_tokens
         job.inbox.end(end)
 
@@ -221,8 +192,7 @@ class Coalescer:
         if job.answered >= job.sampling.max_tokens:  # only the word that it is complete was lost
             job.inbox.end(End(pb.FINISH_REASON_LENGTH, pb.Usage(), pb.Timing()))
             return
-        self._enter_queue(job)
-        self.queue.put_back(job)
+        self._line.put_back(job)
         self._changed.set()
 
     def _pause(self, job: Job) -> None:
@@ -239,70 +209,7 @@ class Coalescer:
         if not job.inbox.closed:
             self._go_on(job)
 
-    # Admission.
-
-    def _admit(self, job: Job) -> None:
-        now = time.monotonic()
-        if self._stopping:
-            raise errors.Draining("this batcher is stopping; try again", retry_after=0.2)
-        if not self.pool.ready():
-            raise errors.NoWorkers(
-                f"no worker of this tier is ready ({self.pool.problem}); try again shortly", retry_after=1.0
-            )
-        self._arrivals.add(now)
-        wanted = max(job.sampling.max_tokens - job.answered, 1)
-        job.cost = job.tokens + min(wanted, int(self._answers.value) or wanted)
-        held = max(self.prefixes.held(job.blocks, link.target) for link in self.pool.ready())
-        job.uncached = max(job.tokens - held, 1)
-        self._check_deadline(job, now)
-        if self.queue.full:
-            self._make_place(job, now)
-        self._enter_queue(job)
-        self.queue.put(job)
-        self._changed.set()
-
-    def _check_deadline(self, job: Job, now: float) -> None:
-        """Raise Unattainable if the job cannot be served in time, by what is measured."""
-        if job.answer_by is None:
-            return
-        pace = self.pace(now)
-        jobs, ahead = self.queue.ahead_of(job)
-        left = job.answer_by - now
-        first = pace.first_token_in(jobs=jobs, ahead=ahead, tokens=job.uncached)
-        last = first + pace.tokens_in(job.least_tokens - job.answered)
-        if last > DOUBT * left:
-            what = "its first token" if first > left else f"its {job.least_tokens} tokens"
-            raise errors.Unattainable(
-                f"the deadline is in {left:.2f} s and {what} cannot come before {max(first, last):.2f} s, as "
-                f"{jobs} requests stand before it: give it more time, or another tier",
-                left=f"{left:.3f}",
-                needed=f"{last:.3f}",
-            )
-
-    def _make_place(self, job: Job, now: float) -> None:
-        delay = retry_after(len(self.queue), self._drained.per_second(now))
-        queued, limit = len(self.queue), self.queue.limit
-        victim = self.queue.victim(job)
-        if victim is None:
-            raise errors.Overloaded(
-                f"the queue is full ({self.queue.limit} requests wait); retry after {delay:.1f} s",
-                retry_after=delay,
-                queued=queued,
-                limit=limit,
-            )
-        self.queue.discard(victim)
-        self._leave_queue(victim, "shed")
-        victim.inbox.fail(
-            errors.Shed(
-                "the queue is full and this request gave its place to one of higher priority, or of a tenant "
-                f"that has fewer; retry after {delay:.1f} s",
-                retry_after=delay,
-                queued=queued,
-                limit=limit,
-            )
-        )
-
-    # Dispatch.
+    # Workers that are suspect, or gone.
 
     def _turn(self, now: float) -> float:
         """Move what has to move and send what can go; returns seconds until the next look."""
@@ -311,122 +218,7 @@ class Coalescer:
         elif now - self._served > self._failover_seconds:
             self._give_up()
         self._evict()
-        return min(self._dispatch(now), _LOOK_SECONDS)
-
-    def _dispatch(self, now: float) -> float:
-        """Send every batch that is complete; returns seconds until the next one is."""
-        if not self.queue:
-            return _LOOK_SECONDS
-        candidates = self._candidates(now)
-        if not candidates:
-            return _LOOK_SECONDS
-        begun = self.queue.begun
-        if not begun and (closes := self._closes(candidates)) > now:
-            return closes - now
-        batches: dict[str, list[Job]] = {}
-        for job in begun:
-            self._place(job, candidates, batches)
-        while (head := self.queue.head(now)) is not None and self._place(head, candidates, batches):
-            pass
-        for link in self.pool:
-            if link.target in batches:
-                self._submit(link, batches[link.target], now)
-        # Whoever got a full batch may take another at once.
-        full = any(len(batch) >= self._window.size for batch in batches.values())
-        return 0.0 if self.queue and full else _LOOK_SECONDS
-
-    def _place(
-        self, job: Job, candidates: dict[str, placement.Candidate], batches: dict[str, list[Job]]
-    ) -> bool:
-        """Take a job from the queue into the batch of the worker that suits it; false if none does now."""
-        probation = failover.on_probation(job)
-        chosen = placement.choose(
-            (replace(one, held=self.prefixes.held(job.blocks, one.name)) for one in candidates.values()),
-            job.tokens,
-            avoid=failover.avoided(job),
-            kind=job.history.kind if job.answered else "",
-            probation=probation,
-        )
-        if chosen is None:
-            return False
-        self.queue.take(job)
-        batch = batches.setdefault(chosen.name, [])
-        batch.append(job)
-        job.uncached = max(job.tokens - chosen.held, 1)
-        if chosen.shares:
-            self.prefixes.expect(job.blocks, chosen.name)
-        if chosen.room == 1 or len(batch) >= self._window.size:
-            del candidates[chosen.name]
-        else:
-            candidates[chosen.name] = replace(
-                chosen,
-                room=chosen.room - 1,
-                sequences=chosen.sequences + 1,
-                backlog=chosen.backlog + job.uncached,
-                held=0,
-                probation=chosen.probation or probation,
-            )
-        return True
-
-    def _candidates(self, now: float) -> dict[str, placement.Candidate]:
-        return {
-            link.target: placement.Candidate(
-                name=link.target,
-                room=room,
-                sequences=link.outstanding,
-                backlog=link.backlog,
-                budget=self._window.budget(link.load.prefill_tokens_per_second),
-                rate=link.load.prefill_tokens_per_second,
-                kind=link.kind,
-                probation=any(failover.on_probation(job) for job in link.flights.jobs()),
-                shares=link.shared_block_tokens > 0,
-            )
-            for link in self.pool
-            if (room := link.room(now)) > 0
-        }
-
-    def _closes(self, candidates: dict[str, placement.Candidate]) -> float:
-        waiting = list(self.queue)
-        steps = [link.load.step_time.ToNanoseconds() / 1e9 for link in self.pool.ready()]
-        now = time.monotonic()
-        return self._window.closes(
-            len(waiting),
-            sum(job.uncached for job in waiting),
-            sum(candidate.room for candidate in candidates.values()),
-            oldest=min(job.arrived for job in waiting),
-            linger=self._window.linger_for(
-                arrivals=self._arrivals.per_second(now), step_seconds=min(steps, default=0.0)
-            ),
-            hungry=any(candidate.backlog == 0 for candidate in candidates.values()),
-        )
-
-    def _submit(self, link: WorkerLink, batch: list[Job], now: float) -> None:
-        span = _tracer.start_span(
-            attributes.SPAN_BATCH,
-            context=trace.set_span_in_context(trace.INVALID_SPAN),  # a root: it has many parents
-            links=[trace.Link(job.span.get_span_context()) for job in batch],
-            attributes={
-                attributes.BATCH_SIZE: len(batch),
-                attributes.BATCH_TOKENS: sum(job.tokens for job in batch),
-                attributes.WORKER: link.worker_id,
-                **self._labels,
-            },
-        )
-        for job in batch:
-            history = job.history
-            if job.begun and job.tells_moves:
-                job.inbox.move(Move(history.worker, link.worker_id, history.reason, job.attempt))
-            job.submitted = now if job.submitted is None else job.submitted
-            history.worker, history.address, history.kind = link.worker_id, link.target, link.kind
-            history.incarnation = link.incarnation
-            history.started_at = job.answered
-            history.replayed += job.answered
-            job.span.add_link(span.get_span_context())
-            self._leave_queue(job, "submitted")
-        self._drained.add(now, len(batch))
-        _batch_size.record(len(batch), self._labels)
-        span.set_attribute(attributes.BATCH_ID, link.submit(batch, span, now))
-        span.end()
+        return min(self._dispatcher.dispatch(now), LOOK_SECONDS)
 
     def _evict(self) -> None:
         """Take what suspect workers have away from them, as far as others have room for it."""
@@ -442,8 +234,7 @@ class Coalescer:
 
     def _give_up(self) -> None:
         for job in list(self.queue):
-            self.queue.discard(job)
-            self._leave_queue(job, "no workers")
+            self._line.remove(job, "no workers")
             error = errors.WorkerLost if job.begun else errors.NoWorkers
             job.inbox.fail(
                 error(
@@ -451,16 +242,3 @@ class Coalescer:
                     retry_after=1.0,
                 )
             )
-
-    def _enter_queue(self, job: Job) -> None:
-        _queue_depth.add(1, self._labels)
-        job.queued = time.monotonic()
-        job.queue_span = _tracer.start_span(
-            attributes.SPAN_QUEUE, context=trace.set_span_in_context(job.span)
-        )
-
-    def _leave_queue(self, job: Job, outcome: str) -> None:
-        _queue_depth.add(-1, self._labels)
-        _queue_wait.record(time.monotonic() - job.queued, {**self._labels, attributes.OUTCOME: outcome})
-        job.queue_span.set_attribute(attributes.OUTCOME, outcome)
-        job.queue_span.end()

@@ -1,0 +1,68 @@
+"""Engines that fail for one sequence, or for a while: no other sequence notices, and the worker is rested."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+
+from headrace.client import connect
+from tests.faults.fleet import Fleet, Plan
+from tests.faults.tally import Row, mixed, visit
+
+Fleets = Callable[[Plan], AbstractAsyncContextManager[Fleet]]
+
+PLAN = Plan(workers=2, batchers=1, routers=1)
+
+
+async def test_a_row_that_cannot_be_sampled_ends_alone(
+    fleets: Fleets, row: Callable[[str], Row], rng: random.Random
+) -> None:
+    """Such a sequence is tried once more elsewhere; some meet a second such row there, and only they fail."""
+    counted = row("every 89th row of each worker is NaN")
+    faulty = replace(PLAN, worker_flags=(*PLAN.worker_flags, "--faults", "nan_row=89"))
+    async with fleets(faulty) as few, connect(few.target, retries=0) as client:
+        asked = mixed(rng, 60, min_tokens=20, max_tokens=30)
+        visits = await asyncio.gather(*(visit(client, one) for one in asked))
+        counted.add(visits, may=["SEQUENCE_FAULT"])
+        await few.quiet()
+
+    counted.check()
+    assert counted.moved > 3, "the faults were felt"
+    assert counted.outcomes["SEQUENCE_FAULT"] < counted.moved, "most of them were hidden"
+
+
+async def test_a_worker_whose_engine_fails_is_rested_and_tried_again_with_one_request(
+    fleets: Fleets, row: Callable[[str], Row], rng: random.Random
+) -> None:
+    counted = row("an engine raises in each step, later no more")
+    async with fleets(PLAN) as few, connect(few.target, retries=0) as client:
+        bad = few.workers[1]
+        flags = bad.flags
+        bad.flags = [*flags, "--faults", "raise_step=1"]
+        await bad.kill()
+        await few.heal()
+
+        async def breaker() -> str:
+            workers = (await few.batchers[0].inspect()).batcher.workers
+            return next(worker.breaker for worker in workers if worker.target == bad.address)
+
+        async def ask_until(*states: str) -> None:
+            async with asyncio.timeout(60):
+                while True:
+                    asked = mixed(rng, 12, min_tokens=5, max_tokens=10)
+                    counted.add(await asyncio.gather(*(visit(client, one) for one in asked)))
+                    if await breaker() in states:
+                        return
+
+        await ask_until("open")
+        await ask_until("half open")
+        bad.flags = flags
+        await bad.kill()
+        await few.heal()
+        await ask_until("closed")
+
+    counted.check()
+    assert counted.moved > 0, "the faults were felt"
