@@ -366,7 +366,8 @@ def main() -> None:
     if arguments.what == "generate":
         scratch = arguments.drafts.with_suffix("").with_suffix(".part.jsonl")
         done = {(row.id, row.tier) for row in read(scratch)} if scratch.exists() else set()
-        asyncio.run(generate(questions(arguments.questions), scratch, done))
+        stories = 12 * arguments.questions // 7
+        asyncio.run(generate(questions(arguments.questions, stories), scratch, done))
         pack(list(read(scratch)), arguments.drafts)
         scratch.unlink()
         print(f"{arguments.drafts}: {arguments.drafts.stat().st_size:,} bytes")

@@ -26,6 +26,8 @@ from headrace.router.arithmetic import equations, final_answers
         "50 / 3 = 16.6",
         "100 - 20% = 80",
         "So that is 8 + 2 + 5 = 15 in all.",
+        "- 8 kg + 2 kg = 10 kg",
+        "* Rose: 3 * 4 = 12",
     ],
 )
 def test_what_adds_up_holds(text: str) -> None:
@@ -40,7 +42,11 @@ def test_what_does_not_add_up_is_found(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x = 5", "3x + 2 = 11", "half of 10 + 2 = 7", "Total = 12", "1 / 0 = 0", "a == b"]
+    "text",
+    [
+        *("x = 5", "3x + 2 = 11", "half of 10 + 2 = 7", "Total = 12", "1 / 0 = 0", "a == b"),
+        *("- 880 g = 880 g", "7:05 + 40 = 7:45", "At 8:15 + 40 minutes = 8:55.", "3 + 4 = 7:12"),
+    ],
 )
 def test_what_is_not_certain_is_passed_over(text: str) -> None:
     assert equations(text) == []

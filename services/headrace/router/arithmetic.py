@@ -21,7 +21,9 @@ _LATEX = (
     (re.compile(r"\\(?:left|right|approx|quad|[,;!\[\]()])"), " "),
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_BOUNDARY = re.compile(r"[\n;:!?]|\.(?=\s|$)|,(?=\s)")
+_BOUNDARY = re.compile(r"[\n;!?]|:(?!\d)|\.(?=\s|$)|,(?=\s)")
+_BULLET = re.compile(r"^\s*[-+*–]\s+")
+_CLOCK = re.compile(r"\d:\d")  # a time of day, or a ratio: not a number
 _TOKEN = re.compile(r"\d[\d,]*(?:\.\d+)?%?|\.\d+|[-+*/()=×÷−–^]|[^\W\d_]+")
 _NUMBER = re.compile(r"(?<![\w.])-?\$?-?\d[\d,]*(?:\.\d+)?")
 _SPOKEN = frozenset(
@@ -86,7 +88,7 @@ def equations(text: str) -> list[Equation]:
     """Every equation of numbers in *text* that can be evaluated, in order."""
     found = []
     for stretch in _BOUNDARY.split(plain(text)):
-        for left, right in pairwise(stretch.split("=")):
+        for left, right in pairwise(_BULLET.sub("", stretch).split("=")):
             value, written = _evaluate(left), _leading_number(right)
             if value is not None and written is not None:
                 # "5 * 2 = 10 + 3 = 13" runs on: either the 10 or the 13 may be meant.
@@ -99,7 +101,7 @@ def equations(text: str) -> list[Equation]:
 def _leading_number(side: str) -> tuple[float, int] | None:
     """The number that *side* begins with, and how many decimals it shows."""
     match = re.match(r"\s*(?:about|approximately|roughly|~|≈)?\s*(-?\s*\d[\d,]*(?:\.\d+)?|-?\.\d+)", side)
-    if match is None:
+    if match is None or _CLOCK.match(side, match.end() - 1):
         return None
     digits = match.group(1).replace(",", "").replace(" ", "")
     return float(digits), len(digits.partition(".")[2])
@@ -116,7 +118,7 @@ def _evaluate(side: str) -> float | None:
     """The value of the arithmetic that *side* ends with; None if there is none that is certain."""
     tokens: list[str] = []
     words = _TOKEN.findall(side)
-    if len(words) > _MAX_TOKENS:
+    if len(words) > _MAX_TOKENS or _CLOCK.search(side):
         return None
     for place, token in enumerate(words):
         share = token == "of" and tokens and (tokens[-1].endswith("%") or "/" in tokens)
