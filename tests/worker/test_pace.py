@@ -24,15 +24,22 @@ def test_several_short_prompts_of_one_step_count_whole() -> None:
     assert pace.prefill == 200, "though each of fifty prompts of two tokens draws its first token in it"
 
 
-def test_steps_that_are_not_full_say_how_fast_it_is_at_least() -> None:
+def test_small_prompts_say_nothing_of_how_fast_large_ones_are_computed() -> None:
     pace = StepPace(100)
-    pace.stepped(tokens=10, decodes=0, seconds=0.5)
-    assert pace.prefill == 20
-    pace.stepped(tokens=4, decodes=4, seconds=0.1)
-    pace.stepped(tokens=5, decodes=4, seconds=0.5)
-    assert pace.prefill == 20, "decodes say nothing, and little prompt says little"
+    pace.stepped(tokens=5, decodes=0, seconds=0.5)
+    pace.stepped(tokens=90, decodes=85, seconds=0.5)
+
+    assert pace.prefill == 0, "unknown"
+
+
+def test_steps_that_are_half_full_say_how_fast_it_is_at_least() -> None:
+    pace = StepPace(100)
+    pace.stepped(tokens=50, decodes=0, seconds=0.5)
+    assert pace.prefill == 100
+    pace.stepped(tokens=60, decodes=0, seconds=1.0)
+    assert pace.prefill == 100
     pace.stepped(tokens=100, decodes=0, seconds=0.5)
-    assert 20 < pace.prefill < 200
+    assert 100 < pace.prefill < 200
 
 
 @given(steps=STEPS)

@@ -137,11 +137,11 @@ class Coalescer:
     # What links report.
 
     def changed(self) -> None:
-        """See `workers.Sink`."""
+        """See `sink.Sink`."""
         self._changed.set()
 
     def ended(self, link: WorkerLink, job: Job, end: End) -> None:
-        """See `workers.Sink`."""
+        """See `sink.Sink`."""
         if end.reason == pb.FINISH_REASON_CANCELLED:  # not by us: whoever we cancel is not reported
             self.failed(link, job, errors.WorkerDraining("the worker gave the request back"))
             return
@@ -150,7 +150,7 @@ class Coalescer:
         job.inbox.end(end)
 
     def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
-        """See `workers.Sink`."""
+        """See `sink.Sink`."""
         if job not in self.live or job.inbox.closed:
             return
         try:
@@ -169,19 +169,19 @@ class Coalescer:
             self._go_on(job)
 
     def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
-        """See `workers.Sink`."""
+        """See `sink.Sink`."""
         self.prefixes.computed(job.blocks, link.target, cached, link.shared_block_tokens)
         if job in link.flights:
             job.history.cached = min(cached, len(job.prompt_ids))
 
     def full(self, link: WorkerLink, job: Job) -> None:
-        """See `workers.Sink`."""
+        """See `sink.Sink`."""
         link.cancel(job)
         job.history.reason = errors.SlowReader.reason
         self._pause(job)
 
     def renewed(self, link: WorkerLink) -> None:
-        """See `workers.Sink`."""
+        """See `sink.Sink`."""
         self.prefixes.forget(link.target)
 
     # Answers that had begun.

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 
-from headrace.batcher.workers import Sink, WorkerLink
+from headrace.batcher.sink import Sink
+from headrace.batcher.workers import WorkerLink
 from headrace.runtime.discovery import Discovery
 
 log = logging.getLogger(__name__)

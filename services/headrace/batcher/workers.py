@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import grpc
 from opentelemetry import propagate, trace
@@ -23,6 +23,7 @@ from headrace.batcher.flights import Flight, Flights
 from headrace.batcher.inbox import End
 from headrace.batcher.job import Job
 from headrace.batcher.liveness import PING_SECONDS, Liveness
+from headrace.batcher.sink import Sink
 from headrace.client import open_channel
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import generation_pb2 as pb
@@ -42,34 +43,6 @@ _ACK_EVERY = FRAME_WINDOW // 4
 
 class Mismatch(Exception):
     """The worker runs another model than this batcher tokenises for."""
-
-
-class Sink(Protocol):
-    """Who hears what becomes of the jobs."""
-
-    def changed(self) -> None:
-        """Room or readiness of a worker may have changed."""
-        ...
-
-    def ended(self, link: WorkerLink, job: Job, end: End) -> None:
-        """The worker has said the last of a job."""
-        ...
-
-    def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
-        """The worker will say no more of a job, and why."""
-        ...
-
-    def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
-        """The worker has computed a job's prompt, and had so many tokens of it before."""
-        ...
-
-    def full(self, link: WorkerLink, job: Job) -> None:
-        """The job's reader is so far behind that no more is kept for it, and the worker goes on."""
-        ...
-
-    def renewed(self, link: WorkerLink) -> None:
-        """The worker is another process than before: it remembers nothing."""
-        ...
 
 
 class WorkerLink:

@@ -695,7 +695,9 @@ class Load(_message.Message):
     tokens_per_second: _builtins.float
     """Generated over the last few seconds."""
     prefill_tokens_per_second: _builtins.float
-    """Prompt tokens that steps compute per second when they are full. 0: none measured yet."""
+    """Prompt tokens that steps compute per second when they are full, of those not found computed already. 0: no
+    step was filled by prompts yet, not even by half.
+    """
     @_builtins.property
     def step_time(self) -> _duration_pb2.Duration:
         """Mean of the last steps."""

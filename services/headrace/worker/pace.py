@@ -30,8 +30,9 @@ class StepPace:
         tokens    ids that it computed; what was found in KV memory is not among them
         decodes   how many of them were the last ids of answers; the others are prompts, or answers resumed
 
-        Full steps say how fast prompts are computed beside the decodes, whoever they belong to; other steps
-        say how fast at least.
+        Full steps say how fast prompts are computed beside the decodes. Steps that prompts fill by half say
+        how fast at least, and are off by no more than twice. Smaller ones say nothing: a step takes its time
+        for a few tokens as well, and who judged by that would refuse prompts that can be computed in time.
         """
         self.seconds += (_WEIGHT if self.seconds else 1.0) * (seconds - self.seconds)
         prompts = tokens - decodes
@@ -40,5 +41,5 @@ class StepPace:
         rate = prompts / seconds
         if tokens >= self.step_tokens:
             self.prefill += (_WEIGHT if self.prefill else 1.0) * (rate - self.prefill)
-        else:
+        elif 2 * prompts >= self.step_tokens:
             self.prefill = max(self.prefill, rate)
