@@ -32,6 +32,7 @@ from headrace.calibration import Row
 from headrace.cli.mesh import MeshSpec, mesh
 from headrace.client import Client, chat, connect
 from headrace.models import cache_folder
+from headrace.router.chooser import CascadeRules
 from headrace.router.complexity import fingerprint
 from headrace.router.scorer import load as load_scorer
 from headrace.v1 import generation_pb2 as pb
@@ -55,6 +56,7 @@ class Policy:
     pin       "small", "large", "random" or "" for the score
     cascade   whether drafts of the small tier are judged
     samples   whether a sample is drawn beside each of them
+    release   the least chance of being right that a draft is released with
     """
 
     name: str
@@ -62,6 +64,7 @@ class Policy:
     pin: str = ""
     cascade: bool = False
     samples: bool = False
+    release: float = CascadeRules().release
 
 
 POLICIES = (
@@ -69,8 +72,11 @@ POLICIES = (
     Policy("always large", share=1.0, pin="large"),
     Policy("random", share=0.5, pin="random"),
     *(Policy("score", share=share) for share in (0.25, 0.5)),
-    *(Policy("score + check", share=share, cascade=True) for share in (0.0, 0.25)),
-    *(Policy("score + check + agreement", share=share, cascade=True, samples=True) for share in (0.0, 0.25)),
+    *(Policy("score + check", share=0.25, cascade=True, release=release) for release in (0.2, 0.4)),
+    *(
+        Policy("score + check + agreement", share=0.25, cascade=True, samples=True, release=release)
+        for release in (0.2, 0.4)
+    ),
 )
 
 
@@ -85,6 +91,7 @@ class Result:
 
     policy: str
     share: float
+    release: float
     accuracy: float
     large_share: float
     tokens: int
@@ -143,6 +150,7 @@ async def run(
     result = Result(
         policy=policy.name,
         share=policy.share,
+        release=policy.release,
         accuracy=_mean([row["right"] for row in rows]),
         large_share=_mean([row["tier"] == TIERS[-1] for row in rows]),
         tokens=sum(row["tokens"] + row["wasted"] for row in rows),
@@ -174,7 +182,7 @@ async def measure(
 ) -> list[Result]:
     """Bring the mesh up and run *policies* through it; every answer goes to *log* as it comes.
 
-    Whether samples are drawn is the router's setting: such policies get a mesh of their own.
+    How drafts are judged is the router's setting: policies that differ in it get meshes of their own.
     """
     scorer = load_scorer()
     rows = [Row(scorer.score(question.prompt).value) for question in questions]
@@ -189,16 +197,19 @@ async def measure(
         prices = ",".join(f"{tier}={price}/{price}" for tier, price in PRICES.items())
         results: list[Result] = []
         answers: dict[str, list[dict[str, Any]]] = {}
-        for samples in (False, True):
-            chosen = [policy for policy in policies if policy.samples == samples]
-            if not chosen:
-                continue
-            seconds = SAMPLE_SECONDS if samples else 0.0
-            flags = ["--calibration", str(path), "--prices", prices]
+        for judged in dict.fromkeys((policy.samples, policy.release) for policy in policies):
+            chosen = [policy for policy in policies if (policy.samples, policy.release) == judged]
+            samples, release = judged
             spec = MeshSpec(
                 cache=cache_folder(),
                 log_dir=Path(folder) / "logs",
-                flags={"router": [*flags, "--cascade-sample-seconds", str(seconds)]},
+                flags={
+                    "router": [
+                        *("--calibration", str(path), "--prices", prices),
+                        *("--cascade-release", str(release)),
+                        *("--cascade-sample-seconds", str(SAMPLE_SECONDS if samples else 0.0)),
+                    ]
+                },
             )
             async with mesh(spec) as running, connect(running.address) as client:
                 while not all(tier.healthy for tier in (await client.list_tiers()).tiers):
@@ -208,7 +219,7 @@ async def measure(
                         await calibrate(client, path, rows, policy.share)
                     result, said = await run(client, policy, questions)
                     results.append(result)
-                    answers[f"{policy.name} {policy.share:g}"] = said
+                    answers[f"{policy.name} {policy.share:g} {policy.release:g}"] = said
                     _write(log, answers)
                     print(_line(result), flush=True)
     return results
@@ -262,7 +273,8 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _line(result: Result) -> str:
     return (
-        f"{result.policy:25} share {result.share:4.2f}  right {100 * result.accuracy:5.1f} %  "
+        f"{result.policy:25} share {result.share:4.2f}  release {result.release:3.1f}  "
+        f"right {100 * result.accuracy:5.1f} %  "
         f"by large {100 * result.large_share:5.1f} %  "
         f"tokens {result.tokens:6} (wasted {result.wasted_tokens})  "
         f"{result.seconds:6.1f} s"
