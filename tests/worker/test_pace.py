@@ -42,13 +42,23 @@ def test_steps_that_are_half_full_say_how_fast_it_is_at_least() -> None:
     assert 100 < pace.prefill < 200
 
 
+def test_a_house_full_of_decodes_does_not_make_prompts_look_slow_for_later() -> None:
+    pace = StepPace(100)
+    pace.stepped(tokens=100, decodes=0, seconds=0.5)
+    for _ in range(100):
+        pace.stepped(tokens=100, decodes=99, seconds=0.5)
+    assert pace.prefill == 25, "an eighth of what empty steps compute"
+    pace.stepped(tokens=1, decodes=1, seconds=0.1)
+    assert pace.prefill == 198
+
+
 @given(steps=STEPS)
 def test_no_rate_is_told_that_no_step_had(steps: list[tuple[int, int, float]]) -> None:
     pace = StepPace(64)
     rates = [0.0]
     for prompts, decodes, seconds in steps:
         pace.stepped(tokens=prompts + decodes, decodes=decodes, seconds=seconds)
-        rates.append(prompts / seconds)
+        rates.append((prompts + decodes) / seconds)
         assert pace.prefill <= max(rates) * (1 + 1e-9)
 
 
