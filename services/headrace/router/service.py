@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -15,12 +15,12 @@ from opentelemetry import metrics, trace
 from headrace import attributes, errors
 from headrace.router.attempts import across_tiers, on_tier
 from headrace.router.bills import Bill
-from headrace.router.cascade import Draft, Judge, Sampler, cascade, sample_request
-from headrace.router.chooser import Asked, Chooser
+from headrace.router.cascade import cascade, sample_request
+from headrace.router.chooser import Chooser
 from headrace.router.complexity import Score, Scorer
 from headrace.router.feedback import Answered, Feedback
-from headrace.router.policy import Decision, Hints
-from headrace.router.tiers import Tier, Tiers
+from headrace.router.journey import Journey, asked_of, bill_message, text_of
+from headrace.router.tiers import Tiers
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
 from headrace.v1 import routing_service_pb2 as routing
@@ -35,12 +35,6 @@ SERVICES = (
 
 _tracer = trace.get_tracer("headrace.router")
 _meter = metrics.get_meter("headrace.router")
-_routed = _meter.create_counter(
-    attributes.METRIC_ROUTED, description="requests, by the tier that they were sent to"
-)
-_drafts = _meter.create_counter(
-    attributes.METRIC_DRAFTS, description="drafts that were judged, by tier and outcome"
-)
 _billed = _meter.create_counter(
     attributes.METRIC_BILLED_TOKENS, unit="{token}", description="tokens of the bill, by tier and kind"
 )
@@ -93,7 +87,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         if not forwarded.sampling.HasField("seed"):
             forwarded.sampling.seed = secrets.randbits(64)
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, forwarded.request_id)
-        journey = _Journey(
+        journey = Journey(
             self._chooser, self._tiers, self._new_bill(), request, self._score(request), ends=ends
         )
         # The judge reads them, and nobody else who has not asked.
@@ -139,7 +133,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         """Say where a request would go, and why."""
         check_request(request.request)
         score = self._score(request.request)
-        asked = _asked(request.request, score)
+        asked = asked_of(request.request, score)
         now = time.monotonic()
         decision = self._chooser.choose(asked, now)
         return routing.ExplainResponse(
@@ -168,7 +162,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> routing.ListTiersResponse:
         """All tiers, smallest first, as last seen, and the bill of all that was answered."""
         return routing.ListTiersResponse(
-            tiers=[self._tier(tier.name) for tier in self._tiers.tiers], bill=_bill(self._bill)
+            tiers=[self._tier(tier.name) for tier in self._tiers.tiers], bill=bill_message(self._bill)
         )
 
     async def Feedback(self, request: routing.FeedbackRequest, context: _Context) -> routing.FeedbackResponse:
@@ -193,7 +187,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     def _score(self, request: pb.GenerateRequest) -> Score:
         with _tracer.start_as_current_span(attributes.SPAN_SCORE) as span:
-            score = self._scorer.score(_text(request))
+            score = self._scorer.score(text_of(request))
             span.set_attribute(attributes.SCORE, score.value)
         return score
 
@@ -209,7 +203,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     def _new_bill(self) -> Bill:
         return Bill([tier.name for tier in self._tiers.tiers], self._chooser.prices)
 
-    def _settle(self, journey: _Journey, request_id: str) -> None:
+    def _settle(self, journey: Journey, request_id: str) -> None:
         """Book the request, however it ended."""
         bill = journey.bill
         journey.close()
@@ -227,204 +221,3 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             _largest_cost.add(bill.largest_tier_cost)
         if journey.accepted is not None:
             self._feedback.remember(request_id, Answered(journey.tier, journey.asked.score, journey.text))
-
-
-class _Journey:
-    """One request on its way: where it was sent, what is judged, what it used.
-
-    tier      where it is now
-    accepted  the event that the caller got, if it did
-    """
-
-    def __init__(
-        self,
-        chooser: Chooser,
-        tiers: Tiers,
-        bill: Bill,
-        request: pb.GenerateRequest,
-        score: Score,
-        *,
-        ends: float,
-    ) -> None:
-        self.text = _text(request)
-        self.asked = _asked(request, score)
-        self.bill = bill
-        self.tier = ""
-        self.accepted: pb.Accepted | None = None
-        self._chooser = chooser
-        self._tiers = tiers
-        self._ends = ends
-        self._shows_logprobs = request.sampling.logprobs
-        self._decision: Decision | None = None
-        self._delivered = 0
-        self._finished = False
-
-    @property
-    def may_draft(self) -> bool:
-        """Whether any answer of it may be judged."""
-        return self._chooser.may_draft(self.asked)
-
-    def choose(self, rejected: Sequence[str], failed: Collection[str]) -> Tier:
-        """The tier to try next. Raises what `policy.decide` raises."""
-        now = time.monotonic()
-        decision = self._chooser.choose(
-            self.asked, now, slack=self._ends - now, failed=list(failed), rejected=rejected
-        )
-        if self._decision is None:
-            self._chooser.note(self.asked, decision)
-        self._decision = decision
-        self.tier = decision.tier
-        trace.get_current_span().set_attributes(
-            {
-                attributes.SCORE: self.asked.score,
-                attributes.TIER: decision.tier,
-                attributes.ROUTE_REASON: decision.why,
-            }
-        )
-        _routed.add(1, {attributes.TIER: decision.tier})
-        return self._tiers[decision.tier]
-
-    def judge(self, sample: Callable[[str], AsyncGenerator[pb.GenerateResponse, None]]) -> Judge | None:
-        """How the answer that has begun is judged; None if it is not.
-
-        sample   streams a second answer of a tier
-        """
-        assert self._decision is not None, "an answer begins with a decision"
-        now = time.monotonic()
-        slack, rules, tier = self._ends - now, self._chooser.rules, self.tier
-        if not self._chooser.judges(self.asked, self._decision, now, slack):
-            return None
-        sampler = None
-        if self._chooser.samples(self.asked, self._decision, now, slack):
-            sampler = Sampler(lambda: sample(tier), rules.sample_seconds, self._sampled)
-        return Judge(self._good, rules.tokens, sampler)
-
-    def _good(self, draft: Draft) -> bool:
-        with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span:
-            text, finished = draft.to_judge()
-            released, check = self._chooser.check(
-                self.text,
-                text,
-                finished=finished,
-                logprobs=draft.logprobs,
-                preference=self.asked.hints.quality_preference,
-                samples=draft.samples,
-            )
-            outcome = "released" if released else "escalated"
-            span.set_attributes(
-                {
-                    attributes.TIER: draft.tier,
-                    attributes.CHECK_GOOD: check.good,
-                    attributes.CHECK_REASONS: list(check.reasons),
-                    attributes.OUTCOME: outcome,
-                }
-            )
-        _drafts.add(1, {attributes.TIER: draft.tier, attributes.OUTCOME: outcome})
-        return released
-
-    def _sampled(self, sample: Draft) -> None:
-        self.bill.sampled(
-            sample.tier,
-            prompt_tokens=sample.prompt_tokens,
-            tokens=sample.tokens,
-            cached_tokens=sample.cached_tokens,
-        )
-
-    def gave_up(self, draft: Draft) -> None:
-        """Book a draft that is thrown away; the answer is now where the last decision sent it."""
-        self.bill.wasted(
-            draft.tier,
-            prompt_tokens=draft.prompt_tokens,
-            tokens=draft.tokens,
-            cached_tokens=draft.cached_tokens,
-        )
-        self._chooser.note_escalation(self.asked, draft.tier, self.tier)
-
-    def pass_on(self, response: pb.GenerateResponse) -> None:
-        """Make an event the caller's."""
-        event = response.WhichOneof("event")
-        if event == "accepted":
-            response.accepted.score = self.asked.score
-            self.accepted = response.accepted
-            # A draft that was released although it was no good is still where it was made.
-            self.tier = response.accepted.tier or self.tier
-            self._chooser.answered(self.asked, self.tier, time.monotonic())
-        elif event == "delta":
-            self._delivered += response.delta.token_count
-            if not self._shows_logprobs:
-                del response.delta.logprobs[:]
-        elif event == "finish":
-            usage = response.finish.usage
-            # Waste of drafts that were given up is booked with their own tiers.
-            given_up = sum(charge.wasted_tokens for _, charge in self.bill.charges)
-            self._answered(
-                usage.prompt_tokens,
-                self._delivered,
-                max(usage.wasted_tokens - given_up, 0),
-                min(usage.cached_tokens, usage.prompt_tokens),
-            )
-            self._chooser.finished(self.tier, response.finish, time.monotonic())
-            response.finish.bill.CopyFrom(_bill(self.bill))
-
-    def close(self) -> None:
-        """Book what was delivered of an answer that broke off."""
-        if self.accepted is not None and not self._finished:
-            self._answered(self.accepted.prompt_tokens, self._delivered, 0, 0)
-
-    def _answered(self, prompt_tokens: int, tokens: int, wasted_tokens: int, cached_tokens: int) -> None:
-        self._finished = True
-        self.bill.answered(
-            self.tier,
-            prompt_tokens=prompt_tokens,
-            tokens=tokens,
-            wasted_tokens=wasted_tokens,
-            cached_tokens=cached_tokens,
-        )
-
-
-def _text(request: pb.GenerateRequest) -> str:
-    """What the score reads: the raw prompt, or what the user said last.
-
-    The system prompt and earlier turns are left out: the same for many requests, they would say more
-    about the application than about the question.
-    """
-    if request.HasField("chat"):
-        said = [turn.content for turn in request.chat.messages if turn.role == "user"]
-        return said[-1] if said else request.chat.messages[-1].content
-    return request.prompt
-
-
-def _asked(request: pb.GenerateRequest, score: Score) -> Asked:
-    hints = request.routing
-    return Asked(
-        score=score.value,
-        hints=Hints(
-            tier=hints.tier,
-            model=hints.model,
-            min_tier=hints.min_tier,
-            max_tier=hints.max_tier,
-            quality_preference=hints.quality_preference if hints.HasField("quality_preference") else 0.5,
-            allow_escalation=hints.allow_escalation if hints.HasField("allow_escalation") else True,
-        ),
-        tenant=hints.tenant,
-        session=hints.session_id,
-        max_tokens=request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None,
-        cascade=hints.cascade if hints.HasField("cascade") else None,
-        resumes=bool(request.resume.token_ids),
-    )
-
-
-def _bill(bill: Bill) -> pb.Bill:
-    message = pb.Bill(cost=bill.cost, largest_tier_cost=bill.largest_tier_cost)
-    for tier, charge in bill.charges:
-        message.charges.add(
-            tier=tier,
-            answers=charge.answers,
-            attempts=charge.attempts,
-            prompt_tokens=charge.prompt_tokens,
-            cached_tokens=charge.cached_tokens,
-            completion_tokens=charge.completion_tokens,
-            wasted_tokens=charge.wasted_tokens,
-            cost=bill.cost_of(tier),
-        )
-    return message
