@@ -59,8 +59,14 @@ async def test_tokens_that_came_before_a_failure_are_given_before_it() -> None:
         await inbox.take()
 
 
+def test_more_tokens_than_can_be_sent_one_by_one_make_larger_flushes() -> None:
+    sizes = [flush_for(8, rate).tokens for rate in (0, 900, 2_500, 12_000, 1e6)]
+
+    assert sizes == [1, 1, 3, 12, 32]
+
+
 def test_more_streams_make_larger_flushes() -> None:
-    sizes = [flush_for(streams).tokens for streams in (1, 16, 17, 40, 100, 1000)]
+    sizes = [flush_for(streams, 0.0).tokens for streams in (1, 16, 17, 40, 100, 1000)]
 
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (1, 8)

@@ -208,7 +208,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
             expires=None if remaining is None else arrived + remaining,
             priority=routing.priority if routing.HasField("priority") else 5,
             attempt=request.resume.attempt,
-            inbox=Inbox(_flush(request.stream, len(self._coalescer.live)), limit=self._unread_limit),
+            inbox=Inbox(self._flush(request.stream), limit=self._unread_limit),
             span=span,
             tenant=routing.tenant,
             blocks=blocks(prompt_ids),
@@ -255,10 +255,13 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
             )
         )
 
-
-def _flush(stream: pb.StreamOptions, live: int) -> Flush:
-    calm = flush_for(live)
-    return Flush(
-        stream.flush_tokens if stream.HasField("flush_tokens") else calm.tokens,
-        stream.flush_interval.ToNanoseconds() / 1e9 if stream.HasField("flush_interval") else calm.seconds,
-    )
+    def _flush(self, stream: pb.StreamOptions) -> Flush:
+        now = time.monotonic()
+        rate = sum(link.rate.per_second(now) for link in self._coalescer.pool)
+        calm = flush_for(len(self._coalescer.live), rate)
+        return Flush(
+            stream.flush_tokens if stream.HasField("flush_tokens") else calm.tokens,
+            stream.flush_interval.ToNanoseconds() / 1e9
+            if stream.HasField("flush_interval")
+            else calm.seconds,
+        )
