@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc
 
-from headrace.batcher import admin
+from headrace.batcher.admin import AdminServicer
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.pool import WorkerPool
 from headrace.batcher.queue import JobQueue
@@ -23,7 +23,7 @@ from headrace.batcher.settings import Settings
 from headrace.batcher.tokens import ByteTokenizer, Tokenizer, load_tokenizer
 from headrace.batcher.window import Window
 from headrace.models import ModelUnavailable, cache_folder, resolve
-from headrace.runtime import logs
+from headrace.runtime import logs, vitals
 from headrace.runtime.interceptors import Activity
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
@@ -68,7 +68,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
         )
 
         activity = Activity()
-        inside = admin.AdminServicer(coalescer, activity, tier=settings.tier)
+        inside = AdminServicer(coalescer, activity, tier=settings.tier)
 
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServiceServicer_to_server(servicer, server)
@@ -80,11 +80,11 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
             try:
                 async with serving(
                     register,
-                    (*SERVICES, *admin.SERVICES),
+                    (*SERVICES, *vitals.SERVICES),
                     host=settings.host,
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
-                    aside=frozenset({admin.INSPECT}),
+                    aside=frozenset({vitals.INSPECT}),
                     activity=activity,
                     ready=lambda: bool(pool.ready()),
                 ) as server:

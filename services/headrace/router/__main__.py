@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 import grpc
 
 from headrace.calibration import BadCalibration
-from headrace.router import admin, draft_check, scorer
+from headrace.router import draft_check, scorer
+from headrace.router.admin import AdminServicer
 from headrace.router.artifact import BadArtifact
 from headrace.router.chooser import CascadeRules, Chooser
 from headrace.router.complexity import fingerprint
@@ -21,7 +22,7 @@ from headrace.router.sessions import Sessions
 from headrace.router.settings import Settings
 from headrace.router.thresholds import Thresholds
 from headrace.router.tiers import Tiers
-from headrace.runtime import logs
+from headrace.runtime import logs, vitals
 from headrace.runtime.interceptors import Activity
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
@@ -74,7 +75,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         resume_seconds=settings.resume_seconds,
     )
     activity = Activity()
-    inside = admin.AdminServicer(tiers, sessions, activity)
+    inside = AdminServicer(tiers, sessions, activity)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
@@ -86,11 +87,11 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         asyncio.TaskGroup() as tasks,
         serving(
             register,
-            (*SERVICES, *admin.SERVICES),
+            (*SERVICES, *vitals.SERVICES),
             host=settings.host,
             port=settings.port,
             drain_seconds=settings.drain_seconds,
-            aside=frozenset({admin.INSPECT}),
+            aside=frozenset({vitals.INSPECT}),
             activity=activity,
             ready=lambda: tiers.any_healthy,
         ) as server,

@@ -11,9 +11,6 @@ from headrace.runtime.vitals import vitals
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 
-SERVICES = tuple(admin.DESCRIPTOR.services_by_name.values())
-INSPECT = "/headrace.v1.AdminService/Inspect"
-
 
 class AdminServicer(AdminServiceServicer):
     """Answers people who want to look inside."""

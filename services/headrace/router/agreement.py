@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from headrace.router import arithmetic
 
-_CHOICE = re.compile(r"(?:^|[\s(*\"'])\(?([A-J])(?=[).:,*]|\s*$|\s+is\b)", re.MULTILINE)
+# The letter of a choice, where an answer gives one.
+CHOSEN = re.compile(r"(?:^|[\s(*\"'])\(?([A-J])(?=[).:,*]|\s*$|\s+is\b)", re.MULTILINE)
 _FENCE = re.compile(r"```\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _WORD = re.compile(r"\w+")
@@ -45,7 +46,7 @@ def agreement(prompt: str, draft: str, samples: Sequence[str], *, number: bool, 
 
 def _alike(prompt: str, one: str, other: str, *, number: bool, choice: bool) -> float | None:
     if choice:
-        chosen = [_CHOICE.findall(text)[-1:] for text in (one, other)]
+        chosen = [CHOSEN.findall(text)[-1:] for text in (one, other)]
         if all(chosen):
             return float(chosen[0] == chosen[1])
     if number:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from headrace.router import arithmetic
-from headrace.router.agreement import agreement
+from headrace.router.agreement import CHOSEN, agreement
 
 # Each finding, and how it is told to people.
 FEATURES: dict[str, str] = {
@@ -78,7 +78,6 @@ _ASKS_CODE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _CHOICES = re.compile(r"^\s*\(?([A-J])[).:]\s+\S", re.MULTILINE)
-_CHOSEN = re.compile(r"(?:^|[\s(*\"'])\(?([A-J])(?:[).:,*]|\s*$|\s+is\b)", re.MULTILINE)
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i (?:cannot|can't|can not|do not have|don't have|don't know|"
     r"do not know|could not|couldn't)|as an ai|cannot be (?:determined|answered|calculated|solved|found)|"
@@ -312,7 +311,7 @@ def _parses(code: str) -> bool:
 
 def _chooses(prompt: str, draft: str) -> bool:
     """Whether the draft names one of the choices by its letter, or repeats one of them."""
-    if _CHOSEN.search(draft) or re.fullmatch(r"\W*[A-J]\W*", draft):
+    if CHOSEN.search(draft) or re.fullmatch(r"\W*[A-J]\W*", draft):
         return True
     options = re.findall(r"^\s*\(?[A-J][).:]\s+(.+)$", prompt, re.MULTILINE)
     return any(option.strip(" .").lower() in draft.lower() for option in options if option.strip(" ."))

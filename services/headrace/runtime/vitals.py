@@ -1,4 +1,4 @@
-"""What a process holds of its system: what must not grow while it runs."""
+"""What every service's AdminService has in common: its names, and what the process holds of its system."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 from headrace.runtime.interceptors import Activity
 from headrace.v1 import admin_service_pb2 as admin
 
+SERVICES = tuple(admin.DESCRIPTOR.services_by_name.values())
+INSPECT = "/headrace.v1.AdminService/Inspect"
+
 
 def vitals(activity: Activity) -> admin.ProcessState:
-    """As of now. Where the system does not tell (there is no /proc), files and memory are 0,
-    and threads are those of Python alone.
+    """What must not grow while the process runs, as of now.
+
+    Where the system does not tell (there is no /proc), files and memory are 0, and threads are those of
+    Python alone.
     """
     state = admin.ProcessState(
         requests=activity.in_flight, tasks=len(asyncio.all_tasks()), threads=threading.active_count()

@@ -16,13 +16,12 @@ from pathlib import Path
 import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
-from headrace.runtime import logs
+from headrace.runtime import logs, vitals
 from headrace.runtime.interceptors import Activity
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
-from headrace.worker import admin
 from headrace.worker.admin import AdminServicer
 from headrace.worker.cpus import keep_to, parse
 from headrace.worker.engine.refusals import LoadingError
@@ -63,12 +62,12 @@ async def worker(
 
     async with serving(
         register,
-        (*SERVICES, *admin.SERVICES),
+        (*SERVICES, *vitals.SERVICES),
         host=settings.host,
         port=settings.port,
         # What the servicer hands back at the end of the drain has to be sent as well.
         drain_seconds=settings.drain_seconds + 2,
-        aside=frozenset({RUN, admin.INSPECT}),
+        aside=frozenset({RUN, vitals.INSPECT}),
         activity=activity,
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,

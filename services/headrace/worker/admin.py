@@ -16,8 +16,6 @@ from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 from headrace.worker.session import Flight, Session
 from headrace.worker.sessions import Sessions
 
-SERVICES = tuple(admin.DESCRIPTOR.services_by_name.values())
-INSPECT = "/headrace.v1.AdminService/Inspect"
 LISTED = 100
 
 
