@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 50051
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
+_ONE_REQUEST_SECONDS = 0.5  # timeout(1) and some shells signal a process and then its whole group
 
 
 def fetch_models(names: Sequence[str], cache: Path, console: Console) -> dict[str, Path]:
@@ -59,9 +60,9 @@ async def up(spec: MeshSpec, console: Console) -> None:
 def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], None]) -> bool:
     """Run *main*, cancelling it on Ctrl-C or SIGTERM; tell whether that is how it ended.
 
-    A second signal cancels what *main* does about the first one.
+    A second signal cancels what *main* does about the first one; two at once are one request.
     """
-    asked = False
+    asked: float | None = None
 
     async def guarded() -> None:
         task = asyncio.current_task()
@@ -69,9 +70,11 @@ def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], No
 
         def stop() -> None:
             nonlocal asked
-            if not asked:
+            if asked is None:
+                asked = loop.time()
                 on_signal()
-            asked = True
+            elif loop.time() - asked < _ONE_REQUEST_SECONDS:
+                return
             task.cancel()
 
         loop = asyncio.get_running_loop()
@@ -82,9 +85,9 @@ def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], No
     try:
         asyncio.run(guarded())
     except asyncio.CancelledError:
-        if not asked:
+        if asked is None:
             raise
-    return asked
+    return asked is not None
 
 
 def examples(address: str) -> list[str]:

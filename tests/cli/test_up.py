@@ -1,0 +1,40 @@
+"""What signals do to a command that runs until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+
+from headrace.cli import up
+
+
+@pytest.mark.parametrize(
+    ("window", "ended"),
+    [
+        pytest.param(3600.0, "in order", id="two at once are one request"),
+        pytest.param(0.0, "at once", id="a second one later does not wait"),
+    ],
+)
+def test_a_second_signal(monkeypatch: pytest.MonkeyPatch, window: float, ended: str) -> None:
+    monkeypatch.setattr(up, "_ONE_REQUEST_SECONDS", window)
+    told: list[str] = []
+    how: list[str] = []
+
+    async def until_stopped() -> None:
+        signal.raise_signal(signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            signal.raise_signal(signal.SIGTERM)
+            try:
+                for _ in range(20):  # turns of the loop; a signal is heard in the first or the second
+                    await asyncio.sleep(0)
+                how.append("in order")
+            except asyncio.CancelledError:
+                how.append("at once")
+            raise
+
+    assert up.run_until_signal(until_stopped(), lambda: told.append("stopping"))
+    assert (told, how) == (["stopping"], [ended])
