@@ -1,0 +1,52 @@
+"""Who comes in a burst is refused for want of room, not for having come in one turn of the event loop."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+
+import pytest
+from opentelemetry import trace
+
+from headrace import errors
+from headrace.batcher.inbox import Flush, Inbox
+from headrace.batcher.job import Job
+from headrace.v1 import generation_pb2 as pb
+from headrace.worker.engine.echo import EchoEngine
+from tests.harness import eventually, running_mesh
+
+
+def job(number: int) -> Job:
+    return Job(
+        request_id=str(number),
+        prompt_ids=[1],
+        resume_ids=[],
+        sampling=pb.Sampling(seed=1, max_tokens=1000, ignore_eos=True),
+        arrived=time.monotonic(),
+        expires=None,
+        priority=5,
+        attempt=0,
+        inbox=Inbox(Flush(), limit=1000),
+        span=trace.INVALID_SPAN,
+    )
+
+
+async def test_a_burst_longer_than_the_queue_is_taken_as_far_as_workers_have_room() -> None:
+    async with running_mesh(
+        "only",
+        engine=lambda: EchoEngine(max_running=4, step_seconds=0.01),
+        batcher_settings={"queue_limit": 2, "linger": 0.0},
+    ) as mesh:
+        coalescer = mesh.tiers["only"].batcher.coalescer
+        (link,) = coalescer.pool
+        fit = link.room(time.monotonic()) + 2
+        streams = [coalescer.arrivals(job(number)) for number in range(fit)]
+        for stream in streams:
+            await anext(stream)  # the loop has no turn in between
+
+        async with aclosing(coalescer.arrivals(job(fit))) as one_more:
+            with pytest.raises(errors.Overloaded):
+                await anext(one_more)
+        for stream in streams:
+            await stream.aclose()
+        await eventually(lambda: not mesh.left_behind)
