@@ -32,17 +32,21 @@ def conversation(wishes: Wishes) -> None:
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         talk = _Talk(runner, runner.run(_open(stack, wishes.target)), wishes)
+        interrupted = False
         try:
             while True:
+                # Whatever is being done or said: who presses Ctrl-C twice may mean the answer that has just
+                # been stopped, or this very note.
                 try:
-                    said = input("> ").strip()
+                    if interrupted:
+                        interrupted = False
+                        _note("\n(Ctrl-D ends)")
+                    talk.hear(input("> ").strip())
                 except EOFError:
                     _note("")
                     return
                 except KeyboardInterrupt:
-                    _note("\n(Ctrl-D ends)")
-                    continue
-                talk.hear(said)
+                    interrupted = True
         finally:
             runner.run(stack.aclose())
 
@@ -96,9 +100,10 @@ class _Talk:
             _note("(stopped)")
         except errors.HeadraceError as error:
             self._complain(error, answer)
-        if answer.text:
-            self._turns = [*turns, ("assistant", answer.text)]
-            self._last = answer
+        finally:
+            if answer.text:
+                self._turns = [*turns, ("assistant", answer.text)]
+                self._last = answer
 
     def _rate(self, *, ok: bool) -> None:
         """Tell the router of the last answer."""

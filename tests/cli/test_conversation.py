@@ -1,0 +1,42 @@
+"""What Ctrl-C does to a conversation, whenever it comes."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.cli import conversation
+from headrace.cli.chat import Wishes
+
+
+@pytest.mark.parametrize("interrupted", range(4))
+def test_control_c_while_something_is_said_does_not_end_it(
+    monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    """As when it is pressed twice: the second comes while the first is being answered."""
+    typed = iter(["/sing", "", "/good", "", "/bad"])
+    said: list[str] = []
+    pressed = False
+
+    def read(mark: str) -> str:
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        if not line:
+            raise KeyboardInterrupt
+        return line
+
+    def note(line: str) -> None:
+        nonlocal pressed
+        if len(said) == interrupted + 1 and not pressed:  # the first says what there is, before it begins
+            pressed = True
+            raise KeyboardInterrupt
+        said.append(line.strip())
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(conversation, "_note", note)
+
+    conversation.conversation(Wishes(target="127.0.0.1:1"))
+
+    assert pressed
+    assert said[-1] == "", "it ended by Ctrl-D"
+    assert said.count("(Ctrl-D ends)") >= 2
+    assert list(typed) == []
