@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, StatusCode
 from rich.console import Console
 
+from headrace.cli.demo import arrived
 from headrace.cli.otlp_sink import Event, Span, otlp_sink, whole
 from headrace.cli.trace_tree import busiest, trace_tree
 
@@ -115,6 +116,16 @@ def test_a_trace_is_whole_when_every_parent_is_there() -> None:
     assert not whole([], "t1")
 
 
+def test_the_demo_waits_for_what_the_worker_has_to_tell_of_an_answer() -> None:
+    """Each process exports by its own clock; the caller's root may come before the worker's spans."""
+    spans = [span("a", "", 0, 9), span("b", "a", 1, 8)]
+
+    assert not arrived(spans, ["t1"], {"t1"})
+    assert arrived([*spans, span("c", "b", 2, 7, name="worker.decode")], ["t1"], {"t1"})
+    assert arrived(spans, ["t1"], set()), "one that was refused reached no worker"
+    assert not arrived([*spans[1:], span("c", "b", 2, 7, name="worker.decode")], ["t1"], {"t1"})
+
+
 async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     async with otlp_sink() as sink:
         for name, value in sink.environment.items():
@@ -127,7 +138,7 @@ async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> N
             with tracer.start_as_current_span("child", links=[Link(parent.get_span_context())]) as child:
                 child.set_status(StatusCode.ERROR)
 
-        await sink.until(lambda spans: len(spans) == 2, timeout=30)
+        await sink.until(lambda spans: len(spans) == 2, timeout=90)
         await asyncio.to_thread(provider.shutdown)
 
     by_name = {each.name: each for each in sink.spans}

@@ -18,6 +18,7 @@ from opentelemetry import trace
 from rich.console import Console
 from rich.rule import Rule
 
+from headrace import attributes
 from headrace.cli.answers import Answer, printable
 from headrace.cli.boards import StartBoard
 from headrace.cli.chat import Wishes, follow, request_for
@@ -31,15 +32,15 @@ from headrace.errors import HeadraceError
 from headrace.runtime.telemetry import telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from headrace.cli.mesh import MeshSpec
-    from headrace.cli.otlp_sink import Sink
+    from headrace.cli.otlp_sink import Sink, Span
     from headrace.client import Client
 
 _ALONE = 4  # prompts that are asked one by one
 _AT_ONCE = 6  # of the others
-_TRACE_SECONDS = 15.0  # for the last spans to arrive
+_TRACE_SECONDS = 30.0  # for the last spans to arrive; a fraction of one where nothing else runs
 _tracer = trace.get_tracer(__name__)
 
 
@@ -91,14 +92,26 @@ async def _tour(guide: _Guide, everything: Sequence[Prompt], sink: Sink, console
     outcomes += [task.result() for task in rest]
     summary = summarise(outcomes, time.perf_counter() - began)
     console.print(summary_table(summary))
-    await _show_trace(guide.traces[_ALONE:], sink, console)
+    await _show_trace(guide.traces[_ALONE:], guide.answered, sink, console)
     return not summary.failures
 
 
-async def _show_trace(trace_ids: Sequence[str], sink: Sink, console: Console) -> None:
+def arrived(spans: Sequence[Span], trace_ids: Sequence[str], answered: Collection[str]) -> bool:
+    """Tell whether all spans of these traces are there.
+
+    Each process sends its own when it comes to that: a trace may be whole before its worker has told what it
+    computed. *answered* are the traces of prompts that got tokens, which some worker did compute.
+    """
+    computed = {span.trace_id for span in spans if span.name == attributes.SPAN_DECODE}
+    return all(whole(spans, each) and (each in computed or each not in answered) for each in trace_ids)
+
+
+async def _show_trace(
+    trace_ids: Sequence[str], answered: Collection[str], sink: Sink, console: Console
+) -> None:
     """Show one of the traces: the request that shared its batch with the most others."""
     try:
-        await sink.until(lambda spans: all(whole(spans, each) for each in trace_ids), timeout=_TRACE_SECONDS)
+        await sink.until(lambda spans: arrived(spans, trace_ids, answered), timeout=_TRACE_SECONDS)
     except TimeoutError:
         console.print("some spans have not arrived", style="yellow")
     console.print(Rule("one request, seen from all processes", align="left"))
@@ -106,13 +119,17 @@ async def _show_trace(trace_ids: Sequence[str], sink: Sink, console: Console) ->
 
 
 class _Guide:
-    """Asks prompts and shows the answers; remembers the trace of each, in order of asking."""
+    """Asks prompts and shows the answers; remembers the trace of each, in order of asking.
+
+    answered   the traces of those that got tokens
+    """
 
     def __init__(self, client: Client, wishes: Wishes, console: Console) -> None:
         self._client = client
         self._wishes = wishes
         self._console = console
         self.traces: list[str] = []
+        self.answered: set[str] = set()
 
     async def aloud(self, prompt: Prompt) -> Outcome:
         """Ask, and show the answer as it comes."""
@@ -134,11 +151,15 @@ class _Guide:
         answer = Answer()
         request = request_for([("user", prompt.prompt)], replace(self._wishes, max_tokens=prompt.max_tokens))
         with _tracer.start_as_current_span("demo.prompt", attributes={"demo.kind": prompt.kind}) as span:
-            self.traces.append(f"{span.get_span_context().trace_id:032x}")
+            trace_id = f"{span.get_span_context().trace_id:032x}"
+            self.traces.append(trace_id)
             try:
                 await follow(self._client, request, answer, timeout=self._wishes.timeout, write=write)
             except HeadraceError as error:
                 return Outcome(prompt.kind, answer, advice(error, self._wishes.target))
+            finally:
+                if answer.tokens:
+                    self.answered.add(trace_id)
         return Outcome(prompt.kind, answer)
 
     def _question(self, prompt: Prompt) -> None:
