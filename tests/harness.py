@@ -20,6 +20,8 @@ from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.engine.seam import Engine
 from headrace.worker.settings import Settings as WorkerSettings
 
+PATIENCE = 90.0  # seconds; far more than anything takes that is waited for, on a machine that is busy, too
+
 
 @dataclass(frozen=True)
 class TierParts:
@@ -110,10 +112,7 @@ async def running_mesh(
         mesh = Mesh(client, gate.port, tiers)
         await eventually(lambda: gate.health.ready)
         await eventually(lambda: all(parts.batcher.server.health.ready for parts in tiers.values()))
-        for _ in range(100):
-            if all(tier.healthy for tier in (await client.list_tiers()).tiers):
-                break
-            await asyncio.sleep(0.02)
+        await until_healthy(client)
         yield mesh
 
 
@@ -126,7 +125,17 @@ async def running_worker(engine: Engine, **settings: Any) -> AsyncGenerator[Work
         yield running
 
 
-async def eventually(condition: Callable[[], object], *, timeout: float = 10.0) -> None:
+async def until_healthy(client: Client, *tiers: bool) -> None:
+    """Wait until the router sees its tiers, smallest first, as healthy as *tiers* says: all, unless told."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            seen = [tier.healthy for tier in (await client.list_tiers()).tiers]
+            if seen == (list(tiers) or [True] * len(seen)):
+                return
+            await asyncio.sleep(0.02)
+
+
+async def eventually(condition: Callable[[], object], *, timeout: float = PATIENCE) -> None:
     """Wait until *condition* holds; fail after *timeout* seconds."""
     async with asyncio.timeout(timeout):
         while not condition():
@@ -146,7 +155,7 @@ class Answer:
     finish: pb.Finish = field(default_factory=pb.Finish)
 
 
-async def collect(client: Client, request: pb.GenerateRequest, *, timeout: float | None = 60) -> Answer:
+async def collect(client: Client, request: pb.GenerateRequest, *, timeout: float | None = PATIENCE) -> Answer:
     """Read one answer to its end, asserting what every stream promises."""
     answer = Answer()
     seen: list[str] = []

@@ -19,7 +19,7 @@ from headrace.v1.generation_service_pb2_grpc import (
     GenerationServiceServicer,
     add_GenerationServiceServicer_to_server,
 )
-from tests.harness import collect, eventually
+from tests.harness import PATIENCE, collect, eventually
 
 
 class Flaky(GenerationServiceServicer):
@@ -102,7 +102,7 @@ async def test_a_server_in_trouble_is_not_buried_under_retries() -> None:
 async def test_leaving_the_stream_cancels_the_call() -> None:
     servicer = Flaky(0)
     async with calling(servicer) as client:
-        async with aclosing(client.generate(pb.GenerateRequest(prompt="wait"), timeout=30)) as stream:
+        async with aclosing(client.generate(pb.GenerateRequest(prompt="wait"), timeout=PATIENCE)) as stream:
             await anext(stream)
 
         await eventually(lambda: servicer.cancelled == 1)
@@ -155,7 +155,7 @@ async def test_an_answer_whose_stream_broke_is_carried_on_unseen() -> None:
 
 async def test_who_asks_hears_that_the_answer_was_carried_on() -> None:
     request = pb.GenerateRequest(prompt="abc", stream=pb.StreamOptions(include_route_changes=True))
-    async with calling(Reciter(1)) as client, aclosing(client.generate(request, timeout=20)) as stream:
+    async with calling(Reciter(1)) as client, aclosing(client.generate(request, timeout=PATIENCE)) as stream:
         events = [response async for response in stream]
 
     assert [event.WhichOneof("event") for event in events] == [
@@ -189,7 +189,9 @@ async def test_another_model_does_not_carry_on() -> None:
     servicer = Reciter(1)
     async with calling(servicer) as client:
         with pytest.raises(errors.NoWorkers, match="begun by model 'echo'"):
-            async with aclosing(client.generate(pb.GenerateRequest(prompt="abc"), timeout=20)) as stream:
+            async with aclosing(
+                client.generate(pb.GenerateRequest(prompt="abc"), timeout=PATIENCE)
+            ) as stream:
                 async for _ in stream:
                     servicer.model = "other"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import random
 import threading
 import zipfile
@@ -240,6 +241,8 @@ def test_a_fetched_model_is_neither_downloaded_nor_hashed_again(source: Source, 
 def test_a_damaged_file_is_fetched_again(source: Source, tmp_path: Path, damage: bytes) -> None:
     path = fetch(NAME, tmp_path, None, source)
     path.write_bytes(damage)
+    changed = path.stat().st_mtime_ns + 1_000_000_000  # the clock of a file system may stand for some ms
+    os.utime(path, ns=(changed, changed))
 
     assert fetch(NAME, tmp_path, None, source).read_bytes() == CONTENT
 
@@ -288,7 +291,7 @@ def test_two_at_once_download_once(source: Source, tmp_path: Path) -> None:
     waiting = threading.Event()
 
     def first(requirement: str, folder: Path, advance: Callable[[int, int], None]) -> None:
-        assert waiting.wait(30), "the second fetch reports that it waits"
+        assert waiting.wait(90), "the second fetch reports that it waits"
         source(requirement, folder, advance)
 
     def second_reports(progress: Progress) -> None:
@@ -298,7 +301,7 @@ def test_two_at_once_download_once(source: Source, tmp_path: Path) -> None:
     started = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(fetch, NAME, tmp_path, lambda _: started.set(), first)
-        assert started.wait(30)
+        assert started.wait(90)
         two = pool.submit(fetch, NAME, tmp_path, second_reports, first)
 
         assert one.result().read_bytes() == two.result().read_bytes() == CONTENT

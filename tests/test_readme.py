@@ -18,6 +18,7 @@ from headrace.cli.mesh import MeshSpec, Running, mesh
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.settings import ServiceSettings
 from headrace.worker.settings import Settings as WorkerSettings
+from tests.harness import PATIENCE
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 ADDRESS = "127.0.0.1:50051"
@@ -48,7 +49,7 @@ async def run(*command: str) -> str:
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    printed, _ = await asyncio.wait_for(process.communicate(), 60)
+    printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
     assert process.returncode == 0, printed.decode()
     return printed.decode()
 

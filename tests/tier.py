@@ -17,7 +17,7 @@ from headrace.client import Client, connect
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
 from headrace.worker.engine.seam import Engine, Fault, Row, Token
-from tests.harness import eventually, running_worker
+from tests.harness import PATIENCE, eventually, running_worker
 
 
 class OracleEngine(EchoEngine):
@@ -186,7 +186,7 @@ class Trap:
         if offset == self.offset and not self._used:
             self._used = True
             self._loop.call_soon_threadsafe(self.sprung.set)
-            self._go.wait(20)
+            self._go.wait(PATIENCE)
 
     def open(self) -> None:
         """Let the thread go on."""

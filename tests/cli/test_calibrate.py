@@ -38,7 +38,7 @@ async def headrace(*arguments: str) -> tuple[int, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    printed, _ = await asyncio.wait_for(process.communicate(), 120)
+    printed, _ = await asyncio.wait_for(process.communicate(), 180)
     return process.returncode or 0, printed.decode()
 
 

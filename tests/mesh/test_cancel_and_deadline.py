@@ -36,7 +36,7 @@ def endless(text: str = "x") -> pb.GenerateRequest:
 
 async def test_hanging_up_in_mid_answer_frees_the_sequence(slow: Mesh, count: Callable[..., float]) -> None:
     before = count("headrace.sequences.ended", outcome="cancelled")
-    async with aclosing(slow.client.generate(endless(), timeout=30)) as stream:
+    async with aclosing(slow.client.generate(endless(), timeout=600)) as stream:
         async for response in stream:
             if response.HasField("delta"):
                 break
@@ -48,7 +48,7 @@ async def test_hanging_up_in_mid_answer_frees_the_sequence(slow: Mesh, count: Ca
 
 async def test_hanging_up_during_prefill_frees_the_sequence(slow: Mesh) -> None:
     only = slow.tiers["only"]
-    async with aclosing(slow.client.generate(prompt("p" * 2000), timeout=30)) as stream:
+    async with aclosing(slow.client.generate(prompt("p" * 2000), timeout=600)) as stream:
         await anext(stream)
         await eventually(lambda: only.worker.sessions.load().running == 1)
 
@@ -58,7 +58,7 @@ async def test_hanging_up_during_prefill_frees_the_sequence(slow: Mesh) -> None:
 async def test_hanging_up_in_the_queue_frees_the_place(slow: Mesh) -> None:
     coalescer = slow.tiers["only"].batcher.coalescer
     async with asyncio.TaskGroup() as tasks:
-        readers = [tasks.create_task(collect(slow.client, endless())) for _ in range(6)]
+        readers = [tasks.create_task(collect(slow.client, endless(), timeout=600)) for _ in range(6)]
         await eventually(lambda: len(coalescer.queue) == 2)  # 2 run, 2 wait at the worker
         for reader in readers:
             reader.cancel()
@@ -110,7 +110,7 @@ async def test_a_request_without_a_deadline_gets_the_routers_default() -> None:
 
 async def test_neighbours_of_a_cancelled_sequence_finish_unharmed(slow: Mesh) -> None:
     async with asyncio.TaskGroup() as tasks:
-        leaving = tasks.create_task(collect(slow.client, endless("leaves")))
+        leaving = tasks.create_task(collect(slow.client, endless("leaves"), timeout=600))
         staying = tasks.create_task(collect(slow.client, prompt("stays " * 5)))
         await eventually(lambda: slow.tiers["only"].worker.sessions.live == 2)
         leaving.cancel()

@@ -11,7 +11,7 @@ import pytest
 
 from headrace.cli.mesh import Running
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]  # the mesh loads its models first
 
 
 async def grpcurl(*arguments: str) -> tuple[int, str]:
@@ -25,7 +25,7 @@ async def grpcurl(*arguments: str) -> tuple[int, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    printed, _ = await asyncio.wait_for(process.communicate(), 120)
+    printed, _ = await asyncio.wait_for(process.communicate(), 600)
     return process.returncode or 0, printed.decode()
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from headrace import errors
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import Mesh, collect, eventually, prompt, running_mesh
+from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 
 TEXTS = st.text(st.sampled_from("abc é–火🚀"), min_size=1, max_size=40)
 
@@ -43,7 +43,7 @@ VISITS = st.builds(
     stop=st.lists(st.text(st.sampled_from("abc é–火🚀"), min_size=1, max_size=3), max_size=2).map(tuple),
     flush=st.integers(1, 9),
     leaves_after=st.one_of(st.none(), st.none(), st.integers(0, 4)),
-    timeout=st.sampled_from([30.0, 30.0, 30.0, 0.03]),
+    timeout=st.sampled_from([PATIENCE, PATIENCE, PATIENCE, 0.03]),
 )
 
 
@@ -84,7 +84,7 @@ async def pay(mesh: Mesh, visit: Visit) -> None:
     )
     request.stream.flush_tokens = visit.flush
     if visit.leaves_after is not None:
-        async with aclosing(mesh.client.generate(request, timeout=30)) as stream:
+        async with aclosing(mesh.client.generate(request, timeout=PATIENCE)) as stream:
             for _ in range(visit.leaves_after):
                 if await anext(stream, None) is None:
                     break
@@ -117,7 +117,9 @@ async def test_a_thousand_visits_leave_no_task_behind(tight: Mesh) -> None:
         async with asyncio.TaskGroup() as tasks:
             for number in range(100):
                 leaves = number % 3 if number % 4 == 0 else None
-                tasks.create_task(pay(tight, Visit(f"v{round_}-{number}", 0, 20, False, (), 1, leaves, 30.0)))
+                tasks.create_task(
+                    pay(tight, Visit(f"v{round_}-{number}", 0, 20, False, (), 1, leaves, PATIENCE))
+                )
 
     await eventually(lambda: not tight.left_behind)
     await eventually(lambda: len(asyncio.all_tasks()) <= before)

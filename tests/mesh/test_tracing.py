@@ -17,7 +17,7 @@ from headrace.cli.mesh import mesh as processes
 from headrace.cli.otlp_sink import Span, otlp_sink, whole
 from headrace.client import chat, connect
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import Mesh, collect, eventually, prompt, running_mesh
+from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 
 GENERATE = "headrace.v1.GenerationService/Generate"
 
@@ -55,10 +55,15 @@ async def test_every_stage_of_a_request_is_a_span_of_one_trace(
 
 
 async def test_a_batch_and_its_members_link_to_each_other(spans: InMemorySpanExporter) -> None:
-    async with running_mesh(
-        "only", engine=lambda: EchoEngine(max_running=2, step_seconds=0.01), batcher_settings={"linger": 0.05}
-    ) as mesh:
-        await asyncio.gather(*(collect(mesh.client, prompt(f"text {number}")) for number in range(6)))
+    async with running_mesh("only", engine=lambda: EchoEngine(max_running=2, step_seconds=0.01)) as mesh:
+        coalescer = mesh.tiers["only"].batcher.coalescer
+        (link,) = coalescer.pool
+        room, link.credit.sequences = link.credit.sequences, 0
+        answers = [asyncio.create_task(collect(mesh.client, prompt(f"text {n}"))) for n in range(6)]
+        await eventually(lambda: len(coalescer.queue) == 6)
+        link.credit.sequences = room
+        coalescer.changed()
+        await asyncio.gather(*answers)
     finished = spans.get_finished_spans()
     contexts = {span.context.span_id: span for span in finished}
     batches = by_name(finished, "batcher.batch")
@@ -73,7 +78,7 @@ async def test_a_batch_and_its_members_link_to_each_other(spans: InMemorySpanExp
             member = contexts[link.context.span_id]
             assert batch.context.span_id in {back.context.span_id for back in member.links}
     assert members == 6
-    assert any(len(batch.links) > 1 for batch in batches), "requests that arrive together share a batch"
+    assert any(len(batch.links) > 1 for batch in batches), "requests that wait together share a batch"
     for span in by_name(finished, "worker.prefill"):
         assert [contexts[link.context.span_id].name for link in span.links] == ["batcher.batch"]
 
@@ -136,7 +141,7 @@ async def test_a_real_receiver_gets_one_trace_across_all_processes(tmp_path: Pat
                     whole_without_client(spans, span.trace_id) for span in spans
                 )
 
-            await sink.until(complete, timeout=20)
+            await sink.until(complete, timeout=PATIENCE)
         spans = list(sink.spans)
 
     for answer in answers:

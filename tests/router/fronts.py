@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 import grpc
 
 from headrace import errors
-from headrace.client import Client, connect
+from headrace.client import Client, connect, open_channel
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings
 from headrace.runtime.server import serving
+from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
+from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from headrace.v1.generation_service_pb2_grpc import (
     GenerationServiceServicer,
     add_GenerationServiceServicer_to_server,
@@ -26,7 +28,7 @@ from headrace.v1.routing_service_pb2_grpc import (
     RoutingServiceServicer,
     add_RoutingServiceServicer_to_server,
 )
-from tests.harness import eventually
+from tests.harness import PATIENCE, eventually
 
 
 @dataclass
@@ -123,19 +125,33 @@ async def routed(
     """A router in front of these tiers' batchers, smallest first, and a client that does not retry."""
     async with AsyncExitStack() as stack:
         targets = []
+        every: dict[str, Front] = {}
         for name, fronts in tiers.items():
-            addresses = [
-                await stack.enter_async_context(serving_front(front))
+            here = {
+                await stack.enter_async_context(serving_front(front)): front
                 for front in ([fronts] if isinstance(fronts, Front) else fronts)
-            ]
-            targets.append(f"{name}={'+'.join(addresses)}")
+            }
+            targets.append(f"{name}={'+'.join(here)}")
+            every |= here
         given: dict[str, Any] = {
             "drain_seconds": 0,
             "poll_seconds": 60,
-            "resume_seconds": 5,
+            "resume_seconds": 60,
             "wait_seconds": 0,
         }
         given |= settings or {}
         gate = await stack.enter_async_context(router(Settings(port=0, tiers=",".join(targets), **given)))
         await eventually(lambda: gate.health.ready)
+        await _until_looked_at(gate.port, every)
         yield await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}", retries=0))
+
+
+async def _until_looked_at(port: int, fronts: Mapping[str, Front]) -> None:
+    """Wait until the router knows each batcher, by address, for what it is: its first look may time out."""
+    async with open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(PATIENCE):
+        while True:
+            state = (await AdminServiceStub(channel).Inspect(admin.InspectRequest())).router
+            known = {batcher.address: batcher.ready for batcher in state.batchers}
+            if known == {address: front.healthy for address, front in fronts.items()}:
+                return
+            await asyncio.sleep(0.01)

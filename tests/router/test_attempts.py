@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from headrace import errors
 from headrace.client import Client
 from headrace.v1 import generation_pb2 as pb
-from tests.harness import collect, eventually, prompt
+from tests.harness import PATIENCE, collect, eventually, prompt
 from tests.router.fronts import Front, routed
 
 SAID = "all that was said before"
@@ -26,7 +26,7 @@ def asking(text: str = SAID, **stream: Any) -> pb.GenerateRequest:
 
 
 async def read(client: Client, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
-    async with aclosing(client.generate(request, timeout=30, resume=False)) as stream:
+    async with aclosing(client.generate(request, timeout=PATIENCE, resume=False)) as stream:
         return [response async for response in stream]
 
 
@@ -112,15 +112,15 @@ async def test_a_batcher_that_hangs_is_left() -> None:
 
 async def test_the_deadline_goes_with_the_answer() -> None:
     first, second = Front(hangs=True), Front(running=9)
-    async with routed({"poll_seconds": 0.05, "stall_seconds": 0.5}, only=[first, second]) as client:
-        await collect(client, prompt(SAID), timeout=20)
+    async with routed({"poll_seconds": 0.05, "stall_seconds": 1.5}, only=[first, second]) as client:
+        await collect(client, prompt(SAID))
 
     assert second.time_left[0] <= first.time_left[0] - 0.5
 
 
 async def test_an_answer_is_not_carried_on_by_another_model() -> None:
     first, second = Front(breaks=[5], model="a"), Front(running=9, model="b")
-    async with routed({"resume_seconds": 0.5}, only=[first, second]) as client:
+    async with routed(only=[first, second]) as client:
         first.refuses = ""
         answer = await collect(client, prompt(SAID))
 
@@ -213,7 +213,7 @@ async def test_one_late_answer_to_a_look_takes_no_batcher_away() -> None:
         front.requests.append(pb.GenerateRequest())
         front.hangs = True
         looks = front.looks
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while front.looks < looks + 2:  # one of these has been given up
                 await asyncio.sleep(0.01)
 

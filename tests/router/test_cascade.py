@@ -16,7 +16,7 @@ from headrace.client import Client, chat
 from headrace.router.cascade import Draft
 from headrace.router.draft_check import load
 from headrace.v1 import generation_pb2 as pb
-from tests.harness import Answer, collect, eventually
+from tests.harness import PATIENCE, Answer, collect, eventually
 from tests.router.fronts import Front, routed
 
 PRICES = {"prices": "small=1/2,large=10/20"}
@@ -31,6 +31,7 @@ class Speaker(Front):
     """Says its own text, a word a token, whatever it is asked; *cancelled* counts answers nobody wanted.
 
     sample   what it says to requests for a sample: nothing at all if it is empty, an error if it is one
+    waits    it says nothing before so many requests have come
     """
 
     text: str = GOOD
@@ -40,24 +41,30 @@ class Speaker(Front):
     fails_after: int | None = None
     sample: str | errors.HeadraceError | None = None
     cached: int = 0
+    waits: int = 0
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
         if self.refuses:
             await self._fail(self.refuses, context)
-        yield pb.GenerateResponse(
-            accepted=pb.Accepted(request_id=request.request_id, model=self.model, prompt_tokens=10, seed=1)
-        )
         text = self.text
-        if self.sample is not None and request.request_id.endswith("-sample"):
-            if isinstance(self.sample, errors.HeadraceError):
-                raise self.sample
-            text = self.sample
-        words = text.split(" ")
+        sample = self.sample if request.request_id.endswith("-sample") else None
         ended = False
         try:
+            yield pb.GenerateResponse(
+                accepted=pb.Accepted(
+                    request_id=request.request_id, model=self.model, prompt_tokens=10, seed=1
+                )
+            )
+            if isinstance(sample, errors.HeadraceError):
+                ended = True
+                raise sample
+            if sample is not None:
+                text = sample
             if not text:
                 await asyncio.Event().wait()
+            await eventually(lambda: len(self.requests) >= self.waits)
+            words = text.split(" ")
             for place, word in enumerate(words):
                 if place == self.fails_after:
                     ended = True
@@ -76,7 +83,7 @@ class Speaker(Front):
 
 
 async def events_of(client: Client, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
-    async with aclosing(client.generate(request, timeout=20)) as stream:
+    async with aclosing(client.generate(request, timeout=PATIENCE)) as stream:
         return [response async for response in stream]
 
 
@@ -202,7 +209,7 @@ async def test_a_long_draft_is_judged_early_and_streams_on_if_it_is_good() -> No
 
 
 async def test_a_long_bad_draft_is_cut_short() -> None:
-    small, large = Speaker(text=" ".join([BAD] * 50)), Speaker()
+    small, large = Speaker(text=" ".join([BAD] * 2000)), Speaker()  # far more than is sent before it is cut
     async with routed({**CASCADE, "draft_tokens": 16}, small=small, large=large) as client:
         answer = await collect(client, chat(QUESTION))
         await eventually(lambda: small.cancelled == 1)
@@ -249,7 +256,7 @@ async def test_a_request_may_ask_for_it() -> None:
     assert explained.cascade
 
 
-SAMPLED = {**CASCADE, "cascade_sample_seconds": 10}
+SAMPLED = {**CASCADE, "cascade_sample_seconds": PATIENCE / 3}
 SUM = "What is 17 + 25?"
 
 
@@ -321,9 +328,9 @@ async def test_a_draft_whose_sample_fails_is_judged_without_it(sample: errors.He
 
 
 async def test_a_sample_that_does_not_come_is_waited_for_no_longer_than_is_set_and_cancelled() -> None:
-    small = Speaker(sample="")
+    small = Speaker(sample="", waits=2)
     async with routed({**CASCADE, "cascade_sample_seconds": 0.05}, small=small, large=Speaker()) as client:
-        answer = await collect(client, chat(QUESTION), timeout=20)
+        answer = await collect(client, chat(QUESTION))
         await eventually(lambda: small.cancelled == 1)
 
     assert answer.text == GOOD
@@ -334,7 +341,7 @@ async def test_a_caller_who_leaves_takes_draft_and_sample_along() -> None:
     small = Speaker(text="", sample="")
     async with routed(SAMPLED, small=small, large=Speaker()) as client:
         small.text = ""
-        stream = client.generate(chat(QUESTION), timeout=20)
+        stream = client.generate(chat(QUESTION), timeout=PATIENCE)
         waiting = asyncio.ensure_future(anext(stream))
         await eventually(lambda: len(small.requests) == 2)
         waiting.cancel()

@@ -21,7 +21,7 @@ from headrace.router.settings import Settings
 from headrace.runtime.server import StartFailed
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
-from tests.harness import collect
+from tests.harness import PATIENCE, collect
 from tests.router.fronts import Front, routed
 
 EASY = "Hello!"
@@ -44,7 +44,7 @@ async def threshold_of(client: Client) -> float:
 
 
 async def until_threshold(client: Client, wanted: float) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while await threshold_of(client) != pytest.approx(wanted):
             await asyncio.sleep(0.01)
 
@@ -62,13 +62,13 @@ async def test_a_calibration_is_read_again_when_it_changes_and_a_bad_one_changes
         await until_threshold(client, 0.75)
 
         path.write_text("{")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while "keeping the old one" not in caplog.text:
                 await asyncio.sleep(0.01)
         assert await threshold_of(client) == pytest.approx(0.75)
 
         calibration.save(calibrated(0.1, of="another"), path)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while caplog.text.count("keeping the old one") < 2:
                 await asyncio.sleep(0.01)
         assert await threshold_of(client) == pytest.approx(0.75)

@@ -43,7 +43,7 @@ async def test_when_every_tier_refuses_the_last_one_is_named() -> None:
 async def test_a_tier_that_was_there_a_moment_ago_is_waited_for() -> None:
     """As in a rolling restart: the last batcher drains before the router has seen that the first is back."""
     only = Front(refuses=errors.Draining("going"), refusals=3)
-    async with routed({"wait_seconds": 20, "poll_seconds": 0.05}, only=only) as client:
+    async with routed({"wait_seconds": 60, "poll_seconds": 0.05}, only=only) as client:
         answer = await collect(client, chat("Hi!"))
 
     assert answer.finish.reason == pb.FINISH_REASON_STOP
@@ -52,7 +52,7 @@ async def test_a_tier_that_was_there_a_moment_ago_is_waited_for() -> None:
 
 async def test_a_tier_that_is_full_is_not_waited_for() -> None:
     only = Front(refuses=errors.Overloaded("full", retry_after=1.0))
-    async with routed({"wait_seconds": 20}, only=only) as client:
+    async with routed({"wait_seconds": 60}, only=only) as client:
         with pytest.raises(errors.Overloaded):
             await collect(client, chat("Hi!"))
 

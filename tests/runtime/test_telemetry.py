@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 
 import pytest
 from hypothesis import given
@@ -28,8 +29,8 @@ from headrace.runtime.telemetry import telemetry, wanted
 def test_the_standard_variables_decide(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], traces: bool, metrics: bool
 ) -> None:
-    for name in ("ENDPOINT", "TRACES_ENDPOINT", "METRICS_ENDPOINT"):
-        monkeypatch.delenv(f"OTEL_EXPORTER_OTLP_{name}", raising=False)
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
@@ -37,7 +38,8 @@ def test_the_standard_variables_decide(
 
 
 async def test_without_the_variables_nothing_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)
     before = trace.get_tracer_provider()
 
     async with telemetry("test"):
@@ -56,7 +58,7 @@ def test_log_lines_are_json_with_fields_and_trace_ids(capsys: pytest.CaptureFixt
         root.handlers[:] = handlers
         root.setLevel(level)
 
-    line = json.loads(capsys.readouterr().err.splitlines()[-1])
+    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "batch closed" in line]
     assert (line["message"], line["rows"], line["service"], line["level"]) == (
         "batch closed",
         3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,33 +13,49 @@ from headrace.runtime.interceptors import Activity
 from headrace.runtime.vitals import vitals
 
 
-async def test_tasks_and_requests_are_counted() -> None:
+def test_tasks_and_requests_are_counted() -> None:
     activity = Activity()
-    before = vitals(activity)
-    ends = asyncio.Event()
 
-    async def request() -> None:
-        with activity.call():
-            await ends.wait()
+    async def counted() -> None:
+        before = vitals(activity)
+        ends = asyncio.Event()
 
-    tasks = [asyncio.create_task(request()) for _ in range(5)]
-    await asyncio.sleep(0)
-    during = vitals(activity)
-    ends.set()
-    await asyncio.gather(*tasks)
-    after = vitals(activity)
+        async def request() -> None:
+            with activity.call():
+                await ends.wait()
 
-    assert (during.tasks - before.tasks, during.requests) == (5, 5)
-    assert (after.tasks, after.requests) == (before.tasks, 0)
+        tasks = [asyncio.create_task(request()) for _ in range(5)]
+        await asyncio.sleep(0)
+        during = vitals(activity)
+        ends.set()
+        await asyncio.gather(*tasks)
+        after = vitals(activity)
+
+        assert (during.tasks - before.tasks, during.requests) == (5, 5)
+        assert (after.tasks, after.requests) == (before.tasks, 0)
+
+    asyncio.run(counted())  # a loop of its own: on that of all tests others come and go
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no /proc")
-async def test_files_and_memory_are_counted(tmp_path: Path) -> None:
-    before = vitals(Activity())
-    handles = [(tmp_path / str(number)).open("w") for number in range(5)]
-    during = vitals(Activity())
-    for handle in handles:
-        handle.close()
+def test_files_and_memory_are_counted(tmp_path: Path) -> None:
+    """In a process of its own: in that of all tests, files of others come and go."""
+    script = """
+import asyncio, sys
+from headrace.runtime.interceptors import Activity
+from headrace.runtime.vitals import vitals
 
-    assert during.files - before.files == 5
-    assert during.memory_bytes > 1 << 20
+async def main():
+    before = vitals(Activity())
+    handles = [open(f"{sys.argv[1]}/{number}", "w") for number in range(5)]
+    during = vitals(Activity())
+    print(during.files - before.files, during.memory_bytes)
+
+asyncio.run(main())
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    files, memory_bytes = map(int, printed.split())
+    assert files == 5
+    assert memory_bytes > 1 << 20
