@@ -102,3 +102,16 @@ def test_free_ports_are_different_and_free() -> None:
     assert len(set(ports)) == 20
     for port in ports:
         mesh.require_free(port)
+
+
+def test_ports_that_are_reserved_are_nobody_elses_and_can_be_listened_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with mesh.reserved_ports(3) as mine:
+        more = mesh.free_ports(2)
+        monkeypatch.setattr("headrace.cli.mesh.random.sample", lambda range, k: [*mine, *more])
+
+        assert mesh.free_ports(2) == more
+        for port in mine:
+            socket.create_server((mesh.HOST, port)).close()
+    assert mesh.free_ports(3) == mine

@@ -13,7 +13,7 @@ import re
 import socket
 import sys
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from headrace.cli.processes import ChildDied, Crew, Process, crew, stage_of
 from headrace.client import open_channel
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
 HOST = "127.0.0.1"
@@ -134,19 +134,31 @@ def require_free(port: int) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Find *count* ports that nobody listens on.
+    """Find *count* ports that nobody listens on, nor is about to: see `reserved_ports`."""
+    with reserved_ports(count) as ports:
+        return ports
 
-    Not the ones that the system hands out by itself: those may become some connection's own before the
+
+@contextmanager
+def reserved_ports(count: int) -> Generator[list[int], None, None]:
+    """Find *count* ports that nobody listens on; while the block lasts no other caller finds the same.
+
+    Two meshes that start at once would otherwise now and then choose one port both, seconds before either
+    listens there. What holds a port is a UDP socket: it is in the way of nobody who listens for TCP.
+
+    Not the ports that the system hands out by itself: those may become some connection's own before the
     child listens, and a connection to such a port, while nobody listens, may even connect to itself.
     """
     candidates = iter(random.sample(range(20_000, 32_000), k=1_000))
     found: list[int] = []
-    while len(found) < count:
-        port = next(candidates)
-        with suppress(BadSpec):
-            require_free(port)
-            found.append(port)
-    return found
+    with ExitStack() as held:
+        while len(found) < count:
+            port = next(candidates)
+            with suppress(BadSpec, OSError):
+                held.enter_context(socket.socket(type=socket.SOCK_DGRAM)).bind((HOST, port))
+                require_free(port)
+                found.append(port)
+        yield found
 
 
 def environment(spec: MeshSpec, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -221,22 +233,23 @@ async def mesh(
     BadSpec before anything is started, and ChildDied, cancelling the block, as soon as a process ends.
     """
     require_free(spec.port)
-    stages = plan(spec, free_ports(2 * len(spec.tiers) + 1), cores=cores())
     try:
         spec.log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadSpec(f"cannot keep logs in {spec.log_dir}: {error.strerror}; see --log-dir") from error
-    async with crew(stages, grace=spec.drain_seconds + _STOP_SECONDS, say=say) as running:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                watch = tasks.create_task(running.watch())
-                processes = [process for stage in stages for process in stage]
-                await _until_ready(processes, on_states)
-                router = processes[-1]
-                yield Running(f"{HOST}:{router.port}", processes, running.pids)
-                watch.cancel()
-        except Exception as error:
-            raise _decisive(error, running) from error
+    with reserved_ports(2 * len(spec.tiers) + 1) as ports:
+        stages = plan(spec, ports, cores=cores())
+        async with crew(stages, grace=spec.drain_seconds + _STOP_SECONDS, say=say) as running:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    watch = tasks.create_task(running.watch())
+                    processes = [process for stage in stages for process in stage]
+                    await _until_ready(processes, on_states)
+                    router = processes[-1]
+                    yield Running(f"{HOST}:{router.port}", processes, running.pids)
+                    watch.cancel()
+            except Exception as error:
+                raise _decisive(error, running) from error
 
 
 def _decisive(error: Exception, running: Crew) -> Exception:
