@@ -57,11 +57,11 @@ async def test_every_stage_of_a_request_is_a_span_of_one_trace(
 async def test_a_batch_and_its_members_link_to_each_other(spans: InMemorySpanExporter) -> None:
     async with running_mesh("only", engine=lambda: EchoEngine(max_running=2, step_seconds=0.01)) as mesh:
         coalescer = mesh.tiers["only"].batcher.coalescer
-        (link,) = coalescer.pool
-        room, link.credit.sequences = link.credit.sequences, 0
+        (worker,) = coalescer.pool
+        room, worker.credit.sequences = worker.credit.sequences, 0
         answers = [asyncio.create_task(collect(mesh.client, prompt(f"text {n}"))) for n in range(6)]
         await eventually(lambda: len(coalescer.queue) == 6)
-        link.credit.sequences = room
+        worker.credit.sequences = room
         coalescer.changed()
         await asyncio.gather(*answers)
     finished = spans.get_finished_spans()
