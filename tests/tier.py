@@ -13,6 +13,7 @@ from typing import Any
 from headrace.batcher.__main__ import Batcher, batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.tokens import ByteTokenizer, Tokenizer
+from headrace.cli.mesh import free_ports
 from headrace.client import Client, connect
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
@@ -68,13 +69,13 @@ class Wire:
         self._writers: set[asyncio.StreamWriter] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
-        self.port = 0
+        # None that the system hands out by itself: while the wire is cut it could become anybody's.
+        (self.port,) = free_ports(1)
         self.cuts = 0
 
     async def join(self) -> None:
         """Listen, on the same port as before."""
         self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
 
     def cut(self) -> None:
         """Reset every connection, and refuse new ones until joined again."""

@@ -23,7 +23,23 @@ from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 
 HOST = "127.0.0.1"
-START_SECONDS = 60.0
+START_SECONDS = 180.0  # a patience, for machines that do much else
+
+_given: set[int] = set()
+
+
+def fresh_ports(count: int) -> list[int]:
+    """Find *count* ports that nobody listens on and that no fleet was given before.
+
+    A port of a process that was killed, or is still to be started, looks as free as any.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        (port,) = free_ports(1)
+        if port not in _given:
+            _given.add(port)
+            found.append(port)
+    return found
 
 
 @dataclass
@@ -160,7 +176,12 @@ class Fleet:
             0
         ]
 
-    async def quiet(self, *, seconds: float = 30.0) -> None:
+    async def busiest_router(self) -> Child:
+        """The one with most requests: which of them a client's channel took is not for it to say."""
+        states = await asyncio.gather(*(router.inspect() for router in self.routers))
+        return max(zip(self.routers, states, strict=True), key=lambda pair: pair[1].vitals.requests)[0]
+
+    async def quiet(self, *, seconds: float = 90.0) -> None:
         """Wait until nothing waits or runs at any batcher."""
         async with asyncio.timeout(seconds):
             while any(load.queued or load.running for load in await self.loads()):
@@ -169,9 +190,18 @@ class Fleet:
     async def heal(self) -> None:
         """Have all of them running and ready, and known to those before them."""
         await asyncio.gather(*(child.heal() for child in self.children))
+        await self.known()
+
+    async def known(self) -> None:
+        """Wait until every batcher has all workers, and every router all batchers."""
         async with asyncio.timeout(START_SECONDS):
             while any(load.workers < len(self.workers) for load in await self.loads()):
                 await asyncio.sleep(0.05)
+            for router in self.routers:
+                while sum(seen.ready for seen in (await router.inspect()).router.batchers) < len(
+                    self.batchers
+                ):
+                    await asyncio.sleep(0.05)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +231,7 @@ class Plan:
 @asynccontextmanager
 async def fleet(plan: Plan, logs: Path) -> AsyncGenerator[Fleet, None]:
     """Run the processes of *plan*; entered when all are ready, and none is left afterwards."""
-    ports = iter(free_ports(plan.workers + plan.batchers + plan.routers))
+    ports = iter(fresh_ports(plan.workers + plan.batchers + plan.routers))
     worker_ports = list(plan.worker_ports) or [next(ports) for _ in range(plan.workers)]
     batcher_ports = list(plan.batcher_ports) or [next(ports) for _ in range(plan.batchers)]
     workers = [plan.to_worker.get(n, f"{HOST}:{port}") for n, port in enumerate(worker_ports)]
@@ -224,6 +254,7 @@ async def fleet(plan: Plan, logs: Path) -> AsyncGenerator[Fleet, None]:
     try:
         await asyncio.gather(*(child.start() for child in running.children))
         await asyncio.gather(*(child.ready(seconds=plan.start_seconds) for child in running.children))
+        await running.known()
         yield running
     finally:
         for child in running.children:

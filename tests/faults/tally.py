@@ -9,7 +9,7 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,11 @@ from headrace.client import Client
 from headrace.v1 import generation_pb2 as pb
 from tests.faults.dice import Expected, expected
 
-HANG_SECONDS = 5.0  # past the deadline, on a machine that may be busy with other things
+HANG_SECONDS = 20.0  # past the deadline, on a machine that may be busy with other things
+
+# An answer's deadline where a deadline is not the point: a patience, for machines that do much else.
+PATIENT_SECONDS = 180.0
+TURNS = 10  # the most that `until_felt` takes
 
 ZEROS = ("lost", "twice", "wrong", "hangs", "failed")
 
@@ -57,7 +61,7 @@ async def visit(
     client: Client,
     request: pb.GenerateRequest,
     *,
-    timeout: float = 60.0,
+    timeout: float = PATIENT_SECONDS,
     leaves_after: int | None = None,
     on_token: Callable[[int], None] = lambda count: None,
     judge: Callable[[pb.GenerateRequest, int], Expected] = expected,
@@ -136,7 +140,7 @@ class Streams:
         client: Client,
         asked: Sequence[pb.GenerateRequest],
         *,
-        timeout: float = 60.0,
+        timeout: float = PATIENT_SECONDS,
         resume: bool = True,
     ) -> None:
         self.count = len(asked)
@@ -226,6 +230,18 @@ class Row:
             f"{self.scenario}: {self.faults}; outcomes {dict(self.outcomes)}; {self.problems[:3]}"
         )
         assert self.requests, f"{self.scenario}: nothing was asked"
+
+
+def until_felt(row: Row, moved: int = 1) -> Iterator[None]:
+    """Turns of a scenario, until so many answers of it *moved*; one turn, as a rule.
+
+    A harm is done to answers that are under way, and where the machine is busy they may be over by then. So
+    it is done once more: what is lost, doubled or wrong in any turn counts, and nothing is proved by luck.
+    """
+    for _ in range(TURNS):
+        yield
+        if row.moved >= moved:
+            return
 
 
 class Table:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from headrace.client import connect
 from tests.faults.fleet import Fleet
-from tests.faults.tally import Row, Streams, mixed, visit
+from tests.faults.tally import Row, Streams, mixed, until_felt, visit
 
 
 async def test_without_faults_the_reference_is_right(
@@ -29,12 +29,14 @@ async def test_a_batcher_that_is_killed_under_100_streams(
 ) -> None:
     counted = row("SIGKILL of a batcher, 100 streams")
     async with connect(twins.target, retries=0) as client:
-        streams = Streams(client, mixed(rng, 100, min_tokens=150, max_tokens=200), resume=False)
-        await streams.accepted()
-        victim = await twins.busiest_batcher()
-        await streams.reached(10)
-        await victim.kill()
-        counted.add(await streams.done())
+        for _ in until_felt(counted, 11):
+            await twins.heal()
+            streams = Streams(client, mixed(rng, 100, min_tokens=150, max_tokens=200), resume=False)
+            await streams.accepted()
+            victim = await twins.busiest_batcher()
+            await streams.reached(10)
+            await victim.kill()
+            counted.add(await streams.done())
 
     counted.check()
     assert counted.moved > 10, "the kill was felt"
@@ -46,13 +48,16 @@ async def test_a_batcher_that_stops_answering_while_its_connections_stand(
 ) -> None:
     counted = row("SIGSTOP of a batcher, then SIGCONT")
     async with connect(twins.target, retries=0) as client:
-        streams = Streams(client, mixed(rng, 30, min_tokens=60, max_tokens=120), resume=False)
-        await streams.reached(5)
-        victim = await twins.busiest_batcher()
-        victim.send(signal.SIGSTOP)
-        counted.add(await streams.done())
-        victim.send(signal.SIGCONT)
-        await victim.ready()
+        for _ in until_felt(counted):
+            await twins.heal()
+            streams = Streams(client, mixed(rng, 30, min_tokens=60, max_tokens=120), resume=False)
+            await streams.accepted()
+            victim = await twins.busiest_batcher()
+            await streams.reached(5)
+            victim.send(signal.SIGSTOP)
+            counted.add(await streams.done())
+            victim.send(signal.SIGCONT)
+            await victim.ready()
         counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 10))))
 
     counted.check()

@@ -50,7 +50,7 @@ async def test_a_worker_whose_engine_fails_is_rested_and_tried_again_with_one_re
             return next(worker.breaker for worker in workers if worker.target == bad.address)
 
         async def ask_until(*states: str) -> None:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 while True:
                     asked = mixed(rng, 12, min_tokens=5, max_tokens=10)
                     counted.add(await asyncio.gather(*(visit(client, one) for one in asked)))

@@ -30,7 +30,7 @@ async def test_a_storm_of_1000_cancels(twins: Fleet, row: Callable[[str], Row], 
     async with connect(twins.target) as client:
         for _ in range(4):
             visits = [
-                visit(client, one, leaves_after=rng.randint(0, 6), timeout=120)
+                visit(client, one, leaves_after=rng.randint(0, 6))
                 for one in mixed(rng, 250, min_tokens=60, max_tokens=120)
             ]
             counted.add(await asyncio.gather(*visits))
@@ -70,12 +70,14 @@ SMALL = Plan(
     worker_flags=("--fake", "--fake-step-seconds", "0.02", "--max-running", "8"),
     batcher_flags=("--fake", "--queue-limit", "32"),
 )
+SMALL_CAPACITY = 8 / 0.02  # tokens per second, if nothing but its steps took time
+SMALL_PLACES = 8 + 32  # at the worker and in the queue
 
 
 async def test_overload_at_five_times_capacity(
     fleets: Fleets, row: Callable[[str], Row], rng: random.Random, long: bool
 ) -> None:
-    """What cannot be served is refused at once; what is taken is served as fast as ever."""
+    """What cannot be served is refused at once; what is taken is served whole, and the queue stays short."""
     seconds = 30.0 if long else 6.0
     counted = row(f"overload, five times capacity, {seconds:g} s")
     tokens = 25
@@ -93,19 +95,21 @@ async def test_overload_at_five_times_capacity(
         capacity = sum(one.tokens for visits in full for one in visits) / (time.monotonic() - began)
         memory = few.batchers[0].memory
 
-        pause = tokens / (5 * capacity)
+        # Five times what its steps would allow at best: on a busy machine what was measured may be little,
+        # and a moment later no overload.
+        pause = tokens / (5 * SMALL_CAPACITY)
         visits: list[asyncio.Task[Visit]] = []
         deepest = 0
         began = time.monotonic()
         while (now := time.monotonic() - began) < seconds:
             while len(visits) < now / pause:
-                visits.append(asyncio.create_task(visit(client, ask(len(visits)), timeout=30)))
+                visits.append(asyncio.create_task(visit(client, ask(len(visits)))))
             deepest = max(deepest, (await few.loads())[0].queued)
             await asyncio.sleep(0.02)
         done = [one.result() for one in visits if one.done()]
         goodput = sum(one.tokens for one in done if one.whole) / (time.monotonic() - began)
         waiting = time.monotonic()
-        counted.add(await asyncio.gather(*visits), may=[*REFUSALS, *DEADLINES])
+        counted.add(await asyncio.gather(*visits), may=REFUSALS)
         await few.quiet()
         recovery = time.monotonic() - waiting
         counted.add([await visit(client, ask(n)) for n in range(3)])
@@ -120,7 +124,7 @@ async def test_overload_at_five_times_capacity(
     assert refused > len(visits) / 3, "it was overload"
     assert deepest <= 32
     assert grown < 64 * 1024 * 1024
-    assert share > 0.4, "a mesh that is refusing still serves"
+    assert len(visits) - refused >= SMALL_PLACES, "a mesh that is refusing still serves"
 
 
 async def _in_turn(client: Client, asked: list[pb.GenerateRequest]) -> list[Visit]:
@@ -137,7 +141,7 @@ async def test_callers_that_do_not_read_hold_up_nobody(
         batchers=1,
         routers=1,
         worker_flags=("--fake", "--fake-step-seconds", "0.001", "--max-running", "8"),
-        batcher_flags=("--fake", "--unread-limit", "64", "--max-tokens", "3000"),
+        batcher_flags=("--fake", "--unread-limit", "64", "--unread-seconds", "600", "--max-tokens", "3000"),
     )
     reads_on = asyncio.Event()
     # A channel that takes in little beyond what is read from it, else much of an answer lies there.
@@ -151,7 +155,7 @@ async def test_callers_that_do_not_read_hold_up_nobody(
                 del one.sampling.stop[:]
             judge = partial(expected, max_tokens=3000)
             reading = [
-                asyncio.create_task(visit(slow, one, timeout=300, reads_on=reads_on, judge=judge))
+                asyncio.create_task(visit(slow, one, timeout=600, reads_on=reads_on, judge=judge))
                 for one in long
             ]
             await _all_paused(few, len(long))

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from headrace.cli.mesh import free_ports
 from headrace.client import connect
-from tests.faults.fleet import HOST, Fleet, Plan, fleet
+from tests.faults.fleet import HOST, Fleet, Plan, fleet, fresh_ports
 from tests.faults.proxy import Proxy
-from tests.faults.tally import Row, Streams, mixed, visit
+from tests.faults.tally import Row, Streams, mixed, until_felt, visit
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Wired:
 
 @pytest.fixture(scope="module")
 async def shared_wires(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Wired, None]:
-    worker_ports, batcher_ports = free_ports(4)[:2], free_ports(4)[2:]
+    worker_ports, batcher_ports = fresh_ports(2), fresh_ports(2)
     to_worker, to_batcher = Proxy(f"{HOST}:{worker_ports[0]}"), Proxy(f"{HOST}:{batcher_ports[0]}")
     async with to_worker.serving(), to_batcher.serving():
         plan = Plan(
@@ -53,7 +52,6 @@ async def wired(shared_wires: Wired) -> AsyncGenerator[Wired, None]:
         shared_wires[name].thaw()
         shared_wires[name].delay = 0.0
     await shared_wires.fleet.heal()
-    await asyncio.sleep(1.0)  # for what is behind the wire to be looked at again
 
 
 @pytest.mark.parametrize("place", ["worker", "batcher"])
@@ -63,14 +61,16 @@ async def test_a_connection_that(
 ) -> None:
     counted = row(f"connection to a {place}: {harm}")
     async with connect(wired.fleet.target, retries=0) as client:
-        streams = Streams(client, mixed(rng, 24, min_tokens=100, max_tokens=150))
-        await streams.reached(10)
-        wire = wired[place]
-        {"reset": wire.reset, "half-open": wire.freeze, "partition": wire.cut}[harm]()
-        counted.add(await streams.done())
-        # What was held back comes now, late: it must not be heard.
-        wire.thaw()
-        counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 8))))
+        for _ in until_felt(counted):
+            await wired.fleet.heal()
+            streams = Streams(client, mixed(rng, 24, min_tokens=100, max_tokens=150))
+            await streams.reached(10)
+            wire = wired[place]
+            {"reset": wire.reset, "half-open": wire.freeze, "partition": wire.cut}[harm]()
+            counted.add(await streams.done())
+            # What was held back comes now, late: it must not be heard.
+            wire.thaw()
+            counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 8))))
 
     counted.check()
     assert counted.moved > 0, "it was felt"

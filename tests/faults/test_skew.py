@@ -10,9 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
-from headrace.cli.mesh import free_ports
 from headrace.client import connect, open_channel
-from tests.faults.fleet import HOST, Plan, fleet
+from tests.faults.fleet import HOST, Plan, fleet, fresh_ports
 from tests.faults.tally import Row, mixed, visit
 
 # Field 111, of which no message of ours knows anything, with the text "new".
@@ -90,7 +89,7 @@ async def test_a_service_of_a_later_version(
     row: Callable[[str], Row], rng: random.Random, tmp_path_factory: pytest.TempPathFactory, service: str
 ) -> None:
     counted = row(f"unknown fields and events, to and from a {service}")
-    worker_port, batcher_port, _ = free_ports(3)
+    worker_port, batcher_port = fresh_ports(2)
     targets = {"worker": f"{HOST}:{worker_port}", "batcher": f"{HOST}:{batcher_port}"}
     async with newer(targets.get(service, targets["batcher"])) as (address, handler):
         plan = Plan(

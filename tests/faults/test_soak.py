@@ -13,7 +13,7 @@ import pytest
 from headrace.client import Client, connect
 from headrace.v1 import admin_service_pb2 as admin
 from tests.faults.fleet import Child, Fleet
-from tests.faults.tally import Row, Visit, request, visit
+from tests.faults.tally import PATIENT_SECONDS, Row, Visit, request, visit
 from tests.faults.test_load import DEADLINES
 
 MEGABYTE = 1024 * 1024
@@ -56,7 +56,7 @@ async def _nothing_left(fleet: Fleet) -> None:
     """Wait until no service has a request, a sequence or a handle under way."""
     left: dict[str, dict[str, int]] = {}
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while True:
                 states = {child.name: await child.inspect() for child in fleet.children}
                 left = {name: found for name, state in states.items() if (found := _under_way(state))}
@@ -90,7 +90,7 @@ async def _traffic(client: Client, rng: random.Random, seconds: float, victim: C
     async def call(number: int) -> None:
         while time.monotonic() < ends:
             leaves = rng.randint(0, 30) if rng.random() < 0.2 else None
-            timeout = rng.uniform(0.05, 1.0) if rng.random() < 0.1 else 60.0
+            timeout = rng.uniform(0.05, 1.0) if rng.random() < 0.1 else PATIENT_SECONDS
             asked = request(rng, number, min_tokens=1, max_tokens=80, prompt_tokens=300)
             visits.append(await visit(client, asked, leaves_after=leaves, timeout=timeout))
 

@@ -48,7 +48,7 @@ thread = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
 thread.start(); thread.join()
 assert seen == [{{{one}}}] == [os.sched_getaffinity(0)], seen
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def worker(*flags: str) -> str:
@@ -57,7 +57,7 @@ def worker(*flags: str) -> str:
         [sys.executable, "-m", "headrace.worker", "--fake", "--port", "0", *flags],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert ended.returncode != 0

@@ -270,7 +270,7 @@ def test_the_loop_answers_random_arrivals_as_generate_does(
         loop.submit(LiveSequence(key, list(prompt), len(prompt), params, None, 0.0))
         if key % 5 == 4:
             loop.cancel(key)
-    ended = dict(endings.get(timeout=60) for _ in prompts)
+    ended = dict(endings.get(timeout=120) for _ in prompts)
     loop.stop()
 
     for key, prompt in prompts.items():
