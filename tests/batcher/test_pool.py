@@ -270,7 +270,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(monkeypatch: pyt
     async with running_tier([EchoEngine(step_seconds=0.05)], worker_settings={"step_tokens": 64}) as tier:
         (link,) = tier.batcher.coalescer.pool
         await collect(tier.client, prompt("m" * 500, max_tokens=1))
-        await eventually(lambda: link.load.prefill_tokens_per_second > 0)
+        await eventually(lambda: link.load.step_time.ToMilliseconds() >= 50)
 
         with pytest.raises(errors.Unattainable, match="first token"):
             await collect(tier.client, prompt("m" * 3500, max_tokens=1), timeout=10)
