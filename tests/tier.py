@@ -13,7 +13,7 @@ from typing import Any
 from headrace.batcher.__main__ import Batcher, batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.tokens import ByteTokenizer, Tokenizer
-from headrace.cli.mesh import free_ports
+from headrace.cli.mesh import reserved_ports
 from headrace.client import Client, connect
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
@@ -60,17 +60,17 @@ def oracle(row: Row) -> Token:
 class Wire:
     """A TCP wire to a port on this machine, which can be cut and joined again.
 
-    port   where to connect
+    port   where to connect; none that the system hands out by itself, or it could become anybody's while the
+           wire is cut
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, port: int) -> None:
         self._target = target
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
-        # None that the system hands out by itself: while the wire is cut it could become anybody's.
-        (self.port,) = free_ports(1)
+        self.port = port
         self.cuts = 0
 
     async def join(self) -> None:
@@ -152,7 +152,8 @@ async def running_tier(
             await stack.enter_async_context(running_worker(engine, **(worker_settings or {})))
             for engine in engines
         ]
-        wires = [Wire(worker.server.port) for worker in workers]
+        ports = stack.enter_context(reserved_ports(len(engines)))
+        wires = [Wire(worker.server.port, port) for worker, port in zip(workers, ports, strict=True)]
         for wire in wires:
             await wire.join()
             stack.callback(wire.cut)

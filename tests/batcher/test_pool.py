@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -15,7 +15,7 @@ from headrace.batcher.__main__ import batcher
 from headrace.batcher.prefixes import blocks
 from headrace.batcher.settings import Settings
 from headrace.batcher.tokens import ByteTokenizer
-from headrace.cli.mesh import free_ports
+from headrace.cli.mesh import reserved_ports
 from headrace.client import connect, open_channel
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
@@ -24,7 +24,7 @@ from headrace.worker.__main__ import Worker, worker
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.pace import StepPace
 from headrace.worker.settings import Settings as WorkerSettings
-from tests.harness import collect, eventually, prompt, running_worker
+from tests.harness import PATIENCE, collect, eventually, prompt, running_worker
 from tests.tier import OracleEngine, Trap, running_tier
 
 
@@ -35,7 +35,7 @@ async def test_work_is_spread_over_the_workers() -> None:
         """Takes no step before it is let go."""
 
         def step(self, rows, *rest):  # type: ignore[no-untyped-def]
-            go.wait(90)
+            go.wait(PATIENCE)
             return super().step(rows, *rest)
 
     async with running_tier([Held(), Held(), Held()]) as tier:
@@ -197,9 +197,15 @@ async def worker_on(port: int) -> AsyncGenerator[Worker, None]:
         yield running
 
 
-async def test_workers_are_restarted_one_after_the_other_and_no_caller_notices() -> None:
+@pytest.fixture
+def ports() -> Iterator[list[int]]:
+    """Two ports that stay the test's own, listened on or not."""
+    with reserved_ports(2) as ports:
+        yield ports
+
+
+async def test_workers_are_restarted_one_after_the_other_and_no_caller_notices(ports: list[int]) -> None:
     """A rolling restart under load: each worker drains, hands back, and comes again as another process."""
-    ports = free_ports(2)
     ups = [worker_on(port) for port in ports]
     workers = [await up.__aenter__() for up in ups]
     targets = ",".join(f"127.0.0.1:{port}" for port in ports)

@@ -24,7 +24,7 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import collect, eventually, prompt
+from tests.harness import PATIENCE, collect, eventually, prompt
 from tests.tier import OracleEngine, Tier, running_tier
 
 TOKENS = 40
@@ -147,7 +147,7 @@ async def paused(tier: Tier) -> admin.BatcherState:
     """Wait until an answer is paused, and nothing more fits on its way; how the batcher looks then."""
     same, last = 0, admin.SequenceState()
     async with (
-        asyncio.timeout(90),
+        asyncio.timeout(PATIENCE),
         grpc.aio.insecure_channel(f"127.0.0.1:{tier.batcher.server.port}") as channel,
     ):
         while True:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from headrace.cli.mesh import free_ports
+from headrace.cli.mesh import reserved_ports
 from headrace.client import connect, open_channel
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import routing_service_pb2 as routing
@@ -24,22 +24,6 @@ from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0  # a patience, for machines that do much else
-
-_given: set[int] = set()
-
-
-def fresh_ports(count: int) -> list[int]:
-    """Find *count* ports that nobody listens on and that no fleet was given before.
-
-    A port of a process that was killed, or is still to be started, looks as free as any.
-    """
-    found: list[int] = []
-    while len(found) < count:
-        (port,) = free_ports(1)
-        if port not in _given:
-            _given.add(port)
-            found.append(port)
-    return found
 
 
 @dataclass
@@ -231,7 +215,14 @@ class Plan:
 @asynccontextmanager
 async def fleet(plan: Plan, logs: Path) -> AsyncGenerator[Fleet, None]:
     """Run the processes of *plan*; entered when all are ready, and none is left afterwards."""
-    ports = iter(fresh_ports(plan.workers + plan.batchers + plan.routers))
+    # Theirs to the end: a port whose process was killed looks as free as any.
+    with reserved_ports(plan.workers + plan.batchers + plan.routers) as ports:
+        async with _fleet(plan, logs, iter(ports)) as running:
+            yield running
+
+
+@asynccontextmanager
+async def _fleet(plan: Plan, logs: Path, ports: Iterator[int]) -> AsyncGenerator[Fleet, None]:
     worker_ports = list(plan.worker_ports) or [next(ports) for _ in range(plan.workers)]
     batcher_ports = list(plan.batcher_ports) or [next(ports) for _ in range(plan.batchers)]
     workers = [plan.to_worker.get(n, f"{HOST}:{port}") for n, port in enumerate(worker_ports)]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from headrace.cli.mesh import reserved_ports
 from headrace.client import connect
-from tests.faults.fleet import HOST, Fleet, Plan, fleet, fresh_ports
+from tests.faults.fleet import HOST, Fleet, Plan, fleet
 from tests.faults.proxy import Proxy
 from tests.faults.tally import Row, Streams, mixed, until_felt, visit
 
@@ -29,19 +30,20 @@ class Wired:
 
 @pytest.fixture(scope="module")
 async def shared_wires(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Wired, None]:
-    worker_ports, batcher_ports = fresh_ports(2), fresh_ports(2)
-    to_worker, to_batcher = Proxy(f"{HOST}:{worker_ports[0]}"), Proxy(f"{HOST}:{batcher_ports[0]}")
-    async with to_worker.serving(), to_batcher.serving():
-        plan = Plan(
-            routers=1,
-            worker_ports=worker_ports,
-            batcher_ports=batcher_ports,
-            to_worker={0: to_worker.address},
-            to_batcher={0: to_batcher.address},
-            router_flags=("--poll-seconds", "0.25", "--stall-seconds", "2"),
-        )
-        async with fleet(plan, tmp_path_factory.mktemp("wired")) as running:
-            yield Wired(running, to_worker, to_batcher)
+    with reserved_ports(4) as ports:
+        worker_ports, batcher_ports = ports[:2], ports[2:]
+        to_worker, to_batcher = Proxy(f"{HOST}:{worker_ports[0]}"), Proxy(f"{HOST}:{batcher_ports[0]}")
+        async with to_worker.serving(), to_batcher.serving():
+            plan = Plan(
+                routers=1,
+                worker_ports=worker_ports,
+                batcher_ports=batcher_ports,
+                to_worker={0: to_worker.address},
+                to_batcher={0: to_batcher.address},
+                router_flags=("--poll-seconds", "0.25", "--stall-seconds", "2"),
+            )
+            async with fleet(plan, tmp_path_factory.mktemp("wired")) as running:
+                yield Wired(running, to_worker, to_batcher)
 
 
 @pytest.fixture

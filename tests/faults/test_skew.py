@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 import pytest
 
+from headrace.cli.mesh import reserved_ports
 from headrace.client import connect, open_channel
-from tests.faults.fleet import HOST, Plan, fleet, fresh_ports
+from tests.faults.fleet import HOST, Plan, fleet
 from tests.faults.tally import Row, mixed, visit
 
 # Field 111, of which no message of ours knows anything, with the text "new".
@@ -89,25 +90,25 @@ async def test_a_service_of_a_later_version(
     row: Callable[[str], Row], rng: random.Random, tmp_path_factory: pytest.TempPathFactory, service: str
 ) -> None:
     counted = row(f"unknown fields and events, to and from a {service}")
-    worker_port, batcher_port = fresh_ports(2)
-    targets = {"worker": f"{HOST}:{worker_port}", "batcher": f"{HOST}:{batcher_port}"}
-    async with newer(targets.get(service, targets["batcher"])) as (address, handler):
-        plan = Plan(
-            workers=1,
-            batchers=1,
-            routers=1,
-            worker_ports=[worker_port],
-            batcher_ports=[batcher_port],
-            to_worker={0: address} if service == "worker" else {},
-            to_batcher={0: address} if service == "batcher" else {},
-        )
-        async with fleet(plan, tmp_path_factory.mktemp("skew")) as few:
-            if service == "router":
-                async with newer(few.target) as (front, handler), connect(front, retries=0) as client:
-                    counted.add([await visit(client, one) for one in mixed(rng, 8)])
-            else:
-                async with connect(few.target, retries=0) as client:
-                    counted.add([await visit(client, one) for one in mixed(rng, 8)])
+    with reserved_ports(2) as (worker_port, batcher_port):
+        targets = {"worker": f"{HOST}:{worker_port}", "batcher": f"{HOST}:{batcher_port}"}
+        async with newer(targets.get(service, targets["batcher"])) as (address, handler):
+            plan = Plan(
+                workers=1,
+                batchers=1,
+                routers=1,
+                worker_ports=[worker_port],
+                batcher_ports=[batcher_port],
+                to_worker={0: address} if service == "worker" else {},
+                to_batcher={0: address} if service == "batcher" else {},
+            )
+            async with fleet(plan, tmp_path_factory.mktemp("skew")) as few:
+                if service == "router":
+                    async with newer(few.target) as (front, handler), connect(front, retries=0) as client:
+                        counted.add([await visit(client, one) for one in mixed(rng, 8)])
+                else:
+                    async with connect(few.target, retries=0) as client:
+                        counted.add([await visit(client, one) for one in mixed(rng, 8)])
 
     counted.check()
     assert handler.added > 0, "there was something new"
