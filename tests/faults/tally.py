@@ -146,6 +146,7 @@ class Streams:
         self.count = len(asked)
         self.most = 0
         self._accepted: set[int] = set()
+        self._begun: set[int] = set()
         self._speaking: set[int] = set()
         self._tasks = [
             asyncio.create_task(
@@ -158,6 +159,8 @@ class Streams:
         def hear(tokens: int) -> None:
             self._accepted.add(number)
             self.most = max(self.most, tokens)
+            if tokens:
+                self._begun.add(number)
             if tokens >= 5:
                 self._speaking.add(number)
 
@@ -171,6 +174,11 @@ class Streams:
     async def reached(self, tokens: int) -> None:
         """Wait until the first of them has so many tokens."""
         while self.most < tokens:
+            await asyncio.sleep(0.002)
+
+    async def begun(self) -> None:
+        """Wait until all of them have said something."""
+        while len(self._begun) < self.count:
             await asyncio.sleep(0.002)
 
     async def speaking(self) -> None:

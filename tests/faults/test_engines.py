@@ -49,19 +49,27 @@ async def test_a_worker_whose_engine_fails_is_rested_and_tried_again_with_one_re
             workers = (await few.batchers[0].inspect()).batcher.workers
             return next(worker.breaker for worker in workers if worker.target == bad.address)
 
-        async def ask_until(*states: str) -> None:
+        async def ask_until(state: str) -> None:
             async with asyncio.timeout(240):
                 while True:
                     asked = mixed(rng, 12, min_tokens=5, max_tokens=10)
                     counted.add(await asyncio.gather(*(visit(client, one) for one in asked)))
-                    if await breaker() in states:
+                    if await breaker() == state:
                         return
 
+        async def rested() -> None:
+            """While nobody asks there is no request to try it with."""
+            async with asyncio.timeout(240):
+                while await breaker() != "half open":
+                    await asyncio.sleep(0.05)
+
         await ask_until("open")
-        await ask_until("half open")
+        await rested()
+        await ask_until("open")
         bad.flags = flags
         await bad.kill()
         await few.heal()
+        await rested()
         await ask_until("closed")
 
     counted.check()
