@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -20,7 +19,7 @@ from headrace import errors
 from headrace.batcher.__main__ import batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.tokens import ByteTokenizer
-from headrace.cli.mesh import free_ports
+from headrace.cli.mesh import reserved_ports
 from headrace.client import CHANNEL_OPTIONS, connect, open_channel
 from headrace.runtime import server
 from headrace.runtime.server import PortInUse
@@ -30,6 +29,13 @@ from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_m
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.fixture
+def reserved() -> Iterator[Callable[[int], list[int]]]:
+    """Finds ports that are nobody else's until the test has ended."""
+    with ExitStack() as held:
+        yield lambda count: held.enter_context(reserved_ports(count))
 
 
 async def health(port: int, service: str) -> int:
@@ -70,7 +76,9 @@ async def test_every_server_tells_readiness_and_liveness(mesh: Mesh) -> None:
             assert await health(port, service) == SERVING
 
 
-async def test_a_worker_is_alive_but_not_ready_until_its_model_is_warm() -> None:
+async def test_a_worker_is_alive_but_not_ready_until_its_model_is_warm(
+    reserved: Callable[[int], list[int]],
+) -> None:
     import threading
 
     from headrace.worker.__main__ import worker
@@ -82,7 +90,7 @@ async def test_a_worker_is_alive_but_not_ready_until_its_model_is_warm() -> None
         assert loaded.wait(PATIENCE)
         return EchoEngine()
 
-    (port,) = free_ports(1)
+    (port,) = reserved(1)
 
     async def serve() -> None:
         async with worker(Settings(port=port, fake=True), load, "w"):
@@ -208,8 +216,8 @@ async def start(*arguments: str) -> asyncio.subprocess.Process:
     )
 
 
-async def test_sigterm_drains_and_exits_0(tmp_path: Path) -> None:
-    worker_port, batcher_port = free_ports(2)
+async def test_sigterm_drains_and_exits_0(reserved: Callable[[int], list[int]]) -> None:
+    worker_port, batcher_port = reserved(2)
     worker = await start(
         "headrace.worker", "--fake", "--port", str(worker_port), "--fake-step-seconds", "0.02"
     )
