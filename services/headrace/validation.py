@@ -18,6 +18,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_REQUEST_ID = 128
 MAX_FLUSH_TOKENS = 1024
 MAX_FLUSH_SECONDS = 10.0
+MAX_ATTEMPT = 1_000_000  # every loss adds one, and it must not outgrow its field
 
 # Inclusive ranges of the optional fields of Sampling; an open end is marked by the smallest value above.
 _ABOVE_ZERO = math.ulp(0.0)
@@ -50,6 +51,12 @@ def check_request(request: pb.GenerateRequest) -> None:
         raise errors.InvalidRequest(
             f"routing.quality_preference is {routing.quality_preference:g}, must be 0 to 1",
             field="routing.quality_preference",
+        )
+    if request.resume.attempt > MAX_ATTEMPT:
+        raise errors.InvalidRequest(
+            f"resume.attempt is {request.resume.attempt}, must be at most {MAX_ATTEMPT}: it counts the "
+            "streams of this request",
+            field="resume.attempt",
         )
     stream = request.stream
     if stream.HasField("flush_tokens") and not 1 <= stream.flush_tokens <= MAX_FLUSH_TOKENS:

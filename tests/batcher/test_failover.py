@@ -233,6 +233,36 @@ async def test_a_prompt_that_kills_each_worker_stops_after_two_and_no_neighbour_
         assert [(await task).text for task in good] == [f"good {n} " * 9 for n in range(12)]
 
 
+async def test_a_prompt_that_showed_a_token_is_not_taken_for_poison_and_the_next_follows_at_once() -> None:
+    """A worker dies over prompts that it has not computed: one after the other is tried elsewhere, and no
+    answer keeps the others waiting."""
+    import threading
+
+    dead = threading.Event()
+
+    class Mortal(EchoEngine):
+        def step(self, rows, *rest):  # type: ignore[no-untyped-def]
+            dead.wait(20)
+            return super().step(rows, *rest)
+
+    async with running_tier([Mortal(), EchoEngine(step_seconds=0.01)]) as tier:
+        pool = tier.batcher.coalescer.pool
+        tier.wires[1].cut()
+        await eventually(lambda: len(pool.ready()) == 1)
+        asked = prompt("on and on", max_tokens=1000, ignore_eos=True)
+        reading = [asyncio.create_task(collect(tier.client, asked)) for _ in range(6)]
+        await eventually(lambda: tier.workers[0].sessions.live == 6)
+        await tier.wires[1].join()
+        await eventually(lambda: len(pool.ready()) == 2)
+        tier.wires[0].cut()
+
+        await eventually(lambda: tier.workers[1].sessions.live == 6)
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+        dead.set()
+
+
 class _Forgetful(EchoEngine):
     """Raises in its first steps."""
 

@@ -22,7 +22,6 @@ CANDIDATES = st.lists(
         budget=st.integers(1, 3000),
         rate=st.floats(0, 1000),
         held=st.integers(0, 100),
-        kind=st.sampled_from("xy"),
         probation=st.booleans(),
     ),
     unique_by=lambda candidate: candidate.name,
@@ -33,15 +32,13 @@ CANDIDATES = st.lists(
 def test_whoever_is_chosen_takes_it_and_was_not_to_be_avoided_unless_alone(
     candidates: list[Candidate], tokens: int, avoid: str
 ) -> None:
-    chosen = choose(candidates, tokens, avoid=avoid, kind="x", probation=True)
+    chosen = choose(candidates, tokens, avoid=avoid, probation=True)
     able = [one for one in candidates if one.takes(tokens) and not one.probation]
 
     assert (chosen is None) == (not able)
     if chosen is not None:
         assert chosen in able
-        assert chosen.kind == "x" or not any(one.kind == "x" for one in able)
-        equals = [one for one in able if one.kind == chosen.kind]
-        assert chosen.name != avoid or all(one.name == avoid for one in equals)
+        assert chosen.name != avoid or all(one.name == avoid for one in able)
 
 
 def test_less_work_a_better_pace_or_a_held_prefix_decides() -> None:
@@ -58,6 +55,11 @@ def test_an_idle_worker_takes_any_prompt_and_a_busy_one_no_more_than_it_can_soon
     assert IDLE.takes(100_000)
     assert not replace(IDLE, backlog=900).takes(200)
     assert replace(IDLE, backlog=900, held=150).takes(200)
+
+
+def test_what_others_keep_waiting_at_a_worker_shuts_nobody_out_of_it() -> None:
+    assert replace(IDLE, backlog=5000, others=5000).takes(200)
+    assert not replace(IDLE, backlog=5001, others=5000).takes(200), "one of our own at a time"
 
 
 @given(common=st.lists(st.integers(0, 999), max_size=200), tail=st.lists(st.integers(0, 999), max_size=70))

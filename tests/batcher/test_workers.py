@@ -225,6 +225,42 @@ async def test_what_a_lost_stream_held_is_reported_once_and_its_handles_are_forg
     assert link.outstanding == 0
 
 
+def broken(*jobs: Job) -> WorkerLink:
+    """A link whose breaker is due for a probe, and has sent *jobs* as such."""
+    link = connected()
+    for _ in range(link.breaker.threshold):
+        link.breaker.fail(0.0)
+    assert link.room(60.0) == 1
+    link.submit(list(jobs), trace.INVALID_SPAN, 60.0)
+    assert link.room(60.0) == 0, "one probe at a time"
+    return link
+
+
+async def test_a_probe_that_is_handed_back_or_refused_makes_way_for_another() -> None:
+    link = broken(job())
+    error = errors.to_status(errors.WorkerDraining("stopping"))
+    delta(link, handle=0, error=error)
+    assert link.room(60.0) == 1
+
+    link = broken(job())
+    delta(link, handle=0, finish=pb.FINISH_REASON_CANCELLED)
+    assert link.room(60.0) == 1
+
+    link = broken(job())
+    verdict = wire.Verdict(handle=0, state=wire.ADMISSION_STATE_REFUSED, error=error)
+    link._take(wire.RunResponse(admission=wire.Admission(verdicts=[verdict])))
+    assert link.room(60.0) == 1
+
+
+async def test_a_probe_that_goes_with_its_stream_makes_way_for_another() -> None:
+    link = broken(job())
+    link._take(wire.RunResponse(drain=wire.Drain()))
+    link._lose()
+    link.draining = False
+
+    assert link.room(60.0) == 1
+
+
 async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) -> None:
     from headrace.client import open_channel
     from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub

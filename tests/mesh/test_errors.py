@@ -57,6 +57,16 @@ BAD_REQUESTS: list[tuple[pb.GenerateRequest, type[errors.HeadraceError], str]] =
         "stream.flush_tokens",
     ),
     (routed("p" * 4096), errors.ContextTooLong, "input"),
+    (
+        pb.GenerateRequest(prompt="x", resume=pb.Resume(token_ids=[97] * 4096)),
+        errors.ContextTooLong,
+        "resume.token_ids",
+    ),
+    (
+        pb.GenerateRequest(prompt="x", resume=pb.Resume(attempt=2**32 - 1)),
+        errors.InvalidRequest,
+        "resume.attempt",
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ from opentelemetry import metrics, trace
 from headrace import attributes
 from headrace.batcher import failover, placement
 from headrace.batcher.admission import Admission
+from headrace.batcher.breaker import State
 from headrace.batcher.inbox import Move
 from headrace.batcher.job import Job
 from headrace.batcher.line import Line
@@ -80,11 +81,15 @@ class Dispatcher:
     ) -> bool:
         """Take a job from the queue into the batch of the worker that suits it; false if none does now."""
         probation = failover.on_probation(job)
+        suited = self._suited(job)
         chosen = placement.choose(
-            (replace(one, held=self._prefixes.held(job.blocks, one.name)) for one in candidates.values()),
+            (
+                replace(one, held=self._prefixes.held(job.blocks, one.name))
+                for one in candidates.values()
+                if one.name in suited
+            ),
             job.tokens,
             avoid=failover.avoided(job),
-            kind=job.history.kind if job.answered else "",
             probation=probation,
         )
         if chosen is None:
@@ -108,6 +113,22 @@ class Dispatcher:
             )
         return True
 
+    def _suited(self, job: Job) -> set[str]:
+        """The workers that can give the answer to its end, and as it was begun; all where none of them can.
+
+        Such a worker is waited for while it has no room, but not while it is rested.
+        """
+        now, length = time.monotonic(), len(job.prompt_ids) + job.sampling.max_tokens
+        able = {link.target: link.context_length >= length for link in self._pool}
+        alike = {link.target: link.kind == job.history.kind for link in self._pool if job.answered}
+        working = {link.target for link in self._pool.ready() if link.breaker.state(now) is State.CLOSED}
+        suited = {link.target for link in self._pool}
+        for suits in (able, alike):
+            fewer = {target for target in suited if suits.get(target)}
+            if fewer & working:
+                suited = fewer
+        return suited
+
     def _candidates(self, now: float) -> dict[str, placement.Candidate]:
         return {
             link.target: placement.Candidate(
@@ -117,7 +138,7 @@ class Dispatcher:
                 backlog=link.backlog,
                 budget=self._window.budget(link.load.prefill_tokens_per_second),
                 rate=link.load.prefill_tokens_per_second,
-                kind=link.kind,
+                others=link.others_backlog,
                 probation=any(failover.on_probation(job) for job in link.flights.jobs()),
                 shares=link.shared_block_tokens > 0,
             )

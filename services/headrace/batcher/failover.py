@@ -72,6 +72,6 @@ def on_probation(job: Job) -> bool:
     """Whether the job may be what its last worker died of.
 
     Such a job goes to a worker where no other is on probation: if that one dies as well, it is known of
-    whom, and no neighbour is taken for the culprit.
+    whom, and no neighbour is taken for the culprit. Its first token there ends it.
     """
-    return bool(job.history.killed)
+    return bool(job.history.killed) and job.answered == job.history.started_at

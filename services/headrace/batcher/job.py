@@ -93,7 +93,10 @@ class Job:
     def least_tokens(self) -> int:
         """The fewest tokens that the answer can have."""
         sampling = self.sampling
-        return max(sampling.max_tokens if sampling.ignore_eos else sampling.min_tokens, 1)
+        if sampling.stop:
+            return 1  # a stop text may come at any time
+        runs_on = sampling.ignore_eos and not sampling.stop_token_ids
+        return max(sampling.max_tokens if runs_on else min(sampling.min_tokens, sampling.max_tokens), 1)
 
     @property
     def begun(self) -> bool:

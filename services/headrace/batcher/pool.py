@@ -43,7 +43,11 @@ class WorkerPool:
     @property
     def problem(self) -> str:
         """Why none is ready, for people."""
-        problems = [f"{link.target}: {link.problem}" for link in self if link.problem]
+        problems = [
+            f"{link.target}: {link.problem or ('it makes no steps' if link.suspect else 'it is leaving')}"
+            for link in self
+            if not link.ready
+        ]
         return "; ".join(problems) or f"no address found for {', '.join(self._targets)}"
 
     async def run(self, sink: Sink) -> None:

@@ -180,6 +180,14 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
                 prompt_tokens=len(prompt_ids),
                 context_length=context_length,
             )
+        if (said := len(request.resume.token_ids)) > room:
+            raise errors.ContextTooLong(
+                f"the prompt has {len(prompt_ids)} tokens and resume.token_ids {said}, tier "
+                f"{self._tier!r} takes {context_length} for both: resume with what this tier answered",
+                field="resume.token_ids",
+                prompt_tokens=len(prompt_ids),
+                context_length=context_length,
+            )
         vocabulary = min(model.vocabulary_size for model in models)
         given = {
             "sampling.logit_bias": request.sampling.logit_bias,

@@ -75,7 +75,7 @@ class WorkerLink:
         self._outgoing: asyncio.Queue[wire.RunRequest | None] = asyncio.Queue()
         self._welcomed = False
         self._acked = 0
-        self._others_backlog = 0
+        self.others_backlog = 0  # of prompt tokens at the worker, other batchers'
 
     @property
     def connected(self) -> bool:
@@ -95,12 +95,17 @@ class WorkerLink:
     @property
     def backlog(self) -> int:
         """Prompt tokens that wait at the worker to be computed, other batchers' included."""
-        return self.flights.backlog + self._others_backlog
+        return self.flights.backlog + self.others_backlog
 
     @property
     def shared_block_tokens(self) -> int:
         """Tokens of the blocks in which its sequences share what is computed; 0 if they share nothing."""
         return self.model.shared_block_tokens if self.model is not None else 0
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer that it takes."""
+        return self.model.context_length if self.model is not None else 0
 
     @property
     def kind(self) -> str:
@@ -267,7 +272,7 @@ class WorkerLink:
             self._welcome(response.welcome)
         elif kind == "load":
             self.load = response.load
-            self._others_backlog = max(int(response.load.uncomputed_prompt_tokens) - self.flights.backlog, 0)
+            self.others_backlog = max(int(response.load.uncomputed_prompt_tokens) - self.flights.backlog, 0)
         elif kind == "credit":
             if response.credit.generation > self.credit.generation:
                 self.credit = response.credit
@@ -345,11 +350,12 @@ class WorkerLink:
         flight = self.flights.land(handle, attempt)
         if flight is None:
             return
-        if isinstance(last, errors.HeadraceError):
-            if workers_fault(last):
-                self.breaker.fail(now)
-        elif last.reason != pb.FINISH_REASON_CANCELLED:
+        if isinstance(last, errors.HeadraceError) and workers_fault(last):
+            self.breaker.fail(now)
+        elif isinstance(last, End) and last.reason != pb.FINISH_REASON_CANCELLED:
             self.breaker.succeed()
+        elif not flight.abandoned:
+            self.breaker.forgive()  # refused or handed back: that is no verdict
         if flight.abandoned:
             return
         if isinstance(last, End):
@@ -363,6 +369,7 @@ class WorkerLink:
         jobs = flights.jobs()
         if len(flights) and not (self.draining or self.suspect):  # of a suspect it is counted already
             self.breaker.fail(time.monotonic())
+        self.breaker.forgive()  # a probe that was under way went with the stream
         error = errors.WorkerLost(f"the worker at {self.target} was lost ({self.problem}); try again")
         for job in jobs:
             self._sink.failed(self, job, error)

@@ -483,7 +483,7 @@ class Resume(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
-    """Counts the streams of this request: 0 was the first."""
+    """Counts the streams of this request: 0 was the first. At most 1000000."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids of all tokens delivered so far, in order. The new stream starts at the offset after them."""

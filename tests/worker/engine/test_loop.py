@@ -155,6 +155,17 @@ def test_stopping_tells_every_sequence_that_it_ended() -> None:
     assert last.kv_tokens_free == engine.model.kv_tokens
 
 
+def test_stopping_does_not_wait_for_ever_for_a_step_that_does_not_end() -> None:
+    engine = GatedEngine()
+    with running(engine) as (loop, reports):
+        loop.submit(sequence(1))
+        engine.entered.get(timeout=SECONDS)
+        loop.stop(seconds=0.05)
+        assert reports.empty()
+        for _ in range(2):
+            engine.permits.put(None)
+
+
 def test_a_step_is_told_while_a_device_computes_the_next_or_before_a_thread_does() -> None:
     for alone in (True, False):
         engine = GatedEngine(alone=alone)

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 
+STOP_SECONDS = 5.0  # that a step under way has to end when the process does
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport(Generic[K]):
@@ -86,12 +88,18 @@ class EngineLoop(Generic[K]):
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Let the running step end, report every sequence as cancelled, and join the thread."""
+    def stop(self, *, seconds: float = STOP_SECONDS) -> None:
+        """Let the running step end, report every sequence as cancelled, and join the thread.
+
+        A step that does not end within *seconds* is left behind: a device that hangs must not keep its
+        process.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            log.warning("the engine's step does not end, stopping without it", extra={"seconds": seconds})
 
     def submit(self, sequence: LiveSequence[K]) -> None:
         """Hand a sequence in; its key must be new."""

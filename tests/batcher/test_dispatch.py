@@ -1,0 +1,124 @@
+"""An answer goes where it can be given as it was begun, and to its end."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.batcher.admission import Admission
+from headrace.batcher.dispatch import Dispatcher
+from headrace.batcher.job import Job
+from headrace.batcher.line import Line
+from headrace.batcher.pool import WorkerPool
+from headrace.batcher.prefixes import Prefixes
+from headrace.batcher.queue import JobQueue
+from headrace.batcher.window import Window
+from headrace.batcher.workers import WorkerLink
+from headrace.v1 import worker_service_pb2 as wire
+from tests.batcher.test_workers import Recorder, job
+
+
+class Pool(WorkerPool):
+    """A pool of links that are what the test says they are."""
+
+    def __init__(self, *links: WorkerLink) -> None:
+        super().__init__([], fingerprint="f", batcher_id="b")
+        self._links = {link.target: link for link in links}
+
+
+class Bench:
+    """A dispatcher over a pool, and its queue."""
+
+    def __init__(self, *links: WorkerLink) -> None:
+        pool, prefixes = Pool(*links), Prefixes()
+        self.line = Line(JobQueue(9), {})
+        self.dispatcher = Dispatcher(
+            self.line, pool, Window(), prefixes, Admission(self.line, pool, prefixes), {}
+        )
+
+    def begun(self, *, kind: str, tokens: int = 0) -> Job:
+        """An answer that lost its worker after so many tokens, and waits."""
+        one = job()
+        one.submitted, one.generated, one.history.kind = 0.0, [5] * tokens, kind
+        self.line.put_back(one)
+        return one
+
+    def fresh(self, *, max_tokens: int) -> Job:
+        one = job()
+        one.sampling.max_tokens = max_tokens
+        self.line.put(one)
+        return one
+
+
+def link(target: str, *, weights: str = "w", room: int = 8, context: int = 100) -> WorkerLink:
+    made = WorkerLink(target, fingerprint="f", batcher_id="b", sink=Recorder())
+    model = wire.ModelDescription(
+        tokenizer_fingerprint="f", weights_fingerprint=weights, dtype="d", context_length=context
+    )
+    made._take(wire.RunResponse(welcome=wire.Welcome(model=model, credit=wire.Credit(sequences=room))))
+    return made
+
+
+def taken(link: WorkerLink) -> list[Job]:
+    return link.flights.jobs()
+
+
+async def test_an_answer_waits_for_room_at_a_worker_of_the_kind_that_began_it() -> None:
+    same, other = link("same", room=0), link("other", weights="v")
+    bench = Bench(same, other)
+    one = bench.begun(kind=same.kind, tokens=3)
+    bench.dispatcher.dispatch(0.0)
+    assert (taken(same), taken(other)) == ([], []), "another kind would go on with other words"
+
+    same.credit = wire.Credit(sequences=1)
+    bench.dispatcher.dispatch(0.0)
+    assert (taken(same), taken(other)) == ([one], [])
+
+
+@pytest.mark.parametrize("trouble", ["gone", "suspect", "rested"])
+async def test_an_answer_does_not_wait_for_a_worker_that_does_not_work(trouble: str) -> None:
+    same, other = link("same", room=0), link("other", weights="v")
+    if trouble == "gone":
+        same._welcomed = False
+    elif trouble == "suspect":
+        same.suspect = True
+    else:
+        for _ in range(same.breaker.threshold):
+            same.breaker.fail(1e18)
+    bench = Bench(same, other)
+    one = bench.begun(kind=same.kind, tokens=3)
+    bench.dispatcher.dispatch(0.0)
+
+    assert taken(other) == [one]
+
+
+async def test_what_has_not_said_a_token_goes_to_any_kind() -> None:
+    same, other = link("same", room=0), link("other", weights="v")
+    bench = Bench(same, other)
+    one = bench.begun(kind=same.kind)
+    bench.dispatcher.dispatch(0.0)
+
+    assert taken(other) == [one]
+
+
+async def test_an_answer_goes_where_the_context_holds_it_to_its_end() -> None:
+    short, long = link("short", context=20), link("long", context=100, room=1)
+    bench = Bench(short, long)
+    one, two = bench.fresh(max_tokens=50), bench.fresh(max_tokens=50)
+    bench.dispatcher.dispatch(0.0)
+    assert (taken(short), taken(long)) == ([], [one])
+
+    long._welcomed = False
+    bench.dispatcher.dispatch(0.0)
+    assert taken(short) == [two], "there is no other"
+
+
+async def test_a_worker_that_was_rested_gets_its_probe_though_others_work() -> None:
+    rested, working = link("rested"), link("working", room=1)
+    for _ in range(rested.breaker.threshold):
+        rested.breaker.fail(-1e9)
+    bench = Bench(rested, working)
+    jobs = [bench.fresh(max_tokens=9) for _ in range(3)]
+    bench.dispatcher.dispatch(0.0)
+
+    assert [len(taken(rested)), len(taken(working))] == [1, 1]
+    assert len(bench.line.queue) == len(jobs) - 2

@@ -1,0 +1,34 @@
+"""What is known of a request from itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.batcher.test_workers import job
+
+
+@pytest.mark.parametrize(
+    ("sampling", "least"),
+    [
+        ({}, 1),
+        ({"min_tokens": 7}, 7),
+        ({"min_tokens": 2**32 - 1}, 100),
+        ({"ignore_eos": True}, 100),
+        ({"ignore_eos": True, "stop": ["."]}, 1),
+        ({"ignore_eos": True, "stop_token_ids": [3], "min_tokens": 7}, 7),
+        ({"stop": ["."], "min_tokens": 7}, 1),
+    ],
+)
+def test_the_fewest_tokens_of_an_answer_are_those_that_nothing_can_cut_short(
+    sampling: dict[str, Any], least: int
+) -> None:
+    one = job()
+    for name, value in {"max_tokens": 100, **sampling}.items():
+        if isinstance(value, list):
+            getattr(one.sampling, name).extend(value)
+        else:
+            setattr(one.sampling, name, value)
+
+    assert one.least_tokens == least
