@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +23,22 @@ def test_pieces_add_up_to_the_decoding_of_all_ids_even_for_random_bytes(ids: lis
     text = "".join(pieces) + detokenizer.flush()
 
     assert text == decode(ids)
+
+
+def test_a_long_row_of_special_tokens_is_not_decoded_again_for_each_one_more() -> None:
+    longest = 0
+
+    def watched(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(ids)
+
+    detokenizer = Detokenizer(watched)
+    ids = [*"é".encode(), *[256] * 500, *b"f", *[257] * 500, *"ü".encode()]
+    text = "".join(detokenizer.feed(id) for id in ids) + detokenizer.flush()
+
+    assert text == "éfü"
+    assert longest < 30
 
 
 @given(text=TEXTS)

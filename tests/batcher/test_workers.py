@@ -10,6 +10,7 @@ from headrace import errors
 from headrace.batcher.inbox import End, Flush, Inbox
 from headrace.batcher.job import Job
 from headrace.batcher.workers import WorkerLink
+from headrace.client import MAX_MESSAGE_BYTES
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from tests.harness import Mesh
@@ -199,6 +200,22 @@ async def test_less_credit_is_acknowledged_behind_what_was_sent_by_the_old() -> 
         assert message is not None
         sent.append((len(message.submit.sequences), message.ack.credit_generation))
     assert sent[-2:] == [(1, 0), (0, 4)]
+
+
+async def test_a_batch_that_is_too_large_for_a_message_is_sent_in_parts() -> None:
+    large = pb.Sampling(seed=1, max_tokens=9, logit_bias=dict.fromkeys(range(200_000), 1.0))
+    jobs = [job() for _ in range(12)]
+    for one in jobs:
+        one.sampling = large
+    link = connected(*jobs)
+
+    handles: list[int] = []
+    while not link._outgoing.empty():
+        message = link._outgoing.get_nowait()
+        assert message is not None
+        assert message.ByteSize() < MAX_MESSAGE_BYTES
+        handles += [sequence.handle for sequence in message.submit.sequences]
+    assert handles == list(range(12))
 
 
 async def test_frames_are_acknowledged_now_and_then() -> None:

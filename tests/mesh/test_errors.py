@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import grpc
@@ -10,6 +11,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from headrace import errors
+from headrace.batcher.tokens import ByteTokenizer
 from headrace.client import MAX_MESSAGE_BYTES, chat, connect, open_channel
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
@@ -137,6 +139,32 @@ async def test_an_oversize_message_is_refused_by_client_and_server(mesh: Mesh) -
                 pass
 
     assert isinstance(errors.from_rpc_error(caught.value), errors.MessageTooLarge)
+
+
+class _Slow(ByteTokenizer):
+    """Takes its time for long prompts."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.go = threading.Event()
+
+    def encode_text(self, text: str) -> list[int]:
+        if len(text) > 1_000_000:
+            self.entered.set()
+            self.go.wait(60)
+        return super().encode_text(text)
+
+
+async def test_nobody_waits_for_the_tokens_of_somebody_elses_long_prompts() -> None:
+    tokenizer = _Slow()
+    async with running_mesh("only", tokenizer=tokenizer) as mesh:
+        long = [asyncio.create_task(collect(mesh.client, prompt("x" * 2_000_000))) for _ in range(3)]
+        await eventually(tokenizer.entered.is_set)
+        assert (await collect(mesh.client, prompt("short"), timeout=30)).text == "short"
+        tokenizer.go.set()
+        for reading in long:
+            with pytest.raises(errors.ContextTooLong):
+                await reading
 
 
 async def test_a_full_queue_answers_at_once_with_a_delay_and_recovers() -> None:

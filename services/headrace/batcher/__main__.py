@@ -57,12 +57,16 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
         failover_seconds=settings.failover_seconds,
         unread_seconds=settings.unread_seconds,
     )
-    with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as executor:
+    with (
+        ThreadPoolExecutor(2, thread_name_prefix="tokenize") as executor,
+        ThreadPoolExecutor(1, thread_name_prefix="tokenize-long") as long_executor,
+    ):
         servicer = GenerationServicer(
             coalescer,
             tokenizer,
             tier=settings.tier,
             executor=executor,
+            long_executor=long_executor,
             max_tokens=settings.max_tokens,
             unread_limit=settings.unread_limit,
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_SILENT_IDS = 8  # in a row without any text that are kept; only special tokens make longer rows
 
 
 class Detokenizer:
@@ -32,6 +33,8 @@ class Detokenizer:
         self._ids.append(id)
         before = self._decode(self._ids[self._begin : self._read])
         now = self._decode(self._ids[self._begin :])
+        if now == before and len(self._ids) - self._read > _SILENT_IDS:
+            self._ids.pop()  # else a long row of them would be decoded again for each one more
         # A real U+FFFD waits for its neighbour as well; `flush` gives what never got one.
         if len(now) <= len(before) or now.endswith(REPLACEMENT):
             return ""

@@ -36,15 +36,18 @@ SERVICES = (
     *routing.DESCRIPTOR.services_by_name.values(),
 )
 
+_LONG_BYTES = 256 * 1024  # of a request whose tokenising takes a good part of a second
+
 _tracer = trace.get_tracer("headrace.batcher")
 
 
 class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
     """One tier, as its callers see it.
 
-    executor     where tokenising happens: never on the event loop
-    max_tokens   most tokens of an answer
-    unread_limit most tokens kept for a caller that does not read them
+    executor      where tokenising happens: never on the event loop
+    long_executor where it happens for long prompts, which take seconds: nobody else waits for them
+    max_tokens    most tokens of an answer
+    unread_limit  most tokens kept for a caller that does not read them
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         *,
         tier: str,
         executor: Executor,
+        long_executor: Executor,
         max_tokens: int,
         unread_limit: int,
     ) -> None:
@@ -61,6 +65,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._tokenizer = tokenizer
         self._tier = tier
         self._executor = executor
+        self._long_executor = long_executor
         self._max_tokens = max_tokens
         self._unread_limit = unread_limit
 
@@ -165,9 +170,8 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._check_pins(request.routing, models[0].name)
         span = trace.get_current_span()
         with _tracer.start_as_current_span(attributes.SPAN_TOKENIZE):
-            prompt_ids = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._encode, request
-            )
+            executor = self._executor if request.ByteSize() < _LONG_BYTES else self._long_executor
+            prompt_ids = await asyncio.get_running_loop().run_in_executor(executor, self._encode, request)
         if not prompt_ids:
             raise errors.EmptyInput("the prompt has no tokens: give it text", field="input")
         context_length = min(model.context_length for model in models)

@@ -24,7 +24,7 @@ from headrace.batcher.inbox import End
 from headrace.batcher.job import Job
 from headrace.batcher.liveness import PING_SECONDS, Liveness
 from headrace.batcher.sink import Sink
-from headrace.client import open_channel
+from headrace.client import MAX_MESSAGE_BYTES, open_channel
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
@@ -39,6 +39,8 @@ RECONNECT_SECONDS = (0.1, 0.5)  # first and longest pause between attempts
 WATCH_SECONDS = 0.25  # between looks at whether the worker lives
 FRAME_WINDOW = 32  # step frames that the worker may send before it hears that they were taken in
 _ACK_EVERY = FRAME_WINDOW // 4
+# A batch that holds more is sent in parts: a message beyond the limit would break the stream for everybody.
+_SUBMIT_BYTES = MAX_MESSAGE_BYTES // 4
 
 
 class Mismatch(Exception):
@@ -124,8 +126,11 @@ class WorkerLink:
         if not self.flights:
             self.liveness.busy(now)
         self.breaker.sent()
-        message = wire.Submit(batch_id=self._batches, batch_trace=_trace_context(batch_span))
+        message, size = wire.Submit(batch_id=self._batches, batch_trace=_trace_context(batch_span)), 0
         for job in batch:
+            if size > _SUBMIT_BYTES:
+                self._outgoing.put_nowait(wire.RunRequest(submit=message))
+                message, size = wire.Submit(batch_id=message.batch_id, batch_trace=message.batch_trace), 0
             sequence = message.sequences.add(
                 handle=self.flights.board(job),
                 request_id=job.request_id,
@@ -138,6 +143,7 @@ class WorkerLink:
             )
             if job.expires is not None:
                 sequence.ttl.FromNanoseconds(max(int((job.expires - now) * 1e9), 0))
+            size += sequence.ByteSize()
         self._outgoing.put_nowait(wire.RunRequest(submit=message))
         return self._batches
 
