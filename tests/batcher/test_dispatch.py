@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from headrace.batcher.admission import Admission
@@ -89,6 +91,30 @@ async def test_an_answer_does_not_wait_for_a_worker_that_does_not_work(trouble: 
     bench.dispatcher.dispatch(0.0)
 
     assert taken(other) == [one]
+
+
+async def test_workers_are_of_one_kind_if_they_compute_the_same_bits() -> None:
+    model = wire.ModelDescription(
+        weights_fingerprint="w", dtype="float32", device="cuda:0", determinism=wire.DETERMINISM_EXACT
+    )
+    one, two = link("one"), link("two")
+    one.model, two.model = model, wire.ModelDescription()
+
+    def with_(**other: Any) -> str:
+        assert two.model is not None
+        two.model.CopyFrom(model)
+        for name, value in other.items():
+            setattr(two.model, name, value)
+        return two.kind
+
+    assert with_() == with_(device="cuda:1", name="alias") == one.kind
+    others = [
+        with_(weights_fingerprint="v"),
+        with_(dtype="int8"),
+        with_(device="cpu"),
+        with_(determinism=wire.DETERMINISM_BEST_EFFORT),
+    ]
+    assert one.kind not in others
 
 
 async def test_what_has_not_said_a_token_goes_to_any_kind() -> None:

@@ -79,3 +79,10 @@ def test_tiers_keep_their_order_and_thresholds() -> None:
 
     assert settings.tier_targets() == [("s", ["a:1"]), ("m", ["b:2", "b:3"]), ("l", ["dns:///c:3"])]
     assert settings.tier_thresholds() == [0, 0.3, 0.8]
+
+
+def test_a_drain_has_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    complaint = complaint_of(WorkerSettings, ["--fake", "--drain-seconds", "inf"], capsys)
+
+    assert "drain-seconds" in complaint
+    assert "finite" in complaint

@@ -111,8 +111,11 @@ class WorkerLink:
 
     @property
     def kind(self) -> str:
-        """What it runs: workers of equal kind give equal answers, as far as they are deterministic."""
-        return f"{self.model.weights_fingerprint}/{self.model.dtype}" if self.model is not None else ""
+        """What it runs, and on what: workers of equal kind give equal answers, if they are EXACT."""
+        if (model := self.model) is None:
+            return ""
+        device = model.device.partition(":")[0]  # one GPU computes as another does, but not as a CPU
+        return f"{model.weights_fingerprint}/{model.dtype}/{device}/{model.determinism}"
 
     def room(self, now: float) -> int:
         """How many more sequences it takes now."""

@@ -46,7 +46,10 @@ class ServiceSettings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=0, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     drain_seconds: float = Field(
-        default=25.0, ge=0, description="after SIGTERM, how long requests in flight may go on"
+        default=25.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="after SIGTERM, how long requests in flight may go on",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="least level of log lines"
