@@ -50,6 +50,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 CONNECT_SECONDS = 2.0  # the longest that a request whose connection broke waits for a new one
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
+LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
 
 _tracer = trace.get_tracer("headrace.client")
 _call_duration = metrics.get_meter("headrace.client").create_histogram(
@@ -65,13 +66,19 @@ def chat(
     """A request for the answer to *text*, or to a conversation of (role, content) pairs.
 
     sampling   fields of `headrace.v1.Sampling`, such as temperature=0, max_tokens=64, stop=["\\n"]
+
+    Raises InvalidText for text that cannot be sent: halves of surrogate pairs, as bytes in some other
+    encoding become on their way through Python.
     """
     turns = [("user", text)] if isinstance(text, str) else list(text)
     if system:
         turns.insert(0, ("system", system))
     request = pb.GenerateRequest(sampling=pb.Sampling(**sampling))  # type: ignore[arg-type]
     for role, content in turns:
-        request.chat.messages.add(role=role, content=content)
+        try:
+            request.chat.messages.add(role=role, content=content)
+        except UnicodeEncodeError as error:
+            raise errors.InvalidText(f"the text is not UTF-8, from character {error.start} on") from None
     return request
 
 

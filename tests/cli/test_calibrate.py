@@ -104,6 +104,31 @@ async def test_what_cannot_be_done_is_said(tmp_path: Path, arguments: list[str],
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--out", "nowhere/c.json"), ("--png", "nowhere/c.png"), ("--png", "c.foo")]
+)
+async def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, flag: str, name: str) -> None:
+    traffic = write(tmp_path / "traffic.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    files = {"--out": str(tmp_path / "out.json"), flag: str(tmp_path / name)}
+
+    status, printed = await headrace(
+        "calibrate", str(traffic), "--share", "0.3", *(word for pair in files.items() for word in pair)
+    )
+
+    assert status == 2
+    assert f"error: {tmp_path / name} cannot be written: " in printed
+
+
+async def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    traffic = tmp_path / "traffic.jsonl"
+    traffic.write_bytes('{"prompt": "Grüße"}'.encode("latin-1"))
+
+    status, printed = await headrace("calibrate", str(traffic), "--share", "0.3")
+
+    assert status == 2
+    assert f"{traffic} is not UTF-8 text" in printed
+
+
 async def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     traffic = tmp_path / "traffic.jsonl"
     traffic.write_text('{"prompt": "Hello!"}\nHello!\n')

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,15 +33,16 @@ ENVIRONMENT = {
 }
 
 
-def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | bytes, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*HEADRACE, *arguments],
         input=stdin,
         capture_output=True,
         text=True,
+        errors="surrogateescape",
         timeout=PATIENCE,
         check=False,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **variables},
     )
 
 
@@ -141,6 +143,56 @@ def test_an_empty_prompt_is_not_sent(mesh: Up) -> None:
     assert "empty" in out.stderr
 
 
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_prompt_that_is_not_utf8_is_one_line_and_not_sent(locale: str, piped: bool) -> None:
+    """A file in Latin-1, for instance, or a word pasted from one. No mesh is asked: there is none."""
+    word = b"Gr\xfc\xdfe"
+    variables = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    nowhere = ("--target", "127.0.0.1:1")
+    if piped:
+        out = run("chat", *nowhere, stdin=word.decode(errors="surrogateescape"), **variables)
+    else:
+        out = run("chat", *nowhere, word, **variables)
+
+    assert (out.returncode, out.stdout) == (1, "")
+    assert out.stderr == "error: the text is not UTF-8, from character 2 on [INVALID_UTF8]\n"
+
+
+def test_a_terminal_that_cannot_show_it_all_gets_what_it_can(mesh: Up) -> None:
+    told = ("--target", mesh.address, "Prove that 2 is prime.")
+
+    out = run("explain", *told, PYTHONIOENCODING="ascii")
+
+    assert out.returncode == 0, out.stderr
+    assert "tier large" in out.stdout
+
+
+def test_a_full_disk_is_one_line(mesh: Up) -> None:
+    with open("/dev/full", "w") as full:
+        out = subprocess.run(
+            [*HEADRACE, "chat", "--target", mesh.address, "Hello"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            env=ENVIRONMENT,
+        )
+
+    assert out.returncode != 0
+    assert "No space left on device" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:1", "localhost"])
+def test_a_target_that_is_none_says_how_one_is_written(target: str) -> None:
+    out = run("tiers", "--target", target)
+
+    assert out.returncode == 1
+    assert "a target is HOST:PORT" in out.stderr
+
+
 def test_an_unknown_tier_is_one_line_and_what_to_do(mesh: Up) -> None:
     out = run("chat", "--target", mesh.address, "--tier", "huge", "Hello")
 
@@ -187,6 +239,13 @@ def test_tiers_are_listed_smallest_first(mesh: Up) -> None:
         "small",
         "large",
     ]
+
+
+@pytest.mark.parametrize("command", [["tiers"], ["top", "--once"]])
+def test_a_narrow_terminal_still_has_the_tiers_names(mesh: Up, command: list[str]) -> None:
+    out = run(*command, "--target", mesh.address, COLUMNS="50")
+
+    assert len(re.findall(r"^ +small ", out.stdout, re.MULTILINE)) == len(command), out.stdout
 
 
 def test_a_port_in_use_ends_the_start_with_2(mesh: Up, tmp_path: Path) -> None:
@@ -385,6 +444,12 @@ def test_answers_of_a_conversation_are_rated_where_they_are_read(tmp_path: Path)
         ("Hello", 1.0, None),
         ("Write", None, 0.0),
     ]
+
+
+def test_the_version_is_the_installed_one() -> None:
+    out = run("--version")
+
+    assert (out.returncode, out.stdout) == (0, f"headrace {version('headrace')}\n")
 
 
 def test_help_has_an_example_for_every_command() -> None:

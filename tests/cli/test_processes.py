@@ -196,6 +196,23 @@ def test_an_orphan_from_the_start_ends_at_once() -> None:
     assert "is gone" in out.stderr
 
 
+def test_a_service_that_is_not_installed_says_what_to_install(tmp_path: Path) -> None:
+    """`pip install 'headrace[cli]'` alone brings no worker, and `headrace up` shows what its child said."""
+    (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError('not here', name='pydantic')")
+
+    out = subprocess.run(
+        [sys.executable, "-m", "headrace.cli.child", str(os.getpid()), "headrace.worker", "--fake"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+    )
+
+    assert out.returncode == 1
+    assert out.stderr == "headrace.worker needs pydantic; install it by: pip install 'headrace[worker]'\n"
+
+
 def test_exit_codes_in_words() -> None:
     assert how_it_ended(3) == "ended with exit code 3"
     assert how_it_ended(-signal.SIGKILL) == "was ended by SIGKILL"

@@ -1,10 +1,22 @@
 """The `headrace` command: which commands there are."""
 
+import io
+import sys
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
 import typer
 
 from headrace.cli.commands.asking import chat, explain, feedback, tiers, top
 from headrace.cli.commands.fitting import calibrate, check, train
 from headrace.cli.commands.running import demo, fetch, up
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"headrace {installed_version('headrace')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +30,16 @@ app = typer.Typer(
     Then, in another terminal:  [bold]headrace chat "Why is the sky blue?"[/]""",
 )
 
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """What may be told before any command."""
+
+
 for panel, commands in (
     ("Run a mesh", (up, demo, fetch)),
     ("Ask it", (chat, explain, tiers, top, feedback)),
@@ -29,6 +51,9 @@ for panel, commands in (
 
 def main() -> None:
     """Run the command line."""
+    # Not every terminal can show all that is said: `?` takes the place of what it cannot.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     app()
 
 

@@ -27,8 +27,10 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
     try:
         # Not `splitlines`: a prompt may hold what Python takes for a line's end, such as U+2028.
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadCalibration(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise BadCalibration(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise BadCalibration(f"{path} is not UTF-8 text: {error.reason}") from error
     merged: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -88,7 +90,7 @@ def curve_table(tiers: Sequence[str], points: Sequence[Point], chosen: Point) ->
 
 
 def draw(tiers: Sequence[str], points: Sequence[Point], chosen: Point, path: Path) -> None:
-    """The trade-off as a picture. Raises BadCalibration where matplotlib is not installed."""
+    """The trade-off as a picture. Raises BadCalibration where it cannot be drawn or written."""
     try:
         import matplotlib
     except ImportError:
@@ -112,8 +114,16 @@ def draw(tiers: Sequence[str], points: Sequence[Point], chosen: Point, path: Pat
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # a ValueError names the formats that there are
+        raise BadCalibration(f"{path} cannot be written: {_reason(error)}") from error
+    finally:
+        pyplot.close(figure)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def calibrate(
@@ -130,7 +140,7 @@ def calibrate(
 ) -> None:
     """Choose thresholds by *shares* or *quality*, show the trade-off, and write what the router loads.
 
-    Raises BadCalibration, BadArtifact and OSError.
+    Raises BadCalibration and BadArtifact.
     """
     scores = scorer.load(artifact)
     rows = read_traffic(traffic, scores, tiers, console)
@@ -144,7 +154,10 @@ def calibrate(
         console.print(
             f"only {len(rows)} rows: expect other shares on other traffic", style="yellow", soft_wrap=True
         )
-    calibration.save(calibration.calibration(tiers, chosen, rows, scorer=fingerprint(scores)), out)
+    try:
+        calibration.save(calibration.calibration(tiers, chosen, rows, scorer=fingerprint(scores)), out)
+    except OSError as error:
+        raise BadCalibration(f"{out} cannot be written: {_reason(error)}") from error
     console.print(
         f"{out}: for a router's --calibration; it reads the file again when that changes", soft_wrap=True
     )

@@ -38,7 +38,15 @@ def main() -> None:
     parent, module, *arguments = sys.argv[1:]
     die_with(int(parent))
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:
+        if (error.name or "headrace").startswith("headrace"):
+            raise
+        extra = module.rpartition(".")[2]
+        raise SystemExit(
+            f"{module} needs {error.name}; install it by: pip install 'headrace[{extra}]'"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ def advice(error: errors.HeadraceError, target: str) -> str:
     """Say what to do about a failed call to *target*."""
     # Unavailable itself comes from gRPC; servers of ours send one of its subclasses.
     if type(error) is errors.Unavailable:
+        if target.startswith("http") or not re.search(r":\d+$|^unix", target):
+            return f"no mesh at {target}; a target is HOST:PORT, such as 127.0.0.1:50051, or dns:///NAME:PORT"
         return f"no mesh at {target}; start one with `headrace up`, or name another with --target"
     hint = next((text for kind, text in _HINTS if isinstance(error, kind)), "")
     return f"{error.message} [{error.reason}]" + (f"; {hint}" if hint else "")
@@ -43,7 +46,7 @@ _HINTS: list[tuple[type[errors.HeadraceError], str]] = [
     (errors.Draining, "the server is stopping; try again"),
     (errors.DeadlineExceeded, "give it more time with --timeout, or ask for less with --max-tokens"),
     (errors.Overloaded, "try again in a moment"),
-    (errors.Unimplemented, "only a router can tell; --target names something else"),
+    (errors.Unimplemented, "what --target names does not offer this; ask a router"),
     (errors.InternalError, "the logs of the servers have it in full"),
 ]
 
@@ -60,5 +63,10 @@ def complaining(target: str = "") -> Iterator[None]:
         complain(str(error))
         raise typer.Exit(2) from None
     except ChildDied as error:
+        complain(str(error))
+        raise typer.Exit(1) from None
+    except BrokenPipeError:  # whoever read has seen enough
+        raise
+    except OSError as error:
         complain(str(error))
         raise typer.Exit(1) from None

@@ -105,11 +105,12 @@ def candidates_table(candidates: Sequence[pb.Candidate]) -> Table:
 
 def tiers_table(tiers: Sequence[pb.Tier]) -> Table:
     """List the tiers with model, health, limits and load."""
-    table = Table("tier", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("model", overflow="fold", min_width=12)
-    table.add_column("health", overflow="fold", min_width=7)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("tier", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    table.add_column("health", overflow="fold")
     for heading in ("context", "workers", "running", "queued", "tokens/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for tier in tiers:
         health = (
             Text("healthy", "green") if tier.healthy else Text(tier.unhealthy_reason or "unhealthy", "red")

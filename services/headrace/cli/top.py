@@ -54,7 +54,7 @@ def screen(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elaps
 
 def load_table(tiers: Sequence[pb.Tier]) -> Table:
     """What each tier is busy with."""
-    table = _table("tier", "model", "health", right=("running", "queued", "tokens/s"))
+    table = _table("model", "health", right=("running", "queued", "tokens/s"))
     for tier in tiers:
         table.add_row(
             Text(tier.name),
@@ -73,7 +73,7 @@ def bill_table(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, e
     earlier = {charge.tier: charge.answers for charge in before.bill.charges} if before is not None else {}
     answers = sum(charge.answers for charge in charges.values())
     figures = ("answers", "per s", "share", "prompts", "cached", "tokens", "wasted", "cost")
-    table = _table("tier", right=figures)
+    table = _table(right=figures)
     for tier in now.tiers:
         charge = charges.get(tier.name, generation.Charge())
         rate = (charge.answers - earlier.get(tier.name, 0)) / elapsed if elapsed > 0 else None
@@ -92,9 +92,12 @@ def bill_table(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, e
 
 
 def _table(*left: str, right: Sequence[str]) -> Table:
-    table = Table(*left, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("tier", no_wrap=True)
+    for heading in left:
+        table.add_column(heading, overflow="fold")
     for heading in right:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 

@@ -56,7 +56,8 @@ def chat(
         if prompt is None and sys.stdin.isatty():
             conversation(wishes)
             return
-        text = sys.stdin.read() if prompt is None else prompt
+        # Bytes that are no UTF-8 are refused with the prompt, as they are in an argument.
+        text = sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt is None else prompt
         if not text.strip():
             complain("the prompt is empty; give it as an argument or on standard input")
             raise typer.Exit(2)

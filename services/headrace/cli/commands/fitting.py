@@ -72,7 +72,7 @@ def calibrate(
             artifact=artifact,
             console=Console(),
         )
-    except (BadArtifact, BadCalibration, OSError) as error:
+    except (BadArtifact, BadCalibration) as error:
         complain(str(error))
         raise typer.Exit(2) from None
 

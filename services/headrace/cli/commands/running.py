@@ -107,7 +107,11 @@ def demo(
 
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Which; all defaults if none is given.")
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            help=f"Which: {', '.join(models.DEFAULTS)} or a hub id. Default: the former, all of them.",
+        ),
     ] = None,
     cache: Cache = None,
 ) -> None:
