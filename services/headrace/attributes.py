@@ -80,7 +80,6 @@ METRIC_BILLED_TOKENS = "headrace.billed_tokens"
 METRIC_COST = "headrace.cost"
 METRIC_LARGEST_COST = "headrace.largest_tier_cost"
 METRIC_FEEDBACK = "headrace.feedback"
-METRIC_FAILOVERS = "headrace.failovers"
 
 # Bucket edges that the conventions advise, in seconds.
 BUCKETS_CALL = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)

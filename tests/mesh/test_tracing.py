@@ -54,6 +54,15 @@ async def test_every_stage_of_a_request_is_a_span_of_one_trace(
     assert {"first_token", "finish"} <= events
 
 
+async def test_looks_at_the_tiers_leave_no_traces(mesh: Mesh, spans: InMemorySpanExporter) -> None:
+    """A router looks at every batcher each second: requests would drown in it."""
+    await mesh.client.list_tiers()
+    await collect(mesh.client, prompt("hello"))
+    await eventually(lambda: len(by_name(spans.get_finished_spans(), GENERATE)) == 4)
+
+    assert not [span.name for span in spans.get_finished_spans() if "ListTiers" in span.name]
+
+
 async def test_a_batch_and_its_members_link_to_each_other(spans: InMemorySpanExporter) -> None:
     async with running_mesh("only", engine=lambda: EchoEngine(max_running=2, step_seconds=0.01)) as mesh:
         coalescer = mesh.tiers["only"].batcher.coalescer

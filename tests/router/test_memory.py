@@ -215,3 +215,12 @@ async def test_prices_and_bills_are_listed() -> None:
     assert (charge.tier, charge.answers, charge.completion_tokens) == ("small", 3, 3 * len(EASY))
     assert listed.bill.cost == pytest.approx(3 * len(EASY) * 2 / 1e6)
     assert listed.bill.largest_tier_cost == pytest.approx(3 * len(EASY) * 20 / 1e6)
+
+
+async def test_a_feedback_file_that_cannot_be_written_ends_the_start(tmp_path: Path) -> None:
+    """Not the first outcome that somebody tells."""
+    nowhere = tmp_path / "nowhere" / "feedback.jsonl"
+
+    with pytest.raises(StartFailed, match=f"{nowhere} cannot be written: No such file"):
+        async with router(Settings(port=0, tiers="small=127.0.0.1:1", feedback=nowhere)):
+            pass

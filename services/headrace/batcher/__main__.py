@@ -22,6 +22,7 @@ from headrace.batcher.service import SERVICES, GenerationServicer
 from headrace.batcher.settings import Settings
 from headrace.batcher.tokens import ByteTokenizer, Tokenizer, load_tokenizer
 from headrace.batcher.window import Window
+from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime import logs, vitals
 from headrace.runtime.interceptors import Activity
@@ -88,7 +89,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
                     host=settings.host,
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
-                    aside=frozenset({vitals.INSPECT}),
+                    aside=frozenset({vitals.INSPECT, LIST_TIERS}),
                     activity=activity,
                     ready=lambda: bool(pool.ready()),
                 ) as server:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from headrace.calibration import BadCalibration
+from headrace.client import LIST_TIERS
 from headrace.router import draft_check, scorer
 from headrace.router.admin import AdminServicer
 from headrace.router.artifact import BadArtifact
@@ -66,11 +67,16 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             sample_seconds=settings.cascade_sample_seconds,
         ),
     )
+    feedback = Feedback(settings.feedback, max_bytes=int(settings.feedback_megabytes * 1e6))
+    try:
+        feedback.require_writable()
+    except OSError as error:
+        raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
     servicer = RouterServicer(
         tiers,
         scores,
         chooser,
-        Feedback(settings.feedback, max_bytes=int(settings.feedback_megabytes * 1e6)),
+        feedback,
         default_deadline=settings.default_deadline,
         resume_seconds=settings.resume_seconds,
     )
@@ -91,7 +97,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             host=settings.host,
             port=settings.port,
             drain_seconds=settings.drain_seconds,
-            aside=frozenset({vitals.INSPECT}),
+            aside=frozenset({vitals.INSPECT, LIST_TIERS}),
             activity=activity,
             ready=lambda: tiers.any_healthy,
         ) as server,

@@ -46,6 +46,11 @@ class Feedback:
         self._answered: OrderedDict[str, Answered] = OrderedDict()
         self._writing = asyncio.Lock()
 
+    def require_writable(self) -> None:
+        """Make the file, empty, unless it is there. Raises OSError where rows could not be kept."""
+        if self._path is not None:
+            self._write(self._path, b"")
+
     def remember(self, request_id: str, answered: Answered) -> None:
         """Book an answer; the oldest is forgotten for it."""
         if self._path is None:
