@@ -11,14 +11,16 @@ COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY services services
 ARG SERVICE=router
 ARG PIP_ARGS=
-RUN python -m venv /opt/headrace \
- && /opt/headrace/bin/pip install --no-cache-dir ${PIP_ARGS} --constraint constraints.txt ".[${SERVICE}]"
+# The cache spares a build after a change of code from fetching torch again.
+RUN --mount=type=cache,target=/root/.cache/pip python -m venv /opt/headrace \
+ && /opt/headrace/bin/pip install ${PIP_ARGS} --constraint constraints.txt ".[${SERVICE}]"
 
 FROM python:${PYTHON}-slim
 ARG SERVICE=router
 ENV PATH=/opt/headrace/bin:$PATH \
     HEADRACE_SERVICE=headrace.${SERVICE} \
     HEADRACE_HOST=0.0.0.0 \
+    HEADRACE_CACHE=/var/cache/headrace \
     PYTHONUNBUFFERED=1
 RUN useradd --uid 10001 --create-home headrace && install -d -o headrace /var/cache/headrace
 COPY --from=build /opt/headrace /opt/headrace

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from headrace import attributes
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.cli.__main__ import app
 from headrace.cli.mesh import MeshSpec, Running, mesh
@@ -20,7 +21,8 @@ from headrace.runtime.settings import ServiceSettings
 from headrace.worker.settings import Settings as WorkerSettings
 from tests.harness import PATIENCE
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 ADDRESS = "127.0.0.1:50051"
 BATCHER = "127.0.0.1:50052"
 
@@ -90,6 +92,24 @@ def test_every_flag_in_the_table_of_settings_is_one(
 
     assert len(rows) == 2
     assert flags_in(" ".join(rows)) <= flags_in(capsys.readouterr().out)
+
+
+def test_every_metric_to_watch_is_one() -> None:
+    table = README.partition("| to watch | metrics |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`([a-z_.]+)`", table))
+
+    assert len(named) > 15
+    assert named <= {value for name, value in vars(attributes).items() if name.startswith("METRIC_")}
+
+
+def test_every_link_leads_somewhere() -> None:
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S), re.MULTILINE)
+    anchors = {f"#{re.sub(r'[^a-z0-9 -]', '', heading.lower()).replace(' ', '-')}" for heading in headings}
+    links = re.findall(r"\]\(([^)]+)\)", README)
+
+    assert len(links) > 20
+    for link in links:
+        assert link in anchors if link.startswith("#") else (ROOT / link).exists(), link
 
 
 def test_every_command_of_ours_that_is_shown_parses() -> None:
