@@ -110,7 +110,7 @@ def fetch(
         list[str] | None,
         typer.Argument(
             metavar="NAME",
-            help=f"Which: {', '.join(models.DEFAULTS)} or a hub id. Default: the former, all of them.",
+            help=f"Of {', '.join(models.DEFAULTS)}, or a hub id. None: those two.",
         ),
     ] = None,
     cache: Cache = None,
