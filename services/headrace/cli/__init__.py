@@ -21,4 +21,6 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # loading takes a moment, and longer on a busy machine
+        raise SystemExit(130) from None
     run()
