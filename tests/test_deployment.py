@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from headrace import models
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.server import LIVENESS, READINESS
@@ -117,6 +122,77 @@ def test_what_the_manifests_suggest_is_a_setting(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
 
     settings_of("router", monkeypatch)
+
+
+# Run a module where nothing can be imported but what an extra of ours asks for, directly or not.
+ONLY_WITH = """
+import importlib.metadata as metadata, json, runpy, sys
+from packaging.requirements import Requirement
+
+ours, extra, module, *arguments = sys.argv[1:]
+project = json.loads(ours)
+asked = set()
+
+def ask(name, extras):
+    name = name.lower().replace("_", "-")
+    if (name, extras) in asked:
+        return
+    asked.add((name, extras))
+    if name == "headrace":
+        needs = [*project["dependencies"], *(need for each in extras for need in project["extras"][each])]
+    else:
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # for another system
+            return
+    for need in map(Requirement, needs):
+        if not need.marker or any(need.marker.evaluate({"extra": each}) for each in (*extras, "")):
+            ask(need.name, tuple(sorted(need.extras)))
+
+ask("headrace", (extra,))
+brought = {name for name, _ in asked} | {"headrace"}
+for top, names in metadata.packages_distributions().items():
+    if not brought & {name.lower().replace("_", "-") for name in names}:
+        sys.modules[top] = None  # as if it were not there
+sys.argv = [module, *arguments]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def only_with(extra: str, *command: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ours = {"dependencies": project["dependencies"], "extras": project["optional-dependencies"]}
+    out = subprocess.run(
+        [sys.executable, "-c", ONLY_WITH, json.dumps(ours), extra, *command],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize("extra", [*SETTINGS, "cli"])
+def test_an_extra_brings_all_that_its_command_imports(extra: str) -> None:
+    only_with(extra, f"headrace.{extra}", "--help")
+
+
+@pytest.mark.model
+def test_the_extra_of_the_batcher_brings_what_reads_the_tokenizer_of_a_default_model(tmp_path: Path) -> None:
+    """An image that has less starts where the tokenizer is cached, and nowhere else."""
+    (tmp_path / "load.py").write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from headrace.batcher.tokens import load_tokenizer\n"
+        "load_tokenizer(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    model = models.resolve(models.SMALL, models.cache_folder(), weights=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+        only_with("batcher", "load", str(model), str(tmp_path))
+
+    assert list((tmp_path / "tokenizers").iterdir())
 
 
 def test_the_image_builds_what_is_there() -> None:

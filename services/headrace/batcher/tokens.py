@@ -6,7 +6,6 @@ ids become text in `detokenizer.py`.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -102,10 +101,6 @@ def load_tokenizer(path: Path, cache: Path) -> TransformersTokenizer:
 
     cache   where the tokenizer taken out of a .gguf is kept: taking it out costs seconds
     """
-    # Without this transformers imports torch, of which the batcher has no use; and with it, it warns that
-    # torch is missing, which reads like a fault.
-    os.environ.setdefault("USE_TORCH", "0")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     fingerprint = tokenizer_fingerprint(path)
