@@ -416,6 +416,17 @@ def test_a_conversation_is_stopped_by_control_c_and_ended_by_control_d(mesh: Up)
     assert terminal.close(pressing="\x04") == 0
 
 
+def test_a_conversation_goes_on_after_what_cannot_be_sent(mesh: Up) -> None:
+    """A word in Latin-1, pasted, costs that turn and not the conversation."""
+    terminal = Terminal("chat", "--target", mesh.address)
+    terminal.expect("> ")
+    os.write(terminal.master, b"Gr\xfc\xdfe\n")
+    terminal.expect("the text is not UTF-8")
+    terminal.expect("> ")
+
+    assert terminal.close(pressing="\x04") == 0
+
+
 def test_answers_of_a_conversation_are_rated_where_they_are_read(tmp_path: Path) -> None:
     kept = tmp_path / "feedback.jsonl"
     with up(tmp_path / "logs", feedback=kept) as running:

@@ -92,8 +92,8 @@ class _Talk:
         """Take one turn; a question without an answer is as if it had not been said."""
         turns = [*self._turns, ("user", said)]
         answer = Answer()
-        request = request_for(turns, self._wishes, session=self._session)
         try:
+            request = request_for(turns, self._wishes, session=self._session)
             self._runner.run(say(self._client, request, self._wishes, answer))
         except KeyboardInterrupt:
             sys.stdout.write("\n")
