@@ -13,7 +13,7 @@ from headrace import errors
 from headrace.client import Client
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import Answer, collect, eventually, prompt
+from tests.harness import PATIENCE, Answer, collect, eventually, prompt
 from tests.tier import OracleEngine, Tier, Trap, running_tier
 
 TOKENS = 24
@@ -242,7 +242,7 @@ async def test_a_prompt_that_showed_a_token_is_not_taken_for_poison_and_the_next
 
     class Mortal(EchoEngine):
         def step(self, rows, *rest):  # type: ignore[no-untyped-def]
-            dead.wait(20)
+            dead.wait(PATIENCE)
             return super().step(rows, *rest)
 
     async with running_tier([Mortal(), EchoEngine(step_seconds=0.01)]) as tier:
