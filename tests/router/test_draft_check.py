@@ -131,3 +131,24 @@ def test_a_file_that_is_no_check_is_refused_by_name(tmp_path: Path, content: str
 
     with pytest.raises(BadArtifact, match=r"check\.json"):
         draft_check.load(path)
+
+
+def test_a_number_beyond_all_measure_is_judged_as_any() -> None:
+    """Small models fall into loops."""
+    assert good(f"She sells {'9' * 400}", prompt="How many eggs does she sell?") < 0.5
+
+
+RUNS = ["\n" * 20_000, "```" + "\n" * 20_000, " 1 =" + " " * 20_000]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("long", RUNS)
+def test_long_runs_of_one_thing_take_no_longer_than_other_text(long: str) -> None:
+    """Milliseconds. A pattern that backtracks over them takes minutes, and the router waits for it."""
+    for prompt, draft in (
+        (f"How many?{long}.", "7"),
+        (EGGS, f"She{long}."),
+        ("Which?\nA) x\nB) y", f"It{long}."),
+    ):
+        assert 0 <= good(draft, prompt=prompt, samples=[draft]) <= 1
+    assert 0 <= good(f"{long}.", prompt="Write a function.") <= 1

@@ -100,7 +100,7 @@ def equations(text: str) -> list[Equation]:
 
 def _leading_number(side: str) -> tuple[float, int] | None:
     """The number that *side* begins with, and how many decimals it shows."""
-    match = re.match(r"\s*(?:about|approximately|roughly|~|≈)?\s*(-?\s*\d[\d,]*(?:\.\d+)?|-?\.\d+)", side)
+    match = re.match(r"\s*+(?:about|approximately|roughly|~|≈)?\s*+(-?\s*+\d[\d,]*(?:\.\d+)?|-?\.\d+)", side)
     if match is None or _CLOCK.match(side, match.end() - 1):
         return None
     digits = match.group(1).replace(",", "").replace(" ", "")

@@ -54,6 +54,8 @@ FEATURES: dict[str, str] = {
     "samples_differ": "other answers of the model differ from the draft",
 }
 
+# Prompts and drafts may be anything, and the router waits for this: no pattern may take a time that grows
+# with the square of a run of blanks. Hence [^\S\n] after ^ where \s would do, and possessive repeats.
 _MAX_CHARACTERS = 20_000
 
 _ASKS_NUMBER = re.compile(
@@ -77,7 +79,7 @@ _ASKS_CODE = re.compile(
     r"\b(?:function|program|script|class|method|code|query|regex|algorithm)\b",
     re.IGNORECASE | re.DOTALL,
 )
-_CHOICES = re.compile(r"^\s*\(?([A-J])[).:]\s+\S", re.MULTILINE)
+_CHOICES = re.compile(r"^[^\S\n]*\(?([A-J])[).:]\s+\S", re.MULTILINE)
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)|i (?:cannot|can't|can not|do not have|don't have|don't know|"
     r"do not know|could not|couldn't)|as an ai|cannot be (?:determined|answered|calculated|solved|found)|"
@@ -108,10 +110,10 @@ _ALGEBRA = re.compile(
     r"variable|unknowns?)\b|(?<![\w.])\d*[a-wyz]\s*[=+*-]\s*\d|(?<![\w.])\d+[a-z](?=\s*[=+-])",
 )
 _RUNS_ON = re.compile(
-    r"^\s*(?:question|q|problem|user|human|###\s*(?:question|instruction|problem))\s*\d*\s*:",
+    r"^[^\S\n]*(?:question|q|problem|user|human|###\s*(?:question|instruction|problem))\s*\d*\s*:",
     re.IGNORECASE | re.MULTILINE,
 )
-_FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[ \t]*+(\w*+)[^\n]*+\n(.*?)(?:```|\Z)", re.DOTALL)
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _SMALL = {
     word: float(value)
@@ -219,7 +221,7 @@ def _number(prompt: str, draft: str) -> dict[str, float]:
         "answer_unsupported": _unsupported(answer, results),
         "answers_differ": 1.0 if len({round(value, 2) for value in answers}) > 1 else 0.0,
         "fraction": 1.0
-        if _COUNTED.search(prompt) and not _CONTINUOUS.search(prompt) and answer != int(answer)
+        if _COUNTED.search(prompt) and not _CONTINUOUS.search(prompt) and not answer.is_integer()
         else 0.0,
         "odd_digits": 1.0 if re.search(r"\d\.\d{3,}", text) and not re.search(r"\.\d{3}", prompt) else 0.0,
         "negative": 1.0 if answer < 0 else 0.0,
@@ -278,10 +280,10 @@ def _looks_like_code(draft: str) -> bool:
     return bool(
         "```" in draft
         or re.search(
-            r"^\s*(?:def|class|import|from|SELECT|function|public|#include|const|let|var)\b", draft, re.M
+            r"^[^\S\n]*(?:def|class|import|from|SELECT|function|public|#include|const|let|var)\b", draft, re.M
         )
         or re.search(r"[{};]\s*$", draft, re.M)
-        or re.search(r"\w\(.*\)", draft)
+        or any(re.search(r"\w\(", line.rpartition(")")[0]) for line in draft.split("\n"))
     )
 
 
@@ -292,7 +294,7 @@ def _broken_code(draft: str) -> float:
         blocks = [("python", draft)]
     for language, body in blocks:
         looks = language in ("python", "py", "python3") or (
-            not language and re.search(r"^\s*def \w+\(.*:\s*$", body, re.M)
+            not language and re.search(r"^[^\S\n]*def \w+\(.*:\s*$", body, re.M)
         )
         if looks and ">>>" not in body and not _parses(body):
             return 1.0
@@ -313,7 +315,7 @@ def _chooses(prompt: str, draft: str) -> bool:
     """Whether the draft names one of the choices by its letter, or repeats one of them."""
     if CHOSEN.search(draft) or re.fullmatch(r"\W*[A-J]\W*", draft):
         return True
-    options = re.findall(r"^\s*\(?[A-J][).:]\s+(.+)$", prompt, re.MULTILINE)
+    options = re.findall(r"^[^\S\n]*\(?[A-J][).:]\s+(.+)$", prompt, re.MULTILINE)
     return any(option.strip(" .").lower() in draft.lower() for option in options if option.strip(" ."))
 
 
