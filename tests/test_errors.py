@@ -90,3 +90,14 @@ def test_a_stream_that_grpc_removed_is_what_its_text_says(
     error = grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, details)
 
     assert type(errors.from_rpc_error(error)) is expected
+
+
+def test_a_long_message_is_clipped_in_its_middle() -> None:
+    error = errors.UnknownTier(f"tier is {'é' * 5000!r}; the tiers are small, large", field="tier")
+
+    status = errors.to_status(error)
+
+    assert len(status.message.encode()) <= errors.MAX_MESSAGE
+    assert status.message.startswith("tier is 'é")
+    assert status.message.endswith("the tiers are small, large")
+    assert len(status.SerializeToString()) < 3 * errors.MAX_MESSAGE

@@ -33,6 +33,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "headrace"
 DETAILS_KEY = "grpc-status-details-bin"  # where gRPC carries a google.rpc.Status
+# Bytes of a message that cross the wire; many a message quotes what the caller sent. A status travels in
+# headers, of which peers take 8 KiB together, and there a message stands up to three times, escaped.
+MAX_MESSAGE = 1000
 
 
 class HeadraceError(Exception):
@@ -275,7 +278,7 @@ def unwrap(error: BaseException) -> BaseException:
 
 def to_status(error: HeadraceError) -> status_pb2.Status:
     """The error with its details: ErrorInfo always, RetryInfo and BadRequest where they apply."""
-    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    status = status_pb2.Status(code=error.code.value[0], message=_clipped(error.message))
 
     def attach(detail: message.Message) -> None:
         status.details.add().Pack(detail)
@@ -287,9 +290,18 @@ def to_status(error: HeadraceError) -> status_pb2.Status:
         attach(error_details_pb2.RetryInfo(retry_delay=delay))
     if error.field:
         bad = error_details_pb2.BadRequest()
-        bad.field_violations.add(field=error.field, description=error.message, reason=error.reason)
+        bad.field_violations.add(field=error.field, description=status.message, reason=error.reason)
         attach(bad)
     return status
+
+
+def _clipped(text: str) -> str:
+    """The beginning and the end of a long message: what is quoted stands in its middle."""
+    data = text.encode(errors="replace")
+    if len(data) <= MAX_MESSAGE:
+        return text
+    half = MAX_MESSAGE // 2 - 10
+    return f"{data[:half].decode(errors='ignore')} [...] {data[-half:].decode(errors='ignore')}"
 
 
 def from_status(status: status_pb2.Status) -> HeadraceError:

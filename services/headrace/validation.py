@@ -16,6 +16,7 @@ MAX_STOPS = 16
 MAX_STOP_IDS = 64
 MAX_STOP_CHARACTERS = 256
 MAX_REQUEST_ID = 128
+MAX_NAME = 256
 MAX_FLUSH_TOKENS = 1024
 MAX_FLUSH_SECONDS = 10.0
 MAX_ATTEMPT = 1_000_000  # every loss adds one, and it must not outgrow its field
@@ -43,6 +44,12 @@ def check_request(request: pb.GenerateRequest) -> None:
             field="request_id",
         )
     routing = request.routing
+    for name in ("session_id", "tenant"):
+        if len(value := getattr(routing, name)) > MAX_NAME:
+            raise errors.InvalidRequest(
+                f"routing.{name} has {len(value)} characters, at most {MAX_NAME} are taken",
+                field=f"routing.{name}",
+            )
     if routing.HasField("priority") and routing.priority > 9:
         raise errors.InvalidRequest(
             f"routing.priority is {routing.priority}, must be 0 to 9", field="routing.priority"

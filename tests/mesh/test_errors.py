@@ -69,6 +69,11 @@ BAD_REQUESTS: list[tuple[pb.GenerateRequest, type[errors.HeadraceError], str]] =
         errors.InvalidRequest,
         "resume.attempt",
     ),
+    (routed(session_id="s" * 257), errors.InvalidRequest, "routing.session_id"),
+    (routed(tenant="t" * 257), errors.InvalidRequest, "routing.tenant"),
+    # What is quoted must not make the status longer than gRPC's headers may be.
+    (routed(tier="😀" * 20_000), errors.UnknownTier, "routing.tier"),
+    (chat([("r" * 100_000, "x")]), errors.InvalidRequest, "chat.messages[0].role"),
 ]
 
 

@@ -245,6 +245,6 @@ async def _abort(context: Any, error: errors.HeadraceError) -> None:
     status = errors.to_status(error)
     await context.abort(
         error.code,
-        error.message,
+        status.message,
         trailing_metadata=((errors.DETAILS_KEY, status.SerializeToString()),),
     )

@@ -373,12 +373,12 @@ class Routing(_message.Message):
     """
     session_id: _builtins.str
     """Names the conversation that this request belongs to. A conversation does not fall below the tier that it
-    has reached, unless it was idle for long. Empty: none.
+    has reached, unless it was idle for long. At most 256 characters. Empty: none.
     """
     priority: _builtins.int
     """0 is the least urgent, 9 the most. Default 5."""
     tenant: _builtins.str
-    """Whom to account the request to. Empty: the anonymous tenant."""
+    """Whom to account the request to. At most 256 characters. Empty: the anonymous tenant."""
     cascade: _builtins.bool
     """Whether a smaller tier's answer may be held back and judged, and given up for a larger tier's where it
     is not good enough. Nothing is released before it is judged, and nothing that was released is replaced.
