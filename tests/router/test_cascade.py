@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from headrace import errors
 from headrace.client import Client, chat
-from headrace.router.cascade import Draft
+from headrace.router.cascade import Draft, Judge, cascade
 from headrace.router.draft_check import load
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, Answer, collect, eventually
@@ -196,6 +196,54 @@ async def test_a_draft_that_fails_is_the_callers_error_where_no_other_tier_serve
     async with routed(CASCADE, small=Speaker(fails_after=3), large=large) as client:
         with pytest.raises(errors.SequenceFault):
             await collect(client, chat(QUESTION))
+        charge = (await client.list_tiers()).bill.charges[0]
+
+    assert (charge.tier, charge.answers, charge.wasted_tokens) == ("small", 0, 3), "it was computed"
+
+
+async def test_a_draft_is_released_if_a_larger_tier_would_not_be_in_time() -> None:
+    large = Speaker(refuses=errors.Unattainable("the queue is longer than the deadline"))
+    async with routed(CASCADE, small=Speaker(text=BAD), large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+
+    assert answer.text == BAD
+    assert answer.accepted.tier == "small"
+
+
+async def test_a_request_that_kills_workers_is_not_escalated() -> None:
+    small = Front(breaks=[0], breaks_with=errors.PoisonRequest("two workers were lost with it"))
+    large = Speaker()
+    async with routed(CASCADE, small=small, large=large) as client:
+        with pytest.raises(errors.PoisonRequest):
+            await collect(client, chat(QUESTION))
+
+    assert large.requests == []
+
+
+async def test_an_escalation_is_booked_for_the_tier_that_answers() -> None:
+    """And not for a larger one that was asked and refused."""
+    gone: list[tuple[str, str]] = []
+    refusing = errors.Overloaded("full")
+
+    async def begin(rejected: Sequence[str]) -> AsyncGenerator[pb.GenerateResponse, None]:
+        if len(rejected) == 2:
+            raise refusing
+        tier = ("small", "medium")[len(rejected)]
+        yield pb.GenerateResponse(accepted=pb.Accepted(tier=tier))
+        yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_STOP))
+
+    answer = cascade(
+        begin,
+        lambda: Judge(lambda draft: False, 9),
+        lambda draft, tier: gone.append((draft.tier, tier)),
+        tier_of=lambda: "large",
+        tells_moves=False,
+    )
+    async with aclosing(answer) as responses:
+        said = [response async for response in responses]
+
+    assert said[0].accepted.tier == "medium"
+    assert [tier for _, tier in gone] == ["medium"]
 
 
 async def test_a_long_draft_is_judged_early_and_streams_on_if_it_is_good() -> None:
@@ -348,6 +396,9 @@ async def test_a_caller_who_leaves_takes_draft_and_sample_along() -> None:
         await asyncio.wait([waiting])
         await stream.aclose()
         await eventually(lambda: small.cancelled == 2)
+        async with asyncio.timeout(10):
+            while not (await client.list_tiers()).bill.charges[0].prompt_tokens:
+                await asyncio.sleep(0.01)  # the draft took the prompt in, and that is billed
 
 
 async def test_no_sample_is_drawn_where_a_draft_is_not_judged_time_is_short_or_others_wait() -> None:

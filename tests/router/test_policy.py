@@ -159,6 +159,17 @@ def test_a_tier_that_failed_the_request_is_not_tried_again() -> None:
         decide(0.1, Hints(tier="small"), two(), exclude=["small"])
 
 
+def test_a_model_may_be_that_of_a_tier_that_was_not_seen_yet() -> None:
+    unseen = [TierView("small", 0.0, healthy=False), TierView("large", 0.5, model="l")]
+
+    for hints in (Hints(model="s"), Hints(model="l", tier="small")):
+        with pytest.raises(errors.NoWorkers, match="small") as caught:
+            decide(0.0, hints, unseen)
+        assert caught.value.retry_after is not None
+    with pytest.raises(errors.UnknownModel):
+        decide(0.0, Hints(model="s", min_tier="large"), unseen)
+
+
 def test_a_model_pin_finds_its_tier() -> None:
     assert decide(0.0, Hints(model="l"), two()).tier == "large"
 

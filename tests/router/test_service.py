@@ -65,3 +65,34 @@ async def test_a_tier_that_was_never_there_is_not_waited_for() -> None:
     async with routed({"wait_seconds": 600}, small=Front(healthy=False), large=Front()) as client:
         with pytest.raises(errors.NoWorkers, match="small"):
             await collect(client, request)
+
+
+async def test_a_prompt_too_long_for_one_tier_goes_to_another() -> None:
+    small = Front(refuses=errors.ContextTooLong("5,000 tokens do not fit 4,096", field="input"))
+    large = Front()
+    async with routed(small=small, large=large) as client:
+        answer = await collect(client, chat("Hi!"))
+        request = chat("Hi!")
+        request.routing.tier = "small"
+        with pytest.raises(errors.ContextTooLong):
+            await collect(client, request)
+
+    assert answer.accepted.tier == "large"
+    assert len(large.requests) == 1
+
+
+async def test_that_a_tier_is_full_is_better_advice_than_that_another_ones_context_is_short() -> None:
+    short = errors.ContextTooLong("5,000 tokens do not fit 4,096", field="input")
+    full = errors.Overloaded("full", retry_after=1.0)
+    for first, second in ((short, full), (full, short)):
+        async with routed(small=Front(refuses=first), large=Front(refuses=second)) as client:
+            with pytest.raises(errors.Overloaded):
+                await collect(client, chat("Hi!"))
+
+
+async def test_a_draft_of_a_prompt_with_a_long_run_of_blank_lines_is_judged_at_once() -> None:
+    """Others wait meanwhile: a pattern that takes the square of it would stop the router for minutes."""
+    async with routed({"cascade": True}, small=Front(pieces=10_000), large=Front()) as client:
+        answer = await collect(client, chat("How many?" + "\n" * 20_000 + "A) one\nB) two"), timeout=60)
+
+    assert answer.finish.reason == pb.FINISH_REASON_STOP

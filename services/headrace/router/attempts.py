@@ -52,9 +52,9 @@ async def across_tiers(
     asked            as for `on_tier`
     returning        asked when no tier is left: whether it is worth choosing anew (`Tiers.returning`)
 
-    A tier that cannot serve, or would not now, is replaced as long as the caller has heard nothing; a request
-    that resumes stays, for its token ids are those of one model. Raises what `choose` raises at first, and
-    what the last tier said when it finds no other.
+    A tier that cannot serve, would not now, or has too short a context, is replaced as long as the caller has
+    heard nothing; a request that resumes stays, for its token ids are those of one model. Raises what
+    `choose` raises at first, and what the last tier said when it finds no other.
     """
     began = time.monotonic()
     failed: list[str] = []
@@ -82,6 +82,11 @@ async def across_tiers(
                 raise
             failed.append(tier.name)
             said = error
+        except errors.ContextTooLong as error:
+            if accepted or request.resume.token_ids:
+                raise
+            failed.append(tier.name)
+            said = said or error  # what may pass is the better advice
 
 
 def _may_pass(error: errors.HeadraceError) -> bool:

@@ -110,7 +110,7 @@ class Judge:
 async def cascade(
     begin: Callable[[Sequence[str]], AsyncGenerator[pb.GenerateResponse, None]],
     judge_of: Callable[[], Judge | None],
-    gave_up: Callable[[Draft], None],
+    gave_up: Callable[[Draft, str], None],
     *,
     tier_of: Callable[[], str],
     tells_moves: bool,
@@ -120,7 +120,7 @@ async def cascade(
 
     begin        streams an answer by a tier larger than those that were *rejected*
     judge_of     how the answer that was just begun is judged; None: not at all
-    gave_up      told of each draft that is thrown away
+    gave_up      told of each draft that nobody gets, and of the tier that answers in its place: empty if none
     tier_of      the tier that gives the answer that was just begun
     tells_moves  whether the caller wants `route_change` events
 
@@ -132,38 +132,45 @@ async def cascade(
         draft = Draft(tier_of())
         draft.take(accepted)
         judge = judge_of()
-        failure: errors.HeadraceError | None = None
         if judge is not None:
-            async with _sampling(judge.sampler, draft) as samples:
-                failure = await _read(draft, responses, judge.tokens)
-                if failure is None and draft.complete:
-                    draft.samples = await samples()
-                released = failure is None and judge.good(draft)
-            if not released:
-                better = cascade(
-                    begin,
-                    judge_of,
-                    gave_up,
-                    tier_of=tier_of,
-                    tells_moves=tells_moves,
-                    rejected=[*rejected, draft.tier],
-                )
-                async with aclosing(better) as escalated:
-                    first = await _first(escalated)
-                    if first is not None:
-                        await responses.aclose()  # what it still says is not wanted any more
-                        gave_up(draft)
-                        yield first
-                        if tells_moves:
-                            reason = REJECTED if failure is None else failure.reason
-                            yield route_change(draft.tier, tier_of(), reason, len(rejected) + 1)
-                        async for response in escalated:
-                            if response.HasField("finish"):
-                                response.finish.usage.wasted_tokens += draft.tokens + draft.sampled_tokens
-                            yield response
-                        return
-        if failure is not None:
-            raise failure
+            failure: errors.HeadraceError | None = None
+            booked = False
+            try:
+                async with _sampling(judge.sampler, draft) as samples:
+                    failure = await _read(draft, responses, judge.tokens)
+                    if failure is None and draft.complete:
+                        draft.samples = await samples()
+                    released = failure is None and judge.good(draft)
+                if not released:
+                    better = cascade(
+                        begin,
+                        judge_of,
+                        gave_up,
+                        tier_of=tier_of,
+                        tells_moves=tells_moves,
+                        rejected=[*rejected, draft.tier],
+                    )
+                    async with aclosing(better) as escalated:
+                        first = await _first(escalated)
+                        if first is not None:
+                            await responses.aclose()  # what it still says is not wanted any more
+                            gave_up(draft, first.accepted.tier)
+                            booked = True
+                            yield first
+                            if tells_moves:
+                                reason = REJECTED if failure is None else failure.reason
+                                yield route_change(draft.tier, tier_of(), reason, len(rejected) + 1)
+                            async for response in escalated:
+                                if response.HasField("finish"):
+                                    response.finish.usage.wasted_tokens += draft.tokens + draft.sampled_tokens
+                                yield response
+                            return
+                if failure is not None:
+                    raise failure
+                booked = True  # from here on it is the caller's
+            finally:
+                if not booked:
+                    gave_up(draft, "")
         if accepted.HasField("accepted"):
             accepted.accepted.tier = accepted.accepted.tier or draft.tier
         if draft.finish is not None:
@@ -242,8 +249,8 @@ async def _read(
             draft.take(response)
             if draft.tokens >= tokens and draft.finish is None:
                 return None
-    except (errors.DeadlineExceeded, errors.RequestCancelled):
-        raise  # no other tier has more time
+    except (errors.DeadlineExceeded, errors.RequestCancelled, errors.PoisonRequest):
+        raise  # no other tier has more time, and none shall lose its workers too
     except errors.HeadraceError as error:
         return error
     return None
@@ -255,6 +262,8 @@ async def _first(
     """The first event; None if there is no tier for it, or none takes the request."""
     try:
         return await anext(responses)
+    except errors.Unattainable:
+        return None  # it would not be in time; the draft is
     except (errors.DeadlineExceeded, errors.RequestCancelled):
         raise
     except errors.HeadraceError:

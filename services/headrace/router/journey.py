@@ -128,15 +128,16 @@ class Journey:
             cached_tokens=sample.cached_tokens,
         )
 
-    def gave_up(self, draft: Draft) -> None:
-        """Book a draft that is thrown away; the answer is now where the last decision sent it."""
+    def gave_up(self, draft: Draft, tier: str) -> None:
+        """Book a draft that nobody gets; *tier* answers in its place, nobody if it is empty."""
         self.bill.wasted(
             draft.tier,
             prompt_tokens=draft.prompt_tokens,
             tokens=draft.tokens,
             cached_tokens=draft.cached_tokens,
         )
-        self._chooser.note_escalation(self.asked, draft.tier, self.tier)
+        if tier:
+            self._chooser.note_escalation(self.asked, draft.tier, tier)
 
     def pass_on(self, response: pb.GenerateResponse) -> None:
         """Make an event the caller's."""

@@ -235,12 +235,20 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
             )
         allowed, wish = [places[hints.tier]], "the tier pin"
     if hints.model:
+        asked_of, allowed = allowed, [place for place in allowed if tiers[place].model == hints.model]
+        silent = [tiers[place].name for place in asked_of if not tiers[place].model]
+        if not allowed and silent:
+            # An answer that is carried on after a restart names a model, maybe before its tier is seen.
+            raise errors.NoWorkers(
+                f"routing.model is {hints.model!r}, and what {', '.join(silent)} serves is not known yet; "
+                "try again shortly",
+                retry_after=1.0,
+            )
         if hints.model not in {tier.model for tier in tiers}:
-            known = ", ".join(sorted(tier.model for tier in tiers if tier.model)) or "not known yet"
+            known = ", ".join(sorted({tier.model for tier in tiers if tier.model}))
             raise errors.UnknownModel(
                 f"routing.model is {hints.model!r}; the models are {known}", field="routing.model"
             )
-        allowed = [place for place in allowed if tiers[place].model == hints.model]
         if not allowed:
             raise errors.HintsConflict(
                 f"routing.model {hints.model!r} is served by none of the tiers that the other hints allow",
