@@ -131,6 +131,11 @@ def test_a_file_gives_back_what_was_written(
         ("[]", "no calibration"),
         ('{"kind": "calibration", "format": 99}', "format 99"),
         ('{"kind": "calibration", "format": 1}', "damaged"),
+        (
+            '{"kind": "calibration", "format": 1, "tiers": [], "scorer": "", "rows": 1e999, "quantiles": []}',
+            "damaged",
+        ),
+        ("[" * 100_000, "damaged"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, content: str, complaint: str) -> None:

@@ -119,7 +119,7 @@ def for_shares(rows: Sequence[Row], costs: Sequence[float], shares: Sequence[flo
         raise BadCalibration("there are no rows to calibrate on")
     if len(shares) != len(costs) - 1:
         raise BadCalibration(f"{len(costs)} tiers need {len(costs) - 1} shares, one per tier after the first")
-    if min(shares) < 0 or sum(shares) > 1 + 1e-9:
+    if not all(share >= 0 for share in shares) or sum(shares) > 1 + 1e-9:
         raise BadCalibration("shares must be 0 or more and add up to at most 1")
     table = _Table(rows, costs)
     above = [min(sum(shares[place:]), 1.0) for place in range(len(shares))]
@@ -199,7 +199,7 @@ def load(path: Path) -> Calibration:
         )
     except OSError as error:
         raise BadCalibration(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, BadCalibration):
             raise
         raise BadCalibration(f"{path} is damaged: {error!r}") from error

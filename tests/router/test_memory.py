@@ -197,6 +197,45 @@ async def test_the_file_of_feedback_is_bounded(tmp_path: Path) -> None:
         feedback.recall("46")
 
 
+async def test_prompts_that_are_remembered_are_bounded_together(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / "feedback.jsonl", max_bytes=1000)
+    for place in range(5):
+        feedback.remember(str(place), Answered("small", 0.5, "x" * 400))
+    feedback.remember("4", Answered("small", 0.5, "x" * 400))
+    feedback.remember("huge", Answered("small", 0.5, "x" * 2000))
+
+    assert feedback.recall("3").prompt == "x" * 400
+    assert await feedback.keep("3", "small", 1.0)
+    assert not await feedback.keep("huge", "small", 1.0), "no file holds it"
+    with pytest.raises(errors.UnknownRequest):
+        feedback.recall("2")
+
+
+async def test_a_disk_that_is_full_leaves_no_half_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "feedback.jsonl"
+    async with routed({"feedback": path}, small=Front(), large=Front()) as client:
+        id = (await collect(client, chat(EASY))).accepted.request_id
+        await client.feedback(id, ok=True)
+        whole = path.read_bytes()
+        with monkeypatch.context() as patched:
+            write = os.write
+            patched.setattr(os, "write", lambda handle, data: write(handle, data[:10]))
+            with pytest.raises(errors.InternalError, match="file of feedback"):
+                await client.feedback(id, ok=True)
+        assert path.read_bytes() == whole
+        await client.feedback(id, ok=True)
+
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
+
+
+async def test_a_router_does_not_start_with_a_file_of_feedback_that_it_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(StartFailed, match="cannot be written: No such file or directory"):
+        async with routed({"feedback": tmp_path / "none" / "feedback.jsonl"}, small=Front(), large=Front()):
+            pass
+
+
 async def test_grpc_callers_must_give_an_outcome() -> None:
     async with routed(small=Front(), large=Front()) as client:
         with pytest.raises(errors.InvalidRequest, match="no outcome"):

@@ -52,6 +52,12 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         )
     except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error
+    try:
+        feedback = Feedback(settings.feedback, max_bytes=int(settings.feedback_megabytes * 1e6))
+    except OSError as error:
+        raise StartFailed(
+            f"the file of feedback {settings.feedback} cannot be written: {error.strerror or error}"
+        ) from error
     sessions = Sessions(idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,

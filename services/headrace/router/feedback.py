@@ -7,7 +7,9 @@ are what `headrace calibrate` and `headrace train` read.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import logging
 import os
 import time
 from collections import OrderedDict
@@ -16,12 +18,14 @@ from pathlib import Path
 
 from headrace import errors
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Answered:
     """A request that was answered.
 
-    prompt   what was scored; empty where no file is kept
+    prompt   what was scored; empty where no file is kept, or none that holds it
     """
 
     tier: str
@@ -34,16 +38,22 @@ class Feedback:
 
     path        rows of JSON, one a line; None keeps nothing on disk
     max_bytes   beyond this the file becomes PATH.1, in place of an older one: twice this is the most on disk
-    remembered  requests that may still be spoken of
+    remembered  requests that may still be spoken of; fewer, where their prompts have more than *max_bytes*
+                characters together
+
+    Raises OSError for a file that cannot be written.
     """
 
     def __init__(
         self, path: Path | None = None, *, max_bytes: int = 64 * 1024 * 1024, remembered: int = 10_000
     ) -> None:
+        if path is not None:
+            os.close(_open(path))
         self._path = path
         self._max_bytes = max_bytes
         self._remembered = remembered
         self._answered: OrderedDict[str, Answered] = OrderedDict()
+        self._characters = 0  # of the prompts in it
         self._writing = asyncio.Lock()
 
     def require_writable(self) -> None:
@@ -53,12 +63,14 @@ class Feedback:
 
     def remember(self, request_id: str, answered: Answered) -> None:
         """Book an answer; the oldest is forgotten for it."""
-        if self._path is None:
+        if self._path is None or len(answered.prompt) > self._max_bytes:
             answered = Answered(answered.tier, answered.score)
+        if (before := self._answered.pop(request_id, None)) is not None:
+            self._characters -= len(before.prompt)
         self._answered[request_id] = answered
-        self._answered.move_to_end(request_id)
-        while len(self._answered) > self._remembered:
-            self._answered.popitem(last=False)
+        self._characters += len(answered.prompt)
+        while len(self._answered) > self._remembered or self._characters > self._max_bytes:
+            self._characters -= len(self._answered.popitem(last=False)[1].prompt)
 
     def recall(self, request_id: str) -> Answered:
         """What is known of a request. Raises UnknownRequest."""
@@ -71,12 +83,14 @@ class Feedback:
             ) from None
 
     async def keep(self, request_id: str, tier: str, quality: float) -> bool:
-        """Write a row about *tier*'s answer; whether there is a file for it. Raises UnknownRequest, OSError.
+        """Write a row about *tier*'s answer; whether there is a file for it.
+
+        Raises UnknownRequest, and InternalError where the file cannot be written.
 
         quality   0 to 1
         """
         answered = self.recall(request_id)
-        if self._path is None:
+        if self._path is None or not answered.prompt:
             return False
         row = {
             "id": request_id,
@@ -87,20 +101,35 @@ class Feedback:
             f"{tier}_ok": quality,
         }
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        async with self._writing:
-            await asyncio.to_thread(self._write, self._path, line.encode())
+        data = line.encode()
+        if len(data) > self._max_bytes:
+            return False
+        try:
+            async with self._writing:
+                await asyncio.to_thread(self._write, self._path, data)
+        except OSError as error:
+            log.error("feedback not kept", extra={"file": str(self._path), "problem": str(error)})
+            raise errors.InternalError(
+                f"the router cannot write its file of feedback ({error.strerror or error}); nothing was kept"
+            ) from error
         return True
 
     def _write(self, path: Path, line: bytes) -> None:
-        # Readable by its owner alone: it holds what callers wrote.
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        handle = _open(path)
         try:
-            full = os.fstat(handle).st_size + len(line) > self._max_bytes
-            if not full:
-                os.write(handle, line)
+            size = os.fstat(handle).st_size
+            full = size + len(line) > self._max_bytes
+            if not full and os.write(handle, line) < len(line):
+                # Half a row would spoil the next one, too, and the file for whoever reads it.
+                os.ftruncate(handle, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(handle)
         if full:
             os.replace(path, path.with_name(path.name + ".1"))
-            if len(line) <= self._max_bytes:
-                self._write(path, line)
+            self._write(path, line)
+
+
+def _open(path: Path) -> int:
+    # Readable by its owner alone: it holds what callers wrote.
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

@@ -143,7 +143,7 @@ class Settings(ServiceSettings):
             raise ValueError(
                 f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) is not numbers with commas"
             ) from None
-        if len(values) != count or values != sorted(values) or values[-1] > 1:
+        if len(values) != count or values != sorted(values) or not all(0 <= value <= 1 for value in values):
             raise ValueError(
                 f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) must be {count - 1} ascending "
                 "numbers from 0 to 1, one per tier after the first"
