@@ -202,3 +202,44 @@ def test_train_joins_what_was_said_of_each_tier_in_rows_of_their_own(tmp_path: P
     assert "10 prompts left out" in result.output
     assert "50 prompts, cross-validated" in result.output
     assert out.exists()
+
+
+@pytest.mark.parametrize("command", ["explain", "check"])
+def test_a_mark_of_byte_order_and_foreign_line_ends_are_no_part_of_a_row(
+    command: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "draft": "b"}\r\n\r\n{"prompt": "a", "draft": "b"}\r\n')
+
+    for source, given in ((str(path), ""), ("-", path.read_bytes())):
+        result = runner.invoke(app, [command, "--jsonl", source], input=given)
+
+        assert result.exit_code == 0, result.output
+        assert [row["id"] for row in rows_of(result.output)] == [1, 3]
+
+
+@pytest.mark.parametrize("command", ["explain", "check"])
+def test_half_a_surrogate_is_as_good_as_any_character(command: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", [{"id": "\ud800", "prompt": "a\udfff", "draft": "\udfff"}])
+
+    result = runner.invoke(app, [command, "--jsonl", path])
+
+    assert result.exit_code == 0, result.output
+    assert rows_of(result.output)[0]["id"] == "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("[" * 100_000, "line 1: not JSON"),
+        ('{"prompt": "a", "draft": "b", "logprobs": [NaN]}', "must be a list of numbers"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(content: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(content)
+
+    result = runner.invoke(app, ["check", "--jsonl", str(path)])
+
+    assert result.exit_code == 2
+    assert complaint in result.output

@@ -26,7 +26,7 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
     """
     try:
         # Not `splitlines`: a prompt may hold what Python takes for a line's end, such as U+2028.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise BadCalibration(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -38,7 +38,7 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
         try:
             row = json.loads(line)
             prompt = row["prompt"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             prompt = None
         if not isinstance(prompt, str) or not prompt:
             raise BadCalibration(f'{path}, line {number}: not a JSON object with a "prompt"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ def print_scores(path: str, artifact: Path | None, tiers: str, from_score: str) 
     Raises BadRow and BadArtifact.
     """
     names = [name.strip() for name in tiers.split(",") if name.strip()]
+    if not names:
+        raise BadRow("--tiers names no tier")
     views = [TierView(name, lowest) for name, lowest in zip(names, _lowest(names, from_score), strict=True)]
     loaded = scorer.load(artifact)
     loaded.score("The first score warms up.")
@@ -60,7 +63,8 @@ def print_checks(path: str, artifact: Path | None) -> None:
         if not isinstance(finished, bool):
             raise BadRow(f"{path}, row {row['id']!r}: field 'finished' must be true or false")
         if logprobs is not None and not (
-            isinstance(logprobs, list) and all(isinstance(value, int | float) for value in logprobs)
+            isinstance(logprobs, list)
+            and all(isinstance(value, int | float) and not math.isnan(value) for value in logprobs)
         ):
             raise BadRow(f"{path}, row {row['id']!r}: field 'logprobs' must be a list of numbers")
         samples = row.get("samples", [])
@@ -129,13 +133,13 @@ def _lowest(names: Sequence[str], from_score: str) -> list[float]:
         lowest = [0.0, *(float(part) for part in from_score.split(","))]
     except ValueError:
         raise BadRow(f"--thresholds {from_score!r} is not numbers with commas") from None
-    if len(lowest) != len(names) or sorted(lowest) != lowest or lowest[-1] > 1:
+    if len(lowest) != len(names) or sorted(lowest) != lowest or not all(0 <= mark <= 1 for mark in lowest):
         raise BadRow(f"{len(names)} tiers need {len(names) - 1} ascending --thresholds from 0 to 1")
     return lowest
 
 
 def _print_row(**row: object) -> None:
-    print(json.dumps(row, ensure_ascii=False))
+    print(json.dumps(row))  # in ASCII: half a surrogate in an id has no other form, nor may the terminal
 
 
 def _weightiest(score: Score) -> str:

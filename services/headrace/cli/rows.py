@@ -28,6 +28,7 @@ def read_rows(path: str, texts: Sequence[str], *, numbers: Sequence[str] = ()) -
     try:
         with nullcontext(sys.stdin) if path == "-" else Path(path).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
+                line = line.removeprefix("\ufeff") if number == 1 else line  # what Windows puts before text
                 if line.strip():
                     yield _row(line, number, f"{name}, line {number}", texts, numbers)
     except OSError as error:
@@ -39,7 +40,7 @@ def read_rows(path: str, texts: Sequence[str], *, numbers: Sequence[str] = ()) -
 def _row(line: str, number: int, where: str, texts: Sequence[str], numbers: Sequence[str]) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise BadRow(f"{where}: a row is an object with the fields {', '.join([*texts, *numbers])}")

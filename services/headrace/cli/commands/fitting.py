@@ -1,5 +1,6 @@
 """Commands that fit the routing to the user's own traffic, and judge files of it; none needs a mesh."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -57,8 +58,10 @@ def calibrate(
     if (shares is None) == (quality is None):
         complain("say either --share or --quality")
         raise typer.Exit(2)
-    if len(names) < 2 or not all(names) or len(prices) != len(names) or min(prices) < 0 or not prices[-1]:
-        complain("--tiers names at least two tiers, and --costs has one number for each, the last above 0")
+    named = len(names) >= 2 and all(names) and len(set(names)) == len(names)
+    priced = len(prices) == len(names) and all(0 <= price < math.inf for price in prices) and prices[-1]
+    if not (named and priced):
+        complain("--tiers names two tiers or more, and --costs has one number for each, the last above 0")
         raise typer.Exit(2)
     try:
         run(
