@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -112,9 +113,14 @@ class Reciter(GenerationServiceServicer):
     """Says the prompt back, a byte a token; the first streams break, each after so many tokens of its own."""
 
     def __init__(
-        self, *breaks: int, model: str = "echo", refuses: Sequence[errors.HeadraceError] = ()
+        self,
+        *breaks: int,
+        model: str = "echo",
+        refuses: Sequence[errors.HeadraceError] = (),
+        in_silence: bool = False,
     ) -> None:
         self.breaks = breaks
+        self.in_silence = in_silence
         self.model = model
         self.refuses = list(refuses)
         self.requests: list[pb.GenerateRequest] = []
@@ -129,6 +135,8 @@ class Reciter(GenerationServiceServicer):
         had = len(request.resume.token_ids)
         for offset in range(had, len(said)):
             if count < len(self.breaks) and offset - had == self.breaks[count]:
+                if self.in_silence:
+                    return
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "as a broken connection: without details")
             delta = pb.Delta(offset=offset, token_count=1, text=chr(said[offset]))
             if request.stream.include_token_ids:
@@ -151,6 +159,23 @@ async def test_an_answer_whose_stream_broke_is_carried_on_unseen() -> None:
     first, *later = servicer.requests
     assert (first.routing.tier, first.routing.model) == ("", "")
     assert {(request.routing.tier, request.routing.model) for request in later} == {("t", "echo")}
+
+
+async def test_a_stream_that_ends_without_finish_is_carried_on_whatever_its_status() -> None:
+    servicer = Reciter(3, in_silence=True)
+    async with calling(servicer) as client:
+        answer = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
+
+    assert answer.text == "a long way to go"
+    assert len(servicer.requests) == 2
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e12])
+async def test_a_deadline_may_be_as_far_as_one_likes(timeout: float) -> None:
+    async with calling(Reciter()) as client:
+        answer = await collect(client, pb.GenerateRequest(prompt="abc"), timeout=timeout)
+
+    assert answer.text == "abc"
 
 
 async def test_who_asks_hears_that_the_answer_was_carried_on() -> None:

@@ -47,6 +47,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 
+LONGEST_SECONDS = 1e8  # three years; beyond some centuries, and at infinity, gRPC takes a deadline for passed
 CONNECT_SECONDS = 2.0  # the longest that a request whose connection broke waits for a new one
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
@@ -162,13 +163,15 @@ class Client:
         while True:
             seen, had = False, None if answer is None else answer.mark
             try:
-                left = None if ends is None else max(ends - time.monotonic(), 0.0)
+                left = None if ends is None else min(max(ends - time.monotonic(), 0.0), LONGEST_SECONDS)
                 asked = request if answer is None else answer.request()
                 async with aclosing(self._call(asked, left, metadata or {}, labels or {})) as responses:
                     async for response in responses:
                         seen = True
                         for told in (response,) if answer is None else answer.take(response):
                             yield told
+                if answer is not None and not answer.finished:
+                    raise errors.Unavailable("the stream ended without a finish")
                 self._budget.succeed()
                 return
             except errors.HeadraceError as error:
