@@ -61,3 +61,8 @@ async def test_a_name_with_both_families_is_one_replica_per_host() -> None:
     found = await lookup("localhost", "5")
 
     assert found == {"127.0.0.1:5"} or all(socket.inet_pton(socket.AF_INET6, a[1:-3]) for a in found)
+
+
+async def test_what_cannot_be_a_name_has_no_address() -> None:
+    for name in ("dns:///a..b:5", f"dns:///{'x' * 70}.test:5"):
+        assert await Discovery([name]).addresses() == frozenset()

@@ -73,7 +73,7 @@ class Discovery:
         try:
             self._found[target] = await self._lookup(*name)
             self._told.pop(target, None)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for what cannot be a name, such as a..b
             if self._told.get(target) != str(error):
                 self._told[target] = str(error)
                 log.warning("name not resolved", extra={"target": target, "problem": str(error)})
