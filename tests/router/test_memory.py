@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -228,6 +229,31 @@ async def test_a_disk_that_is_full_leaves_no_half_row(
         await client.feedback(id, ok=True)
 
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
+
+
+async def test_rows_are_written_one_by_one_though_a_caller_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feedback = Feedback(tmp_path / "feedback.jsonl")
+    feedback.remember("a", Answered("small", 0.5, "prompt"))
+    began, go, write = threading.Semaphore(0), threading.Event(), os.write
+
+    def slow(handle: int, data: bytes) -> int:
+        began.release()
+        go.wait(20)
+        return write(handle, data)
+
+    monkeypatch.setattr(os, "write", slow)
+    leaving = asyncio.create_task(feedback.keep("a", "small", 1.0))
+    assert await asyncio.to_thread(began.acquire, timeout=20)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    staying = asyncio.create_task(feedback.keep("a", "small", 0.0))
+    together = await asyncio.to_thread(began.acquire, timeout=0.2)
+    go.set()
+
+    assert await staying
+    assert not together
 
 
 async def test_a_router_does_not_start_with_a_file_of_feedback_that_it_cannot_write(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ class Feedback:
         self._remembered = remembered
         self._answered: OrderedDict[str, Answered] = OrderedDict()
         self._characters = 0  # of the prompts in it
-        self._writing = asyncio.Lock()
+        # One thread, so one row after the other: one that is being written is, though its caller has left.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="feedback")
 
     def require_writable(self) -> None:
         """Make the file, empty, unless it is there. Raises OSError where rows could not be kept."""
@@ -105,8 +107,7 @@ class Feedback:
         if len(data) > self._max_bytes:
             return False
         try:
-            async with self._writing:
-                await asyncio.to_thread(self._write, self._path, data)
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._write, self._path, data)
         except OSError as error:
             log.error("feedback not kept", extra={"file": str(self._path), "problem": str(error)})
             raise errors.InternalError(
@@ -115,19 +116,24 @@ class Feedback:
         return True
 
     def _write(self, path: Path, line: bytes) -> None:
+        if not self._append(path, line):
+            os.replace(path, path.with_name(path.name + ".1"))
+            self._append(path, line)
+
+    def _append(self, path: Path, line: bytes) -> bool:
+        """Whether there was room for the row: then it is written."""
         handle = _open(path)
         try:
             size = os.fstat(handle).st_size
-            full = size + len(line) > self._max_bytes
-            if not full and os.write(handle, line) < len(line):
+            if size + len(line) > self._max_bytes:
+                return False
+            if os.write(handle, line) < len(line):
                 # Half a row would spoil the next one, too, and the file for whoever reads it.
                 os.ftruncate(handle, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return True
         finally:
             os.close(handle)
-        if full:
-            os.replace(path, path.with_name(path.name + ".1"))
-            self._write(path, line)
 
 
 def _open(path: Path) -> int:
