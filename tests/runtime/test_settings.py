@@ -66,6 +66,7 @@ def test_a_worker_needs_a_model_or_the_fake(capsys: pytest.CaptureFixture[str]) 
         (["--tiers", "a=x:1,b=y:2", "--thresholds", "high"], "is not numbers"),
         (["--tiers", "a=x:1,b=y:2", "--thresholds", "0.5,0.7"], "must be 1 ascending"),
         (["--tiers", "a=x:1,b=y:2,c=z:3", "--thresholds", "0.7,0.5"], "must be 2 ascending"),
+        (["--tiers", "a=x:1,b=y:2", "--thresholds", "nan"], "must be 1 ascending"),
     ],
 )
 def test_what_is_wrong_with_the_tiers_is_said(
