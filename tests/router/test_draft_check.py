@@ -141,10 +141,10 @@ def test_a_number_beyond_all_measure_is_judged_as_any() -> None:
 RUNS = ["\n" * 20_000, "```" + "\n" * 20_000, " 1 =" + " " * 20_000]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("long", RUNS)
 def test_long_runs_of_one_thing_take_no_longer_than_other_text(long: str) -> None:
-    """Milliseconds. A pattern that backtracks over them takes minutes, and the router waits for it."""
+    """Milliseconds. A pattern that backtracks takes seconds at best, and the router waits for it."""
     for prompt, draft in (
         (f"How many?{long}.", "7"),
         (EGGS, f"She{long}."),

@@ -88,11 +88,3 @@ async def test_that_a_tier_is_full_is_better_advice_than_that_another_ones_conte
         async with routed(small=Front(refuses=first), large=Front(refuses=second)) as client:
             with pytest.raises(errors.Overloaded):
                 await collect(client, chat("Hi!"))
-
-
-async def test_a_draft_of_a_prompt_with_a_long_run_of_blank_lines_is_judged_at_once() -> None:
-    """Others wait meanwhile: a pattern that takes the square of it would stop the router for minutes."""
-    async with routed({"cascade": True}, small=Front(pieces=10_000), large=Front()) as client:
-        answer = await collect(client, chat("How many?" + "\n" * 20_000 + "A) one\nB) two"), timeout=60)
-
-    assert answer.finish.reason == pb.FINISH_REASON_STOP
