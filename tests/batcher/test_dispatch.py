@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
+from headrace import errors
 from headrace.batcher.admission import Admission
 from headrace.batcher.dispatch import Dispatcher
 from headrace.batcher.job import Job
@@ -136,6 +138,38 @@ async def test_an_answer_goes_where_the_context_holds_it_to_its_end() -> None:
     long._welcomed = False
     bench.dispatcher.dispatch(0.0)
     assert taken(short) == [two], "there is no other"
+
+
+async def test_what_may_have_killed_a_worker_goes_to_one_that_was_seen_to_live_since() -> None:
+    """Where all died at once, the next one's death says nothing of the request."""
+    dead, alive = link("dead"), link("alive")
+    bench = Bench(dead, alive)
+    one = bench.begun(kind="")
+    one.history.killed, one.history.lost_at = [("other", 1)], time.monotonic()
+    dead._take(wire.RunResponse(load=wire.Load()))  # said before it died, and heard after
+    for _ in range(2):
+        bench.dispatcher.dispatch(0.0)
+    assert (taken(dead), taken(alive)) == ([], [])
+
+    asked = alive._outgoing.get_nowait()
+    assert asked is not None
+    assert (asked.WhichOneof("message"), alive._outgoing.empty()) == ("ping", True), "asked once"
+    alive._take(wire.RunResponse(pong=wire.Pong(nonce=1)))
+    bench.dispatcher.dispatch(0.0)
+    assert (taken(dead), taken(alive)) == ([], [one])
+
+
+async def test_what_an_engine_failed_goes_elsewhere_while_another_one_works() -> None:
+    failed, other = link("failed"), link("other", room=0)
+    bench = Bench(failed, other)
+    one = bench.begun(kind="")
+    one.history.address, one.history.reason = "failed", errors.SequenceFault.reason
+    bench.dispatcher.dispatch(0.0)
+    assert (taken(failed), taken(other)) == ([], []), "there will be room"
+
+    other._welcomed = False
+    bench.dispatcher.dispatch(0.0)
+    assert taken(failed) == [one], "there is no other"
 
 
 async def test_a_worker_that_was_rested_gets_its_probe_though_others_work() -> None:

@@ -76,3 +76,14 @@ def test_our_own_standstill_is_no_fault_of_the_worker() -> None:
     liveness.excuse(60.0)
 
     assert not liveness.suspect(last + 61, running=1)
+
+
+def test_an_answer_proves_life_at_the_time_of_the_question() -> None:
+    liveness = Liveness(1.0)
+    liveness.pong(0)
+    assert liveness.answered_at == 1.0, "the welcome answers the hello"
+    asked = {liveness.ping(now): now for now in (2.0, 3.0, 4.0)}
+    for nonce in (2, 1, 2, 99):
+        liveness.pong(nonce)
+        assert liveness.answered_at == asked.get(min(max(nonce, 2), 3)), "the newest that was answered"
+    assert liveness.pinged_at == 4.0

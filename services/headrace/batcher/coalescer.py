@@ -162,6 +162,7 @@ class Coalescer:
                 raise errors.Draining("this batcher is stopping; carry on elsewhere", retry_after=0.2)
             alive = {(one.target, one.incarnation) for one in self.pool if one.ready and one is not link}
             failover.carry_on(job, error, alive)
+            job.history.lost_at = time.monotonic()
         except errors.HeadraceError as last:
             job.inbox.fail(last)
             return

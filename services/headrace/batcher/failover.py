@@ -68,10 +68,16 @@ def avoided(job: Job) -> str:
     return history.address if history.reason not in ("", errors.SlowReader.reason) else ""
 
 
+def failed_by(job: Job) -> str:
+    """The worker whose engine failed the job last, if that is why it waits: it is given to another one."""
+    return job.history.address if job.history.reason == errors.SequenceFault.reason else ""
+
+
 def on_probation(job: Job) -> bool:
     """Whether the job may be what its last worker died of.
 
-    Such a job goes to a worker where no other is on probation: if that one dies as well, it is known of
-    whom, and no neighbour is taken for the culprit. Its first token there ends it.
+    Such a job goes to a worker where no other is on probation, and that has been seen to live since: if that
+    one dies as well, it is known of whom. No neighbour is taken for the culprit, nor what was there when all
+    workers died at once. Its first token there ends it.
     """
     return bool(job.history.killed) and job.answered == job.history.started_at

@@ -114,6 +114,7 @@ class History:
     losses          attempts that ended with their worker
     killed          workers, by address and incarnation, that it may have killed: lost one after the other,
                     before it showed a token there
+    lost_at         when the last attempt ended badly, by the monotonic clock
     faults          attempts that ended in a fault of the engine
     started_at      tokens that the answer had when the attempt began
     cached          prompt tokens that the last worker to compute the prompt had already
@@ -128,6 +129,7 @@ class History:
     reason: str = ""
     losses: int = 0
     killed: list[tuple[str, int]] = field(default_factory=list)
+    lost_at: float = 0.0
     faults: int = 0
     started_at: int = 0
     cached: int = 0

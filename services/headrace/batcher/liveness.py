@@ -6,6 +6,7 @@ with an engine that hangs. Plain data; the caller brings the clock.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 PING_SECONDS = 1.0
@@ -20,13 +21,21 @@ _WINDOW = 512
 
 
 class Liveness:
-    """What is known of one stream's worker, from *now* on."""
+    """What is known of one stream's worker, from *now* on.
+
+    pinged_at     when it was asked last whether it lives
+    answered_at   when the last question was asked that it has answered: it lived after that
+    """
 
     def __init__(self, now: float) -> None:
         self._heard = now
         self._stepped = now
         self._steps: deque[float] = deque(maxlen=_WINDOW)
         self._slow: float | None = None
+        self._pings = deque([(0, now)])  # that wait for an answer; the hello, which a welcome answers, is 0
+        self._nonce = 0
+        self.pinged_at = -math.inf
+        self.answered_at = -math.inf
 
     @property
     def heard_at(self) -> float:
@@ -40,6 +49,18 @@ class Liveness:
             ordered = sorted(self._steps)
             self._slow = ordered[int(0.99 * (len(ordered) - 1))] if ordered else 0.0
         return self._slow
+
+    def ping(self, now: float) -> int:
+        """A ping goes out; returns its nonce."""
+        self._nonce += 1
+        self._pings.append((self._nonce, now))
+        self.pinged_at = now
+        return self._nonce
+
+    def pong(self, nonce: int) -> None:
+        """The ping of *nonce* was answered, and with it all before; 0 is the hello."""
+        while self._pings and self._pings[0][0] <= nonce:
+            _, self.answered_at = self._pings.popleft()
 
     def heard(self, now: float) -> None:
         """Something came in."""

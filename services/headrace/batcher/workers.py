@@ -123,6 +123,15 @@ class WorkerLink:
             return 0
         return self.breaker.room(now, max(self.credit.sequences - len(self.flights), 0))
 
+    def lived_after(self, moment: float) -> bool:
+        """Whether it has answered a question asked after *moment*; if none was asked, this asks one.
+
+        That it was heard is not enough: what a process said before it died may still lie on the way.
+        """
+        if self.liveness.pinged_at <= moment:
+            self._ping(time.monotonic())
+        return self.liveness.answered_at > moment
+
     def submit(self, batch: list[Job], batch_span: trace.Span, now: float) -> int:
         """Send a batch, of at most `room` jobs; returns its number."""
         self._batches += 1
@@ -246,16 +255,15 @@ class WorkerLink:
 
     async def _watch(self) -> None:
         """Ping, and see whether the worker lives. Raises WorkerLost if it does not."""
-        nonce, pinged, looked = 0, 0.0, time.monotonic()
+        looked = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             now = time.monotonic()
             late, looked = now - looked - WATCH_SECONDS, now
             if late > WATCH_SECONDS:
                 self.liveness.excuse(late)
-            if now - pinged >= PING_SECONDS - WATCH_SECONDS / 2:
-                nonce, pinged = nonce + 1, now
-                self._outgoing.put_nowait(wire.RunRequest(ping=wire.Ping(nonce=nonce)))
+            if now - self.liveness.pinged_at >= PING_SECONDS - WATCH_SECONDS / 2:
+                self._ping(now)
             running = len(self.flights)
             if problem := self.liveness.lost(now, running=running):
                 raise errors.WorkerLost(problem)
@@ -266,6 +274,9 @@ class WorkerLink:
             self.suspect = suspect
             if suspect:
                 self._sink.changed()  # others may have room by now
+
+    def _ping(self, now: float) -> None:
+        self._outgoing.put_nowait(wire.RunRequest(ping=wire.Ping(nonce=self.liveness.ping(now))))
 
     def _take(self, response: wire.RunResponse) -> None:
         now = time.monotonic()
@@ -286,6 +297,8 @@ class WorkerLink:
             if response.credit.generation > self.credit.generation:
                 self.credit = response.credit
                 self._ack()  # behind all that was submitted by the credit before
+        elif kind == "pong":
+            self.liveness.pong(response.pong.nonce)
         elif kind == "drain":
             self.draining = True
             self.problem = "the worker is draining"
@@ -310,6 +323,7 @@ class WorkerLink:
         self.model = model
         self.credit = welcome.credit
         self.problem = ""
+        self.liveness.pong(0)
         self._welcomed = True
         log.info("worker connected", extra={"target": self.target, "worker": self.worker_id})
 
