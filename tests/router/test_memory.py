@@ -256,12 +256,6 @@ async def test_rows_are_written_one_by_one_though_a_caller_leaves(
     assert not together
 
 
-async def test_a_router_does_not_start_with_a_file_of_feedback_that_it_cannot_write(tmp_path: Path) -> None:
-    with pytest.raises(StartFailed, match="cannot be written: No such file or directory"):
-        async with routed({"feedback": tmp_path / "none" / "feedback.jsonl"}, small=Front(), large=Front()):
-            pass
-
-
 async def test_grpc_callers_must_give_an_outcome() -> None:
     async with routed(small=Front(), large=Front()) as client:
         with pytest.raises(errors.InvalidRequest, match="no outcome"):

@@ -55,9 +55,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
     try:
         feedback = Feedback(settings.feedback, max_bytes=int(settings.feedback_megabytes * 1e6))
     except OSError as error:
-        raise StartFailed(
-            f"the file of feedback {settings.feedback} cannot be written: {error.strerror or error}"
-        ) from error
+        raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
     sessions = Sessions(idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,
@@ -73,11 +71,6 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             sample_seconds=settings.cascade_sample_seconds,
         ),
     )
-    feedback = Feedback(settings.feedback, max_bytes=int(settings.feedback_megabytes * 1e6))
-    try:
-        feedback.require_writable()
-    except OSError as error:
-        raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
     servicer = RouterServicer(
         tiers,
         scores,

@@ -58,11 +58,6 @@ class Feedback:
         # One thread, so one row after the other: one that is being written is, though its caller has left.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="feedback")
 
-    def require_writable(self) -> None:
-        """Make the file, empty, unless it is there. Raises OSError where rows could not be kept."""
-        if self._path is not None:
-            self._write(self._path, b"")
-
     def remember(self, request_id: str, answered: Answered) -> None:
         """Book an answer; the oldest is forgotten for it."""
         if self._path is None or len(answered.prompt) > self._max_bytes:
