@@ -203,10 +203,19 @@ def load(path: Path) -> Calibration:
         if isinstance(error, BadCalibration):
             raise
         raise BadCalibration(f"{path} is damaged: {error!r}") from error
-    marks = made.thresholds
-    if not marks or marks[0] != 0 or list(marks) != sorted(marks) or not all(0 <= m <= 1 for m in marks):
+    if not are_thresholds(made.thresholds, len(made.tiers)):
         raise BadCalibration(f"{path}: thresholds must ascend from 0 and be at most 1")
     return made
+
+
+def are_thresholds(marks: Sequence[float], tiers: int) -> bool:
+    """Whether *marks* are the lowest scores of so many tiers, at least one: ascending from 0, at most 1."""
+    return (
+        len(marks) == tiers > 0
+        and marks[0] == 0
+        and list(marks) == sorted(marks)
+        and all(0 <= mark <= 1 for mark in marks)
+    )
 
 
 def qualities(row: Mapping[str, Any], tiers: Sequence[str]) -> tuple[float, ...]:

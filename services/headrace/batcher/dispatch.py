@@ -6,6 +6,7 @@ Who is next says `queue`, when a batch is complete `window`, which worker it goe
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from opentelemetry import metrics, trace
@@ -81,10 +82,11 @@ class Dispatcher:
     ) -> bool:
         """Take a job from the queue into the batch of the worker that suits it; false if none does now."""
         probation = failover.on_probation(job)
-        suited = self._suited(job) & candidates.keys()
-        if probation:
-            lost_at = job.history.lost_at
-            suited = {one.target for one in self._pool if one.target in suited and one.lived_after(lost_at)}
+        suited = {
+            link.target
+            for link in self._suited(job)
+            if link.target in candidates and (not probation or link.lived_after(job.history.lost_at))
+        }
         chosen = placement.choose(
             (
                 replace(one, held=self._prefixes.held(job.blocks, one.name))
@@ -116,22 +118,23 @@ class Dispatcher:
             )
         return True
 
-    def _suited(self, job: Job) -> set[str]:
+    def _suited(self, job: Job) -> list[WorkerLink]:
         """The workers that can give the answer to its end, as it was begun, and have not failed it just now.
 
         Such a worker is waited for while it has no room, but not while it is rested; what no working one
         is, is not asked for.
         """
         now, length = time.monotonic(), len(job.prompt_ids) + job.sampling.max_tokens
-        failed_by = failover.failed_by(job)
-        able = {link.target: link.context_length >= length for link in self._pool}
-        alike = {link.target: link.kind == job.history.kind for link in self._pool if job.answered}
-        others = {link.target: link.target != failed_by for link in self._pool}
-        working = {link.target for link in self._pool.ready() if link.breaker.state(now) is State.CLOSED}
-        suited = {link.target for link in self._pool}
-        for suits in (able, alike, others):
-            fewer = {target for target in suited if suits.get(target)}
-            if fewer & working:
+        kind, failed_by = job.history.kind, failover.failed_by(job)
+        rules: tuple[Callable[[WorkerLink], bool], ...] = (
+            lambda link: link.context_length >= length,
+            lambda link: not job.answered or link.kind == kind,
+            lambda link: link.target != failed_by,
+        )
+        suited = list(self._pool)
+        for suits in rules:
+            fewer = [link for link in suited if suits(link)]
+            if any(link.ready and link.breaker.state(now) is State.CLOSED for link in fewer):
                 suited = fewer
         return suited
 

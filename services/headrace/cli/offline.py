@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from headrace.calibration import are_thresholds
 from headrace.cli.rows import BadRow, read_rows
 from headrace.router import draft_check, fitting, scorer
 from headrace.router.policy import Hints, TierView, decide, thresholds
@@ -133,7 +134,7 @@ def _lowest(names: Sequence[str], from_score: str) -> list[float]:
         lowest = [0.0, *(float(part) for part in from_score.split(","))]
     except ValueError:
         raise BadRow(f"--thresholds {from_score!r} is not numbers with commas") from None
-    if len(lowest) != len(names) or sorted(lowest) != lowest or not all(0 <= mark <= 1 for mark in lowest):
+    if not are_thresholds(lowest, len(names)):
         raise BadRow(f"{len(names)} tiers need {len(names) - 1} ascending --thresholds from 0 to 1")
     return lowest
 

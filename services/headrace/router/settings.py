@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from headrace.calibration import are_thresholds
 from headrace.router.policy import Price
 from headrace.router.policy import thresholds as evenly
 from headrace.runtime.settings import ServiceSettings
@@ -143,7 +144,7 @@ class Settings(ServiceSettings):
             raise ValueError(
                 f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) is not numbers with commas"
             ) from None
-        if len(values) != count or values != sorted(values) or not all(0 <= value <= 1 for value in values):
+        if not are_thresholds(values, count):
             raise ValueError(
                 f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) must be {count - 1} ascending "
                 "numbers from 0 to 1, one per tier after the first"
