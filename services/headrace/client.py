@@ -25,27 +25,12 @@ import grpc
 from opentelemetry import metrics, propagate, trace
 
 from headrace import attributes, errors
+from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
 from headrace.progress import Progress, Told, route_change
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2_grpc, routing_service_pb2, routing_service_pb2_grpc
 
 T = TypeVar("T")
-
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # either way, on every hop
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A peer that vanished without a word is noticed in half a minute. Servers allow a ping each 10 s.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    # Retrying is decided here, where it is known what the caller has seen; not twice.
-    ("grpc.enable_retries", 0),
-    # A server that comes back is found within half a second, not after up to two minutes as by default.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-)
 
 LONGEST_SECONDS = 1e8  # three years; beyond some centuries, and at infinity, gRPC takes a deadline for passed
 CONNECT_SECONDS = 2.0  # the longest that a request whose connection broke waits for a new one
@@ -113,10 +98,14 @@ class Client:
     retries   most tries after the first, for calls that failed as UNAVAILABLE before any event; an answer
               under way is carried on without regard to it
     patience  seconds that an answer under way waits, within its deadline, for a server to come back
+    advice    added to the message of calls that reach no server
     """
 
-    def __init__(self, channel: grpc.aio.Channel, *, retries: int = 2, patience: float = 30.0) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, *, retries: int = 2, patience: float = 30.0, advice: str = ""
+    ) -> None:
         self._channel = channel
+        self._advice = advice
         self._generation = generation_service_pb2_grpc.GenerationServiceStub(channel)
         self._routing = routing_service_pb2_grpc.RoutingServiceStub(channel)
         self._retries = retries
@@ -251,12 +240,18 @@ class Client:
             request.quality = quality
         return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=_context()))
 
-    @staticmethod
-    async def _unary(call: Awaitable[T]) -> T:
+    async def _unary(self, call: Awaitable[T]) -> T:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error) from error
+            raise self._translated(error) from error
+
+    def _translated(self, error: grpc.aio.AioRpcError) -> errors.HeadraceError:
+        translated = errors.from_rpc_error(error)
+        # These two come from gRPC itself; servers of ours send their subclasses.
+        if self._advice and type(translated) in (errors.Unavailable, errors.DeadlineExceeded):
+            translated.add(self._advice)
+        return translated
 
     async def _call(
         self,
@@ -289,7 +284,7 @@ class Client:
             code = grpc.StatusCode.OK
         except grpc.aio.AioRpcError as error:
             code = error.code()
-            translated = errors.from_rpc_error(error)
+            translated = self._translated(error)
             span.set_attribute(attributes.ERROR_TYPE, translated.reason)
             span.set_status(trace.StatusCode.ERROR, translated.message)
             raise translated from error
@@ -359,21 +354,17 @@ async def connect(
     retries: int = 2,
     patience: float = 30.0,
 ) -> AsyncGenerator[Client, None]:
-    """A client for *target*, a gRPC name such as "127.0.0.1:50051" or "dns:///router:50051".
+    """A client for *target*, a gRPC name such as "127.0.0.1:50051", "[::1]:50051" or "dns:///router:50051".
 
     credentials         for TLS; None speaks plain text
     retries, patience   see `Client`
     """
     channel = open_channel(target, credentials=credentials)
-    async with Client(channel, retries=retries, patience=patience) as client:
+    advice = target_problem(target) if credentials is None else ""
+    if not advice and (variable := proxy_variable(target)):
+        advice = f"connections to {target} go through the proxy that {variable} names; no_proxy exempts hosts"
+    async with Client(channel, retries=retries, patience=patience, advice=advice) as client:
         yield client
-
-
-def open_channel(target: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """A channel with the message limits and keepalive that every hop of the mesh uses."""
-    if credentials is None:
-        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
 
 
 def _context(context: object | None = None, **headers: str) -> tuple[tuple[str, str], ...]:

@@ -59,6 +59,11 @@ class HeadraceError(Exception):
         self.field = field
         self.fields = {name: str(value) for name, value in fields.items()}
 
+    def add(self, advice: str) -> None:
+        """Add what else a person should know to the message."""
+        self.message = f"{self.message}; {advice}"
+        self.args = (self.message,)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.message, self.retry_after, self.field, self.fields))
 

@@ -15,8 +15,9 @@ from headrace.batcher.__main__ import batcher
 from headrace.batcher.prefixes import blocks
 from headrace.batcher.settings import Settings
 from headrace.batcher.tokens import ByteTokenizer
+from headrace.channel import open_channel
 from headrace.cli.mesh import reserved_ports
-from headrace.client import connect, open_channel
+from headrace.client import connect
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub

@@ -10,7 +10,7 @@ from headrace import errors
 from headrace.batcher.inbox import End, Flush, Inbox
 from headrace.batcher.job import Job
 from headrace.batcher.workers import WorkerLink
-from headrace.client import MAX_MESSAGE_BYTES
+from headrace.channel import MAX_MESSAGE_BYTES
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from tests.harness import Mesh
@@ -279,7 +279,7 @@ async def test_a_probe_that_goes_with_its_stream_makes_way_for_another() -> None
 
 
 async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) -> None:
-    from headrace.client import open_channel
+    from headrace.channel import open_channel
     from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
 
     port = mesh.tiers["small"].worker.server.port

@@ -16,8 +16,9 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from headrace.channel import open_channel
 from headrace.cli.mesh import reserved_ports
-from headrace.client import connect, open_channel
+from headrace.client import connect
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub

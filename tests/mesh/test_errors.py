@@ -12,7 +12,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from headrace import errors
 from headrace.batcher.tokens import ByteTokenizer
-from headrace.client import MAX_MESSAGE_BYTES, chat, connect, open_channel
+from headrace.channel import MAX_MESSAGE_BYTES, open_channel
+from headrace.client import chat, connect
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace.worker.engine.echo import FAULT_ID, EchoEngine

@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 
 from headrace import errors
-from headrace.client import Client, connect, open_channel
+from headrace.channel import open_channel
+from headrace.client import Client, connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings
 from headrace.runtime.server import serving

@@ -24,7 +24,7 @@ from headrace.batcher.inbox import End
 from headrace.batcher.job import Job
 from headrace.batcher.liveness import PING_SECONDS, Liveness
 from headrace.batcher.sink import Sink
-from headrace.client import MAX_MESSAGE_BYTES, open_channel
+from headrace.channel import MAX_MESSAGE_BYTES, open_channel
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
@@ -176,7 +176,7 @@ class WorkerLink:
     async def run(self) -> None:
         """Keep the stream open, dialling again when it breaks, until cancelled or retired."""
         pause, told = RECONNECT_SECONDS[0], ""
-        async with open_channel(self.target) as channel:
+        async with open_channel(self.target, direct=True) as channel:
             stub = WorkerServiceStub(channel)
             while not self.retiring:
                 was_connected = False

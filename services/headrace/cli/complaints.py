@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 
 from headrace import errors
+from headrace.channel import proxy_variable, target_problem
 from headrace.cli.mesh import BadSpec
 from headrace.cli.processes import ChildDied
 from headrace.cli.rows import BadRow
@@ -32,8 +32,13 @@ def advice(error: errors.HeadraceError, target: str) -> str:
     """Say what to do about a failed call to *target*."""
     # Unavailable itself comes from gRPC; servers of ours send one of its subclasses.
     if type(error) is errors.Unavailable:
-        if target.startswith("http") or not re.search(r":\d+$|^unix", target):
-            return f"no mesh at {target}; a target is HOST:PORT, such as 127.0.0.1:50051, or dns:///NAME:PORT"
+        if problem := target_problem(target):
+            return problem
+        if variable := proxy_variable(target):
+            return (
+                f"no answer from {target} through the proxy that {variable} names; no_proxy exempts hosts, "
+                "and --target names another mesh"
+            )
         return f"no mesh at {target}; start one with `headrace up`, or name another with --target"
     hint = next((text for kind, text in _HINTS if isinstance(error, kind)), "")
     return f"{error.message} [{error.reason}]" + (f"; {hint}" if hint else "")

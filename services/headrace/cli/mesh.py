@@ -21,8 +21,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace import models
+from headrace.channel import open_channel
 from headrace.cli.processes import ChildDied, Crew, Process, crew, stage_of
-from headrace.client import open_channel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
@@ -269,7 +269,7 @@ async def _until_ready(processes: Sequence[Process], on_states: Callable[[Sequen
     states = {process.name: State(process, "starting", "", 0.0) for process in processes}
 
     async def follow(process: Process) -> None:
-        async with open_channel(f"{HOST}:{process.port}") as channel:
+        async with open_channel(f"{HOST}:{process.port}", direct=True) as channel:
             phase = "starting"
             while phase != "ready":
                 # A process that computes hard may be slow to answer; it has not gone back to the start.

@@ -16,7 +16,8 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Self
 
 from headrace import errors
-from headrace.client import Client, open_channel
+from headrace.channel import open_channel
+from headrace.client import Client
 from headrace.runtime.discovery import Discovery
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
@@ -46,7 +47,7 @@ class Batcher:
         self.live = 0
         self._live_then = 0
         self._stall_seconds = stall_seconds
-        self._client = Client(open_channel(address), retries=0)
+        self._client = Client(open_channel(address, direct=True), retries=0)
         self._heard = time.monotonic()
         self._waits: set[asyncio.Timeout] = set()
         self._hurry = asyncio.Event()

@@ -1,0 +1,182 @@
+"""How targets are written, and which channels go through a proxy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace import errors
+from headrace.channel import is_local, join, open_channel, proxy_variable, split, target_problem
+from headrace.cli.complaints import advice
+from headrace.client import Client, connect
+from headrace.worker.engine.echo import EchoEngine
+from tests.harness import collect, prompt, running_mesh
+
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+NOWHERE = "192.0.2.77:50051"  # TEST-NET-1: nobody's address
+
+
+@given(
+    host=st.one_of(st.ip_addresses().map(str), st.from_regex(r"[a-z][a-z0-9.-]{0,20}", fullmatch=True)),
+    port=st.integers(1, 65535),
+)
+def test_an_address_is_read_as_it_was_written(host: str, port: int) -> None:
+    assert split(join(host, port)) == (host, str(port))
+    assert split(join(f"[{host}]", port)) == (host, str(port))
+    assert target_problem(join(host, port)) == ""
+
+
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("::1:50051", "IPv6 address without brackets"),
+        ("fe80::1", "IPv6 address without brackets"),
+        ("dns:///::1:50051", "IPv6 address without brackets"),
+        ("http://127.0.0.1:50051", "no gRPC target"),
+        ("grpc://mesh:50051", "no gRPC target"),
+        ("", "no gRPC target"),
+        ("localhost", "no port"),
+        ("[::1]", "no port"),
+        ("dns:///router", "no port"),
+        ("localhost:0", "no port from 1"),
+        ("localhost:70000", "no port from 1 to 65535"),
+        ("localhost:http", "no port"),
+        (":50051", "no host"),
+    ],
+)
+def test_a_target_that_nothing_can_dial_is_told_from_one_that_is_down(target: str, problem: str) -> None:
+    assert problem in target_problem(target)
+    assert "[::1]:50051" in advice(errors.Unavailable("no connection"), target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "[::1]:50051",
+        "dns:[::1]:50051",
+        "dns:///[fe80::1%eth0]:50051",
+        "dns://8.8.8.8/router:50051",
+        "ipv4:10.0.0.1:50051,10.0.0.2:50051",
+        "ipv6:[::1]:50051,[::2]:50051",
+        "unix:/tmp/socket",
+        "unix-abstract:name",
+        "xds:///router",
+    ],
+)
+def test_every_form_of_grpc_is_a_target(target: str) -> None:
+    assert target_problem(target) == ""
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.8.9.1:1", True),
+        ("127.1:1", True),
+        ("localhost:1", True),
+        ("LOCALHOST:1", True),
+        ("dns:///localhost:1", True),
+        ("[::1]:1", True),
+        ("[::ffff:127.0.0.1]:1", True),
+        ("0.0.0.0:1", True),
+        ("ipv4:127.0.0.1:1", True),
+        ("ipv6:[::1]:1", True),
+        ("unix:/tmp/socket", True),
+        ("10.0.0.1:1", False),
+        ("ipv4:127.0.0.1:1,10.0.0.1:1", False),
+        ("localhost.example.com:1", False),
+        ("router:50051", False),
+        ("dns:///router:50051", False),
+    ],
+)
+def test_this_machine_is_known_by_the_form_of_a_target(target: str, local: bool) -> None:
+    assert is_local(target) is local
+
+
+@pytest.mark.parametrize(
+    ("environment", "variable"),
+    [
+        ({}, ""),
+        ({"http_proxy": "http://user:secret@proxy:3128"}, "http_proxy"),
+        ({"http_proxy": "http://a:1", "https_proxy": "http://b:1"}, "https_proxy"),
+        ({"grpc_proxy": "http://a:1", "https_proxy": "http://b:1"}, "grpc_proxy"),
+        ({"grpc_proxy": "", "http_proxy": "http://a:1"}, "http_proxy"),
+        ({"https_proxy": "socks5://a:1"}, ""),  # gRPC takes no other scheme
+        ({"HTTPS_PROXY": "http://a:1"}, ""),  # gRPC does not read capitals
+        ({"http_proxy": "http://a:1", "no_proxy": "example.com, 192.0.2.0/24"}, ""),
+        ({"http_proxy": "http://a:1", "no_proxy": "192.0.2.77"}, ""),
+        ({"http_proxy": "http://a:1", "no_proxy": "10.0.0.0/8"}, "http_proxy"),
+        ({"http_proxy": "http://a:1", "no_grpc_proxy": "x", "no_proxy": "192.0.2.77"}, "http_proxy"),
+    ],
+)
+def test_the_proxy_of_a_target_is_the_one_that_grpc_would_take(
+    environment: dict[str, str], variable: str
+) -> None:
+    assert proxy_variable(NOWHERE, environment) == variable
+    assert proxy_variable("127.0.0.1:50051", environment) == ""
+
+
+@dataclass
+class Proxy:
+    """An HTTP proxy that refuses everybody, and keeps what it was asked for."""
+
+    address: str = ""
+    asked: list[str] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def refusing_proxy() -> AsyncGenerator[Proxy, None]:
+    proxy = Proxy()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = await reader.readline()
+        proxy.asked.append(line.decode().strip())
+        writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    proxy.address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        yield proxy
+
+
+async def test_no_prompt_between_our_own_processes_meets_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole mesh comes up, answers and is asked for its health, whatever proxy the variables name."""
+    async with refusing_proxy() as proxy:
+        for variable in PROXIES:
+            monkeypatch.setenv(variable, proxy.address)
+        async with running_mesh("only", engine=EchoEngine) as mesh:
+            assert (await collect(mesh.client, prompt("hello"))).text == "hello"
+
+        assert proxy.asked == []
+
+
+async def test_the_inner_hops_never_use_a_proxy_and_others_do_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with refusing_proxy() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.address)
+
+        async with Client(open_channel(NOWHERE, direct=True), retries=0) as client:
+            with pytest.raises((errors.Unavailable, errors.DeadlineExceeded)):
+                await client.list_tiers(timeout=0.2)
+        assert proxy.asked == []
+
+        async with connect(NOWHERE, retries=0) as client:
+            with pytest.raises(errors.Unavailable, match="the proxy that http_proxy names") as caught:
+                await client.list_tiers(timeout=20)
+        assert set(proxy.asked) == {f"CONNECT {NOWHERE} HTTP/1.1"}
+        assert "http_proxy" in advice(caught.value, NOWHERE)
+
+
+async def test_a_target_in_the_wrong_form_is_named_in_the_error() -> None:
+    async with connect("::1:50051", retries=0) as client:
+        with pytest.raises(errors.Unavailable, match="IPv6 address without brackets"):
+            await client.list_tiers(timeout=20)
