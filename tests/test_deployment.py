@@ -72,6 +72,8 @@ def test_a_service_takes_what_its_manifest_says(name: str, monkeypatch: pytest.M
     ):
         assert container[probe]["grpc"] == {"port": settings.port, "service": service}
     assert pod["terminationGracePeriodSeconds"] > settings.drain_seconds
+    # A Service called `headrace` in the namespace sets HEADRACE_PORT=tcp://... otherwise.
+    assert pod["enableServiceLinks"] is False
     assert re.fullmatch(rf"headrace-{container['name']}:[\d.]+", container["image"])
 
 

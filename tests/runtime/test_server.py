@@ -19,10 +19,10 @@ from headrace import errors
 from headrace.batcher.__main__ import batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.tokens import ByteTokenizer
+from headrace.channel import CHANNEL_OPTIONS, open_channel
 from headrace.cli.mesh import reserved_ports
-from headrace.client import CHANNEL_OPTIONS, connect, open_channel
+from headrace.client import connect
 from headrace.runtime import server
-from headrace.runtime.server import PortInUse
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh, running_worker
@@ -154,22 +154,6 @@ async def test_channelz_knows_the_servers(mesh: Mesh) -> None:
         servers = await stub.GetServers(channelz_pb2.GetServersRequest())
 
     assert len(servers.server) >= 5
-
-
-async def test_a_port_that_is_taken_is_said_so(mesh: Mesh) -> None:
-    with pytest.raises(PortInUse, match=str(mesh.port)):
-        async with running_worker(EchoEngine(), **{"drain_seconds": 0.0}) as running:
-            from headrace.runtime.server import serving
-
-            async with serving(
-                lambda server: None,
-                (),
-                host="127.0.0.1",
-                port=mesh.port,
-                drain_seconds=0,
-                ready=lambda: True,
-            ):
-                raise AssertionError(f"two servers on one port, beside {running.server.port}")
 
 
 async def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:

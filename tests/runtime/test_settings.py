@@ -75,6 +75,90 @@ def test_what_is_wrong_with_the_tiers_is_said(
     assert complaint in complaint_of(RouterSettings, arguments, capsys)
 
 
+@pytest.mark.parametrize("settings", [BatcherSettings, WorkerSettings])
+def test_a_model_and_the_fake_are_both_named_when_both_are_given(
+    settings: type[BatcherSettings | WorkerSettings],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HEADRACE_WORKERS", "127.0.0.1:1")
+    monkeypatch.setenv("HEADRACE_MODEL", "some")
+
+    complaint = complaint_of(settings, ["--fake"], capsys)
+
+    assert "HEADRACE_MODEL (or --model) and HEADRACE_FAKE (or --fake) are both set" in complaint
+    assert "not set" not in complaint
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        (BatcherSettings, ["--fake", "--workers", "a:1,{}"]),
+        (RouterSettings, ["--tiers", "a=x:1,b=y:2+{}"]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "problem"),
+    [
+        ("::1:50051", "IPv6 address without brackets"),
+        ("name", "no port"),
+        ("http://name:1", "no gRPC target"),
+    ],
+)
+def test_a_target_that_nothing_can_dial_stops_the_start(
+    settings: type[BatcherSettings | RouterSettings],
+    arguments: list[str],
+    target: str,
+    problem: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert problem in complaint_of(settings, [part.format(target) for part in arguments], capsys)
+
+
+def test_targets_of_ipv6_are_taken() -> None:
+    batcher = BatcherSettings.load(["--fake", "--workers", "[::1]:50053,dns:///[fd00::2]:50053"])
+    router = RouterSettings.load(["--tiers", "s=[::1]:1+[::2]:2"])
+
+    assert batcher.worker_targets == ["[::1]:50053", "dns:///[fd00::2]:50053"]
+    assert router.tier_targets() == [("s", ["[::1]:1", "[::2]:2"])]
+
+
+@pytest.mark.parametrize("settings", [BatcherSettings, RouterSettings, WorkerSettings])
+@pytest.mark.parametrize(
+    "link", ["tcp://10.0.0.1:50051", "udp://10.0.0.1:53", "tcp://[fd00::1]:50051", "sctp://10.0.0.1:1"]
+)
+def test_a_variable_that_kubernetes_set_for_a_service_is_explained(
+    settings: type[BatcherSettings | RouterSettings | WorkerSettings],
+    link: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HEADRACE_PORT", link)
+
+    complaint = complaint_of(settings, [], capsys)
+
+    assert f"HEADRACE_PORT='{link}'" in complaint
+    assert "Kubernetes set it, for a Service called 'headrace'" in complaint
+    assert "enableServiceLinks: false" in complaint
+
+
+def test_other_variables_of_a_service_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_PORT", "tcp://10.0.0.1:50051")
+    monkeypatch.setenv("HEADRACE_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("HEADRACE_SERVICE_PORT", "50051")
+    monkeypatch.setenv("HEADRACE_PORT_50051_TCP", "tcp://10.0.0.1:50051")
+    monkeypatch.setenv("HEADRACE_PORT_50051_TCP_ADDR", "10.0.0.1")
+
+    settings = WorkerSettings.load(["--fake", "--port", "7"])
+
+    assert (settings.host, settings.port) == ("127.0.0.1", 7)
+
+
+@pytest.mark.parametrize(("given", "host"), [("[::1]", "::1"), (" 0.0.0.0 ", "0.0.0.0"), ("::", "::")])
+def test_a_host_may_be_written_with_brackets(given: str, host: str) -> None:
+    assert WorkerSettings.load(["--fake", "--host", given]).host == host
+
+
 def test_tiers_keep_their_order_and_thresholds() -> None:
     settings = RouterSettings.load(["--tiers", "s=a:1,m=b:2+b:3,l=dns:///c:3", "--thresholds", "0.3,0.8"])
 

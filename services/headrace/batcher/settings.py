@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from headrace.runtime.settings import ServiceSettings
+from headrace.channel import target_problem
+from headrace.runtime.settings import ServiceSettings, one_of
 
 
 class Settings(ServiceSettings):
@@ -67,10 +68,11 @@ class Settings(ServiceSettings):
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> Settings:
-        if bool(self.model) == self.fake:
-            raise ValueError("HEADRACE_MODEL is not set (or --model), and neither is --fake: set one of them")
+        one_of("model", self.model, "fake", self.fake)
         if not self.worker_targets:
             raise ValueError("HEADRACE_WORKERS (or --workers) names no target")
+        if problem := next(filter(None, map(target_problem, self.worker_targets)), ""):
+            raise ValueError(f"HEADRACE_WORKERS (or --workers): {problem}")
         return self
 
     @property

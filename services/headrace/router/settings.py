@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from headrace.calibration import are_thresholds
+from headrace.channel import target_problem
 from headrace.router.policy import Price
 from headrace.router.policy import thresholds as evenly
 from headrace.runtime.settings import ServiceSettings
@@ -128,6 +129,8 @@ class Settings(ServiceSettings):
             targets = [target.strip() for target in listed.split("+")]
             if not (name and separator and all(targets)):
                 raise ValueError(f"HEADRACE_TIERS (or --tiers): {part!r} is not NAME=TARGET[+TARGET...]")
+            if problem := next(filter(None, map(target_problem, targets)), ""):
+                raise ValueError(f"HEADRACE_TIERS (or --tiers): {problem}")
             pairs.append((name.strip(), targets))
         if not pairs:
             raise ValueError("HEADRACE_TIERS (or --tiers) names no tier")

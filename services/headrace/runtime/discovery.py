@@ -12,6 +12,8 @@ import logging
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
+from headrace.channel import join, split
+
 log = logging.getLogger(__name__)
 
 RESOLVE_SECONDS = 1.5
@@ -25,8 +27,8 @@ async def lookup(host: str, port: str) -> frozenset[str]:
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     v4 = {str(where[0]) for family, *_, where in found if family == socket.AF_INET}
-    v6 = {f"[{where[0]!s}]" for family, *_, where in found if family == socket.AF_INET6}
-    return frozenset(f"{address}:{port}" for address in v4 or v6)
+    v6 = {str(where[0]) for family, *_, where in found if family == socket.AF_INET6}
+    return frozenset(join(address, port) for address in v4 or v6)
 
 
 class Discovery:
@@ -89,5 +91,5 @@ def _name(target: str) -> tuple[str, str] | None:
         authority, _, rest = rest.removeprefix("//").partition("/")
         if authority:
             return None  # a name server of its own: gRPC knows how to ask it
-    host, separator, port = rest.rpartition(":")
-    return (host.strip("[]"), port) if separator and port.isdigit() else None
+    host, port = split(rest)
+    return (host, port) if port.isdigit() else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import time
@@ -26,8 +27,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from headrace import errors
-from headrace.client import MAX_MESSAGE_BYTES
+from headrace.channel import MAX_MESSAGE_BYTES, join
 from headrace.runtime.interceptors import Activity, ServerInterceptor
+from headrace.runtime.listening import explained, obstacle
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,11 @@ class StartFailed(Exception):
     """The process cannot start, for a reason that a person can mend; the message says which."""
 
 
-class PortInUse(StartFailed):
+class CannotListen(StartFailed):
+    """The address that the server should listen on cannot be used."""
+
+
+class PortInUse(CannotListen):
     """Something else listens on the port."""
 
 
@@ -128,7 +134,7 @@ async def serving(
     drain          awaited after admission has stopped, at most *drain_seconds*, for what the
                    service itself has to hand back
 
-    Raises PortInUse.
+    Raises PortInUse and CannotListen.
     """
     health, activity = Health(), activity or Activity()
     server = grpc.aio.server(interceptors=[ServerInterceptor(activity, untraced=aside)], options=_OPTIONS)
@@ -143,10 +149,7 @@ async def serving(
             CHANNELZ.services_by_name["Channelz"].full_name,
         ],
     )
-    try:
-        bound = server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise PortInUse(f"cannot listen on {host}:{port}; is something else there?") from error
+    bound = await _listen(server, host, port)
     await health.set_ready(False)
     await health.set_live()
     await server.start()
@@ -179,6 +182,17 @@ async def serving(
         await server.stop(_FORCE_SECONDS)
         await closing
         log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
+
+
+async def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
+    problem: Exception | None = await asyncio.to_thread(obstacle, host, port)
+    if problem is None:
+        try:
+            return server.add_insecure_port(join(host, port))
+        except RuntimeError as error:  # taken since, or refused by gRPC for a reason of its own
+            problem = await asyncio.to_thread(obstacle, host, port) or error
+    taken = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
+    raise (PortInUse if taken else CannotListen)(explained(problem, host, port)) from problem
 
 
 def _add_reflection(server: grpc.aio.Server, services: list[str]) -> None:

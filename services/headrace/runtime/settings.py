@@ -12,7 +12,7 @@ import re
 import sys
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
 PREFIX = "HEADRACE_"
@@ -43,7 +43,11 @@ class ServiceSettings(BaseSettings):
         use_attribute_docstrings=True,
     )
 
-    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6 and IPv4",
+    )
     port: int = Field(default=0, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     drain_seconds: float = Field(
         default=25.0,
@@ -54,6 +58,11 @@ class ServiceSettings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="least level of log lines"
     )
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, host: str) -> str:
+        return host.strip().removeprefix("[").removesuffix("]")
 
     @classmethod
     def load(cls, arguments: list[str] | None = None, *, program: str = "") -> Self:
@@ -71,6 +80,19 @@ class ServiceSettings(BaseSettings):
             raise SystemExit(2) from None
 
 
+def one_of(first: str, is_first: object, second: str, is_second: object) -> None:
+    """Check that just one of two settings is given. Raises ValueError."""
+    (one, one_flag), (other, other_flag) = (
+        (PREFIX + name.upper(), "--" + name.replace("_", "-")) for name in (first, second)
+    )
+    if is_first and is_second:
+        raise ValueError(f"{one} (or {one_flag}) and {other} (or {other_flag}) are both set: use one of them")
+    if not (is_first or is_second):
+        raise ValueError(
+            f"{one} is not set (or {one_flag}), and neither is {other} (or {other_flag}): set one of them"
+        )
+
+
 def complaint(error: ValidationError) -> str:
     """All that is wrong with the settings, in one line for people."""
     parts = []
@@ -81,7 +103,21 @@ def complaint(error: ValidationError) -> str:
             parts.append(f"{variable} is not set (or {flag})")
         elif place:
             message = item["msg"].removeprefix("Value error, ")
+            if _SERVICE_LINK.fullmatch(str(item["input"])):
+                message = _link_advice(variable)
             parts.append(f"{variable}={str(item['input'])!r} (or {flag}): {message}")
         else:
             parts.append(item["msg"].removeprefix("Value error, "))
     return "; ".join(parts)
+
+
+# What Kubernetes sets in every pod, for a Service called `headrace`: HEADRACE_PORT=tcp://10.0.0.1:50051.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
+
+
+def _link_advice(variable: str) -> str:
+    service = variable.removesuffix("_PORT").replace("_", "-").lower()
+    return (
+        f"Kubernetes set it, for a Service called {service!r} in the namespace; set "
+        f"`enableServiceLinks: false` in the pod's spec, or {variable} to what is meant"
+    )

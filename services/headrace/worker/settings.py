@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from headrace.runtime.settings import ServiceSettings
+from headrace.runtime.settings import ServiceSettings, one_of
 from headrace.worker import cpus
 from headrace.worker.faults import FaultPlan
 
@@ -76,8 +76,7 @@ class Settings(ServiceSettings):
 
     @model_validator(mode="after")
     def _one_engine(self) -> Settings:
-        if bool(self.model) == self.fake:
-            raise ValueError("HEADRACE_MODEL is not set (or --model), and neither is --fake: set one of them")
+        one_of("model", self.model, "fake", self.fake)
         try:
             FaultPlan.parse(self.faults)
         except ValueError as error:

@@ -1,0 +1,71 @@
+"""Why a server cannot listen on an address, before gRPC tries.
+
+gRPC reports every failure to bind in the same words. It also binds what it can of a name with several
+addresses: `localhost` with 127.0.0.1 taken would listen on ::1 alone, and half of the callers would reach
+somebody else.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from headrace.channel import join
+
+_PRIVILEGED_BELOW = 1024
+
+
+def obstacle(host: str, port: int) -> OSError | UnicodeError | None:
+    """What keeps a server from listening on *host*, an address or a name, and *port*; None if nothing does.
+
+    Looks names up, which may take seconds: call it on a thread.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name, such as a..b
+        return error
+    problems = [problem for family, *_, where in found if (problem := _bind(family, where)) is not None]
+    taken = next((problem for problem in problems if problem.errno == errno.EADDRINUSE), None)
+    return taken or (problems[0] if len(problems) == len(found) else None)
+
+
+def _bind(family: int, where: tuple[object, ...]) -> OSError | None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, where[0] != "::")
+            probe.bind(where)
+    except OSError as error:
+        return error
+    return None
+
+
+def explained(problem: Exception, host: str, port: int) -> str:
+    """The obstacle in words, with what to do about it."""
+    return f"cannot listen on {join(host, port)}: {_cause(problem, host, port)}"
+
+
+def _cause(problem: Exception, host: str, port: int) -> str:
+    if isinstance(problem, (socket.gaierror, UnicodeError)):
+        return f"{host!r} names no address ({problem}); --host takes an address of this machine or its name"
+    number = problem.errno if isinstance(problem, OSError) else None
+    if number == errno.EADDRINUSE:
+        return "another process listens there; stop it, or choose another --port (0 picks a free one)"
+    if number == errno.EADDRNOTAVAIL:
+        return (
+            "this machine has no such address; --host 0.0.0.0 stands for all of its IPv4 addresses, :: for "
+            "those of IPv6 as well"
+        )
+    if number in (errno.EACCES, errno.EPERM) and port < _PRIVILEGED_BELOW:
+        return (
+            f"ports below {_PRIVILEGED_BELOW} need root or the capability NET_BIND_SERVICE; choose another "
+            "--port"
+        )
+    if number == errno.EAFNOSUPPORT:
+        return "this machine has no IPv6; use an IPv4 address as --host, such as 127.0.0.1 or 0.0.0.0"
+    if number == errno.EINVAL and host.lower().startswith("fe80"):
+        return "a link-local address needs its interface, as in fe80::1%eth0"
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror
+    return "gRPC takes no such address; --host takes one of this machine, such as 127.0.0.1, 0.0.0.0 or ::"
