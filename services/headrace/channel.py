@@ -98,7 +98,7 @@ def is_local(target: str) -> bool:
     scheme = _SCHEME.match(target)
     if scheme and scheme[1].lower() in _LOCAL_SCHEMES:
         return True
-    return all(_is_loopback(split(address)[0]) for address in _addresses(target))
+    return all(is_loopback(split(address)[0]) for address in _addresses(target))
 
 
 def proxy_variable(target: str, environment: Mapping[str, str] | None = None) -> str:
@@ -128,7 +128,8 @@ def _addresses(target: str) -> list[str]:
     return rest.split(",") if scheme[1].lower() in ("ipv4", "ipv6") else [rest]
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine by its form; names other than localhost are not looked up."""
     if host.lower() == "localhost" or host.lower().endswith(".localhost"):
         return True
     try:

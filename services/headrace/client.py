@@ -22,11 +22,12 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Self, TypeVar
 
 import grpc
-from opentelemetry import metrics, propagate, trace
+from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
 from headrace.progress import Progress, Told, route_change
+from headrace.propagation import check_headers, inject
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2_grpc, routing_service_pb2, routing_service_pb2_grpc
 
@@ -134,7 +135,7 @@ class Client:
         """Stream the answer to *request*: `accepted`, deltas, `finish`.
 
         timeout    seconds for the whole answer; None leaves the deadline to the router
-        metadata   further headers
+        metadata   further headers; keys in lower case, values in printable ASCII
         resume     whether to carry on when the stream breaks off. The rest is what would have come if the
                    model is EXACT, for the seed is drawn here if the request has none
         labels     further attributes of the calls' spans
@@ -146,6 +147,7 @@ class Client:
             raise errors.MessageTooLarge(
                 f"the request has {size} bytes, servers take {MAX_MESSAGE_BYTES}", size=size
             )
+        check_headers(metadata or {})
         ends = None if timeout is None else time.monotonic() + timeout
         answer = _Answer(request) if resume else None
         failures = 0  # in a row, that brought nothing
@@ -183,7 +185,9 @@ class Client:
         Free is the first try after a connection broke, for all calls that broke with it wait together for
         one new connection, and the first after a stream that brought something. The budget pays for others.
         """
-        broken = type(error) is errors.Unavailable or isinstance(error, errors.RequestCancelled)
+        # By a server or something on the way: a caller that leaves raises CancelledError.
+        cancelled = isinstance(error, errors.RequestCancelled)
+        broken = cancelled or type(error) is errors.Unavailable
         if begun:
             may = _may_pass(error, resuming=failures > 1)
         else:
@@ -194,7 +198,8 @@ class Client:
         patience = self._patience if begun else CONNECT_SECONDS
         try:
             async with asyncio.timeout(patience if ends is None else min(patience, ends - time.monotonic())):
-                if not free or error.retry_after is not None:
+                # Whoever cancelled is still connected, and busy it seems.
+                if cancelled or not free or error.retry_after is not None:
                     await asyncio.sleep(_backoff(failures - 1, error, ends))
                 if broken:
                     await self._channel.channel_ready()
@@ -208,7 +213,7 @@ class Client:
         """Where the router would send *request*, and why. Nothing is generated."""
         return await self._unary(
             self._routing.Explain(
-                routing_service_pb2.ExplainRequest(request=request), timeout=timeout, metadata=_context()
+                routing_service_pb2.ExplainRequest(request=request), timeout=timeout, metadata=inject()
             )
         )
 
@@ -216,7 +221,7 @@ class Client:
         """The tiers with model, limits, health and load, smallest first."""
         return await self._unary(
             self._routing.ListTiers(
-                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=_context()
+                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=inject()
             )
         )
 
@@ -238,7 +243,7 @@ class Client:
             request.ok = ok
         if quality is not None:
             request.quality = quality
-        return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=_context()))
+        return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=inject()))
 
     async def _unary(self, call: Awaitable[T]) -> T:
         try:
@@ -267,7 +272,7 @@ class Client:
             kind=trace.SpanKind.CLIENT,
             attributes={attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: _GENERATE, **labels},
         )
-        headers = _context(trace.set_span_in_context(span), **metadata)
+        headers = inject(trace.set_span_in_context(span), metadata)
         began = time.monotonic()
         code = grpc.StatusCode.CANCELLED  # unless it ends some other way
         call = self._generation.Generate(request, timeout=timeout, metadata=headers)
@@ -367,24 +372,17 @@ async def connect(
         yield client
 
 
-def _context(context: object | None = None, **headers: str) -> tuple[tuple[str, str], ...]:
-    """Headers that carry the trace context, and *headers*."""
-    carrier: dict[str, str] = dict(headers)
-    propagate.inject(carrier, context=context)  # type: ignore[arg-type]
-    return tuple(carrier.items())
-
-
 def _may_pass(error: errors.HeadraceError, *, resuming: bool) -> bool:
     """Whether an answer may be carried on after *error*.
 
-    It broke off if the server is gone or going, or says when to try again. Not after WORKER_LOST: the batcher
-    has tried, and a request that kills its workers must end somewhere. *resuming*: the server has not even
-    taken the rest; then its being busy may pass, too.
+    It broke off if the server is gone or going, or says when to try again, or did not wait for a caller that
+    read slowly. Not after WORKER_LOST: the batcher has tried, and a request that kills its workers must end
+    somewhere. *resuming*: the server has not even taken the rest; then its being busy may pass, too.
     """
     if isinstance(error, errors.Unavailable) and not isinstance(error, errors.WorkerLost):
         return type(error) is errors.Unavailable or error.retry_after is not None
-    if isinstance(error, errors.RequestCancelled):
-        return True  # not by us, or this would be a CancelledError
+    if isinstance(error, errors.RequestCancelled | errors.SlowReader):
+        return True
     return resuming and isinstance(error, errors.Overloaded)
 
 

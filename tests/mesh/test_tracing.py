@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
-from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry import baggage, propagate, trace
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+from opentelemetry.propagators.textmap import (
+    Getter,
+    Setter,
+    TextMapPropagator,
+    default_getter,
+    default_setter,
+)
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from headrace import errors
 from headrace.cli.mesh import MeshSpec
 from headrace.cli.mesh import mesh as processes
 from headrace.cli.otlp_sink import Span, otlp_sink, whole
 from headrace.client import chat, connect
+from headrace.runtime.sampling import LinkedRoots
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 
@@ -188,3 +203,154 @@ async def test_a_collector_that_is_down_does_not_disturb_serving(tmp_path: Path)
     async with processes(spec) as running, connect(running.address) as client:
         for number in range(3):
             assert (await collect(client, chat(f"hello {number}"))).text == f"hello {number}"
+
+
+def sent_by_caller(*, sampled: bool) -> Context:
+    """The context of a caller whose span is not recorded here."""
+    context = trace.SpanContext(0x1234, 0x56, is_remote=False, trace_flags=trace.TraceFlags(int(sampled)))
+    return trace.set_span_in_context(trace.NonRecordingSpan(context))
+
+
+@contextmanager
+def as_caller(context: Context) -> Generator[None, None, None]:
+    token = otel_context.attach(context)
+    try:
+        yield
+    finally:
+        otel_context.detach(token)
+
+
+@asynccontextmanager
+async def two_hops(**router_settings: object) -> AsyncGenerator[Mesh, None]:
+    async with running_mesh("only", engine=EchoEngine, router_settings=router_settings) as mesh:
+        yield mesh
+
+
+async def test_a_request_that_its_caller_sampled_out_leaves_no_span_at_all(
+    spans: InMemorySpanExporter,
+) -> None:
+    async with two_hops() as mesh:
+        with as_caller(sent_by_caller(sampled=False)):
+            await collect(mesh.client, prompt("hello"))
+        await eventually(lambda: not mesh.left_behind)
+
+    assert [span.name for span in spans.get_finished_spans()] == []
+
+
+async def test_a_batch_is_recorded_for_the_members_that_are(spans: InMemorySpanExporter) -> None:
+    async with two_hops() as mesh:
+        coalescer = mesh.tiers["only"].batcher.coalescer
+        (worker,) = coalescer.pool
+        room, worker.credit.sequences = worker.credit.sequences, 0
+        with as_caller(sent_by_caller(sampled=False)):
+            silent = asyncio.create_task(collect(mesh.client, prompt("silent")))
+        with as_caller(sent_by_caller(sampled=True)):
+            shown = asyncio.create_task(collect(mesh.client, prompt("shown")))
+        await eventually(lambda: len(coalescer.queue) == 2)
+        worker.credit.sequences = room
+        coalescer.changed()
+        await asyncio.gather(silent, shown)
+
+    (batch,) = by_name(spans.get_finished_spans(), "batcher.batch")
+    assert sorted(link.context.trace_flags.sampled for link in batch.links) == [False, True]
+    assert len(by_name(spans.get_finished_spans(), "worker.decode")) == 1
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+async def test_a_caller_that_is_not_trusted_neither_hides_requests_nor_forces_traces(
+    spans: InMemorySpanExporter, sampled: bool
+) -> None:
+    async with two_hops(trace_context="link") as mesh:
+        with as_caller(sent_by_caller(sampled=sampled)):
+            await collect(mesh.client, prompt("hello"))
+        await eventually(lambda: by_name(spans.get_finished_spans(), "worker.decode"))
+        await eventually(lambda: len([s for s in spans.get_finished_spans() if s.kind.name == "SERVER"]) == 2)
+
+    ours = [span for span in spans.get_finished_spans() if span.context.trace_id != 0x1234]
+    (entry,) = [span for span in ours if span.kind.name == "SERVER" and span.parent is None]
+    assert [link.context.trace_id for link in entry.links] == [0x1234]
+    batch_is_apart = [span for span in ours if span.name != "batcher.batch"]
+    assert {span.context.trace_id for span in batch_is_apart} == {entry.context.trace_id}
+    assert {"router.score", "batcher.tokenize", "worker.decode"} <= {span.name for span in ours}
+
+
+async def test_the_context_of_a_caller_can_be_left_unread(spans: InMemorySpanExporter) -> None:
+    async with two_hops(trace_context="ignore") as mesh:
+        with as_caller(sent_by_caller(sampled=True)):
+            await collect(mesh.client, prompt("hello"))
+        await eventually(lambda: len([s for s in spans.get_finished_spans() if s.kind.name == "SERVER"]) == 2)
+
+    (entry,) = [s for s in spans.get_finished_spans() if s.kind.name == "SERVER" and s.parent is None]
+    assert not entry.links
+    assert entry.context.trace_id != 0x1234
+
+
+class Noting(TextMapPropagator):
+    """A propagator with capitals in its key, as some have; it notes what arrives."""
+
+    def __init__(self) -> None:
+        self.arrived: list[str] = []
+
+    def inject(
+        self, carrier: Any, context: Context | None = None, setter: Setter[Any] = default_setter
+    ) -> None:
+        setter.set(carrier, "X-Noted", str(baggage.get_baggage("noted", context)))
+
+    def extract(
+        self, carrier: Any, context: Context | None = None, getter: Getter[Any] = default_getter
+    ) -> Context:
+        (value,) = getter.get(carrier, "X-Noted") or [""]
+        self.arrived.append(value)
+        return baggage.set_baggage("noted", value, context)
+
+    @property
+    def fields(self) -> set[str]:
+        return {"X-Noted"}
+
+
+async def test_what_a_caller_propagates_reaches_every_hop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baggage, and keys with capitals, which gRPC does not take."""
+    noting = Noting()
+    monkeypatch.setattr(propagate, "_HTTP_TEXT_FORMAT", noting)
+    async with two_hops() as mesh:
+        noting.arrived.clear()
+        with as_caller(baggage.set_baggage("noted", "from afar")):
+            await collect(mesh.client, prompt("hello"))
+
+    assert noting.arrived.count("from afar") == 2, "router and batcher"
+
+
+@pytest.mark.parametrize("name", ["b3", "b3multi"])
+async def test_the_trace_is_one_by_other_propagators_too(
+    name: str, spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker's hop has fields for the trace context, whatever the headers are."""
+    (point,) = entry_points(group="opentelemetry_propagator", name=name)
+    monkeypatch.setattr(propagate, "_HTTP_TEXT_FORMAT", point.load()())
+    async with two_hops() as mesh:
+        await collect(mesh.client, prompt("hello"))
+        await eventually(lambda: by_name(spans.get_finished_spans(), "worker.decode"))
+        await eventually(lambda: len(by_name(spans.get_finished_spans(), GENERATE)) == 4)
+
+    ours = [span for span in spans.get_finished_spans() if span.name != "batcher.batch"]
+    assert len({span.context.trace_id for span in ours}) == 1
+
+
+def test_a_root_that_links_to_spans_of_this_process_is_recorded_as_they_are() -> None:
+    """Sampled by chance, a batch would be missing from traces that link to it."""
+    exporter = InMemorySpanExporter()
+    tracers = TracerProvider(sampler=LinkedRoots(ALWAYS_OFF))
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = tracers.get_tracer("test")
+
+    def link(*, sampled: bool, remote: bool = False) -> trace.Link:
+        flags = trace.TraceFlags(int(sampled))
+        return trace.Link(trace.SpanContext(1, 2, is_remote=remote, trace_flags=flags))
+
+    tracer.start_span("nobody").end()
+    tracer.start_span("unsampled", links=[link(sampled=False)]).end()
+    tracer.start_span("stranger", links=[link(sampled=True, remote=True)]).end()
+    tracer.start_span("child", sent_by_caller(sampled=False), links=[link(sampled=True)]).end()
+    tracer.start_span("batch", links=[link(sampled=False), link(sampled=True)]).end()
+
+    assert [span.name for span in exporter.get_finished_spans()] == ["batch"]

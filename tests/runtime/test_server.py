@@ -76,6 +76,40 @@ async def test_every_server_tells_readiness_and_liveness(mesh: Mesh) -> None:
             assert await health(port, service) == SERVING
 
 
+NAMES = {
+    "router": ["headrace.v1.GenerationService", "headrace.v1.RoutingService", "headrace.v1.AdminService"],
+    "batcher": ["headrace.v1.GenerationService", "headrace.v1.RoutingService", "headrace.v1.AdminService"],
+    "worker": ["headrace.v1.WorkerService", "headrace.v1.AdminService"],
+}
+
+
+async def test_the_health_of_a_service_by_its_full_name_is_readiness(mesh: Mesh) -> None:
+    """As client-side health checking and Envoy ask."""
+    small = mesh.tiers["small"]
+    for kind, port in (
+        ("router", mesh.port),
+        ("batcher", small.batcher.server.port),
+        ("worker", small.worker.server.port),
+    ):
+        for name in NAMES[kind]:
+            assert await health(port, name) == SERVING
+        for name in ("headrace.v1.Unknown", "GenerationService", "headrace.v1.GenerationService/Generate"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await health(port, name)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_who_watches_a_service_hears_of_its_readiness(mesh: Mesh) -> None:
+    small = mesh.tiers["small"]
+    async with open_channel(f"127.0.0.1:{small.batcher.server.port}") as channel, asyncio.timeout(PATIENCE):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="headrace.v1.GenerationService"))
+        assert (await watch.read()).status == SERVING
+        next(iter(small.batcher.coalescer.pool)).draining = True
+        assert (await watch.read()).status == NOT_SERVING
+        watch.cancel()
+
+
 async def test_a_worker_is_alive_but_not_ready_until_its_model_is_warm(
     reserved: Callable[[int], list[int]],
 ) -> None:

@@ -91,6 +91,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
                     drain_seconds=settings.drain_seconds,
                     aside=frozenset({vitals.INSPECT, LIST_TIERS}),
                     activity=activity,
+                    trace_context=settings.trace_context,
                     ready=lambda: bool(pool.ready()),
                 ) as server:
                     yield Batcher(server, coalescer)

@@ -171,17 +171,7 @@ class Dispatcher:
         )
 
     def _submit(self, link: WorkerLink, batch: list[Job], now: float) -> None:
-        span = _tracer.start_span(
-            attributes.SPAN_BATCH,
-            context=trace.set_span_in_context(trace.INVALID_SPAN),  # a root: it has many parents
-            links=[trace.Link(job.span.get_span_context()) for job in batch],
-            attributes={
-                attributes.BATCH_SIZE: len(batch),
-                attributes.BATCH_TOKENS: sum(job.tokens for job in batch),
-                attributes.WORKER: link.worker_id,
-                **self._labels,
-            },
-        )
+        span = self._batch_span(link, batch)
         for job in batch:
             history = job.history
             if job.begun and job.tells_moves:
@@ -197,3 +187,20 @@ class Dispatcher:
         _batch_size.record(len(batch), self._labels)
         span.set_attribute(attributes.BATCH_ID, link.submit(batch, span, now))
         span.end()
+
+    def _batch_span(self, link: WorkerLink, batch: list[Job]) -> trace.Span:
+        """A span for the batch, if any of its members is sampled: else it would be alone in its trace."""
+        members = [job.span.get_span_context() for job in batch]
+        if not any(member.trace_flags.sampled for member in members):
+            return trace.INVALID_SPAN
+        return _tracer.start_span(
+            attributes.SPAN_BATCH,
+            context=trace.set_span_in_context(trace.INVALID_SPAN),  # a root: it has many parents
+            links=[trace.Link(member) for member in members],
+            attributes={
+                attributes.BATCH_SIZE: len(batch),
+                attributes.BATCH_TOKENS: sum(job.tokens for job in batch),
+                attributes.WORKER: link.worker_id,
+                **self._labels,
+            },
+        )

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 import grpc
-from opentelemetry import propagate, trace
+from opentelemetry import trace
 
 from headrace import errors
 from headrace.batcher.breaker import Breaker
@@ -25,6 +25,7 @@ from headrace.batcher.job import Job
 from headrace.batcher.liveness import PING_SECONDS, Liveness
 from headrace.batcher.sink import Sink
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel
+from headrace.propagation import to_w3c
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
@@ -400,11 +401,8 @@ class WorkerLink:
 
 
 def _trace_context(span: trace.Span) -> wire.TraceContext:
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier, context=trace.set_span_in_context(span))
-    return wire.TraceContext(
-        traceparent=carrier.get("traceparent", ""), tracestate=carrier.get("tracestate", "")
-    )
+    traceparent, tracestate = to_w3c(span)
+    return wire.TraceContext(traceparent=traceparent, tracestate=tracestate)
 
 
 def _first(group: BaseExceptionGroup[grpc.aio.AioRpcError]) -> grpc.aio.AioRpcError:

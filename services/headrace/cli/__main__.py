@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from headrace import propagation
 from headrace.cli.commands.asking import chat, explain, feedback, tiers, top
 from headrace.cli.commands.fitting import calibrate, check, train
 from headrace.cli.commands.running import demo, fetch, up
+from headrace.cli.complaints import complain
 
 
 def _tell_version(wanted: bool) -> None:
@@ -54,6 +56,9 @@ def main() -> None:
     # Not every terminal can show all that is said: `?` takes the place of what it cannot.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    if failure := propagation.problem():
+        complain(failure)
+        raise SystemExit(2)
     app()
 
 

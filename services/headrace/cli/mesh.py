@@ -182,6 +182,8 @@ def plan(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Proce
 
     def process(kind: str, name: str, port: int, *flags: str) -> Process:
         common = ["--host", HOST, "--port", str(port), "--drain-seconds", str(spec.drain_seconds)]
+        if kind != "router":  # HEADRACE_TRACE_CONTEXT is meant for callers, and theirs is the router
+            common += ["--trace-context", "trust"]
         return Process(
             name=name,
             command=[

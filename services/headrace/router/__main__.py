@@ -98,6 +98,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             drain_seconds=settings.drain_seconds,
             aside=frozenset({vitals.INSPECT, LIST_TIERS}),
             activity=activity,
+            trace_context=settings.trace_context,
             ready=lambda: tiers.any_healthy,
         ) as server,
     ):

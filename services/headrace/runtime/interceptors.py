@@ -12,13 +12,16 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import aclosing, contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
-from opentelemetry import metrics, propagate, trace
+from opentelemetry import context as otel_context
+from opentelemetry import metrics, trace
+from opentelemetry.context import Context
 
 from headrace import attributes, errors
+from headrace.propagation import extract
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ _call_duration = metrics.get_meter("headrace.server").create_histogram(
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 OURS = "/headrace."
+# Of callers: their spans are parents of ours, and their sampling decides; or are linked to; or are not read.
+TraceContext: TypeAlias = Literal["trust", "link", "ignore"]
 
 
 class _Unreadable:
@@ -87,11 +92,19 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
 
     untraced   full method names of long-lived streams and looks inside, which are nobody's parent and not
                counted as requests in flight
+    callers    what becomes of the trace context of callers
     """
 
-    def __init__(self, activity: Activity, *, untraced: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        activity: Activity,
+        *,
+        untraced: frozenset[str] = frozenset(),
+        callers: TraceContext = "trust",
+    ) -> None:
         self._activity = activity
         self._untraced = untraced
+        self._callers = callers
 
     async def intercept_service(
         self,
@@ -164,17 +177,20 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
 
     async def _traced(self, method: str, context: Any, call: Callable[[], Awaitable[Any]]) -> Any:
         name = method.lstrip("/")
-        carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        parent, links = _parent(extract(context.invocation_metadata() or ()), self._callers)
         began = time.monotonic()
         code = grpc.StatusCode.CANCELLED  # unless it ends some other way
-        with _tracer.start_as_current_span(
-            name,
-            context=propagate.extract(carrier),
-            kind=trace.SpanKind.SERVER,
-            attributes={attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: name},
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
+        with (
+            _attached(parent),  # the caller's baggage with it
+            _tracer.start_as_current_span(
+                name,
+                kind=trace.SpanKind.SERVER,
+                attributes={attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: name},
+                links=links,
+                record_exception=False,
+                set_status_on_exception=False,
+            ) as span,
+        ):
             try:
                 with self._activity.call():
                     result = await call()
@@ -199,10 +215,29 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                 )
 
 
+def _parent(sent: Context, callers: TraceContext) -> tuple[Context, list[trace.Link]]:
+    """The context that a request's span begins in, and its links, by what is done with the caller's."""
+    if callers == "trust":
+        return sent, []
+    theirs = trace.get_current_span(sent).get_span_context()
+    return Context(), [trace.Link(theirs)] if callers == "link" and theirs.is_valid else []
+
+
+@contextmanager
+def _attached(context: Context) -> Generator[None, None, None]:
+    token = otel_context.attach(context)
+    try:
+        yield
+    finally:
+        otel_context.detach(token)
+
+
 _CALLERS_FAULT = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
         grpc.StatusCode.CANCELLED,
         grpc.StatusCode.FAILED_PRECONDITION,
         grpc.StatusCode.OUT_OF_RANGE,

@@ -26,9 +26,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
-from headrace import errors
+from headrace import errors, propagation
 from headrace.channel import MAX_MESSAGE_BYTES, join
-from headrace.runtime.interceptors import Activity, ServerInterceptor
+from headrace.runtime.interceptors import Activity, ServerInterceptor, TraceContext
 from headrace.runtime.listening import explained, obstacle
 
 log = logging.getLogger(__name__)
@@ -68,11 +68,15 @@ class PortInUse(CannotListen):
 
 
 class Health:
-    """The server's health as grpc.health.v1 tells it: "" and `readiness` alike, and `liveness`."""
+    """The server's health as grpc.health.v1 reports it.
 
-    def __init__(self) -> None:
+    "", `readiness` and the full name of each of *services* are its readiness; `liveness` is that it runs.
+    """
+
+    def __init__(self, services: Iterable[str] = ()) -> None:
         self.servicer = HealthServicer()
         self.ready = False
+        self._names = ("", READINESS, *services)
 
     async def set_ready(self, ready: bool) -> None:
         """Say whether the server takes work."""
@@ -80,7 +84,7 @@ class Health:
         status = (
             health_pb2.HealthCheckResponse.SERVING if ready else (health_pb2.HealthCheckResponse.NOT_SERVING)
         )
-        for name in ("", READINESS):
+        for name in self._names:
             await self.servicer.set(name, status)
 
     async def follow(self, ready: Callable[[], bool]) -> None:
@@ -117,34 +121,38 @@ async def serving(
     drain_seconds: float,
     aside: frozenset[str] = frozenset(),
     activity: Activity | None = None,
+    trace_context: TraceContext = "trust",
     ready: Callable[[], bool],
     drain: Callable[[], Coroutine[object, object, None]] | None = None,
 ) -> AsyncGenerator[Serving, None]:
     """Serve until the block is left, then drain.
 
     register       adds the servicers
-    services       descriptors of the services it adds, for reflection
+    services       descriptors of the services it adds, for reflection and health
     port           0 picks a free one
     drain_seconds  how long requests in flight may go on after the block was left; those that are
                    left then end as DRAINING, so that their callers carry on elsewhere
     aside          full method names of calls that are no requests: streams that last as long as the
                    connection, and looks inside
     activity       knows the requests in flight; one of its own unless told
+    trace_context  what becomes of the trace context of callers
     ready          whether the server takes work, asked ten times a second: the readiness that health tells
     drain          awaited after admission has stopped, at most *drain_seconds*, for what the
                    service itself has to hand back
 
     Raises PortInUse and CannotListen.
     """
-    health, activity = Health(), activity or Activity()
-    server = grpc.aio.server(interceptors=[ServerInterceptor(activity, untraced=aside)], options=_OPTIONS)
+    names = [service.full_name for service in services]
+    health, activity = Health(names), activity or Activity()
+    interceptor = ServerInterceptor(activity, untraced=aside, callers=trace_context)
+    server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
     register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     channelz.add_channelz_servicer(server)
     _add_reflection(
         server,
         [
-            *(service.full_name for service in services),
+            *names,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
             CHANNELZ.services_by_name["Channelz"].full_name,
         ],
@@ -235,7 +243,10 @@ def run(main: Coroutine[object, object, None]) -> None:
 
     Exits with status 1 on a failure that a person can mend, such as a port in use.
     """
-    failure = ""
+    if failure := propagation.problem():
+        main.close()
+        log.critical(failure)
+        raise SystemExit(1)
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):  # there is none for Windows
         import uvloop

@@ -55,6 +55,12 @@ class ServiceSettings(BaseSettings):
         allow_inf_nan=False,
         description="after SIGTERM, how long requests in flight may go on",
     )
+    trace_context: Literal["trust", "link", "ignore"] = Field(
+        default="trust",
+        description="what becomes of the trace context that callers send: trust makes their spans the "
+        "parents of ours, so that their sampling decides what is recorded here; link begins a trace of its "
+        "own that links to theirs; ignore does not read it. Use one of these two where callers are strangers",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="least level of log lines"
     )

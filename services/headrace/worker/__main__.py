@@ -69,6 +69,7 @@ async def worker(
         drain_seconds=settings.drain_seconds + 2,
         aside=frozenset({RUN, vitals.INSPECT}),
         activity=activity,
+        trace_context=settings.trace_context,
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,
     ) as server:

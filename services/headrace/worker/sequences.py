@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
-from opentelemetry import propagate, trace
+from opentelemetry import trace
 
 from headrace import attributes, errors
+from headrace.propagation import from_w3c
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.worker.engine.scheduler import Ending, LiveSequence, Update
@@ -130,7 +131,4 @@ def _params(sampling: pb.Sampling) -> SamplingParams:
 
 def span_context(carried: wire.TraceContext) -> trace.SpanContext:
     """The span that a message was sent for; invalid if it is not traced."""
-    if not carried.traceparent:
-        return trace.INVALID_SPAN_CONTEXT
-    context = propagate.extract({"traceparent": carried.traceparent, "tracestate": carried.tracestate})
-    return trace.get_current_span(context).get_span_context()
+    return from_w3c(carried.traceparent, carried.tracestate)

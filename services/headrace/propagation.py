@@ -1,0 +1,92 @@
+"""Carry trace context and baggage in gRPC metadata, by the propagators that OTEL_PROPAGATORS names.
+
+The hop from batcher to worker has fields of its own for the W3C trace context, whatever the propagators are:
+see `headrace.v1.TraceContext`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.propagators.textmap import Getter
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from headrace import errors
+
+_KEY = re.compile(r"(?!grpc-)[a-z0-9._-]+")
+_VALUE = re.compile(r"[ -~]*")
+
+_w3c = TraceContextTextMapPropagator()
+
+
+class _Headers(Getter[Mapping[str, str]]):
+    """Reads what propagators write with capitals: metadata keys have none."""
+
+    def get(self, carrier: Mapping[str, str], key: str) -> list[str] | None:
+        value = carrier.get(key.lower())
+        return None if value is None else [value]
+
+    def keys(self, carrier: Mapping[str, str]) -> list[str]:
+        return list(carrier)
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Raise InvalidRequest for headers that gRPC cannot send."""
+    for key, value in headers.items():
+        if not (_KEY.fullmatch(key) and not key.endswith("-bin") and _VALUE.fullmatch(value)):
+            raise errors.InvalidRequest(
+                f"metadata {key!r} cannot be sent: keys are made of a-z, 0-9, '-', '_' and '.', not grpc-... "
+                "or ...-bin, and values of printable ASCII"
+            )
+
+
+def inject(context: Context | None = None, headers: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    """Metadata with *headers* and what *context*, by default the current one, propagates."""
+    # Imported late: it raises where OTEL_PROPAGATORS names one that is not installed; see `problem`.
+    from opentelemetry import propagate
+
+    carrier = dict(headers or {})
+    propagate.inject(carrier, context=context)
+    return [(key.lower(), value) for key, value in carrier.items()]
+
+
+def extract(metadata: Iterable[tuple[str, str | bytes]]) -> Context:
+    """The context that a caller sent."""
+    from opentelemetry import propagate
+
+    carrier = {key: value for key, value in metadata if isinstance(value, str)}
+    return propagate.extract(carrier, getter=_Headers())
+
+
+def problem() -> str:
+    """What is wrong with OTEL_PROPAGATORS, for people; empty if nothing is.
+
+    OpenTelemetry raises where the variable names a propagator that is not installed, so a process asks first.
+    """
+    names = [name.strip() for name in os.environ.get("OTEL_PROPAGATORS", "").split(",") if name.strip()]
+    installed = {point.name for point in entry_points(group="opentelemetry_propagator")}
+    missing = [name for name in names if name not in installed]
+    if not missing or "none" in map(str.lower, names):
+        return ""
+    return (
+        f"OTEL_PROPAGATORS: {', '.join(missing)} not installed; there are {', '.join(sorted(installed))} and "
+        "none, others come as packages named opentelemetry-propagator-..."
+    )
+
+
+def to_w3c(span: trace.Span) -> tuple[str, str]:
+    """The traceparent and tracestate of a span; empty for one that is not valid."""
+    carrier: dict[str, str] = {}
+    _w3c.inject(carrier, context=trace.set_span_in_context(span))
+    return carrier.get("traceparent", ""), carrier.get("tracestate", "")
+
+
+def from_w3c(traceparent: str, tracestate: str) -> trace.SpanContext:
+    """The span context of a traceparent and tracestate; invalid if they are."""
+    context = _w3c.extract({"traceparent": traceparent, "tracestate": tracestate})
+    return trace.get_current_span(context).get_span_context()

@@ -1,0 +1,141 @@
+"""Which exporters the standard OTEL_* variables ask for, and what of it cannot be had.
+
+As https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/ says: lists of exporters
+per signal, protocols and endpoints per signal or for all. Exporters are found by entry point, as the SDK's
+own auto-configuration does. The rest (headers, sampler, intervals, limits) the SDK reads itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from headrace.channel import NO_PROXY, is_loopback, split
+
+Signal = Literal["traces", "metrics"]
+
+_GRPC, _HTTP = "otlp_proto_grpc", "otlp_proto_http"
+_BY_PROTOCOL = {"grpc": _GRPC, "http/protobuf": _HTTP, "http/json": _HTTP}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to export one signal with.
+
+    names      entry points of exporters, each once, in the order of the variable
+    problems   what was asked for and cannot be had, a line each
+    """
+
+    names: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def disabled(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether OTEL_SDK_DISABLED turns telemetry off."""
+    return _value("OTEL_SDK_DISABLED", environment).lower() == "true"
+
+
+def plan(signal: Signal, environment: Mapping[str, str] | None = None) -> Plan:
+    """Decide on the exporters of *signal*.
+
+    Without OTEL_<SIGNAL>_EXPORTER it is OTLP if an endpoint is set, else nothing: a service exports nothing
+    unless it is asked to. OTLP that is asked for by name without an endpoint goes to the default one.
+    """
+    if disabled(environment):
+        return Plan()
+    variable = f"OTEL_{signal.upper()}_EXPORTER"
+    asked = _value(variable, environment)
+    if not asked:
+        asked = "otlp" if _endpoint(signal, environment) else "none"
+    names: list[str] = []
+    problems: list[str] = []
+    installed = {point.name for point in entry_points(group=_group(signal))}
+    for name in dict.fromkeys(part.strip().lower() for part in asked.split(",")):
+        if name in ("", "none"):
+            continue
+        if name == "otlp":
+            name, problem = _otlp(signal, environment)
+            problems += [problem] if problem else []
+            if not name:
+                continue
+        if name not in installed:
+            had = ", ".join(sorted({"otlp", "console", *installed} - {_GRPC, _HTTP}))
+            problems.append(f"{variable}: {name!r} is not installed; there are {had} and none")
+        elif name not in names:
+            names.append(name)
+    return Plan(tuple(names), tuple(problems))
+
+
+def ignored(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Variables that ask for what these services do not do, a line each."""
+    if disabled(environment):
+        return []
+    lines = []
+    if _value("OTEL_LOGS_EXPORTER", environment).lower() not in ("", "none"):
+        lines.append("OTEL_LOGS_EXPORTER: logs are not exported; they are JSON lines on standard error")
+    lines += [
+        f"{name}: configuration files are not read; the OTEL_* variables are"
+        for name in ("OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE")
+        if _value(name, environment)
+    ]
+    return lines
+
+
+def exporter(signal: Signal, name: str) -> Any:
+    """Make the exporter of a plan's name: a SpanExporter, MetricExporter or MetricReader of the SDK.
+
+    One on this machine is reached directly, whatever proxy the environment names.
+    """
+    (point, *_) = entry_points(group=_group(signal), name=name)
+    given: dict[str, Any] = {}
+    if name in (_GRPC, _HTTP) and _is_local(_endpoint(signal, None)):
+        if name == _GRPC:
+            given["channel_options"] = (NO_PROXY,)
+        else:
+            import requests
+
+            given["session"] = requests.Session()
+            given["session"].trust_env = False
+    return point.load()(**given)
+
+
+def _group(signal: Signal) -> str:
+    return f"opentelemetry_{signal}_exporter"
+
+
+def _value(name: str, environment: Mapping[str, str] | None) -> str:
+    """A variable's value; by the specification an empty one is unset."""
+    return (os.environ if environment is None else environment).get(name, "").strip()
+
+
+def _endpoint(signal: Signal, environment: Mapping[str, str] | None) -> str:
+    return _value(f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT", environment) or _value(
+        "OTEL_EXPORTER_OTLP_ENDPOINT", environment
+    )
+
+
+def _otlp(signal: Signal, environment: Mapping[str, str] | None) -> tuple[str, str]:
+    """The entry point of the OTLP exporter by its protocol, empty if there is none; and what is wrong."""
+    for variable in (f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if protocol := _value(variable, environment).lower():
+            break
+    else:
+        protocol = "grpc"
+    if protocol == "http/json":
+        return _HTTP, f"{variable}: {protocol!r} is not supported; http/protobuf is sent to the same endpoint"
+    if protocol not in _BY_PROTOCOL:
+        return (
+            "",
+            f"{variable}: {protocol!r} is not supported; grpc and http/protobuf are",
+        )
+    return _BY_PROTOCOL[protocol], ""
+
+
+def _is_local(endpoint: str) -> bool:
+    if not endpoint:  # the default one is
+        return True
+    return is_loopback((urlsplit(endpoint).hostname or "") if "://" in endpoint else split(endpoint)[0])
