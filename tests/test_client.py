@@ -198,6 +198,31 @@ async def test_a_busy_server_is_asked_again_for_the_rest_of_an_answer() -> None:
     assert len(servicer.requests) == 3
 
 
+class Hurried(Reciter):
+    """Ends the first streams as SLOW_READER, each after so many tokens of its own."""
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        count, said = len(self.requests), 0
+        async for response in super().Generate(request, context):
+            if count < len(self.ends) and said == self.ends[count] and response.HasField("delta"):
+                raise errors.SlowReader("the caller does not read")
+            said += response.delta.token_count
+            yield response
+
+    def __init__(self, *ends: int) -> None:
+        super().__init__()
+        self.ends = ends
+
+
+async def test_an_answer_that_was_ended_for_slow_reading_is_carried_on() -> None:
+    servicer = Hurried(3, 5, 1)
+    async with calling(servicer) as client:
+        answer = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
+
+    assert answer.text == "a long way to go"
+    assert [len(request.resume.token_ids) for request in servicer.requests] == [0, 3, 8, 9]
+
+
 async def test_carrying_on_can_be_left_to_the_caller() -> None:
     servicer = Reciter(1)
     async with calling(servicer) as client:
@@ -228,6 +253,48 @@ async def test_an_answer_that_never_gets_on_is_given_up() -> None:
             await collect(client, pb.GenerateRequest(prompt="abc"))
 
     assert len(servicer.requests) == 7, "the first, one that is free, and what the budget pays"
+
+
+class Listening(Reciter):
+    """Keeps the metadata of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metadata: dict[str, str | bytes] = {}
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        self.metadata = dict(context.invocation_metadata())
+        async for response in super().Generate(request, context):
+            yield response
+
+
+async def test_metadata_may_have_any_name_that_grpc_takes() -> None:
+    given = {"context": "a", "self": "b", "headers": "c", "timeout": "d", "metadata": "e", "x-user": "f~ g"}
+    servicer = Listening()
+    async with calling(servicer) as client:
+        stream = client.generate(pb.GenerateRequest(prompt="abc"), metadata=given, timeout=PATIENCE)
+        async with aclosing(stream) as responses:
+            assert [response.WhichOneof("event") async for response in responses][-1] == "finish"
+
+    assert given.items() <= servicer.metadata.items()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("Upper", "x"),
+        ("white space", "x"),
+        ("", "x"),
+        ("grpc-timeout", "1S"),
+        ("x-bin", "x"),
+        ("x", "new\nline"),
+        ("x", "é"),
+    ],
+)
+async def test_metadata_that_grpc_cannot_send_is_named(key: str, value: str) -> None:
+    async with calling(Reciter()) as client:
+        with pytest.raises(errors.InvalidRequest, match="cannot be sent"):
+            await anext(client.generate(pb.GenerateRequest(prompt="abc"), metadata={key: value}))
 
 
 def test_the_retry_budget_is_spent_at_half_and_refilled_by_success() -> None:

@@ -16,7 +16,10 @@
     ├── SequenceFault           this request failed in the engine, its neighbours did not
     ├── PoisonRequest           the workers that took this request in died of it, it seems
     ├── Unimplemented
-    └── InternalError           a fault of ours; the log of the server has it in full
+    ├── Foreign                 no server of ours sends these: a proxy, or another service, answered
+    │   └── Unauthenticated  PermissionDenied  Aborted  NotFound  AlreadyExists  FailedPrecondition
+    │       OutOfRange  DataLoss
+    └── InternalError           a fault of the server; its log has it in full
 
 `to_status` turns an exception into a google.rpc.Status; `from_status` and `from_rpc_error` turn it
 back into the same class. `reason` is for programs and never changes; the message is for people.
@@ -245,8 +248,71 @@ class Unimplemented(HeadraceError):
     reason = "UNIMPLEMENTED"
 
 
+class Foreign(HeadraceError):
+    """A status that no Headrace server sends: a proxy on the way, or another service, answered."""
+
+    code = grpc.StatusCode.UNKNOWN
+    reason = "FOREIGN"
+
+
+class Unauthenticated(Foreign):
+    """Something on the way asks for credentials, or does not accept those that were sent."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(Foreign):
+    """Something on the way does not allow this caller this call."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+
+class Aborted(Foreign):
+    """Something on the way ended the call. It may work when tried again."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "ABORTED"
+
+
+class NotFound(Foreign):
+    """Something on the way does not know what the call names."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "NOT_FOUND"
+
+
+class AlreadyExists(Foreign):
+    """Something on the way found that what the call would make is there."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    reason = "ALREADY_EXISTS"
+
+
+class FailedPrecondition(Foreign):
+    """Something on the way is not in a state for the call."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "FAILED_PRECONDITION"
+
+
+class OutOfRange(Foreign):
+    """Something on the way found a value of the call out of range."""
+
+    code = grpc.StatusCode.OUT_OF_RANGE
+    reason = "OUT_OF_RANGE"
+
+
+class DataLoss(Foreign):
+    """Something on the way lost or garbled data."""
+
+    code = grpc.StatusCode.DATA_LOSS
+    reason = "DATA_LOSS"
+
+
 class InternalError(HeadraceError):
-    """A fault of ours."""
+    """A fault of the server, or of something on the way that does not say more."""
 
     reason = "INTERNAL"
 
@@ -266,9 +332,16 @@ _BY_CODE: dict[grpc.StatusCode, type[HeadraceError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+    **{cls.code: cls for cls in Foreign.__subclasses__()},
 }
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-_TOO_LARGE = re.compile(r"message larger than max", re.IGNORECASE)
+_TOO_LARGE = re.compile(r"message larger than max|metadata size exceeds", re.IGNORECASE)
+# gRPC's words for an answer in HTTP: of a proxy that cannot reach what is behind it, or of a web server.
+_IN_HTTP = re.compile(
+    r"http2 header with status: (?P<new>\d+)|http1\.x server(?: \(HTTP status (?P<old>\d+))?|"
+    r"Data frame with END_STREAM flag"
+)
+HTTP_STATUS = "http_status"  # of `fields`: such an answer's status, empty where gRPC does not pass it on
 
 
 def unwrap(error: BaseException) -> BaseException:
@@ -347,7 +420,19 @@ def from_rpc_error(error: grpc.RpcError) -> HeadraceError:
         # gRPC's word for a call whose transport went away under it; what it knows stands in the text.
         late = "deadline exceeded" in details.lower()
         code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.UNAVAILABLE
-    return from_status(status_pb2.Status(code=code.value[0], message=details))
+    answered = _IN_HTTP.search(details)
+    if answered is None:
+        return from_status(status_pb2.Status(code=code.value[0], message=details))
+    number = answered["new"] or answered["old"] or ""
+    said = f"HTTP status {number}" if number else "HTTP"
+    translated = from_status(
+        status_pb2.Status(
+            code=code.value[0],
+            message=f"a proxy or web server, and no gRPC server, answered with {said} ({details})",
+        )
+    )
+    translated.fields[HTTP_STATUS] = number
+    return translated
 
 
 def _rebuild(

@@ -30,6 +30,11 @@ def complain(line: str) -> None:
 
 def advice(error: errors.HeadraceError, target: str) -> str:
     """Say what to do about a failed call to *target*."""
+    if errors.HTTP_STATUS in error.fields:
+        return (
+            f"{error.message} [{error.reason}]; is {target} the gRPC port of a mesh, and does every proxy "
+            "on the way pass HTTP/2 on?"
+        )
     # Unavailable itself comes from gRPC; servers of ours send one of its subclasses.
     if type(error) is errors.Unavailable:
         if problem := target_problem(target):
@@ -52,6 +57,14 @@ _HINTS: list[tuple[type[errors.HeadraceError], str]] = [
     (errors.DeadlineExceeded, "give it more time with --timeout, or ask for less with --max-tokens"),
     (errors.Overloaded, "try again in a moment"),
     (errors.Unimplemented, "what --target names does not offer this; ask a router"),
+    (
+        errors.Unauthenticated,
+        "a proxy on the way, or what --target names, asks for credentials",
+    ),
+    (errors.PermissionDenied, "a proxy on the way, or what --target names, does not allow it"),
+    (errors.Aborted, "a proxy or another service ended the call; try again"),
+    (errors.Foreign, "no Headrace server sends this: a proxy or another service answers at --target"),
+    (errors.RequestCancelled, "something on the way cancelled the call; try again"),
     (errors.InternalError, "the logs of the servers have it in full"),
 ]
 

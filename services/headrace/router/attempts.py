@@ -142,6 +142,12 @@ async def on_tier(
         except errors.RequestCancelled as cancelled:
             # Not by us, or this would be a CancelledError: the batcher was stopped, or something between.
             error = errors.BatcherLost(f"the batcher at {batcher.address} cancelled the answer: {cancelled}")
+        except errors.Foreign as answered:
+            # It is the router, and not its caller, whom something on the way does not let through.
+            error = errors.BatcherLost(
+                f"a proxy or another service answered for the batcher at {batcher.address}: {answered} "
+                f"[{answered.reason}]"
+            )
         if answer.finished:
             return  # whatever became of the stream after its last event
         if not answer.taken:
