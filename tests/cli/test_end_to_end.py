@@ -185,7 +185,15 @@ def test_a_full_disk_is_one_line(mesh: Up) -> None:
     assert "Traceback" not in out.stderr
 
 
-@pytest.mark.parametrize("target", ["http://127.0.0.1:1", "localhost"])
+def test_a_propagator_that_is_not_installed_is_one_line() -> None:
+    out = run("tiers", "--target", "127.0.0.1:1", OTEL_PROPAGATORS="sleipnir")
+
+    assert out.returncode == 2
+    assert out.stderr.startswith("error: OTEL_PROPAGATORS: sleipnir not installed; there are b3, ")
+    assert out.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:1", "localhost", "::1:50051", "dns:///router"])
 def test_a_target_that_is_none_says_how_one_is_written(target: str) -> None:
     out = run("tiers", "--target", target)
 

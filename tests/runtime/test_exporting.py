@@ -157,8 +157,12 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_a_mesh_exports_over_http_by_a_list_with_b3_between_its_processes(tmp_path: Path) -> None:
-    """One trace over all processes, to two exporters, past a proxy that is nobody's concern here."""
+async def test_a_mesh_exports_over_http_by_a_list_with_b3_between_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One trace over all processes, to two exporters, past a proxy that concerns nobody on this machine."""
+    for variable in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "grpc_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
     async with http_receiver() as receiver:
         variables = {
             "OTEL_PROPAGATORS": "b3",
@@ -169,7 +173,6 @@ async def test_a_mesh_exports_over_http_by_a_list_with_b3_between_its_processes(
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
             "OTEL_BSP_SCHEDULE_DELAY": "100",
             "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment=test",
-            **dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "grpc_proxy"), "http://127.0.0.1:9"),
         }
         spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", fake=True, environment=variables)
         async with processes(spec) as running, connect(running.address) as client:

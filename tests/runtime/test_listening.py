@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
@@ -13,13 +14,14 @@ import pytest
 from headrace.batcher.__main__ import batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.tokens import ByteTokenizer
+from headrace.channel import open_channel
 from headrace.client import connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.listening import explained, obstacle
 from headrace.runtime.server import CannotListen, PortInUse, Serving, serving
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import collect, eventually, prompt, running_worker, until_healthy
+from tests.harness import PATIENCE, collect, eventually, prompt, running_worker, until_healthy
 
 FOREIGN = "192.0.2.77"  # TEST-NET-1: no machine has it
 
@@ -61,6 +63,26 @@ async def test_a_port_that_somebody_has_is_refused_on_whatever_name_of_it(host: 
     with pytest.raises(PortInUse, match="another process listens there"):
         async with server(host, taken):
             pass
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::1", "::", "0.0.0.0", "localhost"])
+async def test_a_port_that_somebody_has_on_ipv6_is_refused_too(host: str) -> None:
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("::1", 0))
+        other.listen()
+        with pytest.raises(PortInUse):
+            async with server(host, other.getsockname()[1]):
+                pass
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::", "0.0.0.0"])
+async def test_all_addresses_are_those_of_both_families(host: str) -> None:
+    async with server(host) as running:
+        for target in (f"127.0.0.1:{running.port}", f"[::1]:{running.port}"):
+            async with open_channel(target) as channel, asyncio.timeout(PATIENCE):
+                await channel.channel_ready()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ The demo, `headrace up` and tests that want real processes share it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace import models
 from headrace.channel import open_channel
 from headrace.cli.processes import ChildDied, Crew, Process, crew, stage_of
+from headrace.runtime.listening import explained, obstacle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
@@ -120,17 +122,13 @@ def cores() -> int:
 
 
 def require_free(port: int) -> None:
-    """Raise BadSpec if *port* is taken. 0, which stands for any free one, never is."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise BadSpec(
-                f"cannot listen on {HOST}:{port}: {reason}. Is a mesh running already? "
-                "Choose another with --port; --port 0 picks a free one"
-            ) from error
+    """Raise BadSpec if *port* is taken or not ours to take. 0, which stands for any free one, never is."""
+    problem = obstacle(HOST, port)
+    if problem is None:
+        return
+    taken = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
+    hint = ". Is a mesh running already?" if taken else ""
+    raise BadSpec(explained(problem, HOST, port) + hint) from problem
 
 
 def free_ports(count: int) -> list[int]:

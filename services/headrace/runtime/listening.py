@@ -13,6 +13,12 @@ import socket
 from headrace.channel import join
 
 _PRIVILEGED_BELOW = 1024
+# What gRPC listens on, whatever the system's resolver says of these names.
+_AS_GRPC = {
+    "0.0.0.0": ("0.0.0.0", "::"),
+    "::": ("::", "0.0.0.0"),
+    "localhost": ("127.0.0.1", "::1"),
+}
 
 
 def obstacle(host: str, port: int) -> OSError | UnicodeError | None:
@@ -21,7 +27,11 @@ def obstacle(host: str, port: int) -> OSError | UnicodeError | None:
     Looks names up, which may take seconds: call it on a thread.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = [
+            one
+            for name in _AS_GRPC.get(host.lower(), (host,))
+            for one in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        ]
     except (OSError, UnicodeError) as error:  # the latter for what cannot be a name, such as a..b
         return error
     problems = [problem for family, *_, where in found if (problem := _bind(family, where)) is not None]
@@ -34,7 +44,7 @@ def _bind(family: int, where: tuple[object, ...]) -> OSError | None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, where[0] != "::")
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind(where)
     except OSError as error:
         return error
@@ -53,10 +63,7 @@ def _cause(problem: Exception, host: str, port: int) -> str:
     if number == errno.EADDRINUSE:
         return "another process listens there; stop it, or choose another --port (0 picks a free one)"
     if number == errno.EADDRNOTAVAIL:
-        return (
-            "this machine has no such address; --host 0.0.0.0 stands for all of its IPv4 addresses, :: for "
-            "those of IPv6 as well"
-        )
+        return "this machine has no such address; --host 0.0.0.0 stands for all that it has"
     if number in (errno.EACCES, errno.EPERM) and port < _PRIVILEGED_BELOW:
         return (
             f"ports below {_PRIVILEGED_BELOW} need root or the capability NET_BIND_SERVICE; choose another "

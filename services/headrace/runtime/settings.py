@@ -46,7 +46,7 @@ class ServiceSettings(BaseSettings):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6 and IPv4",
+        description="address to listen on, such as ::1; 0.0.0.0 or :: for all, of IPv4 and IPv6",
     )
     port: int = Field(default=0, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     drain_seconds: float = Field(
