@@ -27,7 +27,10 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from headrace import errors
 from headrace.client import MAX_MESSAGE_BYTES
+from headrace.runtime import accepting
+from headrace.runtime.budget import Budget
 from headrace.runtime.interceptors import Activity, ServerInterceptor
+from headrace.runtime.limits import Limits, raise_file_limit
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,6 @@ REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Clients that have nothing to say ping each 20 s. At the default of five minutes the fourth ping would
     # end the connection as "too_many_pings". The core's name has no "recv", unlike that of its constant.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -48,6 +50,7 @@ _OPTIONS = (
     # Two servers on one port would each get half of the calls and none would complain.
     ("grpc.so_reuseport", 0),
 )
+_LIMITS = Limits()
 _FOLLOW_SECONDS = 0.1
 _EVICT_SECONDS = 2.0  # for requests that outlast the drain to be answered, on a machine that is busy
 _FORCE_SECONDS = 0.5  # for calls that are still open when the drain is over, to hear that it is
@@ -94,10 +97,12 @@ class Serving:
     """A running server.
 
     port    where it listens
+    budget  what it has in hand
     """
 
     port: int
     health: Health
+    budget: Budget
     activity: Activity = field(default_factory=Activity)
 
 
@@ -109,6 +114,7 @@ async def serving(
     host: str,
     port: int,
     drain_seconds: float,
+    limits: Limits = _LIMITS,
     aside: frozenset[str] = frozenset(),
     activity: Activity | None = None,
     ready: Callable[[], bool],
@@ -121,6 +127,7 @@ async def serving(
     port           0 picks a free one
     drain_seconds  how long requests in flight may go on after the block was left; those that are
                    left then end as DRAINING, so that their callers carry on elsewhere
+    limits         what it holds for its callers at most
     aside          full method names of calls that are no requests: streams that last as long as the
                    connection, and looks inside
     activity       knows the requests in flight; one of its own unless told
@@ -131,7 +138,10 @@ async def serving(
     Raises PortInUse.
     """
     health, activity = Health(), activity or Activity()
-    server = grpc.aio.server(interceptors=[ServerInterceptor(activity, untraced=aside)], options=_OPTIONS)
+    budget = Budget(limits)
+    server = accepting.server(
+        [ServerInterceptor(activity, budget, untraced=aside)], (*_OPTIONS, *limits.options())
+    )
     register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     channelz.add_channelz_servicer(server)
@@ -153,7 +163,7 @@ async def serving(
     log.info("serving", extra={"host": host, "port": bound})
     telling = asyncio.create_task(health.follow(ready))
     try:
-        yield Serving(bound, health, activity)
+        yield Serving(bound, health, budget, activity)
     finally:
         began = time.monotonic()
         telling.cancel()
@@ -192,9 +202,7 @@ def _add_reflection(server: grpc.aio.Server, services: list[str]) -> None:
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler}),)
-    )
+    server.add_registered_method_handlers(REFLECTION_V1, {"ServerReflectionInfo": handler})
 
 
 def _describe_reflection_v1() -> None:
@@ -222,6 +230,7 @@ def run(main: Coroutine[object, object, None]) -> None:
     Exits with status 1 on a failure that a person can mend, such as a port in use.
     """
     failure = ""
+    raise_file_limit()
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):  # there is none for Windows
         import uvloop

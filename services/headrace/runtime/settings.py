@@ -12,8 +12,11 @@ import re
 import sys
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
+
+from headrace.runtime.budget import CONNECTION_SHARE
+from headrace.runtime.limits import MIB, Limits
 
 PREFIX = "HEADRACE_"
 
@@ -51,9 +54,45 @@ class ServiceSettings(BaseSettings):
         allow_inf_nan=False,
         description="after SIGTERM, how long requests in flight may go on",
     )
+    message_megabytes: float = Field(
+        default=4.0, gt=0, le=64, description="size of the longest request message, in MiB"
+    )
+    held_megabytes: float = Field(
+        default=64.0,
+        gt=0,
+        description="MiB of requests in hand at the same time, at least twice --message-megabytes; of "
+        "them one host may have three quarters, one connection half. Beyond that requests are refused as SERVER_BUSY",
+    )
+    max_calls: int = Field(
+        default=2048,
+        ge=16,
+        description="calls in hand at the same time, with the same shares for a host and a connection",
+    )
+    max_connections: int = Field(
+        default=4096, ge=16, description="connections at the same time; further ones are closed"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="least level of log lines"
     )
+
+    @model_validator(mode="after")
+    def _holds_a_message(self) -> Self:
+        if self.held_megabytes * CONNECTION_SHARE < self.message_megabytes:
+            raise ValueError(
+                f"HEADRACE_HELD_MEGABYTES={self.held_megabytes:g} (or --held-megabytes) must be at least "
+                f"{self.message_megabytes / CONNECTION_SHARE:g}, twice --message-megabytes"
+            )
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        """What the server holds for its callers at most."""
+        return Limits(
+            message_bytes=int(self.message_megabytes * MIB),
+            held_bytes=int(self.held_megabytes * MIB),
+            calls=self.max_calls,
+            connections=self.max_connections,
+        )
 
     @classmethod
     def load(cls, arguments: list[str] | None = None, *, program: str = "") -> Self:
