@@ -7,7 +7,7 @@
     ├── UnknownRequest
     ├── MessageTooLarge
     ├── Overloaded              retry after the delay
-    │   └── Shed  SlowReader
+    │   └── Shed  SlowReader  Busy
     ├── DeadlineExceeded
     │   └── DeadlineInQueue  DeadlineInDecode  Unattainable
     ├── RequestCancelled
@@ -151,6 +151,12 @@ class SlowReader(Overloaded):
     """The caller read its answer too slowly for the server to keep it."""
 
     reason = "SLOW_READER"
+
+
+class Busy(Overloaded):
+    """The server has as many calls, or bytes of requests, in hand as it takes. Retry after the delay."""
+
+    reason = "SERVER_BUSY"
 
 
 class DeadlineExceeded(HeadraceError):

@@ -2,3 +2,5 @@
 
 It does not know how a prompt was scored, nor which other tiers there are.
 """
+
+from headrace.runtime import quiet as quiet  # before grpc is imported

@@ -89,6 +89,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
                     host=settings.host,
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
+                    limits=settings.limits,
                     aside=frozenset({vitals.INSPECT, LIST_TIERS}),
                     activity=activity,
                     trace_context=settings.trace_context,

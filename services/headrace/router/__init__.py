@@ -2,3 +2,5 @@
 
 It knows tiers by their names and their batchers' addresses; tokens, batches and workers are beyond it.
 """
+
+from headrace.runtime import quiet as quiet  # before grpc is imported

@@ -96,6 +96,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             host=settings.host,
             port=settings.port,
             drain_seconds=settings.drain_seconds,
+            limits=settings.limits,
             aside=frozenset({vitals.INSPECT, LIST_TIERS}),
             activity=activity,
             trace_context=settings.trace_context,

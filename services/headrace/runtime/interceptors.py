@@ -1,4 +1,8 @@
-"""What every RPC of ours passes on its way in: trace, metrics, admission while draining, error statuses.
+"""What every RPC passes on its way in: trace, metrics, admission, the reading of its message, error statuses.
+
+A call is admitted before its message is read, and the message of a unary request is read here rather than by
+gRPC: one read, by a handler that gRPC takes for a streaming one. What is refused then costs neither the
+message's memory nor a parse.
 
 Written for grpc.aio's server on OpenTelemetry's API: the contributed instrumentation reports status OK
 for streams that were cancelled, timed out or failed, and has no asyncio metrics.
@@ -22,6 +26,7 @@ from opentelemetry.context import Context
 
 from headrace import attributes, errors
 from headrace.propagation import extract
+from headrace.runtime.budget import Budget, Hold
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +42,14 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 OURS = "/headrace."
 # Of callers: their spans are parents of ours, and their sampling decides; or are linked to; or are not read.
 TraceContext: TypeAlias = Literal["trust", "link", "ignore"]
+CHECK = "/grpc.health.v1.Health/Check"
 
-
-class _Unreadable:
-    """Stands for a request whose bytes could not be parsed, until an answer can be given."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
+# Whoever sends its message more slowly is charged for the longest one until it is there...
+PROMPT_SECONDS = 0.1
+# ...and is refused after so long.
+READ_SECONDS = 30.0
+# Of a request that asks for no tokens: health, reflection, channelz, tiers, insides.
+SMALL_BYTES = 64 * 1024
 
 
 class Activity:
@@ -88,7 +94,7 @@ class Activity:
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the RPCs of our own services; health, reflection and channelz pass untouched.
+    """Wraps every RPC: those of our own services, and health, reflection and channelz, without spans.
 
     untraced   full method names of long-lived streams and looks inside, which are nobody's parent and not
                counted as requests in flight
@@ -98,11 +104,13 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
     def __init__(
         self,
         activity: Activity,
+        budget: Budget,
         *,
         untraced: frozenset[str] = frozenset(),
         callers: TraceContext = "trust",
     ) -> None:
         self._activity = activity
+        self._budget = budget
         self._untraced = untraced
         self._callers = callers
 
@@ -113,65 +121,62 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
     ) -> _Handler | None:
         """Wrap the handler of one call; see grpc.aio.ServerInterceptor."""
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or not method.startswith(OURS):
-            return handler
-        if method in self._untraced:
-            return self._wrap(handler, method, self._translated)
-        return self._wrap(handler, method, self._traced)
+        if handler is None:
+            return None
+        return self._wrap(handler, handler_call_details.method)
 
-    def _wrap(
-        self,
-        handler: _Handler,
-        method: str,
-        around: Callable[[str, Any, Callable[[], Awaitable[Any]]], Awaitable[Any]],
-    ) -> _Handler:
+    def _wrap(self, handler: _Handler, method: str) -> _Handler:
         behaviour: Any = (
             handler.unary_unary or handler.unary_stream or handler.stream_stream or handler.stream_unary
         )
-        if handler.response_streaming:
-            # A coroutine that writes, not a generator: it runs, and is cancelled, as one task, so that
-            # its context and its clean-up are not left to the garbage collector.
-            async def respond(request: Any, context: Any) -> Any:
-                async def call() -> None:
-                    responses = behaviour(_readable(request), context)
-                    if inspect.isawaitable(responses):
-                        await responses
-                        return
-                    async with aclosing(responses) as stream:
-                        async for response in stream:
-                            await context.write(response)
+        parse = _parser(handler.request_deserializer)
+        aside = method in self._untraced or not method.startswith(OURS)
+        around = self._translated if aside else self._traced
+        limit = SMALL_BYTES if aside else self._budget.limits.message_bytes
+        # Probes are answered under load, too, or it would be taken for death.
+        exempt = (aside and method.startswith(OURS) and not handler.request_streaming) or method == CHECK
 
-                await around(method, context, call)
+        async def respond(requests: Any, context: Any) -> Any:
+            try:
+                with self._budget.call(context.peer(), exempt=exempt) as hold:
 
-            kind = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else (grpc.unary_stream_rpc_method_handler)
-            )
-        else:
+                    async def call() -> Any:
+                        request = requests
+                        if not handler.request_streaming:
+                            request = parse(await _message(context, hold, limit, self._budget))
+                        if not handler.response_streaming:
+                            return await behaviour(request, context)
+                        # A coroutine that writes, not a generator: it runs, and is cancelled, as one task,
+                        # so that its context and its clean-up are not left to the garbage collector.
+                        responses = behaviour(request, context)
+                        if inspect.isawaitable(responses):
+                            await responses
+                            return None
+                        async with aclosing(responses) as stream:
+                            async for response in stream:
+                                await context.write(response)
+                        return None
 
-            async def respond(request: Any, context: Any) -> Any:
-                async def call() -> Any:
-                    return await behaviour(_readable(request), context)
+                    return await around(method, context, call)
+            except errors.Busy as error:  # at the door: nothing else leaves `around`
+                await _abort(context, error)
 
-                return await around(method, context, call)
-
-            kind = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else (grpc.unary_unary_rpc_method_handler)
-            )
-        deserialize = handler.request_deserializer
+        kind = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
         return kind(
             respond,
-            request_deserializer=deserialize if handler.request_streaming else _lenient(deserialize),
+            request_deserializer=parse if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
         )
 
     async def _translated(self, method: str, context: Any, call: Callable[[], Awaitable[Any]]) -> Any:
         try:
             return await call()
+        except grpc.aio.AbortError:
+            raise
         except Exception as error:
             await _abort(context, _ours(error, method))
 
@@ -245,26 +250,56 @@ _CALLERS_FAULT = frozenset(
 )
 
 
-def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Parse, or say later what could not be parsed: gRPC's own answer is a bare "Unexpected error"."""
+def _parser(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
     assert deserialize is not None
 
     def parse(data: bytes) -> Any:
         try:
             return deserialize(data)
         except DecodeError as error:
-            return _Unreadable(error)
+            raise errors.InvalidText(
+                "the request cannot be parsed: every text must be valid UTF-8, and the message must be of "
+                f"the type that the contract names ({error})"
+            ) from None
 
     return parse
 
 
-def _readable(request: Any) -> Any:
-    if isinstance(request, _Unreadable):
-        raise errors.InvalidText(
-            "the request cannot be parsed: every text must be valid UTF-8, and the message must be of the "
-            f"type that the contract names ({request.error})"
+async def _message(context: Any, hold: Hold, limit: int, budget: Budget) -> bytes:
+    """The one message of a unary request, charged to *hold*.
+
+    Raises Busy, MessageTooLarge, InvalidRequest if there is none, and DeadlineExceeded if it takes too long.
+    """
+    refused: errors.Busy | None = None
+    loop = asyncio.get_running_loop()
+
+    def reserve() -> None:
+        nonlocal refused
+        try:
+            hold.resize(budget.limits.message_bytes)
+        except errors.Busy as error:
+            refused = error
+            reading.reschedule(loop.time())
+
+    try:
+        async with asyncio.timeout(READ_SECONDS) as reading:
+            late = loop.call_later(PROMPT_SECONDS, reserve)
+            try:
+                data = await context.read()
+            finally:
+                late.cancel()
+    except TimeoutError:
+        if refused is not None:
+            raise refused from None
+        raise errors.DeadlineExceeded(f"the request did not arrive within {READ_SECONDS:g} s") from None
+    if data is grpc.aio.EOF:
+        raise errors.InvalidRequest("the call ended without a request message")
+    if len(data) > limit:
+        raise errors.MessageTooLarge(
+            f"the request has {len(data)} bytes, this method takes {limit}", size=len(data), limit=limit
         )
-    return request
+    hold.resize(len(data))
+    return bytes(data)
 
 
 def _ours(error: Exception, method: str) -> errors.HeadraceError:

@@ -28,7 +28,10 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from headrace import errors, propagation
 from headrace.channel import MAX_MESSAGE_BYTES, join
+from headrace.runtime import accepting
+from headrace.runtime.budget import Budget
 from headrace.runtime.interceptors import Activity, ServerInterceptor, TraceContext
+from headrace.runtime.limits import Limits, raise_file_limit
 from headrace.runtime.listening import explained, obstacle
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,6 @@ REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Clients that have nothing to say ping each 20 s. At the default of five minutes the fourth ping would
     # end the connection as "too_many_pings". The core's name has no "recv", unlike that of its constant.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -50,6 +52,7 @@ _OPTIONS = (
     # Two servers on one port would each get half of the calls and none would complain.
     ("grpc.so_reuseport", 0),
 )
+_LIMITS = Limits()
 _FOLLOW_SECONDS = 0.1
 _EVICT_SECONDS = 2.0  # for requests that outlast the drain to be answered, on a machine that is busy
 _FORCE_SECONDS = 0.5  # for calls that are still open when the drain is over, to hear that it is
@@ -104,10 +107,12 @@ class Serving:
     """A running server.
 
     port    where it listens
+    budget  what it has in hand
     """
 
     port: int
     health: Health
+    budget: Budget
     activity: Activity = field(default_factory=Activity)
 
 
@@ -119,6 +124,7 @@ async def serving(
     host: str,
     port: int,
     drain_seconds: float,
+    limits: Limits = _LIMITS,
     aside: frozenset[str] = frozenset(),
     activity: Activity | None = None,
     trace_context: TraceContext = "trust",
@@ -132,6 +138,7 @@ async def serving(
     port           0 picks a free one
     drain_seconds  how long requests in flight may go on after the block was left; those that are
                    left then end as DRAINING, so that their callers carry on elsewhere
+    limits         what it holds for its callers at most
     aside          full method names of calls that are no requests: streams that last as long as the
                    connection, and looks inside
     activity       knows the requests in flight; one of its own unless told
@@ -144,8 +151,9 @@ async def serving(
     """
     names = [service.full_name for service in services]
     health, activity = Health(names), activity or Activity()
-    interceptor = ServerInterceptor(activity, untraced=aside, callers=trace_context)
-    server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
+    budget = Budget(limits)
+    interceptor = ServerInterceptor(activity, budget, untraced=aside, callers=trace_context)
+    server = accepting.server([interceptor], (*_OPTIONS, *limits.options()))
     register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     channelz.add_channelz_servicer(server)
@@ -164,7 +172,7 @@ async def serving(
     log.info("serving", extra={"host": host, "port": bound})
     telling = asyncio.create_task(health.follow(ready))
     try:
-        yield Serving(bound, health, activity)
+        yield Serving(bound, health, budget, activity)
     finally:
         began = time.monotonic()
         telling.cancel()
@@ -214,9 +222,7 @@ def _add_reflection(server: grpc.aio.Server, services: list[str]) -> None:
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler}),)
-    )
+    server.add_registered_method_handlers(REFLECTION_V1, {"ServerReflectionInfo": handler})
 
 
 def _describe_reflection_v1() -> None:
@@ -247,6 +253,7 @@ def run(main: Coroutine[object, object, None]) -> None:
         main.close()
         log.critical(failure)
         raise SystemExit(1)
+    raise_file_limit()
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):  # there is none for Windows
         import uvloop

@@ -12,8 +12,11 @@ import re
 import sys
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
+
+from headrace.runtime.budget import CONNECTION_SHARE
+from headrace.runtime.limits import MIB, Limits
 
 PREFIX = "HEADRACE_"
 
@@ -61,6 +64,24 @@ class ServiceSettings(BaseSettings):
         "parents of ours, so that their sampling decides what is recorded here; link begins a trace of its "
         "own that links to theirs; ignore does not read it. Use one of these two where callers are strangers",
     )
+    message_megabytes: float = Field(
+        default=4.0, gt=0, le=64, description="size of the longest request message, in MiB"
+    )
+    held_megabytes: float = Field(
+        default=64.0,
+        gt=0,
+        description="MiB of requests in hand at the same time, at least twice --message-megabytes; one "
+        "host may hold three quarters of them, one connection half. Requests beyond that are refused as "
+        "SERVER_BUSY",
+    )
+    max_calls: int = Field(
+        default=2048,
+        ge=16,
+        description="calls in hand at the same time, with the same shares for a host and a connection",
+    )
+    max_connections: int = Field(
+        default=4096, ge=16, description="connections at the same time; further ones are closed"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="least level of log lines"
     )
@@ -69,6 +90,25 @@ class ServiceSettings(BaseSettings):
     @classmethod
     def _without_brackets(cls, host: str) -> str:
         return host.strip().removeprefix("[").removesuffix("]")
+
+    @model_validator(mode="after")
+    def _holds_a_message(self) -> Self:
+        if self.held_megabytes * CONNECTION_SHARE < self.message_megabytes:
+            raise ValueError(
+                f"HEADRACE_HELD_MEGABYTES={self.held_megabytes:g} (or --held-megabytes) must be at least "
+                f"{self.message_megabytes / CONNECTION_SHARE:g}, twice --message-megabytes"
+            )
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        """What the server holds for its callers at most."""
+        return Limits(
+            message_bytes=int(self.message_megabytes * MIB),
+            held_bytes=int(self.held_megabytes * MIB),
+            calls=self.max_calls,
+            connections=self.max_connections,
+        )
 
     @classmethod
     def load(cls, arguments: list[str] | None = None, *, program: str = "") -> Self:

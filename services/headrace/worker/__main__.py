@@ -67,6 +67,7 @@ async def worker(
         port=settings.port,
         # What the servicer hands back at the end of the drain has to be sent as well.
         drain_seconds=settings.drain_seconds + 2,
+        limits=settings.limits,
         aside=frozenset({RUN, vitals.INSPECT}),
         activity=activity,
         trace_context=settings.trace_context,

@@ -18,6 +18,9 @@ class Settings(ServiceSettings):
     """
 
     port: int = Field(default=50053, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    message_megabytes: float = Field(
+        default=16.0, gt=0, le=64, description="size of the longest message of a batcher, in MiB"
+    )
     model: str = Field(
         default="", description="what to run: a default model's name, a folder, a .gguf or a hub id"
     )
