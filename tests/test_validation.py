@@ -23,6 +23,12 @@ def asked(**sampling: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt="x", sampling=pb.Sampling(**sampling))  # type: ignore[arg-type]
 
 
+def routed(name: str, value: str) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(prompt="x")
+    setattr(request.routing, name, value)
+    return request
+
+
 def complaint(request: pb.GenerateRequest) -> errors.InvalidRequest | None:
     try:
         check_request(request)
@@ -51,7 +57,7 @@ def refused(request: pb.GenerateRequest) -> errors.InvalidRequest:
             "resume.token_ids",
         ),
         *(
-            (pb.GenerateRequest(prompt="x", routing=pb.Routing(**{name: "n" * 257})), f"routing.{name}")
+            (routed(name, "n" * 257), f"routing.{name}")
             for name in ("tier", "model", "min_tier", "max_tier", "session_id", "tenant")
         ),
     ],
@@ -192,12 +198,12 @@ LONG = "😀\n" * 500_000
     [
         pb.GenerateRequest(prompt="x", request_id=LONG),
         pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role=LONG, content="x")])),
-        pb.GenerateRequest(prompt="x", routing=pb.Routing(tier=LONG)),
-        pb.GenerateRequest(prompt="x", routing=pb.Routing(model=LONG)),
-        pb.GenerateRequest(prompt="x", routing=pb.Routing(min_tier=LONG)),
-        pb.GenerateRequest(prompt="x", routing=pb.Routing(max_tier=LONG)),
-        pb.GenerateRequest(prompt="x", routing=pb.Routing(session_id=LONG)),
-        pb.GenerateRequest(prompt="x", routing=pb.Routing(tenant=LONG)),
+        routed("tier", LONG),
+        routed("model", LONG),
+        routed("min_tier", LONG),
+        routed("max_tier", LONG),
+        routed("session_id", LONG),
+        routed("tenant", LONG),
         asked(stop=[LONG]),
     ],
 )
@@ -210,8 +216,10 @@ def test_a_message_quotes_little_of_a_long_text(request_: pb.GenerateRequest) ->
 
 def test_feedback_of_long_names_is_refused_by_its_field() -> None:
     for field in ("request_id", "tier"):
+        request = routing.FeedbackRequest(ok=True)
+        setattr(request, field, LONG)
         with pytest.raises(errors.InvalidRequest) as caught:
-            check_feedback(routing.FeedbackRequest(ok=True, **{field: LONG}))
+            check_feedback(request)
         assert caught.value.field == field
         assert len(caught.value.message) < 400
     with pytest.raises(errors.InvalidRequest):
