@@ -38,6 +38,7 @@ class TierParts:
         load = self.worker.sessions.load()
         counts = {
             "queued": len(self.batcher.coalescer.queue),
+            "intake": self.batcher.intake.waiting,
             "live": len(self.batcher.coalescer.live),
             "flights": sum(link.outstanding for link in pool),
             "handles": sum(len(link.flights.jobs()) for link in pool),

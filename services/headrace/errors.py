@@ -39,6 +39,7 @@ DETAILS_KEY = "grpc-status-details-bin"  # where gRPC carries a google.rpc.Statu
 # Bytes of a message that cross the wire; many a message quotes what the caller sent. A status travels in
 # headers, of which peers take 8 KiB together, and there a message stands up to three times, escaped.
 MAX_MESSAGE = 1000
+MAX_QUOTED = 64  # characters that a message quotes of one text that the caller sent
 
 
 class HeadraceError(Exception):
@@ -348,6 +349,13 @@ _IN_HTTP = re.compile(
     r"Data frame with END_STREAM flag"
 )
 HTTP_STATUS = "http_status"  # of `fields`: such an answer's status, empty where gRPC does not pass it on
+
+
+def quoted(text: str) -> str:
+    """What a caller sent, as a message may quote it: on one line, its first 64 characters and its length."""
+    if len(text) <= MAX_QUOTED:
+        return repr(text)
+    return f"{text[:MAX_QUOTED]!r}... ({len(text)} characters)"
 
 
 def unwrap(error: BaseException) -> BaseException:

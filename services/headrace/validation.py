@@ -1,17 +1,24 @@
-"""Check a request as far as it can be judged from itself, at whichever hop sees it first.
+"""Check a request as far as it can be judged from itself, at whichever hop receives it first.
 
-Router and batcher both call `check_request`, so a caller hears the same words from either. What needs a
-model (context length, vocabulary) or the tiers (pins, hints) is checked where they are known.
+Router and batcher both call `check_request`, so a caller gets the same message from either. What needs a
+model (context length, vocabulary) or the tiers (pins, hints) is checked where they are known. Everything here
+runs on the event loop: a field is counted and measured before it is read, and no message quotes more than
+`errors.quoted` keeps.
 """
 
 from __future__ import annotations
 
-import math
+import struct
+
+from google.protobuf import duration_pb2
 
 from headrace import errors
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import routing_service_pb2 as routing_pb
 
 ROLES = ("system", "user", "assistant")
+MAX_MESSAGES = 4096
+MAX_BIASES = 300
 MAX_STOPS = 16
 MAX_STOP_IDS = 64
 MAX_STOP_CHARACTERS = 256
@@ -19,65 +26,60 @@ MAX_REQUEST_ID = 128
 MAX_NAME = 256
 MAX_FLUSH_TOKENS = 1024
 MAX_FLUSH_SECONDS = 10.0
+MAX_RESUME_TOKENS = 131_072  # no answer is longer; a tier's context is checked where it is known
 MAX_ATTEMPT = 1_000_000  # every loss adds one, and it must not outgrow its field
 
-# Inclusive ranges of the optional fields of Sampling; an open end is marked by the smallest value above.
-_ABOVE_ZERO = math.ulp(0.0)
+_MAX_NANOS = 999_999_999
+
+
+def _float32(value: float) -> float:
+    """The value that a protobuf float holds for *value*: 0.01 becomes a little less."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+_SMALLEST = _float32(1e-45)  # above zero, for open ends
+
+# Inclusive ranges of the optional fields of Sampling. Logits divided or multiplied by any of them stay finite
+# in float32 for every model whose logits are below 1e30.
 _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("temperature", 0, 10, "0 to 10"),
-    ("top_p", _ABOVE_ZERO, 1, "above 0, at most 1"),
+    ("top_p", _SMALLEST, 1, "above 0, at most 1"),
     ("min_p", 0, 1, "0 to 1"),
-    ("repetition_penalty", _ABOVE_ZERO, 10, "above 0, at most 10"),
+    ("repetition_penalty", _float32(0.01), 10, "0.01 to 10"),
     ("presence_penalty", -2, 2, "-2 to 2"),
     ("frequency_penalty", -2, 2, "-2 to 2"),
     ("max_tokens", 1, 2**32, "at least 1"),
 )
+# The texts of Routing, and the error that one of them deserves which no tier, model or caller can have.
+_NAMES: tuple[tuple[str, type[errors.InvalidRequest]], ...] = (
+    ("tier", errors.UnknownTier),
+    ("model", errors.UnknownModel),
+    ("min_tier", errors.UnknownTier),
+    ("max_tier", errors.UnknownTier),
+    ("session_id", errors.InvalidRequest),
+    ("tenant", errors.InvalidRequest),
+)
 
 
 def check_request(request: pb.GenerateRequest) -> None:
-    """Raise the InvalidRequest that says what to mend, if anything."""
+    """Raise the InvalidRequest that names the first field at fault and its range, if there is one."""
     _check_input(request)
     check_sampling(request.sampling)
-    if len(request.request_id) > MAX_REQUEST_ID:
-        raise errors.InvalidRequest(
-            f"request_id has {len(request.request_id)} characters, at most {MAX_REQUEST_ID} are taken",
-            field="request_id",
-        )
-    routing = request.routing
-    for name in ("session_id", "tenant"):
-        if len(value := getattr(routing, name)) > MAX_NAME:
-            raise errors.InvalidRequest(
-                f"routing.{name} has {len(value)} characters, at most {MAX_NAME} are taken",
-                field=f"routing.{name}",
-            )
-    if routing.HasField("priority") and routing.priority > 9:
-        raise errors.InvalidRequest(
-            f"routing.priority is {routing.priority}, must be 0 to 9", field="routing.priority"
-        )
-    if routing.HasField("quality_preference") and not 0 <= routing.quality_preference <= 1:
-        raise errors.InvalidRequest(
-            f"routing.quality_preference is {routing.quality_preference:g}, must be 0 to 1",
-            field="routing.quality_preference",
-        )
-    if request.resume.attempt > MAX_ATTEMPT:
-        raise errors.InvalidRequest(
-            f"resume.attempt is {request.resume.attempt}, must be at most {MAX_ATTEMPT}: it counts the "
-            "streams of this request",
-            field="resume.attempt",
-        )
-    stream = request.stream
-    if stream.HasField("flush_tokens") and not 1 <= stream.flush_tokens <= MAX_FLUSH_TOKENS:
-        raise errors.InvalidRequest(
-            f"stream.flush_tokens is {stream.flush_tokens}, must be 1 to {MAX_FLUSH_TOKENS}",
-            field="stream.flush_tokens",
-        )
-    if stream.HasField("flush_interval"):
-        seconds = stream.flush_interval.ToNanoseconds() / 1e9
-        if not 0 <= seconds <= MAX_FLUSH_SECONDS:
-            raise errors.InvalidRequest(
-                f"stream.flush_interval is {seconds:g} s, must be 0 to {MAX_FLUSH_SECONDS:g} s",
-                field="stream.flush_interval",
-            )
+    _check_length("request_id", request.request_id, MAX_REQUEST_ID)
+    _check_routing(request.routing)
+    _check_resume(request.resume)
+    _check_stream(request.stream)
+
+
+def check_feedback(request: routing_pb.FeedbackRequest) -> None:
+    """Raise the InvalidRequest that names the first field at fault, if there is one."""
+    _check_length("request_id", request.request_id, MAX_REQUEST_ID)
+    _check_length("tier", request.tier, MAX_NAME, errors.UnknownTier)
+    outcome = request.WhichOneof("outcome")
+    if outcome is None:
+        raise errors.InvalidRequest("the feedback has no outcome: set ok or quality", field="outcome")
+    if outcome == "quality" and not 0 <= request.quality <= 1:  # also refuses NaN
+        raise errors.InvalidRequest(f"quality is {request.quality:g}, must be 0 to 1", field="quality")
 
 
 def check_sampling(sampling: pb.Sampling) -> None:
@@ -102,9 +104,28 @@ def check_sampling(sampling: pb.Sampling) -> None:
         raise _bad_sampling(
             "stop_token_ids", f"has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_IDS} are taken"
         )
+    if len(sampling.logit_bias) > MAX_BIASES:
+        raise _bad_sampling(
+            "logit_bias", f"has {len(sampling.logit_bias)} token ids, at most {MAX_BIASES} are taken"
+        )
     for token, bias in sampling.logit_bias.items():
         if not -100 <= bias <= 100:
             raise _bad_sampling("logit_bias", f"of token {token} is {bias:g}, must be -100 to 100")
+
+
+def seconds_of(duration: duration_pb2.Duration, field: str) -> float:
+    """The seconds of a Duration. Raises InvalidRequest where its two fields contradict each other.
+
+    field   names it in the error
+    """
+    seconds, nanos = duration.seconds, duration.nanos
+    if abs(nanos) > _MAX_NANOS or seconds * nanos < 0:
+        raise errors.InvalidRequest(
+            f"{field} is no duration: {seconds} seconds and {nanos} nanos; nanos must be 0 to {_MAX_NANOS}, "
+            "with the sign of seconds",
+            field=field,
+        )
+    return seconds + nanos / 1e9
 
 
 def _check_input(request: pb.GenerateRequest) -> None:
@@ -115,19 +136,77 @@ def _check_input(request: pb.GenerateRequest) -> None:
         if not request.prompt:
             raise errors.EmptyInput("prompt is empty: give it text to continue", field="prompt")
         return
-    if not request.chat.messages:
+    messages = request.chat.messages
+    if not messages:
         raise errors.EmptyInput("chat has no messages: give it at least one", field="chat.messages")
-    for place, turn in enumerate(request.chat.messages):
-        if turn.role not in ROLES:
+    if len(messages) > MAX_MESSAGES:
+        raise errors.InvalidRequest(
+            f"chat has {len(messages)} messages, at most {MAX_MESSAGES} are taken: join or drop the oldest",
+            field="chat.messages",
+        )
+    for place, turn in enumerate(messages):
+        if (role := turn.role) not in ROLES:
             raise errors.InvalidRequest(
-                f"chat.messages[{place}].role is {turn.role!r}, must be one of {', '.join(ROLES)}",
+                f"chat.messages[{place}].role is {errors.quoted(role)}, must be one of {', '.join(ROLES)}",
                 field=f"chat.messages[{place}].role",
             )
-        if not turn.content.strip():
+        # An assistant's turn may be empty in a history: a model that said nothing did so.
+        if role != "assistant" and (not (content := turn.content) or content.isspace()):
             raise errors.EmptyInput(
                 f"chat.messages[{place}].content is empty: give it text",
                 field=f"chat.messages[{place}].content",
             )
+
+
+def _check_routing(routing: pb.Routing) -> None:
+    for name, error in _NAMES:
+        _check_length(f"routing.{name}", getattr(routing, name), MAX_NAME, error)
+    if routing.HasField("priority") and routing.priority > 9:
+        raise errors.InvalidRequest(
+            f"routing.priority is {routing.priority}, must be 0 to 9", field="routing.priority"
+        )
+    if routing.HasField("quality_preference") and not 0 <= routing.quality_preference <= 1:
+        raise errors.InvalidRequest(
+            f"routing.quality_preference is {routing.quality_preference:g}, must be 0 to 1",
+            field="routing.quality_preference",
+        )
+
+
+def _check_resume(resume: pb.Resume) -> None:
+    if len(resume.token_ids) > MAX_RESUME_TOKENS:
+        raise errors.InvalidRequest(
+            f"resume.token_ids has {len(resume.token_ids)} ids, at most {MAX_RESUME_TOKENS} are taken: "
+            "resume with what this tier answered",
+            field="resume.token_ids",
+        )
+    if resume.attempt > MAX_ATTEMPT:
+        raise errors.InvalidRequest(
+            f"resume.attempt is {resume.attempt}, must be at most {MAX_ATTEMPT}: it counts the "
+            "streams of this request",
+            field="resume.attempt",
+        )
+
+
+def _check_stream(stream: pb.StreamOptions) -> None:
+    if stream.HasField("flush_tokens") and not 1 <= stream.flush_tokens <= MAX_FLUSH_TOKENS:
+        raise errors.InvalidRequest(
+            f"stream.flush_tokens is {stream.flush_tokens}, must be 1 to {MAX_FLUSH_TOKENS}",
+            field="stream.flush_tokens",
+        )
+    if stream.HasField("flush_interval"):
+        seconds = seconds_of(stream.flush_interval, "stream.flush_interval")
+        if not 0 <= seconds <= MAX_FLUSH_SECONDS:
+            raise errors.InvalidRequest(
+                f"stream.flush_interval is {seconds:g} s, must be 0 to {MAX_FLUSH_SECONDS:g} s",
+                field="stream.flush_interval",
+            )
+
+
+def _check_length(
+    field: str, text: str, most: int, error: type[errors.InvalidRequest] = errors.InvalidRequest
+) -> None:
+    if len(text) > most:
+        raise error(f"{field} has {len(text)} characters, at most {most} are taken", field=field)
 
 
 def _bad_sampling(field: str, complaint: str) -> errors.InvalidSampling:

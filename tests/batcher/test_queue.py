@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from headrace.batcher.queue import LEVELS, JobQueue
+from headrace.batcher.queue import LEVELS, JobQueue, victims
 
 AGEING = 10.0
 QUANTUM = 100
@@ -43,6 +43,12 @@ def filled(*items: Item, limit: int = 1000) -> JobQueue[Item]:
     for item in items:
         queue.put(item)
     return queue
+
+
+def one_victim(queue: JobQueue[Item], newcomer: Item) -> Item | None:
+    """Who gives way if one place is needed."""
+    chosen = victims([queue], newcomer, 1)
+    return chosen[0] if chosen else None
 
 
 def emptied(queue: JobQueue[Item], now: float = 0.0) -> list[Item]:
@@ -110,7 +116,7 @@ def test_an_answer_that_had_begun_stands_apart_and_needs_no_place() -> None:
     broken = Item(priority=0)
     queue.put_back(broken)
 
-    assert queue.full
+    assert queue.waiting == 1
     assert queue.begun == [broken]
     queue.take(broken)
     assert len(queue) == 1
@@ -124,8 +130,7 @@ def test_asking_who_is_next_changes_nothing() -> None:
 
 @given(items=st.lists(ITEMS, min_size=1, max_size=30), newcomer=ITEMS)
 def test_who_gives_way_is_less_urgent_or_of_a_tenant_that_has_more(items: list[Item], newcomer: Item) -> None:
-    queue = filled(*items)
-    victim = queue.victim(newcomer)
+    victim = one_victim(filled(*items), newcomer)
     lowest = min(item.priority for item in items)
     held = {tenant: sum(item.tenant == tenant for item in items) for tenant in "abc"}
 
@@ -145,14 +150,51 @@ def test_a_flood_gives_way_to_a_quiet_tenant_until_shares_are_even() -> None:
     queue = filled(*flood, limit=8)
     for _ in range(4):
         quiet = Item(tenant="quiet")
-        victim = queue.victim(quiet)
+        victim = one_victim(queue, quiet)
         assert victim is not None
         assert victim.tenant == "flood"
         queue.discard(victim)
         queue.put(quiet)
 
-    assert queue.victim(Item(tenant="quiet")) is None
-    assert queue.victim(Item(tenant="flood")) is None
+    assert one_victim(queue, Item(tenant="quiet")) is None
+    assert one_victim(queue, Item(tenant="flood")) is None
+
+
+@given(
+    items=st.lists(ITEMS, min_size=1, max_size=30),
+    split=st.integers(0, 30),
+    newcomer=ITEMS,
+)
+def test_who_gives_way_does_not_depend_on_which_queue_it_waits_in(
+    items: list[Item], split: int, newcomer: Item
+) -> None:
+    whole = victims([filled(*items)], newcomer, 1)
+    apart = victims([filled(*items[:split]), filled(*items[split:])], newcomer, 1)
+
+    assert (whole is None) == (apart is None)
+    if whole and apart:
+        assert [(one.priority, one.tenant, one.expires) for one in whole] == [
+            (one.priority, one.tenant, one.expires) for one in apart
+        ]
+
+
+@given(items=st.lists(ITEMS, min_size=1, max_size=30), newcomer=ITEMS, needed=st.integers(0, 2000))
+def test_as_many_give_way_as_are_needed_by_weight_and_no_tenant_falls_below_the_newcomers(
+    items: list[Item], newcomer: Item, needed: int
+) -> None:
+    chosen = victims([filled(*items)], newcomer, needed, lambda item: item.cost)
+    if chosen is None:
+        return
+
+    assert len(set(map(id, chosen))) == len(chosen)
+    assert sum(item.cost for item in chosen) >= needed
+    assert sum(item.cost for item in chosen[:-1]) < max(needed, 1)
+    assert all(item.priority <= newcomer.priority for item in chosen)
+    own = sum(item.cost for item in items if item.tenant == newcomer.tenant and item not in chosen)
+    for item in chosen:
+        if item.priority == newcomer.priority:
+            before = sum(one.cost for one in items if one.tenant == item.tenant)
+            assert before > own + newcomer.cost or item.tenant == newcomer.tenant
 
 
 @given(items=st.lists(ITEMS, max_size=30), newcomer=ITEMS)

@@ -50,6 +50,15 @@ def test_a_chat_is_laid_out_by_the_models_template(small: TransformersTokenizer)
     assert small._tokenizer.decode(ids) == "<user>the sky</s><assistant>is</s><user>blue?</s><assistant>"
 
 
+@given(text=st.text(max_size=200) | st.sampled_from(["the sky is blue" * 40, "\n" * 500]))
+def test_a_chat_has_no_fewer_tokens_than_its_layout_proves(small: TransformersTokenizer, text: str) -> None:
+    turns = [("user", text), ("assistant", "is"), ("user", text)]
+
+    assert small.bound is not None
+    assert 1 < small.bound.fewest_tokens(small.lay_out(turns)) <= len(small.encode_chat(turns))
+    assert small.bound.fewest_tokens(text) <= len(small.encode_text(text))
+
+
 def test_turns_that_the_template_refuses_are_the_callers_to_mend(small: TransformersTokenizer) -> None:
     with pytest.raises(errors.InvalidRequest, match="no system prompts here"):
         small.encode_chat([("system", "be brief"), ("user", "hi")])

@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import grpc
 
 from headrace.batcher.admin import AdminServicer
 from headrace.batcher.coalescer import Coalescer
+from headrace.batcher.intake import Intake
 from headrace.batcher.pool import WorkerPool
 from headrace.batcher.queue import JobQueue
 from headrace.batcher.service import SERVICES, GenerationServicer
@@ -37,10 +37,11 @@ log = logging.getLogger("headrace.batcher")
 
 @dataclass(frozen=True)
 class Batcher:
-    """A running batcher: its server, and its coalescer to look at."""
+    """A running batcher: its server, its coalescer and its intake."""
 
     server: Serving
     coalescer: Coalescer
+    intake: Intake
 
 
 @asynccontextmanager
@@ -58,22 +59,20 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
         failover_seconds=settings.failover_seconds,
         unread_seconds=settings.unread_seconds,
     )
-    with (
-        ThreadPoolExecutor(2, thread_name_prefix="tokenize") as executor,
-        ThreadPoolExecutor(1, thread_name_prefix="tokenize-long") as long_executor,
-    ):
+    with Intake(
+        coalescer,
+        tokenizer,
+        tier=settings.tier,
+        max_tokens=settings.max_tokens,
+        unread_limit=settings.unread_limit,
+        most_bytes=settings.intake_bytes,
+        ageing=settings.ageing_seconds,
+    ) as intake:
         servicer = GenerationServicer(
-            coalescer,
-            tokenizer,
-            tier=settings.tier,
-            executor=executor,
-            long_executor=long_executor,
-            max_tokens=settings.max_tokens,
-            unread_limit=settings.unread_limit,
+            coalescer, intake, tokenizer, tier=settings.tier, max_tokens=settings.max_tokens
         )
-
         activity = Activity()
-        inside = AdminServicer(coalescer, activity, tier=settings.tier)
+        inside = AdminServicer(coalescer, intake, activity, tier=settings.tier)
 
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServiceServicer_to_server(servicer, server)
@@ -95,7 +94,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
                     trace_context=settings.trace_context,
                     ready=lambda: bool(pool.ready()),
                 ) as server:
-                    yield Batcher(server, coalescer)
+                    yield Batcher(server, coalescer, intake)
             finally:
                 for task in running:
                     task.cancel()
@@ -113,6 +112,8 @@ async def main(settings: Settings) -> None:
 def _tokenizer(settings: Settings) -> Tokenizer:
     if settings.fake:
         return ByteTokenizer()
+    # Each prompt on its lane's thread: in the pool of the library, long ones would hold up short ones.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cache = Path(settings.cache) if settings.cache else cache_folder()
     try:
         return load_tokenizer(resolve(settings.model, cache, weights=False), cache)

@@ -8,6 +8,7 @@ from itertools import islice
 import grpc
 
 from headrace.batcher.coalescer import Coalescer
+from headrace.batcher.intake import Intake
 from headrace.batcher.job import Job
 from headrace.batcher.workers import WorkerLink
 from headrace.runtime.interceptors import Activity
@@ -21,8 +22,9 @@ LISTED = 100
 class AdminServicer(AdminServiceServicer):
     """Answers people who want to look inside."""
 
-    def __init__(self, coalescer: Coalescer, activity: Activity, *, tier: str) -> None:
+    def __init__(self, coalescer: Coalescer, intake: Intake, activity: Activity, *, tier: str) -> None:
         self._coalescer = coalescer
+        self._intake = intake
         self._activity = activity
         self._tier = tier
 
@@ -44,8 +46,11 @@ class AdminServicer(AdminServiceServicer):
             prefill_tokens_per_second=coalescer.admission.pace(now).prefill,
             prefix_blocks=len(coalescer.prefixes),
             paused=len(coalescer.paused),
+            tokenizing=self._intake.waiting,
+            tokenizing_bytes=self._intake.bytes,
         )
-        state.oldest_wait.FromNanoseconds(int(queue.oldest_wait(now) * 1e9))
+        oldest_wait = max(queue.oldest_wait(now), self._intake.oldest_wait(now))
+        state.oldest_wait.FromNanoseconds(int(oldest_wait * 1e9))
         places = {job: link.target for link in pool for job in link.flights.jobs()}
         oldest = sorted(coalescer.live, key=lambda job: job.arrived)
         for job in islice(oldest, request.max_sequences or LISTED):

@@ -6,12 +6,15 @@ drains.
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 from headrace import errors
 from headrace.batcher.job import Job
 from headrace.batcher.line import Line
 from headrace.batcher.pace import Arrivals, Mean, Pace, retry_after
 from headrace.batcher.pool import WorkerPool
 from headrace.batcher.prefixes import Prefixes
+from headrace.batcher.queue import JobQueue, Waiting, victims
 from headrace.runtime.rate import RateMeter
 
 # What is measured in trouble, such as the loss of a worker, looks worse than it will be: a request is refused
@@ -19,15 +22,35 @@ from headrace.runtime.rate import RateMeter
 DOUBT = 2.0
 
 
+class Places(Protocol):
+    """Somewhere that requests wait, each with a place of the batcher's `queue_limit`."""
+
+    @property
+    def queue(self) -> JobQueue[Any]:
+        """Those that can be asked to give their place to another one."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """How many places are taken."""
+        ...
+
+    def remove(self, waiting: Any, outcome: str) -> bool:
+        """Take the place away from one in the queue; false if it is not there."""
+        ...
+
+
 class Admission:
     """Lets jobs into the line, or raises NoWorkers, Overloaded or Unattainable.
 
+    places     where requests wait: the line, and before it the intake, which adds its own
     arrivals   how often requests come
     drained    counts the jobs that leave the queue for a worker
     answers    mean length of answers that ended, in tokens
     """
 
     def __init__(self, line: Line, pool: WorkerPool, prefixes: Prefixes) -> None:
+        self.places: list[Places] = [line]
         self.arrivals = Arrivals()
         self.drained = RateMeter()
         self.answers = Mean()
@@ -36,7 +59,10 @@ class Admission:
         self._prefixes = prefixes
 
     def admit(self, job: Job, now: float) -> None:
-        """Put *job* in line, in place of another one if the queue is full. Raises what is said above."""
+        """Put *job* in line. One that has no place yet takes another one's if there is none left.
+
+        Raises what is said above.
+        """
         if not self._pool.ready():
             raise errors.NoWorkers(
                 f"no worker of this tier is ready ({self._pool.problem}); try again shortly", retry_after=1.0
@@ -47,8 +73,10 @@ class Admission:
         held = max(self._prefixes.held(job.blocks, link.target) for link in self._pool.ready())
         job.uncached = max(job.tokens - held, 1)
         self._check_deadline(job, now)
-        if self._line.queue.full:
-            self._make_place(job, now)
+        if job.leave_intake is None:
+            self.make_place(job, now)
+        else:
+            job.leave_intake()
         self._line.put(job)
 
     def _check_deadline(self, job: Job, now: float) -> None:
@@ -69,27 +97,39 @@ class Admission:
                 needed=f"{last:.3f}",
             )
 
-    def _make_place(self, job: Job, now: float) -> None:
-        delay = retry_after(len(self._line.queue), self.drained.per_second(now))
-        queued, limit = len(self._line.queue), self._line.queue.limit
-        victim = self._line.queue.victim(job)
-        if victim is None:
+    def make_place(self, newcomer: Waiting, now: float) -> None:
+        """See to it that *newcomer* finds a place among those that wait. Raises Overloaded.
+
+        What workers have room for needs no place: it is on its way to them.
+        """
+        queued, limit = sum(place.waiting for place in self.places), self._line.queue.limit
+        room = sum(max(link.room(now), 0) for link in self._pool) - len(self._line.queue.begun)
+        full = queued >= limit + max(room, 0)
+        given = victims([place.queue for place in self.places], newcomer, needed=int(full))
+        delay = retry_after(queued, self.drained.per_second(now))
+        if given is None:
             raise errors.Overloaded(
-                f"the queue is full ({self._line.queue.limit} requests wait); retry after {delay:.1f} s",
+                f"the queue is full ({limit} requests wait); retry after {delay:.1f} s",
                 retry_after=delay,
                 queued=queued,
                 limit=limit,
             )
-        self._line.remove(victim, "shed")
-        victim.inbox.fail(
-            errors.Shed(
-                "the queue is full and this request gave its place to one of higher priority, or of a tenant "
-                f"that has fewer; retry after {delay:.1f} s",
-                retry_after=delay,
-                queued=queued,
-                limit=limit,
+        for victim in given:
+            self.shed(
+                victim,
+                errors.Shed(
+                    "the queue is full and this request gave its place to one of higher priority, or of a "
+                    f"tenant that has fewer; retry after {delay:.1f} s",
+                    retry_after=delay,
+                    queued=queued,
+                    limit=limit,
+                ),
             )
-        )
+
+    def shed(self, victim: Any, error: errors.Shed) -> None:
+        """End one that waits, for the sake of another one."""
+        any(place.remove(victim, "shed") for place in self.places)
+        victim.fail(error)
 
     def pace(self, now: float) -> Pace:
         """How fast the tier is, as measured."""

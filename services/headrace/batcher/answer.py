@@ -29,6 +29,12 @@ _duration = _meter.create_histogram(
 )
 
 
+def record_unanswered(labels: dict[str, str], outcome: str, seconds: float) -> None:
+    """Book a request that ended before it had an answer, after so many seconds."""
+    _requests.add(1, {**labels, attributes.OUTCOME: outcome})
+    _duration.record(seconds, {**labels, attributes.OUTCOME: outcome})
+
+
 class Answer:
     """What has been said so far, and the events that say it."""
 

@@ -87,9 +87,6 @@ class Coalescer:
         if self._stopping:
             raise errors.Draining("this batcher is stopping; try again", retry_after=0.2)
         now = time.monotonic()
-        if self.queue.full:
-            # Of a burst that came in one turn of the loop nobody has left yet, whatever room workers have.
-            self._dispatcher.dispatch(now)
         self.admission.admit(job, now)
         self._changed.set()
         self.live.add(job)

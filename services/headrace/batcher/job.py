@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from opentelemetry import trace
@@ -13,6 +14,11 @@ from headrace.v1 import generation_pb2 as pb
 
 # Servers answer a deadline a moment before gRPC ends the call, so that the caller hears the reason.
 DEADLINE_MARGIN = 0.02
+
+
+def answer_by(expires: float | None) -> float | None:
+    """When the caller must have the error that its deadline passed, on the clock of *expires*."""
+    return None if expires is None else expires - DEADLINE_MARGIN
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +39,8 @@ class Job:
     generated   tokens of the answer that workers of this batcher made; with `resume_ids` and the seed
                 they are all that another worker needs to carry on
     patience    what ends the call of a reader that stays behind; armed while its answer is paused
+    leave_intake   gives back the place among those that wait which it got when it arrived, for the one in the
+                queue or for none; None: it has no place yet
     """
 
     request_id: str
@@ -55,16 +63,21 @@ class Job:
     submitted: float | None = None
     generated: list[int] = field(default_factory=list)
     patience: asyncio.Timeout | None = None
+    leave_intake: Callable[[], None] | None = None
     history: History = field(default_factory=lambda: History())  # defined below
 
     @property
     def answer_by(self) -> float | None:
         """When the caller has to hear that the deadline passed."""
-        return None if self.expires is None else self.expires - DEADLINE_MARGIN
+        return answer_by(self.expires)
 
     def late(self, now: float) -> bool:
         """Whether it is too late for an answer."""
         return self.answer_by is not None and now >= self.answer_by
+
+    def fail(self, error: errors.HeadraceError) -> None:
+        """End it with *error*."""
+        self.inbox.fail(error)
 
     def deadline_error(self) -> errors.DeadlineExceeded:
         """What to tell the caller when it is."""

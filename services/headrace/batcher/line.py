@@ -12,10 +12,10 @@ from headrace.batcher.queue import JobQueue
 
 _tracer = trace.get_tracer("headrace.batcher")
 _meter = metrics.get_meter("headrace.batcher")
-_queue_depth = _meter.create_up_down_counter(
-    attributes.METRIC_QUEUE_DEPTH, description="requests that wait for a worker"
+queue_depth = _meter.create_up_down_counter(
+    attributes.METRIC_QUEUE_DEPTH, description="requests that wait for a worker, or to be tokenised before"
 )
-_queue_wait = _meter.create_histogram(
+queue_wait = _meter.create_histogram(
     attributes.METRIC_QUEUE_WAIT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TTFT
 )
 
@@ -25,7 +25,12 @@ class Line:
 
     def __init__(self, queue: JobQueue[Job], labels: dict[str, str]) -> None:
         self.queue = queue
-        self._labels = labels
+        self._labels = {**labels, attributes.QUEUE_STAGE: "worker"}
+
+    @property
+    def waiting(self) -> int:
+        """How many have a place that the limit is for."""
+        return self.queue.waiting
 
     def put(self, job: Job) -> None:
         """A new job waits."""
@@ -46,13 +51,13 @@ class Line:
 
     def left(self, job: Job, outcome: str) -> None:
         """Book a job that `queue.take` removed."""
-        _queue_depth.add(-1, self._labels)
-        _queue_wait.record(time.monotonic() - job.queued, {**self._labels, attributes.OUTCOME: outcome})
+        queue_depth.add(-1, self._labels)
+        queue_wait.record(time.monotonic() - job.queued, {**self._labels, attributes.OUTCOME: outcome})
         job.queue_span.set_attribute(attributes.OUTCOME, outcome)
         job.queue_span.end()
 
     def _enter(self, job: Job) -> None:
-        _queue_depth.add(1, self._labels)
+        queue_depth.add(1, self._labels)
         job.queued = time.monotonic()
         job.queue_span = _tracer.start_span(
             attributes.SPAN_QUEUE, context=trace.set_span_in_context(job.span)

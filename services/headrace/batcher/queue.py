@@ -9,11 +9,11 @@ was lost stand before all others: somebody is reading them. Plain data; the call
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 LEVELS = 10
 # A job without a deadline is taken for one that may wait this long, so that it keeps its place.
@@ -93,9 +93,16 @@ class JobQueue(Generic[J]):
         return job in self._begun or job in self._places
 
     @property
-    def full(self) -> bool:
-        """Whether the next one needs a place that another one has."""
-        return len(self._places) >= self.limit
+    def waiting(self) -> int:
+        """How many wait that have not begun: those that the limit is for."""
+        return len(self._places)
+
+    def by_level(self) -> dict[int, list[J]]:
+        """Those that have not begun, by priority as it is now, in no particular order."""
+        levels: dict[int, list[J]] = {}
+        for job, place in self._places.items():
+            levels.setdefault(place.level, []).append(job)
+        return levels
 
     @property
     def begun(self) -> list[J]:
@@ -103,7 +110,7 @@ class JobQueue(Generic[J]):
         return list(self._begun)
 
     def put(self, job: J) -> None:
-        """Add a job. The queue may grow beyond its limit: see `victim`."""
+        """Add a job. The queue may grow beyond its limit: see `victims`."""
         self._enter(job, job.priority, next(self._numbers))
         if job.priority < LEVELS - 1:
             heapq.heappush(self._rising, (job.arrived + self._ageing, self._places[job].number, job))
@@ -136,24 +143,6 @@ class JobQueue(Generic[J]):
             tenant = self._levels[self._places[job].level][job.tenant]
             tenant.deficit -= job.cost
         self.discard(job)
-
-    def victim(self, newcomer: J) -> J | None:
-        """Who should give its place to *newcomer* when the queue is full; None: nobody, refuse it.
-
-        The lowest priority goes first, of it the tenant with most jobs, of it the latest deadline. Among
-        equals a tenant gives way only to one that has less: a flood takes no place from the others.
-        """
-        held: dict[str, int] = {}
-        for job in self._places:
-            held[job.tenant] = held.get(job.tenant, 0) + 1
-        level = next((level for level in range(LEVELS) if self._levels[level]), LEVELS)
-        if level > newcomer.priority:
-            return None
-        tenants = self._levels[level]
-        name = max(tenants, key=lambda name: (held[name], tenants[name].present))
-        if level == newcomer.priority and held[name] < held.get(newcomer.tenant, 0) + 2:
-            return None
-        return max((entry for entry in tenants[name].jobs if self._stands(entry, level)), key=_latest)[2]
 
     def ahead_of(self, newcomer: J) -> tuple[int, int]:
         """How many jobs are served before *newcomer*, not here yet, and how much is computed for them first.
@@ -259,9 +248,49 @@ class JobQueue(Generic[J]):
                 heapq.heappush(self._rising, (due + self._ageing, self._places[job].number, job))
 
 
+def _one(_: Waiting) -> float:
+    return 1.0
+
+
+def victims(
+    queues: Sequence[JobQueue[Any]],
+    newcomer: Waiting,
+    needed: float,
+    weight: Callable[[Any], float] = _one,
+) -> list[Any] | None:
+    """Who should give their places to *newcomer*, of all that wait in *queues*; None: nobody, refuse it.
+
+    needed   how much room is missing
+    weight   how much of it a job takes: by default each takes one place
+
+    The lowest priority goes first, of it the tenant that has most, of it the latest deadline. Among equals a
+    tenant gives way only to one that has less, the newcomer included: a flood takes no place from the others.
+    """
+    levels: dict[int, list[Any]] = {}
+    held: defaultdict[str, float] = defaultdict(float)
+    for queue in queues:
+        for level, jobs in queue.by_level().items():
+            levels.setdefault(level, []).extend(jobs)
+            for job in jobs:
+                held[job.tenant] += weight(job)
+    chosen: list[Any] = []
+    while needed > 0:
+        level = min(levels, default=LEVELS)
+        if level > newcomer.priority:
+            return None
+        here = Counter(job.tenant for job in levels[level])
+        tenant = max(here, key=lambda name: (held[name], here[name]))
+        if level == newcomer.priority and held[tenant] <= held[newcomer.tenant] + weight(newcomer):
+            return None
+        latest = max((job for job in reversed(levels[level]) if job.tenant == tenant), key=_deadline)
+        levels[level].remove(latest)
+        if not levels[level]:
+            del levels[level]
+        held[tenant] -= weight(latest)
+        needed -= weight(latest)
+        chosen.append(latest)
+    return chosen
+
+
 def _deadline(job: Waiting) -> float:
     return job.expires if job.expires is not None else job.arrived + PATIENCE_SECONDS
-
-
-def _latest(entry: tuple[float, int, J]) -> tuple[float, int]:
-    return entry[:2]

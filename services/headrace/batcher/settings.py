@@ -26,7 +26,18 @@ class Settings(ServiceSettings):
     )
     cache: str = Field(default="", description="folder for fetched models; default ~/.cache/headrace")
     fake: bool = Field(default=False, description="use the echo engine's tokenizer, which needs no model")
-    queue_limit: int = Field(default=256, ge=1, description="requests that may wait for a worker")
+    queue_limit: int = Field(
+        default=256,
+        ge=1,
+        description="requests that may wait, to be tokenised and for a worker, beyond those that workers "
+        "have room for",
+    )
+    intake_bytes: int = Field(
+        default=8 * 1024 * 1024,
+        ge=1,
+        description="most bytes of long requests, of 64 KiB and more, that wait to be tokenised; a single "
+        "one may have more",
+    )
     batch_size: int = Field(default=32, ge=1, description="most sequences in a batch")
     batch_tokens: int = Field(
         default=4096,

@@ -6,13 +6,15 @@ ids become text in `detokenizer.py`.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from headrace import errors
+from headrace.batcher.bytebound import ByteBound, byte_bound
 from headrace.models import tokenizer_fingerprint
 
 
@@ -37,14 +39,36 @@ class Tokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class Bounded(Protocol):
+    """What a tokenizer may offer besides: proof from a text's bytes that it has too many tokens.
+
+    bound   what holds for all of its texts; None: nothing is known
+    """
+
+    @property
+    def bound(self) -> ByteBound | None:
+        """See above."""
+        ...
+
+    def lay_out(self, turns: Sequence[tuple[str, str]]) -> str:
+        """The text that `encode_chat` makes tokens of. Raises InvalidRequest."""
+        ...
+
+
 class ByteTokenizer:
     """One id per byte of UTF-8: the tokenizer of the echo engine, which needs no files."""
 
     fingerprint = "bytes-1"
+    bound: ByteBound | None = ByteBound(1)
+
+    def lay_out(self, turns: Sequence[tuple[str, str]]) -> str:
+        """The last turn's content; an echo has no use for the rest."""
+        return turns[-1][1]
 
     def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """The last turn's content; an echo has no use for the rest."""
-        return self.encode_text(turns[-1][1])
+        """See `lay_out`."""
+        return self.encode_text(self.lay_out(turns))
 
     def encode_text(self, text: str) -> list[int]:
         """The bytes of *text*."""
@@ -62,14 +86,15 @@ class TransformersTokenizer:
         self._tokenizer = tokenizer
         self._fast = tokenizer.backend_tokenizer
         self._fingerprint = fingerprint
+        self.bound = byte_bound(json.loads(self._fast.to_str()))
 
     @property
     def fingerprint(self) -> str:
         """See `Tokenizer`."""
         return self._fingerprint
 
-    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """See `Tokenizer`. Raises InvalidRequest for turns that the template refuses."""
+    def lay_out(self, turns: Sequence[tuple[str, str]]) -> str:
+        """See `Bounded`. Raises InvalidRequest for turns that the template refuses."""
         if self._tokenizer.chat_template is None:
             raise errors.InvalidRequest(
                 "this model has no chat template: send `prompt` instead of `chat`", field="chat"
@@ -78,14 +103,17 @@ class TransformersTokenizer:
         from jinja2 import TemplateError
 
         try:
-            ids = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise errors.InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", field="chat.messages"
             ) from error
-        return list(ids)
+        return str(text)
+
+    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        """See `Tokenizer` and `lay_out`."""
+        # The template has written what special tokens the model wants.
+        return list(self._tokenizer(self.lay_out(turns), add_special_tokens=False)["input_ids"])
 
     def encode_text(self, text: str) -> list[int]:
         """See `Tokenizer`."""

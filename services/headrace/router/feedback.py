@@ -75,7 +75,8 @@ class Feedback:
             return self._answered[request_id]
         except KeyError:
             raise errors.UnknownRequest(
-                f"no request {request_id!r} among the last {self._remembered} that this router answered",
+                f"no request {errors.quoted(request_id)} among the last {self._remembered} that this router "
+                "answered",
                 field="request_id",
             ) from None
 

@@ -188,8 +188,9 @@ def text_of(request: pb.GenerateRequest) -> str:
     about the application than about the question.
     """
     if request.HasField("chat"):
-        said = [turn.content for turn in request.chat.messages if turn.role == "user"]
-        return said[-1] if said else request.chat.messages[-1].content
+        messages = request.chat.messages
+        last = next((turn for turn in reversed(messages) if turn.role == "user"), messages[-1])
+        return last.content
     return request.prompt
 
 

@@ -217,7 +217,8 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
         name = getattr(hints, field)
         if name and name not in places:
             raise errors.UnknownTier(
-                f"routing.{field} is {name!r}; the tiers are {', '.join(places)}", field=f"routing.{field}"
+                f"routing.{field} is {errors.quoted(name)}; the tiers are {', '.join(places)}",
+                field=f"routing.{field}",
             )
     low = places[hints.min_tier] if hints.min_tier else 0
     high = places[hints.max_tier] if hints.max_tier else len(tiers) - 1
@@ -240,14 +241,16 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
         if not allowed and silent:
             # An answer that is carried on after a restart names a model, maybe before its tier is seen.
             raise errors.NoWorkers(
-                f"routing.model is {hints.model!r}, and what {', '.join(silent)} serves is not known yet; "
+                f"routing.model is {errors.quoted(hints.model)}, and what {', '.join(silent)} serves is not "
+                "known yet; "
                 "try again shortly",
                 retry_after=1.0,
             )
         if hints.model not in {tier.model for tier in tiers}:
             known = ", ".join(sorted({tier.model for tier in tiers if tier.model}))
             raise errors.UnknownModel(
-                f"routing.model is {hints.model!r}; the models are {known}", field="routing.model"
+                f"routing.model is {errors.quoted(hints.model)}; the models are {known}",
+                field="routing.model",
             )
         if not allowed:
             raise errors.HintsConflict(

@@ -26,7 +26,7 @@ from headrace.v1 import generation_service_pb2
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceServicer
 from headrace.v1.routing_service_pb2_grpc import RoutingServiceServicer
-from headrace.validation import check_request
+from headrace.validation import check_feedback, check_request
 
 SERVICES = (
     *generation_service_pb2.DESCRIPTOR.services_by_name.values(),
@@ -167,16 +167,12 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     async def Feedback(self, request: routing.FeedbackRequest, context: _Context) -> routing.FeedbackResponse:
         """Book how good an answer was."""
-        outcome = request.WhichOneof("outcome")
-        if outcome is None:
-            raise errors.InvalidRequest("the feedback has no outcome: set ok or quality", field="outcome")
-        quality = float(request.ok) if outcome == "ok" else request.quality
-        if not 0 <= quality <= 1:
-            raise errors.InvalidRequest(f"quality is {quality:g}, must be 0 to 1", field="quality")
+        check_feedback(request)
+        quality = float(request.ok) if request.HasField("ok") else request.quality
         names = [tier.name for tier in self._tiers.tiers]
         if request.tier and request.tier not in names:
             raise errors.UnknownTier(
-                f"tier is {request.tier!r}; the tiers are {', '.join(names)}", field="tier"
+                f"tier is {errors.quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
             )
         tier = request.tier or self._feedback.recall(request.request_id).tier
         kept = await self._feedback.keep(request.request_id, tier, quality)

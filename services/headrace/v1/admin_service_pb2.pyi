@@ -206,6 +206,8 @@ class BatcherState(_message.Message):
     PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
+    TOKENIZING_FIELD_NUMBER: _builtins.int
+    TOKENIZING_BYTES_FIELD_NUMBER: _builtins.int
     tier: _builtins.str
     """The tier that it serves."""
     begun: _builtins.int
@@ -218,6 +220,12 @@ class BatcherState(_message.Message):
     """Blocks of prompts of which it remembers who computed them."""
     paused: _builtins.int
     """Requests under way that wait, without a worker, for their callers to read what there is."""
+    tokenizing: _builtins.int
+    """Requests that wait to be tokenised, or are being tokenised. They are not in `queue` yet, and count against
+    the same limit.
+    """
+    tokenizing_bytes: _builtins.int
+    """Their bytes."""
     @_builtins.property
     def queue(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueState]:
         """Who waits, by priority and tenant; the most urgent first."""
@@ -247,10 +255,12 @@ class BatcherState(_message.Message):
         prefill_tokens_per_second: _builtins.float = ...,
         prefix_blocks: _builtins.int = ...,
         paused: _builtins.int = ...,
+        tokenizing: _builtins.int = ...,
+        tokenizing_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_wait", b"oldest_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "live", b"live", "oldest_wait", b"oldest_wait", "paused", b"paused", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_blocks", b"prefix_blocks", "queue", b"queue", "sequences", b"sequences", "tier", b"tier", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "live", b"live", "oldest_wait", b"oldest_wait", "paused", b"paused", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_blocks", b"prefix_blocks", "queue", b"queue", "sequences", b"sequences", "tier", b"tier", "tokenizing", b"tokenizing", "tokenizing_bytes", b"tokenizing_bytes", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -131,7 +131,7 @@ class Chat(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """At least one. A leading "system" message replaces the model's own system prompt."""
+        """1 to 4096. A leading "system" message replaces the model's own system prompt."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Message(_message.Message):
     role: _builtins.str
     """Who speaks: "system", "user" or "assistant"."""
     content: _builtins.str
-    """What was said. Must not be empty."""
+    """What was said. Must not be empty, but for an "assistant" turn."""
     def __init__(
         self,
         *,
@@ -217,7 +217,7 @@ class Sampling(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Divides the logits: 0 picks the most likely token always (greedy), higher is more varied.
-    Range 0 to 10. Default 1.
+    Range 0 to 10; below 0.00001 counts as 0, as in vLLM. Default 1.
     """
     top_p: _builtins.float
     """Keeps the most likely tokens until their probabilities add up to this. Range (0, 1]. Default 1: all."""
@@ -227,7 +227,7 @@ class Sampling(_message.Message):
     """Keeps tokens at least this fraction as likely as the most likely one. Range 0 to 1. Default 0: all."""
     repetition_penalty: _builtins.float
     """Divides the positive and multiplies the negative logits of every token seen in prompt or answer.
-    Range (0, 10]. Default 1: off.
+    Range 0.01 to 10. Default 1: off.
     """
     presence_penalty: _builtins.float
     """Subtracted once from the logit of every token that the answer already holds. Range -2 to 2. Default 0."""
@@ -255,7 +255,9 @@ class Sampling(_message.Message):
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of these token ids before anything else. Values -100 to 100."""
+        """Added to the logits of these token ids before anything else. At most 300, as in OpenAI's API. Values -100
+        to 100.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -356,7 +358,7 @@ class Routing(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     CASCADE_FIELD_NUMBER: _builtins.int
     tier: _builtins.str
-    """Answer on this tier and no other, by name. Empty: any tier."""
+    """Answer on this tier and no other, by name. At most 256 characters, as all names here. Empty: any tier."""
     model: _builtins.str
     """Answer with this model and no other, by the name that ListTiers shows. Empty: any model."""
     min_tier: _builtins.str
@@ -443,7 +445,7 @@ class StreamOptions(_message.Message):
     """
     @_builtins.property
     def flush_interval(self) -> _duration_pb2.Duration:
-        """The longest that a token waits for company in its delta, at most 10 s. Absent: 100 ms."""
+        """The longest that a token waits for company in its delta, 0 to 10 s. Absent: 100 ms."""
 
     def __init__(
         self,
@@ -486,7 +488,7 @@ class Resume(_message.Message):
     """Counts the streams of this request: 0 was the first. At most 1000000."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids of all tokens delivered so far, in order. The new stream starts at the offset after them."""
+        """Ids of all tokens delivered so far, in order; at most 131072. The new stream starts at the offset after them."""
 
     def __init__(
         self,

@@ -368,7 +368,7 @@ class TierLimits(_message.Message):
     max_tokens: _builtins.int
     """Tokens of an answer, when the request asks for more or does not say."""
     queue_limit: _builtins.int
-    """Requests that may wait for a worker before new ones are refused."""
+    """Requests that may wait, to be tokenised and for a worker, before new ones are refused."""
     max_running: _builtins.int
     """Sequences that the workers run at the same time."""
     def __init__(
