@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from opentelemetry import metrics, propagate, trace
 
 from headrace import attributes, errors
+from headrace.runtime.responding import Responding
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             # A coroutine that writes, not a generator: it runs, and is cancelled, as one task, so that
             # its context and its clean-up are not left to the garbage collector.
             async def respond(request: Any, context: Any) -> Any:
+                context = Responding(context)
+
                 async def call() -> None:
                     responses = behaviour(_readable(request), context)
                     if inspect.isawaitable(responses):

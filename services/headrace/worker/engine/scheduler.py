@@ -45,6 +45,7 @@ class LiveSequence(Generic[K]):
     submitted   on the caller's clock, seconds
     resumed     how many answer ids came with the request, delivered by an earlier attempt
     priority    0, the least urgent, to 9
+    scope       it shares what is computed only with sequences of an equal scope; opaque
 
     The rest is the scheduler's:
 
@@ -63,7 +64,8 @@ class LiveSequence(Generic[K]):
     expires: float | None
     submitted: float
     resumed: int = 0
-    priority: int = 5
+    priority: float = 5
+    scope: bytes = b""
     rank: tuple[float, int] = (0.0, 0)
     table: BlockTable | None = None
     computed: int = 0
@@ -270,11 +272,11 @@ class Scheduler(Generic[K]):
             spare = pool.available - min(len(self._running), pool.blocks // 16)
             if sequence.needs > spare:
                 return  # without looking again, which takes time on long prompts
-            found = pool.match(sequence.ids)
+            found = pool.match(sequence.ids, sequence.scope)
             sequence.needs = pool.need(len(sequence.ids), found)
             if sequence.needs > spare:
                 return
-            sequence.table = BlockTable(pool, sequence.ids, found)
+            sequence.table = BlockTable(pool, sequence.ids, found, sequence.scope)
             self._find(sequence, sequence.table.settled_tokens)
             del self._waiting[0]
             insort(self._running, sequence, key=_rank)
