@@ -346,7 +346,10 @@ class Odd(WorkerServiceServicer):
         self.fingerprint = fingerprint
         self.streams = 0
 
-    async def Run(self, requests, context):  # type: ignore[no-untyped-def, override]
+    async def GetModel(self, request: wire.GetModelRequest, context: object) -> wire.GetModelResponse:
+        raise NotImplementedError
+
+    async def Run(self, requests, context):  # type: ignore[no-untyped-def]
         self.streams += 1
         hello = (await anext(aiter(requests))).hello
         model = wire.ModelDescription(
