@@ -144,9 +144,13 @@ async def running_tier(
     *,
     tokenizer: Tokenizer | None = None,
     worker_settings: dict[str, Any] | None = None,
+    extra_workers: Sequence[str] = (),
     **settings: Any,
 ) -> AsyncGenerator[Tier, None]:
-    """Start a worker for each of *engines*, a wire to each, and their batcher with *settings*."""
+    """Start a worker for each of *engines*, a wire to each, and their batcher with *settings*.
+
+    extra_workers   targets of more workers, which the tier does not wait for
+    """
     async with AsyncExitStack() as stack:
         workers = [
             await stack.enter_async_context(running_worker(engine, **(worker_settings or {})))
@@ -158,7 +162,7 @@ async def running_tier(
             await wire.join()
             stack.callback(wire.cut)
             stack.callback(wire.thaw)
-        targets = ",".join(f"127.0.0.1:{wire.port}" for wire in wires)
+        targets = ",".join([*(f"127.0.0.1:{wire.port}" for wire in wires), *extra_workers])
         running = await stack.enter_async_context(
             batcher(
                 BatcherSettings(port=0, tier="t", workers=targets, fake=True, drain_seconds=2.0, **settings),
@@ -167,7 +171,7 @@ async def running_tier(
             )
         )
         client = await stack.enter_async_context(connect(f"127.0.0.1:{running.server.port}", retries=0))
-        await eventually(lambda: len(running.coalescer.pool.ready()) == len(engines))
+        await eventually(lambda: len(running.coalescer.pool.ready()) >= len(engines))
         yield Tier(client, running, workers, wires, list(engines))
 
 

@@ -67,3 +67,44 @@ def test_faults_of_what_was_sent_before_do_not_prolong_the_pause() -> None:
     breaker.fail(0.9)
 
     assert breaker.state(1.0) is State.HALF_OPEN
+
+
+def test_faults_of_one_request_count_once_however_often_it_comes_back() -> None:
+    breaker = Breaker(threshold=2)
+    for _ in range(10):
+        breaker.fail(0, {"a"})
+    assert breaker.state(0) is State.CLOSED
+
+    breaker.fail(0, {"b"})
+    assert breaker.state(0) is State.OPEN
+
+
+def test_a_fault_that_hits_many_requests_counts_once_and_so_does_its_repetition() -> None:
+    breaker = Breaker(threshold=2)
+    breaker.fail(0, {"a", "b", "c"})
+    breaker.fail(0, {"a", "c"})
+    assert breaker.state(0) is State.CLOSED
+
+    breaker.fail(0, {"a", "d"})
+    assert breaker.state(0) is State.OPEN, "the second fault that hit somebody new"
+
+
+def test_after_a_success_the_same_request_may_count_again() -> None:
+    breaker = Breaker(threshold=2)
+    breaker.fail(0, {"a"})
+    breaker.succeed()
+    breaker.fail(0, {"a"})
+    breaker.fail(0, {"b"})
+
+    assert breaker.state(0) is State.OPEN
+
+
+def test_a_probe_that_fails_of_a_request_that_failed_before_is_no_verdict() -> None:
+    breaker = Breaker(threshold=2)
+    breaker.fail(0, {"a"})
+    breaker.fail(0, {"b"})
+    breaker.sent()
+    breaker.fail(1, {"a"})
+
+    assert breaker.state(1) is State.HALF_OPEN
+    assert breaker.room(1, 8) == 1, "another one may be the probe"

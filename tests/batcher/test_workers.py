@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from functools import partial
+
 import grpc
 import pytest
 from opentelemetry import trace
 
 from headrace import errors
+from headrace.batcher.breaker import State
 from headrace.batcher.inbox import End, Flush, Inbox
 from headrace.batcher.job import Job
+from headrace.batcher.tokens import ByteTokenizer
 from headrace.batcher.workers import WorkerLink
 from headrace.channel import MAX_MESSAGE_BYTES
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
-from tests.harness import Mesh
+from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
+from headrace.worker.engine.echo import EchoEngine
+from tests.harness import Mesh, collect, eventually, prompt
+from tests.tier import running_tier
 
 
-def job(*, attempt: int = 0, unread_limit: int = 1000) -> Job:
+def job(*, attempt: int = 0, unread_limit: int = 1000, request_id: str = "r") -> Job:
     return Job(
-        request_id="r",
+        request_id=request_id,
         prompt_ids=[1],
         resume_ids=[],
         sampling=pb.Sampling(seed=1, max_tokens=9),
@@ -276,6 +285,122 @@ async def test_a_probe_that_goes_with_its_stream_makes_way_for_another() -> None
     link.draining = False
 
     assert link.room(60.0) == 1
+
+
+FAULT = errors.to_status(errors.SequenceFault("the logits are not finite"))
+
+
+async def test_a_request_that_fails_again_and_again_opens_no_breaker() -> None:
+    link = connected()
+    for attempt in range(10):
+        one = job(attempt=attempt)
+        link.submit([one], trace.INVALID_SPAN, 0.0)
+        delta(link, handle=0, attempt=attempt, error=FAULT)
+
+    assert link.breaker.state(0.0) is State.CLOSED
+
+
+async def test_a_step_that_fails_all_its_sequences_is_one_fault() -> None:
+    link = connected(*[job(request_id=f"{number}") for number in range(8)])
+    failed = wire.Step(deltas=[wire.SequenceDelta(handle=handle, error=FAULT) for handle in range(8)])
+    link._take(wire.RunResponse(step=failed))
+
+    assert link.breaker.state(0.0) is State.CLOSED
+
+
+async def test_faults_of_different_requests_open_the_breaker() -> None:
+    link = connected()
+    for number in range(link.breaker.threshold):
+        link.submit([job(request_id=f"{number}")], trace.INVALID_SPAN, 0.0)
+        delta(link, handle=0, error=FAULT)
+
+    assert link.breaker.state(time.monotonic()) is State.OPEN
+
+
+async def test_losses_with_the_same_request_under_way_count_once() -> None:
+    link = connected()
+    for attempt in range(5):
+        link.submit([job(attempt=attempt)], trace.INVALID_SPAN, 0.0)
+        link._lose()
+
+    assert link.breaker.state(time.monotonic()) is State.CLOSED
+
+
+async def test_tokens_that_no_model_of_the_worker_can_have_made_break_the_stream() -> None:
+    link = connected(job())
+    link.model = wire.ModelDescription(vocabulary_size=10)
+    with pytest.raises(errors.WorkerLost, match="vocabulary"):
+        delta(link, handle=0, offset=0, token_ids=[10])
+
+    asked = job()
+    asked.sampling.logprobs = True
+    link = connected(asked)
+    with pytest.raises(errors.WorkerLost, match="log-probabilities"):
+        delta(link, handle=0, offset=0, token_ids=[1, 2], logprobs=[0.5])
+
+
+class Odd(WorkerServiceServicer):
+    """A worker that welcomes, and then says something that nobody expects."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.streams = 0
+
+    async def GetModel(self, request: wire.GetModelRequest, context: object) -> wire.GetModelResponse:
+        raise NotImplementedError
+
+    async def Run(self, requests, context):  # type: ignore[no-untyped-def]
+        self.streams += 1
+        hello = (await anext(aiter(requests))).hello
+        model = wire.ModelDescription(
+            tokenizer_fingerprint=self.fingerprint, context_length=100, vocabulary_size=258, max_running=4
+        )
+        yield wire.RunResponse(
+            welcome=wire.Welcome(epoch=hello.epoch, model=model, credit=wire.Credit(sequences=4))
+        )
+        async for request in requests:
+            if request.HasField("submit"):
+                (sequence,) = request.submit.sequences
+                beyond = wire.SequenceDelta(handle=sequence.handle, token_ids=[4_000_000_000])
+                yield wire.RunResponse(step=wire.Step(frame=1, deltas=[beyond]))
+
+
+async def test_whatever_a_worker_sends_the_batcher_goes_on_with_the_others() -> None:
+    server = grpc.aio.server()
+    odd = Odd(ByteTokenizer().fingerprint)
+    add_WorkerServiceServicer_to_server(odd, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with running_tier([EchoEngine()], extra_workers=[f"127.0.0.1:{port}"]) as tier:
+        await eventually(lambda: len(tier.batcher.coalescer.pool.ready()) == 2)
+        answers = await asyncio.gather(*(collect(tier.client, prompt(f"honest {n}")) for n in range(8)))
+
+        assert [answer.text for answer in answers] == [f"honest {n}" for n in range(8)]
+        assert odd.streams
+    await server.stop(0)
+
+
+async def test_an_unexpected_error_of_a_link_is_a_lost_worker_and_not_the_end_of_the_batcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running_tier([EchoEngine(step_seconds=0.005)]) as tier:
+        (link,) = tier.batcher.coalescer.pool
+        answer = asyncio.create_task(
+            collect(tier.client, prompt("on and on", ignore_eos=True, max_tokens=200))
+        )
+        await eventually(lambda: link.outstanding)
+        first = link.epoch
+
+        def fails(*_: object) -> None:
+            raise RuntimeError("planned")
+
+        for count, name in enumerate(("_take_step", "_ping"), 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(link, name, fails)
+                await eventually(partial(lambda least: link.epoch >= least, first + count))
+            await eventually(lambda: link.ready)
+
+        assert (await answer).tokens == 200
 
 
 async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.v1 import worker_service_pb2 as wire
-from headrace.worker.credit import Standing, capacity, share
+from headrace.worker.credit import KNOCK, Standing, capacity, fill, share
 from headrace.worker.engine.scheduler import LiveSequence
 from headrace.worker.session import SILENT_SECONDS, Flight, Session
 
@@ -65,12 +65,49 @@ def test_whoever_is_idle_can_begin_and_the_hungry_share_evenly(room: int, stream
     assert room - room // 4 <= sum(told) <= room, "but for its reserve"
 
 
+@given(room=st.integers(1, 100), streams=st.integers(1, 64), working=st.integers(1, 4))
+def test_streams_that_do_nothing_keep_nothing_from_those_that_work(
+    room: int, streams: int, working: int
+) -> None:
+    idle = Standing(held=0, credit=0, committed=0, hungry=False, idle=True)
+    told = settle(room, [*[idle] * streams, *[Standing(0, 0, 0, hungry=True)] * working])
+
+    assert sum(told[streams:]) == max(room, working)
+    assert told[:streams] == [KNOCK] * streams, "each can show that it is not idle"
+
+
+def test_an_idle_stream_gives_up_what_it_was_told_as_soon_as_somebody_lacks_it() -> None:
+    idle = Standing(held=0, credit=6, committed=6, hungry=False, idle=True)
+
+    assert share(8, [idle, Standing(2, 2, 2, hungry=False)]) == [6, 2]
+    assert share(8, [idle, Standing(2, 2, 2, hungry=True)]) == [KNOCK, 3]
+
+
+@given(room=st.integers(1, 60), streams=STREAMS)
+def test_who_has_least_is_given_more_first(room: int, streams: list[Standing]) -> None:
+    """One at a time to whoever has least of those that lack some, as long as there is any."""
+    told, due = [one.held for one in streams], [one.held + one.credit for one in streams]
+    expected = list(told)
+    for _ in range(min(room, sum(due) - sum(told))):
+        lacking = [number for number, most in enumerate(due) if expected[number] < most]
+        poorest = min(lacking, key=expected.__getitem__)
+        expected[poorest] += 1
+
+    assert fill(told, due, min(room, sum(due) - sum(told))) == expected
+
+
+def test_a_large_capacity_is_shared_without_counting_up_to_it() -> None:
+    hungry = Standing(0, 0, 0, hungry=True)
+
+    assert share(10**12, [hungry] * 3) == [(10**12 + 2) // 3, 10**12 // 3, 10**12 // 3]
+
+
 def settle(room: int, streams: list[Standing]) -> list[int]:
     """What they are told in the end, if all use what they have and acknowledge what they lose."""
     for _ in range(10):
         told = share(room, streams)
         streams = [
-            Standing(credit if one.hungry else one.held, credit, credit, one.hungry)
+            Standing(credit if one.hungry else one.held, credit, credit, one.hungry, one.idle)
             for one, credit in zip(streams, told, strict=True)
         ]
     return told
@@ -170,6 +207,7 @@ def test_all_batchers_together_never_have_more_here_than_there_is_room_for_and_a
                 one.session.saw_credit(generation)
             else:
                 handles += 1
+                one.session.submitted = now
                 one.session.flights[handles] = Flight(object.__new__(LiveSequence), "", 0, none, none, 0)
             shared()
         elif what == "end" and one.session.flights:
@@ -187,7 +225,7 @@ def test_all_batchers_together_never_have_more_here_than_there_is_room_for_and_a
         act(dice.randrange(count), dice.choice(["ask", "hear", "arrive", "arrive", "end"]))
         here = sum(len(one.session.flights) for one in batchers)
         under_way = sum(one.up.count(0) for one in batchers)
-        assert here + under_way <= max(room, count)
+        assert here + under_way <= max(room, count) + KNOCK * count, "the idle may knock beyond it"
     for _ in range(1000):  # no more is asked: all of it is served
         if served == asked:
             break

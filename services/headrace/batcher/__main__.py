@@ -58,6 +58,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
         tier=settings.tier,
         failover_seconds=settings.failover_seconds,
         unread_seconds=settings.unread_seconds,
+        share_prefixes=settings.share_prefixes,
     )
     with Intake(
         coalescer,

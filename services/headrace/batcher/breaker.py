@@ -1,13 +1,17 @@
 """Keep work away from a worker that keeps failing: a circuit breaker (Nygard, Release It!, 2007).
 
 Closed until *threshold* faults of the worker follow each other without a success between; then open for a
-pause that doubles each time; then half open: one probe decides. Plain data, no clock.
+pause that doubles each time; then half open: one probe decides. A fault counts only if it hit a request that
+no earlier one of them had hit: what a single request fails of may be the request. Plain data, no clock.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, field
 from enum import Enum
+
+_REMEMBERED = 1024  # requests
 
 
 class State(Enum):
@@ -33,6 +37,7 @@ class Breaker:
     _openings: int = 0
     _opened: float | None = None
     _probing: bool = False
+    _hit: dict[Hashable, None] = field(default_factory=dict)  # requests, since the last success
 
     def state(self, now: float) -> State:
         """Where it stands at *now* seconds."""
@@ -56,9 +61,20 @@ class Breaker:
         self._faults = self._openings = 0
         self._opened = None
         self._probing = False
+        self._hit.clear()
 
-    def fail(self, now: float) -> None:
-        """The worker failed. Counted once for each incident, not for each sequence that it hit."""
+    def fail(self, now: float, requests: Collection[Hashable] = ()) -> None:
+        """The worker failed. Counted once for each incident, not for each sequence that it hit.
+
+        requests   whose sequences it hit; not counted if each of them was hit before. None: it hit no
+                   request, and counts
+        """
+        if requests and all(request in self._hit for request in requests):
+            self.forgive()
+            return
+        self._hit |= dict.fromkeys(requests)
+        while len(self._hit) > _REMEMBERED:
+            del self._hit[next(iter(self._hit))]
         self._faults += 1
         if self._opened is not None or self._faults >= self.threshold:
             # What fails after the opening belongs to the same trouble, unless it was the probe.

@@ -22,7 +22,7 @@ from headrace.batcher.inbox import Arrival, End
 from headrace.batcher.job import Job
 from headrace.batcher.line import Line
 from headrace.batcher.pool import WorkerPool
-from headrace.batcher.prefixes import Prefixes
+from headrace.batcher.prefixes import Prefixes, scope_of, scoped
 from headrace.batcher.queue import JobQueue
 from headrace.batcher.window import Window
 from headrace.batcher.workers import WorkerLink
@@ -45,6 +45,7 @@ class Coalescer:
 
     pool              the workers of this tier; `run` of it belongs to whoever made it
     failover_seconds  how long what waits may do so while no worker is ready at all
+    share_prefixes    whether tenants share what workers have computed of equal prompts
     unread_seconds    how long an answer is paused for a reader that is behind, before its call is ended
 
     An answer whose inbox is full is paused: it is taken off its worker, which goes on with the others, and
@@ -60,6 +61,7 @@ class Coalescer:
         tier: str,
         failover_seconds: float = 30.0,
         unread_seconds: float = 30.0,
+        share_prefixes: bool = False,
     ) -> None:
         labels = {attributes.TIER: tier}
         self.pool = pool
@@ -73,6 +75,7 @@ class Coalescer:
         self._labels = labels
         self._failover_seconds = failover_seconds
         self._unread_seconds = unread_seconds
+        self._share_prefixes = share_prefixes
         self._changed = asyncio.Event()
         self._served = time.monotonic()  # when a worker was ready last
         self._stopping = False
@@ -86,6 +89,9 @@ class Coalescer:
         """
         if self._stopping:
             raise errors.Draining("this batcher is stopping; try again", retry_after=0.2)
+        if not self._share_prefixes:
+            job.scope = scope_of(job.tenant)
+            job.blocks = scoped(job.blocks, job.scope)
         now = time.monotonic()
         self.admission.admit(job, now)
         self._changed.set()

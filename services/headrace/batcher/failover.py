@@ -7,7 +7,7 @@ carried from one to the next.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from headrace import errors
 from headrace.batcher.job import Job
@@ -20,6 +20,11 @@ FAULT_RETRIES = 1
 def workers_fault(error: errors.HeadraceError) -> bool:
     """Whether *error* speaks against the worker: what opens its circuit breaker."""
     return isinstance(error, errors.WorkerLost | errors.SequenceFault)
+
+
+def requests(jobs: Iterable[Job]) -> frozenset[tuple[str, str]]:
+    """The requests of *jobs*, as circuit breakers tell them apart: over all attempts of each."""
+    return frozenset((job.tenant, job.request_id) for job in jobs)
 
 
 def carry_on(job: Job, error: errors.HeadraceError, alive: Collection[tuple[str, int]] = ()) -> None:

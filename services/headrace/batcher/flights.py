@@ -7,6 +7,7 @@ and only from the offset on that is expected. Plain data; a new stream begins wi
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace import errors
@@ -109,3 +110,11 @@ class Flights:
         if not flight.taken_in:
             flight.taken_in = True
             self.backlog -= flight.cost
+
+
+def check_tokens(job: Job, ids: Sequence[int], logprobs: Sequence[float], vocabulary: int) -> None:
+    """Raise WorkerLost for tokens that the worker's model cannot have made; *vocabulary* 0 is unknown."""
+    if vocabulary and max(ids) >= vocabulary:
+        raise errors.WorkerLost(f"the worker sent token {max(ids)}, though its vocabulary has {vocabulary}")
+    if job.sampling.logprobs and len(logprobs) != len(ids):
+        raise errors.WorkerLost(f"the worker sent {len(logprobs)} log-probabilities for {len(ids)} tokens")

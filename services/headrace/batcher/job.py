@@ -33,6 +33,7 @@ class Job:
     cost        tokens that serving it is expected to take, prompt included
     uncached    of its tokens, those that the worker has to compute, as far as is known
     blocks      names of the prompt's blocks, for workers that hold them
+    scope       whom it shares computed prefixes with, see `prefixes.scope_of`
     attempt     counts the tries of the request, over all batchers; deltas of other attempts do not count
     queued      time.monotonic() when it entered the queue last; submitted, when it first left for a worker
     span        the request's server span: parent of what workers do for it
@@ -57,6 +58,7 @@ class Job:
     cost: int = 1
     uncached: int = 1
     blocks: tuple[int, ...] = ()
+    scope: bytes = b""
     tells_moves: bool = False
     queue_span: trace.Span = field(default=trace.INVALID_SPAN)
     queued: float = 0.0

@@ -2,13 +2,14 @@
 
 Workers keep the keys and values of prompts that they computed, block by block, for a while; a prompt that
 begins the same is cheaper there. A prompt's blocks are named by hashes chained from the start, so a name
-stands for all tokens up to its end. What a worker still has is a guess, until it tells with a sequence's
-first token how much of it was there: less than was thought means that it has forgotten, and as workers
-forget what was longest unused, all that it had used before is gone with it.
+stands for all tokens up to its end, and for the scope in which it is shared. What a worker still has is a
+guess, until it tells with a sequence's first token how much of it was there: less than was thought means that
+it has forgotten, and as workers forget what was longest unused, all that it had used before is gone with it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -26,6 +27,19 @@ def blocks(ids: Sequence[int]) -> tuple[int, ...]:
         name = hash((name, *ids[begin : begin + BLOCK]))
         names.append(name)
     return tuple(names)
+
+
+def scope_of(tenant: str) -> bytes:
+    """The scope within which a tenant's prefixes are shared: its own requests. "" is the anonymous tenant.
+
+    Equal for all batchers of a worker, and no name that a worker could read.
+    """
+    return hashlib.blake2b(tenant.encode(), digest_size=16).digest() if tenant else b""
+
+
+def scoped(names: Sequence[int], scope: bytes) -> tuple[int, ...]:
+    """The blocks' names within a scope."""
+    return tuple(hash((scope, name)) for name in names) if scope else tuple(names)
 
 
 class Prefixes:

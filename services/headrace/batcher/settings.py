@@ -75,6 +75,11 @@ class Settings(ServiceSettings):
         description="how long requests wait for a worker to come back when none is left, their deadline "
         "permitting",
     )
+    share_prefixes: bool = Field(
+        default=False,
+        description="let tenants share what workers have computed of equal beginnings of prompts; it saves "
+        "work, and lets a tenant find out by usage.cached_tokens or by time what another one has asked",
+    )
     max_tokens: int = Field(default=1024, ge=1, description="most tokens of an answer")
 
     @model_validator(mode="after")

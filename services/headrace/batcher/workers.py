@@ -18,8 +18,8 @@ from opentelemetry import trace
 
 from headrace import errors
 from headrace.batcher.breaker import Breaker
-from headrace.batcher.failover import workers_fault
-from headrace.batcher.flights import Flight, Flights
+from headrace.batcher.failover import requests, workers_fault
+from headrace.batcher.flights import Flight, Flights, check_tokens
 from headrace.batcher.inbox import End
 from headrace.batcher.job import Job
 from headrace.batcher.liveness import PING_SECONDS, Liveness
@@ -78,6 +78,7 @@ class WorkerLink:
         self._outgoing: asyncio.Queue[wire.RunRequest | None] = asyncio.Queue()
         self._welcomed = False
         self._acked = 0
+        self._faulted: list[Job] = []
         self.others_backlog = 0  # of prompt tokens at the worker, other batchers'
 
     @property
@@ -150,6 +151,7 @@ class WorkerLink:
                 attempt=job.attempt,
                 prompt_ids=job.prompt_ids,
                 resume_ids=job.answer_ids,
+                prefix_scope=job.scope,
                 sampling=job.sampling,
                 priority=job.priority,
                 trace=_trace_context(job.span),
@@ -176,25 +178,29 @@ class WorkerLink:
 
     async def run(self) -> None:
         """Keep the stream open, dialling again when it breaks, until cancelled or retired."""
-        pause, told = RECONNECT_SECONDS[0], ""
+        pause, reported = RECONNECT_SECONDS[0], ""
         async with open_channel(self.target, direct=True) as channel:
             stub = WorkerServiceStub(channel)
             while not self.retiring:
-                was_connected = False
+                was_connected, unexpected = False, None
                 try:
                     await self._converse(stub)
                     self.problem = "the worker ended the stream"
                 except (errors.HeadraceError, Mismatch) as error:
                     self.problem = str(error)
+                except Exception as error:
+                    # Whatever this worker sent or did, the batcher and its other workers go on.
+                    self.problem, unexpected = f"unexpected {type(error).__name__}, see the log", error
                 finally:
                     was_connected, self._welcomed = self._welcomed, False
                     self._lose()
-                if was_connected or self.problem != told:
-                    told = self.problem
+                if was_connected or self.problem != reported:
+                    reported = self.problem
                     log.log(
                         logging.WARNING if was_connected else logging.INFO,
                         "worker not connected",
                         extra={"target": self.target, "problem": self.problem},
+                        exc_info=unexpected,
                     )
                 pause = RECONNECT_SECONDS[0] if was_connected else min(pause * 2, RECONNECT_SECONDS[1])
                 if not self.retiring:
@@ -271,7 +277,7 @@ class WorkerLink:
             suspect = self._welcomed and self.liveness.suspect(now, running=running)
             if suspect and not self.suspect:
                 log.warning("worker is suspect", extra={"target": self.target, "running": running})
-                self.breaker.fail(now)
+                self.breaker.fail(now, requests(self.flights.jobs()))
             self.suspect = suspect
             if suspect:
                 self._sink.changed()  # others may have room by now
@@ -288,7 +294,8 @@ class WorkerLink:
         elif kind == "admission":
             for verdict in response.admission.verdicts:
                 if verdict.state == wire.ADMISSION_STATE_REFUSED:
-                    self._land(verdict.handle, verdict.attempt, errors.from_status(verdict.error), now)
+                    self._land(verdict.handle, verdict.attempt, errors.from_status(verdict.error))
+            self._blame(now)
         elif kind == "welcome":
             self._welcome(response.welcome)
         elif kind == "load":
@@ -333,6 +340,7 @@ class WorkerLink:
         self.suspect = False
         for delta in step.deltas:
             self._take_delta(delta, now)
+        self._blame(now)
         if step.frame - self._acked >= _ACK_EVERY:
             self._acked = step.frame
             self._ack()
@@ -347,19 +355,21 @@ class WorkerLink:
             return
         flight, ids, logprobs = arrived
         if ids:
+            check_tokens(flight.job, ids, logprobs, self.model.vocabulary_size if self.model else 0)
+        if ids:
             self.rate.add(now, len(ids))
         if delta.HasField("cached_tokens"):
             self._sink.prefilled(self, flight.job, delta.cached_tokens)
         left_out = self._hand_over(flight, ids, logprobs)
         if delta.HasField("error"):
-            self._land(delta.handle, delta.attempt, errors.from_status(delta.error), now)
+            self._land(delta.handle, delta.attempt, errors.from_status(delta.error))
             return
         ended = delta.finish != pb.FINISH_REASON_UNSPECIFIED
         if not flight.abandoned and (left_out or (flight.job.inbox.full and not ended)):
             self._sink.full(self, flight.job)
         if ended:
             end = End(delta.finish, delta.usage, delta.timing)
-            self._land(delta.handle, delta.attempt, end, now)
+            self._land(delta.handle, delta.attempt, end)
 
     @staticmethod
     def _hand_over(flight: Flight, ids: list[int], logprobs: list[float]) -> int:
@@ -370,12 +380,12 @@ class WorkerLink:
         job.history.wasted += len(ids) - taken
         return len(ids) - taken
 
-    def _land(self, handle: int, attempt: int, last: End | errors.HeadraceError, now: float) -> None:
+    def _land(self, handle: int, attempt: int, last: End | errors.HeadraceError) -> None:
         flight = self.flights.land(handle, attempt)
         if flight is None:
             return
         if isinstance(last, errors.HeadraceError) and workers_fault(last):
-            self.breaker.fail(now)
+            self._faulted.append(flight.job)
         elif isinstance(last, End) and last.reason != pb.FINISH_REASON_CANCELLED:
             self.breaker.succeed()
         elif not flight.abandoned:
@@ -387,12 +397,18 @@ class WorkerLink:
         else:
             self._sink.failed(self, flight.job, last)
 
+    def _blame(self, now: float) -> None:
+        """Count what one message reported as faults of the worker: once, for one step may hit them all."""
+        if self._faulted:
+            faulted, self._faulted = self._faulted, []
+            self.breaker.fail(now, requests(faulted))
+
     def _lose(self) -> None:
         """The stream is gone and with it everything at the worker."""
         flights, self.flights = self.flights, Flights()
         jobs = flights.jobs()
         if len(flights) and not (self.draining or self.suspect):  # of a suspect it is counted already
-            self.breaker.fail(time.monotonic())
+            self.breaker.fail(time.monotonic(), requests(jobs))
         self.breaker.forgive()  # a probe that was under way went with the stream
         error = errors.WorkerLost(f"the worker at {self.target} was lost ({self.problem}); try again")
         for job in jobs:

@@ -27,6 +27,7 @@ from opentelemetry.context import Context
 from headrace import attributes, errors
 from headrace.propagation import extract
 from headrace.runtime.budget import Budget, Hold
+from headrace.runtime.responding import Responding
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         exempt = (aside and method.startswith(OURS) and not handler.request_streaming) or method == CHECK
 
         async def respond(requests: Any, context: Any) -> Any:
+            if handler.response_streaming:
+                context = Responding(context)
             try:
                 with self._budget.call(context.peer(), exempt=exempt) as hold:
 

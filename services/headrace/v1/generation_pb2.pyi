@@ -829,7 +829,9 @@ class Usage(_message.Message):
     prompt_tokens: _builtins.int
     """Of the prompt, chat template included."""
     cached_tokens: _builtins.int
-    """Of the prompt, found computed already."""
+    """Of the prompt, found computed already: for earlier requests of the same tenant, or of any tenant where the
+    batcher runs with --share-prefixes.
+    """
     completion_tokens: _builtins.int
     """Of the answer, as delivered; includes the tokens of a matched stop text, not the end-of-turn token."""
     replayed_tokens: _builtins.int

@@ -104,7 +104,7 @@ class RunRequest(_message.Message):
 
     @_builtins.property
     def ping(self) -> Global___Ping:
-        """Asks for a pong."""
+        """Asks for a pong. Of pings that pile up the last one is answered, for all of them."""
 
     @_builtins.property
     def quiesce(self) -> Global___Quiesce:
@@ -343,14 +343,24 @@ class Sequence(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    PREFIX_SCOPE_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
-    """Stands for the sequence on this stream; free again after its terminal delta."""
+    """Stands for the sequence on this stream; free again after its terminal delta. Until then the sequence
+    takes credit.
+    """
     request_id: _builtins.str
     """The request's id, for logs."""
     attempt: _builtins.int
     """Counts the tries of this request; deltas repeat it."""
     priority: _builtins.int
-    """0 is the least urgent, 9 the most."""
+    """0 is the least urgent, 9 the most; more counts as 9. It orders the sequences of one batcher: as far as the
+    mean of a stream is above 5, it does not count against the sequences of other streams.
+    """
+    prefix_scope: _builtins.bytes
+    """Whom the sequence shares computed prefixes with: only with sequences of an equal scope. Opaque to the worker, at
+    most 64 bytes. Batchers derive it from the request's tenant, so that no tenant can find out by `cached_tokens` or
+    by time what another one has asked. Empty: a scope like any other.
+    """
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, at least one id, each below the model's vocabulary size."""
@@ -383,10 +393,11 @@ class Sequence(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         priority: _builtins.int = ...,
         trace: Global___TraceContext | None = ...,
+        prefix_scope: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "handle", b"handle", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "resume_ids", b"resume_ids", "sampling", b"sampling", "trace", b"trace", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "handle", b"handle", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "resume_ids", b"resume_ids", "sampling", b"sampling", "trace", b"trace", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -731,7 +742,8 @@ Global___Load: _TypeAlias = Load  # noqa: Y015
 class Credit(_message.Message):
     """How much more the worker takes. Absolute, so that a lost message loses no credit. Less than before takes effect
     when the batcher acknowledges it: until then nobody else is given the difference, so that all batchers
-    together never have more at a worker than it takes.
+    together never have more at a worker than it takes. A batcher that has nothing here and has submitted nothing
+    for 10 s always has credit for one sequence, beyond that: its next one shows that it needs more.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

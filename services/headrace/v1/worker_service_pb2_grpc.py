@@ -64,10 +64,16 @@ class WorkerServiceServicer:
         A `cancel` is answered that way too.
         5. The worker reports `load` and `credit` whenever they change, and about each second.
         6. A worker about to stop sends `drain`: it takes no more, finishes what it can, and ends the rest
-        with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes.
+        with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker
+        sends the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
 
         When the stream breaks, the worker frees every sequence of it. A delta counts only if its stream
         epoch, handle and attempt are current.
+
+        A worker trusts no batcher. It refuses a sequence that cannot be computed, by itself. It ends a stream
+        with INVALID_ARGUMENT that breaks these rules or goes beyond its credit, and with
+        RESOURCE_EXHAUSTED/SLOW_READER one on which 1 MiB waits to be read. Where too many streams are open, a
+        new one takes the place of one that has been idle, or is refused, with RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

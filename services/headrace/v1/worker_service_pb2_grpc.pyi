@@ -46,10 +46,16 @@ class WorkerServiceStub:
        A `cancel` is answered that way too.
     5. The worker reports `load` and `credit` whenever they change, and about each second.
     6. A worker about to stop sends `drain`: it takes no more, finishes what it can, and ends the rest
-       with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes.
+       with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker
+       sends the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
 
     When the stream breaks, the worker frees every sequence of it. A delta counts only if its stream
     epoch, handle and attempt are current.
+
+    A worker trusts no batcher. It refuses a sequence that cannot be computed, by itself. It ends a stream
+    with INVALID_ARGUMENT that breaks these rules or goes beyond its credit, and with
+    RESOURCE_EXHAUSTED/SLOW_READER one on which 1 MiB waits to be read. Where too many streams are open, a
+    new one takes the place of one that has been idle, or is refused, with RESOURCE_EXHAUSTED.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.GetModelRequest, _worker_service_pb2.GetModelResponse]
     """Describes the model. Answers UNAVAILABLE until it is loaded and warmed up."""
@@ -72,10 +78,16 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
        A `cancel` is answered that way too.
     5. The worker reports `load` and `credit` whenever they change, and about each second.
     6. A worker about to stop sends `drain`: it takes no more, finishes what it can, and ends the rest
-       with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes.
+       with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker
+       sends the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
 
     When the stream breaks, the worker frees every sequence of it. A delta counts only if its stream
     epoch, handle and attempt are current.
+
+    A worker trusts no batcher. It refuses a sequence that cannot be computed, by itself. It ends a stream
+    with INVALID_ARGUMENT that breaks these rules or goes beyond its credit, and with
+    RESOURCE_EXHAUSTED/SLOW_READER one on which 1 MiB waits to be read. Where too many streams are open, a
+    new one takes the place of one that has been idle, or is refused, with RESOURCE_EXHAUSTED.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.GetModelRequest, _worker_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the model. Answers UNAVAILABLE until it is loaded and warmed up."""
@@ -101,10 +113,16 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
            A `cancel` is answered that way too.
         5. The worker reports `load` and `credit` whenever they change, and about each second.
         6. A worker about to stop sends `drain`: it takes no more, finishes what it can, and ends the rest
-           with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes.
+           with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker
+           sends the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
 
         When the stream breaks, the worker frees every sequence of it. A delta counts only if its stream
         epoch, handle and attempt are current.
+
+        A worker trusts no batcher. It refuses a sequence that cannot be computed, by itself. It ends a stream
+        with INVALID_ARGUMENT that breaks these rules or goes beyond its credit, and with
+        RESOURCE_EXHAUSTED/SLOW_READER one on which 1 MiB waits to be read. Where too many streams are open, a
+        new one takes the place of one that has been idle, or is refused, with RESOURCE_EXHAUSTED.
         """
 
     @_abc_1.abstractmethod

@@ -78,6 +78,7 @@ async def worker(
             await asyncio.to_thread(load),
             step_tokens=settings.tokens_per_step,
             prefix_cache=settings.prefix_cache,
+            max_streams=settings.max_streams,
         )
         servicer.open(sessions)
         log.info("ready", extra={"model": sessions.model.name, "device": sessions.model.device})

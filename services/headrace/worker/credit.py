@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+KNOCK = 1  # sequences that an idle stream may always send: they show that it is not idle any more
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -21,12 +23,20 @@ class Standing:
     committed   how many it may come to have by what it was told and has not acknowledged to be over; at least
                 what it has
     hungry      whether it lately used all of its credit, and would take more
+    idle        whether it holds nothing and has submitted nothing lately. It may knock, with one sequence,
+                and has no other reserve: what is kept for idle streams is kept from those that work
     """
 
     held: int
     credit: int
     committed: int
     hungry: bool
+    idle: bool = False
+
+    @property
+    def counted(self) -> int:
+        """What of `committed` takes room: an idle stream's knock does not."""
+        return max(self.committed - KNOCK, 0) if self.idle else self.committed
 
 
 def capacity(*, max_running: int, running: int, waiting: int, step_tokens: int, mean_prompt: float) -> int:
@@ -48,29 +58,60 @@ def share(capacity: int, streams: Sequence[Standing]) -> list[int]:
 
     Fair is max-min: the hungry get equal parts of what the others leave, who keep what they have and a small
     reserve, so that they can begin at once and show that they are hungry. Credit is taken back only where
-    somebody hungry lacks it. What is committed never grows beyond *capacity*, or one for each stream where
-    there are more streams than that; only where capacity itself shrinks it is above, until it has run off.
+    somebody hungry lacks it. What is committed never grows beyond *capacity*, or one for each stream that is
+    not idle where there are more of them than that, plus the knocks of the idle; only where capacity itself
+    shrinks it is above, until it has run off. Takes time in proportion to the streams, whatever the
+    capacity.
     """
-    room = max(capacity, len(streams))
-    reserve = max(1, room // (4 * max(len(streams), 1)))
+    working = sum(not one.idle for one in streams)
+    room = max(capacity, working)
+    reserve = max(1, room // (4 * max(working, 1)))
     alone = len(streams) == 1
-    fair = _level(room, [room if one.hungry or alone else one.held + reserve for one in streams])
-    free = room - sum(one.committed for one in streams)
+    fair = _level(room, [_wish(one, room, reserve, alone=alone) for one in streams])
+    free = room - sum(one.counted for one in streams)
     # Up to what is committed to it anyway a stream may have more at once.
     told = [
         max(one.credit, min(one.committed, due)) if one.hungry else one.credit
         for one, due in zip(streams, fair, strict=True)
     ]
-    lacks = [
-        max(due - now, 0) if one.hungry else 0 for one, due, now in zip(streams, fair, told, strict=True)
-    ]
-    if sum(lacks) > free:
+    lacks = sum(
+        max(due - now, 0) for one, due, now in zip(streams, fair, told, strict=True) if one.hungry or alone
+    )
+    if lacks > free:
         told = [min(now, due) for now, due in zip(told, fair, strict=True)]
-    for _ in range(min(free, sum(lacks))):
-        poorest = min((number for number, lack in enumerate(lacks) if lack), key=lambda number: told[number])
-        told[poorest] += 1
-        lacks[poorest] -= 1
-    return told
+    due = [
+        max(part, now) if one.hungry or alone else now
+        for one, part, now in zip(streams, fair, told, strict=True)
+    ]
+    told = fill(told, due, min(free, lacks))
+    return [max(now, KNOCK) if one.idle else now for one, now in zip(streams, told, strict=True)]
+
+
+def _wish(one: Standing, room: int, reserve: int, *, alone: bool) -> int:
+    if one.hungry or alone:
+        return room
+    return 0 if one.idle else one.held + reserve
+
+
+def fill(told: Sequence[int], due: Sequence[int], extra: int) -> list[int]:
+    """Raise the lowest of *told* first, each at most to what is *due* to it, by *extra* in all."""
+    if extra <= 0:
+        return list(told)
+
+    def raised(level: int) -> list[int]:
+        return [max(now, min(most, level)) for now, most in zip(told, due, strict=True)]
+
+    low, high, base = min(told), max(due), sum(told)
+    while low < high:  # the highest level that takes no more than there is
+        level = (low + high + 1) // 2
+        low, high = (level, high) if sum(raised(level)) - base <= extra else (low, level - 1)
+    filled = raised(low)
+    left = extra - (sum(filled) - base)
+    for number, (now, most) in enumerate(zip(filled, due, strict=True)):
+        if left and now == low < most:
+            filled[number] += 1
+            left -= 1
+    return filled
 
 
 def _level(room: int, wishes: Sequence[int]) -> list[int]:

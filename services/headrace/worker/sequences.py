@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 from opentelemetry import trace
 
@@ -10,6 +11,7 @@ from headrace import attributes, errors
 from headrace.propagation import from_w3c
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
+from headrace.validation import check_sampling
 from headrace.worker.engine.scheduler import Ending, LiveSequence, Update
 from headrace.worker.engine.seam import ModelInfo, SamplingParams
 from headrace.worker.session import Flight, Key
@@ -21,15 +23,25 @@ _FINISH = {
     Ending.DEADLINE: pb.FINISH_REASON_DEADLINE,
 }
 
+MAX_PREFIX_SCOPE = 64  # bytes
+_USUAL_PRIORITY = 5
+MAX_PRIORITY = 9
+# The W3C's own form of a traceparent has 55 characters; a tracestate of more than 512 need not be passed on.
+_MAX_TRACE = 4096
+
 _tracer = trace.get_tracer("headrace.worker")
 
 
-def live_sequence(key: Key, message: wire.Sequence, model: ModelInfo, now: float) -> LiveSequence[Key]:
+def live_sequence(
+    key: Key, message: wire.Sequence, model: ModelInfo, now: float, *, priority: float = _USUAL_PRIORITY
+) -> LiveSequence[Key]:
     """A submitted sequence as the engine takes it.
 
-    now   time.monotonic()
+    now        time.monotonic()
+    priority   as the worker counts it, see `relative_priority`
 
-    Raises EmptyInput, ContextTooLong, InvalidRequest and InvalidSampling.
+    Checks everything, whatever the batcher should have checked: one that is wrong, old or hostile must not
+    harm the sequences of others. Raises EmptyInput, ContextTooLong, InvalidRequest and InvalidSampling.
     """
     prompt, resume, sampling = message.prompt_ids, message.resume_ids, message.sampling
     if not prompt:
@@ -43,6 +55,15 @@ def live_sequence(key: Key, message: wire.Sequence, model: ModelInfo, now: float
         raise errors.InvalidRequest(f"a token id is not below {model.vocabulary_size}")
     if not sampling.HasField("max_tokens") or sampling.max_tokens <= len(resume):
         raise errors.InvalidSampling("sampling.max_tokens must be set and above the resumed tokens")
+    # A batcher lowers max_tokens to what its tier allows, below what a caller may have asked for at least.
+    sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
+    check_sampling(sampling)
+    _check_vocabulary(sampling, model.vocabulary_size)
+    if len(message.prefix_scope) > MAX_PREFIX_SCOPE:
+        raise errors.InvalidRequest(
+            f"prefix_scope has {len(message.prefix_scope)} bytes, at most {MAX_PREFIX_SCOPE} are taken",
+            field="prefix_scope",
+        )
     return LiveSequence(
         key=key,
         ids=[*prompt, *resume],
@@ -51,8 +72,33 @@ def live_sequence(key: Key, message: wire.Sequence, model: ModelInfo, now: float
         expires=now + message.ttl.ToNanoseconds() / 1e9 if message.HasField("ttl") else None,
         submitted=now,
         resumed=len(resume),
-        priority=min(message.priority, 9),
+        priority=priority,
+        scope=message.prefix_scope,
     )
+
+
+def _check_vocabulary(sampling: pb.Sampling, vocabulary: int) -> None:
+    """Raise InvalidSampling for ids that no token has."""
+    for field, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        if (highest := max(ids, default=0)) >= vocabulary:
+            raise errors.InvalidSampling(
+                f"sampling.{field} names token {highest}, the model's ids are below {vocabulary}",
+                field=f"sampling.{field}",
+            )
+
+
+def relative_priority(priority: int, others: Collection[int]) -> float:
+    """A sequence's priority as it counts against those of other streams, 0 to 9.
+
+    priority   as the batcher gave it; above 9 counts as 9
+    others     the priorities of what its stream has here already, as the batcher gave them
+
+    Priorities order what one batcher sends. A stream on which everything is urgent is no more urgent than
+    others: as far as its mean is above the usual priority, it is taken off.
+    """
+    given = [min(one, MAX_PRIORITY) for one in (priority, *others)]
+    excess = max(sum(given) / len(given) - _USUAL_PRIORITY, 0.0)
+    return max(given[0] - excess, 0.0)
 
 
 def conclude(delta: wire.SequenceDelta, update: Update[Key], flight: Flight, ended_ns: int) -> None:
@@ -130,5 +176,7 @@ def _params(sampling: pb.Sampling) -> SamplingParams:
 
 
 def span_context(carried: wire.TraceContext) -> trace.SpanContext:
-    """The span that a message was sent for; invalid if it is not traced."""
+    """The span that a message was sent for; invalid if it is not traced, or by something that is no trace."""
+    if not carried.traceparent or len(carried.traceparent) + len(carried.tracestate) > _MAX_TRACE:
+        return trace.INVALID_SPAN_CONTEXT
     return from_w3c(carried.traceparent, carried.tracestate)

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from headrace import errors
 from headrace.v1 import worker_service_pb2 as wire
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 SERVICES = tuple(wire.DESCRIPTOR.services_by_name.values())
 RUN = "/headrace.v1.WorkerService/Run"
 LOAD_SECONDS = 1.0
+HELLO_SECONDS = 10.0  # between the beginning of a stream and its first message
+MAX_CANCEL = 65_536  # handles in one message
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -32,6 +35,7 @@ class WorkerServicer(WorkerServiceServicer):
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._sessions: Sessions | None = None
+        self._calls = 0  # of Run, until gRPC is done with them
 
     def open(self, sessions: Sessions) -> None:
         """The model is loaded and warm."""
@@ -76,12 +80,16 @@ class WorkerServicer(WorkerServiceServicer):
     ) -> None:
         """Carry one batcher's work until it hangs up."""
         sessions = self._open_sessions()
-        first = await anext(aiter(requests), None)
-        if first is None or first.WhichOneof("message") != "hello":
-            raise errors.InvalidRequest("the first message of Run must be hello", field="hello")
-        hello = first.hello
+        if self._calls >= 2 * sessions.max_streams:
+            raise errors.Overloaded(
+                f"{self._calls} streams are open or about to be, which is too many", retry_after=1.0
+            )
+        self._calls += 1
+        context.add_done_callback(cast(Any, self._call_done))
+        hello = await _hello(requests)
         session = sessions.open(hello)
-        log.info("batcher connected", extra={"batcher": hello.batcher_id, "epoch": hello.epoch})
+        names = {"batcher": session.batcher_id, "epoch": session.epoch}
+        log.info("batcher connected", extra=names)
         session.welcome(
             wire.RunResponse(
                 welcome=wire.Welcome(
@@ -93,19 +101,26 @@ class WorkerServicer(WorkerServiceServicer):
                 )
             )
         )
-        writing = asyncio.create_task(_write(context, session))
-        reporting = asyncio.create_task(_report(sessions, session))
         try:
-            async for request in requests:
-                _take(sessions, session, request)
-            # Half-closed: the batcher sends no more, and hears the rest.
-            while session.flights:
-                await asyncio.sleep(0.02)
+            # A task that fails ends the others, and the stream with its error as the status.
+            async with asyncio.TaskGroup() as tasks:
+                writing = tasks.create_task(_write(context, session))
+                others = [tasks.create_task(_report(sessions, session)), tasks.create_task(_failure(session))]
+                try:
+                    async for request in requests:
+                        _take(sessions, session, request)
+                except DecodeError as error:
+                    raise errors.InvalidText(f"a message of the stream cannot be parsed ({error})") from None
+                session.finish()
+                await writing
+                for task in others:
+                    task.cancel()
         finally:
-            reporting.cancel()
-            writing.cancel()
             sessions.shut(session)
-            log.info("batcher gone", extra={"batcher": hello.batcher_id})
+            log.info("batcher gone", extra=names)
+
+    def _call_done(self, context: _Context) -> None:
+        self._calls -= 1
 
     def _open_sessions(self) -> Sessions:
         if self._sessions is None:
@@ -113,28 +128,55 @@ class WorkerServicer(WorkerServiceServicer):
         return self._sessions
 
 
+async def _hello(requests: AsyncIterator[wire.RunRequest]) -> wire.Hello:
+    """The first message, which does not take long to come."""
+    try:
+        async with asyncio.timeout(HELLO_SECONDS):
+            first = await anext(aiter(requests), None)
+    except TimeoutError:
+        raise errors.InvalidRequest(f"no hello came within {HELLO_SECONDS:g} s", field="hello") from None
+    except DecodeError as error:
+        raise errors.InvalidText(f"the first message of Run cannot be parsed ({error})") from None
+    if first is None or first.WhichOneof("message") != "hello":
+        raise errors.InvalidRequest("the first message of Run must be hello", field="hello")
+    return first.hello
+
+
 def _take(sessions: Sessions, session: Session, request: wire.RunRequest) -> None:
+    if session.error is not None:
+        return  # about to end
     session.heard = time.monotonic()
     kind = request.WhichOneof("message")
     if kind == "submit":
         session.say(sessions.submit(session, request.submit))
     elif kind == "cancel":
+        if len(request.cancel.handles) > MAX_CANCEL:
+            raise errors.InvalidRequest(
+                f"cancel names {len(request.cancel.handles)} handles, at most {MAX_CANCEL} are taken",
+                field="cancel.handles",
+            )
         sessions.cancel(session, request.cancel.handles)
     elif kind == "ack":
         sessions.acknowledge(session, request.ack)
     elif kind == "ping":
         session.say(wire.RunResponse(pong=wire.Pong(nonce=request.ping.nonce)))
+    elif kind == "quiesce":
+        session.done = True
     elif kind == "hello":
         raise errors.InvalidRequest("hello comes once, first", field="hello")
-    # `quiesce` needs no answer; members of later versions are none of our business.
+    # Members of later versions are none of our business.
 
 
 async def _write(context: _Context, session: Session) -> None:
-    while True:
+    """Send what there is to say, until the batcher has half-closed and all of it is said."""
+    while not session.complete:
         await session.has_news.wait()
         session.sending = True
         for response in session.news(time.monotonic()):
-            await context.write(response)
+            try:
+                await context.write(response)
+            except grpc.aio.BaseError as error:
+                raise errors.RequestCancelled("the batcher is gone") from error
         session.sending = False
 
 
@@ -143,6 +185,13 @@ async def _report(sessions: Sessions, session: Session) -> None:
         session.say(wire.RunResponse(load=sessions.load()))
         sessions.share_credit()  # who was hungry may be so no more, though nothing else has happened
         await asyncio.sleep(LOAD_SECONDS)
+
+
+async def _failure(session: Session) -> None:
+    """Wait until the stream has to end, and raise why."""
+    await session.failed.wait()
+    assert session.error is not None, "what fails has a reason"
+    raise session.error
 
 
 def described(sessions: Sessions) -> wire.ModelDescription:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Iterable
 
@@ -16,13 +17,16 @@ from opentelemetry import metrics
 from headrace import attributes, errors
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import worker_service_pb2 as wire
+from headrace.validation import MAX_REQUEST_ID
 from headrace.worker.credit import capacity, share
 from headrace.worker.engine.loop import EngineLoop, StepReport
 from headrace.worker.engine.scheduler import LiveSequence, Update
 from headrace.worker.engine.seam import Engine, ModelInfo
 from headrace.worker.pace import StepPace
-from headrace.worker.sequences import conclude, live_sequence, span_context
+from headrace.worker.sequences import MAX_PRIORITY, conclude, live_sequence, relative_priority, span_context
 from headrace.worker.session import Flight, Key, Session
+
+log = logging.getLogger(__name__)
 
 _meter = metrics.get_meter("headrace.worker")
 _running = _meter.create_gauge(attributes.METRIC_RUNNING, description="sequences in the engine's steps")
@@ -47,9 +51,16 @@ _step_seconds = _meter.create_histogram(
 
 
 class Sessions:
-    """All streams of one worker over one engine."""
+    """All streams of one worker over one engine.
 
-    def __init__(self, engine: Engine, *, step_tokens: int, prefix_cache: bool) -> None:
+    step_tokens, prefix_cache   as for `EngineLoop`
+    max_streams                 most that are open at a time
+    """
+
+    def __init__(
+        self, engine: Engine, *, step_tokens: int, prefix_cache: bool, max_streams: int = 32
+    ) -> None:
+        self.max_streams = max_streams
         self.model: ModelInfo = engine.model
         self.draining = False
         self._loop = asyncio.get_running_loop()
@@ -93,18 +104,46 @@ class Sessions:
         self._engine.stop()
 
     def open(self, hello: wire.Hello) -> Session:
-        """A new stream, with its first credit."""
+        """A new stream, with its first credit.
+
+        Where there are *max_streams* already, it takes the place of the one that has been idle the longest.
+        Raises Overloaded where none is idle.
+        """
+        if len(self._sessions) >= self.max_streams:
+            self._make_place()
         self._opened += 1
         session = Session(
-            self._opened, hello.batcher_id, hello.epoch, hello.frame_window, acks_credit=hello.acks_credit
+            self._opened,
+            clipped(hello.batcher_id),
+            hello.epoch,
+            hello.frame_window,
+            acks_credit=hello.acks_credit,
         )
         self._sessions[session.number] = session
         self.share_credit()
         return session
 
+    def _make_place(self) -> None:
+        now = time.monotonic()
+        idle = [
+            session for session in self._sessions.values() if session.stands(now).idle and not session.held
+        ]
+        if not idle:
+            raise errors.Overloaded(
+                f"{len(self._sessions)} streams are open, and no more than {self.max_streams} are taken "
+                "(--max-streams)",
+                retry_after=1.0,
+            )
+        longest = min(idle, key=lambda session: session.submitted)
+        longest.fail(
+            errors.Overloaded("another batcher takes the place of this idle stream", retry_after=1.0)
+        )
+        self.shut(longest)
+
     def shut(self, session: Session) -> None:
         """A stream is gone: so is everything of it."""
-        del self._sessions[session.number]
+        if self._sessions.pop(session.number, None) is None:
+            return
         for handle in session.flights:
             self._engine.cancel((session.number, handle))
         self.share_credit()
@@ -115,8 +154,19 @@ class Sessions:
         return list(self._sessions.values())
 
     def submit(self, session: Session, batch: wire.Submit) -> wire.RunResponse:
-        """Take a batch in; returns the admission to send before anything else of these sequences."""
+        """Take a batch in; returns the admission to send before anything else of these sequences.
+
+        Raises InvalidRequest where the stream goes beyond its credit.
+        """
         now, now_ns = time.monotonic(), time.time_ns()
+        # Before anything is looked at: how much that would be is the batcher's choice.
+        if session.held + len(batch.sequences) > (allowance := session.allowance):
+            raise errors.InvalidRequest(
+                f"{len(batch.sequences)} sequences were submitted while {session.held} were here, beyond the "
+                f"credit of {allowance}",
+                field="submit",
+            )
+        session.submitted = now
         batch_span = span_context(batch.batch_trace)
         busy = self._last.waiting > 0 or self._last.running >= self.model.max_running
         verdicts = []
@@ -125,18 +175,19 @@ class Sessions:
             verdicts.append(verdict)
             try:
                 sequence = self._sequence(session, message, now)
-            except errors.HeadraceError as error:
+            except Exception as error:
                 verdict.state = wire.ADMISSION_STATE_REFUSED
-                verdict.error.CopyFrom(errors.to_status(error))
+                verdict.error.CopyFrom(errors.to_status(_ours(error)))
                 continue
             verdict.state = wire.ADMISSION_STATE_QUEUED if busy else wire.ADMISSION_STATE_ADMITTED
             session.flights[message.handle] = Flight(
                 sequence,
-                message.request_id,
+                clipped(message.request_id),
                 message.attempt,
                 span_context(message.trace),
                 batch_span,
                 now_ns,
+                message.priority,
             )
             self._pace.submitted(len(sequence.ids))
             self._engine.submit(sequence)
@@ -192,9 +243,14 @@ class Sessions:
     def _sequence(self, session: Session, message: wire.Sequence, now: float) -> LiveSequence[Key]:
         if self.draining:
             raise errors.WorkerDraining("the worker is stopping; carry on elsewhere")
-        if message.handle in session.flights:
+        if session.knows(message.handle):
             raise errors.InvalidRequest(f"handle {message.handle} is in use")
-        return live_sequence((session.number, message.handle), message, self.model, now)
+        priority: float = min(message.priority, MAX_PRIORITY)
+        if any(other.flights for other in self._sessions.values() if other is not session):
+            priority = relative_priority(
+                message.priority, [flight.priority for flight in session.flights.values()]
+            )
+        return live_sequence((session.number, message.handle), message, self.model, now, priority=priority)
 
     def _hear(self, report: StepReport[Key]) -> None:
         """On the engine's thread: pass the step on, once."""
@@ -250,17 +306,40 @@ class Sessions:
             _ended.add(1, {attributes.OUTCOME: update.ending.value})
         if session is None:
             return  # its stream is gone, and this is the confirmation that the sequence is, too
+        try:
+            session.tell(self._delta(session, handle, update, report))
+        except Exception as error:
+            # A stream that misses a delta would wait for ever.
+            session.fail(_ours(error))
+
+    def _delta(
+        self, session: Session, handle: int, update: Update[Key], report: StepReport[Key]
+    ) -> wire.SequenceDelta:
         flight = session.flights[handle]
-        delta = session.pending.get(handle)
-        if delta is None:
-            delta = wire.SequenceDelta(handle=handle, attempt=flight.attempt, offset=update.offset)
-            session.pending[handle] = delta
-        delta.token_ids.extend(update.token_ids)
-        delta.logprobs.extend(update.logprobs)
+        delta = wire.SequenceDelta(
+            handle=handle,
+            attempt=flight.attempt,
+            offset=update.offset,
+            token_ids=update.token_ids,
+            logprobs=update.logprobs,
+        )
         if update.token_ids and not flight.first_token_ns:
             flight.first_token_ns = report.ended
             delta.cached_tokens = update.sequence.cached
         if update.ending is not None:
             del session.flights[handle]
             conclude(delta, update, flight, report.ended or time.time_ns())
-        session.has_news.set()
+        return delta
+
+
+def clipped(text: str) -> str:
+    """A name that a batcher chose, as long as names are."""
+    return text[:MAX_REQUEST_ID]
+
+
+def _ours(error: Exception) -> errors.HeadraceError:
+    """The error as a batcher may see it; anything unexpected goes to the log in full."""
+    if isinstance(error, errors.HeadraceError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return errors.InternalError("internal error; the worker's log has it in full")

@@ -55,6 +55,12 @@ class Settings(ServiceSettings):
         default=True,
         description="keep what earlier prompts computed in spare KV memory, for prompts that begin alike",
     )
+    max_streams: int = Field(
+        default=32,
+        ge=1,
+        description="batchers' streams that are open at the same time; one more takes the place of one that "
+        "has been idle, or is refused",
+    )
     fake: bool = Field(default=False, description="run the echo engine, which needs no model")
     fake_step_seconds: float = Field(
         default=0.0, ge=0, description="how long a step of the echo engine takes"

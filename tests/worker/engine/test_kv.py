@@ -130,3 +130,16 @@ def test_without_prefix_cache_nothing_is_found_or_kept() -> None:
 
     assert (pool.cached, pool.available) == (0, 4)
     assert found(pool, IDS) == 0
+
+
+def test_equal_beginnings_are_found_within_their_scope_and_not_across() -> None:
+    pool, ids = BlockPool(24, 4), list(range(12))
+    tables = {}
+    for scope in (b"", b"a", b"b"):
+        assert pool.match(ids, scope) == []
+        tables[scope] = BlockTable(pool, ids, [], scope)
+        tables[scope].settle(ids, 12)
+    for scope, table in tables.items():
+        assert pool.match(ids, scope) == table.blocks[:2], "two whole blocks before the last id's"
+    assert len({block for table in tables.values() for block in table.blocks}) == 9
+    pool.check([table.blocks for table in tables.values()])

@@ -248,3 +248,20 @@ def test_random_arrivals_and_cancels_from_another_thread_end_exactly_once(
         assert said[key] == [key] * len(said[key])
         assert len(said[key]) == tokens or endings[key] is Ending.CANCELLED
     assert last.kv_tokens_free == engine.model.kv_tokens
+
+
+def test_a_sequence_that_cannot_be_scheduled_ends_by_itself_and_the_engine_goes_on() -> None:
+    reports: queue.Queue[StepReport[int]] = queue.Queue()
+    loop = EngineLoop(EchoEngine(), report=reports.put)
+    loop.start()
+    params = SamplingParams(seed=1, max_tokens=4)
+    for key, ids in enumerate(([-1], [2**40], [258], [], [65] * 5000, [65, 66])):
+        loop.submit(LiveSequence(key, list(ids), len(ids), params, None, 0.0))
+    endings: dict[int, Ending] = {}
+    while len(endings) < 6:
+        for update in reports.get(timeout=60).updates:
+            if update.ending is not None:
+                endings[update.sequence.key] = update.ending
+    loop.stop()
+
+    assert endings == {**dict.fromkeys(range(5), Ending.FAULT), 5: Ending.STOP}

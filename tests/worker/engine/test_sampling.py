@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from headrace.worker.engine import sampling
 from headrace.worker.engine.noise import gumbel, noise_key
 from headrace.worker.engine.sampling import Sampler
-from headrace.worker.engine.seam import Fault, Row, SamplingParams, Token
+from headrace.worker.engine.seam import Fault, Memo, Row, SamplingParams, Token
 
 EOS = 0
 
@@ -254,6 +257,148 @@ def test_bfloat16_logits_draw_what_their_float32_values_draw() -> None:
     rows = [row_of(seed=i, temperature=i / 2, logprobs=True) for i in range(4)]
 
     assert draw(logits, rows) == draw(logits.float(), rows)
+
+
+PENALTIES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.7},
+    {"presence_penalty": 0.7},
+    {"frequency_penalty": -0.9},
+    {"repetition_penalty": 0.8, "presence_penalty": -1.3, "frequency_penalty": 0.37},
+    {"logit_bias": {3: 1.25, 40: -7.5}, "repetition_penalty": 1.1},
+    {"min_tokens": 12, "stop_ids": frozenset({5, 9}), "frequency_penalty": 0.5},
+    {},
+]
+
+
+def edited(logits: torch.Tensor, row: Row) -> torch.Tensor:
+    """Bias, penalties and the ban on ending early, for one row, by their definitions."""
+    scores, params = logits.clone(), row.params
+    for token, bias in params.logit_bias.items():
+        scores[token] += bias
+    for token in set(row.ids[: row.stop]):
+        if params.repetition_penalty != 1:
+            penalty = torch.tensor(params.repetition_penalty)
+            scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
+    for token, count in Counter(row.ids[row.prompt : row.stop]).items():
+        frequency, presence = torch.tensor([params.frequency_penalty, params.presence_penalty])
+        scores[token] -= frequency * float(count) + presence
+    if row.stop - row.prompt < params.min_tokens:
+        scores[[EOS, *params.stop_ids]] = float("-inf")
+    return scores
+
+
+@given(
+    dice=st.randoms(use_true_random=False),
+    choices=st.lists(st.sampled_from(PENALTIES), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(1, 150), min_size=5, max_size=5),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_kept_from_step_to_step_changes_no_bit(
+    dice: random.Random, choices: list[dict[str, Any]], lengths: list[int]
+) -> None:
+    """Whoever loses it, as by a failover, and whoever skips steps, as by being preempted, draws the same."""
+    sampler = Sampler(frozenset({EOS}), torch.device("cpu"))
+    histories = [[dice.randrange(50) for _ in range(length)] for length in lengths[: len(choices)]]
+    prompts = [dice.randint(1, len(ids)) for ids in histories]
+    memos = [Memo() for _ in choices]
+    for step in range(12):
+        members = sorted(dice.sample(range(len(choices)), dice.randint(1, len(choices))))
+        memos = [Memo() if dice.random() < 0.1 else memo for memo in memos]
+        logits = random_logits(len(members), 50, seed=step)
+        rows = [
+            dataclasses.replace(row_of(histories[i], prompt=prompts[i], seed=i, **choices[i]), memo=memos[i])
+            for i in members
+        ]
+
+        scores, faults = sampler._edit(logits, rows)
+        tokens = sampler.sample(logits, rows)
+
+        assert not faults
+        for index, (i, row) in enumerate(zip(members, rows, strict=True)):
+            assert torch.equal(scores[index], edited(logits[index], row))
+            histories[i].append(ids_of(tokens)[index])
+
+
+class Watched(list[int]):
+    """A history that counts how many ids are taken out of it."""
+
+    taken = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        self.taken += len(found) if isinstance(key, slice) else 1
+        return found
+
+    def __iter__(self) -> Any:
+        raise AssertionError("the whole history is gone through")
+
+
+@pytest.mark.parametrize("params", PENALTIES, ids=str)
+def test_a_step_reads_the_ids_that_are_new_and_not_the_history(params: dict[str, Any]) -> None:
+    sampler = Sampler(frozenset({EOS}), torch.device("cpu"))
+    logits, memo = random_logits(1, 50), Memo()
+    ids = Watched([1 + i % 49 for i in range(3000)])
+    for _ in range(20):
+        before = ids.taken
+        sampler.sample(logits, [dataclasses.replace(row_of(ids, prompt=1000, **params), memo=memo)])
+        ids.append(7)
+
+        if len(ids) > 3001:
+            assert ids.taken - before <= 2
+
+
+IMPOSSIBLE: list[dict[str, Any]] = [
+    {"logit_bias": {50: 1.0}},
+    {"logit_bias": {4_000_000_000: 1.0}},
+    {"logit_bias": {-1: 1.0}},
+    {"logit_bias": {1: "much"}},
+    {"repetition_penalty": "much"},
+    {"frequency_penalty": None, "presence_penalty": 1.0},
+    {"temperature": None},
+    {"top_p": None},
+    {"min_p": "much"},
+    {"seed": None},
+    {"min_tokens": None},
+]
+
+
+@pytest.mark.parametrize("impossible", IMPOSSIBLE, ids=str)
+def test_parameters_that_cannot_be_applied_end_their_row_and_no_other(impossible: dict[str, Any]) -> None:
+    logits = random_logits(4, 50)
+    rows = [
+        row_of(seed=1, top_p=0.9, logprobs=True),
+        row_of(**{"seed": 2, **impossible}),
+        row_of(seed=3, repetition_penalty=1.2, min_tokens=9),
+        row_of(temperature=0.0),
+    ]
+    good = [0, 2, 3]
+    expected = [draw(logits[i : i + 1], [rows[i]])[0] for i in good]
+
+    tokens = draw(logits, rows)
+
+    assert [tokens[i] for i in good] == expected
+    assert isinstance(tokens[1], Fault)
+
+
+def test_ids_that_end_a_turn_but_are_no_tokens_ban_nothing_and_harm_nobody() -> None:
+    sampler = Sampler(frozenset({EOS, 50, 4_000_000_000, -1}), torch.device("cpu"))
+    logits = random_logits(3, 50)
+    rows = [row_of(seed=i, min_tokens=9, stop_ids=frozenset({3, 99})) for i in range(2)]
+    rows.append(row_of(seed=2))
+    tokens = sampler.sample(logits, rows)
+
+    assert not {EOS, 3} & set(ids_of(tokens[:2]))
+    assert tokens[2] == draw(logits[2:], rows[2:])[0]
+
+
+def test_an_id_of_the_history_that_is_no_token_ends_its_row_and_no_other() -> None:
+    logits = random_logits(2, 50)
+    rows = [row_of((1, 2, 50), repetition_penalty=1.1), row_of((1, 2, 3), repetition_penalty=1.1)]
+
+    tokens = draw(logits, rows)
+
+    assert isinstance(tokens[0], Fault)
+    assert tokens[1] == draw(logits[1:], rows[1:])[0]
 
 
 def test_the_noise_is_the_same_on_every_machine_and_in_every_release() -> None:

@@ -12,9 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from struct import Struct
 
-# What a full block is found by: the prefix before it, and its own ids. Prefixes are named by a number
-# that is drawn once and never again, so equal keys mean equal ids from the first on: nothing can collide.
-Key = tuple[int, bytes]
+# What stands before a block: for a sequence's first block its scope, for later ones the number of the prefix
+# that ends with the block before. Numbers are drawn once and never again.
+Prefix = int | bytes
+
+# What a full block is found by: what stands before it, and its own ids. So equal keys mean equal scopes, and
+# equal ids from the first on: nothing can collide, and nothing is found across scopes.
+Key = tuple[Prefix, bytes]
 
 _NO_PREFIX = 0
 
@@ -53,15 +57,15 @@ class BlockPool:
         """Blocks that can be found by their contents, held or not."""
         return len(self._found)
 
-    def match(self, ids: Sequence[int]) -> list[int]:
-        """Find the blocks of the longest prefix that is computed already, the block of the last id excluded.
+    def match(self, ids: Sequence[int], scope: bytes = b"") -> list[int]:
+        """Find the blocks of the longest prefix computed in *scope*, the block of the last id excluded.
 
         For whoever draws the token behind the last id needs that one computed.
         """
         found: list[int] = []
         if not self.prefix_cache:
             return found
-        prefix = _NO_PREFIX
+        prefix: Prefix = scope
         for index in range((len(ids) - 1) // self.block_tokens):
             block = self._found.get(self.key(prefix, ids, index))
             if block is None:
@@ -74,8 +78,8 @@ class BlockPool:
         """How many of the available blocks a sequence of so many ids uses up that shares what was found."""
         return -(-tokens // self.block_tokens) - sum(self._holders[block] > 0 for block in found)
 
-    def key(self, prefix: int, ids: Sequence[int], index: int) -> Key:
-        """What block *index* of a sequence with these ids is found by; *prefix* is that of the one before."""
+    def key(self, prefix: Prefix, ids: Sequence[int], index: int) -> Key:
+        """What block *index* of a sequence with these ids is found by; *prefix* stands before it."""
         begin = index * self.block_tokens
         return prefix, self._pack(*ids[begin : begin + self.block_tokens])
 
@@ -162,20 +166,21 @@ class BlockTable:
 
     found    blocks of its beginning, from `BlockPool.match`: shared. The other ids get blocks of their own,
              and `BlockPool.need` says how many must be available
+    scope    within which its blocks are found again
     blocks   their numbers
     """
 
     __slots__ = ("_pool", "_prefix", "_settled", "blocks")
 
-    def __init__(self, pool: BlockPool, ids: Sequence[int], found: Sequence[int]) -> None:
+    def __init__(self, pool: BlockPool, ids: Sequence[int], found: Sequence[int], scope: bytes = b"") -> None:
         self._pool = pool
         for block in found:
             pool.share(block)
         own = -(-len(ids) // pool.block_tokens) - len(found)
         self.blocks = [*found, *pool.take(own)]
         self._settled = len(found)  # how many of the blocks, from the first on, are findable
-        # The number of the prefix that ends with the last of them.
-        self._prefix = pool.prefix(found[-1]) if found else _NO_PREFIX
+        # What stands before the next one.
+        self._prefix: Prefix = pool.prefix(found[-1]) if found else scope
 
     def grow(self) -> None:
         """Get one more block; one must be available."""

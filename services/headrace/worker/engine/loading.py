@@ -13,6 +13,7 @@ import functools
 import gc
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
 from headrace.worker.engine.seam import ModelInfo
 from headrace.worker.engine.static_decodes import StaticDecodes
 from headrace.worker.engine.torch_engine import TorchEngine
+
+log = logging.getLogger(__name__)
 
 # Served by default even if the model could hold more.
 DEFAULT_CONTEXT = 8192
@@ -360,19 +363,27 @@ def read_eos_ids(folder: Path, network: Any) -> frozenset[int]:
     """Collect the ids that end a turn.
 
     What the generation config and the config name, the tokenizer's eos token, and special tokens that
-    are known to end turns: many folders name only the one that ends a document.
+    are known to end turns: many folders name only the one that ends a document. Ids beyond the vocabulary
+    are left out, and logged: the model never draws them.
     """
     ids: set[int] = set()
     for source in (network.generation_config, network.config.get_text_config()):
         named = getattr(source, "eos_token_id", None)
         ids.update([named] if isinstance(named, int) else named or ())
+    vocabulary = network.config.get_text_config().vocab_size
     settings = _read_json(folder / "tokenizer_config.json")
     eos = settings.get("eos_token")
     ends = END_OF_TURN | {eos["content"] if isinstance(eos, dict) else eos}
     added = {int(index): token for index, token in settings.get("added_tokens_decoder", {}).items()}
     added |= {token["id"]: token for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])}
     ids.update(index for index, token in added.items() if token.get("special") and token["content"] in ends)
-    return frozenset(ids)
+    unknown = {id for id in ids if not (isinstance(id, int) and 0 <= id < vocabulary)}
+    if unknown:
+        log.warning(
+            "ids that end a turn are not in the vocabulary",
+            extra={"ids": str(unknown), "vocabulary": vocabulary},
+        )
+    return frozenset(ids - unknown)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
-from headrace.worker.engine.scheduler import LiveSequence, Scheduler, Update
+from headrace.worker.engine.scheduler import Ending, LiveSequence, Scheduler, Update
 from headrace.worker.engine.seam import Engine, Fault, Row, Token
 
 log = logging.getLogger(__name__)
@@ -102,9 +102,9 @@ class EngineLoop(Generic[K]):
             log.warning("the engine's step does not end, stopping without it", extra={"seconds": seconds})
 
     def submit(self, sequence: LiveSequence[K]) -> None:
-        """Hand a sequence in; its key must be new."""
+        """Hand a sequence in; its key must be new. One that the scheduler does not take ends as a fault."""
         with self._wake:
-            self._commands.append(partial(self._scheduler.add, sequence))
+            self._commands.append(partial(self._add, sequence))
             self._wake.notify()
 
     def cancel(self, key: K) -> None:
@@ -112,6 +112,14 @@ class EngineLoop(Generic[K]):
         with self._wake:
             self._commands.append(partial(self._scheduler.cancel, key))
             self._wake.notify()
+
+    def _add(self, sequence: LiveSequence[K]) -> None:
+        try:
+            self._scheduler.add(sequence)
+        except ValueError as error:
+            log.exception("a sequence cannot be scheduled")
+            update = Update(sequence, sequence.answered, ending=Ending.FAULT, fault=str(error))
+            self._note(StepReport(updates=[update]))
 
     def _live(self) -> None:
         try:

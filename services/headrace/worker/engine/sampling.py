@@ -9,16 +9,22 @@ kernels that give a row the same result in any batch.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from itertools import chain
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from headrace.worker.engine.cuda import Fetch, to_device
+from headrace.worker.engine.edits import Edits, Ids
 from headrace.worker.engine.noise import gumbel, noise_key
 from headrace.worker.engine.seam import Fault, Row, Token
+
+log = logging.getLogger(__name__)
+
+_UNDRAWABLE = Fault("the sequence's next token cannot be drawn; the worker's log says why")
 
 # Filters look at so many of the likeliest tokens first; where those do not settle it, at all.
 CANDIDATES = 1024
@@ -31,28 +37,56 @@ class Drawing:
     table      what comes back, [4, rows] float64: ids, whether logits were finite, log-probabilities, and
                whether the filters were settled by the likeliest tokens alone
     scores     [rows, vocabulary], for rows that were not
+    faults     of rows whose parameters cannot be applied, by index; what is drawn for them does not count
     """
 
     def __init__(
-        self, sampler: Sampler, rows: Sequence[Row], logits: torch.Tensor, scores: torch.Tensor, table: Fetch
+        self,
+        sampler: Sampler,
+        rows: Sequence[Row],
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+        table: Fetch,
+        faults: Mapping[int, Fault],
     ) -> None:
         self._sampler = sampler
         self._rows = rows
         self._logits = logits
         self._scores = scores
         self._table = table
+        self._faults = faults
 
     def tokens(self) -> list[Token | Fault]:
         """Wait for them. One entry per row: a Fault where the logits are not finite."""
         ids, finite, logprobs, settled = self._table.wait().tolist()
         return [
-            self._sampler.draw_whole(row, self._logits[index], self._scores[index])
+            self._faults[index]
+            if index in self._faults
+            else self._sampler.draw_whole(row, self._logits[index], self._scores[index])
             if good and not done
             else _token(row, int(token), good, logprob)
             for index, (row, token, good, logprob, done) in enumerate(
                 zip(self._rows, ids, finite, logprobs, settled, strict=True)
             )
         ]
+
+
+class Apart:
+    """Rows of a step that are drawn one by one, because one of them cannot be drawn."""
+
+    def __init__(self, drawings: Sequence[Drawing | Fault]) -> None:
+        self._drawings = drawings
+
+    def tokens(self) -> list[Token | Fault]:
+        """Wait for them. One entry per row."""
+        return [one if isinstance(one, Fault) else _lone(one.tokens) for one in self._drawings]
+
+
+def _lone(tokens: Callable[[], list[Token | Fault]]) -> Token | Fault:
+    try:
+        return tokens()[0]
+    except Exception:
+        return _UNDRAWABLE
 
 
 def _token(row: Row, token: int, finite: float, logprob: float) -> Token | Fault:
@@ -75,15 +109,29 @@ class Sampler:
         """Draw the token at `row.stop` for each row, and wait for them; see `start`."""
         return self.start(logits, rows).tokens()
 
-    def start(self, logits: torch.Tensor, rows: Sequence[Row]) -> Drawing:
+    def start(self, logits: torch.Tensor, rows: Sequence[Row]) -> Drawing | Apart:
         """Begin to draw the token at `row.stop` for each row. Nothing here waits for the device.
 
         logits   [rows, vocabulary], any float type; not modified, and to be left alone until the tokens
                  are there
 
         Log-probabilities are of the model's own distribution, before temperature, filters and penalties.
+        A row that cannot be drawn, whatever its parameters are, gets a Fault and harms no other.
         """
-        scores = self._edit(logits, rows)
+        try:
+            return self._start(logits, rows)
+        except Exception:
+            log.exception("a step cannot be sampled as a whole", extra={"rows": len(rows)})
+        drawings: list[Drawing | Fault] = []
+        for index, row in enumerate(rows):
+            try:
+                drawings.append(self._start(logits[index : index + 1], [row]))
+            except Exception:
+                drawings.append(_UNDRAWABLE)
+        return Apart(drawings)
+
+    def _start(self, logits: torch.Tensor, rows: Sequence[Row]) -> Drawing:
+        scores, faults = self._edit(logits, rows)
         best, ids = scores.max(dim=-1)
         settled = torch.ones(len(rows), dtype=torch.bool, device=self._device)
         warm = [i for i, row in enumerate(rows) if row.params.temperature > 0]
@@ -99,7 +147,7 @@ class Sampler:
             logprobs[chosen] = own.gather(1, ids[chosen, None])[:, 0].double()
         # One transfer for all: float64 holds every id exactly.
         table = torch.stack((ids.double(), torch.isfinite(best).double(), logprobs, settled.double()))
-        return Drawing(self, rows, logits, scores, Fetch(table))
+        return Drawing(self, rows, logits, scores, Fetch(table), faults)
 
     def draw_whole(self, row: Row, logits: torch.Tensor, scores: torch.Tensor) -> Token:
         """Draw for a row whose likeliest tokens did not settle what its filters keep: look at all."""
@@ -109,47 +157,68 @@ class Sampler:
             return Token(token)
         return Token(token, float(torch.log_softmax(logits.float(), dim=-1)[token]))
 
-    def _edit(self, logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        """Apply bias, penalties and the ban on ending early; *logits* itself when no row has any."""
-        biased = [i for i, row in enumerate(rows) if row.params.logit_bias]
-        repeated = [i for i, row in enumerate(rows) if row.params.repetition_penalty != 1]
-        counted = [
-            i for i, row in enumerate(rows) if row.params.frequency_penalty or row.params.presence_penalty
-        ]
-        unfinished = [
-            i
-            for i, row in enumerate(rows)
-            if row.stop - row.prompt < row.params.min_tokens and self._endings(row)
-        ]
-        if not (biased or repeated or counted or unfinished):
-            return logits
-        scores = logits.to(torch.float32, copy=True)
-        if biased:
-            row, ids = self._pairs(biased, [list(rows[i].params.logit_bias) for i in biased])
-            bias = chain.from_iterable(rows[i].params.logit_bias.values() for i in biased)
-            scores[row, ids] += self._floats(list(bias))
-        if repeated:
-            row, ids = self._pairs(repeated, [rows[i].ids[: rows[i].stop] for i in repeated])
-            penalty = self._floats([r.params.repetition_penalty for r in rows])[row]
-            seen = scores[row, ids]
-            # A token seen twice is written twice, with the same value.
-            scores[row, ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
-        if counted:
-            # Counted here: torch.unique would wait for the device.
-            counts = [Counter(rows[i].ids[rows[i].prompt : rows[i].stop]) for i in counted]
-            row, ids = self._pairs(counted, [list(own) for own in counts])
-            count = self._floats(list(chain.from_iterable(own.values() for own in counts)))
-            frequency = self._floats([r.params.frequency_penalty for r in rows])[row]
-            presence = self._floats([r.params.presence_penalty for r in rows])[row]
-            scores[row, ids] -= frequency * count + presence
-        if unfinished:
-            row, ids = self._pairs(unfinished, [self._endings(rows[i]) for i in unfinished])
-            scores[row, ids] = float("-inf")
-        return scores
+    def _edit(self, logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, dict[int, Fault]]:
+        """Apply bias, penalties and the ban on ending early; *logits* itself when no row has any.
 
-    def _endings(self, row: Row) -> list[int]:
-        """Return the ids that would end this row's answer."""
-        return [*(() if row.params.ignore_eos else self._eos_ids), *row.params.stop_ids]
+        Returns also the faults of rows where that cannot be done.
+        """
+        faults: dict[int, Fault] = {}
+        edits: dict[int, Edits] = {}
+        for index, row in enumerate(rows):
+            try:
+                if (own := self._edits(row, logits.shape[1])) is not None:
+                    edits[index] = own
+            except (ValueError, OverflowError, TypeError) as error:
+                faults[index] = Fault(f"the sequence's parameters cannot be applied: {error}")
+        if not edits:
+            return logits, faults
+        scores = logits.to(torch.float32, copy=True)
+        flat, width = scores.view(-1), scores.shape[1]
+        if biased := [i for i, own in edits.items() if len(own.bias_ids)]:
+            places = self._places(width, {i: edits[i].bias_ids for i in biased})
+            flat.scatter_add_(0, places, self._array(np.concatenate([edits[i].biases for i in biased])))
+        if repeated := {i: own.seen.ids for i, own in edits.items() if own.seen is not None}:
+            places = self._places(width, repeated)
+            penalties = [np.float32(rows[i].params.repetition_penalty) for i in repeated]
+            penalty = self._array(np.repeat(penalties, [len(ids) for ids in repeated.values()]))
+            seen = flat.gather(0, places)
+            flat.scatter_(0, places, torch.where(seen < 0, seen * penalty, seen / penalty))
+        if counted := {i: own.answered for i, own in edits.items() if own.answered is not None}:
+            places = self._places(width, {i: tally.ids for i, tally in counted.items()})
+            added = [
+                np.float32(-rows[i].params.frequency_penalty) * tally.counts
+                - np.float32(rows[i].params.presence_penalty)
+                for i, tally in counted.items()
+            ]
+            flat.scatter_add_(0, places, self._array(np.concatenate(added)))
+        if banned := {
+            i: own.endings
+            for i, own in edits.items()
+            if rows[i].stop - rows[i].prompt < rows[i].params.min_tokens and len(own.endings)
+        }:
+            flat[self._places(width, banned)] = float("-inf")
+        return scores, faults
+
+    def _edits(self, row: Row, vocabulary: int) -> Edits | None:
+        """Bring a row's edits up to date; None if it has none. Raises ValueError, see `Edits`."""
+        params = row.params
+        if not (
+            params.logit_bias
+            or params.repetition_penalty != 1
+            or params.frequency_penalty
+            or params.presence_penalty
+            or row.stop - row.prompt < params.min_tokens
+        ):
+            return None
+        edits: Edits | None = row.memo.kept
+        if edits is None or edits.known > row.stop:
+            edits = row.memo.kept = Edits(row, self._eos_ids, vocabulary)
+        edits.advance(row)
+        return edits
+
+    def _places(self, width: int, ids: Mapping[int, Ids]) -> torch.Tensor:
+        """Say where ids of rows lie in all scores, one after the other; *width* is a row's."""
+        return self._array(np.concatenate([own + index * width for index, own in ids.items()]))
 
     def _draw(
         self, scores: torch.Tensor, rows: Sequence[Row], size: int
@@ -214,15 +283,11 @@ class Sampler:
         settled = within | ((limit == 0) & (reached[:, -1:] >= top_p)) | (size == scores.shape[1])
         return ids.gather(1, noisy.argmax(dim=-1, keepdim=True))[:, 0], settled[:, 0]
 
-    def _pairs(
-        self, indices: Sequence[int], ids: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flatten ids per row into a row index and an id for each of them."""
-        row = chain.from_iterable([i] * len(own) for i, own in zip(indices, ids, strict=True))
-        return self._index(list(row)), self._index(list(chain.from_iterable(ids)))
-
     def _index(self, values: list[int]) -> torch.Tensor:
         return self._tensor(values, torch.int64)
+
+    def _array(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        return to_device(torch.from_numpy(values), self._device)
 
     def _floats(self, values: list[float]) -> torch.Tensor:
         return self._tensor(values, torch.float32)

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Generic, TypeVar
 
 from headrace.worker.engine.kv import BlockPool, BlockTable, Key
-from headrace.worker.engine.seam import Fault, ModelInfo, Row, SamplingParams, Token
+from headrace.worker.engine.seam import Fault, Memo, ModelInfo, Row, SamplingParams, Token
 
 K = TypeVar("K", bound=Hashable)
 
@@ -45,6 +45,8 @@ class LiveSequence(Generic[K]):
     submitted   on the caller's clock, seconds
     resumed     how many answer ids came with the request, delivered by an earlier attempt
     priority    0, the least urgent, to 9
+    scope       it shares what is computed only with sequences of an equal scope; opaque
+    memo        the engine's
 
     The rest is the scheduler's:
 
@@ -63,7 +65,9 @@ class LiveSequence(Generic[K]):
     expires: float | None
     submitted: float
     resumed: int = 0
-    priority: int = 5
+    priority: float = 5
+    scope: bytes = b""
+    memo: Memo = field(default_factory=Memo)
     rank: tuple[float, int] = (0.0, 0)
     table: BlockTable | None = None
     computed: int = 0
@@ -158,8 +162,9 @@ class Scheduler(Generic[K]):
     def add(self, sequence: LiveSequence[K]) -> None:
         """Take a sequence in.
 
-        Raises ValueError where its key is in use, and where it leaves no room for an answer in the
-        context: KV memory holds a whole context, so all others are sure to be computed.
+        Raises ValueError where its key is in use, where it holds an id that no token has, and where it leaves
+        no room for an answer in the context: KV memory holds a whole context, so all others are sure to be
+        computed.
         """
         if sequence.key in self._keys:
             raise ValueError(f"key {sequence.key!r} is in use")
@@ -167,6 +172,8 @@ class Scheduler(Generic[K]):
             raise ValueError(
                 f"a sequence starts with 1 to {self._model.context_length - 1} ids, not {len(sequence.ids)}"
             )
+        if min(sequence.ids) < 0 or max(sequence.ids) >= self._model.vocabulary_size:
+            raise ValueError(f"a sequence's ids are below {self._model.vocabulary_size}, and at least 0")
         self._keys.add(sequence.key)
         self._added += 1
         sequence.rank = (sequence.submitted - PRIORITY_SECONDS * sequence.priority, self._added)
@@ -270,11 +277,11 @@ class Scheduler(Generic[K]):
             spare = pool.available - min(len(self._running), pool.blocks // 16)
             if sequence.needs > spare:
                 return  # without looking again, which takes time on long prompts
-            found = pool.match(sequence.ids)
+            found = pool.match(sequence.ids, sequence.scope)
             sequence.needs = pool.need(len(sequence.ids), found)
             if sequence.needs > spare:
                 return
-            sequence.table = BlockTable(pool, sequence.ids, found)
+            sequence.table = BlockTable(pool, sequence.ids, found, sequence.scope)
             self._find(sequence, sequence.table.settled_tokens)
             del self._waiting[0]
             insort(self._running, sequence, key=_rank)
@@ -372,4 +379,5 @@ def _row(sequence: LiveSequence[K], tokens: int) -> Row:
         prompt=sequence.prompt,
         sample=stop == len(sequence.ids),
         params=sequence.params,
+        memo=sequence.memo,
     )

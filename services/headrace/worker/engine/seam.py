@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +75,18 @@ class ModelInfo:
         return self.kv_blocks * self.block_tokens
 
 
+class Memo:
+    """What an engine keeps of one sequence between its rows, to save work.
+
+    A function of the rows' ids and params: if it is lost, as on another worker, it is made anew and equal.
+    """
+
+    __slots__ = ("kept",)
+
+    def __init__(self) -> None:
+        self.kept: Any = None
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sequence's part of one step: a chunk of its prompt, or the token it decoded last.
@@ -89,6 +101,7 @@ class Row:
     prompt   how many of the ids are prompt; the rest is answer
     sample   whether to draw the token at position `stop`: true for the last chunk and for decodes,
              false while more of the prompt is to come
+    memo     the sequence's own, the same in all of its rows; a new one where none is given
     """
 
     blocks: Sequence[int]
@@ -98,6 +111,7 @@ class Row:
     prompt: int
     sample: bool
     params: SamplingParams
+    memo: Memo = field(default_factory=Memo, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
