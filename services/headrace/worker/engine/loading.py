@@ -95,8 +95,6 @@ def load_engine(
         if threads is not None:
             torch.set_num_threads(threads)
         AttentionInterface.register(IMPLEMENTATION, paged_attention)
-        if place.type == "cpu":
-            compile_kernels(progress)
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         folder, digest = path, ""
         if path.suffix == ".gguf" and path.is_file():
@@ -110,6 +108,8 @@ def load_engine(
         network = read_network(folder, precision.network, place, warn)
         with _refusing(network):
             layers = observe_layers(network)
+        if place.type == "cpu":
+            compile_kernels(progress)
         kind = choose_kind(layers, place, precision.memory)
         if kind.reason:
             progress(f"attention in plain torch, which is slow: {kind.reason}")
