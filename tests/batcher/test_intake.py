@@ -17,7 +17,8 @@ from headrace.batcher import job as jobs
 from headrace.batcher.intake import LONG_BYTES
 from headrace.batcher.limits import GREEDY_BELOW, Limits
 from headrace.batcher.tokens import ByteTokenizer
-from headrace.client import chat, connect, open_channel
+from headrace.channel import open_channel
+from headrace.client import chat, connect
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub

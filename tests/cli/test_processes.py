@@ -19,7 +19,9 @@ from headrace.cli.processes import (
     crew,
     how_it_ended,
     log_folder,
+    notices_of,
     readable,
+    reason_of,
     stage_of,
     tail,
 )
@@ -234,6 +236,45 @@ def test_the_tail_of_a_log_is_short_and_of_a_missing_one_empty(tmp_path: Path) -
 
     assert tail(log, 2) == ["line 9998", "line 9999"]
     assert tail(tmp_path / "nothing") == []
+
+
+async def test_a_death_with_a_reason_is_told_with_the_reason_alone(
+    child: Callable[[str, str], Process],
+) -> None:
+    line = json.dumps({"level": "CRITICAL", "message": "/m/config.json is not JSON; correct it"})
+    doomed = child("doomed", f"import sys; print('loading'); print({line!r}); sys.exit(1)")
+
+    with pytest.raises(ChildDied) as death:
+        async with crew([[doomed]], grace=0) as running:
+            await running.watch()
+
+    assert str(death.value) == (
+        f"doomed ended with exit code 1: /m/config.json is not JSON; correct it (log: {doomed.log})"
+    )
+
+
+def test_the_reason_is_the_last_critical_line_unless_a_crash_came_after(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    lines = [json.dumps({"level": "CRITICAL", "message": which}) for which in ("first", "second")]
+
+    log.write_text("\n".join(lines) + "\n")
+    assert reason_of(log) == "second"
+    log.write_text(lines[0] + "\nTraceback (most recent call last):\n  boom\n")
+    assert reason_of(log) == ""
+    assert reason_of(tmp_path / "nothing") == ""
+
+
+def test_notices_are_the_lines_marked_as_such(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    records: list[object] = [
+        {"level": "WARNING", "message": "3 weights are not used", "notice": True},
+        {"level": "WARNING", "message": "worker is silent"},
+        ["notice"],
+    ]
+    log.write_text("\n".join(map(json.dumps, records)) + "\nnotice\n")
+
+    assert notices_of(log) == ["3 weights are not used"]
+    assert notices_of(tmp_path / "nothing") == []
 
 
 def test_the_stage_is_the_last_one_logged(tmp_path: Path) -> None:

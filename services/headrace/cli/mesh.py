@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace import models
 from headrace.channel import open_channel
-from headrace.cli.processes import ChildDied, Crew, Process, crew, stage_of
+from headrace.cli.processes import ChildDied, Crew, Process, crew, notices_of, stage_of
 from headrace.runtime.listening import explained, obstacle
 
 if TYPE_CHECKING:
@@ -229,7 +229,8 @@ async def mesh(
 ) -> AsyncGenerator[Running, None]:
     """Run the mesh of *spec* while the block lasts; it is entered when every process is ready.
 
-    *on_states* hears a few times a second how the start goes, *say* what goes wrong at the end. Raises
+    *on_states* hears a few times a second how the start goes. *say* gets what a process wants known once all
+    are ready, such as weights that are not used, and what goes wrong at the end. Raises
     BadSpec before anything is started, and ChildDied, cancelling the block, as soon as a process ends.
     """
     require_free(spec.port)
@@ -245,6 +246,9 @@ async def mesh(
                     watch = tasks.create_task(running.watch())
                     processes = [process for stage in stages for process in stage]
                     await _until_ready(processes, on_states)
+                    for process in processes:
+                        for notice in notices_of(process.log):
+                            say(f"{process.name}: {notice}")
                     router = processes[-1]
                     yield Running(f"{HOST}:{router.port}", processes, running.pids)
                     watch.cancel()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _TAIL_BYTES = 16_384
+_HEAD_BYTES = 1 << 20  # of a log, for what was written during the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,17 @@ class Process:
 
 
 class ChildDied(Exception):
-    """A child ended although nobody had asked it to."""
+    """A child ended although nobody had asked it to. The message has its reason, or the end of its log."""
 
     def __init__(self, process: Process, code: int) -> None:
         self.process = process
         self.code = code
+        reason = reason_of(process.log) if code > 0 else ""
         last = "\n".join(f"  {line}" for line in tail(process.log))
         super().__init__(
-            f"{process.name} {how_it_ended(code)}; the end of {process.log}:\n{last or '  (empty)'}"
+            f"{process.name} {how_it_ended(code)}: {reason} (log: {process.log})"
+            if reason
+            else f"{process.name} {how_it_ended(code)}; the end of {process.log}:\n{last or '  (empty)'}"
         )
 
 
@@ -171,7 +175,39 @@ def readable(line: str) -> str:
     return f"{head}\n{trace}" if trace else head
 
 
-_USUAL = {"time", "level", "logger", "message", "service", "trace_id", "span_id", "exc_info", "taskName"}
+_USUAL = {
+    "time",
+    "level",
+    "logger",
+    "message",
+    "service",
+    "trace_id",
+    "span_id",
+    "exc_info",
+    "taskName",
+    "notice",
+}
+
+
+def reason_of(log: Path) -> str:
+    """Return why the process ended, as it logged last: a critical message without a traceback; else empty."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        for line in reversed(file.read().decode(errors="replace").splitlines()):
+            record = _record(line)
+            if record and record.get("level") == "CRITICAL" and "exc_info" not in record:
+                return str(record["message"])
+            if line.strip() and record is None:  # a traceback, say, which came after
+                return ""
+    return ""
+
+
+def notices_of(log: Path) -> list[str]:
+    """Return what the process logged during its start for whoever started it, such as weights not used."""
+    with suppress(OSError), log.open("rb") as file:
+        records = map(_record, file.read(_HEAD_BYTES).decode(errors="replace").splitlines())
+        return [str(record["message"]) for record in records if record and record.get("notice") is True]
+    return []
 
 
 def stage_of(log: Path) -> str:

@@ -133,9 +133,14 @@ def _load(settings: Settings) -> Engine:
             kv_memory=settings.kv_memory or None,
             tokenizer_fingerprint=tokenizer_fingerprint(path),
             progress=lambda stage: log.info("loading", extra={"stage": stage, "model": settings.model}),
+            # `headrace up` shows lines with this field.
+            warn=lambda text: log.warning(text, extra={"notice": True}),
         )
     except (ModelUnavailable, LoadingError) as error:
         raise StartFailed(str(error)) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartFailed(f"cannot read {error.filename or settings.model}: {reason}") from error
 
 
 if __name__ == "__main__":

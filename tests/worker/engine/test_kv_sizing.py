@@ -107,7 +107,59 @@ def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
     assert kv_sizing.free_in_cgroups(root, own) == 90 * MiB
 
 
-@pytest.mark.parametrize("text", ["", "7:memory:/old\n", "0::/../elsewhere\n"])
+NO_LIMIT_V1 = 9_223_372_036_854_771_712
+
+
+def write_v1(folder: Path, limit: int, used: int, files: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"cache 1\ninactive_file 7\ntotal_inactive_file {files}\n")
+
+
+@pytest.mark.parametrize(
+    ("groups", "name", "free"),
+    [
+        pytest.param({"a": (300, 100, 20)}, "/a", 220, id="its own"),
+        pytest.param({"a": (300, 100, 0), "a/b": (NO_LIMIT_V1 // MiB, 50, 0)}, "/a/b", 200, id="around it"),
+        pytest.param({"a": (300, 250, 0), "a/b": (100, 20, 0)}, "/a/b", 50, id="the tightest"),
+        pytest.param({"a": (300, 100, 0), "a/b": (100, 20, 0)}, "/a/b", 80, id="the innermost"),
+        pytest.param({"": (512, 12, 0)}, "/docker/4d7a", 500, id="mounted as the root"),
+        pytest.param({"a": (100, 150, 0)}, "/a", 0, id="beyond its limit"),
+    ],
+)
+def test_limits_of_version_1_count(
+    groups: dict[str, tuple[int, int, int]], name: str, free: int, tmp_path: Path
+) -> None:
+    for group, numbers in groups.items():
+        write_v1(tmp_path / "cgroup" / "memory" / group, *(number * MiB for number in numbers))
+    own = tmp_path / "self"
+    own.write_text(f"12:cpuset:/other\n7:hugetlb,memory:{name}\n0::/x\n")
+
+    assert kv_sizing.free_in_cgroups(tmp_path / "cgroup", own) == free * MiB
+
+
+def test_where_both_versions_are_mounted_the_tighter_counts(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "self"
+    write_v1(root / "memory" / "a", 300 * MiB, 0)
+    (root / "a").mkdir()
+    (root / "a" / "memory.max").write_text(f"{200 * MiB}\n")
+    (root / "a" / "memory.high").write_text(f"{150 * MiB}\n")
+    (root / "a" / "memory.current").write_text("0\n")
+    own.write_text("7:memory:/a\n0::/a\n")
+
+    assert kv_sizing.free_in_cgroups(root, own) == 150 * MiB
+
+
+def test_a_group_of_version_1_without_a_limit_limits_nothing(tmp_path: Path) -> None:
+    write_v1(tmp_path / "cgroup" / "memory", NO_LIMIT_V1, 5 * MiB)
+    own = tmp_path / "self"
+    own.write_text("7:memory:/\n")
+
+    assert kv_sizing.free_in_cgroups(tmp_path / "cgroup", own) > 1 << 60
+
+
+@pytest.mark.parametrize("text", ["", "7:memory:/old\n", "0::/../elsewhere\n", "nonsense\n\n"])
 def test_without_control_groups_nothing_limits(text: str, tmp_path: Path) -> None:
     own = tmp_path / "self"
     own.write_text(text)

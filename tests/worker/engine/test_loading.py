@@ -14,15 +14,17 @@ import torch
 import transformers
 
 from headrace import models
-from headrace.worker.engine import gguf_weights, loading
+from headrace.worker.engine import gguf_weights, identity, model_config
 from headrace.worker.engine.flat_step import FlatStep
 from headrace.worker.engine.kernel_attention import KernelAttention
 from headrace.worker.engine.loading import load_engine
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
 from headrace.worker.engine.seam import Row, SamplingParams, Token
 from headrace.worker.engine.torch_engine import TorchEngine
+from tests.worker.engine.conftest import ARCHITECTURES
 
 Folder = Callable[[str], Path]
+PARAMS = SamplingParams(seed=1, max_tokens=1)
 CPU = torch.device("cpu")
 
 
@@ -74,7 +76,7 @@ def test_a_folder_without_weights_is_refused(tiny_folder: Folder, tmp_path: Path
     folder = changed(tiny_folder("llama"), tmp_path)
     (folder / "model.safetensors").unlink()
 
-    with pytest.raises(LoadingError, match="cannot load the weights"):
+    with pytest.raises(LoadingError, match=r"has no weights: neither model\.safetensors nor"):
         load(folder, tmp_path)
 
 
@@ -235,8 +237,9 @@ def test_logits_that_are_not_finite_at_start_are_refused(tiny_folder: Folder, tm
         ({"device": "mps"}, "is not one of cpu, cuda"),
         ({"dtype": "int4"}, "is not one of auto, float32, bfloat16, float16, int8"),
         ({"dtype": "int8"}, "int8 is not to be had"),
-        ({"context_length": 4096}, "is not between 1 and 2048"),
-        ({"context_length": 0}, "is not between 1 and 2048"),
+        ({"context_length": 4096}, "is not between 2 and 2048"),
+        ({"context_length": 1}, "is not between 2 and 2048"),
+        ({"context_length": 0}, "is not between 2 and 2048"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(
@@ -244,6 +247,49 @@ def test_settings_that_cannot_be_met_are_refused(
 ) -> None:
     with pytest.raises(LoadingError, match=reason):
         load(tiny_folder("llama"), tmp_path, **options)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("context", [2, 16, 17, 128, 255])
+def test_a_context_shorter_than_the_check_at_start_is_served(
+    context: int, architecture: str, tiny_folder: Folder, tiny_network: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """The check computes longer sequences; the kernels read each position's rotation from a table."""
+    engine = load(tiny_folder(architecture), tmp_path, context_length=context)
+    ids = [7] * (context - 1)
+
+    computed = engine.compute([Row([3, 1, 0, 2, 4, 5, 6, 7], 0, len(ids), ids, len(ids), True, PARAMS)])
+
+    assert engine.model.context_length == context
+    expected = tiny_network(architecture)(torch.tensor([ids])).logits[0, -1:].detach()
+    assert torch.allclose(computed.logits, expected, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("limit", [64, 100, 255])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_model_that_holds_fewer_tokens_than_the_check_is_served(
+    kind: str, limit: int, tmp_path: Path
+) -> None:
+    """GPT-2 has a table of positions, and none beyond its limit."""
+    config: Any = transformers.GPT2Config(
+        vocab_size=131, n_embd=64, n_layer=2, n_head=4, n_positions=limit, bos_token_id=1, eos_token_id=2
+    )
+    if kind == "llama":
+        config = ARCHITECTURES["llama"]()
+        config.max_position_embeddings = limit
+    auto: Any = transformers.AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(tmp_path / "model")
+
+    assert load(tmp_path / "model", tmp_path).model.context_length == limit
+
+
+def test_a_sequence_beyond_the_table_of_positions_is_an_error_and_not_read_past_it(
+    tiny_folder: Folder, tmp_path: Path
+) -> None:
+    engine = load(tiny_folder("llama"), tmp_path, context_length=300)
+
+    with pytest.raises(ValueError, match="a sequence of 301 tokens, and there are 300 positions"):
+        engine.step([Row(list(range(10)), 0, 301, [7] * 301, 301, True, PARAMS)])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -277,7 +323,7 @@ def test_rope_that_scales_with_the_batch_is_kept_to_its_original_length(
         rope_parameters=rope,
     )
 
-    assert loading.choose_context(config, asked) == served
+    assert model_config.choose_context(config, asked) == served
 
 
 def test_turns_end_with_whatever_the_folder_names_or_is_known_to_mean_it(
@@ -304,16 +350,16 @@ def test_the_weights_fingerprint_tells_weights_configs_and_dtypes_apart(
     tiny_folder: Folder, tmp_path: Path
 ) -> None:
     folder = changed(tiny_folder("llama"), tmp_path)
-    first = loading.weights_fingerprint(folder, "", "float32")
+    first = identity.weights_fingerprint(folder, "", "float32")
 
-    assert first == loading.weights_fingerprint(folder, "", "float32")
+    assert first == identity.weights_fingerprint(folder, "", "float32")
     assert len(first) == 16
-    others = {loading.weights_fingerprint(folder, "", "bfloat16")}
-    others.add(loading.weights_fingerprint(tiny_folder("qwen2"), "", "float32"))
+    others = {identity.weights_fingerprint(folder, "", "bfloat16")}
+    others.add(identity.weights_fingerprint(tiny_folder("qwen2"), "", "float32"))
     network: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     network.get_output_embeddings().weight.data[-1] += 1
     network.save_pretrained(folder)
-    others.add(loading.weights_fingerprint(folder, "", "float32"))
+    others.add(identity.weights_fingerprint(folder, "", "float32"))
     assert len(others | {first}) == 4
 
 

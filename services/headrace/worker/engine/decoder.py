@@ -53,13 +53,14 @@ class DecoderWeights:
 
     network     a transformers network for which `refusal` is empty, on the CPU
     kind        what its matrix products are computed in
-    positions   the longest sequence
+    positions   tokens of the longest sequence that will be computed
     """
 
     @torch.inference_mode()
     def __init__(self, network: Any, kind: Kind, *, positions: int) -> None:
         config, model = network.config, network.model
         self.kind = kind
+        self.positions = positions
         self.vocabulary_size = int(network.lm_head.weight.shape[0])
         self._owned: list[torch.Tensor] = []  # what the records' addresses point into
         self.layers: Record = np.concatenate([self._layer(layer) for layer in model.layers])
@@ -190,7 +191,15 @@ class Decoder:
         self._room: list[torch.Tensor] = []
 
     def __call__(self, flat: FlatStep) -> torch.Tensor:
-        """See `Forward`; logits are float32."""
+        """See `Forward`; logits are float32.
+
+        Raises ValueError for a sequence longer than the weights are laid out for: the kernels read the
+        rotation of each position from a table, and do not look where it ends.
+        """
+        if (longest := int(flat.stops.max(initial=0))) > self._weights.positions:
+            raise ValueError(
+                f"a sequence of {longest} tokens, and there are {self._weights.positions} positions"
+            )
         self._make_room(flat.tokens)
         ragged = Ragged(flat.starts, flat.stops - flat.starts, flat.tables)
         step = self._step

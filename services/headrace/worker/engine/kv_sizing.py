@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -117,25 +118,70 @@ def _free_in_system() -> int:
     return free or 8 << 30
 
 
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """How one version of control groups names what it knows of memory, in files of each group's folder.
+
+    limits   bytes that the group may take; a group has the least of them
+    used     bytes that it takes
+    unused   name in memory.stat of pages of files that were not touched lately, which are freed first
+    """
+
+    limits: tuple[str, ...]
+    used: str
+    unused: str
+
+
+# At memory.high a group is slowed down until it crawls, at memory.max it is killed.
+_V2 = _Version(("memory.max", "memory.high"), "memory.current", "inactive_file")
+_V1 = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_UNLIMITED = 1 << 62  # bytes; version 1 writes almost 2**63 for no limit
+
+
 def free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return what the tightest of the process's control groups (version 2) still allows."""
-    free = 1 << 62
+    """Return what the tightest of the process's control groups still allows, of version 1 and 2.
+
+    root   where control groups are mounted; those of version 1 that limit memory at root/memory
+    own    names the process's groups: a line HIERARCHY:CONTROLLERS:NAME each
+
+    A group's limit holds for all groups inside it, so those around the process's own count too.
+    """
     try:
-        name = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return free
-    group = root / name.lstrip("/")
-    # In a container the name is the host's, and the container's own group is mounted as the root.
-    for folder in (group, *group.parents) if group.is_relative_to(root) else (root,):
-        if not folder.is_relative_to(root):
-            break
-        try:
-            limit = (folder / "memory.max").read_text().strip()
-            used = int((folder / "memory.current").read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except OSError:
-            continue
-        if limit != "max":
-            # Pages of files that nobody has touched lately are given up before anything else.
-            free = min(free, max(int(limit) - used + int(stat.get("inactive_file", 0)), 0))
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return _UNLIMITED
+    free = _UNLIMITED
+    for _, controllers, name in (line for line in lines if len(line) == 3):
+        if not controllers:
+            free = min(free, _free_around(root, name, _V2))
+        elif "memory" in controllers.split(","):
+            free = min(free, _free_around(root / "memory", name, _V1))
     return free
+
+
+def _free_around(root: Path, name: str, version: _Version) -> int:
+    """Return what a group and all around it still allow."""
+    group = root / name.lstrip("/")
+    # In a container the name may be the host's, while the container's own group is mounted as the root.
+    inside = (root,) if ".." in group.parts else (group, *group.parents)
+    folders = [folder for folder in inside if folder.is_relative_to(root)]
+    return min((_free_in(folder, version) for folder in folders), default=_UNLIMITED)
+
+
+def _free_in(folder: Path, version: _Version) -> int:
+    limits = [limit for name in version.limits if (limit := _number(folder / name)) is not None]
+    used = _number(folder / version.used)
+    if not limits or used is None:
+        return _UNLIMITED
+    unused = 0
+    with contextlib.suppress(OSError, ValueError):
+        lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        unused = next((int(words[1]) for words in lines if words[0] == version.unused), 0)
+    return min(max(min(limits) - used + unused, 0), _UNLIMITED)
+
+
+def _number(path: Path) -> int | None:
+    """Read a number; None where there is none, or the word "max"."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text())
+    return None

@@ -29,7 +29,8 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class PackedLinear(torch.nn.Module):
     """Linear layers whose weights oneDNN has laid out; computes what those it is made from did.
 
-    Returns their results side by side, [..., sum of out_features].
+    Returns their results side by side, [..., sum of out_features]. Some models read the weights of their
+    layers beside calling them (a router's dtype, say): `weight` and `bias` are those of `torch.nn.Linear`.
     """
 
     def __init__(self, *plain: torch.nn.Linear) -> None:
@@ -40,6 +41,16 @@ class PackedLinear(torch.nn.Module):
         self.out_features = weights.shape[0]
         self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weights, None)
         self._bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights in rows, [out_features, in_features]: a copy, made anew each time."""
+        return self._packed.to_dense()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The biases, [out_features], or None."""
+        return self._bias
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows @ weights + bias; rows [..., in_features]."""
@@ -58,6 +69,11 @@ class _Shared:
         self._together = together
         self._rows: torch.Tensor | None = None
         self._out: torch.Tensor | None = None
+
+    @property
+    def together(self) -> PackedLinear:
+        """The layer that computes for all."""
+        return self._together
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
         """Compute for these rows, or return what was computed for the very same tensor."""
@@ -78,6 +94,19 @@ class _Sibling(torch.nn.Module):
         self._shared = shared
         self._columns = columns
         self._last = last
+        self.in_features = shared.together.in_features
+        self.out_features = columns.stop - columns.start
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's own weights; see `PackedLinear.weight`."""
+        return self._shared.together.weight[self._columns]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's own biases."""
+        biases = self._shared.together.bias
+        return None if biases is None else biases[self._columns]
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the layer's own columns; rows [..., in_features]."""
@@ -103,7 +132,7 @@ def pack_linears(network: Any) -> bool:
         for names in _SIBLINGS:
             _pack_siblings(parent, names)
         for name, layer in list(parent.named_children()):
-            if type(layer) is torch.nn.Linear:
+            if type(layer) is torch.nn.Linear and layer.weight.dtype in MIN_TOKENS:
                 packed = PackedLinear(layer)
                 if _same(packed, [layer]):
                     setattr(parent, name, packed)
@@ -114,8 +143,8 @@ def _pack_siblings(parent: torch.nn.Module, names: tuple[str, ...]) -> None:
     """Pack layers of *parent* together if it has them all and they are alike."""
     layers = [getattr(parent, name, None) for name in names]
     plain = [layer for layer in layers if type(layer) is torch.nn.Linear]
-    alike = {(layer.in_features, layer.bias is None) for layer in plain}
-    if len(plain) != len(names) or len(alike) != 1:
+    alike = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in plain}
+    if len(plain) != len(names) or len(alike) != 1 or plain[0].weight.dtype not in MIN_TOKENS:
         return
     packed = PackedLinear(*plain)
     if not _same(packed, plain):

@@ -5,9 +5,11 @@ The messages are for the person who starts the worker and say what to do instead
 
 from __future__ import annotations
 
+INSTEAD = "see docs/models.md for the architectures that are served"
+
 
 class LoadingError(Exception):
-    """The model cannot be loaded as asked: wrong path, device, dtype or context length."""
+    """The model cannot be loaded as asked: wrong path, device, dtype or context length, or a damaged file."""
 
 
 class UnsupportedModel(LoadingError):

@@ -20,12 +20,14 @@ from headrace.worker.engine.refusals import UnsupportedModel
 from headrace.worker.engine.seam import Row, SamplingParams, Token
 from headrace.worker.engine.torch_engine import TorchEngine
 
-PROMPT = 125  # the answer goes into another block of KV memory where blocks hold 32, 64 or 128 tokens
+CONTEXT = 256  # tokens of the longest sequence that the check computes, where the model can hold as many
+SHORTEST = 64  # tokens that a model must be able to hold, for the check to fit
 ANSWER = 8
-SHORTEST = 256  # tokens that a model must be able to hold, for the check to fit
-CONTEXT = SHORTEST
 LONG = 1090  # the attention's own test goes through many blocks, whatever their size
 SEQUENCES = 4
+# The first prompt is the one under test; its answer goes into another block of KV memory where blocks hold
+# 32, 64 or 128 tokens. For a context of CONTEXT tokens; see `_lengths`.
+_LENGTHS = (125, 1, 33, 210)
 _PARAMS = SamplingParams(seed=2**63 + 1, max_tokens=ANSWER, temperature=0.8, top_p=0.95, ignore_eos=True)
 
 # How far logits may be from transformers' own, as a share of their norm. Rounding in float32 stays a
@@ -46,27 +48,34 @@ class Transcript:
     logits: torch.Tensor
 
 
-def blocks_needed(block_tokens: int) -> int:
-    """Return how many blocks of KV memory `check` wants an engine to have."""
-    return SEQUENCES * -(-CONTEXT // block_tokens)
+def blocks_needed(block_tokens: int, context: int = CONTEXT) -> int:
+    """Return how many blocks of KV memory `check` wants an engine of that context length to have."""
+    return SEQUENCES * -(-context // block_tokens)
+
+
+def _lengths(context: int) -> tuple[int, ...]:
+    """Return the prompts' lengths for a context of SHORTEST to CONTEXT tokens: each leaves room to answer."""
+    return tuple(max(length * context // CONTEXT, 1) for length in _LENGTHS)
 
 
 def check(engine: TorchEngine, network: Any) -> bool:
     """Compare the engine with the model's own forward pass, and with itself.
 
-    engine    a fresh engine of `blocks_needed` blocks, for SEQUENCES sequences of CONTEXT tokens
+    engine    a fresh engine of `blocks_needed` blocks, for SEQUENCES sequences of SHORTEST to CONTEXT tokens
     network   its model, whose attention is switched to transformers' own for some passes
 
     Returns whether sequences come out bitwise the same alone, in a batch and resumed. Raises
     UnsupportedModel when the engine's logits are not the model's.
     """
-    prompts = _prompts(engine.model.vocabulary_size)
-    alone = _run(engine, prompts[:1], chunk=PROMPT)[0]
+    lengths = _lengths(engine.model.context_length)
+    prompts = _prompts(engine.model.vocabulary_size, lengths)
+    prompt = lengths[0]
+    alone = _run(engine, prompts[:1], chunk=prompt)[0]
     _compare(alone, network, engine.model.dtype, "alone")
     batched = _run(engine, prompts, chunk=50)
     _compare(batched[2], network, engine.model.dtype, "in a batch")
-    half = PROMPT + ANSWER // 2
-    resumed = _run(engine, [alone.ids[:half]], chunk=half, prompt=PROMPT, first=1)[0]
+    half = prompt + ANSWER // 2
+    resumed = _run(engine, [alone.ids[:half]], chunk=half, prompt=prompt, first=1)[0]
     return (
         alone.ids == batched[0].ids == resumed.ids
         and torch.equal(alone.logits, batched[0].logits)
@@ -74,10 +83,9 @@ def check(engine: TorchEngine, network: Any) -> bool:
     )
 
 
-def _prompts(vocabulary: int) -> list[list[int]]:
-    """Make SEQUENCES prompts: the one under test, and neighbours of other lengths."""
+def _prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Make a prompt of each length: the one under test, and its neighbours."""
     random = torch.Generator().manual_seed(0)
-    lengths = (PROMPT, 1, 33, 210)
     return [torch.randint(vocabulary, (length,), generator=random).tolist() for length in lengths]
 
 
@@ -89,16 +97,18 @@ def _run(
     prompt: int | None = None,
     first: int = 0,
 ) -> list[Transcript]:
-    """Answer prompts together, up to PROMPT + ANSWER ids for the first; prefill in chunks.
+    """Answer prompts together, up to ANSWER ids beyond its prompt for the first; prefill in chunks.
 
+    prompt  how many of the first prompt's ids are its prompt; the rest is the beginning of an answer
     first   where among the blocks the first prompt's lie: what others left there must not matter
     """
     ids = [list(own) for own in prompts]
     started = [len(own) for own in ids]
     computed = [0] * len(ids)
-    blocks = range(blocks_needed(engine.model.block_tokens))
+    blocks = range(blocks_needed(engine.model.block_tokens, engine.model.context_length))
     logits: list[list[torch.Tensor]] = [[] for _ in ids]
-    while len(ids[0]) < PROMPT + ANSWER:
+    whole = (prompt or started[0]) + ANSWER
+    while len(ids[0]) < whole:
         rows = []
         for index, own in enumerate(ids):
             stop = min(len(own), computed[index] + chunk)
