@@ -48,7 +48,8 @@ _LEADING = re.compile(
 )
 # What goes on after a number may say that it is not the whole of it: 1.5e6, 2 million, 3 1/2, 2 remainder 3.
 _GOES_ON = re.compile(
-    r"e[-+]?\d|\s?(?:hundred|thousand|million|billion|trillion|dozen|k|m)\b|\s+\d+/\d|,?\s*(?:remainder|rem\b|r\s?\d)",
+    r"e[-+]?\d|(?-i:[kM])\b|\s?(?:hundred|thousand|million|billion|trillion|dozen)\b|\s+\d+/\d|"
+    r",?\s*(?:remainder|rem\b|r\s?\d)",
     re.IGNORECASE,
 )
 _SPOKEN = frozenset(
