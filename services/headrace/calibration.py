@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import stat
 import tempfile
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ FORMAT = 1  # of the file
 KIND = "calibration"
 _STEPS = {2: 100, 3: 60}  # how finely the shares are tried, by number of tiers
 _STEPS_BEYOND = 20
+_MOST_BYTES = 1024 * 1024  # of the file; what `save` writes has a few kilobytes
+_MOST_QUANTILES = 10_000
 
 
 class BadCalibration(ValueError):
@@ -182,7 +185,7 @@ def save(made: Calibration, path: Path) -> None:
 def load(path: Path) -> Calibration:
     """The calibration in the file. Raises BadCalibration."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(_text(path))
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise BadCalibration(f"{path} is no calibration; `headrace calibrate` makes one")
         if content["format"] != FORMAT:
@@ -205,7 +208,17 @@ def load(path: Path) -> Calibration:
         raise BadCalibration(f"{path} is damaged: {error!r}") from error
     if not are_thresholds(made.thresholds, len(made.tiers)):
         raise BadCalibration(f"{path}: thresholds must ascend from 0 and be at most 1")
+    if len(made.quantiles) > _MOST_QUANTILES or not all(0 <= value <= 1 for value in made.quantiles):
+        raise BadCalibration(f"{path}: quantiles must be scores, at most {_MOST_QUANTILES}, each from 0 to 1")
     return made
+
+
+def _text(path: Path) -> str:
+    """What the file holds; never what waits for a writer, as a pipe would, or has no end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+        raise BadCalibration(f"{path} is no calibration: not a file of at most {_MOST_BYTES} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def are_thresholds(marks: Sequence[float], tiers: int) -> bool:

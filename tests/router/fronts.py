@@ -43,6 +43,9 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
     hangs        says nothing more after `accepted`, and answers no look
     running, queued   what it says of its load
     healthy      what it says of its health
+    tier         what it calls its tier
+    listed       what it answers to ListTiers, in place of the truth
+    timing       of each answer
     """
 
     model: str = "echo"
@@ -55,6 +58,9 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
     running: int = 0
     queued: int = 0
     healthy: bool = True
+    tier: str = ""
+    listed: routing.ListTiersResponse | None = None
+    timing: pb.Timing | None = None
     looks: int = 0
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     time_left: list[float] = field(default_factory=list)
@@ -63,8 +69,10 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
         self.looks += 1
         if self.hangs and self.requests:
             await asyncio.Event().wait()
+        if self.listed is not None:
+            return self.listed
         load = routing.TierLoad(running=self.running, queued=self.queued, workers=1)
-        tier = routing.Tier(healthy=self.healthy, model=self.model, load=load)
+        tier = routing.Tier(name=self.tier, healthy=self.healthy, model=self.model, load=load)
         return routing.ListTiersResponse(tiers=[tier])
 
     async def Explain(self, request: object, context: object) -> routing.ExplainResponse:
@@ -80,7 +88,9 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
         if self.refuses and len(self.requests) <= self.refusals:
             await self._fail(self.refuses, context)
         yield pb.GenerateResponse(
-            accepted=pb.Accepted(request_id=request.request_id, model=self.model, seed=request.sampling.seed)
+            accepted=pb.Accepted(
+                request_id=request.request_id, model=self.model, tier=self.tier, seed=request.sampling.seed
+            )
         )
         if self.hangs:
             await asyncio.Event().wait()
@@ -99,7 +109,8 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
         if breaks is not None:
             await self._fail(self.breaks_with, context)
         usage = pb.Usage(completion_tokens=len(said), replayed_tokens=had)
-        yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_STOP, usage=usage))
+        finish = pb.Finish(reason=pb.FINISH_REASON_STOP, usage=usage, timing=self.timing)
+        yield pb.GenerateResponse(finish=finish)
 
     async def _fail(self, failure: errors.HeadraceError | str, context: Any) -> None:
         if isinstance(failure, errors.HeadraceError):
@@ -121,19 +132,35 @@ async def serving_front(front: Front) -> AsyncGenerator[str, None]:
 
 @asynccontextmanager
 async def routed(
-    settings: dict[str, Any] | None = None, **tiers: Front | Sequence[Front]
+    settings: dict[str, Any] | None = None, **tiers: Front | Sequence[Front] | str
 ) -> AsyncGenerator[Client, None]:
-    """A router in front of these tiers' batchers, smallest first, and a client that does not retry."""
+    """A router in front of these tiers' batchers, smallest first, and a client that does not retry.
+
+    tiers   what serves each; a string is the address of something that serves already
+    """
+    async with routing_port(settings, **tiers) as port, connect(f"127.0.0.1:{port}", retries=0) as client:
+        yield client
+
+
+@asynccontextmanager
+async def routing_port(
+    settings: dict[str, Any] | None = None, **tiers: Front | Sequence[Front] | str
+) -> AsyncGenerator[int, None]:
+    """As `routed`; yields the router's port."""
     async with AsyncExitStack() as stack:
         targets = []
-        every: dict[str, Front] = {}
+        every: dict[str, bool] = {}
         for name, fronts in tiers.items():
+            if isinstance(fronts, str):
+                targets.append(f"{name}={fronts}")
+                every[fronts] = True
+                continue
             here = {
                 await stack.enter_async_context(serving_front(front)): front
                 for front in ([fronts] if isinstance(fronts, Front) else fronts)
             }
             targets.append(f"{name}={'+'.join(here)}")
-            every |= here
+            every |= {address: front.healthy for address, front in here.items()}
         given: dict[str, Any] = {
             "drain_seconds": 0,
             "poll_seconds": 60,
@@ -144,15 +171,15 @@ async def routed(
         gate = await stack.enter_async_context(router(Settings(port=0, tiers=",".join(targets), **given)))
         await eventually(lambda: gate.health.ready)
         await _until_looked_at(gate.port, every)
-        yield await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}", retries=0))
+        yield gate.port
 
 
-async def _until_looked_at(port: int, fronts: Mapping[str, Front]) -> None:
+async def _until_looked_at(port: int, healthy: Mapping[str, bool]) -> None:
     """Wait until the router knows each batcher, by address, for what it is: its first look may time out."""
     async with open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(PATIENCE):
         while True:
             state = (await AdminServiceStub(channel).Inspect(admin.InspectRequest())).router
             known = {batcher.address: batcher.ready for batcher in state.batchers}
-            if known == {address: front.healthy for address, front in fronts.items()}:
+            if known == healthy:
                 return
             await asyncio.sleep(0.01)

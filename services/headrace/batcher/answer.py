@@ -47,6 +47,7 @@ class Answer:
         self._text = TextStream(tokenizer.decode, job.sampling.stop)
         self._offset = len(job.resume_ids)
         self._first: float | None = None
+        self._first_tokens = 0  # that came together with the first
         self._last: float | None = None
         self._end: End | None = None
         self.done = False
@@ -72,6 +73,7 @@ class Answer:
         if arrival.ids:
             if self._first is None:
                 self._first = now
+                self._first_tokens = piece.used
                 self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
             self._last = now
         if arrival.ids:
@@ -126,14 +128,16 @@ class Answer:
     def record(self, outcome: str) -> None:
         """Book the request in metrics and on its span, however it ended."""
         job, now = self._job, time.monotonic()
+        # What came with the request was generated before, in a time that nobody here knows.
         new_tokens = self._offset - len(job.resume_ids)
         _requests.add(1, {**self._labels, attributes.OUTCOME: outcome})
         _tokens.add(new_tokens, self._labels)
         _duration.record(now - job.arrived, {**self._labels, attributes.OUTCOME: outcome})
         if self._first is not None and self._last is not None:
-            _ttft.record(self._first - job.arrived, self._labels)
-            if new_tokens > 1:
-                _tpot.record((self._last - self._first) / (new_tokens - 1), self._labels)
+            if not job.resume_ids:
+                _ttft.record(self._first - job.arrived, self._labels)
+            if (later := new_tokens - self._first_tokens) > 0:
+                _tpot.record((self._last - self._first) / later, self._labels)
         job.span.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: outcome})
         job.span.set_attributes(
             {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}

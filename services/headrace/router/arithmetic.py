@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from fractions import Fraction
+from itertools import chain, islice, pairwise
+
+from headrace.router.expressions import MAX_DIGITS, Uncertain, evaluate, number
 
 _LATEX = (
-    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"(\1)/(\2)"),
+    (re.compile(r"(?<!\d)(\d{1,9})\s?\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"(\1+(\2)/(\3))"),
+    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"((\1)/(\2))"),
+    (re.compile(r"\^\s*\{([^{}]*)\}"), r"^(\1)"),
     (re.compile(r"\\times|\\cdot"), "*"),
     (re.compile(r"\\div"), "/"),
     (re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}"), r" \1 "),
@@ -21,11 +27,31 @@ _LATEX = (
     (re.compile(r"\\(?:left|right|approx|quad|[,;!\[\]()])"), " "),
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_BOUNDARY = re.compile(r"[\n;!?]|:(?!\d)|\.(?=\s|$)|,(?=\s)")
-_BULLET = re.compile(r"^\s*[-+*–]\s+")
-_CLOCK = re.compile(r"\d:\d")  # a time of day, or a ratio: not a number
-_TOKEN = re.compile(r"\d[\d,]*(?:\.\d+)?%?|\.\d+|[-+*/()=×÷−–^]|[^\W\d_]+")
-_NUMBER = re.compile(r"(?<![\w.])-?\$?-?\d[\d,]*(?:\.\d+)?")
+# `**` between two numbers, with the same space on either side, is a power; elsewhere it is bold print.
+_BOLD = re.compile(r"(?<![\d)])\*\*(?=[^\s*])([^*\n]*[^*\s])\*\*")
+_STARS = re.compile(r"(?<=[\d)])( ?)\*\*\1(?=[-(]?[\d.(])")
+_RAISED = re.compile(r"(?<=[\d)])[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_RAISED_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_UNIT = re.compile(r"(?<=[^\W\d_])\^\(?-?\d\)?")  # of cm^2, not a power of the number before it
+_THOUSANDS = re.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))")
+_MONEY = str.maketrans({"$": None, "€": None, "£": None, "−": "-"})
+_BOUNDARY = re.compile(r"[\n;!?|]|:(?!\d)|\.(?=\s|$)|,(?=\s)")
+_BULLET = re.compile(r"^\s*[+*]\s+")
+_DASH = re.compile(r"^\s*[-–]\s")  # a bullet, or the sign of the first number
+_MIXED = re.compile(r"(?<![\d.,/])(\d{1,9}) (\d{1,9}/\d{1,9})(?![\d/])")
+# A time of day, a ratio, or groups of digits that may be one number or two: not a number for certain.
+_UNCLEAR = re.compile(r"\d:\d|\d \d{3}(?!\d)")
+_TOKEN = re.compile(r"\d[\d,]*(?:\.\d+)?(?: ?%)?|\.\d+|[-+*/()\[\]^=×÷·⋅−–√]|[^\W\d_]+")
+_NUMBER = re.compile(r"(?<![\w.])(?:-?\$?|\$-)\d[\d,]*(?:\.\d+)?")
+_LEADING = re.compile(
+    r"\s*+(?:about|approximately|roughly|~|≈)?\s*+([-–]?)\s*+(\d[\d,]*(?:\.\d+)?|\.\d+)(\s?%|\s?percent\b)?"
+)
+# What goes on after a number may say that it is not the whole of it: 1.5e6, 2 million, 3 1/2, 2 remainder 3.
+_GOES_ON = re.compile(
+    r"e[-+]?\d|(?-i:[kM])\b|\s?(?:hundred|thousand|million|billion|trillion|dozen)\b|\s+\d+/\d|"
+    r",?\s*(?:remainder|rem\b|r\s?\d)",
+    re.IGNORECASE,
+)
 _SPOKEN = frozenset(
     [
         "half",
@@ -52,10 +78,14 @@ _SPOKEN = frozenset(
         "eighth",
         "tenth",
         "thrice",
+        *("log", "ln", "exp", "sin", "cos", "tan", "root", "floor", "ceil", "gcd", "lcm"),
+        *("hundred", "thousand", "million", "billion"),
     ]
 )
-_SIGNS = {"×": "*", "÷": "/", "−": "-", "–": "-", "x": "*", "X": "*"}
+_SIGNS = {"×": "*", "÷": "/", "·": "*", "⋅": "*", "−": "-", "–": "-", "[": "(", "]": ")"}
+_SPOKEN_SIGNS = {"x": "*", "X": "*", "times": "*", "plus": "+", "minus": "-"}
 _MAX_TOKENS = 40  # of one side of an equation; longer ones are prose
+_MAX_EQUATIONS = 256  # of one text
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,60 +102,111 @@ class Equation:
     holds: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A number as it stands in a text: its value, the decimals that it shows, and whether it has a % sign."""
+
+    value: Fraction
+    decimals: int
+    percent: bool = False
+
+
 def plain(text: str) -> str:
     """Turn the LaTeX of arithmetic into signs, and drop calculator marks and money and bold signs."""
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
-    return _CALCULATOR.sub("", text).replace("$", "").replace("**", " ").replace("€", "").replace("£", "")
+    text = _BOLD.sub(r" \1 ", _CALCULATOR.sub("", text))
+    text = _STARS.sub("^", text).replace("**", " ")
+    text = _RAISED.sub(lambda found: f"^({found.group().translate(_RAISED_DIGITS)})", text)
+    return _THOUSANDS.sub("", _UNIT.sub("", text)).translate(_MONEY)
 
 
 def numbers(text: str) -> list[float]:
     """The numbers in *text*, in order."""
-    return [float(match.group().replace("$", "").replace(",", "")) for match in _NUMBER.finditer(text)]
+    found = (match.group() for match in _NUMBER.finditer(text))
+    return [float(one.replace("$", "").replace(",", "")) for one in found if len(one) <= MAX_DIGITS]
 
 
 def equations(text: str) -> list[Equation]:
     """Every equation of numbers in *text* that can be evaluated, in order."""
-    found = []
-    for stretch in _BOUNDARY.split(plain(text)):
-        for left, right in pairwise(_BULLET.sub("", stretch).split("=")):
-            value, written = _evaluate(left), _leading_number(right)
-            if value is not None and written is not None:
-                # "5 * 2 = 10 + 3 = 13" runs on: either the 10 or the 13 may be meant.
-                onward = _evaluate(right)
-                holds = _agree(value, *written) or (onward is not None and _agree(value, onward, 6))
-                found.append(Equation(value, written[0], holds))
+    found: list[Equation] = []
+    rounded: set[Fraction] = set()  # results that the text goes on with, and that are not exact
+    sides = (_BULLET.sub("", stretch).split("=") for stretch in _BOUNDARY.split(plain(text)))
+    for left, right in islice(chain.from_iterable(map(pairwise, sides)), _MAX_EQUATIONS):
+        values, written = _readings(left), _leading_number(right)
+        if not values or written is None:
+            continue
+        slack = values[0] / 10_000 if rounded and not rounded.isdisjoint(_operands(left)) else Fraction()
+        percent = written.percent or "%" in left
+        # "5 * 2 = 10 + 3 = 13" runs on: either the 10 or the 13 may be meant.
+        meant = [written, *(_Written(value, 6) for value in _readings(right))]
+        value = next(
+            (v for v in values if any(_agree(v, one, abs(slack), percent=percent) for one in meant)), None
+        )
+        if value is not None and (slack or value != written.value):
+            rounded.add(written.value)
+        found.append(
+            Equation(float(values[0] if value is None else value), float(written.value), value is not None)
+        )
     return found
 
 
-def _leading_number(side: str) -> tuple[float, int] | None:
-    """The number that *side* begins with, and how many decimals it shows."""
-    match = re.match(r"\s*+(?:about|approximately|roughly|~|≈)?\s*+(-?\s*+\d[\d,]*(?:\.\d+)?|-?\.\d+)", side)
-    if match is None or _CLOCK.match(side, match.end() - 1):
+def _readings(side: str) -> list[Fraction]:
+    """What the arithmetic that *side* ends with may come to: a dash before it may be its sign, or none."""
+    dash = _DASH.match(side)
+    readings = [_evaluated(side[dash.end() :]), _evaluated(side)] if dash else [_evaluated(side)]
+    return [value for value in readings if value is not None]
+
+
+def _operands(side: str) -> set[Fraction]:
+    """The numbers in *side*."""
+    found = set()
+    for token in _TOKEN.findall(side):
+        with suppress(Uncertain):
+            found.add(number(token))
+    return found
+
+
+def _leading_number(side: str) -> _Written | None:
+    """The number that *side* begins with; None if there is none that is certain."""
+    match = _LEADING.match(side)
+    if match is None or _UNCLEAR.match(side, match.end() - 1) or _GOES_ON.match(side, match.end()):
         return None
-    digits = match.group(1).replace(",", "").replace(" ", "")
-    return float(digits), len(digits.partition(".")[2])
+    sign, digits, percent = match.groups()
+    try:
+        value = number(digits)
+    except Uncertain:
+        return None
+    return _Written(-value if sign else value, len(digits.partition(".")[2]), bool(percent))
 
 
-def _agree(value: float, written: float, decimals: int) -> bool:
-    """Whether *written* is *value* as far as its decimals go; a percentage may stand for its fraction."""
+def _agree(value: Fraction, written: _Written, slack: Fraction, *, percent: bool) -> bool:
+    """Whether *written* is *value* as far as its decimals go.
+
+    slack     how far *value* may be off because it was computed from rounded numbers
+    percent   a percentage stands on either side, and may stand for its fraction
+    """
     # Half a unit of the last digit when rounded, a whole one when decimals are cut off.
-    slack = (1.01 * 10.0**-decimals if decimals else 0.51) + 1e-4 * abs(value)
-    return any(abs(candidate - written) <= slack for candidate in (value, value * 100, value / 100))
+    slack += Fraction(101, 100) / 10**written.decimals if written.decimals else Fraction(51, 100)
+    candidates = (value, value * 100, value / 100) if percent else (value,)
+    return any(abs(candidate - written.value) <= slack for candidate in candidates)
 
 
-def _evaluate(side: str) -> float | None:
+def _evaluated(side: str) -> Fraction | None:
     """The value of the arithmetic that *side* ends with; None if there is none that is certain."""
     tokens: list[str] = []
-    words = _TOKEN.findall(side)
-    if len(words) > _MAX_TOKENS or _CLOCK.search(side):
+    words = _TOKEN.findall(_MIXED.sub(r"(\1+\2)", side))
+    if len(words) > _MAX_TOKENS or _UNCLEAR.search(side):
         return None
     for place, token in enumerate(words):
         share = token == "of" and tokens and (tokens[-1].endswith("%") or "/" in tokens)
-        if share or (token in "xX" and _between_numbers(words, place)):
+        if share:
             tokens.append("*")
+        elif token in _SPOKEN_SIGNS and _between_numbers(words, place):
+            tokens.append(_SPOKEN_SIGNS[token])
         elif token[0].isalpha():
-            if (len(token) == 1 and token.lower() not in "a") or token.lower() in _SPOKEN:
+            divided = token == "by" and words[place - 1] == "divided"
+            if (len(token) == 1 and token.lower() not in "a") or token.lower() in _SPOKEN or divided:
                 return None
         else:
             tokens.append(_SIGNS.get(token, token))
@@ -135,10 +216,9 @@ def _evaluate(side: str) -> float | None:
     if sum(token in "+-*/^" for token in tokens) == 0:
         return None
     try:
-        value, rest = _sum(tokens)
-    except (ValueError, ZeroDivisionError, OverflowError, IndexError, RecursionError):
+        return evaluate(tokens)
+    except Uncertain:
         return None
-    return value if not rest and abs(value) < 1e15 else None
 
 
 def _between_numbers(words: Sequence[str], place: int) -> bool:
@@ -154,49 +234,6 @@ def _tail(tokens: list[str]) -> list[str]:
         if tokens[place][0].isdigit() and (tokens[place - 1][0].isdigit()):
             start = place
     return tokens[start:]
-
-
-def _sum(tokens: list[str]) -> tuple[float, list[str]]:
-    value, rest = _product(tokens)
-    while rest and rest[0] in "+-":
-        sign, (term, after) = rest[0], _product(rest[1:])
-        # "100 - 20%" takes a fifth of the hundred.
-        if rest[1].endswith("%") and len(after) == len(rest) - 2:
-            term *= value
-        value, rest = (value + term if sign == "+" else value - term), after
-    return value, rest
-
-
-def _product(tokens: list[str]) -> tuple[float, list[str]]:
-    value, rest = _power(tokens)
-    while rest and rest[0] in "*/(":
-        sign = rest[0]
-        factor, rest = _power(rest if sign == "(" else rest[1:])
-        value = value / factor if sign == "/" else value * factor
-    return value, rest
-
-
-def _power(tokens: list[str]) -> tuple[float, list[str]]:
-    value, rest = _atom(tokens)
-    if rest and rest[0] == "^":
-        exponent, rest = _atom(rest[1:])
-        value = float(abs(value) ** min(exponent, 64.0))
-    return value, rest
-
-
-def _atom(tokens: list[str]) -> tuple[float, list[str]]:
-    head = tokens[0]
-    if head == "-":
-        value, rest = _atom(tokens[1:])
-        return -value, rest
-    if head == "(":
-        value, rest = _sum(tokens[1:])
-        if rest[0] != ")":
-            raise ValueError
-        return value, rest[1:]
-    if head.endswith("%"):
-        return float(head[:-1].replace(",", "")) / 100, tokens[1:]
-    return float(head.replace(",", "")), tokens[1:]
 
 
 _MARKED = re.compile(

@@ -12,17 +12,20 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
 from headrace.progress import Progress, Told, route_change
+from headrace.router import replies
 from headrace.router.tiers import Batcher, Stalled, Tier
 from headrace.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+END_SECONDS = 1.0  # the longest that a finished answer waits for the end of its stream
+LEAST_PAUSE = 0.05  # seconds between rounds of asking busy batchers, whatever they say
 RESUMES = 2  # an answer that lost more batchers than this may be what kills them
 
 # What a batcher says of itself, not of the request: another batcher may do better. WORKER_LOST is not among
@@ -77,6 +80,8 @@ async def across_tiers(
                     if first and failed and request.stream.include_route_changes:
                         yield route_change(failed[-1], tier.name, said.reason if said else "", len(failed))
             return
+        except errors.WorkerLost:
+            raise  # another tier could lose its workers, too
         except (errors.Unavailable, errors.Overloaded) as error:
             if accepted or request.resume.token_ids:
                 raise
@@ -113,14 +118,14 @@ async def on_tier(
     takes the request, BatcherLost when an answer could not be carried on, and whatever else a batcher says
     of the request.
     """
-    answer = _Answer(request)
+    answer = _Answer(request, tier.name)
     refused: dict[Batcher, errors.HeadraceError] = {}
     patience = 0.0  # time.monotonic() until which an answer under way looks for a batcher
     while True:
         batcher = await _next(tier, refused, patience if answer.accepted else None)
         if batcher is None:
             raise _nobody(tier, refused, answer.lost)
-        answer.goes_to(batcher.address)
+        answer.goes_to(batcher)
         asked(tier.name)
         error: errors.HeadraceError
         try:
@@ -134,11 +139,22 @@ async def on_tier(
                 async for response in responses:
                     for told in answer.take(response):
                         yield told
+                    if answer.finished:
+                        # Its status is read for the span's sake; events after the last one are nobody's.
+                        with suppress(TimeoutError, Stalled, errors.HeadraceError):
+                            async with asyncio.timeout(END_SECONDS):
+                                await anext(responses, None)
+                        break
             error = errors.BatcherLost(f"the batcher at {batcher.address} ended the stream without a finish")
         except Stalled as stalled:
             error = errors.BatcherLost(str(stalled))
         except (errors.Unavailable, errors.Overloaded) as said:
             error = said
+        except (errors.UnknownModel, errors.UnknownTier) as unknown:
+            if answer.lost is None:
+                raise
+            # The peer does not serve the model that began: for the caller nobody does, here.
+            error = errors.NoWorkers(str(unknown))
         except errors.RequestCancelled as cancelled:
             # Not by us, or this would be a CancelledError: the batcher was stopped, or something between.
             error = errors.BatcherLost(f"the batcher at {batcher.address} cancelled the answer: {cancelled}")
@@ -190,7 +206,8 @@ async def _next(
             return batcher
         # All are busy: ask again when they said, a little apart from the others that were lost with us.
         delays = [error.retry_after for error in refused.values() if error.retry_after is not None]
-        await asyncio.sleep(min(min(delays, default=0.2) * random.uniform(0.5, 1), left))
+        pause = max(min(delays, default=0.2), LEAST_PAUSE)
+        await asyncio.sleep(min(pause * random.uniform(0.5, 1), left))
         refused.clear()
     return None
 
@@ -222,13 +239,18 @@ def _nobody(
 class _Answer(Progress):
     """What the caller has of an answer, and what it took: all that the next batcher needs.
 
+    Each event is checked and brought into the router's own terms when it is taken.
+
+    tier     the router's name of the tier that answers
     taken    whether the batcher of this attempt has taken it
     lost     why the answer left the batcher before, if it did
     losses   batchers that were lost with it; one that drained is not held against the answer
     """
 
-    def __init__(self, request: pb.GenerateRequest) -> None:
+    def __init__(self, request: pb.GenerateRequest, tier: str) -> None:
         super().__init__(request)
+        self._tier = tier
+        self._at_router = False  # this attempt's peer is a router itself
         self.taken = False
         self.lost: errors.HeadraceError | None = None
         self.losses = 0
@@ -244,17 +266,35 @@ class _Answer(Progress):
         """What to ask the next batcher for."""
         request = super().request()
         request.stream.include_route_changes = True
+        # Tiers are chosen here, and have other names there.
+        for field in ("tier", "min_tier", "max_tier"):
+            request.routing.ClearField(field)
+        if self._at_router and self.accepted is not None:
+            request.routing.model = self.accepted.model  # which began, and alone can carry on
         return request
 
-    def goes_to(self, place: str) -> None:
-        """The next attempt is at the batcher at *place*."""
-        self._place = place
+    def goes_to(self, batcher: Batcher) -> None:
+        """The next attempt is at *batcher*."""
+        self._place = batcher.address
+        self._at_router = batcher.router
         self._replayed = len(self.ids)
 
     def take(self, response: pb.GenerateResponse) -> Told:
-        """What the caller hears of this event. Raises as `Progress` does."""
+        """What the caller hears of this event.
+
+        Raises as `Progress` does, and BatcherLost for an event that the contract does not allow here.
+        """
         event = response.WhichOneof("event")
+        if (event == "accepted") == self.taken:
+            raise errors.BatcherLost(
+                "the batcher accepted the request twice"
+                if self.taken
+                else f"the batcher began its answer with {event or 'nothing'}, not with `accepted`"
+            )
         if event == "delta":
+            if self._ending is not None:
+                raise errors.BatcherLost("the batcher went on after the end of the answer's text")
+            replies.check_delta(response.delta, len(self.ids), self._asked)
             if response.delta.token_count:
                 self._last_token = time.monotonic()
                 self._first_token = self._first_token or self._last_token
@@ -262,10 +302,12 @@ class _Answer(Progress):
         if event == "accepted":
             return self._accept(response)
         if event == "route_change":
+            replies.check_change(response.route_change, self._tier if self._at_router else "")
             self.attempt = max(self.attempt, response.route_change.attempt)
             self._replayed += len(self.ids)
             return (response,) if self._tells_moves else ()
         if event == "finish":
+            replies.check_finish(response.finish, len(self.ids))
             self._settle(response.finish)
             return self.finish(response)
         return (response,)  # an event that a newer batcher knows and we do not is the caller's to ignore
@@ -280,12 +322,13 @@ class _Answer(Progress):
         self._replayed_before += self._replayed
 
     def _accept(self, response: pb.GenerateResponse) -> Told:
+        replies.accept(response.accepted, self._asked, self._tier)
         first = self.accept(response.accepted)
         self.taken = True
         if first or self.lost is None:
             return (response,)
         reason = self.lost.reason
-        _failovers.add(1, {attributes.TIER: response.accepted.tier, attributes.REASON: reason})
+        _failovers.add(1, {attributes.TIER: self._tier, attributes.REASON: reason})
         trace.get_current_span().add_event(
             attributes.EVENT_FAILOVER, {attributes.REASON: reason, attributes.BATCHER: self._place}
         )
@@ -297,7 +340,7 @@ class _Answer(Progress):
         """Bill and clock the whole answer, of which the last batcher knows its own part."""
         if self.lost is None:
             return
-        finish.usage.replayed_tokens += self._replayed_before
+        finish.usage.replayed_tokens = replies.total([finish.usage.replayed_tokens, self._replayed_before])
         timing = finish.timing
         timing.total.FromNanoseconds(int((time.monotonic() - self._began) * 1e9))
         if self._first_token is not None:

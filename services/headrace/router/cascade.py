@@ -16,9 +16,13 @@ from dataclasses import dataclass, field
 
 from headrace import errors
 from headrace.progress import route_change
+from headrace.router import replies
+from headrace.router.optional import optional
 from headrace.v1 import generation_pb2 as pb
 
 REJECTED = "DRAFT_REJECTED"
+# What may be the request's own doing: no other tier shall lose its workers to it, too.
+_LOST = (errors.WorkerLost, errors.BatcherLost, errors.PoisonRequest)
 SAMPLE_TEMPERATURE = 0.7  # as the samples had that the check's weights were fitted with
 _SENTENCE_END = re.compile(r"[.!?:;]['\")\]]*(?:\s|$)|\n")
 
@@ -31,7 +35,7 @@ class Draft:
     prompt_tokens, tokens   taken in, and generated
     logprobs   one per token, if the engine tells them
     finish     how it ended; None while it goes on
-    samples    other answers of the same tier, whole, to compare it with
+    samples    other answers of the same tier to compare it with
     sampled_tokens   generated for them, whole or not
     """
 
@@ -124,24 +128,25 @@ async def cascade(
     tier_of      the tier that gives the answer that was just begun
     tells_moves  whether the caller wants `route_change` events
 
-    A draft that fails is escalated, too. Where no larger tier takes the request, the draft is released
-    after all: it is better than nothing. Raises what the last tier says.
+    A draft that fails is escalated, too, unless it was lost with workers or batchers: then it ends as it
+    would have without a judge. Where no larger tier takes the request, the draft is released after all: it is
+    better than nothing. Raises what the last tier says.
     """
     async with aclosing(begin(rejected)) as responses:
         accepted = await anext(responses)
         draft = Draft(tier_of())
         draft.take(accepted)
         judge = judge_of()
+        failure: errors.HeadraceError | None = None
         if judge is not None:
-            failure: errors.HeadraceError | None = None
-            booked = False
+            booked = released = False
             try:
                 async with _sampling(judge.sampler, draft) as samples:
                     failure = await _read(draft, responses, judge.tokens)
-                    if failure is None and draft.complete:
+                    if failure is None:
                         draft.samples = await samples()
-                    released = failure is None and judge.good(draft)
-                if not released:
+                        released = judge.good(draft)
+                if not (released or isinstance(failure, _LOST)):
                     better = cascade(
                         begin,
                         judge_of,
@@ -161,11 +166,10 @@ async def cascade(
                                 reason = REJECTED if failure is None else failure.reason
                                 yield route_change(draft.tier, tier_of(), reason, len(rejected) + 1)
                             async for response in escalated:
-                                if response.HasField("finish"):
-                                    response.finish.usage.wasted_tokens += draft.tokens + draft.sampled_tokens
+                                _waste(response, draft.tokens + draft.sampled_tokens)
                                 yield response
                             return
-                if failure is not None:
+                if failure is not None and not isinstance(failure, _LOST):
                     raise failure
                 booked = True  # from here on it is the caller's
             finally:
@@ -173,21 +177,28 @@ async def cascade(
                     gave_up(draft, "")
         if accepted.HasField("accepted"):
             accepted.accepted.tier = accepted.accepted.tier or draft.tier
-        if draft.finish is not None:
-            draft.finish.usage.wasted_tokens += draft.sampled_tokens
         for response in draft.held:
+            _waste(response, draft.sampled_tokens)
             yield response
+        if failure is not None:
+            raise failure
         async for response in responses:
-            if response.HasField("finish"):
-                response.finish.usage.wasted_tokens += draft.sampled_tokens
+            _waste(response, draft.sampled_tokens)
             yield response
+
+
+def _waste(response: pb.GenerateResponse, tokens: int) -> None:
+    """Add *tokens* that nobody gets to the usage of an answer, if *response* is its end."""
+    if response.HasField("finish"):
+        usage = response.finish.usage
+        usage.wasted_tokens = replies.total([usage.wasted_tokens, tokens])
 
 
 @asynccontextmanager
 async def _sampling(
     sampler: Sampler | None, draft: Draft
 ) -> AsyncGenerator[Callable[[], Awaitable[Sequence[str]]], None]:
-    """Draw a sample while the block lasts; yields what waits for it, a while, and has it if it is whole."""
+    """Draw a sample while the block lasts; yields what waits for its end, a while, and returns it."""
     if sampler is None:
         yield _no_samples
         return
@@ -196,7 +207,8 @@ async def _sampling(
 
     async def samples() -> Sequence[str]:
         await asyncio.wait([drawing], timeout=sampler.seconds)
-        return (sample.text,) if sample.complete else ()
+        # A draft that is judged before its end is compared with as much of the sample: whole sentences.
+        return (sample.to_judge()[0],) if sample.finish is not None and sample.text else ()
 
     try:
         yield samples
@@ -206,11 +218,12 @@ async def _sampling(
             await asyncio.wait([drawing])
         finally:
             draft.sampled_tokens = sample.tokens
-            sampler.drawn(sample)
+            with optional("bill"):
+                sampler.drawn(sample)
 
 
 async def _draw(sampler: Sampler, sample: Draft) -> None:
-    with suppress(errors.HeadraceError):  # the draft is judged without it
+    with optional("sample"), suppress(errors.HeadraceError):  # the draft is judged without it
         async with aclosing(sampler.begin()) as responses:
             async for response in responses:
                 sample.take(response)
@@ -249,8 +262,8 @@ async def _read(
             draft.take(response)
             if draft.tokens >= tokens and draft.finish is None:
                 return None
-    except (errors.DeadlineExceeded, errors.RequestCancelled, errors.PoisonRequest):
-        raise  # no other tier has more time, and none shall lose its workers too
+    except (errors.DeadlineExceeded, errors.RequestCancelled):
+        raise  # no other tier has more time
     except errors.HeadraceError as error:
         return error
     return None

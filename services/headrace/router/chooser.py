@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.router.draft_check import Check, DraftChecker
+from headrace.router.optional import optional
 from headrace.router.pace import Pace
 from headrace.router.policy import Decision, Hints, Price, TierView, decide, shift
 from headrace.router.sessions import Sessions
@@ -40,6 +41,7 @@ class CascadeRules:
 class Asked:
     """What a request brings to the decision.
 
+    scored      whether the score is the prompt's own; False where it could not be scored
     max_tokens  most tokens of its answer, if it says
     cascade     whether its draft may be judged; None: as the router is set
     resumes     it carries an answer on, which one model has begun
@@ -52,6 +54,7 @@ class Asked:
     max_tokens: int | None = None
     cascade: bool | None = None
     resumes: bool = False
+    scored: bool = True
 
 
 class Chooser:
@@ -101,6 +104,7 @@ class Chooser:
                     saturated=0 < limit <= seen.load.queued,
                     answer_seconds=self._paces[tier.name].answer_seconds(max_tokens, now),
                     price=self._prices.get(tier.name),
+                    models=tier.models,
                 )
             )
         return views
@@ -121,7 +125,9 @@ class Chooser:
         rejected   tiers whose drafts were given up, smallest first: a larger one than all of them is chosen
         """
         views = self.views(asked.max_tokens, now)
-        floor = self._sessions.reached(asked.tenant, asked.session, now)
+        floor = ""
+        with optional("sessions"):
+            floor = self._sessions.reached(asked.tenant, asked.session, now)
         below: list[str] = []  # the drafts that were given up came from among these
         if rejected:
             names = [view.name for view in views]
@@ -130,7 +136,7 @@ class Chooser:
 
     def note(self, asked: Asked, decision: Decision) -> None:
         """Book the first decision about a request, if the score alone made it."""
-        if asked.hints.free and not asked.resumes:
+        if asked.hints.free and asked.scored and not asked.resumes:
             self._thresholds.note(asked.score, decision.wanted)
 
     def note_escalation(self, asked: Asked, before: str, after: str) -> None:
@@ -147,13 +153,19 @@ class Chooser:
             tier = reached
         self._sessions.note(asked.tenant, asked.session, tier, now)
 
-    def finished(self, tier: str, finish: pb.Finish, now: float) -> None:
-        """Book how fast an answer came."""
+    def finished(self, tier: str, finish: pb.Finish, new_tokens: int, now: float) -> None:
+        """Book how fast an answer came.
+
+        new_tokens   that this stream brought, which its timing is about; an answer that resumed has others
+        """
         timing = finish.timing
+        if not timing.HasField("first_token"):
+            return  # nothing was generated, or nobody measured it
         self._paces[tier].note(
             now,
             first_seconds=timing.first_token.ToNanoseconds() / 1e9,
             decode_seconds=timing.decode.ToNanoseconds() / 1e9,
+            timed_tokens=new_tokens,
             tokens=finish.usage.completion_tokens,
         )
 

@@ -35,6 +35,10 @@ class Score:
     features: tuple[Feature, ...]
 
 
+# Of a prompt that could not be scored: the router goes by the middle.
+UNSCORED = Score(0.5, 0.0, ())
+
+
 class Scorer(Protocol):
     """Scores prompts: deterministic, and quick enough for every request (well under a millisecond)."""
 

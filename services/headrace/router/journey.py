@@ -8,10 +8,12 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from opentelemetry import metrics, trace
 
 from headrace import attributes
+from headrace.router import replies
 from headrace.router.bills import Bill
 from headrace.router.cascade import Draft, Judge, Sampler
 from headrace.router.chooser import Asked, Chooser
-from headrace.router.complexity import Score
+from headrace.router.complexity import UNSCORED, Score
+from headrace.router.optional import optional
 from headrace.router.policy import Decision, Hints
 from headrace.router.tiers import Tier, Tiers
 from headrace.v1 import generation_pb2 as pb
@@ -69,7 +71,8 @@ class Journey:
             self.asked, now, slack=self._ends - now, failed=list(failed), rejected=rejected
         )
         if self._decision is None:
-            self._chooser.note(self.asked, decision)
+            with optional("thresholds"):
+                self._chooser.note(self.asked, decision)
         self._decision = decision
         self.tier = decision.tier
         trace.get_current_span().set_attributes(
@@ -87,6 +90,11 @@ class Journey:
 
         sample   streams a second answer of a tier
         """
+        with optional("draft check"):
+            return self._judge(sample)
+        return None
+
+    def _judge(self, sample: Callable[[str], AsyncGenerator[pb.GenerateResponse, None]]) -> Judge | None:
         assert self._decision is not None, "an answer begins with a decision"
         now = time.monotonic()
         slack, rules, tier = self._ends - now, self._chooser.rules, self.tier
@@ -98,7 +106,9 @@ class Journey:
         return Judge(self._good, rules.tokens, sampler)
 
     def _good(self, draft: Draft) -> bool:
-        with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span:
+        """Whether the draft may be released; one that cannot be judged may, as without a judge."""
+        outcome = "unjudged"
+        with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span, optional("draft check"):
             text, finished = draft.to_judge()
             released, check = self._chooser.check(
                 self.text,
@@ -118,7 +128,12 @@ class Journey:
                 }
             )
         _drafts.add(1, {attributes.TIER: draft.tier, attributes.OUTCOME: outcome})
-        return released
+        return outcome != "escalated"
+
+    def took(self, tier: str) -> None:
+        """Book that a batcher of *tier* was asked."""
+        with optional("bill"):
+            self.bill.asked(tier)
 
     def _sampled(self, sample: Draft) -> None:
         self.bill.sampled(
@@ -130,45 +145,56 @@ class Journey:
 
     def gave_up(self, draft: Draft, tier: str) -> None:
         """Book a draft that nobody gets; *tier* answers in its place, nobody if it is empty."""
-        self.bill.wasted(
-            draft.tier,
-            prompt_tokens=draft.prompt_tokens,
-            tokens=draft.tokens,
-            cached_tokens=draft.cached_tokens,
-        )
+        with optional("bill"):
+            self.bill.wasted(
+                draft.tier,
+                prompt_tokens=draft.prompt_tokens,
+                tokens=draft.tokens,
+                cached_tokens=draft.cached_tokens,
+            )
         if tier:
-            self._chooser.note_escalation(self.asked, draft.tier, tier)
+            with optional("thresholds"):
+                self._chooser.note_escalation(self.asked, draft.tier, tier)
 
     def pass_on(self, response: pb.GenerateResponse) -> None:
         """Make an event the caller's."""
         event = response.WhichOneof("event")
         if event == "accepted":
-            response.accepted.score = self.asked.score
+            if self.asked.scored:
+                response.accepted.score = self.asked.score
             self.accepted = response.accepted
             # A draft that was released although it was no good is still where it was made.
             self.tier = response.accepted.tier or self.tier
-            self._chooser.answered(self.asked, self.tier, time.monotonic())
+            with optional("sessions"):
+                self._chooser.answered(self.asked, self.tier, time.monotonic())
         elif event == "delta":
             self._delivered += response.delta.token_count
             if not self._shows_logprobs:
                 del response.delta.logprobs[:]
         elif event == "finish":
-            usage = response.finish.usage
+            self._finish(response.finish)
+
+    def _finish(self, finish: pb.Finish) -> None:
+        """Book the answer, and put the bill of all tiers in place of what a router behind us made out."""
+        usage = finish.usage
+        with optional("bill"):
             # Waste of drafts that were given up is booked with their own tiers.
             given_up = sum(charge.wasted_tokens for _, charge in self.bill.charges)
-            self._answered(
-                usage.prompt_tokens,
-                self._delivered,
-                max(usage.wasted_tokens - given_up, 0),
-                min(usage.cached_tokens, usage.prompt_tokens),
-            )
-            self._chooser.finished(self.tier, response.finish, time.monotonic())
-            response.finish.bill.CopyFrom(bill_message(self.bill))
+            wasted = max(usage.wasted_tokens - given_up, 0)
+            self._answered(usage.prompt_tokens, self._delivered, wasted, usage.cached_tokens)
+            if more := replies.more_prompt_tokens(finish):
+                self.bill.sampled(self.tier, prompt_tokens=more, tokens=0)
+        finish.ClearField("bill")
+        with optional("bill"):
+            finish.bill.CopyFrom(bill_message(self.bill))
+        with optional("pace"):
+            self._chooser.finished(self.tier, finish, self._delivered, time.monotonic())
 
     def close(self) -> None:
         """Book what was delivered of an answer that broke off."""
         if self.accepted is not None and not self._finished:
-            self._answered(self.accepted.prompt_tokens, self._delivered, 0, 0)
+            with optional("bill"):
+                self._answered(self.accepted.prompt_tokens, self._delivered, 0, 0)
 
     def _answered(self, prompt_tokens: int, tokens: int, wasted_tokens: int, cached_tokens: int) -> None:
         self._finished = True
@@ -199,6 +225,7 @@ def asked_of(request: pb.GenerateRequest, score: Score) -> Asked:
     hints = request.routing
     return Asked(
         score=score.value,
+        scored=score is not UNSCORED,
         hints=Hints(
             tier=hints.tier,
             model=hints.model,

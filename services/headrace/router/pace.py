@@ -16,25 +16,45 @@ class Pace:
 
     def __init__(self) -> None:
         self._noted: float | None = None
-        self._first_seconds = 0.0
-        self._token_seconds = 0.0
-        self._tokens = 0.0
+        self._first_seconds: float | None = None
+        self._token_seconds: float | None = None
+        self._tokens: float | None = None
 
-    def note(self, now: float, *, first_seconds: float, decode_seconds: float, tokens: int) -> None:
-        """Book an answer: seconds to its first token, queue included; from there to its last; its tokens."""
-        if tokens < 1:
+    def note(
+        self,
+        now: float,
+        *,
+        first_seconds: float,
+        decode_seconds: float,
+        tokens: int,
+        timed_tokens: int | None = None,
+    ) -> None:
+        """Book an answer.
+
+        first_seconds    to its first token, queue included
+        decode_seconds   from there to its last
+        tokens           of the whole answer
+        timed_tokens     of these, the ones that the times are about: an answer that resumed brings only those
+                         that were missing; None: all
+        """
+        timed = tokens if timed_tokens is None else min(timed_tokens, tokens)
+        if timed < 1:
             return
-        per_token = decode_seconds / (tokens - 1) if tokens > 1 else self._token_seconds
-        keep = 0.0 if self._noted is None else _KEEP
-        self._first_seconds = keep * self._first_seconds + (1 - keep) * first_seconds
-        self._token_seconds = keep * self._token_seconds + (1 - keep) * per_token
-        self._tokens = keep * self._tokens + (1 - keep) * tokens
+        self._first_seconds = _mean(self._first_seconds, first_seconds)
+        self._tokens = _mean(self._tokens, tokens)
+        if timed > 1:
+            self._token_seconds = _mean(self._token_seconds, decode_seconds / (timed - 1))
         self._noted = now
 
     def answer_seconds(self, max_tokens: int | None, now: float) -> float:
         """How long an answer is expected to take, if it is as long as usual and at most *max_tokens*."""
         if self._noted is None:
             return 0.0
-        tokens = self._tokens if max_tokens is None else min(self._tokens, max_tokens)
+        usual = self._tokens or 0.0
+        tokens = usual if max_tokens is None else min(usual, max_tokens)
         age: float = 0.5 ** ((now - self._noted) / _HALF_SECONDS)
-        return (self._first_seconds + self._token_seconds * tokens) * age
+        return ((self._first_seconds or 0.0) + (self._token_seconds or 0.0) * tokens) * age
+
+
+def _mean(old: float | None, new: float) -> float:
+    return new if old is None else _KEEP * old + (1 - _KEEP) * new

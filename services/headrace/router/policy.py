@@ -41,6 +41,7 @@ class TierView:
 
     threshold       the lowest score that it is meant for; the first tier's is 0
     model           what it serves; empty while unknown
+    models          all that it serves, where that may be several: behind it stands a router
     saturated       its queue is full: what is sent there now would be refused
     answer_seconds  how long it is expected to take for this request, queue included; 0 while unknown
     price           what its tokens cost; None where no price is set
@@ -54,6 +55,11 @@ class TierView:
     saturated: bool = False
     answer_seconds: float = 0.0
     price: Price | None = None
+    models: frozenset[str] = frozenset()
+
+    def serves(self, model: str) -> bool:
+        """Whether it answers with *model*."""
+        return model in self.models or model == self.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +242,7 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
             )
         allowed, wish = [places[hints.tier]], "the tier pin"
     if hints.model:
-        asked_of, allowed = allowed, [place for place in allowed if tiers[place].model == hints.model]
+        asked_of, allowed = allowed, [place for place in allowed if tiers[place].serves(hints.model)]
         silent = [tiers[place].name for place in asked_of if not tiers[place].model]
         if not allowed and silent:
             # An answer that is carried on after a restart names a model, maybe before its tier is seen.
@@ -246,8 +252,10 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
                 "try again shortly",
                 retry_after=1.0,
             )
-        if hints.model not in {tier.model for tier in tiers}:
-            known = ", ".join(sorted({tier.model for tier in tiers if tier.model}))
+        if not any(tier.serves(hints.model) for tier in tiers):
+            known = ", ".join(
+                sorted({model for tier in tiers for model in tier.models or {tier.model} if model})
+            )
             raise errors.UnknownModel(
                 f"routing.model is {errors.quoted(hints.model)}; the models are {known}",
                 field="routing.model",

@@ -17,9 +17,10 @@ from headrace.router.attempts import across_tiers, on_tier
 from headrace.router.bills import Bill
 from headrace.router.cascade import cascade, sample_request
 from headrace.router.chooser import Chooser
-from headrace.router.complexity import Score, Scorer
+from headrace.router.complexity import UNSCORED, Score, Scorer
 from headrace.router.feedback import Answered, Feedback
 from headrace.router.journey import Journey, asked_of, bill_message, text_of
+from headrace.router.optional import optional
 from headrace.router.tiers import Tiers
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
@@ -102,7 +103,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 ends=ends,
                 resume_seconds=self._resume_seconds,
                 returning=self._tiers.returning,
-                asked=journey.bill.asked,
+                asked=journey.took,
             )
 
         def sample(tier: str) -> AsyncGenerator[pb.GenerateResponse, None]:
@@ -111,7 +112,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 sample_request(forwarded, self._chooser.rules.tokens),
                 ends=ends,
                 resume_seconds=0.0,
-                asked=journey.bill.asked,
+                asked=journey.took,
             )
 
         answer = cascade(
@@ -182,10 +183,14 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         return routing.FeedbackResponse(kept=kept, tier=tier)
 
     def _score(self, request: pb.GenerateRequest) -> Score:
-        with _tracer.start_as_current_span(attributes.SPAN_SCORE) as span:
+        """How hard the prompt looks; `UNSCORED` where the scorer fails on it."""
+        with _tracer.start_as_current_span(attributes.SPAN_SCORE) as span, optional("scorer"):
             score = self._scorer.score(text_of(request))
+            if not 0 <= score.value <= 1:  # nor is NaN a score
+                raise ValueError("the score is not between 0 and 1")
             span.set_attribute(attributes.SCORE, score.value)
-        return score
+            return score
+        return UNSCORED
 
     def _tier(self, name: str) -> routing.Tier:
         seen = routing.Tier()
@@ -201,8 +206,14 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     def _settle(self, journey: Journey, request_id: str) -> None:
         """Book the request, however it ended."""
-        bill = journey.bill
         journey.close()
+        with optional("bill"):
+            self._book(journey.bill)
+        if journey.accepted is not None:
+            with optional("feedback"):
+                self._feedback.remember(request_id, Answered(journey.tier, journey.asked.score, journey.text))
+
+    def _book(self, bill: Bill) -> None:
         self._bill.add(bill)
         for tier, charge in bill.charges:
             for kind, tokens in (
@@ -215,5 +226,3 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 _cost.add(cost, {attributes.TIER: tier})
         if bill.largest_tier_cost is not None:
             _largest_cost.add(bill.largest_tier_cost)
-        if journey.accepted is not None:
-            self._feedback.remember(request_id, Answered(journey.tier, journey.asked.score, journey.text))

@@ -49,6 +49,12 @@ class ShareKeeper:
         self._shares = [sum(shares[place:]) for place in range(len(shares))]
         self._debts = [0.0] * len(shares)
 
+    def begin_with(self, seen: Iterable[float]) -> None:
+        """Put other scores in the place of those that are remembered; debts stay."""
+        self._scores.clear()
+        self._scores.extend(seen)
+        self._sorted = sorted(self._scores)
+
     def thresholds(self) -> list[float]:
         """The thresholds now, one per tier, ascending from 0."""
         wanted = [

@@ -1,6 +1,8 @@
 """Keep the tiers' thresholds: as set, as calibrated, or moving so that a wanted share of calls is held.
 
-A calibration's file is read again when it changes; one that cannot be used changes nothing but the log.
+A calibration's file is read again when it changes; one that cannot be used changes nothing but the log. With
+wanted shares, a calibration does not set thresholds: the scores that it was made from take the place of those
+seen last, and the thresholds follow from them and from the traffic after them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from headrace import calibration
 from headrace.calibration import BadCalibration, Calibration
+from headrace.router.optional import optional
 from headrace.router.share import ShareKeeper
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,10 @@ class Thresholds:
 
     def now(self) -> list[float]:
         """The thresholds, one per tier, ascending from 0."""
-        return list(self._now) if self._keeper is None else self._keeper.thresholds()
+        if self._keeper is not None:
+            with optional("share"):
+                return self._keeper.thresholds()
+        return list(self._now)
 
     def note(self, score: float, place: int) -> None:
         """Book a call of *score* that the thresholds alone sent to the tier at *place*."""
@@ -69,7 +75,8 @@ class Thresholds:
         """Look at the file every so often, until cancelled."""
         while self._path is not None:
             await asyncio.sleep(poll_seconds)
-            self.look()
+            with optional("calibration"):
+                self.look()
 
     def look(self) -> None:
         """Read the file again if it has changed."""
@@ -81,8 +88,16 @@ class Thresholds:
         except BadCalibration as error:
             log.error("calibration not usable, keeping the old one", extra={"problem": str(error)})
             return
+        if self._keeper is not None:
+            if not made.quantiles:
+                log.error(
+                    "calibration not usable, keeping the old one",
+                    extra={"problem": f"{self._path} holds no scores for --share to begin with"},
+                )
+                return
+            self._keeper.begin_with(_shuffled(made.quantiles))
         self._now = list(made.thresholds)
-        log.info("calibration read", extra={"thresholds": self._now, "rows": made.rows})
+        log.info("calibration read", extra={"thresholds": self.now(), "rows": made.rows})
 
     def _read(self, path: Path) -> Calibration:
         made = calibration.load(path)

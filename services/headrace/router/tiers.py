@@ -18,6 +18,7 @@ from typing import Self
 from headrace import errors
 from headrace.channel import open_channel
 from headrace.client import Client
+from headrace.router import replies
 from headrace.runtime.discovery import Discovery
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 OPEN_SECONDS = 5.0  # the longest that a router waits for the first looks before it opens its port
 LOOK_SECONDS = 1.0  # the least that a batcher has to answer a look
+# What a look may fail with because the batcher is busy; whatever else it replies, it is no batcher now.
+_LATE = (errors.DeadlineExceeded, errors.RequestCancelled, errors.Overloaded)
 HURRY_SECONDS = 0.25  # between looks at a batcher that is down: somebody may be waiting for it
 
 
@@ -36,12 +39,16 @@ class Stalled(Exception):
 class Batcher:
     """One batcher of a tier: its client, what it last said, and the answers that it is giving.
 
+    A router may stand in a batcher's place: `router` says whether it does, `models` what it serves.
+
     stall_seconds   a batcher that answers no look and says nothing on any stream for so long is lost
     """
 
     def __init__(self, address: str, *, stall_seconds: float) -> None:
         self.address = address
         self.seen = routing.Tier(unhealthy_reason="not asked yet")
+        self.models: frozenset[str] = frozenset()
+        self.router = False
         self.suspect = False
         self.late = False
         self.live = 0
@@ -99,26 +106,28 @@ class Batcher:
             self.live -= 1
 
     async def look(self, timeout: float) -> None:
-        """Ask it how it is."""
+        """Ask it how it is. Whatever it replies, only its health depends on it."""
         was = self.seen.healthy
         try:
-            listed = await self._client.list_tiers(timeout=timeout)
+            seen = replies.read_tiers(await self._client.list_tiers(timeout=timeout))
+        except replies.BadReply as error:
+            self.late = False
+            self._heard = time.monotonic()
+            self._fail(f"the batcher at {self.address} is not usable: {error}")
         except errors.HeadraceError as error:
             # A refused connection is no silence: a batcher that drains takes none and speaks on its streams.
             # And one late answer is no silence yet: the batcher may be busy.
-            self.late = not isinstance(error, errors.Unavailable)
+            self.late = isinstance(error, _LATE)
             silent = self.late and time.monotonic() - self._heard > self._stall_seconds
             if silent:
                 self._lose()
             if silent or not self.late:
-                reason = f"no answer from the batcher at {self.address}: {error}"
-                seen = routing.Tier(model=self.seen.model, unhealthy_reason=reason)
-                seen.limits.CopyFrom(self.seen.limits)
-                self.seen = seen
+                self._fail(f"no answer from the batcher at {self.address}: {error}")
+        except Exception as error:
+            log.error("look at a batcher failed", exc_info=error, extra={"batcher": self.address})
+            self._fail(f"the batcher at {self.address} cannot be asked: {type(error).__name__}")
         else:
-            seen = routing.Tier()
-            seen.CopyFrom(listed.tiers[0])
-            self.seen = seen
+            self.seen, self.models, self.router = seen.tier, seen.models, seen.router
             self.late = False
             self._heard = time.monotonic()
             self._live_then = self.live
@@ -146,6 +155,11 @@ class Batcher:
     async def close(self) -> None:
         """End all calls and close the channel."""
         await self._client.close()
+
+    def _fail(self, reason: str) -> None:
+        seen = routing.Tier(model=self.seen.model, unhealthy_reason=reason)
+        seen.limits.CopyFrom(self.seen.limits)
+        self.seen = seen
 
     def _lose(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -175,6 +189,12 @@ class Tier:
         self._stall_seconds = stall_seconds
         self._batchers: dict[str, Batcher] = {}
         self._changed = asyncio.Event()
+
+    @property
+    def models(self) -> frozenset[str]:
+        """What its batchers serve, those that are healthy if any is."""
+        ready = [batcher for batcher in self.batchers if batcher.seen.healthy]
+        return frozenset().union(*(batcher.models for batcher in ready or self.batchers))
 
     @property
     def batchers(self) -> list[Batcher]:
@@ -284,10 +304,10 @@ def summary(name: str, seen: Sequence[routing.Tier]) -> routing.Tier:
             else limits.context_length
         )
         tier.limits.max_tokens = max(tier.limits.max_tokens, limits.max_tokens)
-        tier.limits.queue_limit += limits.queue_limit
+        tier.limits.queue_limit = replies.total([tier.limits.queue_limit, limits.queue_limit])
         tier.limits.max_running = max(tier.limits.max_running, limits.max_running)
-        tier.load.queued += load.queued
-        tier.load.running += load.running
+        tier.load.queued = replies.total([tier.load.queued, load.queued])
+        tier.load.running = replies.total([tier.load.running, load.running])
         tier.load.workers = max(tier.load.workers, load.workers)
         tier.load.tokens_per_second += load.tokens_per_second
         if load.oldest_wait.ToNanoseconds() > tier.load.oldest_wait.ToNanoseconds():
