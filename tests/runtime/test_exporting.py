@@ -57,6 +57,9 @@ HERE = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}
             {**HERE, "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "http/protobuf"},
             (GRPC,),
         ),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, (HTTP,)),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4318/v1/traces"}, (HTTP,)),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, (GRPC,)),
         ({**HERE, "OTEL_SDK_DISABLED": "true"}, ()),
         ({**HERE, "OTEL_SDK_DISABLED": "TRUE"}, ()),
         ({**HERE, "OTEL_SDK_DISABLED": "1"}, (GRPC,)),  # by the specification only "true" is true

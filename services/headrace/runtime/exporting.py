@@ -8,6 +8,7 @@ own auto-configuration does. The rest (headers, sampler, intervals, limits) the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -124,7 +125,8 @@ def _otlp(signal: Signal, environment: Mapping[str, str] | None) -> tuple[str, s
         if protocol := _value(variable, environment).lower():
             break
     else:
-        protocol = "grpc"
+        # OTLP's port for HTTP; the specification leaves it to SDKs which protocol is their default.
+        protocol = "http/protobuf" if re.search(r":4318(/|$)", _endpoint(signal, environment)) else "grpc"
     if protocol == "http/json":
         return _HTTP, f"{variable}: {protocol!r} is not supported; http/protobuf is sent to the same endpoint"
     if protocol not in _BY_PROTOCOL:
