@@ -209,7 +209,7 @@ async def test_a_caller_that_never_reads_is_let_go_hears_why_and_can_carry_on() 
     assert bytes(ids + rest.ids) == (b"abcdefg " * LONG)[:LONG]
 
 
-async def test_who_reads_on_by_our_client_after_being_let_go_gets_the_rest_unseen() -> None:
+async def test_our_client_carries_a_slow_readers_answer_on_after_the_server_ended_it() -> None:
     async with running_tier([EchoEngine()], unread_limit=200, unread_seconds=0.5, max_tokens=LONG) as tier:
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         coalescer = tier.batcher.coalescer

@@ -308,7 +308,7 @@ class Noting(TextMapPropagator):
         return {"X-Noted"}
 
 
-async def test_what_a_caller_propagates_reaches_every_hop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_baggage_of_a_caller_reaches_every_hop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Baggage, and keys with capitals, which gRPC does not take."""
     noting = Noting()
     monkeypatch.setattr(propagate, "_HTTP_TEXT_FORMAT", noting)
