@@ -50,7 +50,7 @@ def test_an_address_is_read_as_it_was_written(host: str, port: int) -> None:
         (":50051", "no host"),
     ],
 )
-def test_a_target_that_nothing_can_dial_is_told_from_one_that_is_down(target: str, problem: str) -> None:
+def test_a_target_that_nothing_can_dial_is_explained(target: str, problem: str) -> None:
     assert problem in target_problem(target)
     assert "[::1]:50051" in advice(errors.Unavailable("no connection"), target)
 
@@ -147,7 +147,9 @@ async def refusing_proxy() -> AsyncGenerator[Proxy, None]:
         yield proxy
 
 
-async def test_no_prompt_between_our_own_processes_meets_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_between_our_own_processes_use_no_proxy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A whole mesh comes up, answers and is asked for its health, whatever proxy the variables name."""
     async with refusing_proxy() as proxy:
         for variable in PROXIES:

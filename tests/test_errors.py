@@ -6,7 +6,7 @@ import pickle
 
 import grpc
 import pytest
-from google.rpc import status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 from headrace import errors
 
@@ -61,6 +61,16 @@ def test_a_status_of_other_making_becomes_the_nearest_class(
 
     assert type(error) is expected
     assert error.message == message
+
+
+def test_a_newer_servers_reason_is_not_taken_for_a_proxys() -> None:
+    status = status_pb2.Status(code=grpc.StatusCode.NOT_FOUND.value[0], message="no such thing")
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason="NEW_REASON", domain="headrace"))
+
+    error = errors.from_status(status)
+
+    assert type(error) is errors.InternalError
+    assert error.message == "no such thing"
 
 
 def test_a_group_of_one_is_unwrapped() -> None:

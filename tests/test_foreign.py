@@ -1,4 +1,4 @@
-"""What proxies, web servers and other services answer, each told for what it is."""
+"""Statuses of proxies, web servers and other services: each has its class, its advice and its retry rule."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CLASSES = {
 
 
 class Between(GenerationServiceServicer):
-    """Answers the first calls with a bare status, as a proxy does; then it says "ab" and finishes.
+    """Answers the first calls with a bare status, as a proxy does; then it answers "ab" and finishes.
 
     failures   how many calls it answers so, from the second event on if *late*
     """
@@ -83,7 +83,7 @@ async def behind(servicer: Between) -> AsyncGenerator[str, None]:
 
 
 @pytest.mark.parametrize("code", CLASSES, ids=lambda code: code.name)
-async def test_every_status_of_another_making_has_its_class_and_advice(code: grpc.StatusCode) -> None:
+async def test_every_status_of_another_server_has_its_class_and_advice(code: grpc.StatusCode) -> None:
     async with behind(Between(code)) as target, connect(target, retries=0) as client:
         with pytest.raises(errors.HeadraceError) as caught:
             await collect(client, chat("x"))
@@ -94,7 +94,7 @@ async def test_every_status_of_another_making_has_its_class_and_advice(code: grp
     said = advice(caught.value, TARGET)
     if isinstance(caught.value, errors.Foreign):
         assert "says the proxy" in said
-        assert "proxy" in said.partition(";")[2], "who may have said it"
+        assert "proxy" in said.partition(";")[2], "who may have sent it"
         assert "logs of the servers" not in said
 
 
@@ -132,7 +132,9 @@ async def test_what_a_proxy_refused_is_not_asked_again(code: grpc.StatusCode) ->
 @pytest.mark.parametrize(
     "foreign", [errors.PermissionDenied("RBAC: access denied"), errors.Aborted("reset")], ids=str
 )
-async def test_what_a_proxy_refuses_the_router_is_no_refusal_of_the_caller(foreign: errors.Foreign) -> None:
+async def test_a_proxy_that_refuses_the_router_does_not_refuse_the_caller(
+    foreign: errors.Foreign,
+) -> None:
     """The next batcher is asked; where there is none, it is the tier that cannot be reached."""
     denied, other = Front(refuses=foreign), Front(running=9)
     async with routed(only=[denied, other]) as client:
@@ -197,7 +199,9 @@ async def speaking_http2(status: int, body: bytes) -> AsyncGenerator[str, None]:
         (504, errors.Unavailable),
     ],
 )
-async def test_an_answer_in_http_is_told_for_one(status: int, expected: type[errors.HeadraceError]) -> None:
+async def test_answers_in_http_are_reported_as_such(
+    status: int, expected: type[errors.HeadraceError]
+) -> None:
     """The class is by gRPC's own mapping of statuses, and with it whether it is tried again."""
     async with speaking_http2(status, b"") as target, connect(target, retries=0) as client:
         with pytest.raises(errors.HeadraceError) as caught:
@@ -212,7 +216,7 @@ async def test_an_answer_in_http_is_told_for_one(status: int, expected: type[err
     assert "logs of the servers" not in said
 
 
-async def test_html_in_place_of_a_status_is_told_for_http() -> None:
+async def test_html_in_place_of_a_status_is_reported_as_http() -> None:
     async with speaking_http2(200, b"<html>welcome</html>") as target, connect(target, retries=0) as client:
         with pytest.raises(errors.HeadraceError, match="a proxy or web server") as caught:
             await client.list_tiers(timeout=PATIENCE)
@@ -220,7 +224,7 @@ async def test_html_in_place_of_a_status_is_told_for_http() -> None:
     assert "gRPC port of a mesh" in advice(caught.value, target)
 
 
-async def test_a_server_of_http_1_is_told_for_one() -> None:
+async def test_a_server_of_http_1_is_reported_as_one() -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
         writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
@@ -237,7 +241,7 @@ async def test_a_server_of_http_1_is_told_for_one() -> None:
     assert "gRPC port of a mesh" in advice(caught.value, target)
 
 
-def test_headers_that_are_too_large_are_told_for_it() -> None:
+def test_headers_that_are_too_large_are_reported_as_too_large() -> None:
     nothing = grpc.aio.Metadata()
     said = "received initial metadata size exceeds hard limit (20000 vs. 16384)"
 

@@ -414,6 +414,8 @@ def from_status(status: status_pb2.Status) -> HeadraceError:
     cls = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
     if cls is None:
         cls = MessageTooLarge if _TOO_LARGE.search(status.message) else _BY_CODE.get(code, InternalError)
+        if info.domain == DOMAIN and issubclass(cls, Foreign):
+            cls = InternalError  # a newer server's, for a reason that is not known here
     return _rebuild(cls, status.message, retry_after, field, dict(info.metadata))
 
 

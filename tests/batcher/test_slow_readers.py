@@ -19,6 +19,7 @@ from headrace import errors
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.inbox import Flush, Inbox, Move
 from headrace.batcher.job import Job
+from headrace.client import Client
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -206,6 +207,20 @@ async def test_a_caller_that_never_reads_is_let_go_hears_why_and_can_carry_on() 
 
     assert 0 < len(ids) < LONG
     assert bytes(ids + rest.ids) == (b"abcdefg " * LONG)[:LONG]
+
+
+async def test_our_client_carries_a_slow_readers_answer_on_after_the_server_ended_it() -> None:
+    async with running_tier([EchoEngine()], unread_limit=200, unread_seconds=0.5, max_tokens=LONG) as tier:
+        ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
+        coalescer = tier.batcher.coalescer
+        async with narrow(tier.batcher.server.port) as channel:
+            stream = Client(channel).generate(ask, timeout=PATIENCE)
+            async with aclosing(stream) as responses:
+                await anext(responses)
+                await eventually(lambda: not coalescer.live)
+                text = "".join([response.delta.text async for response in responses])
+
+    assert text == ("abcdefg " * LONG)[:LONG]
 
 
 async def test_a_deadline_ends_a_paused_answer_before_its_patience_does() -> None:

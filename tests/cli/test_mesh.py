@@ -76,6 +76,14 @@ def test_a_fake_mesh_has_no_models(tmp_path: Path) -> None:
     assert router.port == 5
 
 
+def test_only_the_router_of_a_mesh_meets_callers_that_may_not_be_trusted(spec: MeshSpec) -> None:
+    """HEADRACE_TRACE_CONTEXT, which all inherit, would break a trace at each hop."""
+    workers, batchers, (router,) = plan(spec, [1, 2, 3, 4, 5], cores=2)
+
+    assert {flag(process.command, "--trace-context") for process in (*workers, *batchers)} == {"trust"}
+    assert "--trace-context" not in router.command
+
+
 def test_children_inherit_the_environment_less_what_the_flags_say(spec: MeshSpec) -> None:
     inherited = {"PATH": "/bin", "HEADRACE_PORT": "1", "HEADRACE_MODEL": "x", "HEADRACE_LINGER": "0.1"}
 

@@ -308,7 +308,7 @@ class Noting(TextMapPropagator):
         return {"X-Noted"}
 
 
-async def test_what_a_caller_propagates_reaches_every_hop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_baggage_of_a_caller_reaches_every_hop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Baggage, and keys with capitals, which gRPC does not take."""
     noting = Noting()
     monkeypatch.setattr(propagate, "_HTTP_TEXT_FORMAT", noting)
@@ -334,6 +334,28 @@ async def test_the_trace_is_one_by_other_propagators_too(
 
     ours = [span for span in spans.get_finished_spans() if span.name != "batcher.batch"]
     assert len({span.context.trace_id for span in ours}) == 1
+
+
+@pytest.mark.parametrize(("mode", "recorded"), [("trust", True), ("link", False), ("ignore", False)])
+async def test_processes_that_sample_nothing_record_what_a_trusted_caller_samples(
+    mode: str, recorded: bool, tmp_path: Path
+) -> None:
+    """With a parent-based sampler; the batch is recorded with its member, though it is a root of its own."""
+    async with otlp_sink() as sink:
+        variables = {
+            **sink.environment,
+            "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+            "HEADRACE_TRACE_CONTEXT": mode,
+        }
+        spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", fake=True, environment=variables)
+        async with processes(spec) as running, connect(running.address) as client:
+            for sampled in (False, True):
+                with as_caller(sent_by_caller(sampled=sampled)):
+                    await collect(client, chat("hello"))
+
+    names = {span.name for span in sink.spans}
+    assert names >= {GENERATE, "router.score", "batcher.batch", "worker.decode"} if recorded else not names
+    assert len([span for span in sink.spans if span.name == "worker.decode"]) == int(recorded)
 
 
 def test_a_root_that_links_to_spans_of_this_process_is_recorded_as_they_are() -> None:

@@ -1,4 +1,4 @@
-"""The standard OTEL_* variables decide what is exported, and what of it cannot be had is said in a line."""
+"""The standard OTEL_* variables decide what is exported; what is not supported is one line of the log."""
 
 from __future__ import annotations
 
@@ -57,6 +57,9 @@ HERE = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}
             {**HERE, "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "http/protobuf"},
             (GRPC,),
         ),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, (HTTP,)),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4318/v1/traces"}, (HTTP,)),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, (GRPC,)),
         ({**HERE, "OTEL_SDK_DISABLED": "true"}, ()),
         ({**HERE, "OTEL_SDK_DISABLED": "TRUE"}, ()),
         ({**HERE, "OTEL_SDK_DISABLED": "1"}, (GRPC,)),  # by the specification only "true" is true
@@ -88,7 +91,7 @@ def test_traces_go_where_the_variables_say(variables: dict[str, str], names: tup
         ),
     ],
 )
-def test_what_cannot_be_had_is_said_in_one_line(
+def test_what_is_not_supported_is_reported_in_one_line(
     signal: Signal, variables: dict[str, str], names: tuple[str, ...], problem: str
 ) -> None:
     made = plan(signal, variables)
@@ -98,7 +101,7 @@ def test_what_cannot_be_had_is_said_in_one_line(
     assert problem in line
 
 
-def test_variables_of_what_is_never_done_are_said() -> None:
+def test_variables_of_what_is_never_exported_are_reported() -> None:
     assert ignored({}) == []
     assert ignored({"OTEL_LOGS_EXPORTER": "none"}) == []
     assert "logs are not exported" in ignored({"OTEL_LOGS_EXPORTER": "otlp"})[0]
@@ -160,7 +163,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_a_mesh_exports_over_http_by_a_list_with_b3_between_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One trace over all processes, to two exporters, past a proxy that concerns nobody on this machine."""
+    """One trace over all processes, to two exporters, and past the proxy that the environment names."""
     for variable in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "grpc_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     async with http_receiver() as receiver:

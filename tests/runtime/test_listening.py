@@ -1,4 +1,4 @@
-"""Why a server cannot listen, told apart; and IPv6 on every hop."""
+"""The reasons why a server cannot listen have a message each; IPv6 works on every hop."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_all_addresses_are_those_of_both_families(host: str) -> None:
         ("unix:/tmp/socket", "names no address"),
     ],
 )
-async def test_an_address_that_cannot_be_listened_on_is_told_from_a_port_in_use(
+async def test_an_address_that_cannot_be_used_is_distinguished_from_a_port_in_use(
     host: str, problem: str
 ) -> None:
     with pytest.raises(CannotListen, match=problem) as caught:

@@ -99,7 +99,7 @@ async def test_the_health_of_a_service_by_its_full_name_is_readiness(mesh: Mesh)
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_who_watches_a_service_hears_of_its_readiness(mesh: Mesh) -> None:
+async def test_watching_a_service_by_name_reports_its_readiness(mesh: Mesh) -> None:
     small = mesh.tiers["small"]
     async with open_channel(f"127.0.0.1:{small.batcher.server.port}") as channel, asyncio.timeout(PATIENCE):
         stub: Any = health_pb2_grpc.HealthStub(channel)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from headrace.batcher.settings import Settings as BatcherSettings
@@ -140,6 +142,16 @@ def test_a_variable_that_kubernetes_set_for_a_service_is_explained(
     assert f"HEADRACE_PORT='{link}'" in complaint
     assert "Kubernetes set it, for a Service called 'headrace'" in complaint
     assert "enableServiceLinks: false" in complaint
+
+
+@pytest.mark.parametrize("settings", [BatcherSettings, RouterSettings, WorkerSettings])
+def test_no_setting_but_the_port_has_a_name_that_kubernetes_gives(
+    settings: type[BatcherSettings | RouterSettings | WorkerSettings],
+) -> None:
+    """Whatever a Service is called: headrace, headrace-cache..."""
+    given = re.compile(r"(.*_)?(port|service_host|service_port(_\w+)?|port_\d+_\w+)")
+
+    assert {name for name in settings.model_fields if given.fullmatch(name)} == {"port"}
 
 
 def test_other_variables_of_a_service_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:

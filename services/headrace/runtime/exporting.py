@@ -1,4 +1,4 @@
-"""Which exporters the standard OTEL_* variables ask for, and what of it cannot be had.
+"""Decide which exporters the standard OTEL_* variables ask for, and which of them are not available.
 
 As https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/ says: lists of exporters
 per signal, protocols and endpoints per signal or for all. Exporters are found by entry point, as the SDK's
@@ -8,6 +8,7 @@ own auto-configuration does. The rest (headers, sampler, intervals, limits) the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -27,7 +28,7 @@ class Plan:
     """What to export one signal with.
 
     names      entry points of exporters, each once, in the order of the variable
-    problems   what was asked for and cannot be had, a line each
+    problems   what was asked for and is not available, a line each
     """
 
     names: tuple[str, ...] = ()
@@ -42,8 +43,8 @@ def disabled(environment: Mapping[str, str] | None = None) -> bool:
 def plan(signal: Signal, environment: Mapping[str, str] | None = None) -> Plan:
     """Decide on the exporters of *signal*.
 
-    Without OTEL_<SIGNAL>_EXPORTER it is OTLP if an endpoint is set, else nothing: a service exports nothing
-    unless it is asked to. OTLP that is asked for by name without an endpoint goes to the default one.
+    Without OTEL_<SIGNAL>_EXPORTER the exporter is OTLP if an endpoint is set, else there is none. OTLP that
+    is named without an endpoint goes to OTLP's default one, on this machine.
     """
     if disabled(environment):
         return Plan()
@@ -71,7 +72,7 @@ def plan(signal: Signal, environment: Mapping[str, str] | None = None) -> Plan:
 
 
 def ignored(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Variables that ask for what these services do not do, a line each."""
+    """Variables that ask for what Headrace does not do, a line each."""
     if disabled(environment):
         return []
     lines = []
@@ -124,7 +125,8 @@ def _otlp(signal: Signal, environment: Mapping[str, str] | None) -> tuple[str, s
         if protocol := _value(variable, environment).lower():
             break
     else:
-        protocol = "grpc"
+        # OTLP's port for HTTP; the specification leaves it to SDKs which protocol is their default.
+        protocol = "http/protobuf" if re.search(r":4318(/|$)", _endpoint(signal, environment)) else "grpc"
     if protocol == "http/json":
         return _HTTP, f"{variable}: {protocol!r} is not supported; http/protobuf is sent to the same endpoint"
     if protocol not in _BY_PROTOCOL:

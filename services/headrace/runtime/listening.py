@@ -1,8 +1,8 @@
-"""Why a server cannot listen on an address, before gRPC tries.
+"""Find out why a server cannot listen on an address, before gRPC tries.
 
 gRPC reports every failure to bind in the same words. It also binds what it can of a name with several
-addresses: `localhost` with 127.0.0.1 taken would listen on ::1 alone, and half of the callers would reach
-somebody else.
+addresses: `localhost` with 127.0.0.1 taken would listen on ::1 alone, and callers of 127.0.0.1 would reach
+the other process.
 """
 
 from __future__ import annotations

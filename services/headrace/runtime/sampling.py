@@ -1,4 +1,4 @@
-"""Record the spans that belong to others' traces only where those are recorded."""
+"""Sample spans that were made for several requests as those requests are."""
 
 from __future__ import annotations
 

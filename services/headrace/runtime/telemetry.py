@@ -73,7 +73,7 @@ async def _within(seconds: float, closing: list[Callable[[], object]]) -> None:
 
 
 def _start(service: str, instance: str) -> list[Callable[[], object]]:
-    """Set up what can be had, and return what ends it; problems go to the log, a line each."""
+    """Set up what is available, and return what ends it; problems go to the log, a line each."""
     problems, closing = exporting.ignored(), list[Callable[[], object]]()
     for signal, set_up in _SIGNALS.items():
         plan, made = exporting.plan(signal), []
