@@ -254,7 +254,7 @@ class Client:
     @staticmethod
     async def _unary(call: Awaitable[T]) -> T:
         try:
-            return await call
+            return _parsed(await call)
         except grpc.aio.AioRpcError as error:
             raise errors.from_rpc_error(error) from error
 
@@ -278,7 +278,8 @@ class Client:
         call = self._generation.Generate(request, timeout=timeout, metadata=headers)
         delivered = False
         try:
-            async for response in call:
+            async for received in call:
+                response = _parsed(received)
                 event = response.WhichOneof("event")
                 if event == "delta" and not delivered:
                     delivered = True
@@ -374,6 +375,13 @@ def open_channel(target: str, *, credentials: grpc.ChannelCredentials | None = N
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
     return grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+
+
+def _parsed(response: T | None) -> T:
+    """The response; gRPC gives None for bytes that are none. Raises Unavailable."""
+    if response is None:
+        raise errors.Unavailable("the server's response cannot be parsed: it is no Headrace server")
+    return response
 
 
 def _context(context: object | None = None, **headers: str) -> tuple[tuple[str, str], ...]:
