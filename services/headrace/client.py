@@ -247,7 +247,7 @@ class Client:
 
     async def _unary(self, call: Awaitable[T]) -> T:
         try:
-            return await call
+            return _parsed(await call)
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
 
@@ -278,7 +278,8 @@ class Client:
         call = self._generation.Generate(request, timeout=timeout, metadata=headers)
         delivered = False
         try:
-            async for response in call:
+            async for received in call:
+                response = _parsed(received)
                 event = response.WhichOneof("event")
                 if event == "delta" and not delivered:
                     delivered = True
@@ -370,6 +371,13 @@ async def connect(
         advice = f"connections to {target} go through the proxy that {variable} names; no_proxy exempts hosts"
     async with Client(channel, retries=retries, patience=patience, advice=advice) as client:
         yield client
+
+
+def _parsed(response: T | None) -> T:
+    """The response; gRPC gives None for bytes that are none. Raises Unavailable."""
+    if response is None:
+        raise errors.Unavailable("the server's response cannot be parsed: it is no Headrace server")
+    return response
 
 
 def _may_pass(error: errors.HeadraceError, *, resuming: bool) -> bool:

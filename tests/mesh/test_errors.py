@@ -253,12 +253,12 @@ async def test_an_engine_that_raises_once_is_asked_again_unseen(caplog: pytest.L
 async def test_an_unexpected_exception_is_an_internal_error_without_its_details(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from headrace.router.scorer import LearnedScorer
+    from headrace.router.chooser import Chooser
 
-    def broken(self: object, text: str) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret path /etc/shadow")
 
-    monkeypatch.setattr(LearnedScorer, "score", broken)
+    monkeypatch.setattr(Chooser, "choose", broken)
     with pytest.raises(errors.InternalError) as caught:
         await collect(mesh.client, prompt("x"))
 

@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from headrace import errors
 from headrace.client import Client
+from headrace.router.pace import Pace
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, collect, eventually, prompt
 from tests.router.fronts import Front, routed
@@ -172,6 +173,24 @@ async def test_a_request_that_resumes_keeps_to_its_tier() -> None:
             await collect(client, request)
 
     assert large.requests == []
+
+
+async def test_an_answer_that_resumes_teaches_the_pace_of_its_new_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after a router's death: the batcher timed the two tokens that were missing of 24."""
+    taught: list[dict[str, float]] = []
+    monkeypatch.setattr(Pace, "note", lambda self, now, **told: taught.append(told))
+    timing = pb.Timing()
+    timing.first_token.FromMilliseconds(500)
+    timing.decode.FromMilliseconds(111)
+    request = prompt(SAID)
+    request.resume.token_ids.extend(SAID[:-2].encode())
+    async with routed(only=Front(timing=timing)) as client:
+        answer = await collect(client, request)
+
+    assert answer.finish.usage.completion_tokens == len(SAID)
+    assert taught == [{"first_seconds": 0.5, "decode_seconds": 0.111, "timed_tokens": 2, "tokens": len(SAID)}]
 
 
 async def test_all_attempts_are_one_trace(spans: InMemorySpanExporter) -> None:

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from headrace import errors
 from headrace.client import Client, chat
 from headrace.router.cascade import Draft, Judge, cascade
-from headrace.router.draft_check import load
+from headrace.router.draft_check import Check, DraftChecker, load
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, Answer, collect, eventually
 from tests.router.fronts import Front, routed
@@ -220,6 +220,30 @@ async def test_a_request_that_kills_workers_is_not_escalated() -> None:
     assert large.requests == []
 
 
+@pytest.mark.parametrize("cascade", [True, False])
+@pytest.mark.parametrize(
+    ("failure", "resume_seconds"),
+    [(errors.WorkerLost("three workers were lost with it"), 60), (errors.BatcherLost("it was lost"), 0)],
+)
+async def test_a_draft_that_was_lost_with_its_workers_ends_as_without_being_held_back(
+    failure: errors.HeadraceError, resume_seconds: float, cascade: bool
+) -> None:
+    small, large = Front(breaks=[2] * 9, breaks_with=failure), Speaker()
+    settings = {**CASCADE, "cascade": cascade, "resume_seconds": resume_seconds}
+    said: list[pb.GenerateResponse] = []
+    async with routed(settings, small=small, large=large) as client:
+        with pytest.raises(type(failure)):
+            async with aclosing(client.generate(chat(QUESTION), timeout=PATIENCE, resume=False)) as stream:
+                async for response in stream:
+                    said.append(response)  # noqa: PERF401 - what came before the failure is kept
+        (charge,) = (await client.list_tiers()).bill.charges
+
+    assert large.requests == [], "it may be what kills them"
+    assert [response.WhichOneof("event") for response in said] == ["accepted", "delta", "delta"]
+    assert said[0].accepted.tier == "small"
+    assert (charge.tier, charge.answers, charge.completion_tokens, charge.wasted_tokens) == ("small", 1, 2, 0)
+
+
 async def test_an_escalation_is_booked_for_the_tier_that_answers() -> None:
     """And not for a larger one that was asked and refused."""
     gone: list[tuple[str, str]] = []
@@ -306,6 +330,32 @@ async def test_a_request_may_ask_for_it() -> None:
 
 SAMPLED = {**CASCADE, "cascade_sample_seconds": PATIENCE / 3}
 SUM = "What is 17 + 25?"
+
+
+@pytest.mark.parametrize(("length", "draft_tokens"), [(False, 12), (True, 500)])
+async def test_a_draft_that_is_judged_before_its_end_is_compared_with_its_sample(
+    length: bool, draft_tokens: int
+) -> None:
+    """Whether it has as many tokens as a draft may have, or as many as the request allows."""
+    compared: list[Sequence[str]] = []
+    text = "There are 42 of them. That is all. " + "Nothing more is said here. " * 20
+    sample = "There are 41. That is so, and it goes on"
+    small = Speaker(text=text.strip(), sample=sample, length=length)
+    settings = {**SAMPLED, "draft_tokens": draft_tokens}
+    with pytest.MonkeyPatch.context() as patched:
+        check = DraftChecker.check
+
+        def seen(self: DraftChecker, *texts: str, **evidence: Any) -> Check:
+            compared.append(evidence["samples"])
+            return check(self, *texts, **evidence)
+
+        patched.setattr(DraftChecker, "check", seen)
+        async with routed(settings, small=small, large=Speaker()) as client:
+            answer = await collect(client, chat("How many are there?"))
+
+    assert len(small.requests) == 2
+    assert compared[0] in (("There are 41. ",), (sample,))
+    assert answer.finish.usage.wasted_tokens >= words_of(sample)
 
 
 def words_of(text: str) -> int:

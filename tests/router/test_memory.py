@@ -7,7 +7,9 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,9 +46,9 @@ async def threshold_of(client: Client) -> float:
     return (await client.explain(chat(EASY))).candidates[-1].threshold
 
 
-async def until_threshold(client: Client, wanted: float) -> None:
+async def until_threshold(client: Client, wanted: object) -> None:
     async with asyncio.timeout(PATIENCE):
-        while await threshold_of(client) != pytest.approx(wanted):
+        while await threshold_of(client) != (pytest.approx(wanted) if isinstance(wanted, float) else wanted):
             await asyncio.sleep(0.01)
 
 
@@ -76,6 +78,60 @@ async def test_a_calibration_is_read_again_when_it_changes_and_a_bad_one_changes
 
         calibration.save(calibrated(0.5), path)
         await until_threshold(client, 0.5)
+
+
+async def test_with_a_share_a_calibration_that_changes_takes_effect_and_the_log_says_which(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The scores that it was made from replace those that the thresholds were quantiles of."""
+    caplog.set_level("INFO")
+    path = tmp_path / "calibration.json"
+    low = replace(calibrated(0.5), quantiles=tuple(place / 1000 for place in range(101)))
+    high = replace(calibrated(0.5), quantiles=tuple(0.9 + place / 1000 for place in range(101)))
+    calibration.save(low, path)
+    settings = {"calibration": path, "poll_seconds": 0.02, "share": "0.3"}
+    async with routed(settings, small=Front(), large=Front()) as client:
+        assert await threshold_of(client) == pytest.approx(0.07, abs=0.002)
+
+        calibration.save(high, path)
+        await until_threshold(client, pytest.approx(0.97, abs=0.002))
+        (record,) = [record for record in caplog.records if record.message == "calibration read"]
+        assert vars(record)["thresholds"] == [0.0, pytest.approx(0.97, abs=0.002)]
+
+        calibration.save(calibrated(0.1), path)
+        async with asyncio.timeout(PATIENCE):
+            while "keeping the old one" not in caplog.text:
+                await asyncio.sleep(0.01)
+        assert await threshold_of(client) == pytest.approx(0.97, abs=0.002), "it has no scores"
+
+    assert [record.message for record in caplog.records].count("calibration read") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"quantiles": (float("nan"),)},
+        {"quantiles": (2.0,)},
+        {"quantiles": (-1.0,)},
+        {"quantiles": (0.5,) * 20_000},
+    ],
+)
+def test_scores_that_are_none_make_no_calibration(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    path = tmp_path / "calibration.json"
+    calibration.save(replace(calibrated(0.5), **wrong), path)
+    with pytest.raises(calibration.BadCalibration, match="quantiles"):
+        calibration.load(path)
+
+
+def test_a_calibration_is_no_pipe_that_a_router_would_wait_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate(2**31)
+    for path in (pipe, big, tmp_path):
+        with pytest.raises(calibration.BadCalibration, match="not a file of at most"):
+            calibration.load(path)
 
 
 @pytest.mark.parametrize(

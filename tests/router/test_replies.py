@@ -271,6 +271,48 @@ async def test_a_stream_that_goes_on_as_it_should_not_is_carried_on_elsewhere(
     assert len(rogue.requests) == len(other.requests) == 1
 
 
+class Garbage(grpc.GenericRpcHandler):
+    """Answers each request with bytes that are no message, and each look, too, once it is `broken`."""
+
+    broken = False
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+        async def list_tiers(request: bytes, context: Any) -> bytes:
+            first = routing.ListTiersResponse(tiers=[routing.Tier(healthy=True)])
+            return first.SerializeToString() if not self.broken else b"\xff\xff\xff"
+
+        async def generate(request: bytes, context: Any) -> AsyncIterator[bytes]:
+            yield ACCEPTED.SerializeToString()
+            yield b"\xff\xff\xff"
+
+        if call.method.endswith("ListTiers"):
+            return grpc.unary_unary_rpc_method_handler(list_tiers)
+        return grpc.unary_stream_rpc_method_handler(generate)
+
+
+async def test_bytes_that_are_no_message_are_a_lost_batchers() -> None:
+    server = grpc.aio.server()
+    garbage = Garbage()
+    server.add_generic_rpc_handlers((garbage,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with routed(
+            {"poll_seconds": 0.05}, small=f"127.0.0.1:{port}", large=Front(model="large")
+        ) as client:
+            with pytest.raises(errors.BatcherLost):
+                await collect(client, prompt("x"))
+            garbage.broken = True
+            async with asyncio.timeout(PATIENCE):
+                while (await client.list_tiers()).tiers[0].healthy:
+                    await asyncio.sleep(0.01)
+            answer = await collect(client, prompt("x"))
+    finally:
+        await server.stop(None)
+
+    assert answer.accepted.tier == "large"
+
+
 @pytest.mark.parametrize("more", [[FINISH], [delta(1)], [ACCEPTED], [event()], []])
 async def test_what_follows_the_finish_is_nobodys(more: list[pb.GenerateResponse]) -> None:
     rogue = Rogue(script=[ACCEPTED, delta(0), FINISH, *more], lingers=True)

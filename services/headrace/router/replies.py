@@ -168,7 +168,7 @@ def check_finish(finish: pb.Finish, tokens: int) -> None:
     usage.replayed_tokens = min(usage.replayed_tokens, MOST_TOKENS)
     for field, value in timing.ListFields():
         if not _plausible(value.ToNanoseconds()):
-            timing.ClearField(field.name)  # type: ignore[arg-type]
+            timing.ClearField(field.name)  # type: ignore[arg-type] # a name of its own descriptor
 
 
 def more_prompt_tokens(finish: pb.Finish) -> int:
