@@ -4,10 +4,10 @@
     ├── InvalidRequest          the caller's to mend; retrying does not help
     │   ├── EmptyInput  InvalidText  InvalidSampling  ContextTooLong
     │   └── UnknownTier  UnknownModel  HintsConflict
-    ├── UnknownRequest
+    ├── UnknownRequest  AlreadyRated
     ├── MessageTooLarge
     ├── Overloaded              retry after the delay
-    │   └── Shed  SlowReader
+    │   └── Shed  SlowReader  FeedbackQuota
     ├── DeadlineExceeded
     │   └── DeadlineInQueue  DeadlineInDecode  Unattainable
     ├── RequestCancelled
@@ -119,6 +119,13 @@ class UnknownRequest(HeadraceError):
     reason = "UNKNOWN_REQUEST"
 
 
+class AlreadyRated(HeadraceError):
+    """This answer has another outcome already, and the first one counts."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    reason = "ALREADY_RATED"
+
+
 class MessageTooLarge(HeadraceError):
     """The request is larger than a server takes. Send less."""
 
@@ -143,6 +150,12 @@ class SlowReader(Overloaded):
     """The caller read its answer too slowly for the server to keep it."""
 
     reason = "SLOW_READER"
+
+
+class FeedbackQuota(Overloaded):
+    """The tenant has reported more outcomes than one may. Report this one after the delay."""
+
+    reason = "FEEDBACK_QUOTA"
 
 
 class DeadlineExceeded(HeadraceError):

@@ -27,7 +27,7 @@ from headrace.v1 import generation_service_pb2
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceServicer
 from headrace.v1.routing_service_pb2_grpc import RoutingServiceServicer
-from headrace.validation import check_request
+from headrace.validation import MAX_NAME, check_request
 
 SERVICES = (
     *generation_service_pb2.DESCRIPTOR.services_by_name.values(),
@@ -126,9 +126,11 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             async with aclosing(answer) as responses:
                 async for response in responses:
                     journey.pass_on(response)
+                    if response.HasField("accepted"):
+                        self._remember(journey, forwarded)
                     yield response
         finally:
-            self._settle(journey, forwarded.request_id)
+            self._settle(journey)
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Say where a request would go, and why."""
@@ -174,17 +176,25 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         quality = float(request.ok) if outcome == "ok" else request.quality
         if not 0 <= quality <= 1:
             raise errors.InvalidRequest(f"quality is {quality:g}, must be 0 to 1", field="quality")
+        for field in ("request_id", "tier", "tenant"):
+            if len(value := getattr(request, field)) > MAX_NAME:
+                raise errors.InvalidRequest(
+                    f"{field} has {len(value)} characters, at most {MAX_NAME} are taken", field=field
+                )
         names = [tier.name for tier in self._tiers.tiers]
         if request.tier and request.tier not in names:
             raise errors.UnknownTier(
                 f"tier is {request.tier!r}; the tiers are {', '.join(names)}", field="tier"
             )
-        tier = request.tier or self._feedback.recall(request.request_id).tier
-        kept = await self._feedback.keep(request.request_id, tier, quality)
-        _feedback.add(
-            1, {attributes.TIER: tier, attributes.OUTCOME: "good" if quality >= 0.5 else "not_good"}
+        answered = self._feedback.recall(request.request_id, tenant=request.tenant)
+        again = answered.quality is not None
+        kept = await self._feedback.keep(
+            request.request_id, request.tier or answered.tier, quality, tenant=request.tenant
         )
-        return routing.FeedbackResponse(kept=kept, tier=tier)
+        if not again:
+            outcome = "good" if quality >= 0.5 else "not_good"
+            _feedback.add(1, {attributes.TIER: answered.tier, attributes.OUTCOME: outcome})
+        return routing.FeedbackResponse(kept=kept, tier=answered.tier)
 
     def _score(self, request: pb.GenerateRequest) -> Score:
         """How hard the prompt looks; `UNSCORED` where the scorer fails on it."""
@@ -208,14 +218,21 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     def _new_bill(self) -> Bill:
         return Bill([tier.name for tier in self._tiers.tiers], self._chooser.prices)
 
-    def _settle(self, journey: Journey, request_id: str) -> None:
+    def _remember(self, journey: Journey, request: pb.GenerateRequest) -> None:
+        """Let the caller rate the answer, as soon as the answer has its tier."""
+        asked = journey.asked
+        with optional("feedback"):
+            self._feedback.remember(
+                request.request_id,
+                Answered(journey.tier, asked.score if asked.scored else None, journey.text),
+                tenant=asked.tenant,
+            )
+
+    def _settle(self, journey: Journey) -> None:
         """Book the request, however it ended."""
         journey.close()
         with optional("bill"):
             self._book(journey.bill)
-        if journey.accepted is not None:
-            with optional("feedback"):
-                self._feedback.remember(request_id, Answered(journey.tier, journey.asked.score, journey.text))
 
     def _book(self, bill: Bill) -> None:
         self._bill.add(bill)

@@ -89,6 +89,12 @@ class Settings(ServiceSettings):
     feedback_megabytes: float = Field(
         default=64.0, gt=0, description="size at which that file makes room; one older one is kept beside it"
     )
+    feedback_per_minute: int = Field(
+        default=600,
+        ge=1,
+        description="outcomes that one tenant may report by Feedback within a minute, and within an hour as "
+        "many as fill a quarter of the file; more are refused with a delay",
+    )
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests that come without a deadline"
     )
