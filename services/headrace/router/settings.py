@@ -38,7 +38,7 @@ class Settings(ServiceSettings):
     share: str = Field(
         default="",
         description="share of calls, 0 to 1, of each tier after the first, such as 0.3: the thresholds then "
-        "follow the traffic so that it is held",
+        "follow the traffic so that it is held; a --calibration beside it gives the scores to begin with",
     )
     prices: str = Field(
         default="",
