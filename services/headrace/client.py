@@ -232,13 +232,15 @@ class Client:
         ok: bool | None = None,
         quality: float | None = None,
         tier: str = "",
+        tenant: str = "",
         timeout: float = 5.0,
     ) -> routing_service_pb2.FeedbackResponse:
-        """Tell the router how good the answer to a request was: *ok* or not, or a *quality* from 0 to 1.
+        """Report how good the answer to a request was: *ok* or not, or a *quality* from 0 to 1.
 
-        tier   whose answer is meant; empty: the one that was given
+        tier     that answered; empty: whichever did
+        tenant   of the request, as in its `routing.tenant`
         """
-        request = routing_service_pb2.FeedbackRequest(request_id=request_id, tier=tier)
+        request = routing_service_pb2.FeedbackRequest(request_id=request_id, tier=tier, tenant=tenant)
         if ok is not None:
             request.ok = ok
         if quality is not None:

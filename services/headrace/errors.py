@@ -4,10 +4,10 @@
     ├── InvalidRequest          the caller's to mend; retrying does not help
     │   ├── EmptyInput  InvalidText  InvalidSampling  ContextTooLong
     │   └── UnknownTier  UnknownModel  HintsConflict
-    ├── UnknownRequest
+    ├── UnknownRequest  AlreadyRated
     ├── MessageTooLarge
     ├── Overloaded              retry after the delay
-    │   └── Shed  SlowReader  Busy
+    │   └── Shed  SlowReader  Busy  FeedbackQuota
     ├── DeadlineExceeded
     │   └── DeadlineInQueue  DeadlineInDecode  Unattainable
     ├── RequestCancelled
@@ -128,6 +128,13 @@ class UnknownRequest(HeadraceError):
     reason = "UNKNOWN_REQUEST"
 
 
+class AlreadyRated(HeadraceError):
+    """This answer has another outcome already, and the first one counts."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    reason = "ALREADY_RATED"
+
+
 class MessageTooLarge(HeadraceError):
     """The request is larger than a server takes. Send less."""
 
@@ -158,6 +165,12 @@ class Busy(Overloaded):
     """The server has as many calls, or bytes of requests, in hand as it takes. Retry after the delay."""
 
     reason = "SERVER_BUSY"
+
+
+class FeedbackQuota(Overloaded):
+    """The tenant has reported more outcomes than one may. Report this one after the delay."""
+
+    reason = "FEEDBACK_QUOTA"
 
 
 class DeadlineExceeded(HeadraceError):

@@ -75,6 +75,7 @@ def check_feedback(request: routing_pb.FeedbackRequest) -> None:
     """Raise the InvalidRequest that names the first field at fault, if there is one."""
     _check_length("request_id", request.request_id, MAX_REQUEST_ID)
     _check_length("tier", request.tier, MAX_NAME, errors.UnknownTier)
+    _check_length("tenant", request.tenant, MAX_NAME)
     outcome = request.WhichOneof("outcome")
     if outcome is None:
         raise errors.InvalidRequest("the feedback has no outcome: set ok or quality", field="outcome")

@@ -11,6 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from headrace.cli.__main__ import app
+from headrace.router.draft_check import DraftChecker
+from headrace.router.scorer import LearnedScorer
 
 runner = CliRunner()
 
@@ -91,6 +93,56 @@ def test_check_reads_log_probabilities_and_samples_where_rows_have_them(tmp_path
     assert agree["score"] < differ["score"]
     assert sure["score"] < unsure["score"]
     assert differ["reasons"]
+
+
+@pytest.mark.parametrize("text", ["Calculate --3 + 5", "-$-5", "so = -\u00a05", "9" * 5000, "\ud800 = --1"])
+def test_no_text_ends_a_check(tmp_path: Path, text: str) -> None:
+    rows = [
+        {"id": 1, "prompt": f"How many are {text}?", "draft": f"2 * 3 {text}", "samples": [text]},
+        {"id": 2, "prompt": text, "draft": text, "samples": [text, "5"]},
+    ]
+    path = write(tmp_path / "in.jsonl", rows)
+
+    checked = runner.invoke(app, ["check", "--jsonl", path])
+    explained = runner.invoke(app, ["explain", "--jsonl", path])
+
+    for result in (checked, explained):
+        assert result.exit_code == 0, result.output
+        assert [row["id"] for row in rows_of(result.output)] == [1, 2]
+        assert all(0 <= row["score"] <= 1 for row in rows_of(result.output))
+
+
+def test_a_row_that_cannot_be_judged_or_scored_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*texts: object, **evidence: object) -> None:
+        raise ValueError("a secret")
+
+    path = write(tmp_path / "in.jsonl", [{"prompt": "a", "draft": "b"}, {"prompt": "c", "draft": "d"}])
+    with monkeypatch.context() as patched:
+        patched.setattr(DraftChecker, "check", broken)
+        checked = rows_of(runner.invoke(app, ["check", "--jsonl", path]).output)
+    score = LearnedScorer.score
+    monkeypatch.setattr(
+        LearnedScorer, "score", lambda self, text: broken() if text == "a" else score(self, text)
+    )
+    explained = rows_of(runner.invoke(app, ["explain", "--jsonl", path]).output)
+
+    assert [(row["score"], row["good"]) for row in checked] == [(None, None)] * 2
+    assert checked[0]["reasons"] == ["the draft could not be judged (ValueError)"]
+    assert explained[0]["score"] == 0.5
+    assert "could not be scored (ValueError)" in explained[0]["reason"]
+    assert "reads as" in explained[1]["reason"]
+
+
+@pytest.mark.parametrize("logprob", [10**400, None, "x", float("nan")])
+def test_check_wants_log_probabilities_to_be_numbers(tmp_path: Path, logprob: object) -> None:
+    path = write(tmp_path / "in.jsonl", [{"prompt": "a", "draft": "b", "logprobs": [-0.1, logprob]}])
+
+    result = runner.invoke(app, ["check", "--jsonl", path])
+
+    assert result.exit_code == 2
+    assert "'logprobs' must be a list of numbers" in result.stderr
 
 
 @pytest.mark.parametrize("samples", ["42", [42], {}])

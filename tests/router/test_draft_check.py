@@ -72,6 +72,11 @@ def test_unlikely_tokens_lower_a_draft_and_likely_ones_raise_it() -> None:
     assert good(RIGHT, logprobs=[-2.0] * 30) < good(RIGHT) < good(RIGHT, logprobs=[-0.01] * 30)
 
 
+def test_log_probabilities_that_are_no_numbers_count_as_not_given() -> None:
+    assert good(RIGHT, logprobs=[-0.1, math.nan]) == good(RIGHT)
+    assert good(RIGHT, logprobs=[-math.inf]) < good(RIGHT)
+
+
 def test_code_that_does_not_parse_is_not_good_enough() -> None:
     prompt = "Write a Python function that doubles a number."
     whole = "```python\ndef double(x):\n    return 2 * x\n```"

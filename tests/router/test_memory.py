@@ -208,22 +208,26 @@ async def test_an_idle_conversation_begins_anew() -> None:
 async def test_feedback_joins_prompt_and_outcome_on_disk(tmp_path: Path, count: Callable[..., float]) -> None:
     before = count("headrace.feedback", tier="small", outcome="good")
     path = tmp_path / "feedback.jsonl"
-    async with routed({"feedback": path}, small=Front(), large=Front()) as client:
+    settings = {"feedback": path, "thresholds": "0.4"}
+    async with routed(settings, small=Front(), large=Front()) as client:
         answer = await collect(client, chat(EASY))
         id = answer.accepted.request_id
         said = await client.feedback(id, ok=True)
         assert (said.kept, said.tier) == (True, "small")
-        await client.feedback(id, quality=0.25, tier="large")
+        hard = await collect(client, chat(HARD))
+        await client.feedback(hard.accepted.request_id, quality=0.25, tier="large")
 
         with pytest.raises(errors.UnknownRequest, match="no request 'who'"):
             await client.feedback("who", ok=True)
         with pytest.raises(errors.UnknownTier):
             await client.feedback(id, ok=True, tier="huge")
+        with pytest.raises(errors.InvalidRequest, match="'large' did not answer"):
+            await client.feedback(id, ok=True, tier="large")
         with pytest.raises(errors.InvalidRequest, match="0 to 1"):
             await client.feedback(id, quality=2)
 
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == [EASY, EASY]
+    assert [row["prompt"] for row in rows] == [EASY, HARD]
     assert (rows[0]["small_ok"], rows[1]["large_ok"]) == (1.0, 0.25)
     assert path.stat().st_mode & 0o077 == 0, "prompts are for the owner of the file alone"
     assert count("headrace.feedback", tier="small", outcome="good") == before + 1
@@ -273,8 +277,8 @@ async def test_a_disk_that_is_full_leaves_no_half_row(
 ) -> None:
     path = tmp_path / "feedback.jsonl"
     async with routed({"feedback": path}, small=Front(), large=Front()) as client:
-        id = (await collect(client, chat(EASY))).accepted.request_id
-        await client.feedback(id, ok=True)
+        first, id = [(await collect(client, chat(EASY))).accepted.request_id for _ in range(2)]
+        await client.feedback(first, ok=True)
         whole = path.read_bytes()
         with monkeypatch.context() as patched:
             write = os.write
@@ -292,6 +296,7 @@ async def test_rows_are_written_one_by_one_though_a_caller_leaves(
 ) -> None:
     feedback = Feedback(tmp_path / "feedback.jsonl")
     feedback.remember("a", Answered("small", 0.5, "prompt"))
+    feedback.remember("b", Answered("small", 0.5, "prompt"))
     began, go, write = threading.Semaphore(0), threading.Event(), os.write
 
     def slow(handle: int, data: bytes) -> int:
@@ -304,7 +309,7 @@ async def test_rows_are_written_one_by_one_though_a_caller_leaves(
     assert await asyncio.to_thread(began.acquire, timeout=20)
     leaving.cancel()
     await asyncio.wait([leaving])
-    staying = asyncio.create_task(feedback.keep("a", "small", 0.0))
+    staying = asyncio.create_task(feedback.keep("b", "small", 0.0))
     together = await asyncio.to_thread(began.acquire, timeout=0.2)
     go.set()
 

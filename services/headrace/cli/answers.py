@@ -91,7 +91,9 @@ class Answer:
 
 
 def finish_name(reason: pb.FinishReason.ValueType) -> str:
-    """Return "stop" for FINISH_REASON_STOP, and so on."""
+    """Return "stop" for FINISH_REASON_STOP, and so on; a newer server's reason by its number."""
+    if reason not in pb.FinishReason.values():
+        return f"reason {reason}"
     return pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower().replace("_", " ")
 
 

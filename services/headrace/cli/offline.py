@@ -12,6 +12,7 @@ import numpy as np
 from headrace.calibration import are_thresholds
 from headrace.cli.rows import BadRow, read_rows
 from headrace.router import draft_check, fitting, scorer
+from headrace.router.complexity import UNSCORED
 from headrace.router.policy import Hints, TierView, decide, thresholds
 
 if TYPE_CHECKING:
@@ -41,20 +42,26 @@ def print_scores(path: str, artifact: Path | None, tiers: str, from_score: str) 
     loaded.score("The first score warms up.")
     for row in read_rows(path, ["prompt"]):
         began = time.perf_counter()
-        score = loaded.score(row["prompt"])
+        try:
+            score = loaded.score(row["prompt"])
+            made_of = _weightiest(score)
+        except Exception as error:  # as a router, which goes on without a score
+            score, made_of = UNSCORED, f"the prompt could not be scored ({type(error).__name__})"
         decision = decide(score.value, Hints(), views)
         took = time.perf_counter() - began
         _print_row(
             id=row["id"],
             score=round(score.value, 6),
             tier=decision.tier,
-            reason=f"{decision.why}; {_weightiest(score)}",
+            reason=f"{decision.why}; {made_of}",
             latency_ms=round(1000 * took, 4),
         )
 
 
 def print_checks(path: str, artifact: Path | None) -> None:
     """Print, for each row of *path*, a score from 0 to 1: the higher, the more its draft should be escalated.
+
+    A row that the check fails on has null for a score, and the reason says so.
 
     Raises BadRow and BadArtifact.
     """
@@ -63,17 +70,21 @@ def print_checks(path: str, artifact: Path | None) -> None:
         finished, logprobs = row.get("finished", True), row.get("logprobs")
         if not isinstance(finished, bool):
             raise BadRow(f"{path}, row {row['id']!r}: field 'finished' must be true or false")
-        if logprobs is not None and not (
-            isinstance(logprobs, list)
-            and all(isinstance(value, int | float) and not math.isnan(value) for value in logprobs)
-        ):
-            raise BadRow(f"{path}, row {row['id']!r}: field 'logprobs' must be a list of numbers")
+        if logprobs is not None:
+            if not (isinstance(logprobs, list) and all(_is_number(value) for value in logprobs)):
+                raise BadRow(f"{path}, row {row['id']!r}: field 'logprobs' must be a list of numbers")
+            logprobs = [float(value) for value in logprobs]
         samples = row.get("samples", [])
         if not (isinstance(samples, list) and all(isinstance(sample, str) for sample in samples)):
             raise BadRow(f"{path}, row {row['id']!r}: field 'samples' must be a list of strings")
-        verdict = checker.check(
-            row["prompt"], row["draft"], finished=finished, logprobs=logprobs, samples=samples
-        )
+        try:
+            verdict = checker.check(
+                row["prompt"], row["draft"], finished=finished, logprobs=logprobs, samples=samples
+            )
+        except Exception as error:  # as a router, which releases the draft unjudged
+            reason = f"the draft could not be judged ({type(error).__name__})"
+            _print_row(id=row["id"], score=None, good=None, reasons=[reason])
+            continue
         _print_row(
             id=row["id"],
             score=round(1 - verdict.good, 6),
@@ -137,6 +148,14 @@ def _lowest(names: Sequence[str], from_score: str) -> list[float]:
     if not are_thresholds(lowest, len(names)):
         raise BadRow(f"{len(names)} tiers need {len(names) - 1} ascending --thresholds from 0 to 1")
     return lowest
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not math.isnan(float(value))
+    except OverflowError:
+        return False
 
 
 def _print_row(**row: object) -> None:

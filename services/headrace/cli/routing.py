@@ -33,11 +33,11 @@ async def ask_tiers(target: str) -> pb.ListTiersResponse:
 
 
 async def tell(
-    target: str, request_id: str, *, ok: bool | None, quality: float | None, tier: str
+    target: str, request_id: str, *, ok: bool | None, quality: float | None, tier: str, tenant: str
 ) -> pb.FeedbackResponse:
     """Tell the router at *target* how good an answer was. Raises a HeadraceError."""
     async with connect(target) as client:
-        return await client.feedback(request_id, ok=ok, quality=quality, tier=tier)
+        return await client.feedback(request_id, ok=ok, quality=quality, tier=tier, tenant=tenant)
 
 
 def booked(said: pb.FeedbackResponse) -> str:

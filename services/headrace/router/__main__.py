@@ -17,7 +17,7 @@ from headrace.router.admin import AdminServicer
 from headrace.router.artifact import BadArtifact
 from headrace.router.chooser import CascadeRules, Chooser
 from headrace.router.complexity import fingerprint
-from headrace.router.feedback import Feedback
+from headrace.router.feedback import TENANT_SHARE, Feedback
 from headrace.router.service import SERVICES, RouterServicer
 from headrace.router.sessions import Sessions
 from headrace.router.settings import Settings
@@ -53,7 +53,12 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
     except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error
     try:
-        feedback = Feedback(settings.feedback, max_bytes=int(settings.feedback_megabytes * 1e6))
+        feedback = Feedback(
+            settings.feedback,
+            max_bytes=int(settings.feedback_megabytes * 1e6),
+            per_minute=settings.feedback_per_minute,
+            share=TENANT_SHARE,
+        )
     except OSError as error:
         raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
     sessions = Sessions(idle_seconds=settings.session_idle_seconds)

@@ -14,6 +14,7 @@ known, too. How the set that Headrace ships was made is in `artifacts/README.md`
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,12 @@ class DraftChecker:
         """Judge *draft* as an answer to *prompt*.
 
         finished   whether the model ended its turn by itself; False if it was cut short
-        logprobs   of the draft's tokens, natural logarithms, at most 0; None if the engine did not say
+        logprobs   of the draft's tokens, natural logarithms, at most 0; None if the engine did not say. If
+                   one is no number, none of them counts
         samples    other answers of the same model to the same prompt, drawn at random
         """
+        if logprobs is not None and any(math.isnan(value) for value in logprobs):
+            logprobs = None
         values = measure(prompt, draft, finished=finished, logprobs=logprobs, samples=samples)
         compared = bool(values["samples_agree"] or values["samples_differ"])
         evidence = "+".join(["logprobs"] * bool(logprobs) + ["samples"] * compared) or "text"

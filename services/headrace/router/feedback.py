@@ -1,7 +1,8 @@
 """Keep what callers say of their answers: which request it was, and, where asked for, on disk.
 
-A prompt is remembered and written only where a file was set for it: prompts are the callers' own. The rows
-are what `headrace calibrate` and `headrace train` read.
+An answer is known by its tenant and the request's id, and only that tenant may rate it, once. A prompt is
+remembered and written only where a file was set for it: prompts are the callers' own. The rows are what
+`headrace calibrate` and `headrace train` read.
 """
 
 from __future__ import annotations
@@ -12,26 +13,39 @@ import json
 import logging
 import os
 import time
-from collections import OrderedDict
+import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace import errors
+from headrace.router.memory import Memory
+from headrace.router.quota import Quota
 
 log = logging.getLogger(__name__)
 
+TENANT_SHARE = 0.25  # of the file's size, that one tenant may write within an hour
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Answered:
     """A request that was answered.
 
-    prompt   what was scored; empty where no file is kept, or none that holds it
+    score      of the prompt; None where it could not be scored
+    prompt     what was scored; empty where no file is kept, or none that holds it
+    id         made here: request ids are the callers' own, and may come again
+    quality    its outcome, 0 to 1; None while its caller has reported none
+    kept       whether that is on disk
+    ambiguous  another answer without a tenant has the same request id, and no outcome either
     """
 
     tier: str
-    score: float
+    score: float | None
     prompt: str = ""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    quality: float | None = None
+    kept: bool = False
+    ambiguous: bool = False
 
 
 class Feedback:
@@ -39,77 +53,128 @@ class Feedback:
 
     path        rows of JSON, one a line; None keeps nothing on disk
     max_bytes   beyond this the file becomes PATH.1, in place of an older one: twice this is the most on disk
-    remembered  requests that may still be spoken of; fewer, where their prompts have more than *max_bytes*
-                characters together
+    remembered  requests whose outcome may still be reported; fewer, where their prompts have more than
+                *max_bytes* characters together. Beyond either bound the tenant that has most loses its oldest
+    per_minute  outcomes that one tenant may report
+    share       of *max_bytes* that one tenant may write within an hour; None: any
 
     Raises OSError for a file that cannot be written.
     """
 
     def __init__(
-        self, path: Path | None = None, *, max_bytes: int = 64 * 1024 * 1024, remembered: int = 10_000
+        self,
+        path: Path | None = None,
+        *,
+        max_bytes: int = 64 * 1024 * 1024,
+        remembered: int = 10_000,
+        per_minute: int = 600,
+        share: float | None = None,
     ) -> None:
         if path is not None:
             os.close(_open(path))
         self._path = path
         self._max_bytes = max_bytes
         self._remembered = remembered
-        self._answered: OrderedDict[str, Answered] = OrderedDict()
-        self._characters = 0  # of the prompts in it
+        self._answered: Memory[Answered] = Memory(remembered, weight=max_bytes)
+        self._outcomes = Quota(per_minute, 60.0)
+        self._bytes = None if share is None else Quota(max_bytes * share, 3600.0)
         # One thread, so one row after the other: one that is being written is, though its caller has left.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="feedback")
 
-    def remember(self, request_id: str, answered: Answered) -> None:
-        """Book an answer; the oldest is forgotten for it."""
+    def remember(self, request_id: str, answered: Answered, *, tenant: str = "") -> None:
+        """Book an answer of *tenant*'s request; an older one is forgotten for it."""
         if self._path is None or len(answered.prompt) > self._max_bytes:
-            answered = Answered(answered.tier, answered.score)
-        if (before := self._answered.pop(request_id, None)) is not None:
-            self._characters -= len(before.prompt)
-        self._answered[request_id] = answered
-        self._characters += len(answered.prompt)
-        while len(self._answered) > self._remembered or self._characters > self._max_bytes:
-            self._characters -= len(self._answered.popitem(last=False)[1].prompt)
+            answered.prompt = ""
+        before = self._answered.get(tenant, request_id)
+        if not tenant and before is not None and before.quality is None:
+            # Who has no tenant may be anybody: two prompts under one id are two callers' for all we know.
+            answered.ambiguous = before.ambiguous or before.prompt != answered.prompt
+        self._answered.put(tenant, request_id, answered, len(answered.prompt))
 
-    def recall(self, request_id: str) -> Answered:
-        """What is known of a request. Raises UnknownRequest."""
-        try:
-            return self._answered[request_id]
-        except KeyError:
+    def recall(self, request_id: str, *, tenant: str = "") -> Answered:
+        """What is known of a request of *tenant*. Raises UnknownRequest."""
+        if (answered := self._answered.get(tenant, request_id)) is None:
             raise errors.UnknownRequest(
-                f"no request {errors.quoted(request_id)} among the last {self._remembered} that this router "
-                "answered",
+                f"no request {errors.quoted(request_id)} of {_named(tenant)} among the last "
+                f"{self._remembered} that this router answered",
                 field="request_id",
-            ) from None
+            )
+        return answered
 
-    async def keep(self, request_id: str, tier: str, quality: float) -> bool:
-        """Write a row about *tier*'s answer; whether there is a file for it.
+    async def keep(self, request_id: str, tier: str, quality: float, *, tenant: str = "") -> bool:
+        """Book the outcome of an answer; returns whether there is a row about it in the file.
 
-        Raises UnknownRequest, and InternalError where the file cannot be written.
-
+        tier      that gave the answer
         quality   0 to 1
+        tenant    of the request
+
+        Raises UnknownRequest; InvalidRequest where another tier answered, or where it is not known which
+        answer is meant; AlreadyRated after another outcome; FeedbackQuota where the tenant has used its quota
+        up; and InternalError where the file cannot be written.
         """
-        answered = self.recall(request_id)
-        if self._path is None or not answered.prompt:
+        answered = self.recall(request_id, tenant=tenant)
+        if tier != answered.tier:
+            raise errors.InvalidRequest(
+                f"tier {errors.quoted(tier)} did not answer request {errors.quoted(request_id)}, "
+                f"{answered.tier!r} did",
+                field="tier",
+            )
+        if answered.ambiguous:
+            raise errors.InvalidRequest(
+                f"several requests without a tenant have the id {errors.quoted(request_id)}, so it is not known "
+                "which is meant: give each request an id of its own, or none, or set routing.tenant",
+                field="request_id",
+            )
+        if answered.quality is not None:
+            if answered.quality == quality:
+                return answered.kept  # reported again, as by a caller that lost the reply
+            raise errors.AlreadyRated(
+                f"request {errors.quoted(request_id)} was rated before, with {answered.quality:g}",
+                field="request_id",
+            )
+        data = self._row(request_id, tenant, answered, quality)
+        self._charge(tenant, len(data))
+        answered.quality = quality
+        if not data or self._path is None:
             return False
-        row = {
-            "id": request_id,
-            "time": round(time.time(), 3),
-            "prompt": answered.prompt,
-            "score": round(answered.score, 6),
-            "tier": tier,
-            f"{tier}_ok": quality,
-        }
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        data = line.encode()
-        if len(data) > self._max_bytes:
-            return False
+        answered.kept = True
         try:
             await asyncio.get_running_loop().run_in_executor(self._writer, self._write, self._path, data)
         except OSError as error:
+            answered.quality, answered.kept = None, False
             log.error("feedback not kept", extra={"file": str(self._path), "problem": str(error)})
             raise errors.InternalError(
                 f"the router cannot write its file of feedback ({error.strerror or error}); nothing was kept"
             ) from error
         return True
+
+    def _row(self, request_id: str, tenant: str, answered: Answered, quality: float) -> bytes:
+        """What goes on disk; nothing where there is no file, or none that holds it."""
+        if self._path is None or not answered.prompt:
+            return b""
+        row = {
+            "id": request_id,
+            "answer": answered.id,
+            **({"tenant": tenant} if tenant else {}),
+            "time": round(time.time(), 3),
+            "prompt": answered.prompt,
+            **({} if answered.score is None else {"score": round(answered.score, 6)}),
+            "tier": answered.tier,
+            f"{answered.tier}_ok": quality,
+        }
+        data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        return data if len(data) <= self._max_bytes else b""
+
+    def _charge(self, tenant: str, size: int) -> None:
+        now = time.monotonic()
+        quotas = [(self._outcomes, 1), *([(self._bytes, size)] if self._bytes is not None else [])]
+        if (wait := max(quota.wait(tenant, amount, now) for quota, amount in quotas)) > 0:
+            raise errors.FeedbackQuota(
+                f"the quota of feedback of {_named(tenant)} is used up: report this outcome later",
+                retry_after=wait,
+            )
+        for quota, amount in quotas:
+            quota.take(tenant, amount, now)
 
     def _write(self, path: Path, line: bytes) -> None:
         if not self._append(path, line):
@@ -130,6 +195,10 @@ class Feedback:
             return True
         finally:
             os.close(handle)
+
+
+def _named(tenant: str) -> str:
+    return f"tenant {tenant!r}" if tenant else "callers without a tenant"
 
 
 def _open(path: Path) -> int:

@@ -126,9 +126,11 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             async with aclosing(answer) as responses:
                 async for response in responses:
                     journey.pass_on(response)
+                    if response.HasField("accepted"):
+                        self._remember(journey, forwarded)
                     yield response
         finally:
-            self._settle(journey, forwarded.request_id)
+            self._settle(journey)
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Say where a request would go, and why."""
@@ -175,12 +177,15 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             raise errors.UnknownTier(
                 f"tier is {errors.quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
             )
-        tier = request.tier or self._feedback.recall(request.request_id).tier
-        kept = await self._feedback.keep(request.request_id, tier, quality)
-        _feedback.add(
-            1, {attributes.TIER: tier, attributes.OUTCOME: "good" if quality >= 0.5 else "not_good"}
+        answered = self._feedback.recall(request.request_id, tenant=request.tenant)
+        again = answered.quality is not None
+        kept = await self._feedback.keep(
+            request.request_id, request.tier or answered.tier, quality, tenant=request.tenant
         )
-        return routing.FeedbackResponse(kept=kept, tier=tier)
+        if not again:
+            outcome = "good" if quality >= 0.5 else "not_good"
+            _feedback.add(1, {attributes.TIER: answered.tier, attributes.OUTCOME: outcome})
+        return routing.FeedbackResponse(kept=kept, tier=answered.tier)
 
     def _score(self, request: pb.GenerateRequest) -> Score:
         """How hard the prompt looks; `UNSCORED` where the scorer fails on it."""
@@ -204,14 +209,21 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     def _new_bill(self) -> Bill:
         return Bill([tier.name for tier in self._tiers.tiers], self._chooser.prices)
 
-    def _settle(self, journey: Journey, request_id: str) -> None:
+    def _remember(self, journey: Journey, request: pb.GenerateRequest) -> None:
+        """Let the caller rate the answer, as soon as the answer has its tier."""
+        asked = journey.asked
+        with optional("feedback"):
+            self._feedback.remember(
+                request.request_id,
+                Answered(journey.tier, asked.score if asked.scored else None, journey.text),
+                tenant=asked.tenant,
+            )
+
+    def _settle(self, journey: Journey) -> None:
         """Book the request, however it ended."""
         journey.close()
         with optional("bill"):
             self._book(journey.bill)
-        if journey.accepted is not None:
-            with optional("feedback"):
-                self._feedback.remember(request_id, Answered(journey.tier, journey.asked.score, journey.text))
 
     def _book(self, bill: Bill) -> None:
         self._bill.add(bill)

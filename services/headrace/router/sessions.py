@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from headrace.router.memory import Memory
 
 
 class Sessions:
-    """The tiers that conversations have reached; the ones used longest ago are forgotten first.
+    """The tiers that conversations have reached.
 
-    limit         conversations that are remembered
+    limit         conversations that are remembered; beyond it the tenant that has most of them forgets its
+                  oldest, so nobody's are lost to another's new ones
     idle_seconds  after so long without a request a conversation begins anew
     """
 
     def __init__(self, *, limit: int = 10_000, idle_seconds: float = 600.0) -> None:
-        self._limit = limit
         self._idle_seconds = idle_seconds
-        self._reached: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()
+        self._reached: Memory[tuple[str, float]] = Memory(limit)
 
     def __len__(self) -> int:
         return len(self._reached)
@@ -24,14 +24,10 @@ class Sessions:
         """The tier that the conversation has reached; empty if none, or if it was idle too long."""
         if not session:
             return ""
-        tier, used = self._reached.get((tenant, session), ("", now))
+        tier, used = self._reached.get(tenant, session) or ("", now)
         return tier if now - used <= self._idle_seconds else ""
 
     def note(self, tenant: str, session: str, tier: str, now: float) -> None:
         """Book that the conversation is now at *tier*, its highest."""
-        if not session:
-            return
-        self._reached[tenant, session] = (tier, now)
-        self._reached.move_to_end((tenant, session))
-        while len(self._reached) > self._limit:
-            self._reached.popitem(last=False)
+        if session:
+            self._reached.put(tenant, session, (tier, now))

@@ -39,7 +39,7 @@ class Settings(ServiceSettings):
     share: str = Field(
         default="",
         description="share of calls, 0 to 1, of each tier after the first, such as 0.3: the thresholds then "
-        "follow the traffic so that it is held",
+        "follow the traffic so that it is held; a --calibration beside it gives the scores to begin with",
     )
     prices: str = Field(
         default="",
@@ -89,6 +89,12 @@ class Settings(ServiceSettings):
     )
     feedback_megabytes: float = Field(
         default=64.0, gt=0, description="size at which that file makes room; one older one is kept beside it"
+    )
+    feedback_per_minute: int = Field(
+        default=600,
+        ge=1,
+        description="outcomes that one tenant may report by Feedback within a minute, and within an hour as "
+        "many as fill a quarter of the file; more are refused with a delay",
     )
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests that come without a deadline"

@@ -30,14 +30,19 @@ class FeedbackRequest(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     OK_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """As in `accepted`."""
+    """As in `accepted`. Where a tenant used it again, its last answer is meant. Callers without a tenant share
+    their ids: one that came with different prompts names no answer, until what it named before was rated.
+    """
     tier: _builtins.str
-    """Whose answer is meant. Empty: the tier that answered the request."""
+    """The tier that answered the request, as in `accepted`; another one is refused. Empty: that tier."""
     ok: _builtins.bool
     """Whether the answer was good enough."""
     quality: _builtins.float
     """How good it was, 0 (useless) to 1 (nothing better to wish for)."""
+    tenant: _builtins.str
+    """The tenant of the request, as in `Routing.tenant`. At most 256 characters. Empty: the anonymous tenant."""
     def __init__(
         self,
         *,
@@ -45,10 +50,11 @@ class FeedbackRequest(_message.Message):
         tier: _builtins.str = ...,
         ok: _builtins.bool = ...,
         quality: _builtins.float = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ok", b"ok", "outcome", b"outcome", "quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ok", b"ok", "outcome", b"outcome", "quality", b"quality", "request_id", b"request_id", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ok", b"ok", "outcome", b"outcome", "quality", b"quality", "request_id", b"request_id", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["ok", "quality"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
@@ -67,7 +73,7 @@ class FeedbackResponse(_message.Message):
     kept: _builtins.bool
     """Whether it was kept on disk; false where the router has no file for it, and only counts outcomes."""
     tier: _builtins.str
-    """The tier that it was booked for."""
+    """The tier that answered the request."""
     def __init__(
         self,
         *,

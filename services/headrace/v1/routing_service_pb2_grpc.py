@@ -73,8 +73,11 @@ class RoutingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Feedback(self, request, context):
-        """Tells how good an answer was. Router only. The router remembers its last requests and answers NOT_FOUND
-        for others. Where it was given a file for that, it keeps prompt and outcome, to calibrate and train with.
+        """Reports how good an answer was. Router only. Only the tenant that sent the request may, once for each
+        request: the same outcome again changes nothing, another one is refused with ALREADY_EXISTS. The router
+        remembers its last requests and answers NOT_FOUND for others, and for those of other tenants. A tenant that
+        reports more than its quota gets RESOURCE_EXHAUSTED with RetryInfo. Where the router was given a file, it
+        keeps prompt and outcome there, to calibrate and train with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

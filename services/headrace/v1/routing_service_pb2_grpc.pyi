@@ -42,8 +42,11 @@ class RoutingServiceStub:
     learns of models, limits, health and load.
     """
     Feedback: _grpc.UnaryUnaryMultiCallable[_routing_service_pb2.FeedbackRequest, _routing_service_pb2.FeedbackResponse]
-    """Tells how good an answer was. Router only. The router remembers its last requests and answers NOT_FOUND
-    for others. Where it was given a file for that, it keeps prompt and outcome, to calibrate and train with.
+    """Reports how good an answer was. Router only. Only the tenant that sent the request may, once for each
+    request: the same outcome again changes nothing, another one is refused with ALREADY_EXISTS. The router
+    remembers its last requests and answers NOT_FOUND for others, and for those of other tenants. A tenant that
+    reports more than its quota gets RESOURCE_EXHAUSTED with RetryInfo. Where the router was given a file, it
+    keeps prompt and outcome there, to calibrate and train with.
     """
 
 @_typing.type_check_only
@@ -60,8 +63,11 @@ class RoutingServiceAsyncStub(RoutingServiceStub):
     learns of models, limits, health and load.
     """
     Feedback: _aio.UnaryUnaryMultiCallable[_routing_service_pb2.FeedbackRequest, _routing_service_pb2.FeedbackResponse]  # type: ignore[assignment]
-    """Tells how good an answer was. Router only. The router remembers its last requests and answers NOT_FOUND
-    for others. Where it was given a file for that, it keeps prompt and outcome, to calibrate and train with.
+    """Reports how good an answer was. Router only. Only the tenant that sent the request may, once for each
+    request: the same outcome again changes nothing, another one is refused with ALREADY_EXISTS. The router
+    remembers its last requests and answers NOT_FOUND for others, and for those of other tenants. A tenant that
+    reports more than its quota gets RESOURCE_EXHAUSTED with RetryInfo. Where the router was given a file, it
+    keeps prompt and outcome there, to calibrate and train with.
     """
 
 class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -93,8 +99,11 @@ class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _routing_service_pb2.FeedbackRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_routing_service_pb2.FeedbackResponse, _abc.Awaitable[_routing_service_pb2.FeedbackResponse]]:
-        """Tells how good an answer was. Router only. The router remembers its last requests and answers NOT_FOUND
-        for others. Where it was given a file for that, it keeps prompt and outcome, to calibrate and train with.
+        """Reports how good an answer was. Router only. Only the tenant that sent the request may, once for each
+        request: the same outcome again changes nothing, another one is refused with ALREADY_EXISTS. The router
+        remembers its last requests and answers NOT_FOUND for others, and for those of other tenants. A tenant that
+        reports more than its quota gets RESOURCE_EXHAUSTED with RetryInfo. Where the router was given a file, it
+        keeps prompt and outcome there, to calibrate and train with.
         """
 
 def add_RoutingServiceServicer_to_server(servicer: RoutingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -156,7 +156,8 @@ def feedback(
     quality: Annotated[
         float | None, typer.Option(min=0, max=1, help="Instead of that, how good: 0 to 1.")
     ] = None,
-    tier: Annotated[str, typer.Option(help="Whose answer is meant, if not the one that was given.")] = "",
+    tier: Annotated[str, typer.Option(help="The tier that answered, to make sure.")] = "",
+    tenant: Annotated[str, typer.Option(help="The tenant of the request, if it had one.")] = "",
     target: Target = DEFAULT_TARGET,
 ) -> None:
     """Tell the router how good an answer was; started with --feedback FILE, it keeps that to learn from.
@@ -173,5 +174,5 @@ def feedback(
         complain("say either --ok, --not-ok or --quality")
         raise typer.Exit(2)
     with complaining(target):
-        said = asyncio.run(tell(target, request_id, ok=ok, quality=quality, tier=tier))
+        said = asyncio.run(tell(target, request_id, ok=ok, quality=quality, tier=tier, tenant=tenant))
     Console().print(booked(said), highlight=False, markup=False)
