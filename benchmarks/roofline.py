@@ -77,7 +77,7 @@ def multiplications(kind: Kind, threads: int) -> float:
     """Products that are made and added up per second, by the instruction that the engine's kernels use."""
     rounds = 200_000
     plan = np.array([int(kind), rounds, 0], np.int64)
-    seconds = best(lambda: team.run(_spin, plan.ctypes.data, threads))
+    seconds = best(lambda: team.run(_spin, plan.ctypes.data, threads, team.Watch(threads)))
     return threads * rounds * _CHAINS * machine.LANES * (4 // ELEMENT_BYTES[kind]) / seconds
 
 

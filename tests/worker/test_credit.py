@@ -147,6 +147,17 @@ def test_a_batcher_that_does_not_acknowledge_credit_is_taken_at_its_last_word() 
     session.grant(2)
 
     assert session.stands(100.0).committed == 2
+    assert session.allowance == 8, "what it sent before it heard is not held against it"
+
+
+def test_credit_that_was_taken_back_may_be_used_until_the_batcher_knows() -> None:
+    session = Session(1, acks_credit=True, heard=100.0)
+    session.grant(8)
+    session.grant(2)
+    assert session.allowance == 8
+
+    session.saw_credit(2)
+    assert session.allowance == 2
 
 
 class Batcher:

@@ -397,3 +397,40 @@ async def test_a_peer_that_vanishes_in_the_middle_of_everything_leaves_no_error(
         await eventually(lambda: not worker.sessions.load().running)
 
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
+async def test_a_stream_on_which_everything_is_urgent_does_not_starve_the_others(tier: Tier) -> None:
+    """Within its credit a peer may send what it likes; the honest batcher is served beside it."""
+    async with dialled(port_of(tier)) as peer:
+        room = (await peer.hello()).credit.sequences
+        answers = aiter(peer.call)
+        stop = asyncio.Event()
+        handles = 0
+
+        async def flood() -> None:
+            nonlocal handles, room
+            held = 0
+            while not stop.is_set():
+                while held < room:
+                    one = sequence(handles, "me first", ignore_eos=True, max_tokens=40)
+                    one.priority = 9
+                    await peer.call.write(submit(one))
+                    handles, held = handles + 1, held + 1
+                response = await anext(answers)
+                if response.HasField("credit"):
+                    room = response.credit.sequences
+                    await peer.call.write(
+                        wire.RunRequest(ack=wire.Ack(credit_generation=response.credit.generation))
+                    )
+                held -= sum(bool(delta.finish) for delta in response.step.deltas)
+
+        flooding = asyncio.create_task(flood())
+        await eventually(lambda: handles > 20)
+        before = handles
+        await served(tier, 30)
+        during = handles - before
+        stop.set()
+        await flooding
+
+    # 30 answers of 37 tokens beside a flood of 40 each: with equal shares about as many of either kind.
+    assert during < 2 * 30

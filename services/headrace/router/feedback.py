@@ -121,8 +121,8 @@ class Feedback:
             )
         if answered.ambiguous:
             raise errors.InvalidRequest(
-                f"several requests without a tenant have the id {errors.quoted(request_id)}, so it is not known "
-                "which is meant: give each request an id of its own, or none, or set routing.tenant",
+                f"several requests without a tenant have the id {errors.quoted(request_id)}, so it is not "
+                "known which is meant: give each request an id of its own, or none, or set routing.tenant",
                 field="request_id",
             )
         if answered.quality is not None:

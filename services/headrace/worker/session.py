@@ -93,6 +93,7 @@ class Session:
     beating: bool = False
     framed: float = 0.0
     _hungry: float = 0.0
+    _most: int = 0
     _ended: set[int] = field(default_factory=set)  # handles whose last delta waits for the writer
     _places: dict[str, int] = field(default_factory=dict)  # in `others`, of messages that may be replaced
     _others_bytes: int = 0
@@ -107,7 +108,14 @@ class Session:
 
     @property
     def allowance(self) -> int:
-        """Most sequences that it may have here, by what it was told and has not acknowledged to be over."""
+        """Most sequences that it may have here, by what it was told and has not acknowledged to be over.
+
+        Of a batcher that acknowledges no credit nobody knows what it has seen: the most that it was ever told.
+        """
+        return self._promised if self.acks_credit else self._most
+
+    @property
+    def _promised(self) -> int:
         return max(credit for _, credit in self._told)
 
     @property
@@ -126,7 +134,7 @@ class Session:
             return Standing(held, self.credit, held, hungry=False, idle=True)
         if held >= self.credit:
             self._hungry = now
-        promised = self.allowance if now - self.heard < SILENT_SECONDS else 0
+        promised = self._promised if now - self.heard < SILENT_SECONDS else 0
         idle = not held and now - self.submitted >= IDLE_SECONDS
         hungry = not idle and now - self._hungry < HUNGRY_SECONDS
         return Standing(held, self.credit, max(held, promised), hungry, idle)
@@ -142,6 +150,7 @@ class Session:
         if credit == self.credit and self.generation:
             return
         self.credit = credit
+        self._most = max(self._most, credit)
         self.generation += 1
         if not self.acks_credit:
             self._told.clear()

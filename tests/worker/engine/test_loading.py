@@ -21,7 +21,7 @@ from headrace.worker.engine.loading import load_engine
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
 from headrace.worker.engine.seam import Row, SamplingParams, Token
 from headrace.worker.engine.torch_engine import TorchEngine
-from tests.worker.engine.conftest import ARCHITECTURES
+from tests.worker.engine.conftest import ARCHITECTURES, VOCABULARY
 
 Folder = Callable[[str], Path]
 PARAMS = SamplingParams(seed=1, max_tokens=1)
@@ -344,6 +344,21 @@ def test_turns_end_with_whatever_the_folder_names_or_is_known_to_mean_it(
     (folder / "tokenizer.json").write_text(json.dumps(tokens))
 
     assert load(folder, tmp_path).model.eos_ids == {2, 9, 11, 20, 22, 24}
+
+
+def test_ids_that_end_a_turn_but_are_beyond_the_vocabulary_are_left_out(
+    tiny_folder: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = changed(tiny_folder("llama"), tmp_path, eos_token_id=[2, 4_000_000])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [VOCABULARY, -1]}))
+    engine = load(folder, tmp_path)
+    assert engine.model.eos_ids == {2}
+    assert "vocabulary" in caplog.text
+
+    blocks = range(engine.model.kv_blocks)
+    params = SamplingParams(seed=1, max_tokens=9, min_tokens=9)
+    (token,) = engine.step([Row(blocks, 0, 3, [4, 5, 6], 3, True, params)])
+    assert isinstance(token, Token)
 
 
 def test_the_weights_fingerprint_tells_weights_configs_and_dtypes_apart(

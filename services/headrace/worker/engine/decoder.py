@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.worker.engine.flat_step import FlatStep
-from headrace.worker.engine.kernels import attention, forward, machine
+from headrace.worker.engine.kernels import attention, forward, machine, team
 from headrace.worker.engine.kernels.matmul import ELEMENT_BYTES, GROUP, MATRIX, PANEL, Kind
 from headrace.worker.engine.kernels.paging import PagedMemory, Ragged
 
@@ -70,6 +70,7 @@ class DecoderWeights:
         )
         step = self.step = np.zeros(1, forward.STEP)
         step["kind"], step["layers"] = kind, len(self.layers)
+        step["vocabulary"], step["positions"] = len(embedding), positions
         step["hidden"], step["inner"] = config.hidden_size, config.intermediate_size
         step["epsilon"] = config.rms_norm_eps
         step["embedding"], step["embedding_half"] = self._keep(embedding), half
@@ -179,6 +180,7 @@ class Decoder:
         )
         step["counters"] = self._counters.ctypes.data
         self._threads = threads
+        self._watch = team.Watch(threads)
         self._token_bytes = {
             "x": 4 * hidden,
             "packed": ELEMENT_BYTES[weights.kind] * longest,
@@ -193,13 +195,11 @@ class Decoder:
     def __call__(self, flat: FlatStep) -> torch.Tensor:
         """See `Forward`; logits are float32.
 
-        Raises ValueError for a sequence longer than the weights are laid out for: the kernels read the
-        rotation of each position from a table, and do not look where it ends.
+        Raises IndexError for a token, a position or a block that there is not, and `team.KernelFault`.
         """
-        if (longest := int(flat.stops.max(initial=0))) > self._weights.positions:
-            raise ValueError(
-                f"a sequence of {longest} tokens, and there are {self._weights.positions} positions"
-            )
+        _check("token", flat.ids, int(self._step["vocabulary"][0]))
+        _check("position", flat.positions, self._weights.positions)
+        _check("block", flat.tables, self._memory.blocks)
         self._make_room(flat.tokens)
         ragged = Ragged(flat.starts, flat.stops - flat.starts, flat.tables)
         step = self._step
@@ -211,7 +211,7 @@ class Decoder:
         step["ids"], step["sampled_tokens"] = ids.ctypes.data, last.ctypes.data
         step["sampled"], step["logits"] = len(last), logits.data_ptr()
         self._counters.fill(0)
-        forward.compute(step, self._threads)
+        forward.compute(step, self._threads, self._watch)
         return logits[:, : self._weights.vocabulary_size]
 
     def profile(self, flat: FlatStep) -> dict[str, float]:
@@ -232,6 +232,13 @@ class Decoder:
         self._room = [_bytes(size * tokens) for size in self._token_bytes.values()]
         for name, room in zip(self._token_bytes, self._room, strict=True):
             self._step[name] = room.data_ptr()
+
+
+def _check(what: str, numbers: npt.NDArray[Any], limit: int) -> None:
+    """Raise IndexError unless all *numbers* are below *limit*, and none below 0."""
+    if numbers.size and not (numbers.min() >= 0 and numbers.max() < limit):
+        wrong = numbers.max() if numbers.max() >= limit else numbers.min()
+        raise IndexError(f"there is no {what} {wrong}, only {limit} from 0 on")
 
 
 def _bytes(size: int) -> torch.Tensor:

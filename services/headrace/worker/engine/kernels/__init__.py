@@ -20,13 +20,16 @@ import numba
 
 from headrace.models import cache_folder
 
+# Whether kernels check where they read and write: for debugging, as it takes time.
+CHECKED = os.environ.get("HEADRACE_CHECK_KERNELS", "") not in ("", "0")
+
 
 def _compiled() -> str:
     """Return the folder for compiled kernels, another one for each version of their source.
 
     numba looks only at the file of the function that it caches, not at those of the functions it calls.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"checked" if CHECKED else b"")
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     folder = cache_folder() / "kernels" / digest.hexdigest()[:16]
@@ -38,5 +41,6 @@ def _compiled() -> str:
         return tempfile.mkdtemp(prefix="headrace-kernels-")
 
 
-if "NUMBA_CACHE_DIR" not in os.environ:
+numba.config.BOUNDSCHECK = 1 if CHECKED else None
+if "NUMBA_CACHE_DIR" not in os.environ or CHECKED:
     numba.config.CACHE_DIR = _compiled()

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 
 from headrace.worker.engine.kernels import machine as m
+from headrace.worker.engine.kernels import team
 from headrace.worker.engine.kernels.elementwise import load_float, pointer, store_float
 from headrace.worker.engine.kernels.machine import integer, offset
 
@@ -40,6 +41,7 @@ LAYER = np.dtype(
     [
         ("keys", np.int64),  # addresses
         ("values", np.int64),
+        ("blocks", np.int64),  # how many
         ("half", np.int64),  # 1 for bfloat16, 0 for float32
         ("heads", np.int64),
         ("kv_heads", np.int64),
@@ -226,7 +228,7 @@ def _dispatch(make: Any, arguments: int) -> Any:
     lines.append(f"    k12({names})")
     scope = {"k1": k1, "k2": k2, "k3": k3, "k4": k4, "k6": k6, "k7": k7, "k8": k8, "k12": k12}
     exec("\n".join(lines), scope)
-    return njit(nogil=True)(scope["chosen"])
+    return m.compiled(scope["chosen"])
 
 
 _scores_half = _dispatch(lambda rows: _scores(rows, True), 5)
@@ -242,13 +244,14 @@ def scratch_bytes(head_dim: int, value_dim: int) -> int:
     return MOST_QUERIES * (head_dim + STRETCH + value_dim + 2) * 4
 
 
-@njit(nogil=True)
+@m.compiled
 def attend_tile(
-    layer: Any, ragged: Any, tile: int, kv_head: int, head: int, group: int, queries: int, query_row: int,
-    out: int, out_row: int, scratch: int,
+    watch: int, layer: Any, ragged: Any, tile: int, kv_head: int, head: int, group: int, queries: int,
+    query_row: int, out: int, out_row: int, scratch: int,
 ) -> None:  # fmt: skip
     """Attend from the queries of one tile to one KV head.
 
+    watch       of `team.Watch`, as everywhere here
     tile        index into the tile table
     head        the first of the *group* heads to compute, which share the KV head; the tile's tokens times
                 *group* are at most MOST_QUERIES
@@ -295,6 +298,8 @@ def attend_tile(
         begins = start // BLOCK
         many = min(STRETCH // BLOCK, last // BLOCK + 1 - begins)
         for i in range(many):
+            if m.CHECKED:
+                team.require(watch, team.KV_BLOCK, blocks[begins + i], layer.blocks)
             block = np.int64(blocks[begins + i]) * layer.kv_heads + kv_head
             keys, values = layer.keys + block * key_block, layer.values + block * value_block
             if layer.half:
@@ -344,8 +349,10 @@ def attend_tile(
             result[d] = total[r, d] * share
 
 
-@njit(nogil=True)
-def store_token(layer: Any, ragged: Any, token: int, keys: int, values: int, value_dim: int) -> None:
+@m.compiled
+def store_token(
+    watch: int, layer: Any, ragged: Any, token: int, keys: int, values: int, value_dim: int
+) -> None:
     """Write one token's key and value of each KV head into its block.
 
     keys        address of [kv_heads, head_dim] float32
@@ -356,6 +363,8 @@ def store_token(layer: Any, ragged: Any, token: int, keys: int, values: int, val
     position = positions[token]
     table = ragged.blocks + 4 * ragged.table_width * token_rows[token]
     blocks = carray(pointer(table), (ragged.table_width,), np.int32)
+    if m.CHECKED:
+        team.require(watch, team.KV_BLOCK, blocks[position // BLOCK], layer.blocks)
     place = np.int64(blocks[position // BLOCK]) * layer.kv_heads
     at = position % BLOCK
     dim, wide = layer.head_dim, layer.value_dim
@@ -385,9 +394,17 @@ def store_token(layer: Any, ragged: Any, token: int, keys: int, values: int, val
                 full_values[at, d] = value[d]
 
 
-@njit(nogil=True)
+@m.compiled
 def attend_unit(
-    layer: Any, ragged: Any, unit: int, queries: int, query_row: int, out: int, out_row: int, scratch: int
+    watch: int,
+    layer: Any,
+    ragged: Any,
+    unit: int,
+    queries: int,
+    query_row: int,
+    out: int,
+    out_row: int,
+    scratch: int,
 ) -> None:
     """Attend one of the step's `units`; see `attend_tile`."""
     group = layer.heads // layer.kv_heads
@@ -397,10 +414,10 @@ def attend_unit(
     kv_head, part = rest // parts, rest % parts
     head = kv_head * group + part * size
     heads = min(size, group - part * size)
-    attend_tile(layer, ragged, tile, kv_head, head, heads, queries, query_row, out, out_row, scratch)
+    attend_tile(watch, layer, ragged, tile, kv_head, head, heads, queries, query_row, out, out_row, scratch)
 
 
-@njit(nogil=True)
+@m.compiled
 def units(layer: Any, ragged: Any) -> Any:
     """Return into how many pieces of work a step's attention falls."""
     group = layer.heads // layer.kv_heads

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from headrace.worker.engine.kernels import machine as m
 from headrace.worker.engine.kernels.machine import integer, offset
@@ -149,7 +149,7 @@ def widen_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
     m.counted_loop(b, vectors, [], body)
 
 
-@njit(nogil=True)
+@m.compiled
 def pack_row(kind: int, x: int, length: int, out: int, scales: int) -> None:
     """Store a row as `matmul` wants its activations, and for int8 the scales of its groups.
 

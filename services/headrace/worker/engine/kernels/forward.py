@@ -15,7 +15,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 
 from headrace.worker.engine.kernels import attention, machine, team
 from headrace.worker.engine.kernels.elementwise import (
@@ -60,6 +60,8 @@ STEP = np.dtype(
         ("embedding_half", np.int64),  # 1 for bfloat16, 0 for float32
         ("final_norm", np.int64),
         ("head", MATRIX),
+        ("vocabulary", np.int64),
+        ("positions", np.int64),
         ("cosines", np.int64),  # address of [positions, head_dim / 2] float32
         ("sines", np.int64),
         # the step
@@ -74,6 +76,7 @@ STEP = np.dtype(
         ("scales", np.int64),  # [tokens, groups of the longest row] float32
         ("wide", np.int64),  # [tokens, widest result] float32
         ("mixed", np.int64),  # [tokens, heads x head_dim] float32
+        ("watch", np.int64),  # of `team.Watch`
         ("counters", np.int64),  # zeros: (layers x PHASES + 3) x COUNTER_BYTES
         ("scratch", np.int64),  # per thread
         ("scratch_bytes", np.int64),
@@ -94,7 +97,7 @@ def _now(b: Any) -> Any:
     return machine.call(b, "llvm.readcyclecounter", result=machine.I64)
 
 
-@njit(nogil=True)
+@machine.compiled
 def _book(step: Any, part: int) -> None:
     """Count the cycles since the last part's end towards this part, if anyone wants to know."""
     if step.cycles and team.thread_number() == 0:
@@ -104,7 +107,7 @@ def _book(step: Any, part: int) -> None:
         cycles[12] = now
 
 
-@njit(nogil=True)
+@machine.compiled
 def _multiply(
     step: Any, part: int, phase: int, add: bool, matrix: Any, rows: int, out: int, out_row: int
 ) -> None:
@@ -117,11 +120,11 @@ def _multiply(
         multiply_panel(
             step.kind, add, matrix, panel, rows, step.packed, step.scales, out + 128 * panel, out_row
         )
-    team.barrier()
+    team.barrier(step.watch)
     _book(step, part)
 
 
-@njit(nogil=True)
+@machine.compiled
 def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
     """Pack the RMS norm of one row (Zhang & Sennrich, 2019) as activations of the next product."""
     vectors = step.hidden // 16
@@ -131,7 +134,7 @@ def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
     _pack(step, scratch, step.hidden, row)
 
 
-@njit(nogil=True)
+@machine.compiled
 def _normalise_all(step: Any, part: int, phase: int, weights: int, scratch: int) -> None:
     """Pack the norms of all rows; the team shares them."""
     counter = step.counters + COUNTER_BYTES * phase
@@ -140,24 +143,26 @@ def _normalise_all(step: Any, part: int, phase: int, weights: int, scratch: int)
         if row >= step.ragged.tokens:
             break
         _normalise(step, step.x + 4 * step.hidden * row, weights, row, scratch)
-    team.barrier()
+    team.barrier(step.watch)
     _book(step, part)
 
 
-@njit(nogil=True)
+@machine.compiled
 def _pack(step: Any, x: int, length: int, row: int) -> None:
     """Make one row of floats the activations of the next product."""
     size = 1 if step.kind == 0 else (2 if step.kind == 1 else 4)
     pack_row(step.kind, x, length, step.packed + row * length * size, step.scales + 4 * row * (length // 64))
 
 
-@njit(nogil=True)
+@machine.compiled
 def _rotate(step: Any, layer: Any, token: int, row: int) -> None:
     """Normalise, where the model does, and rotate a token's queries and keys (Su et al., RoFormer, 2021)."""
     own = layer.attention
     dim = own.head_dim
     half = dim // 2
     positions = carray(pointer(step.ragged.positions), (step.ragged.tokens,), np.int32)
+    if machine.CHECKED:
+        team.require(step.watch, team.POSITION, positions[token], step.positions)
     at = 4 * half * np.int64(positions[token])
     cosines = carray(pointer(step.cosines + at), (half,), np.float32)
     sines = carray(pointer(step.sines + at), (half,), np.float32)
@@ -179,7 +184,7 @@ def _rotate(step: Any, layer: Any, token: int, row: int) -> None:
             vector[d + half] = right * cosines[d] + left * sines[d]
 
 
-@njit(nogil=True)
+@machine.compiled
 def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
     """Compute queries, keys and values, attend, and add the result to the residual stream."""
     own = layer.attention
@@ -197,8 +202,8 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
             break
         start = step.wide + row * wide_row
         _rotate(step, layer, row, start)
-        attention.store_token(own, step.ragged, row, start + keys, start + values, own.value_dim)
-    team.barrier()
+        attention.store_token(step.watch, own, step.ragged, row, start + keys, start + values, own.value_dim)
+    team.barrier(step.watch)
     _book(step, 3)
     mixed = own.heads * own.value_dim
     counter = step.counters + COUNTER_BYTES * (phase + 3)
@@ -207,8 +212,10 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
         unit = team.claim(counter)
         if unit >= pieces:
             break
-        attention.attend_unit(own, step.ragged, unit, step.wide, wide_row, step.mixed, 4 * mixed, scratch)
-    team.barrier()
+        attention.attend_unit(
+            step.watch, own, step.ragged, unit, step.wide, wide_row, step.mixed, 4 * mixed, scratch
+        )
+    team.barrier(step.watch)
     _book(step, 4)
     counter = step.counters + COUNTER_BYTES * (phase + 4)
     while True:
@@ -217,12 +224,12 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
             break
         place = step.mixed + 4 * mixed * row
         _pack(step, place, mixed, row)
-    team.barrier()
+    team.barrier(step.watch)
     _book(step, 5)
     _multiply(step, 6, phase + 5, True, layer.output, tokens, step.x, x_row)
 
 
-@njit(nogil=True)
+@machine.compiled
 def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
     """Compute the gated feed-forward network (Shazeer, GLU Variants, 2020), and add its result."""
     tokens = step.ragged.tokens
@@ -238,25 +245,27 @@ def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
         gates = step.wide + row * wide_row
         silu_row(gates, gates + 4 * step.inner, step.inner // 16, scratch)
         _pack(step, scratch, step.inner, row)
-    team.barrier()
+    team.barrier(step.watch)
     _book(step, 9)
     _multiply(step, 10, phase + 3, True, layer.down, tokens, step.x, x_row)
 
 
-@njit(nogil=True)
+@machine.compiled
 def _compute(step: Any) -> None:
     me, threads = team.thread_number(), team.thread_count()
     scratch = step.scratch + me * step.scratch_bytes
     tokens, hidden = step.ragged.tokens, step.hidden
     ids = carray(pointer(step.ids), (tokens,), np.int32)
     for row in range(me * tokens // threads, (me + 1) * tokens // threads):
+        if machine.CHECKED:
+            team.require(step.watch, team.TOKEN, ids[row], step.vocabulary)
         if step.embedding_half:
             source = step.embedding + 2 * hidden * np.int64(ids[row])
             widen_row(source, hidden // 16, step.x + 4 * hidden * row)
         else:
             source = step.embedding + 4 * hidden * np.int64(ids[row])
             copy_row(source, hidden // 16, step.x + 4 * hidden * row)
-    team.barrier()
+    team.barrier(step.watch)
     _book(step, 0)
     layers = carray(pointer(step.layer_table), (step.layers,), DECODER_LAYER)
     phase = 0
@@ -266,8 +275,10 @@ def _compute(step: Any) -> None:
         phase += 10
     sampled = carray(pointer(step.sampled_tokens), (step.sampled,), np.int32)
     for row in range(me * step.sampled // threads, (me + 1) * step.sampled // threads):
+        if machine.CHECKED:
+            team.require(step.watch, team.SAMPLED, sampled[row], tokens)
         _normalise(step, step.x + 4 * hidden * np.int64(sampled[row]), step.final_norm, row, scratch)
-    team.barrier()
+    team.barrier(step.watch)
     if step.sampled:
         _multiply(step, 11, phase, False, step.head, step.sampled, step.logits, 128 * step.head.count)
 
@@ -279,9 +290,18 @@ def compiled() -> Any:
 
 
 def _compute_on_thread(data: Any) -> None:
-    _compute(carray(data, (1,), STEP)[0])
+    step = carray(data, (1,), STEP)[0]
+    try:
+        _compute(step)
+    except Exception:
+        team.fail(step.watch)
+    team.finish(step.watch)
 
 
-def compute(step: Any, threads: int) -> None:
-    """Compute the step that a STEP record describes, on *threads* threads."""
-    team.run(compiled(), step.ctypes.data, threads)
+def compute(step: Any, threads: int, watch: team.Watch) -> None:
+    """Compute the step that a STEP record describes, on *threads* threads. Raises `team.KernelFault`.
+
+    watch   for as many threads
+    """
+    step["watch"] = watch.address
+    team.run(compiled(), step.ctypes.data, threads, watch)

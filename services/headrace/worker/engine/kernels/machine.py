@@ -13,10 +13,17 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from headrace.worker.engine.kernels import CHECKED as CHECKED
+
 LANES = 16
+
+# How kernels are compiled. Division by zero gives infinity or NaN, as in hardware: a row that is not finite
+# is that row's fault alone, an exception would be the step's.
+compiled = njit(nogil=True, error_model="numpy")
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # 8-bit products, four at a time

@@ -23,7 +23,7 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from headrace.worker.engine.kernels import machine as m
 
@@ -144,7 +144,7 @@ def _panel_of(kind: Kind, *, add: bool) -> Any:
     most = 8 if kind is Kind.INT8 else 12
     t1, t2, t3, t4, t6, t8, t12 = (_tile(kind, min(rows, most), add=add) for rows in _SIZES)
 
-    @njit(nogil=True)
+    @m.compiled
     def panel_of(
         rows: int, a: int, a_row: int, a_scales: int, scales_row: int, panel: int, words: int, scales: int,
         bias: int, out: int, out_row: int,
@@ -183,7 +183,7 @@ _bf16, _bf16_add = _panel_of(Kind.BFLOAT16, add=False), _panel_of(Kind.BFLOAT16,
 _f32, _f32_add = _panel_of(Kind.FLOAT32, add=False), _panel_of(Kind.FLOAT32, add=True)
 
 
-@njit(nogil=True)
+@m.compiled
 def multiply_panel(
     kind: int, add: bool, matrix: Any, panel: int, rows: int, a: int, a_scales: int, out: int, out_row: int
 ) -> None:

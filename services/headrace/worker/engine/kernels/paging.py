@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 
-from headrace.worker.engine.kernels import attention, team
+from headrace.worker.engine.kernels import attention, machine, team
 from headrace.worker.engine.kernels.attention import BLOCK, LAYER, RAGGED
 
 Ints = npt.NDArray[np.int32]
@@ -55,6 +55,7 @@ class PagedMemory:
             made = np.zeros(1, LAYER)
             made["keys"] = self._take(self.blocks * kv_heads * (head_dim + head_dim % 2) * BLOCK)
             made["values"] = self._take(self.blocks * kv_heads * BLOCK * stored)
+            made["blocks"] = self.blocks
             made["half"], made["kv_heads"], made["head_dim"] = self.half, kv_heads, head_dim
             made["value_dim"] = stored
             self._layers[index] = made
@@ -152,11 +153,12 @@ _CALL = np.dtype(
         ("scratch", np.int64),
         ("scratch_bytes", np.int64),
         ("counter", np.int64),
+        ("watch", np.int64),  # of `team.Watch`
     ]
 )
 
 
-@njit(nogil=True)
+@machine.compiled
 def _attend(call: Any) -> None:
     layer, ragged = call.layer, call.ragged
     me, threads = team.thread_number(), team.thread_count()
@@ -164,16 +166,24 @@ def _attend(call: Any) -> None:
     value_row = 4 * layer.kv_heads * call.value_dim
     for token in range(me * ragged.tokens // threads, (me + 1) * ragged.tokens // threads):
         attention.store_token(
-            layer, ragged, token, call.keys + token * key_row, call.values + token * value_row, call.value_dim
+            call.watch,
+            layer,
+            ragged,
+            token,
+            call.keys + token * key_row,
+            call.values + token * value_row,
+            call.value_dim,
         )
-    team.barrier()
+    team.barrier(call.watch)
     scratch = call.scratch + me * call.scratch_bytes
     query_row, out_row = 4 * layer.heads * layer.head_dim, 4 * layer.heads * layer.value_dim
     while True:
         unit = team.claim(call.counter)
         if unit >= attention.units(layer, ragged):
             break
-        attention.attend_unit(layer, ragged, unit, call.queries, query_row, call.out, out_row, scratch)
+        attention.attend_unit(
+            call.watch, layer, ragged, unit, call.queries, query_row, call.out, out_row, scratch
+        )
 
 
 @functools.cache
@@ -183,7 +193,12 @@ def compiled() -> Any:
 
 
 def _attend_on_thread(data: Any) -> None:
-    _attend(carray(data, (1,), _CALL)[0])
+    call = carray(data, (1,), _CALL)[0]
+    try:
+        _attend(call)
+    except Exception:
+        team.fail(call.watch)
+    team.finish(call.watch)
 
 
 def attend(
@@ -210,4 +225,6 @@ def attend(
     call["value_dim"], call["out"] = value_dim, out
     call["scratch"], call["scratch_bytes"] = scratch.ctypes.data, size
     call["counter"] = counter.ctypes.data
-    team.run(compiled(), call.ctypes.data, threads)
+    watch = team.Watch(threads)
+    call["watch"] = watch.address
+    team.run(compiled(), call.ctypes.data, threads, watch)
