@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "model"
     words = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *"abcdefghijklmnop"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(path)

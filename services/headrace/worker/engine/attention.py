@@ -14,12 +14,17 @@ from typing import Any, Protocol
 import torch
 
 from headrace.worker.engine.kv_memory import LayerShape
-from headrace.worker.engine.refusals import UnsupportedModel
+from headrace.worker.engine.refusals import INSTEAD, UnsupportedModel, own_attention
 
 IMPLEMENTATION = "headrace"  # what transformers calls our attention function
 
-# Arguments that change what attention means and that we would have to ignore.
-_UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "head_mask", "block_sequence_ids")
+# Arguments that change what attention means and that we would have to ignore, in a user's words.
+_UNSUPPORTED_ARGUMENTS = {
+    "s_aux": "attention sinks",
+    "position_bias": "attention with a bias for each distance",
+    "head_mask": "attention with masked heads",
+    "block_sequence_ids": "attention inside blocks",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +87,19 @@ def paged_attention(
     than causal attention.
     """
     if headrace_step is None:
-        raise UnsupportedModel(f"{type(module).__name__} does not pass keyword arguments on to its attention")
-    unknown = [name for name in _UNSUPPORTED_ARGUMENTS if arguments.get(name) is not None]
+        raise own_attention(module)
+    unknown = [said for name, said in _UNSUPPORTED_ARGUMENTS.items() if arguments.get(name) is not None]
     if unknown or attention_mask is not None:
+        needed = " and ".join(unknown) or "attention with a mask of its own"
         raise UnsupportedModel(
-            f"{type(module).__name__} needs attention with {', '.join(unknown) or 'a mask'}"
+            f"{type(module).__name__} needs {needed}, which Headrace does not compute; serve it with "
+            f"transformers or vLLM, or another model here: {INSTEAD}"
         )
     if not arguments.get("is_causal", getattr(module, "is_causal", True)):
-        raise UnsupportedModel(f"{type(module).__name__} looks ahead: its attention is not causal")
+        raise UnsupportedModel(
+            f"{type(module).__name__} sees later tokens too: its attention is not causal, so it does not "
+            f"generate text one token after the other; {INSTEAD}"
+        )
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     out = headrace_step(
         int(module.layer_idx),  # type: ignore[arg-type]
@@ -127,14 +137,21 @@ def observe_layers(network: Any) -> dict[int, LayerAttention]:
     config = network.config.get_text_config()
     layers = int(config.num_hidden_layers)
     if recorder.seen.keys() != set(range(layers)):
+        if not recorder.seen:
+            raise own_attention(network, ", or none at all (recurrent models)")
         raise UnsupportedModel(
-            f"{len(recorder.seen)} of {layers} layers attend through transformers' attention interface; "
-            f"recurrent and hybrid models, and those with attention of their own, are not supported"
+            f"{type(network).__name__} has attention that Headrace computes in {len(recorder.seen)} of its "
+            f"{layers} "
+            "layers; the others (recurrent, convolutions, attention of their own) keep a state that paged "
+            f"KV memory does not hold. Serve it with transformers or vLLM, or another model here: {INSTEAD}"
         )
     # No probe is as long as a real window, so logits cannot show that one is missing.
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModel(f"layer {layer} needs {kind}, which is not supported")
+            raise UnsupportedModel(
+                f"{type(network).__name__} needs {kind} in layer {layer}, which Headrace does not compute; "
+                f"serve it with transformers or vLLM, or another model here: {INSTEAD}"
+            )
         if kind == "sliding_attention" and recorder.seen[layer].masking.window is None:
             raise UnsupportedModel(f"layer {layer} slides but does not say how far")
     return recorder.seen

@@ -231,7 +231,10 @@ def _refusing(network: Any) -> Iterator[None]:
     except Exception as error:
         log.debug("a model's own code failed", exc_info=True)
         raise UnsupportedModel(
-            f"{type(network).__name__} cannot be computed in ragged steps: {brief(error)}; {INSTEAD}"
+            f"{type(network).__name__} does not run on batches of sequences of different lengths, as "
+            "Headrace "
+            f"computes them: {brief(error)}; serve it with transformers or vLLM, or another model here: "
+            f"{INSTEAD}"
         ) from error
 
 

@@ -141,13 +141,14 @@ def _check_numbers(path: Path, plain: Mapping[str, Any]) -> None:
 
 def _check_sizes(path: Path, plain: Mapping[str, Any]) -> None:
     """Refuse a config that does not say how large the model is, or contradicts itself."""
-    kind = CONFIG_MAPPING[plain["model_type"]]
+    kind: Any = CONFIG_MAPPING[plain["model_type"]]
     if any(isinstance(plain.get(inner), dict) for inner in getattr(kind, "sub_configs", None) or ()):
         return  # a config around others, which these may leave to defaults that belong to the family
     names = {size: getattr(kind, "attribute_map", {}).get(size, size) for size in _SIZES}
-    known = dir(kind)
+    with explained(path, _CORRECT):
+        written = kind().to_dict()  # fields that transformers writes for this kind of model, if it writes it
     for size, own in names.items():
-        if own in known and plain.get(own) is None and plain.get(size) is None:
+        if own in written and plain.get(own) is None and plain.get(size) is None:
             raise LoadingError(f"{path} does not say {own}; {_CORRECT}")
     heads = plain.get(names["num_attention_heads"], plain.get("num_attention_heads"))
     shared = plain.get("num_key_value_heads")

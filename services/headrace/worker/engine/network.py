@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from headrace.worker.engine.attention import IMPLEMENTATION
 from headrace.worker.engine.model_files import explained, inspect
-from headrace.worker.engine.refusals import INSTEAD, LoadingError, UnsupportedModel
+from headrace.worker.engine.refusals import INSTEAD, LoadingError, UnsupportedModel, own_attention
 
 # Older versions of transformers saved what can be computed: masks, positions, frequencies.
 _DERIVED = re.compile(
@@ -78,14 +78,6 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-
-
-def own_attention(network: Any) -> UnsupportedModel:
-    """Make the refusal of a network whose attention layers cannot be replaced by ours."""
-    return UnsupportedModel(
-        f"{type(network).__name__} computes attention in code of its own, which cannot use Headrace's "
-        f"paged KV memory; serve it with transformers or vLLM, or serve another model here: {INSTEAD}"
-    )
 
 
 def account(folder: Path, found: dict[str, Any], warn: Callable[[str], None]) -> None:

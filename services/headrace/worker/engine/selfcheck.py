@@ -16,7 +16,7 @@ from headrace.worker.engine.attention import IMPLEMENTATION, LayerAttention
 from headrace.worker.engine.attention_kinds import AttentionKind, Layers
 from headrace.worker.engine.flat_step import flatten
 from headrace.worker.engine.plain_attention import attend
-from headrace.worker.engine.refusals import UnsupportedModel
+from headrace.worker.engine.refusals import INSTEAD, UnsupportedModel
 from headrace.worker.engine.seam import Row, SamplingParams, Token
 from headrace.worker.engine.torch_engine import TorchEngine
 
@@ -206,7 +206,7 @@ def _compare(transcript: Transcript, network: Any, dtype: str, how: str) -> None
     if not error <= allowed:
         raise UnsupportedModel(
             f"{type(network).__name__} computed {how} is not what transformers computes: "
-            f"its logits are off by {error:.2g} of their size"
+            f"its logits are off by {error:.2g} of their size; {INSTEAD}"
         )
 
 
