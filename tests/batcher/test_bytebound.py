@@ -76,8 +76,8 @@ BOUNDED = {
 }
 texts = st.one_of(
     st.text(max_size=80),
-    st.text(st.sampled_from("# he\n\u212a\u1112\u1161\u11ab\u0301e<0x>"), max_size=200),
-    st.builds(lambda piece, times: piece * times, st.sampled_from(CORPUS), st.integers(1, 20)),
+    st.text(st.sampled_from("# he\u2581\n\u212a\u1112\u1161\u11ab\u0301e<0x>"), max_size=200),
+    st.builds(lambda piece, times: piece * times, st.sampled_from([*CORPUS, "\u2581he"]), st.integers(1, 20)),
 )
 
 

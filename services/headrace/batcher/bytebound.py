@@ -62,10 +62,8 @@ def byte_bound(definition: dict[str, Any]) -> ByteBound | None:
     shrink = NFC_SHRINK if any(step["type"] == "NFC" for step in normalizers) else 1
     if lost and shrink > 1:
         return None  # composing may make lost bytes of others
-    # In a byte-level vocabulary each character stands for a byte.
-    longest = max(
-        len(token) if bytewise else len(token.replace(_BLANK, " ").encode()) for token in vocabulary
-    )
+    # In a byte-level vocabulary each character stands for a byte. Elsewhere U+2581 may stand for itself.
+    longest = max(len(token) if bytewise else len(token.encode()) for token in vocabulary)
     longest = max(longest, *(len(token["content"].encode()) for token in added), 1)
     return ByteBound(longest, shrink, lost)
 
