@@ -39,10 +39,11 @@ def trained(normalizer: Any = None, pre_tokenizer: Any = None, *, alphabet: bool
 def fallback() -> Tokenizer:
     """Llama's kind: blanks written as U+2581, and a token for each byte."""
     letters = [f"<0x{byte:02X}>" for byte in range(256)]
-    vocabulary = {token: place for place, token in enumerate(["<unk>", *letters, "▁", "h", "e", "he", "▁he"])}
+    tokens = ["<unk>", *letters, "▁", "h", "e", "he", "hehe", "hehehehe", "▁hehehehe"]
+    vocabulary = {token: place for place, token in enumerate(tokens)}
     model = models.BPE(
         vocab=vocabulary,
-        merges=[("h", "e"), ("▁", "he")],
+        merges=[("h", "e"), ("he", "he"), ("hehe", "hehe"), ("▁", "hehehehe")],
         unk_token="<unk>",
         fuse_unk=True,
         byte_fallback=True,
@@ -77,7 +78,9 @@ BOUNDED = {
 texts = st.one_of(
     st.text(max_size=80),
     st.text(st.sampled_from("# he\u2581\n\u212a\u1112\u1161\u11ab\u0301e<0x>"), max_size=200),
-    st.builds(lambda piece, times: piece * times, st.sampled_from([*CORPUS, "\u2581he"]), st.integers(1, 20)),
+    st.builds(
+        lambda piece, times: piece * times, st.sampled_from([*CORPUS, "\u2581hehehehe"]), st.integers(1, 20)
+    ),
 )
 
 
