@@ -17,15 +17,20 @@ from headrace.batcher.bytebound import _BYTE_LETTERS, NFC_SHRINK, byte_bound
 CORPUS = ["hello hello world", "    a    b", "########", "żółw żółw", "const x = 1;\n\n\n", "한글 한글"] * 20
 
 
-def trained(normalizer: Any = None, pre_tokenizer: Any = None) -> Tokenizer:
-    """A small byte-level BPE tokenizer with long tokens."""
+def trained(normalizer: Any = None, pre_tokenizer: Any = None, *, alphabet: bool = True) -> Tokenizer:
+    """A small byte-level BPE tokenizer with long tokens.
+
+    alphabet   with a token for each byte; else for those of its corpus
+    """
     tokenizer = Tokenizer(models.BPE())
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizer or level
     trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=500,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else [],
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
@@ -34,10 +39,11 @@ def trained(normalizer: Any = None, pre_tokenizer: Any = None) -> Tokenizer:
 def fallback() -> Tokenizer:
     """Llama's kind: blanks written as U+2581, and a token for each byte."""
     letters = [f"<0x{byte:02X}>" for byte in range(256)]
-    vocabulary = {token: place for place, token in enumerate(["<unk>", *letters, "▁", "h", "e", "he", "▁he"])}
+    tokens = ["<unk>", *letters, "▁", "h", "e", "he", "hehe", "hehehehe", "▁hehehehe"]
+    vocabulary = {token: place for place, token in enumerate(tokens)}
     model = models.BPE(
         vocab=vocabulary,
-        merges=[("h", "e"), ("▁", "he")],
+        merges=[("h", "e"), ("he", "he"), ("hehe", "hehe"), ("▁", "hehehehe")],
         unk_token="<unk>",
         fuse_unk=True,
         byte_fallback=True,
@@ -67,11 +73,14 @@ BOUNDED = {
     "composed": trained(normalizers.NFC()),
     "split": trained(pre_tokenizer=split("isolated")),
     "fallback": fallback(),
+    "lacks bytes": trained(alphabet=False),
 }
 texts = st.one_of(
     st.text(max_size=80),
-    st.text(st.sampled_from("# he\n\u212a\u1112\u1161\u11ab\u0301e<0x>"), max_size=200),
-    st.builds(lambda piece, times: piece * times, st.sampled_from(CORPUS), st.integers(1, 20)),
+    st.text(st.sampled_from("# he\u2581\n\u212a\u1112\u1161\u11ab\u0301e<0x>"), max_size=200),
+    st.builds(
+        lambda piece, times: piece * times, st.sampled_from([*CORPUS, "\u2581hehehehe"]), st.integers(1, 20)
+    ),
 )
 
 
@@ -102,6 +111,7 @@ def truncating() -> Tokenizer:
     "tokenizer",
     [
         trained(normalizers.NFKC()),
+        trained(normalizers.NFC(), alphabet=False),
         trained(normalizers.Strip()),
         trained(normalizers.Lowercase()),
         trained(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])),
@@ -120,6 +130,14 @@ def truncating() -> Tokenizer:
 )
 def test_a_tokenizer_that_may_lose_text_has_no_bound(tokenizer: Tokenizer) -> None:
     assert byte_bound(definition(tokenizer)) is None
+
+
+def test_bytes_that_make_no_token_prove_nothing() -> None:
+    bound = byte_bound(definition(trained(alphabet=False)))
+
+    assert bound is not None
+    assert bound.fewest_tokens("\x04" * 10_000) == 0
+    assert bound.fewest_tokens("h" * 10_000) > 50
 
 
 def test_added_tokens_count() -> None:

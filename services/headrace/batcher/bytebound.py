@@ -5,12 +5,13 @@ n / longest tokens. That holds only where every byte of the text reaches some to
 by its definition (`tokenizer.json`): each of its steps must be one that is known to keep all text. Steps that
 drop or shorten text (strip, lower-case, collapse blanks, replace by patterns), tokens that swallow the blanks
 around them, unknown characters that join into one token, and kinds of model other than BPE and Unigram have
-no bound. For those nothing is refused by its bytes.
+no bound. For those nothing is refused by its bytes. Bytes that a byte-level vocabulary lacks make no tokens
+and are not counted: SmolLM2 has none for some control characters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +30,17 @@ class ByteBound:
 
     longest   bytes of the longest token
     shrink    most bytes of text for one byte that the tokenizer reads, where the text is not ASCII
+    lost      bytes that may make no token
     """
 
     longest: int
     shrink: int = 1
+    lost: bytes = b""
 
     def fewest_tokens(self, text: str) -> int:
         """The fewest tokens that *text* can have. Linear, about a millisecond a megabyte."""
-        if text.isascii():
-            return -(-len(text) // self.longest)
-        return -(-len(text.encode()) // (self.longest * self.shrink))
+        count = len(text.encode().translate(None, self.lost))
+        return -(-count // (self.longest if text.isascii() else self.longest * self.shrink))
 
 
 def byte_bound(definition: dict[str, Any]) -> ByteBound | None:
@@ -50,16 +52,20 @@ def byte_bound(definition: dict[str, Any]) -> ByteBound | None:
         return None
     if not all(map(_keeps_text, normalizers)) or not all(map(_keeps_pieces, pretokenizers)):
         return None
+    if model["type"] not in {"BPE", "Unigram"}:
+        return None
     vocabulary = _tokens(model)
     bytewise = any(step["type"] == "ByteLevel" for step in (*normalizers, *pretokenizers))
-    if not _covers_all(model, vocabulary, bytewise=bytewise):
+    if not bytewise and not _falls_back(model, vocabulary):
         return None
-    # In a byte-level vocabulary each character stands for a byte.
-    longest = max(
-        len(token) if bytewise else len(token.replace(_BLANK, " ").encode()) for token in vocabulary
-    )
+    lost = bytes(place for place, letter in enumerate(_BYTE_LETTERS) if bytewise and letter not in vocabulary)
+    shrink = NFC_SHRINK if any(step["type"] == "NFC" for step in normalizers) else 1
+    if lost and shrink > 1:
+        return None  # composing may make lost bytes of others
+    # In a byte-level vocabulary each character stands for a byte. Elsewhere U+2581 may stand for itself.
+    longest = max(len(token) if bytewise else len(token.encode()) for token in vocabulary)
     longest = max(longest, *(len(token["content"].encode()) for token in added), 1)
-    return ByteBound(longest, NFC_SHRINK if any(step["type"] == "NFC" for step in normalizers) else 1)
+    return ByteBound(longest, shrink, lost)
 
 
 def _steps(step: dict[str, Any] | None, parts: str) -> Iterator[dict[str, Any]]:
@@ -85,19 +91,15 @@ def _keeps_pieces(pretokenizer: dict[str, Any]) -> bool:
     return pretokenizer["type"] in _LOSSLESS_PRETOKENIZERS
 
 
-def _tokens(model: dict[str, Any]) -> Iterable[str]:
+def _tokens(model: dict[str, Any]) -> Set[str]:
     if model["type"] == "Unigram":
         return {token for token, _ in model["vocab"]}
-    vocabulary: Iterable[str] = model["vocab"].keys() if model["type"] == "BPE" else ()
-    return vocabulary
+    return set(model["vocab"])
 
 
-def _covers_all(model: dict[str, Any], vocabulary: Iterable[str], *, bytewise: bool) -> bool:
-    """Whether no text is unknown to the vocabulary: unknown text may vanish, or join into one token."""
-    known = set(vocabulary)
-    if bytewise:
-        return model["type"] == "BPE" and set(_BYTE_LETTERS) <= known
-    return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in known for byte in range(256))
+def _falls_back(model: dict[str, Any], vocabulary: Set[str]) -> bool:
+    """Whether what is unknown becomes a token for each byte: else it may vanish, or join into one token."""
+    return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
 
 
 def _byte_letters() -> Iterator[str]:

@@ -3,7 +3,8 @@
 A request has a place among the batcher's `queue_limit` from its arrival on. It waits to be tokenised in the
 lane of its size (`lanes`) and then for a worker (`coalescer`). What waits here is refused, shed, timed out,
 cancelled and drained as in the queue. What cannot fit the context by its bytes alone is refused before it is
-tokenised, and prompts of `LONG_BYTES` and more are bounded in bytes, too. What fits is decided by `limits`.
+tokenised. Of what is many times as long as the context only the head is tokenised. Prompts of `LONG_BYTES`
+and more are bounded in bytes, too. What fits is decided by `limits`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from headrace.validation import check_request, seconds_of
 LONG_BYTES = 64 * 1024  # tokenised in some 30 ms; what is shorter never waits for what is longer
 # Bytes of the smallest request of each lane, and its threads.
 _LANES = ((0, 2), (LONG_BYTES, 1), (8 * LONG_BYTES, 1))
+# Characters per token of the context, of which ordinary text has 3 to 5: of a text that has more than
+# `_LONG`, `_HEAD` are tokenised first.
+_HEAD, _LONG = 6, 12
+# Tokens at the end of a head that what follows may change. Tokenizing is local: a word or a run of blanks.
+_UNSETTLED = 64
 
 _tracer = trace.get_tracer("headrace.batcher")
 
@@ -63,6 +69,8 @@ class Intake:
         self._admission = coalescer.admission
         self._tokenizer = tokenizer
         self._bound = tokenizer.bound if isinstance(tokenizer, Bounded) else None
+        # Bytes per token of the context from which on a chat is laid out to be judged before it is tokenised.
+        self._doubtful = min(_LONG, self._bound.longest if self._bound else _LONG)
         self._tier = tier
         self._max_tokens = max_tokens
         self._unread_limit = unread_limit
@@ -116,7 +124,7 @@ class Intake:
         limits = self._limits()
         limits.check(request)
         size, routing = request.ByteSize(), request.routing
-        if request.HasField("prompt") and self._maybe_too_long(size, limits):
+        if request.HasField("prompt") and size >= limits.context_length:
             self._check_fewest(request.prompt, limits)
         entry = Entry(
             partial(self._encode, request, size, limits),
@@ -198,16 +206,21 @@ class Intake:
     def _encode(self, request: pb.GenerateRequest, size: int, limits: Limits) -> list[int]:
         """The prompt's tokens. Called on a lane's thread."""
         if not request.HasField("chat"):
+            self._check_head(request.prompt, limits)
             return self._tokenizer.encode_text(request.prompt)
         turns = [(turn.role, turn.content) for turn in request.chat.messages]
-        # What a template makes of the messages is known only now.
-        if isinstance(self._tokenizer, Bounded) and self._maybe_too_long(size, limits):
-            self._check_fewest(self._tokenizer.lay_out(turns), limits)
+        # A template may drop some of the messages: what a chat's bytes prove is known once it is laid out.
+        if size > self._doubtful * limits.context_length and isinstance(self._tokenizer, Bounded):
+            text = self._tokenizer.lay_out(turns)
+            self._check_fewest(text, limits)
+            self._check_head(text, limits)
         return self._tokenizer.encode_chat(turns)
 
-    def _maybe_too_long(self, size: int, limits: Limits) -> bool:
-        """Whether a request of so many bytes may hold more text than fits: else nobody needs to look."""
-        return self._bound is not None and size > self._bound.longest * limits.context_length
+    def _check_head(self, text: str, limits: Limits) -> None:
+        """Check the first tokens of a text that is many times as long as the context, instead of all."""
+        characters = _HEAD * limits.context_length
+        if len(text) > _LONG * limits.context_length:
+            limits.check_fewest(len(self._tokenizer.encode_text(text[:characters])) - _UNSETTLED)
 
     def _check_fewest(self, text: str, limits: Limits) -> None:
         if self._bound is not None:

@@ -76,9 +76,8 @@ class Limits:
         """Check a prompt that has at least so many tokens: nothing else of it is known yet."""
         if tokens >= self.context_length:
             raise errors.ContextTooLong(
-                f"the prompt has at least {tokens} tokens, by its bytes; tier {self.tier!r} takes "
-                f"{self.context_length} for prompt and answer: shorten it, or use a tier with a longer "
-                "context",
+                f"the prompt has at least {tokens} tokens, tier {self.tier!r} takes {self.context_length} "
+                "for prompt and answer: shorten it, or use a tier with a longer context",
                 field="input",
                 prompt_tokens_at_least=tokens,
                 context_length=self.context_length,

@@ -266,6 +266,8 @@ def victims(
     The lowest priority goes first, of it the tenant that has most, of it the latest deadline. Among equals a
     tenant gives way only to one that has less, the newcomer included: a flood takes no place from the others.
     """
+    if needed <= 0:
+        return []
     levels: dict[int, list[Any]] = {}
     held: defaultdict[str, float] = defaultdict(float)
     for queue in queues:
