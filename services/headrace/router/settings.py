@@ -89,6 +89,11 @@ class Settings(ServiceSettings):
     feedback_megabytes: float = Field(
         default=64.0, gt=0, description="size at which that file makes room; one older one is kept beside it"
     )
+    connection_streams: int = Field(
+        default=256,
+        ge=16,
+        description="calls that one connection may have open; clients wait with what is more",
+    )
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests that come without a deadline"
     )

@@ -24,6 +24,8 @@ from opentelemetry import metrics, propagate, trace
 
 from headrace import attributes, errors
 from headrace.runtime.budget import Budget, Hold
+from headrace.runtime.memory import Reclaim
+from headrace.runtime.turns import Turn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, activity: Activity, budget: Budget, *, untraced: frozenset[str] = frozenset()) -> None:
         self._activity = activity
         self._budget = budget
+        self._turns = Turns()
+        self._reclaim = Reclaim()
         self._untraced = untraced
 
     async def intercept_service(
@@ -123,13 +127,18 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         exempt = (aside and method.startswith(OURS) and not handler.request_streaming) or method == CHECK
 
         async def respond(requests: Any, context: Any) -> Any:
+            peer = context.peer()
             try:
-                with self._budget.call(context.peer(), exempt=exempt) as hold:
+                with self._budget.call(peer, exempt=exempt) as hold:
 
                     async def call() -> Any:
                         request = requests
                         if not handler.request_streaming:
-                            request = parse(await _message(context, hold, limit, self._budget))
+                            turn = await self._turns.take(peer)
+                            try:
+                                request = parse(await _message(context, hold, limit, turn))
+                            finally:
+                                turn.end()
                         if not handler.response_streaming:
                             return await behaviour(request, context)
                         # A coroutine that writes, not a generator: it runs, and is cancelled, as one task,
@@ -143,7 +152,10 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                                 await context.write(response)
                         return None
 
-                    return await around(method, context, call)
+                    try:
+                        return await around(method, context, call)
+                    finally:
+                        self._reclaim.released(hold.size)
             except errors.Busy as error:  # at the door: nothing else leaves `around`
                 await _abort(context, error)
 
@@ -229,8 +241,8 @@ def _parser(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any
     return parse
 
 
-async def _message(context: Any, hold: Hold, limit: int, budget: Budget) -> bytes:
-    """The one message of a unary request, charged to *hold*.
+async def _message(context: Any, hold: Hold, limit: int, turn: Turn) -> bytes:
+    """The one message of a unary request, charged to *hold*; ends the *turn* if the message is not there yet.
 
     Raises Busy, MessageTooLarge, InvalidRequest if there is none, and DeadlineExceeded if it takes too long.
     """
@@ -239,8 +251,9 @@ async def _message(context: Any, hold: Hold, limit: int, budget: Budget) -> byte
 
     def reserve() -> None:
         nonlocal refused
+        turn.end()
         try:
-            hold.resize(budget.limits.message_bytes)
+            hold.resize(hold.longest)
         except errors.Busy as error:
             refused = error
             reading.reschedule(loop.time())
@@ -275,8 +288,16 @@ def _ours(error: Exception, method: str) -> errors.HeadraceError:
     return errors.InternalError("internal error; the server's log has it in full")
 
 
+def _let_go(error: BaseException | None) -> None:
+    """Drop the frames that an error has come through: they hold the request, and some hold the error."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 async def _abort(context: Any, error: errors.HeadraceError) -> None:
     status = errors.to_status(error)
+    _let_go(error)
     await context.abort(
         error.code,
         status.message,
