@@ -10,12 +10,15 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+import grpc
 from hpack import Decoder, Encoder
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM, ACK, END_HEADERS, PADDED = 1, 1, 4, 8
 FRAME_BYTES = 16_384
+INITIAL_WINDOW_SIZE = 4
+STATUSES = {str(code.value[0]): code.name for code in grpc.StatusCode}
 GENERATE = "/headrace.v1.GenerationService/Generate"
 
 Header = tuple[bytes | str, bytes | str]
@@ -64,7 +67,10 @@ class Answer:
 
 
 class Peer:
-    """One connection. It answers SETTINGS and PING, reads everything, and keeps what came on each stream."""
+    """One connection. It answers SETTINGS and PING, reads everything, and keeps what came on each stream.
+
+    `call` and `body` keep to the server's flow control, as `send` does not.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -78,10 +84,16 @@ class Peer:
         self.closed = asyncio.Event()
         self.settled = asyncio.Event()
         self._next = 1
+        self._room = 65_535  # bytes of DATA that the connection takes now
+        self._stream_room = 65_535  # a new stream's
+        self._rooms: dict[int, int] = {}
+        self._more_room = asyncio.Event()
         self._reading = asyncio.create_task(self._read())
 
     async def send(self, data: bytes) -> None:
         """Write *data*; a connection that the server has closed takes it and loses it."""
+        if self.closed.is_set():
+            return
         with suppress(ConnectionError):
             self._writer.write(data)
             await self._writer.drain()
@@ -99,13 +111,44 @@ class Peer:
     async def call(self, fields: Sequence[Header], body: bytes | None = None) -> int:
         """Open a stream with *fields*, send *body* and half-close; None sends no data and keeps it open."""
         stream = self.stream()
-        await self.send(opened(stream, self.block(fields), body))
+        await self.send(frame(HEADERS, END_HEADERS, stream, self.block(fields)))
+        if body is not None:
+            await self.body(stream, body)
         return stream
 
-    async def answered(self, streams: Sequence[int]) -> None:
-        """Wait until each of *streams* has ended or the connection is closed."""
-        while not self.closed.is_set() and not all(self.answers[stream].ended for stream in streams):
-            await asyncio.sleep(0.01)
+    async def body(self, stream: int, data: bytes, *, end: bool = True) -> None:
+        """Send *data* on *stream*, as the server makes room for it; gives up once the stream has ended."""
+        rest = memoryview(data)
+        while rest or end:
+            room = min(self._room, self._rooms.setdefault(stream, self._stream_room), FRAME_BYTES)
+            if rest and room <= 0:
+                if self.closed.is_set() or self.answers[stream].ended:
+                    return
+                self._more_room.clear()
+                await self._more_room.wait()
+                continue
+            part, rest = rest[:room], rest[room:]
+            self._room -= len(part)
+            self._rooms[stream] -= len(part)
+            await self.send(frame(DATA, END_STREAM if end and not rest else 0, stream, bytes(part)))
+            if not rest:
+                return
+
+    async def answered(self, streams: Sequence[int], *, seconds: float = 30.0) -> None:
+        """Wait until each of *streams* has ended, the connection is closed or so many seconds are over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.closed.is_set() and not all(self.answers[each].ended for each in streams):
+                    await asyncio.sleep(0.01)
+
+    def outcome(self, stream: int) -> str:
+        """What became of *stream*: a status, "reset", "closed" with the connection, or "open"."""
+        answer = self.answers[stream]
+        if answer.status:
+            return STATUSES.get(answer.status, answer.status)
+        if answer.headers.get(":status", "200") != "200":
+            return f"http {answer.headers[':status']}"
+        return "reset" if answer.reset is not None else "closed" if self.closed.is_set() else "open"
 
     async def close(self) -> None:
         self._reading.cancel()
@@ -121,15 +164,31 @@ class Peer:
                 self._take(head[3], head[4], int.from_bytes(head[5:9]) & 0x7FFFFFFF, payload)
         except (ConnectionError, asyncio.IncompleteReadError):
             self.closed.set()
+            self._more_room.set()
+            self.settled.set()
 
     def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         self.kinds[kind] += 1
         answer = self.answers.get(stream)
         if kind == SETTINGS and not flags & ACK:
+            for at in range(0, len(payload), 6):
+                name, value = struct.unpack_from(">HI", payload, at)
+                if name == INITIAL_WINDOW_SIZE:
+                    for other in self._rooms:
+                        self._rooms[other] += value - self._stream_room
+                    self._stream_room = value
+            self._more_room.set()
             self._writer.write(frame(SETTINGS, ACK))
             self.settled.set()
         elif kind == PING and not flags & ACK:
             self._writer.write(frame(PING, ACK, 0, payload))
+        elif kind == WINDOW_UPDATE:
+            room = int.from_bytes(payload)
+            if stream:
+                self._rooms[stream] = self._rooms.get(stream, self._stream_room) + room
+            else:
+                self._room += room
+            self._more_room.set()
         elif kind == GOAWAY:
             self.goaway = payload
         elif kind == HEADERS:
@@ -143,18 +202,15 @@ class Peer:
         elif kind == RST_STREAM and answer is not None:
             answer.reset = int.from_bytes(payload)
             answer.ended = True
+            self._more_room.set()
         if answer is not None and kind in (HEADERS, DATA) and flags & END_STREAM:
             answer.ended = True
+            self._more_room.set()
 
 
-def opened(stream: int, block: bytes, body: bytes | None) -> bytes:
-    """A stream's HEADERS, and its DATA where there is a *body*."""
-    sent = [frame(HEADERS, END_HEADERS, stream, block)]
-    if body is not None:
-        parts = [body[at : at + FRAME_BYTES] for at in range(0, len(body), FRAME_BYTES)] or [b""]
-        sent += [frame(DATA, 0, stream, part) for part in parts[:-1]]
-        sent.append(frame(DATA, END_STREAM, stream, parts[-1]))
-    return b"".join(sent)
+def opened(stream: int, block: bytes, body: bytes) -> bytes:
+    """A whole call of a short *body* at once, without regard to flow control."""
+    return frame(HEADERS, END_HEADERS, stream, block) + frame(DATA, END_STREAM, stream, body)
 
 
 @asynccontextmanager
@@ -166,6 +222,7 @@ async def peer(port: int, *, source: str = "127.0.0.1", settings: bytes = b"") -
     talking = Peer(reader, writer)
     try:
         await talking.send(PREFACE + frame(SETTINGS, 0, 0, settings))
+        await talking.settled.wait()
         yield talking
     finally:
         await talking.close()

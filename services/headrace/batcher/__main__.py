@@ -125,4 +125,4 @@ def _tokenizer(settings: Settings) -> Tokenizer:
 if __name__ == "__main__":
     settings = Settings.load(program="python -m headrace.batcher")
     logs.configure("batcher", settings.log_level)
-    run(main(settings))
+    run(main(settings), texts=True)

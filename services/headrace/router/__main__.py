@@ -127,4 +127,4 @@ async def main(settings: Settings) -> None:
 if __name__ == "__main__":
     settings = Settings.load(program="python -m headrace.router")
     logs.configure("router", settings.log_level)
-    run(main(settings))
+    run(main(settings), texts=True)

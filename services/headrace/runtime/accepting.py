@@ -1,9 +1,13 @@
-"""Accept calls in a way that no caller can end: grpc.aio's server stops for good at a path that is not UTF-8.
+"""Accept calls in a way that no caller can end, nor hold up: grpc.aio's own loop allows both.
 
-Its accept loop decodes the `:path` of a call to a method that nobody registered, and an error there shuts the
-server down: no port, no call, in a process that is still running. Here such calls are answered
-UNIMPLEMENTED without their path being read. The methods of all services are registered, so each other path
-is unknown by definition. Seen in grpcio 1.85.1.
+- It decodes the `:path` of a call to a method that nobody registered, and stops the server for good where
+  that is not UTF-8: no port, no call, in a process that is still running. Here such calls are answered
+  UNIMPLEMENTED without their path being read: all methods are registered, so each other path is unknown.
+- It accepts one call in each turn of the event loop. A thousand calls that one caller opens at once are then
+  ahead of everybody's next call, for a thousand turns. Here `ACCEPTORS` calls of each method are accepted in
+  a turn, and what is too much is refused at once.
+
+Seen in grpcio 1.85.1.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -20,13 +24,18 @@ from grpc.aio import _server
 
 log = logging.getLogger(__name__)
 
+ACCEPTORS = 32
+
 # What this module needs of grpcio beyond its public names.
 _NEEDED = (
     (cygrpc, "AioServer"),
     (cygrpc, "_ServicerContext"),
+    (cygrpc, "_MethodResolver"),
+    (cygrpc, "_handle_rpc"),
     (cygrpc, "_schedule_rpc_coro"),
     (cygrpc, "get_working_loop"),
     (getattr(cygrpc, "AioServer", None), "_request_call"),
+    (getattr(cygrpc, "AioServer", None), "_request_registered_call"),
     (_server, "_augment_channel_arguments"),
 )
 GUARDED = all(hasattr(owner, name) for owner, name in _NEEDED)
@@ -52,17 +61,48 @@ def server(
 if GUARDED:
 
     class _Accepting(cygrpc.AioServer):  # type: ignore[misc]
-        """Answers the calls of unknown methods itself; the base class never sees one."""
+        """Accepts and starts calls itself; what the base class waits for never comes."""
+
+        def __init__(
+            self, loop: asyncio.AbstractEventLoop, interceptors: tuple[Any, ...], options: Any
+        ) -> None:
+            super().__init__(loop, None, (), interceptors, options, None)
+            self._running_loop = loop
+            self._chain = interceptors
+            self._handlers: dict[str, Any] = {}
+            self._calls: set[asyncio.Task[None]] = set()
+
+        def add_registered_method_handlers(self, method_handlers: dict[str, Any]) -> None:
+            super().add_registered_method_handlers(method_handlers)
+            self._handlers.update(method_handlers)
 
         async def _request_call(self) -> Any:
-            loop = asyncio.get_running_loop()
-            answering: set[asyncio.Task[None]] = set()
-            while True:
-                call = await super()._request_call()
-                refusal = cygrpc._schedule_rpc_coro(_refuse(call, loop), call, loop, "unknown method")
-                task = loop.create_task(refusal)
-                answering.add(task)
-                task.add_done_callback(answering.discard)
+            async def accept() -> None:
+                while True:
+                    call = await super(_Accepting, self)._request_call()
+                    self._start(call, "unknown method", _refuse(call, self._running_loop))
+
+            await _together(accept)
+
+        async def _request_registered_call(self, method: bytes) -> Any:
+            name = method.decode()
+            resolver = cygrpc._MethodResolver([], self._handlers)
+
+            async def accept() -> None:
+                while True:
+                    call = await super(_Accepting, self)._request_registered_call(method)
+                    handling = cygrpc._handle_rpc(
+                        name, resolver, self._chain, call, self._running_loop, False
+                    )
+                    self._start(call, name, handling)
+
+            await _together(accept)
+
+        def _start(self, call: Any, name: str, handling: Coroutine[Any, Any, None]) -> None:
+            scheduled = cygrpc._schedule_rpc_coro(handling, call, self._running_loop, name)
+            task = self._running_loop.create_task(scheduled)
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
 
     class _Server(_server.Server):
         """grpc.aio's server around the accept loop above."""
@@ -74,7 +114,18 @@ if GUARDED:
         ) -> None:
             self._loop = cygrpc.get_working_loop()
             arguments = _server._augment_channel_arguments(tuple(options), None)
-            self._server = _Accepting(self._loop, None, (), tuple(interceptors), arguments, None)
+            self._server = _Accepting(self._loop, tuple(interceptors), arguments)
+
+
+async def _together(accept: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run `ACCEPTORS` of *accept* until one of them fails, as all do when the server stops."""
+    tasks = [asyncio.create_task(accept()) for _ in range(ACCEPTORS)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _refuse(call: Any, loop: asyncio.AbstractEventLoop) -> None:

@@ -23,17 +23,25 @@ RETRY_SECONDS = 0.5  # at least; up to twice that, so that callers that were ref
 
 
 class Hold:
-    """What one call has in hand."""
+    """What one call has in hand.
+
+    size   bytes of its request
+    """
 
     def __init__(self, budget: Budget, owners: tuple[str, ...]) -> None:
         self._budget = budget
         self._owners = owners
-        self._size = 0
+        self.size = 0
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest message that may come."""
+        return self._budget.limits.message_bytes
 
     def resize(self, size: int) -> None:
         """Have *size* bytes in hand from now on. Raises Busy, and changes nothing, if they do not fit."""
-        self._budget.take(self._owners, size - self._size)
-        self._size = size
+        self._budget.take(self._owners, size - self.size)
+        self.size = size
 
 
 class Budget:

@@ -27,7 +27,9 @@ from opentelemetry.context import Context
 from headrace import attributes, errors
 from headrace.propagation import extract
 from headrace.runtime.budget import Budget, Hold
+from headrace.runtime.memory import Reclaim
 from headrace.runtime.responding import Responding
+from headrace.runtime.turns import Turn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +114,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._activity = activity
         self._budget = budget
+        self._turns = Turns()
+        self._reclaim = Reclaim()
         self._untraced = untraced
         self._callers = callers
 
@@ -140,13 +144,18 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         async def respond(requests: Any, context: Any) -> Any:
             if handler.response_streaming:
                 context = Responding(context)
+            peer = context.peer()
             try:
-                with self._budget.call(context.peer(), exempt=exempt) as hold:
+                with self._budget.call(peer, exempt=exempt) as hold:
 
                     async def call() -> Any:
                         request = requests
                         if not handler.request_streaming:
-                            request = parse(await _message(context, hold, limit, self._budget))
+                            turn = await self._turns.take(peer)
+                            try:
+                                request = parse(await _message(context, hold, limit, turn))
+                            finally:
+                                turn.end()
                         if not handler.response_streaming:
                             return await behaviour(request, context)
                         # A coroutine that writes, not a generator: it runs, and is cancelled, as one task,
@@ -160,7 +169,10 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                                 await context.write(response)
                         return None
 
-                    return await around(method, context, call)
+                    try:
+                        return await around(method, context, call)
+                    finally:
+                        self._reclaim.released(hold.size)
             except errors.Busy as error:  # at the door: nothing else leaves `around`
                 await _abort(context, error)
 
@@ -268,8 +280,8 @@ def _parser(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any
     return parse
 
 
-async def _message(context: Any, hold: Hold, limit: int, budget: Budget) -> bytes:
-    """The one message of a unary request, charged to *hold*.
+async def _message(context: Any, hold: Hold, limit: int, turn: Turn) -> bytes:
+    """The one message of a unary request, charged to *hold*; ends the *turn* if the message is not there yet.
 
     Raises Busy, MessageTooLarge, InvalidRequest if there is none, and DeadlineExceeded if it takes too long.
     """
@@ -278,8 +290,9 @@ async def _message(context: Any, hold: Hold, limit: int, budget: Budget) -> byte
 
     def reserve() -> None:
         nonlocal refused
+        turn.end()
         try:
-            hold.resize(budget.limits.message_bytes)
+            hold.resize(hold.longest)
         except errors.Busy as error:
             refused = error
             reading.reschedule(loop.time())
@@ -314,8 +327,16 @@ def _ours(error: Exception, method: str) -> errors.HeadraceError:
     return errors.InternalError("internal error; the server's log has it in full")
 
 
+def _let_go(error: BaseException | None) -> None:
+    """Drop the frames that an error has come through: they hold the request, and some hold the error."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 async def _abort(context: Any, error: errors.HeadraceError) -> None:
     status = errors.to_status(error)
+    _let_go(error)
     await context.abort(
         error.code,
         status.message,

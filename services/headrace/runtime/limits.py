@@ -26,13 +26,15 @@ class Limits:
 
     message_bytes   of one request message
     held_bytes      of all requests in hand; see `budget`
-    calls           in hand; a connection opens no more streams than that
+    streams         that one connection may have open; a gRPC client waits with what is more
+    calls           in hand; see `budget`
     connections     at the same time; further ones are closed when they come. Not counted by peer: core does
                     not report connections
     """
 
-    message_bytes: int = 4 * MIB
-    held_bytes: int = 64 * MIB
+    message_bytes: int = 2 * MIB
+    held_bytes: int = 32 * MIB
+    streams: int = 2048
     calls: int = 2048
     connections: int = 4096
 
@@ -45,7 +47,7 @@ class Limits:
             ("grpc.compression_enabled_algorithms_bitset", 1),
             ("grpc.max_metadata_size", HEADERS_SOFT_BYTES),
             ("grpc.absolute_max_metadata_size", HEADERS_HARD_BYTES),
-            ("grpc.max_concurrent_streams", self.calls),
+            ("grpc.max_concurrent_streams", self.streams),
             ("grpc.server.max_pending_requests", PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS),
             # Of a stream that nobody reads yet core keeps 64 KiB; probing would raise that to megabytes.

@@ -33,6 +33,7 @@ from headrace.runtime.budget import Budget
 from headrace.runtime.interceptors import Activity, ServerInterceptor, TraceContext
 from headrace.runtime.limits import Limits, raise_file_limit
 from headrace.runtime.listening import explained, obstacle
+from headrace.runtime.memory import give_back_large_blocks, keep_what_is_loaded
 
 log = logging.getLogger(__name__)
 
@@ -244,8 +245,10 @@ async def until_signal() -> None:
     log.info("asked to stop")
 
 
-def run(main: Coroutine[object, object, None]) -> None:
+def run(main: Coroutine[object, object, None], *, texts: bool = False) -> None:
     """Run a service's main, on uvloop where there is one; what stops it is one line, not a traceback.
+
+    texts   it holds texts and computes little: memory is given back as soon as it can be
 
     Exits with status 1 on a failure that a person can mend, such as a port in use.
     """
@@ -254,6 +257,9 @@ def run(main: Coroutine[object, object, None]) -> None:
         log.critical(failure)
         raise SystemExit(1)
     raise_file_limit()
+    if texts:
+        give_back_large_blocks()
+        keep_what_is_loaded()
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):  # there is none for Windows
         import uvloop

@@ -65,10 +65,10 @@ class ServiceSettings(BaseSettings):
         "own that links to theirs; ignore does not read it. Use one of these two where callers are strangers",
     )
     message_megabytes: float = Field(
-        default=4.0, gt=0, le=64, description="size of the longest request message, in MiB"
+        default=2.0, gt=0, le=64, description="size of the longest request message, in MiB"
     )
     held_megabytes: float = Field(
-        default=64.0,
+        default=32.0,
         gt=0,
         description="MiB of requests in hand at the same time, at least twice --message-megabytes; one "
         "host may hold three quarters of them, one connection half. Requests beyond that are refused as "
@@ -78,6 +78,11 @@ class ServiceSettings(BaseSettings):
         default=2048,
         ge=16,
         description="calls in hand at the same time, with the same shares for a host and a connection",
+    )
+    connection_streams: int = Field(
+        default=2048,
+        ge=16,
+        description="calls that one connection may have open; clients wait with what is more",
     )
     max_connections: int = Field(
         default=4096, ge=16, description="connections at the same time; further ones are closed"
@@ -106,6 +111,7 @@ class ServiceSettings(BaseSettings):
         return Limits(
             message_bytes=int(self.message_megabytes * MIB),
             held_bytes=int(self.held_megabytes * MIB),
+            streams=self.connection_streams,
             calls=self.max_calls,
             connections=self.max_connections,
         )

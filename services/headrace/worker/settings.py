@@ -21,6 +21,9 @@ class Settings(ServiceSettings):
     message_megabytes: float = Field(
         default=16.0, gt=0, le=64, description="size of the longest message of a batcher, in MiB"
     )
+    held_megabytes: float = Field(
+        default=64.0, gt=0, description="MiB of requests in hand at the same time, Run's messages not counted"
+    )
     model: str = Field(
         default="", description="what to run: a default model's name, a folder, a .gguf or a hub id"
     )

@@ -1,0 +1,71 @@
+"""One attack as a process of its own: `python -m tests.hostile.attack NAME PORT SEED SECONDS`.
+
+It prints one line of JSON: the attempts that it made, and what became of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from tests.hostile.wire import Peer
+
+
+@dataclass
+class Attack:
+    """One run of an attack.
+
+    outcomes   how many attempts ended how: gRPC status names, and what `Peer.outcome` adds
+    """
+
+    port: int
+    rng: random.Random
+    ends: float
+    # Another address than the honest caller's, as it would be.
+    source: str = "127.0.0.2"
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def over(self) -> bool:
+        """Whether its time has passed."""
+        return time.monotonic() >= self.ends
+
+    def count(self, peer: Peer, streams: Sequence[int]) -> None:
+        """Book what became of *streams*, and forget them."""
+        for stream in streams:
+            self.outcomes[peer.outcome(stream)] += 1
+            del peer.answers[stream]
+
+
+Run = Callable[[Attack], Awaitable[None]]
+ATTACKS: dict[str, Run] = {}
+
+
+def attack(run: Run) -> Run:
+    """Register an attack under its function's name."""
+    ATTACKS[run.__name__] = run  # type: ignore[attr-defined]
+    return run
+
+
+async def main(name: str, port: int, seed: int, seconds: float) -> None:
+    """Run one attack and report it."""
+    for module in ("floods", "fuzz", "peers"):
+        importlib.import_module(f"tests.hostile.{module}")
+    # The registry of the imported module: this one is `__main__`.
+    from tests.hostile.attack import ATTACKS, Attack
+
+    run = Attack(port, random.Random(f"{seed} {name}"), time.monotonic() + seconds)
+    async with asyncio.timeout(seconds + 60):
+        await ATTACKS[name](run)
+    print(json.dumps(run.outcomes))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])))

@@ -1,0 +1,224 @@
+"""One mesh of real processes for all attacks, and one table of what they did: build/hostile.md."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import sys
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.faults.fleet import Child, Fleet, Plan, fleet
+from tests.hostile.honest import Seen, ask_for, ask_until, percentile
+
+SEED = int(os.environ.get("HEADRACE_HOSTILE_SEED", "0")) or 20261127
+FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's own jitter
+# How often a request waits for one of the processes to be given a core. On a quiet machine that adds nothing.
+HOPS = 10
+BACK_SECONDS = 10.0
+BACK_BYTES = 48 * 2**20  # what an allocator may keep
+PLAN = Plan(
+    workers=1,
+    batchers=1,
+    routers=1,
+    worker_module="headrace.worker",
+    worker_flags=("--fake", "--fake-step-seconds", "0.005", "--max-running", "16"),
+)
+
+
+@dataclass
+class Row:
+    """One attack: what it did, and what the honest caller and the processes saw of it."""
+
+    name: str
+    at: str
+    outcomes: Counter[str]
+    normal: Seen
+    beside: Seen
+    peaks: dict[str, int]
+    note: str = ""
+
+    def cells(self) -> list[str]:
+        """As the table has them."""
+
+        def times(seen: Seen) -> str:
+            return " / ".join(f"{percentile(seen.seconds, share) * 1000:.0f}" for share in (0.5, 0.99))
+
+        return [
+            self.name.replace("_", " ") + self.note,
+            self.at,
+            f"{self.outcomes.total():,}",
+            ", ".join(f"{outcome} {count:,}" for outcome, count in self.outcomes.most_common(5)),
+            f"{len(self.beside.seconds)} / {len(self.beside.failed)}",
+            times(self.normal),
+            times(self.beside),
+            " / ".join(f"{peak / 2**20:.0f}" for peak in self.peaks.values()),
+        ]
+
+
+HEAD = (
+    "attack",
+    "at the",
+    "attempts",
+    "ended as",
+    "honest: asked / failed",
+    "p50 / p99 before, ms",
+    "beside it, ms",
+    "peak MiB: worker / batcher / router",
+)
+
+
+@dataclass
+class Table:
+    """All rows of a run."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        lines = [HEAD, ("---",) * len(HEAD), *(row.cells() for row in self.rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_table = Table()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here is a fault test."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.faults)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table, and keep it in build/."""
+    if _table.rows:
+        terminalreporter.section(f"hostile callers (seed {SEED})")
+        terminalreporter.write_line(_table.markdown())
+        Path("build").mkdir(exist_ok=True)
+        Path("build/hostile.md").write_text(_table.markdown() + "\n")
+
+
+@pytest.fixture(scope="session")
+async def few_files() -> AsyncGenerator[None, None]:
+    """The soft limit of open files that most systems begin with, for the processes that are started now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+async def mesh(few_files: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Fleet, None]:
+    """One of each service, warm, with the echo engine."""
+    async with fleet(PLAN, tmp_path_factory.mktemp("hostile")) as running:
+        await ask_for(running.target, 2)
+        yield running
+
+
+def at(running: Fleet, service: str) -> Child:
+    """The process of a service."""
+    return {"worker": running.workers, "batcher": running.batchers, "router": running.routers}[service][0]
+
+
+async def run_attack(name: str, port: int, seconds: float) -> Counter[str]:
+    """Run one attack as a process of its own, and wait for it."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.hostile.attack", name, str(port), str(SEED), str(seconds)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, problem = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, problem.decode()[-3000:]
+    return Counter(json.loads(out.decode().splitlines()[-1]))
+
+
+async def _lateness(over: asyncio.Event) -> list[float]:
+    """By how much this process is woken too late: the attack and others share the machine's cores with us."""
+    loop, late = asyncio.get_running_loop(), []
+    while not over.is_set():
+        due = loop.time() + 0.005
+        await asyncio.sleep(0.005)
+        late.append(loop.time() - due)
+    return late
+
+
+async def _peaks(running: Fleet, over: asyncio.Event) -> dict[str, int]:
+    peaks = {child.name: child.memory for child in running.children}
+    while not over.is_set():
+        for child in running.children:
+            if child.alive:
+                peaks[child.name] = max(peaks[child.name], child.memory)
+        await asyncio.sleep(0.05)
+    return peaks
+
+
+Besiege = Callable[..., Awaitable[Row]]
+
+
+async def besiege(running: Fleet, service: str, *names: str, seconds: float, note: str = "") -> Row:
+    """Run attacks at once against a service, with an honest caller beside; judge what is the same for all.
+
+    Raises AssertionError where a process ended, the honest caller had to wait or got anything but its answers,
+    a log has lines that are not the service's, or memory does not come back.
+    """
+    before = {child.name: child.memory for child in running.children}
+    logged = {child.name: child.log.stat().st_size for child in running.children}
+    normal = await ask_for(running.target, 1.5)
+    over = asyncio.Event()
+    watching = asyncio.create_task(_peaks(running, over))
+    waking = asyncio.create_task(_lateness(over))
+    asking = asyncio.create_task(ask_until(running.target, over))
+    try:
+        port = at(running, service).port
+        counts = await asyncio.gather(*(run_attack(name, port, seconds) for name in names))
+    finally:
+        over.set()
+    beside, peaks = await asking, await watching
+    row = Row(" + ".join(names), service, sum(counts, Counter()), normal, beside, peaks, note)
+    _table.rows.append(row)
+
+    assert all(child.alive for child in running.children)
+    assert not normal.failed
+    assert not beside.failed
+    after = await ask_for(running.target, 1.0)
+    assert not after.failed
+    usual = max(percentile(normal.seconds, 0.99), percentile(after.seconds, 0.99), FLOOR_SECONDS)
+    late = percentile(await waking, 0.99)
+    assert percentile(beside.seconds, 0.99) <= 3 * usual + HOPS * late
+    for child in running.children:
+        judge_log(child, logged[child.name])
+        await _comes_back(child, before[child.name])
+    return row
+
+
+def judge_log(child: Child, begin: int) -> None:
+    """What was written to the log from *begin* on: JSON lines of the service, not many, nothing forged."""
+    with child.log.open("rb") as log:
+        log.seek(begin)
+        text = log.read()
+    assert len(text) < 200_000
+    for line in text.decode().splitlines():
+        told = json.loads(line)
+        assert told["service"] in child.name
+        assert told["level"] in ("INFO", "WARNING"), line
+
+
+async def _comes_back(child: Child, before: int) -> None:
+    ends = asyncio.get_running_loop().time() + BACK_SECONDS
+    while child.memory > before + BACK_BYTES:
+        assert asyncio.get_running_loop().time() < ends, (
+            f"{child.name} has {(child.memory - before) >> 20} MiB more than before"
+        )
+        await asyncio.sleep(0.1)

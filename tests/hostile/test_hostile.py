@@ -1,0 +1,92 @@
+"""Hostile and careless callers harm themselves only."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from tests.faults.fleet import Fleet
+from tests.hostile.confine import confined, manifest_limit
+from tests.hostile.conftest import besiege
+
+BUSY = {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+CUT = {"reset", "closed"}
+# What cannot be read or served: never INTERNAL or UNKNOWN, which are faults of ours, and never CANCELLED.
+REFUSED = {"INVALID_ARGUMENT", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "NOT_FOUND", "DEADLINE_EXCEEDED"}
+
+FLOODS: dict[str, set[str]] = {
+    "streams_at_once": BUSY,
+    "rapid_reset": {"sent"},
+    "invalid_requests": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"},
+    "long_prompts": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"} | CUT,
+    "compressed": {"UNIMPLEMENTED"} | CUT,
+    "almost_whole_messages": {"RESOURCE_EXHAUSTED", "open"} | CUT,
+    "header_bombs": {"RESOURCE_EXHAUSTED"} | CUT,
+    "long_headers": {"OK", "RESOURCE_EXHAUSTED"} | CUT,
+    "endless_continuation": {"open"} | CUT,
+    "control_frames": {"sent"},
+    "going_away": {"sent"},
+    "silent_connections": {"sent", "refused"},
+    "watchers": {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"},
+    "sessions_without_end": BUSY,
+    "feedback_without_end": {"NOT_FOUND", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"},
+}
+FUZZ: dict[str, set[str]] = {
+    "any_bytes_to_every_method": {"OK", "open"} | REFUSED,
+    "almost_valid_requests": {"OK"} | REFUSED,
+    "any_frames": {"sent"},
+    "streams_that_stay": {"OK", "open"} | REFUSED,
+}
+RUN: dict[str, set[str]] = {
+    "idle_run_streams": {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "open"},
+    "urgent_sequences_beyond_credit": {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"},
+    "sequences_that_cannot_be": {"OK", "INVALID_ARGUMENT"},
+    "run_out_of_order": {"OK", "INVALID_ARGUMENT"},
+    "unread_pings": {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "open"},
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+async def test_a_flood_at_the_router_is_not_felt_by_others(mesh: Fleet, name: str) -> None:
+    row = await besiege(mesh, "router", name, seconds=2.5)
+
+    assert row.outcomes.keys() <= FLOODS[name]
+
+
+@pytest.mark.parametrize("service", ["router", "batcher", "worker"])
+@pytest.mark.parametrize("name", FUZZ)
+async def test_what_is_no_request_gets_its_own_status(mesh: Fleet, service: str, name: str) -> None:
+    row = await besiege(mesh, service, name, seconds=1.5)
+
+    assert row.outcomes.keys() <= FUZZ[name]
+
+
+@pytest.mark.parametrize("service", ["router", "worker"])
+async def test_what_is_no_call_ends_nothing_but_itself(mesh: Fleet, service: str) -> None:
+    row = await besiege(mesh, service, "odd_calls", seconds=1.5)
+
+    # gRPC's own words for a message that its caller cut short (CANCELLED, INTERNAL) and no message at all.
+    assert row.outcomes.keys() - {"http 415"} <= {"OK", "CANCELLED", "INTERNAL", "UNKNOWN"} | REFUSED | CUT
+
+
+@pytest.mark.parametrize("name", RUN)
+async def test_a_worker_trusts_no_batcher(mesh: Fleet, name: str) -> None:
+    row = await besiege(mesh, "worker", name, seconds=2.0)
+
+    ended = {outcome for outcome in row.outcomes if not outcome.startswith("read ")}
+    assert ended <= RUN[name]
+
+
+async def test_each_service_survives_with_the_memory_of_its_manifest(mesh: Fleet) -> None:
+    """The attacks on memory at once, in the memory that Kubernetes would give."""
+    heavy = ("long_prompts", "compressed", "almost_whole_messages", "header_bombs", "streams_at_once")
+    with ExitStack() as stack:
+        how = {
+            stack.enter_context(confined(child, manifest_limit(child.name.rstrip("0123456789"))))
+            for child in mesh.children
+        }
+        for service in ("router", "batcher"):
+            row = await besiege(mesh, service, *heavy, seconds=4, note=f", in {', '.join(how)}")
+
+            assert not row.outcomes.keys() & {"INTERNAL", "UNKNOWN", "CANCELLED"}
