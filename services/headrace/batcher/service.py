@@ -104,6 +104,8 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
             answer.record(outcome)
 
     async def _responses(self, job: Job, answer: Answer) -> AsyncGenerator[pb.GenerateResponse, None]:
+        if job.resume_ids:
+            await asyncio.get_running_loop().run_in_executor(self._executor, answer.replay)
         if answer.complete_already:
             yield self._accepted(job)
             for response in answer.rest():
@@ -252,7 +254,11 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     def _encode(self, request: pb.GenerateRequest) -> list[int]:
         if request.HasField("chat"):
-            return self._tokenizer.encode_chat([(turn.role, turn.content) for turn in request.chat.messages])
+            chat = request.chat
+            return self._tokenizer.encode_chat(
+                [(turn.role, turn.content) for turn in chat.messages],
+                continue_final=chat.continue_final_message,
+            )
         return self._tokenizer.encode_text(request.prompt)
 
     def _accepted(self, job: Job) -> pb.GenerateResponse:
