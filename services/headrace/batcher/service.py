@@ -48,6 +48,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
     long_executor where it happens for long prompts, which take seconds: nobody else waits for them
     max_tokens    most tokens of an answer
     unread_limit  most tokens kept for a caller that does not read them
+    defaults      sampling fields that a request has unless it sets them
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         long_executor: Executor,
         max_tokens: int,
         unread_limit: int,
+        defaults: pb.Sampling | None = None,
     ) -> None:
         self._coalescer = coalescer
         self._tokenizer = tokenizer
@@ -68,6 +70,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._long_executor = long_executor
         self._max_tokens = max_tokens
         self._unread_limit = unread_limit
+        self._defaults = defaults or pb.Sampling()
 
     async def Generate(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[object, pb.GenerateResponse]
@@ -207,7 +210,8 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
                         f"token id {token} is not in the model's vocabulary of {vocabulary}", field=field
                     )
         sampling = pb.Sampling()
-        sampling.CopyFrom(request.sampling)
+        sampling.CopyFrom(self._defaults)
+        sampling.MergeFrom(request.sampling)
         wanted = sampling.max_tokens if sampling.HasField("max_tokens") else self._max_tokens
         sampling.max_tokens = min(wanted, self._max_tokens, room)
         if not sampling.HasField("seed"):

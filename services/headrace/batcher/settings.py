@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from headrace.runtime.settings import ServiceSettings
@@ -62,6 +64,12 @@ class Settings(ServiceSettings):
         ge=0,
         description="how long requests wait for a worker to come back when none is left, their deadline "
         "permitting",
+    )
+    generation_config: Literal["none", "auto"] = Field(
+        default="none",
+        description="auto: sampling fields that a request leaves out (temperature, top_p, top_k, min_p, "
+        "repetition_penalty) have the values of the model folder's generation_config.json, where it names "
+        "them, as in vLLM; none: those of the contract. The same for all batchers of a tier",
     )
     max_tokens: int = Field(default=1024, ge=1, description="most tokens of an answer")
 

@@ -54,6 +54,10 @@ def read_tokenizer(path: Path, cache: Path) -> TokenizerFiles:
 
     Raises ModelUnavailable for files that hold no usable tokenizer.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()  # its lines go where ours go
+    transformers_logging.enable_propagation()
     folder = path if path.is_dir() else None
     if folder is not None:
         _check_files(folder)
@@ -83,10 +87,7 @@ def _read(path: Path, load: Callable[[], Any]) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
-            raise ModelUnavailable(
-                f"the tokenizer in {path} is code that came with it (auto_map in tokenizer_config.json), "
-                "which is not run here: give a model whose tokenizer is a tokenizer.json"
-            ) from error
+            raise _with_code(path) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ModelUnavailable(
             f"the tokenizer in {path} cannot be read ({type(error).__name__}: {reason[:300]}): {_COPY}, or "
@@ -96,22 +97,25 @@ def _read(path: Path, load: Callable[[], Any]) -> Any:
 
 def _from_folder(folder: Path) -> Any:
     """The tokenizer of a folder; what names no kind is read as what its files are most often."""
-    from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer
+    from transformers import AutoTokenizer, GPT2Tokenizer
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     kind: Any = AutoTokenizer
-    options: dict[str, Any] = {}
     sentences = None
     if not (folder / "tokenizer.json").is_file():
-        named = (_read_json(folder / "tokenizer_config.json") or {}).get("tokenizer_class")
+        settings = read_json(folder / "tokenizer_config.json") or {}
+        named = settings.get("tokenizer_class")
+        if "auto_map" in settings and tokenizer_class_from_name(named or "") is None:
+            raise _with_code(folder)
         if (folder / "tokenizer.model").is_file():
             sentences = _sentencepiece(folder / "tokenizer.model")
             if not named and sentences is not None:
-                kind, options = LlamaTokenizer, {"add_bos_token": sentences.bos_id() >= 0}
+                return _from_sentencepiece(folder, sentences)
         elif not named and not _names_a_tokenizer(folder):
             kind = GPT2Tokenizer
-    tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if sentences is not None:
-        _compare(tokenizer, sentences, folder / "tokenizer.model")
+        _compare(tokenizer.backend_tokenizer, sentences, folder / "tokenizer.model")
     return tokenizer
 
 
@@ -119,7 +123,7 @@ def _names_a_tokenizer(folder: Path) -> bool:
     """Whether config.json names a model whose tokenizer is made of vocab.json and merges.txt."""
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-    model_type = (_read_json(folder / "config.json") or {}).get("model_type")
+    model_type = (read_json(folder / "config.json") or {}).get("model_type")
     name = TOKENIZER_MAPPING_NAMES.get(model_type) if model_type else None
     return "merges_file" in getattr(tokenizer_class_from_name(name or ""), "vocab_files_names", {})
 
@@ -137,14 +141,55 @@ def _sentencepiece(path: Path) -> Any:
         raise ModelUnavailable(f"{path} is damaged, or no SentencePiece model: {_COPY}") from error
 
 
-def _compare(tokenizer: Any, sentences: Any, path: Path) -> None:
+def _from_sentencepiece(folder: Path, sentences: Any) -> Any:
+    """The tokenizer of a folder with a tokenizer.model that names no kind: as that file says itself.
+
+    transformers reads its tokens, but takes how it treats blanks from a kind.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, decoders, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    protos: Any = sentencepiece_model_pb2
+    rules = protos.ModelProto.FromString((folder / "tokenizer.model").read_bytes()).normalizer_spec
+    fast = tokenizer.backend_tokenizer
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    fast.pre_tokenizer = None
+    ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    fast.decoder = decoders.Sequence(
+        [*ends, *([decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else [])]
+    )
+    _compare(fast, sentences, folder / "tokenizer.model")
+    if sentences.bos_id() >= 0:
+        name = sentences.id_to_piece(sentences.bos_id())
+        fast.post_processor = processors.TemplateProcessing(f"{name} $A", None, [(name, sentences.bos_id())])
+    return tokenizer
+
+
+def _compare(fast: Any, sentences: Any, path: Path) -> None:
     for text in _SAMPLES:
-        if tokenizer.encode(text, add_special_tokens=False) != sentences.encode(text):
+        if fast.encode(text, add_special_tokens=False).ids != sentences.encode(text):
             raise ModelUnavailable(
-                f"{path} splits text in a way that transformers' {type(tokenizer).__name__} does not know "
-                f"(seen with {text!r}): convert it to a tokenizer.json, or name its tokenizer_class in "
-                "tokenizer_config.json"
+                f"{path} splits text in another way than its tokenizer_class would, or than can be told from "
+                f"it (seen with {text!r}): convert it to a tokenizer.json"
             )
+
+
+def _with_code(path: Path) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"the tokenizer in {path} is code that came with it (auto_map in tokenizer_config.json), which is "
+        "not run here: give a model whose tokenizer is a tokenizer.json"
+    )
 
 
 def _from_gguf(path: Path) -> Any:
@@ -173,10 +218,10 @@ def _check_files(folder: Path) -> None:
         if not start:
             raise ModelUnavailable(f"{file} is empty: {_COPY}")
         if name in _JSON:
-            _read_json(file)
+            read_json(file)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """What a JSON file holds; None if there is none."""
     try:
         return json.loads(path.read_bytes())

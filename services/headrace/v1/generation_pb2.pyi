@@ -191,7 +191,9 @@ Global___Message: _TypeAlias = Message  # noqa: Y015
 @_typing.final
 class Sampling(_message.Message):
     """How tokens are chosen and when to stop. Everything is optional: an absent field has the default
-    that its comment names, which is not always zero.
+    that its comment names, which is not always zero. A tier whose batchers run with --generation-config auto has
+    the values of its model's generation_config.json instead, for temperature, top_p, top_k, min_p and
+    repetition_penalty, where that file names them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

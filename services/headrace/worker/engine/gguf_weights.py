@@ -85,6 +85,7 @@ def _unpack(path: Path, folder: Path) -> None:
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             local_files_only=True,
+            trust_remote_code=False,
         )
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UnsupportedModel(f"transformers cannot read {path}: {error}") from error
