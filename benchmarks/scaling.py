@@ -185,7 +185,7 @@ def measure(model: str, dtype: str, threads: int, bandwidth: float) -> dict[str,
     folder = path
     if path.suffix == ".gguf":
         folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=print)
-    shapes = roofline.shapes(AutoConfig.from_pretrained(folder))
+    shapes = roofline.shapes(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     engine: Any = load(model, dtype, threads, context_length=4224, max_running=max(ROWS))
     window = machine.Window([])
     window.open()

@@ -28,9 +28,9 @@ def to_bf16(model: str, target: Path) -> None:
     cache = models.cache_folder()
     path = models.resolve(model, cache)
     folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=print)
-    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
     network.save_pretrained(target)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     tokenizer.save_pretrained(target)
 
 

@@ -157,6 +157,25 @@ def _check_input(request: pb.GenerateRequest) -> None:
                 f"chat.messages[{place}].content is empty: give it text",
                 field=f"chat.messages[{place}].content",
             )
+    _check_last_role(request.chat)
+
+
+def _check_last_role(chat: pb.Chat) -> None:
+    """Refuse a last message that would be answered where it is to be continued, or the other way round."""
+    last = len(chat.messages) - 1
+    role = chat.messages[last].role
+    if role == "assistant" and not chat.continue_final_message:
+        raise errors.InvalidRequest(
+            f"chat.messages[{last}], the last one, is of role 'assistant': set chat.continue_final_message "
+            "to have it continued, or end with a message of the user",
+            field=f"chat.messages[{last}].role",
+        )
+    if role != "assistant" and chat.continue_final_message:
+        raise errors.InvalidRequest(
+            f"chat.continue_final_message is set, but the last message is of role {role!r}: only one of role "
+            "'assistant' can be continued",
+            field="chat.continue_final_message",
+        )
 
 
 def _check_routing(routing: pb.Routing) -> None:

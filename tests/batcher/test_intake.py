@@ -425,7 +425,7 @@ LIMITS = Limits(tier="t", model="m", context_length=100, vocabulary=256, max_tok
 def test_sampling_is_made_whole_and_within_the_tier(
     temperature: float | None, max_tokens: int | None, tokens: int
 ) -> None:
-    made = LIMITS.sampling(pb.Sampling(temperature=temperature, max_tokens=max_tokens), tokens)
+    made = LIMITS.sampling(pb.Sampling(temperature=temperature, max_tokens=max_tokens), tokens, pb.Sampling())
 
     assert made.HasField("seed")
     assert 1 <= made.max_tokens <= min(50, 100 - tokens)

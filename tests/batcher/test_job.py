@@ -18,7 +18,7 @@ from tests.batcher.test_workers import job
         ({"ignore_eos": True}, 100),
         ({"ignore_eos": True, "stop": ["."]}, 1),
         ({"ignore_eos": True, "stop_token_ids": [3], "min_tokens": 7}, 7),
-        ({"stop": ["."], "min_tokens": 7}, 1),
+        ({"stop": ["."], "min_tokens": 7}, 7),
     ],
 )
 def test_the_fewest_tokens_of_an_answer_are_those_that_nothing_can_cut_short(

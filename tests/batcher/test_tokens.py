@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from headrace import errors, models
 from headrace.batcher.detokenizer import Detokenizer
-from headrace.batcher.tokens import ByteTokenizer, Tokenizer, TransformersTokenizer, load_tokenizer
+from headrace.batcher.tokens import ByteTokenizer, Tokenizer, TransformersTokenizer, load_tokenizer, stop_ids
+from tests.batcher.tiny_tokenizers import byte_level, saved
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system prompts here') }}"
@@ -22,21 +24,8 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tokenizer with a chat template, trained here."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = ["</s>", "<user>", "<assistant>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
-    fast.train_from_iterator(["the sky is blue and the sea is green"] * 3, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", chat_template=TEMPLATE)  # type: ignore[no-untyped-call]
-    place = tmp_path_factory.mktemp("tokenizer")
-    wrapped.save_pretrained(place)
-    return place
+    fast = byte_level(["</s>", "<user>", "<assistant>"])
+    return saved(fast, tmp_path_factory.mktemp("tokenizer"), TEMPLATE, bos_token=None, unk_token=None)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +33,37 @@ def small(folder: Path) -> TransformersTokenizer:
     return load_tokenizer(folder, folder / "cache")
 
 
+def written(tokenizer: Any, ids: list[int]) -> str:
+    """The text of *ids*, names of special tokens and all."""
+    return str(tokenizer._fast.decode(ids, skip_special_tokens=False))
+
+
+def spoken(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of *ids* as an answer has it."""
+    detokenizer = Detokenizer(tokenizer)
+    return "".join([*(detokenizer.feed(id) for id in ids), detokenizer.flush()])
+
+
 def test_a_chat_is_laid_out_by_the_models_template(small: TransformersTokenizer) -> None:
     ids = small.encode_chat([("user", "the sky"), ("assistant", "is"), ("user", "blue?")])
 
-    assert small._tokenizer.decode(ids) == "<user>the sky</s><assistant>is</s><user>blue?</s><assistant>"
+    assert written(small, ids) == "<user>the sky</s><assistant>is</s><user>blue?</s><assistant>"
+
+
+def test_an_empty_turn_of_the_assistant_is_laid_out_as_it_is(small: TransformersTokenizer) -> None:
+    ids = small.encode_chat([("user", "the sky"), ("assistant", ""), ("user", "blue?")])
+
+    assert written(small, ids) == "<user>the sky</s><assistant></s><user>blue?</s><assistant>"
+
+
+@pytest.mark.parametrize("begun", ["", "the sea is", "the sea is ", "the </s> <"])
+def test_an_answer_that_is_continued_ends_where_it_was_left(small: TransformersTokenizer, begun: str) -> None:
+    turns = [("user", "the sky"), ("assistant", begun)]
+
+    ids = small.encode_chat(turns, continue_final=True)
+
+    assert written(small, ids) == f"<user>the sky</s><assistant>{begun}"
+    assert ids[-1] != small.special_tokens["</s>"]
 
 
 @given(text=st.text(max_size=200) | st.sampled_from(["the sky is blue" * 40, "\n" * 500]))
@@ -67,7 +83,7 @@ def test_turns_that_the_template_refuses_are_the_callers_to_mend(small: Transfor
 def test_special_tokens_do_not_become_text(small: TransformersTokenizer) -> None:
     ids = small.encode_chat([("user", "the sea")])
 
-    assert small.decode(ids) == "the sea"
+    assert spoken(small, ids) == "the sea"
 
 
 def test_equal_folders_have_equal_fingerprints(small: TransformersTokenizer, folder: Path) -> None:
@@ -81,25 +97,36 @@ def test_a_model_without_a_template_takes_prompts_only(folder: Path, tmp_path: P
             (tmp_path / file.name).write_bytes(file.read_bytes())
     bare = load_tokenizer(tmp_path, tmp_path / "cache")
 
-    assert bare.decode(bare.encode_text("the sky")) == "the sky"
+    assert spoken(bare, bare.encode_text("the sky")) == "the sky"
     with pytest.raises(errors.InvalidRequest, match="send `prompt`"):
         bare.encode_chat([("user", "hi")])
 
 
-def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer.decode)
-    return [*(detokenizer.feed(id) for id in ids), detokenizer.flush()]
+def test_a_prompt_is_encoded_whole_whatever_limits_its_tokenizers_file_sets(tmp_path: Path) -> None:
+    fast = byte_level()
+    fast.enable_truncation(4)
+    fast.enable_padding(length=64)
+    limited = load_tokenizer(saved(fast, tmp_path / "limited"), tmp_path)
+
+    assert (
+        spoken(limited, limited.encode_text("the sky is blue and the sea")) == "the sky is blue and the sea"
+    )
+    assert len(limited.encode_text("the")) < 4
 
 
 @given(text=st.text(max_size=40))
 def test_pieces_of_a_byte_level_tokenizer_add_up(small: TransformersTokenizer, text: str) -> None:
-    ids = small.encode_text(text)
-
-    assert "".join(pieces(small, ids)) == small.decode(ids)
+    assert spoken(small, small.encode_text(text)) == text
 
 
 def test_bytes_are_their_own_ids() -> None:
     assert ByteTokenizer().encode_chat([("system", "x"), ("user", "é")]) == [0xC3, 0xA9]
+
+
+def test_a_stop_text_may_be_a_special_token_and_may_not_hold_one(small: TransformersTokenizer) -> None:
+    assert stop_ids(small, ["\n", "</s>"]) == {small.special_tokens["</s>"]: "</s>"}
+    with pytest.raises(errors.InvalidSampling, match="give '</s>' alone"):
+        stop_ids(small, ["</s>\n"])
 
 
 @pytest.mark.model
@@ -111,7 +138,7 @@ def test_pieces_of_the_default_models_add_up_for_any_ids(name: str) -> None:
     @given(ids=st.lists(st.integers(0, 49151), max_size=30))
     @settings(max_examples=150, deadline=None)
     def check(ids: list[int]) -> None:
-        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+        assert spoken(tokenizer, ids) == tokenizer._fast.decode(ids)
 
     check()
-    assert "Paris" in "".join(pieces(tokenizer, tokenizer.encode_text("Paris – 巴黎 🗼")))
+    assert "Paris" in spoken(tokenizer, tokenizer.encode_text("Paris – 巴黎 🗼"))

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Iterable
 import grpc
 from grpc_health.v1 import health_pb2
 
-from headrace.client import chat, open_channel
+from headrace.channel import open_channel
+from headrace.client import chat
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.routing_service_pb2_grpc import RoutingServiceStub

@@ -12,8 +12,10 @@ import grpc
 import pytest
 
 from headrace import errors
-from headrace.client import open_channel
+from headrace.channel import open_channel
+from headrace.runtime.budget import Budget
 from headrace.runtime.interceptors import Activity, ServerInterceptor
+from headrace.runtime.limits import Limits
 
 SECONDS = 20.0
 SERVICE = "headrace.test.Stream"
@@ -25,8 +27,8 @@ Handler = Callable[[bytes, Any], Any]
 async def served(handler: Handler) -> AsyncGenerator[tuple[int, Activity], None]:
     """A server whose one streaming method is *handler*."""
     activity = Activity()
-    server = grpc.aio.server(interceptors=[ServerInterceptor(activity)])
-    method = grpc.unary_stream_rpc_method_handler(handler, request_deserializer=bytes)
+    server = grpc.aio.server(interceptors=[ServerInterceptor(activity, Budget(Limits()))])
+    method: Any = grpc.unary_stream_rpc_method_handler(handler, request_deserializer=bytes)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Go": method}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

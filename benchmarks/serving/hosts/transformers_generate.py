@@ -134,7 +134,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(arguments.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.bfloat16, trust_remote_code=False
+    )
     model.eval()
     model.generation_config.eos_token_id = None
     pipe.ready({name: version(name) for name in ("torch", "transformers")})

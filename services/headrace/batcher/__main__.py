@@ -15,6 +15,7 @@ import grpc
 
 from headrace.batcher.admin import AdminServicer
 from headrace.batcher.coalescer import Coalescer
+from headrace.batcher.defaults import recommended_sampling
 from headrace.batcher.intake import Intake
 from headrace.batcher.pool import WorkerPool
 from headrace.batcher.queue import JobQueue
@@ -28,6 +29,7 @@ from headrace.runtime import logs, vitals
 from headrace.runtime.interceptors import Activity
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
+from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
@@ -45,10 +47,13 @@ class Batcher:
 
 
 @asynccontextmanager
-async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> AsyncGenerator[Batcher, None]:
+async def batcher(
+    settings: Settings, tokenizer: Tokenizer, identity: str, defaults: pb.Sampling | None = None
+) -> AsyncGenerator[Batcher, None]:
     """Serve one tier while the block runs; drain when it is left.
 
     identity   names this batcher in its workers' logs
+    defaults   sampling fields that a request has unless it sets them
     """
     pool = WorkerPool(settings.worker_targets, fingerprint=tokenizer.fingerprint, batcher_id=identity)
     coalescer = Coalescer(
@@ -68,6 +73,7 @@ async def batcher(settings: Settings, tokenizer: Tokenizer, identity: str) -> As
         unread_limit=settings.unread_limit,
         most_bytes=settings.intake_bytes,
         ageing=settings.ageing_seconds,
+        defaults=defaults,
     ) as intake:
         servicer = GenerationServicer(
             coalescer, intake, tokenizer, tier=settings.tier, max_tokens=settings.max_tokens
@@ -105,19 +111,22 @@ async def main(settings: Settings) -> None:
     """Serve until a signal comes."""
     identity = f"{settings.tier}-{socket.gethostname()}-{os.getpid()}"
     log.info("loading", extra={"stage": "tokenizer", "model": settings.model or "echo"})
-    tokenizer = await asyncio.to_thread(_tokenizer, settings)
-    async with telemetry("batcher", instance=identity), batcher(settings, tokenizer, identity):
+    tokenizer, defaults = await asyncio.to_thread(_load, settings)
+    async with telemetry("batcher", instance=identity), batcher(settings, tokenizer, identity, defaults):
         await until_signal()
 
 
-def _tokenizer(settings: Settings) -> Tokenizer:
+def _load(settings: Settings) -> tuple[Tokenizer, pb.Sampling]:
+    """The tokenizer, and what the model recommends for sampling if that is wanted."""
     if settings.fake:
-        return ByteTokenizer()
+        return ByteTokenizer(), pb.Sampling()
     # Each prompt on its lane's thread: in the pool of the library, long ones would hold up short ones.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cache = Path(settings.cache) if settings.cache else cache_folder()
     try:
-        return load_tokenizer(resolve(settings.model, cache, weights=False), cache)
+        path = resolve(settings.model, cache, weights=False)
+        recommended = recommended_sampling(path) if settings.generation_config == "auto" else pb.Sampling()
+        return load_tokenizer(path, cache), recommended
     except ModelUnavailable as error:
         raise StartFailed(str(error)) from error
 

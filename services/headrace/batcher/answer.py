@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from opentelemetry import metrics
 
 from headrace import attributes
-from headrace.batcher.detokenizer import Piece, TextStream
+from headrace.batcher.detokenizer import Detokenizer, Piece, Stops, TextStream, last_with_text
 from headrace.batcher.inbox import Arrival, End
 from headrace.batcher.job import Job
-from headrace.batcher.tokens import Tokenizer
+from headrace.batcher.tokens import Tokenizer, stop_ids
 from headrace.v1 import generation_pb2 as pb
 
 _meter = metrics.get_meter("headrace.batcher")
@@ -28,6 +29,8 @@ _duration = _meter.create_histogram(
     attributes.METRIC_REQUEST_DURATION, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL
 )
 
+_MOST_IDS = 1024  # of one delta: a caller that was behind gets what waited in several, and others their turn
+
 
 def record_unanswered(labels: dict[str, str], outcome: str, seconds: float) -> None:
     """Book a request that ended before it had an answer, after so many seconds."""
@@ -36,7 +39,10 @@ def record_unanswered(labels: dict[str, str], outcome: str, seconds: float) -> N
 
 
 class Answer:
-    """What has been said so far, and the events that say it."""
+    """The answer so far, and the events that carry it.
+
+    Raises InvalidSampling for stop texts that it could not find.
+    """
 
     def __init__(
         self, job: Job, request: pb.GenerateRequest, tokenizer: Tokenizer, labels: dict[str, str]
@@ -44,7 +50,15 @@ class Answer:
         self._job = job
         self._labels = labels
         self._with_ids = request.stream.include_token_ids
-        self._text = TextStream(tokenizer.decode, job.sampling.stop)
+        sampling = job.sampling
+        stops = Stops(
+            tuple(sampling.stop),
+            stop_ids(tokenizer, sampling.stop),
+            min(sampling.min_tokens, sampling.max_tokens),
+        )
+        # The prompt's end comes before the answer: at the start of a text, some tokenizers leave out a blank.
+        before = last_with_text(tokenizer, job.prompt_ids)
+        self._text = TextStream(Detokenizer(tokenizer, before), stops)
         self._offset = len(job.resume_ids)
         self._first: float | None = None
         self._first_tokens = 0  # that came together with the first
@@ -52,38 +66,42 @@ class Answer:
         self._end: End | None = None
         self.done = False
         self.outcome = "unfinished"
-        # What a caller has already may hold all there is to say.
-        self._replayed = self._text.feed(job.resume_ids)
+        self._replayed = Piece("", 0)
+
+    def replay(self) -> None:
+        """Take in the tokens that came with the request. Slow for many: not for the event loop."""
+        self._replayed = self._text.feed(self._job.resume_ids)
 
     @property
     def complete_already(self) -> bool:
         """Whether the tokens that came with the request leave nothing to generate."""
         return self._replayed.stopped is not None or self._offset >= self._job.sampling.max_tokens
 
-    def take(self, arrival: Arrival) -> list[pb.GenerateResponse]:
+    def take(self, arrival: Arrival) -> Iterator[pb.GenerateResponse]:
         """The events for what arrived."""
-        responses = []
         if (move := arrival.move) is not None:
             change = pb.RouteChange(
                 to=move.target, reason=move.reason, attempt=move.attempt, **{"from": move.origin}
             )
-            responses.append(pb.GenerateResponse(route_change=change))
-        now = time.monotonic()
-        piece = self._text.feed(arrival.ids)
+            yield pb.GenerateResponse(route_change=change)
         if arrival.ids:
+            now = time.monotonic()
             if self._first is None:
                 self._first = now
-                self._first_tokens = piece.used
+                self._first_tokens = len(arrival.ids)
                 self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
             self._last = now
-        if arrival.ids:
-            responses.append(self._delta(arrival, piece.used, piece.text))
-        if piece.stopped is not None or arrival.end is not None:
+        used, stopped = 0, None
+        while used < len(arrival.ids) and stopped is None:
+            piece = self._text.feed(arrival.ids[used : used + _MOST_IDS])
+            stopped = piece.stopped
+            yield self._delta(arrival, used, used + piece.used, piece.text)
+            used += piece.used
+        if stopped is not None or arrival.end is not None:
             self._end = arrival.end
-            responses += self.rest(piece.stopped, wasted=len(arrival.ids) - piece.used)
-        return responses
+            yield from self.rest(stopped, wasted=len(arrival.ids) - used)
 
-    def rest(self, stopped: str | None = None, *, wasted: int = 0) -> list[pb.GenerateResponse]:
+    def rest(self, stopped: str | None = None, *, wasted: int = 0) -> Iterator[pb.GenerateResponse]:
         """The last events: what text was kept back, if any, and the finish.
 
         The text comes in a delta of its own, without tokens: what the deltas before said is then a function
@@ -91,8 +109,9 @@ class Answer:
         """
         stopped = stopped if stopped is not None else self._replayed.stopped
         last = self._text.flush() if stopped is None else Piece("", 0)
-        kept_back = [self._delta(Arrival([], [], None), 0, last.text)] if last.text else []
-        return [*kept_back, self._finish(stopped if stopped is not None else last.stopped, wasted)]
+        if last.text:
+            yield self._delta(Arrival([], [], None), 0, 0, last.text)
+        yield self._finish(stopped if stopped is not None else last.stopped, wasted)
 
     def _finish(self, stopped: str | None, wasted: int) -> pb.GenerateResponse:
         self.done = True
@@ -143,11 +162,16 @@ class Answer:
             {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}
         )
 
-    def _delta(self, arrival: Arrival, used: int, text: str) -> pb.GenerateResponse:
-        delta = pb.Delta(offset=self._offset, token_count=used, text=text, logprobs=arrival.logprobs[:used])
+    def _delta(self, arrival: Arrival, start: int, stop: int, text: str) -> pb.GenerateResponse:
+        delta = pb.Delta(
+            offset=self._offset,
+            token_count=stop - start,
+            text=text,
+            logprobs=arrival.logprobs[start:stop],
+        )
         if self._with_ids:
-            delta.token_ids.extend(arrival.ids[:used])
-        self._offset += used
+            delta.token_ids.extend(arrival.ids[start:stop])
+        self._offset += stop - start
         return pb.GenerateResponse(delta=delta)
 
 

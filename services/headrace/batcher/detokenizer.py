@@ -1,93 +1,140 @@
 """Turn a growing list of token ids into text, piece by piece.
 
-Two things keep text back: bytes that are not yet a whole character, and the beginning of what may
-become a stop text. What has been released after n tokens is a function of those n tokens alone, so an
-answer that is carried on elsewhere goes on with the very next character.
+Two things keep text back: bytes that are not yet a whole character, at most three of them, and the
+beginning of what may become a stop text. What has been released after n tokens is a function of those n
+tokens alone, so an answer that is carried on elsewhere goes on with the very next character. The work for
+a token does not depend on how many came before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_SILENT_IDS = 8  # in a row without any text that are kept; only special tokens make longer rows
+# An error handler for `bytes.decode`: one U+FFFD for each byte, as SentencePiece shows broken bytes. Python's
+# own "replace" shows one for each broken character, as byte-level tokenizers do.
+EACH_BYTE = "headrace.each-byte"
+
+
+def _each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return REPLACEMENT * (error.end - error.start), error.end
+
+
+codecs.register_error(EACH_BYTE, _each_byte)
+
+
+class Spelling(Protocol):
+    """How single tokens are written.
+
+    broken   the name of the error handler for bytes that are no character, as `bytes.decode` takes it
+    """
+
+    broken: str
+
+    def spell(self, id: int, after: int | None) -> bytes | str:
+        """What *id* adds to a text: bytes of UTF-8, or whole characters.
+
+        after   a token that comes before it and has text, None at the start of a text; some tokenizers leave
+                out a blank there. Special tokens and unknown ids give no bytes.
+        """
+        ...
 
 
 class Detokenizer:
-    """Decodes one answer; the texts it returns add up to the decoding of all its ids.
+    """Decodes one text; the pieces that it returns add up to the text of all ids.
 
-    Only a short tail of ids is decoded each time (the windowed scheme of vLLM and TGI): ids from
-    `_begin` on give the tail, of which the ids before `_read` were returned already. They stay in the
-    window because some tokenizers decode a token differently at the start of a text.
+    after   see `Spelling`: for an answer, a token of its prompt
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self._ids: list[int] = []
-        self._begin = 0
-        self._read = 0
+    def __init__(self, spelling: Spelling, after: int | None = None) -> None:
+        self._spelling = spelling
+        self._after = after
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(spelling.broken)
 
     def feed(self, id: int) -> str:
         """The text that *id* completes; empty while a character is incomplete."""
-        self._ids.append(id)
-        before = self._decode(self._ids[self._begin : self._read])
-        now = self._decode(self._ids[self._begin :])
-        if now == before and len(self._ids) - self._read > _SILENT_IDS:
-            self._ids.pop()  # else a long row of them would be decoded again for each one more
-        # A real U+FFFD waits for its neighbour as well; `flush` gives what never got one.
-        if len(now) <= len(before) or now.endswith(REPLACEMENT):
-            return ""
-        self._begin, self._read = self._read, len(self._ids)
-        return now[len(before) :]
+        piece = self._spelling.spell(id, self._after)
+        if isinstance(piece, bytes):
+            if piece:
+                self._after = id
+            return self._utf8.decode(piece)
+        self._after = id
+        return self.flush() + piece
 
     def flush(self) -> str:
-        """What was kept back, U+FFFD where its bytes are no character."""
-        before = self._decode(self._ids[self._begin : self._read])
-        now = self._decode(self._ids[self._begin :])
-        self._begin = self._read = len(self._ids)
-        return now[len(before) :]
+        """What was kept back: no more bytes of the character come."""
+        return self._utf8.decode(b"", final=True)
+
+
+def last_with_text(spelling: Spelling, ids: Sequence[int]) -> int | None:
+    """The last of *ids* that has text; None if none has."""
+    return next((id for id in reversed(ids) if spelling.spell(id, id) != b""), None)
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends an answer.
+
+    texts       of at least one character; of those that match first, the earlier in the list wins
+    ids         special tokens that end it as well, and the stop text that each stands for: they have no text
+    min_tokens  a stop text counts only if the answer has at least so many tokens, those of the stop text
+                included
+    """
+
+    texts: Sequence[str] = ()
+    ids: Mapping[int, str] = field(default_factory=dict)
+    min_tokens: int = 0
 
 
 class StopFinder:
-    """Looks for stop texts in a stream of text.
-
-    stops   texts of at least one character; of those that match first, the earlier in the list wins
-    """
+    """Looks for stop texts in a stream of text."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
+        self._longest = max(map(len, self._stops), default=0)
         self._held = ""
 
-    def feed(self, text: str) -> tuple[str, str | None]:
+    def feed(self, text: str, *, counts: bool = True) -> tuple[str, str | None]:
         """Returns the text that is certain now, and the stop text that was found, if any.
+
+        counts   whether a stop text that ends in *text* ends the answer; if not, it is text like any other
 
         After one was found, text up to it has been returned and the rest is gone.
         """
         if not self._stops:
             return text, None
-        text = self._held + text
-        found = [(at, order) for order, stop in enumerate(self._stops) if (at := text.find(stop)) >= 0]
-        if found:
-            at, order = min(found)
-            self._held = ""
-            return text[:at], self._stops[order]
-        keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], None
+        held, text = len(self._held), self._held + text
+        if counts:
+            found = [
+                (at, order)
+                for order, stop in enumerate(self._stops)
+                # What was held ends in no stop text that counted.
+                if (at := text.find(stop, max(held - len(stop) + 1, 0))) >= 0
+            ]
+            if found:
+                at, order = min(found)
+                self._held = ""
+                return text[:at], self._stops[order]
+        kept = self._start_of_a_stop(text)
+        self._held = text[kept:]
+        return text[:kept], None
 
     def flush(self) -> str:
         """What was held back: the stop text never came."""
         held, self._held = self._held, ""
         return held
 
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of *text* that is a true beginning of *stop*."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+    def _start_of_a_stop(self, text: str) -> int:
+        """Where the longest end of *text* begins that is a true beginning of a stop text."""
+        for at in range(max(len(text) - self._longest + 1, 0), len(text)):
+            end = text[at:]
+            if any(stop.startswith(end) and len(stop) > len(end) for stop in self._stops):
+                return at
+        return len(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,21 +154,36 @@ class Piece:
 class TextStream:
     """Ids in, certain text out, ending at the first stop text."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(decode)
-        self._finder = StopFinder(stops)
+    def __init__(self, detokenizer: Detokenizer, stops: Stops | None = None) -> None:
+        self._detokenizer = detokenizer
+        self._stops = stops or Stops()
+        self._finder = StopFinder(self._stops.texts)
+        self._count = 0
 
-    def feed(self, ids: Sequence[int]) -> Piece:
+    @property
+    def _counts(self) -> bool:
+        return self._count >= self._stops.min_tokens
+
+    def feed(self, ids: Iterable[int]) -> Piece:
         """Take the next ids. Not to be called again after a piece that stopped."""
         texts = []
+        used = 0
         for used, id in enumerate(ids, 1):
-            text, stopped = self._finder.feed(self._detokenizer.feed(id))
+            self._count += 1
+            if self._counts and id in self._stops.ids:
+                texts.append(self._rest())
+                return Piece("".join(texts), used, self._stops.ids[id])
+            text, stopped = self._finder.feed(self._detokenizer.feed(id), counts=self._counts)
             texts.append(text)
             if stopped is not None:
                 return Piece("".join(texts), used, stopped)
-        return Piece("".join(texts), len(ids))
+        return Piece("".join(texts), used)
 
     def flush(self) -> Piece:
         """The answer is over: release what was kept back, unless it holds a stop text after all."""
-        text, stopped = self._finder.feed(self._detokenizer.flush())
+        text, stopped = self._finder.feed(self._detokenizer.flush(), counts=self._counts)
         return Piece(text if stopped is not None else text + self._finder.flush(), 0, stopped)
+
+    def _rest(self) -> str:
+        text, _ = self._finder.feed(self._detokenizer.flush(), counts=False)
+        return text + self._finder.flush()

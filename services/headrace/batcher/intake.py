@@ -52,6 +52,7 @@ class Intake:
     most_bytes    most bytes of requests of `LONG_BYTES` and more that wait to be tokenised; a single one may
                   have more
     ageing        as of `queue`
+    defaults      sampling fields that a request has unless it sets them
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Intake:
         unread_limit: int,
         most_bytes: int,
         ageing: float,
+        defaults: pb.Sampling | None = None,
     ) -> None:
         self._coalescer = coalescer
         self._admission = coalescer.admission
@@ -75,6 +77,7 @@ class Intake:
         self._max_tokens = max_tokens
         self._unread_limit = unread_limit
         self._most_bytes = most_bytes
+        self._defaults = defaults or pb.Sampling()
         self._lanes = [
             Lane(
                 smallest=smallest,
@@ -209,12 +212,13 @@ class Intake:
             self._check_head(request.prompt, limits)
             return self._tokenizer.encode_text(request.prompt)
         turns = [(turn.role, turn.content) for turn in request.chat.messages]
+        continue_final = request.chat.continue_final_message
         # A template may drop some of the messages: what a chat's bytes prove is known once it is laid out.
         if size > self._doubtful * limits.context_length and isinstance(self._tokenizer, Bounded):
-            text = self._tokenizer.lay_out(turns)
+            text = self._tokenizer.lay_out(turns, continue_final=continue_final)
             self._check_fewest(text, limits)
             self._check_head(text, limits)
-        return self._tokenizer.encode_chat(turns)
+        return self._tokenizer.encode_chat(turns, continue_final=continue_final)
 
     def _check_head(self, text: str, limits: Limits) -> None:
         """Check the first tokens of a text that is many times as long as the context, instead of all."""
@@ -245,7 +249,7 @@ class Intake:
             request_id=request.request_id or str(uuid.uuid4()),
             prompt_ids=prompt_ids,
             resume_ids=list(request.resume.token_ids),
-            sampling=limits.sampling(request.sampling, len(prompt_ids)),
+            sampling=limits.sampling(request.sampling, len(prompt_ids), self._defaults),
             arrived=entry.arrived,
             expires=entry.expires,
             priority=entry.priority,

@@ -108,9 +108,7 @@ class Job:
     def least_tokens(self) -> int:
         """The fewest tokens that the answer can have."""
         sampling = self.sampling
-        if sampling.stop:
-            return 1  # a stop text may come at any time
-        runs_on = sampling.ignore_eos and not sampling.stop_token_ids
+        runs_on = sampling.ignore_eos and not sampling.stop_token_ids and not sampling.stop
         return max(sampling.max_tokens if runs_on else min(sampling.min_tokens, sampling.max_tokens), 1)
 
     @property

@@ -107,10 +107,14 @@ class Limits:
                 context_length=self.context_length,
             )
 
-    def sampling(self, asked: pb.Sampling, prompt_tokens: int) -> pb.Sampling:
-        """What is asked for, with all that workers need: the seed drawn, and max_tokens as there is room."""
+    def sampling(self, asked: pb.Sampling, prompt_tokens: int, defaults: pb.Sampling) -> pb.Sampling:
+        """What is asked for, with all that workers need: the seed drawn, and max_tokens as there is room.
+
+        defaults   fields that are not asked for have these values
+        """
         sampling = pb.Sampling()
-        sampling.CopyFrom(asked)
+        sampling.CopyFrom(defaults)
+        sampling.MergeFrom(asked)
         wanted = sampling.max_tokens if sampling.HasField("max_tokens") else self.max_tokens
         sampling.max_tokens = min(wanted, self.max_tokens, self.context_length - prompt_tokens)
         if sampling.HasField("temperature") and sampling.temperature < GREEDY_BELOW:

@@ -107,6 +107,8 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
             answer.record(outcome)
 
     async def _responses(self, job: Job, answer: Answer) -> AsyncGenerator[pb.GenerateResponse, None]:
+        if job.resume_ids:
+            await asyncio.get_running_loop().run_in_executor(None, answer.replay)
         if answer.complete_already:
             yield self._accepted(job)
             for response in answer.rest():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from headrace.channel import target_problem
@@ -79,6 +81,12 @@ class Settings(ServiceSettings):
         default=False,
         description="let tenants share what workers have computed of equal beginnings of prompts; it saves "
         "work, and lets a tenant find out by usage.cached_tokens or by time what another one has asked",
+    )
+    generation_config: Literal["none", "auto"] = Field(
+        default="none",
+        description="auto: sampling fields that a request leaves out (temperature, top_p, top_k, min_p, "
+        "repetition_penalty) have the values of the model folder's generation_config.json, where it names "
+        "them, as in vLLM; none: those of the contract. The same for all batchers of a tier",
     )
     max_tokens: int = Field(default=1024, ge=1, description="most tokens of an answer")
 

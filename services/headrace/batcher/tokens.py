@@ -1,24 +1,27 @@
 """Turn text into token ids and back.
 
 A tokenizer's methods are plain and may be slow: callers run `encode_*` off the event loop. Streams of
-ids become text in `detokenizer.py`.
+ids become text in `detokenizer`, which asks how single tokens are spelled; `loading` makes tokenizers of
+files.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from headrace import errors
 from headrace.batcher.bytebound import ByteBound, byte_bound
-from headrace.models import tokenizer_fingerprint
+from headrace.batcher.detokenizer import EACH_BYTE, Spelling
+from headrace.batcher.specials import Marks, Specials
+from headrace.batcher.templates import ChatTemplate, Turns, choose_template
+from headrace.batcher.tokenizer_files import read_tokenizer
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Spelling, Protocol):
     """Knows one model's tokens and chat template. Safe to use from several threads."""
 
     @property
@@ -26,17 +29,39 @@ class Tokenizer(Protocol):
         """Equal for equal tokenizers; compared with what a worker says of its model."""
         ...
 
-    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """Lay out (role, content) turns, with the opening of the answer. Raises InvalidRequest."""
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Names and ids of the tokens that have no text."""
+        ...
+
+    def encode_chat(self, turns: Turns, *, continue_final: bool = False) -> list[int]:
+        """Lay out (role, content) turns. Raises InvalidRequest.
+
+        continue_final   the last turn goes on, instead of the opening of an answer after it
+
+        Contents never become special tokens.
+        """
         ...
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of raw text, with the special tokens that the model wants in front."""
+        """Ids of raw text, with the special tokens that the model wants in front; others may be in it."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of *ids*, special tokens left out, U+FFFD where bytes are no character."""
-        ...
+
+def stop_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> dict[int, str]:
+    """Special tokens among stop texts, and the text that each stands for.
+
+    Raises InvalidSampling for a stop text that holds one beside other text: no answer has such a text.
+    """
+    special = tokenizer.special_tokens
+    for stop in stops:
+        if stop not in special and (name := next((name for name in special if name in stop), None)):
+            raise errors.InvalidSampling(
+                f"sampling.stop holds {stop!r}: {name!r} in it is a special token of this model, which has "
+                f"no text in an answer; give {name!r} alone, or its id {special[name]} in stop_token_ids",
+                field="sampling.stop",
+            )
+    return {special[stop]: stop for stop in stops if stop in special}
 
 
 @runtime_checkable
@@ -51,7 +76,7 @@ class Bounded(Protocol):
         """See above."""
         ...
 
-    def lay_out(self, turns: Sequence[tuple[str, str]]) -> str:
+    def lay_out(self, turns: Turns, *, continue_final: bool = False) -> str:
         """The text that `encode_chat` makes tokens of. Raises InvalidRequest."""
         ...
 
@@ -61,12 +86,14 @@ class ByteTokenizer:
 
     fingerprint = "bytes-1"
     bound: ByteBound | None = ByteBound(1)
+    broken = "replace"
+    special_tokens: Mapping[str, int] = {}
 
-    def lay_out(self, turns: Sequence[tuple[str, str]]) -> str:
+    def lay_out(self, turns: Turns, *, continue_final: bool = False) -> str:
         """The last turn's content; an echo has no use for the rest."""
         return turns[-1][1]
 
-    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_chat(self, turns: Turns, *, continue_final: bool = False) -> list[int]:
         """See `lay_out`."""
         return self.encode_text(self.lay_out(turns))
 
@@ -74,82 +101,140 @@ class ByteTokenizer:
         """The bytes of *text*."""
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the bytes; ids above 255 are special."""
-        return bytes(id for id in ids if id < 256).decode(errors="replace")
+    def spell(self, id: int, after: int | None) -> bytes:
+        """The byte; ids above 255 are special."""
+        return bytes([id]) if id < 256 else b""
 
 
 class TransformersTokenizer:
-    """The tokenizer of a model folder, as transformers loads it; made by `load_tokenizer`."""
+    """A tokenizer of a model's files.
 
-    def __init__(self, tokenizer: Any, fingerprint: str) -> None:
-        self._tokenizer = tokenizer
-        self._fast = tokenizer.backend_tokenizer
+    fast       its `tokenizers.Tokenizer`, which becomes this object's own
+    template   its chat template, None without one
+    """
+
+    def __init__(self, fast: Any, template: ChatTemplate | None, fingerprint: str) -> None:
+        fast.no_truncation()  # some files ask for it
+        fast.no_padding()
+        self._fast = fast
+        self._template = template
         self._fingerprint = fingerprint
-        self.bound = byte_bound(json.loads(self._fast.to_str()))
+        description = json.loads(fast.to_str())
+        self.bound = byte_bound(description)
+        self._specials = Specials(fast, description, template.frame if template else "")
+        self._special_tokens = {
+            token.content: id for id, token in fast.get_added_tokens_decoder().items() if token.special
+        }
+        decoder = json.dumps(description["decoder"])
+        self._byte_level = '"ByteLevel"' in decoder
+        self._byte_fallback = '"ByteFallback"' in decoder
+        self.broken = "replace" if self._byte_level else EACH_BYTE
+        self._bytes: dict[int, bytes | None] = {}
 
     @property
     def fingerprint(self) -> str:
         """See `Tokenizer`."""
         return self._fingerprint
 
-    def lay_out(self, turns: Sequence[tuple[str, str]]) -> str:
-        """See `Bounded`. Raises InvalidRequest for turns that the template refuses."""
-        if self._tokenizer.chat_template is None:
-            raise errors.InvalidRequest(
-                "this model has no chat template: send `prompt` instead of `chat`", field="chat"
-            )
-        messages = [{"role": role, "content": content} for role, content in turns]
-        from jinja2 import TemplateError
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """See `Tokenizer`."""
+        return self._special_tokens
 
-        try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise errors.InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", field="chat.messages"
-            ) from error
-        return str(text)
+    def lay_out(self, turns: Turns, *, continue_final: bool = False) -> str:
+        """See `Bounded`. Raises InvalidRequest for turns that the template does not take."""
+        template = self._chat_template
+        marks = self._specials.marks([template.source, *(content for _, content in turns)])
+        return _laid_out(template, turns, marks, continue_final)
 
-    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """See `Tokenizer` and `lay_out`."""
-        # The template has written what special tokens the model wants.
-        return list(self._tokenizer(self.lay_out(turns), add_special_tokens=False)["input_ids"])
+    def encode_chat(self, turns: Turns, *, continue_final: bool = False) -> list[int]:
+        """See `Tokenizer`. Raises InvalidRequest for turns that the template does not take."""
+        template, specials = self._chat_template, self._specials
+        contents = [content for _, content in turns]
+        marks = specials.marks([template.source, *contents])
+        text = _laid_out(template, turns, marks, continue_final)
+        if not specials.in_doubt(contents):
+            return specials.encode(text, marks)
+        for names_only in (False, True):
+            marked = [(role, specials.mark(content, marks, names_only=names_only)) for role, content in turns]
+            laid_out = _laid_out(template, marked, marks, continue_final)
+            if marks.off(laid_out) == text:
+                break  # else the template looks for one of the marked letters
+        return specials.encode(laid_out, marks)
 
     def encode_text(self, text: str) -> list[int]:
         """See `Tokenizer`."""
-        return list(self._tokenizer(text)["input_ids"])
+        return list(self._fast.encode(text).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer`. Skips the wrapper of transformers: 4 us instead of 40 for a few ids."""
-        return str(self._fast.decode(ids, skip_special_tokens=True))
+    def spell(self, id: int, after: int | None) -> bytes | str:
+        """See `Spelling`."""
+        try:
+            piece = self._bytes[id]
+        except KeyError:
+            piece = self._bytes[id] = self._spelled(id)
+        at_start = after is None and not self._byte_level
+        if piece is not None and not (at_start and piece.isascii()):
+            return piece
+        if after is None:  # where a blank may be left out, be it a byte
+            text = str(self._fast.decode([id]))
+            return text if piece is None else text.encode()
+        before = self._fast.decode([after])
+        return str(self._fast.decode([after, id])[len(before) :])
+
+    @property
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise errors.InvalidRequest(
+                "this model has no chat template: send `prompt` instead of `chat`", field="chat"
+            )
+        return self._template
+
+    def _spelled(self, id: int) -> bytes | None:
+        """The bytes of a token that stands for bytes, or for nothing; None for others."""
+        token = self._fast.id_to_token(id)
+        if token is None or token in self._special_tokens:
+            return b""
+        if self._byte_level:
+            known = _BYTES_OF_LETTERS
+            return bytes(map(known.__getitem__, token)) if all(c in known for c in token) else token.encode()
+        if self._byte_fallback and (byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
+            return bytes.fromhex(byte[1])
+        return None
+
+
+def _laid_out(template: ChatTemplate, turns: Turns, marks: Marks, continue_final: bool) -> str:
+    """The text of the turns, up to where the answer begins."""
+    if not continue_final:
+        return template.render(turns)
+    *before, (role, content) = turns
+    text = template.render([*before, (role, content + marks.end)], opening=False)
+    if marks.end not in text:
+        raise errors.InvalidRequest(
+            "the model's chat template changes the last message's end, so it cannot be continued: send "
+            "`prompt`, or leave out continue_final_message",
+            field="chat.continue_final_message",
+        )
+    return text[: text.rindex(marks.end)]
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """How byte-level tokenizers write bytes as letters (GPT-2's encoder.py)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES_OF_LETTERS = _letters_of_bytes()
 
 
 def load_tokenizer(path: Path, cache: Path) -> TransformersTokenizer:
     """The tokenizer of the model at *path*, a folder or a .gguf file.
 
     cache   where the tokenizer taken out of a .gguf is kept: taking it out costs seconds
+
+    Raises ModelUnavailable, in one line that names the file, for files that hold no usable tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    fingerprint = tokenizer_fingerprint(path)
-    folder = path
-    if path.suffix == ".gguf":
-        folder = cache / "tokenizers" / fingerprint
-        if not folder.exists():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            _keep(tokenizer, folder)
-    return TransformersTokenizer(AutoTokenizer.from_pretrained(folder), fingerprint)
-
-
-def _keep(tokenizer: Any, folder: Path) -> None:
-    """Save whole or not at all: another batcher may be doing the same."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
-    try:
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.exists():  # else somebody was quicker
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    read = read_tokenizer(path, cache)
+    template = choose_template(read.templates, read.special_tokens)
+    return TransformersTokenizer(read.backend, template, read.fingerprint)

@@ -23,15 +23,22 @@ def file_digest(path: Path) -> str:
 def tokenizer_fingerprint(path: Path) -> str:
     """Return 16 hex digits that are equal for equal tokenizers, the same on every machine.
 
-    They begin the SHA-256 of the folder's tokenizer.json or tokenizer.model, or of the whole .gguf file,
-    which holds its tokenizer. Raises ModelUnavailable if *path* has none of these.
+    They begin the SHA-256 of the folder's tokenizer.json or tokenizer.model, or of vocab.json and merges.txt
+    together, or of the whole .gguf file, which holds its tokenizer. Raises ModelUnavailable if *path* has
+    none of these.
     """
     if path.is_file():
         return file_digest(path)[:16]
     for file in (path / "tokenizer.json", path / "tokenizer.model"):
         if file.is_file():
             return sha256(file)[:16]
-    raise ModelUnavailable(f"{path} holds neither tokenizer.json nor tokenizer.model; {INSTEAD}")
+    parts = [path / "vocab.json", path / "merges.txt"]
+    if all(part.is_file() for part in parts):
+        return hashlib.sha256("".join(map(sha256, parts)).encode()).hexdigest()[:16]
+    raise ModelUnavailable(
+        f"{path} holds no tokenizer: neither tokenizer.json nor tokenizer.model, nor vocab.json with "
+        f"merges.txt; {INSTEAD}"
+    )
 
 
 def remember(path: Path, digest: str) -> None:

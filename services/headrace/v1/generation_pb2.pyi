@@ -78,7 +78,9 @@ class GenerateRequest(_message.Message):
     Empty: the first server that sees the request makes one.
     """
     prompt: _builtins.str
-    """Raw text, continued as it stands: no chat template is applied."""
+    """Raw text, continued as it stands: no chat template is applied. Names of special tokens in it, such as
+    "<|im_end|>", become those tokens: put text of strangers into `chat` instead.
+    """
     @_builtins.property
     def chat(self) -> Global___Chat:
         """A conversation, laid out by the chat template of the model that answers."""
@@ -124,11 +126,19 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class Chat(_message.Message):
-    """A conversation, oldest message first."""
+    """A conversation, oldest message first. The model's chat template lays it out, and may refuse it in words of
+    its own: some take no system message, or want user and assistant to alternate.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
+    continue_final_message: _builtins.bool
+    """Whether the answer continues the last message, which is of role "assistant" then, as if the model had
+    written it. It may be empty. Default false: the answer is a new message, and the last one is not of role
+    "assistant".
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """1 to 4096. A leading "system" message replaces the model's own system prompt."""
@@ -137,12 +147,15 @@ class Chat(_message.Message):
         self,
         *,
         messages: _abc.Iterable[Global___Message] | None = ...,
+        continue_final_message: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_continue_final_message", b"_continue_final_message", "continue_final_message", b"continue_final_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_continue_final_message", b"_continue_final_message", "continue_final_message", b"continue_final_message", "messages", b"messages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__continue_final_message: _TypeAlias = _typing.Literal["continue_final_message"]  # noqa: Y015
+    _WhichOneofArgType__continue_final_message: _TypeAlias = _typing.Literal["_continue_final_message", b"_continue_final_message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__continue_final_message) -> _WhichOneofReturnType__continue_final_message | None: ...
 
 Global___Chat: _TypeAlias = Chat  # noqa: Y015
 
@@ -157,7 +170,10 @@ class Message(_message.Message):
     role: _builtins.str
     """Who speaks: "system", "user" or "assistant"."""
     content: _builtins.str
-    """What was said. Must not be empty, but for an "assistant" turn."""
+    """The text. Must not be empty, unless the role is "assistant". It is text only: names of special tokens in
+    it, such as "<|im_end|>", do not become those tokens. What a template leaves out without an error is
+    refused.
+    """
     def __init__(
         self,
         *,
@@ -175,7 +191,9 @@ Global___Message: _TypeAlias = Message  # noqa: Y015
 @_typing.final
 class Sampling(_message.Message):
     """How tokens are chosen and when to stop. Everything is optional: an absent field has the default
-    that its comment names, which is not always zero.
+    that its comment names, which is not always zero. A tier whose batchers run with --generation-config auto has
+    the values of its model's generation_config.json instead, for temperature, top_p, top_k, min_p and
+    repetition_penalty, where that file names them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -240,7 +258,9 @@ class Sampling(_message.Message):
     max_tokens: _builtins.int
     """Most tokens to generate, at least 1. Absent: as many as the tier allows."""
     min_tokens: _builtins.int
-    """Fewest tokens before the model may end its turn. Default 0. At most max_tokens."""
+    """Fewest tokens of the answer: before, neither the model's end of turn nor a stop text nor a stop token ends
+    it. The tokens of a stop text that ends it count. Default 0. At most max_tokens.
+    """
     ignore_eos: _builtins.bool
     """Goes on past the model's end-of-turn token until max_tokens, for measurements. Default false."""
     logprobs: _builtins.bool
@@ -250,7 +270,9 @@ class Sampling(_message.Message):
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before the first of these texts, which is not delivered. At most 16, of 1 to
-        256 characters each. Matched on text, across token borders.
+        256 characters each. Matched on text, across token borders. The name of a special token, such as
+        "<|im_end|>", ends it where the model writes that token, too (with reason STOP where that is its end of
+        turn); a text that holds such a name beside other text is refused, for special tokens have no text.
         """
 
     @_builtins.property

@@ -113,6 +113,7 @@ def _unpack(path: Path, folder: Path) -> None:
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
+            trust_remote_code=False,
         )
     account(path, found, lambda _: None)
     # From here on it is a plain model, but transformers remembers, and refuses to save quantised ones.
