@@ -6,7 +6,7 @@ import pickle
 
 import grpc
 import pytest
-from google.rpc import status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 from headrace import errors
 
@@ -31,6 +31,20 @@ def test_every_error_survives_the_round_trip(cls: type[errors.HeadraceError]) ->
         "sampling.top_p",
         {"limit": "64"},
     )
+
+
+@pytest.mark.parametrize("seconds", [-(2**62), -1, 2**62])
+def test_a_delay_that_cannot_be_is_passed_on_as_one_that_can(seconds: int) -> None:
+    """A router passes on what a batcher says."""
+    status = errors.to_status(errors.Overloaded("full", retry_after=1.0))
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.seconds = seconds
+    status.details[1].Pack(retry)
+
+    again = errors.from_status(status)
+
+    assert 0 <= (again.retry_after or 0) <= errors.MAX_RETRY_SECONDS
+    assert errors.from_status(errors.to_status(again)).retry_after == again.retry_after
 
 
 def test_reasons_are_unique() -> None:

@@ -192,8 +192,13 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             request.request_id, request.tier or answered.tier, quality, tenant=request.tenant
         )
         if not again:
-            outcome = "good" if quality >= 0.5 else "not_good"
-            _feedback.add(1, {attributes.TIER: answered.tier, attributes.OUTCOME: outcome})
+            _feedback.add(
+                1,
+                {
+                    attributes.TIER: answered.tier,
+                    attributes.OUTCOME: "good" if quality >= 0.5 else "not_good",
+                },
+            )
         return routing.FeedbackResponse(kept=kept, tier=answered.tier)
 
     def _score(self, request: pb.GenerateRequest) -> Score:
