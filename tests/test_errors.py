@@ -33,6 +33,20 @@ def test_every_error_survives_the_round_trip(cls: type[errors.HeadraceError]) ->
     )
 
 
+@pytest.mark.parametrize("seconds", [-(2**62), -1, 2**62])
+def test_a_delay_that_cannot_be_is_passed_on_as_one_that_can(seconds: int) -> None:
+    """A router passes on what a batcher says."""
+    status = errors.to_status(errors.Overloaded("full", retry_after=1.0))
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.seconds = seconds
+    status.details[1].Pack(retry)
+
+    again = errors.from_status(status)
+
+    assert 0 <= (again.retry_after or 0) <= errors.MAX_RETRY_SECONDS
+    assert errors.from_status(errors.to_status(again)).retry_after == again.retry_after
+
+
 def test_reasons_are_unique() -> None:
     reasons = [cls.reason for cls in ALL]
 

@@ -40,6 +40,7 @@ DETAILS_KEY = "grpc-status-details-bin"  # where gRPC carries a google.rpc.Statu
 # headers, of which peers take 8 KiB together, and there a message stands up to three times, escaped.
 MAX_MESSAGE = 1000
 MAX_QUOTED = 64  # characters that a message quotes of one text that the caller sent
+MAX_RETRY_SECONDS = 1e6
 
 
 class HeadraceError(Exception):
@@ -420,7 +421,8 @@ def from_status(status: status_pb2.Status) -> HeadraceError:
         if detail.Unpack(info):
             continue
         if detail.Unpack(retry):
-            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+            # A peer may say anything, and what it says must fit a Duration again.
+            retry_after = min(max(retry.retry_delay.ToNanoseconds() / 1e9, 0.0), MAX_RETRY_SECONDS)
         elif detail.Unpack(bad) and bad.field_violations:
             field = bad.field_violations[0].field
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)

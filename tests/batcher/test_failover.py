@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -138,6 +138,28 @@ async def test_a_third_loss_is_told_and_the_caller_can_carry_on_by_itself(pair: 
     resumed.resume.token_ids.extend(expected.ids[:10])
     rest = await collect(pair.client, resumed)
     assert expected.ids[10:] == rest.ids
+
+
+async def test_what_came_with_a_request_is_in_no_figure_of_speed(
+    pair: Tier, count: Callable[..., float]
+) -> None:
+    """The first token of the rest is not the first of the answer, and one new token has no pace."""
+    booked = count("headrace.requests")
+    expected = await collect(pair.client, request("sampled"))
+    await eventually(lambda: count("headrace.requests") == booked + 1)
+    firsts, paces = (f"gen_ai.server.time_{name}" for name in ("to_first_token", "per_output_token"))
+    before = count(firsts), count(paces)
+
+    for had in (expected.tokens - 1, expected.tokens - 2):
+        resumed = request("sampled")
+        resumed.resume.token_ids.extend(expected.ids[:had])
+        rest = await collect(pair.client, resumed)
+        assert rest.tokens == expected.tokens - had
+        assert rest.finish.usage.completion_tokens == expected.tokens
+    await eventually(lambda: count("headrace.requests") == booked + 3)
+
+    assert count(firsts) == before[0]
+    assert count(paces) - before[1] <= 1, "the one of two new tokens, if they came apart"
 
 
 async def test_a_caller_that_asks_hears_where_its_answer_went(pair: Tier) -> None:

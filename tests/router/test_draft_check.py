@@ -138,6 +138,23 @@ def test_a_file_that_is_no_check_is_refused_by_name(tmp_path: Path, content: str
         draft_check.load(path)
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    content = json.loads(draft_check.SHIPPED.read_text())
+    content["evidence"]["text"]["weights"]["refusal"] = math.nan
+    path = tmp_path / "check.json"
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(BadArtifact, match="not all finite"):
+        draft_check.load(path)
+
+
+def test_of_samples_as_of_drafts_only_so_much_is_read() -> None:
+    """The router waits for the check."""
+    long = "It is 62. " * 3000
+
+    assert checker.check(EGGS, RIGHT, samples=[long]) == checker.check(EGGS, RIGHT, samples=[long[:10_000]])
+
+
 def test_a_number_beyond_all_measure_is_judged_as_any() -> None:
     """Small models fall into loops."""
     assert good(f"She sells {'9' * 400}", prompt="How many eggs does she sell?") < 0.5

@@ -107,6 +107,23 @@ async def test_with_a_share_a_calibration_that_changes_takes_effect_and_the_log_
     assert [record.message for record in caplog.records].count("calibration read") == 1
 
 
+@pytest.mark.parametrize("beside", [{"share": "0.3"}, {"calibration": True}])
+async def test_thresholds_that_are_not_used_are_named_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, beside: dict[str, Any]
+) -> None:
+    path = tmp_path / "calibration.json"
+    calibration.save(calibrated(0.5), path)
+    given: dict[str, Any] = {
+        "tiers": "small=127.0.0.1:1,large=127.0.0.1:2",
+        "thresholds": "0.4",
+        **{name: path if name == "calibration" else value for name, value in beside.items()},
+    }
+    async with router(Settings(port=0, **given)):
+        pass
+
+    assert "--thresholds is not used" in caplog.text
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -15,12 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace import errors
-from headrace.client import Client, chat
+from headrace.cli.mesh import reserved_ports
+from headrace.client import Client, chat, connect
 from headrace.router import replies
+from headrace.router.__main__ import router
+from headrace.router.settings import Settings
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
-from tests.harness import PATIENCE, collect, eventually, prompt
-from tests.router.fronts import Front, routed, routing_port
+from tests.harness import PATIENCE, collect, eventually, prompt, until_healthy
+from tests.router.fronts import Front, routed, routing_port, serving_front
 
 PRICES = {"prices": "cheap=1/2,dear=10/20"}
 
@@ -212,6 +215,29 @@ async def test_a_router_may_stand_before_a_router_with_one_bill() -> None:
     assert by_model.accepted.model == "l"
     assert len(small.requests) == 1
     assert dear.requests == []
+
+
+async def test_routers_that_name_each_other_pass_a_request_on_so_often_and_no_more() -> None:
+    """And each falls back to the tiers that are its own."""
+    front = Front()
+    async with AsyncExitStack() as stack:
+        first, second = stack.enter_context(reserved_ports(2))
+        address = await stack.enter_async_context(serving_front(front))
+        fast = {"drain_seconds": 0, "poll_seconds": 0.05, "wait_seconds": 0, "thresholds": "0.99"}
+        for port, other in ((first, second), (second, first)):
+            tiers = f"other=127.0.0.1:{other},own={address}"
+            await stack.enter_async_context(router(Settings(port=port, tiers=tiers, **fast)))
+        client = await stack.enter_async_context(connect(f"127.0.0.1:{first}", retries=0))
+        await until_healthy(client, True, True)
+        answer = await collect(client, prompt("abc"))
+
+        only = prompt("abc")
+        only.routing.allow_escalation = False
+        with pytest.raises(errors.NoWorkers, match="name each other as tiers"):
+            await collect(client, only)
+
+    assert answer.text == "abc"
+    assert len(front.requests) == 1
 
 
 async def test_an_answer_that_lost_a_router_behind_the_router_goes_on_with_its_model() -> None:

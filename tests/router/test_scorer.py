@@ -194,6 +194,8 @@ def test_artifacts_that_cannot_be_used_are_refused_by_name_and_cause(tmp_path: P
         (json.dumps(content | {"format": 99}), "no scorer of format"),
         (json.dumps(content | {"features": ["length"]}), "other features"),
         (json.dumps(content | {"kinds": {}}), "weights"),
+        (json.dumps(content | {"steepness": math.nan}), "not all finite"),
+        (json.dumps(content | {"centre": math.inf}), "not all finite"),
     ]:
         path.write_text(broken)
         with pytest.raises(BadArtifact, match=cause):

@@ -104,7 +104,7 @@ def _table(*left: str, right: Sequence[str]) -> Table:
 def saved(now: pb.ListTiersResponse) -> Text:
     """What it cost, and what the largest tier alone would have cost."""
     bill = now.bill
-    if not (bill.HasField("cost") and bill.HasField("largest_tier_cost")):
+    if not (now.tiers and bill.HasField("cost") and bill.HasField("largest_tier_cost")):
         return Text("no prices: start the router with --prices, or HEADRACE_PRICES, to see costs", "dim")
     line = f"cost {money(bill.cost)}; always {now.tiers[-1].name}: {money(bill.largest_tier_cost)}"
     if bill.largest_tier_cost > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import AsyncGenerator
@@ -31,6 +32,8 @@ from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_serve
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
 
+log = logging.getLogger(__name__)
+
 
 @asynccontextmanager
 async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
@@ -41,6 +44,8 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         stall_seconds=settings.stall_seconds,
         wait_seconds=settings.wait_seconds,
     )
+    if settings.thresholds.strip() and (settings.calibration is not None or settings.tier_shares()):
+        log.warning("--thresholds is not used: --calibration or --share sets them")
     try:
         scores, checker = scorer.load(settings.scorer), draft_check.load(settings.draft_check)
         thresholds = Thresholds(

@@ -46,6 +46,7 @@ async def across_tiers(
     resume_seconds: float,
     returning: Callable[[Collection[str], float], Awaitable[bool]],
     asked: Callable[[str], None],
+    hops: int = 0,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Stream the answer of the tier that *choose* names, given the names of those that failed so far.
 
@@ -53,6 +54,7 @@ async def across_tiers(
     ends             time.monotonic() of the deadline
     resume_seconds   as for `on_tier`
     asked            as for `on_tier`
+    hops             as for `on_tier`
     returning        asked when no tier is left: whether it is worth choosing anew (`Tiers.returning`)
 
     A tier that cannot serve, would not now, or has too short a context, is replaced as long as the caller has
@@ -72,7 +74,7 @@ async def across_tiers(
             raise said or nobody from None
         accepted = False
         try:
-            answer = on_tier(tier, request, ends=ends, resume_seconds=resume_seconds, asked=asked)
+            answer = on_tier(tier, request, ends=ends, resume_seconds=resume_seconds, asked=asked, hops=hops)
             async with aclosing(answer) as responses:
                 async for response in responses:
                     first, accepted = not accepted, True
@@ -106,6 +108,7 @@ async def on_tier(
     ends: float,
     resume_seconds: float,
     asked: Callable[[str], None],
+    hops: int = 0,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Stream one answer from the batchers of *tier*: whole, whatever becomes of up to two of them.
 
@@ -113,6 +116,7 @@ async def on_tier(
     ends             time.monotonic() of the deadline
     resume_seconds   how long an answer that lost its batcher waits for another one
     asked            told the tier's name whenever one of its batchers is asked
+    hops             routers that the request has passed before this one
 
     Before the first event every batcher of the tier is asked once. Raises NoWorkers or Overloaded when none
     takes the request, BatcherLost when an answer could not be carried on, and whatever else a batcher says
@@ -135,7 +139,8 @@ async def on_tier(
                 attributes.ATTEMPT: answer.attempt,
             }
             left = max(ends - time.monotonic(), 0.0)
-            async with aclosing(batcher.generate(answer.request(), timeout=left, **labels)) as responses:
+            stream = batcher.generate(answer.request(), timeout=left, hops=hops, **labels)
+            async with aclosing(stream) as responses:
                 async for response in responses:
                     for told in answer.take(response):
                         yield told

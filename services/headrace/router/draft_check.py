@@ -115,4 +115,7 @@ def load(path: Path | None = None) -> DraftChecker:
 
 def read_weights(content: Mapping[str, Any]) -> Weights:
     """One set as it is in a file. Raises ValueError, KeyError or TypeError."""
-    return Weights(float(content["bias"]), {name: float(content["weights"][name]) for name in FEATURES})
+    weights = Weights(float(content["bias"]), {name: float(content["weights"][name]) for name in FEATURES})
+    if not all(map(math.isfinite, [weights.bias, *weights.weights.values()])):
+        raise ValueError("its weights are not all finite")
+    return weights

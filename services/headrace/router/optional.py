@@ -35,7 +35,7 @@ class optional:  # noqa: N801 - reads as a statement, like contextlib.suppress
         frames = traceback.extract_tb(trace)
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         log.error(
-            "helper failed, the request goes on without it",
+            "helper failed, going on without it",
             extra={"helper": self._what, "error": type(error).__name__, "place": place},
         )
         return True

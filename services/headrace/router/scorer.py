@@ -156,7 +156,8 @@ def _parse(text: str) -> Model:
         made=str(content["made"]),
     )
     shape = (len(kinds), len(prompt_features.NAMES))
-    numbers = [model.gate, model.heads, model.gate_bias, model.head_bias]
+    rest = np.array([model.steepness, model.centre])
+    numbers = [model.gate, model.heads, model.gate_bias, model.head_bias, rest]
     if not kinds or model.gate.shape != shape or model.heads.shape != shape:
         raise ValueError(f"its weights are not {shape[0]} x {shape[1]}")
     if not all(np.isfinite(part).all() for part in numbers):

@@ -21,7 +21,7 @@ from headrace.router.complexity import UNSCORED, Score, Scorer
 from headrace.router.feedback import Answered, Feedback
 from headrace.router.journey import Journey, asked_of, bill_message, text_of
 from headrace.router.optional import optional
-from headrace.router.tiers import Tiers
+from headrace.router.tiers import HOPS, MAX_HOPS, Tiers
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
 from headrace.v1 import routing_service_pb2 as routing
@@ -80,6 +80,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Send the prompt to the tier that fits it, and stream its answer."""
         check_request(request)
+        hops = _hops(context)
         remaining = context.time_remaining()
         ends = time.monotonic() + (self._default_deadline if remaining is None else remaining)
         forwarded = pb.GenerateRequest()
@@ -104,6 +105,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 resume_seconds=self._resume_seconds,
                 returning=self._tiers.returning,
                 asked=journey.took,
+                hops=hops,
             )
 
         def sample(tier: str) -> AsyncGenerator[pb.GenerateResponse, None]:
@@ -113,6 +115,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 ends=ends,
                 resume_seconds=0.0,
                 asked=journey.took,
+                hops=hops,
             )
 
         answer = cascade(
@@ -183,8 +186,13 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             request.request_id, request.tier or answered.tier, quality, tenant=request.tenant
         )
         if not again:
-            outcome = "good" if quality >= 0.5 else "not_good"
-            _feedback.add(1, {attributes.TIER: answered.tier, attributes.OUTCOME: outcome})
+            _feedback.add(
+                1,
+                {
+                    attributes.TIER: answered.tier,
+                    attributes.OUTCOME: "good" if quality >= 0.5 else "not_good",
+                },
+            )
         return routing.FeedbackResponse(kept=kept, tier=answered.tier)
 
     def _score(self, request: pb.GenerateRequest) -> Score:
@@ -238,3 +246,14 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                 _cost.add(cost, {attributes.TIER: tier})
         if bill.largest_tier_cost is not None:
             _largest_cost.add(bill.largest_tier_cost)
+
+
+def _hops(context: _Context) -> int:
+    """How many routers the request has passed. Raises NoWorkers where they must be going in circles."""
+    said = next((value for key, value in context.invocation_metadata() or () if key == HOPS), "")
+    hops = int(said) if isinstance(said, str) and said.isascii() and said.isdigit() and len(said) < 9 else 0
+    if hops > MAX_HOPS:
+        raise errors.NoWorkers(
+            f"the request has passed {hops} routers, which name each other as tiers: mend their --tiers"
+        )
+    return hops

@@ -25,6 +25,8 @@ from headrace.v1 import routing_service_pb2 as routing
 
 log = logging.getLogger(__name__)
 
+HOPS = "headrace-hops"  # the header with the number of routers that a request has passed
+MAX_HOPS = 4
 OPEN_SECONDS = 5.0  # the longest that a router waits for the first looks before it opens its port
 LOOK_SECONDS = 1.0  # the least that a batcher has to answer a look
 # What a look may fail with because the batcher is busy; whatever else it replies, it is no batcher now.
@@ -76,14 +78,18 @@ class Batcher:
         self._hurry.set()
 
     async def generate(
-        self, request: pb.GenerateRequest, *, timeout: float, **labels: str | int
+        self, request: pb.GenerateRequest, *, timeout: float, hops: int = 0, **labels: str | int
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Stream its answer. Raises what the client raises, and Stalled.
 
+        hops     routers that the request has passed before this one
         labels   attributes of the call's span
         """
         self.live += 1
-        stream = self._client.generate(request, timeout=timeout, resume=False, labels=labels)
+        metadata = {HOPS: str(hops + 1)} if self.router else None
+        stream = self._client.generate(
+            request, timeout=timeout, resume=False, labels=labels, metadata=metadata
+        )
         try:
             async with aclosing(stream) as responses:
                 while True:

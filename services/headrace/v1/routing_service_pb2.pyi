@@ -291,7 +291,9 @@ class Tier(_message.Message):
     name: _builtins.str
     """Its name, as used in `Routing`."""
     model: _builtins.str
-    """The model that it serves. Empty while unknown."""
+    """The model that it serves; several with commas, where a router with tiers of its own serves it. Empty while
+    unknown.
+    """
     healthy: _builtins.bool
     """Whether it takes requests now."""
     unhealthy_reason: _builtins.str
