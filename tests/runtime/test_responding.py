@@ -26,7 +26,7 @@ async def served(handler: Handler) -> AsyncGenerator[tuple[int, Activity], None]
     """A server whose one streaming method is *handler*."""
     activity = Activity()
     server = grpc.aio.server(interceptors=[ServerInterceptor(activity)])
-    method = grpc.unary_stream_rpc_method_handler(handler, request_deserializer=bytes)
+    method: Any = grpc.unary_stream_rpc_method_handler(handler, request_deserializer=bytes)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Go": method}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
