@@ -332,6 +332,14 @@ async def test_tokens_that_no_model_of_the_worker_can_have_made_break_the_stream
     with pytest.raises(errors.WorkerLost, match="vocabulary"):
         delta(link, handle=0, offset=0, token_ids=[10])
 
+    link = connected(job())
+    with pytest.raises(errors.WorkerLost, match="at most 9"):
+        delta(link, handle=0, offset=0, token_ids=[1] * 10)
+
+    link = connected(job())
+    with pytest.raises(errors.WorkerLost, match="no reason"):
+        delta(link, handle=0, offset=0, token_ids=[1], finish=77)
+
     asked = job()
     asked.sampling.logprobs = True
     link = connected(asked)

@@ -112,9 +112,14 @@ class Flights:
             self.backlog -= flight.cost
 
 
-def check_tokens(job: Job, ids: Sequence[int], logprobs: Sequence[float], vocabulary: int) -> None:
-    """Raise WorkerLost for tokens that the worker's model cannot have made; *vocabulary* 0 is unknown."""
+def check_tokens(flight: Flight, ids: Sequence[int], logprobs: Sequence[float], *, vocabulary: int) -> None:
+    """Raise WorkerLost for tokens of *flight* that its worker cannot have made; *vocabulary* 0 is unknown."""
+    sampling = flight.job.sampling
+    if flight.offset > sampling.max_tokens:
+        raise errors.WorkerLost(
+            f"the worker sent {flight.offset} tokens of an answer of at most {sampling.max_tokens}"
+        )
     if vocabulary and max(ids) >= vocabulary:
         raise errors.WorkerLost(f"the worker sent token {max(ids)}, though its vocabulary has {vocabulary}")
-    if job.sampling.logprobs and len(logprobs) != len(ids):
+    if sampling.logprobs and len(logprobs) != len(ids):
         raise errors.WorkerLost(f"the worker sent {len(logprobs)} log-probabilities for {len(ids)} tokens")

@@ -39,6 +39,14 @@ log = logging.getLogger(__name__)
 RECONNECT_SECONDS = (0.1, 0.5)  # first and longest pause between attempts
 WATCH_SECONDS = 0.25  # between looks at whether the worker lives
 FRAME_WINDOW = 32  # step frames that the worker may send before it hears that they were taken in
+_FINISHES = frozenset(
+    {
+        pb.FINISH_REASON_STOP,
+        pb.FINISH_REASON_LENGTH,
+        pb.FINISH_REASON_CANCELLED,
+        pb.FINISH_REASON_DEADLINE,
+    }
+)
 _ACK_EVERY = FRAME_WINDOW // 4
 # A batch that holds more is sent in parts: a message beyond the limit would break the stream for everybody.
 _SUBMIT_BYTES = MAX_MESSAGE_BYTES // 4
@@ -355,7 +363,8 @@ class WorkerLink:
             return
         flight, ids, logprobs = arrived
         if ids:
-            check_tokens(flight.job, ids, logprobs, self.model.vocabulary_size if self.model else 0)
+            vocabulary = self.model.vocabulary_size if self.model is not None else 0
+            check_tokens(flight, ids, logprobs, vocabulary=vocabulary)
         if ids:
             self.rate.add(now, len(ids))
         if delta.HasField("cached_tokens"):
@@ -365,6 +374,8 @@ class WorkerLink:
             self._land(delta.handle, delta.attempt, errors.from_status(delta.error))
             return
         ended = delta.finish != pb.FINISH_REASON_UNSPECIFIED
+        if ended and delta.finish not in _FINISHES:
+            raise errors.WorkerLost(f"the worker ended a sequence with {delta.finish}, which is no reason")
         if not flight.abandoned and (left_out or (flight.job.inbox.full and not ended)):
             self._sink.full(self, flight.job)
         if ended:

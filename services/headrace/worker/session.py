@@ -110,7 +110,7 @@ class Session:
     def allowance(self) -> int:
         """Most sequences that it may have here, by what it was told and has not acknowledged to be over.
 
-        Of a batcher that acknowledges no credit nobody knows what it has seen: the most it was ever told.
+        What a batcher has seen that acknowledges no credit is not known: the most that it was ever told.
         """
         return self._promised if self.acks_credit else self._most
 
