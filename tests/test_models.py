@@ -329,6 +329,11 @@ def test_local_folders_and_gguf_files_are_themselves(tmp_path: Path) -> None:
     assert resolve(str(file)) == file
 
 
+def test_a_home_folder_that_does_not_exist_is_a_model_that_is_unavailable() -> None:
+    with pytest.raises(ModelUnavailable, match="'~nobody-of-that-name/model' is in no home folder"):
+        resolve("~nobody-of-that-name/model")
+
+
 @pytest.mark.parametrize("model", ["", "gpt", "a b/c", "./nowhere", "/nowhere/x.gguf", "x.gguf", "a/b/c"])
 def test_garbage_is_answered_with_what_is_accepted(model: str) -> None:
     with pytest.raises(ModelUnavailable, match="smollm2-135m-instruct") as failure:

@@ -53,7 +53,12 @@ def resolve(
     """
     if model in DEFAULTS:
         return fetch(model, cache, progress)
-    path = Path(model or "(nothing)").expanduser()
+    try:
+        path = Path(model or "(nothing)").expanduser()
+    except RuntimeError as error:  # ~somebody, who has no account here
+        raise ModelUnavailable(
+            f"{model!r} is in no home folder of this machine: {error}; {INSTEAD}"
+        ) from error
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():

@@ -124,3 +124,42 @@ def test_packed_layers_stand_side_by_side() -> None:
         both = PackedLinear(one, two)(rows)
 
         torch.testing.assert_close(both, torch.cat([one(rows), two(rows)], dim=-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_a_packed_layer_still_has_its_weights_and_biases(dtype: torch.dtype, bias: bool) -> None:
+    """Some models read them beside calling the layer: a router's dtype, or a product of their own."""
+    plain, packed = networks(dtype, bias=bias)
+
+    for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"):
+        mine: Any = getattr(packed, name)
+        other = getattr(plain, name)
+        assert torch.equal(mine.weight, other.weight)
+        assert mine.weight.dtype is dtype
+        assert (mine.bias is None) == (other.bias is None)
+        assert mine.bias is None or torch.equal(mine.bias, other.bias)
+        assert (mine.in_features, mine.out_features) == (other.in_features, other.out_features)
+
+
+@torch.inference_mode()
+def test_layers_of_other_dtypes_than_their_network_are_packed_apart_or_left_alone() -> None:
+    """A router may be float32 in a bfloat16 network, and rounds there on purpose."""
+    plain, packed = Block(torch.float32, bias=False), Block(torch.float32, bias=False)
+    for block in (plain, packed):
+        block.up_proj.to(torch.bfloat16)
+        block.down_proj.to(torch.float64)
+    packed.load_state_dict(plain.state_dict())
+
+    pack_linears(packed)
+
+    for name, dtype in (
+        ("gate_proj", torch.float32),
+        ("up_proj", torch.bfloat16),
+        ("down_proj", torch.float64),
+    ):
+        rows = torch.randn(3, getattr(plain, name).in_features).to(dtype)
+        mine, expected = getattr(packed, name)(rows), getattr(plain, name)(rows)
+        assert mine.dtype is dtype
+        assert torch.allclose(mine.double(), expected.double(), atol=1e-2)

@@ -56,7 +56,12 @@ class Metadata:
         key = f"{self.architecture}.{name}"
         self._read.add(key)
         if key in self.values:
-            return self.values[key]
+            value = self.values[key]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise LoadingError(
+                    f"its metadata has {value} for {key}; the file is damaged: download it again"
+                )
+            return value
         if default is _REQUIRED:
             raise LoadingError(f"its metadata lacks {key}; the file is damaged, or was converted wrongly")
         return default

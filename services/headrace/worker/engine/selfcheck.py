@@ -127,7 +127,10 @@ def _run(
         step = engine.compute(rows)
         for index, token, seen in zip(step.sampling, step.tokens, step.logits.clone(), strict=True):
             if not isinstance(token, Token):
-                raise UnsupportedModel(f"the model's logits are not finite in {engine.model.dtype}")
+                raise UnsupportedModel(
+                    f"the model's logits are not finite in {engine.model.dtype}: its weights are damaged, or "
+                    f"too large for that dtype; download them again, or use --dtype bfloat16 or float32"
+                )
             ids[index].append(token.id)
             logits[index].append(seen)
     return [Transcript(own, torch.stack(seen)) for own, seen in zip(ids, logits, strict=True)]
