@@ -172,12 +172,22 @@ async def test_feedback_from_the_command_line(tmp_path: Path) -> None:
         target = f"127.0.0.1:{mesh.port}"
         told = await headrace("feedback", answer.accepted.request_id, "--not-ok", "--target", target)
         unknown = await headrace("feedback", "who", "--ok", "--target", target)
+        owned = chat("Hello!")
+        owned.routing.tenant = "A"
+        id = (await collect(mesh.client, owned)).accepted.request_id
+        others = await headrace("feedback", id, "--ok", "--target", target)
+        own = await headrace("feedback", id, "--ok", "--tenant", "A", "--target", target)
+        again = await headrace("feedback", id, "--not-ok", "--tenant", "A", "--target", target)
         top = await headrace("top", "--once", "--target", target)
 
+    assert own == (0, "tier small: kept\n")
+    assert (others[0], again[0]) == (1, 1)
+    assert "UNKNOWN_REQUEST" in others[1]
+    assert "rated before, with 1" in again[1]
     assert told == (0, "tier small: kept\n")
     assert unknown[0] == 1
     assert "UNKNOWN_REQUEST" in unknown[1]
-    assert json.loads(path.read_text())["small_ok"] == 0
+    assert [json.loads(row)["small_ok"] for row in path.read_text().splitlines()] == [0, 1]
     assert top[0] == 0
     assert "no prices" in top[1]
 

@@ -244,6 +244,18 @@ async def test_a_draft_that_was_lost_with_its_workers_ends_as_without_being_held
     assert (charge.tier, charge.answers, charge.completion_tokens, charge.wasted_tokens) == ("small", 1, 2, 0)
 
 
+async def test_a_draft_outlives_a_larger_tiers_that_was_lost_with_its_workers() -> None:
+    lost = Front(breaks=[1], breaks_with=errors.WorkerLost("three workers were lost with it"))
+    small, large = Speaker(text=BAD), Speaker()
+    settings = {"cascade": True, "thresholds": "0.9,0.95"}
+    async with routed(settings, small=small, medium=lost, large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+
+    assert (answer.accepted.tier, answer.text) == ("small", BAD)
+    assert len(lost.requests) == 1
+    assert large.requests == []
+
+
 async def test_an_escalation_is_booked_for_the_tier_that_answers() -> None:
     """And not for a larger one that was asked and refused."""
     gone: list[tuple[str, str]] = []

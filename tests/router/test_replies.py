@@ -223,7 +223,12 @@ async def test_routers_that_name_each_other_pass_a_request_on_so_often_and_no_mo
     async with AsyncExitStack() as stack:
         first, second = stack.enter_context(reserved_ports(2))
         address = await stack.enter_async_context(serving_front(front))
-        fast = {"drain_seconds": 0, "poll_seconds": 0.05, "wait_seconds": 0, "thresholds": "0.99"}
+        fast: dict[str, Any] = {
+            "drain_seconds": 0,
+            "poll_seconds": 0.05,
+            "wait_seconds": 0,
+            "thresholds": "0.99",
+        }
         for port, other in ((first, second), (second, first)):
             tiers = f"other=127.0.0.1:{other},own={address}"
             await stack.enter_async_context(router(Settings(port=port, tiers=tiers, **fast)))

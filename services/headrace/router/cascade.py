@@ -129,13 +129,13 @@ async def cascade(
     tells_moves  whether the caller wants `route_change` events
 
     A draft that fails is escalated, too, unless it was lost with workers or batchers: then it ends as it
-    would have without a judge. Where no larger tier takes the request, the draft is released after all: it is
-    better than nothing. Raises what the last tier says.
+    would have without a judge, or in favour of a smaller tier's draft. Where no larger tier takes the
+    request, the draft is released after all: it is better than nothing. Raises what the last tier says.
     """
     async with aclosing(begin(rejected)) as responses:
-        accepted = await anext(responses)
-        draft = Draft(tier_of())
-        draft.take(accepted)
+        draft = Draft("")
+        draft.take(await anext(responses))
+        draft.tier = tier_of()
         judge = judge_of()
         failure: errors.HeadraceError | None = None
         if judge is not None:
@@ -169,14 +169,12 @@ async def cascade(
                                 _waste(response, draft.tokens + draft.sampled_tokens)
                                 yield response
                             return
-                if failure is not None and not isinstance(failure, _LOST):
-                    raise failure
+                if failure is not None and (rejected or not isinstance(failure, _LOST)):
+                    raise failure  # where a smaller tier's draft waits, that is released
                 booked = True  # from here on it is the caller's
             finally:
                 if not booked:
                     gave_up(draft, "")
-        if accepted.HasField("accepted"):
-            accepted.accepted.tier = accepted.accepted.tier or draft.tier
         for response in draft.held:
             _waste(response, draft.sampled_tokens)
             yield response
