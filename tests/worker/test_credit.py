@@ -83,6 +83,15 @@ def test_an_idle_stream_gives_up_what_it_was_told_as_soon_as_somebody_lacks_it()
     assert share(8, [idle, Standing(2, 2, 2, hungry=True)]) == [KNOCK, 3]
 
 
+def test_while_nobody_is_hungry_the_idle_share_a_quarter_to_begin_with() -> None:
+    new = Standing(held=0, credit=0, committed=0, hungry=False, idle=True)
+    full = Standing(held=2, credit=32, committed=32, hungry=False)
+
+    assert share(32, [full, new]) == [10, KNOCK], "taken back, and not acknowledged yet"
+    assert share(32, [Standing(2, 10, 10, hungry=False), new]) == [10, 8]
+    assert share(32, [Standing(2, 10, 10, hungry=False), new, new]) == [10, 4, 4]
+
+
 @given(room=st.integers(1, 60), streams=STREAMS)
 def test_who_has_least_is_given_more_first(room: int, streams: list[Standing]) -> None:
     """One at a time to whoever has least of those that lack some, as long as there is any."""

@@ -220,6 +220,24 @@ async def test_a_sequence_with_impossible_sampling_is_refused_by_itself(tier: Ti
     assert [delta.handle for delta in peer.deltas() if delta.finish] == [1000]
 
 
+async def test_what_is_refused_takes_no_credit_from_what_is_sent_with_it(tier: Tier) -> None:
+    async with dialled(port_of(tier)) as peer:
+        await peer.hello()
+        bad = [sequence(number, **sampling) for number, sampling in enumerate(BAD_SAMPLING)]
+        await peer.call.write(submit(*bad[:9], sequence(1000, "good"), *bad[9:]))
+        await peer.call.done_writing()
+        assert await peer.end() is None
+
+    assert sum(one.HasField("error") for one in peer.verdicts().values()) == len(BAD_SAMPLING)
+    assert [delta.handle for delta in peer.deltas() if delta.finish] == [1000]
+
+
+async def test_a_new_stream_beside_one_that_has_nothing_to_do_gets_more_than_a_knock(tier: Tier) -> None:
+    async with dialled(port_of(tier)) as peer:
+        await peer.hello()
+        await peer.credit(2)
+
+
 @pytest.mark.parametrize(
     "broken",
     [

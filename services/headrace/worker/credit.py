@@ -58,39 +58,33 @@ def share(capacity: int, streams: Sequence[Standing]) -> list[int]:
 
     Fair is max-min: the hungry get equal parts of what the others leave, who keep what they have and a small
     reserve, so that they can begin at once and show that they are hungry. Credit is taken back only where
-    somebody hungry lacks it. What is committed never grows beyond *capacity*, or one for each stream that is
-    not idle where there are more of them than that, plus the knocks of the idle; only where capacity itself
-    shrinks it is above, until it has run off. Takes time in proportion to the streams, whatever the
-    capacity.
+    somebody hungry lacks it, or somebody idle a start while nobody is hungry. What is committed never grows
+    beyond *capacity*, or one for each stream that is not idle where there are more of them than that, plus
+    the knocks of the idle; only where capacity itself shrinks it is above, until it has run off. Takes time
+    in proportion to the streams, whatever the capacity.
     """
-    working = sum(not one.idle for one in streams)
+    idle = sum(one.idle for one in streams)
+    working = len(streams) - idle
     room = max(capacity, working)
     reserve = max(1, room // (4 * max(working, 1)))
     alone = len(streams) == 1
-    fair = _level(room, [_wish(one, room, reserve, alone=alone) for one in streams])
+    # While nobody is hungry the idle together get a quarter, to begin with more than a knock.
+    start = 0 if any(one.hungry for one in streams) else room // (4 * max(idle, 1))
+    wishes = [room if one.hungry or alone else start if one.idle else one.held + reserve for one in streams]
+    fair = _level(room, wishes)
+    takes = [one.hungry or alone or one.idle for one in streams]
     free = room - sum(one.counted for one in streams)
     # Up to what is committed to it anyway a stream may have more at once.
     told = [
         max(one.credit, min(one.committed, due)) if one.hungry else one.credit
         for one, due in zip(streams, fair, strict=True)
     ]
-    lacks = sum(
-        max(due - now, 0) for one, due, now in zip(streams, fair, told, strict=True) if one.hungry or alone
-    )
+    lacks = sum(max(due - now, 0) for take, due, now in zip(takes, fair, told, strict=True) if take)
     if lacks > free:
         told = [min(now, due) for now, due in zip(told, fair, strict=True)]
-    due = [
-        max(part, now) if one.hungry or alone else now
-        for one, part, now in zip(streams, fair, told, strict=True)
-    ]
+    due = [max(part, now) if take else now for take, part, now in zip(takes, fair, told, strict=True)]
     told = fill(told, due, min(free, lacks))
     return [max(now, KNOCK) if one.idle else now for one, now in zip(streams, told, strict=True)]
-
-
-def _wish(one: Standing, room: int, reserve: int, *, alone: bool) -> int:
-    if one.hungry or alone:
-        return room
-    return 0 if one.idle else one.held + reserve
 
 
 def fill(told: Sequence[int], due: Sequence[int], extra: int) -> list[int]:

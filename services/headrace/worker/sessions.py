@@ -28,6 +28,9 @@ from headrace.worker.session import Flight, Key, Session
 
 log = logging.getLogger(__name__)
 
+# Sequences of one message that may be refused: they take no credit, and each of them an answer.
+MOST_REFUSED = 64
+
 _meter = metrics.get_meter("headrace.worker")
 _running = _meter.create_gauge(attributes.METRIC_RUNNING, description="sequences in the engine's steps")
 _waiting = _meter.create_gauge(attributes.METRIC_WAITING, description="sequences that wait for room")
@@ -160,12 +163,8 @@ class Sessions:
         """
         now, now_ns = time.monotonic(), time.time_ns()
         # Before anything is looked at: how much that would be is the batcher's choice.
-        if session.held + len(batch.sequences) > (allowance := session.allowance):
-            raise errors.InvalidRequest(
-                f"{len(batch.sequences)} sequences were submitted while {session.held} were here, beyond the "
-                f"credit of {allowance}",
-                field="submit",
-            )
+        if len(batch.sequences) > session.allowance + MOST_REFUSED:
+            raise _beyond(session, len(batch.sequences))
         session.submitted = now
         batch_span = span_context(batch.batch_trace)
         busy = self._last.waiting > 0 or self._last.running >= self.model.max_running
@@ -179,6 +178,8 @@ class Sessions:
                 verdict.state = wire.ADMISSION_STATE_REFUSED
                 verdict.error.CopyFrom(errors.to_status(_ours(error)))
                 continue
+            if session.held >= session.allowance:
+                raise _beyond(session, len(batch.sequences))
             verdict.state = wire.ADMISSION_STATE_QUEUED if busy else wire.ADMISSION_STATE_ADMITTED
             session.flights[message.handle] = Flight(
                 sequence,
@@ -330,6 +331,14 @@ class Sessions:
             del session.flights[handle]
             conclude(delta, update, flight, report.ended or time.time_ns())
         return delta
+
+
+def _beyond(session: Session, submitted: int) -> errors.InvalidRequest:
+    return errors.InvalidRequest(
+        f"{submitted} sequences were submitted while {session.held} were here, beyond the credit of "
+        f"{session.allowance}",
+        field="submit",
+    )
 
 
 def clipped(text: str) -> str:
