@@ -55,7 +55,10 @@ _SMALL: dict[str, Any] = {
     ),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
-    "vocab_size": 131,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 131),
+    "hidden_size_per_layer_input": 16,
+    "global_head_dim": 16,
+    "num_kv_shared_layers": 0,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 512),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"), 2),
@@ -85,6 +88,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "zamba": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True},
@@ -126,18 +131,17 @@ def _shrunk(default: Mapping[str, Any], aliases: Mapping[str, str], own: Mapping
     small: dict[str, Any] = {}
     for name, value in default.items():
         if isinstance(value, dict) and "hidden_size" in value:
-            kept = {key: one for key, one in value.items() if not _is_per_layer(key, one)}
+            layers = value.get("num_hidden_layers")
+            kept = {key: one for key, one in value.items() if not _is_per_layer(key, one, layers)}
             small[name] = {**kept, **_shrunk(value, {}, {})}
         elif name in sizes and (_is_number(value) or (value is None and name in _OPTIONAL)):
             small[name] = sizes[name]
     return small | {name: value for name, value in own.items() if value is not None}
 
 
-def _is_per_layer(name: str, value: object) -> bool:
+def _is_per_layer(name: str, value: object, layers: object) -> bool:
     """Return whether a field has an entry for each layer, so it has to be left to be made for fewer."""
-    return name == "per_layer_config" or (
-        isinstance(value, list) and name.endswith(("layer_types", "_pattern"))
-    )
+    return name == "per_layer_config" or (isinstance(value, list) and len(value) == layers)
 
 
 def _is_number(value: object) -> bool:

@@ -23,13 +23,13 @@ from headrace.worker.engine.refusals import INSTEAD, LoadingError, UnsupportedMo
 
 # Older versions of transformers saved what can be computed: masks, positions, frequencies.
 _DERIVED = re.compile(
-    r"(^|\.)(inv_freq|position_ids|masked_bias|(attn|attention)\.bias|embed_positions|causal_mask)$"
+    r"(^|\.)(inv_freq|(cos|sin)_cached|position_ids|masked_bias|(attn|attention)\.bias|causal_mask)$"
 )
 # Whole parts that have no say in the next token of a text: towers for images and sound, heads of other tasks,
 # and layers that guess several tokens ahead.
 _BESIDE = re.compile(
     r"(^|\.)(vision_tower|vision_model|visual|image_newline|multi_modal_projector|audio_tower|audio_model"
-    r"|embed_vision|embed_audio|mtp|v_head|value_head|score|classifier|qa_outputs)(\.|$)"
+    r"|embed_vision|embed_audio|mtp(_\w+)?|v_head|value_head|score|classifier|qa_outputs)(\.|$)"
 )
 _QUANTISED = re.compile(
     r"(weight_scale(_inv)?|input_scale|weight_zero_point|weight_packed|qweight|qzeros|scales|g_idx|absmax"
