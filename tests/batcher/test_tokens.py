@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,38 @@ def test_a_prompt_is_encoded_whole_whatever_limits_its_tokenizers_file_sets(tmp_
         spoken(limited, limited.encode_text("the sky is blue and the sea")) == "the sky is blue and the sea"
     )
     assert len(limited.encode_text("the")) < 4
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_a_long_prompt_lets_other_threads_run_while_it_is_encoded(
+    small: TransformersTokenizer, kind: str
+) -> None:
+    """Counted, not timed: with the interpreter's lock held all the while nobody would get a turn."""
+    text = "the sky is blue and <the> sea is green " * 20_000
+    turns, encoding, done = 0, threading.Event(), threading.Event()
+
+    class Watched:
+        def encode_batch_fast(self, *given: Any, **options: Any) -> Any:
+            encoding.set()
+            encodings = fast.encode_batch_fast(*given, **options)
+            done.set()
+            return encodings
+
+    fast = small._fast
+    small._fast = small._specials._fast = Watched()
+    try:
+        encode = small.encode_text if kind == "text" else lambda text: small.encode_chat([("user", text)])
+        thread = threading.Thread(target=encode, args=(text,))
+        thread.start()
+        encoding.wait(60)
+        while not done.is_set():
+            turns += 1
+            time.sleep(0.001)
+        thread.join()
+    finally:
+        small._fast = small._specials._fast = fast
+
+    assert turns > 3
 
 
 @given(text=st.text(max_size=40))

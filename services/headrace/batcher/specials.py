@@ -21,6 +21,12 @@ _LIKE_SPECIAL = re.compile(r"<\S+>|\[\S+\]")
 _PRIVATE_LETTERS = re.compile("[\U000f0000-\U0010ffff]")
 
 
+def encode(fast: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Ids of a text, with what the model wants in front if asked for. Lets other threads run meanwhile."""
+    # `encode` itself would hold the interpreter's lock until it is done: 10 s for some megabytes.
+    return list(fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+
 class Marks:
     """Characters that stand for others, and occur in none of some texts.
 
@@ -29,7 +35,7 @@ class Marks:
     """
 
     def __init__(self, letters: str, texts: Iterable[str]) -> None:
-        taken = {letter for text in texts for letter in _PRIVATE_LETTERS.findall(text)}
+        taken = {letter for text in texts if not text.isascii() for letter in _PRIVATE_LETTERS.findall(text)}
         free = (mark for code in range(ord(_PRIVATE), 0x110000) if (mark := chr(code)) not in taken)
         self.of = dict(zip(letters, free, strict=False))
         self.end = next(free)
@@ -105,10 +111,10 @@ class Specials:
             return self._secret[name]
 
         renamed = self._names.sub(secret, text)
-        ids: list[int] = self._fast.encode(marks.off(text), add_special_tokens=False).ids
+        ids = encode(self._fast, marks.off(text))
         if [id for id in ids if id in self._special] == wanted:
             return ids
-        return list(self._renamed.encode(marks.off(renamed), add_special_tokens=False).ids)
+        return encode(self._renamed, marks.off(renamed))
 
 
 def _within_a_word(match: re.Match[str]) -> bool:
@@ -118,7 +124,7 @@ def _within_a_word(match: re.Match[str]) -> bool:
 
 def _recognised(fast: Any, token: dict[str, Any]) -> bool:
     """Whether the tokenizer finds the token inside of a text; some never do, for how they write blanks."""
-    return token["id"] in fast.encode(f".{token['content']}.", add_special_tokens=False).ids
+    return token["id"] in encode(fast, f".{token['content']}.")
 
 
 def _trie(names: Iterable[str]) -> str:

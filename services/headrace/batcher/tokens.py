@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from headrace import errors
 from headrace.batcher.bytebound import ByteBound, byte_bound
 from headrace.batcher.detokenizer import EACH_BYTE, Spelling
-from headrace.batcher.specials import Marks, Specials
+from headrace.batcher.specials import Marks, Specials, encode
 from headrace.batcher.templates import ChatTemplate, Turns, choose_template
 from headrace.batcher.tokenizer_files import read_tokenizer
 
@@ -164,7 +164,7 @@ class TransformersTokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """See `Tokenizer`."""
-        return list(self._fast.encode(text).ids)
+        return encode(self._fast, text, add_special_tokens=True)
 
     def spell(self, id: int, after: int | None) -> bytes | str:
         """See `Spelling`."""
