@@ -102,6 +102,16 @@ async def test_a_batcher_that_drains_hands_over_and_that_is_not_held_against_the
     assert len(draining.requests) == 5
 
 
+async def test_a_batcher_that_accepts_and_drains_again_and_again_is_left() -> None:
+    """It brings nothing, and would be asked until the deadline."""
+    draining = Front(breaks=[0] * 1000, breaks_with=errors.Draining("stopping"))
+    async with routed(only=draining) as client:
+        with pytest.raises(errors.BatcherLost, match="lost 9 batchers"):
+            await collect(client, prompt(SAID))
+
+    assert len(draining.requests) == 9
+
+
 async def test_a_batcher_that_hangs_is_left() -> None:
     hanging, other = Front(hangs=True), Front(running=9)
     async with routed({"poll_seconds": 0.05, "stall_seconds": 0.3}, only=[hanging, other]) as client:

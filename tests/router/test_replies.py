@@ -488,7 +488,8 @@ async def test_whatever_a_batcher_sends_the_request_ends_rightly_and_the_router_
         answer = await collect(client, honest)
         listed = await client.list_tiers()
 
-    assert ended not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+    wrong = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert ended not in wrong
     assert answer.text == "ab"
     assert {charge.tier for charge in listed.bill.charges} <= {"only", "spare"}
     assert listed.tiers[1].healthy

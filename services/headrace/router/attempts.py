@@ -24,6 +24,7 @@ from headrace.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+FRUITLESS = 8  # hand-overs in a row, of batchers that drained, that brought no token
 END_SECONDS = 1.0  # the longest that a finished answer waits for the end of its stream
 LEAST_PAUSE = 0.05  # seconds between rounds of asking busy batchers, whatever they say
 RESUMES = 2  # an answer that lost more batchers than this may be what kills them
@@ -184,9 +185,9 @@ async def on_tier(
         batcher.doubt()
         refused.clear()
         answer.lose(error if type(error) is not errors.Unavailable else errors.BatcherLost(error.message))
-        if answer.losses > RESUMES:
+        if answer.losses > RESUMES or answer.fruitless > FRUITLESS:
             raise errors.BatcherLost(
-                f"tier {tier.name!r} lost {answer.losses} batchers with this answer; the last: {error}"
+                f"tier {tier.name!r} lost {answer.attempts} batchers with this answer; the last: {error}"
             ) from error
         patience = min(time.monotonic() + resume_seconds, ends)
         log.info("answer lost its batcher", extra={"tier": tier.name, "batcher": batcher.address})
@@ -250,6 +251,8 @@ class _Answer(Progress):
     taken    whether the batcher of this attempt has taken it
     lost     why the answer left the batcher before, if it did
     losses   batchers that were lost with it; one that drained is not held against the answer
+    attempts   that were lost, for whatever reason
+    fruitless  of these, the last ones in a row that brought no token
     """
 
     def __init__(self, request: pb.GenerateRequest, tier: str) -> None:
@@ -259,6 +262,9 @@ class _Answer(Progress):
         self.taken = False
         self.lost: errors.HeadraceError | None = None
         self.losses = 0
+        self.attempts = 0
+        self.fruitless = 0
+        self._had = 0  # tokens when this attempt began
         self._tells_moves = request.stream.include_route_changes
         self._place = self._last_place = ""
         self._replayed_before = 0  # by attempts that were lost
@@ -281,6 +287,7 @@ class _Answer(Progress):
     def goes_to(self, batcher: Batcher) -> None:
         """The next attempt is at *batcher*."""
         self._place = batcher.address
+        self._had = len(self.ids)
         self._at_router = batcher.router
         self._replayed = len(self.ids)
 
@@ -322,6 +329,8 @@ class _Answer(Progress):
         self.broke()
         self.lost = why
         self.losses += not isinstance(why, errors.Draining)
+        self.attempts += 1
+        self.fruitless = 0 if len(self.ids) > self._had else self.fruitless + 1
         self.taken = False
         self._last_place = self._place
         self._replayed_before += self._replayed
