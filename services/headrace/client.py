@@ -48,9 +48,15 @@ _call_duration = metrics.get_meter("headrace.client").create_histogram(
 
 
 def chat(
-    text: str | Sequence[tuple[str, str]], *, system: str = "", **sampling: object
+    text: str | Sequence[tuple[str, str]],
+    *,
+    system: str = "",
+    continue_final_message: bool = False,
+    **sampling: object,
 ) -> pb.GenerateRequest:
     """A request for the answer to *text*, or to a conversation of (role, content) pairs.
+
+    continue_final_message   the answer continues the last message, which is the assistant's
 
     sampling   fields of `headrace.v1.Sampling`, such as temperature=0, max_tokens=64, stop=["\\n"]
 
@@ -66,6 +72,8 @@ def chat(
             request.chat.messages.add(role=role, content=content)
         except UnicodeEncodeError as error:
             raise errors.InvalidText(f"the text is not UTF-8, from character {error.start} on") from None
+    if continue_final_message:
+        request.chat.continue_final_message = True
     return request
 
 

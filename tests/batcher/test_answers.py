@@ -116,12 +116,9 @@ async def test_a_last_message_of_the_assistant_is_continued_or_refused() -> None
         asked = chat(turns)
         with pytest.raises(errors.InvalidRequest, match="continue_final_message") as refused:
             await collect(tier.client, asked)
-        asked.chat.continue_final_message = True
-        answer = await collect(tier.client, asked)
+        answer = await collect(tier.client, chat(turns, continue_final_message=True))
         with pytest.raises(errors.InvalidRequest, match="only one of role 'assistant'"):
-            wrong = chat("hi")
-            wrong.chat.continue_final_message = True
-            await collect(tier.client, wrong)
+            await collect(tier.client, chat("hi", continue_final_message=True))
 
     assert refused.value.field == "chat.messages[3].role"
     assert answer.text == "is green"
