@@ -49,7 +49,7 @@ RUN: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("name", FLOODS)
 async def test_a_flood_at_the_router_is_not_felt_by_others(mesh: Fleet, name: str) -> None:
-    row = await besiege(mesh, "router", name, seconds=2.5)
+    row = await besiege(mesh, "router", name, seconds=1.5)
 
     assert row.outcomes.keys() <= FLOODS[name]
 
@@ -57,14 +57,14 @@ async def test_a_flood_at_the_router_is_not_felt_by_others(mesh: Fleet, name: st
 @pytest.mark.parametrize("service", ["router", "batcher", "worker"])
 @pytest.mark.parametrize("name", FUZZ)
 async def test_what_is_no_request_gets_its_own_status(mesh: Fleet, service: str, name: str) -> None:
-    row = await besiege(mesh, service, name, seconds=1.5)
+    row = await besiege(mesh, service, name, seconds=1.0)
 
     assert row.outcomes.keys() <= FUZZ[name]
 
 
 @pytest.mark.parametrize("service", ["router", "worker"])
 async def test_what_is_no_call_ends_nothing_but_itself(mesh: Fleet, service: str) -> None:
-    row = await besiege(mesh, service, "odd_calls", seconds=1.5)
+    row = await besiege(mesh, service, "odd_calls", seconds=1.0)
 
     # gRPC's own words for a message that its caller cut short (CANCELLED, INTERNAL) and no message at all.
     assert row.outcomes.keys() - {"http 415"} <= {"OK", "CANCELLED", "INTERNAL", "UNKNOWN"} | REFUSED | CUT
