@@ -78,8 +78,8 @@ def test_a_service_takes_what_its_manifest_says(name: str, monkeypatch: pytest.M
     assert re.fullmatch(rf"headrace-{container['name']}:[\d.]+", container["image"])
 
 
-# What a process has without requests, and what each byte of a request in hand comes to at its worst: the message,
-# its parsed form, what is forwarded, and the text as it is scored or tokenised. Measured by tests/hostile.
+# What a process has without requests, and what each byte of a request in hand comes to at its worst: the
+# message, its parsed form, what is forwarded, and the text as it is scored. Measured by tests/hostile.
 BASE_BYTES = {"router": 100 * MIB, "batcher": 600 * MIB}
 BYTES_PER_BYTE = 8
 BYTES_PER_CALL = 64 * 1024

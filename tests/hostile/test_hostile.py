@@ -16,7 +16,7 @@ CUT = {"reset", "closed"}
 REFUSED = {"INVALID_ARGUMENT", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "NOT_FOUND", "DEADLINE_EXCEEDED"}
 
 FLOODS: dict[str, set[str]] = {
-    "streams_at_once": BUSY,
+    "streams_at_once": BUSY | CUT,  # core resets what is beyond the streams that it allows
     "rapid_reset": {"sent"},
     "invalid_requests": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"},
     "long_prompts": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"} | CUT,
@@ -28,7 +28,7 @@ FLOODS: dict[str, set[str]] = {
     "control_frames": {"sent"},
     "going_away": {"sent"},
     "silent_connections": {"sent", "refused"},
-    "watchers": {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"},
+    "watchers": {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"} | CUT,
     "sessions_without_end": BUSY,
     "feedback_without_end": {"NOT_FOUND", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"},
 }

@@ -261,7 +261,7 @@ async def _message(context: Any, hold: Hold, limit: int, turn: Turn) -> bytes:
         nonlocal refused
         turn.end()
         try:
-            hold.resize(hold.longest)
+            hold.reserve()
         except errors.Busy as error:
             refused = error
             reading.reschedule(loop.time())
@@ -292,6 +292,8 @@ def _ours(error: Exception, method: str) -> errors.HeadraceError:
     inner = errors.unwrap(error)
     if isinstance(inner, errors.HeadraceError):
         return inner
+    if isinstance(inner, NotImplementedError):  # how generated servicers answer what they do not have
+        return errors.Unimplemented(f"this server does not have {method.lstrip('/')}")
     log.error("unexpected error", exc_info=error, extra={"method": method})
     return errors.InternalError("internal error; the server's log has it in full")
 
