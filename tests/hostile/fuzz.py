@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import suppress
+from typing import Any
 
-from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from grpc_channelz.v1.channelz_pb2 import DESCRIPTOR as CHANNELZ
 from grpc_health.v1 import health_pb2
@@ -39,11 +39,7 @@ FILES = (
     reflection_pb2.DESCRIPTOR,
     CHANNELZ,
 )
-SERVICES: list[ServiceDescriptor] = [
-    each
-    for file in FILES
-    for each in file.services_by_name.values()  # type: ignore[misc] # upb's own class of the same
-]
+SERVICES: list[Any] = [each for file in FILES for each in file.services_by_name.values()]
 METHODS = [
     *(f"/{service.full_name}/{method.name}" for service in SERVICES for method in service.methods),
     f"/{REFLECTION_V1}/ServerReflectionInfo",
@@ -164,7 +160,7 @@ async def odd_calls(run: Attack) -> None:
     ]
     mores += [
         [("traceparent", "00-" + "f" * 300)], [("traceparent", b"\xff\xfe")], [("tracestate", "=,;" * 200)],
-        [("x-bin", "!!not base64!!")], [("x-note", b"\xff\xfe\0")], [("grpc-status", "0")], [("X-Upper", "v")],
+        [("x-bin", "!!not base64!!")], [("x-note", b"\xff\xfe")], [("grpc-status", "0")], [("X-Upper", "v")],
         [("te", "gzip")], [("grpc-trace-bin", "AAAA")], [("x-empty", "")], [("content-length", "-5")],
     ]  # fmt: skip
     bodies: list[bytes | None] = [
