@@ -22,7 +22,7 @@ FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's ow
 # A machine on which a sleeping process is woken later than that, once in a hundred times, has other work.
 QUIET_SECONDS = 0.004
 BACK_SECONDS = 10.0
-BACK_BYTES = 48 * 2**20  # what an allocator may keep
+BACK_BYTES = 64 * 2**20  # what an allocator may keep
 PLAN = Plan(
     workers=1,
     batchers=1,

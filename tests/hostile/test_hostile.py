@@ -22,7 +22,7 @@ FLOODS: dict[str, set[str]] = {
     "long_prompts": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"} | CUT,
     "compressed": {"UNIMPLEMENTED"} | CUT,
     "almost_whole_messages": {"RESOURCE_EXHAUSTED", "open"} | CUT,
-    "header_bombs": {"RESOURCE_EXHAUSTED"} | CUT,
+    "header_bombs": {"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "open"} | CUT,
     "long_headers": {"OK", "RESOURCE_EXHAUSTED"} | CUT,
     "endless_continuation": {"open"} | CUT,
     "control_frames": {"sent"},
