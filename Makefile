@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check protos bench bench-mesh faults bench-peers clean
+.PHONY: help demo up test check protos bench bench-mesh faults hostile bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: $(INSTALLED) ## run all tests; fetches the default models for those that n
 
 faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: minutes of overload and soak)
 	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )pytest tests/faults
+
+hostile: $(INSTALLED) ## flood, fuzz and abuse real processes beside an honest caller; prints what it felt
+	pytest tests/hostile
 
 check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import arrows
 	ruff check .

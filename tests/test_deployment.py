@@ -17,9 +17,12 @@ import yaml
 from headrace import models
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.router.settings import Settings as RouterSettings
+from headrace.runtime.limits import MIB
 from headrace.runtime.server import LIVENESS, READINESS
 from headrace.runtime.settings import PREFIX, ServiceSettings
+from headrace.runtime.turns import TURNS
 from headrace.worker.settings import Settings as WorkerSettings
+from tests.hostile.confine import parsed
 
 ROOT = Path(__file__).parent.parent
 SETTINGS: dict[str, type[ServiceSettings]] = {
@@ -75,6 +78,30 @@ def test_a_service_takes_what_its_manifest_says(name: str, monkeypatch: pytest.M
     # A Service called `headrace` in the namespace sets HEADRACE_PORT=tcp://... otherwise.
     assert pod["enableServiceLinks"] is False
     assert re.fullmatch(rf"headrace-{container['name']}:[\d.]+", container["image"])
+
+
+# What a process has without requests, and what each byte of a request in hand comes to at its worst: the
+# message, its parsed form, what is forwarded, and the text as it is scored. Measured by tests/hostile.
+BASE_BYTES = {"router": 100 * MIB, "batcher": 600 * MIB}
+BYTES_PER_BYTE = 8
+BYTES_PER_CALL = 64 * 1024
+RUN_STREAMS = 64  # whose messages arrive at the same time
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_the_memory_of_a_pod_holds_what_its_settings_let_callers_send(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, container = settings_of(name, monkeypatch), container_of(name)
+    limits, memory = settings.limits, parsed(container["resources"]["limits"]["memory"])
+
+    assert parsed(container["resources"]["requests"]["memory"]) <= memory
+    if container["name"] == "worker":  # bounded by its model; requests are token ids
+        assert limits.held_bytes + RUN_STREAMS * limits.message_bytes < memory
+        return
+    requests = BYTES_PER_BYTE * limits.held_bytes + TURNS * limits.message_bytes
+    calls = BYTES_PER_CALL * limits.calls
+    assert BASE_BYTES[container["name"]] + requests + calls <= memory
 
 
 def test_what_services_ask_for_by_name_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ DETAILS_KEY = "grpc-status-details-bin"  # where gRPC carries a google.rpc.Statu
 MAX_MESSAGE = 1000
 MAX_QUOTED = 64  # characters that a message quotes of one text that the caller sent
 MAX_RETRY_SECONDS = 1e6
+MAX_FIELD = 200  # bytes of one of the fields, for the same reason
 
 
 class HeadraceError(Exception):
@@ -384,12 +385,13 @@ def unwrap(error: BaseException) -> BaseException:
 
 def to_status(error: HeadraceError) -> status_pb2.Status:
     """The error with its details: ErrorInfo always, RetryInfo and BadRequest where they apply."""
-    status = status_pb2.Status(code=error.code.value[0], message=_clipped(error.message))
+    status = status_pb2.Status(code=error.code.value[0], message=_clipped(error.message, MAX_MESSAGE))
 
     def attach(detail: message.Message) -> None:
         status.details.add().Pack(detail)
 
-    attach(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.fields))
+    fields = {name: _clipped(value, MAX_FIELD) for name, value in error.fields.items()}
+    attach(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=fields))
     if error.retry_after is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
@@ -401,12 +403,12 @@ def to_status(error: HeadraceError) -> status_pb2.Status:
     return status
 
 
-def _clipped(text: str) -> str:
+def _clipped(text: str, limit: int) -> str:
     """The beginning and the end of a long message: what is quoted stands in its middle."""
     data = text.encode(errors="replace")
-    if len(data) <= MAX_MESSAGE:
+    if len(data) <= limit:
         return text
-    half = MAX_MESSAGE // 2 - 10
+    half = limit // 2 - 10
     return f"{data[:half].decode(errors='ignore')} [...] {data[-half:].decode(errors='ignore')}"
 
 

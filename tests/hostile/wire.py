@@ -106,7 +106,7 @@ class Peer:
 
     def block(self, fields: Sequence[Header]) -> bytes:
         """*fields* as an HPACK block; each must be sent, in order, for the table is shared."""
-        return self._encoder.encode(list(fields))
+        return self._encoder.encode(list(fields), huffman=False)  # whose cost is quadratic
 
     async def call(self, fields: Sequence[Header], body: bytes | None = None) -> int:
         """Open a stream with *fields*, send *body* and half-close; None sends no data and keeps it open."""

@@ -13,7 +13,6 @@ Seen in grpcio 1.85.1.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -130,5 +129,4 @@ async def _together(accept: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 async def _refuse(call: Any, loop: asyncio.AbstractEventLoop) -> None:
     context = cygrpc._ServicerContext(call, None, None, loop)
-    with contextlib.suppress(grpc.aio.AbortError):
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")

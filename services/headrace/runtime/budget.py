@@ -19,6 +19,7 @@ from headrace.runtime.limits import Limits
 
 CONNECTION_SHARE = 0.5
 HOST_SHARE = 0.75
+SLOW_SHARE = 0.5  # for messages that are not there yet
 RETRY_SECONDS = 0.5  # at least; up to twice that, so that callers that were refused together come back apart
 
 
@@ -33,15 +34,20 @@ class Hold:
         self._owners = owners
         self.size = 0
 
-    @property
-    def longest(self) -> int:
-        """Bytes of the longest message that may come."""
-        return self._budget.limits.message_bytes
+    def resize(self, size: int, *, share: float = 1.0) -> None:
+        """Have *size* bytes in hand from now on. Raises Busy, and changes nothing, if they do not fit.
 
-    def resize(self, size: int) -> None:
-        """Have *size* bytes in hand from now on. Raises Busy, and changes nothing, if they do not fit."""
-        self._budget.take(self._owners, size - self.size)
+        share   of each limit, which they must fit together with all that is in hand
+        """
+        self._budget.take(self._owners, size - self.size, share)
         self.size = size
+
+    def reserve(self) -> None:
+        """Have the longest message in hand, until it is known how long it is. Raises Busy.
+
+        Half of everything stays free of such: messages that never end leave room for those that are there.
+        """
+        self.resize(self._budget.limits.message_bytes, share=SLOW_SHARE)
 
 
 class Budget:
@@ -79,14 +85,14 @@ class Budget:
             hold.resize(0)
             _subtract(self._calls, owners, count)
 
-    def take(self, owners: tuple[str, ...], size: int) -> None:
-        """Book *size* bytes more, or less. Raises Busy."""
+    def take(self, owners: tuple[str, ...], size: int, share: float = 1.0) -> None:
+        """Book *size* bytes more, or less, within *share* of the limits. Raises Busy."""
         if size > 0:
-            self._add(self._bytes, owners, size, self.limits.held_bytes, "bytes of requests")
+            self._add(self._bytes, owners, size, self.limits.held_bytes * share, "bytes of requests")
         else:
             _subtract(self._bytes, owners, -size)
 
-    def _add(self, counts: Counter[str], owners: tuple[str, ...], more: int, limit: int, what: str) -> None:
+    def _add(self, counts: Counter[str], owners: tuple[str, ...], more: int, limit: float, what: str) -> None:
         for owner, share in zip(owners, (1.0, HOST_SHARE, CONNECTION_SHARE), strict=False):
             if more and counts[owner] + more > limit * share:
                 whose = (

@@ -49,6 +49,8 @@ CHECK = "/grpc.health.v1.Health/Check"
 
 # Whoever sends its message more slowly is charged for the longest one until it is there...
 PROMPT_SECONDS = 0.1
+# A call that has been read is starting until its first response, or for so long.
+START_SECONDS = 0.02
 # ...and is refused after so long.
 READ_SECONDS = 30.0
 # Of a request that asks for no tokens: health, reflection, channelz, tiers, insides.
@@ -149,13 +151,17 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                 with self._budget.call(peer, exempt=exempt) as hold:
 
                     async def call() -> Any:
-                        request = requests
-                        if not handler.request_streaming:
-                            turn = await self._turns.take(peer)
-                            try:
-                                request = parse(await _message(context, hold, limit, turn))
-                            finally:
-                                turn.end()
+                        if handler.request_streaming:
+                            return await answer(requests, context)
+                        turn = await self._turns.take(peer)
+                        try:
+                            request = parse(await _message(context, hold, limit, turn))
+                            asyncio.get_running_loop().call_later(START_SECONDS, turn.end)
+                            return await answer(request, context, turn)
+                        finally:
+                            turn.end()
+
+                    async def answer(request: Any, context: Any, turn: Turn | None = None) -> Any:
                         if not handler.response_streaming:
                             return await behaviour(request, context)
                         # A coroutine that writes, not a generator: it runs, and is cancelled, as one task,
@@ -167,6 +173,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                         async with aclosing(responses) as stream:
                             async for response in stream:
                                 await context.write(response)
+                                if turn is not None:
+                                    turn.end()
                         return None
 
                     try:
@@ -292,7 +300,7 @@ async def _message(context: Any, hold: Hold, limit: int, turn: Turn) -> bytes:
         nonlocal refused
         turn.end()
         try:
-            hold.resize(hold.longest)
+            hold.reserve()
         except errors.Busy as error:
             refused = error
             reading.reschedule(loop.time())
@@ -323,6 +331,8 @@ def _ours(error: Exception, method: str) -> errors.HeadraceError:
     inner = errors.unwrap(error)
     if isinstance(inner, errors.HeadraceError):
         return inner
+    if isinstance(inner, NotImplementedError):  # how generated servicers answer what they do not have
+        return errors.Unimplemented(f"this server does not have {method.lstrip('/')}")
     log.error("unexpected error", exc_info=error, extra={"method": method})
     return errors.InternalError("internal error; the server's log has it in full")
 

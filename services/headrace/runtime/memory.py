@@ -30,7 +30,7 @@ def give_back_large_blocks() -> None:
 
 
 class Reclaim:
-    """Frees what ended requests have left behind: cycles, most of them of exceptions, and the allocator's pages.
+    """Frees what ended requests have left: cycles, most of them of exceptions, and the allocator's pages.
 
     Python looks for cycles by the count of objects, not by their size: a few exceptions whose frames hold
     long prompts may stay for minutes.

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
-from headrace.runtime.budget import CONNECTION_SHARE
+from headrace.runtime.budget import CONNECTION_SHARE, SLOW_SHARE
 from headrace.runtime.limits import MIB, Limits
 
 PREFIX = "HEADRACE_"
@@ -70,9 +70,8 @@ class ServiceSettings(BaseSettings):
     held_megabytes: float = Field(
         default=32.0,
         gt=0,
-        description="MiB of requests in hand at the same time, at least twice --message-megabytes; one "
-        "host may hold three quarters of them, one connection half. Requests beyond that are refused as "
-        "SERVER_BUSY",
+        description="MiB of requests in hand at the same time, at least four times --message-megabytes. One "
+        "host may have three quarters, one connection half; beyond that requests are refused as SERVER_BUSY",
     )
     max_calls: int = Field(
         default=2048,
@@ -98,10 +97,11 @@ class ServiceSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _holds_a_message(self) -> Self:
-        if self.held_megabytes * CONNECTION_SHARE < self.message_megabytes:
+        least = self.message_megabytes / (CONNECTION_SHARE * SLOW_SHARE)
+        if self.held_megabytes < least:
             raise ValueError(
                 f"HEADRACE_HELD_MEGABYTES={self.held_megabytes:g} (or --held-megabytes) must be at least "
-                f"{self.message_megabytes / CONNECTION_SHARE:g}, twice --message-megabytes"
+                f"{least:g}, four times --message-megabytes"
             )
         return self
 

@@ -1,7 +1,8 @@
 """Let calls start in a fair order: a few at a time, connections taking turns.
 
-A call has its turn from the moment it was admitted until its message has been read. Hundreds that one caller
-opens at once would all be read in one turn of the event loop, and everybody's next step would wait for that.
+A call has its turn from the moment it was admitted until it has its first response, or 20 ms after its
+message was read. Hundreds that one caller opens at once would all start in one turn of the event loop, and
+everybody's next step would wait for that.
 Of messages that are not read core keeps 64 KiB at most.
 """
 
