@@ -18,7 +18,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace import errors
-from headrace.client import CHANNEL_OPTIONS, Client, open_channel
+from headrace.channel import CHANNEL_OPTIONS, open_channel
+from headrace.client import Client
 from headrace.runtime import accepting, limits
 from headrace.runtime.memory import Reclaim
 from headrace.worker.engine.echo import EchoEngine
