@@ -96,6 +96,11 @@ class Settings(ServiceSettings):
         description="outcomes that one tenant may report by Feedback within a minute, and within an hour as "
         "many as fill a quarter of the file; more are refused with a delay",
     )
+    connection_streams: int = Field(
+        default=256,
+        ge=16,
+        description="calls that one connection may have open; clients wait with what is more",
+    )
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests that come without a deadline"
     )
