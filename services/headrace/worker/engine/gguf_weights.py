@@ -32,7 +32,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
-from headrace.worker.engine.gguf_config import Metadata, config_from
+from headrace.worker.engine.gguf_config import config_from
+from headrace.worker.engine.gguf_metadata import Metadata
 from headrace.worker.engine.model_files import beginning, brief, explained
 from headrace.worker.engine.network import account, quiet_transformers
 from headrace.worker.engine.refusals import LoadingError, UnsupportedModel
