@@ -47,8 +47,9 @@ OURS = "/headrace."
 TraceContext: TypeAlias = Literal["trust", "link", "ignore"]
 CHECK = "/grpc.health.v1.Health/Check"
 
-# Whoever sends its message more slowly is charged for the longest one until it is there...
-PROMPT_SECONDS = 0.1
+# Whoever sends its message more slowly is charged for the longest one until it is there. Counted in pauses
+# of the event loop: one that is late itself has not made its callers slow...
+PROMPT_PAUSES, PAUSE_SECONDS = 5, 0.02
 # A call that has been read is starting until its first response, or for so long.
 START_SECONDS = 0.02
 # ...and is refused after so long.
@@ -296,8 +297,11 @@ async def _message(context: Any, hold: Hold, limit: int, turn: Turn) -> bytes:
     refused: errors.Busy | None = None
     loop = asyncio.get_running_loop()
 
-    def reserve() -> None:
-        nonlocal refused
+    def pause(left: int) -> None:
+        nonlocal refused, late
+        if left:
+            late = loop.call_later(PAUSE_SECONDS, pause, left - 1)
+            return
         turn.end()
         try:
             hold.reserve()
@@ -307,7 +311,7 @@ async def _message(context: Any, hold: Hold, limit: int, turn: Turn) -> bytes:
 
     try:
         async with asyncio.timeout(READ_SECONDS) as reading:
-            late = loop.call_later(PROMPT_SECONDS, reserve)
+            late = loop.call_later(PAUSE_SECONDS, pause, PROMPT_PAUSES - 1)
             try:
                 data = await context.read()
             finally:

@@ -25,6 +25,7 @@ class Responding:
         """Send a message; one at a time."""
         if self._begun is None:
             self._begun = asyncio.ensure_future(self._context.send_initial_metadata(()))
+            self._begun.add_done_callback(_seen)
         if not self._begun.done():
             await asyncio.shield(self._begun)  # whoever is cancelled here leaves it to `abort` to wait for
         await self._context.write(message)
@@ -32,6 +33,12 @@ class Responding:
     async def abort(self, *status: Any, **options: Any) -> NoReturn:
         """End the RPC with a status; see `grpc.aio.ServicerContext.abort`."""
         if self._begun is not None:
-            await self._begun
+            await asyncio.wait([self._begun])  # it fails where the caller left, who needs no status
         await self._context.abort(*status, **options)
         raise AssertionError("abort returns by raising")
+
+
+def _seen(begun: asyncio.Task[None]) -> None:
+    """Take note of a failure: where nobody waits for it, asyncio would log it."""
+    if not begun.cancelled():
+        begun.exception()
