@@ -19,8 +19,8 @@ from tests.hostile.honest import HANG_SECONDS, Seen, ask_for, ask_until, percent
 
 SEED = int(os.environ.get("HEADRACE_HOSTILE_SEED", "0")) or 20261127
 FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's own jitter
-# A machine on which a sleeping process is woken later than that, once in a hundred times, has other work; so has
-# one with more ready processes than an attack and the services come to.
+# A machine that has other work wakes a sleeping process later than that once in a hundred times, or
+# has more ready processes than an attack and the services come to.
 QUIET_SECONDS = 0.004
 QUIET_LOAD = (os.cpu_count() or 1) + 2
 BACK_SECONDS = 10.0
