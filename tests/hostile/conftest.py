@@ -19,8 +19,10 @@ from tests.hostile.honest import HANG_SECONDS, Seen, ask_for, ask_until, percent
 
 SEED = int(os.environ.get("HEADRACE_HOSTILE_SEED", "0")) or 20261127
 FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's own jitter
-# A machine on which a sleeping process is woken later than that, once in a hundred times, has other work.
+# A machine that has other work wakes a sleeping process later than that once in a hundred times, or
+# has more ready processes than an attack and the services come to.
 QUIET_SECONDS = 0.004
+QUIET_LOAD = (os.cpu_count() or 1) + 2
 BACK_SECONDS = 10.0
 BACK_BYTES = 64 * 2**20  # what an allocator may keep
 PLAN = Plan(
@@ -167,8 +169,12 @@ async def _peaks(running: Fleet, over: asyncio.Event) -> dict[str, int]:
 Besiege = Callable[..., Awaitable[Row]]
 
 
-async def besiege(running: Fleet, service: str, *names: str, seconds: float, note: str = "") -> Row:
+async def besiege(
+    running: Fleet, service: str, *names: str, seconds: float, note: str = "", prompt: bool = True
+) -> Row:
     """Run attacks at once against a service, with an honest caller beside; judge what is the same for all.
+
+    prompt   whether the honest caller must be as fast as usual, beyond being answered
 
     Raises AssertionError where a process ended, the honest caller had to wait or got anything but its
     answers, a log has lines that are not the service's, or memory does not come back.
@@ -179,7 +185,7 @@ async def besiege(running: Fleet, service: str, *names: str, seconds: float, not
     waking = asyncio.create_task(_lateness(calm))
     normal = await ask_for(running.target, 1.0)
     calm.set()
-    busy = percentile(await waking, 0.99) > QUIET_SECONDS
+    busy = percentile(await waking, 0.99) > QUIET_SECONDS or os.getloadavg()[0] > QUIET_LOAD
     over = asyncio.Event()
     watching = asyncio.create_task(_peaks(running, over))
     asking = asyncio.create_task(ask_until(running.target, over))
@@ -207,7 +213,7 @@ async def besiege(running: Fleet, service: str, *names: str, seconds: float, not
     assert not after.failed
     usual = max(percentile(normal.seconds, 0.99), percentile(after.seconds, 0.99), FLOOR_SECONDS)
     # Where others use the machine, who was late because of whom cannot be told; nobody hangs all the same.
-    assert percentile(beside.seconds, 0.99) <= (HANG_SECONDS if busy else 3 * usual)
+    assert percentile(beside.seconds, 0.99) <= (HANG_SECONDS if busy or not prompt else 3 * usual)
     for child in running.children:
         judge_log(child, logged[child.name])
         await _comes_back(child, before[child.name])

@@ -87,6 +87,8 @@ async def test_each_service_survives_with_the_memory_of_its_manifest(mesh: Fleet
             for child in mesh.children
         }
         for service in ("router", "batcher"):
-            row = await besiege(mesh, service, *heavy, seconds=4, note=f", in {', '.join(how)}")
+            note = f", in {', '.join(sorted(how))}"
+            # Five attackers and three services on the cores of one machine: alive and answering is the point.
+            row = await besiege(mesh, service, *heavy, seconds=4, note=note, prompt=False)
 
             assert not row.outcomes.keys() & {"INTERNAL", "UNKNOWN", "CANCELLED"}
