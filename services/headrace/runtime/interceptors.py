@@ -47,13 +47,13 @@ OURS = "/headrace."
 TraceContext: TypeAlias = Literal["trust", "link", "ignore"]
 CHECK = "/grpc.health.v1.Health/Check"
 
-# Whoever sends its message more slowly is charged for the longest one until it is there. Counted in pauses
-# of the event loop: one that is late itself has not made its callers slow...
+# A message that has not arrived after so many pauses of the event loop is charged as the longest one until it
+# is there. Pauses, not seconds: a loop that is late itself has not made its callers slow.
 PROMPT_PAUSES, PAUSE_SECONDS = 5, 0.02
+# A call whose message has not arrived after so long is refused.
+READ_SECONDS = 30.0
 # A call that has been read is starting until its first response, or for so long.
 START_SECONDS = 0.02
-# ...and is refused after so long.
-READ_SECONDS = 30.0
 # Of a request that asks for no tokens: health, reflection, channelz, tiers, insides.
 SMALL_BYTES = 64 * 1024
 
@@ -295,6 +295,7 @@ async def _message(context: Any, hold: Hold, limit: int, turn: Turn) -> bytes:
     Raises Busy, MessageTooLarge, InvalidRequest if there is none, and DeadlineExceeded if it takes too long.
     """
     refused: errors.Busy | None = None
+    late: asyncio.TimerHandle
     loop = asyncio.get_running_loop()
 
     def pause(left: int) -> None:
