@@ -21,6 +21,7 @@ from headrace.runtime.limits import MIB
 from headrace.runtime.server import LIVENESS, READINESS
 from headrace.runtime.settings import PREFIX, ServiceSettings
 from headrace.runtime.turns import TURNS
+from headrace.validation import MAX_RESUME_TOKENS
 from headrace.worker.settings import Settings as WorkerSettings
 from tests.hostile.confine import parsed
 
@@ -102,6 +103,20 @@ def test_the_memory_of_a_pod_holds_what_its_settings_let_callers_send(
     requests = BYTES_PER_BYTE * limits.held_bytes + TURNS * limits.message_bytes
     calls = BYTES_PER_CALL * limits.calls
     assert BASE_BYTES[container["name"]] + requests + calls <= memory
+
+
+def test_what_a_router_takes_fits_its_batchers_with_an_answer_to_continue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the longest prompts would be taken, and lost with the first batcher."""
+    limits = {}
+    for name in DEPLOYMENTS:
+        with monkeypatch.context() as environment:
+            limits[name] = settings_of(name, environment).limits.message_bytes
+    resumed = MAX_RESUME_TOKENS * 3  # bytes of an id below two million
+
+    for name in ("batcher-small", "batcher-large"):
+        assert limits["router"] + resumed + 4096 <= limits[name]
 
 
 def test_what_services_ask_for_by_name_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,13 @@ class Settings(ServiceSettings):
     """
 
     port: int = Field(default=50052, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    message_megabytes: float = Field(
+        default=4.0,
+        gt=0,
+        le=64,
+        description="size of the longest request message, in MiB: what routers take, and the tokens of an "
+        "answer that is to be continued",
+    )
     tier: str = Field(default="default", min_length=1, description="name of the tier that it serves")
     workers: str = Field(
         description="gRPC targets of the tier's workers, separated by commas, such as 127.0.0.1:50053; "
