@@ -23,6 +23,7 @@ FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's ow
 # has more ready processes than an attack and the services come to.
 QUIET_SECONDS = 0.004
 QUIET_LOAD = (os.cpu_count() or 1) + 2
+TRIES = 3  # a row is run again where the honest caller was only late: the machine may have stalled by itself
 BACK_SECONDS = 10.0
 BACK_BYTES = 64 * 2**20  # what an allocator may keep
 PLAN = Plan(
@@ -176,9 +177,22 @@ async def besiege(
 
     prompt   whether the honest caller must be as fast as usual, beyond being answered
 
-    Raises AssertionError where a process ended, the honest caller had to wait or got anything but its
-    answers, a log has lines that are not the service's, or memory does not come back.
+    Raises AssertionError where a process ended, the honest caller was late in each of `TRIES` runs or got
+    anything but its answers, a log has lines that are not the service's, or memory does not come back.
     """
+    for _ in range(TRIES):
+        row, late = await _besiege(running, service, *names, seconds=seconds, note=note, prompt=prompt)
+        if not late:
+            break
+    _table.rows.append(row)
+    assert not late, f"the honest caller's p99 was {late:.2f} s beside the attack"
+    return row
+
+
+async def _besiege(
+    running: Fleet, service: str, *names: str, seconds: float, note: str, prompt: bool
+) -> tuple[Row, float]:
+    """Run the attacks once. Returns the honest caller's p99 in seconds if it is too long, else 0."""
     before = {child.name: child.memory for child in running.children}
     logged = {child.name: child.log.stat().st_size for child in running.children}
     calm = asyncio.Event()
@@ -204,8 +218,6 @@ async def besiege(
         peaks,
         note + " (busy machine)" * busy,
     )
-    _table.rows.append(row)
-
     assert all(child.alive for child in running.children)
     assert not normal.failed
     assert not beside.failed
@@ -213,11 +225,12 @@ async def besiege(
     assert not after.failed
     usual = max(percentile(normal.seconds, 0.99), percentile(after.seconds, 0.99), FLOOR_SECONDS)
     # Where others use the machine, who was late because of whom cannot be told; nobody hangs all the same.
-    assert percentile(beside.seconds, 0.99) <= (HANG_SECONDS if busy or not prompt else 3 * usual)
+    slowest = percentile(beside.seconds, 0.99)
+    late = slowest > (HANG_SECONDS if busy or not prompt else 3 * usual)
     for child in running.children:
         judge_log(child, logged[child.name])
         await _comes_back(child, before[child.name])
-    return row
+    return row, slowest if late else 0.0
 
 
 def judge_log(child: Child, begin: int) -> None:
