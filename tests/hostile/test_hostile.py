@@ -10,6 +10,8 @@ from tests.faults.fleet import Fleet
 from tests.hostile.confine import confined, manifest_limit
 from tests.hostile.conftest import besiege
 
+pytestmark = pytest.mark.faults
+
 BUSY = {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
 CUT = {"reset", "closed"}
 # What cannot be read or served: never INTERNAL or UNKNOWN, which are faults of ours, and never CANCELLED.
