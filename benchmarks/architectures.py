@@ -256,7 +256,9 @@ def try_format(name: str) -> Outcome:
 
 def apart(function: Callable[[str], Outcome], name: str, seconds: float = SECONDS) -> Outcome:
     """Call a function in a process of its own, for at most so many seconds."""
-    context = multiprocessing.get_context("fork")  # what takes seconds to import is there already
+    # Forked from a process that has imported what takes seconds, and runs no thread that a fork would lose.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(function, name, theirs))
     process.start()
@@ -276,6 +278,7 @@ def apart(function: Callable[[str], Outcome], name: str, seconds: float = SECOND
 
 def _report(function: Callable[[str], Outcome], name: str, connection: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     connection.send(function(name))
@@ -359,7 +362,6 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="file to write the page to; standard output by default")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time for one architecture")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # threads do not survive a fork
     outcomes = []
     for name in sorted(options.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         outcomes.append(apart(try_architecture, name, options.seconds))

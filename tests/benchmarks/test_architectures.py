@@ -9,11 +9,7 @@ import time
 import pytest
 
 pytest.importorskip("torch")
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks processes"),
-    # Threads of other tests are not in the way: what is forked uses none of their locks.
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks processes")
 
 from benchmarks.architectures import FORMATS, Outcome, apart, page, try_architecture, try_format  # noqa: E402
 
