@@ -44,7 +44,9 @@ async def _talk(
                     run.outcomes[f"read {response.WhichOneof('message')}"] += 1
             run.outcomes[(await call.code()).name] += 1
     except grpc.aio.AioRpcError as error:
-        run.outcomes[error.code().name] += 1
+        # A stream that ends while grpc.aio writes to it is INTERNAL here, whatever status the server sent.
+        cut = error.details() == "Internal error from Core"
+        run.outcomes["cut" if cut else error.code().name] += 1
     except TimeoutError:
         run.outcomes["open"] += 1
     finally:

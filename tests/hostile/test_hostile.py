@@ -42,7 +42,7 @@ FUZZ: dict[str, set[str]] = {
 }
 RUN: dict[str, set[str]] = {
     "idle_run_streams": {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "open"},
-    "urgent_sequences_beyond_credit": {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"},
+    "urgent_sequences_beyond_credit": {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "cut"},
     "sequences_that_cannot_be": {"OK", "INVALID_ARGUMENT"},
     "run_out_of_order": {"OK", "INVALID_ARGUMENT"},
     "unread_pings": {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "open"},

@@ -29,7 +29,7 @@ from headrace.propagation import extract
 from headrace.runtime.budget import Budget, Hold
 from headrace.runtime.memory import Reclaim
 from headrace.runtime.responding import Responding
-from headrace.runtime.turns import Turn, Turns
+from headrace.runtime.turns import LONG_BYTES, Turn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         self._activity = activity
         self._budget = budget
         self._turns = Turns()
+        self._long_turns = Turns(1)
         self._reclaim = Reclaim()
         self._untraced = untraced
         self._callers = callers
@@ -156,7 +157,11 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                             return await answer(requests, context)
                         turn = await self._turns.take(peer)
                         try:
-                            request = parse(await _message(context, hold, limit, turn))
+                            data = await _message(context, hold, limit, turn)
+                            if len(data) >= LONG_BYTES:
+                                turn.end()
+                                turn = await self._long_turns.take(peer)
+                            request = parse(data)
                             asyncio.get_running_loop().call_later(START_SECONDS, turn.end)
                             return await answer(request, context, turn)
                         finally:

@@ -2,7 +2,8 @@
 
 A call has its turn from the moment it was admitted until it has its first response, or 20 ms after its
 message was read. Hundreds that one caller opens at once would all start in one turn of the event loop, and
-everybody's next step would wait for that.
+everybody's next step would wait for that. Long messages start one by one: to parse, score and pass on each of
+them takes milliseconds of the event loop.
 Of messages that are not read core keeps 64 KiB at most.
 """
 
@@ -12,13 +13,14 @@ import asyncio
 from collections import deque
 
 TURNS = 16  # at the same time
+LONG_BYTES = 128 * 1024  # of messages that start one by one
 
 
 class Turns:
-    """A semaphore whose waiters are served connection by connection."""
+    """A semaphore of *count* turns whose waiters are served connection by connection."""
 
-    def __init__(self) -> None:
-        self._free = TURNS
+    def __init__(self, count: int = TURNS) -> None:
+        self._free = count
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     async def take(self, connection: str) -> Turn:
