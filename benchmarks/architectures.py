@@ -174,10 +174,13 @@ def try_architecture(model_type: str) -> Outcome:
         torch.manual_seed(7)
         config = tiny_config(model_type)
         with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
+            size = sum(
+                parameter.numel()
+                for parameter in auto.from_config(config, trust_remote_code=False).parameters()
+            )
         if size > _MOST_PARAMETERS:
             return Outcome(model_type, name, "not tried", f"the smallest built has {size:,} parameters")
-        network = auto.from_config(config, attn_implementation="eager").eval()
+        network = auto.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
         with torch.inference_mode():
             network(input_ids=torch.arange(9)[None], use_cache=False)
     except Exception as error:  # whatever a model's own code says of a config it was not written for
@@ -193,7 +196,7 @@ def try_architecture(model_type: str) -> Outcome:
 def _tiny_llama(folder: Path, **saving: Any) -> None:
     torch.manual_seed(7)
     auto: Any = transformers.AutoModelForCausalLM
-    auto.from_config(tiny_config("llama")).save_pretrained(folder, **saving)
+    auto.from_config(tiny_config("llama"), trust_remote_code=False).save_pretrained(folder, **saving)
 
 
 def _pickled(folder: Path) -> None:

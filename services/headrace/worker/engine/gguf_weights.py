@@ -163,7 +163,7 @@ def _require_all(metadata: Metadata, config: Any) -> None:
     """Refuse a file whose tensors are not just those of the model: by their names, before any is read."""
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        network = auto.from_config(config)
+        network = auto.from_config(config, trust_remote_code=False)
     kind: Any = TENSOR_PROCESSORS.get(metadata.architecture, TensorProcessor)
     processor = kind()
     needed = {_whole_name(name) for name in get_gguf_hf_weights_map(network, processor)}
