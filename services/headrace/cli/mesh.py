@@ -180,8 +180,9 @@ def plan(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Proce
 
     def process(kind: str, name: str, port: int, *flags: str) -> Process:
         common = ["--host", HOST, "--port", str(port), "--drain-seconds", str(spec.drain_seconds)]
-        if kind != "router":  # HEADRACE_TRACE_CONTEXT is meant for callers, and theirs is the router
-            common += ["--trace-context", "trust"]
+        # HEADRACE_TRACE_CONTEXT is meant for callers, and theirs is the router. Not by flag, which older
+        # services that are measured beside these do not know.
+        own = {} if kind == "router" else {"HEADRACE_TRACE_CONTEXT": "trust"}
         return Process(
             name=name,
             command=[
@@ -192,7 +193,7 @@ def plan(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Proce
                 *spec.flags.get(kind, ()),
             ],
             log=spec.log_dir / f"{name}.log",
-            environment=surroundings,
+            environment={**surroundings, **own},
             port=port,
         )
 

@@ -53,7 +53,7 @@ PROMPT_PAUSES, PAUSE_SECONDS = 5, 0.02
 # A call whose message has not arrived after so long is refused.
 READ_SECONDS = 30.0
 # A call that has been read is starting until its first response, or for so long.
-START_SECONDS = 0.02
+START_SECONDS = 0.1
 # Of a request that asks for no tokens: health, reflection, channelz, tiers, insides.
 SMALL_BYTES = 64 * 1024
 

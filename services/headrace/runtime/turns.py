@@ -1,6 +1,6 @@
 """Let calls start in a fair order: a few at a time, connections taking turns.
 
-A call has its turn from the moment it was admitted until it has its first response, or 20 ms after its
+A call has its turn from the moment it was admitted until it has its first response, or 0.1 s after its
 message was read. Hundreds that one caller opens at once would all start in one turn of the event loop, and
 everybody's next step would wait for that. Long messages start one by one: to parse, score and pass on each of
 them takes milliseconds of the event loop.
