@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-TURNS = 16  # at the same time
+TURNS = 32  # at the same time
 LONG_BYTES = 128 * 1024  # of messages that start one by one
 
 
