@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from headrace import errors
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer
+from headrace.worker.allowance import Allowance
 from headrace.worker.session import Session
 from headrace.worker.sessions import Sessions
 
@@ -107,8 +108,11 @@ class WorkerServicer(WorkerServiceServicer):
                 writing = tasks.create_task(_write(context, session))
                 others = [tasks.create_task(_report(sessions, session)), tasks.create_task(_failure(session))]
                 try:
+                    allowance = Allowance(time.monotonic())
                     async for request in requests:
                         _take(sessions, session, request)
+                        if wait := allowance.wait(request.WhichOneof("message"), time.monotonic()):
+                            await asyncio.sleep(wait)
                 except DecodeError as error:
                     raise errors.InvalidText(f"a message of the stream cannot be parsed ({error})") from None
                 session.finish()
