@@ -96,3 +96,32 @@ async def test_a_stream_that_writes_nothing_ends_well() -> None:
 
     async with served(handler) as (port, _):
         assert await ends(port, 3) == {"OK": 3}
+
+
+async def test_a_caller_that_leaves_in_mid_write_is_no_error_of_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    written = asyncio.Event()
+    over = asyncio.Event()
+
+    async def handler(request: bytes, context: Any) -> None:
+        await context.write(b"first")
+        written.set()
+        try:
+            await asyncio.sleep(SECONDS)
+        except asyncio.CancelledError:  # the write that was under way when the caller left
+            over.set()
+            await context.write(b"second")
+
+    async with served(handler) as (port, activity):
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            method: Any = channel.unary_stream(f"/{SERVICE}/Go")
+            call = method(b"", timeout=SECONDS)
+            await written.wait()
+            call.cancel()
+            await asyncio.wait_for(over.wait(), SECONDS)
+        async with asyncio.timeout(SECONDS):
+            while activity.in_flight:
+                await asyncio.sleep(0.01)
+
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []

@@ -207,6 +207,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         except grpc.aio.AbortError:
             raise
         except Exception as error:
+            if (end := _end_of_call(error)) is not None:
+                raise end from None
             await _abort(context, _ours(error, method))
 
     async def _traced(self, method: str, context: Any, call: Callable[[], Awaitable[Any]]) -> Any:
@@ -231,6 +233,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                 code = grpc.StatusCode.OK
                 return result
             except Exception as raised:
+                if (end := _end_of_call(raised)) is not None:
+                    raise end from None
                 error = _ours(raised, name)
                 code = error.code
                 span.set_attribute(attributes.ERROR_TYPE, error.reason)
@@ -334,6 +338,14 @@ async def _message(context: Any, hold: Hold, limit: int, turn: Turn) -> bytes:
         )
     hold.resize(len(data))
     return bytes(data)
+
+
+def _end_of_call(error: Exception) -> grpc.aio.BaseError | None:
+    """gRPC's own error where the caller left in mid-write, or the server stopped; gRPC deals with it."""
+    inner = errors.unwrap(error)
+    if isinstance(inner, grpc.aio.UsageError):  # a fault of ours
+        return None
+    return inner if isinstance(inner, grpc.aio.BaseError) else None
 
 
 def _ours(error: Exception, method: str) -> errors.HeadraceError:
