@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from headrace.batcher.bytebound import _BYTE_LETTERS, NFC_SHRINK, byte_bound
+from headrace.batcher.bytebound import BYTE_LETTERS, NFC_SHRINK, byte_bound
 
 CORPUS = ["hello hello world", "    a    b", "########", "żółw żółw", "const x = 1;\n\n\n", "한글 한글"] * 20
 
@@ -150,8 +150,8 @@ def test_added_tokens_count() -> None:
 
 
 def test_every_byte_has_its_letter() -> None:
-    assert set(_BYTE_LETTERS) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert len(_BYTE_LETTERS) == 256
+    assert set(BYTE_LETTERS) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert len(BYTE_LETTERS) == 256
 
 
 def test_composing_never_shrinks_text_more_than_it_is_taken_for() -> None:

@@ -58,7 +58,7 @@ def byte_bound(definition: dict[str, Any]) -> ByteBound | None:
     bytewise = any(step["type"] == "ByteLevel" for step in (*normalizers, *pretokenizers))
     if not bytewise and not _falls_back(model, vocabulary):
         return None
-    lost = bytes(place for place, letter in enumerate(_BYTE_LETTERS) if bytewise and letter not in vocabulary)
+    lost = bytes(place for place, letter in enumerate(BYTE_LETTERS) if bytewise and letter not in vocabulary)
     shrink = NFC_SHRINK if any(step["type"] == "NFC" for step in normalizers) else 1
     if lost and shrink > 1:
         return None  # composing may make lost bytes of others
@@ -113,4 +113,4 @@ def _byte_letters() -> Iterator[str]:
             others += 1
 
 
-_BYTE_LETTERS = tuple(_byte_letters())
+BYTE_LETTERS = tuple(_byte_letters())

@@ -3,7 +3,7 @@
 The template runs in a process of its own (`rendering`). Templates differ in what they take: some want a
 message's content as text, some as a list of parts, some know no system messages. What one leaves out
 without an error would be lost without a word, so each new sequence of roles is tried with marks for
-contents first. It does not know tokens; `chats` turns what comes out into ids.
+contents first. It does not know tokens; `tokens` turns what comes out into ids.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Turn text into token ids and back.
 
 A tokenizer's methods are plain and may be slow: callers run `encode_*` off the event loop. Streams of
-ids become text in `detokenizer`, which asks how single tokens are spelled; `loading` makes tokenizers of
-files.
+ids become text in `detokenizer`, which asks how single tokens are spelled; `tokenizer_files` reads
+tokenizers from files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from headrace import errors
-from headrace.batcher.bytebound import ByteBound, byte_bound
+from headrace.batcher.bytebound import BYTE_LETTERS, ByteBound, byte_bound
 from headrace.batcher.detokenizer import EACH_BYTE, Spelling
 from headrace.batcher.specials import Marks, Specials, encode
 from headrace.batcher.templates import ChatTemplate, Turns, choose_template
@@ -217,15 +217,7 @@ def _laid_out(template: ChatTemplate, turns: Turns, marks: Marks, continue_final
     return text[: text.rindex(marks.end)]
 
 
-def _letters_of_bytes() -> dict[str, int]:
-    """How byte-level tokenizers write bytes as letters (GPT-2's encoder.py)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in printable)
-    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTES_OF_LETTERS = _letters_of_bytes()
+_BYTES_OF_LETTERS = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 
 
 def load_tokenizer(path: Path, cache: Path) -> TransformersTokenizer:
