@@ -51,14 +51,16 @@ class Flaky(GenerationServiceServicer):
 
 
 @asynccontextmanager
-async def calling(servicer: GenerationServiceServicer, *, retries: int = 2) -> AsyncGenerator[Client, None]:
+async def calling(
+    servicer: GenerationServiceServicer, *, retries: int = 2, patience: float = 30.0
+) -> AsyncGenerator[Client, None]:
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
 
     services = generation_service_pb2.DESCRIPTOR.services_by_name.values()
     async with (
         serving(register, services, host="127.0.0.1", port=0, drain_seconds=0, ready=lambda: True) as server,
-        connect(f"127.0.0.1:{server.port}", retries=retries) as client,
+        connect(f"127.0.0.1:{server.port}", retries=retries, patience=patience) as client,
     ):
         yield client
 
@@ -128,7 +130,7 @@ class Reciter(GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         count = len(self.requests)
         self.requests.append(request)
-        if count and self.refuses:
+        if request.resume.token_ids and self.refuses:
             raise self.refuses.pop(0)
         yield pb.GenerateResponse(accepted=pb.Accepted(request_id="r", tier="t", model=self.model))
         said = request.prompt.encode()
@@ -253,6 +255,27 @@ async def test_an_answer_that_never_gets_on_is_given_up() -> None:
             await collect(client, pb.GenerateRequest(prompt="abc"))
 
     assert len(servicer.requests) == 7, "the first, one that is free, and what the budget pays"
+
+
+async def test_answers_that_no_server_takes_up_wait_for_one_that_does() -> None:
+    servicer = Reciter(*[1] * 20)
+    # All of them meet a server that is busy and then a connection that breaks, again and again.
+    servicer.refuses = [errors.Overloaded("full", retry_after=0.01), errors.Unavailable("broken")] * 25
+    async with calling(servicer) as client:
+        asked = [collect(client, pb.GenerateRequest(prompt="abc")) for _ in range(20)]
+        answers = await asyncio.gather(*asked)
+
+    assert [answer.text for answer in answers] == ["abc"] * 20
+
+
+async def test_an_answer_that_no_server_takes_up_ends_with_its_patience() -> None:
+    servicer = Reciter(1)
+    servicer.refuses = [errors.Overloaded("full", retry_after=0.01)] * 1_000
+    async with calling(servicer, patience=0.2) as client:
+        with pytest.raises(errors.Overloaded):
+            await collect(client, pb.GenerateRequest(prompt="abc"))
+
+    assert len(servicer.requests) > 7, "more than the budget would pay for"
 
 
 class Listening(Reciter):

@@ -34,6 +34,7 @@ from headrace.v1 import generation_service_pb2_grpc, routing_service_pb2, routin
 T = TypeVar("T")
 
 LONGEST_SECONDS = 1e8  # three years; beyond some centuries, and at infinity, gRPC takes a deadline for passed
+BACKOFF_DOUBLINGS = 5
 CONNECT_SECONDS = 2.0  # the longest that a request whose connection broke waits for a new one
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
@@ -106,7 +107,7 @@ class Client:
 
     retries   most tries after the first, for calls that failed as UNAVAILABLE before any event; an answer
               under way is carried on without regard to it
-    patience  seconds that an answer under way waits, within its deadline, for a server to come back
+    patience  seconds that an answer under way waits, within its deadline, for a server that takes it up
     advice    added to the message of calls that reach no server
     """
 
@@ -159,6 +160,7 @@ class Client:
         ends = None if timeout is None else time.monotonic() + timeout
         answer = _Answer(request) if resume else None
         failures = 0  # in a row, that brought nothing
+        broke = 0.0  # time.monotonic() of the first of them
         while True:
             seen, had = False, None if answer is None else answer.mark
             try:
@@ -177,39 +179,59 @@ class Client:
                 if answer is not None and answer.finished:
                     return  # whatever became of the stream after its last event
                 failures = failures + 1 if answer is None or answer.mark == had else 1
+                if failures == 1:
+                    broke = time.monotonic()
                 begun = answer is not None and answer.accepted is not None
-                if (seen and not begun) or not await self._again(error, failures, begun=begun, ends=ends):
+                if begun:
+                    again = await self._carry_on(error, failures, taken=seen, broke=broke, ends=ends)
+                else:
+                    again = not seen and await self._retry(error, failures, ends=ends)
+                if not again:
                     raise
                 if answer is not None and begun:
                     answer.lose(error)
 
-    async def _again(
-        self, error: errors.HeadraceError, failures: int, *, begun: bool, ends: float | None
-    ) -> bool:
-        """Whether to ask again after *failures* in a row, the last being *error*; waits until it makes sense.
+    async def _retry(self, error: errors.HeadraceError, failures: int, *, ends: float | None) -> bool:
+        """Whether to ask again for an answer that has not begun; returns when it makes sense.
 
-        begun   whether it is the rest of an answer that is asked for
-
-        Free is the first try after a connection broke, for all calls that broke with it wait together for
-        one new connection, and the first after a stream that brought something. The budget pays for others.
+        The first try after a connection broke is free, for all calls that broke with it wait together for
+        one new connection. The budget pays for others.
         """
-        # By a server or something on the way: a caller that leaves raises CancelledError.
-        cancelled = isinstance(error, errors.RequestCancelled)
-        broken = cancelled or type(error) is errors.Unavailable
-        if begun:
-            may = _may_pass(error, resuming=failures > 1)
-        else:
-            may = (broken or isinstance(error, errors.Unavailable)) and failures <= self._retries
-        free = failures == 1 and (begun or broken)
-        if not may or not (free or self._budget.take()):
+        broken = _is_broken(error)
+        free = broken and failures == 1
+        if not (broken or isinstance(error, errors.Unavailable)) or failures > self._retries:
             return False
-        patience = self._patience if begun else CONNECT_SECONDS
+        if not free and not self._budget.take():
+            return False
+        return await self._wait(error, failures, pause=not free, seconds=_until(ends, CONNECT_SECONDS))
+
+    async def _carry_on(
+        self, error: errors.HeadraceError, failures: int, *, taken: bool, broke: float, ends: float | None
+    ) -> bool:
+        """Whether to ask for the rest of an answer; returns when it makes sense.
+
+        taken   whether the server had taken the request that failed
+        broke   time.monotonic() of the first failure in this row
+
+        The first try after a stream that brought something is free. So are tries that no server took: other
+        answers wait for the same server, and `patience` ends it. A try that was taken and brought nothing
+        may be what ends the servers: the budget pays for the next one.
+        """
+        if not _may_pass(error, resuming=failures > 1):
+            return False
+        if failures > 1 and taken and not self._budget.take():
+            return False
+        patience = self._patience - (time.monotonic() - broke)
+        return await self._wait(error, failures, pause=failures > 1, seconds=_until(ends, patience))
+
+    async def _wait(self, error: errors.HeadraceError, failures: int, *, pause: bool, seconds: float) -> bool:
+        """Wait for the time and the connection to ask again; false if that takes longer than *seconds*."""
         try:
-            async with asyncio.timeout(patience if ends is None else min(patience, ends - time.monotonic())):
+            async with asyncio.timeout(seconds):
                 # Whoever cancelled is still connected, and busy it seems.
-                if cancelled or not free or error.retry_after is not None:
-                    await asyncio.sleep(_backoff(failures - 1, error, ends))
-                if broken:
+                if pause or isinstance(error, errors.RequestCancelled) or error.retry_after is not None:
+                    await asyncio.sleep(_backoff(failures - 1, error))
+                if _is_broken(error):
                     await self._channel.channel_ready()
         except TimeoutError:
             return False
@@ -404,7 +426,21 @@ def _may_pass(error: errors.HeadraceError, *, resuming: bool) -> bool:
     return resuming and isinstance(error, errors.Overloaded)
 
 
-def _backoff(attempt: int, error: errors.HeadraceError, ends: float | None) -> float:
-    """Seconds until the next try: what the server asked for, else jittered doubling from 50 ms."""
-    delay = error.retry_after if error.retry_after is not None else random.uniform(0.5, 1) * 0.1 * 2**attempt
-    return delay if ends is None else max(0.0, min(delay, ends - time.monotonic()))
+def _is_broken(error: errors.HeadraceError) -> bool:
+    """Whether the connection broke, or a server or something on the way cancelled the call.
+
+    A caller that leaves raises CancelledError instead.
+    """
+    return isinstance(error, errors.RequestCancelled) or type(error) is errors.Unavailable
+
+
+def _until(ends: float | None, most: float) -> float:
+    """Seconds until the deadline *ends*, a time.monotonic(), and at most *most*."""
+    return most if ends is None else min(most, ends - time.monotonic())
+
+
+def _backoff(attempt: int, error: errors.HeadraceError) -> float:
+    """Seconds until the next try: what the server asked for, else jittered doubling from 50 ms to 3 s."""
+    if error.retry_after is not None:
+        return error.retry_after
+    return random.uniform(0.5, 1) * 0.1 * 2.0 ** min(attempt, BACKOFF_DOUBLINGS)

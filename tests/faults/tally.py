@@ -50,6 +50,7 @@ class Visit:
     first: float | None = None
     seconds: float = 0.0
     problem: str = ""
+    error: str = ""
 
     @property
     def whole(self) -> bool:
@@ -114,6 +115,7 @@ async def visit(
         seen.outcome = "hang"
     except errors.HeadraceError as error:
         seen.outcome = error.reason
+        seen.error = f"after {len(ids)} tokens: {error.reason}: {error.message}"
     seen.seconds = time.monotonic() - began
     seen.tokens = len(ids)
     whole = judge(request, seed)
@@ -222,8 +224,11 @@ class Row:
             self.twice += one.twice
             self.wrong += one.wrong
             self.hangs += one.outcome == "hang"
-            self.failed += not (one.whole or one.outcome in allowed or one.outcome == "hang")
+            failed = not (one.whole or one.outcome in allowed or one.outcome == "hang")
+            self.failed += failed
             self.outcomes[one.outcome] += 1
+            if failed:
+                self.problems.append(one.error)
             if one.problem:
                 self.problems.append(one.problem)
 
