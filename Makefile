@@ -21,7 +21,7 @@ up: $(INSTALLED) ## bring the mesh up on 127.0.0.1:50051 and keep it up until Ct
 
 test: $(INSTALLED) ## run all tests; fetches the default models for those that need real weights
 	headrace fetch
-	pytest
+	pytest -p tests.flaky
 
 faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: minutes of overload and soak)
 	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )pytest tests/faults
