@@ -6,17 +6,19 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace import errors
-from headrace.channel import is_local, join, open_channel, proxy_variable, split, target_problem
+from headrace.channel import is_local, join, open_channel, proxy_variable, reconnected, split, target_problem
 from headrace.cli.complaints import advice
 from headrace.client import Client, connect
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import collect, prompt, running_mesh
+from tests.harness import PATIENCE, collect, prompt, running_mesh
 
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 NOWHERE = "192.0.2.77:50051"  # TEST-NET-1: nobody's address
@@ -182,3 +184,47 @@ async def test_a_target_in_the_wrong_form_is_named_in_the_error() -> None:
     async with connect("::1:50051", retries=0) as client:
         with pytest.raises(errors.Unavailable, match="IPv6 address without brackets"):
             await client.list_tiers(timeout=20)
+
+
+class States:
+    """The state of a channel, set by the test."""
+
+    def __init__(self, state: grpc.ChannelConnectivity) -> None:
+        self._state = state
+        self._changed = asyncio.Event()
+
+    def become(self, state: grpc.ChannelConnectivity) -> None:
+        self._state = state
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self._state
+
+    async def wait_for_state_change(self, last: grpc.ChannelConnectivity) -> None:
+        while self._state is last:
+            await self._changed.wait()
+
+    async def channel_ready(self) -> None:
+        while self._state is not grpc.ChannelConnectivity.READY:
+            await self._changed.wait()
+
+
+async def test_a_connection_that_broke_is_not_taken_for_a_new_one() -> None:
+    states = States(grpc.ChannelConnectivity.READY)
+    waiting = asyncio.create_task(reconnected(cast(grpc.aio.Channel, states)))
+    await asyncio.sleep(0)
+    for state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+        states.become(state)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not waiting.done(), "gRPC had not noticed yet"
+
+    states.become(grpc.ChannelConnectivity.READY)
+    await waiting
+
+
+async def test_a_connection_that_was_made_meanwhile_is_used() -> None:
+    states = States(grpc.ChannelConnectivity.READY)
+    async with asyncio.timeout(PATIENCE):
+        await reconnected(cast(grpc.aio.Channel, states))

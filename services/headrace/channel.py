@@ -6,11 +6,13 @@ and the CLI. It knows nothing of the services behind a target.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import re
 import socket
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import grpc
@@ -30,6 +32,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 )
+STALE_SECONDS = 0.05  # the longest that a connection which broke is taken for the channel's
 NO_PROXY = ("grpc.enable_http_proxy", 0)
 
 # In the order in which gRPC reads them; it does not read them in capitals.
@@ -52,6 +55,20 @@ def open_channel(
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, credentials, options=options)
+
+
+async def reconnected(channel: grpc.aio.Channel) -> None:
+    """Wait for a connection, after a call whose connection broke.
+
+    The calls fail before the channel notices: for some moments it is READY with a connection that is gone,
+    and a call that is made then fails, too. READY counts only if it stays.
+    """
+    ready = grpc.ChannelConnectivity.READY
+    if channel.get_state() is ready:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STALE_SECONDS):
+                await channel.wait_for_state_change(ready)
+    await channel.channel_ready()
 
 
 def join(host: str, port: int | str) -> str:

@@ -25,7 +25,7 @@ import grpc
 from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
-from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
+from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, reconnected, target_problem
 from headrace.progress import Progress, Told, route_change
 from headrace.propagation import check_headers, inject
 from headrace.v1 import generation_pb2 as pb
@@ -226,13 +226,16 @@ class Client:
 
     async def _wait(self, error: errors.HeadraceError, failures: int, *, pause: bool, seconds: float) -> bool:
         """Wait for the time and the connection to ask again; false if that takes longer than *seconds*."""
+        # Whoever cancelled is still connected, and busy it seems.
+        pause = pause or isinstance(error, errors.RequestCancelled) or error.retry_after is not None
+        delay = _backoff(failures - 1, error) if pause else 0.0
+        if delay >= seconds:
+            return False
         try:
             async with asyncio.timeout(seconds):
-                # Whoever cancelled is still connected, and busy it seems.
-                if pause or isinstance(error, errors.RequestCancelled) or error.retry_after is not None:
-                    await asyncio.sleep(_backoff(failures - 1, error))
+                await asyncio.sleep(delay)
                 if _is_broken(error):
-                    await self._channel.channel_ready()
+                    await reconnected(self._channel)
         except TimeoutError:
             return False
         return True
