@@ -22,6 +22,7 @@ from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from headrace.worker.__main__ import Worker, worker
+from headrace.worker.credit import KNOCK
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.pace import StepPace
 from headrace.worker.settings import Settings as WorkerSettings
@@ -183,10 +184,11 @@ async def test_several_batchers_share_a_worker_and_its_waiting_list_stays_short(
             watching.cancel()
 
             assert [answer.text for answer in answers] == texts
-            # What runs, and one step's prompts (here as many again): that is the worker's capacity. Nothing
-            # comes on top: a batcher's reserve is part of it, and what one gives up is given to the other
-            # only when it has acknowledged that, behind whatever it had sent by then.
-            assert most <= 4 + 4
+            # What runs, and one step's prompts (here as many again): that is the worker's capacity. On top
+            # comes only the one sequence that a batcher may send while it is idle: a reserve is part of the
+            # capacity, and what one gives up is given to the other only when it has acknowledged that, behind
+            # whatever it had sent by then.
+            assert most <= 4 + 4 + KNOCK
             assert most > 4, "and it is used"
 
 
