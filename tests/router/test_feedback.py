@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
 from headrace import errors
 from headrace.client import Client, chat
 from headrace.router.feedback import Answered, Feedback
 from headrace.router.memory import Memory
 from headrace.router.quota import Quota
-from tests.harness import collect
+from tests.harness import collect, eventually
 from tests.router.fronts import Front, routed
 
 
@@ -108,6 +110,21 @@ async def test_a_request_has_one_outcome(tmp_path: Path, count: Callable[..., fl
     assert {(one.kept, one.tier) for one in said} == {(True, "small")}
     assert len(rows(path)) == 1
     assert count("headrace.feedback") == before + 1
+
+
+async def test_a_second_outcome_is_no_error_of_the_server(
+    tmp_path: Path, spans: InMemorySpanExporter
+) -> None:
+    async with routed({"feedback": tmp_path / "feedback.jsonl"}, small=Front(), large=Front()) as client:
+        await ask(client, "Hello!")
+        await client.feedback("q1", ok=True)
+        with pytest.raises(errors.AlreadyRated):
+            await client.feedback("q1", ok=False)
+        served = "headrace.v1.RoutingService/Feedback"
+        await eventually(lambda: [span.name for span in spans.get_finished_spans()].count(served) == 2)
+
+    refused = [s for s in spans.get_finished_spans() if (s.attributes or {}).get("error.type")]
+    assert [(span.name, span.status.status_code) for span in refused] == [(served, StatusCode.UNSET)]
 
 
 async def test_outcomes_that_come_at_once_are_one(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from headrace.router.thresholds import Thresholds
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, Answer, collect
 from tests.router.fronts import Front, routed
-from tests.router.test_cascade import GOOD, SAMPLED, Speaker
-from tests.router.test_memory import calibrated, until_threshold
+from tests.router.test_cascade import BAD, CASCADE, GOOD, QUESTION, SAMPLED, SUM, Speaker
+from tests.router.test_memory import calibrated, threshold_of, until_threshold
 
 SECRET = "Calculate --3 + 5, and keep it secret"
 
@@ -107,6 +107,25 @@ async def test_a_prompt_that_cannot_be_scored_has_no_score(monkeypatch: pytest.M
     answer = await answered_without(monkeypatch, LearnedScorer, "score")
 
     assert not answer.accepted.HasField("score")
+
+
+async def test_requests_without_a_score_do_not_move_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no score")
+
+    settings = {**CASCADE, "share": "0.3", "thresholds": ""}
+    small = Speaker(text=GOOD)
+    async with routed(settings, small=small, large=Speaker()) as client:
+        for text in ("Hello!", QUESTION, SUM, "Prove that the square root of 2 is irrational."):
+            await collect(client, chat(text))
+        before = await threshold_of(client)
+        small.text = BAD
+        with monkeypatch.context() as patched:
+            patched.setattr(LearnedScorer, "score", broken)
+            answers = [await collect(client, chat(QUESTION)) for _ in range(8)]
+
+        assert {answer.accepted.tier for answer in answers} == {"large"}, "their drafts were given up"
+        assert await threshold_of(client) == before
 
 
 @pytest.mark.parametrize("prompt", ["Calculate --3 + 5", "What is -$-5 plus 2?", "How many are - 5?"])

@@ -56,6 +56,11 @@ class Asked:
     resumes: bool = False
     scored: bool = True
 
+    @property
+    def counts(self) -> bool:
+        """Whether the score alone decides: the shares of the tiers are kept by such requests."""
+        return self.hints.free and self.scored and not self.resumes
+
 
 class Chooser:
     """Chooses tiers for requests, and learns from how they went."""
@@ -135,13 +140,13 @@ class Chooser:
         return decide(asked.score, asked.hints, views, floor=floor, slack=slack, exclude=[*below, *failed])
 
     def note(self, asked: Asked, decision: Decision) -> None:
-        """Book the first decision about a request, if the score alone made it."""
-        if asked.hints.free and asked.scored and not asked.resumes:
+        """Book the first decision about a request, if it counts."""
+        if asked.counts:
             self._thresholds.note(asked.score, decision.wanted)
 
     def note_escalation(self, asked: Asked, before: str, after: str) -> None:
-        """Book that a draft of the tier *before* was given up for *after*."""
-        if asked.hints.free:
+        """Book that a draft of the tier *before* was given up for *after*, if the request counts."""
+        if asked.counts:
             places = [tier.name for tier in self._tiers.tiers]
             self._thresholds.escalated(places.index(before), places.index(after))
 

@@ -204,8 +204,6 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
     async def _translated(self, method: str, context: Any, call: Callable[[], Awaitable[Any]]) -> Any:
         try:
             return await call()
-        except grpc.aio.AbortError:
-            raise
         except Exception as error:
             if (end := _end_of_call(error)) is not None:
                 raise end from None
@@ -274,6 +272,7 @@ _CALLERS_FAULT = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.ALREADY_EXISTS,
         grpc.StatusCode.UNAUTHENTICATED,
         grpc.StatusCode.PERMISSION_DENIED,
         grpc.StatusCode.CANCELLED,
