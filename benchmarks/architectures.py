@@ -68,14 +68,14 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("state_size", "mamba_d_state", "conv_kernel", "mamba_d_conv"), 4),
     "sliding_window": 24,
     "initializer_range": 0.2,  # large, so that attention has a say in the logits
-    **dict.fromkeys(("bos_token_id",), 1),
-    **dict.fromkeys(("eos_token_id",), 2),
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "pad_token_id": 0,
 }
 # Set also where a config has None.
 _OPTIONAL = ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim")
 
-# What some configs need beside or instead; None leaves the default.
+# What some configs need beside or instead.
 _OWN: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": 4, "new_decoder_architecture": False, "multi_query": False},
     "gemma2": {"query_pre_attn_scalar": 16},
@@ -136,7 +136,7 @@ def _shrunk(default: Mapping[str, Any], aliases: Mapping[str, str], own: Mapping
             small[name] = {**kept, **_shrunk(value, {}, {})}
         elif name in sizes and (_is_number(value) or (value is None and name in _OPTIONAL)):
             small[name] = sizes[name]
-    return small | {name: value for name, value in own.items() if value is not None}
+    return {**small, **own}
 
 
 def _is_per_layer(name: str, value: object, layers: object) -> bool:

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 MOST = 2  # flaky tests that a run may have
-WORTH = 6  # with more failures than this, chance is no explanation
+MOST_AGAIN = 6  # with more failures than this, none is run again: they do not come from chance
 
 
 class Reruns:
@@ -31,7 +31,7 @@ class Reruns:
     @pytest.hookimpl(tryfirst=True)  # before the terminal prints its summary
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Run the failed ones again; fixtures of the whole run have ended by now."""
-        if exitstatus != pytest.ExitCode.TESTS_FAILED or not 0 < len(self.failed) <= WORTH:
+        if exitstatus != pytest.ExitCode.TESTS_FAILED or not 0 < len(self.failed) <= MOST_AGAIN:
             return
         for name in self.failed:
             print(f"\nonce more, alone: {name}", flush=True)
@@ -46,7 +46,7 @@ class Reruns:
         for name in self.flaky:
             terminalreporter.write_line(f"FLAKY {name}: failed, and passed when it ran alone", yellow=True)
         if len(self.flaky) > MOST:
-            terminalreporter.write_line(f"{len(self.flaky)} flaky tests: {MOST} may be", red=True)
+            terminalreporter.write_line(f"more than {MOST} flaky tests fail the run", red=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -34,7 +34,7 @@ from headrace.v1 import generation_service_pb2_grpc, routing_service_pb2, routin
 T = TypeVar("T")
 
 LONGEST_SECONDS = 1e8  # three years; beyond some centuries, and at infinity, gRPC takes a deadline for passed
-BACKOFF_DOUBLINGS = 5
+BACKOFF_DOUBLINGS = 5  # of the delay before the next try, from 50 to 100 ms
 CONNECT_SECONDS = 2.0  # the longest that a request whose connection broke waits for a new one
 
 _GENERATE = "headrace.v1.GenerationService/Generate"

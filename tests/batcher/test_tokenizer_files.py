@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headrace.batcher.tokens import load_tokenizer
 from headrace.models import ModelUnavailable, tokenizer_fingerprint
 from tests.batcher.test_tokens import spoken
-from tests.batcher.tiny_tokenizers import TEXT, byte_level, saved
+from tests.batcher.tiny_tokenizers import byte_level, saved
 from tests.harness import PATIENCE
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4\n"
@@ -29,18 +27,8 @@ SENTENCES = [f"the sky is blue and the sea is green, hello world {number}" for n
 
 def merges_folder(folder: Path, **config: Any) -> Path:
     """A folder with vocab.json and merges.txt, as GPT-2 has."""
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    fast.train_from_iterator(TEXT, trainer)
     folder.mkdir(parents=True)
-    fast.model.save(str(folder))
+    byte_level(["<|endoftext|>"]).model.save(str(folder))
     for name, content in config.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder

@@ -366,7 +366,7 @@ async def test_a_draft_that_is_judged_before_its_end_is_compared_with_its_sample
             answer = await collect(client, chat("How many are there?"))
 
     assert len(small.requests) == 2
-    assert compared[0] in (("There are 41. ",), (sample,))
+    assert compared[0] == (sample,)
     assert answer.finish.usage.wasted_tokens >= words_of(sample)
 
 

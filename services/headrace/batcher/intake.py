@@ -126,8 +126,10 @@ class Intake:
         check_request(request)
         limits = self._limits()
         limits.check(request)
-        size, routing = request.ByteSize(), request.routing
-        if request.HasField("prompt") and size >= limits.context_length:
+        size, routing, bound = request.ByteSize(), request.routing, self._bound
+        # The bytes of a shorter prompt prove nothing, so the event loop does not go over them.
+        most = bound.longest * (limits.context_length - 1) if bound is not None else size
+        if request.HasField("prompt") and size > most:
             self._check_fewest(request.prompt, limits)
         entry = Entry(
             partial(self._encode, request, size, limits),

@@ -365,7 +365,6 @@ class WorkerLink:
         if ids:
             vocabulary = self.model.vocabulary_size if self.model is not None else 0
             check_tokens(flight, ids, logprobs, vocabulary=vocabulary)
-        if ids:
             self.rate.add(now, len(ids))
         if delta.HasField("cached_tokens"):
             self._sink.prefilled(self, flight.job, delta.cached_tokens)

@@ -155,12 +155,8 @@ def how_it_ended(code: int) -> str:
 
 def tail(log: Path, lines: int = 12) -> list[str]:
     """Return the last *lines* of a log, made readable."""
-    with suppress(OSError), log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        text = file.read().decode(errors="replace")
-        shown = [part for line in text.splitlines() if line.strip() for part in readable(line).splitlines()]
-        return shown[-lines:]
-    return []
+    shown = [part for line in _last_lines(log) if line.strip() for part in readable(line).splitlines()]
+    return shown[-lines:]
 
 
 def readable(line: str) -> str:
@@ -191,14 +187,12 @@ _USUAL = {
 
 def reason_of(log: Path) -> str:
     """Return why the process ended, as it logged last: a critical message without a traceback; else empty."""
-    with suppress(OSError), log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        for line in reversed(file.read().decode(errors="replace").splitlines()):
-            record = _record(line)
-            if record and record.get("level") == "CRITICAL" and "exc_info" not in record:
-                return str(record["message"])
-            if line.strip() and record is None:  # a traceback, say, which came after
-                return ""
+    for line in reversed(_last_lines(log)):
+        record = _record(line)
+        if record and record.get("level") == "CRITICAL" and "exc_info" not in record:
+            return str(record["message"])
+        if line.strip() and record is None:  # a traceback, say, which came after
+            return ""
     return ""
 
 
@@ -212,13 +206,19 @@ def notices_of(log: Path) -> list[str]:
 
 def stage_of(log: Path) -> str:
     """Return the stage that the process last logged as loading; empty if it logged none."""
+    for line in reversed(_last_lines(log)):
+        record = _record(line)
+        if record and record["message"] == "loading":
+            return str(record.get("stage", ""))
+    return ""
+
+
+def _last_lines(log: Path) -> list[str]:
+    """The lines at the end of a log; none if it cannot be read."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        for line in reversed(file.read().decode(errors="replace").splitlines()):
-            record = _record(line)
-            if record and record["message"] == "loading":
-                return str(record.get("stage", ""))
-    return ""
+        return file.read().decode(errors="replace").splitlines()
+    return []
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -205,8 +205,8 @@ async def _sampling(
 
     async def samples() -> Sequence[str]:
         await asyncio.wait([drawing], timeout=sampler.seconds)
-        # A draft that is judged before its end is compared with as much of the sample: whole sentences.
-        return (sample.to_judge()[0],) if sample.finish is not None and sample.text else ()
+        # One that ends at the length of a draft counts, too: there is as much of both.
+        return (sample.text,) if sample.finish is not None and sample.text else ()
 
     try:
         yield samples

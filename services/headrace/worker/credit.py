@@ -2,8 +2,9 @@
 
 A worker wants just enough waiting to fill the next steps: what waits here cannot be reordered, shed or
 given to another worker any more. So there is credit for what runs and for about one step's prompts more, and
-all batchers together never have more than that: what one of them was promised is given to another only
-once it has acknowledged that it is no longer its own. Plain functions.
+all batchers together never have more than that, but for the one sequence that each idle batcher may send:
+what one of them was promised is given to another only once it has acknowledged that it is no longer its own.
+Plain functions.
 """
 
 from __future__ import annotations

@@ -60,7 +60,6 @@ class DecoderWeights:
     def __init__(self, network: Any, kind: Kind, *, positions: int) -> None:
         config, model = network.config, network.model
         self.kind = kind
-        self.positions = positions
         self.vocabulary_size = int(network.lm_head.weight.shape[0])
         self._owned: list[torch.Tensor] = []  # what the records' addresses point into
         self.layers: Record = np.concatenate([self._layer(layer) for layer in model.layers])
@@ -198,7 +197,7 @@ class Decoder:
         Raises IndexError for a token, a position or a block that there is not, and `team.KernelFault`.
         """
         _check("token", flat.ids, int(self._step["vocabulary"][0]))
-        _check("position", flat.positions, self._weights.positions)
+        _check("position", flat.positions, int(self._step["positions"][0]))
         _check("block", flat.tables, self._memory.blocks)
         self._make_room(flat.tokens)
         ragged = Ragged(flat.starts, flat.stops - flat.starts, flat.tables)

@@ -43,9 +43,9 @@ def config_from(metadata: Metadata) -> Any:
     metadata.allow("attention.clamp_kqv", 0.0)
     metadata.allow("use_parallel_residual", *((True, False) if kind == "gpt2" else (False,)))
     metadata.allow("tensor_data_layout", "Meta AI original pth", "")
-    metadata.refuse_unread()
     vocabulary = metadata.tensors["token_embd.weight"][0]
-    named = metadata.values.get(f"{metadata.architecture}.vocab_size", vocabulary)
+    named = metadata.get("vocab_size", vocabulary)
+    metadata.refuse_unread()
     if named != vocabulary:
         raise LoadingError(f"its metadata has a vocabulary of {named}, its embedding one of {vocabulary}")
     ids = {
@@ -85,7 +85,6 @@ def _decoder(metadata: Metadata, *, epsilon: str = "rms_norm_eps") -> dict[str, 
     """Read what all decoders have."""
     heads = metadata.count("attention.head_count")
     hidden = metadata.count("embedding_length")
-    metadata.get("vocab_size", 0)  # see `config_from`
     if hidden % heads and metadata.get("attention.key_length", None) is None:
         raise LoadingError(f"its embedding length {hidden} is not a multiple of its {heads} heads")
     width = metadata.count("attention.key_length", hidden // heads)
@@ -113,8 +112,8 @@ def _with_rotation(metadata: Metadata, values: dict[str, Any], *, theta: float =
     return values | {"rope_parameters": rope}
 
 
-def _whole_rotation(metadata: Metadata, values: dict[str, Any]) -> dict[str, Any]:
-    values = _with_rotation(metadata, values)
+def _whole_rotation(metadata: Metadata, values: dict[str, Any], *, theta: float = 10_000.0) -> dict[str, Any]:
+    values = _with_rotation(metadata, values, theta=theta)
     if "partial_rotary_factor" in values["rope_parameters"]:
         raise UnsupportedModel(f"{metadata.architecture}.rope.dimension_count is not the width of a head")
     return values
@@ -195,12 +194,10 @@ def _gemma2(metadata: Metadata) -> tuple[str, dict[str, Any]]:
 
 
 def _gemma3(metadata: Metadata) -> tuple[str, dict[str, Any]]:
-    values = _with_rotation(
+    values = _whole_rotation(
         metadata, _gemma(metadata, _GEMMA3_LARGEST_LAYERS, caps=(0.0, 0.0)), theta=1_000_000.0
     )
     whole = values["rope_parameters"]
-    if "partial_rotary_factor" in whole:
-        raise UnsupportedModel("gemma3.rope.dimension_count is not the width of a head")
     local = {"rope_type": "default", "rope_theta": float(metadata.get("rope.freq_base_swa", 10_000.0))}
     return "gemma3_text", values | {
         "layer_types": _layer_types(metadata, values["num_hidden_layers"], 6),
@@ -235,7 +232,6 @@ def _starcoder2(metadata: Metadata) -> tuple[str, dict[str, Any]]:
 
 
 def _gpt2(metadata: Metadata) -> tuple[str, dict[str, Any]]:
-    metadata.get("vocab_size", 0)
     return "gpt2", {
         "n_positions": metadata.count("context_length"),
         "n_layer": metadata.count("block_count"),

@@ -24,12 +24,10 @@ def read_rotation(metadata: Metadata, rotated: int, context: int, *, theta: floa
     """
     base = float(metadata.get("rope.freq_base", theta))
     factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0.0))) or 1.0
-    metadata.get("rope.scale_linear", 0.0)
     original = int(metadata.get("rope.scaling.original_context_length", 0)) or None
     amplify = float(
         metadata.get("rope.scaling.attn_factor", metadata.get("rope.scaling.yarn_attn_factor", 1.0))
     )
-    metadata.get("rope.scaling.yarn_attn_factor", 1.0)
     metadata.get("rope.scaling.finetuned", False)  # says how the model was trained, and changes nothing
     metadata.allow("rope.scaling.alpha", 0.0)
     metadata.allow("rope.scaling.yarn_log_multiplier", 0.0)
