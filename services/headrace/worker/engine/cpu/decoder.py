@@ -7,6 +7,7 @@ start, by `selfcheck`.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from headrace.worker.engine.cpu.kernels.paging import PagedMemory, Ragged
 from headrace.worker.engine.flat_step import FlatStep
 
 Record = npt.NDArray[Any]
+
+_GROUP_WORDS = PANEL // 2 + GROUP // 4 * PANEL  # of 4 bytes, in a panel of int8: sums and weights
+_CHUNK_ELEMENTS = 1 << 18  # weights that are laid out together
 
 # Networks that are Llama's but for biases, norms of queries and keys, and the numbers in their configs.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -79,6 +83,13 @@ class DecoderWeights:
         step["head"] = self._matrix([network.lm_head])
         step["cosines"], step["sines"] = self._rotation(model.rotary_emb, positions)
 
+    def first_layer(self) -> DecoderWeights:
+        """Return the same model cut off after its first layer; the weights are shared."""
+        cut = copy.copy(self)
+        cut.layers, cut.step = self.layers[:1], self.step.copy()
+        cut.step["layers"] = 1
+        return cut
+
     def _layer(self, layer: Any) -> Record:
         attend, feed = layer.self_attn, layer.mlp
         made: Record = np.zeros(1, forward.DECODER_LAYER)
@@ -94,7 +105,8 @@ class DecoderWeights:
         return made
 
     def _matrix(self, layers: list[Any]) -> Record:
-        weights = torch.cat([layer.weight.detach().float() for layer in layers])
+        parts = [layer.weight.detach().float() for layer in layers]
+        weights = torch.cat(parts) if len(parts) > 1 else parts[0]
         biases = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
         return lay_out(weights, torch.cat([bias.detach().float() for bias in biases]), self.kind, self._owned)
 
@@ -126,31 +138,54 @@ def lay_out(
     owned     gets what the record's addresses point into
     """
     outputs, inputs = weights.shape
-    weights = torch.nn.functional.pad(weights, (0, 0, 0, -outputs % PANEL))
+    rows = -(-outputs // PANEL) * PANEL
+    words = inputs * ELEMENT_BYTES[kind] // 4
     made: Record = np.zeros(1, MATRIX)
-    offsets = torch.zeros(len(weights))
+    offsets, scales = torch.zeros(rows), torch.zeros(rows)
     if bias is not None:
         offsets[:outputs] = bias
     owned.append(offsets)
     made["bias"] = offsets.data_ptr()
     if kind is Kind.INT8:
-        scales = weights.abs().amax(dim=1).clamp(min=1e-30) / 127
         owned.append(scales)
         made["scales"] = scales.data_ptr()
-        stored = (weights / scales[:, None]).round().to(torch.int8)
+        panels = torch.empty(rows // PANEL, inputs // GROUP, _GROUP_WORDS, dtype=torch.int32)
     else:
-        stored = weights.to(torch.bfloat16 if kind is Kind.BFLOAT16 else torch.float32)
-    each = 4 // ELEMENT_BYTES[kind]  # elements in a word
-    panels = stored.view(-1, 2, 16, inputs // each, each).permute(0, 3, 1, 2, 4).contiguous()
-    if kind is Kind.INT8:
-        groups = inputs // GROUP
-        sums = stored.view(-1, PANEL, groups, GROUP).sum(dim=3, dtype=torch.int16).transpose(1, 2)
-        sums = sums.contiguous().view(torch.int8)
-        panels = torch.cat([sums, panels.view(len(sums), groups, -1)], dim=2)
+        panels = torch.empty(rows // PANEL, words, PANEL, dtype=torch.int32)
     owned.append(panels)
     made["panels"] = panels.data_ptr()
-    made["count"], made["words"] = len(weights) // PANEL, inputs // each
+    made["count"], made["words"] = rows // PANEL, words
+    # A few rows at a time: what is made on the way stays in the CPU's cache, and its memory is used again.
+    # The whole matrix at once takes twice the time, half of it in the system, which zeroes new memory.
+    step = max(_CHUNK_ELEMENTS // inputs // PANEL, 1) * PANEL
+    for begin in range(0, rows, step):
+        chunk = weights[begin : begin + step]
+        if len(chunk) % PANEL:
+            chunk = torch.nn.functional.pad(chunk, (0, 0, 0, -len(chunk) % PANEL))
+        here = panels[begin // PANEL : (begin + len(chunk)) // PANEL]
+        if kind is Kind.INT8:
+            scales[begin : begin + len(chunk)] = _quantise(chunk, here)
+        else:
+            stored = chunk.to(torch.bfloat16 if kind is Kind.BFLOAT16 else torch.float32)
+            here.copy_(stored.view(torch.int32).view(-1, PANEL, words).transpose(1, 2))
     return made
+
+
+def _quantise(weights: torch.Tensor, panels: torch.Tensor) -> torch.Tensor:
+    """Write int8 panels, see `kernels.matmul`, and return the scales of their rows.
+
+    weights   [out, in] float32, whole panels
+    panels    [out / 32, groups, words] int32
+    """
+    groups = weights.shape[1] // GROUP
+    scales = weights.abs().amax(dim=1).clamp_(min=1e-30) / 127
+    rounded = (weights / scales[:, None]).round_()
+    # Sums of whole numbers, far below 2^24: exact in float32.
+    sums = rounded.view(-1, PANEL, groups, GROUP).sum(dim=3).transpose(1, 2)
+    panels.view(torch.int16)[..., :PANEL] = sums
+    stored = rounded.to(torch.int8).view(torch.int32).view(-1, PANEL, groups, GROUP // 4)
+    panels[..., PANEL // 2 :].unflatten(2, (GROUP // 4, PANEL)).copy_(stored.permute(0, 2, 3, 1))
+    return scales
 
 
 class Decoder:

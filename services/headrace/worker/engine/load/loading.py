@@ -265,9 +265,13 @@ def _check(parts: _Parts, model: ModelInfo, context: int) -> bool:
 
 def _size_memory(parts: _Parts, model: ModelInfo, *, step_tokens: int, asked: float | None) -> int:
     """Run the largest step there may be, and return how many blocks fit beside it."""
-    place = torch.device(model.device)
+    place, block_bytes = torch.device(model.device), parts.kind.block_bytes(parts.layers)
     # Its rows live in two blocks, so it needs no more; see `kv_sizing.largest_step`.
     two = dataclasses.replace(model, kv_blocks=2, context_length=2 * model.block_tokens)
+    if isinstance(parts.weights, DecoderWeights):
+        # All layers of a decoder compute in the same memory, one after another: one shows the peak of all.
+        first = {index: parts.layers[index] for index in list(parts.layers)[:1]}
+        parts = dataclasses.replace(parts, layers=first, weights=parts.weights.first_layer())
     engine = TorchEngine(parts.assemble(two, graphs=False), two)
     rows = kv_sizing.largest_step(
         step_tokens=step_tokens,
@@ -282,7 +286,7 @@ def _size_memory(parts: _Parts, model: ModelInfo, *, step_tokens: int, asked: fl
         # Graphs keep a pool of their own, which takes no more than the step of most rows.
         peak=2 * peak if place.type == "cuda" else peak,
         share=kv_sizing.SHARES[place.type],
-        block=parts.kind.block_bytes(parts.layers),
+        block=block_bytes,
         fewest=sequence,
         most=sequence * model.max_running,
         asked=None if asked is None else int(asked * 2**30),
