@@ -8,6 +8,7 @@ start, by `selfcheck`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -105,8 +106,7 @@ class DecoderWeights:
         return made
 
     def _matrix(self, layers: list[Any]) -> Record:
-        parts = [layer.weight.detach().float() for layer in layers]
-        weights = torch.cat(parts) if len(parts) > 1 else parts[0]
+        weights = [layer.weight.detach() for layer in layers]
         biases = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
         return lay_out(weights, torch.cat([bias.detach().float() for bias in biases]), self.kind, self._owned)
 
@@ -129,15 +129,15 @@ class DecoderWeights:
 
 
 def lay_out(
-    weights: torch.Tensor, bias: torch.Tensor | None, kind: Kind, owned: list[torch.Tensor]
+    weights: Sequence[torch.Tensor], bias: torch.Tensor | None, kind: Kind, owned: list[torch.Tensor]
 ) -> Record:
     """Lay a matrix out as `kernels.matmul` reads it; returns a MATRIX record.
 
-    weights   [out, in] float32; in is a multiple of 4, of 64 for int8
+    weights   one or several [out, in], stacked; in is a multiple of 4, of 64 for int8
     bias      [out] float32
     owned     gets what the record's addresses point into
     """
-    outputs, inputs = weights.shape
+    outputs, inputs = sum(map(len, weights)), weights[0].shape[1]
     rows = -(-outputs // PANEL) * PANEL
     words = inputs * ELEMENT_BYTES[kind] // 4
     made: Record = np.zeros(1, MATRIX)
@@ -155,37 +155,58 @@ def lay_out(
     owned.append(panels)
     made["panels"] = panels.data_ptr()
     made["count"], made["words"] = rows // PANEL, words
-    # A few rows at a time: what is made on the way stays in the CPU's cache, and its memory is used again.
-    # The whole matrix at once takes twice the time, half of it in the system, which zeroes new memory.
-    step = max(_CHUNK_ELEMENTS // inputs // PANEL, 1) * PANEL
+    # A few rows at a time, through buffers that stay in the CPU's cache. The whole matrix at once takes three
+    # times as long, most of it in the system, which zeroes new memory.
+    step = min(max(_CHUNK_ELEMENTS // inputs // PANEL, 1) * PANEL, rows)
+    quantise = _Quantiser(step, inputs) if kind is Kind.INT8 else None
     for begin in range(0, rows, step):
-        chunk = weights[begin : begin + step]
+        chunk = _stacked(weights, begin, begin + step)
         if len(chunk) % PANEL:
             chunk = torch.nn.functional.pad(chunk, (0, 0, 0, -len(chunk) % PANEL))
         here = panels[begin // PANEL : (begin + len(chunk)) // PANEL]
-        if kind is Kind.INT8:
-            scales[begin : begin + len(chunk)] = _quantise(chunk, here)
+        if quantise is not None:
+            quantise(chunk, scales[begin : begin + len(chunk)], here)
         else:
             stored = chunk.to(torch.bfloat16 if kind is Kind.BFLOAT16 else torch.float32)
             here.copy_(stored.view(torch.int32).view(-1, PANEL, words).transpose(1, 2))
     return made
 
 
-def _quantise(weights: torch.Tensor, panels: torch.Tensor) -> torch.Tensor:
-    """Write int8 panels, see `kernels.matmul`, and return the scales of their rows.
+def _stacked(parts: Sequence[torch.Tensor], begin: int, end: int) -> torch.Tensor:
+    """Return rows *begin* to *end* of matrices on top of each other, in float32."""
+    rows, first = [], 0
+    for part in parts:
+        own = part[max(begin - first, 0) : max(end - first, 0)]
+        if len(own):
+            rows.append(own.float())
+        first += len(part)
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    weights   [out, in] float32, whole panels
-    panels    [out / 32, groups, words] int32
-    """
-    groups = weights.shape[1] // GROUP
-    scales = weights.abs().amax(dim=1).clamp_(min=1e-30) / 127
-    rounded = (weights / scales[:, None]).round_()
-    # Sums of whole numbers, far below 2^24: exact in float32.
-    sums = rounded.view(-1, PANEL, groups, GROUP).sum(dim=3).transpose(1, 2)
-    panels.view(torch.int16)[..., :PANEL] = sums
-    stored = rounded.to(torch.int8).view(torch.int32).view(-1, PANEL, groups, GROUP // 4)
-    panels[..., PANEL // 2 :].unflatten(2, (GROUP // 4, PANEL)).copy_(stored.permute(0, 2, 3, 1))
-    return scales
+
+class _Quantiser:
+    """Writes panels of int8, see `kernels.matmul`, of up to *rows* rows of *inputs* weights at a time."""
+
+    def __init__(self, rows: int, inputs: int) -> None:
+        self._floats = torch.empty(rows, inputs)
+        self._bytes = torch.empty(rows, inputs, dtype=torch.int8)
+
+    def __call__(self, weights: torch.Tensor, scales: torch.Tensor, panels: torch.Tensor) -> None:
+        """Quantise whole panels.
+
+        weights   [out, in] float32
+        scales    [out] float32, written
+        panels    [out / 32, groups, words] int32, written
+        """
+        floats, stored = self._floats[: len(weights)], self._bytes[: len(weights)]
+        groups = weights.shape[1] // GROUP
+        scales.copy_(torch.abs(weights, out=floats).amax(dim=1).clamp_(min=1e-30) / 127)
+        torch.div(weights, scales[:, None], out=floats).round_()
+        # Sums of whole numbers far below 2^24: exact in float32.
+        sums = floats.view(-1, PANEL, groups, GROUP).sum(dim=3).transpose(1, 2)
+        panels.view(torch.int16)[..., :PANEL] = sums
+        stored.copy_(floats)
+        words = stored.view(torch.int32).view(-1, PANEL, groups, GROUP // 4).permute(0, 2, 3, 1)
+        panels[..., PANEL // 2 :].unflatten(2, (GROUP // 4, PANEL)).copy_(words)
 
 
 class Decoder:

@@ -52,7 +52,7 @@ def product(
 ) -> torch.Tensor:
     """x @ weights.T + bias as the kernels compute it, added to *out* where there is one."""
     owned: list[torch.Tensor] = []
-    matrix: npt.NDArray[Any] = lay_out(weights, bias, kind, owned)
+    matrix: npt.NDArray[Any] = lay_out([weights], bias, kind, owned)
     rows, inputs = x.shape
     packed = torch.zeros(rows * inputs * ELEMENT_BYTES[kind], dtype=torch.uint8)
     scales = torch.zeros(rows, inputs // GROUP + 1)
