@@ -259,7 +259,11 @@ def _check(parts: _Parts, model: ModelInfo, context: int) -> bool:
     )
     place, memory = torch.device(model.device), parts.precision.memory
     with _refusing(parts.network):
-        exact = selfcheck.check(TorchEngine(parts.assemble(probe), probe), parts.network)
+        exact = selfcheck.check(
+            TorchEngine(parts.assemble(probe), probe),
+            parts.network,
+            beside=isinstance(parts.weights, DecoderWeights),
+        )
         return selfcheck.check_attention(parts.kind, parts.layers, place, memory) and exact
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,24 +60,35 @@ def _lengths(context: int) -> tuple[int, ...]:
     return tuple(max(length * context // CONTEXT, 1) for length in _LENGTHS)
 
 
-def check(engine: TorchEngine, network: Any) -> bool:
+def check(engine: TorchEngine, network: Any, *, beside: bool = False) -> bool:
     """Compare the engine with the model's own forward pass, and with itself.
 
     engine    a fresh engine of `blocks_needed` blocks, for SEQUENCES sequences of SHORTEST to CONTEXT tokens
     network   its model, whose attention is switched to transformers' own for some passes
+    beside    the engine does not use the network, so the network may compute on a thread of its own meanwhile
 
     Returns whether sequences come out bitwise the same alone, in a batch and resumed. Raises
     UnsupportedModel when the engine's logits are not the model's.
     """
     lengths = _lengths(engine.model.context_length)
     prompts = _prompts(engine.model.vocabulary_size, lengths)
-    prompt = lengths[0]
-    alone = _run(engine, prompts[:1], chunk=prompt)[0]
-    _compare(alone, network, engine.model.dtype, "alone")
-    batched = _run(engine, prompts, chunk=50)
-    _compare(batched[2], network, engine.model.dtype, "in a batch")
+    prompt, dtype = lengths[0], engine.model.dtype
     half = prompt + ANSWER // 2
-    resumed = _run(engine, [alone.ids[:half]], chunk=half, prompt=prompt, first=1)[0]
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        compared: list[Future[None]] = []
+
+        def compare(transcript: Transcript, how: str) -> None:
+            compared.append(thread.submit(_compare, transcript, network, dtype, how))
+            if not beside:
+                compared[-1].result()
+
+        alone = _run(engine, prompts[:1], chunk=prompt)[0]
+        compare(alone, "alone")
+        batched = _run(engine, prompts, chunk=50)
+        compare(batched[2], "in a batch")
+        resumed = _run(engine, [alone.ids[:half]], chunk=half, prompt=prompt, first=1)[0]
+        for comparison in compared:
+            comparison.result()
     return (
         alone.ids == batched[0].ids == resumed.ids
         and torch.equal(alone.logits, batched[0].logits)
