@@ -161,7 +161,9 @@ def test_an_engine_that_computes_something_else_does_not_start(
 
     monkeypatch.setattr("headrace.worker.engine.cpu.kernel_attention.KernelAttention", Wrong)
 
-    with pytest.raises(UnsupportedModel, match=r"differs from transformers: its logits have a relative error of"):
+    with pytest.raises(
+        UnsupportedModel, match=r"differs from transformers: its logits have a relative error of"
+    ):
         load(tiny_folder("gemma3"), tmp_path)
 
 

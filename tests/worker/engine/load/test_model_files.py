@@ -264,8 +264,14 @@ def with_weights(folder: Path, **more: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("model.layers.0.self_attn.q_proj.weight_scale", "it is quantised, but config.json has no quantization_config"),
-        ("model.layers.0.self_attn.q_proj.qweight", "it is quantised, but config.json has no quantization_config"),
+        (
+            "model.layers.0.self_attn.q_proj.weight_scale",
+            "it is quantised, but config.json has no quantization_config",
+        ),
+        (
+            "model.layers.0.self_attn.q_proj.qweight",
+            "it is quantised, but config.json has no quantization_config",
+        ),
         ("model.layers.0.mlp.up_proj.g_idx", "it is quantised, but config.json has no quantization_config"),
         ("model.layers.0.self_attn.q_proj.bias", "without them its answers would be wrong"),
         ("model.layers.1.mlp.down_proj.bias", "without them its answers would be wrong"),

@@ -346,7 +346,8 @@ def test_an_architecture_that_is_not_read_is_refused_with_those_that_are(tmp_pat
     path = write_gguf(tmp_path / "model.gguf", llama(), "falcon", tokens=())
 
     with pytest.raises(
-        UnsupportedModel, match=r"its architecture 'falcon' is not supported; supported in gguf files are llama, "
+        UnsupportedModel,
+        match=r"its architecture 'falcon' is not supported; supported in gguf files are llama, ",
     ):
         unpacked(path, tmp_path)
 
