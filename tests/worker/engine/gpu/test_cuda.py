@@ -9,12 +9,12 @@ import torch
 
 from headrace.worker.engine import attention_kinds
 from headrace.worker.engine.flat_step import flatten
-from headrace.worker.engine.forward import VarlenForward
 from headrace.worker.engine.gpu import cuda
+from headrace.worker.engine.gpu.varlen_forward import VarlenForward
 from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
 from headrace.worker.engine.kv_memory import LayerShape
-from headrace.worker.engine.load import kv_sizing
-from headrace.worker.engine.load import self_check as selfcheck
+from headrace.worker.engine.load import self_check
+from headrace.worker.engine.load.free_memory import free_bytes, peak_bytes
 from headrace.worker.engine.transformers_attention import LayerAttention, Masking
 from tests.worker.engine.test_torch_engine import (
     GREEDY,
@@ -50,10 +50,10 @@ ON_CUDA: dict[str, Any] = {"device": "cuda:0", "dtype": "bfloat16"}
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_flash_attention_over_blocks_is_attention(layer: LayerAttention, dtype: torch.dtype) -> None:
     """Long sequences in scattered blocks, chunks and decodes."""
-    assert cuda.flash_refusal(DEVICE, dtype, layer.shape.key_dim, layer.shape.value_dim) is None
+    assert cuda.flash_unsupported_reason(DEVICE, dtype, layer.shape.key_dim, layer.shape.value_dim) is None
 
     # Raises where it is off; whether it is bitwise the same in any batch is for the device to say.
-    selfcheck.check_attention(attention_kinds.flash(DEVICE, dtype), {0: layer}, DEVICE, dtype)
+    self_check.check_attention(attention_kinds.flash(DEVICE, dtype), {0: layer}, DEVICE, dtype)
 
 
 def test_what_is_left_in_blocks_does_no_harm() -> None:
@@ -197,10 +197,10 @@ def test_memory_is_measured_on_the_device() -> None:
     def run() -> None:
         torch.ones(64 << 20, dtype=torch.uint8, device=DEVICE)
 
-    before = kv_sizing.free_bytes(DEVICE)
+    before = free_bytes(DEVICE)
 
-    assert kv_sizing.peak_bytes(DEVICE, run) == 64 << 20
-    assert kv_sizing.free_bytes(DEVICE) <= before + (1 << 20)
+    assert peak_bytes(DEVICE, run) == 64 << 20
+    assert free_bytes(DEVICE) <= before + (1 << 20)
 
 
 def test_a_capture_that_is_refused_leaves_the_device_usable() -> None:

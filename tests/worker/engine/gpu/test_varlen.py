@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from headrace.worker.engine.attention_kinds import flash
-from headrace.worker.engine.forward import VarlenForward
 from headrace.worker.engine.gpu import cuda
 from headrace.worker.engine.gpu.static_decodes import StaticDecodes
 from headrace.worker.engine.gpu.varlen import BLOCK_TOKENS, window_of
+from headrace.worker.engine.gpu.varlen_forward import VarlenForward
 from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token
 from headrace.worker.engine.load import loading
 from headrace.worker.engine.torch_engine import TorchEngine

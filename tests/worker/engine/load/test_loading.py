@@ -93,7 +93,7 @@ def test_a_folder_that_lacks_some_weights_is_refused(tiny_folder: Folder, tmp_pa
     ("config", "reason"),
     [
         (transformers.T5Config(), "encoder-decoder"),
-        (transformers.ViTConfig(), "no head to generate with"),
+        (transformers.ViTConfig(), "no language modelling head"),
     ],
     ids=["t5", "vit"],
 )
@@ -107,9 +107,9 @@ def test_what_is_not_a_causal_language_model_is_refused(config: Any, reason: str
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "new"}, "brings code of its own"),
-        ({"model_type": "new"}, "does not know"),
-        ({}, "does not know"),
+        ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "new"}, "contains its own code"),
+        ({"model_type": "new"}, "does not support"),
+        ({}, "does not support"),
     ],
 )
 def test_models_that_transformers_does_not_have_are_refused(
@@ -161,7 +161,9 @@ def test_an_engine_that_computes_something_else_does_not_start(
 
     monkeypatch.setattr("headrace.worker.engine.cpu.kernel_attention.KernelAttention", Wrong)
 
-    with pytest.raises(UnsupportedModel, match=r"is not what transformers computes: its logits are off by"):
+    with pytest.raises(
+        UnsupportedModel, match=r"differs from transformers: its logits have a relative error of"
+    ):
         load(tiny_folder("gemma3"), tmp_path)
 
 
@@ -192,7 +194,7 @@ def test_attention_that_is_wrong_only_far_into_a_sequence_does_not_start(
 
     monkeypatch.setattr("headrace.worker.engine.cpu.kernel_attention.KernelAttention", Forgetful)
 
-    with pytest.raises(UnsupportedModel, match=r"attention \(kernels\) over .* is off by"):
+    with pytest.raises(UnsupportedModel, match=r"attention \(kernels\) over .* has a relative error of"):
         load(tiny_folder("gpt_neox"), tmp_path)
 
 
@@ -216,7 +218,7 @@ def test_memory_may_be_given_by_setting(tiny_folder: Folder, tmp_path: Path) -> 
 
 
 def test_memory_that_holds_not_one_sequence_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
-    with pytest.raises(LoadingError, match=r"one sequence of the whole context takes .* a shorter context"):
+    with pytest.raises(LoadingError, match=r"one sequence with the whole context needs .* a shorter context"):
         load(tiny_folder("llama"), tmp_path, kv_memory=1e-6)
 
 
@@ -237,7 +239,7 @@ def test_logits_that_are_not_finite_at_start_are_refused(tiny_folder: Folder, tm
         ({"device": "tpu"}, "is not one of cpu, cuda"),
         ({"device": "mps"}, "is not one of cpu, cuda"),
         ({"dtype": "int4"}, "is not one of auto, float32, bfloat16, float16, int8"),
-        ({"dtype": "int8"}, "int8 is not to be had"),
+        ({"dtype": "int8"}, "int8 is not supported"),
         ({"context_length": 4096}, "is not between 2 and 2048"),
         ({"context_length": 1}, "is not between 2 and 2048"),
         ({"context_length": 0}, "is not between 2 and 2048"),
@@ -289,7 +291,7 @@ def test_a_sequence_beyond_the_table_of_positions_is_an_error_and_not_read_past_
 ) -> None:
     engine = load(tiny_folder("llama"), tmp_path, context_length=300)
 
-    with pytest.raises(IndexError, match="no position 300, only 300 from 0 on"):
+    with pytest.raises(IndexError, match="position 300 is out of range: must be from 0 to 299"):
         engine.step([Row(list(range(10)), 0, 301, [7] * 301, 301, True, PARAMS)])
 
 

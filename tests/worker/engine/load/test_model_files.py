@@ -62,11 +62,11 @@ def pickled(folder: Path) -> Path:
     ("damage", "reason"),
     [
         pytest.param(
-            lambda data: LFS, "is a git-lfs pointer and not the file itself; run `git lfs pull`", id="lfs"
+            lambda data: LFS, "is a git-lfs pointer instead of the file; run `git lfs pull`", id="lfs"
         ),
         pytest.param(lambda data: b"", "is empty; download it again", id="empty"),
-        pytest.param(lambda data: data[: len(data) // 2], "is cut off", id="half"),
-        pytest.param(lambda data: data[:-1], "is cut off", id="one byte short"),
+        pytest.param(lambda data: data[: len(data) // 2], "is truncated", id="half"),
+        pytest.param(lambda data: data[:-1], "is truncated", id="one byte short"),
         pytest.param(lambda data: b"\xff" * len(data), "it is damaged", id="noise"),
         pytest.param(lambda data: b"<html>404</html>", "is a web page", id="web page"),
     ],
@@ -91,7 +91,7 @@ def test_damaged_weights_are_named_with_what_is_wrong(
         (lambda data: data[:8] + b"{" * 40 + data[48:], "its header is damaged"),
         (lambda data: data + b"more", "is damaged"),
         (lambda data: (2).to_bytes(8, "little") + b"{}", "holds no weights"),
-        (lambda data: data[:3], "does not begin as a safetensors file does"),
+        (lambda data: data[:3], "does not begin like a safetensors file"),
         (lambda data: (2).to_bytes(8, "little") + b"[]", "its header is damaged"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_part_that_is_missing_is_named(folder: Path) -> None:
     part = sharded(folder)
     part.unlink()
 
-    assert f"{folder} lacks {part.name}, which model.safetensors.index.json names (1 of " in refusal(folder)
+    assert f"{folder} lacks {part.name}, which model.safetensors.index.json lists (1 of " in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_folder_where_a_file_belongs_is_named(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
 
-    assert f"{folder / 'model.safetensors'} is a folder where a file is expected" in refusal(folder)
+    assert f"{folder / 'model.safetensors'} is a folder, but a file is expected" in refusal(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -242,7 +242,7 @@ def test_a_size_that_the_config_leaves_out_is_not_made_up(name: str, folder: Pat
     del plain[name]
     path.write_text(json.dumps(plain))
 
-    assert f"{path} does not say {name}" in refusal(folder)
+    assert f"{path} has no {name}" in refusal(folder)
 
 
 def test_weights_of_another_shape_are_named_with_both_shapes(folder: Path) -> None:
@@ -264,15 +264,21 @@ def with_weights(folder: Path, **more: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("model.layers.0.self_attn.q_proj.weight_scale", "it is quantised, and config.json does not say how"),
-        ("model.layers.0.self_attn.q_proj.qweight", "it is quantised, and config.json does not say how"),
-        ("model.layers.0.mlp.up_proj.g_idx", "it is quantised, and config.json does not say how"),
-        ("model.layers.0.self_attn.q_proj.bias", "without them it would answer wrongly"),
-        ("model.layers.1.mlp.down_proj.bias", "without them it would answer wrongly"),
-        ("model.layers.2.input_layernorm.weight", "without them it would answer wrongly"),
-        ("model.layers.0.self_attn.q_norm.weight", "without them it would answer wrongly"),
+        (
+            "model.layers.0.self_attn.q_proj.weight_scale",
+            "it is quantised, but config.json has no quantization_config",
+        ),
+        (
+            "model.layers.0.self_attn.q_proj.qweight",
+            "it is quantised, but config.json has no quantization_config",
+        ),
+        ("model.layers.0.mlp.up_proj.g_idx", "it is quantised, but config.json has no quantization_config"),
+        ("model.layers.0.self_attn.q_proj.bias", "without them its answers would be wrong"),
+        ("model.layers.1.mlp.down_proj.bias", "without them its answers would be wrong"),
+        ("model.layers.2.input_layernorm.weight", "without them its answers would be wrong"),
+        ("model.layers.0.self_attn.q_norm.weight", "without them its answers would be wrong"),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "a LoRA adapter"),
-        ("lm_head.bias", "without them it would answer wrongly"),
+        ("lm_head.bias", "without them its answers would be wrong"),
     ],
 )
 def test_weights_that_would_be_dropped_are_refused_by_name(name: str, reason: str, folder: Path) -> None:
@@ -320,7 +326,7 @@ def test_weights_that_are_quantised_already_are_refused(kind: torch.dtype, folde
     message = refusal(folder)
 
     assert f"{folder / 'model.safetensors'} holds {name} as " in message
-    assert "quantised already" in message
+    assert "already quantised" in message
 
 
 @pytest.mark.parametrize(
@@ -332,7 +338,7 @@ def test_a_quantisation_config_is_refused_with_what_to_use(method: str | None, f
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": how}))
 
     with pytest.raises(
-        UnsupportedModel, match=rf"quantised already \({method or 'quantization_config'}\).*gguf file"
+        UnsupportedModel, match=rf"already quantised \({method or 'quantization_config'}\).*gguf file"
     ):
         start(folder)
 

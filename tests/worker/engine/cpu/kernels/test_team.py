@@ -20,13 +20,13 @@ SECONDS = 300  # kernels may have to be compiled first
 DECODER = """
 import torch
 from headrace.worker.engine.flat_step import flatten
-from headrace.worker.engine.cpu.kernels.attend import BLOCK
-from headrace.worker.engine.cpu.kernels.matmul import Kind
+from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK
+from headrace.worker.engine.cpu.kernels.matmul import ElementType
 from tests.worker.engine.cpu.test_decoder import decoder_of, network_of, row
 
 torch.set_num_threads(2)
 network = network_of("qwen2")
-decoder = decoder_of(network, Kind.FLOAT32)
+decoder = decoder_of(network, ElementType.FLOAT32)
 """
 
 ATTENTION_OF_NOTHING = (
@@ -35,7 +35,7 @@ ATTENTION_OF_NOTHING = (
 for layer in network.model.layers:
     layer.self_attn.q_proj.bias.data.fill_(3e38)
     layer.self_attn.k_proj.bias.data.fill_(-3e38)
-decoder = decoder_of(network, Kind.FLOAT32)
+decoder = decoder_of(network, ElementType.FLOAT32)
 for _ in range(20):
     logits = decoder(flatten([row([1], 0, 1, [0]), row([2], 0, 1, [1])], BLOCK))
     assert not torch.isfinite(logits).all()
@@ -85,10 +85,10 @@ def on_thread(data):
 function = cfunc(types.void(types.voidptr), nopython=True)(on_thread)
 for who in (0, 1, 2, -1):
     for when in range(PHASES + 1):
-        watch = team.Watch(3)
-        given = np.array([watch.address, who, when], np.int64)
+        failures = team.FailureState(3)
+        given = np.array([failures.address, who, when], np.int64)
         try:
-            team.run(function, given.ctypes.data, 3, watch)
+            team.run(function, given.ctypes.data, 3, failures)
         except team.KernelFault as fault:
             assert when < PHASES and "7" in str(fault), fault
         else:
@@ -100,9 +100,9 @@ CHECKED = (
     DECODER
     + """
 import numpy as np
-from headrace.worker.engine import decoder as module
+from headrace.worker.engine.cpu import decoder as module
 
-module._check = lambda *_: None  # what the kernels themselves see
+module._require_in_range = lambda *_: None  # only the checks of the kernels remain
 for ids, stop, blocks in (([300], 1, [0]), ([1] * 161, 161, list(range(6))), ([1], 1, [20])):
     try:
         decoder(flatten([row([1, 2, 3], 0, 3, [0]), row(ids, stop - 1, stop, blocks)], BLOCK))

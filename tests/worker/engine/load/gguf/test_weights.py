@@ -311,8 +311,8 @@ def test_the_two_sets_of_factors_of_a_long_context_are_read(tmp_path: Path) -> N
         ({"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping"),
         ({"llama.attention.sliding_window": 64}, "llama.attention.sliding_window"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
-        ({"llama.attention.value_length": 8}, "its keys are 16 wide and its values 8"),
-        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is not the width of a head"),
+        ({"llama.attention.value_length": 8}, "its key length 16 differs from its value length 8"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count differs from the head dimension"),
         ({"llama.rope.scaling.type": "su"}, "llama.rope.scaling.type is su"),
         ({"llama.rope.scaling.type": "longrope"}, "lacks rope_factors_long.weight"),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "no original_context_length"),
@@ -325,8 +325,8 @@ def test_the_two_sets_of_factors_of_a_long_context_are_read(tmp_path: Path) -> N
         ({"llama.block_count": 0}, "llama.block_count is 0"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "has nan for llama.attention.layer_norm"),
         ({"llama.rope.freq_base": float("inf")}, "has inf for llama.rope.freq_base"),
-        ({"llama.rope.freq_base": -1.0}, "its rotation has base -1.0"),
-        ({"llama.vocab_size": 97}, "vocabulary of 97, its embedding one of 96"),
+        ({"llama.rope.freq_base": -1.0}, "its rope has base -1.0"),
+        ({"llama.vocab_size": 97}, "vocabulary of 97, but its embedding has 96"),
         ({"general.type": "adapter", "adapter.type": "lora"}, "a LoRA adapter"),
         ({"general.type": "imatrix"}, "it holds a imatrix"),
     ],
@@ -346,7 +346,8 @@ def test_an_architecture_that_is_not_read_is_refused_with_those_that_are(tmp_pat
     path = write_gguf(tmp_path / "model.gguf", llama(), "falcon", tokens=())
 
     with pytest.raises(
-        UnsupportedModel, match=r"of architecture 'falcon', and gguf files are read for llama, "
+        UnsupportedModel,
+        match=r"its architecture 'falcon' is not supported; supported in gguf files are llama, ",
     ):
         unpacked(path, tmp_path)
 
@@ -445,12 +446,12 @@ def whole(path: Path) -> bytes:
         ),
         (lambda data: b"<!DOCTYPE html><html></html>", "is a web page"),
         (lambda data: b"GGML" + data[4:], "begins with b'GGML'"),
-        (lambda data: data[:-4000], "is damaged, or the file is cut off"),
-        (lambda data: data[:200], "is damaged, or the file is cut off"),
-        (lambda data: data[:10], "is damaged, or the file is cut off"),
-        (lambda data: data[:4] + b"\xff" * 4 + data[8:], "is damaged, or the file is cut off"),
-        (lambda data: data[:16] + b"\xff" * 8 + data[24:], "is damaged, or the file is cut off"),
-        (lambda data: b"GGUF" + bytes(64), "is damaged, or the file is cut off"),
+        (lambda data: data[:-4000], "is damaged, or the file is truncated"),
+        (lambda data: data[:200], "is damaged, or the file is truncated"),
+        (lambda data: data[:10], "is damaged, or the file is truncated"),
+        (lambda data: data[:4] + b"\xff" * 4 + data[8:], "is damaged, or the file is truncated"),
+        (lambda data: data[:16] + b"\xff" * 8 + data[24:], "is damaged, or the file is truncated"),
+        (lambda data: b"GGUF" + bytes(64), "is damaged, or the file is truncated"),
     ],
 )
 def test_a_damaged_file_is_named_with_what_is_wrong_in_one_line(
