@@ -330,7 +330,9 @@ def test_local_folders_and_gguf_files_are_themselves(tmp_path: Path) -> None:
 
 
 def test_a_home_folder_that_does_not_exist_is_a_model_that_is_unavailable() -> None:
-    with pytest.raises(ModelUnavailable, match="'~nobody-of-that-name/model' is in the home folder of an unknown user"):
+    with pytest.raises(
+        ModelUnavailable, match="'~nobody-of-that-name/model' is in the home folder of an unknown"
+    ):
         resolve("~nobody-of-that-name/model")
 
 

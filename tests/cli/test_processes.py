@@ -17,7 +17,7 @@ from headrace.cli.processes import (
     ChildDied,
     Process,
     crew,
-    how_it_ended,
+    exit_description,
     log_folder,
     notices_of,
     readable,
@@ -111,7 +111,7 @@ async def test_a_child_that_will_not_stop_is_killed_and_named(child: Callable[[s
     stubborn = child("stubborn", STUBBORN)
     said: list[str] = []
 
-    async with crew([[stubborn]], grace=0.05, say=said.append) as running:
+    async with crew([[stubborn]], grace=0.05, notify=said.append) as running:
         await eventually(lambda: up(stubborn))
         pid = running.pids["stubborn"]
 
@@ -216,8 +216,8 @@ def test_a_service_that_is_not_installed_says_what_to_install(tmp_path: Path) ->
 
 
 def test_exit_codes_in_words() -> None:
-    assert how_it_ended(3) == "ended with exit code 3"
-    assert how_it_ended(-signal.SIGKILL) == "was ended by SIGKILL"
+    assert exit_description(3) == "ended with exit code 3"
+    assert exit_description(-signal.SIGKILL) == "was ended by SIGKILL"
 
 
 def test_log_lines_become_readable() -> None:

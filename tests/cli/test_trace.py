@@ -14,7 +14,7 @@ from opentelemetry.trace import Link, StatusCode
 from rich.console import Console
 
 from headrace.cli.demo import arrived
-from headrace.cli.otlp_sink import Event, Span, otlp_sink, whole
+from headrace.cli.otlp_receiver import Event, Span, is_complete, otlp_receiver
 from headrace.cli.trace_tree import busiest, trace_tree
 
 MS = 1_000_000
@@ -110,10 +110,10 @@ def test_no_spans_are_an_empty_tree() -> None:
 def test_a_trace_is_whole_when_every_parent_is_there() -> None:
     root, child, grandchild = span("a", "", 0, 9), span("b", "a", 1, 8), span("c", "b", 2, 7)
 
-    assert whole([root, child, grandchild], "t1")
-    assert not whole([root, grandchild], "t1")
-    assert not whole([child, grandchild], "t1")
-    assert not whole([], "t1")
+    assert is_complete([root, child, grandchild], "t1")
+    assert not is_complete([root, grandchild], "t1")
+    assert not is_complete([child, grandchild], "t1")
+    assert not is_complete([], "t1")
 
 
 def test_the_demo_waits_for_what_the_worker_has_to_tell_of_an_answer() -> None:
@@ -127,7 +127,7 @@ def test_the_demo_waits_for_what_the_worker_has_to_tell_of_an_answer() -> None:
 
 
 async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with otlp_sink() as sink:
+    async with otlp_receiver() as sink:
         for name, value in sink.environment.items():
             monkeypatch.setenv(name, value)
         provider = TracerProvider(resource=Resource({"service.name": "test"}), shutdown_on_exit=False)
@@ -153,6 +153,6 @@ async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_waiting_for_what_does_not_come_ends() -> None:
-    async with otlp_sink() as sink:
+    async with otlp_receiver() as sink:
         with pytest.raises(TimeoutError):
             await sink.until(lambda spans: bool(spans), timeout=0)

@@ -28,7 +28,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from headrace import errors
 from headrace.cli.mesh import MeshSpec
 from headrace.cli.mesh import mesh as processes
-from headrace.cli.otlp_sink import Span, otlp_sink, whole
+from headrace.cli.otlp_receiver import Span, is_complete, otlp_receiver
 from headrace.client import chat, connect
 from headrace.runtime.sampling import LinkedRoots
 from headrace.worker.engine.echo import EchoEngine
@@ -157,7 +157,7 @@ async def test_the_core_metrics_are_recorded(count: Callable[..., float]) -> Non
 
 
 async def test_a_real_receiver_gets_one_trace_across_all_processes(tmp_path: Path) -> None:
-    async with otlp_sink() as sink:
+    async with otlp_receiver() as sink:
         spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", fake=True, environment=sink.environment)
         async with processes(spec) as running, connect(running.address) as client:
             answers = await asyncio.gather(*(collect(client, chat(f"hello {number}")) for number in range(4)))
@@ -189,7 +189,7 @@ def whole_without_client(spans: Sequence[Span], trace_id: str) -> bool:
     """Whether every span of the trace has its parent; the test's own client exports nothing."""
     roots = [span for span in spans if span.trace_id == trace_id and span.name == GENERATE]
     if not roots:
-        return whole(spans, trace_id)
+        return is_complete(spans, trace_id)
     ids = {span.span_id for span in spans}
     orphans = [span for span in spans if span.trace_id == trace_id and span.parent_id not in ids]
     return len(orphans) == 1 and orphans[0].service == "headrace-router"
@@ -343,7 +343,7 @@ async def test_processes_that_sample_nothing_record_what_a_trusted_caller_sample
     mode: str, recorded: bool, tmp_path: Path
 ) -> None:
     """With a parent-based sampler; the batch is recorded with its member, though it is a root of its own."""
-    async with otlp_sink() as sink:
+    async with otlp_receiver() as sink:
         variables = {
             **sink.environment,
             "OTEL_TRACES_SAMPLER": "parentbased_always_off",

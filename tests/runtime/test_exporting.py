@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from headrace.cli.mesh import MeshSpec
 from headrace.cli.mesh import mesh as processes
-from headrace.cli.otlp_sink import Span, otlp_sink, spans_of
+from headrace.cli.otlp_receiver import Span, otlp_receiver, spans_of
 from headrace.client import chat, connect
 from headrace.runtime.exporting import Signal, disabled, ignored, plan
 from tests.harness import PATIENCE, collect
@@ -283,7 +283,7 @@ async def test_propagators_that_are_installed_are_taken(propagators: str) -> Non
 
 async def test_a_signal_may_have_an_endpoint_and_a_protocol_of_its_own(tmp_path: Path) -> None:
     """Traces by gRPC to one collector, metrics by HTTP to another."""
-    async with http_receiver() as receiver, otlp_sink() as sink:
+    async with http_receiver() as receiver, otlp_receiver() as sink:
         variables = {
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": sink.endpoint,
             "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": f"{receiver.endpoint}/v1/metrics",
