@@ -38,5 +38,5 @@ def test_control_c_while_something_is_said_does_not_end_it(
 
     assert pressed
     assert said[-1] == "", "it ended by Ctrl-D"
-    assert said.count("(Ctrl-D ends)") >= 2
+    assert said.count("(Ctrl-D exits)") >= 2
     assert list(typed) == []

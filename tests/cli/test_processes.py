@@ -115,7 +115,7 @@ async def test_a_child_that_will_not_stop_is_killed_and_named(child: Callable[[s
         await eventually(lambda: up(stubborn))
         pid = running.pids["stubborn"]
 
-    assert said == ["stubborn did not stop when asked; killed it"]
+    assert said == ["stubborn did not stop in time and was killed"]
     assert not alive(pid)
 
 
@@ -217,7 +217,7 @@ def test_a_service_that_is_not_installed_says_what_to_install(tmp_path: Path) ->
 
 def test_exit_codes_in_words() -> None:
     assert exit_description(3) == "ended with exit code 3"
-    assert exit_description(-signal.SIGKILL) == "was ended by SIGKILL"
+    assert exit_description(-signal.SIGKILL) == "was terminated by SIGKILL"
 
 
 def test_log_lines_become_readable() -> None:

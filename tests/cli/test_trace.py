@@ -138,7 +138,7 @@ async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> N
             with tracer.start_as_current_span("child", links=[Link(parent.get_span_context())]) as child:
                 child.set_status(StatusCode.ERROR)
 
-        await sink.until(lambda spans: len(spans) == 2, timeout=90)
+        await sink.wait_for(lambda spans: len(spans) == 2, timeout=90)
         await asyncio.to_thread(provider.shutdown)
 
     by_name = {each.name: each for each in sink.spans}
@@ -155,4 +155,4 @@ async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_waiting_for_what_does_not_come_ends() -> None:
     async with otlp_receiver() as sink:
         with pytest.raises(TimeoutError):
-            await sink.until(lambda spans: bool(spans), timeout=0)
+            await sink.wait_for(lambda spans: bool(spans), timeout=0)

@@ -167,7 +167,7 @@ async def test_a_real_receiver_gets_one_trace_across_all_processes(tmp_path: Pat
                     whole_without_client(spans, span.trace_id) for span in spans
                 )
 
-            await sink.until(complete, timeout=PATIENCE)
+            await sink.wait_for(complete, timeout=PATIENCE)
         spans = list(sink.spans)
 
     for answer in answers:

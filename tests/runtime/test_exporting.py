@@ -294,7 +294,7 @@ async def test_a_signal_may_have_an_endpoint_and_a_protocol_of_its_own(tmp_path:
         spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", fake=True, environment=variables)
         async with processes(spec) as running, connect(running.address) as client:
             await collect(client, chat("hello"))
-            await sink.until(lambda spans: any(span.name == "worker.decode" for span in spans), PATIENCE)
+            await sink.wait_for(lambda spans: any(span.name == "worker.decode" for span in spans), PATIENCE)
             await until(lambda: "headrace.generated_tokens" in receiver.metrics)
 
     assert receiver.paths == {"/v1/metrics"}

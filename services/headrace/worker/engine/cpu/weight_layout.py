@@ -96,4 +96,4 @@ class _Quantiser:
         panels.view(torch.int16)[..., :PANEL] = sums
         stored.copy_(floats)
         words = stored.view(torch.int32).view(-1, PANEL, groups, _GROUP_WORDS).permute(0, 2, 3, 1)
-        panels[..., _SUM_WORDS:].unflatten(2, (_GROUP_WORDS, PANEL)).copy_(words)
+        panels[..., _SUM_WORDS:].view(-1, groups, _GROUP_WORDS, PANEL).copy_(words)

@@ -151,13 +151,13 @@ def _open(path: Path) -> GGUFReader:
     return reader
 
 
-class _Reader(GGUFReader):  # type: ignore[misc,unused-ignore]
+class _Reader(GGUFReader):
     """Reads a header from a plain array: numpy takes several times as long to slice a memmap.
 
     A header has hundreds of thousands of slices, one per token of the vocabulary and more.
     """
 
-    @property
+    @property  # type: ignore[override]
     def data(self) -> np.ndarray[Any, Any]:
         return self._data
 
@@ -172,13 +172,13 @@ def _reused(reader: GGUFReader) -> Iterator[None]:
 
     It would read the header again, and make the table of tensor names once per module of the network.
     """
-    original, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = lambda path: reader
-    gguf.get_tensor_name_map = functools.cache(names)
+    module: Any = gguf
+    original, names = module.GGUFReader, module.get_tensor_name_map
+    module.GGUFReader, module.get_tensor_name_map = lambda path: reader, functools.cache(names)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = original, names
+        module.GGUFReader, module.get_tensor_name_map = original, names
 
 
 def _metadata(reader: GGUFReader) -> Metadata:
