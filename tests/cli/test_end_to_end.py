@@ -268,7 +268,7 @@ def test_a_port_in_use_ends_the_start_with_2(mesh: Up, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--tier", "Small=x"], "no name for a tier"),
+        (["--tier", "Small=x"], "not a valid name of a tier"),
         (["--tier", "small"], "write NAME=MODEL"),
         (["--tier", "small=./nowhere"], "hub id"),
     ],

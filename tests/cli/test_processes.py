@@ -195,7 +195,7 @@ def test_an_orphan_from_the_start_ends_at_once() -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert out.returncode == 1
-    assert "is gone" in out.stderr
+    assert "has ended" in out.stderr
 
 
 def test_a_service_that_is_not_installed_says_what_to_install(tmp_path: Path) -> None:

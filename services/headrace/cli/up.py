@@ -50,7 +50,7 @@ async def up(spec: MeshSpec, console: Console) -> None:
             board.finish()
             console.print(_processes(spec, running))
             console.print(
-                f"Headrace is ready at [bold]{running.address}[/] (Ctrl-C stops it). Try:\n", highlight=False
+                f"Headrace is up at [bold]{running.address}[/] (Ctrl-C stops it). Try:\n", highlight=False
             )
             for line in examples(running.address):
                 console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
