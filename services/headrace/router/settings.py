@@ -96,7 +96,7 @@ class Settings(ServiceSettings):
         description="outcomes that one tenant may report by Feedback within a minute, and within an hour as "
         "many as fill a quarter of the file; more are refused with a delay",
     )
-    connection_streams: int = Field(
+    max_concurrent_streams: int = Field(
         default=256,
         ge=16,
         description="calls that one connection may have open; clients wait with what is more",
