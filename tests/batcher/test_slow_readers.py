@@ -238,7 +238,7 @@ async def test_a_deadline_ends_a_paused_answer_before_its_patience_does() -> Non
             await eventually(lambda: coalescer.paused or not coalescer.live)
         await eventually(lambda: not coalescer.live)
         assert not coalescer.paused
-        await eventually(lambda: not tier.batcher.server.activity.in_flight)
+        await eventually(lambda: not tier.batcher.server.requests.in_flight)
         await eventually(lambda: not any(link.outstanding for link in coalescer.pool))
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 

@@ -11,8 +11,8 @@ from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
 from headrace.batcher.links.link import WorkerLink
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.process_info import process_state
+from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 
@@ -22,10 +22,10 @@ LISTED = 100
 class AdminServicer(AdminServiceServicer):
     """Answers people who want to look inside."""
 
-    def __init__(self, coalescer: Coalescer, intake: Intake, activity: Activity, *, tier: str) -> None:
+    def __init__(self, coalescer: Coalescer, intake: Intake, requests: ActiveRequests, *, tier: str) -> None:
         self._coalescer = coalescer
         self._intake = intake
-        self._activity = activity
+        self._requests = requests
         self._tier = tier
 
     async def Inspect(
@@ -55,7 +55,7 @@ class AdminServicer(AdminServiceServicer):
         oldest = sorted(coalescer.live, key=lambda job: job.arrived)
         for job in islice(oldest, request.max_sequences or LISTED):
             state.sequences.append(_sequence(job, places.get(job, ""), now, paused=job in coalescer.paused))
-        return admin.InspectResponse(batcher=state, vitals=vitals(self._activity))
+        return admin.InspectResponse(batcher=state, process_state=process_state(self._requests))
 
 
 def _link(link: WorkerLink, now: float) -> admin.WorkerLinkState:

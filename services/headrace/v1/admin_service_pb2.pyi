@@ -51,7 +51,7 @@ class InspectResponse(_message.Message):
     BATCHER_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
     ROUTER_FIELD_NUMBER: _builtins.int
-    VITALS_FIELD_NUMBER: _builtins.int
+    PROCESS_STATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def batcher(self) -> Global___BatcherState:
         """A batcher."""
@@ -65,7 +65,7 @@ class InspectResponse(_message.Message):
         """A router."""
 
     @_builtins.property
-    def vitals(self) -> Global___ProcessState:
+    def process_state(self) -> Global___ProcessState:
         """What it holds of its system."""
 
     def __init__(
@@ -74,11 +74,11 @@ class InspectResponse(_message.Message):
         batcher: Global___BatcherState | None = ...,
         worker: Global___WorkerState | None = ...,
         router: Global___RouterState | None = ...,
-        vitals: Global___ProcessState | None = ...,
+        process_state: Global___ProcessState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "router", b"router", "vitals", b"vitals", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "process_state", b"process_state", "router", b"router", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "router", b"router", "vitals", b"vitals", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "process_state", b"process_state", "router", b"router", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_process: _TypeAlias = _typing.Literal["batcher", "worker", "router"]  # noqa: Y015
     _WhichOneofArgType_process: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
