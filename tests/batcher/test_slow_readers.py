@@ -180,7 +180,7 @@ async def test_a_caller_that_stops_reading_is_waited_for_without_a_worker_and_ge
                 ids += response.delta.token_ids
                 finish = response.finish
 
-    assert (seen.paused, seen.sequences[0].paused, seen.sequences[0].place) == (1, True, "")
+    assert (seen.paused, seen.sequences[0].paused, seen.sequences[0].peer) == (1, True, "")
     assert seen.sequences[0].unread == 200
     assert bytes(ids) == (b"abcdefg " * LONG)[:LONG]
     assert finish.reason == pb.FINISH_REASON_LENGTH

@@ -70,13 +70,13 @@ async def _nothing_left(fleet: Fleet) -> None:
 def _under_way(state: admin.InspectResponse) -> dict[str, int]:
     counts = {
         "requests": state.process_state.requests,
-        "live in the batcher": state.batcher.live,
-        "queued": sum(place.waiting for place in state.batcher.queue) + state.batcher.begun,
+        "live in the batcher": state.batcher.in_flight,
+        "queued": sum(place.waiting for place in state.batcher.queue) + state.batcher.interrupted,
         "paused": state.batcher.paused,
         "handles": sum(worker.outstanding for worker in state.batcher.workers),
-        "live in the worker": state.worker.live,
+        "live in the worker": state.worker.in_flight,
         "unsent": sum(stream.pending for stream in state.worker.streams),
-        "calls to batchers": sum(batcher.live for batcher in state.router.batchers),
+        "calls to batchers": sum(batcher.in_flight for batcher in state.router.batchers),
     }
     if state.HasField("worker"):  # streams of batchers that are gone
         counts["streams"] = max(len(state.worker.streams) - 2, 0)

@@ -40,9 +40,9 @@ class AdminServicer(AdminServiceServicer):
                 admin.QueueState(priority=priority, tenant=tenant, waiting=count)
                 for (priority, tenant), count in sorted(queue.counts().items(), reverse=True)
             ],
-            begun=len(queue.begun),
+            interrupted=len(queue.begun),
             workers=[_link(link, now) for link in pool],
-            live=len(coalescer.live),
+            in_flight=len(coalescer.live),
             prefill_tokens_per_second=coalescer.admission.pace(now).prefill,
             prefix_blocks=len(coalescer.prefixes),
             paused=len(coalescer.paused),
@@ -80,7 +80,7 @@ def _link(link: WorkerLink, now: float) -> admin.WorkerLinkState:
         backlog_tokens=link.backlog,
     )
     state.step_p99.FromNanoseconds(int(link.liveness.p99 * 1e9))
-    state.silent.FromNanoseconds(max(int((now - link.liveness.heard_at) * 1e9), 0))
+    state.since_last_message.FromNanoseconds(max(int((now - link.liveness.heard_at) * 1e9), 0))
     return state
 
 
@@ -91,7 +91,7 @@ def _sequence(job: Job, place: str, now: float, *, paused: bool) -> admin.Sequen
         offset=job.answered,
         tenant=job.tenant,
         priority=job.priority,
-        place=place,
+        peer=place,
         unread=job.inbox.unread,
         losses=job.history.losses,
         paused=paused,

@@ -31,7 +31,7 @@ class AdminServicer(AdminServiceServicer):
                     address=batcher.address,
                     ready=batcher.ready,
                     problem=batcher.seen.unhealthy_reason,
-                    live=batcher.live,
+                    in_flight=batcher.live,
                 )
                 for tier in self._tiers.tiers
                 for batcher in tier.batchers

@@ -48,7 +48,7 @@ class AdminServicer(AdminServiceServicer):
         if (sessions := self._sessions()) is not None:
             now = time.monotonic()
             state.draining = sessions.draining
-            state.live = sessions.live
+            state.in_flight = sessions.live
             state.capacity = sessions.capacity
             state.model.CopyFrom(self._describe(sessions))
             state.load.CopyFrom(sessions.load())
@@ -81,7 +81,7 @@ def _sequence(flight: Flight, session: Session, now: float) -> admin.SequenceSta
         request_id=flight.request_id,
         attempt=flight.attempt,
         offset=sequence.answered,
-        place=session.batcher_id,
+        peer=session.batcher_id,
     )
     state.age.FromNanoseconds(max(int((now - sequence.submitted) * 1e9), 0))
     return state

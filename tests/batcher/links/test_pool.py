@@ -317,8 +317,8 @@ async def test_a_look_inside_shows_queue_workers_and_sequences_on_both_sides() -
     )
     assert {sequence.request_id for sequence in seen.sequences} == {"seen"}
     assert max(sequence.offset for sequence in seen.sequences) == 3
-    assert sorted(bool(sequence.place) for sequence in seen.sequences) == [False, True, True]
-    assert (behind.live, behind.streams[0].batcher_id, behind.streams[0].sequences) == (2, "b", 2)
-    assert {sequence.place for sequence in behind.sequences} == {"b"}
+    assert sorted(bool(sequence.peer) for sequence in seen.sequences) == [False, True, True]
+    assert (behind.in_flight, behind.streams[0].batcher_id, behind.streams[0].sequences) == (2, "b", 2)
+    assert {sequence.peer for sequence in behind.sequences} == {"b"}
     assert behind.incarnation == worker.incarnation
     await asyncio.gather(*reading, return_exceptions=True)
