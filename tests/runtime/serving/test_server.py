@@ -13,7 +13,6 @@ import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2
 
 from headrace import errors
 from headrace.batcher.__main__ import batcher
@@ -155,31 +154,6 @@ async def test_a_batcher_without_workers_is_alive_but_not_ready(mesh: Mesh) -> N
 
     assert await health(small.batcher.server.port, "readiness") == NOT_SERVING
     assert await health(small.batcher.server.port, "liveness") == SERVING
-
-
-@pytest.mark.parametrize("version", ["v1", "v1alpha"])
-async def test_reflection_lists_and_describes_every_service(mesh: Mesh, version: str) -> None:
-    expected = {
-        mesh.port: "headrace.v1.RoutingService",
-        mesh.tiers["small"].batcher.server.port: "headrace.v1.GenerationService",
-        mesh.tiers["small"].worker.server.port: "headrace.v1.WorkerService",
-    }
-    for port, service in expected.items():
-        async with open_channel(f"127.0.0.1:{port}") as channel:
-            ask = channel.stream_stream(
-                f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
-                request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
-                response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
-            )
-            listing = reflection_pb2.ServerReflectionRequest(list_services="")
-            replies = [reply async for reply in ask(iter([listing]))]
-            names = {entry.name for entry in replies[0].list_services_response.service}
-            assert {service, "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"} <= names
-            questions = [
-                reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names
-            ]
-            described = [reply async for reply in ask(iter(questions))]
-            assert all(reply.file_descriptor_response.file_descriptor_proto for reply in described)
 
 
 async def test_channelz_knows_the_servers(mesh: Mesh) -> None:

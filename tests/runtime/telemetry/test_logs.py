@@ -5,12 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import subprocess
-import sys
 from typing import Any
-
-import pytest
 
 from headrace.runtime.telemetry import logs
 
@@ -94,22 +89,3 @@ def test_a_fault_that_grpc_reports_of_a_call_is_one_line_without_its_traceback()
 
     assert "exc_info" not in line
     assert len(line["message"]) < 2 * logs.VALUE_BYTES
-
-
-@pytest.mark.parametrize("service", ["router", "batcher", "worker"])
-def test_a_service_sets_the_level_of_grpcs_own_log_before_grpc_reads_it(service: str) -> None:
-    code = (
-        "import os, runpy, sys\n"
-        f"import headrace.{service}\n"
-        "print('grpc' in sys.modules, os.environ['GRPC_VERBOSITY'])\n"
-    )
-    for given, expected in (({}, "NONE"), ({"GRPC_VERBOSITY": "ERROR"}, "ERROR")):
-        out = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment(given)
-        )
-        assert out.stdout.split() == ["False", expected]
-
-
-def environment(given: dict[str, str]) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
-    return {**kept, **given}

@@ -58,7 +58,7 @@ START_SECONDS = 0.1
 # Messages of this size and more start one by one: to parse, score and forward one takes milliseconds of the
 # event loop.
 LONG_BYTES = 128 * 1024
-# The message limit of calls that request no tokens: health, reflection, channelz, tiers, debugging.
+# The message limit of untracked methods: health, reflection, channelz, debug endpoints.
 SMALL_BYTES = 64 * 1024
 
 
