@@ -1,4 +1,4 @@
-"""The client retries what is safe to retry, within its budget, and cancels what it leaves."""
+"""The client retries what is safe to retry, within its budget, and cancels calls whose stream is closed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def calling(
         yield client
 
 
-async def test_a_call_that_failed_before_its_first_event_is_tried_again() -> None:
+async def test_a_call_that_failed_before_its_first_event_is_retried() -> None:
     servicer = Flaky(2)
     async with calling(servicer) as client:
         answer = await collect(client, chat("x"))
@@ -75,7 +75,7 @@ async def test_a_call_that_failed_before_its_first_event_is_tried_again() -> Non
     assert servicer.calls == 3
 
 
-async def test_a_call_that_was_accepted_is_not_tried_again() -> None:
+async def test_an_accepted_call_is_not_retried() -> None:
     servicer = Flaky(1, after_accepted=True)
     async with calling(servicer) as client:
         with pytest.raises(errors.WorkerLost):
@@ -84,7 +84,7 @@ async def test_a_call_that_was_accepted_is_not_tried_again() -> None:
     assert servicer.calls == 1
 
 
-async def test_retries_end_and_the_last_error_is_told() -> None:
+async def test_after_the_last_retry_the_last_error_is_raised() -> None:
     servicer = Flaky(99)
     async with calling(servicer, retries=1) as client:
         with pytest.raises(errors.Draining):
@@ -93,7 +93,7 @@ async def test_retries_end_and_the_last_error_is_told() -> None:
     assert servicer.calls == 2
 
 
-async def test_a_server_in_trouble_is_not_buried_under_retries() -> None:
+async def test_the_budget_limits_retries_to_a_failing_server() -> None:
     servicer = Flaky(10_000)
     async with calling(servicer, retries=3) as client:
         for _ in range(20):
@@ -103,7 +103,7 @@ async def test_a_server_in_trouble_is_not_buried_under_retries() -> None:
     assert servicer.calls == 20 + 5, "five retries, and then the budget is spent"
 
 
-async def test_leaving_the_stream_cancels_the_call() -> None:
+async def test_closing_the_stream_cancels_the_call() -> None:
     servicer = Flaky(0)
     async with calling(servicer) as client:
         async with aclosing(client.generate(pb.GenerateRequest(prompt="wait"), timeout=PATIENCE)) as stream:
@@ -113,7 +113,7 @@ async def test_leaving_the_stream_cancels_the_call() -> None:
 
 
 class Reciter(GenerationServiceServicer):
-    """Says the prompt back, a byte a token; the first streams break, each after so many tokens of its own."""
+    """Echoes the prompt, one byte per token; the first streams end early, after given numbers of tokens."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Reciter(GenerationServiceServicer):
         yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_STOP))
 
 
-async def test_an_answer_whose_stream_broke_is_carried_on_unseen() -> None:
+async def test_an_answer_whose_stream_is_lost_is_resumed_without_a_trace() -> None:
     servicer = Reciter(3, 0, 5)
     async with calling(servicer) as client:
         answer = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
@@ -164,7 +164,7 @@ async def test_an_answer_whose_stream_broke_is_carried_on_unseen() -> None:
     assert {(request.routing.tier, request.routing.model) for request in later} == {("t", "echo")}
 
 
-async def test_a_stream_that_ends_without_finish_is_carried_on_whatever_its_status() -> None:
+async def test_a_stream_without_finish_is_resumed_for_any_status() -> None:
     servicer = Reciter(3, in_silence=True)
     async with calling(servicer) as client:
         answer = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
@@ -174,14 +174,14 @@ async def test_a_stream_that_ends_without_finish_is_carried_on_whatever_its_stat
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e12])
-async def test_a_deadline_may_be_as_far_as_one_likes(timeout: float) -> None:
+async def test_a_deadline_may_be_very_late_or_infinite(timeout: float) -> None:
     async with calling(Reciter()) as client:
         answer = await collect(client, pb.GenerateRequest(prompt="abc"), timeout=timeout)
 
     assert answer.text == "abc"
 
 
-async def test_who_asks_hears_that_the_answer_was_carried_on() -> None:
+async def test_route_changes_are_reported_if_requested() -> None:
     request = pb.GenerateRequest(prompt="abc", stream=pb.StreamOptions(include_route_changes=True))
     async with calling(Reciter(1)) as client, aclosing(client.generate(request, timeout=PATIENCE)) as stream:
         events = [response async for response in stream]
@@ -193,7 +193,7 @@ async def test_who_asks_hears_that_the_answer_was_carried_on() -> None:
     assert events[2].route_change.attempt == 1
 
 
-async def test_a_busy_server_is_asked_again_for_the_rest_of_an_answer() -> None:
+async def test_a_busy_server_receives_the_request_to_resume_again() -> None:
     servicer = Reciter(1, refuses=[errors.Overloaded("full", retry_after=0.01)])
     async with calling(servicer) as client:
         assert (await collect(client, pb.GenerateRequest(prompt="abc"))).text == "abc"
@@ -202,7 +202,7 @@ async def test_a_busy_server_is_asked_again_for_the_rest_of_an_answer() -> None:
 
 
 class Hurried(Reciter):
-    """Ends the first streams as SLOW_READER, each after so many tokens of its own."""
+    """Ends the first streams as SLOW_READER, each after a given number of tokens."""
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         count, said = len(self.requests), 0
@@ -217,7 +217,7 @@ class Hurried(Reciter):
         self.ends = ends
 
 
-async def test_an_answer_that_was_ended_for_slow_reading_is_carried_on() -> None:
+async def test_an_answer_that_ended_as_slow_reader_is_resumed() -> None:
     servicer = Hurried(3, 5, 1)
     async with calling(servicer) as client:
         answer = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
@@ -226,7 +226,7 @@ async def test_an_answer_that_was_ended_for_slow_reading_is_carried_on() -> None
     assert [len(request.resume.token_ids) for request in servicer.requests] == [0, 3, 8, 9]
 
 
-async def test_carrying_on_can_be_left_to_the_caller() -> None:
+async def test_resuming_can_be_turned_off() -> None:
     servicer = Reciter(1)
     async with calling(servicer) as client:
         with pytest.raises(errors.Unavailable):
@@ -238,7 +238,7 @@ async def test_carrying_on_can_be_left_to_the_caller() -> None:
     assert not request.sampling.HasField("seed"), "the request is sent as it is"
 
 
-async def test_another_model_does_not_carry_on() -> None:
+async def test_an_answer_is_not_resumed_by_another_model() -> None:
     servicer = Reciter(1)
     async with calling(servicer) as client:
         with pytest.raises(errors.NoWorkers, match="begun by model 'echo'"):
@@ -249,7 +249,7 @@ async def test_another_model_does_not_carry_on() -> None:
                     servicer.model = "other"
 
 
-async def test_an_answer_that_never_gets_on_is_given_up() -> None:
+async def test_an_answer_without_progress_ends_with_an_error() -> None:
     servicer = Reciter(*[0] * 100)
     async with calling(servicer) as client:
         with pytest.raises(errors.Unavailable):
@@ -258,9 +258,9 @@ async def test_an_answer_that_never_gets_on_is_given_up() -> None:
     assert len(servicer.requests) == 7, "the first, one that is free, and what the budget pays"
 
 
-async def test_answers_that_no_server_takes_up_wait_for_one_that_does() -> None:
+async def test_answers_wait_until_a_server_accepts_them() -> None:
     servicer = Reciter(*[1] * 20)
-    # All of them meet a server that is busy and then a connection that breaks, again and again.
+    # All of them repeatedly reach a busy server and then lose their connection.
     servicer.refuses = [errors.Overloaded("full", retry_after=0.01), errors.Unavailable("broken")] * 25
     async with calling(servicer) as client:
         asked = [collect(client, pb.GenerateRequest(prompt="abc")) for _ in range(20)]
@@ -269,7 +269,7 @@ async def test_answers_that_no_server_takes_up_wait_for_one_that_does() -> None:
     assert [answer.text for answer in answers] == ["abc"] * 20
 
 
-async def test_an_answer_that_no_server_takes_up_ends_with_its_patience() -> None:
+async def test_an_answer_that_no_server_accepts_ends_after_patience() -> None:
     servicer = Reciter(1)
     servicer.refuses = [errors.Overloaded("full", retry_after=0.01)] * 1_000
     async with calling(servicer, patience=0.2) as client:
@@ -280,7 +280,7 @@ async def test_an_answer_that_no_server_takes_up_ends_with_its_patience() -> Non
 
 
 class Listening(Reciter):
-    """Keeps the metadata of its calls."""
+    """Records the metadata of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ class Listening(Reciter):
             yield response
 
 
-async def test_metadata_may_have_any_name_that_grpc_takes() -> None:
+async def test_metadata_may_have_any_key_that_grpc_accepts() -> None:
     given = {"context": "a", "self": "b", "headers": "c", "timeout": "d", "metadata": "e", "x-user": "f~ g"}
     servicer = Listening()
     async with calling(servicer) as client:

@@ -26,8 +26,8 @@ def test_every_error_survives_the_round_trip(cls: type[errors.HeadraceError]) ->
 
 
 @pytest.mark.parametrize("seconds", [-(2**62), -1, 2**62])
-def test_a_delay_that_cannot_be_is_passed_on_as_one_that_can(seconds: int) -> None:
-    """A router passes on what a batcher says."""
+def test_an_invalid_delay_is_forwarded_as_a_valid_one(seconds: int) -> None:
+    """A router forwards the delay of a batcher."""
     status = statuses.to_status(errors.Overloaded("full", retry_after=1.0))
     retry = error_details_pb2.RetryInfo()
     retry.retry_delay.seconds = seconds
@@ -54,7 +54,7 @@ def test_a_delay_that_cannot_be_is_passed_on_as_one_that_can(seconds: int) -> No
         (grpc.StatusCode.UNKNOWN, "?", errors.InternalError),
     ],
 )
-def test_a_status_of_other_making_becomes_the_nearest_class(
+def test_a_status_of_another_server_becomes_the_closest_class(
     code: grpc.StatusCode, message: str, expected: type[errors.HeadraceError]
 ) -> None:
     error = statuses.from_status(status_pb2.Status(code=code.value[0], message=message))
@@ -63,7 +63,7 @@ def test_a_status_of_other_making_becomes_the_nearest_class(
     assert error.message == message
 
 
-def test_a_newer_servers_reason_is_not_taken_for_a_proxys() -> None:
+def test_an_unknown_reason_of_a_newer_server_is_not_foreign() -> None:
     status = status_pb2.Status(code=grpc.StatusCode.NOT_FOUND.value[0], message="no such thing")
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason="NEW_REASON", domain="headrace"))
 
@@ -81,7 +81,7 @@ def test_a_newer_servers_reason_is_not_taken_for_a_proxys() -> None:
         ("something else", errors.InternalError),
     ],
 )
-def test_a_stream_that_grpc_removed_is_what_its_text_says(
+def test_the_text_of_a_removed_stream_decides_its_class(
     details: str, expected: type[errors.HeadraceError]
 ) -> None:
     nothing = grpc.aio.Metadata()

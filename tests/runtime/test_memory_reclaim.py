@@ -10,7 +10,7 @@ from headrace.runtime.serving.limits import MIB
 from tests.harness import PATIENCE
 
 
-async def test_frames_that_an_error_came_through_are_freed_once_much_has_been_released() -> None:
+async def test_frames_of_errors_are_freed_after_enough_bytes_were_released() -> None:
     class Long:
         alive = 0
 

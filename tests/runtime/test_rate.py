@@ -17,7 +17,7 @@ def test_the_rate_is_what_happened_in_the_window(events: list[tuple[float, int]]
         meter.add(now, count)
         happened.append((now, count))
 
-    # Entries within 50 ms share one place in time, so the edge of the window is that much blurred.
+    # Events within 50 ms are one entry, so the edge of the window has that precision.
     least = sum(count for at, count in happened if at > now - 4.9)
     most = sum(count for at, count in happened if at > now - 5.1)
     assert least / 5 - 1e-9 <= meter.per_second(now) <= most / 0.5 + 1e-9

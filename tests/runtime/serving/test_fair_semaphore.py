@@ -1,4 +1,4 @@
-"""Calls start in a fair order, all of them, a few at a time."""
+"""Keys take turns, and permits are never lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from headrace.runtime.serving.fair_semaphore import FairSemaphore
 PERMITS = 32
 
 
-async def test_a_flood_of_one_connection_does_not_hold_up_another() -> None:
+async def test_a_flood_of_one_key_does_not_delay_another() -> None:
     semaphore, started, running = FairSemaphore(PERMITS), list[str](), 0
 
     async def call(connection: str) -> None:
@@ -32,7 +32,7 @@ async def test_a_flood_of_one_connection_does_not_hold_up_another() -> None:
     assert semaphore._free == PERMITS
 
 
-async def test_calls_that_are_cancelled_while_they_wait_lose_no_turn() -> None:
+async def test_cancelled_waiters_lose_no_permit() -> None:
     semaphore = FairSemaphore(PERMITS)
 
     async def call() -> None:
@@ -42,7 +42,7 @@ async def test_calls_that_are_cancelled_while_they_wait_lose_no_turn() -> None:
     waiting = [asyncio.create_task(call()) for _ in range(100)]
     await asyncio.sleep(0)
     held[0].release()
-    waiting[0].cancel()  # in the same moment as it is given its turn
+    waiting[0].cancel()  # at the moment when it receives its permit
     for task in waiting[1::2]:
         task.cancel()
     for permit in held[1:]:

@@ -27,7 +27,7 @@ def endless() -> Any:
     return prompt("x", max_tokens=2000, ignore_eos=True)
 
 
-async def test_a_connection_with_too_many_calls_is_refused_and_another_is_not(small: Mesh) -> None:
+async def test_a_connection_with_too_many_calls_is_rejected_and_another_is_not(small: Mesh) -> None:
     async with AsyncExitStack() as stack:
         # Channels of one process to one target share a connection, unless their options differ.
         alone = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
@@ -47,7 +47,7 @@ async def test_a_connection_with_too_many_calls_is_refused_and_another_is_not(sm
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_method_that_a_servicer_does_not_have_is_unimplemented(small: Mesh) -> None:
+async def test_a_method_without_an_implementation_is_unimplemented(small: Mesh) -> None:
     assert await status(small.port, "/grpc.health.v1.Health/List", message(b"")) == "UNIMPLEMENTED"
 
 

@@ -16,7 +16,7 @@ from tests.runtime.serving.by_hand import VALID, status
 MIB = limits.MIB
 
 
-async def test_what_is_compressed_is_refused_before_it_is_inflated(small: Mesh) -> None:
+async def test_compressed_messages_are_rejected_before_they_are_decompressed(small: Mesh) -> None:
     packed = gzip.compress(b"x" * 64 * MIB)
 
     assert (
@@ -25,7 +25,7 @@ async def test_what_is_compressed_is_refused_before_it_is_inflated(small: Mesh) 
     )
 
 
-async def test_headers_beyond_the_limit_are_refused(small: Mesh) -> None:
+async def test_headers_beyond_the_limit_are_rejected(small: Mesh) -> None:
     assert await status(small.port, GENERATE, VALID, ("x-note", "n" * 4_000)) == "OK"
     assert await status(small.port, GENERATE, VALID, ("x-note", "n" * 16_000)) in (
         "RESOURCE_EXHAUSTED",
@@ -34,7 +34,7 @@ async def test_headers_beyond_the_limit_are_refused(small: Mesh) -> None:
     )
 
 
-def test_a_process_takes_as_many_open_files_as_it_may() -> None:
+def test_the_limit_of_open_files_is_raised_to_the_hard_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
         "import json, resource; from headrace.runtime.serving.limits import raise_file_limit\n"
@@ -47,7 +47,7 @@ def test_a_process_takes_as_many_open_files_as_it_may() -> None:
 
 
 def test_the_core_knows_the_options() -> None:
-    """A name that core does not know is ignored without a word: each must be in its code."""
+    """Core silently ignores unknown options, so each name must occur in its binary."""
     from grpc._cython import cygrpc
 
     with open(cygrpc.__file__, "rb") as library:

@@ -14,7 +14,7 @@ from tests.hostile.wire import DATA, GENERATE, frame, headers, message, peer
 from tests.runtime.serving.by_hand import VALID, status
 
 
-async def test_messages_that_do_not_end_are_charged_until_there_is_no_room(small: Mesh) -> None:
+async def test_incomplete_messages_are_charged_up_to_their_share(small: Mesh) -> None:
     almost = message(b"x" * 500_000)[:-1]
     async with peer(small.port) as one:
         streams = [await one.call(headers(GENERATE), None) for _ in range(6)]
@@ -44,7 +44,7 @@ async def test_a_message_beyond_the_limit_is_too_large(small: Mesh) -> None:
         "/grpc.channelz.v1.Channelz/GetServers",
     ],
 )
-async def test_bytes_that_are_no_message_are_the_callers_fault_and_no_line_in_the_log(
+async def test_bytes_that_are_not_a_message_are_the_callers_error_and_are_not_logged(
     small: Mesh, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -53,11 +53,11 @@ async def test_bytes_that_are_no_message_are_the_callers_fault_and_no_line_in_th
     assert not caplog.records
 
 
-async def test_a_call_without_a_message_is_told_so(small: Mesh) -> None:
+async def test_a_call_without_a_message_is_invalid(small: Mesh) -> None:
     assert await status(small.port, GENERATE, b"") == "INVALID_ARGUMENT"
 
 
-async def test_a_call_whose_caller_is_gone_before_it_is_read_leaves_nothing(small: Mesh) -> None:
+async def test_a_call_whose_caller_leaves_before_it_is_read_is_released(small: Mesh) -> None:
     async with peer(small.port) as one:
         for _ in range(5):
             stream = await one.call(headers(GENERATE), None)

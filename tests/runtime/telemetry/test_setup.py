@@ -1,4 +1,4 @@
-"""Export is off unless the standard variables ask for it, and log lines carry the trace."""
+"""Export is off unless the standard variables are set, and log lines contain the trace."""
 
 from __future__ import annotations
 
