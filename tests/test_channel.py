@@ -172,7 +172,7 @@ async def test_the_inner_hops_never_use_a_proxy_and_others_do_by_default(
         assert proxy.asked == []
 
         async with connect(NOWHERE, retries=0) as client:
-            with pytest.raises(errors.Unavailable, match="the proxy that http_proxy names") as caught:
+            with pytest.raises(errors.Unavailable, match="the proxy that http_proxy sets") as caught:
                 await client.list_tiers(timeout=20)
         assert set(proxy.asked) == {f"CONNECT {NOWHERE} HTTP/1.1"}
         assert "http_proxy" in advice(caught.value, NOWHERE)

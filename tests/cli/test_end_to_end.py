@@ -189,7 +189,7 @@ def test_a_propagator_that_is_not_installed_is_one_line() -> None:
     out = run("tiers", "--target", "127.0.0.1:1", OTEL_PROPAGATORS="sleipnir")
 
     assert out.returncode == 2
-    assert out.stderr.startswith("error: OTEL_PROPAGATORS: sleipnir not installed; there are b3, ")
+    assert out.stderr.startswith("error: OTEL_PROPAGATORS: sleipnir not installed; available: b3, ")
     assert out.stderr.count("\n") == 1
 
 
