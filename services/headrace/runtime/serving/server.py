@@ -136,12 +136,15 @@ async def serving(
     services       descriptors of the services that it adds, for reflection and health
     port           0 picks a free one
     drain_seconds  how long requests in flight may continue after the block exits; the rest then end with
-    DRAINING, so that their callers resume them on another server limits         what the server accepts from
-    its callers untracked      full names of methods that are not requests: streams that last as long as the
-    connection, and debug endpoints requests       tracks the requests in flight; by default a new tracker
-    trace_context  what is done with the trace context of callers ready          whether the server accepts
-    requests; polled ten times per second for health's readiness drain          awaited, for at most
-    *drain_seconds*, once new requests are rejected: returns the service's unfinished work
+                   DRAINING, so that their callers resume them on another server
+    limits         what the server accepts from its callers
+    untracked      full names of methods that are not requests: streams that last as long as the connection,
+                   and debug endpoints
+    requests       tracks the requests in flight; by default a new tracker
+    trace_context  what is done with the trace context of callers
+    ready          whether the server accepts requests; polled ten times per second for health's readiness
+    drain          awaited, for at most *drain_seconds*, once new requests are rejected: returns the service's
+                   unfinished work
 
     Raises PortInUse and CannotListen.
     """
