@@ -25,10 +25,10 @@ from opentelemetry.context import Context
 
 from headrace import attributes, errors, statuses
 from headrace.propagation import extract
-from headrace.runtime.memory_reclaim import Reclaimer
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.runtime.serving.inflight import InflightBudget
+from headrace.runtime.serving.memory_reclaim import Reclaimer
 from headrace.runtime.serving.request_message import parser, read_message
 from headrace.runtime.serving.servicer_context import StreamingContext
 

@@ -25,13 +25,13 @@ from grpc_health.v1._async import HealthServicer
 
 from headrace import errors, propagation
 from headrace.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, join
-from headrace.runtime.memory_reclaim import freeze_loaded_objects, return_large_blocks
 from headrace.runtime.serving import accept_loop
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.bind_check import bind_error, explain
 from headrace.runtime.serving.inflight import InflightBudget
 from headrace.runtime.serving.interceptor import ServerInterceptor, TraceContext
 from headrace.runtime.serving.limits import Limits, raise_file_limit
+from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects, return_large_blocks
 from headrace.runtime.serving.reflection import add_reflection
 
 log = logging.getLogger(__name__)

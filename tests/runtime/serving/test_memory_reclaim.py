@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from headrace import errors
-from headrace.runtime.memory_reclaim import Reclaimer
 from headrace.runtime.serving.limits import MIB
+from headrace.runtime.serving.memory_reclaim import Reclaimer
 from tests.harness import PATIENCE
 
 
