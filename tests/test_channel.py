@@ -1,4 +1,4 @@
-"""Targets are parsed, and channels use a proxy only where they should."""
+"""The syntax of targets, and which channels go through a proxy."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, collect, prompt, running_mesh
 
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
-NOWHERE = "192.0.2.77:50051"  # TEST-NET-1: not assigned
+NOWHERE = "192.0.2.77:50051"  # TEST-NET-1: an address that no host has
 
 
 @given(
     host=st.one_of(st.ip_addresses().map(str), st.from_regex(r"[a-z][a-z0-9.-]{0,20}", fullmatch=True)),
     port=st.integers(1, 65535),
 )
-def test_join_and_split_are_inverse(host: str, port: int) -> None:
+def test_an_address_is_parsed(host: str, port: int) -> None:
     assert split(join(host, port)) == (host, str(port))
     assert split(join(f"[{host}]", port)) == (host, str(port))
     assert target_problem(join(host, port)) == ""
@@ -71,7 +71,7 @@ def test_an_invalid_target_is_explained(target: str, problem: str) -> None:
         "xds:///router",
     ],
 )
-def test_every_form_that_grpc_accepts_is_a_target(target: str) -> None:
+def test_every_target_syntax_of_grpc_is_accepted(target: str) -> None:
     assert target_problem(target) == ""
 
 
@@ -97,7 +97,7 @@ def test_every_form_that_grpc_accepts_is_a_target(target: str) -> None:
         ("dns:///router:50051", False),
     ],
 )
-def test_targets_on_this_machine_are_recognised(target: str, local: bool) -> None:
+def test_loopback_targets_are_recognised(target: str, local: bool) -> None:
     assert is_local(target) is local
 
 
@@ -109,8 +109,8 @@ def test_targets_on_this_machine_are_recognised(target: str, local: bool) -> Non
         ({"http_proxy": "http://a:1", "https_proxy": "http://b:1"}, "https_proxy"),
         ({"grpc_proxy": "http://a:1", "https_proxy": "http://b:1"}, "grpc_proxy"),
         ({"grpc_proxy": "", "http_proxy": "http://a:1"}, "http_proxy"),
-        ({"https_proxy": "socks5://a:1"}, ""),  # gRPC accepts no other scheme
-        ({"HTTPS_PROXY": "http://a:1"}, ""),  # gRPC reads lower-case names only
+        ({"https_proxy": "socks5://a:1"}, ""),  # the only scheme that gRPC accepts
+        ({"HTTPS_PROXY": "http://a:1"}, ""),  # gRPC ignores the upper-case variable
         ({"http_proxy": "http://a:1", "no_proxy": "example.com, 192.0.2.0/24"}, ""),
         ({"http_proxy": "http://a:1", "no_proxy": "192.0.2.77"}, ""),
         ({"http_proxy": "http://a:1", "no_proxy": "10.0.0.0/8"}, "http_proxy"),
@@ -124,7 +124,7 @@ def test_the_proxy_of_a_target_is_the_one_that_grpc_uses(environment: dict[str, 
 
 @dataclass
 class Proxy:
-    """An HTTP proxy that rejects all requests and records them."""
+    """An HTTP proxy that rejects every request and records it."""
 
     address: str = ""
     asked: list[str] = field(default_factory=list)
@@ -150,7 +150,7 @@ async def refusing_proxy() -> AsyncGenerator[Proxy, None]:
 async def test_calls_between_our_own_processes_use_no_proxy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A mesh starts, answers and reports its health although the variables set a proxy."""
+    """A whole mesh starts, answers and reports its health, whatever proxy the variables name."""
     async with refusing_proxy() as proxy:
         for variable in PROXIES:
             monkeypatch.setenv(variable, proxy.address)
@@ -160,7 +160,7 @@ async def test_calls_between_our_own_processes_use_no_proxy(
         assert proxy.asked == []
 
 
-async def test_the_inner_hops_never_use_a_proxy_and_others_do_by_default(
+async def test_inner_hops_never_use_a_proxy_and_others_do_by_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with refusing_proxy() as proxy:
@@ -178,7 +178,7 @@ async def test_the_inner_hops_never_use_a_proxy_and_others_do_by_default(
         assert "http_proxy" in advice(caught.value, NOWHERE)
 
 
-async def test_the_error_of_a_call_explains_an_invalid_target() -> None:
+async def test_a_target_in_the_wrong_form_is_named_in_the_error() -> None:
     async with connect("::1:50051", retries=0) as client:
         with pytest.raises(errors.Unavailable, match="IPv6 address without brackets"):
             await client.list_tiers(timeout=20)
@@ -208,7 +208,7 @@ class States:
             await self._changed.wait()
 
 
-async def test_a_lost_connection_does_not_count_as_a_new_one() -> None:
+async def test_a_connection_that_broke_is_not_taken_for_a_new_one() -> None:
     states = States(grpc.ChannelConnectivity.READY)
     waiting = asyncio.create_task(reconnected(cast(grpc.aio.Channel, states)))
     await asyncio.sleep(0)
@@ -216,13 +216,13 @@ async def test_a_lost_connection_does_not_count_as_a_new_one() -> None:
         states.become(state)
         for _ in range(10):
             await asyncio.sleep(0)
-        assert not waiting.done(), "gRPC had not noticed yet"
+        assert not waiting.done(), "gRPC has not noticed yet"
 
     states.become(grpc.ChannelConnectivity.READY)
     await waiting
 
 
-async def test_a_new_connection_is_used() -> None:
+async def test_a_connection_that_was_opened_meanwhile_is_used() -> None:
     states = States(grpc.ChannelConnectivity.READY)
     async with asyncio.timeout(PATIENCE):
         await reconnected(cast(grpc.aio.Channel, states))

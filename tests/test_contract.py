@@ -1,4 +1,4 @@
-"""The committed stubs match protos/, and an install without extras imports only its dependencies."""
+"""The committed stubs match protos/, and an install without extras has few dependencies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_committed_stubs_match_the_protos(tmp_path: Path) -> None:
 
 
 def test_the_bare_install_imports_only_what_it_declares() -> None:
-    """`pip install headrace` without extras contains stubs, errors and the client."""
+    """`pip install headrace` alone provides stubs, errors and the client."""
     code = (
         "import sys, headrace.client, headrace.errors, headrace.v1.worker_service_pb2_grpc\n"
         "heavy = ['torch', 'transformers', 'pydantic', 'opentelemetry.sdk', 'typer', 'rich', 'uvloop', "

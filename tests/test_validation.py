@@ -1,4 +1,4 @@
-"""Requests are checked against their limits; sizes are checked before contents, and messages quote little."""
+"""Bounds of a request are checked before its fields are iterated, and messages quote little."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.validation import check_feedback, check_request, seconds_of
 
-# No sampling field accepts a float32 outside these.
+# No sampling field accepts a float32 outside of these.
 EXTREMES = (0.0, -0.0, 1e-45, 1e-39, 1.2e-38, 1e-10, 3.4e38, -1e-45, -3.4e38, math.inf, -math.inf, math.nan)
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -62,11 +62,11 @@ def refused(request: pb.GenerateRequest) -> errors.InvalidRequest:
         ),
     ],
 )
-def test_a_field_beyond_its_limit_is_rejected_by_name(request_: pb.GenerateRequest, field: str) -> None:
+def test_a_field_that_is_too_long_is_named(request_: pb.GenerateRequest, field: str) -> None:
     assert refused(request_).field == field
 
 
-def test_the_limits_themselves_are_allowed() -> None:
+def test_the_bounds_themselves_are_allowed() -> None:
     request = asked(logit_bias=dict.fromkeys(range(300), 1.0), stop=["s" * 256] * 16)
     request.chat.messages.extend([pb.Message(role="user", content="a")] * 4096)
     request.resume.token_ids.extend([1] * 131_072)
@@ -76,7 +76,7 @@ def test_the_limits_themselves_are_allowed() -> None:
     check_request(request)
 
 
-def test_only_a_message_of_the_assistant_may_be_empty() -> None:
+def test_only_an_assistants_turn_may_be_empty() -> None:
     turns = [pb.Message(role="user", content="a"), pb.Message(role="assistant"), pb.Message(role="user")]
     check_request(pb.GenerateRequest(chat=pb.Chat(messages=[*turns[:2], turns[0]])))
 
@@ -105,7 +105,7 @@ class _Counted(list[int]):
         (validation._check_resume, ("token_ids",)),
     ],
 )
-def test_a_field_that_is_too_long_is_not_read(check, holder) -> None:  # type: ignore[no-untyped-def]
+def test_a_long_field_is_not_iterated(check, holder) -> None:  # type: ignore[no-untyped-def]
     """A long list must not occupy the event loop."""
     long = _Counted(range(400_000))
 
@@ -133,7 +133,7 @@ def test_a_field_that_is_too_long_is_not_read(check, holder) -> None:  # type: i
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", EXTREMES)
-def test_only_finite_numbers_in_range_are_accepted(name: str, value: float) -> None:
+def test_a_number_must_be_finite_and_in_range(name: str, value: float) -> None:
     request = asked(**{name: value})
     number = getattr(request.sampling, name)
     if (error := complaint(request)) is not None:
@@ -147,8 +147,8 @@ def test_only_finite_numbers_in_range_are_accepted(name: str, value: float) -> N
 @pytest.mark.parametrize(
     ("name", "bounds"), [("repetition_penalty", (0.01, 10)), ("temperature", (0, 10)), ("top_p", (1e-9, 1))]
 )
-def test_ranges_include_their_ends(name: str, bounds: tuple[float, float]) -> None:
-    """Also if float32 stores a slightly smaller number."""
+def test_the_ends_of_a_range_belong_to_it(name: str, bounds: tuple[float, float]) -> None:
+    """Also where float32 cannot represent the end and holds a little less."""
     for bound in bounds:
         check_request(asked(**{name: bound}))
 
@@ -159,7 +159,7 @@ def test_a_bias_out_of_range_is_rejected(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.001, 1.001])
-def test_a_preference_or_quality_out_of_range_is_rejected(value: float) -> None:
+def test_a_preference_or_quality_outside_0_to_1_is_rejected(value: float) -> None:
     request = pb.GenerateRequest(prompt="x", routing=pb.Routing(quality_preference=value))
     assert refused(request).field == "routing.quality_preference"
     with pytest.raises(errors.InvalidRequest) as caught:
@@ -167,15 +167,13 @@ def test_a_preference_or_quality_out_of_range_is_rejected(value: float) -> None:
     assert caught.value.field == "quality"
 
 
-def test_the_largest_integers_are_accepted_where_they_are_valid() -> None:
+def test_integers_at_the_ends_of_their_ranges_are_accepted() -> None:
     check_request(asked(top_k=2**32 - 1, max_tokens=2**32 - 1, min_tokens=2**32 - 1, seed=2**64 - 1))
-    check_request(
-        asked(stop_token_ids=[2**32 - 1], logit_bias={2**32 - 1: 1.0})
-    )  # the batcher checks the vocabulary
+    check_request(asked(stop_token_ids=[2**32 - 1], logit_bias={2**32 - 1: 1.0}))  # the batcher checks it
 
 
 @given(seconds=st.integers(-(2**63), 2**63 - 1), nanos=st.integers(-(2**31), 2**31 - 1))
-def test_a_duration_out_of_range_is_rejected(seconds: int, nanos: int) -> None:
+def test_a_duration_is_within_its_bounds_or_refused(seconds: int, nanos: int) -> None:
     request = pb.GenerateRequest(prompt="x")
     request.stream.flush_interval.seconds, request.stream.flush_interval.nanos = seconds, nanos
     if (error := complaint(request)) is not None:
@@ -216,7 +214,7 @@ def test_a_message_quotes_little_of_a_long_text(request_: pb.GenerateRequest) ->
     assert "\n" not in message
 
 
-def test_feedback_with_long_names_is_rejected_by_field() -> None:
+def test_feedback_of_long_names_is_refused_by_its_field() -> None:
     for field in ("request_id", "tier"):
         request = routing.FeedbackRequest(ok=True)
         setattr(request, field, LONG)
