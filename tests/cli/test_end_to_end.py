@@ -429,7 +429,7 @@ def test_a_conversation_goes_on_after_what_cannot_be_sent(mesh: Up) -> None:
     terminal = Terminal("chat", "--target", mesh.address)
     terminal.expect("> ")
     os.write(terminal.master, b"Gr\xfc\xdfe\n")
-    terminal.expect("the text is not UTF-8")
+    terminal.expect("the text is not valid UTF-8")
     terminal.expect("> ")
 
     assert terminal.close(pressing="\x04") == 0
