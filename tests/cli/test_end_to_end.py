@@ -156,7 +156,7 @@ def test_a_prompt_that_is_not_utf8_is_one_line_and_not_sent(locale: str, piped: 
         out = run("chat", *nowhere, word, **variables)
 
     assert (out.returncode, out.stdout) == (1, "")
-    assert out.stderr == "error: the text is not UTF-8, from character 2 on [INVALID_UTF8]\n"
+    assert out.stderr == "error: the text is not valid UTF-8 from character 2 on [INVALID_UTF8]\n"
 
 
 def test_a_terminal_that_cannot_show_it_all_gets_what_it_can(mesh: Up) -> None:
@@ -189,7 +189,7 @@ def test_a_propagator_that_is_not_installed_is_one_line() -> None:
     out = run("tiers", "--target", "127.0.0.1:1", OTEL_PROPAGATORS="sleipnir")
 
     assert out.returncode == 2
-    assert out.stderr.startswith("error: OTEL_PROPAGATORS: sleipnir not installed; there are b3, ")
+    assert out.stderr.startswith("error: OTEL_PROPAGATORS: sleipnir not installed; available: b3, ")
     assert out.stderr.count("\n") == 1
 
 
@@ -429,7 +429,7 @@ def test_a_conversation_goes_on_after_what_cannot_be_sent(mesh: Up) -> None:
     terminal = Terminal("chat", "--target", mesh.address)
     terminal.expect("> ")
     os.write(terminal.master, b"Gr\xfc\xdfe\n")
-    terminal.expect("the text is not UTF-8")
+    terminal.expect("the text is not valid UTF-8")
     terminal.expect("> ")
 
     assert terminal.close(pressing="\x04") == 0
