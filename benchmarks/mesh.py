@@ -31,9 +31,8 @@ from headrace.cli.mesh import MeshSpec, TierSpec, mesh
 from headrace.client import Client, connect
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.engine.interface import SamplingParams
-from headrace.worker.engine.plan.loop import EngineLoop, StepReport
-from headrace.worker.engine.plan.scheduler import LiveSequence
+from headrace.worker.engine.plan.loop import EngineLoop
+from headrace.worker.runner import SamplingParams, SequenceSpec, StepReport
 
 MAX_RUNNING, STEP_TOKENS = 256, 128  # of the engine, alone and in the mesh
 
@@ -131,32 +130,32 @@ def engine_alone(streams: int, tokens: int, step_seconds: float) -> Figures:
     steps = 0
     done = threading.Event()
 
-    lasts_heard: dict[int, float] = {}
+    latest: dict[int, float] = {}
     gaps: list[float] = []
 
-    def hear(report: StepReport[int]) -> None:
+    def on_report(report: StepReport[int]) -> None:
         nonlocal steps
         steps += 1
         now = time.perf_counter() - began
         for update in report.updates:
-            key = update.sequence.key
+            key = update.key
             firsts.setdefault(key, now)
-            if key in lasts_heard:
-                gaps.append(now - lasts_heard[key])
-            lasts_heard[key] = now
-            if update.ending is not None:
+            if key in latest:
+                gaps.append(now - latest[key])
+            latest[key] = now
+            if update.finish is not None:
                 lasts[key] = now
         if len(lasts) == streams:
             done.set()
 
     engine = EchoEngine(max_running=MAX_RUNNING, step_seconds=step_seconds)
-    loop: EngineLoop[int] = EngineLoop(engine, report=hear, step_tokens=STEP_TOKENS)
-    loop.start()
+    loop: EngineLoop[int] = EngineLoop(engine, step_tokens=STEP_TOKENS)
+    loop.start(on_report)
     began = time.perf_counter()
     for number in range(streams):
         ids = list(prompt(number).encode())
         params = SamplingParams(seed=0, max_tokens=tokens, ignore_eos=True)
-        loop.submit(LiveSequence(number, ids, len(ids), params, None, time.monotonic()))
+        loop.submit(SequenceSpec(number, ids, len(ids), params, submitted=time.monotonic()))
     done.wait(300)
     seconds = time.perf_counter() - began
     loop.stop()

@@ -195,7 +195,7 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
         batcher = mesh.tiers["only"].batcher.server
         async with connect(f"127.0.0.1:{batcher.port}", retries=0) as client:
             running = asyncio.create_task(collect(client, prompt("x" * 50)))
-            await eventually(lambda: mesh.tiers["only"].worker.sessions.live)
+            await eventually(lambda: mesh.tiers["only"].worker.streams.in_flight)
             batcher.activity.draining = True
 
             with pytest.raises(errors.Draining) as caught:
@@ -215,12 +215,12 @@ async def test_a_worker_that_drains_hands_back_what_it_cannot_finish() -> None:
         await eventually(running.coalescer.pool.ready)
         async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
             endless = asyncio.create_task(collect(client, prompt("x", max_tokens=1000, ignore_eos=True)))
-            await eventually(lambda: worker.sessions.live)
+            await eventually(lambda: worker.streams.in_flight)
             await worker_up.__aexit__(None, None, None)
 
             with pytest.raises(errors.WorkerLost, match="no worker was ready"):
                 await endless
-            load = worker.sessions.load()
+            load = worker.streams.load()
             assert load.kv_tokens_free == load.kv_tokens_total
 
 
@@ -319,7 +319,7 @@ async def test_what_outlasts_a_drain_is_handed_back_as_draining() -> None:
                     async for _ in stream:
                         pass
             await stopping
-        await eventually(lambda: not worker.sessions.live)
+        await eventually(lambda: not worker.streams.in_flight)
 
 
 async def test_a_client_of_two_servers_goes_to_the_other_when_one_drains() -> None:

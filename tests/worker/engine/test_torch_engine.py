@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
-from headrace.worker.engine.plan.loop import EngineLoop, StepReport
-from headrace.worker.engine.plan.scheduler import Ending, LiveSequence
+from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.engine.torch_engine import TorchEngine
+from headrace.worker.runner import FinishReason, SequenceSpec, StepReport
 from tests.worker.engine.conftest import ARCHITECTURES, EOS, VOCABULARY
 
 GREEDY = SamplingParams(seed=0, max_tokens=64, temperature=0, ignore_eos=True)
@@ -254,20 +254,20 @@ def test_the_loop_answers_random_arrivals_as_generate_does(
     dice = random.Random(5)
     prompts = {key: prompt_of(dice.randint(1, 150), seed=key) for key in range(12)}
     lengths = {key: dice.randint(1, 12) for key in prompts}
-    endings: queue.Queue[tuple[int, Ending]] = queue.Queue()
-    said: dict[int, list[int]] = {key: [] for key in prompts}
+    endings: queue.Queue[tuple[int, FinishReason]] = queue.Queue()
+    answers: dict[int, list[int]] = {key: [] for key in prompts}
 
-    def hear(report: StepReport[int]) -> None:
+    def on_report(report: StepReport[int]) -> None:
         for update in report.updates:
-            said[update.sequence.key] += update.token_ids
-            if update.ending is not None:
-                endings.put((update.sequence.key, update.ending))
+            answers[update.key] += update.token_ids
+            if update.finish is not None:
+                endings.put((update.key, update.finish))
 
-    loop = EngineLoop(engine, report=hear, step_tokens=48)
-    loop.start()
+    loop: EngineLoop[int] = EngineLoop(engine, step_tokens=48)
+    loop.start(on_report)
     for key, prompt in prompts.items():
         params = SamplingParams(seed=key, max_tokens=lengths[key], temperature=0, ignore_eos=True)
-        loop.submit(LiveSequence(key, list(prompt), len(prompt), params, None, 0.0))
+        loop.submit(SequenceSpec(key, prompt, len(prompt), params))
         if key % 5 == 4:
             loop.cancel(key)
     ended = dict(endings.get(timeout=120) for _ in prompts)
@@ -275,12 +275,12 @@ def test_the_loop_answers_random_arrivals_as_generate_does(
 
     for key, prompt in prompts.items():
         expected = generated(network, prompt, lengths[key])
-        if ended[key] is Ending.LENGTH:
-            assert said[key] == expected
+        if ended[key] is FinishReason.LENGTH:
+            assert answers[key] == expected
         else:
-            assert ended[key] is Ending.CANCELLED
-            assert said[key] == expected[: len(said[key])]
-    assert {Ending.LENGTH} == {ended[key] for key in prompts if key % 5 != 4}
+            assert ended[key] is FinishReason.CANCELLED
+            assert answers[key] == expected[: len(answers[key])]
+    assert {FinishReason.LENGTH} == {ended[key] for key in prompts if key % 5 != 4}
 
 
 def test_the_model_ends_its_turn_with_its_own_token(tiny_engine: Engine) -> None:
