@@ -13,8 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Generic
 
@@ -98,7 +97,7 @@ class EngineLoop(Generic[K]):
         except ValueError as error:
             log.exception("a sequence cannot be scheduled")
             update = SequenceUpdate(spec.key, spec.resumed, finish=FinishReason.FAULT, fault=str(error))
-            self._queue_report(StepReport(updates=[update]))
+            self._queue_report([update])
 
     def _main(self) -> None:
         try:
@@ -128,7 +127,7 @@ class EngineLoop(Generic[K]):
         scheduler = self._scheduler
         ended_early = scheduler.remove_ended(time.monotonic())
         if ended_early:
-            self._queue_report(StepReport(updates=ended_early))
+            self._queue_report(ended_early)
         now = time.monotonic()
         rows = scheduler.plan(now)
         if rows:
@@ -136,17 +135,13 @@ class EngineLoop(Generic[K]):
             results = self._compute(rows)
             ended = time.time_ns()
             done = time.monotonic()
-            updates = scheduler.apply(rows, results, done)
             self._queue_report(
-                StepReport(
-                    updates=updates,
-                    rows=len(rows),
-                    tokens=sum(row.stop - row.start for row in rows),
-                    decodes=scheduler.decodes,
-                    seconds=done - now,
-                    started=started,
-                    ended=ended,
-                )
+                scheduler.apply(rows, results, done),
+                rows=len(rows),
+                tokens=sum(row.stop - row.start for row in rows),
+                seconds=done - now,
+                started=started,
+                ended=ended,
             )
         if scheduler.idle:
             self._send_reports()
@@ -159,12 +154,27 @@ class EngineLoop(Generic[K]):
             log.exception("engine step failed", extra={"rows": len(rows)})
             return [Fault("the engine failed in this step")] * len(rows)
 
-    def _queue_report(self, report: StepReport[K]) -> None:
-        """Keep a report until the next step is launched."""
+    def _queue_report(
+        self,
+        updates: Sequence[SequenceUpdate[K]],
+        *,
+        rows: int = 0,
+        tokens: int = 0,
+        seconds: float = 0.0,
+        started: int = 0,
+        ended: int = 0,
+    ) -> None:
+        """Make a report, and keep it until the next step is launched."""
         scheduler = self._scheduler
         self._unreported.append(
-            replace(
-                report,
+            StepReport(
+                updates=updates,
+                rows=rows,
+                tokens=tokens,
+                decodes=scheduler.decodes if rows else 0,
+                seconds=seconds,
+                started=started,
+                ended=ended,
                 running=scheduler.running,
                 waiting=scheduler.waiting,
                 kv_tokens_free=scheduler.kv_tokens_free,
