@@ -51,12 +51,14 @@ def systems(names: Sequence[str]) -> list[System]:
     return list({system.name: system for system in found}.values())
 
 
-def tokenizer(place: Place, chosen: Sequence[System], say: Callable[[str], None]) -> Callable[[str], Any]:
+def tokenizer(
+    place: Place, chosen: Sequence[System], progress: Callable[[str], None]
+) -> Callable[[str], Any]:
     """Return the model's encoder; bytes if only the echo engine is measured."""
     if all(system.name.endswith(":echo") for system in chosen):
         return lambda text: list(text.encode())
     try:
-        Setup(place.places, say).model(place.model, "bf16")
+        Setup(place.places, progress).model(place.model, "bf16")
     except SetupFailed as error:
         raise SystemExit(str(error)) from error
     return model_tokenizer(place.places.model(place.model, "bf16"))
@@ -119,7 +121,7 @@ async def run(arguments: argparse.Namespace) -> None:
     """Measure the selected systems, and write the results."""
     began = time.monotonic()
 
-    def say(line: str) -> None:
+    def progress(line: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {line}", flush=True)
 
     out: Path = arguments.out
@@ -138,8 +140,8 @@ async def run(arguments: argparse.Namespace) -> None:
     if not arguments.report:
         for model in arguments.model:
             place = Place(model, arguments.threads, out / "logs" / model, Places(arguments.peers_root))
-            requests = load(tokenizer(place, chosen, say), arguments.workload)
-            await campaign(plan, place, requests, journal, say)
+            requests = load(tokenizer(place, chosen, progress), arguments.workload)
+            await campaign(plan, place, requests, journal, progress)
     tables = write(out, journal.cells, described)
     Console(width=180).print(Markdown(tables)) if sys.stdout.isatty() else print(tables)
     print(f"written to {out}: serving.json, serving.md, serving.png; every run is in serving.jsonl")

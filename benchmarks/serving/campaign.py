@@ -87,7 +87,7 @@ def far_behind(cells: Sequence[dict[str, Any]], system: str, fraction: float) ->
 
 
 async def campaign(
-    plan: Plan, place: Place, requests: Sequence[Request], journal: Journal, say: Callable[[str], None]
+    plan: Plan, place: Place, requests: Sequence[Request], journal: Journal, progress: Callable[[str], None]
 ) -> None:
     """Measure one model. A system that fails is reported in the journal, and the next one runs."""
     for repetition in range(plan.repetitions):
@@ -102,21 +102,21 @@ async def campaign(
             label = f"{place.model} {system.name} {repetition + 1}/{plan.repetitions}"
             if missing := system.missing(place):
                 if repetition == 0:
-                    say(f"{label}: skipped, {missing}")
+                    progress(f"{label}: skipped, {missing}")
                 continue
             if not system.ours and far_behind(
                 [cell for cell in journal.measured(place.model) if cell["repetition"] < repetition],
                 system.name,
                 plan.leave_below,
             ):
-                say(f"{label}: skipped, it is below {plan.leave_below:.0%} of the fastest")
+                progress(f"{label}: skipped, it is below {plan.leave_below:.0%} of the fastest")
                 continue
             try:
-                await _cells(plan, place, system, todo, repetition, requests, journal, say, label)
+                await _cells(plan, place, system, todo, repetition, requests, journal, progress, label)
             except _FAILURES as error:
                 while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
                     error = error.exceptions[0]
-                say(f"{label}: failed: {type(error).__name__}: {error}")
+                progress(f"{label}: failed: {type(error).__name__}: {error}")
                 journal.add(model=place.model, system=system.name, repetition=repetition, error=str(error))
 
 
@@ -128,10 +128,10 @@ async def _cells(
     repetition: int,
     requests: Sequence[Request],
     journal: Journal,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
     label: str,
 ) -> None:
-    say(f"{label}: starting")
+    progress(f"{label}: starting")
     began = time.perf_counter()
     async with system.open(place) as running:
         load = time.perf_counter() - began
@@ -139,7 +139,7 @@ async def _cells(
         for concurrency in concurrencies:
 
             def rejected(run: Run, at: int = concurrency) -> None:
-                say(f"{label}: {at} at a time: others used {run.others:.2f} cores; repeating")
+                progress(f"{label}: {at} at a time: others used {run.others:.2f} cores; repeating")
 
             chosen = selection(requests, concurrency)
             run = await measure(
@@ -161,7 +161,7 @@ async def _cells(
                 threads=place.threads,
                 **run.as_json(),
             )
-            say(f"{label}: {concurrency} at a time: {_summary(run)} (ready after {load:.0f} s)")
+            progress(f"{label}: {concurrency} at a time: {_summary(run)} (ready after {load:.0f} s)")
 
 
 def _summary(run: Run) -> str:

@@ -77,10 +77,10 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Setup:
-    """Runs the steps of the setup; *say* prints progress."""
+    """Runs the steps of the setup; *progress* prints progress."""
 
     places: Places
-    say: Callable[[str], None]
+    progress: Callable[[str], None]
 
     def environment(self, peer: str) -> None:
         """Make a peer's environment, unless it exists with the same pins."""
@@ -182,7 +182,7 @@ class Setup:
         logs = self.places.root / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / ("".join(c if c.isalnum() else "-" for c in what)[:60] + ".log")
-        self.say(f"{what} ...")
+        self.progress(f"{what} ...")
         began = time.monotonic()
         with log.open("wb") as out:
             code = subprocess.run(
@@ -195,7 +195,7 @@ class Setup:
         if code:
             last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
             raise SetupFailed(f"{what} ended with exit code {code}; the end of {log}:\n{last}")
-        self.say(f"{what}: done in {time.monotonic() - began:.0f} s")
+        self.progress(f"{what}: done in {time.monotonic() - began:.0f} s")
 
 
 KINDS: Mapping[str, Sequence[str]] = {
@@ -228,7 +228,7 @@ def set_up(setup: Setup, peers: Sequence[str], which: Sequence[str]) -> list[str
                     setup.model(model, kind)
         except SetupFailed as error:
             failed.append(str(error))
-            setup.say(f"{peer} failed: {error}")
+            setup.progress(f"{peer} failed: {error}")
     return failed
 
 

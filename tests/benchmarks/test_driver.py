@@ -18,7 +18,7 @@ def requests(count: int) -> list[Request]:
 
 
 class Counting:
-    """Says one id per turn of the event loop, and notes how many answers were under way at once."""
+    """Returns one id per turn of the event loop, and counts how many answers are in flight at once."""
 
     pids: Sequence[int] = ()
     versions: dict[str, str] = {}  # noqa: RUF012

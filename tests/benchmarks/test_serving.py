@@ -63,7 +63,7 @@ async def test_a_system_that_does_not_start_is_recorded_and_the_next_one_runs(tm
 
     failed, measured = journal.cells
     assert failed["system"] == "headrace-engine:float16"
-    assert "/no/such/model.gguf" in failed["error"], "the end of its log says why"
+    assert "/no/such/model.gguf" in failed["error"], "the end of its log has the reason"
     assert measured["system"] == "headrace-engine:echo"
 
 

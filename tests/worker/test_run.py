@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
@@ -26,70 +25,7 @@ from headrace.worker.service import RUN
 from headrace.worker.streams import BatcherStreams
 from tests.harness import PATIENCE, collect, eventually, prompt, running_worker
 from tests.tier import Tier, running_tier
-
-HELLO = wire.RunRequest(hello=wire.Hello(batcher_id="peer", epoch=1))
-
-
-def sequence(handle: int, text: str = "hello", **sampling: Any) -> wire.Sequence:
-    asked = pb.Sampling(**{"seed": 1, "max_tokens": 50, **sampling})
-    return wire.Sequence(handle=handle, prompt_ids=list(text.encode()), sampling=asked)
-
-
-def submit(*sequences: wire.Sequence) -> wire.RunRequest:
-    return wire.RunRequest(submit=wire.Submit(batch_id=1, sequences=sequences))
-
-
-class Peer:
-    """One `Run` stream, with messages written by the test."""
-
-    def __init__(self, call: Any) -> None:
-        self.call = call
-        self.received: list[wire.RunResponse] = []
-
-    async def hello(self) -> wire.Welcome:
-        await self.call.write(HELLO)
-        return (await self.read("welcome")).welcome
-
-    async def read(
-        self, kind: str, *, until: Callable[[Any], bool] = lambda message: True
-    ) -> wire.RunResponse:
-        """Return the next message of a kind for which *until* holds."""
-        async with asyncio.timeout(PATIENCE):
-            async for response in self.call:
-                self.received.append(response)
-                if response.WhichOneof("message") == kind and until(response):
-                    return self.received[-1]
-        raise AssertionError(f"the stream ended without {kind}: {await self.call.code()}")
-
-    async def credit(self, least: int) -> None:
-        """Wait until the credit is at least so large."""
-        await self.read("credit", until=lambda response: response.credit.sequences >= least)
-
-    async def end(self) -> errors.HeadraceError | None:
-        """Read to the end of the stream and return its error."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                async for response in self.call:
-                    self.received.append(response)
-        except grpc.aio.AioRpcError as error:
-            return statuses.from_rpc_error(error)
-        return None
-
-    def deltas(self) -> list[wire.SequenceDelta]:
-        return [delta for response in self.received for delta in response.step.deltas]
-
-    def verdicts(self) -> dict[int, wire.Verdict]:
-        return {one.handle: one for response in self.received for one in response.admission.verdicts}
-
-
-@asynccontextmanager
-async def dialled(port: int) -> AsyncGenerator[Peer, None]:
-    async with open_channel(f"127.0.0.1:{port}") as channel:
-        call = WorkerServiceStub(channel).Run(timeout=PATIENCE)
-        try:
-            yield Peer(call)
-        finally:
-            call.cancel()
+from tests.worker.peer import HELLO, Peer, dialled, sequence, submit
 
 
 @pytest.fixture
@@ -453,5 +389,5 @@ async def test_a_stream_on_which_everything_is_urgent_does_not_starve_the_others
         stop.set()
         await flooding
 
-    # 30 answers of 37 tokens beside a flood of 40 each: equal shares give about as many of either kind.
+    # 30 answers of about 43 tokens beside a flood of 40 each: equal shares give about as many of either kind.
     assert during < 2 * 30

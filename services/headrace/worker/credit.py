@@ -76,7 +76,7 @@ def share(capacity: int, streams: Sequence[CreditState]) -> list[int]:
     fair = _max_min(room, wishes)
     takes = [one.backlogged or single or one.idle for one in streams]
     free = room - sum(one.counted for one in streams)
-    # A stream may use what is committed to it anyway, up to its fair part.
+    # A stream may use its commitment, up to its fair part.
     granted = [
         max(one.credit, min(one.committed, due)) if one.backlogged else one.credit
         for one, due in zip(streams, fair, strict=True)

@@ -150,7 +150,7 @@ class EngineLoop(Generic[K]):
         try:
             return self._engine.step(rows, self._send_reports)
         except Exception:
-            # The contents of the rows' blocks are unknown: all sequences of this step end, others go on.
+            # The contents of the rows' blocks are unknown: all sequences of this step end, others continue.
             log.exception("engine step failed", extra={"rows": len(rows)})
             return [Fault("the engine failed in this step")] * len(rows)
 
