@@ -90,7 +90,7 @@ async def test_cached_tokens_are_told_of_answers_that_end_at_a_stop_text() -> No
 async def test_a_prompt_that_is_known_already_is_not_refused_for_the_time_it_would_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(StepPace, "prefill", 100.0)  # tokens per second: 35 s for these prompts
+    monkeypatch.setattr(StepPace, "prefill_rate", 100.0)  # tokens per second: 35 s for these prompts
     async with running_tier([EchoEngine()]) as tier:
         (link,) = tier.batcher.coalescer.pool
         known = "m" * 3500
@@ -276,7 +276,7 @@ async def test_when_it_is_full_the_least_urgent_gives_way_and_the_rest_come_in_o
 
 
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepPace, "prefill", 100.0)  # tokens per second: 35 s for the long prompt
+    monkeypatch.setattr(StepPace, "prefill_rate", 100.0)  # tokens per second: 35 s for the long prompt
     async with running_tier([EchoEngine(step_seconds=0.05)], worker_settings={"step_tokens": 64}) as tier:
         (link,) = tier.batcher.coalescer.pool
         await collect(tier.client, prompt("m" * 500, max_tokens=1))
