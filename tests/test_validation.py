@@ -9,8 +9,7 @@ from google.protobuf import duration_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace import errors, quoting, validation
-from headrace.quoting import quoted
+from headrace import errors, validation
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.validation import check_feedback, check_request, seconds_of
@@ -226,13 +225,3 @@ def test_feedback_of_long_names_is_refused_by_its_field() -> None:
     with pytest.raises(errors.InvalidRequest):
         check_feedback(routing.FeedbackRequest(request_id="r"))
     check_feedback(routing.FeedbackRequest(request_id="r" * 128, tier="t", quality=0.5))
-
-
-@given(st.text(max_size=200))
-def test_a_quote_is_short_and_on_one_line(text: str) -> None:
-    quote = quoted(text)
-
-    assert len(quote) <= 10 * quoting.MAX_QUOTED + 40
-    assert quote.isprintable()
-    if len(text) <= quoting.MAX_QUOTED:
-        assert quote == repr(text)

@@ -16,10 +16,11 @@ from pathlib import Path
 import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
-from headrace.runtime import logs, vitals
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime import process_info
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
+from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from headrace.worker.admin import AdminServicer
@@ -56,8 +57,8 @@ async def worker(
     """
     incarnation = secrets.randbits(63)
     servicer = WorkerServicer(identity, incarnation)
-    activity = Activity()
-    debug = AdminServicer(identity, incarnation, lambda: servicer.streams, described, activity)
+    requests = ActiveRequests()
+    debug = AdminServicer(identity, incarnation, lambda: servicer.streams, described, requests)
 
     def register(server: grpc.aio.Server) -> None:
         add_WorkerServiceServicer_to_server(servicer, server)
@@ -65,14 +66,14 @@ async def worker(
 
     async with serving(
         register,
-        (*SERVICES, *vitals.SERVICES),
+        (*SERVICES, *process_info.SERVICES),
         host=settings.host,
         port=settings.port,
         # Sequences that are handed off at the end of the drain must be sent as well.
         drain_seconds=settings.drain_seconds + 2,
         limits=settings.limits,
-        aside=frozenset({RUN, vitals.INSPECT}),
-        activity=activity,
+        untracked=frozenset({RUN, process_info.INSPECT}),
+        requests=requests,
         trace_context=settings.trace_context,
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,

@@ -8,8 +8,8 @@ from itertools import islice
 
 import grpc
 
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.process_info import process_state
+from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
@@ -32,13 +32,13 @@ class AdminServicer(AdminServiceServicer):
         incarnation: int,
         streams: Callable[[], BatcherStreams | None],
         describe: Callable[[BatcherStreams], wire.ModelDescription],
-        activity: Activity,
+        requests: ActiveRequests,
     ) -> None:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._streams = streams
         self._describe = describe
-        self._activity = activity
+        self._requests = requests
 
     async def Inspect(
         self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
@@ -48,7 +48,7 @@ class AdminServicer(AdminServiceServicer):
         if (streams := self._streams()) is not None:
             now = time.monotonic()
             state.draining = streams.draining
-            state.live = streams.in_flight
+            state.in_flight = streams.in_flight
             state.capacity = streams.capacity
             state.model.CopyFrom(self._describe(streams))
             state.load.CopyFrom(streams.load())
@@ -57,7 +57,7 @@ class AdminServicer(AdminServiceServicer):
             sequences.sort(key=lambda pair: pair[0].spec.submitted)
             for sequence, stream in islice(sequences, request.max_sequences or LISTED):
                 state.sequences.append(_sequence(sequence, stream, now))
-        return admin.InspectResponse(worker=state, vitals=vitals(self._activity))
+        return admin.InspectResponse(worker=state, process_state=process_state(self._requests))
 
 
 def _stream(stream: BatcherStream, now: float) -> admin.StreamState:
@@ -78,7 +78,7 @@ def _sequence(sequence: InFlightSequence, stream: BatcherStream, now: float) -> 
         request_id=sequence.request_id,
         attempt=sequence.attempt,
         offset=sequence.answered,
-        place=stream.batcher_id,
+        peer=stream.batcher_id,
     )
     state.age.FromNanoseconds(max(int((now - sequence.spec.submitted) * 1e9), 0))
     return state
