@@ -109,7 +109,7 @@ async def test_a_failed_or_cancelled_stream_says_so_in_its_span(spans: InMemoryS
         with pytest.raises(errors.InvalidSampling):
             await collect(mesh.client, prompt("x", top_p=9))
         reading = asyncio.create_task(collect(mesh.client, prompt("x", max_tokens=1000, ignore_eos=True)))
-        await eventually(lambda: mesh.tiers["only"].worker.sessions.live)
+        await eventually(lambda: mesh.tiers["only"].worker.streams.in_flight)
         reading.cancel()
         await asyncio.wait([reading])
         await eventually(lambda: not mesh.left_behind)

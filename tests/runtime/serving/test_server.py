@@ -169,7 +169,7 @@ async def test_draining_finishes_running_requests_and_rejects_new_ones() -> None
         batcher = mesh.tiers["only"].batcher.server
         async with connect(f"127.0.0.1:{batcher.port}", retries=0) as client:
             running = asyncio.create_task(collect(client, prompt("x" * 50)))
-            await eventually(lambda: mesh.tiers["only"].worker.sessions.live)
+            await eventually(lambda: mesh.tiers["only"].worker.streams.in_flight)
             batcher.requests.draining = True
 
             with pytest.raises(errors.Draining) as caught:
@@ -189,12 +189,12 @@ async def test_a_draining_worker_returns_what_it_cannot_finish() -> None:
         await eventually(running.coalescer.pool.ready)
         async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
             endless = asyncio.create_task(collect(client, prompt("x", max_tokens=1000, ignore_eos=True)))
-            await eventually(lambda: worker.sessions.live)
+            await eventually(lambda: worker.streams.in_flight)
             await worker_up.__aexit__(None, None, None)
 
             with pytest.raises(errors.WorkerLost, match="no worker was ready"):
                 await endless
-            load = worker.sessions.load()
+            load = worker.streams.load()
             assert load.kv_tokens_free == load.kv_tokens_total
 
 
@@ -293,7 +293,7 @@ async def test_requests_that_outlast_the_drain_end_as_draining() -> None:
                     async for _ in stream:
                         pass
             await stopping
-        await eventually(lambda: not worker.sessions.live)
+        await eventually(lambda: not worker.streams.in_flight)
 
 
 async def test_a_client_of_two_servers_uses_the_other_when_one_drains() -> None:
