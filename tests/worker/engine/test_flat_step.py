@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.worker.engine.flat_step import destinations, flatten
-from headrace.worker.engine.gpu.static_decodes import empty_step, ladder, pad_decodes
+from headrace.worker.engine.gpu.static_decodes import empty_step, graph_sizes, pad_decodes
 from headrace.worker.engine.gpu.varlen import VarlenIndex, upload
 from headrace.worker.engine.interface import Row, SamplingParams
 
@@ -84,7 +84,7 @@ def test_padding_rows_write_only_to_the_scratch_block(rows: list[Row], more: int
     flat = flatten(rows, BLOCK)
     size, width, scratch = len(rows) + more, flat.tables.shape[1] + wider, 9999
 
-    padded = pad_decodes(flat, size, width=width, scratch=scratch)
+    padded = pad_decodes(flat, size, width=width, spare=scratch)
 
     assert padded.tables.shape == (size, width)
     assert padded.decodes_only
@@ -98,14 +98,14 @@ def test_padding_rows_write_only_to_the_scratch_block(rows: list[Row], more: int
 
 
 def test_an_empty_step_can_be_padded() -> None:
-    padded = pad_decodes(empty_step(), 3, width=2, scratch=7)
+    padded = pad_decodes(empty_step(), 3, width=2, spare=7)
 
     assert list(destinations(padded, BLOCK)) == [28, 28, 28]
 
 
 @given(st.integers(1, 1024))
 def test_a_size_is_close_above_any_number_of_rows(most: int) -> None:
-    sizes = ladder(most)
+    sizes = graph_sizes(most)
 
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == most

@@ -52,10 +52,10 @@ def choose_kind(layers: Layers, device: torch.device, dtype: torch.dtype) -> Att
 def kernels(dtype: torch.dtype) -> AttentionKind:
     """Make the kind for CPUs."""
 
-    def make_memory(layers: Layers, blocks: int) -> paging.PagedMemory:
-        memory = paging.PagedMemory(blocks, half=dtype is torch.bfloat16)
+    def make_memory(layers: Layers, blocks: int) -> paging.KernelMemory:
+        memory = paging.KernelMemory(blocks, half=dtype is torch.bfloat16)
         for index, own in layers.items():
-            memory.layer(
+            memory.configure_layer(
                 index,
                 heads=own.heads,
                 kv_heads=own.shape.kv_heads,
@@ -114,4 +114,4 @@ def _over_tensors(
 def _flash_refusal(own: LayerAttention, device: torch.device, dtype: torch.dtype) -> str | None:
     if own.masking.softcap is not None:
         return "FlashAttention in torch does not support a soft cap"
-    return cuda.flash_refusal(device, dtype, own.shape.key_dim, own.shape.value_dim)
+    return cuda.flash_unsupported_reason(device, dtype, own.shape.key_dim, own.shape.value_dim)

@@ -10,9 +10,6 @@ import torch
 
 from headrace.worker.engine.flat_step import FlatStep
 from headrace.worker.engine.gpu import cuda
-from headrace.worker.engine.gpu.static_decodes import StaticDecodes
-from headrace.worker.engine.gpu.varlen import VarlenAttention, VarlenIndex, compute, upload
-from headrace.worker.engine.kv_memory import PagedMemory
 from headrace.worker.engine.transformers_attention import StepAttention
 
 
@@ -60,24 +57,3 @@ class TransformersForward:
         )
         logits: torch.Tensor = outputs.logits[0, : len(flat.last)]
         return logits
-
-
-class VarlenForward:
-    """Computes a network of transformers on CUDA whose heads FlashAttention supports.
-
-    decodes   computes the steps of decodes that it supports; see `StaticDecodes`
-    """
-
-    def __init__(self, network: Any, memory: PagedMemory, decodes: StaticDecodes | None = None) -> None:
-        self._network = network
-        self._memory = memory
-        self._decodes = decodes
-
-    def __call__(self, flat: FlatStep) -> torch.Tensor:
-        """See `Forward`."""
-        if self._decodes is not None and self._decodes.takes(flat):
-            return self._decodes(flat)
-        index = upload(VarlenIndex.of(flat, self._memory.block_tokens), self._memory.device)
-        attention = VarlenAttention.of(self._memory, index, flat)
-        kept = cuda.to_device(torch.from_numpy(flat.last), self._memory.device)
-        return compute(self._network, index, attention, kept)

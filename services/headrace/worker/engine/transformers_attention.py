@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from headrace.worker.engine.kv_memory import LayerShape
-from headrace.worker.engine.load.refusals import INSTEAD, UnsupportedModel, own_attention
+from headrace.worker.engine.load.refusals import SEE_MODELS, UnsupportedModel, unsupported_attention
 
 IMPLEMENTATION = "headrace"  # the name of our attention function in transformers
 
@@ -87,18 +87,18 @@ def paged_attention(
     attention.
     """
     if headrace_step is None:
-        raise own_attention(module)
+        raise unsupported_attention(module)
     unknown = [words for name, words in _UNSUPPORTED_ARGUMENTS.items() if arguments.get(name) is not None]
     if unknown or attention_mask is not None:
         needed = " and ".join(unknown) or "attention with a mask of its own"
         raise UnsupportedModel(
             f"{type(module).__name__} needs {needed}, which Headrace does not compute; serve it with "
-            f"transformers or vLLM, or another model here: {INSTEAD}"
+            f"transformers or vLLM, or another model here: {SEE_MODELS}"
         )
     if not arguments.get("is_causal", getattr(module, "is_causal", True)):
         raise UnsupportedModel(
             f"{type(module).__name__} attends to later tokens: its attention is not causal, so it does not "
-            f"generate text token by token; {INSTEAD}"
+            f"generate text token by token; {SEE_MODELS}"
         )
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     out = headrace_step(
@@ -138,19 +138,19 @@ def observe_layers(network: Any) -> dict[int, LayerAttention]:
     layers = int(config.num_hidden_layers)
     if recorder.seen.keys() != set(range(layers)):
         if not recorder.seen:
-            raise own_attention(network, ", or none at all (recurrent models)")
+            raise unsupported_attention(network, ", or none at all (recurrent models)")
         raise UnsupportedModel(
             f"{type(network).__name__} has attention that Headrace computes in {len(recorder.seen)} of its "
             f"{layers} "
             "layers; the others (recurrent, convolutions, attention of their own) have a state that paged "
-            f"KV memory does not hold. Serve it with transformers or vLLM, or another model here: {INSTEAD}"
+            f"KV memory does not hold. Serve it with transformers or vLLM, or another model here: {SEE_MODELS}"
         )
     # The self-check's prompts are shorter than real windows, so it cannot detect a missing one.
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModel(
                 f"{type(network).__name__} needs {kind} in layer {layer}, which Headrace does not compute; "
-                f"serve it with transformers or vLLM, or another model here: {INSTEAD}"
+                f"serve it with transformers or vLLM, or another model here: {SEE_MODELS}"
             )
         if kind == "sliding_attention" and recorder.seen[layer].masking.window is None:
             raise UnsupportedModel(f"layer {layer} has sliding attention without a window size")

@@ -1,4 +1,4 @@
-"""The decoder against transformers' own forward pass, for each architecture that it takes."""
+"""The decoder compared with transformers' own forward pass, for each supported architecture."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from headrace.worker.engine.cpu.decoder import Decoder, DecoderWeights, refusal
+from headrace.worker.engine.cpu.decoder import Decoder, DecoderWeights, unsupported_reason
 from headrace.worker.engine.cpu.kernels import machine
-from headrace.worker.engine.cpu.kernels.attend import BLOCK
-from headrace.worker.engine.cpu.kernels.matmul import Kind
-from headrace.worker.engine.cpu.kernels.paging import PagedMemory
+from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK
+from headrace.worker.engine.cpu.kernels.matmul import ElementType
+from headrace.worker.engine.cpu.kernels.paging import KernelMemory
 from headrace.worker.engine.flat_step import flatten
 from headrace.worker.engine.interface import Row, SamplingParams
 from headrace.worker.engine.load.precision import choose_precision
@@ -64,30 +64,33 @@ NETWORKS: dict[str, Any] = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3, heads of their own size": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=64)),
 }
-KINDS = [
+ELEMENT_TYPES = [
     pytest.param(
-        kind, marks=pytest.mark.skipif(kind is Kind.INT8 and not machine.HAS_VNNI, reason="needs avx512_vnni")
+        element_type,
+        marks=pytest.mark.skipif(
+            element_type is ElementType.INT8 and not machine.HAS_VNNI, reason="needs avx512_vnni"
+        ),
     )
-    for kind in Kind
+    for element_type in ElementType
 ]
-TOLERANCE = {Kind.FLOAT32: 1e-5, Kind.BFLOAT16: 3e-2, Kind.INT8: 8e-2}
+TOLERANCE = {ElementType.FLOAT32: 1e-5, ElementType.BFLOAT16: 3e-2, ElementType.INT8: 8e-2}
 
 
 def network_of(name: str) -> Any:
     torch.manual_seed(0)
     network = NETWORKS[name]().eval()
     with torch.no_grad():
-        for parameter in network.parameters():  # norms and biases are ones and zeros at first
+        for parameter in network.parameters():  # norms and biases are initialised to ones and zeros
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return network
 
 
-def decoder_of(network: Any, kind: Kind, *, blocks: int = 20, threads: int = 2) -> Decoder:
+def decoder_of(network: Any, element_type: ElementType, *, blocks: int = 20, threads: int = 2) -> Decoder:
     config = network.config
     first = network.model.layers[0].self_attn
-    memory = PagedMemory(blocks, half=kind is not Kind.FLOAT32)
+    memory = KernelMemory(blocks, half=element_type is not ElementType.FLOAT32)
     for index, layer in enumerate(network.model.layers):
-        memory.layer(
+        memory.configure_layer(
             index,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
@@ -96,7 +99,7 @@ def decoder_of(network: Any, kind: Kind, *, blocks: int = 20, threads: int = 2) 
             scale=layer.self_attn.scaling,
             window=getattr(config, "sliding_window", None) or 0,
         )
-    return Decoder(DecoderWeights(network, kind, positions=POSITIONS), memory, threads=threads)
+    return Decoder(DecoderWeights(network, element_type, positions=POSITIONS), memory, threads=threads)
 
 
 def row(ids: list[int], start: int, stop: int, blocks: list[int]) -> Row:
@@ -108,12 +111,12 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [dice.choices(range(300), k=length) for length in lengths]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("element_type", ELEMENT_TYPES)
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
-def test_logits_are_those_of_transformers(name: str, kind: Kind) -> None:
+def test_logits_are_those_of_transformers(name: str, element_type: ElementType) -> None:
     network = network_of(name)
-    decoder = decoder_of(network, kind)
+    decoder = decoder_of(network, element_type)
     ids, other = prompts(POSITIONS, 70)
     expected = network(torch.tensor([ids])).logits[0]
 
@@ -124,19 +127,21 @@ def test_logits_are_those_of_transformers(name: str, kind: Kind) -> None:
         seen[stop - 1] = decoder(flat)[1].clone()
 
     for position, logits in seen.items():
-        assert (logits - expected[position]).norm() <= TOLERANCE[kind] * expected[position].norm()
+        assert (logits - expected[position]).norm() <= TOLERANCE[element_type] * expected[position].norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("element_type", ELEMENT_TYPES)
 @pytest.mark.parametrize("name", ["llama", "qwen3, heads of their own size"])
-def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_resumed(name: str, kind: Kind) -> None:
-    """Failover hands a sequence to another worker in the middle: the answer must not notice."""
+def test_a_sequence_is_bit_identical_alone_in_a_batch_and_resumed(
+    name: str, element_type: ElementType
+) -> None:
+    """After a failover, another worker resumes the sequence: the answer must not change."""
     network = network_of(name)
     ids, *others = prompts(100, 3, 70, 33, 64)
     steps = [(0, 60), (60, 61), (61, 62), (62, 100)]
 
     def last_logits(threads: int, cuts: list[tuple[int, int]], beside: list[list[int]]) -> torch.Tensor:
-        decoder = decoder_of(network, kind, threads=threads)
+        decoder = decoder_of(network, element_type, threads=threads)
         for start, stop in cuts:
             rows = [row(own, 0, len(own), [4 + 3 * i, 5 + 3 * i, 6 + 3 * i]) for i, own in enumerate(beside)]
             logits = decoder(flatten([*rows, row(ids, start, stop, [3, 0, 2, 1])], BLOCK))
@@ -147,15 +152,17 @@ def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_resumed(name: str, ki
     assert torch.equal(last_logits(2, [(i, i + 1) for i in range(100)], []), alone)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_poisoned_sequence_spoils_no_other_and_leaves_its_blocks_usable(kind: Kind) -> None:
+@pytest.mark.parametrize("element_type", ELEMENT_TYPES)
+def test_a_sequence_with_nan_does_not_affect_others_or_later_users_of_its_blocks(
+    element_type: ElementType,
+) -> None:
     network = network_of("llama")
     ids, poisoned = prompts(40, 40)
     poisoned[7] = 299
     clean_ids = [index for index in ids if index != 299]
     with torch.no_grad():
         network.get_input_embeddings().weight[299] = float("nan")
-    decoder = decoder_of(network, kind)
+    decoder = decoder_of(network, element_type)
     blocks = [[1, 2], [3, 4]]
     expected = decoder(flatten([row(clean_ids, 0, len(clean_ids), blocks[0])], BLOCK))[0].clone()
 
@@ -169,14 +176,15 @@ def test_a_poisoned_sequence_spoils_no_other_and_leaves_its_blocks_usable(kind: 
     assert torch.equal(after, expected)
 
 
-def test_fewer_threads_than_asked_for_compute_all_of_a_step() -> None:
-    """OpenMP gives what it has: no row may be left to a thread that never came."""
+def test_fewer_threads_than_requested_compute_the_whole_step() -> None:
+    """OpenMP may provide fewer threads: no row may be assigned to a missing thread."""
     script = """
 import torch
-from tests.worker.engine.cpu.test_decoder import Kind, decoder_of, flatten, network_of, prompts, row, BLOCK
+from tests.worker.engine.cpu.test_decoder import BLOCK, ElementType, decoder_of, flatten, network_of
+from tests.worker.engine.cpu.test_decoder import prompts, row
 (ids,) = prompts(50)
 rows = [row(ids, 0, 50, [0, 1]), row(ids, 0, 50, [2, 3])]
-logits = decoder_of(network_of("llama"), Kind.FLOAT32, threads=4)(flatten(rows, BLOCK))
+logits = decoder_of(network_of("llama"), ElementType.FLOAT32, threads=4)(flatten(rows, BLOCK))
 print(torch.equal(logits[0], logits[1]), bool(logits.isfinite().all()), bool(logits.any()))
 """
     alone = subprocess.run(
@@ -190,8 +198,8 @@ print(torch.equal(logits[0], logits[1]), bool(logits.isfinite().all()), bool(log
     assert alone.stdout.split() == ["True", "True", "True"]
 
 
-def test_a_profile_says_where_a_step_spends_its_time() -> None:
-    decoder = decoder_of(network_of("llama"), Kind.FLOAT32)
+def test_a_profile_has_the_share_of_time_of_each_part() -> None:
+    decoder = decoder_of(network_of("llama"), ElementType.FLOAT32)
 
     shares = decoder.profile(flatten([row(prompts(50)[0], 0, 50, [0, 1])], BLOCK))
 
@@ -200,7 +208,7 @@ def test_a_profile_says_where_a_step_spends_its_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reason"),
     [
         ({"hidden_act": "gelu"}, "activation is gelu"),
         ({"hidden_size": 96, "num_attention_heads": 6}, "hidden size 96 is not a multiple of 64"),
@@ -209,19 +217,21 @@ def test_a_profile_says_where_a_step_spends_its_time() -> None:
     ],
 )
 @pytest.mark.skipif(not machine.HAS_VNNI, reason="needs avx512_vnni")
-def test_what_int8_cannot_compute_is_refused_with_the_reason(changes: dict[str, Any], told: str) -> None:
+def test_a_model_that_int8_does_not_support_is_rejected_with_the_reason(
+    changes: dict[str, Any], reason: str
+) -> None:
     config = LlamaConfig(**SIZES | changes)
 
-    assert told in refusal("LlamaForCausalLM", config, Kind.INT8)
-    with pytest.raises(UnsupportedModel, match=r"use bfloat16 or float32"):
+    assert reason in unsupported_reason("LlamaForCausalLM", config, ElementType.INT8)
+    with pytest.raises(UnsupportedModel, match=r"use bfloat16, float32 or auto"):
         choose_precision("int8", CPU, "LlamaForCausalLM", config)
 
 
-def test_other_architectures_go_through_transformers() -> None:
+def test_other_architectures_use_the_code_of_transformers() -> None:
     config = GemmaConfig(**SIZES)
 
     for name in ("float32", "bfloat16"):
-        assert choose_precision(name, CPU, "GemmaForCausalLM", config).kind is None
+        assert choose_precision(name, CPU, "GemmaForCausalLM", config).element_type is None
     assert choose_precision("auto", CPU, "GemmaForCausalLM", config).name in ("float32", "bfloat16")
 
 
@@ -229,7 +239,7 @@ def test_other_architectures_go_through_transformers() -> None:
     ("eight_bits", "sixteen_bits", "chosen"),
     [(True, True, "int8"), (False, True, "bfloat16"), (False, False, "float32")],
 )
-def test_where_none_is_asked_for_it_is_what_the_cpu_multiplies_in_hardware(
+def test_auto_is_the_format_that_the_cpu_multiplies_in_hardware(
     eight_bits: bool, sixteen_bits: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "HAS_VNNI", eight_bits)
@@ -239,10 +249,10 @@ def test_where_none_is_asked_for_it_is_what_the_cpu_multiplies_in_hardware(
     precision = choose_precision("auto", CPU, "LlamaForCausalLM", LlamaConfig(**SIZES))
 
     assert precision.name == chosen
-    assert precision.kind is not None
+    assert precision.element_type is not None
 
 
 @pytest.mark.parametrize(("name", "device"), [("int4", "cpu"), ("int8", "cuda")])
-def test_what_is_not_to_be_had_is_refused(name: str, device: str) -> None:
+def test_an_unsupported_precision_is_rejected(name: str, device: str) -> None:
     with pytest.raises(LoadingError, match=r"bfloat16|float32"):
         choose_precision(name, torch.device(device), "LlamaForCausalLM", LlamaConfig(**SIZES))

@@ -1,1 +1,1 @@
-"""Computes a step on CPUs with kernels of our own."""
+"""Compute a step on CPUs with Headrace's own kernels."""

@@ -1,4 +1,4 @@
-"""Attention on the CPU: our own kernels over paged memory, for any network of transformers."""
+"""Attention on the CPU: Headrace's kernels over paged memory, for any network of transformers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from headrace.worker.engine.cpu.kernels import paging
-from headrace.worker.engine.cpu.kernels.attend import BLOCK
+from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK
 from headrace.worker.engine.flat_step import FlatStep
 from headrace.worker.engine.transformers_attention import Masking
 
 BLOCK_TOKENS = BLOCK
-DTYPES = (torch.float32, torch.bfloat16)  # what memory can hold
+DTYPES = (torch.float32, torch.bfloat16)  # supported dtypes of KV memory
 
 
 class KernelAttention:
-    """See `StepAttention`. A token's result has the same bits alone, in a batch and in a chunk."""
+    """Implements `StepAttention`; batch-invariant: bit-identical alone, in a batch and in a chunk."""
 
-    def __init__(self, memory: paging.PagedMemory, flat: FlatStep) -> None:
+    def __init__(self, memory: paging.KernelMemory, flat: FlatStep) -> None:
         self._memory = memory
         rows: list[Any] = [flat.starts, flat.stops - flat.starts, flat.tables]
         self._ragged = paging.Ragged(*rows)
@@ -29,7 +29,7 @@ class KernelAttention:
     ) -> torch.Tensor:
         """See `StepAttention`."""
         tokens, heads, value_dim = self._ragged.tokens, query.shape[1], values.shape[2]
-        record = self._memory.layer(
+        record = self._memory.configure_layer(
             layer,
             heads=heads,
             kv_heads=keys.shape[1],
@@ -39,18 +39,18 @@ class KernelAttention:
             softcap=masking.softcap or 0.0,
             window=masking.window or 0,
         )
-        # The kernels compute in float32, whatever the memory holds.
-        own = [tensor[:tokens].float().contiguous() for tensor in (query, keys, values)]
-        seen = torch.empty(tokens, heads, int(record["value_dim"][0]))
-        addresses = [tensor.data_ptr() for tensor in own]
-        paging.attend(
+        # The kernels take float32, whatever the dtype of the memory is.
+        inputs = [tensor[:tokens].float().contiguous() for tensor in (query, keys, values)]
+        attended = torch.empty(tokens, heads, int(record["value_dim"][0]))
+        addresses = [tensor.data_ptr() for tensor in inputs]
+        paging.store_and_attend(
             record,
             self._ragged,
             *addresses,
             value_dim=value_dim,
-            out=seen.data_ptr(),
+            out=attended.data_ptr(),
             threads=self._threads,
         )
         out = query.new_zeros(query.shape[0], heads, value_dim)
-        out[:tokens] = seen[..., :value_dim]
+        out[:tokens] = attended[..., :value_dim]
         return out

@@ -1,9 +1,9 @@
-"""Lay a network's matrices out once as oneDNN wants them, for the CPU.
+"""Pack the linear layers of a network into oneDNN's layout once, for the CPU.
 
-A plain linear layer hands its weights over in rows, and oneDNN lays them out anew at each call. Laid out
-once, few rows are two to four times as fast: 896 x 9728 takes 151 us instead of 573 for one row in
-bfloat16, 655 instead of 2,389 in float32 (torch 2.13, two threads of Zen 4). The packed kernels also give
-a row the same bits in any batch, which the plain ones do not; see `MIN_TOKENS`.
+A plain linear layer passes its weights in rows, and oneDNN packs them again at each call. With weights packed
+in advance, few rows are two to four times as fast: 896 x 9728 takes 151 us instead of 573 for one row in
+bfloat16, 655 instead of 2,389 in float32 (torch 2.13, two threads of Zen 4). The packed kernels are also
+batch-invariant, which the plain ones are not; see `MIN_TOKENS`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any
 
 import torch
 
-# Tokens that a step of packed layers must have at least, for its rows to come out bitwise the same as in
-# larger ones. Measured with the default models' shapes and up to 128 rows; a worker tests itself at start.
+# The fewest tokens of a step of packed layers whose rows are bit-identical to those of larger steps. Measured
+# with the shapes of the default models and up to 128 rows; a worker checks itself at start.
 MIN_TOKENS = {torch.float32: 2, torch.bfloat16: 2}
 
 _PROBE_ROWS = 4
-# Share of the norm: both orders of addition are right.
+# Relative error: packed layers may add in another order.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-# Layers of one parent that are given the same rows, in the order in which models call them.
+# Layers of one parent that have the same input, in the order in which models call them.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class PackedLinear(torch.nn.Module):
-    """Linear layers whose weights oneDNN has laid out; computes what those it is made from did.
+    """Replaces one or more linear layers by one, with weights packed for oneDNN.
 
-    Returns their results side by side, [..., sum of out_features]. Some models read the weights of their
-    layers beside calling them (a router's dtype, say): `weight` and `bias` are those of `torch.nn.Linear`.
+    Returns their concatenated results, [..., sum of out_features]. Some models also read the weights of
+    their layers (the dtype of a router, for example): `weight` and `bias` are those of `torch.nn.Linear`.
     """
 
     def __init__(self, *plain: torch.nn.Linear) -> None:
@@ -44,7 +44,7 @@ class PackedLinear(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weights in rows, [out_features, in_features]: a copy, made anew each time."""
+        """The weights in rows, [out_features, in_features]; a new copy at each access."""
         return self._packed.to_dense()
 
     @property
@@ -58,11 +58,11 @@ class PackedLinear(torch.nn.Module):
         return out
 
 
-class _Shared:
-    """Siblings that compute together: the first that is given some rows computes for all of them.
+class _SharedLinear:
+    """Layers with the same input, computed together: the first call computes the results of all of them.
 
-    Small matrices are read from memory slowly one by one: 7 calls a layer make a step of SmolLM2 take
-    half as long again as 4.
+    Reading small matrices one by one is slow: with 7 calls per layer, a step of SmolLM2 takes one and a half
+    times as long as with 4.
     """
 
     def __init__(self, together: PackedLinear) -> None:
@@ -72,24 +72,24 @@ class _Shared:
 
     @property
     def together(self) -> PackedLinear:
-        """The layer that computes for all."""
+        """The packed layer that computes all results."""
         return self._together
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
-        """Compute for these rows, or return what was computed for the very same tensor."""
+        """Return the results for these rows; a second call with the same tensor reuses the results."""
         if self._out is None or rows is not self._rows:
             self._rows, self._out = rows, self._together(rows)
         return self._out
 
     def forget(self) -> None:
-        """Let go of the last rows and what was computed for them."""
+        """Release the last rows and their results."""
         self._rows = self._out = None
 
 
 class _Sibling(torch.nn.Module):
-    """One layer's share of what its siblings compute together. The last of them lets go of it."""
+    """Returns the columns of one layer of a `_SharedLinear`. The last layer releases the results."""
 
-    def __init__(self, shared: _Shared, columns: slice, *, last: bool) -> None:
+    def __init__(self, shared: _SharedLinear, columns: slice, *, last: bool) -> None:
         super().__init__()
         self._shared = shared
         self._columns = columns
@@ -99,17 +99,17 @@ class _Sibling(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The layer's own weights; see `PackedLinear.weight`."""
+        """The weights of this layer; see `PackedLinear.weight`."""
         return self._shared.together.weight[self._columns]
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The layer's own biases."""
+        """The biases of this layer."""
         biases = self._shared.together.bias
         return None if biases is None else biases[self._columns]
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the layer's own columns; rows [..., in_features]."""
+        """Return the columns of this layer; rows [..., in_features]."""
         out = self._shared.compute(rows)[..., self._columns]
         if self._last:
             self._shared.forget()
@@ -118,11 +118,11 @@ class _Sibling(torch.nn.Module):
 
 @torch.inference_mode()
 def pack_linears(network: Any) -> bool:
-    """Replace the plain linear layers of a network on the CPU; their own weights are freed.
+    """Replace the plain linear layers of a network on the CPU by packed ones, and free their weights.
 
-    Returns whether all of them were: not where oneDNN is missing, for other dtypes than float32 and
-    bfloat16, and for layers of other classes, which may mean something else. A layer whose packed results
-    are not those of the plain one stays as it is.
+    Returns whether all linear layers were replaced. Layers are kept without oneDNN, in dtypes other than
+    float32 and bfloat16, if they are of a subclass, which may compute something else, and if the packed
+    results differ from the plain ones.
     """
     if network.dtype not in MIN_TOKENS or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
@@ -134,29 +134,29 @@ def pack_linears(network: Any) -> bool:
         for name, layer in list(parent.named_children()):
             if type(layer) is torch.nn.Linear and layer.weight.dtype in MIN_TOKENS:
                 packed = PackedLinear(layer)
-                if _same(packed, [layer]):
+                if _agrees(packed, [layer]):
                     setattr(parent, name, packed)
     return not any(isinstance(module, torch.nn.Linear) for module in network.modules())
 
 
 def _pack_siblings(parent: torch.nn.Module, names: tuple[str, ...]) -> None:
-    """Pack layers of *parent* together if it has them all and they are alike."""
+    """Pack layers of *parent* together if it has all of them, with equal input sizes and dtypes."""
     layers = [getattr(parent, name, None) for name in names]
     plain = [layer for layer in layers if type(layer) is torch.nn.Linear]
-    alike = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in plain}
-    if len(plain) != len(names) or len(alike) != 1 or plain[0].weight.dtype not in MIN_TOKENS:
+    signatures = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in plain}
+    if len(plain) != len(names) or len(signatures) != 1 or plain[0].weight.dtype not in MIN_TOKENS:
         return
     packed = PackedLinear(*plain)
-    if not _same(packed, plain):
+    if not _agrees(packed, plain):
         return
-    shared, begin = _Shared(packed), 0
+    shared, begin = _SharedLinear(packed), 0
     for name, layer in zip(names, plain, strict=True):
         columns = slice(begin, begin + layer.out_features)
         setattr(parent, name, _Sibling(shared, columns, last=name == names[-1]))
         begin = columns.stop
 
 
-def _same(packed: PackedLinear, plain: Sequence[torch.nn.Linear]) -> bool:
+def _agrees(packed: PackedLinear, plain: Sequence[torch.nn.Linear]) -> bool:
     random = torch.Generator().manual_seed(0)
     dtype = plain[0].weight.dtype
     rows = torch.randn(_PROBE_ROWS, packed.in_features, generator=random).to(dtype)

@@ -1,1 +1,1 @@
-"""Computes a step on CUDA devices."""
+"""Compute a step on CUDA devices."""

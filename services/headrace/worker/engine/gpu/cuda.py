@@ -1,7 +1,7 @@
-"""All that only CUDA can do, in one place: pinned copies, events, graphs, FlashAttention, free memory.
+"""All operations that only CUDA supports: pinned copies, events, graphs, FlashAttention, memory statistics.
 
-Each function is a few calls of torch; what is decided around them lies in modules that run on a CPU too.
-The calls that mean something there (`to_device`, `Fetch`) do the plain thing on a CPU.
+Each function is a few calls of torch. The logic around them is in modules that also run on a CPU. `to_device`
+and `Fetch` also work on a CPU, where they copy nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Bring a host tensor to the device without waiting for it.
+    """Copy a host tensor to the device asynchronously.
 
-    The copy starts from pinned memory, which torch's caching allocator keeps until the copy is over.
+    The copy reads pinned memory, which torch's caching allocator does not reuse before the copy is complete.
     """
     if device.type == "cpu":
         return tensor
@@ -24,29 +24,29 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Fetch:
-    """A tensor on its way to the host: the copy is queued behind what computes it."""
+    """An asynchronous copy of a tensor to the host, queued after the work that computes it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = tensor
-        self._arrived: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
-            # Of that device, whichever one is current on this thread.
-            self._arrived = torch.cuda.current_stream(tensor.device).record_event()
+            # The stream of the tensor's device, which may not be the current device of this thread.
+            self._copied = torch.cuda.current_stream(tensor.device).record_event()
 
     def wait(self) -> torch.Tensor:
-        """Return the tensor once it is there."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        """Wait for the copy, and return the tensor on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
         return self._host
 
 
 class GraphPool:
-    """Captures functions as CUDA graphs that share one pool of memory for what lives only inside of them.
+    """Captures functions as CUDA graphs that share one memory pool for their temporary tensors.
 
-    Sound because graphs are replayed one after the other, and what they hand out lies outside the pool.
-    Capture the largest first: the smaller ones fit into what it took.
+    Sharing is safe because graphs are replayed one after the other, and their outputs are outside the pool.
+    Capture the largest graph first: the smaller ones reuse its memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,41 +55,43 @@ class GraphPool:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Capture what *run* queues, and return what queues it again at the cost of one launch.
+        """Capture the work that *run* queues, and return a function that queues it again in one launch.
 
-        Raises RuntimeError when *run* waits for the device, as some models' code does.
+        Raises RuntimeError if *run* waits for the device, as the code of some models does.
         """
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
             try:
                 return self._capture(run, before)
             finally:
-                # A capture that fails leaves its own stream as the current one.
+                # After a failed capture, its own stream is still the current one.
                 torch.cuda.set_stream(before)
 
     def _capture(self, run: Callable[[], None], before: torch.cuda.Stream) -> Callable[[], None]:
-        # Kernels are loaded, tuned and given workspaces on their first calls, which must not be captured.
+        # The first calls load and tune kernels and allocate workspaces, which must not be captured.
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
             for _ in range(2):
                 run()
         before.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
+        # Other threads may use the device during the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
 
-def flash_refusal(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
-    """Say why FlashAttention does not take heads of these dimensions here, or None."""
+def flash_unsupported_reason(
+    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int
+) -> str | None:
+    """Return the reason why FlashAttention does not support heads of these dimensions, or None."""
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"compute capability {major}.{minor} is below 8.0"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
+        return f"FlashAttention supports bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if key_dim != value_dim or key_dim % 8 or key_dim > 256:
-        return f"heads of {key_dim} and {value_dim} are not of one size, a multiple of 8 up to 256"
+        return f"head dimensions {key_dim} and {value_dim} are not equal multiples of 8 up to 256"
     return None
 
 
@@ -107,24 +109,24 @@ def attend_varlen(
     scale: float,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    """Attend ragged queries to paged keys and values with torch's FlashAttention.
+    """Compute attention between ragged queries and paged keys and values, with torch's FlashAttention.
 
     query          [tokens, heads, dim]
     keys, values   [blocks, block_tokens, kv_heads, dim]
-    offsets        [rows + 1] int32, where each row's queries begin
-    held           [rows + 1] int32, running sum of `used`; FlashAttention 2 asks for it
-    used           [rows] int32, how many keys each row has
+    offsets        [rows + 1] int32, start of the queries of each row
+    held           [rows + 1] int32, running sum of `used`; FlashAttention 2 requires it
+    used           [rows] int32, number of keys of each row
     tables         [rows, width] int32
     max_query      most queries of a row
-    max_keys       no row has more keys
-    window         keys to the left and right of a query's own that it sees; -1 for all
+    max_keys       an upper bound of the keys of a row
+    window         visible keys to the left and right of a query's own key; -1 for all
 
     Returns [tokens, heads, dim].
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    # One split, always: with several, FlashAttention 2 writes wrong rows where keys are paged
-    # (https://github.com/pytorch/pytorch/issues/194167), and how many it would choose depends on the batch.
+    # Always one split: with several, FlashAttention 2 writes wrong rows for paged keys
+    # (https://github.com/pytorch/pytorch/issues/194167), and the number of splits would depend on the batch.
     out = varlen_attn(
         query,
         keys,
@@ -144,16 +146,16 @@ def attend_varlen(
     return out
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return what can still be allocated, what torch holds unused included."""
+def free_device_bytes(device: torch.device) -> int:
+    """Return how much can still be allocated, including unused memory in torch's cache."""
     gc.collect()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return free
 
 
-def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
-    """Return how much more memory *run* takes at its peak than was taken before."""
+def peak_device_bytes(device: torch.device, run: Callable[[], None]) -> int:
+    """Call *run*, and return the peak of the memory that it takes beyond what is allocated before."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

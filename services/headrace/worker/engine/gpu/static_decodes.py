@@ -1,8 +1,8 @@
-"""Steps of decodes in which nothing moves in memory, so that CUDA can replay them as graphs.
+"""Compute steps of decodes with fixed addresses and sizes, so that CUDA can replay them as graphs.
 
-Between two steps of the same sequences hardly anything changes but numbers; launching some hundred
-kernels one by one for that takes a small model longer than computing it. What is done about the sizes of
-steps, padding and inputs is decided here and runs on any device; capturing is `cuda.GraphPool`'s part.
+Two decode steps of the same sequences differ only in their inputs. For a small model, launching some hundred
+kernels one by one takes longer than computing them. This module chooses the sizes of steps, and handles
+padding and inputs; it runs on any device. `cuda.GraphPool` captures the graphs.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import numpy as np
 import torch
 
 from headrace.worker.engine.flat_step import FlatStep
-from headrace.worker.engine.gpu.varlen import VarlenAttention, VarlenIndex, compute
+from headrace.worker.engine.gpu.varlen import VarlenAttention, VarlenIndex, run_network
 from headrace.worker.engine.kv_memory import PagedMemory
 
 
 class StaticDecodes:
-    """Computes steps of decodes only.
+    """Computes steps that contain only decodes.
 
-    There is one computation for each size of a ladder; a step of fewer rows is padded with rows that live
-    in a block nobody owns. All inputs lie in one buffer, which one copy fills.
+    There is one captured computation per size of `graph_sizes`. A step with fewer rows is padded with rows
+    that use a spare block. All inputs are in one buffer, which is filled by one copy.
 
-    memory          its last block is the one nobody owns
+    memory          its last block is the spare block
     max_rows        most rows of a step
-    context_length  no row has more tokens
-    vocabulary      how many logits a row has
-    capture         turns a function that queues work into one that queues the same again
+    context_length  most tokens of a row
+    vocabulary      number of logits of a row
+    capture         converts a function that queues work to one that queues the same work again
     """
 
     def __init__(
@@ -45,36 +45,36 @@ class StaticDecodes:
         self._memory = memory
         self._width = -(-context_length // memory.block_tokens)
         self._context_length = context_length
-        self._sizes = ladder(max_rows)
+        self._sizes = graph_sizes(max_rows)
         largest = self._index(empty_step(), max_rows)
         self._host = torch.zeros(largest.numbers, dtype=torch.int32, pin_memory=memory.device.type == "cuda")
         self._inputs = torch.zeros(largest.numbers, dtype=torch.int32, device=memory.device)
         self._logits = torch.zeros(max_rows, vocabulary, dtype=memory.dtype, device=memory.device)
         self._replays: dict[int, Callable[[], None]] = {}
         with torch.inference_mode():
-            for size in reversed(self._sizes):  # a pool of graphs wants the largest first
-                # Capturing computes, and stores keys: into the block that nobody owns.
+            for size in reversed(self._sizes):  # the graph pool needs the largest first
+                # Capturing also computes, and stores keys in the spare block.
                 index = self._index(empty_step(), size)
                 self._fill(index)
                 self._replays[size] = capture(self._computation(index))
 
-    def takes(self, flat: FlatStep) -> bool:
-        """Whether a step is one of these."""
+    def accepts(self, flat: FlatStep) -> bool:
+        """Return whether a step can be computed here."""
         return flat.decodes_only and flat.rows <= self._sizes[-1]
 
     def __call__(self, flat: FlatStep) -> torch.Tensor:
-        """See `Forward`; for steps that `takes` accepts."""
+        """See `Forward`; only for steps that `accepts` returns true for."""
         size = next(size for size in self._sizes if size >= flat.rows)
         self._fill(self._index(flat, size))
         self._replays[size]()
         return self._logits[: flat.rows]
 
     def _index(self, flat: FlatStep, size: int) -> VarlenIndex:
-        padded = pad_decodes(flat, size, width=self._width, scratch=self._memory.blocks - 1)
+        padded = pad_decodes(flat, size, width=self._width, spare=self._memory.blocks - 1)
         return VarlenIndex.of(padded, self._memory.block_tokens)
 
     def _fill(self, index: VarlenIndex) -> None:
-        # The step before has been waited for, so nothing reads the host's side any more.
+        # The previous step is complete, so nothing reads the host buffer any more.
         index.pack(self._host.numpy())
         self._inputs.copy_(self._host, non_blocking=True)
 
@@ -84,14 +84,14 @@ class StaticDecodes:
 
         def run() -> None:
             attention = VarlenAttention(self._memory, index, max_query=1, max_keys=self._context_length)
-            # Into a buffer of our own: what a graph allocates, the next graph may overwrite.
-            self._logits[:rows].copy_(compute(self._network, index, attention, 0))
+            # Copy to our own buffer: the next graph may overwrite the memory of this graph.
+            self._logits[:rows].copy_(run_network(self._network, index, attention, 0))
 
         return run
 
 
-def ladder(most: int) -> list[int]:
-    """Return the sizes of steps to prepare for: padding costs at most 7 rows up to 64, an eighth above."""
+def graph_sizes(most: int) -> list[int]:
+    """Return the sizes of steps to capture: padding is at most 7 rows up to 64 rows, and an eighth above."""
     sizes = [size for size in (1, 2, 4, *range(8, 64, 8)) if size < most]
     size = 64
     while size < most:
@@ -101,7 +101,7 @@ def ladder(most: int) -> list[int]:
 
 
 def empty_step() -> FlatStep:
-    """A step of no rows."""
+    """Return a step without rows."""
     none, nones = np.zeros(0, np.int32), np.zeros(0, np.int64)
     return FlatStep(
         ids=nones,
@@ -116,15 +116,15 @@ def empty_step() -> FlatStep:
     )
 
 
-def pad_decodes(flat: FlatStep, size: int, *, width: int, scratch: int) -> FlatStep:
+def pad_decodes(flat: FlatStep, size: int, *, width: int, spare: int) -> FlatStep:
     """Pad a step of decodes to *size* rows and tables of *width* blocks.
 
-    The rows added compute token 0 at position 0 of the block *scratch*. They change nothing for others.
+    The added rows compute token 0 at position 0 of the block *spare*. They do not affect the other rows.
     """
     added = size - flat.rows
     tables = np.zeros((size, width), np.int32)
     tables[: flat.rows, : flat.tables.shape[1]] = flat.tables
-    tables[flat.rows :, 0] = scratch
+    tables[flat.rows :, 0] = spare
     return FlatStep(
         ids=np.pad(flat.ids, (0, added)),
         positions=np.pad(flat.positions, (0, added)),

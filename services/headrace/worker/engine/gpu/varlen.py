@@ -1,7 +1,7 @@
 """Attention on CUDA: one call of a variable-length kernel per layer, for all rows of a step.
 
-The kernel is torch's FlashAttention over paged memory, behind `cuda.attend_varlen`. What it is told about
-a step is worked out here, in plain arrays, and copied to the device in one piece.
+The kernel is torch's FlashAttention over paged memory, in `cuda.attend_varlen`. This module computes its
+index arguments for a step as plain arrays, and copies them to the device in one transfer.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from headrace.worker.engine.gpu import cuda
 from headrace.worker.engine.kv_memory import PagedMemory
 from headrace.worker.engine.transformers_attention import Masking
 
-# FlashAttention 2, which torch brings along, takes paged keys in multiples of 256 tokens only.
+# FlashAttention 2, which torch includes, supports only blocks of a multiple of 256 tokens.
 BLOCK_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VarlenIndex:
-    """What the kernel is told about a step; numpy arrays on the host or tensors on the device.
+    """The index arguments of the kernel for a step: numpy arrays on the host or tensors on the device.
 
     ids        [tokens]
     positions  [tokens]
-    where      [tokens] where keys and values go, see `flat_step.destinations`
-    offsets    [rows + 1] where each row's tokens begin
-    used       [rows] how many keys each row has
-    held       [rows + 1] their running sum
+    where      [tokens] slots of keys and values, see `flat_step.destinations`
+    offsets    [rows + 1] start of the tokens of each row
+    used       [rows] number of keys of each row
+    held       [rows + 1] running sum of `used`
     tables     [rows, width]
     """
 
@@ -45,7 +45,7 @@ class VarlenIndex:
 
     @classmethod
     def of(cls, flat: FlatStep, block_tokens: int) -> VarlenIndex:
-        """Work it out, as int32 arrays."""
+        """Compute the index of a step, as int32 arrays."""
         held = np.zeros(flat.rows + 1, np.int32)
         np.cumsum(flat.stops, out=held[1:])
         return cls(
@@ -59,23 +59,23 @@ class VarlenIndex:
         )
 
     def arrays(self) -> list[Any]:
-        """All of it, in the order of the fields."""
+        """Return all arrays, in the order of the fields."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
     @property
     def numbers(self) -> int:
-        """How many int32 all of it takes when packed."""
+        """Number of int32 of the packed index."""
         return sum(_padded(array.size) for array in self.arrays())
 
     def pack(self, into: npt.NDArray[np.int32]) -> None:
-        """Write all arrays one after the other."""
+        """Write all arrays consecutively."""
         begin = 0
         for array in self.arrays():
             into[begin : begin + array.size] = array.ravel()
             begin += _padded(array.size)
 
     def unpack(self, packed: torch.Tensor) -> VarlenIndex:
-        """Find in a tensor what `pack` has written for an index of the same shapes."""
+        """Return views of a tensor that `pack` has filled, for an index of the same shapes."""
         views, begin = [], 0
         for array in self.arrays():
             views.append(packed[begin : begin + array.size].view(array.shape))
@@ -84,16 +84,16 @@ class VarlenIndex:
 
 
 def _padded(size: int) -> int:
-    """Round up to 16 bytes, where kernels like their arrays to begin."""
+    """Round up to 16 bytes, the alignment that kernels prefer."""
     return -(-size // 4) * 4
 
 
 class VarlenAttention:
-    """See `StepAttention`.
+    """Implements `StepAttention` with FlashAttention.
 
-    index        on the memory's device
+    index        on the device of the memory
     max_query    most tokens of a row
-    max_keys     no row has more keys; also the bound for whoever replays this step with other numbers
+    max_keys     an upper bound of the keys of a row, also for a replay of this step with other inputs
     """
 
     def __init__(self, memory: PagedMemory, index: VarlenIndex, *, max_query: int, max_keys: int) -> None:
@@ -105,14 +105,14 @@ class VarlenAttention:
 
     @classmethod
     def of(cls, memory: PagedMemory, index: VarlenIndex, flat: FlatStep) -> VarlenAttention:
-        """Make it for exactly this step."""
+        """Make the attention for exactly this step."""
         counts = flat.stops - flat.starts
         return cls(memory, index, max_query=int(counts.max()), max_keys=int(flat.stops.max()))
 
     def __call__(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masking: Masking
     ) -> torch.Tensor:
-        """Store and attend; the soft cap is one that the kernel does not know."""
+        """Store keys and values, and compute attention; the kernel has no soft cap."""
         assert masking.softcap is None
         self._memory.store(layer, self._where, keys, values)
         held_keys, held_values = self._memory[layer]
@@ -132,25 +132,25 @@ class VarlenAttention:
 
 
 def window_of(window: int | None, max_query: int) -> tuple[int, int]:
-    """Return how many keys to the left and right of its own a query sees; -1 for all.
+    """Return how many keys to the left and right of its own key a query attends to; -1 for all.
 
-    A row's queries are its last tokens. Where no row has more than one, nothing is to the right, and the
-    kernel shares keys among the heads of a group only if it is not told to hide what is there.
+    The queries of a row are its last tokens. If no row has more than one, there are no keys to the right, and
+    only without a right limit does the kernel share keys among the heads of a group.
     """
     return (-1 if window is None else window - 1), (0 if max_query > 1 else -1)
 
 
 def upload(index: VarlenIndex, device: torch.device) -> VarlenIndex:
-    """Copy an index to the device, as one piece."""
+    """Copy an index to the device in one transfer."""
     staging = torch.zeros(index.numbers, dtype=torch.int32)
     index.pack(staging.numpy())
     return index.unpack(cuda.to_device(staging, device))
 
 
-def compute(
+def run_network(
     network: Any, index: VarlenIndex, attention: VarlenAttention, kept: torch.Tensor | int
 ) -> torch.Tensor:
-    """Run a network over flattened rows; returns the logits of the tokens *kept*, 0 for all."""
+    """Run a network over flattened rows, and return the logits of the tokens *kept*, 0 for all."""
     logits: torch.Tensor = network(
         input_ids=index.ids[None].long(),
         position_ids=index.positions[None].long(),

@@ -1,1 +1,1 @@
-"""Makes a checked engine from model files."""
+"""Load a model from its files, check it, and build an engine that serves it."""

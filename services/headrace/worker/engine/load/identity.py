@@ -1,4 +1,4 @@
-"""What a model folder says about itself besides weights: the ids that end a turn, and a fingerprint."""
+"""Read the identity of a model folder besides its weights: the ids that end a turn, and a fingerprint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from headrace.worker.engine.load.gguf.weights import END_OF_TURN
-from headrace.worker.engine.load.model_files import explained, read_json
+from headrace.worker.engine.load.model_files import read_json
+from headrace.worker.engine.load.refusals import as_loading_error
 
 
 def read_eos_ids(
@@ -16,23 +17,25 @@ def read_eos_ids(
 ) -> frozenset[int]:
     """Collect the ids that end a turn.
 
-    What the generation config and the config name, the tokenizer's eos token, and special tokens that
-    are known to end turns: many folders name only the one that ends a document.
+    These are the ids in the generation config and in the config, the eos token of the tokenizer, and special
+    tokens that are known to end turns: many folders name only the token that ends a document.
 
-    vocabulary   ids below this number exist; others are left out, and *warn* is given a sentence on them
+    vocabulary   ids from this number on do not exist; they are dropped, and *warn* receives a sentence
     """
     ids: set[int] = set()
-    with explained(f"the eos_token_id of {folder}", "correct it in config.json and generation_config.json"):
+    with as_loading_error(
+        f"the eos_token_id of {folder}", "correct it in config.json and generation_config.json"
+    ):
         for source in (network.generation_config, network.config.get_text_config()):
             named = getattr(source, "eos_token_id", None)
             ids.update(int(index) for index in ([named] if isinstance(named, int) else named or ()))
-    settings = _read_json(folder / "tokenizer_config.json")
-    with explained(folder / "tokenizer_config.json", "download the tokenizer's files again"):
+    settings = read_json(folder / "tokenizer_config.json", optional=True)
+    with as_loading_error(folder / "tokenizer_config.json", "download the tokenizer's files again"):
         eos = settings.get("eos_token")
         ends = END_OF_TURN | {eos["content"] if isinstance(eos, dict) else eos}
         added = {int(index): token for index, token in settings.get("added_tokens_decoder", {}).items()}
-    with explained(folder / "tokenizer.json", "download the tokenizer's files again"):
-        more = _read_json(folder / "tokenizer.json").get("added_tokens") or []
+    with as_loading_error(folder / "tokenizer.json", "download the tokenizer's files again"):
+        more = read_json(folder / "tokenizer.json", optional=True).get("added_tokens") or []
         added |= {int(token["id"]): token for token in more}
         ids.update(
             index for index, token in added.items() if token.get("special") and token["content"] in ends
@@ -41,20 +44,17 @@ def read_eos_ids(
     if beyond:
         warn(
             f"{folder} names end-of-turn ids that the model does not have: {beyond[:5]}, of {vocabulary} "
-            f"ids; they are left out"
+            f"ids; they are ignored"
         )
     return frozenset(ids.difference(beyond))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def weights_fingerprint(folder: Path, digest: str, dtype: str) -> str:
     """Return 16 hex digits, equal for equal weights computed in the same dtype.
 
-    From the file's digest for a gguf. For a folder from config.json and, of each safetensors file, the
-    size, the header and the last kilobyte: reading all weights would take as long as loading them.
+    For a gguf file they depend on its digest. For a folder they depend on config.json and on the size, the
+    header and the last kilobyte of each safetensors file: reading all weights would take as long as loading
+    them.
     """
     state = hashlib.sha256(f"{dtype} {digest}".encode())
     if not digest:

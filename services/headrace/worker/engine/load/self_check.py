@@ -1,7 +1,7 @@
-"""Check at start that an engine computes what the model means, and whether it does so bit for bit.
+"""Check at start that an engine computes the model correctly, and whether it is batch-invariant.
 
-transformers' own forward pass says what the model means. The same few sequences go through the engine
-alone, in a batch of ragged chunks and decodes, and resumed from the middle of an answer.
+The reference is transformers' own forward pass. The engine computes the same few sequences alone, in a batch
+of ragged chunks and decodes, and resumed from the middle of an answer.
 """
 
 from __future__ import annotations
@@ -15,57 +15,57 @@ import torch
 from headrace.worker.engine.attention_kinds import AttentionKind, Layers
 from headrace.worker.engine.flat_step import flatten
 from headrace.worker.engine.interface import Row, SamplingParams, Token
-from headrace.worker.engine.load.refusals import INSTEAD, UnsupportedModel
+from headrace.worker.engine.load.refusals import SEE_MODELS, UnsupportedModel
 from headrace.worker.engine.plain_attention import attend
 from headrace.worker.engine.torch_engine import TorchEngine
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION, LayerAttention
 
-CONTEXT = 256  # tokens of the longest sequence that the check computes, where the model can hold as many
-SHORTEST = 64  # tokens that a model must be able to hold, for the check to fit
+CONTEXT = 256  # tokens of the longest sequence of the check, if the model supports as many
+SHORTEST = 64  # the smallest context length that the check supports
 ANSWER = 8
-LONG = 1090  # the attention's own test goes through many blocks, whatever their size
+LONG = 1090  # tokens in the check of attention: many blocks of any size
 SEQUENCES = 4
-# The first prompt is the one under test; its answer goes into another block of KV memory where blocks hold
-# 32, 64 or 128 tokens. For a context of CONTEXT tokens; see `_lengths`.
+# The first prompt is the one under test. Its answer starts a new block of KV memory where blocks have 32, 64
+# or 128 tokens. The lengths are for a context of CONTEXT tokens; see `_lengths`.
 _LENGTHS = (125, 1, 33, 210)
 _PARAMS = SamplingParams(seed=2**63 + 1, max_tokens=ANSWER, temperature=0.8, top_p=0.95, ignore_eos=True)
 
-# How far logits may be from transformers' own, as a share of their norm. Rounding in float32 stays a
-# factor of a hundred below. bfloat16 is coarser: 0.01 to 0.07 on the default models, where hiding one key
-# too many makes 0.08 to 0.6; so transformers' disagreement with itself counts too.
-# int8 against float32: 0.04 to 0.12, where that makes 0.4 and more.
+# The largest accepted error of logits, relative to the norm of transformers' own. Rounding in float32 causes
+# a hundredth of it. bfloat16 is coarser: 0.01 to 0.07 on the default models, where hiding one key too many
+# causes 0.08 to 0.6; so the difference between two implementations of transformers counts too.
+# int8 against float32: 0.04 to 0.12, where one hidden key causes 0.4 and more.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, "int8": 0.25}
 
-# How far a layer's attention may be from what plain torch computes in float32 of the same keys.
+# The largest accepted relative error of attention, compared with plain torch in float32 on the same keys.
 _ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What an engine made of a sequence: all its ids, and the logits [answer, vocabulary] drawn from."""
+    """The result for one sequence: all its ids, and the logits [answer, vocabulary] that were sampled."""
 
     ids: list[int]
     logits: torch.Tensor
 
 
 def blocks_needed(block_tokens: int, context: int = CONTEXT) -> int:
-    """Return how many blocks of KV memory `check` wants an engine of that context length to have."""
+    """Return how many blocks of KV memory `check_model` needs for a context length."""
     return SEQUENCES * -(-context // block_tokens)
 
 
 def _lengths(context: int) -> tuple[int, ...]:
-    """Return the prompts' lengths for a context of SHORTEST to CONTEXT tokens: each leaves room to answer."""
+    """Return prompt lengths for a context of SHORTEST to CONTEXT tokens; each leaves space for the answer."""
     return tuple(max(length * context // CONTEXT, 1) for length in _LENGTHS)
 
 
-def check(engine: TorchEngine, network: Any) -> bool:
-    """Compare the engine with the model's own forward pass, and with itself.
+def check_model(engine: TorchEngine, network: Any) -> bool:
+    """Compare an engine with transformers' own forward pass, and with itself.
 
     engine    a fresh engine of `blocks_needed` blocks, for SEQUENCES sequences of SHORTEST to CONTEXT tokens
-    network   its model, whose attention is switched to transformers' own for some passes
+    network   its model; some passes use the attention of transformers
 
-    Returns whether sequences come out bitwise the same alone, in a batch and resumed. Raises
-    UnsupportedModel when the engine's logits are not the model's.
+    Returns whether results are bit-identical alone, in a batch and resumed. Raises UnsupportedModel if the
+    logits of the engine differ from those of the model.
     """
     lengths = _lengths(engine.model.context_length)
     prompts = _prompts(engine.model.vocabulary_size, lengths)
@@ -84,7 +84,7 @@ def check(engine: TorchEngine, network: Any) -> bool:
 
 
 def _prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
-    """Make a prompt of each length: the one under test, and its neighbours."""
+    """Make a prompt of each length: the one under test, and the rest of the batch."""
     random = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (length,), generator=random).tolist() for length in lengths]
 
@@ -97,10 +97,10 @@ def _run(
     prompt: int | None = None,
     first: int = 0,
 ) -> list[Transcript]:
-    """Answer prompts together, up to ANSWER ids beyond its prompt for the first; prefill in chunks.
+    """Answer prompts in one batch, until the first has ANSWER ids after its prompt; prefill in chunks.
 
-    prompt  how many of the first prompt's ids are its prompt; the rest is the beginning of an answer
-    first   where among the blocks the first prompt's lie: what others left there must not matter
+    prompt  number of prompt ids of the first sequence; the rest is the start of its answer
+    first   offset of the blocks that the first sequence uses; their previous content must not matter
     """
     ids = [list(own) for own in prompts]
     started = [len(own) for own in ids]
@@ -125,25 +125,26 @@ def _run(
             )
             computed[index] = stop
         step = engine.compute(rows)
-        for index, token, seen in zip(step.sampling, step.tokens, step.logits.clone(), strict=True):
+        for index, token, sampled in zip(step.sampling, step.tokens, step.logits.clone(), strict=True):
             if not isinstance(token, Token):
                 raise UnsupportedModel(
-                    f"the model's logits are not finite in {engine.model.dtype}: its weights are damaged, or "
-                    f"too large for that dtype; download them again, or use --dtype bfloat16 or float32"
+                    f"the model's logits are not finite in {engine.model.dtype}: its weights are damaged or "
+                    f"too large for this dtype; download them again, or use --dtype bfloat16 or float32"
                 )
             ids[index].append(token.id)
-            logits[index].append(seen)
-    return [Transcript(own, torch.stack(seen)) for own, seen in zip(ids, logits, strict=True)]
+            logits[index].append(sampled)
+    return [Transcript(own, torch.stack(steps)) for own, steps in zip(ids, logits, strict=True)]
 
 
 @torch.inference_mode()
 def check_attention(kind: AttentionKind, layers: Layers, device: torch.device, dtype: torch.dtype) -> bool:
     """Compare attention over a long sequence with plain torch, and with itself.
 
-    Lengths at which kernels change their ways are too long for the whole model at every start.
+    Sequences that are long enough for kernels to change their algorithm would take too long with the whole
+    model.
 
-    Returns whether a token comes out bitwise the same however long sequences are cut and batched. Raises
-    UnsupportedModel when it is not what plain torch computes.
+    Returns whether the result of a token is bit-identical in all chunks and batches. Raises UnsupportedModel
+    if it differs from plain torch.
     """
     exact = [_is_exact(kind, own, device, dtype) for own in dict.fromkeys(layers.values())]
     return all(exact)
@@ -163,26 +164,26 @@ def _is_exact(kind: AttentionKind, layer: LayerAttention, device: torch.device, 
     width = -(-LONG // kind.block_tokens)
     memory = kind.make_memory({0: layer}, 2 * width + 1)
 
-    def seen_by(*parts: tuple[int, int, int]) -> torch.Tensor:
-        """Attend parts (sequence, start, stop) in one step; both sequences are the same."""
+    def attend_parts(*parts: tuple[int, int, int]) -> torch.Tensor:
+        """Compute parts (sequence, start, stop) in one step; both sequences are equal."""
         rows = [
             Row(range(2 * width - 1 - which, -1, -2), start, stop, [0] * LONG, LONG, False, _PARAMS)
             for which, start, stop in parts
         ]
-        here = torch.cat([torch.arange(start, stop, device=device) for _, start, stop in parts])
+        tokens = torch.cat([torch.arange(start, stop, device=device) for _, start, stop in parts])
         attention = kind.begin(memory, flatten(rows, kind.block_tokens))
-        return attention(0, query[here], key[here], value[here], layer.masking)
+        return attention(0, query[tokens], key[tokens], value[tokens], layer.masking)
 
-    whole = torch.cat([seen_by((0, 0, 600)), seen_by((0, 600, LONG))])
+    whole = torch.cat([attend_parts((0, 0, 600)), attend_parts((0, 600, LONG))])
     expected = attend(query, key, value, 0, layer.masking)
     error = _distance(whole.flatten(1), expected.flatten(1))
     if not error <= _ATTENTION_TOLERANCE[dtype]:
-        raise UnsupportedModel(f"attention ({kind.name}) over {layer} is off by {error:.2g} of its size")
-    seen_by((1, 0, LONG))
+        raise UnsupportedModel(f"attention ({kind.name}) over {layer} has a relative error of {error:.2g}")
+    attend_parts((1, 0, LONG))
     for last in (70, 200, 500, 511, 512, 700, 1000, LONG - 1):
-        alone = seen_by((0, last, last + 1))[0]
-        beside = seen_by((0, last, last + 1), (1, LONG - 1, LONG))[0]
-        chunked = seen_by((0, last - 40, last + 1), (1, 60, 90))[40]
+        alone = attend_parts((0, last, last + 1))[0]
+        beside = attend_parts((0, last, last + 1), (1, LONG - 1, LONG))[0]
+        chunked = attend_parts((0, last - 40, last + 1), (1, 60, 90))[40]
         if not all(torch.equal(whole[last], own) for own in (alone, beside, chunked)):
             return False
     return True
@@ -190,7 +191,7 @@ def _is_exact(kind: AttentionKind, layer: LayerAttention, device: torch.device, 
 
 @torch.inference_mode()
 def _compare(transcript: Transcript, network: Any, dtype: str, how: str) -> None:
-    """Compare with forward passes over the whole sequence by transformers' own attention functions."""
+    """Compare with forward passes over the whole sequence, with transformers' own attention functions."""
     ids = torch.tensor([transcript.ids[:-1]], device=network.device)
     kept = torch.arange(ids.shape[1] - len(transcript.logits), ids.shape[1], device=network.device)
     references = []
@@ -199,7 +200,7 @@ def _compare(transcript: Transcript, network: Any, dtype: str, how: str) -> None
             try:
                 network.set_attn_implementation(implementation)
                 logits = network(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0]
-            except ValueError:  # sdpa refuses some models; every model has eager
+            except ValueError:  # some models do not support sdpa; every model supports eager
                 continue
             references.append(logits)
     finally:
@@ -208,8 +209,8 @@ def _compare(transcript: Transcript, network: Any, dtype: str, how: str) -> None
     allowed = max(TOLERANCE[dtype], 3 * _distance(references[-1], references[0]))
     if not error <= allowed:
         raise UnsupportedModel(
-            f"{type(network).__name__} computed {how} is not what transformers computes: "
-            f"its logits are off by {error:.2g} of their size; {INSTEAD}"
+            f"{type(network).__name__} computed {how} differs from transformers: "
+            f"its logits have a relative error of {error:.2g}; {SEE_MODELS}"
         )
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numba
 
-from headrace.worker.engine.cpu.kernels import decoder_step as forward
-from headrace.worker.engine.cpu.kernels import paging
+from headrace.worker.engine.cpu.kernels import decoder_step, paging
 
 
 def compile_kernels(progress: Callable[[str], None]) -> None:
@@ -18,5 +17,5 @@ def compile_kernels(progress: Callable[[str], None]) -> None:
     """
     if not any(Path(numba.config.CACHE_DIR).rglob("*.nbc")):
         progress("compiling kernels: once for each version, for about half a minute")
-    paging.compiled()
-    forward.compiled()
+    paging.attention_entry_point()
+    decoder_step.step_entry_point()

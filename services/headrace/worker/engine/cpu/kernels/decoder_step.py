@@ -1,9 +1,9 @@
-"""One step of a decoder of Llama's build, from token ids to logits, in one call.
+"""Compute one step of a Llama-like decoder, from token ids to logits, in one call.
 
-All threads go through the same function and meet at barriers; between two barriers they take pieces of work
-(a row, a panel of a matrix, a tile of attention) from a shared counter, so that a thread that the system
-has put aside holds up one piece and not its share. The residual stream, norms, rotation, softmax and
-activation are float32; `matmul.Kind` says what the products are.
+All threads run the same function. Between two barriers they take work items (a row, a panel of a matrix, a
+tile of attention) from a shared counter, so that a thread that the system preempts delays one item and not a
+fixed share of the work. The residual stream, norms, rotation, softmax and activation are float32;
+`matmul.ElementType` is the format of the products.
 
     x += output(attention(rotate(qkv(norm(x)))))
     x += down(silu(gate(norm(x))) * up(norm(x)))
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, types
 
-from headrace.worker.engine.cpu.kernels import attend as attention
 from headrace.worker.engine.cpu.kernels import machine, team
+from headrace.worker.engine.cpu.kernels.attend import attend_unit, work_units
 from headrace.worker.engine.cpu.kernels.elementwise import (
     copy_row,
     pack_row,
@@ -28,12 +28,13 @@ from headrace.worker.engine.cpu.kernels.elementwise import (
     sum_of_squares,
     widen_row,
 )
+from headrace.worker.engine.cpu.kernels.kv_layout import LAYER, RAGGED, store_token
 from headrace.worker.engine.cpu.kernels.matmul import MATRIX, multiply_panel
 
-PHASES = 10  # per layer, each with a counter of its own
+PHASES = 10  # per layer, each with its own counter
 COUNTER_BYTES = 64  # a cache line
 
-# One decoder layer; addresses of float32 vectors and records of `matmul` and `attention`.
+# One decoder layer: addresses of float32 vectors, and records of `matmul` and `kv_layout`.
 DECODER_LAYER = np.dtype(
     [
         ("attention_norm", np.int64),
@@ -44,18 +45,18 @@ DECODER_LAYER = np.dtype(
         ("output", MATRIX),
         ("gate_up", MATRIX),  # gates first
         ("down", MATRIX),
-        ("attention", attention.LAYER),
+        ("attention", LAYER),
     ]
 )
 
 STEP = np.dtype(
     [
         # the model
-        ("kind", np.int64),  # matmul.Kind
+        ("element_type", np.int64),  # matmul.ElementType
         ("layers", np.int64),
         ("layer_table", np.int64),  # address of [layers] DECODER_LAYER
         ("hidden", np.int64),  # a multiple of 32
-        ("inner", np.int64),  # a multiple of 16
+        ("intermediate", np.int64),  # a multiple of 16
         ("epsilon", np.float32),
         ("embedding", np.int64),  # address of [vocabulary, hidden]
         ("embedding_half", np.int64),  # 1 for bfloat16, 0 for float32
@@ -66,68 +67,76 @@ STEP = np.dtype(
         ("cosines", np.int64),  # address of [positions, head_dim / 2] float32
         ("sines", np.int64),
         # the step
-        ("ragged", attention.RAGGED),
+        ("ragged", RAGGED),
         ("ids", np.int64),  # address of [tokens] int32
-        ("sampled", np.int64),  # how many tokens need logits
+        ("sampled", np.int64),  # number of tokens that need logits
         ("sampled_tokens", np.int64),  # address of [sampled] int32, indices into the step's tokens
         ("logits", np.int64),  # address of [sampled, head.count x 32] float32
-        # room to work in
-        ("x", np.int64),  # [tokens, hidden] float32
-        ("packed", np.int64),  # [tokens, longest row] activations as `matmul` takes them
+        # scratch memory
+        ("residual", np.int64),  # [tokens, hidden] float32
+        ("activations", np.int64),  # [tokens, longest row], in the format of `matmul`
         ("scales", np.int64),  # [tokens, groups of the longest row] float32
-        ("wide", np.int64),  # [tokens, widest result] float32
-        ("mixed", np.int64),  # [tokens, heads x head_dim] float32
-        ("watch", np.int64),  # of `team.Watch`
+        ("projected", np.int64),  # [tokens, widest result of qkv or gate_up] float32
+        ("attended", np.int64),  # [tokens, heads x head_dim] float32
+        ("failures", np.int64),  # address of a `team.FailureState`
         ("counters", np.int64),  # zeros: (layers x PHASES + 3) x COUNTER_BYTES
         ("scratch", np.int64),  # per thread
         ("scratch_bytes", np.int64),
-        ("cycles", np.int64),  # address of [len(PARTS) + 1] int64 to count the first thread's cycles in, or 0
+        ("cycles", np.int64),  # address of [len(PARTS) + 1] int64 for the cycles of thread 0, or 0
     ]
 )
 
-# What `cycles` is divided into; its last entry is when the last part ended.
+# The parts that `cycles` counts. Its last entry is the time at which the last part ended.
 PARTS = (
     "embedding", "attention norm", "qkv", "rotation and store", "attention", "pack", "output",
     "feed-forward norm", "gate and up", "activation", "down", "head",
 )  # fmt: skip
 
 
-@machine.emitted([], types.int64)
-def _now(b: Any) -> Any:
-    """Return the processor's cycle counter."""
+@machine.intrinsic([], types.int64)
+def _cycle_counter(b: Any) -> Any:
+    """Return the cycle counter of the processor."""
     return machine.call(b, "llvm.readcyclecounter", result=machine.I64)
 
 
-@machine.compiled
-def _book(step: Any, part: int) -> None:
-    """Count the cycles since the last part's end towards this part, if anyone wants to know."""
+@machine.jit
+def _count_cycles(step: Any, part: int) -> None:
+    """Add the cycles since the end of the previous part to this part, if cycles are counted."""
     if step.cycles and team.thread_number() == 0:
         cycles = carray(pointer(step.cycles), (13,), np.int64)
-        now = _now()
+        now = _cycle_counter()
         cycles[part] += now - cycles[12]
         cycles[12] = now
 
 
-@machine.compiled
+@machine.jit
 def _multiply(
     step: Any, part: int, phase: int, add: bool, matrix: Any, rows: int, out: int, out_row: int
 ) -> None:
-    """Multiply the packed activations by a matrix; the team shares its panels."""
+    """Multiply the activations by a matrix; threads share its panels."""
     counter = step.counters + COUNTER_BYTES * phase
     while True:
         panel = team.claim(counter)
         if panel >= matrix.count:
             break
         multiply_panel(
-            step.kind, add, matrix, panel, rows, step.packed, step.scales, out + 128 * panel, out_row
+            step.element_type,
+            add,
+            matrix,
+            panel,
+            rows,
+            step.activations,
+            step.scales,
+            out + 128 * panel,
+            out_row,
         )
-    team.barrier(step.watch)
-    _book(step, part)
+    team.barrier(step.failures)
+    _count_cycles(step, part)
 
 
-@machine.compiled
+@machine.jit
 def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
-    """Pack the RMS norm of one row (Zhang & Sennrich, 2019) as activations of the next product."""
+    """Store the RMS norm of one row (Zhang & Sennrich, 2019) as activations of the next product."""
     vectors = step.hidden // 16
     mean = sum_of_squares(x, vectors) / np.float32(step.hidden)
     factor = np.float32(1.0) / np.sqrt(np.float32(mean + step.epsilon))
@@ -135,35 +144,41 @@ def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
     _pack(step, scratch, step.hidden, row)
 
 
-@machine.compiled
+@machine.jit
 def _normalise_all(step: Any, part: int, phase: int, weights: int, scratch: int) -> None:
-    """Pack the norms of all rows; the team shares them."""
+    """Store the norms of all rows as activations; threads share the rows."""
     counter = step.counters + COUNTER_BYTES * phase
     while True:
         row = team.claim(counter)
         if row >= step.ragged.tokens:
             break
-        _normalise(step, step.x + 4 * step.hidden * row, weights, row, scratch)
-    team.barrier(step.watch)
-    _book(step, part)
+        _normalise(step, step.residual + 4 * step.hidden * row, weights, row, scratch)
+    team.barrier(step.failures)
+    _count_cycles(step, part)
 
 
-@machine.compiled
+@machine.jit
 def _pack(step: Any, x: int, length: int, row: int) -> None:
-    """Make one row of floats the activations of the next product."""
-    size = 1 if step.kind == 0 else (2 if step.kind == 1 else 4)
-    pack_row(step.kind, x, length, step.packed + row * length * size, step.scales + 4 * row * (length // 64))
+    """Store one row of floats as activations of the next product."""
+    size = 1 if step.element_type == 0 else (2 if step.element_type == 1 else 4)
+    pack_row(
+        step.element_type,
+        x,
+        length,
+        step.activations + row * length * size,
+        step.scales + 4 * row * (length // 64),
+    )
 
 
-@machine.compiled
+@machine.jit
 def _rotate(step: Any, layer: Any, token: int, row: int) -> None:
-    """Normalise, where the model does, and rotate a token's queries and keys (Su et al., RoFormer, 2021)."""
+    """Apply rope to the queries and keys of a token (Su et al., RoFormer, 2021), after their norm if any."""
     own = layer.attention
     dim = own.head_dim
     half = dim // 2
     positions = carray(pointer(step.ragged.positions), (step.ragged.tokens,), np.int32)
     if machine.CHECKED:
-        team.require(step.watch, team.POSITION, positions[token], step.positions)
+        team.require(step.failures, team.POSITION, positions[token], step.positions)
     at = 4 * half * np.int64(positions[token])
     cosines = carray(pointer(step.cosines + at), (half,), np.float32)
     sines = carray(pointer(step.sines + at), (half,), np.float32)
@@ -185,15 +200,15 @@ def _rotate(step: Any, layer: Any, token: int, row: int) -> None:
             vector[d + half] = right * cosines[d] + left * sines[d]
 
 
-@machine.compiled
+@machine.jit
 def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
-    """Compute queries, keys and values, attend, and add the result to the residual stream."""
+    """Compute attention, with its projections, and add the result to the residual stream."""
     own = layer.attention
     tokens = step.ragged.tokens
-    x_row = 4 * step.hidden
+    residual_row = 4 * step.hidden
     _normalise_all(step, 1, phase, layer.attention_norm, scratch)
-    wide_row = 128 * layer.qkv.count
-    _multiply(step, 2, phase + 1, False, layer.qkv, tokens, step.wide, wide_row)
+    projected_row = 128 * layer.qkv.count
+    _multiply(step, 2, phase + 1, False, layer.qkv, tokens, step.projected, projected_row)
     keys = 4 * own.heads * own.head_dim
     values = keys + 4 * own.kv_heads * own.head_dim
     counter = step.counters + COUNTER_BYTES * (phase + 2)
@@ -201,73 +216,81 @@ def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
         row = team.claim(counter)
         if row >= tokens:
             break
-        start = step.wide + row * wide_row
+        start = step.projected + row * projected_row
         _rotate(step, layer, row, start)
-        attention.store_token(step.watch, own, step.ragged, row, start + keys, start + values, own.value_dim)
-    team.barrier(step.watch)
-    _book(step, 3)
-    mixed = own.heads * own.value_dim
+        store_token(step.failures, own, step.ragged, row, start + keys, start + values, own.value_dim)
+    team.barrier(step.failures)
+    _count_cycles(step, 3)
+    width = own.heads * own.value_dim
     counter = step.counters + COUNTER_BYTES * (phase + 3)
-    pieces = attention.units(own, step.ragged)
+    items = work_units(own, step.ragged)
     while True:
         unit = team.claim(counter)
-        if unit >= pieces:
+        if unit >= items:
             break
-        attention.attend_unit(
-            step.watch, own, step.ragged, unit, step.wide, wide_row, step.mixed, 4 * mixed, scratch
+        attend_unit(
+            step.failures,
+            own,
+            step.ragged,
+            unit,
+            step.projected,
+            projected_row,
+            step.attended,
+            4 * width,
+            scratch,
         )
-    team.barrier(step.watch)
-    _book(step, 4)
+    team.barrier(step.failures)
+    _count_cycles(step, 4)
     counter = step.counters + COUNTER_BYTES * (phase + 4)
     while True:
         row = team.claim(counter)
         if row >= tokens:
             break
-        place = step.mixed + 4 * mixed * row
-        _pack(step, place, mixed, row)
-    team.barrier(step.watch)
-    _book(step, 5)
-    _multiply(step, 6, phase + 5, True, layer.output, tokens, step.x, x_row)
+        place = step.attended + 4 * width * row
+        _pack(step, place, width, row)
+    team.barrier(step.failures)
+    _count_cycles(step, 5)
+    _multiply(step, 6, phase + 5, True, layer.output, tokens, step.residual, residual_row)
 
 
-@machine.compiled
+@machine.jit
 def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
     """Compute the gated feed-forward network (Shazeer, GLU Variants, 2020), and add its result."""
     tokens = step.ragged.tokens
-    x_row = 4 * step.hidden
+    residual_row = 4 * step.hidden
     _normalise_all(step, 7, phase, layer.feed_forward_norm, scratch)
-    wide_row = 128 * layer.gate_up.count
-    _multiply(step, 8, phase + 1, False, layer.gate_up, tokens, step.wide, wide_row)
+    projected_row = 128 * layer.gate_up.count
+    _multiply(step, 8, phase + 1, False, layer.gate_up, tokens, step.projected, projected_row)
     counter = step.counters + COUNTER_BYTES * (phase + 2)
     while True:
         row = team.claim(counter)
         if row >= tokens:
             break
-        gates = step.wide + row * wide_row
-        silu_row(gates, gates + 4 * step.inner, step.inner // 16, scratch)
-        _pack(step, scratch, step.inner, row)
-    team.barrier(step.watch)
-    _book(step, 9)
-    _multiply(step, 10, phase + 3, True, layer.down, tokens, step.x, x_row)
+        gates = step.projected + row * projected_row
+        silu_row(gates, gates + 4 * step.intermediate, step.intermediate // 16, scratch)
+        _pack(step, scratch, step.intermediate, row)
+    team.barrier(step.failures)
+    _count_cycles(step, 9)
+    _multiply(step, 10, phase + 3, True, layer.down, tokens, step.residual, residual_row)
 
 
-@machine.compiled
-def _compute(step: Any) -> None:
+@machine.jit
+def _decoder_step(step: Any) -> None:
     me, threads = team.thread_number(), team.thread_count()
     scratch = step.scratch + me * step.scratch_bytes
     tokens, hidden = step.ragged.tokens, step.hidden
     ids = carray(pointer(step.ids), (tokens,), np.int32)
     for row in range(me * tokens // threads, (me + 1) * tokens // threads):
         if machine.CHECKED:
-            team.require(step.watch, team.TOKEN, ids[row], step.vocabulary)
+            team.require(step.failures, team.TOKEN, ids[row], step.vocabulary)
         if step.embedding_half:
             source = step.embedding + 2 * hidden * np.int64(ids[row])
-            widen_row(source, hidden // 16, step.x + 4 * hidden * row)
+            widen_row(source, hidden // 16, step.residual + 4 * hidden * row)
         else:
             source = step.embedding + 4 * hidden * np.int64(ids[row])
-            copy_row(source, hidden // 16, step.x + 4 * hidden * row)
-    team.barrier(step.watch)
-    _book(step, 0)
+            copy_row(source, hidden // 16, step.residual + 4 * hidden * row)
+    team.barrier(step.failures)
+    _count_cycles(step, 0)
     layers = carray(pointer(step.layer_table), (step.layers,), DECODER_LAYER)
     phase = 0
     for index in range(step.layers):
@@ -277,32 +300,32 @@ def _compute(step: Any) -> None:
     sampled = carray(pointer(step.sampled_tokens), (step.sampled,), np.int32)
     for row in range(me * step.sampled // threads, (me + 1) * step.sampled // threads):
         if machine.CHECKED:
-            team.require(step.watch, team.SAMPLED, sampled[row], tokens)
-        _normalise(step, step.x + 4 * hidden * np.int64(sampled[row]), step.final_norm, row, scratch)
-    team.barrier(step.watch)
+            team.require(step.failures, team.SAMPLED, sampled[row], tokens)
+        _normalise(step, step.residual + 4 * hidden * np.int64(sampled[row]), step.final_norm, row, scratch)
+    team.barrier(step.failures)
     if step.sampled:
         _multiply(step, 11, phase, False, step.head, step.sampled, step.logits, 128 * step.head.count)
 
 
 @functools.cache
-def compiled() -> Any:
-    """Return what the threads call; compiles it, or reads it from the cache, the first time."""
-    return cfunc(types.void(types.voidptr), nopython=True, cache=True)(_compute_on_thread)
+def step_entry_point() -> Any:
+    """Return the function that threads call; the first call compiles it or reads it from the cache."""
+    return cfunc(types.void(types.voidptr), nopython=True, cache=True)(_run_on_thread)
 
 
-def _compute_on_thread(data: Any) -> None:
+def _run_on_thread(data: Any) -> None:
     step = carray(data, (1,), STEP)[0]
     try:
-        _compute(step)
+        _decoder_step(step)
     except Exception:
-        team.fail(step.watch)
-    team.finish(step.watch)
+        team.fail(step.failures)
+    team.finish(step.failures)
 
 
-def compute(step: Any, threads: int, watch: team.Watch) -> None:
+def run_step(step: Any, threads: int, failures: team.FailureState) -> None:
     """Compute the step that a STEP record describes, on *threads* threads. Raises `team.KernelFault`.
 
-    watch   for as many threads
+    failures   for as many threads
     """
-    step["watch"] = watch.address
-    team.run(compiled(), step.ctypes.data, threads, watch)
+    step["failures"] = failures.address
+    team.run(step_entry_point(), step.ctypes.data, threads, failures)

@@ -1,6 +1,6 @@
-"""Everything that happens to one row between two products: norms, rotation, activation, quantisation.
+"""Operations on one row between two matrix products: norm, activation, conversion, quantisation.
 
-Addresses and counts as in `machine`; a row's length is given in vectors of 16 and must fill them.
+Addresses and counts are as in `machine`. The length of a row is given in vectors of 16 numbers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _i8, _f4 = types.int64, types.float32
 _ROUND = 1.5 * 2.0**23 + 128.0
 
 
-@m.emitted([_i8], types.voidptr)
+@m.intrinsic([_i8], types.voidptr)
 def pointer(b: Any, address: Any) -> Any:
-    """Return an address as a pointer, for numba's carray."""
+    """Convert an address to a pointer, for numba's carray."""
     return b.inttoptr(address, ir.IntType(8).as_pointer())
 
 
@@ -31,7 +31,7 @@ def _add(b: Any) -> Any:
 
 
 def _largest(b: Any) -> Any:
-    # llvm.maximum keeps a NaN, whichever side it comes from: quantised, it would look like a number.
+    # llvm.maximum returns NaN if either operand is NaN: after quantisation it would look like a number.
     return lambda left, right: m.call(
         b, "llvm.maximum." + ("f32" if left.type == m.F32 else "v16f32"), left, right
     )
@@ -41,9 +41,9 @@ def _magnitude(b: Any, value: Any) -> Any:
     return m.call(b, f"llvm.fabs.v{m.LANES}f32", value)
 
 
-@m.emitted([_i8, _i8], _f4)
+@m.intrinsic([_i8, _i8], _f4)
 def sum_of_squares(b: Any, x: Any, vectors: Any) -> Any:
-    """Return the sum of the squares of x."""
+    """Return the sum of squares of x."""
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
         value = m.load(b, offset(b, x, i, 64), m.FLOATS)
@@ -53,7 +53,7 @@ def sum_of_squares(b: Any, x: Any, vectors: Any) -> Any:
     return m.reduce(b, total, _add(b))
 
 
-@m.emitted([_i8, _f4, _i8, _i8, _i8])
+@m.intrinsic([_i8, _f4, _i8, _i8, _i8])
 def scale_row(b: Any, x: Any, factor: Any, weights: Any, vectors: Any, out: Any) -> None:
     """Store x x factor x weights in out."""
     factors = m.splat(b, factor)
@@ -67,13 +67,13 @@ def scale_row(b: Any, x: Any, factor: Any, weights: Any, vectors: Any, out: Any)
     m.counted_loop(b, vectors, [], body)
 
 
-@m.emitted([_i8, _i8, _i8, _i8])
+@m.intrinsic([_i8, _i8, _i8, _i8])
 def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> None:
     """Store gate x sigmoid(gate) x up in out."""
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
         value = m.load(b, offset(b, gate, i, 64), m.FLOATS)
-        # exp's range ends at 88, where the sigmoid has long been 0.
+        # The range of exp ends at 88, where the sigmoid is 0 already.
         negative = b.fsub(m.floats(0.0), value)
         bounded = b.select(b.fcmp_ordered(">", negative, m.floats(87.0)), m.floats(87.0), negative)
         value = b.fdiv(value, b.fadd(m.floats(1.0), m.exp(b, bounded)))
@@ -84,11 +84,11 @@ def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> None:
     m.counted_loop(b, vectors, [], body)
 
 
-@m.emitted([_i8, _i8, _i8, _i8])
+@m.intrinsic([_i8, _i8, _i8, _i8])
 def quantise_row(b: Any, x: Any, groups: Any, out: Any, scales: Any) -> None:
-    """Store x as bytes, 128 higher than they are, and a scale for each group of 64.
+    """Store x as bytes with an offset of 128, and a scale for each group of 64.
 
-    A group with an infinite or NaN number gets such a scale, and so such results.
+    A group that holds infinity or NaN gets a scale that is not finite, and so do its results.
     """
     bytes_ = ir.VectorType(m.I8, m.LANES)
     each = GROUP // m.LANES
@@ -102,7 +102,7 @@ def quantise_row(b: Any, x: Any, groups: Any, out: Any, scales: Any) -> None:
         scale = b.fdiv(m.reduce(b, largest, _largest(b)), ir.Constant(m.F32, 127.0))
         m.store(b, offset(b, scales, group, 4), scale)
         one, zero = ir.Constant(m.F32, 1.0), ir.Constant(m.F32, 0.0)
-        # Below this the inverse overflows; such numbers count as 0.
+        # Below this the inverse overflows; such numbers are treated as 0.
         usable = b.fcmp_ordered(">", scale, ir.Constant(m.F32, 2.0**-120))
         factor = m.splat(b, b.select(usable, b.fdiv(one, scale), zero))
         place = offset(b, out, group, GROUP)
@@ -114,9 +114,9 @@ def quantise_row(b: Any, x: Any, groups: Any, out: Any, scales: Any) -> None:
     m.counted_loop(b, groups, [], body)
 
 
-@m.emitted([_i8, _i8, _i8])
+@m.intrinsic([_i8, _i8, _i8])
 def bfloat16_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
-    """Store x in bfloat16, rounded to nearest even, in out."""
+    """Store x as bfloat16, rounded to nearest even, in out."""
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
         value = m.load(b, offset(b, x, i, 64), m.FLOATS)
@@ -126,7 +126,7 @@ def bfloat16_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
     m.counted_loop(b, vectors, [], body)
 
 
-@m.emitted([_i8, _i8, _i8])
+@m.intrinsic([_i8, _i8, _i8])
 def copy_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
     """Store x in out."""
 
@@ -137,7 +137,7 @@ def copy_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
     m.counted_loop(b, vectors, [], body)
 
 
-@m.emitted([_i8, _i8, _i8])
+@m.intrinsic([_i8, _i8, _i8])
 def widen_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
     """Store the bfloat16 numbers x as float32 in out."""
 
@@ -149,29 +149,29 @@ def widen_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
     m.counted_loop(b, vectors, [], body)
 
 
-@m.compiled
-def pack_row(kind: int, x: int, length: int, out: int, scales: int) -> None:
-    """Store a row as `matmul` wants its activations, and for int8 the scales of its groups.
+@m.jit
+def pack_row(element_type: int, x: int, length: int, out: int, scales: int) -> None:
+    """Convert a row to activations for `matmul`, and for int8 also store the scales of its groups.
 
     x        address of [length] float32
-    out      address of the row's place among the activations
+    out      address of the row in the activations
     scales   address of [length / 64] float32
     """
-    if kind == 0:
+    if element_type == 0:
         quantise_row(x, length // GROUP, out, scales)
-    elif kind == 1:
+    elif element_type == 1:
         bfloat16_row(x, length // 16, out)
     else:
         copy_row(x, length // 16, out)
 
 
-@m.emitted([_i8, _f4])
+@m.intrinsic([_i8, _f4])
 def store_float(b: Any, address: Any, value: Any) -> None:
     """Store one float32."""
     m.store(b, address, value)
 
 
-@m.emitted([_i8], _f4)
+@m.intrinsic([_i8], _f4)
 def load_float(b: Any, address: Any) -> Any:
     """Load one float32."""
     return m.load(b, address, m.F32)

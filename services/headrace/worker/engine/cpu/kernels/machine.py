@@ -1,8 +1,8 @@
 """Emit vector instructions from Python: numba intrinsics built with llvmlite.
 
-numba's loops leave the choice of registers to LLVM's vectoriser, which loses the inner loops of a matrix
-product by a factor of three or more. The few loops that take the time are therefore written down here as
-LLVM IR: vectors of 16 lanes, which LLVM splits on CPUs with shorter registers. Arguments are addresses and
+With numba's own loops, LLVM's vectoriser chooses the registers, and the inner loops of a matrix product are
+slower by a factor of three or more. The few loops that take most of the time are therefore written as LLVM
+IR, with vectors of 16 lanes, which LLVM splits on CPUs with shorter registers. Arguments are addresses and
 sizes in bytes, as int64; nothing is checked.
 """
 
@@ -15,23 +15,23 @@ import llvmlite.binding
 from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
 
 from headrace.worker.engine.cpu.kernels import CHECKED as CHECKED
 
 LANES = 16
 
-# How kernels are compiled. Division by zero gives infinity or NaN, as in hardware: a row that is not finite
-# is that row's fault alone, an exception would be the step's.
-compiled = njit(nogil=True, error_model="numpy")
+# The decorator of all kernels. Division by zero gives infinity or NaN, as in hardware: a row that is not
+# finite fails alone, while an exception would fail the whole step.
+jit = njit(nogil=True, error_model="numpy")
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
-HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # 8-bit products, four at a time
-HAS_BF16 = bool(_FEATURES.get("avx512bf16"))  # bfloat16 products, two at a time
+HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # four 8-bit products per lane and instruction
+HAS_BF16 = bool(_FEATURES.get("avx512bf16"))  # two bfloat16 products per lane and instruction
 
 
 class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
+    """LLVM's type bfloat, which llvmlite does not provide."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -54,16 +54,18 @@ Value = Any
 Builder = Any
 
 
-def emitted(arguments: Sequence[Any], result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a function that emits IR: it becomes a numba intrinsic; see `kernel`."""
-    return lambda emit: kernel(arguments, emit, result)
+def intrinsic(arguments: Sequence[Any], result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
+    """Turn a function that emits IR into a numba intrinsic; a decorator, see `make_intrinsic`."""
+    return lambda emit: make_intrinsic(arguments, emit, result)
 
 
-def kernel(arguments: Sequence[Any], emit: Callable[..., Value | None], result: Any = types.void) -> Any:
+def make_intrinsic(
+    arguments: Sequence[Any], emit: Callable[..., Value | None], result: Any = types.void
+) -> Any:
     """Make a numba intrinsic from a function that emits IR.
 
-    arguments   numba types of its arguments
-    emit        called with the builder and one IR value per argument; returns the result's value
+    arguments   numba types of the arguments
+    emit        called with the builder and one IR value per argument; returns the IR value of the result
     """
     names = [f"a{i}" for i in range(len(arguments))]
 
@@ -74,10 +76,10 @@ def kernel(arguments: Sequence[Any], emit: Callable[..., Value | None], result: 
 
         return result(*arguments), codegen
 
-    # numba reads the number of arguments from the function's own signature.
+    # numba takes the number of arguments from the signature of the function.
     scope: dict[str, Any] = {"typed": typed}
     exec(f"def made(context, {', '.join(names)}): return typed(context, {', '.join(names)})", scope)
-    return intrinsic(scope["made"])
+    return numba_intrinsic(scope["made"])
 
 
 def integer(value: int) -> Value:
@@ -86,12 +88,12 @@ def integer(value: int) -> Value:
 
 
 def floats(value: float) -> Value:
-    """Return a vector constant, the same number in every lane."""
+    """Return a vector constant with the same number in every lane."""
     return ir.Constant(FLOATS, [value] * LANES)
 
 
 def ints(value: int) -> Value:
-    """Return a vector constant of 32-bit integers."""
+    """Return a vector constant of 32-bit integers, all equal."""
     return ir.Constant(INTS, [value] * LANES)
 
 
@@ -108,7 +110,7 @@ def store(builder: Builder, address: Value, value: Value, align: int = 4) -> Non
 
 
 def prefetch(builder: Builder, address: Value) -> None:
-    """Ask for a cache line that is soon read; any address will do."""
+    """Prefetch a cache line; an invalid address does no harm."""
     pointer = builder.inttoptr(address, I8.as_pointer())
     hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # read, keep, data
     call(builder, "llvm.prefetch.p0", pointer, *hints, result=ir.VoidType())
@@ -127,7 +129,7 @@ def splat(builder: Builder, scalar: Value) -> Value:
 
 
 def call(builder: Builder, name: str, *arguments: Value, result: Any = None) -> Value:
-    """Call an LLVM intrinsic by its full name; it returns what its first argument is, unless said."""
+    """Call an LLVM intrinsic by its full name. The result has the type of the first argument by default."""
     kinds = [argument.type for argument in arguments]
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(result or kinds[0], kinds), name
@@ -141,12 +143,12 @@ def fma(builder: Builder, a: Value, b: Value, c: Value) -> Value:
 
 
 def widen(builder: Builder, shorts: Value) -> Value:
-    """Return the float32 values of 16 bfloat16 numbers given as integers."""
+    """Convert 16 bfloat16 numbers, given as 16-bit integers, to float32."""
     return builder.bitcast(builder.shl(builder.zext(shorts, INTS), ints(16)), FLOATS)
 
 
 def narrow(builder: Builder, values: Value) -> Value:
-    """Return 16 float32 numbers as bfloat16, in 16-bit integers, rounded to nearest even; NaN stays NaN."""
+    """Convert 16 float32 numbers to bfloat16 in 16-bit integers, rounded to nearest even; NaN stays NaN."""
     bits = builder.bitcast(values, INTS)
     odd = builder.and_(builder.lshr(bits, ints(16)), ints(1))
     rounded = builder.lshr(builder.add(builder.add(bits, ints(0x7FFF)), odd), ints(16))
@@ -156,7 +158,7 @@ def narrow(builder: Builder, values: Value) -> Value:
 
 def dot_int8(builder: Builder, acc: Value, a: Value, w: Value) -> Value:
     """Add to each lane of acc the four products of its bytes: a unsigned, w signed, all [16] int32."""
-    if not HAS_VNNI:  # never reached: `forward` refuses int8 on such machines
+    if not HAS_VNNI:  # never executed: `decoder` rejects int8 on such machines
         return acc
     return call(builder, "llvm.x86.avx512.vpdpbusd.512", acc, a, w)
 
@@ -175,7 +177,7 @@ def dot_bf16(builder: Builder, acc: Value, a: Value, w: Value) -> Value:
 
 
 def reduce(builder: Builder, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
-    """Combine all lanes in a fixed order, halves first; returns a scalar."""
+    """Combine all lanes to a scalar, in a fixed order, halves first."""
     width = LANES // 2
     while width:
         order = [(lane + width) % LANES for lane in range(LANES)]
@@ -186,7 +188,7 @@ def reduce(builder: Builder, vector: Value, combine: Callable[[Value, Value], Va
 
 
 def exp(builder: Builder, x: Value) -> Value:
-    """Return e to the power of each lane; exactly 1 at 0 and exactly 0 below -87; inputs up to 88.
+    """Return e to the power of each lane, for inputs up to 88; exactly 1 at 0 and exactly 0 below -87.
 
     Range reduction by ln 2 and a polynomial of degree 6, relative error below 2e-7 (Cephes, expf.c).
     """
@@ -197,7 +199,7 @@ def exp(builder: Builder, x: Value) -> Value:
     p = floats(1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5, 1.0, 1.0):
         p = fma(builder, p, r, floats(coefficient))
-    # Below the range the conversion is undefined, and the result is not used.
+    # Below the range the conversion is undefined; its result is not used.
     safe = builder.select(builder.fcmp_ordered(">", x, floats(-87.0)), n, floats(0.0))
     bits = builder.shl(builder.add(builder.fptosi(safe, INTS), ints(127)), ints(23))
     whole = builder.fmul(p, builder.bitcast(bits, FLOATS))
@@ -211,9 +213,9 @@ def counted_loop(
     carried: Sequence[Value],
     body: Callable[[Value, list[Value]], list[Value]],
 ) -> list[Value]:
-    """Emit a loop over 0 .. count-1, at least once, with values carried from round to round.
+    """Emit a loop over 0 .. count-1, which runs at least once and carries values between iterations.
 
-    body   gets the index and the carried values, returns the new ones
+    body   receives the index and the carried values, and returns the new values
     """
     before = builder.block
     loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")

@@ -1,20 +1,20 @@
-"""Multiply rows by a matrix that was laid out once, in int8, bfloat16 or float32.
+"""Multiply rows by a matrix that was laid out in advance, in int8, bfloat16 or float32.
 
-A matrix [out, in] is cut into panels of 32 outputs. In a panel, 4 bytes of each output's inputs lie
-together (four int8, two bfloat16 or one float32), so that one instruction takes 16 outputs one such word
-further. Up to 12 rows go through a panel together, 24 accumulators in registers; 8 rows in int8, which adds
-up twice.
+A matrix [out, in] is divided into panels of 32 outputs. A panel is stored in words of 4 bytes, each with
+neighbouring inputs of one output (four int8, two bfloat16 or one float32), so that one instruction
+multiplies and adds one word of 16 outputs. A tile is up to 12 rows, with 24 accumulators in registers; in
+int8, which accumulates in two stages, it is up to 8 rows.
 
     panels [out / 32, words, 2, 16, 4 bytes]      words = in x bytes of an element / 4
 
 int8 means 8-bit weights with a scale per output, and 8-bit activations with a scale per row and group of 64
-inputs, rounded to the nearest: with one scale for a whole row, which outliers dictate, the perplexity of
-SmolLM2 is 5.6 % higher than in float32, with groups 0.6 %. Activations are stored as unsigned, 128 higher
-than they are, as the instruction wants them; what that adds to a group's sum is known beforehand. Sums
-within a group are exact integers; groups are added up in order.
+inputs, rounded to nearest. With one scale per row, which outliers determine, the perplexity of SmolLM2 is
+5.6 % higher than in float32; with groups it is 0.6 % higher. Activations are stored as unsigned bytes with an
+offset of 128, as the instruction requires. The contribution of the offset to the sum of a group is computed
+in advance. Sums within a group are exact integers; groups are added in order.
 
-    panels of int8 [out / 32, groups, 64 + 16 x 128 bytes]: 32 int16, the sums of the group's weights, then
-    the group's 16 words
+    panels of int8 [out / 32, groups, 64 + 16 x 128 bytes]: 32 int16 with the sums of the weights of
+    the group, then the 16 words of the group
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ _GROUP_WORDS = GROUP // 4
 _GROUP_BYTES = 64 + 128 * _GROUP_WORDS
 
 
-class Kind(IntEnum):
-    """What weights and activations are multiplied in."""
+class ElementType(IntEnum):
+    """The number format of weights and activations in matrix products."""
 
     INT8 = 0
     BFLOAT16 = 1
     FLOAT32 = 2
 
 
-ELEMENT_BYTES = {Kind.INT8: 1, Kind.BFLOAT16: 2, Kind.FLOAT32: 4}
+ELEMENT_BYTES = {ElementType.INT8: 1, ElementType.BFLOAT16: 2, ElementType.FLOAT32: 4}
 
-# What a matrix is to the kernels; the addresses' owners must outlive it.
+# A matrix as kernels receive it. The owners of the addresses must outlive it.
 MATRIX = np.dtype(
     [
         ("panels", np.int64),  # address, 64-byte aligned
-        ("count", np.int64),  # panels
-        ("words", np.int64),  # of an output's inputs
+        ("count", np.int64),  # number of panels
+        ("words", np.int64),  # per output
         ("scales", np.int64),  # int8: address of [out] float32
         ("bias", np.int64),  # address of [out] float32; zeros where the layer has none
     ]
 )
 
 
-def _tile(kind: Kind, rows: int, *, add: bool) -> Any:
-    """Make the kernel that takes *rows* rows through one panel.
+def _tile(element_type: ElementType, rows: int, *, add: bool) -> Any:
+    """Make the kernel that multiplies *rows* rows by one panel.
 
-    Its arguments: activations and their bytes per row, their scales and the scales' bytes per row, panel,
-    words, the panel's scales and bias, results and their bytes per row. Results are stored, or added to
-    what is there.
+    Arguments: activations and their bytes per row; scales of the activations and their bytes per row; panel;
+    words; scales and bias of the panel; results and their bytes per row. Results are stored, or added to
+    the existing values.
     """
 
     def emit(
@@ -68,30 +68,34 @@ def _tile(kind: Kind, rows: int, *, add: bool) -> Any:
         bias: Any, out: Any, out_row: Any,
     ) -> None:  # fmt: skip
         starts = [b.add(a, b.mul(a_row, m.integer(r))) for r in range(rows)]
-        if kind is Kind.INT8:
+        if element_type is ElementType.INT8:
             own_scales = [b.add(a_scales, b.mul(scales_row, m.integer(r))) for r in range(rows)]
             sums = _grouped(b, starts, own_scales, panel, b.udiv(words, m.integer(_GROUP_WORDS)))
         else:
             zeros = [m.floats(0.0)] * (2 * rows)
-            sums = m.counted_loop(b, words, zeros, _word(b, kind, starts, panel))
+            sums = m.counted_loop(b, words, zeros, _word(b, element_type, starts, panel))
         for half in (0, 1):
             here = m.integer(64 * half)
             offsets = m.load(b, b.add(bias, here), m.FLOATS)
-            if kind is Kind.INT8:
+            if element_type is ElementType.INT8:
                 factors = m.load(b, b.add(scales, here), m.FLOATS)
             for r in range(rows):
                 value = sums[2 * r + half]
-                value = m.fma(b, value, factors, offsets) if kind is Kind.INT8 else b.fadd(value, offsets)
+                value = (
+                    m.fma(b, value, factors, offsets)
+                    if element_type is ElementType.INT8
+                    else b.fadd(value, offsets)
+                )
                 place = b.add(b.add(out, b.mul(out_row, m.integer(r))), here)
                 if add:
                     value = b.fadd(value, m.load(b, place, m.FLOATS))
                 m.store(b, place, value)
 
-    return m.kernel([types.int64] * 10, emit)
+    return m.make_intrinsic([types.int64] * 10, emit)
 
 
-def _word(b: Any, kind: Kind, starts: list[Any], panel: Any) -> Any:
-    """Make the body of a loop over words: each row's 4 bytes times those of 32 outputs."""
+def _word(b: Any, element_type: ElementType, starts: list[Any], panel: Any) -> Any:
+    """Make the body of a loop over words: one word of each row times one word of each of 32 outputs."""
 
     def body(word: Any, sums: list[Any]) -> list[Any]:
         at = m.offset(b, panel, word, 128)
@@ -99,14 +103,14 @@ def _word(b: Any, kind: Kind, starts: list[Any], panel: Any) -> Any:
         new = []
         for r, start in enumerate(starts):
             own = m.splat(b, m.load(b, m.offset(b, start, word, 4), m.I32))
-            new += [_dot(b, kind, sums[2 * r + half], own, weights[half]) for half in (0, 1)]
+            new += [_dot(b, element_type, sums[2 * r + half], own, weights[half]) for half in (0, 1)]
         return new
 
     return body
 
 
 def _grouped(b: Any, starts: list[Any], scales: list[Any], panel: Any, groups: Any) -> list[Any]:
-    """Sum up int8 products group by group, each row's group with its own scale."""
+    """Sum int8 products by group, and scale each sum by the factor of its row and group."""
 
     def body(group: Any, totals: list[Any]) -> list[Any]:
         at = m.offset(b, panel, group, _GROUP_BYTES)
@@ -115,7 +119,7 @@ def _grouped(b: Any, starts: list[Any], scales: list[Any], panel: Any, groups: A
             weights = m.load(b, b.add(at, m.integer(32 * half)), m.SHORTS, 32)
             excess.append(b.sub(m.ints(0), b.shl(b.sext(weights, m.INTS), m.ints(7))))
         own = [m.offset(b, start, group, GROUP) for start in starts]
-        word = _word(b, Kind.INT8, own, b.add(at, m.integer(64)))
+        word = _word(b, ElementType.INT8, own, b.add(at, m.integer(64)))
         sums = m.counted_loop(b, m.integer(_GROUP_WORDS), excess * len(starts), word)
         new = []
         for r, scale in enumerate(scales):
@@ -128,10 +132,10 @@ def _grouped(b: Any, starts: list[Any], scales: list[Any], panel: Any, groups: A
     return m.counted_loop(b, groups, [m.floats(0.0)] * (2 * len(starts)), body)
 
 
-def _dot(b: Any, kind: Kind, acc: Any, own: Any, weights: Any) -> Any:
-    if kind is Kind.INT8:
+def _dot(b: Any, element_type: ElementType, acc: Any, own: Any, weights: Any) -> Any:
+    if element_type is ElementType.INT8:
         return m.dot_int8(b, acc, own, weights)
-    if kind is Kind.BFLOAT16:
+    if element_type is ElementType.BFLOAT16:
         return m.dot_bf16(b, acc, own, weights)
     return m.fma(b, b.bitcast(own, m.FLOATS), b.bitcast(weights, m.FLOATS), acc)
 
@@ -139,12 +143,12 @@ def _dot(b: Any, kind: Kind, acc: Any, own: Any, weights: Any) -> Any:
 _SIZES = (1, 2, 3, 4, 6, 8, 12)
 
 
-def _panel_of(kind: Kind, *, add: bool) -> Any:
-    """Make the function that takes any number of rows through one panel, in tiles."""
-    most = 8 if kind is Kind.INT8 else 12
-    t1, t2, t3, t4, t6, t8, t12 = (_tile(kind, min(rows, most), add=add) for rows in _SIZES)
+def _panel_of(element_type: ElementType, *, add: bool) -> Any:
+    """Make the function that multiplies any number of rows by one panel, in tiles."""
+    most = 8 if element_type is ElementType.INT8 else 12
+    t1, t2, t3, t4, t6, t8, t12 = (_tile(element_type, min(rows, most), add=add) for rows in _SIZES)
 
-    @m.compiled
+    @m.jit
     def panel_of(
         rows: int, a: int, a_row: int, a_scales: int, scales_row: int, panel: int, words: int, scales: int,
         bias: int, out: int, out_row: int,
@@ -178,34 +182,42 @@ def _panel_of(kind: Kind, *, add: bool) -> Any:
     return panel_of
 
 
-_int8, _int8_add = _panel_of(Kind.INT8, add=False), _panel_of(Kind.INT8, add=True)
-_bf16, _bf16_add = _panel_of(Kind.BFLOAT16, add=False), _panel_of(Kind.BFLOAT16, add=True)
-_f32, _f32_add = _panel_of(Kind.FLOAT32, add=False), _panel_of(Kind.FLOAT32, add=True)
+_int8, _int8_add = _panel_of(ElementType.INT8, add=False), _panel_of(ElementType.INT8, add=True)
+_bf16, _bf16_add = _panel_of(ElementType.BFLOAT16, add=False), _panel_of(ElementType.BFLOAT16, add=True)
+_f32, _f32_add = _panel_of(ElementType.FLOAT32, add=False), _panel_of(ElementType.FLOAT32, add=True)
 
 
-@m.compiled
+@m.jit
 def multiply_panel(
-    kind: int, add: bool, matrix: Any, panel: int, rows: int, a: int, a_scales: int, out: int, out_row: int
+    element_type: int,
+    add: bool,
+    matrix: Any,
+    panel: int,
+    rows: int,
+    a: int,
+    a_scales: int,
+    out: int,
+    out_row: int,
 ) -> None:
-    """Compute *rows* rows of one panel: out [rows, out_row bytes] from its first column, or += there.
+    """Multiply *rows* rows by one panel and store the results, or add them to the existing values.
 
-    a         address of the activations, words x 4 bytes a row
+    a         address of the activations, words x 4 bytes per row
     a_scales  int8: address of [rows, groups] float32
-    out       address of the panel's first result
+    out       address of the first result of the panel; rows are out_row bytes apart
     """
     words = matrix.words
-    size = words * 128 if kind else words // _GROUP_WORDS * _GROUP_BYTES
+    size = words * 128 if element_type else words // _GROUP_WORDS * _GROUP_BYTES
     at = matrix.panels + panel * size
     scales = matrix.scales + panel * 128
     scales_row = words // _GROUP_WORDS * 4
     bias = matrix.bias + panel * 128
     a_row = words * 4
-    if kind == 0:
+    if element_type == 0:
         if add:
             _int8_add(rows, a, a_row, a_scales, scales_row, at, words, scales, bias, out, out_row)
         else:
             _int8(rows, a, a_row, a_scales, scales_row, at, words, scales, bias, out, out_row)
-    elif kind == 1:
+    elif element_type == 1:
         if add:
             _bf16_add(rows, a, a_row, a_scales, scales_row, at, words, scales, bias, out, out_row)
         else:

@@ -1,7 +1,7 @@
-"""Paged memory for keys and values on the CPU, and attention over it for models of any make.
+"""Paged memory for keys and values in the layout of the CPU kernels, and one layer's attention over it.
 
-`torch_engine` calls `attend` from inside transformers' own layers; `forward` uses the same kernels without
-leaving compiled code.
+`kernel_attention` calls `store_and_attend` from inside the layers of transformers. `decoder_step` calls the
+same kernels from compiled code.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray, cfunc, types
 
-from headrace.worker.engine.cpu.kernels import attend as attention
 from headrace.worker.engine.cpu.kernels import machine, team
-from headrace.worker.engine.cpu.kernels.attend import BLOCK, LAYER, RAGGED
+from headrace.worker.engine.cpu.kernels.attend import attend_unit, scratch_bytes, tile_tokens, work_units
+from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK, LAYER, RAGGED, store_token
 
 Ints = npt.NDArray[np.int32]
 
 _LINE = 64  # bytes in a cache line
 
 
-class PagedMemory:
-    """Keys and values of all layers in blocks of `BLOCK` tokens.
+class KernelMemory:
+    """Keys and values of all layers in blocks of `BLOCK` tokens, laid out for the kernels.
 
-    blocks   how many each layer has
+    blocks   blocks of each layer
     half     bfloat16 if true, float32 otherwise
 
-    A layer's memory is made when its shape is first told. It is zero pages that the system commits when
-    they are written: memory grows with use, up to blocks x block_bytes.
+    The memory of a layer is mapped when `configure_layer` is first called for it. The system commits pages
+    when they are written: memory grows with use, up to blocks x block_bytes.
     """
 
     def __init__(self, blocks: int, *, half: bool) -> None:
@@ -40,22 +40,22 @@ class PagedMemory:
         self._layers: dict[int, npt.NDArray[Any]] = {}
         self._owned: list[npt.NDArray[Any]] = []
 
-    def layer(
+    def configure_layer(
         self, index: int, *, heads: int, kv_heads: int, head_dim: int, value_dim: int, scale: float,
         softcap: float = 0.0, window: int = 0,
     ) -> npt.NDArray[Any]:  # fmt: skip
-        """Return what kernels need to know of a layer, one record of type LAYER.
+        """Set the shape and parameters of a layer, and return its LAYER record.
 
-        scale     multiplies the products of queries and keys
+        scale     factor of the products of queries and keys
         softcap   bounds those products by softcap x tanh(product / softcap); 0 for none
-        window    a token sees itself and the window - 1 tokens before it; 0 for all
+        window    a token attends to itself and the window - 1 tokens before it; 0 for all
         """
         made = self._layers.get(index)
         if made is None:
             stored = -(-value_dim // 16) * 16
             made = np.zeros(1, LAYER)
-            made["keys"] = self._take(self.blocks * kv_heads * (head_dim + head_dim % 2) * BLOCK)
-            made["values"] = self._take(self.blocks * kv_heads * BLOCK * stored)
+            made["keys"] = self._map(self.blocks * kv_heads * (head_dim + head_dim % 2) * BLOCK)
+            made["values"] = self._map(self.blocks * kv_heads * BLOCK * stored)
             made["blocks"] = self.blocks
             made["half"], made["kv_heads"], made["head_dim"] = self.half, kv_heads, head_dim
             made["value_dim"] = stored
@@ -63,13 +63,13 @@ class PagedMemory:
         made["heads"], made["scale"], made["softcap"], made["window"] = heads, scale, softcap, window
         return made
 
-    def told(self, index: int) -> npt.NDArray[Any]:
-        """Return the record of a layer that `layer` has made."""
+    def record(self, index: int) -> npt.NDArray[Any]:
+        """Return the LAYER record of a configured layer."""
         return self._layers[index]
 
     @property
     def block_bytes(self) -> int:
-        """What one block takes in all layers together, in bytes; known once every layer was told."""
+        """Bytes of one block in all layers together; valid once every layer is configured."""
         size = 2 if self.half else 4
         return sum(
             int(made["kv_heads"][0])
@@ -79,9 +79,9 @@ class PagedMemory:
             for made in self._layers.values()
         )
 
-    def _take(self, elements: int) -> int:
-        # numpy's zeros ask for huge pages: 2 MiB would be committed for a sequence's first token in every
-        # layer's keys and values.
+    def _map(self, elements: int) -> int:
+        # numpy.zeros requests huge pages: the first token of a sequence would commit 2 MiB for the keys and
+        # values of every layer.
         memory = mmap.mmap(-1, max(elements * (2 if self.half else 4), 1))
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -91,11 +91,11 @@ class PagedMemory:
 
 
 class Ragged:
-    """Which tokens a step computes: rows of different sequences, one after the other.
+    """A ragged batch: the tokens that a step computes, as consecutive rows of different sequences.
 
-    starts   position of each row's first token
+    starts   position of the first token of each row
     counts   tokens of each row, at least 1
-    tables   each row's block table, covering its last token
+    tables   block table of each row, up to the block of its last token
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Ragged:
         self._made: dict[int, tuple[Ints, npt.NDArray[Any]]] = {}
 
     def record(self, tile_tokens: int) -> npt.NDArray[Any]:
-        """Return the step for kernels, cut into tiles of at most *tile_tokens* tokens: a RAGGED record."""
+        """Return the RAGGED record of the batch, divided into tiles of at most *tile_tokens* tokens."""
         made = self._made.get(tile_tokens)
         if made is None:
             tiles = self._tiles(tile_tokens)
@@ -131,9 +131,9 @@ class Ragged:
         return made[1]
 
     def _tiles(self, tile_tokens: int) -> Ints:
-        many = (self.counts + (tile_tokens - 1)) // tile_tokens
-        rows = np.repeat(np.arange(len(many), dtype=np.int32), many)
-        index = np.arange(len(rows), dtype=np.int32) - np.repeat(np.cumsum(many) - many, many)
+        per_row = (self.counts + (tile_tokens - 1)) // tile_tokens
+        rows = np.repeat(np.arange(len(per_row), dtype=np.int32), per_row)
+        index = np.arange(len(rows), dtype=np.int32) - np.repeat(np.cumsum(per_row) - per_row, per_row)
         begins = index * tile_tokens
         tiles = np.empty((len(rows), 3), np.int32)
         tiles[:, 0] = rows
@@ -154,20 +154,20 @@ _CALL = np.dtype(
         ("scratch", np.int64),
         ("scratch_bytes", np.int64),
         ("counter", np.int64),
-        ("watch", np.int64),  # of `team.Watch`
+        ("failures", np.int64),  # address of a `team.FailureState`
     ]
 )
 
 
-@machine.compiled
+@machine.jit
 def _attend(call: Any) -> None:
     layer, ragged = call.layer, call.ragged
     me, threads = team.thread_number(), team.thread_count()
     key_row = 4 * layer.kv_heads * layer.head_dim
     value_row = 4 * layer.kv_heads * call.value_dim
     for token in range(me * ragged.tokens // threads, (me + 1) * ragged.tokens // threads):
-        attention.store_token(
-            call.watch,
+        store_token(
+            call.failures,
             layer,
             ragged,
             token,
@@ -175,21 +175,19 @@ def _attend(call: Any) -> None:
             call.values + token * value_row,
             call.value_dim,
         )
-    team.barrier(call.watch)
+    team.barrier(call.failures)
     scratch = call.scratch + me * call.scratch_bytes
     query_row, out_row = 4 * layer.heads * layer.head_dim, 4 * layer.heads * layer.value_dim
     while True:
         unit = team.claim(call.counter)
-        if unit >= attention.units(layer, ragged):
+        if unit >= work_units(layer, ragged):
             break
-        attention.attend_unit(
-            call.watch, layer, ragged, unit, call.queries, query_row, call.out, out_row, scratch
-        )
+        attend_unit(call.failures, layer, ragged, unit, call.queries, query_row, call.out, out_row, scratch)
 
 
 @functools.cache
-def compiled() -> Any:
-    """Return what the threads call; compiles it, or reads it from the cache, the first time."""
+def attention_entry_point() -> Any:
+    """Return the function that threads call; the first call compiles it or reads it from the cache."""
     return cfunc(types.void(types.voidptr), nopython=True, cache=True)(_attend_on_thread)
 
 
@@ -198,34 +196,34 @@ def _attend_on_thread(data: Any) -> None:
     try:
         _attend(call)
     except Exception:
-        team.fail(call.watch)
-    team.finish(call.watch)
+        team.fail(call.failures)
+    team.finish(call.failures)
 
 
-def attend(
+def store_and_attend(
     layer: npt.NDArray[Any], ragged: Ragged, queries: int, keys: int, values: int, *, value_dim: int,
     out: int, threads: int,
 ) -> None:  # fmt: skip
-    """Store a step's keys and values in a layer's memory, and attend.
+    """Store the keys and values of a step in the memory of a layer, and compute its attention.
 
-    layer     from `PagedMemory.layer`
+    layer     from `KernelMemory.configure_layer`
     queries   address of [tokens, heads, head_dim] float32, contiguous
     keys      address of [tokens, kv_heads, head_dim] float32
     values    address of [tokens, kv_heads, value_dim] float32
-    out       address of [tokens, heads, value_dim rounded up to 16] float32, to be written
+    out       address of [tokens, heads, value_dim rounded up to 16] float32; receives the result
     """
     heads, kv_heads, head_dim, stored = (
         int(layer[name][0]) for name in ("heads", "kv_heads", "head_dim", "value_dim")
     )
     call = np.zeros(1, _CALL)
-    size = -(-attention.scratch_bytes(head_dim, stored) // _LINE) * _LINE
+    size = -(-scratch_bytes(head_dim, stored) // _LINE) * _LINE
     scratch = np.empty(threads * size, np.uint8)
     counter = np.zeros(1, np.int64)
-    call["layer"], call["ragged"] = layer, ragged.record(attention.tile_tokens(heads, kv_heads))
+    call["layer"], call["ragged"] = layer, ragged.record(tile_tokens(heads, kv_heads))
     call["queries"], call["keys"], call["values"] = queries, keys, values
     call["value_dim"], call["out"] = value_dim, out
     call["scratch"], call["scratch_bytes"] = scratch.ctypes.data, size
     call["counter"] = counter.ctypes.data
-    watch = team.Watch(threads)
-    call["watch"] = watch.address
-    team.run(compiled(), call.ctypes.data, threads, watch)
+    failures = team.FailureState(threads)
+    call["failures"] = failures.address
+    team.run(attention_entry_point(), call.ctypes.data, threads, failures)

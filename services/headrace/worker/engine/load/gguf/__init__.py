@@ -1,1 +1,1 @@
-"""Reads .gguf files."""
+"""Read .gguf files."""

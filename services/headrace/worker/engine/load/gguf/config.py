@@ -1,8 +1,8 @@
-"""Make a model's configuration from the metadata of a gguf file, with nothing left unread.
+"""Convert the metadata of a gguf file to the configuration of a model, without ignoring any key.
 
-transformers has a reader of its own, which takes the sizes and leaves out much of what changes the numbers:
-scaled rotation, soft caps, attention windows, the width of a head. Here every key of the model is either read
-or refused by name, so a file that would be computed wrong does not start.
+transformers has its own reader, which reads the sizes and ignores much that changes results: rope scaling,
+soft caps, attention windows, the head dimension. This module reads every key of the model or rejects it by
+name, so that a worker does not start with a file that it would compute incorrectly.
 
 Names and meanings of keys are those of llama.cpp (gguf-py/gguf/constants.py, src/llama-hparams.h).
 """
@@ -18,21 +18,21 @@ from headrace.worker.engine.load.gguf.metadata import Metadata
 from headrace.worker.engine.load.gguf.rotation import read_rotation
 from headrace.worker.engine.load.refusals import LoadingError, UnsupportedModel
 
-# The files do not say how Gemma's attention is scaled. llama.cpp knows it by the number of layers: those of
-# 27 billion parameters differ.
+# The files do not contain the attention scale of Gemma. Like llama.cpp, this module infers it from the number
+# of layers: the models of 27 billion parameters differ.
 _GEMMA2_LARGEST_LAYERS, _GEMMA3_LARGEST_LAYERS = 46, 62
 
 
 def config_from(metadata: Metadata) -> Any:
     """Return the transformers configuration that the metadata describes.
 
-    Raises UnsupportedModel for an architecture or a key that is not read, LoadingError for a file that is
-    one part of several, holds no model, or lacks keys.
+    Raises UnsupportedModel if an architecture or key is not supported, LoadingError if the file is one part
+    of several, holds no model, or lacks keys.
     """
-    _refuse_what_is_no_model(metadata)
+    _require_whole_model(metadata)
     if metadata.architecture not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"it is of architecture {metadata.architecture!r}, and gguf files are read for "
+            f"its architecture {metadata.architecture!r} is not supported; supported in gguf files are "
             f"{', '.join(ARCHITECTURES)}"
         )
     if "token_embd.weight" not in metadata.tensors:
@@ -45,9 +45,9 @@ def config_from(metadata: Metadata) -> Any:
     metadata.allow("tensor_data_layout", "Meta AI original pth", "")
     vocabulary = metadata.tensors["token_embd.weight"][0]
     named = metadata.get("vocab_size", vocabulary)
-    metadata.refuse_unread()
+    metadata.reject_unread()
     if named != vocabulary:
-        raise LoadingError(f"its metadata has a vocabulary of {named}, its embedding one of {vocabulary}")
+        raise LoadingError(f"its metadata has a vocabulary of {named}, but its embedding has {vocabulary}")
     ids = {
         f"{name}_token_id": _within(metadata.values.get(f"tokenizer.ggml.{key}_token_id"), vocabulary)
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -65,31 +65,33 @@ def _within(token: int | None, vocabulary: int) -> int | None:
     return token if token is not None and 0 <= token < vocabulary else None
 
 
-def _refuse_what_is_no_model(metadata: Metadata) -> None:
+def _require_whole_model(metadata: Metadata) -> None:
     parts = int(metadata.values.get("split.count", 1) or 1)
     if parts > 1:
         number = int(metadata.values.get("split.no", 0)) + 1
         raise LoadingError(
             f"it is part {number} of a model in {parts} files; join them with `llama-gguf-split --merge "
-            f"FIRST_PART JOINED.gguf` and name the joined file"
+            f"FIRST_PART JOINED.gguf` and use the joined file"
         )
     kind = metadata.values.get("general.type", "model")
     if kind != "model" or "adapter.type" in metadata.values:
         raise LoadingError(
             f"it holds {'a LoRA adapter' if 'adapter' in str(kind) else f'a {kind}'} and not a model; "
-            f"name the model's own file (merge an adapter with llama-export-lora)"
+            f"use the model's file (merge an adapter with llama-export-lora)"
         )
 
 
 def _decoder(metadata: Metadata, *, epsilon: str = "rms_norm_eps") -> dict[str, Any]:
-    """Read what all decoders have."""
+    """Read the values that all decoders have."""
     heads = metadata.count("attention.head_count")
     hidden = metadata.count("embedding_length")
     if hidden % heads and metadata.get("attention.key_length", None) is None:
         raise LoadingError(f"its embedding length {hidden} is not a multiple of its {heads} heads")
     width = metadata.count("attention.key_length", hidden // heads)
     if (value := metadata.count("attention.value_length", width)) != width:
-        raise UnsupportedModel(f"its keys are {width} wide and its values {value}, which is not read")
+        raise UnsupportedModel(
+            f"its key length {width} differs from its value length {value}, which is not supported"
+        )
     norm = "layer_norm_epsilon" if epsilon == "norm_epsilon" else "layer_norm_rms_epsilon"
     return {
         "max_position_embeddings": metadata.count("context_length"),
@@ -115,7 +117,10 @@ def _with_rotation(metadata: Metadata, values: dict[str, Any], *, theta: float =
 def _whole_rotation(metadata: Metadata, values: dict[str, Any], *, theta: float = 10_000.0) -> dict[str, Any]:
     values = _with_rotation(metadata, values, theta=theta)
     if "partial_rotary_factor" in values["rope_parameters"]:
-        raise UnsupportedModel(f"{metadata.architecture}.rope.dimension_count is not the width of a head")
+        raise UnsupportedModel(
+            f"{metadata.architecture}.rope.dimension_count differs from the head dimension, which is not "
+            "supported"
+        )
     return values
 
 
@@ -144,7 +149,7 @@ def _qwen3(metadata: Metadata) -> tuple[str, dict[str, Any]]:
 
 def _experts(metadata: Metadata) -> dict[str, Any]:
     metadata.allow("expert_weights_scale", 0.0, 1.0)
-    metadata.allow("expert_gating_func", 1, 0)  # softmax, or not said
+    metadata.allow("expert_gating_func", 1, 0)  # softmax, or not specified
     return {
         "num_experts": metadata.count("expert_count"),
         "num_experts_per_tok": metadata.count("expert_used_count"),
@@ -169,10 +174,10 @@ def _qwen3moe(metadata: Metadata) -> tuple[str, dict[str, Any]]:
 
 
 def _gemma(metadata: Metadata, largest: int, *, caps: tuple[float, float]) -> dict[str, Any]:
-    """Read what Gemma 2 and 3 share.
+    """Read the values that Gemma 2 and 3 share.
 
-    largest   layers of the model whose attention is scaled by another width
-    caps      soft caps of attention and of logits where the file names none; 0 for no cap
+    largest   number of layers of the model with another attention scale
+    caps      default soft caps of attention and of logits; 0 for no cap
     """
     values = _decoder(metadata)
     scale = values["head_dim"]
@@ -210,7 +215,9 @@ def _layer_types(metadata: Metadata, layers: int, every: int) -> list[str]:
     if isinstance(pattern, list):
         local = [bool(one) for one in pattern]
         if len(local) != layers:
-            raise LoadingError(f"its attention.sliding_window_pattern is for {len(local)} of {layers} layers")
+            raise LoadingError(
+                f"its attention.sliding_window_pattern has {len(local)} entries for {layers} layers"
+            )
     else:
         local = [pattern != 0 and (layer + 1) % pattern != 0 for layer in range(layers)]
     return ["sliding_attention" if one else "full_attention" for one in local]

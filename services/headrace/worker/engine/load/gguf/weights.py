@@ -1,12 +1,11 @@
-"""Unpack a gguf file once, into a folder that transformers loads in a second.
+"""Unpack a gguf file once, to a folder that transformers loads in a second.
 
-transformers reads gguf files itself, but takes a quarter to half a minute each time. The unpacked copy
-is an ordinary model folder in float32, four to eight times as large as the file; it lies in a cache and
-can be deleted at any time.
+transformers can read gguf files directly, but takes 15 to 30 seconds each time. The unpacked copy is an
+ordinary model folder in float32, four to eight times as large as the file. It is in the cache and can be
+deleted at any time.
 
-The configuration comes from `gguf_config`, not from transformers. transformers reads the tensors alone, and
-each of them is accounted for: a file that lacks one that the model needs, or holds one that is not read, is
-refused.
+`config` provides the configuration; transformers reads only the tensors. Each tensor is accounted for: a file
+that lacks a tensor of the model, or has an unknown one, is rejected.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from transformers.utils.quantization_config import GgufConfig
 
 from headrace.worker.engine.load.gguf.config import config_from
 from headrace.worker.engine.load.gguf.metadata import Metadata
-from headrace.worker.engine.load.model_files import beginning, brief, explained
-from headrace.worker.engine.load.network import account, quiet_transformers
-from headrace.worker.engine.load.refusals import LoadingError, UnsupportedModel
+from headrace.worker.engine.load.model_files import first_bytes
+from headrace.worker.engine.load.network import account_for_weights, quiet_transformers
+from headrace.worker.engine.load.refusals import LoadingError, UnsupportedModel, as_loading_error, one_line
 
-_FORMAT = "2"  # part of the folder's name: a change of what we write leaves old copies alone
+_FORMAT = "2"  # part of the folder's name: a new format does not reuse old copies
 _MANIFEST = "manifest.json"
 
-# Texts by which models end a turn, as llama.cpp lists them (llama-vocab.cpp, special_eog_ids).
+# Tokens that end a turn, from llama.cpp (llama-vocab.cpp, special_eog_ids).
 END_OF_TURN = frozenset(
     {
         "<|im_end|>",
@@ -58,39 +57,39 @@ END_OF_TURN = frozenset(
         "_<EOT>",
     }
 )
-_CONTROL = 3  # gguf's token type of special tokens
-_ROTATION = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+_CONTROL = 3  # gguf's token type for special tokens
+_ROPE_FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
 
 def dequantised(path: Path, *, digest: str, cache: Path, progress: Callable[[str], None]) -> Path:
-    """Return a model folder that holds the file's weights in float32, made now or at an earlier start.
+    """Return a model folder with the file's weights in float32, unpacked now or at an earlier start.
 
     path     a .gguf file
-    digest   its sha256, which names the folder
-    cache    a folder for such copies, made where it is missing
+    digest   its sha256, which is part of the folder's name
+    cache    a folder for such copies; created if missing
 
-    The folder appears whole or not at all; processes that want the same one wait for the first. Raises
-    UnsupportedModel for an architecture that transformers cannot read, LoadingError when the file is
-    damaged or the cache cannot be written.
+    The folder is created atomically; other processes that need it wait for the first one. Raises
+    UnsupportedModel if the architecture is not supported, LoadingError if the file is damaged or the cache
+    cannot be written.
     """
     folder = cache / "dequantised" / f"{digest[:32]}-{_FORMAT}"
-    if _whole(folder):
+    if _is_complete(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock")):
-            if _whole(folder):
+            if _is_complete(folder):
                 return folder
-            progress(f"unpacking {path.name}: once, for about half a minute")
+            progress(f"unpacking {path.name}: only once, takes about half a minute")
             shutil.rmtree(folder, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as made:
                 _unpack(path, Path(made))
                 os.replace(made, folder)
-                Path(made).mkdir()  # what the context manager will remove
+                Path(made).mkdir()  # for the context manager to remove
     except OSError as error:
         raise LoadingError(
-            f"cannot unpack {path} into {folder.parent}: {error}; make room there, or name another folder by "
-            "--cache"
+            f"cannot unpack {path} to {folder.parent}: {error}; free space there, or choose another folder "
+            "with --cache"
         ) from error
     return folder
 
@@ -104,7 +103,7 @@ def _unpack(path: Path, folder: Path) -> None:
     except LoadingError as error:
         raise type(error)(f"{path} cannot be served: {error}") from error
     auto: Any = AutoModelForCausalLM
-    with quiet_transformers(), explained(f"transformers cannot read {path}", "download it again"):
+    with quiet_transformers(), as_loading_error(f"transformers cannot read {path}", "download it again"):
         network, found = auto.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -116,8 +115,8 @@ def _unpack(path: Path, folder: Path) -> None:
             output_loading_info=True,
             trust_remote_code=False,
         )
-    account(path, found, lambda _: None)
-    # From here on it is a plain model, but transformers remembers, and refuses to save quantised ones.
+    account_for_weights(path, found, lambda _: None)
+    # The model is a plain one now. transformers does not save quantised models, so its marks are removed.
     network.config.__dict__.pop("quantization_config", None)
     network.hf_quantizer = None
     network.is_quantized = False
@@ -128,25 +127,25 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def _open(path: Path) -> GGUFReader:
     """Read a file's header. Raises LoadingError for one that is damaged."""
-    if (begin := beginning(path, 4)) != b"GGUF":
+    if (start := first_bytes(path, 4)) != b"GGUF":
         raise LoadingError(
-            f"cannot read {path}: it begins with {begin!r}, where a gguf file has b'GGUF'; download it again"
+            f"cannot read {path}: it begins with {start!r} instead of b'GGUF'; download it again"
         )
     try:
         reader = GGUFReader(path)
         if not reader.fields or "general.architecture" not in reader.fields:
             raise ValueError("its header names no architecture")
     except Exception as error:
-        # numpy says that an index is out of bounds, or that an array cannot be reshaped.
+        # The errors of numpy (index out of bounds, cannot reshape array) do not explain the cause.
         raise LoadingError(
-            f"cannot read {path}: its header is damaged, or the file is cut off ({path.stat().st_size} "
-            f"bytes): {brief(error)}; download it again"
+            f"cannot read {path}: its header is damaged, or the file is truncated ({path.stat().st_size} "
+            f"bytes): {one_line(error)}; download it again"
         ) from error
     return reader
 
 
 def _metadata(reader: GGUFReader) -> Metadata:
-    """Take what a header says, and the factors of rotation, which are few."""
+    """Collect the metadata of the header, and the rope factors, which are small tensors."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     return Metadata(
         {name: field.contents() for name, field in reader.fields.items()},
@@ -154,43 +153,42 @@ def _metadata(reader: GGUFReader) -> Metadata:
         {
             name: dequantize(tensor.data, tensor.tensor_type).astype(np.float64).reshape(-1)
             for name, tensor in tensors.items()
-            if name in _ROTATION
+            if name in _ROPE_FACTORS
         },
     )
 
 
 def _require_all(metadata: Metadata, config: Any) -> None:
-    """Refuse a file whose tensors are not just those of the model: by their names, before any is read."""
+    """Reject a file with missing or unknown tensors, by their names, before any tensor is read."""
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
         network = auto.from_config(config, trust_remote_code=False)
     kind: Any = TENSOR_PROCESSORS.get(metadata.architecture, TensorProcessor)
     processor = kind()
-    needed = {_whole_name(name) for name in get_gguf_hf_weights_map(network, processor)}
+    needed = {_full_name(name) for name in get_gguf_hf_weights_map(network, processor)}
     if config.tie_word_embeddings:
         needed.discard("output.weight")
-    held = {_whole_name(name) for name in metadata.tensors} - _ROTATION
+    held = {_full_name(name) for name in metadata.tensors} - _ROPE_FACTORS
     missing, unknown = sorted(needed - held), sorted(held - needed)
     if missing:
         raise LoadingError(
             f"it lacks {len(missing)} of the model's {len(needed)} tensors, the first of them {missing[0]}; "
-            f"it is incomplete, or one part of several (join those with `llama-gguf-split --merge`)"
+            f"it is incomplete, or one part of several (join them with `llama-gguf-split --merge`)"
         )
     if unknown:
         raise UnsupportedModel(
-            f"it holds {len(unknown)} tensors that are not read, the first of them {unknown[0]}; without "
-            "them "
-            f"the model would answer wrongly. Use the model's original folder (config.json and safetensors)"
+            f"it holds {len(unknown)} unsupported tensors, the first of them {unknown[0]}; without them the "
+            f"answers would be wrong. Use the model's original folder (config.json and safetensors)"
         )
 
 
-def _whole_name(name: str) -> str:
-    """Return a tensor's name in the file; transformers leaves the ending of experts' names out."""
+def _full_name(name: str) -> str:
+    """Return the name of a tensor in the file; transformers omits the suffix for experts."""
     return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 
 
 def seal(folder: Path) -> None:
-    """Write down every file's size and bring all to the disk: from here on the folder counts as whole."""
+    """Write a manifest with the size of every file, and sync all files: the folder is then complete."""
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     (folder / _MANIFEST).write_text(json.dumps({"sizes": sizes}, indent=1))
     for file in folder.iterdir():
@@ -199,11 +197,11 @@ def seal(folder: Path) -> None:
 
 
 def _eos_ids(path: Path, metadata: Metadata) -> set[int]:
-    """Return the ids that end a turn: those that the file names, and the special tokens known to mean it."""
+    """Return the ids that end a turn: those in the metadata, and special tokens known to end turns."""
     values = metadata.values
     texts, kinds = (values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     if not texts:
-        raise LoadingError(f"{path} has no tokenizer (tokenizer.ggml.tokens); use a file that brings its own")
+        raise LoadingError(f"{path} has no tokenizer (tokenizer.ggml.tokens); use a file that contains one")
     ids = {values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     ids.update(
         index
@@ -214,8 +212,8 @@ def _eos_ids(path: Path, metadata: Metadata) -> set[int]:
     return {index for index in ids if isinstance(index, int) and 0 <= index < vocabulary}
 
 
-def _whole(folder: Path) -> bool:
-    """Say whether the folder is there with every file at its size."""
+def _is_complete(folder: Path) -> bool:
+    """Return whether the folder exists and every file has its size in the manifest."""
     try:
         sizes = json.loads((folder / _MANIFEST).read_text())["sizes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -226,5 +224,5 @@ def _whole(folder: Path) -> bool:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file closes, or the process dies
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed or the process ends
         yield

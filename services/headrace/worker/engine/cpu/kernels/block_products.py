@@ -1,0 +1,120 @@
+"""Multiply the queries of a tile by the keys of a block, and its attention weights by the values.
+
+Each function handles 1 to MAX_QUERY_ROWS rows, with as many accumulators as the registers hold. While a
+kernel computes, it prefetches the memory that is read next. `kv_layout` describes the operands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from headrace.worker.engine.cpu.kernels import machine as m
+from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK
+from headrace.worker.engine.cpu.kernels.machine import integer, offset
+
+KEY_TILE = 4 * BLOCK  # keys between two updates of the running maximum
+MAX_QUERY_ROWS = 12  # rows of a tile: tokens x heads of a group
+
+_i8 = types.int64
+
+
+def _multiply(b: Any, half: bool, acc: Any, own: Any, words: Any) -> Any:
+    """Add to 16 sums the products of 16 words and one word, which fills every lane of *own*."""
+    if half:
+        return m.dot_bf16(b, acc, own, words)
+    return m.fma(b, b.bitcast(own, m.FLOATS), b.bitcast(words, m.FLOATS), acc)
+
+
+def _prefetch(b: Any, address: Any, index: Any) -> None:
+    """Prefetch 128 bytes: one word of 32 keys, or of 32 columns of values."""
+    for line in (0, 64):
+        m.prefetch(b, b.add(offset(b, address, index, 128), integer(line)))
+
+
+def _scores(rows: int, half: bool) -> Any:
+    """Make the kernel that multiplies *rows* queries by a block's keys.
+
+    Arguments: queries [rows, words]; keys [words, 32 words]; words; out [rows, 32] float32, rows KEY_TILE
+    numbers apart; and an address to prefetch as many bytes from as the keys take.
+    """
+
+    def emit(b: Any, queries: Any, keys: Any, words: Any, out: Any, ahead: Any) -> None:
+        starts = [offset(b, queries, b.mul(words, integer(r)), 4) for r in range(rows)]
+
+        def body(word: Any, sums: list[Any]) -> list[Any]:
+            _prefetch(b, ahead, word)
+            at = offset(b, keys, word, 128)
+            found = [m.load(b, b.add(at, integer(64 * i)), m.INTS) for i in (0, 1)]
+            new = []
+            for r, start in enumerate(starts):
+                own = m.splat(b, m.load(b, offset(b, start, word, 4), m.I32))
+                new += [_multiply(b, half, sums[2 * r + i], own, found[i]) for i in (0, 1)]
+            return new
+
+        sums = m.counted_loop(b, words, [m.floats(0.0)] * (2 * rows), body)
+        for i, value in enumerate(sums):
+            m.store(b, b.add(out, integer(4 * KEY_TILE * (i // 2) + 64 * (i % 2))), value)
+
+    return m.make_intrinsic([_i8] * 5, emit)
+
+
+def _weigh(rows: int, half: bool, vectors: int) -> Any:
+    """Make the kernel that adds the weighted values of a block to *rows* sums of 16 x *vectors* columns.
+
+    Arguments: weights [rows, words], rows 4 KEY_TILE bytes apart; the number of visible tokens; values
+    [words, value_dim words]; value_dim; sums [rows, value_dim] float32; and an address to prefetch as many
+    words of 32 numbers from.
+    """
+
+    def emit(b: Any, weights: Any, tokens: Any, values: Any, value_dim: Any, sums: Any, ahead: Any) -> None:
+        places, carried = [], []
+        for r in range(rows):
+            start = offset(b, sums, b.mul(value_dim, integer(r)), 4)
+            places += [b.add(start, integer(64 * i)) for i in range(vectors)]
+        carried = [m.load(b, place, m.FLOATS) for place in places]
+        count = b.lshr(b.add(tokens, integer(1)), integer(1)) if half else tokens
+
+        def body(word: Any, held: list[Any]) -> list[Any]:
+            _prefetch(b, ahead, word)
+            at = offset(b, values, b.mul(word, value_dim), 4)
+            found = [m.load(b, b.add(at, integer(64 * i)), m.INTS) for i in range(vectors)]
+            if half:
+                # After an odd number of tokens, the next one may be NaN, which a weight of 0 does not cancel.
+                both = b.icmp_signed("<", b.add(b.add(word, word), integer(1)), tokens)
+                keep = b.select(both, ir.Constant(m.I32, -1), ir.Constant(m.I32, 0xFFFF))
+                found = [b.and_(words, m.splat(b, keep)) for words in found]
+            new = []
+            for r in range(rows):
+                place = offset(b, b.add(weights, integer(4 * KEY_TILE * r)), word, 4)
+                weight = m.splat(b, m.load(b, place, m.I32))
+                new += [_multiply(b, half, held[vectors * r + i], weight, found[i]) for i in range(vectors)]
+            return new
+
+        for place, value in zip(places, m.counted_loop(b, count, carried, body), strict=True):
+            m.store(b, place, value)
+
+    return m.make_intrinsic([_i8] * 6, emit)
+
+
+def _dispatch(make: Any, arguments: int) -> Any:
+    """Make a function for 1 to 12 rows from the kernels for 1, 2, 3, 4, 6, 7, 8 and 12 rows."""
+    k1, k2, k3, k4, k6, k7, k8, k12 = (make(rows) for rows in (1, 2, 3, 4, 6, 7, 8, 12))
+    names = ", ".join(f"a{i}" for i in range(arguments))
+    lines = [f"def chosen(rows, {names}):"]
+    for rows in (1, 2, 3, 4, 6, 7, 8):
+        lines += [f"    if rows <= {rows}:", f"        k{rows}({names})", "        return"]
+    lines.append(f"    k12({names})")
+    scope = {"k1": k1, "k2": k2, "k3": k3, "k4": k4, "k6": k6, "k7": k7, "k8": k8, "k12": k12}
+    exec("\n".join(lines), scope)
+    return m.jit(scope["chosen"])
+
+
+score_half = _dispatch(lambda rows: _scores(rows, True), 5)
+score_full = _dispatch(lambda rows: _scores(rows, False), 5)
+weigh_half = _dispatch(lambda rows: _weigh(rows, True, 2), 6)
+weigh_full = _dispatch(lambda rows: _weigh(rows, False, 2), 6)
+weigh_half_last = _dispatch(lambda rows: _weigh(rows, True, 1), 6)
+weigh_full_last = _dispatch(lambda rows: _weigh(rows, False, 1), 6)
