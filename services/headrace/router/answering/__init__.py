@@ -1,1 +1,1 @@
-"""Answers one request: the journey, attempts at batchers and tiers, the cascade, checks of replies."""
+"""Answers one request: the journey of the request, the cascade, attempts at batchers, checks of their replies."""
