@@ -9,7 +9,8 @@ from google.protobuf import duration_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace import errors, validation
+from headrace import errors, quoting, validation
+from headrace.quoting import quoted
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.validation import check_feedback, check_request, seconds_of
@@ -229,9 +230,9 @@ def test_feedback_of_long_names_is_refused_by_its_field() -> None:
 
 @given(st.text(max_size=200))
 def test_a_quote_is_short_and_on_one_line(text: str) -> None:
-    quote = errors.quoted(text)
+    quote = quoted(text)
 
-    assert len(quote) <= 10 * errors.MAX_QUOTED + 40
+    assert len(quote) <= 10 * quoting.MAX_QUOTED + 40
     assert quote.isprintable()
-    if len(text) <= errors.MAX_QUOTED:
+    if len(text) <= quoting.MAX_QUOTED:
         assert quote == repr(text)

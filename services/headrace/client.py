@@ -24,7 +24,7 @@ from typing import Self, TypeVar
 import grpc
 from opentelemetry import metrics, trace
 
-from headrace import attributes, errors
+from headrace import attributes, errors, statuses
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, reconnected, target_problem
 from headrace.progress import Progress, Told, route_change
 from headrace.propagation import check_headers, inject
@@ -287,7 +287,7 @@ class Client:
             raise self._translated(error) from error
 
     def _translated(self, error: grpc.aio.AioRpcError) -> errors.HeadraceError:
-        translated = errors.from_rpc_error(error)
+        translated = statuses.from_rpc_error(error)
         # These two come from gRPC itself; servers of ours send their subclasses.
         if self._advice and type(translated) in (errors.Unavailable, errors.DeadlineExceeded):
             translated.add(self._advice)

@@ -3,7 +3,7 @@
 Router and batcher both call `check_request`, so a caller gets the same message from either. What needs a
 model (context length, vocabulary) or the tiers (pins, hints) is checked where they are known. Everything here
 runs on the event loop: a field is counted and measured before it is read, and no message quotes more than
-`errors.quoted` keeps.
+`quoting.quoted` keeps.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import struct
 from google.protobuf import duration_pb2
 
 from headrace import errors
+from headrace.quoting import quoted
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing_pb
 
@@ -148,7 +149,7 @@ def _check_input(request: pb.GenerateRequest) -> None:
     for place, turn in enumerate(messages):
         if (role := turn.role) not in ROLES:
             raise errors.InvalidRequest(
-                f"chat.messages[{place}].role is {errors.quoted(role)}, must be one of {', '.join(ROLES)}",
+                f"chat.messages[{place}].role is {quoted(role)}, must be one of {', '.join(ROLES)}",
                 field=f"chat.messages[{place}].role",
             )
         # An assistant's turn may be empty in a history: a model that said nothing did so.

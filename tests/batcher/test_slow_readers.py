@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry import trace
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.inbox import Flush, Inbox, Move
 from headrace.batcher.job import Job
@@ -201,7 +201,7 @@ async def test_a_caller_that_never_reads_is_let_go_hears_why_and_can_carry_on() 
                 async for response in responses:
                     assert response.delta.offset == len(ids)
                     ids += response.delta.token_ids
-            assert isinstance(errors.from_rpc_error(ended.value), errors.SlowReader)
+            assert isinstance(statuses.from_rpc_error(ended.value), errors.SlowReader)
             ask.resume.token_ids.extend(ids)
             rest = await collect(tier.client, ask)
 
@@ -257,4 +257,4 @@ async def test_a_batcher_that_stops_lets_go_of_paused_answers() -> None:
             async for _ in responses:
                 pass
 
-    assert isinstance(errors.from_rpc_error(ended.value), errors.Draining)
+    assert isinstance(statuses.from_rpc_error(ended.value), errors.Draining)

@@ -33,7 +33,7 @@ VALID = message(prompt("x").SerializeToString())
 @pytest.fixture(scope="module")
 async def small() -> AsyncGenerator[Mesh, None]:
     """A mesh whose router holds little."""
-    held = {"max_calls": 16, "message_megabytes": 1.0, "held_megabytes": 4.0}
+    held = {"max_calls": 16, "max_message_megabytes": 1.0, "max_inflight_megabytes": 4.0}
     async with running_mesh(
         "only", engine=lambda: EchoEngine(step_seconds=0.02), router_settings=held
     ) as mesh:

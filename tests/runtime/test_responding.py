@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.channel import open_channel
 from headrace.runtime.budget import Budget
 from headrace.runtime.interceptors import Activity, ServerInterceptor
@@ -48,7 +48,7 @@ async def ends(port: int, calls: int) -> Counter[str]:
                 async for _ in method(b"", timeout=SECONDS):
                     pass
             except grpc.aio.AioRpcError as error:
-                return errors.from_rpc_error(error).reason
+                return statuses.from_rpc_error(error).reason
             return "OK"
 
     return Counter(await asyncio.gather(*(one() for _ in range(calls))))

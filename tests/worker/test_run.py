@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.channel import open_channel
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
@@ -73,7 +73,7 @@ class Peer:
                 async for response in self.call:
                     self.heard.append(response)
         except grpc.aio.AioRpcError as error:
-            return errors.from_rpc_error(error)
+            return statuses.from_rpc_error(error)
         return None
 
     def deltas(self) -> list[wire.SequenceDelta]:
@@ -217,7 +217,7 @@ async def test_a_sequence_with_impossible_sampling_is_refused_by_itself(tier: Ti
 
     refused = {handle: one for handle, one in peer.verdicts().items() if one.HasField("error")}
     assert set(refused) == set(range(len(BAD_SAMPLING)))
-    assert {type(errors.from_status(one.error)) for one in refused.values()} == {errors.InvalidSampling}
+    assert {type(statuses.from_status(one.error)) for one in refused.values()} == {errors.InvalidSampling}
     assert [delta.handle for delta in peer.deltas() if delta.finish] == [1000]
 
 
@@ -261,7 +261,7 @@ async def test_a_sequence_that_cannot_be_computed_is_refused_by_itself(
         await peer.call.write(wire.RunRequest(cancel=wire.Cancel(handles=[1, 2, 3])))
         verdict = (await peer.read("admission")).admission.verdicts[0]
         assert verdict.state == wire.ADMISSION_STATE_REFUSED
-        assert isinstance(errors.from_status(verdict.error), errors.InvalidRequest)
+        assert isinstance(statuses.from_status(verdict.error), errors.InvalidRequest)
         await served(tier, 4)
 
 
@@ -384,7 +384,7 @@ async def test_bytes_that_are_no_message_end_the_stream_with_a_status() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 async for _ in call:
                     pass
-            assert isinstance(errors.from_rpc_error(caught.value), errors.InvalidText)
+            assert isinstance(statuses.from_rpc_error(caught.value), errors.InvalidText)
 
 
 async def test_a_task_of_the_stream_that_fails_ends_it_with_a_status(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ class Settings(ServiceSettings):
     """
 
     port: int = Field(default=50052, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    message_megabytes: float = Field(
+    max_message_megabytes: float = Field(
         default=4.0,
         gt=0,
         le=64,

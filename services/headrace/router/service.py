@@ -12,6 +12,7 @@ from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
 from headrace.deadline import Deadline
+from headrace.quoting import quoted
 from headrace.router.answering.journey import Journey, routing_request, text_of
 from headrace.router.billing import bill_message, measure
 from headrace.router.chooser import Chooser
@@ -140,7 +141,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         names = [tier.name for tier in self._tiers.tiers]
         if request.tier and request.tier not in names:
             raise errors.UnknownTier(
-                f"tier is {errors.quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
+                f"tier is {quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
             )
         answer = self._feedback.recall(request.request_id, tenant=request.tenant)
         rated_before = answer.quality is not None

@@ -95,7 +95,7 @@ class Settings(ServiceSettings):
         description="outcomes that one tenant may report per minute, and per hour as many as fill a quarter "
         "of the file; further ones are rejected with a retry delay",
     )
-    connection_streams: int = Field(
+    max_concurrent_streams: int = Field(
         default=256,
         ge=16,
         description="calls that one connection may have open; clients wait with what is more",

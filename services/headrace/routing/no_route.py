@@ -5,8 +5,6 @@ The router turns each into an exception of `headrace.errors`.
 
 from __future__ import annotations
 
-MAX_QUOTED = 64  # characters of one name that a message repeats
-
 
 class NoRoute(Exception):
     """No tier can be chosen. The message is for people: it states the problem and what to do.
@@ -34,10 +32,3 @@ class ConflictingHints(NoRoute):
 
 class NoTierAvailable(NoRoute):
     """No tier that the hints allow can serve the request now. A later attempt may succeed."""
-
-
-def quoted(name: str) -> str:
-    """Return *name* as a message repeats it: on one line, the first 64 characters and the length."""
-    if len(name) <= MAX_QUOTED:
-        return repr(name)
-    return f"{name[:MAX_QUOTED]!r}... ({len(name)} characters)"

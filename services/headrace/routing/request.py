@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace.routing.no_route import ConflictingHints, NoSuchModel, NoSuchTier, NoTierAvailable, quoted
+from headrace.quoting import quoted
+from headrace.routing.no_route import ConflictingHints, NoSuchModel, NoSuchTier, NoTierAvailable
 from headrace.routing.tier_view import TierView
 
 

@@ -24,7 +24,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 
-from headrace import attributes, errors
+from headrace import attributes, errors, statuses
 from headrace.propagation import extract
 from headrace.runtime.budget import Budget, Hold
 from headrace.runtime.memory import Reclaim
@@ -366,10 +366,10 @@ def _let_go(error: BaseException | None) -> None:
 
 
 async def _abort(context: Any, error: errors.HeadraceError) -> None:
-    status = errors.to_status(error)
+    status = statuses.to_status(error)
     _let_go(error)
     await context.abort(
         error.code,
         status.message,
-        trailing_metadata=((errors.DETAILS_KEY, status.SerializeToString()),),
+        trailing_metadata=((statuses.DETAILS_KEY, status.SerializeToString()),),
     )

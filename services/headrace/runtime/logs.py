@@ -15,6 +15,8 @@ from typing import TextIO
 from opentelemetry import trace
 from pythonjsonlogger.json import JsonFormatter
 
+from headrace.quoting import clipped
+
 LINES_PER_SECOND = 10
 WORD_CHARACTERS = 1000
 TRACEBACK_CHARACTERS = 8000
@@ -54,20 +56,14 @@ class _Clip(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info:
             text = "" if record.name.startswith("grpc") else _FORMATTER.formatException(record.exc_info)
-            record.exc_info, record.exc_text = None, _clipped(text, TRACEBACK_CHARACTERS) or None
+            record.exc_info, record.exc_text = None, clipped(text, TRACEBACK_CHARACTERS) or None
         message = record.getMessage()
         if len(message) > WORD_CHARACTERS:
-            record.msg, record.args = _clipped(message, WORD_CHARACTERS), None
+            record.msg, record.args = clipped(message, WORD_CHARACTERS), None
         for name in vars(record).keys() - _STANDARD:
             if len(text := str(getattr(record, name))) > WORD_CHARACTERS:
-                setattr(record, name, _clipped(text, WORD_CHARACTERS))
+                setattr(record, name, clipped(text, WORD_CHARACTERS))
         return True
-
-
-def _clipped(text: str, limit: int) -> str:
-    if len(text) <= limit:
-        return text
-    return f"{text[: limit // 2]} [...] {text[-limit // 2 :]}"
 
 
 class _TraceIds(logging.Filter):

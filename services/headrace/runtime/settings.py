@@ -64,21 +64,22 @@ class ServiceSettings(BaseSettings):
         "parents of ours, so that their sampling decides what is recorded here; link begins a trace of its "
         "own that links to theirs; ignore does not read it. Use one of these two where callers are strangers",
     )
-    message_megabytes: float = Field(
+    max_message_megabytes: float = Field(
         default=2.0, gt=0, le=64, description="size of the longest request message, in MiB"
     )
-    held_megabytes: float = Field(
+    max_inflight_megabytes: float = Field(
         default=32.0,
         gt=0,
-        description="MiB of requests in hand at the same time, at least four times --message-megabytes. One "
-        "host may have three quarters, one connection half; beyond that requests are refused as SERVER_BUSY",
+        description="MiB of request messages in flight at the same time, at least four times "
+        "--max-message-megabytes. One host may hold three quarters, one connection half; further requests "
+        "are rejected with SERVER_BUSY",
     )
     max_calls: int = Field(
         default=2048,
         ge=16,
         description="calls in hand at the same time, with the same shares for a host and a connection",
     )
-    connection_streams: int = Field(
+    max_concurrent_streams: int = Field(
         default=2048,
         ge=16,
         description="calls that one connection may have open; clients wait with what is more",
@@ -97,11 +98,11 @@ class ServiceSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _holds_a_message(self) -> Self:
-        least = self.message_megabytes / (CONNECTION_SHARE * SLOW_SHARE)
-        if self.held_megabytes < least:
+        least = self.max_message_megabytes / (CONNECTION_SHARE * SLOW_SHARE)
+        if self.max_inflight_megabytes < least:
             raise ValueError(
-                f"HEADRACE_HELD_MEGABYTES={self.held_megabytes:g} (or --held-megabytes) must be at least "
-                f"{least:g}, four times --message-megabytes"
+                f"HEADRACE_MAX_INFLIGHT_MEGABYTES={self.max_inflight_megabytes:g} (or "
+                f"--max-inflight-megabytes) must be at least {least:g}, four times --max-message-megabytes"
             )
         return self
 
@@ -109,9 +110,9 @@ class ServiceSettings(BaseSettings):
     def limits(self) -> Limits:
         """What the server holds for its callers at most."""
         return Limits(
-            message_bytes=int(self.message_megabytes * MIB),
-            held_bytes=int(self.held_megabytes * MIB),
-            streams=self.connection_streams,
+            message_bytes=int(self.max_message_megabytes * MIB),
+            held_bytes=int(self.max_inflight_megabytes * MIB),
+            streams=self.max_concurrent_streams,
             calls=self.max_calls,
             connections=self.max_connections,
         )

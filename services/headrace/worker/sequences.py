@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from opentelemetry import trace
 
-from headrace import attributes, errors
+from headrace import attributes, errors, statuses
 from headrace.propagation import from_w3c
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
@@ -106,9 +106,9 @@ def conclude(delta: wire.SequenceDelta, update: Update[Key], flight: Flight, end
     sequence, ending = update.sequence, update.ending
     assert ending is not None
     if ending is Ending.FAULT:
-        delta.error.CopyFrom(errors.to_status(errors.SequenceFault(update.fault)))
+        delta.error.CopyFrom(statuses.to_status(errors.SequenceFault(update.fault)))
     elif ending is Ending.CANCELLED and flight.cancelled_by is not None:
-        delta.error.CopyFrom(errors.to_status(flight.cancelled_by))
+        delta.error.CopyFrom(statuses.to_status(flight.cancelled_by))
     else:
         delta.finish = _FINISH[ending]
     delta.usage.prompt_tokens = sequence.prompt

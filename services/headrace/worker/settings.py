@@ -18,10 +18,10 @@ class Settings(ServiceSettings):
     """
 
     port: int = Field(default=50053, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    message_megabytes: float = Field(
+    max_message_megabytes: float = Field(
         default=16.0, gt=0, le=64, description="size of the longest message of a batcher, in MiB"
     )
-    held_megabytes: float = Field(
+    max_inflight_megabytes: float = Field(
         default=64.0, gt=0, description="MiB of requests in hand at the same time, Run's messages not counted"
     )
     model: str = Field(

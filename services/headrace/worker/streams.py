@@ -14,7 +14,8 @@ from collections.abc import Iterable
 
 from opentelemetry import metrics
 
-from headrace import attributes, errors
+from headrace import attributes, errors, statuses
+from headrace.quoting import clipped
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import MAX_REQUEST_ID
@@ -117,7 +118,7 @@ class Sessions:
         self._opened += 1
         session = Session(
             self._opened,
-            clipped(hello.batcher_id),
+            clipped(hello.batcher_id, MAX_REQUEST_ID),
             hello.epoch,
             hello.frame_window,
             acks_credit=hello.acks_credit,
@@ -176,14 +177,14 @@ class Sessions:
                 sequence = self._sequence(session, message, now)
             except Exception as error:
                 verdict.state = wire.ADMISSION_STATE_REFUSED
-                verdict.error.CopyFrom(errors.to_status(_ours(error)))
+                verdict.error.CopyFrom(statuses.to_status(_ours(error)))
                 continue
             if session.held >= session.allowance:
                 raise _beyond(session, len(batch.sequences))
             verdict.state = wire.ADMISSION_STATE_QUEUED if busy else wire.ADMISSION_STATE_ADMITTED
             session.flights[message.handle] = Flight(
                 sequence,
-                clipped(message.request_id),
+                clipped(message.request_id, MAX_REQUEST_ID),
                 message.attempt,
                 span_context(message.trace),
                 batch_span,
@@ -339,11 +340,6 @@ def _beyond(session: Session, submitted: int) -> errors.InvalidRequest:
         f"{session.allowance}",
         field="submit",
     )
-
-
-def clipped(text: str) -> str:
-    """A name that a batcher chose, as long as names are."""
-    return text[:MAX_REQUEST_ID]
 
 
 def _ours(error: Exception) -> errors.HeadraceError:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace import errors
+from headrace.quoting import quoted
 from headrace.router.state.quota import Quota
 from headrace.router.state.tenant_memory import TenantMemory
 
@@ -96,7 +97,7 @@ class Feedback:
         """Return the answer to a request of *tenant*. Raises UnknownRequest."""
         if (answer := self._answers.get(tenant, request_id)) is None:
             raise errors.UnknownRequest(
-                f"no request {errors.quoted(request_id)} of {_named(tenant)} among the last "
+                f"no request {quoted(request_id)} of {_named(tenant)} among the last "
                 f"{self._remembered} that this router answered",
                 field="request_id",
             )
@@ -119,7 +120,7 @@ class Feedback:
             if answer.quality == quality:
                 return answer.kept  # a repeated report, for example after a lost reply
             raise errors.AlreadyRated(
-                f"request {errors.quoted(request_id)} was rated before, with {answer.quality:g}",
+                f"request {quoted(request_id)} was rated before, with {answer.quality:g}",
                 field="request_id",
             )
         data = self._row(request_id, tenant, answer, quality)
@@ -191,13 +192,13 @@ def _check_rated(request_id: str, tier: str, answer: AnswerRecord) -> None:
     """Raise InvalidRequest if another tier gave the answer, or if several answers have this id."""
     if tier != answer.tier:
         raise errors.InvalidRequest(
-            f"tier {errors.quoted(tier)} did not answer request {errors.quoted(request_id)}, "
+            f"tier {quoted(tier)} did not answer request {quoted(request_id)}, "
             f"{answer.tier!r} did",
             field="tier",
         )
     if answer.ambiguous:
         raise errors.InvalidRequest(
-            f"several requests without a tenant have the id {errors.quoted(request_id)}: give each request "
+            f"several requests without a tenant have the id {quoted(request_id)}: give each request "
             "an id of its own, or none, or set routing.tenant",
             field="request_id",
         )
