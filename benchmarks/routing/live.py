@@ -30,9 +30,9 @@ from benchmarks.routing.questions import Question, load
 from headrace.cli.mesh import MeshSpec, mesh
 from headrace.client import Client, chat, connect
 from headrace.models import cache_folder
-from headrace.router.chooser import CascadeRules
 from headrace.routing import calibration
-from headrace.routing.calibration import Row
+from headrace.routing.calibration import ScoredPrompt
+from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.score import fingerprint
 from headrace.routing.scorer import load as load_scorer
 from headrace.v1 import generation_pb2 as pb
@@ -64,7 +64,7 @@ class Policy:
     pin: str = ""
     cascade: bool = False
     samples: bool = False
-    release: float = CascadeRules().release
+    release: float = CascadeRules().min_quality
 
 
 POLICIES = (
@@ -164,7 +164,7 @@ async def run(
     return result, list(rows)
 
 
-async def calibrate(client: Client, path: Path, rows: Sequence[Row], share: float) -> None:
+async def calibrate(client: Client, path: Path, rows: Sequence[ScoredPrompt], share: float) -> None:
     """Have the router send the top *share* of these scores to the large tier, and wait until it does."""
     point = calibration.for_shares(rows, list(PRICES.values()), [share])
     made = calibration.calibration(TIERS, point, rows, scorer=fingerprint(load_scorer()))
@@ -185,7 +185,7 @@ async def measure(
     How drafts are judged is the router's setting: policies that differ in it get meshes of their own.
     """
     scorer = load_scorer()
-    rows = [Row(scorer.score(question.prompt).value) for question in questions]
+    rows = [ScoredPrompt(scorer.score(question.prompt).value) for question in questions]
     with tempfile.TemporaryDirectory(prefix="headrace-live-") as folder:
         path = Path(folder) / "calibration.json"
         calibration.save(
@@ -206,7 +206,7 @@ async def measure(
                 flags={
                     "router": [
                         *("--calibration", str(path), "--prices", prices),
-                        *("--cascade-release", str(release)),
+                        *("--cascade-min-quality", str(release)),
                         *("--cascade-sample-seconds", str(SAMPLE_SECONDS if samples else 0.0)),
                     ]
                 },

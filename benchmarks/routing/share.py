@@ -76,7 +76,7 @@ def window(shares: Sequence[float], correction: float) -> Policy:
         sent = []
         for call in stream:
             sent.append(place(call.score, keeper.thresholds()))
-            keeper.note(call.score, sent[-1])
+            keeper.record(call.score, sent[-1])
         return sent
 
     return send

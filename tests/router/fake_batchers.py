@@ -33,7 +33,7 @@ from tests.harness import PATIENCE, eventually
 
 
 @dataclass
-class Front(GenerationServiceServicer, RoutingServiceServicer):
+class FakeBatcher(GenerationServiceServicer, RoutingServiceServicer):
     """Says the prompt back, a byte a token and `pieces` tokens a delta, until it fails as it was told.
 
     refuses      raised instead of `accepted`; a string breaks off without details, as a connection does
@@ -119,7 +119,7 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
 
 
 @asynccontextmanager
-async def serving_front(front: Front) -> AsyncGenerator[str, None]:
+async def serving_fake(front: FakeBatcher) -> AsyncGenerator[str, None]:
     """Serve one; yields its address."""
 
     def register(server: grpc.aio.Server) -> None:
@@ -132,7 +132,7 @@ async def serving_front(front: Front) -> AsyncGenerator[str, None]:
 
 @asynccontextmanager
 async def routed(
-    settings: dict[str, Any] | None = None, **tiers: Front | Sequence[Front] | str
+    settings: dict[str, Any] | None = None, **tiers: FakeBatcher | Sequence[FakeBatcher] | str
 ) -> AsyncGenerator[Client, None]:
     """A router in front of these tiers' batchers, smallest first, and a client that does not retry.
 
@@ -144,7 +144,7 @@ async def routed(
 
 @asynccontextmanager
 async def routing_port(
-    settings: dict[str, Any] | None = None, **tiers: Front | Sequence[Front] | str
+    settings: dict[str, Any] | None = None, **tiers: FakeBatcher | Sequence[FakeBatcher] | str
 ) -> AsyncGenerator[int, None]:
     """As `routed`; yields the router's port."""
     async with AsyncExitStack() as stack:
@@ -156,16 +156,16 @@ async def routing_port(
                 every[fronts] = True
                 continue
             here = {
-                await stack.enter_async_context(serving_front(front)): front
-                for front in ([fronts] if isinstance(fronts, Front) else fronts)
+                await stack.enter_async_context(serving_fake(front)): front
+                for front in ([fronts] if isinstance(fronts, FakeBatcher) else fronts)
             }
             targets.append(f"{name}={'+'.join(here)}")
             every |= {address: front.healthy for address, front in here.items()}
         given: dict[str, Any] = {
             "drain_seconds": 0,
             "poll_seconds": 60,
-            "resume_seconds": 60,
-            "wait_seconds": 0,
+            "failover_seconds": 60,
+            "tier_wait_seconds": 0,
         }
         given |= settings or {}
         gate = await stack.enter_async_context(router(Settings(port=0, tiers=",".join(targets), **given)))

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from headrace.client import chat
-from headrace.router import service
+from headrace.router.answering import cascade
 from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
 from headrace.router.state.bills import Bill
-from headrace.router.state.conversations import Sessions
+from headrace.router.state.conversations import Conversations
 from headrace.router.state.feedback import Feedback
 from headrace.router.state.thresholds import Thresholds
-from headrace.router.state.tier_pace import Pace
+from headrace.router.state.tier_pace import TierPace
 from headrace.routing import calibration
 from headrace.routing.drafts import arithmetic
 from headrace.routing.drafts import features as draft_features
@@ -26,7 +26,7 @@ from headrace.routing.share import ShareKeeper
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, Answer, collect
 from tests.router.answering.test_cascade import BAD, CASCADE, GOOD, QUESTION, SAMPLED, SUM, Speaker
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed
 from tests.router.state.test_thresholds import calibrated, threshold_of, until_threshold
 
 SECRET = "Calculate --3 + 5, and keep it secret"
@@ -59,18 +59,18 @@ async def answered_without(
         (DraftChecker, "check"),
         (draft_features, "agreement"),
         (arithmetic, "equations"),
-        (Chooser, "judges"),
-        (Chooser, "samples"),
-        (Chooser, "note"),
-        (Sessions, "reached"),
-        (Sessions, "note"),
-        (Pace, "note"),
-        (Bill, "asked"),
-        (Bill, "answered"),
-        (Bill, "sampled"),
+        (Chooser, "holds_back"),
+        (Chooser, "draws_sample"),
+        (Chooser, "record_decision"),
+        (Conversations, "reached"),
+        (Conversations, "record"),
+        (TierPace, "record"),
+        (Bill, "add_attempt"),
+        (Bill, "add_answer"),
+        (Bill, "add_sample"),
         (Bill, "add"),
         (Feedback, "remember"),
-        (ShareKeeper, "note"),
+        (ShareKeeper, "record"),
         (ShareKeeper, "thresholds"),
     ],
 )
@@ -87,10 +87,10 @@ async def test_a_helper_that_fails_fails_no_request(
 async def test_a_sample_that_cannot_be_asked_for_is_done_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answer = await answered_without(monkeypatch, service, "sample_request")
+    answer = await answered_without(monkeypatch, cascade, "sample_request")
 
     assert answer.text == GOOD
-    assert "helper failed" in caplog.text
+    assert "optional step failed" in caplog.text
 
 
 async def test_a_draft_that_cannot_be_judged_is_released_as_without_a_judge(
@@ -101,8 +101,8 @@ async def test_a_draft_that_cannot_be_judged_is_released_as_without_a_judge(
 
     assert answer.accepted.tier == "small"
     assert count("headrace.drafts", outcome="unjudged") == before + 2
-    record = next(record for record in caplog.records if record.message.startswith("helper failed"))
-    assert (vars(record)["helper"], vars(record)["error"]) == ("draft check", "ValueError")
+    record = next(record for record in caplog.records if record.message.startswith("optional step failed"))
+    assert (vars(record)["step"], vars(record)["error"]) == ("draft check", "ValueError")
 
 
 async def test_a_prompt_that_cannot_be_scored_has_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,16 +146,18 @@ async def test_a_calibration_that_cannot_be_read_ends_no_router(
 ) -> None:
     path = tmp_path / "calibration.json"
     calibration.save(calibrated(0.25), path)
-    look = Thresholds.look
+    refresh = Thresholds.refresh
     failures = iter([RuntimeError("a"), MemoryError("b")])
 
     def sometimes(self: Thresholds) -> None:
         if (failure := next(failures, None)) is not None:
             raise failure
-        look(self)
+        refresh(self)
 
-    monkeypatch.setattr(Thresholds, "look", sometimes)
-    async with routed({"calibration": path, "poll_seconds": 0.02}, small=Front(), large=Front()) as client:
+    monkeypatch.setattr(Thresholds, "refresh", sometimes)
+    async with routed(
+        {"calibration": path, "poll_seconds": 0.02}, small=FakeBatcher(), large=FakeBatcher()
+    ) as client:
         calibration.save(calibrated(0.75), path)
         await until_threshold(client, 0.75)
         answer = await collect(client, chat("Hi!"))

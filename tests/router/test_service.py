@@ -8,11 +8,11 @@ from headrace import errors
 from headrace.client import chat
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import collect
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed
 
 
 async def test_a_tier_that_refuses_before_accepting_is_replaced_unseen() -> None:
-    small, large = Front(refuses="broken"), Front()
+    small, large = FakeBatcher(refuses="broken"), FakeBatcher()
     async with routed(small=small, large=large) as client:
         answer = await collect(client, chat("Hi!"))
 
@@ -23,7 +23,7 @@ async def test_a_tier_that_refuses_before_accepting_is_replaced_unseen() -> None
 
 
 async def test_without_leave_to_move_the_caller_hears_that_nobody_serves() -> None:
-    small, large = Front(refuses="broken"), Front()
+    small, large = FakeBatcher(refuses="broken"), FakeBatcher()
     async with routed(small=small, large=large) as client:
         request = chat("Hi!")
         request.routing.allow_escalation = False
@@ -35,15 +35,15 @@ async def test_without_leave_to_move_the_caller_hears_that_nobody_serves() -> No
 
 
 async def test_when_every_tier_refuses_the_last_one_is_named() -> None:
-    async with routed(small=Front(refuses="broken"), large=Front(refuses="broken")) as client:
+    async with routed(small=FakeBatcher(refuses="broken"), large=FakeBatcher(refuses="broken")) as client:
         with pytest.raises(errors.NoWorkers, match="'large' cannot be reached"):
             await collect(client, chat("Hi!"))
 
 
 async def test_a_tier_that_was_there_a_moment_ago_is_waited_for() -> None:
     """As in a rolling restart: the last batcher drains before the router has seen that the first is back."""
-    only = Front(refuses=errors.Draining("going"), refusals=3)
-    async with routed({"wait_seconds": 60, "poll_seconds": 0.05}, only=only) as client:
+    only = FakeBatcher(refuses=errors.Draining("going"), refusals=3)
+    async with routed({"tier_wait_seconds": 60, "poll_seconds": 0.05}, only=only) as client:
         answer = await collect(client, chat("Hi!"))
 
     assert answer.finish.reason == pb.FINISH_REASON_STOP
@@ -51,8 +51,8 @@ async def test_a_tier_that_was_there_a_moment_ago_is_waited_for() -> None:
 
 
 async def test_a_tier_that_is_full_is_not_waited_for() -> None:
-    only = Front(refuses=errors.Overloaded("full", retry_after=1.0))
-    async with routed({"wait_seconds": 60}, only=only) as client:
+    only = FakeBatcher(refuses=errors.Overloaded("full", retry_after=1.0))
+    async with routed({"tier_wait_seconds": 60}, only=only) as client:
         with pytest.raises(errors.Overloaded):
             await collect(client, chat("Hi!"))
 
@@ -62,14 +62,16 @@ async def test_a_tier_that_is_full_is_not_waited_for() -> None:
 async def test_a_tier_that_was_never_there_is_not_waited_for() -> None:
     request = chat("Hi!")
     request.routing.tier = "small"
-    async with routed({"wait_seconds": 600}, small=Front(healthy=False), large=Front()) as client:
+    async with routed(
+        {"tier_wait_seconds": 600}, small=FakeBatcher(healthy=False), large=FakeBatcher()
+    ) as client:
         with pytest.raises(errors.NoWorkers, match="small"):
             await collect(client, request)
 
 
 async def test_a_prompt_too_long_for_one_tier_goes_to_another() -> None:
-    small = Front(refuses=errors.ContextTooLong("5,000 tokens do not fit 4,096", field="input"))
-    large = Front()
+    small = FakeBatcher(refuses=errors.ContextTooLong("5,000 tokens do not fit 4,096", field="input"))
+    large = FakeBatcher()
     async with routed(small=small, large=large) as client:
         answer = await collect(client, chat("Hi!"))
         request = chat("Hi!")
@@ -85,6 +87,6 @@ async def test_that_a_tier_is_full_is_better_advice_than_that_another_ones_conte
     short = errors.ContextTooLong("5,000 tokens do not fit 4,096", field="input")
     full = errors.Overloaded("full", retry_after=1.0)
     for first, second in ((short, full), (full, short)):
-        async with routed(small=Front(refuses=first), large=Front(refuses=second)) as client:
+        async with routed(small=FakeBatcher(refuses=first), large=FakeBatcher(refuses=second)) as client:
             with pytest.raises(errors.Overloaded):
                 await collect(client, chat("Hi!"))

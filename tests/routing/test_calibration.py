@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.routing.calibration import (
     BadCalibration,
-    Row,
+    ScoredPrompt,
     calibration,
     curve,
     for_quality,
@@ -24,8 +24,8 @@ from headrace.routing.calibration import (
 scores = st.lists(st.floats(0, 1), min_size=1, max_size=60)
 
 
-def rows(*values: float) -> list[Row]:
-    return [Row(value) for value in values]
+def rows(*values: float) -> list[ScoredPrompt]:
+    return [ScoredPrompt(value) for value in values]
 
 
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=60, unique=True), share=st.floats(0, 1))
@@ -58,11 +58,11 @@ def test_equal_scores_stay_together() -> None:
 def test_a_wanted_quality_is_the_cheapest_that_has_it() -> None:
     """The two prompts that only the large tier gets right score highest, but for one that neither does."""
     labelled = [
-        Row(0.1, (1, 1)),
-        Row(0.2, (1, 1)),
-        Row(0.6, (0, 1)),
-        Row(0.7, (0, 0)),
-        Row(0.8, (0, 1)),
+        ScoredPrompt(0.1, (1, 1)),
+        ScoredPrompt(0.2, (1, 1)),
+        ScoredPrompt(0.6, (0, 1)),
+        ScoredPrompt(0.7, (0, 0)),
+        ScoredPrompt(0.8, (0, 1)),
     ]
     points = curve(labelled, [1, 10])
 
@@ -76,9 +76,9 @@ def test_a_wanted_quality_is_the_cheapest_that_has_it() -> None:
 def test_three_tiers_are_chosen_among_by_quality_and_cost() -> None:
     """The middle tier does all but the hardest, so hardly anything is worth the largest."""
     labelled = [
-        *[Row(0.1 + place / 1000, (1, 1, 1)) for place in range(10)],
-        *[Row(0.5 + place / 1000, (0, 1, 1)) for place in range(10)],
-        *[Row(0.9 + place / 1000, (0, 0, 1)) for place in range(10)],
+        *[ScoredPrompt(0.1 + place / 1000, (1, 1, 1)) for place in range(10)],
+        *[ScoredPrompt(0.5 + place / 1000, (0, 1, 1)) for place in range(10)],
+        *[ScoredPrompt(0.9 + place / 1000, (0, 0, 1)) for place in range(10)],
     ]
     best = for_quality(curve(labelled, [1, 4, 20]), 1.0)
 
@@ -104,7 +104,7 @@ def test_labels_are_read_by_the_tiers_names() -> None:
 
 def test_half_labelled_traffic_is_refused() -> None:
     with pytest.raises(BadCalibration, match="some rows have labels"):
-        curve([Row(0.1, (1, 1)), Row(0.2)], [1, 10])
+        curve([ScoredPrompt(0.1, (1, 1)), ScoredPrompt(0.2)], [1, 10])
 
 
 @given(values=scores, share=st.floats(0, 1))
@@ -128,7 +128,7 @@ def test_a_file_gives_back_what_was_written(
     ("content", "complaint"),
     [
         ("{", "damaged"),
-        ("[]", "no calibration"),
+        ("[]", "not a calibration"),
         ('{"kind": "calibration", "format": 99}', "format 99"),
         ('{"kind": "calibration", "format": 1}', "damaged"),
         (

@@ -19,7 +19,7 @@ def places(keeper: ShareKeeper, scores: list[float]) -> list[int]:
         assert marks[0] == 0
         assert marks == sorted(marks)
         place = max(place for place, mark in enumerate(marks) if score >= mark)
-        keeper.note(score, place)
+        keeper.record(score, place)
         found.append(place)
     return found
 
@@ -114,7 +114,7 @@ def test_escalated_calls_count_towards_the_share() -> None:
     before = keeper.thresholds()[1]
 
     for _ in range(3):
-        keeper.note(0.1, 0)
-        keeper.escalated(0, 1)
+        keeper.record(0.1, 0)
+        keeper.record_escalation(0, 1)
 
     assert keeper.thresholds()[1] > before

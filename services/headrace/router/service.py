@@ -86,9 +86,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             feedback=self._feedback,
             bill=self._new_bill(),
         )
-        trace.get_current_span().set_attribute(
-            attributes.REQUEST_ID, journey.outgoing.request.request_id
-        )
+        trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
         try:
             async with aclosing(journey.answer()) as responses:
                 async for response in responses:

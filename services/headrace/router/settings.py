@@ -22,8 +22,8 @@ class Settings(ServiceSettings):
     port: int = Field(default=50051, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     tiers: str = Field(
         description="the tiers and their batchers, smallest first, such as "
-        "small=127.0.0.1:50061,large=127.0.0.1:50062; several batchers of a tier are separated by +, or share "
-        "a DNS name with one address each, such as small=dns:///batcher-small:50052"
+        "small=127.0.0.1:50061,large=127.0.0.1:50062; several batchers of a tier are separated by +, or "
+        "share a DNS name with one address each, such as small=dns:///batcher-small:50052"
     )
     thresholds: str = Field(
         default="",
@@ -32,8 +32,8 @@ class Settings(ServiceSettings):
     )
     calibration: Path | None = Field(
         default=None,
-        description="file of thresholds that `headrace calibrate` wrote, in place of --thresholds; it is read "
-        "again when it changes",
+        description="file of thresholds that `headrace calibrate` wrote, in place of --thresholds; it is "
+        "read again when it changes",
     )
     share: str = Field(
         default="",
@@ -83,8 +83,8 @@ class Settings(ServiceSettings):
     )
     feedback: Path | None = Field(
         default=None,
-        description="file for prompts and the outcomes that callers report with Feedback; without it, prompts "
-        "are not stored",
+        description="file for prompts and the outcomes that callers report with Feedback; without it, "
+        "prompts are not stored",
     )
     feedback_megabytes: float = Field(
         default=64.0, gt=0, description="size at which the file is rotated; one older file is kept"
@@ -107,8 +107,8 @@ class Settings(ServiceSettings):
     stall_seconds: float = Field(
         default=5.0,
         gt=0,
-        description="a batcher that sends nothing for this long is considered lost, even if its connection is "
-        "open",
+        description="a batcher that sends nothing for this long is considered lost, even if its connection "
+        "is open",
     )
     failover_seconds: float = Field(
         default=10.0,
@@ -156,7 +156,7 @@ class Settings(ServiceSettings):
             values = [0.0, *(float(part) for part in self.thresholds.split(","))]
         except ValueError:
             raise ValueError(
-                f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) must be numbers separated by commas"
+                f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) is not a list of numbers"
             ) from None
         if not are_thresholds(values, count):
             raise ValueError(
@@ -166,7 +166,7 @@ class Settings(ServiceSettings):
         return values
 
     def tier_shares(self) -> list[float]:
-        """Return the configured share of each tier after the first; empty if none is set. Raises ValueError."""
+        """Return the share of each tier after the first; empty if none is set. Raises ValueError."""
         count = len(self.tier_targets()) - 1
         if not self.share.strip():
             return []

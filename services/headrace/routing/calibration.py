@@ -132,8 +132,8 @@ def for_quality(points: Sequence[Point], wanted: float) -> Point:
     """Return the cheapest of *points* that recovers *wanted* of the quality gap. Raises BadCalibration."""
     if all(point.recovered is None for point in points):
         raise BadCalibration(
-            "a wanted quality needs labels: rows with the outcome of each tier, such as small_ok and large_ok, "
-            "and a largest tier that is better than the smallest"
+            "a wanted quality needs labels: rows with the outcome of each tier, such as small_ok and "
+            "large_ok, and a largest tier that is better than the smallest"
         )
     good = [point for point in points if point.recovered is not None and point.recovered >= wanted - 1e-9]
     if not good:

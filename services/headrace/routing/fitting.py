@@ -102,7 +102,9 @@ def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: in
         )
     gains = strong - weak
     if gains.sum() <= 0:
-        raise ValueError("the large tier is no better than the small one on these rows: there is nothing to fit")
+        raise ValueError(
+            "the large tier is no better than the small one on these rows: there is nothing to fit"
+        )
     held_out = {strength: np.zeros(len(gains)) for strength in _RIDGES}
     errors = dict.fromkeys(_RIDGES, 0.0)
     parts = folds(len(gains), 5, seed)

@@ -255,7 +255,7 @@ def question(text: str) -> str:
 
 
 def options(text: str) -> list[str]:
-    """Return the choices of a multiple-choice question, on separate lines or in one; empty if it is not one."""
+    """Return the choices of a multiple-choice question, on lines of their own or in a row; else nothing."""
     for pattern in (_LINE_OPTION, _INLINE_OPTION):
         found: list[str] = []
         for letter, choice in pattern.findall(text):

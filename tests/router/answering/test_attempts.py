@@ -14,10 +14,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from headrace import errors
 from headrace.client import Client
-from headrace.router.state.tier_pace import Pace
+from headrace.router.state.tier_pace import TierPace
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, collect, eventually, prompt
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed
 
 SAID = "all that was said before"
 
@@ -32,7 +32,7 @@ async def read(client: Client, request: pb.GenerateRequest) -> list[pb.GenerateR
 
 
 async def test_a_batcher_that_breaks_off_is_replaced_at_the_next_token() -> None:
-    first, second = Front(breaks=[5]), Front(running=9)
+    first, second = FakeBatcher(breaks=[5]), FakeBatcher(running=9)
     async with routed(only=[first, second]) as client:
         answer = await collect(client, prompt(SAID))
 
@@ -49,9 +49,9 @@ async def test_a_batcher_that_breaks_off_is_replaced_at_the_next_token() -> None
 
 
 async def test_token_ids_and_moves_are_told_to_those_who_asked_only() -> None:
-    async with routed(only=[Front(breaks=[3]), Front(running=9)]) as client:
+    async with routed(only=[FakeBatcher(breaks=[3]), FakeBatcher(running=9)]) as client:
         silent = await read(client, asking())
-    async with routed(only=[Front(breaks=[3]), Front(running=9)]) as client:
+    async with routed(only=[FakeBatcher(breaks=[3]), FakeBatcher(running=9)]) as client:
         told = await read(client, asking(include_token_ids=True, include_route_changes=True))
 
     assert [response.WhichOneof("event") for response in silent].count("route_change") == 0
@@ -65,7 +65,7 @@ async def test_token_ids_and_moves_are_told_to_those_who_asked_only() -> None:
 
 
 async def test_replayed_tokens_of_all_attempts_are_billed() -> None:
-    front = Front(breaks=[4, 3])
+    front = FakeBatcher(breaks=[4, 3])
     async with routed(only=front) as client:
         answer = await collect(client, prompt(SAID))
 
@@ -75,7 +75,7 @@ async def test_replayed_tokens_of_all_attempts_are_billed() -> None:
 
 
 async def test_an_answer_that_breaks_three_batchers_is_given_up() -> None:
-    small, large = Front(breaks=[1, 1, 1, 1]), Front()
+    small, large = FakeBatcher(breaks=[1, 1, 1, 1]), FakeBatcher()
     async with routed(small=small, large=large) as client:
         with pytest.raises(errors.BatcherLost, match="'small' lost 3 batchers"):
             await collect(client, prompt("Hi!"))
@@ -85,7 +85,10 @@ async def test_an_answer_that_breaks_three_batchers_is_given_up() -> None:
 
 
 async def test_a_request_that_killed_its_workers_is_not_given_to_other_batchers() -> None:
-    killer, other = Front(breaks=[1], breaks_with=errors.WorkerLost("two workers died")), Front(running=9)
+    killer, other = (
+        FakeBatcher(breaks=[1], breaks_with=errors.WorkerLost("two workers died")),
+        FakeBatcher(running=9),
+    )
     async with routed(only=[killer, other]) as client:
         with pytest.raises(errors.WorkerLost):
             await collect(client, prompt(SAID))
@@ -94,7 +97,7 @@ async def test_a_request_that_killed_its_workers_is_not_given_to_other_batchers(
 
 
 async def test_a_batcher_that_drains_hands_over_and_that_is_not_held_against_the_answer() -> None:
-    draining = Front(breaks=[1, 1, 1, 1], breaks_with=errors.Draining("stopping", retry_after=0.01))
+    draining = FakeBatcher(breaks=[1, 1, 1, 1], breaks_with=errors.Draining("stopping", retry_after=0.01))
     async with routed(only=draining) as client:
         answer = await collect(client, prompt(SAID))
 
@@ -104,7 +107,7 @@ async def test_a_batcher_that_drains_hands_over_and_that_is_not_held_against_the
 
 async def test_a_batcher_that_accepts_and_drains_again_and_again_is_left() -> None:
     """It brings nothing, and would be asked until the deadline."""
-    draining = Front(breaks=[0] * 1000, breaks_with=errors.Draining("stopping"))
+    draining = FakeBatcher(breaks=[0] * 1000, breaks_with=errors.Draining("stopping"))
     async with routed(only=draining) as client:
         with pytest.raises(errors.BatcherLost, match="lost 9 batchers"):
             await collect(client, prompt(SAID))
@@ -113,7 +116,7 @@ async def test_a_batcher_that_accepts_and_drains_again_and_again_is_left() -> No
 
 
 async def test_a_batcher_that_hangs_is_left() -> None:
-    hanging, other = Front(hangs=True), Front(running=9)
+    hanging, other = FakeBatcher(hangs=True), FakeBatcher(running=9)
     async with routed({"poll_seconds": 0.05, "stall_seconds": 0.3}, only=[hanging, other]) as client:
         answer = await collect(client, prompt(SAID))
 
@@ -122,7 +125,7 @@ async def test_a_batcher_that_hangs_is_left() -> None:
 
 
 async def test_the_deadline_goes_with_the_answer() -> None:
-    first, second = Front(hangs=True), Front(running=9)
+    first, second = FakeBatcher(hangs=True), FakeBatcher(running=9)
     async with routed({"poll_seconds": 0.05, "stall_seconds": 1.5}, only=[first, second]) as client:
         await collect(client, prompt(SAID))
 
@@ -130,7 +133,7 @@ async def test_the_deadline_goes_with_the_answer() -> None:
 
 
 async def test_an_answer_is_not_carried_on_by_another_model() -> None:
-    first, second = Front(breaks=[5], model="a"), Front(running=9, model="b")
+    first, second = FakeBatcher(breaks=[5], model="a"), FakeBatcher(running=9, model="b")
     async with routed(only=[first, second]) as client:
         first.refuses = ""
         answer = await collect(client, prompt(SAID))
@@ -140,7 +143,7 @@ async def test_an_answer_is_not_carried_on_by_another_model() -> None:
 
 
 async def test_the_least_busy_batcher_is_asked() -> None:
-    busy, idle = Front(running=7), Front(running=2)
+    busy, idle = FakeBatcher(running=7), FakeBatcher(running=2)
     async with routed(only=[busy, idle]) as client:
         for _ in range(4):
             await collect(client, prompt("x"))
@@ -149,8 +152,8 @@ async def test_the_least_busy_batcher_is_asked() -> None:
 
 
 async def test_a_full_batcher_is_passed_over_for_another_of_its_tier() -> None:
-    full, other = Front(refuses=errors.Overloaded("full", retry_after=3)), Front(running=9)
-    large = Front()
+    full, other = FakeBatcher(refuses=errors.Overloaded("full", retry_after=3)), FakeBatcher(running=9)
+    large = FakeBatcher()
     async with routed(small=[full, other], large=large) as client:
         await collect(client, prompt("Hi!"))
 
@@ -158,7 +161,7 @@ async def test_a_full_batcher_is_passed_over_for_another_of_its_tier() -> None:
 
 
 async def test_a_full_tier_is_passed_over_for_another_tier() -> None:
-    small, large = Front(refuses=errors.Overloaded("full", retry_after=3)), Front()
+    small, large = FakeBatcher(refuses=errors.Overloaded("full", retry_after=3)), FakeBatcher()
     async with routed(small=small, large=large) as client:
         request = prompt("Hi!")
         request.stream.include_route_changes = True
@@ -175,7 +178,7 @@ async def test_a_full_tier_is_passed_over_for_another_tier() -> None:
 
 
 async def test_a_request_that_resumes_keeps_to_its_tier() -> None:
-    small, large = Front(refuses="broken"), Front()
+    small, large = FakeBatcher(refuses="broken"), FakeBatcher()
     async with routed(small=small, large=large) as client:
         request = prompt("Hi!")
         request.resume.token_ids.append(ord("H"))
@@ -190,13 +193,13 @@ async def test_an_answer_that_resumes_teaches_the_pace_of_its_new_tokens(
 ) -> None:
     """As after a router's death: the batcher timed the two tokens that were missing of 24."""
     taught: list[dict[str, float]] = []
-    monkeypatch.setattr(Pace, "note", lambda self, now, **told: taught.append(told))
+    monkeypatch.setattr(TierPace, "record", lambda self, now, **told: taught.append(told))
     timing = pb.Timing()
     timing.first_token.FromMilliseconds(500)
     timing.decode.FromMilliseconds(111)
     request = prompt(SAID)
     request.resume.token_ids.extend(SAID[:-2].encode())
-    async with routed(only=Front(timing=timing)) as client:
+    async with routed(only=FakeBatcher(timing=timing)) as client:
         answer = await collect(client, request)
 
     assert answer.finish.usage.completion_tokens == len(SAID)
@@ -204,7 +207,7 @@ async def test_an_answer_that_resumes_teaches_the_pace_of_its_new_tokens(
 
 
 async def test_all_attempts_are_one_trace(spans: InMemorySpanExporter) -> None:
-    async with routed(only=[Front(breaks=[2]), Front(running=9)]) as client:
+    async with routed(only=[FakeBatcher(breaks=[2]), FakeBatcher(running=9)]) as client:
         with trace.get_tracer("test").start_as_current_span("caller") as caller:
             await collect(client, prompt(SAID))
     ours = caller.get_span_context().trace_id
@@ -229,7 +232,7 @@ async def test_all_attempts_are_one_trace(spans: InMemorySpanExporter) -> None:
     pieces=st.integers(1, 5),
 )
 async def test_wherever_it_breaks_the_answer_is_whole(text: str, breaks: list[int], pieces: int) -> None:
-    async with routed(only=Front(breaks=breaks, pieces=pieces)) as client:
+    async with routed(only=FakeBatcher(breaks=breaks, pieces=pieces)) as client:
         answer = await collect(client, prompt(text))
 
     assert answer.text == text
@@ -237,7 +240,7 @@ async def test_wherever_it_breaks_the_answer_is_whole(text: str, breaks: list[in
 
 
 async def test_one_late_answer_to_a_look_takes_no_batcher_away() -> None:
-    front = Front()
+    front = FakeBatcher()
     async with routed({"poll_seconds": 0.05, "stall_seconds": 60}, only=front) as client:
         front.requests.append(pb.GenerateRequest())
         front.hangs = True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from headrace import errors
 from headrace.client import Client, chat
-from headrace.router.answering.cascade import Draft, Judge, cascade
+from headrace.deadline import Deadline
+from headrace.router.answering.attempts import Outgoing
+from headrace.router.answering.cascade import Draft, HoldBack, cascade
+from headrace.router.state.tiers import Tier, Tiers
 from headrace.routing.drafts.check import Check, DraftChecker, load
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, Answer, collect, eventually
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed, serving_fake
 
 PRICES = {"prices": "small=1/2,large=10/20"}
 CASCADE = {"cascade": True, "thresholds": "0.9", **PRICES}
@@ -27,7 +31,7 @@ QUESTION = "What is the capital of France?"
 
 
 @dataclass
-class Speaker(Front):
+class Speaker(FakeBatcher):
     """Says its own text, a word a token, whatever it is asked; *cancelled* counts answers nobody wanted.
 
     sample   what it says to requests for a sample: nothing at all if it is empty, an error if it is one
@@ -211,7 +215,7 @@ async def test_a_draft_is_released_if_a_larger_tier_would_not_be_in_time() -> No
 
 
 async def test_a_request_that_kills_workers_is_not_escalated() -> None:
-    small = Front(breaks=[0], breaks_with=errors.PoisonRequest("two workers were lost with it"))
+    small = FakeBatcher(breaks=[0], breaks_with=errors.PoisonRequest("two workers were lost with it"))
     large = Speaker()
     async with routed(CASCADE, small=small, large=large) as client:
         with pytest.raises(errors.PoisonRequest):
@@ -222,14 +226,14 @@ async def test_a_request_that_kills_workers_is_not_escalated() -> None:
 
 @pytest.mark.parametrize("cascade", [True, False])
 @pytest.mark.parametrize(
-    ("failure", "resume_seconds"),
+    ("failure", "failover_seconds"),
     [(errors.WorkerLost("three workers were lost with it"), 60), (errors.BatcherLost("it was lost"), 0)],
 )
 async def test_a_draft_that_was_lost_with_its_workers_ends_as_without_being_held_back(
-    failure: errors.HeadraceError, resume_seconds: float, cascade: bool
+    failure: errors.HeadraceError, failover_seconds: float, cascade: bool
 ) -> None:
-    small, large = Front(breaks=[2] * 9, breaks_with=failure), Speaker()
-    settings = {**CASCADE, "cascade": cascade, "resume_seconds": resume_seconds}
+    small, large = FakeBatcher(breaks=[2] * 9, breaks_with=failure), Speaker()
+    settings = {**CASCADE, "cascade": cascade, "failover_seconds": failover_seconds}
     said: list[pb.GenerateResponse] = []
     async with routed(settings, small=small, large=large) as client:
         with pytest.raises(type(failure)):
@@ -245,7 +249,7 @@ async def test_a_draft_that_was_lost_with_its_workers_ends_as_without_being_held
 
 
 async def test_a_draft_outlives_a_larger_tiers_that_was_lost_with_its_workers() -> None:
-    lost = Front(breaks=[1], breaks_with=errors.WorkerLost("three workers were lost with it"))
+    lost = FakeBatcher(breaks=[1], breaks_with=errors.WorkerLost("three workers were lost with it"))
     small, large = Speaker(text=BAD), Speaker()
     settings = {"cascade": True, "thresholds": "0.9,0.95"}
     async with routed(settings, small=small, medium=lost, large=large) as client:
@@ -256,36 +260,61 @@ async def test_a_draft_outlives_a_larger_tiers_that_was_lost_with_its_workers() 
     assert large.requests == []
 
 
-async def test_an_escalation_is_booked_for_the_tier_that_answers() -> None:
-    """And not for a larger one that was asked and refused."""
-    gone: list[tuple[str, str]] = []
-    refusing = errors.Overloaded("full")
+class Rejecting:
+    """A `Cascaded` request whose drafts are all rejected."""
 
-    async def begin(rejected: Sequence[str]) -> AsyncGenerator[pb.GenerateResponse, None]:
-        if len(rejected) == 2:
-            raise refusing
-        tier = ("small", "medium")[len(rejected)]
-        yield pb.GenerateResponse(accepted=pb.Accepted(tier=tier))
-        yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_STOP))
+    def __init__(self, **tiers: Tier) -> None:
+        deadline = Deadline.after(PATIENCE, time.monotonic())
+        self.outgoing = Outgoing(chat(QUESTION, seed=1), deadline, failover_seconds=0)
+        self.outgoing.request.stream.include_route_changes = True
+        self.discarded: list[tuple[str, str]] = []
+        self._tiers = tiers
 
-    answer = cascade(
-        begin,
-        lambda: Judge(lambda draft: False, 9),
-        lambda draft, tier: gone.append((draft.tier, tier)),
-        tier_of=lambda: "large",
-        tells_moves=False,
-    )
-    async with aclosing(answer) as responses:
-        said = [response async for response in responses]
+    def choose(self, rejected: Sequence[str], failed: Collection[str]) -> Tier:
+        names = [name for name in self._tiers if name not in rejected and name not in failed]
+        if not names:
+            raise errors.NoWorkers("no tier is left")
+        return self._tiers[names[0]]
 
-    assert said[0].accepted.tier == "medium"
-    assert [tier for _, tier in gone] == ["medium"]
+    def count_attempt(self, tier: str) -> None: ...
+
+    async def wait_for_recovery(self, failed: Collection[str], began: float) -> bool:
+        return False
+
+    def hold_back(self) -> HoldBack:
+        return HoldBack(self._tiers["small"], 9, 0.0)
+
+    def releases(self, draft: Draft) -> bool:
+        return False
+
+    def discard(self, draft: Draft, replaced_by: str = "") -> None:
+        self.discarded.append((draft.tier, replaced_by))
+
+
+async def test_an_escalation_counts_for_the_tier_that_answers() -> None:
+    """And not for a larger one that refused the request."""
+    full = FakeBatcher(refuses=errors.Overloaded("full"))
+    async with AsyncExitStack() as stack:
+        fakes = {"small": FakeBatcher(), "medium": FakeBatcher(), "large": full}
+        addresses = {
+            name: await stack.enter_async_context(serving_fake(fake)) for name, fake in fakes.items()
+        }
+        tiers = Tiers([(name, [address]) for name, address in addresses.items()])
+        await stack.enter_async_context(tiers.watching())
+        request = Rejecting(**{tier.name: tier for tier in tiers.tiers})
+        responses = await stack.enter_async_context(aclosing(cascade(request)))
+        events = [response async for response in responses]
+
+    assert len(full.requests) == 1
+    assert events[0].accepted.tier == "medium"
+    assert events[1].route_change.to == "medium"
+    assert request.discarded == [("small", "medium")]
 
 
 async def test_a_long_draft_is_judged_early_and_streams_on_if_it_is_good() -> None:
     long = " ".join(f"Paris has {place} bridges over the river." for place in range(2, 12))
     small, large = Speaker(text=long), Speaker()
-    async with routed({**CASCADE, "draft_tokens": 14}, small=small, large=large) as client:
+    async with routed({**CASCADE, "cascade_draft_tokens": 14}, small=small, large=large) as client:
         answer = await collect(client, chat("What do you know of the bridges of Paris?"))
 
     assert answer.text == long
@@ -294,7 +323,7 @@ async def test_a_long_draft_is_judged_early_and_streams_on_if_it_is_good() -> No
 
 async def test_a_long_bad_draft_is_cut_short() -> None:
     small, large = Speaker(text=" ".join([BAD] * 2000)), Speaker()  # far more than is sent before it is cut
-    async with routed({**CASCADE, "draft_tokens": 16}, small=small, large=large) as client:
+    async with routed({**CASCADE, "cascade_draft_tokens": 16}, small=small, large=large) as client:
         answer = await collect(client, chat(QUESTION))
         await eventually(lambda: small.cancelled == 1)
 
@@ -311,7 +340,7 @@ async def test_a_long_bad_draft_is_cut_short() -> None:
         ({"cascade": True}, pb.Routing(max_tier="small")),
         ({"cascade": True}, pb.Routing(allow_escalation=False)),
         ({"cascade": True}, pb.Routing(quality_preference=0)),
-        ({"cascade": True, "cascade_from": 0.8}, pb.Routing()),
+        ({"cascade": True, "cascade_min_score": 0.8}, pb.Routing()),
     ],
 )
 async def test_without_leave_to_escalate_the_answer_is_streamed_unjudged(
@@ -353,7 +382,7 @@ async def test_a_draft_that_is_judged_before_its_end_is_compared_with_its_sample
     text = "There are 42 of them. That is all. " + "Nothing more is said here. " * 20
     sample = "There are 41. That is so, and it goes on"
     small = Speaker(text=text.strip(), sample=sample, length=length)
-    settings = {**SAMPLED, "draft_tokens": draft_tokens}
+    settings = {**SAMPLED, "cascade_draft_tokens": draft_tokens}
     with pytest.MonkeyPatch.context() as patched:
         check = DraftChecker.check
 
@@ -386,7 +415,7 @@ async def test_a_sample_that_agrees_lets_a_draft_pass_that_a_differing_one_gives
     logprobs = [-0.01] * 4
     agrees = checker.check(SUM, "The sum is 42.", logprobs=logprobs, samples=["It is 42."]).good
     differs = checker.check(SUM, "The sum is 42.", logprobs=logprobs, samples=["It is 41."]).good
-    settings = {**SAMPLED, "cascade_release": (agrees + differs) / 2}
+    settings = {**SAMPLED, "cascade_min_quality": (agrees + differs) / 2}
 
     same = await released_with(Speaker(text="The sum is 42.", sample="It is 42."), settings)
     other = await released_with(Speaker(text="The sum is 42.", sample="It is 41."), settings)
@@ -398,7 +427,7 @@ async def test_a_sample_is_asked_for_with_another_seed_some_warmth_and_few_token
     small = Speaker(sample="Paris")
     request = chat(QUESTION, temperature=0, max_tokens=500, seed=7, logprobs=True)
     request.stream.include_token_ids = True
-    async with routed({**SAMPLED, "draft_tokens": 32}, small=small, large=Speaker()) as client:
+    async with routed({**SAMPLED, "cascade_draft_tokens": 32}, small=small, large=Speaker()) as client:
         answer = await collect(client, request)
 
     drafted, sampled = sorted(small.requests, key=lambda asked: asked.request_id.endswith("-sample"))
@@ -415,7 +444,7 @@ async def test_a_sample_is_asked_for_with_another_seed_some_warmth_and_few_token
 
 async def test_a_sample_is_billed_as_waste_whether_the_draft_is_released_or_not() -> None:
     sample = "It is Paris"
-    settings = {**SAMPLED, "cascade_release": 0}
+    settings = {**SAMPLED, "cascade_min_quality": 0}
     async with routed(settings, small=Speaker(sample=sample), large=Speaker()) as client:
         released = await collect(client, chat(QUESTION))
     async with routed(SAMPLED, small=Speaker(text=BAD, sample=sample), large=Speaker()) as client:
@@ -504,10 +533,10 @@ async def test_draft_check_and_answer_are_spans_of_one_trace(spans: InMemorySpan
 
 def test_a_draft_that_goes_on_is_judged_by_its_whole_sentences() -> None:
     draft = Draft("small", text="It is Paris. The second largest ci")
-    assert draft.to_judge() == ("It is Paris. ", True)
+    assert draft.text_to_check() == ("It is Paris. ", True)
 
     draft.text = "It is the cap"
-    assert draft.to_judge() == ("It is the cap", False)
+    assert draft.text_to_check() == ("It is the cap", False)
 
     draft.finish = pb.Finish(reason=pb.FINISH_REASON_LENGTH)
-    assert draft.to_judge() == ("It is the cap", False)
+    assert draft.text_to_check() == ("It is the cap", False)

@@ -23,13 +23,13 @@ from headrace.router.settings import Settings
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import PATIENCE, collect, eventually, prompt, until_healthy
-from tests.router.fake_batchers import Front, routed, routing_port, serving_front
+from tests.router.fake_batchers import FakeBatcher, routed, routing_port, serving_fake
 
 PRICES = {"prices": "cheap=1/2,dear=10/20"}
 
 
 @dataclass
-class Rogue(Front):
+class Rogue(FakeBatcher):
     """Sends the events of `script` as they are, whatever it is asked, then ends, or goes on for ever.
 
     lingers   leaves its stream open after the last event
@@ -86,8 +86,8 @@ async def read(client: Client, request: pb.GenerateRequest) -> list[pb.GenerateR
 async def test_a_malformed_list_of_tiers_makes_that_batcher_unhealthy_and_nothing_else(
     listed: routing.ListTiersResponse, problem: str
 ) -> None:
-    front = Front()
-    async with routed({"poll_seconds": 0.02}, small=front, large=Front()) as client:
+    front = FakeBatcher()
+    async with routed({"poll_seconds": 0.02}, small=front, large=FakeBatcher()) as client:
         front.listed = listed
         async with asyncio.timeout(PATIENCE):
             while (await client.list_tiers()).tiers[0].healthy:
@@ -113,7 +113,7 @@ async def test_counts_that_do_not_fit_together_are_as_many_as_can_be_said() -> N
     )
     tier.load.oldest_wait.seconds = -5
     listed = routing.ListTiersResponse(tiers=[tier])
-    async with routed(only=[Front(listed=listed), Front(listed=listed)]) as client:
+    async with routed(only=[FakeBatcher(listed=listed), FakeBatcher(listed=listed)]) as client:
         (seen,) = (await client.list_tiers()).tiers
         answer = await collect(client, chat("Hi!"))
 
@@ -127,7 +127,7 @@ async def test_a_refusal_to_list_tiers_is_no_silence() -> None:
     """A server of another kind at the address answers at once, and is no batcher."""
 
     @dataclass
-    class Other(Front):
+    class Other(FakeBatcher):
         other: bool = False
 
         async def ListTiers(self, request: object, context: object) -> routing.ListTiersResponse:
@@ -145,7 +145,7 @@ async def test_a_refusal_to_list_tiers_is_no_silence() -> None:
 
 async def test_the_routers_own_name_for_a_tier_is_the_one_that_counts() -> None:
     """`--tiers cheap=...` before a batcher of `--tier small`."""
-    cheap, dear = Front(tier="small"), Front(tier="huge")
+    cheap, dear = FakeBatcher(tier="small"), FakeBatcher(tier="huge")
     async with routed(PRICES, cheap=cheap, dear=dear) as client:
         request = chat("Hi!")
         request.routing.session_id = "s"
@@ -165,8 +165,8 @@ async def test_the_routers_own_name_for_a_tier_is_the_one_that_counts() -> None:
 
 
 async def test_a_draft_of_a_tier_that_names_itself_otherwise_is_escalated() -> None:
-    settings = {"cascade": True, "cascade_release": 1.0, "thresholds": "0.9", **PRICES}
-    async with routed(settings, cheap=Front(tier="dear"), dear=Front(tier="cheap")) as client:
+    settings = {"cascade": True, "cascade_min_quality": 1.0, "thresholds": "0.9", **PRICES}
+    async with routed(settings, cheap=FakeBatcher(tier="dear"), dear=FakeBatcher(tier="cheap")) as client:
         answer = await collect(client, chat("Hi!"))
 
     assert answer.accepted.tier == "dear"
@@ -176,7 +176,7 @@ async def test_a_draft_of_a_tier_that_names_itself_otherwise_is_escalated() -> N
 
 @asynccontextmanager
 async def nested(
-    settings: dict[str, Any], small: Front, large: Front, dear: Front
+    settings: dict[str, Any], small: FakeBatcher, large: FakeBatcher, dear: FakeBatcher
 ) -> AsyncGenerator[Client, None]:
     """A router with the tiers cheap and dear; behind cheap a router with small and large."""
     async with AsyncExitStack() as stack:
@@ -186,8 +186,13 @@ async def nested(
 
 
 async def test_a_router_may_stand_before_a_router_with_one_bill() -> None:
-    small, large, dear = Front(model="s"), Front(model="l"), Front(model="d")
-    inner = {"cascade": True, "cascade_release": 1.0, "thresholds": "0.9", "prices": "small=5/5,large=6/6"}
+    small, large, dear = FakeBatcher(model="s"), FakeBatcher(model="l"), FakeBatcher(model="d")
+    inner = {
+        "cascade": True,
+        "cascade_min_quality": 1.0,
+        "thresholds": "0.9",
+        "prices": "small=5/5,large=6/6",
+    }
     request = chat("Hi!")
     request.stream.include_route_changes = True
     async with nested(inner, small, large, dear) as client:
@@ -219,14 +224,14 @@ async def test_a_router_may_stand_before_a_router_with_one_bill() -> None:
 
 async def test_routers_that_name_each_other_pass_a_request_on_so_often_and_no_more() -> None:
     """And each falls back to the tiers that are its own."""
-    front = Front()
+    front = FakeBatcher()
     async with AsyncExitStack() as stack:
         first, second = stack.enter_context(reserved_ports(2))
-        address = await stack.enter_async_context(serving_front(front))
+        address = await stack.enter_async_context(serving_fake(front))
         fast: dict[str, Any] = {
             "drain_seconds": 0,
             "poll_seconds": 0.05,
-            "wait_seconds": 0,
+            "tier_wait_seconds": 0,
             "thresholds": "0.99",
         }
         for port, other in ((first, second), (second, first)):
@@ -246,7 +251,11 @@ async def test_routers_that_name_each_other_pass_a_request_on_so_often_and_no_mo
 
 
 async def test_an_answer_that_lost_a_router_behind_the_router_goes_on_with_its_model() -> None:
-    small, large, dear = Front(model="s", breaks=[1, 1, 1]), Front(model="l"), Front(model="d")
+    small, large, dear = (
+        FakeBatcher(model="s", breaks=[1, 1, 1]),
+        FakeBatcher(model="l"),
+        FakeBatcher(model="d"),
+    )
     async with nested({}, small, large, dear) as client:
         answer = await collect(client, prompt("all of it"))
 
@@ -269,7 +278,7 @@ async def test_an_answer_that_lost_a_router_behind_the_router_goes_on_with_its_m
 async def test_a_stream_that_does_not_begin_as_it_should_is_another_batchers_to_answer(
     script: list[pb.GenerateResponse],
 ) -> None:
-    async with routed(only=[Rogue(script=script), Front(running=9)]) as client:
+    async with routed(only=[Rogue(script=script), FakeBatcher(running=9)]) as client:
         answer = await collect(client, prompt("abc"))
 
     assert answer.text == "abc"
@@ -294,7 +303,7 @@ async def test_a_stream_that_does_not_begin_as_it_should_is_another_batchers_to_
 async def test_a_stream_that_goes_on_as_it_should_not_is_carried_on_elsewhere(
     script: list[pb.GenerateResponse],
 ) -> None:
-    rogue, other = Rogue(script=script), Front(running=9)
+    rogue, other = Rogue(script=script), FakeBatcher(running=9)
     async with routed(only=[rogue, other]) as client:
         answer = await collect(client, prompt("aaaaaaaa", max_tokens=8))
 
@@ -329,7 +338,7 @@ async def test_bytes_that_are_no_message_are_a_lost_batchers() -> None:
     await server.start()
     try:
         async with routed(
-            {"poll_seconds": 0.05}, small=f"127.0.0.1:{port}", large=Front(model="large")
+            {"poll_seconds": 0.05}, small=f"127.0.0.1:{port}", large=FakeBatcher(model="large")
         ) as client:
             with pytest.raises(errors.BatcherLost):
                 await collect(client, prompt("x"))
@@ -470,12 +479,12 @@ async def test_whatever_a_batcher_sends_the_request_ends_rightly_and_the_router_
     given_settings = {
         "cascade": cascade,
         "thresholds": "0.9",
-        "resume_seconds": 0.2,
+        "failover_seconds": 0.2,
         "prices": "only=1/2",
         "cascade_sample_seconds": 0.2,
     }
     rogue = Failing(script=script)
-    async with routed(given_settings, only=rogue, spare=Front(model="spare")) as client:
+    async with routed(given_settings, only=rogue, spare=FakeBatcher(model="spare")) as client:
         request = prompt("ab", max_tokens=4)
         request.stream.include_route_changes = True
         ended: grpc.StatusCode | None = None

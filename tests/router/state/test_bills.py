@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headrace.router.settings import Settings
 from headrace.router.state.bills import Bill
-from headrace.routing.policy import Price
+from headrace.routing.tier_view import Price
 
 TIERS = ("small", "medium", "large")
 TOKENS = st.integers(0, 10_000)
@@ -44,11 +44,13 @@ class Request:
     def bill(self, prices: dict[str, Price]) -> Bill:
         bill = Bill(TIERS, prices)
         for draft in self.drafts:
-            bill.asked(draft.tier)
-            bill.wasted(draft.tier, prompt_tokens=draft.prompt, cached_tokens=draft.cached, tokens=draft.said)
+            bill.add_attempt(draft.tier)
+            bill.add_draft(
+                draft.tier, prompt_tokens=draft.prompt, cached_tokens=draft.cached, tokens=draft.said
+            )
         if (answer := self.answer) is not None:
-            bill.asked(answer.tier)
-            bill.answered(
+            bill.add_attempt(answer.tier)
+            bill.add_answer(
                 answer.tier, prompt_tokens=answer.prompt, cached_tokens=answer.cached, tokens=answer.said
             )
         return bill

@@ -17,7 +17,7 @@ from headrace import errors
 from headrace.client import Client, chat
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings
-from headrace.router.state.feedback import Answered, Feedback
+from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.routing import calibration, scorer
 from headrace.routing.calibration import Calibration
 from headrace.routing.score import fingerprint
@@ -25,7 +25,7 @@ from headrace.runtime.server import StartFailed
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import PATIENCE, collect
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed
 
 EASY = "Hello!"
 HARD = "Prove step by step that every natural number has one prime factorisation, and explain why."
@@ -58,7 +58,7 @@ async def test_a_calibration_is_read_again_when_it_changes_and_a_bad_one_changes
     path = tmp_path / "calibration.json"
     calibration.save(calibrated(0.25), path)
     settings = {"calibration": path, "poll_seconds": 0.02}
-    async with routed(settings, small=Front(), large=Front()) as client:
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
         assert await threshold_of(client) == pytest.approx(0.25)
 
         calibration.save(calibrated(0.75), path)
@@ -90,7 +90,7 @@ async def test_with_a_share_a_calibration_that_changes_takes_effect_and_the_log_
     high = replace(calibrated(0.5), quantiles=tuple(0.9 + place / 1000 for place in range(101)))
     calibration.save(low, path)
     settings = {"calibration": path, "poll_seconds": 0.02, "share": "0.3"}
-    async with routed(settings, small=Front(), large=Front()) as client:
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
         assert await threshold_of(client) == pytest.approx(0.07, abs=0.002)
 
         calibration.save(high, path)
@@ -121,7 +121,7 @@ async def test_thresholds_that_are_not_used_are_named_at_the_start(
     async with router(Settings(port=0, **given)):
         pass
 
-    assert "--thresholds is not used" in caplog.text
+    assert "--thresholds is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ async def test_a_router_does_not_start_with_a_scorer_that_it_cannot_use(tmp_path
 
 
 async def test_a_share_is_held_on_traffic_that_all_scores_alike() -> None:
-    small, large = Front(), Front()
+    small, large = FakeBatcher(), FakeBatcher()
     async with routed({"share": "0.3"}, small=small, large=large) as client:
         for _ in range(60):
             await collect(client, chat(EASY))
@@ -198,7 +198,7 @@ async def test_a_conversation_moves_only_up() -> None:
         request.routing.tenant = tenant
         return request
 
-    async with routed({"thresholds": "0.4"}, small=Front(), large=Front()) as client:
+    async with routed({"thresholds": "0.4"}, small=FakeBatcher(), large=FakeBatcher()) as client:
         tiers = [
             (await collect(client, request)).accepted.tier
             for request in (said(EASY, "a"), said(HARD, "a"), said(EASY, "a"), said(EASY, "b"))
@@ -217,7 +217,7 @@ async def test_an_idle_conversation_begins_anew() -> None:
     again = chat(EASY)
     again.routing.session_id = "a"
     settings = {"thresholds": "0.4", "session_idle_seconds": 0}
-    async with routed(settings, small=Front(), large=Front()) as client:
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
         await collect(client, request)
         assert (await client.explain(again)).tier == "small"
 
@@ -226,7 +226,7 @@ async def test_feedback_joins_prompt_and_outcome_on_disk(tmp_path: Path, count: 
     before = count("headrace.feedback", tier="small", outcome="good")
     path = tmp_path / "feedback.jsonl"
     settings = {"feedback": path, "thresholds": "0.4"}
-    async with routed(settings, small=Front(), large=Front()) as client:
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
         answer = await collect(client, chat(EASY))
         id = answer.accepted.request_id
         said = await client.feedback(id, ok=True)
@@ -251,13 +251,13 @@ async def test_feedback_joins_prompt_and_outcome_on_disk(tmp_path: Path, count: 
 
 
 async def test_without_a_file_no_prompt_is_kept_anywhere() -> None:
-    async with routed(small=Front(), large=Front()) as client:
+    async with routed(small=FakeBatcher(), large=FakeBatcher()) as client:
         answer = await collect(client, chat(EASY))
         said = await client.feedback(answer.accepted.request_id, ok=False)
 
     assert not said.kept
     feedback = Feedback()
-    feedback.remember("a", Answered("small", 0.5, "a secret"))
+    feedback.remember("a", AnswerRecord("small", 0.5, "a secret"))
     assert feedback.recall("a").prompt == ""
 
 
@@ -265,8 +265,8 @@ async def test_the_file_of_feedback_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     feedback = Feedback(path, max_bytes=1000, remembered=3)
     for place in range(50):
-        feedback.remember(str(place), Answered("small", 0.5, f"prompt {place}"))
-        await feedback.keep(str(place), "small", 1.0)
+        feedback.remember(str(place), AnswerRecord("small", 0.5, f"prompt {place}"))
+        await feedback.rate(str(place), "small", 1.0)
 
     assert sorted(os.listdir(tmp_path)) == ["feedback.jsonl", "feedback.jsonl.1"]
     assert all(os.stat(tmp_path / name).st_size <= 1000 for name in os.listdir(tmp_path))
@@ -278,13 +278,13 @@ async def test_the_file_of_feedback_is_bounded(tmp_path: Path) -> None:
 async def test_prompts_that_are_remembered_are_bounded_together(tmp_path: Path) -> None:
     feedback = Feedback(tmp_path / "feedback.jsonl", max_bytes=1000)
     for place in range(5):
-        feedback.remember(str(place), Answered("small", 0.5, "x" * 400))
-    feedback.remember("4", Answered("small", 0.5, "x" * 400))
-    feedback.remember("huge", Answered("small", 0.5, "x" * 2000))
+        feedback.remember(str(place), AnswerRecord("small", 0.5, "x" * 400))
+    feedback.remember("4", AnswerRecord("small", 0.5, "x" * 400))
+    feedback.remember("huge", AnswerRecord("small", 0.5, "x" * 2000))
 
     assert feedback.recall("3").prompt == "x" * 400
-    assert await feedback.keep("3", "small", 1.0)
-    assert not await feedback.keep("huge", "small", 1.0), "no file holds it"
+    assert await feedback.rate("3", "small", 1.0)
+    assert not await feedback.rate("huge", "small", 1.0), "no file holds it"
     with pytest.raises(errors.UnknownRequest):
         feedback.recall("2")
 
@@ -293,14 +293,14 @@ async def test_a_disk_that_is_full_leaves_no_half_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "feedback.jsonl"
-    async with routed({"feedback": path}, small=Front(), large=Front()) as client:
+    async with routed({"feedback": path}, small=FakeBatcher(), large=FakeBatcher()) as client:
         first, id = [(await collect(client, chat(EASY))).accepted.request_id for _ in range(2)]
         await client.feedback(first, ok=True)
         whole = path.read_bytes()
         with monkeypatch.context() as patched:
             write = os.write
             patched.setattr(os, "write", lambda handle, data: write(handle, data[:10]))
-            with pytest.raises(errors.InternalError, match="file of feedback"):
+            with pytest.raises(errors.InternalError, match="feedback file"):
                 await client.feedback(id, ok=True)
         assert path.read_bytes() == whole
         await client.feedback(id, ok=True)
@@ -312,8 +312,8 @@ async def test_rows_are_written_one_by_one_though_a_caller_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feedback = Feedback(tmp_path / "feedback.jsonl")
-    feedback.remember("a", Answered("small", 0.5, "prompt"))
-    feedback.remember("b", Answered("small", 0.5, "prompt"))
+    feedback.remember("a", AnswerRecord("small", 0.5, "prompt"))
+    feedback.remember("b", AnswerRecord("small", 0.5, "prompt"))
     began, go, write = threading.Semaphore(0), threading.Event(), os.write
 
     def slow(handle: int, data: bytes) -> int:
@@ -322,11 +322,11 @@ async def test_rows_are_written_one_by_one_though_a_caller_leaves(
         return write(handle, data)
 
     monkeypatch.setattr(os, "write", slow)
-    leaving = asyncio.create_task(feedback.keep("a", "small", 1.0))
+    leaving = asyncio.create_task(feedback.rate("a", "small", 1.0))
     assert await asyncio.to_thread(began.acquire, timeout=20)
     leaving.cancel()
     await asyncio.wait([leaving])
-    staying = asyncio.create_task(feedback.keep("b", "small", 0.0))
+    staying = asyncio.create_task(feedback.rate("b", "small", 0.0))
     together = await asyncio.to_thread(began.acquire, timeout=0.2)
     go.set()
 
@@ -335,14 +335,14 @@ async def test_rows_are_written_one_by_one_though_a_caller_leaves(
 
 
 async def test_grpc_callers_must_give_an_outcome() -> None:
-    async with routed(small=Front(), large=Front()) as client:
+    async with routed(small=FakeBatcher(), large=FakeBatcher()) as client:
         with pytest.raises(errors.InvalidRequest, match="no outcome"):
             await client._unary(client._routing.Feedback(routing.FeedbackRequest(request_id="a"), timeout=5))
 
 
 async def test_prices_and_bills_are_listed() -> None:
     settings = {"prices": "small=1/2,large=10/20"}
-    async with routed(settings, small=Front(), large=Front()) as client:
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
         for _ in range(3):
             await collect(client, chat(EASY))
         listed = await client.list_tiers()

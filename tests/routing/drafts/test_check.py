@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.router.chooser import CascadeRules
 from headrace.routing.artifact import BadArtifact
 from headrace.routing.drafts import check as draft_check
 from headrace.routing.drafts.features import FEATURES
+from headrace.routing.drafts.rules import CascadeRules
 
 checker = draft_check.load()
 
@@ -84,7 +84,7 @@ def test_code_that_does_not_parse_is_not_good_enough() -> None:
     def sure(draft: str) -> float:
         return good(draft, prompt=prompt, logprobs=[-0.01] * 20)
 
-    assert sure(whole.replace("(x):", "(x:")) < CascadeRules().release < sure(whole)
+    assert sure(whole.replace("(x):", "(x:")) < CascadeRules().min_quality < sure(whole)
 
 
 @pytest.mark.parametrize("logprobs", [None, [-0.1] * 30])

@@ -1,1 +1,1 @@
-"""Answers one request: the journey of the request, the cascade, attempts at batchers, checks of their replies."""
+"""Answers one request: its journey, the cascade, attempts at batchers, and checks of their replies."""

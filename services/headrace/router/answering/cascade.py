@@ -1,9 +1,9 @@
 """Hold back the answer of a smaller tier as a draft, check it, and escalate to a larger tier if necessary.
 
 The caller receives one answer: `accepted` names the tier whose text is released, and released text is never
-replaced. `Cascaded` decides which answers are held back and which drafts are released, and `attempts` forwards
-the request. A sample is a second answer of the same tier, to compare a draft with; a draft is checked without
-it if it fails.
+replaced. `Cascaded` decides which answers are held back and which drafts are released, and `attempts`
+forwards the request. A sample is a second answer of the same tier, to compare a draft with. If it fails, the
+draft is checked without it.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ async def cascade(
     rejected   tiers whose drafts were rejected: a larger tier answers
 
     A draft that fails is escalated too, unless it was lost with workers or batchers. A lost draft ends as it
-    would without a cascade, or the draft of a smaller tier is released. If no larger tier accepts the request,
-    the draft is released although it was rejected. Raises the error of the last tier.
+    would without a cascade, or the draft of a smaller tier is released. If no larger tier accepts the
+    request, the draft is released although it was rejected. Raises the error of the last tier.
     """
     async with aclosing(across_tiers(routed, rejected)) as responses:
         draft = Draft()
@@ -183,7 +183,7 @@ async def _check(
 
 
 def _add_waste(response: pb.GenerateResponse, tokens: int) -> None:
-    """Add *tokens* that the caller does not get to the usage of an answer, if *response* is its last event."""
+    """Add *tokens* that the caller does not get to the answer's usage, if *response* is its last event."""
     if response.HasField("finish"):
         usage = response.finish.usage
         usage.wasted_tokens = replies.total([usage.wasted_tokens, tokens])

@@ -177,6 +177,5 @@ def repeated_prompt_tokens(finish: pb.Finish) -> int:
     return max(min(processed, MAX_TOKENS) - finish.usage.prompt_tokens, 0)
 
 
-
 def _plausible(nanoseconds: int) -> bool:
     return 0 <= nanoseconds <= _MAX_NANOSECONDS

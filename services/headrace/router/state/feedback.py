@@ -140,7 +140,7 @@ class Feedback:
         return True
 
     def _row(self, request_id: str, tenant: str, answer: AnswerRecord, quality: float) -> bytes:
-        """Return the row for the file; empty without a file or a prompt, or if the file cannot hold the row."""
+        """Return the row for the file; empty without a file or prompt, or if it is too long for the file."""
         if self._path is None or not answer.prompt:
             return b""
         row = {
@@ -192,8 +192,7 @@ def _check_rated(request_id: str, tier: str, answer: AnswerRecord) -> None:
     """Raise InvalidRequest if another tier gave the answer, or if several answers have this id."""
     if tier != answer.tier:
         raise errors.InvalidRequest(
-            f"tier {quoted(tier)} did not answer request {quoted(request_id)}, "
-            f"{answer.tier!r} did",
+            f"tier {quoted(tier)} did not answer request {quoted(request_id)}, {answer.tier!r} did",
             field="tier",
         )
     if answer.ambiguous:

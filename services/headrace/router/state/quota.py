@@ -1,4 +1,4 @@
-"""Limit how much each tenant does in a period, with one token bucket per tenant. The caller passes the time."""
+"""Limit how much each tenant does in a period, with a token bucket each. The caller passes the time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ class Quota:
     def __init__(self, most: float, seconds: float, *, tenants: int = 10_000) -> None:
         self._most = most
         self._per_second = most / seconds
-        self._left: TenantMemory[tuple[float, float]] = TenantMemory(tenants)  # amount and its time, by tenant
+        self._left: TenantMemory[tuple[float, float]] = TenantMemory(
+            tenants
+        )  # amount and its time, by tenant
 
     def wait(self, tenant: str, amount: float, now: float) -> float:
         """Return the seconds until the tenant may take *amount*; 0 if it may now.

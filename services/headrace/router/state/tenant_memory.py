@@ -82,7 +82,6 @@ class TenantMemory(Generic[T]):
         return len(holding.values) / self._limit + holding.weight / self._max_weight
 
 
-
 class _Holding(Generic[T]):
     """One tenant's values, oldest first, each with its weight."""
 

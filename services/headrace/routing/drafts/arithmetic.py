@@ -112,7 +112,7 @@ class _Written:
 
 
 def plain(text: str) -> str:
-    """Convert the LaTeX of arithmetic to plain signs; drop calculator marks, currency signs and bold marks."""
+    """Convert LaTeX of arithmetic to plain signs; drop calculator marks, currency signs and bold marks."""
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = _BOLD.sub(r" \1 ", _CALCULATOR.sub("", text))
@@ -152,7 +152,7 @@ def equations(text: str) -> list[Equation]:
 
 
 def _readings(side: str) -> list[Fraction]:
-    """Return the possible values of the arithmetic at the end of *side*: a leading dash may be a sign or not."""
+    """Return the possible values of the arithmetic at the end of *side*: a leading dash may be a sign."""
     dash = _DASH.match(side)
     readings = [_evaluated(side[dash.end() :]), _evaluated(side)] if dash else [_evaluated(side)]
     return [value for value in readings if value is not None]

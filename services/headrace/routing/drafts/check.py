@@ -2,8 +2,8 @@
 
 The check reads prompt and draft, and the log-probabilities of the draft's tokens if the engine reports them.
 It finds wrong arithmetic, answers that are cut off, refuse, hedge, contradict or repeat themselves, unused
-facts of the question, and code that does not parse. It does not depend on tiers or prices: `rules.py` compares
-`Check.good` with the configured minimum.
+facts of the question, and code that does not parse. It does not depend on tiers or prices: `rules.py`
+compares `Check.good` with the configured minimum.
 
 The model is a sum of log-odds, so that every verdict can be explained. The weights are in a JSON file, one
 set for each kind of evidence: findings in the text count for less if the model's own certainty is known too.

@@ -146,7 +146,7 @@ def measure(
     logprobs: Sequence[float] | None,
     samples: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Return the strength of every finding, 0 to 1; see `FEATURES`, and `DraftChecker.check` for arguments."""
+    """Return the strength of every finding, 0 to 1. The arguments are those of `DraftChecker.check`."""
     prompt, whole = prompt[-_MAX_CHARACTERS:], draft.strip()
     draft, samples = whole[:_MAX_CHARACTERS], [sample[:_MAX_CHARACTERS] for sample in samples]
     found = dict.fromkeys(FEATURES, 0.0)
@@ -243,7 +243,7 @@ def _concludes(draft: str) -> bool:
 
 
 def _unsupported(answer: float, results: Sequence[float]) -> float:
-    """Return 1 if the answer is none of the computed results, 0.4 if it is not one of the last two, else 0."""
+    """Return 1 if the answer is none of the computed results, 0.4 if none of the last two, else 0."""
     if not results:
         return 0.0
     near = [abs(answer - result) <= 0.01 * max(abs(answer), abs(result)) + 1e-9 for result in results]
