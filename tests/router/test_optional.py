@@ -1,4 +1,4 @@
-"""What helps a request never fails it, whatever it raises, and the log does not quote the request."""
+"""An optional step never fails a request, whatever it raises, and the log does not quote the request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from headrace.routing.scorer import LearnedScorer
 from headrace.routing.share import ShareKeeper
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, Answer, collect
-from tests.router.answering.test_cascade import BAD, CASCADE, GOOD, QUESTION, SAMPLED, SUM, Speaker
+from tests.router.drafts import BAD, CASCADE, GOOD, QUESTION, SAMPLED, SUM, TextBatcher
 from tests.router.fake_batchers import FakeBatcher, routed
 from tests.router.state.test_thresholds import calibrated, threshold_of, until_threshold
 
@@ -35,7 +35,7 @@ SECRET = "Calculate --3 + 5, and keep it secret"
 async def answered_without(
     monkeypatch: pytest.MonkeyPatch, where: object, name: str, share: str = ""
 ) -> Answer:
-    """The answer to a prompt of a session, judged with a sample, while *name* of *where* raises."""
+    """Return the answer to a prompt of a session, checked with a sample, while *name* of *where* raises."""
 
     def broken(*_: object, **__: object) -> None:
         raise ValueError(f"could not convert string to float: {SECRET!r}")
@@ -45,7 +45,7 @@ async def answered_without(
     settings = {**SAMPLED, "share": share}
     if share:
         settings["thresholds"] = ""
-    async with routed(settings, small=Speaker(sample=GOOD), large=Speaker()) as client:
+    async with routed(settings, small=TextBatcher(sample=GOOD), large=TextBatcher()) as client:
         monkeypatch.setattr(where, name, broken)
         for _ in range(2):
             answer = await collect(client, request)
@@ -74,7 +74,7 @@ async def answered_without(
         (ShareKeeper, "thresholds"),
     ],
 )
-async def test_a_helper_that_fails_fails_no_request(
+async def test_an_optional_step_that_fails_fails_no_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: object, name: str
 ) -> None:
     answer = await answered_without(monkeypatch, where, name, share="0.3" if where is ShareKeeper else "")
@@ -84,7 +84,7 @@ async def test_a_helper_that_fails_fails_no_request(
     assert "secret" not in caplog.text
 
 
-async def test_a_sample_that_cannot_be_asked_for_is_done_without(
+async def test_a_draft_is_checked_without_a_sample_that_cannot_be_requested(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer = await answered_without(monkeypatch, cascade, "sample_request")
@@ -93,7 +93,7 @@ async def test_a_sample_that_cannot_be_asked_for_is_done_without(
     assert "optional step failed" in caplog.text
 
 
-async def test_a_draft_that_cannot_be_judged_is_released_as_without_a_judge(
+async def test_a_draft_that_cannot_be_checked_is_released(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, count: Callable[..., float]
 ) -> None:
     before = count("headrace.drafts", outcome="unjudged")
@@ -116,8 +116,8 @@ async def test_requests_without_a_score_do_not_move_the_shares(monkeypatch: pyte
         raise ValueError("no score")
 
     settings = {**CASCADE, "share": "0.3", "thresholds": ""}
-    small = Speaker(text=GOOD)
-    async with routed(settings, small=small, large=Speaker()) as client:
+    small = TextBatcher(text=GOOD)
+    async with routed(settings, small=small, large=TextBatcher()) as client:
         for text in ("Hello!", QUESTION, SUM, "Prove that the square root of 2 is irrational."):
             await collect(client, chat(text))
         before = await threshold_of(client)
@@ -126,7 +126,7 @@ async def test_requests_without_a_score_do_not_move_the_shares(monkeypatch: pyte
             patched.setattr(LearnedScorer, "score", broken)
             answers = [await collect(client, chat(QUESTION)) for _ in range(8)]
 
-        assert {answer.accepted.tier for answer in answers} == {"large"}, "their drafts were given up"
+        assert {answer.accepted.tier for answer in answers} == {"large"}, "their drafts were discarded"
         assert await threshold_of(client) == before
 
 
@@ -134,14 +134,16 @@ async def test_requests_without_a_score_do_not_move_the_shares(monkeypatch: pyte
 @pytest.mark.parametrize(
     "draft", ["= -\u00a05", "3 + 5 = -\u00a08. The answer is --8.", "-$-5", "4 = −\u20095"]
 )
-async def test_signs_that_nobody_can_read_fail_no_request(prompt: str, draft: str) -> None:
-    async with routed(SAMPLED, small=Speaker(text=draft, sample=draft), large=Speaker(text=draft)) as client:
+async def test_ambiguous_signs_fail_no_request(prompt: str, draft: str) -> None:
+    async with routed(
+        SAMPLED, small=TextBatcher(text=draft, sample=draft), large=TextBatcher(text=draft)
+    ) as client:
         answer = await collect(client, chat(prompt))
 
     assert answer.text == draft
 
 
-async def test_a_calibration_that_cannot_be_read_ends_no_router(
+async def test_a_calibration_that_cannot_be_read_does_not_stop_the_router(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "calibration.json"
@@ -165,7 +167,7 @@ async def test_a_calibration_that_cannot_be_read_ends_no_router(
     assert answer.finish.reason == pb.FINISH_REASON_STOP
 
 
-async def test_a_request_that_is_cancelled_is_not_taken_for_a_helper_that_failed() -> None:
+async def test_cancellation_is_not_caught_as_a_failed_step() -> None:
     async def helped() -> None:
         with optional("helper"):
             await asyncio.sleep(PATIENCE)

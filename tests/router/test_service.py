@@ -1,4 +1,4 @@
-"""The router in front of batchers that fail: what it hides, and what it says when it cannot."""
+"""The router in front of batchers that refuse: which tier is tried next, and which error is returned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.harness import collect
 from tests.router.fake_batchers import FakeBatcher, routed
 
 
-async def test_a_tier_that_refuses_before_accepting_is_replaced_unseen() -> None:
+async def test_a_tier_that_refuses_the_request_is_replaced_by_another() -> None:
     small, large = FakeBatcher(refuses="broken"), FakeBatcher()
     async with routed(small=small, large=large) as client:
         answer = await collect(client, chat("Hi!"))
@@ -22,7 +22,7 @@ async def test_a_tier_that_refuses_before_accepting_is_replaced_unseen() -> None
     assert small.requests[0].request_id == large.requests[0].request_id
 
 
-async def test_without_leave_to_move_the_caller_hears_that_nobody_serves() -> None:
+async def test_without_escalation_the_caller_gets_the_error_of_the_tier() -> None:
     small, large = FakeBatcher(refuses="broken"), FakeBatcher()
     async with routed(small=small, large=large) as client:
         request = chat("Hi!")
@@ -34,14 +34,14 @@ async def test_without_leave_to_move_the_caller_hears_that_nobody_serves() -> No
     assert large.requests == []
 
 
-async def test_when_every_tier_refuses_the_last_one_is_named() -> None:
+async def test_if_every_tier_refuses_the_error_names_the_last_one() -> None:
     async with routed(small=FakeBatcher(refuses="broken"), large=FakeBatcher(refuses="broken")) as client:
         with pytest.raises(errors.NoWorkers, match="'large' cannot be reached"):
             await collect(client, chat("Hi!"))
 
 
-async def test_a_tier_that_was_there_a_moment_ago_is_waited_for() -> None:
-    """As in a rolling restart: the last batcher drains before the router has seen that the first is back."""
+async def test_a_request_waits_for_a_tier_that_was_healthy_recently() -> None:
+    """As in a rolling restart: the last batcher drains before the router has polled the first new one."""
     only = FakeBatcher(refuses=errors.Draining("going"), refusals=3)
     async with routed({"tier_wait_seconds": 60, "poll_seconds": 0.05}, only=only) as client:
         answer = await collect(client, chat("Hi!"))
@@ -50,7 +50,7 @@ async def test_a_tier_that_was_there_a_moment_ago_is_waited_for() -> None:
     assert len({request.request_id for request in only.requests}) == 1
 
 
-async def test_a_tier_that_is_full_is_not_waited_for() -> None:
+async def test_a_request_does_not_wait_for_a_full_tier() -> None:
     only = FakeBatcher(refuses=errors.Overloaded("full", retry_after=1.0))
     async with routed({"tier_wait_seconds": 60}, only=only) as client:
         with pytest.raises(errors.Overloaded):
@@ -59,7 +59,7 @@ async def test_a_tier_that_is_full_is_not_waited_for() -> None:
     assert len(only.requests) == 1
 
 
-async def test_a_tier_that_was_never_there_is_not_waited_for() -> None:
+async def test_a_request_does_not_wait_for_a_tier_that_was_never_healthy() -> None:
     request = chat("Hi!")
     request.routing.tier = "small"
     async with routed(
@@ -69,7 +69,7 @@ async def test_a_tier_that_was_never_there_is_not_waited_for() -> None:
             await collect(client, request)
 
 
-async def test_a_prompt_too_long_for_one_tier_goes_to_another() -> None:
+async def test_a_prompt_that_is_too_long_for_one_tier_goes_to_another() -> None:
     small = FakeBatcher(refuses=errors.ContextTooLong("5,000 tokens do not fit 4,096", field="input"))
     large = FakeBatcher()
     async with routed(small=small, large=large) as client:
@@ -83,7 +83,7 @@ async def test_a_prompt_too_long_for_one_tier_goes_to_another() -> None:
     assert len(large.requests) == 1
 
 
-async def test_that_a_tier_is_full_is_better_advice_than_that_another_ones_context_is_short() -> None:
+async def test_a_full_tier_is_reported_before_a_tier_with_too_short_a_context() -> None:
     short = errors.ContextTooLong("5,000 tokens do not fit 4,096", field="input")
     full = errors.Overloaded("full", retry_after=1.0)
     for first, second in ((short, full), (full, short)):

@@ -1,4 +1,4 @@
-"""Conversations keep the tier that they have reached, and are forgotten in the end."""
+"""Conversations keep the tier that they have reached, for a limited time and in limited number."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_flood_of_tenants_takes_from_those_that_hold_most_first() -> None:
     assert all(conversations.reached(f"tenant {place}", "talk", 1.0) for place in range(90))
 
 
-def test_those_used_longest_ago_are_forgotten_first() -> None:
+def test_the_least_recently_used_are_forgotten_first() -> None:
     conversations = Conversations(limit=2)
     for place, name in enumerate(["a", "b", "a", "c"]):
         conversations.record("", name, "small", place)

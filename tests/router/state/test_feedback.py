@@ -1,4 +1,4 @@
-"""Only the tenant that asked rates an answer, once, and no tenant takes another one's place."""
+"""Only the tenant of a request rates its answer, once, and no tenant displaces another's answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def test_two_tenants_that_use_one_request_id_rate_their_own_answers(tmp_pa
     assert (first["tenant"], first["prompt"], first["small_ok"]) == ("A", "of A", 1.0)
     assert (second["tenant"], second["prompt"], second["small_ok"]) == ("B", "of B", 0.0)
     assert first["id"] == second["id"] == "q1"
-    assert first["answer"] != second["answer"], "an id of the server's own tells them apart"
+    assert first["answer"] != second["answer"], "the server's own ids differ"
 
 
 @pytest.mark.parametrize("tenant", ["", "B"])
@@ -60,7 +60,9 @@ async def test_nobody_rates_what_another_tenant_asked(tmp_path: Path, tenant: st
             await client.feedback("q2", ok=False, tenant=tenant)
 
     assert rows(path) == []
-    assert others.value.message == none.value.message.replace("q2", "q1"), "nor learns that it was asked"
+    assert others.value.message == none.value.message.replace("q2", "q1"), (
+        "the error does not reveal that the request exists"
+    )
 
 
 async def test_a_caller_without_a_tenant_rates_by_its_request_id_alone(tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ async def test_a_caller_without_a_tenant_rates_by_its_request_id_alone(tmp_path:
 
 
 async def test_of_two_prompts_without_a_tenant_under_one_id_none_is_rated(tmp_path: Path) -> None:
-    """They may be two callers', and a verdict beside the wrong prompt teaches what is wrong."""
+    """They may belong to two callers, and an outcome for the wrong prompt would be wrong training data."""
     path = tmp_path / "feedback.jsonl"
     async with routed({"feedback": path}, small=FakeBatcher(), large=FakeBatcher()) as client:
         for text in ("of one", "of another", "of another"):
@@ -184,7 +186,7 @@ async def test_no_tenants_answers_are_forgotten_for_anothers(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("field", ["request_id", "tier", "tenant"])
-async def test_names_of_any_length_are_refused_shortly(field: str) -> None:
+async def test_long_names_are_rejected_with_short_messages(field: str) -> None:
     given = {"request_id": "q1", "tier": "small", "tenant": ""} | {field: "x" * 1_000_000}
     async with routed(small=FakeBatcher(), large=FakeBatcher()) as client:
         with pytest.raises(errors.InvalidRequest, match=f"{field} has 1000000 characters") as caught:
@@ -200,7 +202,7 @@ async def test_names_of_any_length_are_refused_shortly(field: str) -> None:
     limit=st.integers(1, 8),
     most=st.integers(5, 20),
 )
-def test_a_memory_keeps_its_bounds_and_the_tenant_that_holds_most_pays(
+def test_a_tenant_memory_keeps_its_limits_and_the_tenant_with_the_most_loses(
     puts: list[tuple[str, str, int]], limit: int, most: int
 ) -> None:
     memory: TenantMemory[int] = TenantMemory(limit, weight=most)
@@ -231,7 +233,7 @@ def test_a_memory_keeps_its_bounds_and_the_tenant_that_holds_most_pays(
     most=st.integers(1, 10),
     seconds=st.floats(1, 60),
 )
-def test_a_quota_lets_through_what_it_says_and_its_delay_suffices(
+def test_a_quota_allows_its_rate_and_its_delay_suffices(
     takes: list[tuple[float, int]], most: int, seconds: float
 ) -> None:
     quota, now, taken = Quota(most, seconds), 0.0, 0.0
@@ -244,4 +246,4 @@ def test_a_quota_lets_through_what_it_says_and_its_delay_suffices(
         taken += min(amount, most)
 
         assert taken <= most + now * most / seconds + 1e-6
-        assert quota.wait("b", most, now) == 0, "others have their own"
+        assert quota.wait("b", most, now) == 0, "other tenants have their own"

@@ -1,4 +1,4 @@
-"""What the router remembers: calibrations, conversations, shares, and what callers say of their answers."""
+"""The state that the router keeps: calibrations, shares, conversations and feedback."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ async def test_a_calibration_is_read_again_when_it_changes_and_a_bad_one_changes
         await until_threshold(client, 0.5)
 
 
-async def test_with_a_share_a_calibration_that_changes_takes_effect_and_the_log_says_which(
+async def test_with_a_share_a_changed_calibration_takes_effect_and_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The scores that it was made from replace those that the thresholds were quantiles of."""
+    """The scores of the calibration replace the recent scores."""
     caplog.set_level("INFO")
     path = tmp_path / "calibration.json"
     low = replace(calibrated(0.5), quantiles=tuple(place / 1000 for place in range(101)))
@@ -108,7 +108,7 @@ async def test_with_a_share_a_calibration_that_changes_takes_effect_and_the_log_
 
 
 @pytest.mark.parametrize("beside", [{"share": "0.3"}, {"calibration": True}])
-async def test_thresholds_that_are_not_used_are_named_at_the_start(
+async def test_ignored_thresholds_are_logged_at_the_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, beside: dict[str, Any]
 ) -> None:
     path = tmp_path / "calibration.json"
@@ -133,14 +133,14 @@ async def test_thresholds_that_are_not_used_are_named_at_the_start(
         {"quantiles": (0.5,) * 20_000},
     ],
 )
-def test_scores_that_are_none_make_no_calibration(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_a_calibration_with_invalid_scores_is_rejected(tmp_path: Path, wrong: dict[str, Any]) -> None:
     path = tmp_path / "calibration.json"
     calibration.save(replace(calibrated(0.5), **wrong), path)
     with pytest.raises(calibration.BadCalibration, match="quantiles"):
         calibration.load(path)
 
 
-def test_a_calibration_is_no_pipe_that_a_router_would_wait_for(tmp_path: Path) -> None:
+def test_a_pipe_is_rejected_as_a_calibration(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     big = tmp_path / "big"
@@ -159,7 +159,7 @@ def test_a_calibration_is_no_pipe_that_a_router_would_wait_for(tmp_path: Path) -
         (None, "cannot be read"),
     ],
 )
-async def test_a_router_does_not_start_with_a_calibration_that_it_cannot_use(
+async def test_a_router_does_not_start_with_an_unusable_calibration(
     tmp_path: Path, made: Calibration | None, complaint: str
 ) -> None:
     path = tmp_path / "calibration.json"
@@ -171,14 +171,14 @@ async def test_a_router_does_not_start_with_a_calibration_that_it_cannot_use(
             pass
 
 
-async def test_a_router_does_not_start_with_a_scorer_that_it_cannot_use(tmp_path: Path) -> None:
+async def test_a_router_does_not_start_with_an_unusable_scorer(tmp_path: Path) -> None:
     settings = Settings(port=0, tiers="small=127.0.0.1:1", scorer=tmp_path / "none.json")
     with pytest.raises(StartFailed, match="none"):
         async with router(settings):
             pass
 
 
-async def test_a_share_is_held_on_traffic_that_all_scores_alike() -> None:
+async def test_a_share_is_kept_on_traffic_with_equal_scores() -> None:
     small, large = FakeBatcher(), FakeBatcher()
     async with routed({"share": "0.3"}, small=small, large=large) as client:
         for _ in range(60):
@@ -191,7 +191,7 @@ async def test_a_share_is_held_on_traffic_that_all_scores_alike() -> None:
     assert len(small.requests) + len(large.requests) == 61
 
 
-async def test_a_conversation_moves_only_up() -> None:
+async def test_a_conversation_moves_only_to_larger_tiers() -> None:
     def said(text: str, session: str, tenant: str = "") -> pb.GenerateRequest:
         request = chat(text)
         request.routing.session_id = session
@@ -211,7 +211,7 @@ async def test_a_conversation_moves_only_up() -> None:
     assert other.tier == "small"
 
 
-async def test_an_idle_conversation_begins_anew() -> None:
+async def test_an_idle_conversation_starts_again() -> None:
     request = chat(HARD)
     request.routing.session_id = "a"
     again = chat(EASY)
@@ -222,7 +222,9 @@ async def test_an_idle_conversation_begins_anew() -> None:
         assert (await client.explain(again)).tier == "small"
 
 
-async def test_feedback_joins_prompt_and_outcome_on_disk(tmp_path: Path, count: Callable[..., float]) -> None:
+async def test_feedback_writes_prompt_and_outcome_to_the_file(
+    tmp_path: Path, count: Callable[..., float]
+) -> None:
     before = count("headrace.feedback", tier="small", outcome="good")
     path = tmp_path / "feedback.jsonl"
     settings = {"feedback": path, "thresholds": "0.4"}
@@ -246,11 +248,11 @@ async def test_feedback_joins_prompt_and_outcome_on_disk(tmp_path: Path, count: 
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [EASY, HARD]
     assert (rows[0]["small_ok"], rows[1]["large_ok"]) == (1.0, 0.25)
-    assert path.stat().st_mode & 0o077 == 0, "prompts are for the owner of the file alone"
+    assert path.stat().st_mode & 0o077 == 0, "only the owner may read prompts"
     assert count("headrace.feedback", tier="small", outcome="good") == before + 1
 
 
-async def test_without_a_file_no_prompt_is_kept_anywhere() -> None:
+async def test_without_a_file_no_prompt_is_stored() -> None:
     async with routed(small=FakeBatcher(), large=FakeBatcher()) as client:
         answer = await collect(client, chat(EASY))
         said = await client.feedback(answer.accepted.request_id, ok=False)
@@ -261,7 +263,7 @@ async def test_without_a_file_no_prompt_is_kept_anywhere() -> None:
     assert feedback.recall("a").prompt == ""
 
 
-async def test_the_file_of_feedback_is_bounded(tmp_path: Path) -> None:
+async def test_the_feedback_file_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     feedback = Feedback(path, max_bytes=1000, remembered=3)
     for place in range(50):
@@ -275,7 +277,7 @@ async def test_the_file_of_feedback_is_bounded(tmp_path: Path) -> None:
         feedback.recall("46")
 
 
-async def test_prompts_that_are_remembered_are_bounded_together(tmp_path: Path) -> None:
+async def test_the_total_size_of_stored_prompts_is_bounded(tmp_path: Path) -> None:
     feedback = Feedback(tmp_path / "feedback.jsonl", max_bytes=1000)
     for place in range(5):
         feedback.remember(str(place), AnswerRecord("small", 0.5, "x" * 400))
@@ -284,14 +286,12 @@ async def test_prompts_that_are_remembered_are_bounded_together(tmp_path: Path) 
 
     assert feedback.recall("3").prompt == "x" * 400
     assert await feedback.rate("3", "small", 1.0)
-    assert not await feedback.rate("huge", "small", 1.0), "no file holds it"
+    assert not await feedback.rate("huge", "small", 1.0), "it is too long for the file"
     with pytest.raises(errors.UnknownRequest):
         feedback.recall("2")
 
 
-async def test_a_disk_that_is_full_leaves_no_half_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_disk_leaves_no_partial_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "feedback.jsonl"
     async with routed({"feedback": path}, small=FakeBatcher(), large=FakeBatcher()) as client:
         first, id = [(await collect(client, chat(EASY))).accepted.request_id for _ in range(2)]
@@ -308,7 +308,7 @@ async def test_a_disk_that_is_full_leaves_no_half_row(
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
 
 
-async def test_rows_are_written_one_by_one_though_a_caller_leaves(
+async def test_rows_are_written_one_by_one_even_if_a_caller_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feedback = Feedback(tmp_path / "feedback.jsonl")
@@ -354,8 +354,8 @@ async def test_prices_and_bills_are_listed() -> None:
     assert listed.bill.largest_tier_cost == pytest.approx(3 * len(EASY) * 20 / 1e6)
 
 
-async def test_a_feedback_file_that_cannot_be_written_ends_the_start(tmp_path: Path) -> None:
-    """Not the first outcome that somebody tells."""
+async def test_a_router_does_not_start_with_an_unwritable_feedback_file(tmp_path: Path) -> None:
+    """Otherwise the first report of an outcome would fail."""
     nowhere = tmp_path / "nowhere" / "feedback.jsonl"
 
     with pytest.raises(StartFailed, match=f"{nowhere} cannot be written: No such file"):

@@ -1,4 +1,4 @@
-"""How long an answer would take is what the last ones took."""
+"""The expected time of an answer follows the recent answers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def test_the_pace_is_that_of_the_last_answers() -> None:
     assert pace.answer_seconds(None, now=0) == pytest.approx(1.1, abs=0.01)
 
 
-def test_only_new_tokens_over_new_time_teach() -> None:
-    """An answer of 100 tokens of which 98 came with the request took its time for two."""
+def test_only_new_tokens_count() -> None:
+    """An answer of 100 tokens, 98 of which came with the request, took its time for two tokens."""
     pace = TierPace()
     pace.record(0, first_seconds=0.5, decode_seconds=0.111, tokens=100, timed_tokens=2)
 
     assert pace.answer_seconds(None, now=0) == pytest.approx(0.5 + 0.111 * 100)
 
 
-def test_an_answer_that_brought_nothing_new_teaches_nothing() -> None:
+def test_an_answer_without_new_tokens_does_not_count() -> None:
     pace = TierPace()
     pace.record(0, first_seconds=0.0, decode_seconds=0.0, tokens=100, timed_tokens=0)
 
     assert pace.answer_seconds(None, now=0) == 0
 
 
-def test_an_answer_of_one_token_does_not_say_how_fast_others_follow() -> None:
+def test_an_answer_of_one_token_does_not_change_the_decode_speed() -> None:
     pace = TierPace()
     pace.record(0, first_seconds=0.1, decode_seconds=0.0, tokens=1)
     for _ in range(50):
@@ -47,7 +47,7 @@ def test_an_answer_of_one_token_does_not_say_how_fast_others_follow() -> None:
 
 
 def test_a_tier_that_was_slow_is_tried_again_after_a_while() -> None:
-    """Or it would never be chosen, and nobody would learn that it is quick again."""
+    """Otherwise it would never be chosen, and the router could not measure that it is fast again."""
     pace = TierPace()
     pace.record(0, first_seconds=60.0, decode_seconds=0.0, tokens=1)
 
