@@ -1,8 +1,8 @@
-"""Make questions with checkable answers from templates: what the check of drafts is fitted and measured on.
+"""Make questions with checkable answers from templates, to fit and measure the draft check.
 
-Eleven families of graded difficulty teach; those of `HELD_OUT`, several steps of everyday arithmetic told as
-a story, only measure. Everything is drawn from a seed. Questions that resemble one of `questions.jsonl`, the
-live evaluation's, are left out.
+The check is fitted to eleven families of graded difficulty. The families of `HELD_OUT`, arithmetic stories of
+several steps, only measure it. Everything is drawn from a seed. Questions that resemble one of
+`questions.jsonl`, which the live evaluation uses, are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STEPS = (
 
 
 def questions(per_family: int = 70, word_problems: int = 120, seed: int = 1) -> list[Question]:
-    """The same questions for the same arguments, shuffled, so that any beginning of them is a fair part."""
+    """Return questions, shuffled, so that any prefix is a fair sample; the same for the same arguments."""
     live = [(_words(question.prompt), question.answers) for question in load()]
     made: list[Question] = []
     for family, makers in _FAMILIES.items():
@@ -244,7 +244,7 @@ def _clock(draw: random.Random) -> _Made:
     return asked + close, "text", [f"{total // 60}:{total % 60:02}"]
 
 
-# What one knows or does not.
+# Facts.
 
 
 def _fact(draw: random.Random) -> _Made:
