@@ -180,7 +180,7 @@ def measure(
 
 def _form(prompt: str, draft: str) -> dict[str, float]:
     """Return the findings that apply to any answer."""
-    asked, said = len(prompt.split()), len(draft.split())
+    asked, answered = len(prompt.split()), len(draft.split())
     refusals = len(_REFUSAL.findall(draft))
     topics = {word.lower()[:6] for word in _WORD.findall(prompt)}
     spoken = {word.lower()[:6] for word in _WORD.findall(draft)}
@@ -190,9 +190,9 @@ def _form(prompt: str, draft: str) -> dict[str, float]:
         "hedging": min(len(_HEDGING.findall(draft)), 3) / 3,
         "second_thoughts": min(len(_SECOND_THOUGHTS.findall(draft)), 2) / 2,
         "long_question": _between(math.log(max(asked, 1)), math.log(20), math.log(120)),
-        "long_draft": _between(math.log((said + 1) / (asked + 20)), math.log(1.0), math.log(6.0)),
+        "long_draft": _between(math.log((answered + 1) / (asked + 20)), math.log(1.0), math.log(6.0)),
         "repetition": _repetition(draft),
-        "off_topic": 1.0 if len(topics) >= 8 and said >= 20 and not topics & spoken else 0.0,
+        "off_topic": 1.0 if len(topics) >= 8 and answered >= 20 and not topics & spoken else 0.0,
     }
 
 
@@ -289,7 +289,7 @@ def _looks_like_code(draft: str) -> bool:
 
 
 def _broken_code(draft: str) -> float:
-    """Return 1 if a block that is, or looks like, Python does not parse."""
+    """Return 1 if a block of Python code does not parse, or of code that seems to be Python."""
 
     blocks = [(language.lower(), body) for language, body in _FENCE.findall(draft)]
     if not blocks and re.match(r"\s*(?:def|class|import|from)\s", draft):
