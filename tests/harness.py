@@ -42,7 +42,7 @@ class TierParts:
             "live": len(self.batcher.coalescer.live),
             "flights": sum(link.outstanding for link in pool),
             "handles": sum(len(link.flights.jobs()) for link in pool),
-            "batcher requests": self.batcher.server.activity.in_flight,
+            "batcher requests": self.batcher.server.requests.in_flight,
             "worker sequences": self.worker.sessions.live,
             "kv tokens": load.kv_tokens_total - load.kv_tokens_free,
         }

@@ -9,8 +9,7 @@
     ├── Overloaded              retry after the delay
     │   └── Shed  SlowReader  Busy  FeedbackQuota
     ├── DeadlineExceeded
-    │   ├── DeadlineInQueue  DeadlineInDecode
-    │   └── Unattainable        DeadlineUnattainable
+    │   └── DeadlineInQueue  DeadlineInDecode  TtftUnattainable  DeadlineUnattainable
     ├── RequestCancelled
     ├── Unavailable             may be temporary; retry before `accepted`
     │   └── NoWorkers  WorkerLost  BatcherLost  WorkerDraining  Draining  NotReady
@@ -186,14 +185,14 @@ class DeadlineInDecode(DeadlineExceeded):
     reason = "DEADLINE_DECODE"
 
 
-class Unattainable(DeadlineExceeded):
-    """At the measured rates the first token cannot arrive before the deadline; nothing was generated."""
+class TtftUnattainable(DeadlineExceeded):
+    """The first token cannot arrive before the deadline at the current rates; nothing was generated."""
 
     reason = "TTFT_UNATTAINABLE"
 
 
-class DeadlineUnattainable(Unattainable):
-    """At the measured rates the last token cannot arrive before the deadline; nothing was generated."""
+class DeadlineUnattainable(DeadlineExceeded):
+    """The last token cannot arrive before the deadline at the current rates; nothing was generated."""
 
     reason = "DEADLINE_UNATTAINABLE"
 

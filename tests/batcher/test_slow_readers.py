@@ -180,7 +180,7 @@ async def test_a_caller_that_stops_reading_is_waited_for_without_a_worker_and_ge
                 ids += response.delta.token_ids
                 finish = response.finish
 
-    assert (seen.paused, seen.sequences[0].paused, seen.sequences[0].place) == (1, True, "")
+    assert (seen.paused, seen.sequences[0].paused, seen.sequences[0].peer) == (1, True, "")
     assert seen.sequences[0].unread == 200
     assert bytes(ids) == (b"abcdefg " * LONG)[:LONG]
     assert finish.reason == pb.FINISH_REASON_LENGTH
@@ -238,7 +238,7 @@ async def test_a_deadline_ends_a_paused_answer_before_its_patience_does() -> Non
             await eventually(lambda: coalescer.paused or not coalescer.live)
         await eventually(lambda: not coalescer.live)
         assert not coalescer.paused
-        await eventually(lambda: not tier.batcher.server.activity.in_flight)
+        await eventually(lambda: not tier.batcher.server.requests.in_flight)
         await eventually(lambda: not any(link.outstanding for link in coalescer.pool))
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 

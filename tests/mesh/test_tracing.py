@@ -30,7 +30,7 @@ from headrace.cli.mesh import MeshSpec
 from headrace.cli.mesh import mesh as processes
 from headrace.cli.otlp_sink import Span, otlp_sink, whole
 from headrace.client import chat, connect
-from headrace.runtime.sampling import LinkedRoots
+from headrace.runtime.telemetry.span_sampler import LinkedRoots
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 

@@ -4,4 +4,4 @@ It knows tiers by their names and the addresses of their batchers. Tokenizers, b
 visible to it.
 """
 
-from headrace.runtime import quiet as quiet  # before grpc is imported
+from headrace.runtime import grpc_verbosity as grpc_verbosity  # before grpc is imported

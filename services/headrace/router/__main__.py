@@ -27,10 +27,11 @@ from headrace.routing.drafts import check as draft_check
 from headrace.routing.drafts.check import DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.score import Scorer, fingerprint
-from headrace.runtime import logs, vitals
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime import process_info
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
+from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
@@ -72,8 +73,8 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
     )
-    activity = Activity()
-    admin = AdminServicer(tiers, conversations, activity)
+    requests = ActiveRequests()
+    admin = AdminServicer(tiers, conversations, requests)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
@@ -85,13 +86,13 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         asyncio.TaskGroup() as tasks,
         serving(
             register,
-            (*SERVICES, *vitals.SERVICES),
+            (*SERVICES, *process_info.SERVICES),
             host=settings.host,
             port=settings.port,
             drain_seconds=settings.drain_seconds,
             limits=settings.limits,
-            aside=frozenset({vitals.INSPECT, LIST_TIERS}),
-            activity=activity,
+            untracked=frozenset({process_info.INSPECT, LIST_TIERS}),
+            requests=requests,
             trace_context=settings.trace_context,
             ready=lambda: tiers.any_healthy,
         ) as server,

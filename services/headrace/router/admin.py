@@ -6,8 +6,8 @@ import grpc
 
 from headrace.router.state.conversations import Conversations
 from headrace.router.state.tiers import Tiers
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.process_info import process_state
+from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 
@@ -15,10 +15,10 @@ from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 class AdminServicer(AdminServiceServicer):
     """Reports the state of the router to operators."""
 
-    def __init__(self, tiers: Tiers, conversations: Conversations, activity: Activity) -> None:
+    def __init__(self, tiers: Tiers, conversations: Conversations, requests: ActiveRequests) -> None:
         self._tiers = tiers
         self._conversations = conversations
-        self._activity = activity
+        self._requests = requests
 
     async def Inspect(
         self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
@@ -31,11 +31,11 @@ class AdminServicer(AdminServiceServicer):
                     address=batcher.address,
                     ready=batcher.ready,
                     problem=batcher.reported.unhealthy_reason,
-                    live=batcher.in_flight,
+                    in_flight=batcher.in_flight,
                 )
                 for tier in self._tiers.tiers
                 for batcher in tier.batchers
             ],
             conversations=len(self._conversations),
         )
-        return admin.InspectResponse(router=state, vitals=vitals(self._activity))
+        return admin.InspectResponse(router=state, process_state=process_state(self._requests))

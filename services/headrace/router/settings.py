@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from headrace.channel import target_problem
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.tier_view import Price, even_thresholds
-from headrace.runtime.settings import ServiceSettings
+from headrace.runtime.settings import ConcurrentStreams, Port, ServiceSettings
 
 
 class Settings(ServiceSettings):
@@ -19,7 +19,7 @@ class Settings(ServiceSettings):
     Each flag can also be set as an environment variable: HEADRACE_TIERS is --tiers. Flags take precedence.
     """
 
-    port: int = Field(default=50051, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    port: Port = 50051
     tiers: str = Field(
         description="the tiers and their batchers, smallest first, such as "
         "small=127.0.0.1:50061,large=127.0.0.1:50062; several batchers of a tier are separated by +, or "
@@ -95,11 +95,7 @@ class Settings(ServiceSettings):
         description="outcomes that one tenant may report per minute, and per hour as many as fill a quarter "
         "of the file; further ones are rejected with a retry delay",
     )
-    max_concurrent_streams: int = Field(
-        default=256,
-        ge=16,
-        description="calls that one connection may have open; clients wait with what is more",
-    )
+    max_concurrent_streams: ConcurrentStreams = 256
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests without a deadline"
     )

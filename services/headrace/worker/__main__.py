@@ -16,10 +16,11 @@ from pathlib import Path
 import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
-from headrace.runtime import logs, vitals
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime import process_info
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
+from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from headrace.worker.admin import AdminServicer
@@ -53,8 +54,8 @@ async def worker(
     """
     incarnation = secrets.randbits(63)
     servicer = WorkerServicer(identity, incarnation)
-    activity = Activity()
-    inside = AdminServicer(identity, incarnation, lambda: servicer.sessions, described, activity)
+    requests = ActiveRequests()
+    inside = AdminServicer(identity, incarnation, lambda: servicer.sessions, described, requests)
 
     def register(server: grpc.aio.Server) -> None:
         add_WorkerServiceServicer_to_server(servicer, server)
@@ -62,14 +63,14 @@ async def worker(
 
     async with serving(
         register,
-        (*SERVICES, *vitals.SERVICES),
+        (*SERVICES, *process_info.SERVICES),
         host=settings.host,
         port=settings.port,
         # What the servicer hands back at the end of the drain has to be sent as well.
         drain_seconds=settings.drain_seconds + 2,
         limits=settings.limits,
-        aside=frozenset({RUN, vitals.INSPECT}),
-        activity=activity,
+        untracked=frozenset({RUN, process_info.INSPECT}),
+        requests=requests,
         trace_context=settings.trace_context,
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,

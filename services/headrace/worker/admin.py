@@ -8,8 +8,8 @@ from itertools import islice
 
 import grpc
 
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.process_info import process_state
+from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
@@ -32,13 +32,13 @@ class AdminServicer(AdminServiceServicer):
         incarnation: int,
         sessions: Callable[[], Sessions | None],
         describe: Callable[[Sessions], wire.ModelDescription],
-        activity: Activity,
+        requests: ActiveRequests,
     ) -> None:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._sessions = sessions
         self._describe = describe
-        self._activity = activity
+        self._requests = requests
 
     async def Inspect(
         self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
@@ -48,7 +48,7 @@ class AdminServicer(AdminServiceServicer):
         if (sessions := self._sessions()) is not None:
             now = time.monotonic()
             state.draining = sessions.draining
-            state.live = sessions.live
+            state.in_flight = sessions.live
             state.capacity = sessions.capacity
             state.model.CopyFrom(self._describe(sessions))
             state.load.CopyFrom(sessions.load())
@@ -59,7 +59,7 @@ class AdminServicer(AdminServiceServicer):
             flights.sort(key=lambda pair: pair[0].sequence.submitted)
             for flight, session in islice(flights, request.max_sequences or LISTED):
                 state.sequences.append(_sequence(flight, session, now))
-        return admin.InspectResponse(worker=state, vitals=vitals(self._activity))
+        return admin.InspectResponse(worker=state, process_state=process_state(self._requests))
 
 
 def _stream(session: Session, now: float) -> admin.StreamState:
@@ -81,7 +81,7 @@ def _sequence(flight: Flight, session: Session, now: float) -> admin.SequenceSta
         request_id=flight.request_id,
         attempt=flight.attempt,
         offset=sequence.answered,
-        place=session.batcher_id,
+        peer=session.batcher_id,
     )
     state.age.FromNanoseconds(max(int((now - sequence.submitted) * 1e9), 0))
     return state

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from headrace.runtime.settings import ServiceSettings, one_of
+from headrace.runtime.settings import InflightMegabytes, MessageMegabytes, Port, ServiceSettings, one_of
 from headrace.worker import cpus
 from headrace.worker.faults import FaultPlan
 
@@ -17,13 +17,9 @@ class Settings(ServiceSettings):
     Each flag may be given as a variable instead: HEADRACE_MODEL is --model. Flags win.
     """
 
-    port: int = Field(default=50053, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    max_message_megabytes: float = Field(
-        default=16.0, gt=0, le=64, description="size of the longest message of a batcher, in MiB"
-    )
-    max_inflight_megabytes: float = Field(
-        default=64.0, gt=0, description="MiB of requests in hand at the same time, Run's messages not counted"
-    )
+    port: Port = 50053
+    max_message_megabytes: MessageMegabytes = 16.0
+    max_inflight_megabytes: InflightMegabytes = 64.0
     model: str = Field(
         default="", description="what to run: a default model's name, a folder, a .gguf or a hub id"
     )

@@ -97,7 +97,7 @@ async def test_a_prompt_that_is_known_already_is_not_refused_for_the_time_it_wou
         await collect(tier.client, prompt(known, max_tokens=1))
         await eventually(lambda: link.load.prefill_tokens_per_second > 0)
 
-        with pytest.raises(errors.Unattainable, match="first token"):
+        with pytest.raises(errors.TtftUnattainable, match="first token"):
             await collect(tier.client, prompt("n" * 3500, max_tokens=1), timeout=10)
         # On a busy machine the deadline may pass all the same; what counts is that it is tried.
         with suppress(errors.DeadlineInQueue, errors.DeadlineInDecode):
@@ -282,9 +282,9 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(monkeypatch: pyt
         await collect(tier.client, prompt("m" * 500, max_tokens=1))
         await eventually(lambda: link.load.step_time.ToMilliseconds() >= 50)
 
-        with pytest.raises(errors.Unattainable, match="first token"):
+        with pytest.raises(errors.TtftUnattainable, match="first token"):
             await collect(tier.client, prompt("m" * 3500, max_tokens=1), timeout=10)
-        with pytest.raises(errors.Unattainable, match="1000 tokens"):
+        with pytest.raises(errors.TtftUnattainable, match="1000 tokens"):
             await collect(tier.client, prompt("m", max_tokens=1000, min_tokens=1000), timeout=10)
         assert (await collect(tier.client, prompt("m", max_tokens=4))).tokens == 1
 
@@ -317,8 +317,8 @@ async def test_a_look_inside_shows_queue_workers_and_sequences_on_both_sides() -
     )
     assert {sequence.request_id for sequence in seen.sequences} == {"seen"}
     assert max(sequence.offset for sequence in seen.sequences) == 3
-    assert sorted(bool(sequence.place) for sequence in seen.sequences) == [False, True, True]
-    assert (behind.live, behind.streams[0].batcher_id, behind.streams[0].sequences) == (2, "b", 2)
-    assert {sequence.place for sequence in behind.sequences} == {"b"}
+    assert sorted(bool(sequence.peer) for sequence in seen.sequences) == [False, True, True]
+    assert (behind.in_flight, behind.streams[0].batcher_id, behind.streams[0].sequences) == (2, "b", 2)
+    assert {sequence.peer for sequence in behind.sequences} == {"b"}
     assert behind.incarnation == worker.incarnation
     await asyncio.gather(*reading, return_exceptions=True)

@@ -135,7 +135,7 @@ async def test_the_error_of_a_draft_is_returned_if_no_other_tier_serves() -> Non
 
 
 async def test_a_draft_is_released_if_a_larger_tier_would_be_too_late() -> None:
-    large = TextBatcher(refuses=errors.Unattainable("the queue is longer than the deadline"))
+    large = TextBatcher(refuses=errors.TtftUnattainable("the queue is longer than the deadline"))
     async with routed(CASCADE, small=TextBatcher(text=BAD), large=large) as client:
         answer = await collect(client, chat(QUESTION))
 

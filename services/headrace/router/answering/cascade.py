@@ -275,7 +275,7 @@ async def _first(
     """Return the first event; None if there is no larger tier, or none accepts the request."""
     try:
         return await anext(responses)
-    except errors.Unattainable:
+    except (errors.TtftUnattainable, errors.DeadlineUnattainable):
         return None  # a larger tier would be too late; the draft is here
     except (errors.DeadlineExceeded, errors.RequestCancelled):
         raise

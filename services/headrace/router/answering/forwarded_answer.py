@@ -7,7 +7,7 @@ import time
 from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
-from headrace.progress import Progress, Told, route_change
+from headrace.progress import Progress, Responses, route_change
 from headrace.router.answering import replies
 from headrace.router.state.batcher_peer import BatcherPeer
 from headrace.v1 import generation_pb2 as pb
@@ -67,7 +67,7 @@ class ForwardedAnswer(Progress):
         self._peer_is_router = batcher.router
         self._replayed = len(self.ids)
 
-    def take(self, response: pb.GenerateResponse) -> Told:
+    def take(self, response: pb.GenerateResponse) -> Responses:
         """Take an event of the batcher; return the events for the caller.
 
         Raises as `Progress` does, and BatcherLost for an event that the contract does not allow here.
@@ -102,7 +102,7 @@ class ForwardedAnswer(Progress):
 
     def lose(self, why: errors.HeadraceError) -> None:
         """Record that the batcher of this attempt is lost."""
-        self.broke()
+        self.restart()
         self.lost = why
         self.losses += not isinstance(why, errors.Draining)
         self.attempts += 1
@@ -111,7 +111,7 @@ class ForwardedAnswer(Progress):
         self._last_batcher = self._batcher
         self._replayed_before += self._replayed
 
-    def _accept(self, response: pb.GenerateResponse) -> Told:
+    def _accept(self, response: pb.GenerateResponse) -> Responses:
         replies.accept(response.accepted, self._asked, self._tier)
         first = self.accept(response.accepted)
         self.accepted_here = True

@@ -9,27 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.process_info import process_state
+from headrace.runtime.serving.active_requests import ActiveRequests
 
 
 def test_tasks_and_requests_are_counted() -> None:
-    activity = Activity()
+    requests = ActiveRequests()
 
     async def counted() -> None:
-        before = vitals(activity)
+        before = process_state(requests)
         ends = asyncio.Event()
 
         async def request() -> None:
-            with activity.call():
+            with requests.track():
                 await ends.wait()
 
         tasks = [asyncio.create_task(request()) for _ in range(5)]
         await asyncio.sleep(0)
-        during = vitals(activity)
+        during = process_state(requests)
         ends.set()
         await asyncio.gather(*tasks)
-        after = vitals(activity)
+        after = process_state(requests)
 
         assert (during.tasks - before.tasks, during.requests) == (5, 5)
         assert (after.tasks, after.requests) == (before.tasks, 0)
@@ -42,13 +42,13 @@ def test_files_and_memory_are_counted(tmp_path: Path) -> None:
     """In a process of its own: in that of all tests, files of others come and go."""
     script = """
 import asyncio, sys
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.process_info import process_state
 
 async def main():
-    before = vitals(Activity())
+    before = process_state(ActiveRequests())
     handles = [open(f"{sys.argv[1]}/{number}", "w") for number in range(5)]
-    during = vitals(Activity())
+    during = process_state(ActiveRequests())
     print(during.files - before.files, during.memory_bytes)
 
 asyncio.run(main())

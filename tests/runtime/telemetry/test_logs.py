@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from headrace.runtime import logs
+from headrace.runtime.telemetry import logs
 
 
 class Log(logging.Logger):
@@ -66,10 +66,10 @@ def test_what_a_caller_chose_is_clipped_and_cannot_end_its_line() -> None:
 
     connected, refused, unexpected = log.lines()
 
-    assert len(connected["batcher"]) < 2 * logs.WORD_CHARACTERS
+    assert len(connected["batcher"]) < 2 * logs.VALUE_BYTES
     assert connected["epoch"] == 7
-    assert len(refused["message"]) < 2 * logs.WORD_CHARACTERS
-    assert len(unexpected["exc_info"]) < 2 * logs.TRACEBACK_CHARACTERS
+    assert len(refused["message"]) < 2 * logs.VALUE_BYTES
+    assert len(unexpected["exc_info"]) < 2 * logs.TRACEBACK_BYTES
     assert unexpected["exc_info"].startswith("Traceback")
     assert {line["level"] for line in (connected, refused, unexpected)} == {"INFO", "ERROR"}
 
@@ -93,7 +93,7 @@ def test_a_fault_that_grpc_reports_of_a_call_is_one_line_without_its_traceback()
     (line,) = log.lines()
 
     assert "exc_info" not in line
-    assert len(line["message"]) < 2 * logs.WORD_CHARACTERS
+    assert len(line["message"]) < 2 * logs.VALUE_BYTES
 
 
 @pytest.mark.parametrize("service", ["router", "batcher", "worker"])

@@ -1,4 +1,4 @@
-"""Give memory back to the system when a burst of long requests is over."""
+"""Return memory to the operating system after a burst of long requests."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 
 LARGE_BYTES = 128 * 1024
-RECLAIM_BYTES = 8 * 1024 * 1024  # of requests that have ended, since the last time
-RECLAIM_SECONDS = 1.0
+RECLAIM_BYTES = 8 * 1024 * 1024  # of ended requests, since the last reclaim
+RECLAIM_SECONDS = 1.0  # from then until the reclaim
 
 
-def give_back_large_blocks() -> None:
-    """Have each block of `LARGE_BYTES` and more returned to the system when it is freed.
+def return_large_blocks() -> None:
+    """Configure glibc to return each block of `LARGE_BYTES` or more to the system when it is freed.
 
-    That is glibc's way until such a block is freed for the first time; from then on it keeps them. Costs page
-    faults for each large block: for processes that hold texts, not for those that compute. Nothing happens
-    where there is no glibc.
+    By default glibc raises the threshold when such a block is freed for the first time, and keeps them from
+    then on. Each large block costs page faults: use it in processes that hold text, not in those that
+    compute. Without glibc it has no effect.
     """
     if (mallopt := _glibc("mallopt")) is not None:
         mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
         mallopt(_M_ARENA_MAX, 2)
 
 
-class Reclaim:
-    """Frees what ended requests have left: cycles, most of them of exceptions, and the allocator's pages.
+class Reclaimer:
+    """Frees what ended requests leave behind: reference cycles, most of them of exceptions, and unused pages.
 
-    Python looks for cycles by the count of objects, not by their size: a few exceptions whose frames hold
-    long prompts may stay for minutes.
+    Python starts a garbage collection by the number of objects, not by their size: a few exceptions whose
+    frames hold long prompts may stay for minutes.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Reclaim:
         self._due = False
 
     def released(self, size: int) -> None:
-        """A request of *size* bytes has ended."""
+        """Count *size* bytes of an ended request."""
         self._released += size
         if self._released >= RECLAIM_BYTES and not self._due:
             self._due = True
@@ -55,8 +55,8 @@ class Reclaim:
             trim(0)
 
 
-def keep_what_is_loaded() -> None:
-    """Leave what exists now out of later collections: modules and settings stay to the end, and are many."""
+def freeze_loaded_objects() -> None:
+    """Exclude all existing objects from later garbage collections: modules and settings are many and stay."""
     gc.collect()
     gc.freeze()
 

@@ -13,9 +13,10 @@ import pytest
 
 from headrace import errors, statuses
 from headrace.channel import open_channel
-from headrace.runtime.budget import Budget
-from headrace.runtime.interceptors import Activity, ServerInterceptor
-from headrace.runtime.limits import Limits
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.inflight import InflightBudget
+from headrace.runtime.serving.interceptor import ServerInterceptor
+from headrace.runtime.serving.limits import Limits
 
 SECONDS = 20.0
 SERVICE = "headrace.test.Stream"
@@ -24,16 +25,16 @@ Handler = Callable[[bytes, Any], Any]
 
 
 @asynccontextmanager
-async def served(handler: Handler) -> AsyncGenerator[tuple[int, Activity], None]:
+async def served(handler: Handler) -> AsyncGenerator[tuple[int, ActiveRequests], None]:
     """A server whose one streaming method is *handler*."""
-    activity = Activity()
-    server = grpc.aio.server(interceptors=[ServerInterceptor(activity, Budget(Limits()))])
+    requests = ActiveRequests()
+    server = grpc.aio.server(interceptors=[ServerInterceptor(requests, InflightBudget(Limits()))])
     method: Any = grpc.unary_stream_rpc_method_handler(handler, request_deserializer=bytes)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Go": method}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        yield port, activity
+        yield port, requests
     finally:
         await server.stop(0)
 
@@ -83,10 +84,10 @@ async def test_a_call_that_is_evicted_in_its_first_message_ends_as_draining(turn
     async def evict(task: asyncio.Task[Any]) -> None:
         for _ in range(turns):
             await asyncio.sleep(0)
-        activity.evicting = True
+        requests._evicting = True
         task.cancel()
 
-    async with served(handler) as (port, activity):
+    async with served(handler) as (port, requests):
         assert await ends(port, 20) == {"DRAINING": 20}
 
 
@@ -113,7 +114,7 @@ async def test_a_caller_that_leaves_in_mid_write_is_no_error_of_the_server(
             over.set()
             await context.write(b"second")
 
-    async with served(handler) as (port, activity):
+    async with served(handler) as (port, requests):
         async with open_channel(f"127.0.0.1:{port}") as channel:
             method: Any = channel.unary_stream(f"/{SERVICE}/Go")
             call = method(b"", timeout=SECONDS)
@@ -121,7 +122,7 @@ async def test_a_caller_that_leaves_in_mid_write_is_no_error_of_the_server(
             call.cancel()
             await asyncio.wait_for(over.wait(), SECONDS)
         async with asyncio.timeout(SECONDS):
-            while activity.in_flight:
+            while requests.in_flight:
                 await asyncio.sleep(0.01)
 
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []

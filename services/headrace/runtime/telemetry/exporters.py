@@ -1,8 +1,8 @@
-"""Decide which exporters the standard OTEL_* variables ask for, and which of them are not available.
+"""Select exporters by the standard OTEL_* variables, and report those that are not available.
 
-As https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/ says: lists of exporters
-per signal, protocols and endpoints per signal or for all. Exporters are found by entry point, as the SDK's
-own auto-configuration does. The rest (headers, sampler, intervals, limits) the SDK reads itself.
+Follows https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/: lists of exporters
+per signal, protocols and endpoints per signal or for all. Exporters are found by entry point, as in the SDK's
+own auto-configuration. The SDK reads the other variables (headers, sampler, intervals, limits) itself.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _BY_PROTOCOL = {"grpc": _GRPC, "http/protobuf": _HTTP, "http/json": _HTTP}
 
 @dataclass(frozen=True)
 class Plan:
-    """What to export one signal with.
+    """The exporters of one signal.
 
-    names      entry points of exporters, each once, in the order of the variable
-    problems   what was asked for and is not available, a line each
+    names      entry points of exporters, without duplicates, in the order of the variable
+    problems   exporters that are configured but not available, a line each
     """
 
     names: tuple[str, ...] = ()
@@ -36,15 +36,15 @@ class Plan:
 
 
 def disabled(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether OTEL_SDK_DISABLED turns telemetry off."""
+    """Return whether OTEL_SDK_DISABLED turns telemetry off."""
     return _value("OTEL_SDK_DISABLED", environment).lower() == "true"
 
 
 def plan(signal: Signal, environment: Mapping[str, str] | None = None) -> Plan:
-    """Decide on the exporters of *signal*.
+    """Select the exporters of *signal*.
 
-    Without OTEL_<SIGNAL>_EXPORTER the exporter is OTLP if an endpoint is set, else there is none. OTLP that
-    is named without an endpoint goes to OTLP's default one, on this machine.
+    Without OTEL_<SIGNAL>_EXPORTER the exporter is OTLP if an endpoint is set, otherwise none. OTLP without an
+    endpoint exports to its default endpoint on this machine.
     """
     if disabled(environment):
         return Plan()
@@ -64,32 +64,32 @@ def plan(signal: Signal, environment: Mapping[str, str] | None = None) -> Plan:
             if not name:
                 continue
         if name not in installed:
-            had = ", ".join(sorted({"otlp", "console", *installed} - {_GRPC, _HTTP}))
-            problems.append(f"{variable}: {name!r} is not installed; there are {had} and none")
+            known = ", ".join(sorted({"otlp", "console", *installed} - {_GRPC, _HTTP}))
+            problems.append(f"{variable}: {name!r} is not installed; available: {known}, none")
         elif name not in names:
             names.append(name)
     return Plan(tuple(names), tuple(problems))
 
 
-def ignored(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Variables that ask for what Headrace does not do, a line each."""
+def unsupported(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return a line for each variable that Headrace does not support."""
     if disabled(environment):
         return []
     lines = []
     if _value("OTEL_LOGS_EXPORTER", environment).lower() not in ("", "none"):
-        lines.append("OTEL_LOGS_EXPORTER: logs are not exported; they are JSON lines on standard error")
+        lines.append("OTEL_LOGS_EXPORTER: not supported; logs are JSON lines on standard error")
     lines += [
-        f"{name}: configuration files are not read; the OTEL_* variables are"
+        f"{name}: configuration files are not supported; set the OTEL_* variables"
         for name in ("OTEL_CONFIG_FILE", "OTEL_EXPERIMENTAL_CONFIG_FILE")
         if _value(name, environment)
     ]
     return lines
 
 
-def exporter(signal: Signal, name: str) -> Any:
-    """Make the exporter of a plan's name: a SpanExporter, MetricExporter or MetricReader of the SDK.
+def create(signal: Signal, name: str) -> Any:
+    """Create the exporter *name* of a plan: a SpanExporter, MetricExporter or MetricReader of the SDK.
 
-    One on this machine is reached directly, whatever proxy the environment names.
+    Endpoints on this machine are never reached through a proxy.
     """
     (point, *_) = entry_points(group=_group(signal), name=name)
     given: dict[str, Any] = {}
@@ -109,7 +109,7 @@ def _group(signal: Signal) -> str:
 
 
 def _value(name: str, environment: Mapping[str, str] | None) -> str:
-    """A variable's value; by the specification an empty one is unset."""
+    """Return a variable's value; by the specification an empty value means unset."""
     return (os.environ if environment is None else environment).get(name, "").strip()
 
 
@@ -120,24 +120,24 @@ def _endpoint(signal: Signal, environment: Mapping[str, str] | None) -> str:
 
 
 def _otlp(signal: Signal, environment: Mapping[str, str] | None) -> tuple[str, str]:
-    """The entry point of the OTLP exporter by its protocol, empty if there is none; and what is wrong."""
+    """Return the entry point of the OTLP exporter for its protocol, empty if unsupported; and the problem."""
     for variable in (f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         if protocol := _value(variable, environment).lower():
             break
     else:
-        # OTLP's port for HTTP; the specification leaves it to SDKs which protocol is their default.
+        # 4318 is OTLP's port for HTTP. The specification lets each SDK choose its default protocol.
         protocol = "http/protobuf" if re.search(r":4318(/|$)", _endpoint(signal, environment)) else "grpc"
     if protocol == "http/json":
-        return _HTTP, f"{variable}: {protocol!r} is not supported; http/protobuf is sent to the same endpoint"
+        return _HTTP, f"{variable}: {protocol!r} is not supported; using http/protobuf instead"
     if protocol not in _BY_PROTOCOL:
         return (
             "",
-            f"{variable}: {protocol!r} is not supported; grpc and http/protobuf are",
+            f"{variable}: {protocol!r} is not supported; use grpc or http/protobuf",
         )
     return _BY_PROTOCOL[protocol], ""
 
 
 def _is_local(endpoint: str) -> bool:
-    if not endpoint:  # the default one is
+    if not endpoint:  # the default endpoint is
         return True
     return is_loopback((urlsplit(endpoint).hostname or "") if "://" in endpoint else split(endpoint)[0])

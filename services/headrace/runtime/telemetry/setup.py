@@ -1,9 +1,9 @@
-"""Export spans and metrics when the standard OTEL_* variables ask for it.
+"""Export spans and metrics if the standard OTEL_* variables are set.
 
-Off when they are unset. `exporting` decides what they ask for; headers, sampler, intervals and resource
-attributes are the SDK's to read. Serving never waits for the collector: export happens on threads of the SDK,
-and a collector that is down costs dropped telemetry and a warning. What is not supported is one line of the
-log, and the rest goes on.
+`exporters` selects the exporters; the SDK reads headers, sampler, intervals and resource attributes. Requests
+never wait for the collector: the SDK exports on its own threads, and while a collector is down, telemetry is
+dropped with a warning. Each unsupported setting is reported in one line of the log, and the rest takes
+effect.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import metrics, trace
 
-from headrace.runtime import exporting
+from headrace.runtime.telemetry import exporters
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
 
 log = logging.getLogger(__name__)
 
-_FLUSH_SECONDS = 2.0  # for the last spans, when the process ends
+_FLUSH_SECONDS = 2.0  # at the end of the process
 
 
-def wanted(signal: exporting.Signal) -> bool:
-    """Whether the environment asks for export of *signal*."""
-    return bool(exporting.plan(signal).names)
+def wanted(signal: exporters.Signal) -> bool:
+    """Return whether the environment configures an exporter for *signal*."""
+    return bool(exporters.plan(signal).names)
 
 
 @asynccontextmanager
 async def telemetry(service: str, *, instance: str = "") -> AsyncGenerator[None, None]:
-    """Set up export for this process; flush what is left on the way out.
+    """Set up export for this process, and flush when the block exits.
 
-    service    becomes service.name "headrace-<service>"
-    instance   becomes service.instance.id, to tell equal services apart
+    service    sets service.name to "headrace-<service>"
+    instance   sets service.instance.id
 
     OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override both.
     """
@@ -52,16 +52,16 @@ async def telemetry(service: str, *, instance: str = "") -> AsyncGenerator[None,
 
 
 async def _within(seconds: float, closing: list[Callable[[], object]]) -> None:
-    """Call them all, for at most so long.
+    """Call all of *closing* on threads, and wait at most *seconds* for them.
 
-    Exporters block while a collector is down, and the process ends all the same: on threads of its own,
-    for the event loop would wait for those of its executor.
+    Exporters block while a collector is down, and the process must end nevertheless. The threads are daemons
+    because the event loop would wait for threads of its executor.
     """
     loop, left = asyncio.get_running_loop(), asyncio.Semaphore(0)
 
     def call(close: Callable[[], object]) -> None:
         close()
-        with contextlib.suppress(RuntimeError):  # the loop has not waited for us
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it did not wait
             loop.call_soon_threadsafe(left.release)
 
     for close in closing:
@@ -73,15 +73,15 @@ async def _within(seconds: float, closing: list[Callable[[], object]]) -> None:
 
 
 def _start(service: str, instance: str) -> list[Callable[[], object]]:
-    """Set up what is available, and return what ends it; problems go to the log, a line each."""
-    problems, closing = exporting.ignored(), list[Callable[[], object]]()
+    """Set up the available exporters and return the functions that close them; log each problem in a line."""
+    problems, closing = exporters.unsupported(), list[Callable[[], object]]()
     for signal, set_up in _SIGNALS.items():
-        plan, made = exporting.plan(signal), []
+        plan, made = exporters.plan(signal), []
         problems += plan.problems
-        # The SDK and exporters raise what they like at values of OTEL_* that they cannot use.
+        # The SDK and exporters raise arbitrary exceptions for invalid values of OTEL_*.
         for name in plan.names:
             try:
-                made.append(exporting.exporter(signal, name))
+                made.append(exporters.create(signal, name))
             except Exception as error:
                 problems.append(f"{signal} are not exported by {name}: {type(error).__name__}: {error}")
         try:
@@ -93,26 +93,26 @@ def _start(service: str, instance: str) -> list[Callable[[], object]]:
     return closing
 
 
-# The SDK is imported here and below: a process that exports nothing need not load it and its exporters.
+# The SDK is imported inside the functions below: a process that exports nothing does not load it.
 
 
 def _resource(service: str, instance: str) -> Resource:
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
     names = {"service.name": f"headrace-{service}"} | ({"service.instance.id": instance} if instance else {})
-    # Resource.create prefers what it is given to what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say.
+    # Resource.create prefers its argument to OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES.
     return Resource.create({**names, **OTELResourceDetector().detect().attributes})
 
 
-def _trace(exporters: Sequence[Any], service: str, instance: str) -> list[Callable[[], object]]:
+def _trace(made: Sequence[Any], service: str, instance: str) -> list[Callable[[], object]]:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    from headrace.runtime.sampling import LinkedRoots
+    from headrace.runtime.telemetry.span_sampler import LinkedRoots
 
     tracers = TracerProvider(resource=_resource(service, instance), shutdown_on_exit=False)
     tracers.sampler = LinkedRoots(tracers.sampler)
-    processors = [BatchSpanProcessor(exporter) for exporter in exporters]
+    processors = [BatchSpanProcessor(exporter) for exporter in made]
     for processor in processors:
         tracers.add_span_processor(processor)
     trace.set_tracer_provider(tracers)
@@ -121,16 +121,16 @@ def _trace(exporters: Sequence[Any], service: str, instance: str) -> list[Callab
         processor.force_flush(int(_FLUSH_SECONDS * 1000))
         processor.shutdown()
 
-    # Each by itself: one whose collector is down does not keep the others from their last spans.
+    # Separately: an exporter whose collector is down does not delay the last spans of the others.
     return [functools.partial(close, processor) for processor in processors]
 
 
-def _measure(exporters: Sequence[Any], service: str, instance: str) -> list[Callable[[], object]]:
+def _measure(made: Sequence[Any], service: str, instance: str) -> list[Callable[[], object]]:
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 
     readers: list[Any] = [
-        one if isinstance(one, MetricReader) else PeriodicExportingMetricReader(one) for one in exporters
+        one if isinstance(one, MetricReader) else PeriodicExportingMetricReader(one) for one in made
     ]
     meters = MeterProvider(
         resource=_resource(service, instance), metric_readers=readers, shutdown_on_exit=False
@@ -140,7 +140,7 @@ def _measure(exporters: Sequence[Any], service: str, instance: str) -> list[Call
     return [functools.partial(reader.shutdown, timeout_millis=milliseconds) for reader in readers]
 
 
-_SIGNALS: dict[exporting.Signal, Callable[[Sequence[Any], str, str], list[Callable[[], object]]]] = {
+_SIGNALS: dict[exporters.Signal, Callable[[Sequence[Any], str, str], list[Callable[[], object]]]] = {
     "traces": _trace,
     "metrics": _measure,
 }

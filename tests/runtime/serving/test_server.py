@@ -22,7 +22,7 @@ from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import CHANNEL_OPTIONS, open_channel
 from headrace.cli.mesh import reserved_ports
 from headrace.client import connect
-from headrace.runtime import server
+from headrace.runtime.serving import server
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh, running_worker
@@ -196,7 +196,7 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
         async with connect(f"127.0.0.1:{batcher.port}", retries=0) as client:
             running = asyncio.create_task(collect(client, prompt("x" * 50)))
             await eventually(lambda: mesh.tiers["only"].worker.sessions.live)
-            batcher.activity.draining = True
+            batcher.requests.draining = True
 
             with pytest.raises(errors.Draining) as caught:
                 await collect(client, prompt("late"))
@@ -331,10 +331,10 @@ async def test_a_client_of_two_servers_goes_to_the_other_when_one_drains() -> No
         # With retries: a request may meet the word of the drain on its way, and is then refused.
         async with connect(f"ipv4:{ports}") as client:
             under_way = asyncio.create_task(collect(client, prompt("x" * 50)))
-            await eventually(lambda: any(running.server.activity.in_flight for running in ups.values()))
-            going, staying = sorted(ups, key=lambda up: -ups[up].server.activity.in_flight)
+            await eventually(lambda: any(running.server.requests.in_flight for running in ups.values()))
+            going, staying = sorted(ups, key=lambda up: -ups[up].server.requests.in_flight)
             stopping = asyncio.create_task(going.__aexit__(None, None, None))
-            await eventually(lambda: ups[going].server.activity.draining)
+            await eventually(lambda: ups[going].server.requests.draining)
 
             assert (await collect(client, prompt("later"))).text == "later"
             assert (await under_way).text == "x" * 50

@@ -1,7 +1,7 @@
-"""Write logs as JSON lines on standard error, each with the trace and span that it belongs to.
+"""Write logs as JSON lines to standard error, each with its trace and span ids.
 
-Callers cause lines and choose words in them, so both are bounded: `LINES_PER_SECOND` of one kind (a logger
-and its constant phrase), `WORD_CHARACTERS` of one value, `TRACEBACK_CHARACTERS` of a traceback.
+Callers cause log lines and choose values in them, so both are limited: LINES_PER_SECOND for each kind of line
+(a logger and its constant phrase), VALUE_BYTES for one value, TRACEBACK_BYTES for a traceback.
 """
 
 from __future__ import annotations
@@ -18,56 +18,56 @@ from pythonjsonlogger.json import JsonFormatter
 from headrace.quoting import clipped
 
 LINES_PER_SECOND = 10
-WORD_CHARACTERS = 1000
-TRACEBACK_CHARACTERS = 8000
-_KINDS = 1000  # of lines, whose rates are known
+VALUE_BYTES = 1000
+TRACEBACK_BYTES = 8000
+_MAX_KINDS = 1000  # of lines whose rates are tracked
 
 _FORMATTER = logging.Formatter()
 _STANDARD = frozenset(vars(logging.makeLogRecord({})))
 
 
 class _Rate(logging.Filter):
-    """Drops lines of a kind that comes too often; the next line of that kind counts them as `suppressed`."""
+    """Drops lines of a kind that exceeds its rate; the next line of that kind counts them as `suppressed`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        # For each kind: when its second began, its lines since, and how many were dropped.
+        # For each kind: the start of its second, its lines since then, and the number of dropped lines.
         self._kinds: dict[tuple[str, str], tuple[float, int, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        kind, now = (record.name, str(record.msg)[:WORD_CHARACTERS]), self._clock()
+        kind, now = (record.name, str(record.msg)[:VALUE_BYTES]), self._clock()
         began, lines, dropped = self._kinds.pop(kind, (now, 0, 0))
         if now - began >= 1:
             began, lines = now, 0
         passes = lines < LINES_PER_SECOND
         if passes and dropped:
             record.suppressed = dropped
-        # The kind that was seen last is the last to be forgotten.
+        # Kinds are kept in the order of their last line; the oldest is removed first.
         self._kinds[kind] = (began, lines + 1, 0) if passes else (began, lines, dropped + 1)
-        if len(self._kinds) > _KINDS:
+        if len(self._kinds) > _MAX_KINDS:
             del self._kinds[next(iter(self._kinds))]
         return passes
 
 
 class _Clip(logging.Filter):
-    """Shortens what callers may have chosen, and drops the tracebacks of gRPC, whose cause is a caller."""
+    """Shortens values that callers may have chosen, and drops tracebacks from gRPC, which callers cause."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info:
             text = "" if record.name.startswith("grpc") else _FORMATTER.formatException(record.exc_info)
-            record.exc_info, record.exc_text = None, clipped(text, TRACEBACK_CHARACTERS) or None
+            record.exc_info, record.exc_text = None, clipped(text, TRACEBACK_BYTES) or None
         message = record.getMessage()
-        if len(message) > WORD_CHARACTERS:
-            record.msg, record.args = clipped(message, WORD_CHARACTERS), None
+        if len(message) > VALUE_BYTES:
+            record.msg, record.args = clipped(message, VALUE_BYTES), None
         for name in vars(record).keys() - _STANDARD:
-            if len(text := str(getattr(record, name))) > WORD_CHARACTERS:
-                setattr(record, name, clipped(text, WORD_CHARACTERS))
+            if len(text := str(getattr(record, name))) > VALUE_BYTES:
+                setattr(record, name, clipped(text, VALUE_BYTES))
         return True
 
 
 class _TraceIds(logging.Filter):
-    """Adds the current span's ids, so that a line is found from its trace and a trace from its line."""
+    """Adds the ids of the current span, so that lines and traces refer to each other."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         context = trace.get_current_span().get_span_context()
@@ -78,17 +78,17 @@ class _TraceIds(logging.Filter):
 
 
 def configure(service: str, level: str = "INFO") -> None:
-    """Send all logs of the process to standard error, as JSON, under the name of *service*."""
+    """Write all logs of the process to standard error as JSON, with the name of *service*."""
     root = logging.getLogger()
     root.handlers[:] = [handler_to(sys.stderr, service)]
     root.setLevel(level)
-    # Libraries that report each call of theirs are heard when something is wrong.
+    # Libraries that log every call are limited to warnings.
     for chatty in ("httpx", "urllib3", "filelock", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
 
 
 def handler_to(stream: TextIO, service: str) -> logging.Handler:
-    """Writes bounded JSON lines to *stream*, under the name of *service*."""
+    """Return a handler that writes limited JSON lines to *stream*, with the name of *service*."""
     handler = logging.StreamHandler(stream)
     for each in (_Rate(), _Clip(), _TraceIds()):
         handler.addFilter(each)

@@ -18,8 +18,8 @@ from headrace.channel import open_channel
 from headrace.client import connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings as RouterSettings
-from headrace.runtime.listening import explained, obstacle
-from headrace.runtime.server import CannotListen, PortInUse, Serving, serving
+from headrace.runtime.serving.bind_check import bind_error, explain
+from headrace.runtime.serving.server import CannotListen, PortInUse, Serving, serving
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, collect, eventually, prompt, running_worker, until_healthy
 
@@ -60,7 +60,7 @@ async def test_a_port_that_somebody_has_is_refused_on_whatever_name_of_it(host: 
     """gRPC would take what is left of `localhost`, ::1, and callers of 127.0.0.1 would reach the other."""
     if host == "::" and not has_ipv6():
         pytest.skip("this machine has no IPv6")
-    with pytest.raises(PortInUse, match="another process listens there"):
+    with pytest.raises(PortInUse, match="in use by another process"):
         async with server(host, taken):
             pass
 
@@ -88,11 +88,11 @@ async def test_all_addresses_are_those_of_both_families(host: str) -> None:
 @pytest.mark.parametrize(
     ("host", "problem"),
     [
-        (FOREIGN, "no such address"),
-        ("no-such-name.invalid", "names no address"),
-        ("a..b", "names no address"),
-        ("*", "takes no such address"),
-        ("unix:/tmp/socket", "names no address"),
+        (FOREIGN, "does not have this address"),
+        ("no-such-name.invalid", "does not resolve"),
+        ("a..b", "does not resolve"),
+        ("*", "gRPC cannot bind it"),
+        ("unix:/tmp/socket", "does not resolve"),
     ],
 )
 async def test_an_address_that_cannot_be_used_is_distinguished_from_a_port_in_use(
@@ -112,19 +112,19 @@ async def test_an_address_that_cannot_be_used_is_distinguished_from_a_port_in_us
         (errno.EPERM, "0.0.0.0", 443, "ports below 1024 need root"),
         (errno.EACCES, "0.0.0.0", 50051, "Permission denied"),
         (errno.EAFNOSUPPORT, "::", 50051, r"on \[::\]:50051: this machine has no IPv6"),
-        (errno.EADDRNOTAVAIL, "::1", 50051, "no such address"),
+        (errno.EADDRNOTAVAIL, "::1", 50051, "does not have this address"),
         (errno.EINVAL, "fe80::1", 50051, "needs its interface"),
         (errno.ENOBUFS, "::1", 50051, "No buffer space"),
     ],
 )
 def test_each_cause_has_its_own_words(number: int, host: str, port: int, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
-        raise RuntimeError(explained(OSError(number, os.strerror(number)), host, port))
+        raise RuntimeError(explain(OSError(number, os.strerror(number)), host, port))
 
 
 def test_what_is_free_has_no_obstacle() -> None:
-    assert obstacle("127.0.0.1", 0) is None
-    assert obstacle("localhost", 0) is None
+    assert bind_error("127.0.0.1", 0) is None
+    assert bind_error("localhost", 0) is None
 
 
 @needs_ipv6

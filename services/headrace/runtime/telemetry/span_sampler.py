@@ -1,4 +1,4 @@
-"""Sample spans that were made for several requests as those requests are."""
+"""Sample spans that serve several requests if one of those requests is sampled."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from opentelemetry.util.types import Attributes
 
 
 class LinkedRoots(Sampler):
-    """Samples a root span that links to sampled spans of this process; leaves all others to *inner*.
+    """Samples a root span that links to sampled spans of this process; *inner* decides on all others.
 
-    A span that was made for several requests is a root that links to them: sampled by chance, it would be
-    missing from traces that link to it. Links to other processes count for nothing: a caller that is not
-    trusted is linked to as well.
+    A span that serves several requests is a root with links to them. If it were sampled at random, it would
+    be missing from traces that link to it. Links to spans of other processes are ignored, because callers
+    that are not trusted are linked to as well.
     """
 
     def __init__(self, inner: Sampler) -> None:
@@ -32,7 +32,7 @@ class LinkedRoots(Sampler):
         links: Sequence[Link] | None = None,
         trace_state: TraceState | None = None,
     ) -> SamplingResult:
-        """See opentelemetry.sdk.trace.sampling.Sampler."""
+        """Decide on one span; see opentelemetry.sdk.trace.sampling.Sampler."""
         root = not trace.get_current_span(parent_context).get_span_context().is_valid
         linked = (link.context for link in links or ())
         if root and any(one.trace_flags.sampled and not one.is_remote for one in linked):
@@ -40,5 +40,5 @@ class LinkedRoots(Sampler):
         return self._inner.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
 
     def get_description(self) -> str:
-        """See opentelemetry.sdk.trace.sampling.Sampler."""
+        """Return a description; see opentelemetry.sdk.trace.sampling.Sampler."""
         return f"LinkedRoots{{{self._inner.get_description()}}}"

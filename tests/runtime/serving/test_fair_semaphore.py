@@ -9,55 +9,58 @@ from typing import Any
 import grpc
 
 from headrace.channel import open_channel
-from headrace.runtime.budget import Budget
-from headrace.runtime.interceptors import Activity, ServerInterceptor
-from headrace.runtime.limits import Limits
-from headrace.runtime.turns import LONG_BYTES, TURNS, Turns
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.fair_semaphore import FairSemaphore
+from headrace.runtime.serving.inflight import InflightBudget
+from headrace.runtime.serving.interceptor import LONG_BYTES, ServerInterceptor
+from headrace.runtime.serving.limits import Limits
+
+PERMITS = 32
 
 
 async def test_a_flood_of_one_connection_does_not_hold_up_another() -> None:
-    turns, started, running = Turns(), list[str](), 0
+    semaphore, started, running = FairSemaphore(PERMITS), list[str](), 0
 
     async def call(connection: str) -> None:
         nonlocal running
-        turn = await turns.take(connection)
+        permit = await semaphore.acquire(connection)
         started.append(connection)
         running += 1
-        assert running <= TURNS
+        assert running <= PERMITS
         await asyncio.sleep(0)
         running -= 1
-        turn.end()
-        turn.end()
+        permit.release()
+        permit.release()
 
     calls = [asyncio.create_task(call("flood")) for _ in range(1000)]
     calls.append(asyncio.create_task(call("honest")))
     await asyncio.gather(*calls)
 
-    assert started.index("honest") <= 2 * TURNS
+    assert started.index("honest") <= 2 * PERMITS
     assert len(started) == 1001
-    assert turns._free == TURNS
+    assert semaphore._free == PERMITS
 
 
 async def test_calls_that_are_cancelled_while_they_wait_lose_no_turn() -> None:
-    turns = Turns()
+    semaphore = FairSemaphore(PERMITS)
 
     async def call() -> None:
-        (await turns.take("a")).end()
+        (await semaphore.acquire("a")).release()
 
-    held = [await turns.take("a") for _ in range(TURNS)]
+    held = [await semaphore.acquire("a") for _ in range(PERMITS)]
     waiting = [asyncio.create_task(call()) for _ in range(100)]
     await asyncio.sleep(0)
-    held[0].end()
+    held[0].release()
     waiting[0].cancel()  # in the same moment as it is given its turn
     for task in waiting[1::2]:
         task.cancel()
-    for turn in held[1:]:
-        turn.end()
+    for permit in held[1:]:
+        permit.release()
     await asyncio.wait(waiting, timeout=5)
 
     assert sum(task.cancelled() for task in waiting) == 51
-    assert turns._free == TURNS
-    assert not turns._waiting
+    assert semaphore._free == PERMITS
+    assert not semaphore._waiting
 
 
 async def test_long_messages_start_one_by_one_and_short_ones_between_them() -> None:
@@ -73,7 +76,7 @@ async def test_long_messages_start_one_by_one_and_short_ones_between_them() -> N
         running[long] -= 1
         yield b"started"
 
-    server = grpc.aio.server(interceptors=[ServerInterceptor(Activity(), Budget(Limits()))])
+    server = grpc.aio.server(interceptors=[ServerInterceptor(ActiveRequests(), InflightBudget(Limits()))])
     method: Any = grpc.unary_stream_rpc_method_handler(start, request_deserializer=bytes)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("headrace.test.Start", {"Go": method}),)

@@ -19,7 +19,7 @@ from headrace.cli.mesh import MeshSpec
 from headrace.cli.mesh import mesh as processes
 from headrace.cli.otlp_sink import Span, otlp_sink, spans_of
 from headrace.client import chat, connect
-from headrace.runtime.exporting import Signal, disabled, ignored, plan
+from headrace.runtime.telemetry.exporters import Signal, disabled, plan, unsupported
 from tests.harness import PATIENCE, collect
 
 GRPC, HTTP = "otlp_proto_grpc", "otlp_proto_http"
@@ -76,18 +76,18 @@ def test_traces_go_where_the_variables_say(variables: dict[str, str], names: tup
         ("traces", {"OTEL_TRACES_EXPORTER": "zipkin,console"}, ("console",), "'zipkin' is not installed"),
         ("traces", {"OTEL_TRACES_EXPORTER": "prometheus"}, (), "'prometheus' is not installed"),
         ("metrics", {"OTEL_METRICS_EXPORTER": "prometheus,otlp"}, (GRPC,), "'prometheus' is not installed"),
-        ("metrics", {"OTEL_METRICS_EXPORTER": "oltp"}, (), "there are console, otlp and none"),
+        ("metrics", {"OTEL_METRICS_EXPORTER": "oltp"}, (), "available: console, otlp, none"),
         (
             "traces",
             {**HERE, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"},
             (HTTP,),
-            "OTEL_EXPORTER_OTLP_PROTOCOL: 'http/json' is not supported; http/protobuf is sent",
+            "OTEL_EXPORTER_OTLP_PROTOCOL: 'http/json' is not supported; using http/protobuf",
         ),
         (
             "metrics",
             {**HERE, "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "udp"},
             (),
-            "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL: 'udp' is not supported; grpc and http/protobuf are",
+            "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL: 'udp' is not supported; use grpc or http/protobuf",
         ),
     ],
 )
@@ -102,11 +102,11 @@ def test_what_is_not_supported_is_reported_in_one_line(
 
 
 def test_variables_of_what_is_never_exported_are_reported() -> None:
-    assert ignored({}) == []
-    assert ignored({"OTEL_LOGS_EXPORTER": "none"}) == []
-    assert "logs are not exported" in ignored({"OTEL_LOGS_EXPORTER": "otlp"})[0]
-    assert "not read" in ignored({"OTEL_CONFIG_FILE": "x.yaml"})[0]
-    assert ignored({"OTEL_CONFIG_FILE": "x.yaml", "OTEL_SDK_DISABLED": "true"}) == []
+    assert unsupported({}) == []
+    assert unsupported({"OTEL_LOGS_EXPORTER": "none"}) == []
+    assert "OTEL_LOGS_EXPORTER: not supported" in unsupported({"OTEL_LOGS_EXPORTER": "otlp"})[0]
+    assert "not supported" in unsupported({"OTEL_CONFIG_FILE": "x.yaml"})[0]
+    assert unsupported({"OTEL_CONFIG_FILE": "x.yaml", "OTEL_SDK_DISABLED": "true"}) == []
     assert disabled({"OTEL_SDK_DISABLED": "True"})
 
 
@@ -242,7 +242,7 @@ async def test_a_propagator_that_is_not_installed_stops_the_start_with_one_line(
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, "'zipkin' is not installed"),
         ({"OTEL_METRICS_EXPORTER": "prometheus"}, "'prometheus' is not installed"),
         ({**HERE, "OTEL_EXPORTER_OTLP_PROTOCOL": "udp", "OTEL_METRICS_EXPORTER": "none"}, "'udp'"),
-        ({"OTEL_LOGS_EXPORTER": "otlp"}, "logs are not exported"),
+        ({"OTEL_LOGS_EXPORTER": "otlp"}, "OTEL_LOGS_EXPORTER: not supported"),
         (
             {
                 "OTEL_TRACES_EXPORTER": "console",

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry import trace
 
-from headrace.runtime import logs
 from headrace.runtime.rate import RateMeter
-from headrace.runtime.telemetry import telemetry, wanted
+from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.setup import telemetry, wanted
 
 
 @pytest.mark.parametrize(

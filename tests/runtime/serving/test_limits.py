@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace import errors
 from headrace.channel import CHANNEL_OPTIONS, open_channel
 from headrace.client import Client
-from headrace.runtime import accepting, limits
-from headrace.runtime.memory import Reclaim
+from headrace.runtime.memory_reclaim import Reclaimer
+from headrace.runtime.serving import accept_loop, limits
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, prompt, running_mesh
 from tests.hostile.wire import DATA, GENERATE, frame, headers, message, peer
@@ -56,7 +56,7 @@ def endless() -> Any:
     "path", [b"/\xff\xfe/x", b"/headrace.v1.GenerationService/\xc3", b"\xff", b"/", b"//"]
 )
 async def test_a_path_that_is_not_utf_8_does_not_stop_the_server(small: Mesh, path: bytes) -> None:
-    assert accepting.GUARDED
+    assert accept_loop.GUARDED
     assert await status(small.port, path, VALID) == "UNIMPLEMENTED"
 
     assert (await collect(small.client, prompt("still there"))).text == "still there"
@@ -160,7 +160,7 @@ async def test_a_call_whose_caller_is_gone_before_it_is_read_leaves_nothing(smal
 def test_a_process_takes_as_many_open_files_as_it_may() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
-        "import json, resource; from headrace.runtime.limits import raise_file_limit\n"
+        "import json, resource; from headrace.runtime.serving.limits import raise_file_limit\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))\n"
         "raise_file_limit(); print(json.dumps(resource.getrlimit(resource.RLIMIT_NOFILE)))"
     )
@@ -190,9 +190,9 @@ async def test_frames_that_an_error_came_through_are_freed_once_much_has_been_re
     fail()
     assert Long.alive == 1
 
-    reclaim = Reclaim()
+    reclaimer = Reclaimer()
     for _ in range(9):
-        reclaim.released(MIB)
+        reclaimer.released(MIB)
     async with asyncio.timeout(PATIENCE):
         while Long.alive:
             await asyncio.sleep(0.02)

@@ -1,8 +1,8 @@
-"""Find out why a server cannot listen on an address, before gRPC tries.
+"""Check whether a server can bind an address, before gRPC tries, and explain why not.
 
-gRPC reports every failure to bind in the same words. It also binds what it can of a name with several
-addresses: `localhost` with 127.0.0.1 taken would listen on ::1 alone, and callers of 127.0.0.1 would reach
-the other process.
+gRPC reports every bind failure with the same text. For a name with several addresses it also accepts a
+partial success: `localhost` with 127.0.0.1 in use would listen on ::1 only, and callers of 127.0.0.1 would
+reach the other process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 from headrace.channel import join
 
 _PRIVILEGED_BELOW = 1024
-# What gRPC listens on, whatever the system's resolver says of these names.
+# The addresses that gRPC binds for these names, whatever the system's resolver returns.
 _AS_GRPC = {
     "0.0.0.0": ("0.0.0.0", "::"),
     "::": ("::", "0.0.0.0"),
@@ -21,10 +21,10 @@ _AS_GRPC = {
 }
 
 
-def obstacle(host: str, port: int) -> OSError | UnicodeError | None:
-    """What keeps a server from listening on *host*, an address or a name, and *port*; None if nothing does.
+def bind_error(host: str, port: int) -> OSError | UnicodeError | None:
+    """Return the error of binding *host*, an address or a name, and *port*; None if it can be bound.
 
-    Looks names up, which may take seconds: call it on a thread.
+    Resolves names, which may take seconds: call it on a thread.
     """
     try:
         found = [
@@ -32,7 +32,7 @@ def obstacle(host: str, port: int) -> OSError | UnicodeError | None:
             for name in _AS_GRPC.get(host.lower(), (host,))
             for one in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         ]
-    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name, such as a..b
+    except (OSError, UnicodeError) as error:  # UnicodeError for invalid names, such as a..b
         return error
     problems = [problem for family, *_, where in found if (problem := _bind(family, where)) is not None]
     taken = next((problem for problem in problems if problem.errno == errno.EADDRINUSE), None)
@@ -51,28 +51,28 @@ def _bind(family: int, where: tuple[object, ...]) -> OSError | None:
     return None
 
 
-def explained(problem: Exception, host: str, port: int) -> str:
-    """The obstacle in words, with what to do about it."""
+def explain(problem: Exception, host: str, port: int) -> str:
+    """Return the bind error as a message, with what to do about it."""
     return f"cannot listen on {join(host, port)}: {_cause(problem, host, port)}"
 
 
 def _cause(problem: Exception, host: str, port: int) -> str:
     if isinstance(problem, (socket.gaierror, UnicodeError)):
-        return f"{host!r} names no address ({problem}); --host takes an address of this machine or its name"
+        return f"{host!r} does not resolve ({problem}); --host must be an address of this machine or its name"
     number = problem.errno if isinstance(problem, OSError) else None
     if number == errno.EADDRINUSE:
-        return "another process listens there; stop it, or choose another --port (0 picks a free one)"
+        return "the port is in use by another process; stop it or set another --port (0 picks a free one)"
     if number == errno.EADDRNOTAVAIL:
-        return "this machine has no such address; --host 0.0.0.0 stands for all that it has"
+        return "this machine does not have this address; use --host 0.0.0.0 for all its addresses"
     if number in (errno.EACCES, errno.EPERM) and port < _PRIVILEGED_BELOW:
         return (
-            f"ports below {_PRIVILEGED_BELOW} need root or the capability NET_BIND_SERVICE; choose another "
+            f"ports below {_PRIVILEGED_BELOW} need root or the capability NET_BIND_SERVICE; set another "
             "--port"
         )
     if number == errno.EAFNOSUPPORT:
-        return "this machine has no IPv6; use an IPv4 address as --host, such as 127.0.0.1 or 0.0.0.0"
+        return "this machine has no IPv6; set --host to an IPv4 address, such as 127.0.0.1 or 0.0.0.0"
     if number == errno.EINVAL and host.lower().startswith("fe80"):
-        return "a link-local address needs its interface, as in fe80::1%eth0"
+        return "a link-local address needs its interface, such as fe80::1%eth0"
     if isinstance(problem, OSError) and problem.strerror:
         return problem.strerror
-    return "gRPC takes no such address; --host takes one of this machine, such as 127.0.0.1, 0.0.0.0 or ::"
+    return "gRPC cannot bind it; --host must be an address of this machine, such as 127.0.0.1, 0.0.0.0 or ::"

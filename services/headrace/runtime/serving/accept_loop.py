@@ -1,13 +1,13 @@
-"""Accept calls in a way that no caller can end, nor hold up: grpc.aio's own loop allows both.
+"""Accept calls in a loop that no caller can stop or delay; the loop of grpc.aio has two defects.
 
-- It decodes the `:path` of a call to a method that nobody registered, and stops the server for good where
-  that is not UTF-8: no port, no call, in a process that is still running. Here such calls are answered
-  UNIMPLEMENTED without their path being read: all methods are registered, so each other path is unknown.
-- It accepts one call in each turn of the event loop. A thousand calls that one caller opens at once are then
-  ahead of everybody's next call, for a thousand turns. Here `ACCEPTORS` calls of each method are accepted in
-  a turn, and what is too much is refused at once.
+- It decodes the `:path` of a call to an unregistered method. If that is not UTF-8, the server stops for good:
+  the port is closed in a process that is still running. Here such calls end as UNIMPLEMENTED without a look
+  at their path: all methods are registered, so every other path is unknown.
+- It accepts one call per iteration of the event loop. A thousand calls that one caller opens at once then
+  delay the next call of everyone else by a thousand iterations. Here up to `ACCEPTORS` calls of each method
+  are accepted per iteration, and calls beyond the limits are rejected immediately.
 
-Seen in grpcio 1.85.1.
+Both were observed in grpcio 1.85.1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 ACCEPTORS = 32
 
-# What this module needs of grpcio beyond its public names.
+# The private names of grpcio that this module uses.
 _NEEDED = (
     (cygrpc, "AioServer"),
     (cygrpc, "_ServicerContext"),
@@ -43,24 +43,24 @@ GUARDED = all(hasattr(owner, name) for owner, name in _NEEDED)
 def server(
     interceptors: Sequence[grpc.aio.ServerInterceptor], options: Sequence[tuple[str, Any]]
 ) -> grpc.aio.Server:
-    """A grpc.aio server whose accept loop survives whatever path a call has.
+    """Return a grpc.aio server with the accept loop of this module, or grpc.aio's own for an unknown grpcio.
 
-    Only methods that are registered (`add_registered_method_handlers`, as generated code does) are served.
+    It serves only methods that were added by `add_registered_method_handlers`, as generated code does.
     """
     if not GUARDED:
         log.warning(
-            "this grpcio is not known: a call whose path is not UTF-8 may stop the server",
+            "unknown grpcio version: a call whose path is not UTF-8 may stop the server",
             extra={"grpcio": grpc.__version__},
         )
         return grpc.aio.server(interceptors=interceptors, options=options)
-    made: grpc.aio.Server = _Server(interceptors, options)  # type: ignore[assignment] # its stub is another's
+    made: grpc.aio.Server = _Server(interceptors, options)  # type: ignore[assignment] # not its subclass
     return made
 
 
 if GUARDED:
 
     class _Accepting(cygrpc.AioServer):  # type: ignore[misc]
-        """Accepts and starts calls itself; what the base class waits for never comes."""
+        """Accepts and starts calls itself. The methods that the base class awaits never return a call."""
 
         def __init__(
             self, loop: asyncio.AbstractEventLoop, interceptors: tuple[Any, ...], options: Any
@@ -79,7 +79,7 @@ if GUARDED:
             async def accept() -> None:
                 while True:
                     call = await super(_Accepting, self)._request_call()
-                    self._start(call, "unknown method", _refuse(call, self._running_loop))
+                    self._start(call, "unknown method", _reject(call, self._running_loop))
 
             await _together(accept)
 
@@ -117,7 +117,7 @@ if GUARDED:
 
 
 async def _together(accept: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run `ACCEPTORS` of *accept* until one of them fails, as all do when the server stops."""
+    """Run `ACCEPTORS` copies of *accept* until one fails; all fail when the server stops."""
     tasks = [asyncio.create_task(accept()) for _ in range(ACCEPTORS)]
     try:
         await asyncio.gather(*tasks)
@@ -127,6 +127,6 @@ async def _together(accept: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _refuse(call: Any, loop: asyncio.AbstractEventLoop) -> None:
+async def _reject(call: Any, loop: asyncio.AbstractEventLoop) -> None:
     context = cygrpc._ServicerContext(call, None, None, loop)
     await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
