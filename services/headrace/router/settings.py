@@ -16,7 +16,7 @@ from headrace.runtime.settings import ConcurrentStreams, Port, ServiceSettings
 class Settings(ServiceSettings):
     """The router: scores each prompt and sends it to the smallest tier that will answer it well.
 
-    Each flag can also be set as an environment variable: HEADRACE_TIERS is --tiers. Flags take precedence.
+    Each flag can also be given as a variable: HEADRACE_TIERS is --tiers. Flags take precedence.
     """
 
     port: Port = 50051
@@ -152,7 +152,7 @@ class Settings(ServiceSettings):
             values = [0.0, *(float(part) for part in self.thresholds.split(","))]
         except ValueError:
             raise ValueError(
-                f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) is not a list of numbers"
+                f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) is not numbers"
             ) from None
         if not are_thresholds(values, count):
             raise ValueError(
