@@ -49,7 +49,6 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         wait_seconds=settings.tier_wait_seconds,
     )
     scores, checker, thresholds = _load_models(settings, [tier.name for tier in tiers.tiers])
-    feedback = _open_feedback(settings)
     conversations = Conversations(idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,
@@ -57,19 +56,13 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         checker,
         prices=settings.tier_prices(),
         conversations=conversations,
-        rules=CascadeRules(
-            enabled=settings.cascade,
-            min_score=settings.cascade_min_score,
-            min_quality=settings.cascade_min_quality,
-            draft_tokens=settings.cascade_draft_tokens,
-            sample_seconds=settings.cascade_sample_seconds,
-        ),
+        rules=_cascade_rules(settings),
     )
     servicer = RouterServicer(
         tiers,
         scores,
         chooser,
-        feedback,
+        _open_feedback(settings),
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
     )
@@ -133,6 +126,16 @@ def _open_feedback(settings: Settings) -> Feedback:
         )
     except OSError as error:
         raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
+
+
+def _cascade_rules(settings: Settings) -> CascadeRules:
+    return CascadeRules(
+        enabled=settings.cascade,
+        min_score=settings.cascade_min_score,
+        min_quality=settings.cascade_min_quality,
+        draft_tokens=settings.cascade_draft_tokens,
+        sample_seconds=settings.cascade_sample_seconds,
+    )
 
 
 async def main(settings: Settings) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace import errors
-from headrace.router.answering import replies
+from headrace.router.state.peer_reports import BadReply, read_tiers
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import PATIENCE, collect, prompt
@@ -158,8 +158,8 @@ def test_any_list_of_tiers_is_rejected_or_read_as_plausible_values(
     listed: routing.ListTiersResponse,
 ) -> None:
     try:
-        seen = replies.read_tiers(listed)
-    except replies.BadReply:
+        seen = read_tiers(listed)
+    except BadReply:
         return
 
     assert seen.router or len(listed.tiers) == 1

@@ -17,9 +17,9 @@ from typing import Protocol
 
 from headrace import errors
 from headrace.progress import route_change
-from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, Routed, across_tiers, on_tier
 from headrace.router.optional import optional
+from headrace.router.state.peer_reports import total
 from headrace.router.state.tiers import Tier
 from headrace.v1 import generation_pb2 as pb
 
@@ -186,7 +186,7 @@ def _add_waste(response: pb.GenerateResponse, tokens: int) -> None:
     """Add *tokens* that the caller does not get to the answer's usage, if *response* is its last event."""
     if response.HasField("finish"):
         usage = response.finish.usage
-        usage.wasted_tokens = replies.total([usage.wasted_tokens, tokens])
+        usage.wasted_tokens = total([usage.wasted_tokens, tokens])
 
 
 @asynccontextmanager

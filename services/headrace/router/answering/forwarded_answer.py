@@ -10,6 +10,7 @@ from headrace import attributes, errors
 from headrace.progress import Progress, Responses, route_change
 from headrace.router.answering import replies
 from headrace.router.state.batcher_peer import BatcherPeer
+from headrace.router.state.peer_reports import total
 from headrace.v1 import generation_pb2 as pb
 
 _failovers = metrics.get_meter("headrace.router").create_counter(
@@ -130,7 +131,7 @@ class ForwardedAnswer(Progress):
         """Make usage and timing those of the whole answer; the last batcher knows only its own part."""
         if self.lost is None:
             return
-        finish.usage.replayed_tokens = replies.total([finish.usage.replayed_tokens, self._replayed_before])
+        finish.usage.replayed_tokens = total([finish.usage.replayed_tokens, self._replayed_before])
         timing = finish.timing
         timing.total.FromNanoseconds(int((time.monotonic() - self._began) * 1e9))
         if self._first_token is not None:

@@ -15,7 +15,7 @@ from headrace import errors
 from headrace.channel import open_channel
 from headrace.client import Client
 from headrace.deadline import Deadline
-from headrace.router.answering import replies
+from headrace.router.state.peer_reports import BadReply, read_tiers
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 
@@ -113,8 +113,8 @@ class BatcherPeer:
         """Request its report. A failure affects only its health."""
         was_healthy = self.reported.healthy
         try:
-            report = replies.read_tiers(await self._client.list_tiers(timeout=timeout))
-        except replies.BadReply as error:
+            report = read_tiers(await self._client.list_tiers(timeout=timeout))
+        except BadReply as error:
             self.late = False
             self._last_message = time.monotonic()
             self._set_unhealthy(f"the batcher at {self.address} is not usable: {error}")

@@ -15,8 +15,8 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Self
 
 from headrace.deadline import Deadline
-from headrace.router.answering import replies
 from headrace.router.state.batcher_peer import BatcherPeer
+from headrace.router.state.peer_reports import combined
 from headrace.runtime.discovery import Discovery
 from headrace.v1 import routing_service_pb2 as routing
 
@@ -137,40 +137,6 @@ async def _retire(batcher: BatcherPeer, polling: asyncio.Task[None]) -> None:
     while batcher.in_flight:
         await asyncio.sleep(0.1)
     polling.cancel()
-
-
-def combined(name: str, reports: Sequence[routing.Tier]) -> routing.Tier:
-    """Return the reports of a tier's batchers as one.
-
-    The batchers share the workers, so `workers` and `max_running` are the maximum of the reports. Queued,
-    running and generated tokens are each batcher's own, so they are sums.
-    """
-    healthy = [one for one in reports if one.healthy]
-    tier = routing.Tier(
-        name=name,
-        model=next((one.model for one in [*healthy, *reports] if one.model), ""),
-        healthy=bool(healthy),
-        unhealthy_reason=""
-        if healthy
-        else "; ".join(one.unhealthy_reason for one in reports) or "its targets have no address",
-    )
-    for one in healthy or reports:
-        limits, load = one.limits, one.load
-        tier.limits.context_length = (
-            min(tier.limits.context_length, limits.context_length)
-            if tier.limits.context_length
-            else limits.context_length
-        )
-        tier.limits.max_tokens = max(tier.limits.max_tokens, limits.max_tokens)
-        tier.limits.queue_limit = replies.total([tier.limits.queue_limit, limits.queue_limit])
-        tier.limits.max_running = max(tier.limits.max_running, limits.max_running)
-        tier.load.queued = replies.total([tier.load.queued, load.queued])
-        tier.load.running = replies.total([tier.load.running, load.running])
-        tier.load.workers = max(tier.load.workers, load.workers)
-        tier.load.tokens_per_second += load.tokens_per_second
-        if load.oldest_wait.ToNanoseconds() > tier.load.oldest_wait.ToNanoseconds():
-            tier.load.oldest_wait.CopyFrom(load.oldest_wait)
-    return tier
 
 
 class Tiers:
