@@ -20,7 +20,7 @@ from headrace.v1.generation_service_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 from tests.harness import PATIENCE, collect, prompt
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed
 
 TARGET = "mesh.example:50051"
 CLASSES = {
@@ -134,18 +134,18 @@ async def test_a_proxy_that_rejects_the_router_does_not_reject_the_caller(
     foreign: errors.Foreign,
 ) -> None:
     """The router tries the next batcher. Without one, the tier is unreachable."""
-    denied, other = Front(refuses=foreign), Front(running=9)
+    denied, other = FakeBatcher(refuses=foreign), FakeBatcher(running=9)
     async with routed(only=[denied, other]) as client:
         assert (await collect(client, prompt("hello"))).text == "hello"
     assert len(denied.requests) == len(other.requests) == 1
 
-    async with routed(only=Front(refuses=foreign)) as client:
+    async with routed(only=FakeBatcher(refuses=foreign)) as client:
         with pytest.raises(errors.Unavailable, match=foreign.reason):
             await collect(client, prompt("hello"))
 
 
 async def test_an_answer_that_a_proxy_ended_is_resumed_on_another_batcher() -> None:
-    first, second = Front(breaks=[2], breaks_with=errors.Aborted("reset")), Front(running=9)
+    first, second = FakeBatcher(breaks=[2], breaks_with=errors.Aborted("reset")), FakeBatcher(running=9)
     async with routed(only=[first, second]) as client:
         assert (await collect(client, prompt("hello"))).text == "hello"
     assert len(second.requests) == 1

@@ -19,7 +19,7 @@ from headrace.routing.score import fingerprint
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import collect, running_mesh
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed
 
 PROMPTS = [
     "Hello!",
@@ -57,7 +57,7 @@ async def test_traffic_becomes_a_file_that_a_router_loads(tmp_path: Path) -> Non
     assert "only 6 rows" in printed
     made = calibration.load(out)
     assert made.shares[1] == pytest.approx(1 / 3, abs=0.01)
-    async with routed({"calibration": out}, small=Front(), large=Front()) as client:
+    async with routed({"calibration": out}, small=FakeBatcher(), large=FakeBatcher()) as client:
         tiers = [(await client.explain(chat(prompt))).tier for prompt in PROMPTS]
     assert tiers.count("large") == 2
 
