@@ -9,7 +9,7 @@
     ├── Overloaded              retry after the delay
     │   └── Shed  SlowReader  Busy  FeedbackQuota
     ├── DeadlineExceeded
-    │   └── DeadlineInQueue  DeadlineInDecode  Unattainable
+    │   └── DeadlineInQueue  DeadlineInDecode  TtftUnattainable  DeadlineUnattainable
     ├── RequestCancelled
     ├── Unavailable             may pass; retry before `accepted`
     │   └── NoWorkers  WorkerLost  BatcherLost  WorkerDraining  Draining  NotReady
@@ -194,10 +194,16 @@ class DeadlineInDecode(DeadlineExceeded):
     reason = "DEADLINE_DECODE"
 
 
-class Unattainable(DeadlineExceeded):
-    """The deadline cannot be met, by the rates measured now; nothing was generated."""
+class TtftUnattainable(DeadlineExceeded):
+    """The first token cannot arrive before the deadline at the current rates; nothing was generated."""
 
     reason = "TTFT_UNATTAINABLE"
+
+
+class DeadlineUnattainable(DeadlineExceeded):
+    """The last token cannot arrive before the deadline at the current rates; nothing was generated."""
+
+    reason = "DEADLINE_UNATTAINABLE"
 
 
 class RequestCancelled(HeadraceError):

@@ -9,8 +9,9 @@ import pytest
 from opentelemetry import trace
 
 from headrace import errors
-from headrace.batcher.inbox import Flush, Inbox
+from headrace.batcher.inbox import FlushPolicy, Inbox
 from headrace.batcher.job import Job
+from headrace.deadline import NEVER
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import eventually, running_mesh
@@ -23,10 +24,10 @@ def job(number: int) -> Job:
         resume_ids=[],
         sampling=pb.Sampling(seed=1, max_tokens=1000, ignore_eos=True),
         arrived=time.monotonic(),
-        expires=None,
+        deadline=NEVER,
         priority=5,
         attempt=0,
-        inbox=Inbox(Flush(), limit=1000),
+        inbox=Inbox(FlushPolicy(), limit=1000),
         span=trace.INVALID_SPAN,
     )
 
@@ -39,7 +40,7 @@ async def test_a_burst_longer_than_the_queue_is_taken_as_far_as_workers_have_roo
     ) as mesh:
         coalescer = mesh.tiers["only"].batcher.coalescer
         (link,) = coalescer.pool
-        fit = link.room(time.monotonic()) + 2
+        fit = link.free_slots(time.monotonic()) + 2
         streams = [coalescer.arrivals(job(number)) for number in range(fit)]
         for stream in streams:
             await anext(stream)  # the loop has no turn in between

@@ -7,14 +7,14 @@ import asyncio
 import pytest
 
 from headrace import errors
-from headrace.batcher.inbox import End, Flush, Inbox, flush_for
+from headrace.batcher.inbox import FlushPolicy, Inbox, SequenceEnd, flush_policy
 from headrace.v1 import generation_pb2 as pb
 
-END = End(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing())
+END = SequenceEnd(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing())
 
 
 async def test_the_first_token_is_given_at_once_and_later_ones_together() -> None:
-    inbox = Inbox(Flush(tokens=3, seconds=60))
+    inbox = Inbox(FlushPolicy(tokens=3, seconds=60))
     inbox.put([1], [])
     assert (await inbox.take()).ids == [1]
 
@@ -29,7 +29,7 @@ async def test_the_first_token_is_given_at_once_and_later_ones_together() -> Non
 
 
 async def test_a_token_waits_no_longer_than_the_interval() -> None:
-    inbox = Inbox(Flush(tokens=1000, seconds=0.01))
+    inbox = Inbox(FlushPolicy(tokens=1000, seconds=0.01))
     inbox.put([1], [])
     await inbox.take()
     inbox.put([2], [])
@@ -38,7 +38,7 @@ async def test_a_token_waits_no_longer_than_the_interval() -> None:
 
 
 async def test_the_end_comes_with_what_was_gathered() -> None:
-    inbox = Inbox(Flush(tokens=1000, seconds=60))
+    inbox = Inbox(FlushPolicy(tokens=1000, seconds=60))
     inbox.put([1], [])
     await inbox.take()
     inbox.put([2, 3], [-0.5, -1.0])
@@ -50,7 +50,7 @@ async def test_the_end_comes_with_what_was_gathered() -> None:
 
 
 async def test_tokens_that_came_before_a_failure_are_given_before_it() -> None:
-    inbox = Inbox(Flush())
+    inbox = Inbox(FlushPolicy())
     inbox.put([1], [])
     inbox.fail(errors.WorkerLost("gone"))
 
@@ -60,13 +60,13 @@ async def test_tokens_that_came_before_a_failure_are_given_before_it() -> None:
 
 
 def test_more_tokens_than_can_be_sent_one_by_one_make_larger_flushes() -> None:
-    sizes = [flush_for(8, rate).tokens for rate in (0, 900, 2_500, 12_000, 1e6)]
+    sizes = [flush_policy(8, rate).tokens for rate in (0, 900, 2_500, 12_000, 1e6)]
 
     assert sizes == [1, 1, 3, 12, 32]
 
 
 def test_more_streams_make_larger_flushes() -> None:
-    sizes = [flush_for(streams, 0.0).tokens for streams in (1, 16, 17, 40, 100, 1000)]
+    sizes = [flush_policy(streams, 0.0).tokens for streams in (1, 16, 17, 40, 100, 1000)]
 
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (1, 8)

@@ -31,4 +31,4 @@ def test_the_fewest_tokens_of_an_answer_are_those_that_nothing_can_cut_short(
         else:
             setattr(one.sampling, name, value)
 
-    assert one.least_tokens == least
+    assert one.min_answer_tokens == least

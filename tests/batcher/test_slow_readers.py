@@ -17,9 +17,10 @@ from opentelemetry import trace
 
 from headrace import errors
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.inbox import Flush, Inbox, Move
+from headrace.batcher.inbox import FlushPolicy, Inbox, WorkerChange
 from headrace.batcher.job import Job
 from headrace.client import Client
+from headrace.deadline import NEVER
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -43,7 +44,7 @@ def test_an_inbox_keeps_what_it_took_in_order_and_never_more_than_its_limit(
     limit: int, acts: list[int | str]
 ) -> None:
     async def play() -> None:
-        inbox = Inbox(Flush(), limit=limit)
+        inbox = Inbox(FlushPolicy(), limit=limit)
         said, kept, read = 0, list[int](), list[int]()
         for act in acts:
             if isinstance(act, int):
@@ -53,7 +54,7 @@ def test_an_inbox_keeps_what_it_took_in_order_and_never_more_than_its_limit(
                 kept += ids[:taken]
                 said += act
             elif act == "move":
-                inbox.move(Move("a", "b", "WORKER_LOST", 1))
+                inbox.put_change(WorkerChange("a", "b", "WORKER_LOST", 1))
             elif inbox._ready.is_set():
                 arrival = await inbox.take()
                 assert arrival.logprobs == arrival.ids
@@ -74,10 +75,10 @@ def job_of(coalescer: Coalescer, text: str, limit: int, sampling: dict[str, Any]
         resume_ids=[],
         sampling=pb.Sampling(max_tokens=TOKENS, ignore_eos=True, **{"seed": 0, **sampling}),
         arrived=time.monotonic(),
-        expires=None,
+        deadline=NEVER,
         priority=5,
         attempt=0,
-        inbox=Inbox(Flush(), limit=limit),
+        inbox=Inbox(FlushPolicy(), limit=limit),
         span=trace.INVALID_SPAN,
     )
 
@@ -164,7 +165,7 @@ async def paused(tier: Tier) -> admin.BatcherState:
 
 async def test_a_caller_that_stops_reading_is_waited_for_without_a_worker_and_gets_the_rest() -> None:
     async with running_tier(
-        [EchoEngine(max_running=1)], unread_limit=200, unread_seconds=600, max_tokens=LONG
+        [EchoEngine(max_running=1)], max_unread_tokens=200, max_unread_seconds=600, max_tokens=LONG
     ) as tier:
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         async with narrow(tier.batcher.server.port) as channel:
@@ -188,7 +189,9 @@ async def test_a_caller_that_stops_reading_is_waited_for_without_a_worker_and_ge
 
 
 async def test_a_caller_that_never_reads_is_let_go_hears_why_and_can_carry_on() -> None:
-    async with running_tier([EchoEngine()], unread_limit=200, unread_seconds=0.5, max_tokens=LONG) as tier:
+    async with running_tier(
+        [EchoEngine()], max_unread_tokens=200, max_unread_seconds=0.5, max_tokens=LONG
+    ) as tier:
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         async with narrow(tier.batcher.server.port) as channel:
             call = GenerationServiceStub(channel).Generate(ask)
@@ -210,7 +213,9 @@ async def test_a_caller_that_never_reads_is_let_go_hears_why_and_can_carry_on() 
 
 
 async def test_our_client_carries_a_slow_readers_answer_on_after_the_server_ended_it() -> None:
-    async with running_tier([EchoEngine()], unread_limit=200, unread_seconds=0.5, max_tokens=LONG) as tier:
+    async with running_tier(
+        [EchoEngine()], max_unread_tokens=200, max_unread_seconds=0.5, max_tokens=LONG
+    ) as tier:
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         coalescer = tier.batcher.coalescer
         async with narrow(tier.batcher.server.port) as channel:
@@ -225,7 +230,7 @@ async def test_our_client_carries_a_slow_readers_answer_on_after_the_server_ende
 
 async def test_a_deadline_ends_a_paused_answer_before_its_patience_does() -> None:
     async with (
-        running_tier([EchoEngine()], unread_limit=200, unread_seconds=600, max_tokens=LONG) as tier,
+        running_tier([EchoEngine()], max_unread_tokens=200, max_unread_seconds=600, max_tokens=LONG) as tier,
         narrow(tier.batcher.server.port) as channel,
     ):
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
@@ -245,14 +250,14 @@ async def test_a_deadline_ends_a_paused_answer_before_its_patience_does() -> Non
 
 async def test_a_batcher_that_stops_lets_go_of_paused_answers() -> None:
     async with (
-        running_tier([EchoEngine()], unread_limit=200, unread_seconds=600, max_tokens=LONG) as tier,
+        running_tier([EchoEngine()], max_unread_tokens=200, max_unread_seconds=600, max_tokens=LONG) as tier,
         narrow(tier.batcher.server.port) as channel,
     ):
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         responses = aiter(GenerationServiceStub(channel).Generate(ask))
         await anext(responses)
         await paused(tier)
-        tier.batcher.coalescer.hand_back()
+        tier.batcher.coalescer.stop()
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             async for _ in responses:
                 pass

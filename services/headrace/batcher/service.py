@@ -1,7 +1,7 @@
-"""Speak the contract for one tier: requests to jobs, arrivals to events.
+"""Translate between the gRPC contract and the batcher: requests to jobs, arrivals to response events.
 
-What comes in is checked, tokenised and bounded by the intake; who waits, with whom and for which worker is
-the coalescer's; token ids become text again in `answer`.
+The intake checks, tokenises and bounds requests. The coalescer queues, batches and runs them. `answer` turns
+token ids back into text.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
-from headrace.batcher.text.answer import Answer, record_unanswered
+from headrace.batcher.text.answer import AnswerEvents, record_unanswered
 from headrace.batcher.text.tokens import Tokenizer
+from headrace.deadline import Deadline
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
 from headrace.v1 import routing_service_pb2 as routing
@@ -32,7 +33,7 @@ SERVICES = (
 
 
 class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
-    """One tier, as its callers see it.
+    """Serves one tier to callers.
 
     max_tokens    most tokens of an answer
     """
@@ -52,23 +53,23 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> None:
         """Stream the answer to one prompt.
 
-        Writes itself, so that it can be ended while a caller that does not read holds up a write.
+        It writes the responses itself, so that it can end while a caller that does not read blocks a write.
         """
         job = await self._job(request, context.time_remaining())
         try:
             await self._answer(job, request, context)
         finally:
-            if job.leave_intake is not None:
-                job.leave_intake()
+            if job.release_place is not None:
+                job.release_place()
 
     async def _job(self, request: pb.GenerateRequest, remaining: float | None) -> Job:
         arrived = time.monotonic()
-        outcome = "cancelled"  # unless it ends some other way
+        outcome = "cancelled"  # until it ends otherwise
         try:
-            job = await self._intake.job(request, arrived, remaining)
+            job = await self._intake.job(request, arrived, Deadline.after(remaining, arrived))
             outcome = ""
         except errors.HeadraceError as error:
-            # A request that cannot be answered by anybody is no outcome of this tier's.
+            # A request that no tier can answer is not an outcome of this tier.
             outcome = "" if isinstance(error, errors.InvalidRequest) else error.reason.lower()
             raise
         finally:
@@ -82,10 +83,10 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         request: pb.GenerateRequest,
         context: grpc.aio.ServicerContext[object, pb.GenerateResponse],
     ) -> None:
-        answer = Answer(job, request, self._tokenizer, self._labels)
-        outcome = "cancelled"  # unless it ends some other way
+        answer = AnswerEvents(job, request, self._tokenizer, self._labels)
+        outcome = "cancelled"  # until it ends otherwise
         try:
-            async with asyncio.timeout(None) as job.patience:
+            async with asyncio.timeout(None) as job.reader_timeout:
                 async with aclosing(self._responses(job, answer)) as responses:
                     async for response in responses:
                         await context.write(response)
@@ -94,39 +95,39 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
             outcome = errors.SlowReader.reason.lower()
             raise errors.SlowReader(
                 f"{job.inbox.unread} tokens have waited too long to be read, and no more are kept: read "
-                "faster, or carry on with `resume` from where you are",
+                "faster, or continue with `resume` after the tokens received",
                 unread=job.inbox.unread,
             ) from None
         except errors.HeadraceError as error:
             outcome = error.reason.lower()
             raise
         finally:
-            # A busy server may be told of the deadline by gRPC, as a cancel, before it has noticed itself.
-            if outcome == "cancelled" and job.late(time.monotonic()):
+            # On a busy server gRPC may cancel the call for its deadline before the batcher has noticed it.
+            if outcome == "cancelled" and job.response_deadline.passed(time.monotonic()):
                 outcome = job.deadline_error().reason.lower()
             answer.record(outcome)
 
-    async def _responses(self, job: Job, answer: Answer) -> AsyncGenerator[pb.GenerateResponse, None]:
+    async def _responses(self, job: Job, answer: AnswerEvents) -> AsyncGenerator[pb.GenerateResponse, None]:
         if job.resume_ids:
             await asyncio.get_running_loop().run_in_executor(None, answer.replay)
-        if answer.complete_already:
+        if answer.already_complete:
             yield self._accepted(job)
-            for response in answer.rest():
+            for response in answer.final_events():
                 yield response
             return
         async with aclosing(self._coalescer.arrivals(job)) as arrivals:
             await anext(arrivals)
             yield self._accepted(job)
             async for arrival in arrivals:
-                for response in answer.take(arrival):
+                for response in answer.events_for(arrival):
                     yield response
                 if answer.done:
-                    break  # at a stop text the worker is still at it: leaving cancels
+                    break  # after a stop text the worker is still generating: closing the arrivals cancels it
 
     async def ListTiers(
         self, request: routing.ListTiersRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> routing.ListTiersResponse:
-        """The one tier that this batcher serves."""
+        """Return the one tier that this batcher serves."""
         now = time.monotonic()
         pool, queue = self._coalescer.pool, self._coalescer.queue
         workers = pool.ready()
@@ -154,14 +155,14 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
     async def Explain(
         self, request: routing.ExplainRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> routing.ExplainResponse:
-        """Not here: one tier leaves nothing to explain."""
-        raise errors.Unimplemented("a batcher has one tier and no score: ask the router to explain")
+        """Reject the call: a batcher makes no routing decision."""
+        raise errors.Unimplemented("a batcher has one tier and computes no score: call Explain on the router")
 
     async def Feedback(
         self, request: routing.FeedbackRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> routing.FeedbackResponse:
-        """Not here: the router knows where its requests went."""
-        raise errors.Unimplemented("a batcher does not decide where requests go: tell the router")
+        """Reject the call: a batcher makes no routing decision."""
+        raise errors.Unimplemented("a batcher does not route requests: send feedback to the router")
 
     def _accepted(self, job: Job) -> pb.GenerateResponse:
         model = next((link.model.name for link in self._coalescer.pool.ready() if link.model), "")

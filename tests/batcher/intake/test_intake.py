@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from headrace import errors
 from headrace.batcher import job as jobs
 from headrace.batcher.intake.intake import LONG_BYTES
-from headrace.batcher.intake.limits import GREEDY_BELOW, Limits
+from headrace.batcher.intake.limits import GREEDY_BELOW, RequestLimits
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import open_channel
 from headrace.client import chat, connect
@@ -92,7 +92,7 @@ async def test_a_burst_beyond_the_limit_is_refused_before_anything_is_tokenised(
     tokenizer = GatedTokenizer()
     async with gated(tokenizer, EchoEngine(max_running=2), queue_limit=4) as tier:
         (link,) = tier.batcher.coalescer.pool
-        fit = 4 + link.room(0.0)
+        fit = 4 + link.free_slots(0.0)
         burst = [asking(tier, f"prompt {number}") for number in range(300)]
         await eventually(lambda: sum(task.done() for task in burst) >= 300 - fit)
 
@@ -191,7 +191,7 @@ async def test_a_more_urgent_request_takes_a_place_at_the_tokenizer_or_in_the_qu
         (link,) = coalescer.pool
         busy = prompt("x", max_tokens=1000, ignore_eos=True)
         running = []
-        while link.room(0.0):
+        while link.free_slots(0.0):
             running.append(asyncio.create_task(collect(tier.client, busy)))
             await eventually(lambda: len(coalescer.live) == len(running) and not coalescer.queue)
         queued = asking(tier, "queued", priority=2)
@@ -223,7 +223,7 @@ async def test_what_waits_for_a_thread_gives_way_to_a_tenant_that_has_less() -> 
     tokenizer = GatedTokenizer()
     async with gated(tokenizer, EchoEngine(max_running=1), queue_limit=4) as tier:
         (link,) = tier.batcher.coalescer.pool
-        fit = 4 + link.room(0.0)
+        fit = 4 + link.free_slots(0.0)
         flood = [asking(tier, f"flood {number}", tenant="flood") for number in range(fit)]
         await eventually(lambda: intake_of(tier).waiting == fit)
         quiet = asking(tier, "quiet", tenant="quiet")
@@ -408,13 +408,13 @@ async def test_a_deadline_that_the_tokenizer_cannot_meet_is_refused_at_once() ->
         stuck = [asking(tier, f"slow {number}") for number in range(THREADS)]
         await eventually(lambda: len(tokenizer.texts) == THREADS)
 
-        with pytest.raises(errors.Unattainable, match="tokenised"):
+        with pytest.raises(errors.TtftUnattainable, match="tokenised"):
             await asking(tier, "x", timeout=3.0)
         tokenizer.open()
         await results(stuck)
 
 
-LIMITS = Limits(tier="t", model="m", context_length=100, vocabulary=256, max_tokens=50)
+LIMITS = RequestLimits(tier="t", model="m", context_length=100, vocabulary=256, max_tokens=50)
 
 
 @given(

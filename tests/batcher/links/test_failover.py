@@ -62,7 +62,7 @@ async def cut(tier: Tier, trap: Trap) -> None:
         return
     (job,) = tier.batcher.coalescer.live
     attempt, serving = job.attempt, tier.serving
-    await eventually(lambda: job.answered == trap.offset or job not in tier.batcher.coalescer.live)
+    await eventually(lambda: job.answer_length == trap.offset or job not in tier.batcher.coalescer.live)
     if job not in tier.batcher.coalescer.live:  # at a stop text the caller has all, the worker not yet
         trap.open()
         return
@@ -324,7 +324,7 @@ async def test_a_worker_that_stands_still_loses_its_work_and_its_late_tokens_do_
         reading = asyncio.create_task(collect(tier.client, asked))
         await trap.sprung.wait()
         (job,) = tier.batcher.coalescer.live
-        await eventually(lambda: job.answered == trap.offset)
+        await eventually(lambda: job.answer_length == trap.offset)
         frozen = tier.wires[tier.serving]
         frozen.freeze()
         trap.open()  # the worker says the rest, and nobody hears it
@@ -361,7 +361,7 @@ async def test_a_drained_worker_hands_its_answers_over() -> None:
         (first,) = (
             link for link in tier.batcher.coalescer.pool if link.target.endswith(f":{tier.wires[0].port}")
         )
-        await eventually(lambda: any(job.answered for job in first.flights.jobs()))
+        await eventually(lambda: any(job.answer_length for job in first.in_flight.jobs()))
         tier.workers[0].sessions.stop_admitting()
         tier.workers[0].sessions.hand_back()
         for trap in traps:

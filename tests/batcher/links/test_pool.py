@@ -14,7 +14,7 @@ from headrace import errors
 from headrace.batcher.__main__ import batcher
 from headrace.batcher.settings import Settings
 from headrace.batcher.text.tokens import ByteTokenizer
-from headrace.batcher.waiting.prefixes import blocks
+from headrace.batcher.waiting.prefixes import block_names
 from headrace.channel import open_channel
 from headrace.cli.mesh import reserved_ports
 from headrace.client import connect
@@ -65,15 +65,15 @@ async def test_a_worker_that_forgot_a_beginning_is_no_longer_believed_to_know_ol
         (link,) = tier.batcher.coalescer.pool
         prefixes = tier.batcher.coalescer.prefixes
         texts = [letter * 260 for letter in "abcd"]
-        names = [blocks(ByteTokenizer().encode_text(text)) for text in texts]
+        names = [block_names(ByteTokenizer().encode_text(text)) for text in texts]
         for text in texts:
             await collect(tier.client, prompt(text, max_tokens=1))
-        assert all(prefixes.held(one, link.target) for one in names), "as far as is known"
+        assert all(prefixes.cached_tokens(one, link.target) for one in names), "as far as is known"
 
         again = await collect(tier.client, prompt(texts[1], max_tokens=1))
         assert again.finish.usage.cached_tokens < 256
 
-        held = [prefixes.held(one, link.target) for one in names]
+        held = [prefixes.cached_tokens(one, link.target) for one in names]
         assert held == [0, 256, 256, 256]
 
 
@@ -97,7 +97,7 @@ async def test_a_prompt_that_is_known_already_is_not_refused_for_the_time_it_wou
         await collect(tier.client, prompt(known, max_tokens=1))
         await eventually(lambda: link.load.prefill_tokens_per_second > 0)
 
-        with pytest.raises(errors.Unattainable, match="first token"):
+        with pytest.raises(errors.TtftUnattainable, match="first token"):
             await collect(tier.client, prompt("n" * 3500, max_tokens=1), timeout=10)
         # On a busy machine the deadline may pass all the same; what counts is that it is tried.
         with suppress(errors.DeadlineInQueue, errors.DeadlineInDecode):
@@ -282,9 +282,9 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(monkeypatch: pyt
         await collect(tier.client, prompt("m" * 500, max_tokens=1))
         await eventually(lambda: link.load.step_time.ToMilliseconds() >= 50)
 
-        with pytest.raises(errors.Unattainable, match="first token"):
+        with pytest.raises(errors.TtftUnattainable, match="first token"):
             await collect(tier.client, prompt("m" * 3500, max_tokens=1), timeout=10)
-        with pytest.raises(errors.Unattainable, match="1000 tokens"):
+        with pytest.raises(errors.DeadlineUnattainable, match="1000 tokens"):
             await collect(tier.client, prompt("m", max_tokens=1000, min_tokens=1000), timeout=10)
         assert (await collect(tier.client, prompt("m", max_tokens=4))).tokens == 1
 
@@ -298,7 +298,7 @@ async def test_a_look_inside_shows_queue_workers_and_sequences_on_both_sides() -
         reading = [asyncio.create_task(collect(tier.client, asked)) for _ in range(3)]
         await trap.sprung.wait()
         await eventually(lambda: len(tier.batcher.coalescer.queue) == 1)
-        await eventually(lambda: any(job.answered == 3 for job in tier.batcher.coalescer.live))
+        await eventually(lambda: any(job.answer_length == 3 for job in tier.batcher.coalescer.live))
         async with (
             open_channel(f"127.0.0.1:{tier.batcher.server.port}") as front,
             open_channel(f"127.0.0.1:{tier.workers[0].server.port}") as back,

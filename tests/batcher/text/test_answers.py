@@ -11,7 +11,7 @@ import pytest
 
 from headrace import errors
 from headrace.batcher.inbox import Arrival
-from headrace.batcher.text.answer import Answer
+from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.templates import ChatTemplate
 from headrace.batcher.text.tokens import ByteTokenizer, TransformersTokenizer
 from headrace.client import chat
@@ -153,10 +153,10 @@ async def test_what_waited_for_a_slow_reader_comes_in_slices() -> None:
     """So that others have their turn between them."""
     one = job()
     one.sampling.max_tokens = 10_000
-    answer = Answer(one, pb.GenerateRequest(), ByteTokenizer(), {})
+    answer = AnswerEvents(one, pb.GenerateRequest(), ByteTokenizer(), {})
     ids = list(b"abc" * 1500)
 
-    events = [event.delta for event in answer.take(Arrival(ids, [0.5] * len(ids), None))]
+    events = [event.delta for event in answer.events_for(Arrival(ids, [0.5] * len(ids), None))]
 
     assert max(delta.token_count for delta in events) <= 1024
     assert [delta.offset for delta in events] == [0, 1024, 2048, 3072, 4096]

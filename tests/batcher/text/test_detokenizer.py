@@ -16,7 +16,7 @@ from headrace.batcher.text.detokenizer import (
     Detokenizer,
     Spelling,
     StopFinder,
-    Stops,
+    StopRules,
     TextStream,
     last_with_text,
 )
@@ -41,7 +41,7 @@ def pieces(spelling: Spelling, ids: list[int], after: int | None = None) -> list
 
 
 def stream(stops: list[str], **options: Any) -> TextStream:
-    return TextStream(Detokenizer(BYTES), Stops(stops, **options))
+    return TextStream(Detokenizer(BYTES), StopRules(stops, **options))
 
 
 def decoded(ours: TransformersTokenizer, ids: list[int]) -> str:
@@ -215,7 +215,7 @@ def test_a_stop_text_that_begins_with_a_blank_is_found_in_the_first_token_of_an_
     after = last_with_text(ours, prompt)
 
     assert TextStream(Detokenizer(ours, after)).feed(answer).text == " world"
-    assert TextStream(Detokenizer(ours, after), Stops([" world"])).feed(answer).stopped == " world"
+    assert TextStream(Detokenizer(ours, after), StopRules([" world"])).feed(answer).stopped == " world"
 
 
 @given(

@@ -79,8 +79,8 @@ def test_a_chat_has_no_fewer_tokens_than_its_layout_proves(small: TransformersTo
     turns = [("user", text), ("assistant", "is"), ("user", text)]
 
     assert small.bound is not None
-    assert 1 < small.bound.fewest_tokens(small.lay_out(turns)) <= len(small.encode_chat(turns))
-    assert small.bound.fewest_tokens(text) <= len(small.encode_text(text))
+    assert 1 < small.bound.min_tokens(small.render_chat(turns)) <= len(small.encode_chat(turns))
+    assert small.bound.min_tokens(text) <= len(small.encode_text(text))
 
 
 def test_turns_that_the_template_refuses_are_the_callers_to_mend(small: TransformersTokenizer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.batcher.waiting.prefixes import BLOCK, Prefixes, blocks, scope_of, scoped
+from headrace.batcher.waiting.prefixes import BLOCK, PrefixIndex, block_names, scope_of, scoped
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import collect, prompt
@@ -35,12 +35,12 @@ async def test_tenants_share_what_is_computed_where_the_operator_says_so() -> No
 
 
 def test_no_worker_is_preferred_for_what_another_tenant_has_there() -> None:
-    names, prefixes = blocks(range(4 * BLOCK)), Prefixes()
+    names, prefixes = block_names(range(4 * BLOCK)), PrefixIndex()
     own, other = (scoped(names, scope_of(tenant)) for tenant in ("a", "b"))
     prefixes.expect(own, "worker")
 
-    assert prefixes.held(own, "worker") == 3 * BLOCK
-    assert prefixes.held(other, "worker") == prefixes.held(names, "worker") == 0
+    assert prefixes.cached_tokens(own, "worker") == 3 * BLOCK
+    assert prefixes.cached_tokens(other, "worker") == prefixes.cached_tokens(names, "worker") == 0
 
 
 def test_a_scope_does_not_show_the_tenants_name_and_is_the_same_at_every_batcher() -> None:

@@ -57,7 +57,7 @@ def test_a_batch_closes_at_once_when_full_or_wanted_and_else_after_the_linger(
     window: Window, waiting: int, tokens: int, room: int, oldest: float, linger: float
 ) -> None:
     def closes(hungry: bool) -> float:
-        return window.closes(waiting, tokens, room, oldest=oldest, linger=linger, hungry=hungry)
+        return window.closes_at(waiting, tokens, room, oldest=oldest, linger=linger, idle=hungry)
 
     assert closes(True) == 0, "a hungry worker is never kept waiting"
     full = waiting >= min(window.size, room) or tokens >= window.tokens

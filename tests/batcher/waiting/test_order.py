@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from headrace.batcher.waiting.queue import LEVELS, JobQueue, victims
+from headrace.batcher.waiting.order import LEVELS, FairOrder
+from headrace.batcher.waiting.shedding import victims
+from headrace.deadline import NEVER, Deadline
 
 AGEING = 10.0
 QUANTUM = 100
@@ -24,7 +26,7 @@ class Item:
     tenant: str = ""
     cost: int = 50
     arrived: float = 0.0
-    expires: float | None = None
+    deadline: Deadline = NEVER
     uncached: int = 10
 
 
@@ -33,25 +35,25 @@ ITEMS = st.builds(
     priority=st.integers(0, LEVELS - 1),
     tenant=st.sampled_from("abc"),
     cost=st.integers(1, 300),
-    expires=st.none() | st.floats(1, 1000),
+    deadline=st.just(NEVER) | st.builds(Deadline, st.floats(1, 1000)),
     uncached=st.integers(1, 300),
 )
 
 
-def filled(*items: Item, limit: int = 1000) -> JobQueue[Item]:
-    queue: JobQueue[Item] = JobQueue(limit, ageing=AGEING, quantum=QUANTUM)
+def filled(*items: Item) -> FairOrder[Item]:
+    queue: FairOrder[Item] = FairOrder(ageing=AGEING, quantum=QUANTUM)
     for item in items:
         queue.put(item)
     return queue
 
 
-def one_victim(queue: JobQueue[Item], newcomer: Item) -> Item | None:
+def one_victim(queue: FairOrder[Item], newcomer: Item) -> Item | None:
     """Who gives way if one place is needed."""
     chosen = victims([queue], newcomer, 1)
     return chosen[0] if chosen else None
 
 
-def emptied(queue: JobQueue[Item], now: float = 0.0) -> list[Item]:
+def emptied(queue: FairOrder[Item], now: float = 0.0) -> list[Item]:
     order = []
     while (item := queue.head(now)) is not None:
         queue.take(item)
@@ -71,7 +73,7 @@ def test_everybody_is_served_once_and_priorities_never_go_backwards(items: list[
 def test_within_a_tenant_and_priority_the_earliest_deadline_is_first(items: list[Item]) -> None:
     served: dict[tuple[int, str], list[float]] = {}
     for item in emptied(filled(*items)):
-        deadline = item.expires if item.expires is not None else item.arrived + 600
+        deadline = item.deadline.at if item.deadline.exists else item.arrived + 600
         served.setdefault((item.priority, item.tenant), []).append(deadline)
 
     assert all(deadlines == sorted(deadlines) for deadlines in served.values())
@@ -96,12 +98,12 @@ def test_while_tenants_wait_their_service_differs_by_a_turn_at_most(costs: dict[
 @given(priority=st.integers(0, 8), rivals=st.integers(1, 5))
 def test_nobody_starves_however_many_more_urgent_ones_keep_coming(priority: int, rivals: int) -> None:
     """Each second brings more urgent work than can be served; the old job has its turn all the same."""
-    old = Item(priority=priority, tenant="old", expires=10_000.0)
+    old = Item(priority=priority, tenant="old", deadline=Deadline(10_000.0))
     queue = filled(old)
     for second in range(200):
         now = float(second)
         for _ in range(rivals):
-            queue.put(Item(priority=9, tenant="new", arrived=now, expires=now + 5))
+            queue.put(Item(priority=9, tenant="new", arrived=now, deadline=Deadline(now + 5)))
         head = queue.head(now)
         assert head is not None
         queue.take(head)
@@ -112,12 +114,12 @@ def test_nobody_starves_however_many_more_urgent_ones_keep_coming(priority: int,
 
 
 def test_an_answer_that_had_begun_stands_apart_and_needs_no_place() -> None:
-    queue = filled(Item(priority=9), limit=1)
+    queue = filled(Item(priority=9))
     broken = Item(priority=0)
     queue.put_back(broken)
 
     assert queue.waiting == 1
-    assert queue.begun == [broken]
+    assert queue.interrupted == [broken]
     queue.take(broken)
     assert len(queue) == 1
 
@@ -147,7 +149,7 @@ def test_who_gives_way_is_less_urgent_or_of_a_tenant_that_has_more(items: list[I
 
 def test_a_flood_gives_way_to_a_quiet_tenant_until_shares_are_even() -> None:
     flood = [Item(tenant="flood") for _ in range(8)]
-    queue = filled(*flood, limit=8)
+    queue = filled(*flood)
     for _ in range(4):
         quiet = Item(tenant="quiet")
         victim = one_victim(queue, quiet)
@@ -173,8 +175,8 @@ def test_who_gives_way_does_not_depend_on_which_queue_it_waits_in(
 
     assert (whole is None) == (apart is None)
     if whole and apart:
-        assert [(one.priority, one.tenant, one.expires) for one in whole] == [
-            (one.priority, one.tenant, one.expires) for one in apart
+        assert [(one.priority, one.tenant, one.deadline) for one in whole] == [
+            (one.priority, one.tenant, one.deadline) for one in apart
         ]
 
 
@@ -216,13 +218,13 @@ class Comings(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue: JobQueue[Item] = JobQueue(1000, ageing=AGEING, quantum=QUANTUM)
+        self.queue: FairOrder[Item] = FairOrder(ageing=AGEING, quantum=QUANTUM)
         self.present: list[Item] = []
         self.now = 0.0
 
     @rule(item=ITEMS)
     def come(self, item: Item) -> None:
-        item = Item(item.priority, item.tenant, item.cost, self.now, item.expires)
+        item = Item(item.priority, item.tenant, item.cost, self.now, item.deadline)
         self.queue.put(item)
         self.present.append(item)
 
