@@ -1,4 +1,4 @@
-"""Who comes in a burst is refused for want of room, not for having come in one turn of the event loop."""
+"""A burst within one turn of the event loop is limited by capacity alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def job(number: int) -> Job:
     )
 
 
-async def test_a_burst_longer_than_the_queue_is_taken_as_far_as_workers_have_room() -> None:
+async def test_a_burst_longer_than_the_queue_is_accepted_up_to_the_free_slots_of_workers() -> None:
     async with running_mesh(
         "only",
         engine=lambda: EchoEngine(max_running=4, step_seconds=0.01),
@@ -43,7 +43,7 @@ async def test_a_burst_longer_than_the_queue_is_taken_as_far_as_workers_have_roo
         fit = link.free_slots(time.monotonic()) + 2
         streams = [coalescer.arrivals(job(number)) for number in range(fit)]
         for stream in streams:
-            await anext(stream)  # the loop has no turn in between
+            await anext(stream)  # the dispatcher does not run in between
 
         async with aclosing(coalescer.arrivals(job(fit))) as one_more:
             with pytest.raises(errors.Overloaded):

@@ -1,4 +1,4 @@
-"""Tokens gather on their way to the caller: the first at once, the rest as the flush says."""
+"""An inbox delivers the first token immediately, and later ones as the flush policy says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headrace.v1 import generation_pb2 as pb
 END = SequenceEnd(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing())
 
 
-async def test_the_first_token_is_given_at_once_and_later_ones_together() -> None:
+async def test_the_first_token_is_delivered_immediately_and_later_ones_together() -> None:
     inbox = Inbox(FlushPolicy(tokens=3, seconds=60))
     inbox.put([1], [])
     assert (await inbox.take()).ids == [1]
@@ -28,7 +28,7 @@ async def test_the_first_token_is_given_at_once_and_later_ones_together() -> Non
     assert (await waiting).ids == [2, 3, 4]
 
 
-async def test_a_token_waits_no_longer_than_the_interval() -> None:
+async def test_a_token_waits_no_longer_than_the_flush_interval() -> None:
     inbox = Inbox(FlushPolicy(tokens=1000, seconds=0.01))
     inbox.put([1], [])
     await inbox.take()
@@ -37,7 +37,7 @@ async def test_a_token_waits_no_longer_than_the_interval() -> None:
     assert (await asyncio.wait_for(inbox.take(), 5)).ids == [2]
 
 
-async def test_the_end_comes_with_what_was_gathered() -> None:
+async def test_the_end_is_delivered_with_the_gathered_tokens() -> None:
     inbox = Inbox(FlushPolicy(tokens=1000, seconds=60))
     inbox.put([1], [])
     await inbox.take()
@@ -49,7 +49,7 @@ async def test_the_end_comes_with_what_was_gathered() -> None:
     assert (arrival.ids, arrival.logprobs, arrival.end) == ([2, 3], [-0.5, -1.0], END)
 
 
-async def test_tokens_that_came_before_a_failure_are_given_before_it() -> None:
+async def test_tokens_from_before_a_failure_are_delivered_before_it() -> None:
     inbox = Inbox(FlushPolicy())
     inbox.put([1], [])
     inbox.fail(errors.WorkerLost("gone"))
@@ -59,7 +59,7 @@ async def test_tokens_that_came_before_a_failure_are_given_before_it() -> None:
         await inbox.take()
 
 
-def test_more_tokens_than_can_be_sent_one_by_one_make_larger_flushes() -> None:
+def test_a_higher_token_rate_makes_larger_flushes() -> None:
     sizes = [flush_policy(8, rate).tokens for rate in (0, 900, 2_500, 12_000, 1e6)]
 
     assert sizes == [1, 1, 3, 12, 32]

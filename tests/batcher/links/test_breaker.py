@@ -1,4 +1,4 @@
-"""A worker that keeps failing gets no work, then a probe, and all of it when the probe came back well."""
+"""A worker that keeps failing gets no work, then one probe, and all work when the probe succeeds."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_it_opens_after_faults_in_a_row_and_not_before() -> None:
     breaker.record_success()
     breaker.record_fault(0)
     breaker.record_fault(0)
-    assert breaker.state(0) is BreakerState.CLOSED, "a success between starts the count again"
+    assert breaker.state(0) is BreakerState.CLOSED, "a success in between resets the count"
     breaker.record_fault(0)
 
     assert breaker.state(0) is BreakerState.OPEN
     assert breaker.allowed(0, 8) == 0
 
 
-def test_one_probe_goes_and_its_success_closes_it() -> None:
+def test_one_probe_is_sent_and_its_success_closes_the_breaker() -> None:
     breaker = opened()
     assert breaker.allowed(1.0, 8) == 1
     breaker.sent()
@@ -40,7 +40,7 @@ def test_one_probe_goes_and_its_success_closes_it() -> None:
     assert breaker.allowed(1.0, 8) == 8
 
 
-def test_a_probe_whose_caller_left_says_nothing() -> None:
+def test_a_probe_whose_caller_left_allows_another() -> None:
     breaker = opened()
     breaker.sent()
     breaker.release_probe()
@@ -62,14 +62,14 @@ def test_each_failed_probe_doubles_the_pause_up_to_the_longest(failures: int) ->
     assert breaker.state(now + pause) is BreakerState.HALF_OPEN
 
 
-def test_faults_of_what_was_sent_before_do_not_prolong_the_pause() -> None:
+def test_faults_of_sequences_sent_before_do_not_prolong_the_pause() -> None:
     breaker = opened(0.0)
     breaker.record_fault(0.9)
 
     assert breaker.state(1.0) is BreakerState.HALF_OPEN
 
 
-def test_faults_of_one_request_count_once_however_often_it_comes_back() -> None:
+def test_repeated_faults_of_one_request_count_once() -> None:
     breaker = CircuitBreaker(threshold=2)
     for _ in range(10):
         breaker.record_fault(0, {"a"})
@@ -79,14 +79,14 @@ def test_faults_of_one_request_count_once_however_often_it_comes_back() -> None:
     assert breaker.state(0) is BreakerState.OPEN
 
 
-def test_a_fault_that_hits_many_requests_counts_once_and_so_does_its_repetition() -> None:
+def test_a_fault_that_affects_many_requests_counts_once_even_if_repeated() -> None:
     breaker = CircuitBreaker(threshold=2)
     breaker.record_fault(0, {"a", "b", "c"})
     breaker.record_fault(0, {"a", "c"})
     assert breaker.state(0) is BreakerState.CLOSED
 
     breaker.record_fault(0, {"a", "d"})
-    assert breaker.state(0) is BreakerState.OPEN, "the second fault that hit somebody new"
+    assert breaker.state(0) is BreakerState.OPEN, "the second fault that affected a new request"
 
 
 def test_after_a_success_the_same_request_may_count_again() -> None:
@@ -99,7 +99,7 @@ def test_after_a_success_the_same_request_may_count_again() -> None:
     assert breaker.state(0) is BreakerState.OPEN
 
 
-def test_a_probe_that_fails_of_a_request_that_failed_before_is_no_verdict() -> None:
+def test_a_probe_with_a_request_that_failed_before_decides_nothing() -> None:
     breaker = CircuitBreaker(threshold=2)
     breaker.record_fault(0, {"a"})
     breaker.record_fault(0, {"b"})
@@ -107,4 +107,4 @@ def test_a_probe_that_fails_of_a_request_that_failed_before_is_no_verdict() -> N
     breaker.record_fault(1, {"a"})
 
     assert breaker.state(1) is BreakerState.HALF_OPEN
-    assert breaker.allowed(1, 8) == 1, "another one may be the probe"
+    assert breaker.allowed(1, 8) == 1, "another probe is allowed"

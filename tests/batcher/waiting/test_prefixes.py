@@ -1,4 +1,4 @@
-"""Who may find out what is computed already: a tenant's own requests, unless prefixes are shared."""
+"""A tenant shares cached prefixes with its own requests only, unless the operator shares them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ async def cached(tier: Tier, text: str, tenant: str) -> int:
 
 
 @pytest.mark.parametrize(("first", "second"), [("a", "b"), ("a", ""), ("", "b"), ("a", "a ")])
-async def test_a_tenant_cannot_find_out_what_another_one_has_asked(first: str, second: str) -> None:
+async def test_a_tenant_cannot_probe_what_another_one_has_asked(first: str, second: str) -> None:
     async with running_tier([EchoEngine()]) as tier:
         assert await cached(tier, SECRET, first) == 0
         assert await cached(tier, SECRET[:100] + "?" * 100, second) == 0, "a guess that is half right"
-        assert await cached(tier, SECRET, first) > 0, "its own it finds"
-        assert await cached(tier, SECRET, second) == 96, "of its own guess, in blocks of 16"
+        assert await cached(tier, SECRET, first) > 0, "its own prompt is cached"
+        assert await cached(tier, SECRET, second) == 96, "only its own guess, in blocks of 16"
 
 
-async def test_tenants_share_what_is_computed_where_the_operator_says_so() -> None:
+async def test_tenants_share_prefixes_if_the_operator_enables_it() -> None:
     async with running_tier([EchoEngine()], share_prefixes=True) as tier:
         assert await cached(tier, SECRET, "a") == 0
         assert await cached(tier, SECRET, "b") > 0
 
 
-def test_no_worker_is_preferred_for_what_another_tenant_has_there() -> None:
+def test_no_worker_is_preferred_for_the_cached_prefixes_of_another_tenant() -> None:
     names, prefixes = block_names(range(4 * BLOCK)), PrefixIndex()
     own, other = (scoped(names, scope_of(tenant)) for tenant in ("a", "b"))
     prefixes.expect(own, "worker")
@@ -43,7 +43,7 @@ def test_no_worker_is_preferred_for_what_another_tenant_has_there() -> None:
     assert prefixes.cached_tokens(other, "worker") == prefixes.cached_tokens(names, "worker") == 0
 
 
-def test_a_scope_does_not_show_the_tenants_name_and_is_the_same_at_every_batcher() -> None:
+def test_a_scope_hides_the_tenants_name_and_is_the_same_at_every_batcher() -> None:
     assert scope_of("acme") == scope_of("acme") != scope_of("acme2")
     assert b"acme" not in scope_of("acme")
     assert scope_of("") == b""

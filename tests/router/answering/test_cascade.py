@@ -201,8 +201,11 @@ async def test_a_draft_that_fails_is_the_callers_error_where_no_other_tier_serve
     assert (charge.tier, charge.answers, charge.wasted_tokens) == ("small", 0, 3), "it was computed"
 
 
-async def test_a_draft_is_released_if_a_larger_tier_would_not_be_in_time() -> None:
-    large = Speaker(refuses=errors.TtftUnattainable("the queue is longer than the deadline"))
+@pytest.mark.parametrize("error", [errors.TtftUnattainable, errors.DeadlineUnattainable])
+async def test_a_draft_is_released_if_a_larger_tier_would_not_be_in_time(
+    error: type[errors.HeadraceError],
+) -> None:
+    large = Speaker(refuses=error("the queue is longer than the deadline"))
     async with routed(CASCADE, small=Speaker(text=BAD), large=large) as client:
         answer = await collect(client, chat(QUESTION))
 
