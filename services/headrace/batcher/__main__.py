@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 
 from headrace.batcher.admin import AdminServicer
+from headrace.batcher.answering import Answering
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.links.pool import WorkerPool
@@ -80,8 +81,9 @@ async def batcher(
         ageing=settings.ageing_seconds,
         defaults=defaults,
     ) as intake:
+        answering = Answering(coalescer, intake, tokenizer, tier=settings.tier)
         servicer = GenerationServicer(
-            coalescer, intake, tokenizer, tier=settings.tier, max_tokens=settings.max_tokens
+            answering, coalescer, intake, tier=settings.tier, max_tokens=settings.max_tokens
         )
         activity = Activity()
         admin = AdminServicer(coalescer, intake, activity, tier=settings.tier)

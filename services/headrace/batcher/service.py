@@ -1,25 +1,15 @@
-"""Translate between the gRPC contract and the batcher: requests to jobs, arrivals to response events.
-
-The intake checks, tokenises and bounds requests. The coalescer queues, batches and runs them. `answer` turns
-token ids back into text.
-"""
+"""Serve the gRPC contract for one tier. `answering` answers requests; this module only translates."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 import grpc
 
-from headrace import attributes, errors
+from headrace import errors
+from headrace.batcher.answering import Answering
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
-from headrace.batcher.job import Job
-from headrace.batcher.text.answer import AnswerEvents, record_unanswered
-from headrace.batcher.text.tokens import Tokenizer
-from headrace.deadline import Deadline
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
 from headrace.v1 import routing_service_pb2 as routing
@@ -39,13 +29,12 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
     """
 
     def __init__(
-        self, coalescer: Coalescer, intake: Intake, tokenizer: Tokenizer, *, tier: str, max_tokens: int
+        self, answering: Answering, coalescer: Coalescer, intake: Intake, *, tier: str, max_tokens: int
     ) -> None:
+        self._answering = answering
         self._coalescer = coalescer
         self._intake = intake
-        self._tokenizer = tokenizer
         self._tier = tier
-        self._labels = {attributes.TIER: tier}
         self._max_tokens = max_tokens
 
     async def Generate(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
@@ -53,76 +42,10 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> None:
         """Stream the answer to one prompt.
 
-        It writes the responses itself, so that it can end while a caller that does not read blocks a write.
+        A coroutine that writes, not a generator, so that it can end while a caller that does not read blocks
+        a write.
         """
-        job = await self._job(request, context.time_remaining())
-        try:
-            await self._answer(job, request, context)
-        finally:
-            if job.release_place is not None:
-                job.release_place()
-
-    async def _job(self, request: pb.GenerateRequest, remaining: float | None) -> Job:
-        arrived = time.monotonic()
-        outcome = "cancelled"  # until it ends otherwise
-        try:
-            job = await self._intake.job(request, arrived, Deadline.after(remaining, arrived))
-            outcome = ""
-        except errors.HeadraceError as error:
-            # A request that no tier can answer is not an outcome of this tier.
-            outcome = "" if isinstance(error, errors.InvalidRequest) else error.reason.lower()
-            raise
-        finally:
-            if outcome:
-                record_unanswered(self._labels, outcome, time.monotonic() - arrived)
-        return job
-
-    async def _answer(
-        self,
-        job: Job,
-        request: pb.GenerateRequest,
-        context: grpc.aio.ServicerContext[object, pb.GenerateResponse],
-    ) -> None:
-        answer = AnswerEvents(job, request, self._tokenizer, self._labels)
-        outcome = "cancelled"  # until it ends otherwise
-        try:
-            async with asyncio.timeout(None) as job.reader_timeout:
-                async with aclosing(self._responses(job, answer)) as responses:
-                    async for response in responses:
-                        await context.write(response)
-            outcome = answer.outcome
-        except TimeoutError:
-            outcome = errors.SlowReader.reason.lower()
-            raise errors.SlowReader(
-                f"{job.inbox.unread} tokens have waited too long to be read, and no more are kept: read "
-                "faster, or continue with `resume` after the tokens received",
-                unread=job.inbox.unread,
-            ) from None
-        except errors.HeadraceError as error:
-            outcome = error.reason.lower()
-            raise
-        finally:
-            # On a busy server gRPC may cancel the call for its deadline before the batcher has noticed it.
-            if outcome == "cancelled" and job.response_deadline.passed(time.monotonic()):
-                outcome = job.deadline_error().reason.lower()
-            answer.record(outcome)
-
-    async def _responses(self, job: Job, answer: AnswerEvents) -> AsyncGenerator[pb.GenerateResponse, None]:
-        if job.resume_ids:
-            await asyncio.get_running_loop().run_in_executor(None, answer.replay)
-        if answer.already_complete:
-            yield self._accepted(job)
-            for response in answer.final_events():
-                yield response
-            return
-        async with aclosing(self._coalescer.arrivals(job)) as arrivals:
-            await anext(arrivals)
-            yield self._accepted(job)
-            async for arrival in arrivals:
-                for response in answer.events_for(arrival):
-                    yield response
-                if answer.done:
-                    break  # after a stop text the worker is still generating: closing the arrivals cancels it
+        await self._answering.answer(request, context.time_remaining(), context.write)
 
     async def ListTiers(
         self, request: routing.ListTiersRequest, context: grpc.aio.ServicerContext[object, object]
@@ -163,15 +86,3 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> routing.FeedbackResponse:
         """Reject the call: a batcher makes no routing decision."""
         raise errors.Unimplemented("a batcher does not route requests: send feedback to the router")
-
-    def _accepted(self, job: Job) -> pb.GenerateResponse:
-        model = next((link.model.name for link in self._coalescer.pool.ready() if link.model), "")
-        return pb.GenerateResponse(
-            accepted=pb.Accepted(
-                request_id=job.request_id,
-                model=model,
-                tier=self._tier,
-                prompt_tokens=len(job.prompt_ids),
-                seed=job.sampling.seed,
-            )
-        )

@@ -256,8 +256,8 @@ async def test_a_prompt_that_kills_workers_stops_after_two_without_harming_other
 
 
 async def test_a_first_token_ends_probation_and_the_next_request_follows_immediately() -> None:
-    """A worker dies with several uncomputed prompts. They are retried one after the other, but do not wait for
-    each other's complete answers."""
+    """A worker dies with several uncomputed prompts. They are retried one after another, without waiting for
+    complete answers."""
     import threading
 
     dead = threading.Event()
