@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.batcher.__main__ import Batcher, batcher
+from headrace.batcher.__main__ import RunningBatcher, batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer
 from headrace.client import Client, connect
@@ -29,7 +29,7 @@ class TierParts:
 
     engine: Engine
     worker: Worker
-    batcher: Batcher
+    batcher: RunningBatcher
 
     @property
     def left_behind(self) -> dict[str, int]:
@@ -40,8 +40,8 @@ class TierParts:
             "queued": len(self.batcher.coalescer.queue),
             "intake": self.batcher.intake.waiting,
             "live": len(self.batcher.coalescer.live),
-            "flights": sum(link.outstanding for link in pool),
-            "handles": sum(len(link.flights.jobs()) for link in pool),
+            "in flight": sum(link.outstanding for link in pool),
+            "handles": sum(len(link.in_flight.jobs()) for link in pool),
             "batcher requests": self.batcher.server.requests.in_flight,
             "worker sequences": self.worker.streams.in_flight,
             "kv tokens": load.kv_tokens_total - load.kv_tokens_free,

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from headrace.batcher.__main__ import Batcher, batcher
+from headrace.batcher.__main__ import RunningBatcher, batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer
 from headrace.cli.mesh import reserved_ports
@@ -127,7 +127,7 @@ class Tier:
     """A running tier."""
 
     client: Client
-    batcher: Batcher
+    batcher: RunningBatcher
     workers: list[Worker] = field(default_factory=list)
     wires: list[Wire] = field(default_factory=list)
     engines: list[Engine] = field(default_factory=list)

@@ -21,7 +21,7 @@ from tests.faults.tally import Row, Visit, mixed, request, visit
 
 Fleets = Callable[[Plan], AbstractAsyncContextManager[Fleet]]
 
-DEADLINES = ("DEADLINE", "DEADLINE_QUEUE", "DEADLINE_DECODE", "TTFT_UNATTAINABLE")
+DEADLINES = ("DEADLINE", "DEADLINE_QUEUE", "DEADLINE_DECODE", "TTFT_UNATTAINABLE", "DEADLINE_UNATTAINABLE")
 REFUSALS = ("QUEUE_FULL", "SHED")
 
 
@@ -141,7 +141,10 @@ async def test_callers_that_do_not_read_hold_up_nobody(
         batchers=1,
         routers=1,
         worker_flags=("--fake", "--fake-step-seconds", "0.001", "--max-running", "8"),
-        batcher_flags=("--fake", "--unread-limit", "64", "--unread-seconds", "600", "--max-tokens", "3000"),
+        batcher_flags=(
+            *("--fake", "--max-unread-tokens", "64", "--max-unread-seconds", "600"),
+            *("--max-tokens", "3000"),
+        ),
     )
     reads_on = asyncio.Event()
     # A channel that takes in little beyond what is read from it, else much of an answer lies there.

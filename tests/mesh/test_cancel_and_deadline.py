@@ -10,7 +10,7 @@ import pytest
 
 from headrace import errors
 from headrace.batcher import job
-from headrace.batcher.waiting.estimates import Pace
+from headrace.batcher.waiting.estimates import Estimates
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import Mesh, collect, eventually, prompt, running_mesh
@@ -82,7 +82,7 @@ async def test_a_deadline_in_the_queue_is_told_apart(
     # The batcher answers 57 s before the deadline: only it can notice, however busy this machine is. And it
     # judges nobody by what was measured in those three seconds.
     monkeypatch.setattr(job, "DEADLINE_MARGIN", 57.0)
-    monkeypatch.setattr(coalescer.admission, "pace", lambda now: Pace())
+    monkeypatch.setattr(coalescer.admission, "estimates", lambda now: Estimates())
     async with asyncio.TaskGroup() as tasks:
         readers = [tasks.create_task(collect(slow.client, endless(), timeout=600)) for _ in range(4)]
         await eventually(lambda: slow.tiers["only"].worker.streams.in_flight == 4)

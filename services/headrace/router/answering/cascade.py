@@ -276,7 +276,7 @@ async def _first(
     try:
         return await anext(responses)
     except (errors.TtftUnattainable, errors.DeadlineUnattainable):
-        return None  # a larger tier would be too late; the draft is here
+        return None  # it would not be in time; the draft is
     except (errors.DeadlineExceeded, errors.RequestCancelled):
         raise
     except errors.HeadraceError:
