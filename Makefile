@@ -29,13 +29,13 @@ faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was
 hostile: $(INSTALLED) ## flood, fuzz and abuse real processes beside an honest caller; prints what it felt
 	pytest tests/hostile
 
-check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import arrows
+check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import rules, links
 	ruff check .
 	ruff format --check .
 	mypy
 	buf lint protos
 	lint-imports
-	pytest -q tests/test_contract.py
+	pytest -q tests/test_contract.py tests/test_links.py
 
 OUT ?= services
 protos: $(INSTALLED) ## regenerate the stubs after a change of protos/
