@@ -285,6 +285,19 @@ def test_every_metric_to_watch_is_one() -> None:
     assert named <= {value for name, value in vars(attributes).items() if name.startswith("METRIC_")}
 
 
+def test_every_message_to_troubleshoot_is_one() -> None:
+    services = "\n".join(path.read_text() for path in sorted(PACKAGE.rglob("*.py")))
+    shown = [
+        part.strip()
+        for symptom, *_ in rows(OPERATING, "## Troubleshooting")
+        for message in re.findall(r"`([^`]+)`", symptom)
+        for part in re.split("HOST:PORT|VARIABLE|NAME", message)
+    ]
+
+    assert len(shown) > 8
+    assert [part for part in shown if part not in services] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_field_of_a_message_is_one(page: str) -> None:
     for message, name in re.findall(rf"`({'|'.join(MESSAGES)})\.([a-z_]+)`", PAGES[page]):
