@@ -270,7 +270,7 @@ class Table:
         return row
 
     def markdown(self) -> str:
-        """Return the table as docs/fault-tolerance.md has it."""
+        """As it stands in README."""
         heads = ("scenario", "requests", "tokens", "moved", "lost", "twice", "wrong", "hung", "failed", "")
         lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for row in self.rows:
