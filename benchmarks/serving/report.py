@@ -65,40 +65,36 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         chosen = [row for row in rows if row["model"] == model]
-        for row in sorted(
-            chosen,
-            key=lambda row: (row["concurrency"], -row["figures"]["output_tokens_per_s"].median),
-        ):
-            figures: Mapping[str, Spread] = row["figures"]
-            rate = figures["output_tokens_per_s"]
-            best = best_peer(rows, model, row["concurrency"])
-            flags = ("" if row["clean"] else " †") + ("" if row["complete"] else " ‡")
-            bold = "**" if row["system"].startswith("headrace") else ""
-            lines.append(
-                "| "
-                + " | ".join(
-                    [
-                        f"{bold}{row['system']}{bold}",
-                        str(row["concurrency"]),
-                        f"{bold}{rate.median:.0f}{bold} ({rate.low:.0f}-{rate.high:.0f}){flags}",
-                        f"{rate.median / best[1]:.2f}" if best else "",
-                        f"{figures['requests_per_s'].median:.2f}",
-                        _times(figures, "ttft", (50, 90, 99), 1, 0),
-                        _times(figures, "tpot", (50,), 1, 1),
-                        _times(figures, "itl", (50, 90, 99), 1, 0),
-                        _times(figures, "e2el", (50, 99), 1e-3, 1),
-                        f"{figures['peak_mib'].high:.0f}",
-                        str(row["runs"]),
-                    ]
-                )
-                + " |"
-            )
+        chosen.sort(key=lambda row: (row["concurrency"], -row["figures"]["output_tokens_per_s"].median))
+        lines += [
+            f"| {' | '.join(_columns(row, best_peer(rows, model, row['concurrency'])))} |" for row in chosen
+        ]
         if any(not row["clean"] for row in chosen):
             lines += ["", "† other processes used the CPU during every run of this cell: unreliable"]
         if any(not row["complete"] for row in chosen):
             lines += ["", "‡ cut off by --cell-seconds: only the first requests of the workload"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _columns(row: Mapping[str, Any], best: tuple[str, float] | None) -> list[str]:
+    figures: Mapping[str, Spread] = row["figures"]
+    rate = figures["output_tokens_per_s"]
+    flags = ("" if row["clean"] else " †") + ("" if row["complete"] else " ‡")
+    bold = "**" if row["system"].startswith("headrace") else ""
+    return [
+        f"{bold}{row['system']}{bold}",
+        str(row["concurrency"]),
+        f"{bold}{rate.median:.0f}{bold} ({rate.low:.0f}-{rate.high:.0f}){flags}",
+        f"{rate.median / best[1]:.2f}" if best else "",
+        f"{figures['requests_per_s'].median:.2f}",
+        _times(figures, "ttft", (50, 90, 99), 1, 0),
+        _times(figures, "tpot", (50,), 1, 1),
+        _times(figures, "itl", (50, 90, 99), 1, 0),
+        _times(figures, "e2el", (50, 99), 1e-3, 1),
+        f"{figures['peak_mib'].high:.0f}",
+        str(row["runs"]),
+    ]
 
 
 def _times(

@@ -49,7 +49,23 @@ def sequence_spec(
     must not harm the sequences of others. Raises EmptyInput, ContextTooLong, InvalidRequest and
     InvalidSampling.
     """
-    prompt, resume, sampling = message.prompt_ids, message.resume_ids, message.sampling
+    _check_ids(message, model)
+    _check_sampling(message, model.vocabulary_size)
+    ttl = message.ttl.ToNanoseconds() / 1e9 if message.HasField("ttl") else None
+    return SequenceSpec(
+        key=key,
+        ids=[*message.prompt_ids, *message.resume_ids],
+        prompt=len(message.prompt_ids),
+        params=_params(message.sampling),
+        deadline=Deadline.after(ttl, now),
+        submitted=now,
+        priority=priority,
+        scope=message.prefix_scope,
+    )
+
+
+def _check_ids(message: wire.Sequence, model: ModelInfo) -> None:
+    prompt, resume = message.prompt_ids, message.resume_ids
     if not prompt:
         raise errors.EmptyInput("the sequence has no prompt ids")
     if len(prompt) + len(resume) >= model.context_length:
@@ -59,32 +75,21 @@ def sequence_spec(
         )
     if max(prompt) >= model.vocabulary_size or max(resume, default=0) >= model.vocabulary_size:
         raise errors.InvalidRequest(f"a token id is not below {model.vocabulary_size}")
-    if not sampling.HasField("max_tokens") or sampling.max_tokens <= len(resume):
-        raise errors.InvalidSampling("sampling.max_tokens must be set and above the resumed tokens")
-    # A batcher lowers max_tokens to its tier's limit, which may be below the caller's min_tokens.
-    sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
-    check_sampling(sampling)
-    _check_vocabulary(sampling, model.vocabulary_size)
     if len(message.prefix_scope) > MAX_PREFIX_SCOPE:
         raise errors.InvalidRequest(
             f"prefix_scope has {len(message.prefix_scope)} bytes; at most {MAX_PREFIX_SCOPE} are allowed",
             field="prefix_scope",
         )
-    ttl = message.ttl.ToNanoseconds() / 1e9 if message.HasField("ttl") else None
-    return SequenceSpec(
-        key=key,
-        ids=[*prompt, *resume],
-        prompt=len(prompt),
-        params=_params(sampling),
-        deadline=Deadline.after(ttl, now),
-        submitted=now,
-        priority=priority,
-        scope=message.prefix_scope,
-    )
 
 
-def _check_vocabulary(sampling: pb.Sampling, vocabulary: int) -> None:
-    """Raise InvalidSampling for ids outside the vocabulary."""
+def _check_sampling(message: wire.Sequence, vocabulary: int) -> None:
+    """Check the sampling parameters; lowers min_tokens to max_tokens."""
+    sampling, resume = message.sampling, message.resume_ids
+    if not sampling.HasField("max_tokens") or sampling.max_tokens <= len(resume):
+        raise errors.InvalidSampling("sampling.max_tokens must be set and above the resumed tokens")
+    # A batcher lowers max_tokens to its tier's limit, which may be below the caller's min_tokens.
+    sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
+    check_sampling(sampling)
     for field, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
         if (highest := max(ids, default=0)) >= vocabulary:
             raise errors.InvalidSampling(
