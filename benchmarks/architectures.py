@@ -325,13 +325,13 @@ def page(architectures: Sequence[Outcome], formats: Sequence[Outcome]) -> str:
                 [(f"`{one.name}`", one.network, one.result, one.detail) for one in served],
             ),
             f"\n## Rejected: {len(rejected)} architectures\n",
-            "The worker exits at its start and logs the reason. Choose another model, or serve it with vLLM.\n",
+            "The worker exits at its start and logs the reason. Use another model, or vLLM.\n",
             *_table(
                 ("model_type", "class", "why"),
                 [(f"`{one.name}`", one.network, _short(one.detail)) for one in rejected],
             ),
             f"\n## Not tested: {len(rest)} architectures\n",
-            "The script cannot make small networks of these. A worker decides at its start whether it serves one.\n",
+            "The script cannot make small networks of these. Whether they are served is decided at start.\n",
             *_table(
                 ("model_type", "class", "why"),
                 [(f"`{one.name}`", one.network, one.detail) for one in rest],
