@@ -27,6 +27,7 @@ from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime import logs, vitals
 from headrace.runtime.interceptors import Activity
+from headrace.runtime.memory import collection_paused
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
 from headrace.v1 import generation_pb2 as pb
@@ -126,7 +127,8 @@ def _load(settings: Settings) -> tuple[Tokenizer, pb.Sampling]:
     try:
         path = resolve(settings.model, cache, weights=False)
         recommended = recommended_sampling(path) if settings.generation_config == "auto" else pb.Sampling()
-        return load_tokenizer(path, cache), recommended
+        with collection_paused():
+            return load_tokenizer(path, cache), recommended
     except ModelUnavailable as error:
         raise StartFailed(str(error)) from error
 

@@ -18,6 +18,7 @@ import grpc
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
 from headrace.runtime import logs, vitals
 from headrace.runtime.interceptors import Activity
+from headrace.runtime.memory import collection_paused
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
@@ -114,7 +115,8 @@ def _load(settings: Settings) -> Engine:
             step_seconds=settings.fake_step_seconds,
         )
     # Imported here, for it costs seconds that `--help` and `--fake` need not wait.
-    from headrace.worker.engine.load.loading import load_engine
+    with collection_paused():
+        from headrace.worker.engine.load.loading import load_engine
 
     cache = Path(settings.cache) if settings.cache else cache_folder()
     log.info("loading", extra={"stage": "files", "model": settings.model})

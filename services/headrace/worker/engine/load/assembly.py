@@ -73,6 +73,15 @@ class LoadedModel:
         """Return the model without its network, which a decoder does not need any more."""
         return dataclasses.replace(self, network=None)
 
+    def with_one_layer(self) -> LoadedModel:
+        """Return the model without the layers of its decoder after the first; itself if it has no decoder."""
+        if self.decoder is None:
+            return self
+        first = next(iter(self.layers))
+        return dataclasses.replace(
+            self, layers={first: self.layers[first]}, decoder=self.decoder.first_layer()
+        )
+
     def build_forward(
         self, model: ModelInfo, progress: Callable[[str], None] = _ignore, *, graphs: bool = True
     ) -> Forward:

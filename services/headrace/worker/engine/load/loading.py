@@ -191,7 +191,11 @@ def _check_engine(loaded: LoadedModel, model: ModelInfo, context: int) -> bool:
     )
     device, memory_dtype = torch.device(model.device), loaded.precision.memory_dtype
     with _as_unsupported(loaded.network):
-        exact = self_check.check_model(TorchEngine(loaded.build_forward(checked), checked), loaded.network)
+        exact = self_check.check_model(
+            TorchEngine(loaded.build_forward(checked), checked),
+            loaded.network,
+            concurrent=loaded.decoder is not None,
+        )
         return self_check.check_attention(loaded.kind, loaded.layers, device, memory_dtype) and exact
 
 
@@ -201,7 +205,9 @@ def _size_kv_memory(
     """Run the largest possible step, and return the number of blocks that fit into the remaining memory."""
     # The rows of this step use only two blocks, see `kv_sizing.largest_step`.
     two_blocks = dataclasses.replace(model, kv_blocks=2, context_length=2 * model.block_tokens)
-    engine = TorchEngine(loaded.build_forward(two_blocks, graphs=False), two_blocks)
+    # All layers of a decoder use the same buffers, so one layer has the same peak.
+    forward = loaded.with_one_layer().build_forward(two_blocks, graphs=False)
+    engine = TorchEngine(forward, two_blocks)
     rows = kv_sizing.largest_step(
         step_tokens=step_tokens,
         max_running=model.max_running,

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import carray, cfunc, types
+from numba import carray
 
 from headrace.worker.engine.cpu.kernels import machine, team
 from headrace.worker.engine.cpu.kernels.attend import attend_unit, scratch_bytes, tile_tokens, work_units
+from headrace.worker.engine.cpu.kernels.cache import compile_entry_point
 from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK, LAYER, RAGGED, store_token
 
 Ints = npt.NDArray[np.int32]
@@ -188,10 +189,11 @@ def _attend(call: Any) -> None:
 @functools.cache
 def attention_entry_point() -> Any:
     """Return the function that threads call; the first call compiles it or reads it from the cache."""
-    return cfunc(types.void(types.voidptr), nopython=True, cache=True)(_attend_on_thread)
+    return compile_entry_point(attend_on_thread)
 
 
-def _attend_on_thread(data: Any) -> None:
+def attend_on_thread(data: Any) -> None:
+    """Compute the share of one thread of the attention at address *data*."""
     call = carray(data, (1,), _CALL)[0]
     try:
         _attend(call)
