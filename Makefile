@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check protos bench bench-mesh faults hostile bench-peers clean
+.PHONY: help demo up test check structure protos bench bench-mesh faults hostile bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 14
@@ -36,6 +36,9 @@ check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import arrows
 	buf lint protos
 	lint-imports
 	pytest -q tests/test_contract.py
+
+structure: $(INSTALLED) ## print modules, lines and imports of each folder; BEFORE=DIR compares with another checkout
+	python -m tests.structure $(if $(BEFORE),--before $(BEFORE))
 
 OUT ?= services
 protos: $(INSTALLED) ## regenerate the stubs after a change of protos/

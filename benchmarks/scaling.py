@@ -33,7 +33,7 @@ from benchmarks.stepping import row
 from headrace import models
 from headrace.worker.engine.cpu.kernels.matmul import ElementType
 from headrace.worker.engine.load.gguf.weights import dequantised
-from headrace.worker.engine.plan.loop import StepReport
+from headrace.worker.runner import StepReport
 from headrace.worker.settings import Settings
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -94,24 +94,26 @@ def profile(engine: Any, rows: int, context: int = 128, count: int = 8) -> dict[
 
 
 class Clock:
-    """Hears of steps, and notes when each sequence got its first token and when it was complete."""
+    """Receives step reports, and records each sequence's first token, its answer and its end."""
 
     def __init__(self) -> None:
         self._news = threading.Condition()
         self.first: dict[int, float] = {}
-        self.ended: dict[int, list[int]] = {}
+        self.answers: dict[int, list[int]] = {}
+        self.ended: set[int] = set()
         self.steps = 0
 
-    def hear(self, report: StepReport[int]) -> None:
-        """Take a step's report; called on the engine's thread."""
+    def on_report(self, report: StepReport[int]) -> None:
+        """Record a step's report; called on the engine's thread."""
         now = time.perf_counter()
         with self._news:
             self.steps += report.rows > 0
             for update in report.updates:
                 if update.token_ids:
-                    self.first.setdefault(update.sequence.key, now)
-                if update.ending is not None:
-                    self.ended[update.sequence.key] = list(update.sequence.ids)
+                    self.first.setdefault(update.key, now)
+                    self.answers.setdefault(update.key, []).extend(update.token_ids)
+                if update.finish is not None:
+                    self.ended.add(update.key)
             self._news.notify_all()
 
     def wait(self, *keys: int) -> None:
@@ -131,7 +133,7 @@ def stall(engine: Any, long: int = 4000, short: int = 16, tries: int = 2) -> dic
     long = min(long, engine.model.context_length - 2)
     times: dict[str, list[float]] = {"alone": [], "beside": [], "long": []}
     clock = Clock()
-    loop = start(engine, clock.hear)
+    loop = start(engine, clock.on_report)
     key = 0
     for turn in range(tries + 1):
         for what in ("alone", "beside"):
@@ -161,7 +163,7 @@ def conversations(
     """Run *chats* concurrent conversations of *turns* turns, which share a system prompt."""
     vocabulary = engine.model.vocabulary_size - 2  # the echo engine's last ids are special
     clock, ttft = Clock(), []
-    loop = start(engine, clock.hear, prefix_cache=prefix_cache)
+    loop = start(engine, clock.on_report, prefix_cache=prefix_cache)
     histories = [[(7 * number) % vocabulary for number in range(system)] for _ in range(chats)]
     began = time.perf_counter()
     for turn in range(turns):
@@ -172,7 +174,8 @@ def conversations(
             loop.submit(sequence(turn * chats + chat, history, 24))
         clock.wait(*sent)
         ttft += [clock.first[key] - at for key, at in sent.items()]
-        histories = [list(clock.ended[turn * chats + chat]) for chat in range(chats)]
+        for chat, history in enumerate(histories):
+            history += clock.answers[turn * chats + chat]
     seconds = time.perf_counter() - began
     loop.stop()
     return {"ttft_p50_ms": statistics.median(ttft) * 1e3, "total_s": seconds}

@@ -35,15 +35,15 @@ class TierParts:
     def left_behind(self) -> dict[str, int]:
         """What a quiet tier must have none of; non-zero entries only."""
         pool = self.batcher.coalescer.pool
-        load = self.worker.sessions.load()
+        load = self.worker.streams.load()
         counts = {
             "queued": len(self.batcher.coalescer.queue),
             "intake": self.batcher.intake.waiting,
             "live": len(self.batcher.coalescer.live),
             "flights": sum(link.outstanding for link in pool),
             "handles": sum(len(link.flights.jobs()) for link in pool),
-            "batcher requests": self.batcher.server.activity.in_flight,
-            "worker sequences": self.worker.sessions.live,
+            "batcher requests": self.batcher.server.requests.in_flight,
+            "worker sequences": self.worker.streams.in_flight,
             "kv tokens": load.kv_tokens_total - load.kv_tokens_free,
         }
         return {name: count for name, count in counts.items() if count}

@@ -12,8 +12,9 @@ import grpc
 import pytest
 
 from headrace import errors
-from headrace.client import Client, RetryBudget, chat, connect
-from headrace.runtime.server import serving
+from headrace.client import Client, chat, connect
+from headrace.retries import RetryBudget
+from headrace.runtime.serving.server import serving
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
 from headrace.v1.generation_service_pb2_grpc import (

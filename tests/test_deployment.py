@@ -17,10 +17,10 @@ import yaml
 from headrace import models
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.router.settings import Settings as RouterSettings
-from headrace.runtime.limits import MIB
-from headrace.runtime.server import LIVENESS, READINESS
+from headrace.runtime.serving.interceptor import MAX_STARTING
+from headrace.runtime.serving.limits import MIB
+from headrace.runtime.serving.server import LIVENESS, READINESS
 from headrace.runtime.settings import PREFIX, ServiceSettings
-from headrace.runtime.turns import TURNS
 from headrace.validation import MAX_RESUME_TOKENS
 from headrace.worker.settings import Settings as WorkerSettings
 from tests.hostile.confine import parsed
@@ -98,10 +98,10 @@ def test_the_memory_of_a_pod_holds_what_its_settings_let_callers_send(
 
     assert parsed(container["resources"]["requests"]["memory"]) <= memory
     if container["name"] == "worker":  # bounded by its model; requests are token ids
-        assert limits.held_bytes + RUN_STREAMS * limits.message_bytes < memory
+        assert limits.max_inflight_bytes + RUN_STREAMS * limits.max_message_bytes < memory
         return
-    requests = BYTES_PER_BYTE * limits.held_bytes + TURNS * limits.message_bytes
-    calls = BYTES_PER_CALL * limits.calls
+    requests = BYTES_PER_BYTE * limits.max_inflight_bytes + MAX_STARTING * limits.max_message_bytes
+    calls = BYTES_PER_CALL * limits.max_calls
     assert BASE_BYTES[container["name"]] + requests + calls <= memory
 
 
@@ -112,7 +112,7 @@ def test_what_a_router_takes_fits_its_batchers_with_an_answer_to_continue(
     limits = {}
     for name in DEPLOYMENTS:
         with monkeypatch.context() as environment:
-            limits[name] = settings_of(name, environment).limits.message_bytes
+            limits[name] = settings_of(name, environment).limits.max_message_bytes
     resumed = MAX_RESUME_TOKENS * 3  # bytes of an id below two million
 
     for name in ("batcher-small", "batcher-large"):

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.cli.complaints import advice
 from headrace.client import chat, connect
 from headrace.v1 import generation_pb2 as pb
@@ -245,7 +245,7 @@ def test_headers_that_are_too_large_are_reported_as_too_large() -> None:
     nothing = grpc.aio.Metadata()
     said = "received initial metadata size exceeds hard limit (20000 vs. 16384)"
 
-    error = errors.from_rpc_error(
+    error = statuses.from_rpc_error(
         grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, nothing, nothing, said)
     )
 

@@ -225,13 +225,3 @@ def test_feedback_of_long_names_is_refused_by_its_field() -> None:
     with pytest.raises(errors.InvalidRequest):
         check_feedback(routing.FeedbackRequest(request_id="r"))
     check_feedback(routing.FeedbackRequest(request_id="r" * 128, tier="t", quality=0.5))
-
-
-@given(st.text(max_size=200))
-def test_a_quote_is_short_and_on_one_line(text: str) -> None:
-    quote = errors.quoted(text)
-
-    assert len(quote) <= 10 * errors.MAX_QUOTED + 40
-    assert quote.isprintable()
-    if len(text) <= errors.MAX_QUOTED:
-        assert quote == repr(text)

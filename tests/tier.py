@@ -135,7 +135,7 @@ class Tier:
     @property
     def serving(self) -> int:
         """Which worker has sequences."""
-        return next(number for number, worker in enumerate(self.workers) if worker.sessions.live)
+        return next(number for number, worker in enumerate(self.workers) if worker.streams.in_flight)
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry import trace
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.inbox import Flush, Inbox, Move
 from headrace.batcher.job import Job
@@ -180,7 +180,7 @@ async def test_a_caller_that_stops_reading_is_waited_for_without_a_worker_and_ge
                 ids += response.delta.token_ids
                 finish = response.finish
 
-    assert (seen.paused, seen.sequences[0].paused, seen.sequences[0].place) == (1, True, "")
+    assert (seen.paused, seen.sequences[0].paused, seen.sequences[0].peer) == (1, True, "")
     assert seen.sequences[0].unread == 200
     assert bytes(ids) == (b"abcdefg " * LONG)[:LONG]
     assert finish.reason == pb.FINISH_REASON_LENGTH
@@ -201,7 +201,7 @@ async def test_a_caller_that_never_reads_is_let_go_hears_why_and_can_carry_on() 
                 async for response in responses:
                     assert response.delta.offset == len(ids)
                     ids += response.delta.token_ids
-            assert isinstance(errors.from_rpc_error(ended.value), errors.SlowReader)
+            assert isinstance(statuses.from_rpc_error(ended.value), errors.SlowReader)
             ask.resume.token_ids.extend(ids)
             rest = await collect(tier.client, ask)
 
@@ -238,7 +238,7 @@ async def test_a_deadline_ends_a_paused_answer_before_its_patience_does() -> Non
             await eventually(lambda: coalescer.paused or not coalescer.live)
         await eventually(lambda: not coalescer.live)
         assert not coalescer.paused
-        await eventually(lambda: not tier.batcher.server.activity.in_flight)
+        await eventually(lambda: not tier.batcher.server.requests.in_flight)
         await eventually(lambda: not any(link.outstanding for link in coalescer.pool))
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -257,4 +257,4 @@ async def test_a_batcher_that_stops_lets_go_of_paused_answers() -> None:
             async for _ in responses:
                 pass
 
-    assert isinstance(errors.from_rpc_error(ended.value), errors.Draining)
+    assert isinstance(statuses.from_rpc_error(ended.value), errors.Draining)

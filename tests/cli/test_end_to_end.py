@@ -156,7 +156,7 @@ def test_a_prompt_that_is_not_utf8_is_one_line_and_not_sent(locale: str, piped: 
         out = run("chat", *nowhere, word, **variables)
 
     assert (out.returncode, out.stdout) == (1, "")
-    assert out.stderr == "error: the text is not UTF-8, from character 2 on [INVALID_UTF8]\n"
+    assert out.stderr == "error: the text is not valid UTF-8 from character 2 on [INVALID_UTF8]\n"
 
 
 def test_a_terminal_that_cannot_show_it_all_gets_what_it_can(mesh: Up) -> None:

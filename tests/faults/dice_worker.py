@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
-from headrace.runtime import logs
-from headrace.runtime.server import run, until_signal
+from headrace.runtime.serving.server import run, until_signal
+from headrace.runtime.telemetry import logs
 from headrace.worker.__main__ import worker
 from headrace.worker.engine.interface import Engine
 from headrace.worker.faults import FaultPlan, FaultyEngine

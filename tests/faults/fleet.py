@@ -164,7 +164,7 @@ class Fleet:
     async def busiest_router(self) -> Child:
         """The one with most requests: which of them a client's channel took is not for it to say."""
         states = await asyncio.gather(*(router.inspect() for router in self.routers))
-        return max(zip(self.routers, states, strict=True), key=lambda pair: pair[1].vitals.requests)[0]
+        return max(zip(self.routers, states, strict=True), key=lambda pair: pair[1].process_state.requests)[0]
 
     async def quiet(self, *, seconds: float = 90.0) -> None:
         """Wait until nothing waits or runs at any batcher."""

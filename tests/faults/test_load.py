@@ -174,7 +174,7 @@ async def _all_paused(few: Fleet, count: int) -> list[int]:
     async with asyncio.timeout(120):
         while True:
             state = (await few.batchers[0].inspect()).batcher
-            if state.paused == state.live == count:
+            if state.paused == state.in_flight == count:
                 return [one.unread for one in state.sequences]
             await asyncio.sleep(0.05)
 

@@ -30,12 +30,12 @@ async def test_nothing_grows(twins: Fleet, row: Callable[[str], Row], rng: rando
         counted.add(await _traffic(client, rng, seconds / 2, twins.workers[1]), may=DEADLINES)
         await twins.heal()  # a stream to a worker that is there again is tasks, too
         await twins.quiet()
-        before = {child.name: (await child.inspect()).vitals for child in steady}
+        before = {child.name: (await child.inspect()).process_state for child in steady}
         counted.add(await _traffic(client, rng, seconds / 2, twins.workers[1]), may=DEADLINES)
         await twins.heal()
         await twins.quiet()
         await _nothing_left(twins)
-        after = {child.name: (await child.inspect()).vitals for child in steady}
+        after = {child.name: (await child.inspect()).process_state for child in steady}
 
     grown = {
         what: max(getattr(after[name], what) - getattr(before[name], what) for name in before)
@@ -69,14 +69,14 @@ async def _nothing_left(fleet: Fleet) -> None:
 
 def _under_way(state: admin.InspectResponse) -> dict[str, int]:
     counts = {
-        "requests": state.vitals.requests,
-        "live in the batcher": state.batcher.live,
-        "queued": sum(place.waiting for place in state.batcher.queue) + state.batcher.begun,
+        "requests": state.process_state.requests,
+        "live in the batcher": state.batcher.in_flight,
+        "queued": sum(place.waiting for place in state.batcher.queue) + state.batcher.interrupted,
         "paused": state.batcher.paused,
         "handles": sum(worker.outstanding for worker in state.batcher.workers),
-        "live in the worker": state.worker.live,
+        "live in the worker": state.worker.in_flight,
         "unsent": sum(stream.pending for stream in state.worker.streams),
-        "calls to batchers": sum(batcher.live for batcher in state.router.batchers),
+        "calls to batchers": sum(batcher.in_flight for batcher in state.router.batchers),
     }
     if state.HasField("worker"):  # streams of batchers that are gone
         counts["streams"] = max(len(state.worker.streams) - 2, 0)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from headrace.runtime.limits import raise_file_limit
+from headrace.runtime.serving.limits import raise_file_limit
 from tests.hostile.wire import Peer
 
 

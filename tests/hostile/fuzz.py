@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from headrace.client import chat
-from headrace.runtime.server import REFLECTION_V1
+from headrace.runtime.serving.reflection import REFLECTION_V1
 from headrace.v1 import admin_service_pb2, generation_service_pb2, routing_service_pb2, worker_service_pb2
 from headrace.v1 import generation_pb2 as pb
 from tests.hostile.attack import Attack, attack

@@ -50,7 +50,7 @@ async def test_hanging_up_during_prefill_frees_the_sequence(slow: Mesh) -> None:
     only = slow.tiers["only"]
     async with aclosing(slow.client.generate(prompt("p" * 2000), timeout=600)) as stream:
         await anext(stream)
-        await eventually(lambda: only.worker.sessions.load().running == 1)
+        await eventually(lambda: only.worker.streams.load().running == 1)
 
     await eventually(lambda: not slow.left_behind)
 
@@ -85,7 +85,7 @@ async def test_a_deadline_in_the_queue_is_told_apart(
     monkeypatch.setattr(coalescer.admission, "pace", lambda now: Pace())
     async with asyncio.TaskGroup() as tasks:
         readers = [tasks.create_task(collect(slow.client, endless(), timeout=600)) for _ in range(4)]
-        await eventually(lambda: slow.tiers["only"].worker.sessions.live == 4)
+        await eventually(lambda: slow.tiers["only"].worker.streams.in_flight == 4)
         with pytest.raises(errors.DeadlineExceeded):
             await collect(slow.client, prompt("late"), timeout=60.0)
         await eventually(lambda: len(coalescer.queue) == 0)
@@ -112,7 +112,7 @@ async def test_neighbours_of_a_cancelled_sequence_finish_unharmed(slow: Mesh) ->
     async with asyncio.TaskGroup() as tasks:
         leaving = tasks.create_task(collect(slow.client, endless("leaves"), timeout=600))
         staying = tasks.create_task(collect(slow.client, prompt("stays " * 5)))
-        await eventually(lambda: slow.tiers["only"].worker.sessions.live == 2)
+        await eventually(lambda: slow.tiers["only"].worker.streams.in_flight == 2)
         leaving.cancel()
 
     assert (await staying).text == "stays " * 5

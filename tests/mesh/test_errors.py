@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel
 from headrace.client import chat, connect
@@ -127,7 +127,7 @@ async def test_text_that_is_not_utf8_is_told_so(mesh: Mesh) -> None:
                 async for _ in raw(b"\x1a\x02\xff\xfe"):  # field 3, `prompt`, of two bytes
                     pass
 
-        error = errors.from_rpc_error(caught.value)
+        error = statuses.from_rpc_error(caught.value)
         assert isinstance(error, errors.InvalidText)
         assert "UTF-8" in error.message
 
@@ -144,7 +144,7 @@ async def test_an_oversize_message_is_refused_by_client_and_server(mesh: Mesh) -
             async for _ in GenerationServiceStub(channel).Generate(huge):
                 pass
 
-    assert isinstance(errors.from_rpc_error(caught.value), errors.MessageTooLarge)
+    assert isinstance(statuses.from_rpc_error(caught.value), errors.MessageTooLarge)
 
 
 class _Slow(ByteTokenizer):

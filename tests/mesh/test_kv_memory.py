@@ -79,6 +79,6 @@ async def test_a_worker_tells_its_memory_in_tokens() -> None:
         grpc.aio.insecure_channel(f"127.0.0.1:{worker.server.port}") as channel,
     ):
         model = (await WorkerServiceStub(channel).GetModel(wire.GetModelRequest())).model
-        load = worker.sessions.load()
+        load = worker.streams.load()
 
     assert model.kv_tokens == load.kv_tokens_total == load.kv_tokens_free == 4 * 36

@@ -16,7 +16,7 @@ from headrace.channel import open_channel
 from headrace.client import Client, connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings
-from headrace.runtime.server import serving
+from headrace.runtime.serving.server import serving
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing

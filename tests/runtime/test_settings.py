@@ -104,7 +104,7 @@ def test_a_model_and_the_fake_are_both_named_when_both_are_given(
     [
         ("::1:50051", "IPv6 address without brackets"),
         ("name", "no port"),
-        ("http://name:1", "no gRPC target"),
+        ("http://name:1", "not a gRPC target"),
     ],
 )
 def test_a_target_that_nothing_can_dial_stops_the_start(
@@ -140,7 +140,7 @@ def test_a_variable_that_kubernetes_set_for_a_service_is_explained(
     complaint = complaint_of(settings, [], capsys)
 
     assert f"HEADRACE_PORT='{link}'" in complaint
-    assert "Kubernetes set it, for a Service called 'headrace'" in complaint
+    assert "Kubernetes set it for a Service named 'headrace'" in complaint
     assert "enableServiceLinks: false" in complaint
 
 

@@ -3,4 +3,4 @@
 It does not know how a prompt was scored, nor which other tiers there are.
 """
 
-from headrace.runtime import quiet as quiet  # before grpc is imported
+from headrace.runtime import grpc_verbosity as grpc_verbosity  # before grpc is imported

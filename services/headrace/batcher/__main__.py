@@ -25,11 +25,12 @@ from headrace.batcher.waiting.queue import JobQueue
 from headrace.batcher.waiting.window import Window
 from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
-from headrace.runtime import logs, vitals
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.memory import collection_paused
-from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime import process_info
+from headrace.runtime.memory_reclaim import collection_paused
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
+from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -79,8 +80,8 @@ async def batcher(
         servicer = GenerationServicer(
             coalescer, intake, tokenizer, tier=settings.tier, max_tokens=settings.max_tokens
         )
-        activity = Activity()
-        inside = AdminServicer(coalescer, intake, activity, tier=settings.tier)
+        requests = ActiveRequests()
+        inside = AdminServicer(coalescer, intake, requests, tier=settings.tier)
 
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServiceServicer_to_server(servicer, server)
@@ -92,13 +93,13 @@ async def batcher(
             try:
                 async with serving(
                     register,
-                    (*SERVICES, *vitals.SERVICES),
+                    (*SERVICES, *process_info.SERVICES),
                     host=settings.host,
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
                     limits=settings.limits,
-                    aside=frozenset({vitals.INSPECT, LIST_TIERS}),
-                    activity=activity,
+                    untracked=frozenset({process_info.INSPECT, LIST_TIERS}),
+                    requests=requests,
                     trace_context=settings.trace_context,
                     ready=lambda: bool(pool.ready()),
                 ) as server:

@@ -11,8 +11,8 @@ from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
 from headrace.batcher.links.link import WorkerLink
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.process_info import process_state
+from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 
@@ -22,10 +22,10 @@ LISTED = 100
 class AdminServicer(AdminServiceServicer):
     """Answers people who want to look inside."""
 
-    def __init__(self, coalescer: Coalescer, intake: Intake, activity: Activity, *, tier: str) -> None:
+    def __init__(self, coalescer: Coalescer, intake: Intake, requests: ActiveRequests, *, tier: str) -> None:
         self._coalescer = coalescer
         self._intake = intake
-        self._activity = activity
+        self._requests = requests
         self._tier = tier
 
     async def Inspect(
@@ -40,9 +40,9 @@ class AdminServicer(AdminServiceServicer):
                 admin.QueueState(priority=priority, tenant=tenant, waiting=count)
                 for (priority, tenant), count in sorted(queue.counts().items(), reverse=True)
             ],
-            begun=len(queue.begun),
+            interrupted=len(queue.begun),
             workers=[_link(link, now) for link in pool],
-            live=len(coalescer.live),
+            in_flight=len(coalescer.live),
             prefill_tokens_per_second=coalescer.admission.pace(now).prefill,
             prefix_blocks=len(coalescer.prefixes),
             paused=len(coalescer.paused),
@@ -55,7 +55,7 @@ class AdminServicer(AdminServiceServicer):
         oldest = sorted(coalescer.live, key=lambda job: job.arrived)
         for job in islice(oldest, request.max_sequences or LISTED):
             state.sequences.append(_sequence(job, places.get(job, ""), now, paused=job in coalescer.paused))
-        return admin.InspectResponse(batcher=state, vitals=vitals(self._activity))
+        return admin.InspectResponse(batcher=state, process_state=process_state(self._requests))
 
 
 def _link(link: WorkerLink, now: float) -> admin.WorkerLinkState:
@@ -80,7 +80,7 @@ def _link(link: WorkerLink, now: float) -> admin.WorkerLinkState:
         backlog_tokens=link.backlog,
     )
     state.step_p99.FromNanoseconds(int(link.liveness.p99 * 1e9))
-    state.silent.FromNanoseconds(max(int((now - link.liveness.heard_at) * 1e9), 0))
+    state.since_last_message.FromNanoseconds(max(int((now - link.liveness.heard_at) * 1e9), 0))
     return state
 
 
@@ -91,7 +91,7 @@ def _sequence(job: Job, place: str, now: float, *, paused: bool) -> admin.Sequen
         offset=job.answered,
         tenant=job.tenant,
         priority=job.priority,
-        place=place,
+        peer=place,
         unread=job.inbox.unread,
         losses=job.history.losses,
         paused=paused,

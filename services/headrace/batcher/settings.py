@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from headrace.channel import target_problem
-from headrace.runtime.settings import ServiceSettings, one_of
+from headrace.runtime.settings import MessageMegabytes, Port, ServiceSettings, one_of
 
 
 class Settings(ServiceSettings):
@@ -16,14 +16,9 @@ class Settings(ServiceSettings):
     Each flag may be given as a variable instead: HEADRACE_WORKERS is --workers. Flags win.
     """
 
-    port: int = Field(default=50052, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    message_megabytes: float = Field(
-        default=4.0,
-        gt=0,
-        le=64,
-        description="size of the longest request message, in MiB: what routers take, and the tokens of an "
-        "answer that is to be continued",
-    )
+    port: Port = 50052
+    # What routers accept, and the tokens of an answer that is resumed.
+    max_message_megabytes: MessageMegabytes = 4.0
     tier: str = Field(default="default", min_length=1, description="name of the tier that it serves")
     workers: str = Field(
         description="gRPC targets of the tier's workers, separated by commas, such as 127.0.0.1:50053; "

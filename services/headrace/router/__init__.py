@@ -3,4 +3,4 @@
 It knows tiers by their names and their batchers' addresses; tokens, batches and workers are beyond it.
 """
 
-from headrace.runtime import quiet as quiet  # before grpc is imported
+from headrace.runtime import grpc_verbosity as grpc_verbosity  # before grpc is imported

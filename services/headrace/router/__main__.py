@@ -25,10 +25,11 @@ from headrace.routing.artifact import BadArtifact
 from headrace.routing.calibration import BadCalibration
 from headrace.routing.drafts import check as draft_check
 from headrace.routing.score import fingerprint
-from headrace.runtime import logs, vitals
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime import process_info
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
+from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
@@ -90,8 +91,8 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         default_deadline=settings.default_deadline,
         resume_seconds=settings.resume_seconds,
     )
-    activity = Activity()
-    inside = AdminServicer(tiers, sessions, activity)
+    requests = ActiveRequests()
+    inside = AdminServicer(tiers, sessions, requests)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
@@ -103,13 +104,13 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         asyncio.TaskGroup() as tasks,
         serving(
             register,
-            (*SERVICES, *vitals.SERVICES),
+            (*SERVICES, *process_info.SERVICES),
             host=settings.host,
             port=settings.port,
             drain_seconds=settings.drain_seconds,
             limits=settings.limits,
-            aside=frozenset({vitals.INSPECT, LIST_TIERS}),
-            activity=activity,
+            untracked=frozenset({process_info.INSPECT, LIST_TIERS}),
+            requests=requests,
             trace_context=settings.trace_context,
             ready=lambda: tiers.any_healthy,
         ) as server,

@@ -6,8 +6,8 @@ import grpc
 
 from headrace.router.state.conversations import Sessions
 from headrace.router.state.tiers import Tiers
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.process_info import process_state
+from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 
@@ -15,10 +15,10 @@ from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 class AdminServicer(AdminServiceServicer):
     """Answers people who want to look inside."""
 
-    def __init__(self, tiers: Tiers, sessions: Sessions, activity: Activity) -> None:
+    def __init__(self, tiers: Tiers, sessions: Sessions, requests: ActiveRequests) -> None:
         self._tiers = tiers
         self._sessions = sessions
-        self._activity = activity
+        self._requests = requests
 
     async def Inspect(
         self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
@@ -31,11 +31,11 @@ class AdminServicer(AdminServiceServicer):
                     address=batcher.address,
                     ready=batcher.ready,
                     problem=batcher.seen.unhealthy_reason,
-                    live=batcher.live,
+                    in_flight=batcher.live,
                 )
                 for tier in self._tiers.tiers
                 for batcher in tier.batchers
             ],
             conversations=len(self._sessions),
         )
-        return admin.InspectResponse(router=state, vitals=vitals(self._activity))
+        return admin.InspectResponse(router=state, process_state=process_state(self._requests))

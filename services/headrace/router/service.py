@@ -13,6 +13,7 @@ import grpc
 from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
+from headrace.quoting import quoted
 from headrace.router.answering.attempts import across_tiers, on_tier
 from headrace.router.answering.cascade import cascade, sample_request
 from headrace.router.answering.journey import Journey, asked_of, bill_message, text_of
@@ -178,7 +179,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         names = [tier.name for tier in self._tiers.tiers]
         if request.tier and request.tier not in names:
             raise errors.UnknownTier(
-                f"tier is {errors.quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
+                f"tier is {quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
             )
         answered = self._feedback.recall(request.request_id, tenant=request.tenant)
         again = answered.quality is not None

@@ -11,7 +11,7 @@ from headrace.channel import target_problem
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.policy import Price
 from headrace.routing.policy import thresholds as evenly
-from headrace.runtime.settings import ServiceSettings
+from headrace.runtime.settings import ConcurrentStreams, Port, ServiceSettings
 
 
 class Settings(ServiceSettings):
@@ -20,7 +20,7 @@ class Settings(ServiceSettings):
     Each flag may be given as a variable instead: HEADRACE_TIERS is --tiers. Flags win.
     """
 
-    port: int = Field(default=50051, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    port: Port = 50051
     tiers: str = Field(
         description="the tiers and their batchers, smallest first, such as "
         "small=127.0.0.1:50061,large=127.0.0.1:50062; several batchers of a tier with + between them, or as "
@@ -96,11 +96,7 @@ class Settings(ServiceSettings):
         description="outcomes that one tenant may report by Feedback within a minute, and within an hour as "
         "many as fill a quarter of the file; more are refused with a delay",
     )
-    connection_streams: int = Field(
-        default=256,
-        ge=16,
-        description="calls that one connection may have open; clients wait with what is more",
-    )
+    max_concurrent_streams: ConcurrentStreams = 256
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests that come without a deadline"
     )

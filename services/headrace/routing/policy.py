@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from headrace import errors
+from headrace.quoting import quoted
 from headrace.routing.score import sigmoid
 
 
@@ -223,7 +224,7 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
         name = getattr(hints, field)
         if name and name not in places:
             raise errors.UnknownTier(
-                f"routing.{field} is {errors.quoted(name)}; the tiers are {', '.join(places)}",
+                f"routing.{field} is {quoted(name)}; the tiers are {', '.join(places)}",
                 field=f"routing.{field}",
             )
     low = places[hints.min_tier] if hints.min_tier else 0
@@ -247,7 +248,7 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
         if not allowed and silent:
             # An answer that is carried on after a restart names a model, maybe before its tier is seen.
             raise errors.NoWorkers(
-                f"routing.model is {errors.quoted(hints.model)}, and what {', '.join(silent)} serves is not "
+                f"routing.model is {quoted(hints.model)}, and what {', '.join(silent)} serves is not "
                 "known yet; "
                 "try again shortly",
                 retry_after=1.0,
@@ -257,7 +258,7 @@ def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
                 sorted({model for tier in tiers for model in tier.models or {tier.model} if model})
             )
             raise errors.UnknownModel(
-                f"routing.model is {errors.quoted(hints.model)}; the models are {known}",
+                f"routing.model is {quoted(hints.model)}; the models are {known}",
                 field="routing.model",
             )
         if not allowed:

@@ -393,7 +393,7 @@ async def test_a_batcher_that_drains_sees_through_what_waits_to_be_tokenised() -
             readers = [asyncio.create_task(collect(client, prompt(text))) for text in texts]
             await eventually(lambda: intake_of(tier).waiting == 3)
             leaving = asyncio.create_task(stack.aclose())
-            await eventually(lambda: tier.batcher.server.activity.draining)
+            await eventually(lambda: tier.batcher.server.requests.draining)
             tokenizer.open()
 
             assert [(await reader).text for reader in readers] == ["first", "second", "third"]
@@ -408,7 +408,7 @@ async def test_a_deadline_that_the_tokenizer_cannot_meet_is_refused_at_once() ->
         stuck = [asking(tier, f"slow {number}") for number in range(THREADS)]
         await eventually(lambda: len(tokenizer.texts) == THREADS)
 
-        with pytest.raises(errors.Unattainable, match="tokenised"):
+        with pytest.raises(errors.TtftUnattainable, match="tokenised"):
             await asking(tier, "x", timeout=3.0)
         tokenizer.open()
         await results(stuck)

@@ -69,7 +69,7 @@ async def cut(tier: Tier, trap: Trap) -> None:
     tier.wires[serving].reset()
     # Both ends have noticed before it goes on, else its engine would run into the next trap.
     await eventually(lambda: job.attempt > attempt or job.inbox.closed)
-    await eventually(lambda: not tier.workers[serving].sessions.live)
+    await eventually(lambda: not tier.workers[serving].streams.in_flight)
     trap.open()
 
 
@@ -213,7 +213,7 @@ async def test_the_same_worker_carries_on_when_it_comes_back() -> None:
 async def test_what_waits_for_a_worker_that_does_not_come_back_is_told() -> None:
     async with running_tier([EchoEngine(step_seconds=0.01)], failover_seconds=0.3) as tier:
         reading = asyncio.create_task(collect(tier.client, prompt("x", max_tokens=900, ignore_eos=True)))
-        await eventually(lambda: tier.workers[0].sessions.live)
+        await eventually(lambda: tier.workers[0].streams.in_flight)
         tier.wires[0].cut()
 
         with pytest.raises(errors.WorkerLost, match="no worker was ready"):
@@ -273,12 +273,12 @@ async def test_a_prompt_that_showed_a_token_is_not_taken_for_poison_and_the_next
         await eventually(lambda: len(pool.ready()) == 1)
         asked = prompt("on and on", max_tokens=1000, ignore_eos=True)
         reading = [asyncio.create_task(collect(tier.client, asked)) for _ in range(6)]
-        await eventually(lambda: tier.workers[0].sessions.live == 6)
+        await eventually(lambda: tier.workers[0].streams.in_flight == 6)
         await tier.wires[1].join()
         await eventually(lambda: len(pool.ready()) == 2)
         tier.wires[0].cut()
 
-        await eventually(lambda: tier.workers[1].sessions.live == 6)
+        await eventually(lambda: tier.workers[1].streams.in_flight == 6)
         for task in reading:
             task.cancel()
         await asyncio.gather(*reading, return_exceptions=True)
@@ -362,8 +362,8 @@ async def test_a_drained_worker_hands_its_answers_over() -> None:
             link for link in tier.batcher.coalescer.pool if link.target.endswith(f":{tier.wires[0].port}")
         )
         await eventually(lambda: any(job.answered for job in first.flights.jobs()))
-        tier.workers[0].sessions.stop_admitting()
-        tier.workers[0].sessions.hand_back()
+        tier.workers[0].streams.stop_admitting()
+        tier.workers[0].streams.hand_off()
         for trap in traps:
             trap.open()
 

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from opentelemetry import trace
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.batcher.inbox import End, Flush, Inbox
 from headrace.batcher.job import Job
 from headrace.batcher.links.breaker import State
@@ -137,7 +137,7 @@ async def test_a_refused_sequence_gets_its_reason() -> None:
     verdict = wire.Verdict(
         handle=0,
         state=wire.ADMISSION_STATE_REFUSED,
-        error=errors.to_status(errors.ContextTooLong("too long")),
+        error=statuses.to_status(errors.ContextTooLong("too long")),
     )
     link._take(wire.RunResponse(admission=wire.Admission(verdicts=[verdict])))
 
@@ -264,7 +264,7 @@ def broken(*jobs: Job) -> WorkerLink:
 
 async def test_a_probe_that_is_handed_back_or_refused_makes_way_for_another() -> None:
     link = broken(job())
-    error = errors.to_status(errors.WorkerDraining("stopping"))
+    error = statuses.to_status(errors.WorkerDraining("stopping"))
     delta(link, handle=0, error=error)
     assert link.room(60.0) == 1
 
@@ -287,7 +287,7 @@ async def test_a_probe_that_goes_with_its_stream_makes_way_for_another() -> None
     assert link.room(60.0) == 1
 
 
-FAULT = errors.to_status(errors.SequenceFault("the logits are not finite"))
+FAULT = statuses.to_status(errors.SequenceFault("the logits are not finite"))
 
 
 async def test_a_request_that_fails_again_and_again_opens_no_breaker() -> None:
@@ -422,4 +422,4 @@ async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) ->
             async for _ in call:
                 pass
 
-    assert isinstance(errors.from_rpc_error(caught.value), errors.InvalidRequest)
+    assert isinstance(statuses.from_rpc_error(caught.value), errors.InvalidRequest)

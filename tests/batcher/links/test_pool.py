@@ -22,7 +22,7 @@ from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from headrace.worker.__main__ import Worker, worker
-from headrace.worker.credit import KNOCK
+from headrace.worker.credit import IDLE_CREDIT
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.settings import Settings as WorkerSettings
 from headrace.worker.step_pace import StepPace
@@ -42,7 +42,7 @@ async def test_work_is_spread_over_the_workers() -> None:
 
     async with running_tier([Held(), Held(), Held()]) as tier:
         reading = [asyncio.create_task(collect(tier.client, prompt(f"n{n:02}" * 12))) for n in range(12)]
-        await eventually(lambda: all(worker.sessions.live for worker in tier.workers))
+        await eventually(lambda: all(worker.streams.in_flight for worker in tier.workers))
         go.set()
 
         assert [(await answer).text for answer in reading] == [f"n{n:02}" * 12 for n in range(12)]
@@ -53,7 +53,7 @@ async def test_a_prompt_goes_to_the_worker_that_knows_its_beginning() -> None:
         common = "The same long instructions stand before every question of this application. " * 6
         for question in range(6):
             await collect(tier.client, prompt(f"{common} {question}", max_tokens=1))
-        frames = [sum(stream.frames for stream in worker.sessions.streams) for worker in tier.workers]
+        frames = [sum(stream.frames for stream in worker.streams) for worker in tier.workers]
 
         assert sorted(frames)[:2] == [0, 0]
 
@@ -90,14 +90,14 @@ async def test_cached_tokens_are_told_of_answers_that_end_at_a_stop_text() -> No
 async def test_a_prompt_that_is_known_already_is_not_refused_for_the_time_it_would_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(StepPace, "prefill", 100.0)  # tokens per second: 35 s for these prompts
+    monkeypatch.setattr(StepPace, "prefill_rate", 100.0)  # tokens per second: 35 s for these prompts
     async with running_tier([EchoEngine()]) as tier:
         (link,) = tier.batcher.coalescer.pool
         known = "m" * 3500
         await collect(tier.client, prompt(known, max_tokens=1))
         await eventually(lambda: link.load.prefill_tokens_per_second > 0)
 
-        with pytest.raises(errors.Unattainable, match="first token"):
+        with pytest.raises(errors.TtftUnattainable, match="first token"):
             await collect(tier.client, prompt("n" * 3500, max_tokens=1), timeout=10)
         # On a busy machine the deadline may pass all the same; what counts is that it is tried.
         with suppress(errors.DeadlineInQueue, errors.DeadlineInDecode):
@@ -173,7 +173,7 @@ async def test_several_batchers_share_a_worker_and_its_waiting_list_stays_short(
             async def watch() -> None:
                 nonlocal most
                 while True:
-                    most = max(most, worker.sessions.live)
+                    most = max(most, worker.streams.in_flight)
                     await asyncio.sleep(0.001)
 
             watching = asyncio.create_task(watch())
@@ -188,7 +188,7 @@ async def test_several_batchers_share_a_worker_and_its_waiting_list_stays_short(
             # comes only the one sequence that a batcher may send while it is idle: a reserve is part of the
             # capacity, and what one gives up is given to the other only when it has acknowledged that, behind
             # whatever it had sent by then.
-            assert most <= 4 + 4 + KNOCK
+            assert most <= 4 + 4 + IDLE_CREDIT
             assert most > 4, "and it is used"
 
 
@@ -232,7 +232,7 @@ async def test_workers_are_restarted_one_after_the_other_and_no_caller_notices(p
         callers = [asyncio.create_task(keep_asking()) for _ in range(6)]
         for number in (0, 1, 0, 1):
             await eventually(lambda: len(running.coalescer.pool.ready()) == 2)
-            await eventually(lambda sessions=workers[number].sessions: sessions.live)  # type: ignore[misc]
+            await eventually(lambda streams=workers[number].streams: streams.in_flight)  # type: ignore[misc]
             await ups[number].__aexit__(None, None, None)
             ups[number] = worker_on(ports[number])
             workers[number] = await ups[number].__aenter__()
@@ -255,7 +255,7 @@ async def test_when_it_is_full_the_least_urgent_gives_way_and_the_rest_come_in_o
         queue = tier.batcher.coalescer.queue
         running = [asking(5), asking(5)]  # one runs, one waits at the worker
         await trap.sprung.wait()
-        await eventually(lambda: tier.workers[0].sessions.live == 2)
+        await eventually(lambda: tier.workers[0].streams.in_flight == 2)
         low = asking(1)
         await eventually(lambda: len(queue) == 1)
         middle = asking(4)
@@ -276,15 +276,15 @@ async def test_when_it_is_full_the_least_urgent_gives_way_and_the_rest_come_in_o
 
 
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepPace, "prefill", 100.0)  # tokens per second: 35 s for the long prompt
+    monkeypatch.setattr(StepPace, "prefill_rate", 100.0)  # tokens per second: 35 s for the long prompt
     async with running_tier([EchoEngine(step_seconds=0.05)], worker_settings={"step_tokens": 64}) as tier:
         (link,) = tier.batcher.coalescer.pool
         await collect(tier.client, prompt("m" * 500, max_tokens=1))
         await eventually(lambda: link.load.step_time.ToMilliseconds() >= 50)
 
-        with pytest.raises(errors.Unattainable, match="first token"):
+        with pytest.raises(errors.TtftUnattainable, match="first token"):
             await collect(tier.client, prompt("m" * 3500, max_tokens=1), timeout=10)
-        with pytest.raises(errors.Unattainable, match="1000 tokens"):
+        with pytest.raises(errors.TtftUnattainable, match="1000 tokens"):
             await collect(tier.client, prompt("m", max_tokens=1000, min_tokens=1000), timeout=10)
         assert (await collect(tier.client, prompt("m", max_tokens=4))).tokens == 1
 
@@ -317,8 +317,8 @@ async def test_a_look_inside_shows_queue_workers_and_sequences_on_both_sides() -
     )
     assert {sequence.request_id for sequence in seen.sequences} == {"seen"}
     assert max(sequence.offset for sequence in seen.sequences) == 3
-    assert sorted(bool(sequence.place) for sequence in seen.sequences) == [False, True, True]
-    assert (behind.live, behind.streams[0].batcher_id, behind.streams[0].sequences) == (2, "b", 2)
-    assert {sequence.place for sequence in behind.sequences} == {"b"}
+    assert sorted(bool(sequence.peer) for sequence in seen.sequences) == [False, True, True]
+    assert (behind.in_flight, behind.streams[0].batcher_id, behind.streams[0].sequences) == (2, "b", 2)
+    assert {sequence.peer for sequence in behind.sequences} == {"b"}
     assert behind.incarnation == worker.incarnation
     await asyncio.gather(*reading, return_exceptions=True)

@@ -117,7 +117,7 @@ async def test_a_last_message_of_the_assistant_is_continued_or_refused() -> None
         with pytest.raises(errors.InvalidRequest, match="continue_final_message") as refused:
             await collect(tier.client, asked)
         answer = await collect(tier.client, chat(turns, continue_final_message=True))
-        with pytest.raises(errors.InvalidRequest, match="only one of role 'assistant'"):
+        with pytest.raises(errors.InvalidRequest, match="must be 'assistant'"):
             await collect(tier.client, chat("hi", continue_final_message=True))
 
     assert refused.value.field == "chat.messages[3].role"

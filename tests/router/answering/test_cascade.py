@@ -202,7 +202,7 @@ async def test_a_draft_that_fails_is_the_callers_error_where_no_other_tier_serve
 
 
 async def test_a_draft_is_released_if_a_larger_tier_would_not_be_in_time() -> None:
-    large = Speaker(refuses=errors.Unattainable("the queue is longer than the deadline"))
+    large = Speaker(refuses=errors.TtftUnattainable("the queue is longer than the deadline"))
     async with routed(CASCADE, small=Speaker(text=BAD), large=large) as client:
         answer = await collect(client, chat(QUESTION))
 

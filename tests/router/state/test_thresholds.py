@@ -21,7 +21,7 @@ from headrace.router.state.feedback import Answered, Feedback
 from headrace.routing import calibration, scorer
 from headrace.routing.calibration import Calibration
 from headrace.routing.score import fingerprint
-from headrace.runtime.server import StartFailed
+from headrace.runtime.serving.server import StartFailed
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import PATIENCE, collect

@@ -158,7 +158,7 @@ class Intake:
             if left <= 0:
                 raise _too_late()
             if needed > DOUBT * left:
-                raise errors.Unattainable(
+                raise errors.TtftUnattainable(
                     f"the deadline is in {left:.2f} s and the prompt cannot be tokenised before "
                     f"{needed:.2f} s: give it more time, or another tier",
                     left=f"{left:.3f}",

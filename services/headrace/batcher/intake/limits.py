@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headrace import errors
+from headrace.quoting import quoted
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 
@@ -52,12 +53,12 @@ class Limits:
         hints = request.routing
         if hints.tier and hints.tier != self.tier:
             raise errors.UnknownTier(
-                f"this batcher serves tier {self.tier!r}, not {errors.quoted(hints.tier)}",
+                f"this batcher serves tier {self.tier!r}, not {quoted(hints.tier)}",
                 field="routing.tier",
             )
         if hints.model and hints.model != self.model:
             raise errors.UnknownModel(
-                f"tier {self.tier!r} serves {self.model!r}, not {errors.quoted(hints.model)}",
+                f"tier {self.tier!r} serves {self.model!r}, not {quoted(hints.model)}",
                 field="routing.model",
             )
         self.check_resume(1, len(request.resume.token_ids))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import grpc
 from opentelemetry import trace
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.batcher.inbox import End
 from headrace.batcher.job import Job
 from headrace.batcher.links.breaker import Breaker
@@ -244,12 +244,12 @@ class WorkerLink:
                 writer.cancel()
                 watcher.cancel()
         except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error) from error
+            raise statuses.from_rpc_error(error) from error
         except BaseExceptionGroup as group:
             # Reader and writer may both notice that the stream broke; the server's word says most.
             rpc, _ = group.split(grpc.aio.AioRpcError)
             if rpc is not None:
-                raise errors.from_rpc_error(_first(rpc)) from group
+                raise statuses.from_rpc_error(_first(rpc)) from group
             usage, _ = group.split((asyncio.InvalidStateError, grpc.aio.UsageError))
             if usage is not None:
                 raise errors.WorkerLost(f"the stream to {self.target} broke") from group
@@ -302,7 +302,7 @@ class WorkerLink:
         elif kind == "admission":
             for verdict in response.admission.verdicts:
                 if verdict.state == wire.ADMISSION_STATE_REFUSED:
-                    self._land(verdict.handle, verdict.attempt, errors.from_status(verdict.error))
+                    self._land(verdict.handle, verdict.attempt, statuses.from_status(verdict.error))
             self._blame(now)
         elif kind == "welcome":
             self._welcome(response.welcome)
@@ -370,7 +370,7 @@ class WorkerLink:
             self._sink.prefilled(self, flight.job, delta.cached_tokens)
         left_out = self._hand_over(flight, ids, logprobs)
         if delta.HasField("error"):
-            self._land(delta.handle, delta.attempt, errors.from_status(delta.error))
+            self._land(delta.handle, delta.attempt, statuses.from_status(delta.error))
             return
         ended = delta.finish != pb.FINISH_REASON_UNSPECIFIED
         if ended and delta.finish not in _FINISHES:

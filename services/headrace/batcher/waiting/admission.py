@@ -90,7 +90,7 @@ class Admission:
         last = first + pace.tokens_in(job.least_tokens - job.answered)
         if last > DOUBT * left:
             what = "its first token" if first > left else f"its {job.least_tokens} tokens"
-            raise errors.Unattainable(
+            raise errors.TtftUnattainable(
                 f"the deadline is in {left:.2f} s and {what} cannot come before {max(first, last):.2f} s, as "
                 f"{jobs} requests stand before it: give it more time, or another tier",
                 left=f"{left:.3f}",

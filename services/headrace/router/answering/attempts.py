@@ -17,7 +17,7 @@ from contextlib import aclosing, suppress
 from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
-from headrace.progress import Progress, Told, route_change
+from headrace.progress import Progress, Responses, route_change
 from headrace.router.answering import replies
 from headrace.router.state.tiers import Batcher, Stalled, Tier
 from headrace.v1 import generation_pb2 as pb
@@ -291,7 +291,7 @@ class _Answer(Progress):
         self._at_router = batcher.router
         self._replayed = len(self.ids)
 
-    def take(self, response: pb.GenerateResponse) -> Told:
+    def take(self, response: pb.GenerateResponse) -> Responses:
         """What the caller hears of this event.
 
         Raises as `Progress` does, and BatcherLost for an event that the contract does not allow here.
@@ -326,7 +326,7 @@ class _Answer(Progress):
 
     def lose(self, why: errors.HeadraceError) -> None:
         """The batcher of this attempt is gone."""
-        self.broke()
+        self.restart()
         self.lost = why
         self.losses += not isinstance(why, errors.Draining)
         self.attempts += 1
@@ -335,16 +335,16 @@ class _Answer(Progress):
         self._last_place = self._place
         self._replayed_before += self._replayed
 
-    def _accept(self, response: pb.GenerateResponse) -> Told:
+    def _accept(self, response: pb.GenerateResponse) -> Responses:
         replies.accept(response.accepted, self._asked, self._tier)
         first = self.accept(response.accepted)
         self.taken = True
         if first or self.lost is None:
             return (response,)
         reason = self.lost.reason
-        _failovers.add(1, {attributes.TIER: self._tier, attributes.REASON: reason})
+        _failovers.add(1, {attributes.TIER: self._tier, attributes.ERROR_TYPE: reason})
         trace.get_current_span().add_event(
-            attributes.EVENT_FAILOVER, {attributes.REASON: reason, attributes.BATCHER: self._place}
+            attributes.EVENT_FAILOVER, {attributes.ERROR_TYPE: reason, attributes.BATCHER: self._place}
         )
         if not self._tells_moves:
             return ()

@@ -273,7 +273,7 @@ async def _first(
     """The first event; None if there is no tier for it, or none takes the request."""
     try:
         return await anext(responses)
-    except errors.Unattainable:
+    except (errors.TtftUnattainable, errors.DeadlineUnattainable):
         return None  # it would not be in time; the draft is
     except (errors.DeadlineExceeded, errors.RequestCancelled):
         raise

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace import errors
+from headrace.quoting import quoted
 from headrace.router.state.quota import Quota
 from headrace.router.state.tenant_memory import Memory
 
@@ -95,7 +96,7 @@ class Feedback:
         """What is known of a request of *tenant*. Raises UnknownRequest."""
         if (answered := self._answered.get(tenant, request_id)) is None:
             raise errors.UnknownRequest(
-                f"no request {errors.quoted(request_id)} of {_named(tenant)} among the last "
+                f"no request {quoted(request_id)} of {_named(tenant)} among the last "
                 f"{self._remembered} that this router answered",
                 field="request_id",
             )
@@ -115,13 +116,12 @@ class Feedback:
         answered = self.recall(request_id, tenant=tenant)
         if tier != answered.tier:
             raise errors.InvalidRequest(
-                f"tier {errors.quoted(tier)} did not answer request {errors.quoted(request_id)}, "
-                f"{answered.tier!r} did",
+                f"tier {quoted(tier)} did not answer request {quoted(request_id)}, {answered.tier!r} did",
                 field="tier",
             )
         if answered.ambiguous:
             raise errors.InvalidRequest(
-                f"several requests without a tenant have the id {errors.quoted(request_id)}, so it is not "
+                f"several requests without a tenant have the id {quoted(request_id)}, so it is not "
                 "known which is meant: give each request an id of its own, or none, or set routing.tenant",
                 field="request_id",
             )
@@ -129,7 +129,7 @@ class Feedback:
             if answered.quality == quality:
                 return answered.kept  # reported again, as by a caller that lost the reply
             raise errors.AlreadyRated(
-                f"request {errors.quoted(request_id)} was rated before, with {answered.quality:g}",
+                f"request {quoted(request_id)} was rated before, with {answered.quality:g}",
                 field="request_id",
             )
         data = self._row(request_id, tenant, answered, quality)
