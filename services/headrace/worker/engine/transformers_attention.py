@@ -142,8 +142,9 @@ def observe_layers(network: Any) -> dict[int, LayerAttention]:
         raise UnsupportedModel(
             f"{type(network).__name__} has attention that Headrace computes in {len(recorder.seen)} of its "
             f"{layers} "
-            "layers; the others (recurrent, convolutions, their own attention code) have a state that paged KV "
-            f"memory does not hold; serve it with transformers or vLLM, or choose another model: {SEE_MODELS}"
+            "layers; the others (recurrent, convolutions, their own attention code) have a state that paged "
+            f"KV memory does not hold; serve it with transformers or vLLM, or choose another model: "
+            f"{SEE_MODELS}"
         )
     # The self-check's prompts are shorter than real windows, so it cannot detect a missing one.
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):

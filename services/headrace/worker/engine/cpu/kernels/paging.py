@@ -22,8 +22,6 @@ from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK, LAYER, RAGGED, s
 
 Ints = npt.NDArray[np.int32]
 
-_LINE = 64  # bytes in a cache line
-
 
 class KernelMemory:
     """Keys and values of all layers in blocks of `BLOCK` tokens, laid out for the kernels.
@@ -218,7 +216,7 @@ def store_and_attend(
         int(layer[name][0]) for name in ("heads", "kv_heads", "head_dim", "value_dim")
     )
     call = np.zeros(1, _CALL)
-    size = -(-scratch_bytes(head_dim, stored) // _LINE) * _LINE
+    size = -(-scratch_bytes(head_dim, stored) // team.CACHE_LINE) * team.CACHE_LINE
     scratch = np.empty(threads * size, np.uint8)
     counter = np.zeros(1, np.int64)
     call["layer"], call["ragged"] = layer, ragged.record(tile_tokens(heads, kv_heads))
