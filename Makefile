@@ -19,14 +19,14 @@ demo: $(INSTALLED) ## install, start a mesh with two models, send it mixed promp
 up: $(INSTALLED) ## start a mesh on 127.0.0.1:50051; Ctrl-C stops it
 	headrace up
 
-test: $(INSTALLED) ## run all tests, and fetch the default models for those that need real weights
+test: $(INSTALLED) ## run all tests; fetches the default models for those that need real weights
 	headrace fetch
 	pytest -p tests.flaky
 
-faults: $(INSTALLED) ## kill, stall and overload real processes, and report what was lost (LONG=1: longer overload and soak)
+faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: minutes of overload and soak)
 	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )pytest tests/faults
 
-hostile: $(INSTALLED) ## flood, fuzz and abuse real processes beside an honest caller, and report its latency
+hostile: $(INSTALLED) ## flood, fuzz and abuse real processes beside an honest caller; prints what it felt
 	pytest tests/hostile
 
 check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import rules, links

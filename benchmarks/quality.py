@@ -4,8 +4,8 @@
 
 There are two kinds of text, both teacher-forced one token at a time, as in decoding: prose, from the topics
 of Python's manual (`pydoc_data.topics`, part of every Python); and the greedy answers of the float32 model to
-the prompts of the serving workload. Agreement is the share of positions where the most likely next token is the
-same as in float32. Comparing whole answers would not measure quality: one near-tie changes all later tokens.
+the prompts of the serving workload. Agreement is the share of positions where the most likely next token is
+the same as in float32. Whole answers cannot be compared: one near-tie changes all later tokens.
 """
 
 from __future__ import annotations

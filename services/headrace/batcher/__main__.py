@@ -27,6 +27,7 @@ from headrace.batcher.waiting.window import Window
 from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime import process_info
+from headrace.runtime.memory_reclaim import collection_paused
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
@@ -135,7 +136,8 @@ def _load(settings: Settings) -> tuple[Tokenizer, pb.Sampling]:
     try:
         path = resolve(settings.model, cache, weights=False)
         recommended = recommended_sampling(path) if settings.generation_config == "auto" else pb.Sampling()
-        return load_tokenizer(path, cache), recommended
+        with collection_paused():
+            return load_tokenizer(path, cache), recommended
     except ModelUnavailable as error:
         raise StartFailed(str(error)) from error
 

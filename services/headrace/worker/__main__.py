@@ -17,6 +17,7 @@ import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
 from headrace.runtime import process_info
+from headrace.runtime.memory_reclaim import collection_paused
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
@@ -118,7 +119,8 @@ def _load(settings: Settings) -> Engine:
             step_seconds=settings.fake_step_seconds,
         )
     # Imported here, because it takes seconds that `--help` and `--fake` do not need.
-    from headrace.worker.engine.load.loading import load_engine
+    with collection_paused():
+        from headrace.worker.engine.load.loading import load_engine
 
     cache = Path(settings.cache) if settings.cache else cache_folder()
     log.info("loading", extra={"stage": "files", "model": settings.model})

@@ -76,7 +76,7 @@ def test_the_kernels_arguments_are_packed_and_unpacked_unchanged(rows: list[Row]
         assert after.storage_offset() % 4 == 0
         assert np.array_equal(before, after.numpy())
         assert np.array_equal(before, uploaded.numpy())
-    assert list(index.held) == [0, *np.cumsum([row.stop for row in rows])]
+    assert list(index.key_offsets) == [0, *np.cumsum([row.stop for row in rows])]
 
 
 @given(steps(decodes=True), st.integers(0, 5), st.integers(0, 3))

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
+from headrace.batcher.text import tokenizer_cache
 from headrace.models import ModelUnavailable, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
@@ -50,23 +53,38 @@ class TokenizerFiles:
 def read_tokenizer(path: Path, cache: Path) -> TokenizerFiles:
     """Read the tokenizer of the model at *path*, a folder or a .gguf file.
 
-    cache   the folder where the tokenizer of a .gguf is stored, because its extraction takes seconds
+    cache   the folder for parsed tokenizers, because parsing takes seconds; see `tokenizer_cache`
 
     Raises ModelUnavailable for files without a usable tokenizer.
+    """
+    if path.is_dir():
+        _check_files(path)
+    fingerprint = tokenizer_fingerprint(path)
+    kept = tokenizer_cache.location(path, cache)
+    if (contents := tokenizer_cache.load(kept)) is not None:
+        backend = _read(path, lambda: tokenizers.Tokenizer.from_str(contents.backend))
+        return TokenizerFiles(backend, contents.templates, contents.special_tokens, fingerprint)
+    files = _read_afresh(path, cache / "tokenizers" / fingerprint, fingerprint)
+    tokenizer_cache.keep(
+        tokenizer_cache.Contents(files.backend.to_str(), files.templates, files.special_tokens), kept
+    )
+    return files
+
+
+def _read_afresh(path: Path, unpacked: Path, fingerprint: str) -> TokenizerFiles:
+    """Have transformers read the tokenizer.
+
+    unpacked   the folder for the tokenizer taken out of a .gguf
     """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()  # its log lines go to our handlers
     transformers_logging.enable_propagation()
-    folder = path if path.is_dir() else None
-    if folder is not None:
-        _check_files(folder)
-    fingerprint = tokenizer_fingerprint(path)
-    if folder is None:
-        folder = cache / "tokenizers" / fingerprint
-        if not folder.exists():
-            _save(_read(path, lambda: _from_gguf(path)), folder)
-    tokenizer = _read(path, lambda: _from_folder(folder))
+    if path.is_dir():
+        unpacked = path
+    elif not unpacked.exists():
+        _save(_read(path, lambda: _from_gguf(path)), unpacked)
+    tokenizer = _read(path, lambda: _from_folder(unpacked))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelUnavailable(

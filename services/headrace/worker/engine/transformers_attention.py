@@ -90,10 +90,10 @@ def paged_attention(
         raise unsupported_attention(module)
     unknown = [words for name, words in _UNSUPPORTED_ARGUMENTS.items() if arguments.get(name) is not None]
     if unknown or attention_mask is not None:
-        needed = " and ".join(unknown) or "attention with a mask of its own"
+        needed = " and ".join(unknown) or "attention with its own mask"
         raise UnsupportedModel(
             f"{type(module).__name__} needs {needed}, which Headrace does not compute; serve it with "
-            f"transformers or vLLM, or another model here: {SEE_MODELS}"
+            f"transformers or vLLM, or choose another model: {SEE_MODELS}"
         )
     if not arguments.get("is_causal", getattr(module, "is_causal", True)):
         raise UnsupportedModel(
@@ -142,15 +142,16 @@ def observe_layers(network: Any) -> dict[int, LayerAttention]:
         raise UnsupportedModel(
             f"{type(network).__name__} has attention that Headrace computes in {len(recorder.seen)} of its "
             f"{layers} "
-            "layers; the others (recurrent, convolutions, attention of their own) have a state that paged "
-            f"KV memory does not hold. Serve it with transformers or vLLM, or another model here: {SEE_MODELS}"
+            "layers; the others (recurrent, convolutions, their own attention code) have a state that paged "
+            f"KV memory does not hold; serve it with transformers or vLLM, or choose another model: "
+            f"{SEE_MODELS}"
         )
     # The self-check's prompts are shorter than real windows, so it cannot detect a missing one.
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModel(
                 f"{type(network).__name__} needs {kind} in layer {layer}, which Headrace does not compute; "
-                f"serve it with transformers or vLLM, or another model here: {SEE_MODELS}"
+                f"serve it with transformers or vLLM, or choose another model: {SEE_MODELS}"
             )
         if kind == "sliding_attention" and recorder.seen[layer].masking.window is None:
             raise UnsupportedModel(f"layer {layer} has sliding attention without a window size")

@@ -41,8 +41,8 @@ def attend_varlen(
     values: torch.Tensor,
     *,
     offsets: torch.Tensor,
-    held: torch.Tensor,
-    used: torch.Tensor,
+    key_offsets: torch.Tensor,
+    key_counts: torch.Tensor,
     tables: torch.Tensor,
     max_query: int,
     max_keys: int,
@@ -50,19 +50,19 @@ def attend_varlen(
     window: tuple[int, int],
 ) -> torch.Tensor:
     """Compute the same as `cuda.attend_varlen`, and check its arguments."""
-    assert all(index.dtype == torch.int32 for index in (offsets, held, used, tables))
-    assert held.tolist() == [0, *torch.cumsum(used, 0).tolist()]
+    assert all(index.dtype == torch.int32 for index in (offsets, key_offsets, key_counts, tables))
+    assert key_offsets.tolist() == [0, *torch.cumsum(key_counts, 0).tolist()]
     assert query.shape[0] == offsets[-1]
     assert keys.shape[1] % 256 == 0
     out = torch.full((query.shape[0], query.shape[1], values.shape[3]), float("nan"))
     group = query.shape[1] // keys.shape[2]
-    for row, length in enumerate(used.tolist()):
+    for row, length in enumerate(key_counts.tolist()):
         begin, end = offsets[row], offsets[row + 1]
         assert end - begin <= max_query
         assert length <= max_keys
         own_keys, own_values = (
-            held[tables[row].long()].flatten(0, 1)[:length].repeat_interleave(group, 1)
-            for held in (keys, values)
+            stored[tables[row].long()].flatten(0, 1)[:length].repeat_interleave(group, 1)
+            for stored in (keys, values)
         )
         at = torch.arange(length - (end - begin), length)[:, None]
         places = torch.arange(length)

@@ -7,6 +7,7 @@ transformers at each start.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from headrace.worker.engine.cpu.kernels.decoder_step import (
     STEP,
     run_step,
 )
-from headrace.worker.engine.cpu.kernels.matmul import ELEMENT_BYTES, GROUP, MATRIX, PANEL, ElementType
+from headrace.worker.engine.cpu.kernels.matmul import ELEMENT_BYTES, GROUP, PANEL, ElementType
 from headrace.worker.engine.cpu.kernels.paging import KernelMemory, Ragged
+from headrace.worker.engine.cpu.weight_layout import lay_out
 from headrace.worker.engine.flat_step import FlatStep
 
 Record = npt.NDArray[Any]
@@ -88,22 +90,29 @@ class DecoderWeights:
         step["head"] = self._matrix([network.lm_head])
         step["cosines"], step["sines"] = self._rotation(model.rotary_emb, positions)
 
+    def first_layer(self) -> DecoderWeights:
+        """Return the model without the layers after the first. The weights are shared."""
+        first = copy.copy(self)
+        first.layers, first.step = self.layers[:1], self.step.copy()
+        first.step["layers"] = 1
+        return first
+
     def _layer(self, layer: Any) -> Record:
         attention, feed_forward = layer.self_attn, layer.mlp
-        made: Record = np.zeros(1, DECODER_LAYER)
-        made["attention_norm"] = self._vector(layer.input_layernorm.weight)
-        made["feed_forward_norm"] = self._vector(layer.post_attention_layernorm.weight)
+        record: Record = np.zeros(1, DECODER_LAYER)
+        record["attention_norm"] = self._vector(layer.input_layernorm.weight)
+        record["feed_forward_norm"] = self._vector(layer.post_attention_layernorm.weight)
         if hasattr(attention, "q_norm"):
-            made["query_norm"] = self._vector(attention.q_norm.weight)
-            made["key_norm"] = self._vector(attention.k_norm.weight)
-        made["qkv"] = self._matrix([attention.q_proj, attention.k_proj, attention.v_proj])
-        made["output"] = self._matrix([attention.o_proj])
-        made["gate_up"] = self._matrix([feed_forward.gate_proj, feed_forward.up_proj])
-        made["down"] = self._matrix([feed_forward.down_proj])
-        return made
+            record["query_norm"] = self._vector(attention.q_norm.weight)
+            record["key_norm"] = self._vector(attention.k_norm.weight)
+        record["qkv"] = self._matrix([attention.q_proj, attention.k_proj, attention.v_proj])
+        record["output"] = self._matrix([attention.o_proj])
+        record["gate_up"] = self._matrix([feed_forward.gate_proj, feed_forward.up_proj])
+        record["down"] = self._matrix([feed_forward.down_proj])
+        return record
 
     def _matrix(self, layers: list[Any]) -> Record:
-        weights = torch.cat([layer.weight.detach().float() for layer in layers])
+        weights = [layer.weight.detach() for layer in layers]
         biases = [torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
         bias = torch.cat([bias.detach().float() for bias in biases])
         return lay_out(weights, bias, self.element_type, self._owned)
@@ -124,43 +133,6 @@ class DecoderWeights:
     def _keep(self, tensor: torch.Tensor) -> int:
         self._owned.append(tensor)
         return tensor.data_ptr()
-
-
-def lay_out(
-    weights: torch.Tensor, bias: torch.Tensor | None, element_type: ElementType, owned: list[torch.Tensor]
-) -> Record:
-    """Lay out a matrix for `kernels.matmul`, and return its MATRIX record.
-
-    weights   [out, in] float32; in is a multiple of 4, of 64 for int8
-    bias      [out] float32
-    owned     receives the owners of the addresses in the record
-    """
-    outputs, inputs = weights.shape
-    weights = torch.nn.functional.pad(weights, (0, 0, 0, -outputs % PANEL))
-    made: Record = np.zeros(1, MATRIX)
-    offsets = torch.zeros(len(weights))
-    if bias is not None:
-        offsets[:outputs] = bias
-    owned.append(offsets)
-    made["bias"] = offsets.data_ptr()
-    if element_type is ElementType.INT8:
-        scales = weights.abs().amax(dim=1).clamp(min=1e-30) / 127
-        owned.append(scales)
-        made["scales"] = scales.data_ptr()
-        stored = (weights / scales[:, None]).round().to(torch.int8)
-    else:
-        stored = weights.to(torch.bfloat16 if element_type is ElementType.BFLOAT16 else torch.float32)
-    per_word = 4 // ELEMENT_BYTES[element_type]
-    panels = stored.view(-1, 2, 16, inputs // per_word, per_word).permute(0, 3, 1, 2, 4).contiguous()
-    if element_type is ElementType.INT8:
-        groups = inputs // GROUP
-        sums = stored.view(-1, PANEL, groups, GROUP).sum(dim=3, dtype=torch.int16).transpose(1, 2)
-        sums = sums.contiguous().view(torch.int8)
-        panels = torch.cat([sums, panels.view(len(sums), groups, -1)], dim=2)
-    owned.append(panels)
-    made["panels"] = panels.data_ptr()
-    made["count"], made["words"] = len(weights) // PANEL, inputs // per_word
-    return made
 
 
 class Decoder:

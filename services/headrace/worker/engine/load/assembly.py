@@ -26,8 +26,8 @@ from headrace.worker.engine.load.precision import Precision
 _MIN_PLAIN_TOKENS = {torch.float32: 4, torch.bfloat16: 2}
 
 
-def _ignore(_: str) -> None:
-    pass
+def ignore(_: object) -> None:
+    """Do nothing with a report or a result."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,8 +73,17 @@ class LoadedModel:
         """Return the model without its network, which a decoder does not need any more."""
         return dataclasses.replace(self, network=None)
 
+    def with_one_layer(self) -> LoadedModel:
+        """Return the model without the layers of its decoder after the first; itself if it has no decoder."""
+        if self.decoder is None:
+            return self
+        first = next(iter(self.layers))
+        return dataclasses.replace(
+            self, layers={first: self.layers[first]}, decoder=self.decoder.first_layer()
+        )
+
     def build_forward(
-        self, model: ModelInfo, progress: Callable[[str], None] = _ignore, *, graphs: bool = True
+        self, model: ModelInfo, progress: Callable[[str], None] = ignore, *, graphs: bool = True
     ) -> Forward:
         """Allocate KV memory for a model, and build the `Forward` that computes over it.
 

@@ -25,7 +25,7 @@ from headrace.worker.engine.attention_kinds import choose_kind
 from headrace.worker.engine.cpu.kernels.compiling import compile_kernels
 from headrace.worker.engine.interface import ModelInfo
 from headrace.worker.engine.load import kv_sizing, self_check
-from headrace.worker.engine.load.assembly import LoadedModel, release_freed_memory
+from headrace.worker.engine.load.assembly import LoadedModel, ignore, release_freed_memory
 from headrace.worker.engine.load.devices import choose_device
 from headrace.worker.engine.load.gguf.weights import dequantised
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
@@ -54,10 +54,6 @@ log = logging.getLogger(__name__)
 Report = Callable[[str], None]  # receives one sentence
 
 
-def _ignore(_: object) -> None:
-    pass
-
-
 def load_engine(
     path: Path,
     *,
@@ -71,8 +67,8 @@ def load_engine(
     max_running: int = 32,
     step_tokens: int = 512,
     kv_memory: float | None = None,
-    progress: Report = _ignore,
-    warn: Report = _ignore,
+    progress: Report = ignore,
+    warn: Report = ignore,
 ) -> TorchEngine:
     """Load a model, check it and warm it up.
 
@@ -191,7 +187,11 @@ def _check_engine(loaded: LoadedModel, model: ModelInfo, context: int) -> bool:
     )
     device, memory_dtype = torch.device(model.device), loaded.precision.memory_dtype
     with _as_unsupported(loaded.network):
-        exact = self_check.check_model(TorchEngine(loaded.build_forward(checked), checked), loaded.network)
+        exact = self_check.check_model(
+            TorchEngine(loaded.build_forward(checked), checked),
+            loaded.network,
+            concurrent=loaded.decoder is not None,
+        )
         return self_check.check_attention(loaded.kind, loaded.layers, device, memory_dtype) and exact
 
 
@@ -201,7 +201,9 @@ def _size_kv_memory(
     """Run the largest possible step, and return the number of blocks that fit into the remaining memory."""
     # The rows of this step use only two blocks, see `kv_sizing.largest_step`.
     two_blocks = dataclasses.replace(model, kv_blocks=2, context_length=2 * model.block_tokens)
-    engine = TorchEngine(loaded.build_forward(two_blocks, graphs=False), two_blocks)
+    # All layers of a decoder use the same buffers, so one layer has the same peak.
+    forward = loaded.with_one_layer().build_forward(two_blocks, graphs=False)
+    engine = TorchEngine(forward, two_blocks)
     rows = kv_sizing.largest_step(
         step_tokens=step_tokens,
         max_running=model.max_running,
@@ -210,7 +212,7 @@ def _size_kv_memory(
     )
     return kv_sizing.measure_blocks(
         torch.device(model.device),
-        lambda: _ignore(engine.step(rows)),
+        lambda: ignore(engine.step(rows)),
         block_bytes=loaded.kind.block_bytes(loaded.layers),
         sequence_blocks=-(-model.context_length // model.block_tokens),
         max_running=model.max_running,

@@ -6,7 +6,9 @@ of ragged chunks and decodes, and resumed from the middle of an answer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,24 +60,36 @@ def _lengths(context: int) -> tuple[int, ...]:
     return tuple(max(length * context // CONTEXT, 1) for length in _LENGTHS)
 
 
-def check_model(engine: TorchEngine, network: Any) -> bool:
+def check_model(engine: TorchEngine, network: Any, *, concurrent: bool = False) -> bool:
     """Compare an engine with transformers' own forward pass, and with itself.
 
-    engine    a fresh engine of `blocks_needed` blocks, for SEQUENCES sequences of SHORTEST to CONTEXT tokens
-    network   its model; some passes use the attention of transformers
+    engine       a fresh engine of `blocks_needed` blocks, for SEQUENCES sequences of SHORTEST to CONTEXT
+                 tokens
+    network      its model; some passes use the attention of transformers
+    concurrent   the engine does not use the network, so both can compute at the same time
 
     Returns whether results are bit-identical alone, in a batch and resumed. Raises UnsupportedModel if the
     logits of the engine differ from those of the model.
     """
     lengths = _lengths(engine.model.context_length)
     prompts = _prompts(engine.model.vocabulary_size, lengths)
-    prompt = lengths[0]
-    alone = _run(engine, prompts[:1], chunk=prompt)[0]
-    _compare(alone, network, engine.model.dtype, "alone")
-    batched = _run(engine, prompts, chunk=50)
-    _compare(batched[2], network, engine.model.dtype, "in a batch")
+    prompt, dtype = lengths[0], engine.model.dtype
     half = prompt + ANSWER // 2
-    resumed = _run(engine, [alone.ids[:half]], chunk=half, prompt=prompt, first=1)[0]
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        comparisons: list[Future[None]] = []
+
+        def compare(transcript: Transcript, how: str) -> None:
+            comparisons.append(thread.submit(_compare, transcript, network, dtype, how))
+            if not concurrent:
+                comparisons[-1].result()
+
+        alone = _run(engine, prompts[:1], chunk=prompt)[0]
+        compare(alone, "alone")
+        batched = _run(engine, prompts, chunk=50)
+        compare(batched[2], "in a batch")
+        resumed = _run(engine, [alone.ids[:half]], chunk=half, prompt=prompt, first=1)[0]
+        for comparison in comparisons:
+            comparison.result()
     return (
         alone.ids == batched[0].ids == resumed.ids
         and torch.equal(alone.logits, batched[0].logits)
@@ -194,24 +208,29 @@ def _compare(transcript: Transcript, network: Any, dtype: str, how: str) -> None
     """Compare with forward passes over the whole sequence, with transformers' own attention functions."""
     ids = torch.tensor([transcript.ids[:-1]], device=network.device)
     kept = torch.arange(ids.shape[1] - len(transcript.logits), ids.shape[1], device=network.device)
-    references = []
     try:
-        for implementation in ("eager", "sdpa"):
-            try:
-                network.set_attn_implementation(implementation)
-                logits = network(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0]
-            except ValueError:  # some models do not support sdpa; every model supports eager
-                continue
-            references.append(logits)
+        reference = _reference(network, "eager", ids, kept)
+        error, allowed = _distance(transcript.logits, reference), TOLERANCE[dtype]
+        if not error <= allowed:
+            # Some models do not support sdpa; every model supports eager.
+            with contextlib.suppress(ValueError):
+                other = _reference(network, "sdpa", ids, kept)
+                error = min(error, _distance(transcript.logits, other))
+                allowed = max(allowed, 3 * _distance(other, reference))
     finally:
         network.set_attn_implementation(IMPLEMENTATION)
-    error = min(_distance(transcript.logits, reference) for reference in references)
-    allowed = max(TOLERANCE[dtype], 3 * _distance(references[-1], references[0]))
     if not error <= allowed:
         raise UnsupportedModel(
             f"{type(network).__name__} computed {how} differs from transformers: "
             f"its logits have a relative error of {error:.2g}; {SEE_MODELS}"
         )
+
+
+def _reference(network: Any, implementation: str, ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return the logits [kept, vocabulary] of transformers' forward pass over ids [1, tokens]."""
+    network.set_attn_implementation(implementation)
+    logits: torch.Tensor = network(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0]
+    return logits
 
 
 def _distance(logits: torch.Tensor, reference: torch.Tensor) -> float:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
 
-from headrace.worker.engine.cpu.decoder import lay_out
 from headrace.worker.engine.cpu.kernels import machine
 from headrace.worker.engine.cpu.kernels.elementwise import pack_row
 from headrace.worker.engine.cpu.kernels.matmul import ELEMENT_BYTES, GROUP, PANEL, ElementType, multiply_panel
+from headrace.worker.engine.cpu.weight_layout import lay_out
 
 ELEMENT_TYPES = [
     pytest.param(
@@ -65,7 +65,7 @@ def product(
 ) -> torch.Tensor:
     """Compute x @ weights.T + bias with the kernels, and add it to *out* if given."""
     owned: list[torch.Tensor] = []
-    matrix: npt.NDArray[Any] = lay_out(weights, bias, element_type, owned)
+    matrix: npt.NDArray[Any] = lay_out([weights], bias, element_type, owned)
     rows, inputs = x.shape
     packed = torch.zeros(rows * inputs * ELEMENT_BYTES[element_type], dtype=torch.uint8)
     scales = torch.zeros(rows, inputs // GROUP + 1)

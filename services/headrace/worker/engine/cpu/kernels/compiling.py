@@ -1,21 +1,23 @@
-"""Have all kernels compiled before anybody waits for one, and say so when it takes long."""
+"""Compile all kernels before the first step: `python -m headrace.worker.engine.cpu.kernels.compiling`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-
-import numba
 
 from headrace.worker.engine.cpu.kernels import decoder_step, paging
+from headrace.worker.engine.cpu.kernels.cache import is_compiled
 
 
 def compile_kernels(progress: Callable[[str], None]) -> None:
-    """Compile what is not in the cache.
+    """Compile the kernels that are not in the cache.
 
-    progress   hears a sentence when there is something to wait for
+    progress   receives a sentence if that takes long
     """
-    if not any(Path(numba.config.CACHE_DIR).rglob("*.nbc")):
-        progress("compiling kernels: once for each version, for about half a minute")
+    if not all(map(is_compiled, (paging.attend_on_thread, decoder_step.run_on_thread))):
+        progress("compiling kernels: once per version, takes about half a minute")
     paging.attention_entry_point()
     decoder_step.step_entry_point()
+
+
+if __name__ == "__main__":
+    compile_kernels(print)

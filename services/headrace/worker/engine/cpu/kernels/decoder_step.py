@@ -15,10 +15,11 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray, types
 
 from headrace.worker.engine.cpu.kernels import machine, team
 from headrace.worker.engine.cpu.kernels.attend import attend_unit, work_units
+from headrace.worker.engine.cpu.kernels.cache import compile_entry_point
 from headrace.worker.engine.cpu.kernels.elementwise import (
     copy_row,
     pack_row,
@@ -32,7 +33,7 @@ from headrace.worker.engine.cpu.kernels.kv_layout import LAYER, RAGGED, store_to
 from headrace.worker.engine.cpu.kernels.matmul import MATRIX, multiply_panel
 
 PHASES = 10  # per layer, each with its own counter
-COUNTER_BYTES = 64  # a cache line
+COUNTER_BYTES = team.CACHE_LINE
 
 # One decoder layer: addresses of float32 vectors, and records of `matmul` and `kv_layout`.
 DECODER_LAYER = np.dtype(
@@ -310,10 +311,11 @@ def _decoder_step(step: Any) -> None:
 @functools.cache
 def step_entry_point() -> Any:
     """Return the function that threads call; the first call compiles it or reads it from the cache."""
-    return cfunc(types.void(types.voidptr), nopython=True, cache=True)(_run_on_thread)
+    return compile_entry_point(run_on_thread)
 
 
-def _run_on_thread(data: Any) -> None:
+def run_on_thread(data: Any) -> None:
+    """Compute the share of one thread of the step at address *data*."""
     step = carray(data, (1,), STEP)[0]
     try:
         _decoder_step(step)

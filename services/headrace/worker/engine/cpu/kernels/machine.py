@@ -8,6 +8,7 @@ sizes in bytes, as int64; nothing is checked.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +18,10 @@ from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic as numba_intrinsic
 
-from headrace.worker.engine.cpu.kernels import CHECKED as CHECKED
-
 LANES = 16
+
+# Whether kernels check where they read and write. It takes time, and is meant for debugging.
+CHECKED = os.environ.get("HEADRACE_CHECK_KERNELS", "") not in ("", "0")
 
 # The decorator of all kernels. Division by zero gives infinity or NaN, as in hardware: a row that is not
 # finite fails alone, while an exception would fail the whole step.
