@@ -129,6 +129,14 @@ def report(read: list[Folder]) -> Iterator[str]:
         )
         if folder.imports:
             yield f"{'':34} {'':7} {'':6}  -> {' '.join(map(_short, folder.imports))}"
+    for one, other in cycles(read):
+        yield f"{_short(one)} and {_short(other)} import each other"
+
+
+def cycles(read: list[Folder]) -> list[tuple[str, str]]:
+    """Return the pairs of folders that import each other."""
+    arrows = {(folder.name, target) for folder in read for target in folder.imports}
+    return sorted((one, other) for one, other in arrows if one < other and (other, one) in arrows)
 
 
 def totals(read: list[Folder]) -> dict[str, int]:
@@ -137,7 +145,8 @@ def totals(read: list[Folder]) -> dict[str, int]:
         "folders": len(read),
         "modules": sum(len(folder.modules) for folder in read),
         "lines": sum(folder.lines for folder in read),
-        "arrows between folders": sum(len(folder.imports) for folder in read),
+        "imports between folders": sum(len(folder.imports) for folder in read),
+        "pairs of folders that import each other": len(cycles(read)),
         "modules in the largest folder": max(len(folder.modules) for folder in read),
         "lines of the longest file": max(folder.longest.lines for folder in read),
         "lines of the longest function": max(folder.longest_function[1] for folder in read),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.structure import HERE, folders, report, totals
+from tests.structure import HERE, cycles, folders, report, totals
 
 MAX_LINES = 400
 MAX_MODULES = 14
@@ -65,4 +65,5 @@ def test_the_report_counts_modules_functions_and_imports(tmp_path: Path) -> None
     assert (router.lines, router.longest_function) == (8, ("service.answer", 4))
     assert router.imports == ["headrace", "headrace.router.state", "headrace.v1"]
     assert read["headrace.router.state"].imports == ["headrace.router"]
-    assert totals(list(read.values()))["arrows between folders"] == 4
+    assert cycles(list(read.values())) == [("headrace.router", "headrace.router.state")]
+    assert totals(list(read.values()))["imports between folders"] == 4

@@ -77,8 +77,7 @@ def chat(
 class Client:
     """Calls one target over one channel; use `connect` to create it.
 
-    retries   most retries of a request that failed with UNAVAILABLE before any event; resumed answers do not
-              count
+    retries   most retries of a request that failed with UNAVAILABLE before any event
     patience  seconds for which an answer that has begun waits, within its deadline, for a server to resume it
     advice    added to the error message of calls that reach no server
     """

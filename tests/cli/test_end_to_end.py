@@ -189,7 +189,7 @@ def test_a_propagator_that_is_not_installed_is_one_line() -> None:
     out = run("tiers", "--target", "127.0.0.1:1", OTEL_PROPAGATORS="sleipnir")
 
     assert out.returncode == 2
-    assert out.stderr.startswith("error: OTEL_PROPAGATORS: sleipnir not installed; there are b3, ")
+    assert out.stderr.startswith("error: OTEL_PROPAGATORS: sleipnir not installed; available: b3, ")
     assert out.stderr.count("\n") == 1
 
 
@@ -429,7 +429,7 @@ def test_a_conversation_goes_on_after_what_cannot_be_sent(mesh: Up) -> None:
     terminal = Terminal("chat", "--target", mesh.address)
     terminal.expect("> ")
     os.write(terminal.master, b"Gr\xfc\xdfe\n")
-    terminal.expect("the text is not UTF-8")
+    terminal.expect("the text is not valid UTF-8")
     terminal.expect("> ")
 
     assert terminal.close(pressing="\x04") == 0

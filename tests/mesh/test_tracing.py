@@ -20,17 +20,14 @@ from opentelemetry.propagators.textmap import (
     default_getter,
     default_setter,
 )
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from headrace import errors
 from headrace.cli.mesh import MeshSpec
 from headrace.cli.mesh import mesh as processes
 from headrace.cli.otlp_sink import Span, otlp_sink, whole
 from headrace.client import chat, connect
-from headrace.runtime.telemetry.span_sampler import LinkedRoots
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 
@@ -358,23 +355,3 @@ async def test_processes_that_sample_nothing_record_what_a_trusted_caller_sample
     names = {span.name for span in sink.spans}
     assert names >= {GENERATE, "router.score", "batcher.batch", "worker.decode"} if recorded else not names
     assert len([span for span in sink.spans if span.name == "worker.decode"]) == int(recorded)
-
-
-def test_a_root_that_links_to_spans_of_this_process_is_recorded_as_they_are() -> None:
-    """Sampled by chance, a batch would be missing from traces that link to it."""
-    exporter = InMemorySpanExporter()
-    tracers = TracerProvider(sampler=LinkedRoots(ALWAYS_OFF))
-    tracers.add_span_processor(SimpleSpanProcessor(exporter))
-    tracer = tracers.get_tracer("test")
-
-    def link(*, sampled: bool, remote: bool = False) -> trace.Link:
-        flags = trace.TraceFlags(int(sampled))
-        return trace.Link(trace.SpanContext(1, 2, is_remote=remote, trace_flags=flags))
-
-    tracer.start_span("nobody").end()
-    tracer.start_span("unsampled", links=[link(sampled=False)]).end()
-    tracer.start_span("stranger", links=[link(sampled=True, remote=True)]).end()
-    tracer.start_span("child", sent_by_caller(sampled=False), links=[link(sampled=True)]).end()
-    tracer.start_span("batch", links=[link(sampled=False), link(sampled=True)]).end()
-
-    assert [span.name for span in exporter.get_finished_spans()] == ["batch"]

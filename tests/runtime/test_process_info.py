@@ -1,4 +1,4 @@
-"""A process knows what it holds of its system."""
+"""A process reports the resources that it uses."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_tasks_and_requests_are_counted() -> None:
         assert (during.tasks - before.tasks, during.requests) == (5, 5)
         assert (after.tasks, after.requests) == (before.tasks, 0)
 
-    asyncio.run(counted())  # a loop of its own: on that of all tests others come and go
+    asyncio.run(counted())  # a separate loop: other tests add and remove tasks on the shared one
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no /proc")
 def test_files_and_memory_are_counted(tmp_path: Path) -> None:
-    """In a process of its own: in that of all tests, files of others come and go."""
+    """In a separate process: other tests open and close files in this one."""
     script = """
 import asyncio, sys
 from headrace.runtime.serving.active_requests import ActiveRequests

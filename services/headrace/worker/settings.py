@@ -19,7 +19,7 @@ class Settings(ServiceSettings):
 
     port: Port = 50053
     max_message_megabytes: MessageMegabytes = 16.0
-    max_inflight_megabytes: InflightMegabytes = 64.0
+    max_inflight_megabytes: InflightMegabytes = 64.0  # messages of Run are not counted
     model: str = Field(
         default="", description="what to run: a default model's name, a folder, a .gguf or a hub id"
     )

@@ -1,4 +1,4 @@
-"""The reasons why a server cannot listen have a message each; IPv6 works on every hop."""
+"""Each reason why a server cannot listen has its message; IPv6 works on every hop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from headrace.runtime.serving.server import CannotListen, PortInUse, Serving, se
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, collect, eventually, prompt, running_worker, until_healthy
 
-FOREIGN = "192.0.2.77"  # TEST-NET-1: no machine has it
+FOREIGN = "192.0.2.77"  # TEST-NET-1: not assigned
 
 
 @asynccontextmanager
@@ -48,7 +48,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port of 127.0.0.1 that somebody listens on, and nobody on ::1."""
+    """A port that is in use on 127.0.0.1 and free on ::1."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -56,8 +56,8 @@ def taken() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "::"])
-async def test_a_port_that_somebody_has_is_refused_on_whatever_name_of_it(host: str, taken: int) -> None:
-    """gRPC would take what is left of `localhost`, ::1, and callers of 127.0.0.1 would reach the other."""
+async def test_a_port_in_use_is_rejected_by_any_name_of_the_host(host: str, taken: int) -> None:
+    """gRPC would listen on ::1 only, and callers of 127.0.0.1 would reach the other process."""
     if host == "::" and not has_ipv6():
         pytest.skip("this machine has no IPv6")
     with pytest.raises(PortInUse, match="in use by another process"):
@@ -67,7 +67,7 @@ async def test_a_port_that_somebody_has_is_refused_on_whatever_name_of_it(host: 
 
 @needs_ipv6
 @pytest.mark.parametrize("host", ["::1", "::", "0.0.0.0", "localhost"])
-async def test_a_port_that_somebody_has_on_ipv6_is_refused_too(host: str) -> None:
+async def test_a_port_in_use_on_ipv6_is_rejected(host: str) -> None:
     with socket.socket(socket.AF_INET6) as other:
         other.bind(("::1", 0))
         other.listen()
@@ -78,7 +78,7 @@ async def test_a_port_that_somebody_has_on_ipv6_is_refused_too(host: str) -> Non
 
 @needs_ipv6
 @pytest.mark.parametrize("host", ["::", "0.0.0.0"])
-async def test_all_addresses_are_those_of_both_families(host: str) -> None:
+async def test_all_addresses_include_both_families(host: str) -> None:
     async with server(host) as running:
         for target in (f"127.0.0.1:{running.port}", f"[::1]:{running.port}"):
             async with open_channel(target) as channel, asyncio.timeout(PATIENCE):
@@ -117,18 +117,18 @@ async def test_an_address_that_cannot_be_used_is_distinguished_from_a_port_in_us
         (errno.ENOBUFS, "::1", 50051, "No buffer space"),
     ],
 )
-def test_each_cause_has_its_own_words(number: int, host: str, port: int, words: str) -> None:
+def test_each_cause_has_its_own_message(number: int, host: str, port: int, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
         raise RuntimeError(explain(OSError(number, os.strerror(number)), host, port))
 
 
-def test_what_is_free_has_no_obstacle() -> None:
+def test_a_free_port_has_no_bind_error() -> None:
     assert bind_error("127.0.0.1", 0) is None
     assert bind_error("localhost", 0) is None
 
 
 @needs_ipv6
-async def test_a_mesh_speaks_ipv6_on_every_hop() -> None:
+async def test_a_mesh_uses_ipv6_on_every_hop() -> None:
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(running_worker(EchoEngine(), host="::1"))
         middle = await stack.enter_async_context(

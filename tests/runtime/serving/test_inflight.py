@@ -1,4 +1,4 @@
-"""What a server has in hand stays within its limits, and everything is released."""
+"""Calls and bytes in flight stay within the limits, and everything is released."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_connection_takes_half_a_host_three_quarters_and_others_still_fit() ->
     assert budget.calls == 0
 
 
-def test_bytes_that_do_not_fit_are_refused_and_change_nothing() -> None:
+def test_bytes_beyond_the_limit_are_rejected_and_change_nothing() -> None:
     budget = InflightBudget(LIMITS)
     with budget.admit("unix:/socket") as hold:
         hold.resize(15 * MIB)

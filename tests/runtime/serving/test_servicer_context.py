@@ -1,4 +1,4 @@
-"""A streaming RPC may fail at any moment, and its caller hears of it."""
+"""The status of a streaming RPC reaches the caller whenever the RPC fails."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def served(handler: Handler) -> AsyncGenerator[tuple[int, ActiveRequests],
 
 
 async def ends(port: int, calls: int) -> Counter[str]:
-    """How so many calls, all at once, end."""
+    """Make concurrent calls and count how they end."""
 
     async def one() -> str:
         async with open_channel(f"127.0.0.1:{port}") as channel:
@@ -55,7 +55,7 @@ async def ends(port: int, calls: int) -> Counter[str]:
     return Counter(await asyncio.gather(*(one() for _ in range(calls))))
 
 
-async def test_an_error_beside_the_first_message_reaches_the_caller() -> None:
+async def test_an_error_during_the_first_message_reaches_the_caller() -> None:
     async def handler(request: bytes, context: Any) -> None:
         writing = asyncio.create_task(context.write(b"first"))
         await asyncio.sleep(0)
@@ -67,8 +67,8 @@ async def test_an_error_beside_the_first_message_reaches_the_caller() -> None:
 
 
 @pytest.mark.parametrize("turns", range(4))
-async def test_a_call_that_is_evicted_in_its_first_message_ends_as_draining(turns: int) -> None:
-    """However far the message has come."""
+async def test_a_call_that_is_evicted_during_its_first_message_ends_as_draining(turns: int) -> None:
+    """At any stage of the message."""
     written = 0
 
     async def handler(request: bytes, context: Any) -> None:
@@ -99,7 +99,7 @@ async def test_a_stream_that_writes_nothing_ends_well() -> None:
         assert await ends(port, 3) == {"OK": 3}
 
 
-async def test_a_caller_that_leaves_in_mid_write_is_no_error_of_the_server(
+async def test_a_caller_that_leaves_during_a_write_is_not_a_server_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     written = asyncio.Event()
@@ -110,7 +110,7 @@ async def test_a_caller_that_leaves_in_mid_write_is_no_error_of_the_server(
         written.set()
         try:
             await asyncio.sleep(SECONDS)
-        except asyncio.CancelledError:  # the write that was under way when the caller left
+        except asyncio.CancelledError:  # the caller left during this write
             over.set()
             await context.write(b"second")
 

@@ -1,4 +1,4 @@
-"""The standard OTEL_* variables decide what is exported; what is not supported is one line of the log."""
+"""The standard OTEL_* variables select the exporters; each unsupported value is one line of the log."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HERE = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}
         ({"OTEL_TRACES_EXPORTER": "console"}, ("console",)),
         ({**HERE, "OTEL_TRACES_EXPORTER": "otlp,console"}, (GRPC, "console")),
         ({**HERE, "OTEL_TRACES_EXPORTER": " console , OTLP, otlp,"}, ("console", GRPC)),
-        ({**HERE, "OTEL_TRACES_EXPORTER": ""}, (GRPC,)),  # empty is unset
+        ({**HERE, "OTEL_TRACES_EXPORTER": ""}, (GRPC,)),  # empty means unset
         ({**HERE, "OTEL_TRACES_EXPORTER": "none"}, ()),
         ({**HERE, "OTEL_TRACES_EXPORTER": "None"}, ()),
         ({**HERE, "OTEL_TRACES_EXPORTER": HTTP}, (HTTP,)),
@@ -62,10 +62,12 @@ HERE = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, (GRPC,)),
         ({**HERE, "OTEL_SDK_DISABLED": "true"}, ()),
         ({**HERE, "OTEL_SDK_DISABLED": "TRUE"}, ()),
-        ({**HERE, "OTEL_SDK_DISABLED": "1"}, (GRPC,)),  # by the specification only "true" is true
+        ({**HERE, "OTEL_SDK_DISABLED": "1"}, (GRPC,)),  # by the specification only "true" counts
     ],
 )
-def test_traces_go_where_the_variables_say(variables: dict[str, str], names: tuple[str, ...]) -> None:
+def test_the_variables_select_the_exporters_of_traces(
+    variables: dict[str, str], names: tuple[str, ...]
+) -> None:
     assert plan("traces", variables).names == names
     assert plan("traces", variables).problems == ()
 
@@ -91,7 +93,7 @@ def test_traces_go_where_the_variables_say(variables: dict[str, str], names: tup
         ),
     ],
 )
-def test_what_is_not_supported_is_reported_in_one_line(
+def test_an_unsupported_value_is_reported_in_one_line(
     signal: Signal, variables: dict[str, str], names: tuple[str, ...], problem: str
 ) -> None:
     made = plan(signal, variables)
@@ -101,7 +103,7 @@ def test_what_is_not_supported_is_reported_in_one_line(
     assert problem in line
 
 
-def test_variables_of_what_is_never_exported_are_reported() -> None:
+def test_unsupported_variables_are_reported() -> None:
     assert unsupported({}) == []
     assert unsupported({"OTEL_LOGS_EXPORTER": "none"}) == []
     assert "OTEL_LOGS_EXPORTER: not supported" in unsupported({"OTEL_LOGS_EXPORTER": "otlp"})[0]
@@ -112,7 +114,7 @@ def test_variables_of_what_is_never_exported_are_reported() -> None:
 
 @dataclass
 class Receiver:
-    """A collector that speaks OTLP over HTTP."""
+    """A collector for OTLP over HTTP."""
 
     endpoint: str = ""
     spans: list[Span] = field(default_factory=list)
@@ -163,7 +165,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_a_mesh_exports_over_http_by_a_list_with_b3_between_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One trace over all processes, to two exporters, and past the proxy that the environment names."""
+    """One trace over all processes, to two exporters, without the proxy that the environment sets."""
     for variable in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "grpc_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     async with http_receiver() as receiver:
@@ -207,7 +209,7 @@ async def test_a_mesh_exports_over_http_by_a_list_with_b3_between_its_processes(
 
 
 async def started(variables: dict[str, str], until: str) -> tuple[int | None, list[str]]:
-    """Start a worker; its exit code, None if it came up, and its log's lines up to *until*."""
+    """Start a worker; return its exit code, None if it is running, and its log lines up to *until*."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "headrace.worker", "--fake", "--port", "0"),
@@ -226,7 +228,7 @@ async def started(variables: dict[str, str], until: str) -> tuple[int | None, li
         return await process.wait(), lines
 
 
-async def test_a_propagator_that_is_not_installed_stops_the_start_with_one_line() -> None:
+async def test_a_missing_propagator_stops_the_start_with_one_line() -> None:
     code, lines = await started({"OTEL_PROPAGATORS": "tracecontext,sleipnir"}, '"ready"')
 
     assert code == 1
@@ -262,7 +264,7 @@ async def test_a_propagator_that_is_not_installed_stops_the_start_with_one_line(
     ],
     ids=str,
 )
-async def test_a_variable_that_cannot_be_used_costs_a_line_and_not_the_service(
+async def test_an_invalid_variable_is_logged_and_the_service_starts(
     variables: dict[str, str], told: str
 ) -> None:
     code, lines = await started(variables, '"ready"')
@@ -275,14 +277,14 @@ async def test_a_variable_that_cannot_be_used_costs_a_line_and_not_the_service(
 
 
 @pytest.mark.parametrize("propagators", ["none", "tracecontext,none", "b3multi", "baggage,tracecontext", ""])
-async def test_propagators_that_are_installed_are_taken(propagators: str) -> None:
+async def test_installed_propagators_are_used(propagators: str) -> None:
     code, lines = await started({"OTEL_PROPAGATORS": propagators}, '"ready"')
 
     assert code is None, lines
 
 
-async def test_a_signal_may_have_an_endpoint_and_a_protocol_of_its_own(tmp_path: Path) -> None:
-    """Traces by gRPC to one collector, metrics by HTTP to another."""
+async def test_a_signal_may_have_its_own_endpoint_and_protocol(tmp_path: Path) -> None:
+    """Traces are exported by gRPC to one collector, metrics by HTTP to another."""
     async with http_receiver() as receiver, otlp_sink() as sink:
         variables = {
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": sink.endpoint,

@@ -25,10 +25,10 @@ from opentelemetry.context import Context
 
 from headrace import attributes, errors, statuses
 from headrace.propagation import extract
-from headrace.runtime.memory_reclaim import Reclaimer
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.runtime.serving.inflight import InflightBudget
+from headrace.runtime.serving.memory_reclaim import Reclaimer
 from headrace.runtime.serving.request_message import parser, read_message
 from headrace.runtime.serving.servicer_context import StreamingContext
 
@@ -58,7 +58,7 @@ START_SECONDS = 0.1
 # Messages of this size and more start one by one: to parse, score and forward one takes milliseconds of the
 # event loop.
 LONG_BYTES = 128 * 1024
-# The message limit of calls that request no tokens: health, reflection, channelz, tiers, debugging.
+# The message limit of untracked methods: health, reflection, channelz, debug endpoints.
 SMALL_BYTES = 64 * 1024
 
 

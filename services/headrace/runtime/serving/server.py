@@ -25,13 +25,13 @@ from grpc_health.v1._async import HealthServicer
 
 from headrace import errors, propagation
 from headrace.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, join
-from headrace.runtime.memory_reclaim import freeze_loaded_objects, return_large_blocks
 from headrace.runtime.serving import accept_loop
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.bind_check import bind_error, explain
 from headrace.runtime.serving.inflight import InflightBudget
 from headrace.runtime.serving.interceptor import ServerInterceptor, TraceContext
 from headrace.runtime.serving.limits import Limits, raise_file_limit
+from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects, return_large_blocks
 from headrace.runtime.serving.reflection import add_reflection
 
 log = logging.getLogger(__name__)
@@ -136,12 +136,15 @@ async def serving(
     services       descriptors of the services that it adds, for reflection and health
     port           0 picks a free one
     drain_seconds  how long requests in flight may continue after the block exits; the rest then end with
-    DRAINING, so that their callers resume them on another server limits         what the server accepts from
-    its callers untracked      full names of methods that are not requests: streams that last as long as the
-    connection, and debug endpoints requests       tracks the requests in flight; by default a new tracker
-    trace_context  what is done with the trace context of callers ready          whether the server accepts
-    requests; polled ten times per second for health's readiness drain          awaited, for at most
-    *drain_seconds*, once new requests are rejected: returns the service's unfinished work
+                   DRAINING, so that their callers resume them on another server
+    limits         what the server accepts from its callers
+    untracked      full names of methods that are not requests: streams that last as long as the connection,
+                   and debug endpoints
+    requests       tracks the requests in flight; by default a new tracker
+    trace_context  what is done with the trace context of callers
+    ready          whether the server accepts requests; polled ten times per second for health's readiness
+    drain          awaited, for at most *drain_seconds*, once new requests are rejected: returns the service's
+                   unfinished work
 
     Raises PortInUse and CannotListen.
     """
