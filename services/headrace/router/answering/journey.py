@@ -136,7 +136,7 @@ class Journey:
 
     def releases(self, draft: Draft) -> bool:
         """See `cascade.Cascaded`. A draft that cannot be checked is released."""
-        outcome = "unjudged"
+        outcome = "unchecked"
         with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span, optional("draft check"):
             text, finished = draft.text_to_check()
             released, check = self._chooser.check_draft(
