@@ -4,7 +4,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What the services and the CLI need, and what development needs besides.
+SERVICES := $(VENV)/.services
 INSTALLED := $(VENV)/.installed
+# The models are fetched and the kernels are compiled while pip installs the rest.
+STARTABLE := $(SERVICES) $(VENV)/.models $(VENV)/.kernels
+MAKEFLAGS += --jobs=3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -13,10 +18,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-demo: $(INSTALLED) ## install, start a mesh with two models, send it mixed prompts, show answers and figures
+demo: $(STARTABLE) ## install, start a mesh with two models, send it mixed prompts, show answers and figures
 	headrace demo
 
-up: $(INSTALLED) ## start a mesh on 127.0.0.1:50051; Ctrl-C stops it
+up: $(STARTABLE) ## start a mesh on 127.0.0.1:50051; Ctrl-C stops it
 	headrace up
 
 test: $(INSTALLED) ## run all tests; fetches the default models for those that need real weights
@@ -62,10 +67,29 @@ bench-peers: $(INSTALLED) ## install the peers of the benchmarks: vLLM, OpenVINO
 clean: ## remove the environment and all build results; keep fetched models
 	rm -rf $(VENV) build dist services/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(VENV)/.pip: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Headrace needs Python 3.11 or newer; say make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=77' wheel
-	@echo "installing into $(VENV): torch and transformers are large, this takes a minute or several"
-	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt 'pip>=25.1' 'setuptools>=77' numba numpy
 	touch $@
+
+# Without bytecode: for all modules it would take pip a minute, and few are imported.
+INSTALL = $(BIN)/python -m pip install $(PIP_ARGS) --no-compile --no-build-isolation --constraint constraints.txt
+
+$(SERVICES): $(VENV)/.pip
+	@echo "installing into $(VENV): torch and transformers are large, this takes a minute or several"
+	$(INSTALL) --editable '.[router,batcher,worker,cli]'
+	$(BIN)/python -m headrace.cli.precompile
+	touch $@
+
+$(INSTALLED): $(SERVICES)
+	$(INSTALL) --editable '.[dev]'
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
+	touch $@
+
+# What fails here is tried again by `headrace`, which reports it.
+$(VENV)/.models: $(VENV)/.pip services/headrace/models/defaults.py
+	-PYTHONPATH=$(CURDIR)/services $(BIN)/python -m headrace.models && touch $@
+
+$(VENV)/.kernels: $(VENV)/.pip $(wildcard services/headrace/worker/engine/cpu/kernels/*.py)
+	-PYTHONPATH=$(CURDIR)/services $(BIN)/python -m headrace.worker.engine.cpu.kernels.compiling && touch $@

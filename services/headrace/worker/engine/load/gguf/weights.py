@@ -11,6 +11,7 @@ that lacks a tensor of the model, or has an unknown one, is rejected.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
@@ -99,11 +101,16 @@ def _unpack(path: Path, folder: Path) -> None:
     metadata = _metadata(reader)
     try:
         config = config_from(metadata)
-        _require_all(metadata, config)
+        with _reused(reader):
+            _require_all(metadata, config)
     except LoadingError as error:
         raise type(error)(f"{path} cannot be served: {error}") from error
     auto: Any = AutoModelForCausalLM
-    with quiet_transformers(), as_loading_error(f"transformers cannot read {path}", "download it again"):
+    with (
+        quiet_transformers(),
+        as_loading_error(f"transformers cannot read {path}", "download it again"),
+        _reused(reader),
+    ):
         network, found = auto.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -132,7 +139,7 @@ def _open(path: Path) -> GGUFReader:
             f"cannot read {path}: it begins with {start!r} instead of b'GGUF'; download it again"
         )
     try:
-        reader = GGUFReader(path)
+        reader = _Reader(path)
         if not reader.fields or "general.architecture" not in reader.fields:
             raise ValueError("its header names no architecture")
     except Exception as error:
@@ -142,6 +149,36 @@ def _open(path: Path) -> GGUFReader:
             f"bytes): {one_line(error)}; download it again"
         ) from error
     return reader
+
+
+class _Reader(GGUFReader):  # type: ignore[misc,unused-ignore]
+    """Reads a header from a plain array: numpy takes several times as long to slice a memmap.
+
+    A header has hundreds of thousands of slices, one per token of the vocabulary and more.
+    """
+
+    @property
+    def data(self) -> np.ndarray[Any, Any]:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray[Any, Any]) -> None:
+        self._data = mapped.view(np.ndarray)
+
+
+@contextmanager
+def _reused(reader: GGUFReader) -> Iterator[None]:
+    """Let transformers use what is read already.
+
+    It would read the header again, and make the table of tensor names once per module of the network.
+    """
+    original, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = lambda path: reader
+    gguf.get_tensor_name_map = functools.cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = original, names
 
 
 def _metadata(reader: GGUFReader) -> Metadata:
