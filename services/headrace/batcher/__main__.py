@@ -27,8 +27,8 @@ from headrace.batcher.waiting.window import Window
 from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime import process_info
-from headrace.runtime.memory_reclaim import collection_paused
 from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
 from headrace.runtime.telemetry.setup import telemetry

@@ -17,8 +17,8 @@ import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
 from headrace.runtime import process_info
-from headrace.runtime.memory_reclaim import collection_paused
 from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
 from headrace.runtime.telemetry.setup import telemetry
