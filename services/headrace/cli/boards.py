@@ -59,7 +59,7 @@ class FetchBoard:
         if self._bars:
             self._bars.stop()
 
-    def __call__(self, progress: models.Progress, /) -> None:
+    def __call__(self, progress: models.FetchProgress, /) -> None:
         key = (progress.model, progress.stage)
         if self._bars:
             if key not in self._tasks:

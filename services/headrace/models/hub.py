@@ -1,4 +1,4 @@
-"""Have the Hugging Face hub's own client bring a model."""
+"""Download models with the client of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import io
 from pathlib import Path
 from typing import Any
 
-from headrace.models.reports import INSTEAD, ModelUnavailable, Progress, Report
+from headrace.models.reports import ALTERNATIVES, FetchProgress, ModelUnavailable, ProgressCallback
 
 
-def from_hub(model: str, progress: Report, weights: bool) -> Path:
-    """Download a snapshot into the hub's usual cache; weights as safetensors only, never pickles."""
+def from_hub(model: str, progress: ProgressCallback, weights: bool) -> Path:
+    """Download a model to the default cache of the hub's client. Weights are safetensors, never pickles.
+
+    Raises ModelUnavailable.
+    """
     try:
         import huggingface_hub
     except ImportError as error:
@@ -21,24 +24,27 @@ def from_hub(model: str, progress: Report, weights: bool) -> Path:
     if weights:
         wanted.append("*.safetensors")
     try:
-        # Folders inside the repository hold other formats (onnx, original); the top is what loads.
+        # Subfolders have other formats (onnx, original); only the top folder is loaded.
         folder = huggingface_hub.snapshot_download(
             model, allow_patterns=wanted, ignore_patterns=["*/*"], tqdm_class=_hub_progress(model, progress)
         )
-    except Exception as error:  # its clients raise httpx's, urllib3's, OSError's and its own
+    except Exception as error:  # the clients raise exceptions of httpx, urllib3, the system and their own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelUnavailable(
-            f"cannot get {model} from the hub: {reason.strip()} ({type(error).__name__}). Check the id, the "
-            f"network, HF_ENDPOINT, HF_HUB_OFFLINE and your token, or give a local folder or a .gguf file"
+            f"cannot download {model} from the hub: {reason.strip()} ({type(error).__name__}). Check the "
+            f"id, the network, HF_ENDPOINT, HF_HUB_OFFLINE and your token, or give a local folder or a .gguf "
+            f"file"
         ) from error
     path = Path(folder)
     if weights and not any(path.glob("*.safetensors")):
-        raise ModelUnavailable(f"{model} has no .safetensors, and pickled weights are not loaded; {INSTEAD}")
+        raise ModelUnavailable(
+            f"{model} has no .safetensors files, and pickled weights are not loaded; {ALTERNATIVES}"
+        )
     return path
 
 
-def _hub_progress(model: str, progress: Report) -> Any:
-    """Make a class that the hub takes for a tqdm bar and that reports bytes to *progress*."""
+def _hub_progress(model: str, progress: ProgressCallback) -> Any:
+    """Return a subclass of tqdm that reports downloaded bytes to *progress*."""
     from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
     class Bar(tqdm):  # type: ignore[type-arg,misc,unused-ignore]
@@ -47,9 +53,9 @@ def _hub_progress(model: str, progress: Report) -> Any:
             super().__init__(*args, **{**kwargs, "file": io.StringIO()})
 
         def update(self, n: float | None = 1) -> bool | None:
-            answer: bool | None = super().update(n)
+            shown: bool | None = super().update(n)
             if self.unit == "B":
-                progress(Progress(model, "downloading", int(self.n), int(self.total or 0)))
-            return answer
+                progress(FetchProgress(model, "downloading", int(self.n), int(self.total or 0)))
+            return shown
 
     return Bar

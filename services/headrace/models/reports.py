@@ -1,32 +1,32 @@
-"""What is told of a model on its way: how far it has come, or why it cannot be had."""
+"""The progress and the failure of fetching a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-INSTEAD = "give a local folder, a .gguf file or a hub id (org/name) instead"
+ALTERNATIVES = "give a local folder, a .gguf file or a hub id (org/name) instead"
 
 
 class ModelUnavailable(Exception):
-    """A model cannot be had. The message says what was tried, why it failed, and what to do."""
+    """A model is not available. The message states what was tried, why it failed, and what to do."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far one model has come."""
+class FetchProgress:
+    """The progress of fetching one model."""
 
     model: str  # as the user wrote it
     stage: str  # "waiting" (another process fetches it), "downloading", "verifying"
-    done: int  # bytes of the finished model that this stage is through with
-    total: int  # bytes; 0 while unknown
+    done: int  # bytes of the model that this stage has processed
+    total: int  # bytes of the model; 0 while unknown
 
 
-class Report(Protocol):
-    """Hears about progress, from the thread that calls `fetch` or `resolve`, or one of the hub's."""
+class ProgressCallback(Protocol):
+    """Receives progress, in the thread that calls `fetch` or `resolve` or in a thread of the hub's client."""
 
-    def __call__(self, progress: Progress, /) -> None: ...
+    def __call__(self, progress: FetchProgress, /) -> None: ...
 
 
-def silent(progress: Progress, /) -> None:
-    """Tell nobody."""
+def ignore_progress(progress: FetchProgress, /) -> None:
+    """Do nothing."""

