@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Callable
 
 import pytest
@@ -13,7 +14,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from tests import parallel
 from tests.harness import Mesh, running_mesh
+from tests.tables import Tables
 
 # Global providers can be set once in a process, so all tests share these.
 _spans = InMemorySpanExporter()
@@ -25,12 +28,21 @@ settings.register_profile("headrace", deadline=None, suppress_health_check=[Heal
 settings.load_profile("headrace")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Record spans and metrics of everything that runs in this process."""
+    parallel.take_part(config)
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Tables())
     tracers = TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(_spans))
     trace.set_tracer_provider(tracers)
     metrics.set_meter_provider(MeterProvider(metric_readers=[_reader]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes for `pytest -n auto`: one more than cores, as some tests wait."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture

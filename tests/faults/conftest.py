@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
 from tests.faults.fleet import Fleet, Plan, fleet
-from tests.faults.tally import Row, Table
+from tests.faults.tally import Row
+from tests.tables import add_row
 
-_table = Table()
 SEED = int(os.environ.get("HEADRACE_FAULTS_SEED", "0")) or 20261123
 LONG = bool(os.environ.get("HEADRACE_FAULTS_LONG"))
 
@@ -26,18 +26,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.faults)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table."""
-    if _table.rows:
-        terminalreporter.section(f"faults (seed {SEED})")
-        terminalreporter.write_line(_table.markdown())
-        _table.write(Path("build"))
-
-
 @pytest.fixture
-def row(request: pytest.FixtureRequest) -> Callable[[str], Row]:
+def row(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Row]]:
     """Opens a row of the table."""
-    return _table.row
+    rows: list[Row] = []
+
+    def opened(scenario: str) -> Row:
+        rows.append(Row(scenario))
+        return rows[-1]
+
+    yield opened
+    for one in rows:
+        add_row(request.node, one.published(f"faults (seed {SEED})"))
 
 
 @pytest.fixture

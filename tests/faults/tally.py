@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import platform
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from headrace import errors
 from headrace.client import Client
 from headrace.v1 import generation_pb2 as pb
+from tests import tables
 from tests.faults.dice import Expected, expected
 
 HANG_SECONDS = 20.0  # past the deadline, on a machine that may be busy with other things
@@ -25,6 +22,7 @@ HANG_SECONDS = 20.0  # past the deadline, on a machine that may be busy with oth
 PATIENT_SECONDS = 180.0
 TURNS = 10  # the most that `until_felt` takes
 
+HEAD = ("scenario", "requests", "tokens", "moved", "lost", "twice", "wrong", "hung", "failed", "")
 ZEROS = ("lost", "twice", "wrong", "hangs", "failed")
 
 
@@ -237,6 +235,15 @@ class Row:
         """What is not zero of what must be."""
         return {name: getattr(self, name) for name in ZEROS if getattr(self, name)}
 
+    def published(self, title: str) -> tables.Row:
+        """Return it as a row of the run's table."""
+        cells = (
+            *(self.scenario, f"{self.requests:,}", f"{self.tokens:,}", self.moved),
+            *(self.lost, self.twice, self.wrong, self.hangs, self.failed, "; ".join(self.notes)),
+        )
+        values = {**vars(self), "outcomes": dict(self.outcomes)}
+        return tables.Row("faults", title, HEAD, [str(cell) for cell in cells], values)
+
     def check(self) -> None:
         """Fail the test if anything was lost, doubled, wrong, hung or failed."""
         assert not self.faults, (
@@ -255,39 +262,6 @@ def until_felt(row: Row, moved: int = 1) -> Iterator[None]:
         yield
         if row.moved >= moved:
             return
-
-
-class Table:
-    """All scenarios of a run."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-
-    def row(self, scenario: str) -> Row:
-        """A new scenario."""
-        row = Row(scenario)
-        self.rows.append(row)
-        return row
-
-    def markdown(self) -> str:
-        """As it stands in README."""
-        heads = ("scenario", "requests", "tokens", "moved", "lost", "twice", "wrong", "hung", "failed", "")
-        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-        for row in self.rows:
-            cells = (
-                *(row.scenario, f"{row.requests:,}", f"{row.tokens:,}", row.moved),
-                *(row.lost, row.twice, row.wrong, row.hangs, row.failed, "; ".join(row.notes)),
-            )
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-        return "\n".join(lines)
-
-    def write(self, folder: Path) -> None:
-        """Keep it as faults.json and faults.md."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "faults.md").write_text(self.markdown() + "\n")
-        rows = [{**vars(row), "outcomes": dict(row.outcomes)} for row in self.rows]
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        (folder / "faults.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
 
 def mixed(rng: random.Random, count: int, **limits: int) -> list[pb.GenerateRequest]:

@@ -9,13 +9,15 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
+from tests import tables
 from tests.faults.fleet import Child, Fleet, Plan, fleet
 from tests.hostile.honest import HANG_SECONDS, Seen, ask_for, ask_until, percentile
+from tests.tables import add_row
 
 SEED = int(os.environ.get("HEADRACE_HOSTILE_SEED", "0")) or 20261127
 FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's own jitter
@@ -23,6 +25,7 @@ FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's ow
 # has more ready processes than an attack and the services come to.
 QUIET_SECONDS = 0.004
 QUIET_LOAD = (os.cpu_count() or 1) + 2
+CALM_SECONDS = 0.7
 TRIES = 3  # a row is run again where the honest caller was only late: the machine may have stalled by itself
 BACK_SECONDS = 10.0
 BACK_BYTES = 96 * 2**20  # what an allocator may keep
@@ -47,13 +50,13 @@ class Row:
     peaks: dict[str, int]
     note: str = ""
 
-    def cells(self) -> list[str]:
-        """As the table has them."""
+    def published(self) -> tables.Row:
+        """Return it as a row of the run's table."""
 
         def times(seen: Seen) -> str:
             return " / ".join(f"{percentile(seen.seconds, share) * 1000:.0f}" for share in (0.5, 0.99))
 
-        return [
+        cells = [
             self.name.replace("_", " ") + self.note,
             self.at,
             f"{self.outcomes.total():,}",
@@ -63,6 +66,7 @@ class Row:
             times(self.beside),
             " / ".join(f"{peak / 2**20:.0f}" for peak in self.peaks.values()),
         ]
+        return tables.Row("hostile", f"hostile callers (seed {SEED})", HEAD, cells)
 
 
 HEAD = (
@@ -77,30 +81,6 @@ HEAD = (
 )
 
 
-@dataclass
-class Table:
-    """All rows of a run."""
-
-    rows: list[Row] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        """As Markdown."""
-        lines = [HEAD, ("---",) * len(HEAD), *(row.cells() for row in self.rows)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-_table = Table()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table, and keep it in build/."""
-    if _table.rows:
-        terminalreporter.section(f"hostile callers (seed {SEED})")
-        terminalreporter.write_line(_table.markdown())
-        Path("build").mkdir(exist_ok=True)
-        Path("build/hostile.md").write_text(_table.markdown() + "\n")
-
-
 @pytest.fixture(scope="session")
 async def few_files() -> AsyncGenerator[None, None]:
     """The soft limit of open files that most systems begin with, for the processes that are started now."""
@@ -108,6 +88,31 @@ async def few_files() -> AsyncGenerator[None, None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+async def siege(mesh: Fleet) -> Siege:
+    """The attacks of this run."""
+    return Siege(mesh, await calm(mesh))
+
+
+Besiege = Callable[..., Awaitable[Row]]
+
+
+@pytest.fixture
+def besiege(siege: Siege, request: pytest.FixtureRequest) -> Besiege:
+    """Runs an attack as `Siege.attack` does, at most `TRIES` times where the honest caller was late."""
+
+    async def run(service: str, *names: str, **options: Any) -> Row:
+        for _ in range(TRIES):
+            row, late = await siege.attack(service, *names, **options)
+            if not late:
+                break
+        add_row(request.node, row.published())
+        assert not late, f"the honest caller's p99 was {late:.2f} s beside the attack"
+        return row
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -159,70 +164,83 @@ async def _peaks(running: Fleet, over: asyncio.Event) -> dict[str, int]:
     return peaks
 
 
-Besiege = Callable[..., Awaitable[Row]]
+@dataclass(frozen=True)
+class Calm:
+    """What the honest caller saw without an attack.
 
-
-async def besiege(
-    running: Fleet, service: str, *names: str, seconds: float, note: str = "", prompt: bool = True
-) -> Row:
-    """Run attacks at once against a service, with an honest caller beside; judge what is the same for all.
-
-    prompt   whether the honest caller must be as fast as usual, beyond being answered
-
-    Raises AssertionError where a process ended, the honest caller was late in each of `TRIES` runs or got
-    anything but its answers, a log has lines that are not the service's, or memory does not come back.
+    busy   whether the machine had other work, so that nobody's lateness can be blamed on an attack
     """
-    for _ in range(TRIES):
-        row, late = await _besiege(running, service, *names, seconds=seconds, note=note, prompt=prompt)
-        if not late:
-            break
-    _table.rows.append(row)
-    assert not late, f"the honest caller's p99 was {late:.2f} s beside the attack"
-    return row
+
+    seen: Seen
+    busy: bool
 
 
-async def _besiege(
-    running: Fleet, service: str, *names: str, seconds: float, note: str, prompt: bool
-) -> tuple[Row, float]:
-    """Run the attacks once. Returns the honest caller's p99 in seconds if it is too long, else 0."""
-    before = {child.name: child.memory for child in running.children}
-    logged = {child.name: child.log.stat().st_size for child in running.children}
-    calm = asyncio.Event()
-    waking = asyncio.create_task(_lateness(calm))
-    normal = await ask_for(running.target, 1.0)
-    calm.set()
-    busy = percentile(await waking, 0.99) > QUIET_SECONDS or os.getloadavg()[0] > QUIET_LOAD
+async def calm(running: Fleet) -> Calm:
+    """Let the honest caller ask without an attack."""
     over = asyncio.Event()
-    watching = asyncio.create_task(_peaks(running, over))
-    asking = asyncio.create_task(ask_until(running.target, over))
-    try:
-        port = at(running, service).port
-        counts = await asyncio.gather(*(run_attack(name, port, seconds) for name in names))
-    finally:
-        over.set()
-    beside, peaks = await asking, await watching
-    row = Row(
-        " + ".join(names),
-        service,
-        sum(counts, Counter()),
-        normal,
-        beside,
-        peaks,
-        note + " (busy machine)" * busy,
-    )
-    assert all(child.alive for child in running.children)
-    assert not normal.failed
-    assert not beside.failed
-    after = await ask_for(running.target, 0.5)
-    assert not after.failed
-    usual = max(percentile(normal.seconds, 0.99), percentile(after.seconds, 0.99), FLOOR_SECONDS)
-    # Where others use the machine, who was late because of whom cannot be told; nobody hangs all the same.
-    slowest = percentile(beside.seconds, 0.99)
-    late = slowest > (HANG_SECONDS if busy or not prompt else 3 * usual)
-    for child in running.children:
-        judge_log(child, logged[child.name])
-        await _comes_back(child, before[child.name])
-    return row, slowest if late else 0.0
+    waking = asyncio.create_task(_lateness(over))
+    seen = await ask_for(running.target, CALM_SECONDS)
+    over.set()
+    busy = percentile(await waking, 0.99) > QUIET_SECONDS or os.getloadavg()[0] > QUIET_LOAD
+    assert not seen.failed
+    return Calm(seen, busy)
+
+
+class Siege:
+    """Attacks on a running mesh, one after the other.
+
+    `before` is what the honest caller saw since the last attack.
+    """
+
+    def __init__(self, running: Fleet, before: Calm) -> None:
+        self.running = running
+        self.before = before
+
+    async def attack(
+        self, service: str, *names: str, seconds: float, note: str = "", prompt: bool = True
+    ) -> tuple[Row, float]:
+        """Run attacks at once against a service, with an honest caller beside, and judge what all must hold.
+
+        prompt   whether the honest caller must be as fast as usual, beyond being answered
+
+        Returns the table's row, and the honest caller's p99 in seconds if it is too long, else 0. Raises
+        AssertionError where a process ended, the honest caller got anything but its answers, a log has lines
+        that are not the service's, or memory does not come back.
+        """
+        running, normal, busy = self.running, self.before.seen, self.before.busy
+        memory = {child.name: child.memory for child in running.children}
+        logged = {child.name: child.log.stat().st_size for child in running.children}
+        over = asyncio.Event()
+        watching = asyncio.create_task(_peaks(running, over))
+        asking = asyncio.create_task(ask_until(running.target, over))
+        try:
+            port = at(running, service).port
+            counts = await asyncio.gather(*(run_attack(name, port, seconds) for name in names))
+        finally:
+            over.set()
+        beside, peaks = await asking, await watching
+        row = Row(
+            " + ".join(names),
+            service,
+            sum(counts, Counter()),
+            normal,
+            beside,
+            peaks,
+            note + " (busy machine)" * busy,
+        )
+        assert all(child.alive for child in running.children)
+        assert not beside.failed
+        self.before = await calm(running)
+        usual = max(
+            percentile(normal.seconds, 0.99), percentile(self.before.seen.seconds, 0.99), FLOOR_SECONDS
+        )
+        # On a busy machine the cause of a late answer is not known; nobody may hang all the same.
+        slowest = percentile(beside.seconds, 0.99)
+        late = slowest > (HANG_SECONDS if busy or not prompt else 3 * usual)
+        for child in running.children:
+            judge_log(child, logged[child.name])
+            await _comes_back(child, memory[child.name])
+        return row, slowest if late else 0.0
 
 
 def judge_log(child: Child, begin: int) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from tests.faults.fleet import Fleet
 from tests.hostile.confine import confined, manifest_limit
-from tests.hostile.conftest import besiege
+from tests.hostile.conftest import Besiege
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.quiet]
 
 BUSY = {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
 CUT = {"reset", "closed"}
@@ -50,37 +50,37 @@ RUN: dict[str, set[str]] = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-async def test_a_flood_at_the_router_is_not_felt_by_others(mesh: Fleet, name: str) -> None:
-    row = await besiege(mesh, "router", name, seconds=1.5)
+async def test_a_flood_at_the_router_is_not_felt_by_others(besiege: Besiege, name: str) -> None:
+    row = await besiege("router", name, seconds=1.5)
 
     assert row.outcomes.keys() <= FLOODS[name]
 
 
 @pytest.mark.parametrize("service", ["router", "batcher", "worker"])
 @pytest.mark.parametrize("name", FUZZ)
-async def test_what_is_no_request_gets_its_own_status(mesh: Fleet, service: str, name: str) -> None:
-    row = await besiege(mesh, service, name, seconds=1.0)
+async def test_what_is_no_request_gets_its_own_status(besiege: Besiege, service: str, name: str) -> None:
+    row = await besiege(service, name, seconds=1.0)
 
     assert row.outcomes.keys() <= FUZZ[name]
 
 
 @pytest.mark.parametrize("service", ["router", "worker"])
-async def test_what_is_no_call_ends_nothing_but_itself(mesh: Fleet, service: str) -> None:
-    row = await besiege(mesh, service, "odd_calls", seconds=1.0)
+async def test_what_is_no_call_ends_nothing_but_itself(besiege: Besiege, service: str) -> None:
+    row = await besiege(service, "odd_calls", seconds=1.0)
 
     # gRPC's own words for a message that its caller cut short (CANCELLED, INTERNAL) and no message at all.
     assert row.outcomes.keys() - {"http 415"} <= {"OK", "CANCELLED", "INTERNAL", "UNKNOWN"} | REFUSED | CUT
 
 
 @pytest.mark.parametrize("name", RUN)
-async def test_a_worker_trusts_no_batcher(mesh: Fleet, name: str) -> None:
-    row = await besiege(mesh, "worker", name, seconds=2.0)
+async def test_a_worker_trusts_no_batcher(besiege: Besiege, name: str) -> None:
+    row = await besiege("worker", name, seconds=2.0)
 
     ended = {outcome for outcome in row.outcomes if not outcome.startswith("read ")}
     assert ended <= RUN[name] | {"cut"}
 
 
-async def test_each_service_survives_with_the_memory_of_its_manifest(mesh: Fleet) -> None:
+async def test_each_service_survives_with_the_memory_of_its_manifest(mesh: Fleet, besiege: Besiege) -> None:
     """The attacks on memory at once, in the memory that Kubernetes would give."""
     heavy = ("long_prompts", "compressed", "almost_whole_messages", "header_bombs", "streams_at_once")
     with ExitStack() as stack:
@@ -91,6 +91,6 @@ async def test_each_service_survives_with_the_memory_of_its_manifest(mesh: Fleet
         for service in ("router", "batcher"):
             note = f", in {', '.join(sorted(how))}"
             # Five attackers and three services on the cores of one machine: alive and answering is the point.
-            row = await besiege(mesh, service, *heavy, seconds=4, note=note, prompt=False)
+            row = await besiege(service, *heavy, seconds=4, note=note, prompt=False)
 
             assert not row.outcomes.keys() & {"INTERNAL", "UNKNOWN", "CANCELLED"}

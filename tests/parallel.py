@@ -1,0 +1,121 @@
+"""Run the suite in several processes with pytest-xdist: `pytest -n 3`.
+
+The tests of a file run in one process and in order, so that what a module's fixtures start is started once.
+Folders in `TOGETHER` stay in one process as well. Tests marked `quiet` measure time: no other test runs
+beside them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+# Folders whose files share session fixtures that start processes.
+TOGETHER = ("tests/hostile/",)
+# Files of slow tests that share nothing: each test may run in any process.
+APART: tuple[str, ...] = ()
+# What takes longest comes first, so that the processes end at about the same time.
+FIRST: tuple[str, ...] = ("tests/hostile/",)
+
+
+def unit_of(nodeid: str) -> str:
+    """Return the name of the unit that a test belongs to; the tests of a unit run in one process."""
+    path = nodeid.partition("::")[0]
+    if path in APART:
+        return nodeid
+    return next((folder for folder in TOGETHER if path.startswith(folder)), path)
+
+
+class Scheduler(LoadScopeScheduling):  # type: ignore[misc]
+    """Hands out whole units, in the order of collection."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return unit_of(nodeid)
+
+    def remove_node(self, node: Any) -> str | None:
+        """Return the test that *node* died in, if any; xdist itself would run it again and again."""
+        units = self.assigned_work[node]
+        crashed = next((test for unit in units.values() for test, done in unit.items() if not done), None)
+        if crashed is not None:
+            units[unit_of(crashed)][crashed] = True
+        super().remove_node(node)
+        return crashed
+
+
+class Quiet:
+    """A lock between the processes of a run: tests share it, and a quiet test has it for itself.
+
+    folder   where the lock's files are; the same for all processes of a run
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._gate = os.open(folder / "gate", os.O_CREAT | os.O_RDWR)
+        self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+        self._alone = False
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of a test's durations and time limit
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, object, object]:
+        """Hold the lock while a test runs, and from one quiet test to the next."""
+        if not self._alone:
+            self._alone = quiet(item)
+            # Who waits to be alone holds the gate: those who come later wait behind.
+            fcntl.flock(self._gate, fcntl.LOCK_EX)
+            fcntl.flock(self._lock, fcntl.LOCK_EX if self._alone else fcntl.LOCK_SH)
+            fcntl.flock(self._gate, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            if not (self._alone and nextitem is not None and quiet(nextitem)):
+                self._alone = False
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+
+def quiet(item: pytest.Item) -> bool:
+    """Whether a test must run while no other does."""
+    return item.get_closest_marker("quiet") is not None
+
+
+class Worker:
+    """What each process that runs tests does besides."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Put what takes longest first."""
+        items.sort(key=lambda item: rank_of(item.nodeid))
+
+
+def rank_of(nodeid: str) -> int:
+    """Return a test's place in `FIRST`."""
+    return next((rank for rank, prefix in enumerate(FIRST) if nodeid.startswith(prefix)), len(FIRST))
+
+
+class Controller:
+    """What the process that hands out tests does besides."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Scheduler:
+        """Schedule whole units."""
+        config.option.loadscopereorder = False  # the order is FIRST's
+        return Scheduler(config, log)
+
+
+def take_part(config: pytest.Config) -> None:
+    """Register what this process needs if the run has several: call it from `pytest_configure`."""
+    run: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if run is not None:
+        config.pluginmanager.register(Worker())
+        config.pluginmanager.register(
+            Quiet(Path(tempfile.gettempdir()) / f"headrace-tests-{run['testrunuid']}")
+        )
+    elif config.getoption("dist", "no") != "no":
+        config.pluginmanager.register(Controller())
