@@ -30,10 +30,11 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from headrace.worker.engine import decoder, gguf_config
-from headrace.worker.engine.loading import load_engine
-from headrace.worker.engine.model_files import brief
-from headrace.worker.engine.refusals import LoadingError
+from headrace.worker.engine.cpu import decoder
+from headrace.worker.engine.load.gguf import config as gguf_config
+from headrace.worker.engine.load.loading import load_engine
+from headrace.worker.engine.load.model_files import brief
+from headrace.worker.engine.load.refusals import LoadingError
 
 SECONDS = 90.0  # for one architecture
 _MOST_PARAMETERS = 20_000_000

@@ -31,9 +31,9 @@ from headrace.cli.mesh import MeshSpec, TierSpec, mesh
 from headrace.client import Client, connect
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.engine.loop import EngineLoop, StepReport
-from headrace.worker.engine.scheduler import LiveSequence
-from headrace.worker.engine.seam import SamplingParams
+from headrace.worker.engine.interface import SamplingParams
+from headrace.worker.engine.plan.loop import EngineLoop, StepReport
+from headrace.worker.engine.plan.scheduler import LiveSequence
 
 MAX_RUNNING, STEP_TOKENS = 256, 128  # of the engine, alone and in the mesh
 

@@ -29,7 +29,7 @@ from benchmarks.serving.hosts.headrace_engine import load
 from benchmarks.serving.workload import load as load_workload
 from benchmarks.stepping import row
 from headrace import models
-from headrace.batcher.tokens import load_tokenizer
+from headrace.batcher.text.tokens import load_tokenizer
 from headrace.worker.settings import Settings
 
 ROWS = 16  # texts that are read side by side

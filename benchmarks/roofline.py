@@ -16,8 +16,8 @@ import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 
-from headrace.worker.engine.kernels import machine, team
-from headrace.worker.engine.kernels.matmul import ELEMENT_BYTES, Kind
+from headrace.worker.engine.cpu.kernels import machine, team
+from headrace.worker.engine.cpu.kernels.matmul import ELEMENT_BYTES, Kind
 
 _SLICES = 8
 

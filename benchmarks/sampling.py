@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from headrace.worker.engine.interface import Memo, Row, SamplingParams, Token
 from headrace.worker.engine.sampling import Sampler
-from headrace.worker.engine.seam import Memo, Row, SamplingParams, Token
 
 VOCABULARY, IDS, STEPS = 49_152, 6_000, 12
 KINDS: dict[str, dict[str, Any]] = {

@@ -31,9 +31,9 @@ from benchmarks import machine, roofline
 from benchmarks.serving.hosts.headrace_engine import load, sequence, start
 from benchmarks.stepping import row
 from headrace import models
-from headrace.worker.engine.gguf_weights import dequantised
-from headrace.worker.engine.kernels.matmul import Kind
-from headrace.worker.engine.loop import StepReport
+from headrace.worker.engine.cpu.kernels.matmul import Kind
+from headrace.worker.engine.load.gguf.weights import dequantised
+from headrace.worker.engine.plan.loop import StepReport
 from headrace.worker.settings import Settings
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.worker.engine.seam import ModelInfo, Row, SamplingParams
+from headrace.worker.engine.interface import ModelInfo, Row, SamplingParams
 
 _GREEDY = SamplingParams(seed=0, max_tokens=1 << 30, temperature=0.0, ignore_eos=True)
 

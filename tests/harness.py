@@ -10,14 +10,14 @@ from typing import Any
 
 from headrace.batcher.__main__ import Batcher, batcher
 from headrace.batcher.settings import Settings as BatcherSettings
-from headrace.batcher.tokens import ByteTokenizer, Tokenizer
+from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer
 from headrace.client import Client, connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings as RouterSettings
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.__main__ import Worker, worker
 from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.engine.seam import Engine
+from headrace.worker.engine.interface import Engine
 from headrace.worker.settings import Settings as WorkerSettings
 
 PATIENCE = 90.0  # seconds; far more than anything takes that is waited for, on a machine that is busy, too

@@ -227,7 +227,7 @@ def test_the_extra_of_the_batcher_brings_what_reads_the_tokenizer_of_a_default_m
     (tmp_path / "load.py").write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from headrace.batcher.tokens import load_tokenizer\n"
+        "from headrace.batcher.text.tokens import load_tokenizer\n"
         "load_tokenizer(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )
     model = models.resolve(models.SMALL, models.cache_folder(), weights=False)

@@ -20,7 +20,7 @@ from headrace.v1.generation_service_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 from tests.harness import PATIENCE, collect, prompt
-from tests.router.fronts import Front, routed
+from tests.router.fake_batchers import Front, routed
 
 TARGET = "mesh.example:50051"
 CLASSES = {

@@ -12,12 +12,12 @@ from typing import Any
 
 from headrace.batcher.__main__ import Batcher, batcher
 from headrace.batcher.settings import Settings as BatcherSettings
-from headrace.batcher.tokens import ByteTokenizer, Tokenizer
+from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer
 from headrace.cli.mesh import reserved_ports
 from headrace.client import Client, connect
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
-from headrace.worker.engine.seam import Engine, Fault, Row, Token
+from headrace.worker.engine.interface import Engine, Fault, Row, Token
 from tests.harness import PATIENCE, eventually, running_worker
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.router import scorer
+from headrace.routing import scorer
 
 Array = NDArray[np.float64]
 

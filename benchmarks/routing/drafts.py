@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 
 from benchmarks.routing.generate import FILE, Drafted, generate, pack, read
 from benchmarks.routing.templates import HELD_OUT, questions
-from headrace.router import draft_check
-from headrace.router.draft_check import EVIDENCE, Weights
-from headrace.router.draft_features import FEATURES, measure
-from headrace.router.tradeoff import quality
+from headrace.routing.drafts import check as draft_check
+from headrace.routing.drafts.check import EVIDENCE, Weights
+from headrace.routing.drafts.features import FEATURES, measure
+from headrace.routing.tradeoff import quality
 
 Array = NDArray[np.float64]
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from benchmarks.routing.data import Family, families
 from benchmarks.routing.train import fit
-from headrace.router import scorer
-from headrace.router.fitting import refit
-from headrace.router.tradeoff import folds, quality
+from headrace.routing import scorer
+from headrace.routing.fitting import refit
+from headrace.routing.tradeoff import folds, quality
 
 Array = NDArray[np.float64]
 

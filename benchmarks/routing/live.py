@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.routing.questions import Question, load
-from headrace import calibration
-from headrace.calibration import Row
 from headrace.cli.mesh import MeshSpec, mesh
 from headrace.client import Client, chat, connect
 from headrace.models import cache_folder
 from headrace.router.chooser import CascadeRules
-from headrace.router.complexity import fingerprint
-from headrace.router.scorer import load as load_scorer
+from headrace.routing import calibration
+from headrace.routing.calibration import Row
+from headrace.routing.score import fingerprint
+from headrace.routing.scorer import load as load_scorer
 from headrace.v1 import generation_pb2 as pb
 
 HERE = Path(__file__).parent

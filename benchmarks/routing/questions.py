@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.routing.execution import passes
-from headrace.router.arithmetic import final_answers
+from headrace.routing.drafts.arithmetic import final_answers
 
 FILE = Path(__file__).with_name("questions.jsonl")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

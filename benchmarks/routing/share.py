@@ -22,8 +22,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
 
-from headrace.router.scorer import load as load_scorer
-from headrace.router.share import ShareKeeper
+from headrace.routing.scorer import load as load_scorer
+from headrace.routing.share import ShareKeeper
 
 # Of each tier after the first.
 SHARES: tuple[tuple[float, ...], ...] = ((0.1,), (0.3,), (0.5,), (0.3, 0.1), (0.4, 0.3), (0.3, 0.2, 0.1))

@@ -26,8 +26,8 @@ from benchmarks.routing.kinds import (
     open_prompts,
     puzzles,
 )
-from headrace.router import prompt_features, scorer
-from headrace.router.fitting import ridge, softmax
+from headrace.routing import prompt_features, scorer
+from headrace.routing.fitting import ridge, softmax
 
 Array = NDArray[np.float64]
 

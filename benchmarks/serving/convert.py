@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace import models
-from headrace.worker.engine.gguf_weights import dequantised
+from headrace.worker.engine.load.gguf.weights import dequantised
 
 WEIGHTS = "model.safetensors"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.batcher.test_workers import job
+from tests.batcher.links.test_link import job
 
 
 @pytest.mark.parametrize(

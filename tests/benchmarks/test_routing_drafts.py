@@ -13,7 +13,7 @@ from benchmarks.routing.execution import passes
 from benchmarks.routing.generate import read
 from benchmarks.routing.questions import Question, load
 from benchmarks.routing.templates import HELD_OUT, questions
-from headrace.router import draft_check
+from headrace.routing.drafts import check as draft_check
 
 ROWS = list(read())
 

@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from headrace import calibration
 from headrace.cli.calibrate import read_traffic
 from headrace.cli.top import money, screen
 from headrace.client import chat
-from headrace.router import scorer
-from headrace.router.complexity import fingerprint
+from headrace.routing import calibration, scorer
+from headrace.routing.score import fingerprint
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import collect, running_mesh
-from tests.router.fronts import Front, routed
+from tests.router.fake_batchers import Front, routed
 
 PROMPTS = [
     "Hello!",

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from headrace.cli.__main__ import app
-from headrace.router.draft_check import DraftChecker
-from headrace.router.scorer import LearnedScorer
+from headrace.routing.drafts.check import DraftChecker
+from headrace.routing.scorer import LearnedScorer
 
 runner = CliRunner()
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
-from headrace.worker.engine.seam import Fault, Row, Token
+from headrace.worker.engine.interface import Fault, Row, Token
 
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz .,\n"
 POISON = b"POISON"

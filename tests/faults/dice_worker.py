@@ -8,7 +8,7 @@ import socket
 from headrace.runtime import logs
 from headrace.runtime.server import run, until_signal
 from headrace.worker.__main__ import worker
-from headrace.worker.engine.seam import Engine
+from headrace.worker.engine.interface import Engine
 from headrace.worker.faults import FaultPlan, FaultyEngine
 from headrace.worker.settings import Settings
 from tests.faults.dice import DiceEngine

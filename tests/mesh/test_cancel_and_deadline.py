@@ -10,7 +10,7 @@ import pytest
 
 from headrace import errors
 from headrace.batcher import job
-from headrace.batcher.pace import Pace
+from headrace.batcher.waiting.estimates import Pace
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import Mesh, collect, eventually, prompt, running_mesh

@@ -11,13 +11,13 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from headrace import errors
-from headrace.batcher.tokens import ByteTokenizer
+from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel
 from headrace.client import chat, connect
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace.worker.engine.echo import FAULT_ID, EchoEngine
-from headrace.worker.engine.seam import nothing
+from headrace.worker.engine.interface import nothing
 from tests.harness import Mesh, collect, eventually, prompt, running_mesh, until_healthy
 
 GENERATE = "/headrace.v1.GenerationService/Generate"
@@ -284,7 +284,7 @@ async def test_a_mesh_that_is_not_there_is_unavailable() -> None:
 async def test_a_worker_with_another_tokenizer_is_refused() -> None:
     from headrace.batcher.__main__ import batcher
     from headrace.batcher.settings import Settings
-    from headrace.batcher.tokens import ByteTokenizer
+    from headrace.batcher.text.tokens import ByteTokenizer
     from tests.harness import running_worker
 
     class Other(ByteTokenizer):

@@ -48,7 +48,7 @@ def generate(model_name: str, requests: list[pb.GenerateRequest]) -> list[list[i
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from headrace.worker.engine.gguf_weights import dequantised
+    from headrace.worker.engine.load.gguf.weights import dequantised
 
     cache = models.cache_folder()
     path: Path = models.resolve(model_name, cache)

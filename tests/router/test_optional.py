@@ -8,24 +8,26 @@ from pathlib import Path
 
 import pytest
 
-from headrace import calibration
 from headrace.client import chat
-from headrace.router import arithmetic, draft_features, service
-from headrace.router.bills import Bill
+from headrace.router import service
 from headrace.router.chooser import Chooser
-from headrace.router.draft_check import DraftChecker
-from headrace.router.feedback import Feedback
 from headrace.router.optional import optional
-from headrace.router.pace import Pace
-from headrace.router.scorer import LearnedScorer
-from headrace.router.sessions import Sessions
-from headrace.router.share import ShareKeeper
-from headrace.router.thresholds import Thresholds
+from headrace.router.state.bills import Bill
+from headrace.router.state.conversations import Sessions
+from headrace.router.state.feedback import Feedback
+from headrace.router.state.thresholds import Thresholds
+from headrace.router.state.tier_pace import Pace
+from headrace.routing import calibration
+from headrace.routing.drafts import arithmetic
+from headrace.routing.drafts import features as draft_features
+from headrace.routing.drafts.check import DraftChecker
+from headrace.routing.scorer import LearnedScorer
+from headrace.routing.share import ShareKeeper
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, Answer, collect
-from tests.router.fronts import Front, routed
-from tests.router.test_cascade import BAD, CASCADE, GOOD, QUESTION, SAMPLED, SUM, Speaker
-from tests.router.test_memory import calibrated, threshold_of, until_threshold
+from tests.router.answering.test_cascade import BAD, CASCADE, GOOD, QUESTION, SAMPLED, SUM, Speaker
+from tests.router.fake_batchers import Front, routed
+from tests.router.state.test_thresholds import calibrated, threshold_of, until_threshold
 
 SECRET = "Calculate --3 + 5, and keep it secret"
 

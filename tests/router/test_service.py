@@ -8,7 +8,7 @@ from headrace import errors
 from headrace.client import chat
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import collect
-from tests.router.fronts import Front, routed
+from tests.router.fake_batchers import Front, routed
 
 
 async def test_a_tier_that_refuses_before_accepting_is_replaced_unseen() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from headrace.batcher.__main__ import batcher
 from headrace.batcher.settings import Settings as BatcherSettings
-from headrace.batcher.tokens import ByteTokenizer
+from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import open_channel
 from headrace.client import connect
 from headrace.router.__main__ import router

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from headrace import errors
 from headrace.batcher.__main__ import batcher
 from headrace.batcher.settings import Settings as BatcherSettings
-from headrace.batcher.tokens import ByteTokenizer
+from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import CHANNEL_OPTIONS, open_channel
 from headrace.cli.mesh import reserved_ports
 from headrace.client import connect

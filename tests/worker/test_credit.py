@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.worker.credit import KNOCK, Standing, capacity, fill, share
-from headrace.worker.engine.scheduler import LiveSequence
-from headrace.worker.session import SILENT_SECONDS, Flight, Session
+from headrace.worker.engine.plan.scheduler import LiveSequence
+from headrace.worker.stream import SILENT_SECONDS, Flight, Session
 
 
 def standings(draw: st.DrawFn) -> Standing:

@@ -20,10 +20,11 @@ from headrace.channel import open_channel
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
-from headrace.worker import allowance, service, session
+from headrace.worker import allowance, service
+from headrace.worker import stream as session
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.service import RUN
-from headrace.worker.sessions import Sessions
+from headrace.worker.streams import Sessions
 from tests.harness import PATIENCE, collect, eventually, prompt, running_worker
 from tests.tier import Tier, running_tier
 

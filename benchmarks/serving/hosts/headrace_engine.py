@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.serving.hosts.pipe import Pipe
-from headrace.worker.engine.loop import EngineLoop, StepReport
-from headrace.worker.engine.scheduler import LiveSequence
-from headrace.worker.engine.seam import Engine, SamplingParams
+from headrace.worker.engine.interface import Engine, SamplingParams
+from headrace.worker.engine.plan.loop import EngineLoop, StepReport
+from headrace.worker.engine.plan.scheduler import LiveSequence
 from headrace.worker.settings import Settings
 
 
@@ -23,7 +23,7 @@ def load(model: str, dtype: str, threads: int, say: Callable[[str], None] = prin
 
         return EchoEngine()
     from headrace import models
-    from headrace.worker.engine.loading import load_engine
+    from headrace.worker.engine.load.loading import load_engine
 
     cache = models.cache_folder()
     return load_engine(

@@ -15,14 +15,14 @@ import grpc
 
 from headrace.batcher.admin import AdminServicer
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.defaults import recommended_sampling
-from headrace.batcher.intake import Intake
-from headrace.batcher.pool import WorkerPool
-from headrace.batcher.queue import JobQueue
+from headrace.batcher.intake.intake import Intake
+from headrace.batcher.links.pool import WorkerPool
 from headrace.batcher.service import SERVICES, GenerationServicer
 from headrace.batcher.settings import Settings
-from headrace.batcher.tokens import ByteTokenizer, Tokenizer, load_tokenizer
-from headrace.batcher.window import Window
+from headrace.batcher.text.generation_defaults import recommended_sampling
+from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer, load_tokenizer
+from headrace.batcher.waiting.queue import JobQueue
+from headrace.batcher.waiting.window import Window
 from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.runtime import logs, vitals

@@ -8,9 +8,9 @@ from itertools import islice
 import grpc
 
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.intake import Intake
+from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
-from headrace.batcher.workers import WorkerLink
+from headrace.batcher.links.link import WorkerLink
 from headrace.runtime.interceptors import Activity
 from headrace.runtime.vitals import vitals
 from headrace.v1 import admin_service_pb2 as admin

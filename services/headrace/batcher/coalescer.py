@@ -15,17 +15,17 @@ from collections.abc import AsyncGenerator
 from opentelemetry import metrics
 
 from headrace import attributes, errors
-from headrace.batcher import failover
-from headrace.batcher.admission import Admission
-from headrace.batcher.dispatch import LOOK_SECONDS, Dispatcher
 from headrace.batcher.inbox import Arrival, End
 from headrace.batcher.job import Job
-from headrace.batcher.line import Line
-from headrace.batcher.pool import WorkerPool
-from headrace.batcher.prefixes import Prefixes, scope_of, scoped
-from headrace.batcher.queue import JobQueue
-from headrace.batcher.window import Window
-from headrace.batcher.workers import WorkerLink
+from headrace.batcher.links import failover
+from headrace.batcher.links.link import WorkerLink
+from headrace.batcher.links.pool import WorkerPool
+from headrace.batcher.waiting.admission import Admission
+from headrace.batcher.waiting.dispatch import LOOK_SECONDS, Dispatcher
+from headrace.batcher.waiting.line import Line
+from headrace.batcher.waiting.prefixes import Prefixes, scope_of, scoped
+from headrace.batcher.waiting.queue import JobQueue
+from headrace.batcher.waiting.window import Window
 from headrace.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from contextlib import aclosing
 import grpc
 
 from headrace import attributes, errors
-from headrace.batcher.answer import Answer, record_unanswered
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.intake import Intake
+from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
-from headrace.batcher.tokens import Tokenizer
+from headrace.batcher.text.answer import Answer, record_unanswered
+from headrace.batcher.text.tokens import Tokenizer
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
 from headrace.v1 import routing_service_pb2 as routing

@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from headrace import calibration
-from headrace.calibration import BadCalibration, Point, Row
-from headrace.router import scorer
-from headrace.router.complexity import Scorer, fingerprint
+from headrace.routing import calibration, scorer
+from headrace.routing.calibration import BadCalibration, Point, Row
+from headrace.routing.score import Scorer, fingerprint
 
 _LINES = 21  # of the table; the curve has more points
 

@@ -17,7 +17,7 @@ from headrace.cli.mesh import BadSpec
 from headrace.cli.processes import ChildDied
 from headrace.cli.rows import BadRow
 from headrace.models import ModelUnavailable
-from headrace.router.artifact import BadArtifact
+from headrace.routing.artifact import BadArtifact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

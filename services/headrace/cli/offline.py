@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from headrace.calibration import are_thresholds
 from headrace.cli.rows import BadRow, read_rows
-from headrace.router import draft_check, fitting, scorer
-from headrace.router.complexity import UNSCORED
-from headrace.router.policy import Hints, TierView, decide, thresholds
+from headrace.routing import fitting, scorer
+from headrace.routing.calibration import are_thresholds
+from headrace.routing.drafts import check as draft_check
+from headrace.routing.policy import Hints, TierView, decide, thresholds
+from headrace.routing.score import UNSCORED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from headrace.router.complexity import Score
+    from headrace.routing.score import Score
 
 _FEATURES = 3  # that a reason names
 

@@ -11,19 +11,20 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from headrace.calibration import BadCalibration
 from headrace.client import LIST_TIERS
-from headrace.router import draft_check, scorer
 from headrace.router.admin import AdminServicer
-from headrace.router.artifact import BadArtifact
 from headrace.router.chooser import CascadeRules, Chooser
-from headrace.router.complexity import fingerprint
-from headrace.router.feedback import TENANT_SHARE, Feedback
 from headrace.router.service import SERVICES, RouterServicer
-from headrace.router.sessions import Sessions
 from headrace.router.settings import Settings
-from headrace.router.thresholds import Thresholds
-from headrace.router.tiers import Tiers
+from headrace.router.state.conversations import Sessions
+from headrace.router.state.feedback import TENANT_SHARE, Feedback
+from headrace.router.state.thresholds import Thresholds
+from headrace.router.state.tiers import Tiers
+from headrace.routing import scorer
+from headrace.routing.artifact import BadArtifact
+from headrace.routing.calibration import BadCalibration
+from headrace.routing.drafts import check as draft_check
+from headrace.routing.score import fingerprint
 from headrace.runtime import logs, vitals
 from headrace.runtime.interceptors import Activity
 from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal

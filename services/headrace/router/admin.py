@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grpc
 
-from headrace.router.sessions import Sessions
-from headrace.router.tiers import Tiers
+from headrace.router.state.conversations import Sessions
+from headrace.router.state.tiers import Tiers
 from headrace.runtime.interceptors import Activity
 from headrace.runtime.vitals import vitals
 from headrace.v1 import admin_service_pb2 as admin

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from headrace.router.draft_check import Check, DraftChecker
 from headrace.router.optional import optional
-from headrace.router.pace import Pace
-from headrace.router.policy import Decision, Hints, Price, TierView, decide, shift
-from headrace.router.sessions import Sessions
-from headrace.router.thresholds import Thresholds
-from headrace.router.tiers import Tiers
+from headrace.router.state.conversations import Sessions
+from headrace.router.state.thresholds import Thresholds
+from headrace.router.state.tier_pace import Pace
+from headrace.router.state.tiers import Tiers
+from headrace.routing.drafts.check import Check, DraftChecker
+from headrace.routing.policy import Decision, Hints, Price, TierView, decide, shift
 from headrace.v1 import generation_pb2 as pb
 
 

@@ -13,15 +13,15 @@ import grpc
 from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
-from headrace.router.attempts import across_tiers, on_tier
-from headrace.router.bills import Bill
-from headrace.router.cascade import cascade, sample_request
+from headrace.router.answering.attempts import across_tiers, on_tier
+from headrace.router.answering.cascade import cascade, sample_request
+from headrace.router.answering.journey import Journey, asked_of, bill_message, text_of
 from headrace.router.chooser import Chooser
-from headrace.router.complexity import UNSCORED, Score, Scorer
-from headrace.router.feedback import Answered, Feedback
-from headrace.router.journey import Journey, asked_of, bill_message, text_of
 from headrace.router.optional import optional
-from headrace.router.tiers import HOPS, MAX_HOPS, Tiers
+from headrace.router.state.bills import Bill
+from headrace.router.state.feedback import Answered, Feedback
+from headrace.router.state.tiers import HOPS, MAX_HOPS, Tiers
+from headrace.routing.score import UNSCORED, Score, Scorer
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
 from headrace.v1 import routing_service_pb2 as routing

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from headrace.calibration import are_thresholds
 from headrace.channel import target_problem
-from headrace.router.policy import Price
-from headrace.router.policy import thresholds as evenly
+from headrace.routing.calibration import are_thresholds
+from headrace.routing.policy import Price
+from headrace.routing.policy import thresholds as evenly
 from headrace.runtime.settings import ServiceSettings
 
 

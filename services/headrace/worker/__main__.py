@@ -24,12 +24,12 @@ from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_serve
 from headrace.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from headrace.worker.admin import AdminServicer
 from headrace.worker.cpus import keep_to, parse
-from headrace.worker.engine.refusals import LoadingError
-from headrace.worker.engine.seam import Engine
+from headrace.worker.engine.interface import Engine
+from headrace.worker.engine.load.refusals import LoadingError
 from headrace.worker.faults import FaultPlan, FaultyEngine
 from headrace.worker.service import RUN, SERVICES, WorkerServicer, described
-from headrace.worker.sessions import Sessions
 from headrace.worker.settings import Settings
+from headrace.worker.streams import Sessions
 
 log = logging.getLogger("headrace.worker")
 
@@ -114,7 +114,7 @@ def _load(settings: Settings) -> Engine:
             step_seconds=settings.fake_step_seconds,
         )
     # Imported here, for it costs seconds that `--help` and `--fake` need not wait.
-    from headrace.worker.engine.loading import load_engine
+    from headrace.worker.engine.load.loading import load_engine
 
     cache = Path(settings.cache) if settings.cache else cache_folder()
     log.info("loading", extra={"stage": "files", "model": settings.model})

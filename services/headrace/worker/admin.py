@@ -13,8 +13,8 @@ from headrace.runtime.vitals import vitals
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
-from headrace.worker.session import Flight, Session
-from headrace.worker.sessions import Sessions
+from headrace.worker.stream import Flight, Session
+from headrace.worker.streams import Sessions
 
 LISTED = 100
 

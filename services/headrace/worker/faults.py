@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from headrace.worker.engine.seam import Engine, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import Engine, Fault, ModelInfo, Row, Token
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from headrace.propagation import from_w3c
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import check_sampling
-from headrace.worker.engine.scheduler import Ending, LiveSequence, Update
-from headrace.worker.engine.seam import ModelInfo, SamplingParams
-from headrace.worker.session import Flight, Key
+from headrace.worker.engine.interface import ModelInfo, SamplingParams
+from headrace.worker.engine.plan.scheduler import Ending, LiveSequence, Update
+from headrace.worker.stream import Flight, Key
 
 _FINISH = {
     Ending.STOP: pb.FINISH_REASON_STOP,

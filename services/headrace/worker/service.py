@@ -15,8 +15,8 @@ from headrace import errors
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer
 from headrace.worker.allowance import Allowance
-from headrace.worker.session import Session
-from headrace.worker.sessions import Sessions
+from headrace.worker.stream import Session
+from headrace.worker.streams import Sessions
 
 log = logging.getLogger(__name__)
 

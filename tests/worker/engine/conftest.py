@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from headrace.worker.engine.loading import load_engine
+from headrace.worker.engine.load.loading import load_engine
 from headrace.worker.engine.torch_engine import TorchEngine
 
 VOCABULARY = 131

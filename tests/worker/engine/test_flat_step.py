@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.worker.engine.flat_step import destinations, flatten
-from headrace.worker.engine.seam import Row, SamplingParams
-from headrace.worker.engine.static_decodes import empty_step, ladder, pad_decodes
-from headrace.worker.engine.varlen import VarlenIndex, upload
+from headrace.worker.engine.gpu.static_decodes import empty_step, ladder, pad_decodes
+from headrace.worker.engine.gpu.varlen import VarlenIndex, upload
+from headrace.worker.engine.interface import Row, SamplingParams
 
 PARAMS = SamplingParams(seed=0, max_tokens=1)
 BLOCK = 4

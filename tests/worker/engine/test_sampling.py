@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.worker.engine import sampling
+from headrace.worker.engine.interface import Fault, Memo, Row, SamplingParams, Token
 from headrace.worker.engine.noise import gumbel, noise_key
 from headrace.worker.engine.sampling import Sampler
-from headrace.worker.engine.seam import Fault, Memo, Row, SamplingParams, Token
 
 EOS = 0
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from headrace import errors
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request
+from headrace.worker.engine.interface import Row, SamplingParams, Token
 from headrace.worker.engine.sampling import Sampler
-from headrace.worker.engine.seam import Row, SamplingParams, Token
 
 VOCABULARY = 40
 FLOATS = (

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.worker.engine.loop import EngineLoop, StepReport
-from headrace.worker.engine.scheduler import Ending, LiveSequence
-from headrace.worker.engine.seam import Fault, Row, SamplingParams, Token
+from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
+from headrace.worker.engine.plan.loop import EngineLoop, StepReport
+from headrace.worker.engine.plan.scheduler import Ending, LiveSequence
 from headrace.worker.engine.torch_engine import TorchEngine
 from tests.worker.engine.conftest import ARCHITECTURES, EOS, VOCABULARY
 
@@ -299,7 +299,7 @@ def test_a_default_model_knows_the_capital_of_france_and_ends_its_turn(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from headrace.worker.engine.loading import load_engine
+    from headrace.worker.engine.load.loading import load_engine
 
     engine = load_engine(
         default_model, name="m", cache=headrace_cache, tokenizer_fingerprint="t", max_running=2

@@ -42,9 +42,9 @@ def calibrate(
 
     Example:  headrace calibrate labelled.jsonl --quality 0.9 --png curve.png
     """
-    from headrace.calibration import BadCalibration
     from headrace.cli.calibrate import calibrate as run
-    from headrace.router.artifact import BadArtifact
+    from headrace.routing.artifact import BadArtifact
+    from headrace.routing.calibration import BadCalibration
 
     names = [name.strip() for name in tiers.split(",")]
     try:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from headrace.worker.engine import cuda, kernel_attention, plain_attention, varlen
-from headrace.worker.engine.attention import LayerAttention, StepAttention
+from headrace.worker.engine import plain_attention
+from headrace.worker.engine.cpu import kernel_attention
+from headrace.worker.engine.cpu.kernels import paging
 from headrace.worker.engine.flat_step import FlatStep
-from headrace.worker.engine.kernels import paging
+from headrace.worker.engine.gpu import cuda, varlen
 from headrace.worker.engine.kv_memory import PagedMemory, bytes_per_block
+from headrace.worker.engine.transformers_attention import LayerAttention, StepAttention
 
 Layers = Mapping[int, LayerAttention]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from headrace.worker.engine.seam import Fault, ModelInfo, Row, Token, nothing
+from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token, nothing
 
-# One id per byte of UTF-8, then the special ids. `headrace.batcher.tokens.ByteTokenizer` is the other half.
+# One id per byte of UTF-8, then the special ids. `batcher.text.tokens.ByteTokenizer` is the other half.
 VOCABULARY_SIZE = 258
 EOS_ID = 256
 FAULT_ID = 257  # a prompt that holds this id fails when its first token is drawn

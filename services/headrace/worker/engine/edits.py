@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from headrace.worker.engine.seam import Row
+from headrace.worker.engine.interface import Row
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

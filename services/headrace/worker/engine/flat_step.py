@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from headrace.worker.engine.seam import Row
+    from headrace.worker.engine.interface import Row
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from headrace.worker.engine import cuda
-from headrace.worker.engine.attention import StepAttention
 from headrace.worker.engine.flat_step import FlatStep
+from headrace.worker.engine.gpu import cuda
+from headrace.worker.engine.gpu.static_decodes import StaticDecodes
+from headrace.worker.engine.gpu.varlen import VarlenAttention, VarlenIndex, compute, upload
 from headrace.worker.engine.kv_memory import PagedMemory
-from headrace.worker.engine.static_decodes import StaticDecodes
-from headrace.worker.engine.varlen import VarlenAttention, VarlenIndex, compute, upload
+from headrace.worker.engine.transformers_attention import StepAttention
 
 
 class Forward(Protocol):

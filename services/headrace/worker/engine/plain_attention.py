@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from headrace.worker.engine.attention import Masking
 from headrace.worker.engine.flat_step import FlatStep, destinations
 from headrace.worker.engine.kv_memory import PagedMemory
+from headrace.worker.engine.transformers_attention import Masking
 
 BLOCK_TOKENS = 32
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.worker.engine.cuda import Fetch, to_device
 from headrace.worker.engine.edits import Edits, Ids
+from headrace.worker.engine.gpu.cuda import Fetch, to_device
+from headrace.worker.engine.interface import Fault, Row, Token
 from headrace.worker.engine.noise import gumbel, noise_key
-from headrace.worker.engine.seam import Fault, Row, Token
 
 log = logging.getLogger(__name__)
 

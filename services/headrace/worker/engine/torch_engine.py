@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.worker.engine.decoder import Decoder
+from headrace.worker.engine.cpu.decoder import Decoder
 from headrace.worker.engine.flat_step import flatten
 from headrace.worker.engine.forward import Forward
+from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token, nothing
 from headrace.worker.engine.sampling import Sampler
-from headrace.worker.engine.seam import Fault, ModelInfo, Row, Token, nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Checks, tokenises and clamps requests before they enter the queue."""

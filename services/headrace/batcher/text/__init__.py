@@ -1,0 +1,1 @@
+"""Converts between text and token ids: chat templates, tokenizers, detokenizing, stop strings."""

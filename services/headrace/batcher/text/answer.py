@@ -1,0 +1,179 @@
+"""What a caller hears of its answer: arrivals in, events of the contract out, and the books at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from opentelemetry import metrics
+
+from headrace import attributes
+from headrace.batcher.inbox import Arrival, End
+from headrace.batcher.job import Job
+from headrace.batcher.text.detokenizer import Detokenizer, Piece, Stops, TextStream, last_with_text
+from headrace.batcher.text.tokens import Tokenizer, stop_ids
+from headrace.v1 import generation_pb2 as pb
+
+_meter = metrics.get_meter("headrace.batcher")
+_requests = _meter.create_counter(attributes.METRIC_REQUESTS, description="requests, by how they ended")
+_tokens = _meter.create_counter(
+    attributes.METRIC_TOKENS, unit="{token}", description="tokens delivered to callers"
+)
+_ttft = _meter.create_histogram(
+    attributes.METRIC_TTFT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TTFT
+)
+_tpot = _meter.create_histogram(
+    attributes.METRIC_TPOT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TPOT
+)
+_duration = _meter.create_histogram(
+    attributes.METRIC_REQUEST_DURATION, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL
+)
+
+_MOST_IDS = 1024  # of one delta: a caller that was behind gets what waited in several, and others their turn
+
+
+def record_unanswered(labels: dict[str, str], outcome: str, seconds: float) -> None:
+    """Book a request that ended before it had an answer, after so many seconds."""
+    _requests.add(1, {**labels, attributes.OUTCOME: outcome})
+    _duration.record(seconds, {**labels, attributes.OUTCOME: outcome})
+
+
+class Answer:
+    """The answer so far, and the events that carry it.
+
+    Raises InvalidSampling for stop texts that it could not find.
+    """
+
+    def __init__(
+        self, job: Job, request: pb.GenerateRequest, tokenizer: Tokenizer, labels: dict[str, str]
+    ) -> None:
+        self._job = job
+        self._labels = labels
+        self._with_ids = request.stream.include_token_ids
+        sampling = job.sampling
+        stops = Stops(
+            tuple(sampling.stop),
+            stop_ids(tokenizer, sampling.stop),
+            min(sampling.min_tokens, sampling.max_tokens),
+        )
+        # The prompt's end comes before the answer: at the start of a text, some tokenizers leave out a blank.
+        before = last_with_text(tokenizer, job.prompt_ids)
+        self._text = TextStream(Detokenizer(tokenizer, before), stops)
+        self._offset = len(job.resume_ids)
+        self._first: float | None = None
+        self._first_tokens = 0  # that came together with the first
+        self._last: float | None = None
+        self._end: End | None = None
+        self.done = False
+        self.outcome = "unfinished"
+        self._replayed = Piece("", 0)
+
+    def replay(self) -> None:
+        """Take in the tokens that came with the request. Slow for many: not for the event loop."""
+        self._replayed = self._text.feed(self._job.resume_ids)
+
+    @property
+    def complete_already(self) -> bool:
+        """Whether the tokens that came with the request leave nothing to generate."""
+        return self._replayed.stopped is not None or self._offset >= self._job.sampling.max_tokens
+
+    def take(self, arrival: Arrival) -> Iterator[pb.GenerateResponse]:
+        """The events for what arrived."""
+        if (move := arrival.move) is not None:
+            change = pb.RouteChange(
+                to=move.target, reason=move.reason, attempt=move.attempt, **{"from": move.origin}
+            )
+            yield pb.GenerateResponse(route_change=change)
+        if arrival.ids:
+            now = time.monotonic()
+            if self._first is None:
+                self._first = now
+                self._first_tokens = len(arrival.ids)
+                self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
+            self._last = now
+        used, stopped = 0, None
+        while used < len(arrival.ids) and stopped is None:
+            piece = self._text.feed(arrival.ids[used : used + _MOST_IDS])
+            stopped = piece.stopped
+            yield self._delta(arrival, used, used + piece.used, piece.text)
+            used += piece.used
+        if stopped is not None or arrival.end is not None:
+            self._end = arrival.end
+            yield from self.rest(stopped, wasted=len(arrival.ids) - used)
+
+    def rest(self, stopped: str | None = None, *, wasted: int = 0) -> Iterator[pb.GenerateResponse]:
+        """The last events: what text was kept back, if any, and the finish.
+
+        The text comes in a delta of its own, without tokens: what the deltas before said is then a function
+        of their tokens alone, and one who carries on from these misses nothing and hears nothing twice.
+        """
+        stopped = stopped if stopped is not None else self._replayed.stopped
+        last = self._text.flush() if stopped is None else Piece("", 0)
+        if last.text:
+            yield self._delta(Arrival([], [], None), 0, 0, last.text)
+        yield self._finish(stopped if stopped is not None else last.stopped, wasted)
+
+    def _finish(self, stopped: str | None, wasted: int) -> pb.GenerateResponse:
+        self.done = True
+        finish = pb.Finish(
+            reason=pb.FINISH_REASON_STOP_SEQUENCE
+            if stopped is not None
+            else self._end.reason
+            if self._end is not None
+            else pb.FINISH_REASON_LENGTH,
+            stop_sequence=stopped or "",
+            usage=pb.Usage(
+                prompt_tokens=len(self._job.prompt_ids),
+                cached_tokens=self._job.history.cached,
+                completion_tokens=self._offset,
+                replayed_tokens=self._job.history.replayed or len(self._job.resume_ids),
+                wasted_tokens=self._job.history.wasted + wasted,
+            ),
+        )
+        timing = finish.timing
+        now = time.monotonic()
+        job = self._job
+        if self._end is not None:
+            timing.prefill.CopyFrom(self._end.timing.prefill)
+        if job.submitted is not None:
+            timing.queue.FromNanoseconds(_nanoseconds(job.submitted - job.arrived))
+        if self._first is not None and self._last is not None:
+            timing.first_token.FromNanoseconds(_nanoseconds(self._first - job.arrived))
+            timing.decode.FromNanoseconds(_nanoseconds(self._last - self._first))
+        timing.total.FromNanoseconds(_nanoseconds(now - job.arrived))
+        self.outcome = pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
+        return pb.GenerateResponse(finish=finish)
+
+    def record(self, outcome: str) -> None:
+        """Book the request in metrics and on its span, however it ended."""
+        job, now = self._job, time.monotonic()
+        # What came with the request was generated before, in a time that nobody here knows.
+        new_tokens = self._offset - len(job.resume_ids)
+        _requests.add(1, {**self._labels, attributes.OUTCOME: outcome})
+        _tokens.add(new_tokens, self._labels)
+        _duration.record(now - job.arrived, {**self._labels, attributes.OUTCOME: outcome})
+        if self._first is not None and self._last is not None:
+            if not job.resume_ids:
+                _ttft.record(self._first - job.arrived, self._labels)
+            if (later := new_tokens - self._first_tokens) > 0:
+                _tpot.record((self._last - self._first) / later, self._labels)
+        job.span.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: outcome})
+        job.span.set_attributes(
+            {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}
+        )
+
+    def _delta(self, arrival: Arrival, start: int, stop: int, text: str) -> pb.GenerateResponse:
+        delta = pb.Delta(
+            offset=self._offset,
+            token_count=stop - start,
+            text=text,
+            logprobs=arrival.logprobs[start:stop],
+        )
+        if self._with_ids:
+            delta.token_ids.extend(arrival.ids[start:stop])
+        self._offset += stop - start
+        return pb.GenerateResponse(delta=delta)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

@@ -1,0 +1,38 @@
+"""Read what a model's authors recommend for sampling: the generation_config.json of its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from headrace import errors
+from headrace.batcher.text.tokenizer_files import read_json
+from headrace.models import ModelUnavailable
+from headrace.v1 import generation_pb2 as pb
+from headrace.validation import check_sampling
+
+FILE = "generation_config.json"
+_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def recommended_sampling(path: Path) -> pb.Sampling:
+    """The fields that the model at *path* recommends values for; none for a .gguf, which has no such file.
+
+    Raises ModelUnavailable for values that no request could have.
+    """
+    file = path / FILE
+    recommended = read_json(file) if path.is_dir() else None
+    if not isinstance(recommended, dict):
+        recommended = {}
+    sampling = pb.Sampling()
+    for name in _FIELDS:
+        if (value := recommended.get(name)) is not None:
+            try:
+                # -1 stands for all tokens in some files
+                setattr(sampling, name, max(value, 0) if name == "top_k" else value)
+                check_sampling(sampling)
+            except (TypeError, ValueError, errors.InvalidSampling) as error:
+                raise ModelUnavailable(
+                    f"{file} has {name} = {value!r}, which no request may have ({error}): mend it, or set "
+                    "--generation-config none"
+                ) from error
+    return sampling

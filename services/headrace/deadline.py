@@ -1,0 +1,50 @@
+"""A deadline as one value: a moment on the monotonic clock, or never.
+
+gRPC carries a deadline as the time that is left. Each process turns that into a `Deadline` once, where the
+request arrives, and passes the value on; the current time is always an argument.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Deadline:
+    """The latest moment at which a result is of use. Deadlines compare by that moment.
+
+    at   seconds on the clock of `time.monotonic`; infinity means that there is no deadline
+    """
+
+    at: float = math.inf
+
+    @classmethod
+    def after(cls, seconds: float | None, now: float) -> Deadline:
+        """Return the deadline *seconds* after *now*; None means no deadline."""
+        return NEVER if seconds is None else cls(now + seconds)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a deadline at all."""
+        return self.at != math.inf
+
+    @property
+    def timeout_at(self) -> float | None:
+        """The moment as `asyncio.timeout_at` takes it."""
+        return self.at if self.exists else None
+
+    def left(self, now: float) -> float:
+        """Return the seconds left at *now*: negative after the deadline, infinite if there is none."""
+        return self.at - now
+
+    def passed(self, now: float) -> bool:
+        """Whether the deadline has passed at *now*."""
+        return now >= self.at
+
+    def earlier_by(self, seconds: float) -> Deadline:
+        """Return a deadline *seconds* before this one."""
+        return Deadline(self.at - seconds)
+
+
+NEVER = Deadline()

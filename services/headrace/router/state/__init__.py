@@ -1,0 +1,1 @@
+"""What the router keeps between requests: tiers, thresholds, conversations, feedback, costs."""

@@ -1,0 +1,150 @@
+"""Fit the scorer's model: the gate between kinds of prompt, a head per kind, a refit on own outcomes.
+
+All of it is linear algebra on the features of `prompt_features.py`: ridge regression for the heads, a
+softmax regression for the gate. `benchmarks/routing` makes the shipped model with it, `headrace train`
+refits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.routing.scorer import Model
+from headrace.routing.tradeoff import Quality, folds, quality
+
+Array = NDArray[np.float64]
+
+MIN_ROWS = 40  # below, a refit would follow the noise
+_SPREAD = 0.02  # below it a feature's scale is not trusted: it hardly varies
+_RIDGES = (300.0, 1000.0, 3000.0)
+_SCALE_DOUBT = 0.5  # standard deviation of what the old order's scale may be on other traffic, around 1
+_LEVEL_ROWS = 60.0  # rows that the old model's mean gain counts for
+_KIND_ROWS = 15.0  # rows of a kind at which half of a correction is applied to it
+
+
+def ridge(
+    features: Array,
+    target: Array,
+    strength: float,
+    *,
+    prior: Array | None = None,
+    weights: Array | None = None,
+) -> tuple[Array, float]:
+    """Coefficients [F] and intercept of a ridge regression on standardised features.
+
+    strength   rows' worth of evidence that the coefficients are the prior's
+    prior      [F], coefficients to shrink to; zero if None
+    weights    [rows], of rows; all 1 if None
+    """
+    each = np.ones(len(target)) if weights is None else weights
+    known = np.zeros(features.shape[1]) if prior is None else prior
+    rest = target - features @ known
+    total = each.sum()
+    mean = each @ features / total
+    spread = np.sqrt(each @ (features - mean) ** 2 / total) + _SPREAD
+    scaled = (features - mean) / spread
+    centre = float(each @ rest / total)
+    gram = (scaled * each[:, None]).T @ scaled + strength * np.eye(features.shape[1])
+    slopes: Array = np.linalg.solve(gram, (scaled * each[:, None]).T @ (rest - centre)) / spread
+    return known + slopes, centre - float(mean @ slopes)
+
+
+def softmax(
+    features: Array, labels: NDArray[np.int64], count: int, *, strength: float = 3.0, steps: int = 300
+) -> tuple[Array, Array]:
+    """Weights [count, F] and biases [count] of a softmax regression in which each label weighs the same.
+
+    Plain gradient descent with momentum from zero: the same result every time.
+    """
+    sizes = np.bincount(labels, minlength=count)
+    weight = (len(labels) / count / sizes)[labels]
+    target = np.eye(count)[labels]
+    padded = np.hstack([features, np.ones((len(features), 1))])
+    weights = np.zeros((count, padded.shape[1]))
+    momentum = np.zeros_like(weights)
+    penalty = np.full(padded.shape[1], strength / len(labels))
+    penalty[-1] = 0.0
+    for _ in range(steps):
+        logits = padded @ weights.T
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        error = (odds / odds.sum(axis=1, keepdims=True) - target) * weight[:, None]
+        gradient = error.T @ padded / len(labels) + penalty * weights
+        momentum = 0.9 * momentum - 1.0 * gradient
+        weights = weights + momentum
+    return weights[:, :-1], weights[:, -1]
+
+
+@dataclass(frozen=True, slots=True)
+class Refit:
+    """A refitted model, and what it was seen to be worth.
+
+    before, after   of the old and the new model on rows that they had not seen, cross-validated
+    """
+
+    model: Model
+    before: Quality
+    after: Quality
+
+
+def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: int = 0) -> Refit:
+    """Fit *model* to outcomes: features [rows, F], weak and strong [rows] from 0 to 1.
+
+    The old model is the prior: its order is rescaled as far as the rows tell how, and corrections per
+    feature and per kind are shrunk so strongly that a few hundred rows move them where they agree. How
+    strongly is chosen by cross-validation. A kind of prompt that the rows hardly contain keeps its head.
+    Raises ValueError when there are too few rows, or no gain in them.
+    """
+    if len(weak) < MIN_ROWS:
+        raise ValueError(
+            f"{len(weak)} rows are too few to learn from; {MIN_ROWS} are the least, 200 are better"
+        )
+    gains = strong - weak
+    if gains.sum() <= 0:
+        raise ValueError("the large tier is no better than the small one on these rows: nothing to learn")
+    held_out = {strength: np.zeros(len(gains)) for strength in _RIDGES}
+    errors = dict.fromkeys(_RIDGES, 0.0)
+    parts = folds(len(gains), 5, seed)
+    for strength in _RIDGES:
+        for part in parts:
+            rest = np.setdiff1d(np.arange(len(gains)), part)
+            fitted = _corrected(model, features[rest], gains[rest], strength)
+            held_out[strength][part] = fitted.gains(features[part])
+        errors[strength] = float(((held_out[strength] - gains) ** 2).mean())
+    best = min(_RIDGES, key=lambda strength: errors[strength])
+    return Refit(
+        _corrected(model, features, gains, best),
+        quality(model.gains(features), weak, strong),
+        quality(held_out[best], weak, strong),
+    )
+
+
+def _corrected(model: Model, features: Array, gains: Array, strength: float) -> Model:
+    """*model* with its order rescaled, its level, its kinds' levels and its features' slopes corrected."""
+    old = model.gains(features)
+    centred = old - old.mean()
+    about = gains - gains.mean()
+    # The scale of the old order: Bayesian regression with a prior around 1, so that rows on which the old
+    # order hardly varies, and from which its scale cannot be told, leave it alone.
+    noise = float(about.var()) + 1e-9
+    certain = 1 / _SCALE_DOUBT**2
+    scale = (centred @ about / noise + certain) / (centred @ centred / noise + certain)
+    scale = float(np.clip(scale, 0.0, 2.0))
+    level = (gains.sum() + _LEVEL_ROWS * old.mean()) / (len(gains) + _LEVEL_ROWS)
+    rest = about - scale * centred
+    kinds = model.kinds_of(features)
+    slopes, intercept = ridge(np.hstack([features, kinds]), rest, strength)
+    of_features, of_kinds = np.split(slopes, [features.shape[1]])
+    # gain = level + scale * (old - mean) + features @ of_features + kinds @ of_kinds + intercept, for kinds
+    # that the rows contain
+    presence = kinds.sum(axis=0)
+    trusted = presence / (presence + _KIND_ROWS)
+    heads = scale * model.heads + of_features
+    bias = scale * (model.head_bias - old.mean()) + level + intercept + of_kinds
+    return replace(
+        model,
+        heads=trusted[:, None] * heads + (1 - trusted[:, None]) * model.heads,
+        head_bias=trusted * bias + (1 - trusted) * model.head_bias,
+    )

@@ -1,0 +1,165 @@
+"""Score prompts with a learned model: what the strong tier would gain over the weak one, by kind of prompt.
+
+A gate says what kind of prompt it is (a question with choices, an arithmetic word problem, code...), as
+probabilities; a linear head per kind says what a larger tier gains there. Both read the features of
+`prompt_features.py` and nothing else. The score's log-odds are the gated sum of the heads, so each feature's
+share can be told exactly. numpy alone, no network; `fitting.py` makes and refits the models.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.routing import prompt_features
+from headrace.routing.artifact import BadArtifact
+from headrace.routing.score import Feature, Score, sigmoid
+
+Array = NDArray[np.float64]
+
+FORMAT = 1  # of the artifact's file
+KIND = "scorer"
+SHIPPED = Path(__file__).parent / "artifacts" / "scorer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The numbers of a scorer. K kinds of prompt, F features.
+
+    gate         [K, F], of the softmax that tells kinds apart
+    gate_bias    [K]
+    heads        [K, F], gain in quality per feature at full strength
+    head_bias    [K]
+    steepness    log-odds of the score per unit of gain
+    centre       the gain at which the score is 0.5
+    """
+
+    kinds: tuple[str, ...]
+    gate: Array
+    gate_bias: Array
+    heads: Array
+    head_bias: Array
+    steepness: float
+    centre: float
+    made: str = ""
+
+    def kinds_of(self, features: Array) -> Array:
+        """The probability of each kind, [..., K], for *features* [..., F]."""
+        logits = features @ self.gate.T + self.gate_bias
+        odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        shares: Array = odds / odds.sum(axis=-1, keepdims=True)
+        return shares
+
+    def gains(self, features: Array) -> Array:
+        """The expected gain, [rows], for *features* [rows, F]."""
+        each = features @ self.heads.T + self.head_bias
+        gains: Array = (self.kinds_of(features) * each).sum(axis=-1)
+        return gains
+
+
+class LearnedScorer:
+    """Scores prompts with a `Model`: deterministic, a fraction of a millisecond each."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def score(self, text: str) -> Score:
+        """Score the text of a prompt, any length."""
+        model = self.model
+        features = read(text)
+        kinds = model.kinds_of(features)
+        by_kind = model.steepness * kinds * model.head_bias
+        by_feature = model.steepness * (kinds @ model.heads) * features
+        shares = [
+            Feature(f"kind:{name}", float(value), float(log_odds))
+            for name, value, log_odds in zip(model.kinds, kinds, by_kind, strict=True)
+        ]
+        shares += [
+            Feature(name, float(value), float(log_odds))
+            for name, value, log_odds in zip(prompt_features.NAMES, features, by_feature, strict=True)
+            if value
+        ]
+        bias = -model.steepness * model.centre
+        value = sigmoid(bias + sum(share.log_odds for share in shares))
+        return Score(value, bias, tuple(shares))
+
+
+def read(text: str) -> Array:
+    """The features [F] of a prompt, preambles stripped."""
+    found = prompt_features.measure(prompt_features.question(prompt_features.clip(text)))
+    return np.array([found[name] for name in prompt_features.NAMES])
+
+
+def load(path: Path | None = None) -> LearnedScorer:
+    """The scorer whose artifact is at *path*, or the one that Headrace ships. Raises BadArtifact."""
+    path = path or SHIPPED
+    try:
+        return LearnedScorer(_parse(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BadArtifact(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadArtifact(f"{path} is not a scorer of this version of Headrace: {error}") from error
+
+
+def save(model: Model, path: Path) -> None:
+    """Write *model* to *path*, as JSON. Raises OSError."""
+    path.write_text(_dump(model), encoding="utf-8")
+
+
+def _dump(model: Model) -> str:
+    def rounded(values: Array) -> list[float]:
+        return [round(float(value), 5) for value in values]
+
+    content = {
+        "format": FORMAT,
+        "kind": KIND,
+        "made": model.made,
+        "steepness": model.steepness,
+        "centre": round(model.centre, 5),
+        "features": list(prompt_features.NAMES),
+        "kinds": {
+            name: {
+                "gate": rounded(model.gate[place]),
+                "gate_bias": round(float(model.gate_bias[place]), 5),
+                "head": rounded(model.heads[place]),
+                "head_bias": round(float(model.head_bias[place]), 5),
+            }
+            for place, name in enumerate(model.kinds)
+        },
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _parse(text: str) -> Model:
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.get("kind") != KIND or content.get("format") != FORMAT:
+        raise ValueError(f"it is no scorer of format {FORMAT}")
+    if tuple(content["features"]) != prompt_features.NAMES:
+        raise ValueError("it was made for other features; make it again")
+    kinds = content["kinds"]
+
+    def stacked(name: str) -> Array:
+        return np.array([part[name] for part in kinds.values()], dtype=np.float64)
+
+    model = Model(
+        kinds=tuple(kinds),
+        gate=stacked("gate"),
+        gate_bias=stacked("gate_bias"),
+        heads=stacked("head"),
+        head_bias=stacked("head_bias"),
+        steepness=float(content["steepness"]),
+        centre=float(content["centre"]),
+        made=str(content["made"]),
+    )
+    shape = (len(kinds), len(prompt_features.NAMES))
+    rest = np.array([model.steepness, model.centre])
+    numbers = [model.gate, model.heads, model.gate_bias, model.head_bias, rest]
+    if not kinds or model.gate.shape != shape or model.heads.shape != shape:
+        raise ValueError(f"its weights are not {shape[0]} x {shape[1]}")
+    if not all(np.isfinite(part).all() for part in numbers):
+        raise ValueError("its weights are not all finite")
+    return model

@@ -1,0 +1,308 @@
+"""One step of a decoder of Llama's build, from token ids to logits, in one call.
+
+All threads go through the same function and meet at barriers; between two barriers they take pieces of work
+(a row, a panel of a matrix, a tile of attention) from a shared counter, so that a thread that the system
+has put aside holds up one piece and not its share. The residual stream, norms, rotation, softmax and
+activation are float32; `matmul.Kind` says what the products are.
+
+    x += output(attention(rotate(qkv(norm(x)))))
+    x += down(silu(gate(norm(x))) * up(norm(x)))
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, types
+
+from headrace.worker.engine.cpu.kernels import attend as attention
+from headrace.worker.engine.cpu.kernels import machine, team
+from headrace.worker.engine.cpu.kernels.elementwise import (
+    copy_row,
+    pack_row,
+    pointer,
+    scale_row,
+    silu_row,
+    sum_of_squares,
+    widen_row,
+)
+from headrace.worker.engine.cpu.kernels.matmul import MATRIX, multiply_panel
+
+PHASES = 10  # per layer, each with a counter of its own
+COUNTER_BYTES = 64  # a cache line
+
+# One decoder layer; addresses of float32 vectors and records of `matmul` and `attention`.
+DECODER_LAYER = np.dtype(
+    [
+        ("attention_norm", np.int64),
+        ("feed_forward_norm", np.int64),
+        ("query_norm", np.int64),  # 0 where the model has none
+        ("key_norm", np.int64),
+        ("qkv", MATRIX),
+        ("output", MATRIX),
+        ("gate_up", MATRIX),  # gates first
+        ("down", MATRIX),
+        ("attention", attention.LAYER),
+    ]
+)
+
+STEP = np.dtype(
+    [
+        # the model
+        ("kind", np.int64),  # matmul.Kind
+        ("layers", np.int64),
+        ("layer_table", np.int64),  # address of [layers] DECODER_LAYER
+        ("hidden", np.int64),  # a multiple of 32
+        ("inner", np.int64),  # a multiple of 16
+        ("epsilon", np.float32),
+        ("embedding", np.int64),  # address of [vocabulary, hidden]
+        ("embedding_half", np.int64),  # 1 for bfloat16, 0 for float32
+        ("final_norm", np.int64),
+        ("head", MATRIX),
+        ("vocabulary", np.int64),
+        ("positions", np.int64),
+        ("cosines", np.int64),  # address of [positions, head_dim / 2] float32
+        ("sines", np.int64),
+        # the step
+        ("ragged", attention.RAGGED),
+        ("ids", np.int64),  # address of [tokens] int32
+        ("sampled", np.int64),  # how many tokens need logits
+        ("sampled_tokens", np.int64),  # address of [sampled] int32, indices into the step's tokens
+        ("logits", np.int64),  # address of [sampled, head.count x 32] float32
+        # room to work in
+        ("x", np.int64),  # [tokens, hidden] float32
+        ("packed", np.int64),  # [tokens, longest row] activations as `matmul` takes them
+        ("scales", np.int64),  # [tokens, groups of the longest row] float32
+        ("wide", np.int64),  # [tokens, widest result] float32
+        ("mixed", np.int64),  # [tokens, heads x head_dim] float32
+        ("watch", np.int64),  # of `team.Watch`
+        ("counters", np.int64),  # zeros: (layers x PHASES + 3) x COUNTER_BYTES
+        ("scratch", np.int64),  # per thread
+        ("scratch_bytes", np.int64),
+        ("cycles", np.int64),  # address of [len(PARTS) + 1] int64 to count the first thread's cycles in, or 0
+    ]
+)
+
+# What `cycles` is divided into; its last entry is when the last part ended.
+PARTS = (
+    "embedding", "attention norm", "qkv", "rotation and store", "attention", "pack", "output",
+    "feed-forward norm", "gate and up", "activation", "down", "head",
+)  # fmt: skip
+
+
+@machine.emitted([], types.int64)
+def _now(b: Any) -> Any:
+    """Return the processor's cycle counter."""
+    return machine.call(b, "llvm.readcyclecounter", result=machine.I64)
+
+
+@machine.compiled
+def _book(step: Any, part: int) -> None:
+    """Count the cycles since the last part's end towards this part, if anyone wants to know."""
+    if step.cycles and team.thread_number() == 0:
+        cycles = carray(pointer(step.cycles), (13,), np.int64)
+        now = _now()
+        cycles[part] += now - cycles[12]
+        cycles[12] = now
+
+
+@machine.compiled
+def _multiply(
+    step: Any, part: int, phase: int, add: bool, matrix: Any, rows: int, out: int, out_row: int
+) -> None:
+    """Multiply the packed activations by a matrix; the team shares its panels."""
+    counter = step.counters + COUNTER_BYTES * phase
+    while True:
+        panel = team.claim(counter)
+        if panel >= matrix.count:
+            break
+        multiply_panel(
+            step.kind, add, matrix, panel, rows, step.packed, step.scales, out + 128 * panel, out_row
+        )
+    team.barrier(step.watch)
+    _book(step, part)
+
+
+@machine.compiled
+def _normalise(step: Any, x: int, weights: int, row: int, scratch: int) -> None:
+    """Pack the RMS norm of one row (Zhang & Sennrich, 2019) as activations of the next product."""
+    vectors = step.hidden // 16
+    mean = sum_of_squares(x, vectors) / np.float32(step.hidden)
+    factor = np.float32(1.0) / np.sqrt(np.float32(mean + step.epsilon))
+    scale_row(x, factor, weights, vectors, scratch)
+    _pack(step, scratch, step.hidden, row)
+
+
+@machine.compiled
+def _normalise_all(step: Any, part: int, phase: int, weights: int, scratch: int) -> None:
+    """Pack the norms of all rows; the team shares them."""
+    counter = step.counters + COUNTER_BYTES * phase
+    while True:
+        row = team.claim(counter)
+        if row >= step.ragged.tokens:
+            break
+        _normalise(step, step.x + 4 * step.hidden * row, weights, row, scratch)
+    team.barrier(step.watch)
+    _book(step, part)
+
+
+@machine.compiled
+def _pack(step: Any, x: int, length: int, row: int) -> None:
+    """Make one row of floats the activations of the next product."""
+    size = 1 if step.kind == 0 else (2 if step.kind == 1 else 4)
+    pack_row(step.kind, x, length, step.packed + row * length * size, step.scales + 4 * row * (length // 64))
+
+
+@machine.compiled
+def _rotate(step: Any, layer: Any, token: int, row: int) -> None:
+    """Normalise, where the model does, and rotate a token's queries and keys (Su et al., RoFormer, 2021)."""
+    own = layer.attention
+    dim = own.head_dim
+    half = dim // 2
+    positions = carray(pointer(step.ragged.positions), (step.ragged.tokens,), np.int32)
+    if machine.CHECKED:
+        team.require(step.watch, team.POSITION, positions[token], step.positions)
+    at = 4 * half * np.int64(positions[token])
+    cosines = carray(pointer(step.cosines + at), (half,), np.float32)
+    sines = carray(pointer(step.sines + at), (half,), np.float32)
+    for head in range(own.heads + own.kv_heads):
+        place = row + 4 * dim * head
+        vector = carray(pointer(place), (dim,), np.float32)
+        norm = layer.query_norm if head < own.heads else layer.key_norm
+        if norm != 0:
+            weights = carray(pointer(norm), (dim,), np.float32)
+            total = np.float32(0.0)
+            for d in range(dim):
+                total += vector[d] * vector[d]
+            factor = np.float32(1.0) / np.sqrt(np.float32(total / np.float32(dim) + step.epsilon))
+            for d in range(dim):
+                vector[d] = vector[d] * factor * weights[d]
+        for d in range(half):
+            left, right = vector[d], vector[d + half]
+            vector[d] = left * cosines[d] - right * sines[d]
+            vector[d + half] = right * cosines[d] + left * sines[d]
+
+
+@machine.compiled
+def _attention(step: Any, layer: Any, phase: int, scratch: int) -> None:
+    """Compute queries, keys and values, attend, and add the result to the residual stream."""
+    own = layer.attention
+    tokens = step.ragged.tokens
+    x_row = 4 * step.hidden
+    _normalise_all(step, 1, phase, layer.attention_norm, scratch)
+    wide_row = 128 * layer.qkv.count
+    _multiply(step, 2, phase + 1, False, layer.qkv, tokens, step.wide, wide_row)
+    keys = 4 * own.heads * own.head_dim
+    values = keys + 4 * own.kv_heads * own.head_dim
+    counter = step.counters + COUNTER_BYTES * (phase + 2)
+    while True:
+        row = team.claim(counter)
+        if row >= tokens:
+            break
+        start = step.wide + row * wide_row
+        _rotate(step, layer, row, start)
+        attention.store_token(step.watch, own, step.ragged, row, start + keys, start + values, own.value_dim)
+    team.barrier(step.watch)
+    _book(step, 3)
+    mixed = own.heads * own.value_dim
+    counter = step.counters + COUNTER_BYTES * (phase + 3)
+    pieces = attention.units(own, step.ragged)
+    while True:
+        unit = team.claim(counter)
+        if unit >= pieces:
+            break
+        attention.attend_unit(
+            step.watch, own, step.ragged, unit, step.wide, wide_row, step.mixed, 4 * mixed, scratch
+        )
+    team.barrier(step.watch)
+    _book(step, 4)
+    counter = step.counters + COUNTER_BYTES * (phase + 4)
+    while True:
+        row = team.claim(counter)
+        if row >= tokens:
+            break
+        place = step.mixed + 4 * mixed * row
+        _pack(step, place, mixed, row)
+    team.barrier(step.watch)
+    _book(step, 5)
+    _multiply(step, 6, phase + 5, True, layer.output, tokens, step.x, x_row)
+
+
+@machine.compiled
+def _feed_forward(step: Any, layer: Any, phase: int, scratch: int) -> None:
+    """Compute the gated feed-forward network (Shazeer, GLU Variants, 2020), and add its result."""
+    tokens = step.ragged.tokens
+    x_row = 4 * step.hidden
+    _normalise_all(step, 7, phase, layer.feed_forward_norm, scratch)
+    wide_row = 128 * layer.gate_up.count
+    _multiply(step, 8, phase + 1, False, layer.gate_up, tokens, step.wide, wide_row)
+    counter = step.counters + COUNTER_BYTES * (phase + 2)
+    while True:
+        row = team.claim(counter)
+        if row >= tokens:
+            break
+        gates = step.wide + row * wide_row
+        silu_row(gates, gates + 4 * step.inner, step.inner // 16, scratch)
+        _pack(step, scratch, step.inner, row)
+    team.barrier(step.watch)
+    _book(step, 9)
+    _multiply(step, 10, phase + 3, True, layer.down, tokens, step.x, x_row)
+
+
+@machine.compiled
+def _compute(step: Any) -> None:
+    me, threads = team.thread_number(), team.thread_count()
+    scratch = step.scratch + me * step.scratch_bytes
+    tokens, hidden = step.ragged.tokens, step.hidden
+    ids = carray(pointer(step.ids), (tokens,), np.int32)
+    for row in range(me * tokens // threads, (me + 1) * tokens // threads):
+        if machine.CHECKED:
+            team.require(step.watch, team.TOKEN, ids[row], step.vocabulary)
+        if step.embedding_half:
+            source = step.embedding + 2 * hidden * np.int64(ids[row])
+            widen_row(source, hidden // 16, step.x + 4 * hidden * row)
+        else:
+            source = step.embedding + 4 * hidden * np.int64(ids[row])
+            copy_row(source, hidden // 16, step.x + 4 * hidden * row)
+    team.barrier(step.watch)
+    _book(step, 0)
+    layers = carray(pointer(step.layer_table), (step.layers,), DECODER_LAYER)
+    phase = 0
+    for index in range(step.layers):
+        _attention(step, layers[index], phase, scratch)
+        _feed_forward(step, layers[index], phase + 6, scratch)
+        phase += 10
+    sampled = carray(pointer(step.sampled_tokens), (step.sampled,), np.int32)
+    for row in range(me * step.sampled // threads, (me + 1) * step.sampled // threads):
+        if machine.CHECKED:
+            team.require(step.watch, team.SAMPLED, sampled[row], tokens)
+        _normalise(step, step.x + 4 * hidden * np.int64(sampled[row]), step.final_norm, row, scratch)
+    team.barrier(step.watch)
+    if step.sampled:
+        _multiply(step, 11, phase, False, step.head, step.sampled, step.logits, 128 * step.head.count)
+
+
+@functools.cache
+def compiled() -> Any:
+    """Return what the threads call; compiles it, or reads it from the cache, the first time."""
+    return cfunc(types.void(types.voidptr), nopython=True, cache=True)(_compute_on_thread)
+
+
+def _compute_on_thread(data: Any) -> None:
+    step = carray(data, (1,), STEP)[0]
+    try:
+        _compute(step)
+    except Exception:
+        team.fail(step.watch)
+    team.finish(step.watch)
+
+
+def compute(step: Any, threads: int, watch: team.Watch) -> None:
+    """Compute the step that a STEP record describes, on *threads* threads. Raises `team.KernelFault`.
+
+    watch   for as many threads
+    """
+    step["watch"] = watch.address
+    team.run(compiled(), step.ctypes.data, threads, watch)

@@ -1,0 +1,177 @@
+"""Everything that happens to one row between two products: norms, rotation, activation, quantisation.
+
+Addresses and counts as in `machine`; a row's length is given in vectors of 16 and must fill them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from headrace.worker.engine.cpu.kernels import machine as m
+from headrace.worker.engine.cpu.kernels.machine import integer, offset
+from headrace.worker.engine.cpu.kernels.matmul import GROUP
+
+_i8, _f4 = types.int64, types.float32
+
+# Adding this to a small float32 leaves its nearest integer, plus 128, in the lowest byte.
+_ROUND = 1.5 * 2.0**23 + 128.0
+
+
+@m.emitted([_i8], types.voidptr)
+def pointer(b: Any, address: Any) -> Any:
+    """Return an address as a pointer, for numba's carray."""
+    return b.inttoptr(address, ir.IntType(8).as_pointer())
+
+
+def _add(b: Any) -> Any:
+    return lambda left, right: b.fadd(left, right)
+
+
+def _largest(b: Any) -> Any:
+    # llvm.maximum keeps a NaN, whichever side it comes from: quantised, it would look like a number.
+    return lambda left, right: m.call(
+        b, "llvm.maximum." + ("f32" if left.type == m.F32 else "v16f32"), left, right
+    )
+
+
+def _magnitude(b: Any, value: Any) -> Any:
+    return m.call(b, f"llvm.fabs.v{m.LANES}f32", value)
+
+
+@m.emitted([_i8, _i8], _f4)
+def sum_of_squares(b: Any, x: Any, vectors: Any) -> Any:
+    """Return the sum of the squares of x."""
+
+    def body(i: Any, carried: list[Any]) -> list[Any]:
+        value = m.load(b, offset(b, x, i, 64), m.FLOATS)
+        return [m.fma(b, value, value, carried[0])]
+
+    (total,) = m.counted_loop(b, vectors, [m.floats(0.0)], body)
+    return m.reduce(b, total, _add(b))
+
+
+@m.emitted([_i8, _f4, _i8, _i8, _i8])
+def scale_row(b: Any, x: Any, factor: Any, weights: Any, vectors: Any, out: Any) -> None:
+    """Store x x factor x weights in out."""
+    factors = m.splat(b, factor)
+
+    def body(i: Any, carried: list[Any]) -> list[Any]:
+        value = b.fmul(m.load(b, offset(b, x, i, 64), m.FLOATS), factors)
+        value = b.fmul(value, m.load(b, offset(b, weights, i, 64), m.FLOATS))
+        m.store(b, offset(b, out, i, 64), value)
+        return []
+
+    m.counted_loop(b, vectors, [], body)
+
+
+@m.emitted([_i8, _i8, _i8, _i8])
+def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> None:
+    """Store gate x sigmoid(gate) x up in out."""
+
+    def body(i: Any, carried: list[Any]) -> list[Any]:
+        value = m.load(b, offset(b, gate, i, 64), m.FLOATS)
+        # exp's range ends at 88, where the sigmoid has long been 0.
+        negative = b.fsub(m.floats(0.0), value)
+        bounded = b.select(b.fcmp_ordered(">", negative, m.floats(87.0)), m.floats(87.0), negative)
+        value = b.fdiv(value, b.fadd(m.floats(1.0), m.exp(b, bounded)))
+        value = b.fmul(value, m.load(b, offset(b, up, i, 64), m.FLOATS))
+        m.store(b, offset(b, out, i, 64), value)
+        return []
+
+    m.counted_loop(b, vectors, [], body)
+
+
+@m.emitted([_i8, _i8, _i8, _i8])
+def quantise_row(b: Any, x: Any, groups: Any, out: Any, scales: Any) -> None:
+    """Store x as bytes, 128 higher than they are, and a scale for each group of 64.
+
+    A group with an infinite or NaN number gets such a scale, and so such results.
+    """
+    bytes_ = ir.VectorType(m.I8, m.LANES)
+    each = GROUP // m.LANES
+
+    def body(group: Any, carried: list[Any]) -> list[Any]:
+        start = offset(b, x, group, 4 * GROUP)
+        values = [m.load(b, b.add(start, integer(64 * i)), m.FLOATS) for i in range(each)]
+        largest = _magnitude(b, values[0])
+        for value in values[1:]:
+            largest = _largest(b)(largest, _magnitude(b, value))
+        scale = b.fdiv(m.reduce(b, largest, _largest(b)), ir.Constant(m.F32, 127.0))
+        m.store(b, offset(b, scales, group, 4), scale)
+        one, zero = ir.Constant(m.F32, 1.0), ir.Constant(m.F32, 0.0)
+        # Below this the inverse overflows; such numbers count as 0.
+        usable = b.fcmp_ordered(">", scale, ir.Constant(m.F32, 2.0**-120))
+        factor = m.splat(b, b.select(usable, b.fdiv(one, scale), zero))
+        place = offset(b, out, group, GROUP)
+        for i, value in enumerate(values):
+            rounded = b.bitcast(m.fma(b, value, factor, m.floats(_ROUND)), m.INTS)
+            m.store(b, b.add(place, integer(m.LANES * i)), b.trunc(rounded, bytes_), 1)
+        return []
+
+    m.counted_loop(b, groups, [], body)
+
+
+@m.emitted([_i8, _i8, _i8])
+def bfloat16_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
+    """Store x in bfloat16, rounded to nearest even, in out."""
+
+    def body(i: Any, carried: list[Any]) -> list[Any]:
+        value = m.load(b, offset(b, x, i, 64), m.FLOATS)
+        m.store(b, offset(b, out, i, 2 * m.LANES), m.narrow(b, value), 2)
+        return []
+
+    m.counted_loop(b, vectors, [], body)
+
+
+@m.emitted([_i8, _i8, _i8])
+def copy_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
+    """Store x in out."""
+
+    def body(i: Any, carried: list[Any]) -> list[Any]:
+        m.store(b, offset(b, out, i, 64), m.load(b, offset(b, x, i, 64), m.FLOATS))
+        return []
+
+    m.counted_loop(b, vectors, [], body)
+
+
+@m.emitted([_i8, _i8, _i8])
+def widen_row(b: Any, x: Any, vectors: Any, out: Any) -> None:
+    """Store the bfloat16 numbers x as float32 in out."""
+
+    def body(i: Any, carried: list[Any]) -> list[Any]:
+        shorts = m.load(b, offset(b, x, i, 2 * m.LANES), m.SHORTS, 2)
+        m.store(b, offset(b, out, i, 64), m.widen(b, shorts))
+        return []
+
+    m.counted_loop(b, vectors, [], body)
+
+
+@m.compiled
+def pack_row(kind: int, x: int, length: int, out: int, scales: int) -> None:
+    """Store a row as `matmul` wants its activations, and for int8 the scales of its groups.
+
+    x        address of [length] float32
+    out      address of the row's place among the activations
+    scales   address of [length / 64] float32
+    """
+    if kind == 0:
+        quantise_row(x, length // GROUP, out, scales)
+    elif kind == 1:
+        bfloat16_row(x, length // 16, out)
+    else:
+        copy_row(x, length // 16, out)
+
+
+@m.emitted([_i8, _f4])
+def store_float(b: Any, address: Any, value: Any) -> None:
+    """Store one float32."""
+    m.store(b, address, value)
+
+
+@m.emitted([_i8], _f4)
+def load_float(b: Any, address: Any) -> Any:
+    """Load one float32."""
+    return m.load(b, address, m.F32)

@@ -1,0 +1,237 @@
+"""Emit vector instructions from Python: numba intrinsics built with llvmlite.
+
+numba's loops leave the choice of registers to LLVM's vectoriser, which loses the inner loops of a matrix
+product by a factor of three or more. The few loops that take the time are therefore written down here as
+LLVM IR: vectors of 16 lanes, which LLVM splits on CPUs with shorter registers. Arguments are addresses and
+sizes in bytes, as int64; nothing is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from headrace.worker.engine.cpu.kernels import CHECKED as CHECKED
+
+LANES = 16
+
+# How kernels are compiled. Division by zero gives infinity or NaN, as in hardware: a row that is not finite
+# is that row's fault alone, an exception would be the step's.
+compiled = njit(nogil=True, error_model="numpy")
+
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+HAS_VNNI = bool(_FEATURES.get("avx512vnni"))  # 8-bit products, four at a time
+HAS_BF16 = bool(_FEATURES.get("avx512bf16"))  # bfloat16 products, two at a time
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F32 = ir.FloatType()
+INTS = ir.VectorType(I32, LANES)
+SHORTS = ir.VectorType(I16, LANES)
+FLOATS = ir.VectorType(F32, LANES)
+_BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
+
+Value = Any
+Builder = Any
+
+
+def emitted(arguments: Sequence[Any], result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a function that emits IR: it becomes a numba intrinsic; see `kernel`."""
+    return lambda emit: kernel(arguments, emit, result)
+
+
+def kernel(arguments: Sequence[Any], emit: Callable[..., Value | None], result: Any = types.void) -> Any:
+    """Make a numba intrinsic from a function that emits IR.
+
+    arguments   numba types of its arguments
+    emit        called with the builder and one IR value per argument; returns the result's value
+    """
+    names = [f"a{i}" for i in range(len(arguments))]
+
+    def typed(typing_context: Any, *given: Any) -> Any:
+        def codegen(context: Any, builder: Builder, signature: Any, values: Any) -> Value:
+            out = emit(builder, *values)
+            return context.get_dummy_value() if out is None else out
+
+        return result(*arguments), codegen
+
+    # numba reads the number of arguments from the function's own signature.
+    scope: dict[str, Any] = {"typed": typed}
+    exec(f"def made(context, {', '.join(names)}): return typed(context, {', '.join(names)})", scope)
+    return intrinsic(scope["made"])
+
+
+def integer(value: int) -> Value:
+    """Return a 64-bit constant."""
+    return ir.Constant(I64, value)
+
+
+def floats(value: float) -> Value:
+    """Return a vector constant, the same number in every lane."""
+    return ir.Constant(FLOATS, [value] * LANES)
+
+
+def ints(value: int) -> Value:
+    """Return a vector constant of 32-bit integers."""
+    return ir.Constant(INTS, [value] * LANES)
+
+
+def load(builder: Builder, address: Value, kind: Any, align: int = 4) -> Value:
+    """Load a scalar or vector."""
+    loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    loaded.align = align
+    return loaded
+
+
+def store(builder: Builder, address: Value, value: Value, align: int = 4) -> None:
+    """Store a scalar or vector."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
+
+
+def prefetch(builder: Builder, address: Value) -> None:
+    """Ask for a cache line that is soon read; any address will do."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # read, keep, data
+    call(builder, "llvm.prefetch.p0", pointer, *hints, result=ir.VoidType())
+
+
+def offset(builder: Builder, address: Value, count: Value, size: int) -> Value:
+    """Return address + count x size."""
+    return builder.add(address, builder.mul(count, integer(size)))
+
+
+def splat(builder: Builder, scalar: Value) -> Value:
+    """Return a vector with the scalar in every lane."""
+    kind = ir.VectorType(scalar.type, LANES)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(INTS, [0] * LANES))
+
+
+def call(builder: Builder, name: str, *arguments: Value, result: Any = None) -> Value:
+    """Call an LLVM intrinsic by its full name; it returns what its first argument is, unless said."""
+    kinds = [argument.type for argument in arguments]
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result or kinds[0], kinds), name
+    )
+    return builder.call(function, arguments)
+
+
+def fma(builder: Builder, a: Value, b: Value, c: Value) -> Value:
+    """Return a x b + c, rounded once."""
+    return call(builder, f"llvm.fma.v{LANES}f32", a, b, c)
+
+
+def widen(builder: Builder, shorts: Value) -> Value:
+    """Return the float32 values of 16 bfloat16 numbers given as integers."""
+    return builder.bitcast(builder.shl(builder.zext(shorts, INTS), ints(16)), FLOATS)
+
+
+def narrow(builder: Builder, values: Value) -> Value:
+    """Return 16 float32 numbers as bfloat16, in 16-bit integers, rounded to nearest even; NaN stays NaN."""
+    bits = builder.bitcast(values, INTS)
+    odd = builder.and_(builder.lshr(bits, ints(16)), ints(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, ints(0x7FFF)), odd), ints(16))
+    known = builder.fcmp_ordered("==", values, values)
+    return builder.trunc(builder.select(known, rounded, ints(0x7FC0)), SHORTS)
+
+
+def dot_int8(builder: Builder, acc: Value, a: Value, w: Value) -> Value:
+    """Add to each lane of acc the four products of its bytes: a unsigned, w signed, all [16] int32."""
+    if not HAS_VNNI:  # never reached: `forward` refuses int8 on such machines
+        return acc
+    return call(builder, "llvm.x86.avx512.vpdpbusd.512", acc, a, w)
+
+
+def dot_bf16(builder: Builder, acc: Value, a: Value, w: Value) -> Value:
+    """Add to each lane of acc the two products of its bfloat16 halves; acc float32, a and w [16] int32."""
+    if HAS_BF16:
+        halves = [builder.bitcast(value, _BFLOATS) for value in (a, w)]
+        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", acc, *halves)
+    high = ints(-65536)
+    lower = [builder.shl(value, ints(16)) for value in (a, w)]
+    upper = [builder.and_(value, high) for value in (a, w)]
+    for left, right in (lower, upper):
+        acc = fma(builder, builder.bitcast(left, FLOATS), builder.bitcast(right, FLOATS), acc)
+    return acc
+
+
+def reduce(builder: Builder, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    """Combine all lanes in a fixed order, halves first; returns a scalar."""
+    width = LANES // 2
+    while width:
+        order = [(lane + width) % LANES for lane in range(LANES)]
+        swapped = builder.shuffle_vector(vector, vector, ir.Constant(INTS, order))
+        vector = combine(vector, swapped)
+        width //= 2
+    return builder.extract_element(vector, ir.Constant(I32, 0))
+
+
+def exp(builder: Builder, x: Value) -> Value:
+    """Return e to the power of each lane; exactly 1 at 0 and exactly 0 below -87; inputs up to 88.
+
+    Range reduction by ln 2 and a polynomial of degree 6, relative error below 2e-7 (Cephes, expf.c).
+    """
+    log2e, high, low = 1.44269504088896341, 0.693359375, -2.12194440e-4
+    n = call(builder, f"llvm.rint.v{LANES}f32", builder.fmul(x, floats(log2e)))
+    r = fma(builder, n, floats(-high), x)
+    r = fma(builder, n, floats(-low), r)
+    p = floats(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5, 1.0, 1.0):
+        p = fma(builder, p, r, floats(coefficient))
+    # Below the range the conversion is undefined, and the result is not used.
+    safe = builder.select(builder.fcmp_ordered(">", x, floats(-87.0)), n, floats(0.0))
+    bits = builder.shl(builder.add(builder.fptosi(safe, INTS), ints(127)), ints(23))
+    whole = builder.fmul(p, builder.bitcast(bits, FLOATS))
+    below = builder.fcmp_ordered("<=", x, floats(-87.0))  # false for NaN, which stays NaN
+    return builder.select(below, floats(0.0), whole)
+
+
+def counted_loop(
+    builder: Builder,
+    count: Value,
+    carried: Sequence[Value],
+    body: Callable[[Value, list[Value]], list[Value]],
+) -> list[Value]:
+    """Emit a loop over 0 .. count-1, at least once, with values carried from round to round.
+
+    body   gets the index and the carried values, returns the new ones
+    """
+    before = builder.block
+    loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    index = builder.phi(I64)
+    index.add_incoming(integer(0), before)
+    held = []
+    for value in carried:
+        phi = builder.phi(value.type)
+        phi.add_incoming(value, before)
+        held.append(phi)
+    new = body(index, list(held))
+    following = builder.add(index, integer(1))
+    end = builder.block
+    index.add_incoming(following, end)
+    for phi, value in zip(held, new, strict=True):
+        phi.add_incoming(value, end)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+    builder.position_at_end(done)
+    return new

@@ -1,0 +1,1 @@
+"""Makes a checked engine from model files."""

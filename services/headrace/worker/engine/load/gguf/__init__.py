@@ -1,0 +1,1 @@
+"""Reads .gguf files."""

@@ -1,0 +1,69 @@
+"""What a model folder says about itself besides weights: the ids that end a turn, and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from headrace.worker.engine.load.gguf.weights import END_OF_TURN
+from headrace.worker.engine.load.model_files import explained, read_json
+
+
+def read_eos_ids(
+    folder: Path, network: Any, *, vocabulary: int, warn: Callable[[str], None]
+) -> frozenset[int]:
+    """Collect the ids that end a turn.
+
+    What the generation config and the config name, the tokenizer's eos token, and special tokens that
+    are known to end turns: many folders name only the one that ends a document.
+
+    vocabulary   ids below this number exist; others are left out, and *warn* is given a sentence on them
+    """
+    ids: set[int] = set()
+    with explained(f"the eos_token_id of {folder}", "correct it in config.json and generation_config.json"):
+        for source in (network.generation_config, network.config.get_text_config()):
+            named = getattr(source, "eos_token_id", None)
+            ids.update(int(index) for index in ([named] if isinstance(named, int) else named or ()))
+    settings = _read_json(folder / "tokenizer_config.json")
+    with explained(folder / "tokenizer_config.json", "download the tokenizer's files again"):
+        eos = settings.get("eos_token")
+        ends = END_OF_TURN | {eos["content"] if isinstance(eos, dict) else eos}
+        added = {int(index): token for index, token in settings.get("added_tokens_decoder", {}).items()}
+    with explained(folder / "tokenizer.json", "download the tokenizer's files again"):
+        more = _read_json(folder / "tokenizer.json").get("added_tokens") or []
+        added |= {int(token["id"]): token for token in more}
+        ids.update(
+            index for index, token in added.items() if token.get("special") and token["content"] in ends
+        )
+    beyond = sorted(index for index in ids if not 0 <= index < vocabulary)
+    if beyond:
+        warn(
+            f"{folder} names end-of-turn ids that the model does not have: {beyond[:5]}, of {vocabulary} "
+            f"ids; they are left out"
+        )
+    return frozenset(ids.difference(beyond))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def weights_fingerprint(folder: Path, digest: str, dtype: str) -> str:
+    """Return 16 hex digits, equal for equal weights computed in the same dtype.
+
+    From the file's digest for a gguf. For a folder from config.json and, of each safetensors file, the
+    size, the header and the last kilobyte: reading all weights would take as long as loading them.
+    """
+    state = hashlib.sha256(f"{dtype} {digest}".encode())
+    if not digest:
+        state.update((folder / "config.json").read_bytes())
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 1024
+                state.update(f"{path.name} {size}".encode() + file.read(min(header, size)))
+                file.seek(max(size - 1024, 0))
+                state.update(file.read())
+    return state.hexdigest()[:16]

@@ -1,0 +1,157 @@
+"""Our attention inside transformers' own modelling code.
+
+transformers lets a model's attention be any registered function. Ours gets the queries, keys and
+values of *all* tokens of a step, flattened into one row, checks that the model asks for nothing that we
+would have to ignore, and hands them to the step's `StepAttention`: `plain_attention`, `kernels` on the
+CPU or `varlen` on CUDA. Nothing here knows which model calls; layers may differ in heads and dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from headrace.worker.engine.kv_memory import LayerShape
+from headrace.worker.engine.load.refusals import INSTEAD, UnsupportedModel, own_attention
+
+IMPLEMENTATION = "headrace"  # what transformers calls our attention function
+
+# Arguments that change what attention means and that we would have to ignore, in a user's words.
+_UNSUPPORTED_ARGUMENTS = {
+    "s_aux": "attention sinks",
+    "position_bias": "attention with a bias for each distance",
+    "head_mask": "attention with masked heads",
+    "block_sequence_ids": "attention inside blocks",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """What a layer's attention is, beside causal.
+
+    scale     multiplies the products of queries and keys
+    softcap   bounds those products by softcap x tanh(product / softcap); None for no bound
+    window    a token sees itself and the window - 1 tokens before it; None for all
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+class StepAttention(Protocol):
+    """Attention in all layers of one step; knows the step's rows and where their memory is."""
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masking: Masking
+    ) -> torch.Tensor:
+        """Store the tokens' keys and values, then attend.
+
+        query          [tokens, heads, key_dim], rotated; tokens past the step's own are padding
+        keys, values   [tokens, kv_heads, key_dim or value_dim]
+
+        Returns [tokens, heads, value_dim]; finite where it is padding.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What a layer was seen to ask for."""
+
+    shape: LayerShape
+    heads: int
+    masking: Masking
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    headrace_step: StepAttention | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers asks; registered as `IMPLEMENTATION`.
+
+    query   [1, heads, tokens, head_dim], rotated; key and value with kv_heads
+
+    Returns [1, tokens, heads, value_dim]. Raises UnsupportedModel when the model asks for something else
+    than causal attention.
+    """
+    if headrace_step is None:
+        raise own_attention(module)
+    unknown = [said for name, said in _UNSUPPORTED_ARGUMENTS.items() if arguments.get(name) is not None]
+    if unknown or attention_mask is not None:
+        needed = " and ".join(unknown) or "attention with a mask of its own"
+        raise UnsupportedModel(
+            f"{type(module).__name__} needs {needed}, which Headrace does not compute; serve it with "
+            f"transformers or vLLM, or another model here: {INSTEAD}"
+        )
+    if not arguments.get("is_causal", getattr(module, "is_causal", True)):
+        raise UnsupportedModel(
+            f"{type(module).__name__} sees later tokens too: its attention is not causal, so it does not "
+            f"generate text one token after the other; {INSTEAD}"
+        )
+    scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+    out = headrace_step(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        Masking(scale, softcap or None, sliding_window),
+    )
+    return out[None], None
+
+
+class _Recorder:
+    """Attends to nothing and takes down what the layers ask for."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, LayerAttention] = {}
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masking: Masking
+    ) -> torch.Tensor:
+        shape = LayerShape(keys.shape[1], keys.shape[2], values.shape[2])
+        self.seen[layer] = LayerAttention(shape, query.shape[1], masking)
+        return query.new_zeros(*query.shape[:2], values.shape[2])
+
+
+@torch.inference_mode()
+def observe_layers(network: Any) -> dict[int, LayerAttention]:
+    """Run a token through a network and see what each of its layers asks of attention.
+
+    Raises UnsupportedModel when layers attend otherwise than through us, or slide without telling us.
+    """
+    recorder = _Recorder()
+    token = torch.zeros(1, 1, dtype=torch.int64, device=network.device)
+    network(input_ids=token, position_ids=token, use_cache=False, headrace_step=recorder)
+    config = network.config.get_text_config()
+    layers = int(config.num_hidden_layers)
+    if recorder.seen.keys() != set(range(layers)):
+        if not recorder.seen:
+            raise own_attention(network, ", or none at all (recurrent models)")
+        raise UnsupportedModel(
+            f"{type(network).__name__} has attention that Headrace computes in {len(recorder.seen)} of its "
+            f"{layers} "
+            "layers; the others (recurrent, convolutions, attention of their own) keep a state that paged "
+            f"KV memory does not hold. Serve it with transformers or vLLM, or another model here: {INSTEAD}"
+        )
+    # No probe is as long as a real window, so logits cannot show that one is missing.
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModel(
+                f"{type(network).__name__} needs {kind} in layer {layer}, which Headrace does not compute; "
+                f"serve it with transformers or vLLM, or another model here: {INSTEAD}"
+            )
+        if kind == "sliding_attention" and recorder.seen[layer].masking.window is None:
+            raise UnsupportedModel(f"layer {layer} slides but does not say how far")
+    return recorder.seen

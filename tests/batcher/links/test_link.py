@@ -1,0 +1,425 @@
+"""The link to a worker believes only what is current, and reports what it loses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+
+import grpc
+import pytest
+from opentelemetry import trace
+
+from headrace import errors
+from headrace.batcher.inbox import End, Flush, Inbox
+from headrace.batcher.job import Job
+from headrace.batcher.links.breaker import State
+from headrace.batcher.links.link import WorkerLink
+from headrace.batcher.text.tokens import ByteTokenizer
+from headrace.channel import MAX_MESSAGE_BYTES
+from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import worker_service_pb2 as wire
+from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
+from headrace.worker.engine.echo import EchoEngine
+from tests.harness import Mesh, collect, eventually, prompt
+from tests.tier import running_tier
+
+
+def job(*, attempt: int = 0, unread_limit: int = 1000, request_id: str = "r") -> Job:
+    return Job(
+        request_id=request_id,
+        prompt_ids=[1],
+        resume_ids=[],
+        sampling=pb.Sampling(seed=1, max_tokens=9),
+        arrived=0.0,
+        expires=None,
+        priority=5,
+        attempt=attempt,
+        inbox=Inbox(Flush(), limit=unread_limit),
+        span=trace.INVALID_SPAN,
+    )
+
+
+class Recorder:
+    """A sink that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[Job, End]] = []
+        self.failures: list[tuple[Job, errors.HeadraceError]] = []
+        self.stopped: list[Job] = []
+        self.cached: list[tuple[Job, int]] = []
+
+    def changed(self) -> None:
+        pass
+
+    def ended(self, link: WorkerLink, job: Job, end: End) -> None:
+        self.ends.append((job, end))
+
+    def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
+        self.failures.append((job, error))
+
+    def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
+        self.cached.append((job, cached))
+
+    def full(self, link: WorkerLink, job: Job) -> None:
+        link.cancel(job)
+        self.stopped.append(job)
+
+    def renewed(self, link: WorkerLink) -> None:
+        pass
+
+
+def connected(*jobs: Job, sink: Recorder | None = None) -> WorkerLink:
+    """A link that was welcomed and has submitted *jobs*, with handles from 0."""
+    link = WorkerLink("nowhere", fingerprint="f", batcher_id="b", sink=sink or Recorder())
+    model = wire.ModelDescription(tokenizer_fingerprint="f", max_running=8)
+    link._take(wire.RunResponse(welcome=wire.Welcome(model=model, credit=wire.Credit(sequences=8))))
+    link.submit(list(jobs), trace.INVALID_SPAN, 0.0)
+    return link
+
+
+def delta(link: WorkerLink, **fields: object) -> None:
+    step = wire.Step(deltas=[wire.SequenceDelta(**fields)])  # type: ignore[arg-type]
+    link._take(wire.RunResponse(step=step))
+
+
+async def test_tokens_that_were_seen_before_are_dropped() -> None:
+    one = job()
+    link = connected(one)
+    delta(link, handle=0, offset=0, token_ids=[5, 6])
+    delta(link, handle=0, offset=1, token_ids=[6, 7])
+
+    assert (await one.inbox.take()).ids == [5, 6, 7]
+
+
+async def test_a_gap_breaks_the_stream() -> None:
+    link = connected(job())
+
+    with pytest.raises(errors.WorkerLost, match="skipped"):
+        delta(link, handle=0, offset=1, token_ids=[6])
+
+
+async def test_deltas_of_other_attempts_and_unknown_handles_are_ignored() -> None:
+    one = job(attempt=1)
+    link = connected(one)
+    delta(link, handle=0, attempt=0, offset=0, token_ids=[9], finish=pb.FINISH_REASON_STOP)
+    delta(link, handle=77, offset=0, token_ids=[9])
+    delta(link, handle=0, attempt=1, offset=0, token_ids=[5])
+
+    assert (await one.inbox.take()).ids == [5]
+    assert link.outstanding == 1
+
+
+async def test_a_handle_is_reused_only_after_the_last_word_on_it() -> None:
+    one, two, three = job(), job(), job()
+    link = connected(one)
+    assert link.cancel(one)
+    link.submit([two], trace.INVALID_SPAN, 0.0)
+    assert link.flights.handle(two) == 1, "0 is still the cancelled one's"
+    delta(link, handle=0, offset=0, token_ids=[4], finish=pb.FINISH_REASON_CANCELLED)
+    link.submit([three], trace.INVALID_SPAN, 0.0)
+
+    assert link.flights.handle(three) == 0
+    assert link.outstanding == 2
+
+
+async def test_only_the_newest_credit_counts() -> None:
+    link = connected()
+    link._take(wire.RunResponse(credit=wire.Credit(generation=3, sequences=5)))
+    link._take(wire.RunResponse(credit=wire.Credit(generation=2, sequences=50)))
+
+    assert link.room(0.0) == 5
+
+
+async def test_a_refused_sequence_gets_its_reason() -> None:
+    one, sink = job(), Recorder()
+    link = connected(one, sink=sink)
+    verdict = wire.Verdict(
+        handle=0,
+        state=wire.ADMISSION_STATE_REFUSED,
+        error=errors.to_status(errors.ContextTooLong("too long")),
+    )
+    link._take(wire.RunResponse(admission=wire.Admission(verdicts=[verdict])))
+
+    ((failed, error),) = sink.failures
+    assert failed is one
+    assert isinstance(error, errors.ContextTooLong)
+    assert link.outstanding == 0
+
+
+async def test_late_tokens_of_a_job_that_went_elsewhere_are_counted_as_waste() -> None:
+    one = job()
+    link = connected(one)
+    delta(link, handle=0, offset=0, token_ids=[5])
+    link.cancel(one)
+    one.attempt = 1
+    delta(link, handle=0, attempt=0, offset=1, token_ids=[6, 7])
+
+    assert one.generated == [5]
+    assert one.history.wasted == 2
+
+
+async def test_a_full_inbox_takes_its_job_off_the_worker_and_what_found_no_room_is_forgotten() -> None:
+    one, sink = job(unread_limit=3), Recorder()
+    link = connected(one, sink=sink)
+    delta(link, handle=0, offset=0, token_ids=[1, 2, 3, 4])
+
+    assert sink.stopped == [one]
+    assert (await one.inbox.take()).ids == one.generated == [1, 2, 3]
+    assert one.history.wasted == 1
+
+
+async def test_an_answer_that_fits_to_its_end_is_not_stopped() -> None:
+    one, sink = job(unread_limit=3), Recorder()
+    link = connected(one, sink=sink)
+    delta(link, handle=0, offset=0, token_ids=[1, 2, 3], finish=pb.FINISH_REASON_STOP)
+
+    assert not sink.stopped
+    assert [ended for ended, _ in sink.ends] == [one]
+
+
+async def test_an_end_behind_tokens_that_found_no_room_does_not_count() -> None:
+    one, sink = job(unread_limit=3), Recorder()
+    link = connected(one, sink=sink)
+    delta(link, handle=0, offset=0, token_ids=[1, 2, 3, 4], finish=pb.FINISH_REASON_STOP)
+
+    assert sink.stopped == [one]
+    assert not sink.ends
+    assert link.outstanding == 0, "the handle is free all the same"
+
+
+async def test_what_a_worker_had_of_a_prompt_is_told_once_with_the_first_token() -> None:
+    one, sink = job(), Recorder()
+    link = connected(one, sink=sink)
+    delta(link, handle=0, offset=0, token_ids=[1], cached_tokens=16)
+    delta(link, handle=0, offset=1, token_ids=[2])
+
+    assert sink.cached == [(one, 16)]
+
+
+async def test_less_credit_is_acknowledged_behind_what_was_sent_by_the_old() -> None:
+    one = job()
+    link = connected()
+    link.submit([one], trace.INVALID_SPAN, 0.0)
+    link._take(wire.RunResponse(credit=wire.Credit(generation=4, sequences=1)))
+
+    sent = []
+    while not link._outgoing.empty():
+        message = link._outgoing.get_nowait()
+        assert message is not None
+        sent.append((len(message.submit.sequences), message.ack.credit_generation))
+    assert sent[-2:] == [(1, 0), (0, 4)]
+
+
+async def test_a_batch_that_is_too_large_for_a_message_is_sent_in_parts() -> None:
+    large = pb.Sampling(seed=1, max_tokens=9, logit_bias=dict.fromkeys(range(200_000), 1.0))
+    jobs = [job() for _ in range(12)]
+    for one in jobs:
+        one.sampling = large
+    link = connected(*jobs)
+
+    handles: list[int] = []
+    while not link._outgoing.empty():
+        message = link._outgoing.get_nowait()
+        assert message is not None
+        assert message.ByteSize() < MAX_MESSAGE_BYTES
+        handles += [sequence.handle for sequence in message.submit.sequences]
+    assert handles == list(range(12))
+
+
+async def test_frames_are_acknowledged_now_and_then() -> None:
+    link = connected()
+    link._outgoing.get_nowait()
+    for frame in range(1, 17):
+        link._take(wire.RunResponse(step=wire.Step(frame=frame)))
+
+    acks = []
+    while not link._outgoing.empty():
+        message = link._outgoing.get_nowait()
+        assert message is not None
+        acks.append(message.ack.frame)
+    assert acks == [8, 16]
+
+
+async def test_what_a_lost_stream_held_is_reported_once_and_its_handles_are_forgotten() -> None:
+    one, two, sink = job(), job(), Recorder()
+    link = connected(one, two, sink=sink)
+    link.cancel(two)
+    link._lose()
+
+    assert [(failed, error.reason) for failed, error in sink.failures] == [(one, "WORKER_LOST")]
+    assert link.outstanding == 0
+
+
+def broken(*jobs: Job) -> WorkerLink:
+    """A link whose breaker is due for a probe, and has sent *jobs* as such."""
+    link = connected()
+    for _ in range(link.breaker.threshold):
+        link.breaker.fail(0.0)
+    assert link.room(60.0) == 1
+    link.submit(list(jobs), trace.INVALID_SPAN, 60.0)
+    assert link.room(60.0) == 0, "one probe at a time"
+    return link
+
+
+async def test_a_probe_that_is_handed_back_or_refused_makes_way_for_another() -> None:
+    link = broken(job())
+    error = errors.to_status(errors.WorkerDraining("stopping"))
+    delta(link, handle=0, error=error)
+    assert link.room(60.0) == 1
+
+    link = broken(job())
+    delta(link, handle=0, finish=pb.FINISH_REASON_CANCELLED)
+    assert link.room(60.0) == 1
+
+    link = broken(job())
+    verdict = wire.Verdict(handle=0, state=wire.ADMISSION_STATE_REFUSED, error=error)
+    link._take(wire.RunResponse(admission=wire.Admission(verdicts=[verdict])))
+    assert link.room(60.0) == 1
+
+
+async def test_a_probe_that_goes_with_its_stream_makes_way_for_another() -> None:
+    link = broken(job())
+    link._take(wire.RunResponse(drain=wire.Drain()))
+    link._lose()
+    link.draining = False
+
+    assert link.room(60.0) == 1
+
+
+FAULT = errors.to_status(errors.SequenceFault("the logits are not finite"))
+
+
+async def test_a_request_that_fails_again_and_again_opens_no_breaker() -> None:
+    link = connected()
+    for attempt in range(10):
+        one = job(attempt=attempt)
+        link.submit([one], trace.INVALID_SPAN, 0.0)
+        delta(link, handle=0, attempt=attempt, error=FAULT)
+
+    assert link.breaker.state(0.0) is State.CLOSED
+
+
+async def test_a_step_that_fails_all_its_sequences_is_one_fault() -> None:
+    link = connected(*[job(request_id=f"{number}") for number in range(8)])
+    failed = wire.Step(deltas=[wire.SequenceDelta(handle=handle, error=FAULT) for handle in range(8)])
+    link._take(wire.RunResponse(step=failed))
+
+    assert link.breaker.state(0.0) is State.CLOSED
+
+
+async def test_faults_of_different_requests_open_the_breaker() -> None:
+    link = connected()
+    for number in range(link.breaker.threshold):
+        link.submit([job(request_id=f"{number}")], trace.INVALID_SPAN, 0.0)
+        delta(link, handle=0, error=FAULT)
+
+    assert link.breaker.state(time.monotonic()) is State.OPEN
+
+
+async def test_losses_with_the_same_request_under_way_count_once() -> None:
+    link = connected()
+    for attempt in range(5):
+        link.submit([job(attempt=attempt)], trace.INVALID_SPAN, 0.0)
+        link._lose()
+
+    assert link.breaker.state(time.monotonic()) is State.CLOSED
+
+
+async def test_tokens_that_no_model_of_the_worker_can_have_made_break_the_stream() -> None:
+    link = connected(job())
+    link.model = wire.ModelDescription(vocabulary_size=10)
+    with pytest.raises(errors.WorkerLost, match="vocabulary"):
+        delta(link, handle=0, offset=0, token_ids=[10])
+
+    link = connected(job())
+    with pytest.raises(errors.WorkerLost, match="at most 9"):
+        delta(link, handle=0, offset=0, token_ids=[1] * 10)
+
+    link = connected(job())
+    with pytest.raises(errors.WorkerLost, match="no reason"):
+        delta(link, handle=0, offset=0, token_ids=[1], finish=77)
+
+    asked = job()
+    asked.sampling.logprobs = True
+    link = connected(asked)
+    with pytest.raises(errors.WorkerLost, match="log-probabilities"):
+        delta(link, handle=0, offset=0, token_ids=[1, 2], logprobs=[0.5])
+
+
+class Odd(WorkerServiceServicer):
+    """A worker that welcomes, and then says something that nobody expects."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.streams = 0
+
+    async def GetModel(self, request: wire.GetModelRequest, context: object) -> wire.GetModelResponse:
+        raise NotImplementedError
+
+    async def Run(self, requests, context):  # type: ignore[no-untyped-def]
+        self.streams += 1
+        hello = (await anext(aiter(requests))).hello
+        model = wire.ModelDescription(
+            tokenizer_fingerprint=self.fingerprint, context_length=100, vocabulary_size=258, max_running=4
+        )
+        yield wire.RunResponse(
+            welcome=wire.Welcome(epoch=hello.epoch, model=model, credit=wire.Credit(sequences=4))
+        )
+        async for request in requests:
+            if request.HasField("submit"):
+                (sequence,) = request.submit.sequences
+                beyond = wire.SequenceDelta(handle=sequence.handle, token_ids=[4_000_000_000])
+                yield wire.RunResponse(step=wire.Step(frame=1, deltas=[beyond]))
+
+
+async def test_whatever_a_worker_sends_the_batcher_goes_on_with_the_others() -> None:
+    server = grpc.aio.server()
+    odd = Odd(ByteTokenizer().fingerprint)
+    add_WorkerServiceServicer_to_server(odd, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with running_tier([EchoEngine()], extra_workers=[f"127.0.0.1:{port}"]) as tier:
+        await eventually(lambda: len(tier.batcher.coalescer.pool.ready()) == 2)
+        answers = await asyncio.gather(*(collect(tier.client, prompt(f"honest {n}")) for n in range(8)))
+
+        assert [answer.text for answer in answers] == [f"honest {n}" for n in range(8)]
+        assert odd.streams
+    await server.stop(0)
+
+
+async def test_an_unexpected_error_of_a_link_is_a_lost_worker_and_not_the_end_of_the_batcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running_tier([EchoEngine(step_seconds=0.005)]) as tier:
+        (link,) = tier.batcher.coalescer.pool
+        answer = asyncio.create_task(
+            collect(tier.client, prompt("on and on", ignore_eos=True, max_tokens=200))
+        )
+        await eventually(lambda: link.outstanding)
+        first = link.epoch
+
+        def fails(*_: object) -> None:
+            raise RuntimeError("planned")
+
+        for count, name in enumerate(("_take_step", "_ping"), 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(link, name, fails)
+                await eventually(partial(lambda least: link.epoch >= least, first + count))
+            await eventually(lambda: link.ready)
+
+        assert (await answer).tokens == 200
+
+
+async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) -> None:
+    from headrace.channel import open_channel
+    from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
+
+    port = mesh.tiers["small"].worker.server.port
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        call = WorkerServiceStub(channel).Run(iter([wire.RunRequest(ping=wire.Ping())]))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+
+    assert isinstance(errors.from_rpc_error(caught.value), errors.InvalidRequest)

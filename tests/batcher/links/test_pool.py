@@ -1,0 +1,324 @@
+"""Many workers behind a batcher, many batchers before a worker: they come and go, and nobody notices."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+
+from headrace import errors
+from headrace.batcher.__main__ import batcher
+from headrace.batcher.settings import Settings
+from headrace.batcher.text.tokens import ByteTokenizer
+from headrace.batcher.waiting.prefixes import blocks
+from headrace.channel import open_channel
+from headrace.cli.mesh import reserved_ports
+from headrace.client import connect
+from headrace.v1 import admin_service_pb2 as admin
+from headrace.v1 import generation_pb2 as pb
+from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
+from headrace.worker.__main__ import Worker, worker
+from headrace.worker.credit import KNOCK
+from headrace.worker.engine.echo import EchoEngine
+from headrace.worker.settings import Settings as WorkerSettings
+from headrace.worker.step_pace import StepPace
+from tests.harness import PATIENCE, collect, eventually, prompt, running_worker
+from tests.tier import OracleEngine, Trap, running_tier
+
+
+async def test_work_is_spread_over_the_workers() -> None:
+    go = threading.Event()
+
+    class Held(EchoEngine):
+        """Takes no step before it is let go."""
+
+        def step(self, rows, *rest):  # type: ignore[no-untyped-def]
+            go.wait(PATIENCE)
+            return super().step(rows, *rest)
+
+    async with running_tier([Held(), Held(), Held()]) as tier:
+        reading = [asyncio.create_task(collect(tier.client, prompt(f"n{n:02}" * 12))) for n in range(12)]
+        await eventually(lambda: all(worker.sessions.live for worker in tier.workers))
+        go.set()
+
+        assert [(await answer).text for answer in reading] == [f"n{n:02}" * 12 for n in range(12)]
+
+
+async def test_a_prompt_goes_to_the_worker_that_knows_its_beginning() -> None:
+    async with running_tier([EchoEngine(), EchoEngine(), EchoEngine()]) as tier:
+        common = "The same long instructions stand before every question of this application. " * 6
+        for question in range(6):
+            await collect(tier.client, prompt(f"{common} {question}", max_tokens=1))
+        frames = [sum(stream.frames for stream in worker.sessions.streams) for worker in tier.workers]
+
+        assert sorted(frames)[:2] == [0, 0]
+
+
+async def test_a_worker_that_forgot_a_beginning_is_no_longer_believed_to_know_older_ones() -> None:
+    """Its memory holds two of the four prompts: those that were longest unused are gone."""
+    engine = EchoEngine(context_length=512, max_running=1, kv_blocks=40)
+    async with running_tier([engine]) as tier:
+        (link,) = tier.batcher.coalescer.pool
+        prefixes = tier.batcher.coalescer.prefixes
+        texts = [letter * 260 for letter in "abcd"]
+        names = [blocks(ByteTokenizer().encode_text(text)) for text in texts]
+        for text in texts:
+            await collect(tier.client, prompt(text, max_tokens=1))
+        assert all(prefixes.held(one, link.target) for one in names), "as far as is known"
+
+        again = await collect(tier.client, prompt(texts[1], max_tokens=1))
+        assert again.finish.usage.cached_tokens < 256
+
+        held = [prefixes.held(one, link.target) for one in names]
+        assert held == [0, 256, 256, 256]
+
+
+async def test_cached_tokens_are_told_of_answers_that_end_at_a_stop_text() -> None:
+    async with running_tier([EchoEngine()]) as tier:
+        asked = prompt("tell me again and again and again, the same long thing STOP", stop=["STOP"])
+        first = await collect(tier.client, asked)
+        second = await collect(tier.client, asked)
+
+    assert second.finish.reason == pb.FINISH_REASON_STOP_SEQUENCE
+    assert (first.finish.usage.cached_tokens, second.finish.usage.cached_tokens) == (0, 48)
+
+
+async def test_a_prompt_that_is_known_already_is_not_refused_for_the_time_it_would_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(StepPace, "prefill", 100.0)  # tokens per second: 35 s for these prompts
+    async with running_tier([EchoEngine()]) as tier:
+        (link,) = tier.batcher.coalescer.pool
+        known = "m" * 3500
+        await collect(tier.client, prompt(known, max_tokens=1))
+        await eventually(lambda: link.load.prefill_tokens_per_second > 0)
+
+        with pytest.raises(errors.Unattainable, match="first token"):
+            await collect(tier.client, prompt("n" * 3500, max_tokens=1), timeout=10)
+        # On a busy machine the deadline may pass all the same; what counts is that it is tried.
+        with suppress(errors.DeadlineInQueue, errors.DeadlineInDecode):
+            answer = await collect(tier.client, prompt(known, max_tokens=1), timeout=10)
+            assert answer.finish.usage.cached_tokens >= 3488
+
+
+async def test_workers_come_and_go_by_name_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The addresses behind a DNS name change all the time; every answer is whole and right."""
+    from headrace.runtime import discovery
+
+    monkeypatch.setattr(discovery, "RESOLVE_SECONDS", 0.02)
+    behind: set[str] = set()
+
+    async def lookup(host: str, port: str) -> frozenset[str]:
+        return frozenset(behind)
+
+    async with (
+        running_worker(OracleEngine(step_seconds=0.002)) as one,
+        running_worker(OracleEngine(step_seconds=0.002)) as two,
+        running_worker(OracleEngine(step_seconds=0.002)) as three,
+    ):
+        addresses = [f"127.0.0.1:{worker.server.port}" for worker in (one, two, three)]
+        behind.update(addresses[:2])
+        settings = Settings(port=0, tier="t", workers="dns:///pool:1", fake=True)
+        async with batcher(settings, ByteTokenizer(), "b") as running:
+            pool = running.coalescer.pool
+            pool._discovery._lookup = lookup
+            pool._discovery._resolve_seconds = 0.02
+            await eventually(lambda: len(pool.ready()) == 2)
+            async with connect(f"127.0.0.1:{running.server.port}", retries=0) as client:
+                asked = prompt("steady", max_tokens=60, ignore_eos=True, seed=1)
+                expected = (await collect(client, asked)).ids
+
+                async def read() -> list[int]:
+                    return (await collect(client, asked)).ids
+
+                done = 0
+                async with asyncio.TaskGroup() as tasks:
+                    for turn in range(9):
+                        reading = [tasks.create_task(read()) for _ in range(6)]
+                        behind.add(addresses[(turn + 2) % 3])
+                        behind.discard(addresses[turn % 3])
+                        await asyncio.gather(*reading)
+                        assert all(answer.result() == expected for answer in reading)
+                        done += len(reading)
+            assert done == 54
+            await eventually(lambda: {link.target for link in pool} == behind)
+
+
+async def test_a_name_without_addresses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(port=0, tier="t", workers="dns:///nobody.invalid:1", fake=True)
+    async with (
+        batcher(settings, ByteTokenizer(), "b") as running,
+        connect(f"127.0.0.1:{running.server.port}", retries=0) as client,
+    ):
+        with pytest.raises(errors.NoWorkers, match=r"nobody\.invalid"):
+            await collect(client, prompt("x"))
+
+
+async def test_several_batchers_share_a_worker_and_its_waiting_list_stays_short() -> None:
+    async with running_worker(EchoEngine(max_running=4, step_seconds=0.002)) as worker:
+        settings = Settings(port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True)
+        async with (
+            batcher(settings, ByteTokenizer(), "a") as one,
+            batcher(settings, ByteTokenizer(), "b") as two,
+            connect(f"127.0.0.1:{one.server.port}", retries=0) as first,
+            connect(f"127.0.0.1:{two.server.port}", retries=0) as second,
+        ):
+            await eventually(lambda: one.coalescer.pool.ready() and two.coalescer.pool.ready())
+            most = 0
+
+            async def watch() -> None:
+                nonlocal most
+                while True:
+                    most = max(most, worker.sessions.live)
+                    await asyncio.sleep(0.001)
+
+            watching = asyncio.create_task(watch())
+            texts = [f"text {number:02} " * 3 for number in range(40)]
+            answers = await asyncio.gather(
+                *(collect((first, second)[n % 2], prompt(text)) for n, text in enumerate(texts))
+            )
+            watching.cancel()
+
+            assert [answer.text for answer in answers] == texts
+            # What runs, and one step's prompts (here as many again): that is the worker's capacity. On top
+            # comes only the one sequence that a batcher may send while it is idle: a reserve is part of the
+            # capacity, and what one gives up is given to the other only when it has acknowledged that, behind
+            # whatever it had sent by then.
+            assert most <= 4 + 4 + KNOCK
+            assert most > 4, "and it is used"
+
+
+@asynccontextmanager
+async def worker_on(port: int) -> AsyncGenerator[Worker, None]:
+    """A worker on a port of our choice, which drains for an instant only."""
+    settings = WorkerSettings(port=port, fake=True, drain_seconds=0.05)
+    async with worker(settings, lambda: OracleEngine(step_seconds=0.003), f"worker-{port}") as running:
+        yield running
+
+
+@pytest.fixture
+def ports() -> Iterator[list[int]]:
+    """Two ports that stay the test's own, listened on or not."""
+    with reserved_ports(2) as ports:
+        yield ports
+
+
+async def test_workers_are_restarted_one_after_the_other_and_no_caller_notices(ports: list[int]) -> None:
+    """A rolling restart under load: each worker drains, hands back, and comes again as another process."""
+    ups = [worker_on(port) for port in ports]
+    workers = [await up.__aenter__() for up in ups]
+    targets = ",".join(f"127.0.0.1:{port}" for port in ports)
+    settings = Settings(port=0, tier="t", workers=targets, fake=True)
+    async with (
+        batcher(settings, ByteTokenizer(), "b") as running,
+        connect(f"127.0.0.1:{running.server.port}", retries=0) as client,
+    ):
+        await eventually(lambda: len(running.coalescer.pool.ready()) == 2)
+        asked = prompt("rolling", max_tokens=120, ignore_eos=True, seed=9)
+        expected = (await collect(client, asked)).ids
+        stop = False
+
+        async def keep_asking() -> int:
+            count = 0
+            while not stop:
+                assert (await collect(client, asked)).ids == expected
+                count += 1
+            return count
+
+        callers = [asyncio.create_task(keep_asking()) for _ in range(6)]
+        for number in (0, 1, 0, 1):
+            await eventually(lambda: len(running.coalescer.pool.ready()) == 2)
+            await eventually(lambda sessions=workers[number].sessions: sessions.live)  # type: ignore[misc]
+            await ups[number].__aexit__(None, None, None)
+            ups[number] = worker_on(ports[number])
+            workers[number] = await ups[number].__aenter__()
+        stop = True
+
+        assert all(count >= 1 for count in await asyncio.gather(*callers))
+    for up in ups:
+        await up.__aexit__(None, None, None)
+
+
+async def test_when_it_is_full_the_least_urgent_gives_way_and_the_rest_come_in_order() -> None:
+    trap = Trap(2)
+    async with running_tier([OracleEngine(max_running=1, drew=trap)], queue_limit=2) as tier:
+
+        def asking(priority: int, tenant: str = "") -> asyncio.Task[Any]:
+            asked = prompt(f"priority {priority}", max_tokens=4, ignore_eos=True, seed=1)
+            asked.routing.CopyFrom(pb.Routing(priority=priority, tenant=tenant))
+            return asyncio.create_task(collect(tier.client, asked))
+
+        queue = tier.batcher.coalescer.queue
+        running = [asking(5), asking(5)]  # one runs, one waits at the worker
+        await trap.sprung.wait()
+        await eventually(lambda: tier.workers[0].sessions.live == 2)
+        low = asking(1)
+        await eventually(lambda: len(queue) == 1)
+        middle = asking(4)
+        await eventually(lambda: len(queue) == 2)
+        with pytest.raises(errors.Overloaded) as refused:
+            await asking(1)
+        assert type(refused.value) is errors.Overloaded
+        high = asking(9)
+        with pytest.raises(errors.Shed) as shed:
+            await low
+        assert shed.value.retry_after is not None
+        # Its place was taken when it arrived; it is in the queue once it is tokenised.
+        await eventually(lambda: [job.priority for job in [queue.head(0.0)] if job] == [9])
+        trap.open()
+
+        for reading in (*running, middle, high):
+            assert (await reading).tokens == 4
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepPace, "prefill", 100.0)  # tokens per second: 35 s for the long prompt
+    async with running_tier([EchoEngine(step_seconds=0.05)], worker_settings={"step_tokens": 64}) as tier:
+        (link,) = tier.batcher.coalescer.pool
+        await collect(tier.client, prompt("m" * 500, max_tokens=1))
+        await eventually(lambda: link.load.step_time.ToMilliseconds() >= 50)
+
+        with pytest.raises(errors.Unattainable, match="first token"):
+            await collect(tier.client, prompt("m" * 3500, max_tokens=1), timeout=10)
+        with pytest.raises(errors.Unattainable, match="1000 tokens"):
+            await collect(tier.client, prompt("m", max_tokens=1000, min_tokens=1000), timeout=10)
+        assert (await collect(tier.client, prompt("m", max_tokens=4))).tokens == 1
+
+
+async def test_a_look_inside_shows_queue_workers_and_sequences_on_both_sides() -> None:
+    trap = Trap(3)
+    async with running_tier([OracleEngine(max_running=1, drew=trap)]) as tier:
+        asked = prompt("look", max_tokens=5, ignore_eos=True, seed=1)
+        asked.routing.CopyFrom(pb.Routing(priority=7, tenant="acme"))
+        asked.request_id = "seen"
+        reading = [asyncio.create_task(collect(tier.client, asked)) for _ in range(3)]
+        await trap.sprung.wait()
+        await eventually(lambda: len(tier.batcher.coalescer.queue) == 1)
+        await eventually(lambda: any(job.answered == 3 for job in tier.batcher.coalescer.live))
+        async with (
+            open_channel(f"127.0.0.1:{tier.batcher.server.port}") as front,
+            open_channel(f"127.0.0.1:{tier.workers[0].server.port}") as back,
+        ):
+            seen = (await AdminServiceStub(front).Inspect(admin.InspectRequest())).batcher
+            behind = (await AdminServiceStub(back).Inspect(admin.InspectRequest())).worker
+            trap.open()
+
+    assert [(place.priority, place.tenant, place.waiting) for place in seen.queue] == [(7, "acme", 1)]
+    (worker,) = seen.workers
+    assert (worker.state, worker.breaker, worker.outstanding, worker.credit.sequences) == (
+        "ready",
+        "closed",
+        2,
+        2,
+    )
+    assert {sequence.request_id for sequence in seen.sequences} == {"seen"}
+    assert max(sequence.offset for sequence in seen.sequences) == 3
+    assert sorted(bool(sequence.place) for sequence in seen.sequences) == [False, True, True]
+    assert (behind.live, behind.streams[0].batcher_id, behind.streams[0].sequences) == (2, "b", 2)
+    assert {sequence.place for sequence in behind.sequences} == {"b"}
+    assert behind.incarnation == worker.incarnation
+    await asyncio.gather(*reading, return_exceptions=True)

@@ -1,0 +1,184 @@
+"""Tokenizers: the model's own chat template, and text that comes back as it went in."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace import errors, models
+from headrace.batcher.text.detokenizer import Detokenizer
+from headrace.batcher.text.tokens import (
+    ByteTokenizer,
+    Tokenizer,
+    TransformersTokenizer,
+    load_tokenizer,
+    stop_ids,
+)
+from tests.batcher.text.tiny_tokenizers import byte_level, saved
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system prompts here') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer with a chat template, trained here."""
+    fast = byte_level(["</s>", "<user>", "<assistant>"])
+    return saved(fast, tmp_path_factory.mktemp("tokenizer"), TEMPLATE, bos_token=None, unk_token=None)
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path) -> TransformersTokenizer:
+    return load_tokenizer(folder, folder / "cache")
+
+
+def written(tokenizer: Any, ids: list[int]) -> str:
+    """The text of *ids*, names of special tokens and all."""
+    return str(tokenizer._fast.decode(ids, skip_special_tokens=False))
+
+
+def spoken(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of *ids* as an answer has it."""
+    detokenizer = Detokenizer(tokenizer)
+    return "".join([*(detokenizer.feed(id) for id in ids), detokenizer.flush()])
+
+
+def test_a_chat_is_laid_out_by_the_models_template(small: TransformersTokenizer) -> None:
+    ids = small.encode_chat([("user", "the sky"), ("assistant", "is"), ("user", "blue?")])
+
+    assert written(small, ids) == "<user>the sky</s><assistant>is</s><user>blue?</s><assistant>"
+
+
+def test_an_empty_turn_of_the_assistant_is_laid_out_as_it_is(small: TransformersTokenizer) -> None:
+    ids = small.encode_chat([("user", "the sky"), ("assistant", ""), ("user", "blue?")])
+
+    assert written(small, ids) == "<user>the sky</s><assistant></s><user>blue?</s><assistant>"
+
+
+@pytest.mark.parametrize("begun", ["", "the sea is", "the sea is ", "the </s> <"])
+def test_an_answer_that_is_continued_ends_where_it_was_left(small: TransformersTokenizer, begun: str) -> None:
+    turns = [("user", "the sky"), ("assistant", begun)]
+
+    ids = small.encode_chat(turns, continue_final=True)
+
+    assert written(small, ids) == f"<user>the sky</s><assistant>{begun}"
+    assert ids[-1] != small.special_tokens["</s>"]
+
+
+@given(text=st.text(max_size=200) | st.sampled_from(["the sky is blue" * 40, "\n" * 500]))
+def test_a_chat_has_no_fewer_tokens_than_its_layout_proves(small: TransformersTokenizer, text: str) -> None:
+    turns = [("user", text), ("assistant", "is"), ("user", text)]
+
+    assert small.bound is not None
+    assert 1 < small.bound.fewest_tokens(small.lay_out(turns)) <= len(small.encode_chat(turns))
+    assert small.bound.fewest_tokens(text) <= len(small.encode_text(text))
+
+
+def test_turns_that_the_template_refuses_are_the_callers_to_mend(small: TransformersTokenizer) -> None:
+    with pytest.raises(errors.InvalidRequest, match="no system prompts here"):
+        small.encode_chat([("system", "be brief"), ("user", "hi")])
+
+
+def test_special_tokens_do_not_become_text(small: TransformersTokenizer) -> None:
+    ids = small.encode_chat([("user", "the sea")])
+
+    assert spoken(small, ids) == "the sea"
+
+
+def test_equal_folders_have_equal_fingerprints(small: TransformersTokenizer, folder: Path) -> None:
+    assert small.fingerprint == models.tokenizer_fingerprint(folder)
+    assert len(small.fingerprint) == 16
+
+
+def test_a_model_without_a_template_takes_prompts_only(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix != ".jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    bare = load_tokenizer(tmp_path, tmp_path / "cache")
+
+    assert spoken(bare, bare.encode_text("the sky")) == "the sky"
+    with pytest.raises(errors.InvalidRequest, match="send `prompt`"):
+        bare.encode_chat([("user", "hi")])
+
+
+def test_a_prompt_is_encoded_whole_whatever_limits_its_tokenizers_file_sets(tmp_path: Path) -> None:
+    fast = byte_level()
+    fast.enable_truncation(4)
+    fast.enable_padding(length=64)
+    limited = load_tokenizer(saved(fast, tmp_path / "limited"), tmp_path)
+
+    assert (
+        spoken(limited, limited.encode_text("the sky is blue and the sea")) == "the sky is blue and the sea"
+    )
+    assert len(limited.encode_text("the")) < 4
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_a_long_prompt_lets_other_threads_run_while_it_is_encoded(
+    small: TransformersTokenizer, kind: str
+) -> None:
+    """Counted, not timed: with the interpreter's lock held all the while nobody would get a turn."""
+    text = "the sky is blue and <the> sea is green " * 20_000
+    turns, encoding, done = 0, threading.Event(), threading.Event()
+
+    class Watched:
+        def encode_batch_fast(self, *given: Any, **options: Any) -> Any:
+            encoding.set()
+            encodings = fast.encode_batch_fast(*given, **options)
+            done.set()
+            return encodings
+
+    fast = small._fast
+    small._fast = small._specials._fast = Watched()
+    try:
+        encode = small.encode_text if kind == "text" else lambda text: small.encode_chat([("user", text)])
+        thread = threading.Thread(target=encode, args=(text,))
+        thread.start()
+        encoding.wait(60)
+        while not done.is_set():
+            turns += 1
+            time.sleep(0.001)
+        thread.join()
+    finally:
+        small._fast = small._specials._fast = fast
+
+    assert turns > 3
+
+
+@given(text=st.text(max_size=40))
+def test_pieces_of_a_byte_level_tokenizer_add_up(small: TransformersTokenizer, text: str) -> None:
+    assert spoken(small, small.encode_text(text)) == text
+
+
+def test_bytes_are_their_own_ids() -> None:
+    assert ByteTokenizer().encode_chat([("system", "x"), ("user", "é")]) == [0xC3, 0xA9]
+
+
+def test_a_stop_text_may_be_a_special_token_and_may_not_hold_one(small: TransformersTokenizer) -> None:
+    assert stop_ids(small, ["\n", "</s>"]) == {small.special_tokens["</s>"]: "</s>"}
+    with pytest.raises(errors.InvalidSampling, match="give '</s>' alone"):
+        stop_ids(small, ["</s>\n"])
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", [models.SMALL, models.LARGE])
+def test_pieces_of_the_default_models_add_up_for_any_ids(name: str) -> None:
+    cache = models.cache_folder()
+    tokenizer = load_tokenizer(models.resolve(name, cache), cache)
+
+    @given(ids=st.lists(st.integers(0, 49151), max_size=30))
+    @settings(max_examples=150, deadline=None)
+    def check(ids: list[int]) -> None:
+        assert spoken(tokenizer, ids) == tokenizer._fast.decode(ids)
+
+    check()
+    assert "Paris" in spoken(tokenizer, tokenizer.encode_text("Paris – 巴黎 🗼"))
