@@ -222,7 +222,7 @@ async def streams_that_stay(run: Attack) -> None:
         for method in METHODS * 12:
             if one.closed.is_set():
                 break
-            stream = await one.call(headers(method, timeout="3S"), None)
+            stream = await one.call(headers(method, timeout="1S"), None)
             if run.rng.random() < 0.5:
                 await one.send(frame(DATA, 0, stream, b"\0\0\0\0"))
             elif run.rng.random() < 0.5:

@@ -70,7 +70,7 @@ def _submit(*sequences: wire.Sequence) -> wire.RunRequest:
 async def idle_run_streams(run: Attack) -> None:
     """200 Run streams that say hello and nothing else."""
     async with open_channel(f"127.0.0.1:{run.port}") as channel:
-        await asyncio.gather(*(_talk(run, channel, [HELLO], reads=True, seconds=2) for _ in range(200)))
+        await asyncio.gather(*(_talk(run, channel, [HELLO], reads=True, seconds=1) for _ in range(200)))
 
 
 @attack
@@ -78,7 +78,7 @@ async def urgent_sequences_beyond_credit(run: Attack) -> None:
     """20,000 sequences of the highest priority, far beyond the stream's credit."""
     submits = [_submit(*(_sequence(n * 500 + k) for k in range(500))) for n in range(40)]
     async with open_channel(f"127.0.0.1:{run.port}") as channel:
-        await _talk(run, channel, [HELLO, *submits], reads=True, seconds=2)
+        await _talk(run, channel, [HELLO, *submits], reads=True, seconds=1)
 
 
 @attack
@@ -133,7 +133,7 @@ async def unread_pings(run: Attack) -> None:
     pings = [wire.RunRequest(ping=wire.Ping(nonce=n)) for n in range(20_000)]
     async with open_channel(f"127.0.0.1:{run.port}") as channel:
         await asyncio.gather(
-            *(_talk(run, channel, [HELLO, *pings], reads=False, seconds=2) for _ in range(4))
+            *(_talk(run, channel, [HELLO, *pings], reads=False, seconds=1) for _ in range(4))
         )
 
 
@@ -181,6 +181,6 @@ async def watchers(run: Attack) -> None:
                 break
             asked = health_pb2.HealthCheckRequest(service=f"service-{number}" * 20)
             body = message(asked.SerializeToString())
-            streams.append(await one.call(headers("/grpc.health.v1.Health/Watch", timeout="3S"), body))
+            streams.append(await one.call(headers("/grpc.health.v1.Health/Watch", timeout="1S"), body))
         await one.answered(streams, seconds=6)
         run.count(one, streams)

@@ -51,7 +51,7 @@ RUN: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("name", FLOODS)
 async def test_a_flood_at_the_router_is_not_felt_by_others(besiege: Besiege, name: str) -> None:
-    row = await besiege("router", name, seconds=1.5)
+    row = await besiege("router", name, seconds=1.0)
 
     assert row.outcomes.keys() <= FLOODS[name]
 
@@ -91,6 +91,6 @@ async def test_each_service_survives_with_the_memory_of_its_manifest(mesh: Fleet
         for service in ("router", "batcher"):
             note = f", in {', '.join(sorted(how))}"
             # Five attackers and three services on the cores of one machine: alive and answering is the point.
-            row = await besiege(service, *heavy, seconds=4, note=note, prompt=False)
+            row = await besiege(service, *heavy, seconds=2.5, note=note, prompt=False)
 
             assert not row.outcomes.keys() & {"INTERNAL", "UNKNOWN", "CANCELLED"}

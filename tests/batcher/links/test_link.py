@@ -21,7 +21,7 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import Mesh, collect, eventually, prompt
+from tests.harness import PATIENCE, Mesh, collect, eventually, prompt
 from tests.tier import running_tier
 
 
@@ -423,3 +423,29 @@ async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) ->
                 pass
 
     assert isinstance(errors.from_rpc_error(caught.value), errors.InvalidRequest)
+
+
+async def test_a_link_that_is_cancelled_while_its_stream_breaks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a batcher that is stopped as its worker dies would dial the worker for ever, and not end."""
+    link = WorkerLink("127.0.0.1:1", fingerprint="", batcher_id="b", sink=Recorder())
+    begun = asyncio.Event()
+
+    async def breaks(stub: object) -> None:
+        begun.set()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(broken())
+            await asyncio.Event().wait()
+
+    async def broken() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise errors.WorkerLost("the stream broke")
+
+    monkeypatch.setattr(link, "_converse", breaks)
+    running = asyncio.create_task(link.run())
+    await begun.wait()
+    running.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, PATIENCE)

@@ -202,6 +202,10 @@ class WorkerLink:
                 finally:
                     was_connected, self._welcomed = self._welcomed, False
                     self._lose()
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    # Before Python 3.13 a task group that fails while it is cancelled loses the cancellation.
+                    raise asyncio.CancelledError
                 if was_connected or self.problem != reported:
                     reported = self.problem
                     log.log(
