@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from headrace.batcher.__main__ import Batcher, batcher
@@ -124,6 +125,19 @@ async def running_worker(engine: Engine, **settings: Any) -> AsyncGenerator[Work
         WorkerSettings(port=0, fake=True, **{"drain_seconds": 2.0, **settings}), lambda: engine, "worker"
     ) as running:
         yield running
+
+
+def transformers_tokenizer(path: Path, cache: Path) -> Any:
+    """Load the tokenizer of a .gguf file as transformers does.
+
+    A batcher keeps it in *cache*: transformers takes ten seconds to read it from the file.
+    """
+    from transformers import AutoTokenizer
+
+    from headrace.batcher.text.tokenizer_files import read_tokenizer
+
+    kept: Any = AutoTokenizer
+    return kept.from_pretrained(cache / "tokenizers" / read_tokenizer(path, cache).fingerprint)
 
 
 async def until_healthy(client: Client, *tiers: bool) -> None:

@@ -1,7 +1,7 @@
 """Run the suite in several processes with pytest-xdist: `pytest -n 3`.
 
 The tests of a file run in one process and in order, so that what a module's fixtures start is started once.
-Folders in `TOGETHER` stay in one process as well. Tests marked `quiet` measure time: no other test runs
+Files in `TOGETHER` stay in one process as well. Tests marked `quiet` measure time: no other test runs
 beside them.
 """
 
@@ -17,20 +17,27 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Folders whose files share session fixtures that start processes.
-TOGETHER = ("tests/hostile/",)
-# Files of slow tests that share nothing: each test may run in any process.
-APART: tuple[str, ...] = ()
-# What takes longest comes first, so that the processes end at about the same time.
-FIRST: tuple[str, ...] = ("tests/hostile/",)
+# Files that share processes which their fixtures start: they run in one process of the run, too.
+TOGETHER = (
+    ("tests/hostile/",),
+    ("tests/mesh/real/",),
+    tuple(f"tests/faults/test_{name}.py" for name in ("batchers", "load", "routers", "soak")),
+)
+# What takes longest starts first, so that all processes end at about the same time.
+FIRST = (
+    "tests/hostile/",
+    "tests/mesh/real/",
+    "tests/faults/",
+    "tests/cli/",
+    "tests/worker/engine/",
+    "tests/batcher/text/",
+)
 
 
 def unit_of(nodeid: str) -> str:
     """Return the name of the unit that a test belongs to; the tests of a unit run in one process."""
     path = nodeid.partition("::")[0]
-    if path in APART:
-        return nodeid
-    return next((folder for folder in TOGETHER if path.startswith(folder)), path)
+    return next((unit[0] for unit in TOGETHER if path.startswith(unit)), path)
 
 
 class Scheduler(LoadScopeScheduling):  # type: ignore[misc]

@@ -469,11 +469,3 @@ def test_the_version_is_the_installed_one() -> None:
     out = run("--version")
 
     assert (out.returncode, out.stdout) == (0, f"headrace {version('headrace')}\n")
-
-
-def test_help_has_an_example_for_every_command() -> None:
-    commands = re.findall(r"^│ (\w+)  ", run("--help").stdout, re.MULTILINE)
-
-    assert {"fetch", "up", "demo", "chat", "explain", "tiers"} <= set(commands)
-    for command in commands:
-        assert f"headrace {command} " in run(command, "--help").stdout.partition("Example:")[2]

@@ -58,7 +58,7 @@ def fleets(tmp_path: Path) -> Callable[[Plan], AbstractAsyncContextManager[Fleet
     return lambda plan: fleet(plan, tmp_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Fleet, None]:
     """Two of each service, for all scenarios that need no special ones; use it through `twins`."""
     plan = Plan(router_flags=("--poll-seconds", "0.25", "--stall-seconds", "2"))

@@ -81,7 +81,7 @@ HEAD = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def few_files() -> AsyncGenerator[None, None]:
     """The soft limit of open files that most systems begin with, for the processes that are started now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -90,7 +90,7 @@ async def few_files() -> AsyncGenerator[None, None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def siege(mesh: Fleet) -> Siege:
     """The attacks of this run."""
     return Siege(mesh, await calm(mesh))
@@ -115,7 +115,7 @@ def besiege(siege: Siege, request: pytest.FixtureRequest) -> Besiege:
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def mesh(few_files: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Fleet, None]:
     """One of each service, warm, with the echo engine."""
     async with fleet(PLAN, tmp_path_factory.mktemp("hostile")) as running:

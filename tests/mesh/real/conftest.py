@@ -10,7 +10,7 @@ from headrace import models
 from headrace.cli.mesh import MeshSpec, Running, mesh
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def real_mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Running, None]:
     """Router, and batcher and worker for each of the default models; they are fetched beforehand."""
     cache = models.cache_folder()
