@@ -120,6 +120,9 @@ def take_part(config: pytest.Config) -> None:
     """Register what this process needs if the run has several: call it from `pytest_configure`."""
     run: dict[str, Any] | None = getattr(config, "workerinput", None)
     if run is not None:
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # the processes share the cores; torch is not imported yet
         config.pluginmanager.register(Worker())
         config.pluginmanager.register(
             Quiet(Path(tempfile.gettempdir()) / f"headrace-tests-{run['testrunuid']}")
