@@ -1,4 +1,4 @@
-"""What all tests share: an echo mesh, and telemetry kept in memory."""
+"""Fixtures that all tests share: an echo mesh, and telemetry kept in memory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _spans = InMemorySpanExporter()
 _reader = InMemoryMetricReader()
 
 
-# A busy machine is no failure.
+# A slow machine must not fail a property test.
 settings.register_profile("headrace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("headrace")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Record spans and metrics of everything that runs in this process."""
+    """Record the spans and metrics of this process, and set up the run."""
     parallel.take_part(config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Tables())
@@ -47,16 +47,16 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture
 def spans() -> InMemorySpanExporter:
-    """The spans that ended since the test began."""
+    """Return the spans that have ended since the test started."""
     _spans.clear()
     return _spans
 
 
 @pytest.fixture
 def count() -> Callable[..., float]:
-    """Reads metrics as they are now, by our own labels: count("headrace.requests", outcome="stop").
+    """Return a function that reads a metric by our own labels: count("headrace.requests", outcome="stop").
 
-    Counters give their sum, gauges their value, histograms how often they were recorded.
+    It returns the sum of a counter, the value of a gauge, and the number of recordings of a histogram.
     """
 
     def read(name: str, **labels: str) -> float:
@@ -78,6 +78,6 @@ def count() -> Callable[..., float]:
 
 @pytest.fixture
 async def mesh() -> AsyncGenerator[Mesh, None]:
-    """Two tiers of echo engines."""
+    """Run a mesh of two tiers with echo engines."""
     async with running_mesh() as running:
         yield running

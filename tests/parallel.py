@@ -41,13 +41,13 @@ def unit_of(nodeid: str) -> str:
 
 
 class Scheduler(LoadScopeScheduling):  # type: ignore[misc]
-    """Hands out whole units, in the order of collection."""
+    """Assigns whole units, in the order of collection."""
 
     def _split_scope(self, nodeid: str) -> str:
         return unit_of(nodeid)
 
     def remove_node(self, node: Any) -> str | None:
-        """Return the test that *node* died in, if any; xdist itself would run it again and again."""
+        """Return the test in which *node* died, if any. xdist alone would assign it again."""
         units = self.assigned_work[node]
         crashed = next((test for unit in units.values() for test, done in unit.items() if not done), None)
         if crashed is not None:
@@ -75,7 +75,7 @@ class Quiet:
         """Hold the lock while a test runs, and from one quiet test to the next."""
         if not self._alone:
             self._alone = quiet(item)
-            # Who waits to be alone holds the gate: those who come later wait behind.
+            # A quiet test that waits holds the gate, so that tests of other processes queue behind it.
             fcntl.flock(self._gate, fcntl.LOCK_EX)
             fcntl.flock(self._lock, fcntl.LOCK_EX if self._alone else fcntl.LOCK_SH)
             fcntl.flock(self._gate, fcntl.LOCK_UN)
@@ -88,16 +88,16 @@ class Quiet:
 
 
 def quiet(item: pytest.Item) -> bool:
-    """Whether a test must run while no other does."""
+    """Return whether a test must run alone."""
     return item.get_closest_marker("quiet") is not None
 
 
 class Worker:
-    """What each process that runs tests does besides."""
+    """Hooks of each process that runs tests."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Put what takes longest first."""
+        """Sort what takes longest to the front."""
         items.sort(key=lambda item: rank_of(item.nodeid))
 
 
@@ -107,7 +107,7 @@ def rank_of(nodeid: str) -> int:
 
 
 class Controller:
-    """What the process that hands out tests does besides."""
+    """Hooks of the process that assigns the tests."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Scheduler:
@@ -117,7 +117,7 @@ class Controller:
 
 
 def take_part(config: pytest.Config) -> None:
-    """Register what this process needs if the run has several: call it from `pytest_configure`."""
+    """Register the hooks of this process, if the run has several: call it from `pytest_configure`."""
     run: dict[str, Any] | None = getattr(config, "workerinput", None)
     if run is not None:
         os.environ.setdefault(

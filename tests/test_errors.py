@@ -1,4 +1,4 @@
-"""An error crosses the wire and comes out as the same class with the same facts."""
+"""An error is received as the same class with the same fields as it was sent."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_every_error_survives_the_round_trip(cls: type[errors.HeadraceError]) ->
 
 
 @pytest.mark.parametrize("seconds", [-(2**62), -1, 2**62])
-def test_a_delay_that_cannot_be_is_passed_on_as_one_that_can(seconds: int) -> None:
-    """A router passes on what a batcher says."""
+def test_an_invalid_delay_is_replaced_by_a_valid_one(seconds: int) -> None:
+    """A router forwards the delay of a batcher."""
     status = errors.to_status(errors.Overloaded("full", retry_after=1.0))
     retry = error_details_pb2.RetryInfo()
     retry.retry_delay.seconds = seconds
@@ -68,7 +68,7 @@ def test_reasons_are_unique() -> None:
         (grpc.StatusCode.UNKNOWN, "?", errors.InternalError),
     ],
 )
-def test_a_status_of_other_making_becomes_the_nearest_class(
+def test_a_status_without_our_reason_becomes_the_nearest_class(
     code: grpc.StatusCode, message: str, expected: type[errors.HeadraceError]
 ) -> None:
     error = errors.from_status(status_pb2.Status(code=code.value[0], message=message))
@@ -77,7 +77,7 @@ def test_a_status_of_other_making_becomes_the_nearest_class(
     assert error.message == message
 
 
-def test_a_newer_servers_reason_is_not_taken_for_a_proxys() -> None:
+def test_an_unknown_reason_of_a_newer_server_is_not_taken_for_a_proxy_error() -> None:
     status = status_pb2.Status(code=grpc.StatusCode.NOT_FOUND.value[0], message="no such thing")
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason="NEW_REASON", domain="headrace"))
 
@@ -107,7 +107,7 @@ def test_errors_can_be_pickled() -> None:
         ("something else", errors.InternalError),
     ],
 )
-def test_a_stream_that_grpc_removed_is_what_its_text_says(
+def test_a_stream_removed_by_grpc_is_classified_by_its_text(
     details: str, expected: type[errors.HeadraceError]
 ) -> None:
     nothing = grpc.aio.Metadata()

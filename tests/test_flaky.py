@@ -36,7 +36,7 @@ def pytest_configure(config):
 
 
 def run(folder: Path, failures: list[int], *options: str, dies: bool = False) -> tuple[bool, str]:
-    """Run a suite of such tests; whether it passed, and what it printed."""
+    """Run a suite of such tests. Returns whether it passed, and what it printed."""
     (folder / "test_suite.py").write_text(SUITE.format(failures=failures, dies=dies))
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "pytest.ini").write_text("[pytest]\n")
@@ -79,7 +79,7 @@ def test_failures_are_run_once_more(
 
 @pytest.mark.parametrize(("failures", "passes"), [(1, True), (2, False)])
 def test_a_test_in_which_a_process_died_is_run_once_more(tmp_path: Path, failures: int, passes: bool) -> None:
-    """And the tests after it run once, in the process that replaces the dead one."""
+    """The tests after it run once, in the process that replaces the dead one."""
     passed, printed = run(tmp_path, [0, failures, 0], *SEVERAL, dies=True)
 
     assert passed is passes, printed

@@ -100,7 +100,7 @@ CHECKED = (
     DECODER
     + """
 import numpy as np
-from headrace.worker.engine import decoder as module
+from headrace.worker.engine.cpu import decoder as module
 
 module._check = lambda *_: None  # what the kernels themselves see
 for ids, stop, blocks in (([300], 1, [0]), ([1] * 161, 161, list(range(6))), ([1], 1, [20])):
