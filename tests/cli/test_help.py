@@ -1,4 +1,4 @@
-"""Help is read on narrow terminals, too."""
+"""Help has examples, and fits on narrow terminals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker dies in the middle of a real model's sampled answer, and the answer is the same, byte for byte."""
+"""A worker dies during a real model's sampled answers, and the answers are byte-identical."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headrace.client import chat, connect
 from headrace.v1 import generation_pb2 as pb
 from tests.faults.dice import Expected
 from tests.faults.fleet import Fleet, Plan
-from tests.faults.tally import Row, until_felt, visit
+from tests.faults.tally import Row, until_affected, visit
 from tests.harness import Answer, collect
 
 
@@ -41,7 +41,7 @@ async def test_a_sampled_answer_survives_its_worker(
         worker_module="headrace.worker",
         worker_flags=("--model", models.SMALL, "--dtype", "float32", "--threads", "1"),
         batcher_flags=("--model", models.SMALL),
-        start_seconds=300,  # where no kernel has been compiled yet, on a machine that is busy
+        start_seconds=300,  # kernels may have to be compiled, on a busy machine
     )
     asked = [asking(seed) for seed in (1, 2, 3, 4)]
     async with fleets(plan) as few, connect(few.target, retries=0) as client:
@@ -49,16 +49,16 @@ async def test_a_sampled_answer_survives_its_worker(
         known = {one.sampling.seed: _expected(answer) for one, answer in zip(asked, whole, strict=True)}
         longest = 0
 
-        def hear(count: int) -> None:
+        def on_token(count: int) -> None:
             nonlocal longest
             longest = max(longest, count)
 
-        for _ in until_felt(counted):
+        for _ in until_affected(counted):
             await few.heal()
             longest = 0
             visits = [
                 asyncio.create_task(
-                    visit(client, one, timeout=240, on_token=hear, judge=lambda asked, seed: known[seed])
+                    visit(client, one, timeout=240, on_token=on_token, judge=lambda asked, seed: known[seed])
                 )
                 for one in asked
             ]
@@ -68,7 +68,7 @@ async def test_a_sampled_answer_survives_its_worker(
             counted.add(await asyncio.gather(*visits))
 
     counted.check()
-    assert counted.moved > 0, "the kill was felt"
+    assert counted.moved > 0, "the kill affected answers"
     assert len({answer.text for answer in whole}) == 4, "four seeds, four stories"
 
 

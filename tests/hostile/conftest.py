@@ -1,4 +1,4 @@
-"""One mesh of real processes for all attacks, and one table of what they did: build/hostile.md."""
+"""Run attacks on one mesh of real processes, and add each to the table build/hostile.md."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tests.hostile.honest import HANG_SECONDS, Seen, ask_for, ask_until, percent
 from tests.tables import add_row
 
 SEED = int(os.environ.get("HEADRACE_HOSTILE_SEED", "0")) or 20261127
-FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's own jitter
-# A machine that has other work wakes a sleeping process later than that once in a hundred times, or
-# has more ready processes than an attack and the services come to.
+FLOOR_SECONDS = 0.15  # the least p99 to compare with: the machine's own jitter
+# A machine is busy if one in a hundred sleeps ends later than this, or if it has more ready processes than an
+# attack and the services.
 QUIET_SECONDS = 0.004
 QUIET_LOAD = (os.cpu_count() or 1) + 2
 CALM_SECONDS = 0.7
-TRIES = 3  # a row is run again where the honest caller was only late: the machine may have stalled by itself
-BACK_SECONDS = 10.0
-BACK_BYTES = 96 * 2**20  # what an allocator may keep
+TRIES = 3  # an attack is repeated if the honest caller was late: the machine itself may have stalled
+RELEASE_SECONDS = 10.0
+RETAINED_BYTES = 96 * 2**20  # memory that an allocator may keep
 PLAN = Plan(
     workers=1,
     batchers=1,
@@ -40,7 +40,7 @@ PLAN = Plan(
 
 @dataclass
 class Row:
-    """One attack: what it did, and what the honest caller and the processes saw of it."""
+    """One attack, and its effect on the honest caller and the processes."""
 
     name: str
     at: str
@@ -83,7 +83,7 @@ HEAD = (
 
 @pytest.fixture(scope="package")
 async def few_files() -> AsyncGenerator[None, None]:
-    """The soft limit of open files that most systems begin with, for the processes that are started now."""
+    """Set the usual soft limit of open files for the processes that are started now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
     yield
@@ -91,21 +91,21 @@ async def few_files() -> AsyncGenerator[None, None]:
 
 
 @pytest.fixture(scope="package")
-async def siege(mesh: Fleet) -> Siege:
-    """The attacks of this run."""
-    return Siege(mesh, await calm(mesh))
+async def target(mesh: Fleet) -> Target:
+    """Return the attacker of this run's mesh."""
+    return Target(mesh, await calm(mesh))
 
 
-Besiege = Callable[..., Awaitable[Row]]
+Attack = Callable[..., Awaitable[Row]]
 
 
 @pytest.fixture
-def besiege(siege: Siege, request: pytest.FixtureRequest) -> Besiege:
-    """Runs an attack as `Siege.attack` does, at most `TRIES` times where the honest caller was late."""
+def attack(target: Target, request: pytest.FixtureRequest) -> Attack:
+    """Return `Target.attack`, repeated at most `TRIES` times while the honest caller is late."""
 
     async def run(service: str, *names: str, **options: Any) -> Row:
         for _ in range(TRIES):
-            row, late = await siege.attack(service, *names, **options)
+            row, late = await target.attack(service, *names, **options)
             if not late:
                 break
         add_row(request.node, row.published())
@@ -117,19 +117,19 @@ def besiege(siege: Siege, request: pytest.FixtureRequest) -> Besiege:
 
 @pytest.fixture(scope="package")
 async def mesh(few_files: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Fleet, None]:
-    """One of each service, warm, with the echo engine."""
+    """Run one of each service, warmed up, with the echo engine."""
     async with fleet(PLAN, tmp_path_factory.mktemp("hostile")) as running:
         await ask_for(running.target, 2)
         yield running
 
 
 def at(running: Fleet, service: str) -> Child:
-    """The process of a service."""
+    """Return the process of a service."""
     return {"worker": running.workers, "batcher": running.batchers, "router": running.routers}[service][0]
 
 
 async def run_attack(name: str, port: int, seconds: float) -> Counter[str]:
-    """Run one attack as a process of its own, and wait for it."""
+    """Run one attack as a process. Returns its outcomes."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.hostile.attack", name, str(port), str(SEED), str(seconds)),
         stdout=asyncio.subprocess.PIPE,
@@ -145,7 +145,7 @@ async def run_attack(name: str, port: int, seconds: float) -> Counter[str]:
 
 
 async def _lateness(over: asyncio.Event) -> list[float]:
-    """By how much this process is woken too late."""
+    """Measure by how much sleeps of this process overrun."""
     loop, late = asyncio.get_running_loop(), []
     while not over.is_set():
         due = loop.time() + 0.005
@@ -166,9 +166,9 @@ async def _peaks(running: Fleet, over: asyncio.Event) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Calm:
-    """What the honest caller saw without an attack.
+    """The results of the honest caller without an attack.
 
-    busy   whether the machine had other work, so that nobody's lateness can be blamed on an attack
+    busy   whether the machine had other work, so that late answers prove nothing about an attack
     """
 
     seen: Seen
@@ -176,7 +176,7 @@ class Calm:
 
 
 async def calm(running: Fleet) -> Calm:
-    """Let the honest caller ask without an attack."""
+    """Run the honest caller without an attack."""
     over = asyncio.Event()
     waking = asyncio.create_task(_lateness(over))
     seen = await ask_for(running.target, CALM_SECONDS)
@@ -186,10 +186,10 @@ async def calm(running: Fleet) -> Calm:
     return Calm(seen, busy)
 
 
-class Siege:
+class Target:
     """Attacks on a running mesh, one after the other.
 
-    `before` is what the honest caller saw since the last attack.
+    `before` has the results of the honest caller since the last attack.
     """
 
     def __init__(self, running: Fleet, before: Calm) -> None:
@@ -199,13 +199,13 @@ class Siege:
     async def attack(
         self, service: str, *names: str, seconds: float, note: str = "", prompt: bool = True
     ) -> tuple[Row, float]:
-        """Run attacks at once against a service, with an honest caller beside, and judge what all must hold.
+        """Run attacks at once against a service, beside an honest caller, and check what holds for all.
 
-        prompt   whether the honest caller must be as fast as usual, beyond being answered
+        prompt   whether the honest caller must also be as fast as usual
 
         Returns the table's row, and the honest caller's p99 in seconds if it is too long, else 0. Raises
-        AssertionError where a process ended, the honest caller got anything but its answers, a log has lines
-        that are not the service's, or memory does not come back.
+        AssertionError if a process ended, a request of the honest caller failed, a log has lines that the
+        service did not write, or memory is not released.
         """
         running, normal, busy = self.running, self.before.seen, self.before.busy
         memory = {child.name: child.memory for child in running.children}
@@ -234,32 +234,32 @@ class Siege:
         usual = max(
             percentile(normal.seconds, 0.99), percentile(self.before.seen.seconds, 0.99), FLOOR_SECONDS
         )
-        # On a busy machine the cause of a late answer is not known; nobody may hang all the same.
+        # On a busy machine the cause of a late answer is unknown; no request may hang there, either.
         slowest = percentile(beside.seconds, 0.99)
         late = slowest > (HANG_SECONDS if busy or not prompt else 3 * usual)
         for child in running.children:
             judge_log(child, logged[child.name])
-            await _comes_back(child, memory[child.name])
+            await _memory_is_released(child, memory[child.name])
         return row, slowest if late else 0.0
 
 
 def judge_log(child: Child, begin: int) -> None:
-    """What was written to the log from *begin* on: JSON lines of the service, not many, nothing forged."""
+    """Check the log from offset *begin*: few JSON lines, all of them written by the service."""
     with child.log.open("rb") as log:
         log.seek(begin)
         text = log.read()
     assert len(text) < 200_000
     for line in text.decode().splitlines():
-        told = json.loads(line)
-        assert told["service"] in child.name
-        # gRPC reports some calls that their callers broke as errors, in one short line.
-        assert told["level"] in ("INFO", "WARNING") or told["logger"].startswith("grpc"), line
+        logged = json.loads(line)
+        assert logged["service"] in child.name
+        # gRPC logs some calls that their callers broke as errors, in one short line.
+        assert logged["level"] in ("INFO", "WARNING") or logged["logger"].startswith("grpc"), line
         assert "Traceback" not in line
 
 
-async def _comes_back(child: Child, before: int) -> None:
-    ends = asyncio.get_running_loop().time() + BACK_SECONDS
-    while child.memory > before + BACK_BYTES:
+async def _memory_is_released(child: Child, before: int) -> None:
+    ends = asyncio.get_running_loop().time() + RELEASE_SECONDS
+    while child.memory > before + RETAINED_BYTES:
         assert asyncio.get_running_loop().time() < ends, (
             f"{child.name} has {(child.memory - before) >> 20} MiB more than before"
         )

@@ -1,4 +1,4 @@
-"""The default models through all processes: the tokens are those of transformers' own `generate`."""
+"""The default models through all processes give the tokens of transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headrace.client import Client, chat, connect
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import Answer, collect, transformers_tokenizer
 
-# Hundreds of tokens by real models: half a minute, and many times that on a machine that is busy.
+# Hundreds of tokens by real models: half a minute, and many times that on a busy machine.
 pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
 
 TOKENS = 16
@@ -39,12 +39,12 @@ async def client(real_mesh: Running) -> AsyncGenerator[Client, None]:
 
 @pytest.fixture(scope="module")
 async def alone(client: Client) -> list[Answer]:
-    """The answers when each prompt has the mesh to itself."""
+    """Return the answers of the prompts, sent one at a time."""
     return [await collect(client, request, timeout=1200) for request in requests()]
 
 
 def generate(model_name: str, requests: list[pb.GenerateRequest]) -> list[list[int]]:
-    """What transformers' `generate` makes of the prompts with the same weights, end of turn left out."""
+    """Return the ids of transformers' `generate` with the same weights, without the end of turn."""
     import torch
     from transformers import AutoModelForCausalLM
 
