@@ -92,7 +92,7 @@ async def few_files() -> AsyncGenerator[None, None]:
 
 @pytest.fixture(scope="package")
 async def target(mesh: Fleet) -> Target:
-    """Return the attacker of this run's mesh."""
+    """Return the mesh that this run attacks."""
     return Target(mesh, await calm(mesh))
 
 
@@ -187,7 +187,7 @@ async def calm(running: Fleet) -> Calm:
 
 
 class Target:
-    """Attacks on a running mesh, one after the other.
+    """A running mesh that is attacked.
 
     `before` has the results of the honest caller since the last attack.
     """

@@ -426,17 +426,17 @@ async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) ->
 
 
 async def test_a_link_that_is_cancelled_while_its_stream_breaks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a batcher that is stopped as its worker dies would dial the worker for ever, and not end."""
+    """Else a batcher that is stopped as its worker dies would reconnect for ever and not end."""
     link = WorkerLink("127.0.0.1:1", fingerprint="", batcher_id="b", sink=Recorder())
     begun = asyncio.Event()
 
     async def breaks(stub: object) -> None:
         begun.set()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(broken())
+            tasks.create_task(failing())
             await asyncio.Event().wait()
 
-    async def broken() -> None:
+    async def failing() -> None:
         try:
             await asyncio.Event().wait()
         finally:
