@@ -21,7 +21,7 @@ def asking(seed: int) -> pb.GenerateRequest:
     request = chat("Tell a short story about a miller.", temperature=0.9, top_p=0.95, seed=seed)
     request.sampling.presence_penalty = 0.3
     request.sampling.repetition_penalty = 1.1
-    request.sampling.max_tokens = 48
+    request.sampling.max_tokens = 32
     request.sampling.ignore_eos = True
     request.stream.include_token_ids = True
     request.stream.include_route_changes = True
@@ -62,7 +62,7 @@ async def test_a_sampled_answer_survives_its_worker(
                 )
                 for one in asked
             ]
-            while longest < 20:
+            while longest < 12:
                 await asyncio.sleep(0.01)
             await few.workers[0].kill()
             counted.add(await asyncio.gather(*visits))

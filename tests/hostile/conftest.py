@@ -25,7 +25,7 @@ FLOOR_SECONDS = 0.15  # the least p99 to compare with: the machine's own jitter
 # attack and the services.
 QUIET_SECONDS = 0.004
 QUIET_LOAD = (os.cpu_count() or 1) + 2
-CALM_SECONDS = 0.7
+CALM_SECONDS = 0.5
 TRIES = 3  # an attack is repeated if the honest caller was late: the machine itself may have stalled
 RELEASE_SECONDS = 10.0
 RETAINED_BYTES = 96 * 2**20  # memory that an allocator may keep

@@ -51,7 +51,7 @@ RUN: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("name", FLOODS)
 async def test_a_flood_at_the_router_does_not_affect_others(attack: Attack, name: str) -> None:
-    row = await attack("router", name, seconds=1.0)
+    row = await attack("router", name, seconds=0.8)
 
     assert row.outcomes.keys() <= FLOODS[name]
 
@@ -59,7 +59,7 @@ async def test_a_flood_at_the_router_does_not_affect_others(attack: Attack, name
 @pytest.mark.parametrize("service", ["router", "batcher", "worker"])
 @pytest.mark.parametrize("name", FUZZ)
 async def test_invalid_requests_get_a_status_of_their_own(attack: Attack, service: str, name: str) -> None:
-    row = await attack(service, name, seconds=1.0)
+    row = await attack(service, name, seconds=0.8)
 
     assert row.outcomes.keys() <= FUZZ[name]
 

@@ -101,7 +101,7 @@ async def pay(mesh: Mesh, visit: Visit) -> None:
 
 
 @given(visits=st.lists(VISITS, min_size=1, max_size=14))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_every_stream_keeps_the_contract_and_nothing_is_left(tight: Mesh, visits: list[Visit]) -> None:
     async with asyncio.TaskGroup() as tasks:
         for visit in visits:
@@ -110,10 +110,10 @@ async def test_every_stream_keeps_the_contract_and_nothing_is_left(tight: Mesh, 
     await eventually(lambda: not tight.left_behind)
 
 
-async def test_a_thousand_visits_leave_no_task_behind(tight: Mesh) -> None:
+async def test_hundreds_of_requests_leave_no_task_behind(tight: Mesh) -> None:
     gc.collect()
     before = len(asyncio.all_tasks())
-    for round_ in range(10):
+    for round_ in range(4):
         async with asyncio.TaskGroup() as tasks:
             for number in range(100):
                 leaves = number % 3 if number % 4 == 0 else None

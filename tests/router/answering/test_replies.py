@@ -447,7 +447,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     script=st.lists(EVENTS, max_size=6)
     | st.lists(EVENTS, max_size=5).map(lambda events: [ACCEPTED, *events]),
