@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ FIRST = (
     "tests/worker/engine/",
     "tests/batcher/text/",
 )
+
+
+_FOLDER = "headrace_folder"
 
 
 def unit_of(nodeid: str) -> str:
@@ -63,10 +67,10 @@ class Quiet:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._gate = os.open(folder / "gate", os.O_CREAT | os.O_RDWR)
         self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
         self._alone = False
+        self._started = False
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of a test's durations and time limit
     def pytest_runtest_protocol(
@@ -75,6 +79,9 @@ class Quiet:
         """Hold the lock while a test runs, and from one quiet test to the next."""
         if not self._alone:
             self._alone = quiet(item)
+            if not (self._started or self._alone) and any(map(quiet, item.session.items)):
+                time.sleep(1)  # `FIRST` has quiet tests: they take the lock before a long test does
+            self._started = True
             # A quiet test that waits holds the gate, so that tests of other processes queue behind it.
             fcntl.flock(self._gate, fcntl.LOCK_EX)
             fcntl.flock(self._lock, fcntl.LOCK_EX if self._alone else fcntl.LOCK_SH)
@@ -109,6 +116,17 @@ def rank_of(nodeid: str) -> int:
 class Controller:
     """Hooks of the process that assigns the tests."""
 
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="headrace-tests-")
+
+    def pytest_configure_node(self, node: Any) -> None:
+        """Pass the folder of the lock to a new process."""
+        node.workerinput[_FOLDER] = self._folder.name
+
+    def pytest_unconfigure(self) -> None:
+        """Remove the folder."""
+        self._folder.cleanup()
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Scheduler:
         """Schedule whole units."""
@@ -124,8 +142,6 @@ def take_part(config: pytest.Config) -> None:
             "OMP_NUM_THREADS", "1"
         )  # the processes share the cores; torch is not imported yet
         config.pluginmanager.register(Worker())
-        config.pluginmanager.register(
-            Quiet(Path(tempfile.gettempdir()) / f"headrace-tests-{run['testrunuid']}")
-        )
+        config.pluginmanager.register(Quiet(Path(run[_FOLDER])))
     elif config.getoption("dist", "no") != "no":
         config.pluginmanager.register(Controller())
