@@ -24,14 +24,14 @@ demo: $(STARTABLE) ## install, start a mesh with two models, send it mixed promp
 up: $(STARTABLE) ## start a mesh on 127.0.0.1:50051; Ctrl-C stops it
 	headrace up
 
-test: $(INSTALLED) ## run all tests; fetches the default models for those that need real weights
+test: $(INSTALLED) ## run all tests, in a process more than cores; fetches the default models first
 	headrace fetch
-	pytest -p tests.flaky
+	pytest -p tests.flaky -n auto --durations=10
 
-faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: minutes of overload and soak)
+faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: ten minutes of soak)
 	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )pytest tests/faults
 
-hostile: $(INSTALLED) ## flood, fuzz and abuse real processes beside an honest caller; prints what it felt
+hostile: $(INSTALLED) ## flood, fuzz and abuse real processes; prints the latency of an honest caller beside each attack
 	pytest tests/hostile
 
 check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import rules, links

@@ -1,4 +1,4 @@
-"""A worker process over the dice engine: `python -m tests.faults.dice_worker --fake ...`, else as usual."""
+"""A worker process with the dice engine: `python -m tests.faults.dice_worker --fake ...`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.faults.dice import DiceEngine
 
 
 async def main(settings: Settings) -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal arrives."""
 
     def load() -> Engine:
         engine = DiceEngine(

@@ -23,7 +23,7 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import Mesh, collect, eventually, prompt
+from tests.harness import PATIENCE, Mesh, collect, eventually, prompt
 from tests.tier import running_tier
 
 
@@ -425,3 +425,29 @@ async def test_a_stream_that_does_not_start_with_hello_is_rejected(mesh: Mesh) -
                 pass
 
     assert isinstance(statuses.from_rpc_error(caught.value), errors.InvalidRequest)
+
+
+async def test_a_link_that_is_cancelled_while_its_stream_breaks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a batcher that is stopped while its worker dies would reconnect for ever and not end."""
+    link = WorkerLink("127.0.0.1:1", fingerprint="", batcher_id="b", listener=Recorder())
+    begun = asyncio.Event()
+
+    async def breaks(stub: object) -> None:
+        begun.set()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(failing())
+            await asyncio.Event().wait()
+
+    async def failing() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise errors.WorkerLost("the stream broke")
+
+    monkeypatch.setattr(link, "_serve_stream", breaks)
+    running = asyncio.create_task(link.run())
+    await begun.wait()
+    running.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, PATIENCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace import errors, models
-from headrace.batcher.text import rendering
+from headrace.batcher.text import rendering, templates
+from headrace.batcher.text.templates import Renderer
 from headrace.batcher.text.tokens import TransformersTokenizer, load_tokenizer
 from tests.batcher.text.tiny_tokenizers import FAMILIES, SPECIALS, byte_level, saved
 
@@ -131,7 +132,14 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Made]:
-    """Tokenizers by family and template."""
+    """By family of the tokenizer and template. The families share the processes that render."""
+    renderers: dict[str, templates.Renderer] = {}
+
+    def shared(template: str, tokens: Mapping[str, Any]) -> templates.Renderer:
+        key = f"{template}{sorted(tokens.items())}"
+        if key not in renderers:
+            renderers[key] = Renderer(template, tokens)
+        return renderers[key]
 
     class Lazily(dict[tuple[str, str], Made]):
         def __missing__(self, key: tuple[str, str]) -> Made:
@@ -139,7 +147,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Made
             fast = FAMILIES[family]()
             fast.add_tokens(["<think>", "</think>"])
             folder = saved(fast, tmp_path_factory.mktemp("made"), TEMPLATES[template])
-            self[key] = Made(folder)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(templates, "Renderer", shared)
+                self[key] = Made(folder)
             self[key].parts = template == "parts"
             return self[key]
 

@@ -13,6 +13,7 @@ from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.engine.torch_engine import TorchEngine
 from headrace.worker.runner import FinishReason, SequenceSpec, StepReport
+from tests.harness import transformers_tokenizer
 from tests.worker.engine.conftest import ARCHITECTURES, EOS, VOCABULARY
 
 GREEDY = SamplingParams(seed=0, max_tokens=64, temperature=0, ignore_eos=True)
@@ -297,14 +298,12 @@ def test_the_model_ends_its_turn_with_its_end_token(tiny_engine: Engine) -> None
 def test_a_default_model_knows_the_capital_of_france_and_ends_its_turn(
     default_model: Path, headrace_cache: Path
 ) -> None:
-    from transformers import AutoTokenizer
-
     from headrace.worker.engine.load.loading import load_engine
 
     engine = load_engine(
         default_model, name="m", cache=headrace_cache, tokenizer_fingerprint="t", max_running=2
     )
-    tokenizer: Any = AutoTokenizer.from_pretrained(default_model.parent, gguf_file=default_model.name)
+    tokenizer = transformers_tokenizer(default_model, headrace_cache)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
 

@@ -194,6 +194,10 @@ class WorkerLink:
                 finally:
                     was_connected, self.connected = self.connected, False
                     self._fail_in_flight()
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    # Before Python 3.13 a task group that fails while it is cancelled loses the cancellation.
+                    raise asyncio.CancelledError
                 if was_connected or self.problem != logged:
                     logged = self.problem
                     log.log(

@@ -1,4 +1,4 @@
-"""People debug with grpcurl: the real binary against the real mesh."""
+"""grpcurl, which people debug with, against the real mesh."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 from headrace.cli.mesh import Running
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]  # the mesh loads its models first
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]  # the mesh first loads its models
 
 
 async def grpcurl(*arguments: str) -> tuple[int, str]:
-    """Run grpcurl; returns its exit status and what it printed."""
+    """Run grpcurl. Returns its exit status and its output."""
     binary = shutil.which("grpcurl")
     assert binary is not None, "grpcurl comes with the dev extra"
     process = await asyncio.create_subprocess_exec(
@@ -30,7 +30,7 @@ async def grpcurl(*arguments: str) -> tuple[int, str]:
 
 
 def messages(printed: str) -> list[dict[str, Any]]:
-    """The JSON objects of a stream, one after the other."""
+    """Parse the JSON objects of a stream."""
     decoder, found = json.JSONDecoder(), []
     rest = printed.strip()
     while rest:
@@ -66,12 +66,12 @@ async def test_generate_streams_a_real_answer(real_mesh: Running) -> None:
     events = messages(printed)
     assert "accepted" in events[0]
     assert "finish" in events[-1]
-    assert len(events) > 4, "it streams"
+    assert len(events) > 4, "the answer arrives in several messages"
     text = "".join(event.get("delta", {}).get("text", "") for event in events)
     assert "Paris" in text
 
 
-async def test_explain_tells_tier_and_shares(real_mesh: Running) -> None:
+async def test_explain_reports_tier_and_shares(real_mesh: Running) -> None:
     request = {"request": {"prompt": "Write a Python function that sorts a list of tuples."}}
     status, printed = await grpcurl(
         "-d", json.dumps(request), real_mesh.address, "headrace.v1.RoutingService/Explain"
@@ -83,7 +83,7 @@ async def test_explain_tells_tier_and_shares(real_mesh: Running) -> None:
     assert "kind:code" in {share["name"] for share in explained["features"] if share.get("log_odds")}
 
 
-async def test_every_process_tells_its_health(real_mesh: Running) -> None:
+async def test_every_process_reports_its_health(real_mesh: Running) -> None:
     for process in real_mesh.processes:
         for service in ("readiness", "liveness"):
             status, printed = await grpcurl(

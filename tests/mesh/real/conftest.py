@@ -1,4 +1,4 @@
-"""The mesh as users run it: real processes, the two default models, float32."""
+"""The mesh as users run it: real processes and the two default models, in float32."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from headrace import models
 from headrace.cli.mesh import MeshSpec, Running, mesh
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def real_mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Running, None]:
-    """Router, and batcher and worker for each of the default models; they are fetched beforehand."""
+    """Run a router, and a batcher and a worker for each default model. The models are fetched first."""
     cache = models.cache_folder()
     for name in (models.SMALL, models.LARGE):
         models.resolve(name, cache)

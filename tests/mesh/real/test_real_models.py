@@ -1,4 +1,4 @@
-"""The default models through all processes: the tokens are those of transformers' own `generate`."""
+"""The default models through all processes give the tokens of transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from headrace import models
 from headrace.cli.mesh import Running
 from headrace.client import Client, chat, connect
 from headrace.v1 import generation_pb2 as pb
-from tests.harness import Answer, collect
+from tests.harness import Answer, collect, transformers_tokenizer
 
-# Hundreds of tokens by real models: half a minute, and many times that on a machine that is busy.
+# Hundreds of tokens by real models: half a minute, and many times that on a busy machine.
 pytestmark = [pytest.mark.model, pytest.mark.timeout(1800)]
 
-TOKENS = 32
+TOKENS = 16
 
 
 def requests() -> list[pb.GenerateRequest]:
@@ -39,21 +39,21 @@ async def client(real_mesh: Running) -> AsyncGenerator[Client, None]:
 
 @pytest.fixture(scope="module")
 async def alone(client: Client) -> list[Answer]:
-    """The answers when each prompt has the mesh to itself."""
+    """Return the answers of the prompts, sent one at a time."""
     return [await collect(client, request, timeout=1200) for request in requests()]
 
 
 def generate(model_name: str, requests: list[pb.GenerateRequest]) -> list[list[int]]:
-    """What transformers' `generate` makes of the prompts with the same weights, end of turn left out."""
+    """Return the ids of transformers' `generate` with the same weights, without the end of turn."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from headrace.worker.engine.load.gguf.weights import dequantised
 
     cache = models.cache_folder()
     path: Path = models.resolve(model_name, cache)
     folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=lambda stage: None)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = transformers_tokenizer(path, cache)
     network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answers = []
     for request in requests:
