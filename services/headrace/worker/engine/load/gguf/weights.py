@@ -158,7 +158,7 @@ class _Reader(GGUFReader):  # type: ignore[misc,unused-ignore]
     """
 
     @property
-    def data(self) -> np.ndarray[Any, Any]:
+    def data(self) -> Any:
         return self._data
 
     @data.setter
@@ -172,13 +172,14 @@ def _reused(reader: GGUFReader) -> Iterator[None]:
 
     It would read the header again, and make the table of tensor names once per module of the network.
     """
-    original, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = lambda path: reader
-    gguf.get_tensor_name_map = functools.cache(names)
+    module: Any = gguf
+    original, names = module.GGUFReader, module.get_tensor_name_map
+    module.GGUFReader = lambda path: reader
+    module.get_tensor_name_map = functools.cache(names)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = original, names
+        module.GGUFReader, module.get_tensor_name_map = original, names
 
 
 def _metadata(reader: GGUFReader) -> Metadata:
