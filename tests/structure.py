@@ -11,6 +11,7 @@ import argparse
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
@@ -129,14 +130,33 @@ def report(read: list[Folder]) -> Iterator[str]:
         )
         if folder.imports:
             yield f"{'':34} {'':7} {'':6}  -> {' '.join(map(_short, folder.imports))}"
-    for one, other in cycles(read):
-        yield f"{_short(one)} and {_short(other)} import each other"
+    if rooms := cycle(read):
+        yield f"import cycle: {' <- '.join(map(_short, rooms))}"
 
 
-def cycles(read: list[Folder]) -> list[tuple[str, str]]:
-    """Return the pairs of folders that import each other."""
-    arrows = {(folder.name, target) for folder in read for target in folder.imports}
-    return sorted((one, other) for one, other in arrows if one < other and (other, one) in arrows)
+def cycle(read: list[Folder]) -> list[str]:
+    """Return the rooms of an import cycle; empty if there is none.
+
+    A room is a folder without sub-folders, or a module beside sub-folders: a service's own modules, such as
+    `__main__` and `job`, are above and below its folders.
+    """
+    names = {folder.name for folder in read}
+    parents = {name.rpartition(".")[0] for name in names}
+
+    def room(module: str) -> str:
+        folder = module.rpartition(".")[0]
+        return module if folder in parents else folder
+
+    arrows: dict[str, set[str]] = {}
+    for folder in read:
+        for module in folder.modules:
+            targets = {room(name) for name in module.imports if not name.endswith(".__init__")}
+            arrows.setdefault(room(module.name), set()).update(targets - {room(module.name)})
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def totals(read: list[Folder]) -> dict[str, int]:
@@ -146,7 +166,7 @@ def totals(read: list[Folder]) -> dict[str, int]:
         "modules": sum(len(folder.modules) for folder in read),
         "lines": sum(folder.lines for folder in read),
         "imports between folders": sum(len(folder.imports) for folder in read),
-        "pairs of folders that import each other": len(cycles(read)),
+        "rooms in an import cycle": len(cycle(read)),
         "modules in the largest folder": max(len(folder.modules) for folder in read),
         "lines of the longest file": max(folder.longest.lines for folder in read),
         "lines of the longest function": max(folder.longest_function[1] for folder in read),
