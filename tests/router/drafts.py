@@ -1,4 +1,4 @@
-"""A fake batcher that drafts answers, and settings under which the router checks them."""
+"""Prompts, a fake batcher that drafts answers, and settings under which the router checks them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ GOOD = "The capital of France is Paris."
 BAD = "I'm sorry, but I cannot help with that."
 QUESTION = "What is the capital of France?"
 SUM = "What is 17 + 25?"
+EASY = "Hello!"
+HARD = "Prove step by step that every natural number has one prime factorisation, and explain why."
 SAMPLED = {**CASCADE, "cascade_sample_seconds": PATIENCE / 3}
 
 

@@ -8,9 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.client import chat
 from headrace.router.settings import Settings
 from headrace.router.state.bills import Bill
 from headrace.routing.tier_view import Price
+from tests.harness import collect
+from tests.router.drafts import EASY
+from tests.router.fake_batchers import FakeBatcher, routed
 
 TIERS = ("small", "medium", "large")
 TOKENS = st.integers(0, 10_000)
@@ -167,3 +171,17 @@ def test_prices_are_two_or_three_numbers() -> None:
     for wrong in ("small=1/2/-1", "huge=1/2", "small=1/2/inf"):
         with pytest.raises(ValueError, match="must name one of the tiers small, large and prices"):
             priced(wrong)
+
+
+async def test_prices_and_bills_are_listed() -> None:
+    settings = {"prices": "small=1/2,large=10/20"}
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
+        for _ in range(3):
+            await collect(client, chat(EASY))
+        listed = await client.list_tiers()
+
+    assert (listed.tiers[1].price.prompt, listed.tiers[1].price.completion) == (10, 20)
+    (charge,) = listed.bill.charges
+    assert (charge.tier, charge.answers, charge.completion_tokens) == ("small", 3, 3 * len(EASY))
+    assert listed.bill.cost == pytest.approx(3 * len(EASY) * 2 / 1e6)
+    assert listed.bill.largest_tier_cost == pytest.approx(3 * len(EASY) * 20 / 1e6)

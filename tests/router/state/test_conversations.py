@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from headrace.client import chat
 from headrace.router.state.conversations import Conversations
+from headrace.v1 import generation_pb2 as pb
+from tests.harness import collect
+from tests.router.drafts import EASY, HARD
+from tests.router.fake_batchers import FakeBatcher, routed
 
 
 def test_a_conversation_keeps_its_tier_until_it_has_been_idle() -> None:
@@ -47,3 +52,34 @@ def test_the_least_recently_used_are_forgotten_first() -> None:
 
     assert len(conversations) == 2
     assert [conversations.reached("", name, 5) for name in "abc"] == ["small", "", "small"]
+
+
+async def test_a_conversation_moves_only_to_larger_tiers() -> None:
+    def said(text: str, session: str, tenant: str = "") -> pb.GenerateRequest:
+        request = chat(text)
+        request.routing.session_id = session
+        request.routing.tenant = tenant
+        return request
+
+    async with routed({"thresholds": "0.4"}, small=FakeBatcher(), large=FakeBatcher()) as client:
+        tiers = [
+            (await collect(client, request)).accepted.tier
+            for request in (said(EASY, "a"), said(HARD, "a"), said(EASY, "a"), said(EASY, "b"))
+        ]
+        explained = await client.explain(said(EASY, "a"))
+        other = await client.explain(said(EASY, "a", tenant="other"))
+
+    assert [tier or "?" for tier in tiers] == ["small", "large", "large", "small"]
+    assert "conversation has reached 'large'" in explained.why
+    assert other.tier == "small"
+
+
+async def test_an_idle_conversation_starts_again() -> None:
+    request = chat(HARD)
+    request.routing.session_id = "a"
+    again = chat(EASY)
+    again.routing.session_id = "a"
+    settings = {"thresholds": "0.4", "session_idle_seconds": 0}
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
+        await collect(client, request)
+        assert (await client.explain(again)).tier == "small"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,15 @@ from opentelemetry.trace import StatusCode
 
 from headrace import errors
 from headrace.client import Client, chat
+from headrace.router.__main__ import router
+from headrace.router.settings import Settings
 from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.quota import Quota
 from headrace.router.state.tenant_memory import TenantMemory
+from headrace.runtime.serving.server import StartFailed
+from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import collect, eventually
+from tests.router.drafts import EASY, HARD
 from tests.router.fake_batchers import FakeBatcher, routed
 
 
@@ -247,3 +254,130 @@ def test_a_quota_allows_its_rate_and_its_delay_suffices(
 
         assert taken <= most + now * most / seconds + 1e-6
         assert quota.wait("b", most, now) == 0, "other tenants have their own"
+
+
+async def test_feedback_writes_prompt_and_outcome_to_the_file(
+    tmp_path: Path, count: Callable[..., float]
+) -> None:
+    before = count("headrace.feedback", tier="small", outcome="good")
+    path = tmp_path / "feedback.jsonl"
+    settings = {"feedback": path, "thresholds": "0.4"}
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
+        answer = await collect(client, chat(EASY))
+        id = answer.accepted.request_id
+        said = await client.feedback(id, ok=True)
+        assert (said.kept, said.tier) == (True, "small")
+        hard = await collect(client, chat(HARD))
+        await client.feedback(hard.accepted.request_id, quality=0.25, tier="large")
+
+        with pytest.raises(errors.UnknownRequest, match="no request 'who'"):
+            await client.feedback("who", ok=True)
+        with pytest.raises(errors.UnknownTier):
+            await client.feedback(id, ok=True, tier="huge")
+        with pytest.raises(errors.InvalidRequest, match="'large' did not answer"):
+            await client.feedback(id, ok=True, tier="large")
+        with pytest.raises(errors.InvalidRequest, match="0 to 1"):
+            await client.feedback(id, quality=2)
+
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [EASY, HARD]
+    assert (rows[0]["small_ok"], rows[1]["large_ok"]) == (1.0, 0.25)
+    assert path.stat().st_mode & 0o077 == 0, "only the owner may read prompts"
+    assert count("headrace.feedback", tier="small", outcome="good") == before + 1
+
+
+async def test_without_a_file_no_prompt_is_stored() -> None:
+    async with routed(small=FakeBatcher(), large=FakeBatcher()) as client:
+        answer = await collect(client, chat(EASY))
+        said = await client.feedback(answer.accepted.request_id, ok=False)
+
+    assert not said.kept
+    feedback = Feedback()
+    feedback.remember("a", AnswerRecord("small", 0.5, "a secret"))
+    assert feedback.recall("a").prompt == ""
+
+
+async def test_the_feedback_file_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    feedback = Feedback(path, max_bytes=1000, remembered=3)
+    for place in range(50):
+        feedback.remember(str(place), AnswerRecord("small", 0.5, f"prompt {place}"))
+        await feedback.rate(str(place), "small", 1.0)
+
+    assert sorted(os.listdir(tmp_path)) == ["feedback.jsonl", "feedback.jsonl.1"]
+    assert all(os.stat(tmp_path / name).st_size <= 1000 for name in os.listdir(tmp_path))
+    assert json.loads(path.read_text().splitlines()[-1])["prompt"] == "prompt 49"
+    with pytest.raises(errors.UnknownRequest):
+        feedback.recall("46")
+
+
+async def test_the_total_size_of_stored_prompts_is_bounded(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / "feedback.jsonl", max_bytes=1000)
+    for place in range(5):
+        feedback.remember(str(place), AnswerRecord("small", 0.5, "x" * 400))
+    feedback.remember("4", AnswerRecord("small", 0.5, "x" * 400))
+    feedback.remember("huge", AnswerRecord("small", 0.5, "x" * 2000))
+
+    assert feedback.recall("3").prompt == "x" * 400
+    assert await feedback.rate("3", "small", 1.0)
+    assert not await feedback.rate("huge", "small", 1.0), "it is too long for the file"
+    with pytest.raises(errors.UnknownRequest):
+        feedback.recall("2")
+
+
+async def test_a_full_disk_leaves_no_partial_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "feedback.jsonl"
+    async with routed({"feedback": path}, small=FakeBatcher(), large=FakeBatcher()) as client:
+        first, id = [(await collect(client, chat(EASY))).accepted.request_id for _ in range(2)]
+        await client.feedback(first, ok=True)
+        whole = path.read_bytes()
+        with monkeypatch.context() as patched:
+            write = os.write
+            patched.setattr(os, "write", lambda handle, data: write(handle, data[:10]))
+            with pytest.raises(errors.InternalError, match="feedback file"):
+                await client.feedback(id, ok=True)
+        assert path.read_bytes() == whole
+        await client.feedback(id, ok=True)
+
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
+
+
+async def test_rows_are_written_one_by_one_even_if_a_caller_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feedback = Feedback(tmp_path / "feedback.jsonl")
+    feedback.remember("a", AnswerRecord("small", 0.5, "prompt"))
+    feedback.remember("b", AnswerRecord("small", 0.5, "prompt"))
+    began, go, write = threading.Semaphore(0), threading.Event(), os.write
+
+    def slow(handle: int, data: bytes) -> int:
+        began.release()
+        go.wait(20)
+        return write(handle, data)
+
+    monkeypatch.setattr(os, "write", slow)
+    leaving = asyncio.create_task(feedback.rate("a", "small", 1.0))
+    assert await asyncio.to_thread(began.acquire, timeout=20)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    staying = asyncio.create_task(feedback.rate("b", "small", 0.0))
+    together = await asyncio.to_thread(began.acquire, timeout=0.2)
+    go.set()
+
+    assert await staying
+    assert not together
+
+
+async def test_grpc_callers_must_give_an_outcome() -> None:
+    async with routed(small=FakeBatcher(), large=FakeBatcher()) as client:
+        with pytest.raises(errors.InvalidRequest, match="no outcome"):
+            await client._unary(client._routing.Feedback(routing.FeedbackRequest(request_id="a"), timeout=5))
+
+
+async def test_a_router_does_not_start_with_an_unwritable_feedback_file(tmp_path: Path) -> None:
+    """Otherwise the first report of an outcome would fail."""
+    nowhere = tmp_path / "nowhere" / "feedback.jsonl"
+
+    with pytest.raises(StartFailed, match=f"{nowhere} cannot be written: No such file"):
+        async with router(Settings(port=0, tiers="small=127.0.0.1:1", feedback=nowhere)):
+            pass
