@@ -278,7 +278,7 @@ async def test_a_full_queue_sheds_the_lowest_priority_and_serves_the_rest_in_ord
 
 
 async def test_a_deadline_that_cannot_be_met_is_rejected_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepPace, "prefill", 100.0)  # tokens per second: 35 s for the long prompt
+    monkeypatch.setattr(StepPace, "prefill_rate", 100.0)  # tokens per second: 35 s for the long prompt
     async with running_tier([EchoEngine(step_seconds=0.05)], worker_settings={"step_tokens": 64}) as tier:
         (link,) = tier.batcher.coalescer.pool
         await collect(tier.client, prompt("m" * 500, max_tokens=1))
