@@ -121,10 +121,10 @@ def test_the_cpu_uses_kernels_for_the_dtypes_that_they_support() -> None:
     [
         ("groups of three", (9, 0), torch.bfloat16, "flash", ""),
         ("groups of seven", (8, 0), torch.float16, "flash", ""),
-        ("groups of three", (9, 0), torch.float32, "plain", "not in float32"),
+        ("groups of three", (9, 0), torch.float32, "plain", "not float32"),
         ("groups of three", (7, 5), torch.float16, "plain", "capability 7.5 is below 8.0"),
-        ("odd sizes", (9, 0), torch.bfloat16, "plain", "a multiple of 8"),
-        ("values of another size", (9, 0), torch.bfloat16, "plain", "not of one size"),
+        ("odd sizes", (9, 0), torch.bfloat16, "plain", "multiples of 8"),
+        ("values of another size", (9, 0), torch.bfloat16, "plain", "not equal multiples of 8"),
         ("wide heads, soft cap, window", (9, 0), torch.bfloat16, "plain", "soft cap"),
     ],
 )
