@@ -34,13 +34,13 @@ async def test_a_rolling_restart_is_invisible_to_callers(
     counted = row(f"rolling restart of the {service}")
     codes = []
     async with connect(rolling.target) as client:
-        load = Load(client, rng, callers=16)
-        await load.served(16)
+        load = Load(client, rng, callers=8)
+        await load.served(8)
         for child in getattr(rolling, service):
             child.send(signal.SIGTERM)
             codes.append(await child.gone())
             await child.restart()
-            await load.served(16)
+            await load.served(8)
         counted.add(await load.stop())
 
     counted.check()
