@@ -1,8 +1,8 @@
-# One image per service from one wheel:
+# Builds one image per service from one wheel:
 #   docker build --build-arg SERVICE=router  -t headrace-router .
 #   docker build --build-arg SERVICE=batcher -t headrace-batcher .
 #   docker build --build-arg SERVICE=worker  -t headrace-worker .
-# PIP_ARGS reaches pip, for example to choose an index with CPU builds of torch.
+# PIP_ARGS is passed to pip, for example to select an index with CPU builds of torch.
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build
@@ -11,7 +11,7 @@ COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY services services
 ARG SERVICE=router
 ARG PIP_ARGS=
-# The cache spares a build after a change of code from fetching torch again.
+# The cache mount avoids downloading torch again after a change of the code.
 RUN --mount=type=cache,target=/root/.cache/pip python -m venv /opt/headrace \
  && /opt/headrace/bin/pip install ${PIP_ARGS} --constraint constraints.txt ".[${SERVICE}]"
 
@@ -25,5 +25,5 @@ ENV PATH=/opt/headrace/bin:$PATH \
 RUN useradd --uid 10001 --create-home headrace && install -d -o headrace /var/cache/headrace
 COPY --from=build /opt/headrace /opt/headrace
 USER 10001
-# exec: the service is process 1 and gets SIGTERM itself.
+# exec makes the service process 1, so that it receives SIGTERM.
 ENTRYPOINT ["/bin/sh", "-c", "exec python -m \"$HEADRACE_SERVICE\" \"$@\"", "headrace"]

@@ -1,5 +1,5 @@
-# `make` lists the targets. Everything happens in .venv, which is made and refreshed as needed.
-# PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS is passed to pip.
+# `make` lists the targets. They use .venv, which is created and updated as needed.
+# PYTHON selects the interpreter (3.11 or newer), PIP_ARGS is passed to pip.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,55 +13,58 @@ MAKEFLAGS += --jobs=3
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check protos bench bench-mesh faults hostile bench-peers clean
+.PHONY: help demo up test check structure protos bench bench-mesh faults hostile bench-peers clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-demo: $(STARTABLE) ## set up all there is to set up, bring a mesh up, send it mixed prompts, show what came of them
+demo: $(STARTABLE) ## install, start a mesh with two models, send it mixed prompts, show answers and figures
 	headrace demo
 
-up: $(STARTABLE) ## bring the mesh up on 127.0.0.1:50051 and keep it up until Ctrl-C
+up: $(STARTABLE) ## start a mesh on 127.0.0.1:50051; Ctrl-C stops it
 	headrace up
 
-test: $(INSTALLED) ## run all tests; fetches the default models for those that need real weights
+test: $(INSTALLED) ## run all tests, in a process more than cores; fetches the default models first
 	headrace fetch
-	pytest -p tests.flaky
+	pytest -p tests.flaky -n auto --durations=10
 
-faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: minutes of overload and soak)
+faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: ten minutes of soak)
 	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )pytest tests/faults
 
-hostile: $(INSTALLED) ## flood, fuzz and abuse real processes beside an honest caller; prints what it felt
+hostile: $(INSTALLED) ## flood, fuzz and abuse real processes; prints the latency of an honest caller beside each attack
 	pytest tests/hostile
 
-check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import arrows
+check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import rules, links
 	ruff check .
 	ruff format --check .
 	mypy
 	buf lint protos
 	lint-imports
-	pytest -q tests/test_contract.py
+	pytest -q tests/test_contract.py tests/test_links.py
+
+structure: $(INSTALLED) ## print modules, lines and imports of each folder; BEFORE=DIR compares with another checkout
+	python -m tests.structure $(if $(BEFORE),--before $(BEFORE))
 
 OUT ?= services
 protos: $(INSTALLED) ## regenerate the stubs after a change of protos/
 	python -m grpc_tools.protoc -I protos --python_out=$(OUT) --grpc_python_out=$(OUT) \
 		--mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) protos/headrace/v1/*.proto
 
-bench: $(INSTALLED) ## measure mesh and engine, beside the peers that `make bench-peers` has set up
+bench: $(INSTALLED) ## measure mesh and engine beside the peers that `make bench-peers` installed
 	python -m benchmarks.mesh
 	headrace fetch
 	python -m benchmarks.serving
 	python -m benchmarks.scaling
 	python -m benchmarks.quality
 
-bench-mesh: $(INSTALLED) ## measure what the mesh itself costs, on an engine that computes nothing
+bench-mesh: $(INSTALLED) ## measure the overhead of the mesh with an engine that computes nothing (BEFORE=CHECKOUT: beside another version)
 	python -m benchmarks.mesh $(if $(BEFORE),--before $(BEFORE))
 
-bench-peers: $(INSTALLED) ## set up what Headrace is measured against: vLLM, OpenVINO, llama.cpp, transformers
+bench-peers: $(INSTALLED) ## install the peers of the benchmarks: vLLM, OpenVINO, llama.cpp, transformers
 	headrace fetch
 	python -m benchmarks.serving.peers
 
-clean: ## remove the environment and everything that was built; fetched models stay
+clean: ## remove the environment and all build results; keep fetched models
 	rm -rf $(VENV) build dist services/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.pip: pyproject.toml constraints.txt

@@ -1,1 +1,1 @@
-"""What produces the numbers in README: each program measures a baseline beside us in the same run."""
+"""Programs that produce the figures in README and docs: each measures a baseline in the same run."""

@@ -1,11 +1,11 @@
-"""Try every causal language model that transformers has: which does a worker serve, and why not the others?
+"""Find out which causal language models of transformers a worker serves, and why it rejects the others.
 
     python -m benchmarks.architectures --write docs/models.md
 
-For each architecture a tiny network with random weights is made, saved, and loaded as a worker loads a model:
-its logits are compared with those of transformers, and it is tested whether a sequence comes out bit for bit
-the same alone, in a batch and resumed. Each runs in a process of its own, bounded in time. Formats are tried
-in the same way, on a tiny Llama. The result is a page of markdown.
+For each architecture, the script saves a tiny network with random weights, and loads it as a worker loads a
+model. The self-check of the worker compares its logits with those of transformers, and tests whether results
+are bit-identical alone, in a batch and resumed. Each architecture runs in a separate process with a time
+limit. Formats are tested in the same way, with a tiny Llama. The result is a page of Markdown.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from headrace.worker.engine.load.gguf import config as gguf_config
 from headrace.worker.engine.load.loading import load_engine
 from headrace.worker.engine.load.refusals import LoadingError, one_line
 
-SECONDS = 90.0  # for one architecture
-_MOST_PARAMETERS = 20_000_000
-_MEMORY_BYTES = 6 << 30  # that a process may allocate
+SECONDS = 90.0  # time limit of one architecture
+_MAX_PARAMETERS = 20_000_000
+_MEMORY_BYTES = 6 << 30  # limit of a process
 
-# Sizes by the names that configs use. Only those that a config has are set.
+# Sizes, by their names in configs. Only fields that a config has are set.
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 96),
@@ -67,15 +67,15 @@ _SMALL: dict[str, Any] = {
     ),
     **dict.fromkeys(("state_size", "mamba_d_state", "conv_kernel", "mamba_d_conv"), 4),
     "sliding_window": 24,
-    "initializer_range": 0.2,  # large, so that attention has a say in the logits
+    "initializer_range": 0.2,  # large, so that attention affects the logits
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# Set also where a config has None.
+# Fields that are also set if their default is None.
 _OPTIONAL = ("bos_token_id", "eos_token_id", "pad_token_id", "head_dim")
 
-# What some configs need beside or instead.
+# Additional or different fields of some configs.
 _OWN: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": 4, "new_decoder_architecture": False, "multi_query": False},
     "gemma2": {"query_pre_attn_scalar": 16},
@@ -99,12 +99,12 @@ _OWN: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one architecture or format.
+    """The result for one architecture or format.
 
     name     model_type of the config, or the format
     network  class of the network
-    result   "exact", "served" (but not bit for bit the same in batches), "refused" or "not tried"
-    detail   why it was refused or not tried; else what computes it
+    result   "exact", "served" (correct, but not batch-invariant), "rejected" or "not tested"
+    detail   why it was rejected or not tested; otherwise what computes it
     """
 
     name: str
@@ -124,9 +124,9 @@ def tiny_config(model_type: str) -> Any:
 
 
 def _shrunk(default: Mapping[str, Any], aliases: Mapping[str, str], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields to set so that a config becomes small; of configs inside it, all of their fields."""
+    """Return the fields that make a config small; for nested configs, all of their fields."""
     sizes = {**_SMALL, **{aliases[name]: value for name, value in _SMALL.items() if name in aliases}, **own}
-    if "kv_lora_rank" in default:  # latent attention: the width is that of the part which is rotated
+    if "kv_lora_rank" in default:  # latent attention: the head dimension is that of the part with rope
         sizes |= {"num_key_value_heads": sizes["num_attention_heads"], "head_dim": sizes["qk_rope_head_dim"]}
     small: dict[str, Any] = {}
     for name, value in default.items():
@@ -140,7 +140,7 @@ def _shrunk(default: Mapping[str, Any], aliases: Mapping[str, str], own: Mapping
 
 
 def _is_per_layer(name: str, value: object, layers: object) -> bool:
-    """Return whether a field has an entry for each layer, so it has to be left to be made for fewer."""
+    """Return whether a field has an entry per layer, so that it must not be copied to fewer layers."""
     return name == "per_layer_config" or (isinstance(value, list) and len(value) == layers)
 
 
@@ -149,7 +149,7 @@ def _is_number(value: object) -> bool:
 
 
 def try_folder(folder: Path) -> tuple[str, str]:
-    """Load a model folder as a worker does; return result and detail as in `Outcome`."""
+    """Load a model folder as a worker does, and return result and detail as in `Outcome`."""
     try:
         engine = load_engine(
             folder,
@@ -162,12 +162,12 @@ def try_folder(folder: Path) -> tuple[str, str]:
             threads=1,
         )
     except LoadingError as error:
-        return "refused", str(error).replace(str(folder), "the folder")
+        return "rejected", str(error).replace(str(folder), "the folder")
     return ("exact" if engine.model.exact else "served"), ""
 
 
 def try_architecture(model_type: str) -> Outcome:
-    """Make a tiny network of an architecture and try it. Call it in a process of its own: see `apart`."""
+    """Make a tiny network of an architecture and load it. Call it in a separate process, see `isolated`."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     auto: Any = transformers.AutoModelForCausalLM
     try:
@@ -178,13 +178,15 @@ def try_architecture(model_type: str) -> Outcome:
                 parameter.numel()
                 for parameter in auto.from_config(config, trust_remote_code=False).parameters()
             )
-        if size > _MOST_PARAMETERS:
-            return Outcome(model_type, name, "not tried", f"the smallest built has {size:,} parameters")
+        if size > _MAX_PARAMETERS:
+            return Outcome(
+                model_type, name, "not tested", f"the smallest possible network has {size:,} parameters"
+            )
         network = auto.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
         with torch.inference_mode():
             network(input_ids=torch.arange(9)[None], use_cache=False)
-    except Exception as error:  # whatever a model's own code says of a config it was not written for
-        return Outcome(model_type, name, "not tried", f"cannot be built small: {one_line(error)[:160]}")
+    except Exception as error:  # a model's own code may raise any error for an unusual config
+        return Outcome(model_type, name, "not tested", f"cannot be made small: {one_line(error)[:160]}")
     with tempfile.TemporaryDirectory() as folder:
         network.save_pretrained(folder)
         result, detail = try_folder(Path(folder))
@@ -246,34 +248,34 @@ FORMATS: dict[str, Callable[[Path], None]] = {
         )
     },
     "8-bit floats without a quantisation config": _cast,
-    "a LoRA adapter beside its base": _adapted,
+    "a LoRA adapter next to its base": _adapted,
 }
 
 
 def try_format(name: str) -> Outcome:
-    """Store a tiny Llama in a format and try it."""
+    """Store a tiny Llama in a format, and load it."""
     with tempfile.TemporaryDirectory() as folder:
         FORMATS[name](Path(folder))
         return Outcome(name, "", *try_folder(Path(folder)))
 
 
-def apart(function: Callable[[str], Outcome], name: str, seconds: float = SECONDS) -> Outcome:
-    """Call a function in a process of its own, for at most so many seconds."""
-    # Forked from a process that has imported what takes seconds, and runs no thread that a fork would lose.
+def isolated(function: Callable[[str], Outcome], name: str, seconds: float = SECONDS) -> Outcome:
+    """Call a function in a separate process, with a time limit."""
+    # Forked from a process that has already done the slow imports, and has no threads that a fork would lose.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(function, name, theirs))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(function, name, sender))
     process.start()
-    theirs.close()
+    sender.close()
     try:
-        if ours.poll(seconds):
-            outcome: Outcome = ours.recv()
+        if receiver.poll(seconds):
+            outcome: Outcome = receiver.recv()
             return outcome
-        return Outcome(name, "", "not tried", f"not done in {seconds:.0f} s")
+        return Outcome(name, "", "not tested", f"timed out after {seconds:.0f} s")
     except EOFError:
         process.join(5)
-        return Outcome(name, "", "not tried", f"its process ended with exit code {process.exitcode}")
+        return Outcome(name, "", "not tested", f"its process ended with exit code {process.exitcode}")
     finally:
         process.kill()
         process.join()
@@ -289,30 +291,33 @@ def _report(function: Callable[[str], Outcome], name: str, connection: Connectio
 
 _INTRODUCTION = """# Models
 
-Which architectures and formats a worker serves, and why it refuses the others. Written by `python -m
-benchmarks.architectures --write docs/models.md`, with transformers {transformers} and torch {torch}.
-Each architecture is built tiny, with random weights, and loaded in float32 on a CPU as a worker loads
-any model. At each start the worker compares its logits with those of transformers. A model that it would
-compute wrong does not start, whether it is listed here or not.
+The architectures and file formats that a worker serves, and why it rejects others. This page is generated by
+`python -m benchmarks.architectures --write docs/models.md`, with transformers {transformers} and torch
+{torch}. The program makes a small network of each architecture with random weights, and loads it in float32
+on a CPU, as a worker loads any model.
 
-- *exact*: a sequence comes out bit for bit the same alone, in a batch, and resumed.
-- *served*: computed right; rounding may depend on the batch.
-- *kernels*: Headrace's own kernels compute the model on CPUs, in int8, bfloat16 or float32, where its sizes
-  allow it. *transformers' layers*: the code of transformers computes it, with Headrace's attention.
+At every start, a worker compares its logits with those of transformers. A model that it would compute
+incorrectly does not start, whether it is listed here or not.
+
+- *exact*: a sequence is bit-identical alone, in a batch, and resumed.
+- *served*: computed correctly; rounding may depend on the batch.
+- *kernels*: Headrace's own kernels compute the model on CPUs, in int8, bfloat16 or float32, if its sizes
+  allow it.
+- *transformers' layers*: the code of transformers computes the model, with Headrace's attention.
 """
 
-_GGUF = """A gguf file is read for the architectures {gguf}, in every quantisation that the `gguf`
-package unpacks. Each key of its metadata that changes the numbers is read, or refused by name; scaled
-rotation (linear, yarn, longrope and that of Llama 3) is read. A part of a split file is refused: join
-the parts with `llama-gguf-split --merge`. A LoRA adapter is refused: merge it with `llama-export-lora`.
+_GGUF = """`.gguf` files are read for the architectures {gguf}, in every quantisation that the `gguf`
+package unpacks. Each metadata key that changes results is read, or rejected by name. Scaled rotary embeddings
+(linear, yarn, longrope, Llama 3) are supported. A part of a split file is rejected: join the parts with
+`llama-gguf-split --merge`. A LoRA adapter is rejected: merge it with `llama-export-lora`.
 """
 
 
 def page(architectures: Sequence[Outcome], formats: Sequence[Outcome]) -> str:
-    """Write the outcomes as a page of markdown."""
+    """Format the outcomes as a page of Markdown."""
     served = [one for one in architectures if one.result in ("exact", "served")]
-    refused = [one for one in architectures if one.result == "refused"]
-    rest = [one for one in architectures if one.result == "not tried"]
+    rejected = [one for one in architectures if one.result == "rejected"]
+    rest = [one for one in architectures if one.result == "not tested"]
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
     return "\n".join(
         [
@@ -322,21 +327,21 @@ def page(architectures: Sequence[Outcome], formats: Sequence[Outcome]) -> str:
                 ("model_type", "class", "result", "computed by"),
                 [(f"`{one.name}`", one.network, one.result, one.detail) for one in served],
             ),
-            f"\n## Refused: {len(refused)} architectures\n",
-            "The worker ends at its start, with the reason. Serve another model, or this one with vLLM.\n",
+            f"\n## Rejected: {len(rejected)} architectures\n",
+            "A worker ends at its start with the reason. Use another model, or vLLM.\n",
             *_table(
                 ("model_type", "class", "why"),
-                [(f"`{one.name}`", one.network, _short(one.detail)) for one in refused],
+                [(f"`{one.name}`", one.network, _short(one.detail)) for one in rejected],
             ),
-            f"\n## Not tried: {len(rest)} architectures\n",
-            "The script cannot build these small. Whether they are served is decided when a worker starts.\n",
+            f"\n## Not tested: {len(rest)} architectures\n",
+            "The program cannot make these small. A worker decides at its start whether it serves them.\n",
             *_table(
                 ("model_type", "class", "why"),
                 [(f"`{one.name}`", one.network, one.detail) for one in rest],
             ),
             "\n## Formats\n",
             *_table(
-                ("format", "result", "the worker's message"),
+                ("format", "result", "message of the worker"),
                 [(one.name, one.result, one.detail) for one in formats],
             ),
             "",
@@ -346,7 +351,7 @@ def page(architectures: Sequence[Outcome], formats: Sequence[Outcome]) -> str:
 
 
 def _short(detail: str) -> str:
-    """Return a refusal without what the page says once for all."""
+    """Return the reason for a rejection without the advice that the page contains once."""
     detail = re.sub(r"[;.] [Ss]erve it with transformers.*$|; see docs/models\.md.*$", "", detail)
     return re.sub(r", which Headrace does not compute$", "", detail)
 
@@ -357,19 +362,19 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    """Try all, and print the page or write it."""
+    """Test all architectures and formats, and print the page or write it to a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", help="model types to try; all by default")
-    parser.add_argument("--write", type=Path, help="file to write the page to; standard output by default")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time for one architecture")
+    parser.add_argument("--only", nargs="*", help="model types to test; all by default")
+    parser.add_argument("--write", type=Path, help="output file; standard output by default")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of one architecture")
     options = parser.parse_args()
     outcomes = []
     for name in sorted(options.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        outcomes.append(apart(try_architecture, name, options.seconds))
+        outcomes.append(isolated(try_architecture, name, options.seconds))
         print(outcomes[-1], flush=True)
-    formats = [apart(try_format, name, options.seconds) for name in FORMATS]
+    formats = [isolated(try_format, name, options.seconds) for name in FORMATS]
     text = page(outcomes, formats)
     if options.write:
         options.write.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""What the machine is and what it is doing: who else computes, how much memory a tree of processes holds.
+"""Describe the machine and measure its load: CPU used by other processes, memory of process trees.
 
-A measurement is worth what the machine was quiet: `Window` tells how much of the CPU went to processes that
-have no part in it. Linux tells all of this in /proc; elsewhere `others` is 0, unknown.
+A measurement is valid only on a quiet machine: `Window` measures how much CPU went to processes that do not
+take part. The source is Linux's /proc; on other systems `others` is unknown and 0.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import psutil
 
-QUIET = 0.10  # cores that others may use during a clean run
+QUIET = 0.10  # cores that other processes may use during a clean run
 _STAT = Path("/proc/stat")
 
 
 def describe() -> dict[str, object]:
-    """Name the machine, for the record beside its figures."""
+    """Describe the machine, to be recorded with its figures."""
     cpu, flags = platform.processor() or platform.machine(), set[str]()
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -48,7 +48,7 @@ def cores() -> int:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of installed packages; those that are not installed are left out."""
+    """Return the versions of packages, without those that are not installed."""
     found = {}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):
@@ -57,7 +57,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def tree(roots: Iterable[int]) -> list[psutil.Process]:
-    """The processes of these ids and all their descendants, each once."""
+    """Return the processes of these ids and all their descendants, each once."""
     found: dict[int, psutil.Process] = {}
     for root in roots:
         with suppress(psutil.Error):
@@ -68,7 +68,7 @@ def tree(roots: Iterable[int]) -> list[psutil.Process]:
 
 
 def resident(roots: Iterable[int]) -> int:
-    """Bytes of resident memory of process trees; pages that processes share count for each."""
+    """Return bytes of resident memory of process trees; shared pages count for each process."""
     total = 0
     for process in tree(roots):
         with suppress(psutil.Error):
@@ -77,7 +77,7 @@ def resident(roots: Iterable[int]) -> int:
 
 
 def cpu_seconds(roots: Iterable[int]) -> float:
-    """CPU time that process trees have used, their ended children included."""
+    """Return the CPU time that process trees have used, including their ended children."""
     total = 0.0
     for process in tree(roots):
         with suppress(psutil.Error):
@@ -88,7 +88,7 @@ def cpu_seconds(roots: Iterable[int]) -> float:
 
 
 def busy_seconds() -> float | None:
-    """CPU time that all processes of the machine have used; None where that is not told."""
+    """Return the CPU time that all processes of the machine have used; None if unknown."""
     if not _STAT.exists():
         return None
     fields = [int(part) for part in _STAT.read_text().split("\n", 1)[0].split()[1:9]]
@@ -98,9 +98,9 @@ def busy_seconds() -> float | None:
 
 @dataclass
 class Window:
-    """What happened between opening and closing: cores that we used, cores that others used.
+    """Measures the cores used between opening and closing, by us and by others.
 
-    roots    process trees that take part; this process always does
+    roots    process trees that take part, besides this process
     """
 
     roots: Sequence[int]
@@ -113,7 +113,7 @@ class Window:
 
     @property
     def clean(self) -> bool:
-        """Whether others left the machine to us."""
+        """Whether other processes were quiet."""
         return self.others <= QUIET
 
     def open(self) -> None:
@@ -122,7 +122,7 @@ class Window:
         self._began = time.perf_counter()
 
     def close(self) -> None:
-        """End it, and book what was used."""
+        """End the window and compute the cores used."""
         seconds = max(time.perf_counter() - self._began, 1e-9)
         busy, own = busy_seconds(), cpu_seconds(self._all) - self._cpu
         self.own = own / seconds
@@ -136,7 +136,7 @@ class Window:
 
 @asynccontextmanager
 async def watched(roots: Sequence[int], *, every: float = 0.25) -> AsyncGenerator[Window, None]:
-    """Watch process trees while the block runs: CPU of ours and of others, peak of resident memory."""
+    """Measure process trees while the block runs: CPU used by us and by others, peak resident memory."""
     window = Window(roots)
 
     async def sample() -> None:
@@ -155,7 +155,7 @@ async def watched(roots: Sequence[int], *, every: float = 0.25) -> AsyncGenerato
 
 
 async def until_quiet(patience: float, roots: Sequence[int] = ()) -> float:
-    """Wait until others let go of the CPU, at most *patience* seconds; return the cores they use."""
+    """Wait until other processes are quiet, at most *patience* seconds; return the cores they use."""
     ends = time.monotonic() + patience
     while True:
         window = Window(roots)

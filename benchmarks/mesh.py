@@ -1,12 +1,12 @@
-"""What the mesh itself costs: an echo engine through all three services, against the same engine alone.
+"""Measure the overhead of the mesh: an echo engine behind all three services, against the engine alone.
 
     python -m benchmarks.mesh [--streams 1 8 64 256] [--tokens 256] [--repeat 3] [--before CHECKOUT]
 
 The mesh runs as real processes on loopback: one router, one batcher, one worker. The engine computes nothing,
-so what is measured is messages, serialisation and scheduling. Two paces: with a step of 10 ms, as a model
-would take, the table shows what the mesh adds to the time to the first token and between tokens; with no
-pause at all it shows the token rate at which the mesh saturates. --before runs the services of another
-checkout beside ours, in turn with them. Every answer is checked against its prompt: none lost, none mixed up.
+so the figures show messages, serialisation and scheduling. There are two step times. With 10 ms, as a model
+would take, the table shows what the mesh adds to TTFT and TPOT. With 0 it shows the token rate at which the
+mesh saturates. --before also measures the services of another checkout, in turn with ours. Every answer is
+checked against its prompt, so that lost or mixed-up tokens are detected.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from headrace.cli.mesh import MeshSpec, TierSpec, mesh
 from headrace.client import Client, connect
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.engine.interface import SamplingParams
-from headrace.worker.engine.plan.loop import EngineLoop, StepReport
-from headrace.worker.engine.plan.scheduler import LiveSequence
+from headrace.worker.engine.plan.loop import EngineLoop
+from headrace.worker.runner import SamplingParams, SequenceSpec, StepReport
 
 MAX_RUNNING, STEP_TOKENS = 256, 128  # of the engine, alone and in the mesh
 
@@ -63,10 +62,10 @@ def figures(
     streams: list[tuple[float, float, int]],
     gaps: list[float],
 ) -> Figures:
-    """Sum up one run.
+    """Summarize one run.
 
-    streams   of each: first token after, last token after, tokens
-    gaps      between messages of one stream; none where all of it came in one
+    streams   of each: seconds to its first and to its last token, and number of tokens
+    gaps      seconds between the messages of a stream; empty if each answer is one message
     """
     tokens = sum(count for _, _, count in streams)
     firsts = sorted(first for first, _, _ in streams)
@@ -86,7 +85,7 @@ def figures(
 
 
 def prompt(number: int) -> str:
-    """A prompt unlike all others of the run."""
+    """Return a prompt that differs from all others of the run."""
     return f"stream {number:03} says hello, "
 
 
@@ -101,7 +100,7 @@ async def through_mesh(
         nonlocal messages
         text = prompt(number)
         request = pb.GenerateRequest(prompt=text, sampling=pb.Sampling(max_tokens=tokens, ignore_eos=True))
-        said, first, last = "", 0.0, 0.0
+        answer, first, last = "", 0.0, 0.0
         async with aclosing(client.generate(request, timeout=300)) as stream:
             async for response in stream:
                 messages += 1
@@ -111,11 +110,11 @@ async def through_mesh(
                         gaps.append(now - last)
                     last = now
                     first = first or now
-                    said += response.delta.text
+                    answer += response.delta.text
         expected = (text * (tokens // len(text) + 1))[:tokens]
-        if said != expected:
+        if answer != expected:
             raise SystemExit(
-                f"stream {number} was lost or mixed up: {said[:60]!r} instead of {expected[:60]!r}"
+                f"stream {number} has a wrong answer: {answer[:60]!r} instead of {expected[:60]!r}"
             )
         return first, last, tokens
 
@@ -131,32 +130,32 @@ def engine_alone(streams: int, tokens: int, step_seconds: float) -> Figures:
     steps = 0
     done = threading.Event()
 
-    lasts_heard: dict[int, float] = {}
+    latest: dict[int, float] = {}
     gaps: list[float] = []
 
-    def hear(report: StepReport[int]) -> None:
+    def on_report(report: StepReport[int]) -> None:
         nonlocal steps
         steps += 1
         now = time.perf_counter() - began
         for update in report.updates:
-            key = update.sequence.key
+            key = update.key
             firsts.setdefault(key, now)
-            if key in lasts_heard:
-                gaps.append(now - lasts_heard[key])
-            lasts_heard[key] = now
-            if update.ending is not None:
+            if key in latest:
+                gaps.append(now - latest[key])
+            latest[key] = now
+            if update.finish is not None:
                 lasts[key] = now
         if len(lasts) == streams:
             done.set()
 
     engine = EchoEngine(max_running=MAX_RUNNING, step_seconds=step_seconds)
-    loop: EngineLoop[int] = EngineLoop(engine, report=hear, step_tokens=STEP_TOKENS)
-    loop.start()
+    loop: EngineLoop[int] = EngineLoop(engine, step_tokens=STEP_TOKENS)
+    loop.start(on_report)
     began = time.perf_counter()
     for number in range(streams):
         ids = list(prompt(number).encode())
         params = SamplingParams(seed=0, max_tokens=tokens, ignore_eos=True)
-        loop.submit(LiveSequence(number, ids, len(ids), params, None, time.monotonic()))
+        loop.submit(SequenceSpec(number, ids, len(ids), params, submitted=time.monotonic()))
     done.wait(300)
     seconds = time.perf_counter() - began
     loop.stop()
@@ -165,12 +164,12 @@ def engine_alone(streams: int, tokens: int, step_seconds: float) -> Figures:
 
 
 def median_of(runs: list[Figures]) -> Figures:
-    """The run with the median rate."""
+    """Return the run with the median rate."""
     return sorted(runs, key=lambda run: run.tokens_per_second)[len(runs) // 2]
 
 
 async def measure(arguments: argparse.Namespace, step_seconds: float) -> list[Figures]:
-    """Measure engine and mesh, and the mesh of another checkout, in turn; keep the median runs."""
+    """Measure engine and mesh, and the mesh of another checkout, in turn; return the median runs."""
     kept: list[Figures] = []
     checkouts = {"mesh": None, **({"before": arguments.before} if arguments.before else {})}
     async with AsyncExitStack() as stack:
@@ -191,7 +190,7 @@ async def measure(arguments: argparse.Namespace, step_seconds: float) -> list[Fi
             )
             running = await stack.enter_async_context(mesh(spec))
             clients[name] = await stack.enter_async_context(connect(running.address))
-            # Everything is imported and connected.
+            # Warm up: everything is imported and connected.
             await through_mesh(clients[name], 4, arguments.tokens, step_seconds)
         for streams in arguments.streams:
             runs: dict[str, list[Figures]] = {"engine": [], **{name: [] for name in clients}}
@@ -207,10 +206,10 @@ async def measure(arguments: argparse.Namespace, step_seconds: float) -> list[Fi
 
 
 def show(kept: list[Figures]) -> None:
-    """Print the runs of one pace as a table."""
-    pace = kept[0].step_seconds
+    """Print the runs of one step time as a table."""
+    step_ms = kept[0].step_seconds * 1e3
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    table = Table(title=f"a step takes {pace * 1e3:g} ms; {machine}")
+    table = Table(title=f"a step takes {step_ms:g} ms; {machine}")
     headings = ("streams", "what", "tokens/s", "messages/s", "TTFT p50 ms", "added", "TPOT p50 ms", "added")
     for heading in (*headings, "gap p99 ms"):
         table.add_column(heading, justify="right")
@@ -242,9 +241,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens per answer")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; the median is shown")
     parser.add_argument(
-        "--step-seconds", type=float, nargs="+", default=[0.01, 0.0], help="what a step of the engine takes"
+        "--step-seconds", type=float, nargs="+", default=[0.01, 0.0], help="times of an engine step"
     )
-    parser.add_argument("--before", type=Path, help="another checkout, whose services are measured as well")
+    parser.add_argument("--before", type=Path, help="another checkout, whose services are also measured")
     arguments = parser.parse_args()
     kept: list[Figures] = []
     for step_seconds in arguments.step_seconds:

@@ -1,11 +1,11 @@
-"""What narrower numbers cost in quality: perplexity and agreement with float32, by the engine's own logits.
+"""Measure the quality of narrower number formats: perplexity and agreement with float32, from logits.
 
     python -m benchmarks.quality [--model smollm2-135m-instruct ...] [--dtype float32 bfloat16 int8]
 
-Two texts, both teacher-forced one token at a time, as decoding does: prose, the topics of Python's own manual
-(`pydoc_data.topics`, which comes with every Python); and the float32 model's own greedy answers to the
-prompts of the serving workload. Agreement is how often the most likely next token is the one that float32
-finds the most likely. Whole answers are no measure: one near-tie changes all that follows.
+There are two kinds of text, both teacher-forced one token at a time, as in decoding: prose, from the topics
+of Python's manual (`pydoc_data.topics`, part of every Python); and the greedy answers of the float32 model to
+the prompts of the serving workload. Agreement is the share of positions where the most likely next token is
+the same as in float32. Whole answers cannot be compared: one near-tie changes all later tokens.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from headrace import models
 from headrace.batcher.text.tokens import load_tokenizer
 from headrace.worker.settings import Settings
 
-ROWS = 16  # texts that are read side by side
+ROWS = 16  # texts in one batch
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model made of texts, a value per predicted token.
+    """The predictions of a model for texts, with one value per predicted token.
 
-    logprobs   natural logarithm of the probability of the token that follows
+    logprobs   natural logarithm of the probability of the next token
     top        id of the most likely token
     """
 
@@ -49,7 +49,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Figures:
-    """One model in one dtype on one text."""
+    """The results of one model in one dtype on one kind of text."""
 
     model: str
     dtype: str
@@ -57,19 +57,19 @@ class Figures:
     tokens: int
     perplexity: float
     agreement: float  # with float32, from 0 to 1
-    logprob_error: float  # mean distance to float32's, in nats
+    logprob_error: float  # mean absolute difference from float32, in nats
 
 
 @dataclass(frozen=True)
 class Text:
-    """Ids to foresee, after *given* ones that are only read."""
+    """Ids to predict, after the first *given* ones, which are only read."""
 
     ids: Sequence[int]
     given: int
 
 
 def read(engine: Any, texts: Sequence[Text]) -> Reading:
-    """Read texts with equally many ids to foresee, ROWS at a time, and note how well each was foreseen."""
+    """Predict texts with equally many ids to predict, ROWS at a time."""
     room = max(len(text.ids) for text in texts)
     logprobs, top = [], []
     for begin in range(0, len(texts), ROWS):
@@ -82,16 +82,16 @@ def read(engine: Any, texts: Sequence[Text]) -> Reading:
                 for number, (text, start, end) in enumerate(zip(chosen, starts, ends, strict=True))
             ]
             computed = engine.compute(rows)
-            known = torch.tensor([chosen[index].ids[ends[index]] for index in computed.sampling])
+            following = torch.tensor([chosen[index].ids[ends[index]] for index in computed.sampling])
             scores = computed.logits.float().cpu().log_softmax(-1)
-            logprobs.append(scores.gather(1, known[:, None])[:, 0])
+            logprobs.append(scores.gather(1, following[:, None])[:, 0])
             top.append(scores.argmax(-1))
             starts = ends
     return Reading(torch.cat(logprobs), torch.cat(top))
 
 
 def compare(model: str, dtype: str, text: str, reading: Reading, reference: Reading) -> Figures:
-    """Sum up a reading beside float32's of the same text."""
+    """Summarise a reading, compared with that of float32 on the same text."""
     return Figures(
         model=model,
         dtype=dtype,
@@ -104,15 +104,15 @@ def compare(model: str, dtype: str, text: str, reading: Reading, reference: Read
 
 
 def prose(encode: Any, count: int, length: int) -> list[Text]:
-    """*count* texts of *length* tokens from the longest topics of Python's manual."""
+    """Make *count* texts of *length* tokens from the longest topics of Python's manual."""
     longest = sorted(topics.values(), key=len, reverse=True)[: 4 * count]
     found = [ids[:length] for text in longest if len(ids := encode(text[: 16 * length])) >= length]
     return [Text(ids, given=1) for ids in found[:count]]
 
 
 def answers(engine: Any, prompts: Sequence[Sequence[int]], length: int) -> list[Text]:
-    """Greedy answers of *length* tokens, after their prompts."""
-    written = []
+    """Generate greedy answers of *length* tokens, and return them after their prompts."""
+    found: list[Text] = []
     for begin in range(0, len(prompts), ROWS):
         given = prompts[begin : begin + ROWS]
         chosen = [list(prompt) for prompt in given]
@@ -126,14 +126,14 @@ def answers(engine: Any, prompts: Sequence[Sequence[int]], length: int) -> list[
             starts = [len(ids) for ids in chosen]
             for ids, token in zip(chosen, engine.step(rows), strict=True):
                 ids.append(token.id)
-        written += [Text(ids, len(prompt)) for ids, prompt in zip(chosen, given, strict=True)]
-    return written
+        found += [Text(ids, len(prompt)) for ids, prompt in zip(chosen, given, strict=True)]
+    return found
 
 
 def measure(
     model: str, dtypes: Sequence[str], threads: int, count: int, length: int, rows: int
 ) -> list[Figures]:
-    """Measure one model; float32 comes first, for the others are compared with it."""
+    """Measure one model; float32 comes first, because the others are compared with it."""
     cache = models.cache_folder()
     tokenizer = load_tokenizer(models.resolve(model, cache), cache)
     texts = {"prose": prose(tokenizer.encode_text, count, length)}
@@ -155,7 +155,7 @@ def measure(
 
 def show(kept: Sequence[Figures]) -> None:
     """Print the table."""
-    table = Table(title="quality beside float32, the same tokens for all")
+    table = Table(title="quality compared with float32, on the same tokens")
     for heading in ("model", "text", "dtype", "tokens", "perplexity", "same top token", "mean |Δ logprob|"):
         table.add_column(heading, justify="right")
     for each in sorted(kept, key=lambda each: (each.model, each.text)):
@@ -177,8 +177,8 @@ def main() -> None:
     )
     parser.add_argument("--model", nargs="+", default=[models.SMALL, models.LARGE])
     parser.add_argument("--dtype", nargs="+", choices=known, default=usual, help="float32 is always measured")
-    parser.add_argument("--texts", type=int, default=32, help="of each kind; default 32")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each; default 128")
+    parser.add_argument("--texts", type=int, default=32, help="texts of each kind; default 32")
+    parser.add_argument("--length", type=int, default=128, help="tokens of each text; default 128")
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()

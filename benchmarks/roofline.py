@@ -1,7 +1,7 @@
-"""What this machine could do at best: how fast it reads memory, and how fast it multiplies.
+"""Measure the limits of this machine: memory bandwidth and multiplication rate.
 
-Both are the best of several tries: reading a block far larger than the caches, and the multiply-and-add
-instruction of the dtype on numbers that never leave the registers. No engine can be faster.
+Both are the best of several runs: reading a block far larger than the caches, and the multiply-add
+instruction of the dtype on numbers that stay in registers. No engine can be faster.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Shapes:
     """The linear layers of a model.
 
     layers       [outputs, inputs] of each linear layer, layer by layer, the head last
-    kv_values    keys and values of one position, all layers together
-    group        query heads that share a key head
+    kv_values    numbers in the keys and values of one position, in all layers together
+    group        query heads per KV head
     """
 
     layers: Sequence[tuple[int, int]]
@@ -37,12 +37,12 @@ class Shapes:
 
     @property
     def weights(self) -> int:
-        """Parameters that a step reads."""
+        """Number of parameters that a step reads."""
         return sum(outputs * inputs for outputs, inputs in self.layers)
 
 
 def shapes(config: Any) -> Shapes:
-    """Read the shapes of a llama-like model from its config; projections of one input count as one."""
+    """Read the shapes of a Llama-like model from its config; projections of one input count as one."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     head = getattr(config, "head_dim", None) or hidden // heads
     kv = config.num_key_value_heads * head
@@ -57,7 +57,7 @@ def shapes(config: Any) -> Shapes:
 
 
 def best(work: Callable[[], object]) -> float:
-    """Seconds that *work* takes when it goes best."""
+    """Return the seconds of the fastest of several calls of *work*."""
     work()
     times = []
     for _ in range(_SLICES):
@@ -68,20 +68,20 @@ def best(work: Callable[[], object]) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes per second that are read from memory, far beyond the caches."""
+    """Measure memory bandwidth in bytes per second, with a block far larger than the caches."""
     block = torch.ones(1 << 27)
     return block.numel() * block.element_size() / best(block.sum)
 
 
 def multiplications(element_type: ElementType, threads: int) -> float:
-    """Products that are made and added up per second, by the instruction that the engine's kernels use."""
+    """Measure multiply-adds per second, with the instruction that the kernels use."""
     rounds = 200_000
     plan = np.array([int(element_type), rounds, 0], np.int64)
     seconds = best(lambda: team.run(_spin, plan.ctypes.data, threads, team.FailureState(threads)))
     return threads * rounds * _CHAINS * machine.LANES * (4 // ELEMENT_BYTES[element_type]) / seconds
 
 
-_CHAINS = 16  # sums that do not wait for each other: enough to hide how long one instruction takes
+_CHAINS = 16  # independent sums: enough to hide the latency of an instruction
 
 
 def _chains(dot: Callable[..., Any], zero: Any) -> Any:
@@ -92,7 +92,7 @@ def _chains(dot: Callable[..., Any], zero: Any) -> Any:
             return [dot(b, held, ones, ones) for held in sums]
 
         sums = machine.counted_loop(b, rounds, [zero] * _CHAINS, body)
-        # Without a use of the sums the loop would be optimised away.
+        # Without a use of the sums, the compiler would remove the loop.
         total = sums[0]
         for held in sums[1:]:
             total = b.add(total, held) if zero.type == machine.INTS else b.fadd(total, held)

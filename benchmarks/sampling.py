@@ -1,7 +1,7 @@
-"""How long drawing one token per row takes, by what the rows ask for: `python -m benchmarks.sampling`.
+"""Measure how long sampling one token per row takes, by sampling parameters: `python -m benchmarks.sampling`.
 
-Milliseconds of CPU on one thread, for rows of 6,000 ids of a vocabulary of 49,152: of the first step of all
-rows, and the median of later ones.
+Milliseconds of CPU on one thread, for rows of 6,000 ids and a vocabulary of 49,152: for the first step of the
+rows, and the median of later steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def measure(params: dict[str, Any], rows: int) -> list[float]:
-    """Seconds of each step."""
+    """Return the seconds of each step."""
     dice = random.Random(1)
     logits = torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(1))
     sampler = Sampler(frozenset({0}), torch.device("cpu"))

@@ -1,13 +1,13 @@
-"""How the engine's cost grows, and how near it comes to what the machine could do.
+"""Measure how the engine scales, and how close it is to the limits of the machine.
 
     python -m benchmarks.scaling [--model smollm2-135m-instruct ...] [--dtype int8 bfloat16]
 
-steps      decode steps of 1 to 64 sequences, and of 8 sequences with 128 to 4096 tokens before them, beside
-           the roofline of this machine, measured in the same run: as long as the products of these rows
-           with the weights take, or reading weights, keys and values from memory, whichever is longer
-profile    where the time of a step goes
-stall      time to first token of 16 tokens while 4000 others are prefilled, and of the same alone
-prefix     time to first token in conversations that grow, with the prefix cache and without
+steps      decode steps of 1 to 64 sequences, and of 8 sequences with contexts of 128 to 4096 tokens, compared
+           with the roofline of this machine, measured in the same run: the time of the products with the
+           weights, or of reading weights, keys and values from memory, whichever is longer
+profile    the share of time of each part of a step
+stall      TTFT of a prompt of 16 tokens, alone and during the prefill of 4000 other tokens
+prefix     TTFT in conversations that grow, with the prefix cache and without it
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from benchmarks.stepping import row
 from headrace import models
 from headrace.worker.engine.cpu.kernels.matmul import ElementType
 from headrace.worker.engine.load.gguf.weights import dequantised
-from headrace.worker.engine.plan.loop import StepReport
+from headrace.worker.runner import StepReport
 from headrace.worker.settings import Settings
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -44,9 +44,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 def decode_seconds(engine: Any, rows: int, context: int) -> float:
-    """Median time of a decode step of *rows* sequences with *context* tokens each.
+    """Measure the median time of a decode step of *rows* sequences with *context* tokens each.
 
-    What their KV memory holds is whatever was there: the time does not depend on it.
+    The content of KV memory is arbitrary: the time does not depend on it.
     """
     ids = [1 + number % 1000 for number in range(context)]
     room = context
@@ -63,13 +63,13 @@ def decode_seconds(engine: Any, rows: int, context: int) -> float:
 def steps(
     engine: Any, dtype: str, shapes: roofline.Shapes, bandwidth: float, rate: float
 ) -> list[dict[str, float]]:
-    """Time decode steps beside their limits."""
+    """Measure decode steps, and compute their limits."""
     cells = [(rows, 128) for rows in ROWS if rows <= engine.model.max_running]
     cells += [(CONTEXT_ROWS, context) for context in CONTEXTS[1:] if context <= engine.model.context_length]
     kept = []
     for rows, context in cells:
         seconds = decode_seconds(engine, rows, context)
-        # Keys and values are kept in 16 bits where weights have 8.
+        # Keys and values have 16 bits where weights have 8.
         cached = rows * context * shapes.kv_values * max(BYTES[dtype], 2)
         memory = (shapes.weights * BYTES[dtype] + cached) / bandwidth
         products = rows * (shapes.weights + context * shapes.kv_values * shapes.group) / rate
@@ -85,7 +85,7 @@ def steps(
 
 
 def profile(engine: Any, rows: int, context: int = 128, count: int = 8) -> dict[str, float]:
-    """Shares of a decode step by part."""
+    """Return the share of time of each part of a decode step."""
     ids = [1] * context
     step = [row(engine.model, number, context - 1, ids, room=context) for number in range(rows)]
     engine.step(step)
@@ -94,24 +94,26 @@ def profile(engine: Any, rows: int, context: int = 128, count: int = 8) -> dict[
 
 
 class Clock:
-    """Hears of steps, and notes when each sequence got its first token and when it was complete."""
+    """Receives step reports, and records each sequence's first token, its answer and its end."""
 
     def __init__(self) -> None:
         self._news = threading.Condition()
         self.first: dict[int, float] = {}
-        self.ended: dict[int, list[int]] = {}
+        self.answers: dict[int, list[int]] = {}
+        self.ended: set[int] = set()
         self.steps = 0
 
-    def hear(self, report: StepReport[int]) -> None:
-        """Take a step's report; called on the engine's thread."""
+    def on_report(self, report: StepReport[int]) -> None:
+        """Record a step's report; called on the engine's thread."""
         now = time.perf_counter()
         with self._news:
             self.steps += report.rows > 0
             for update in report.updates:
                 if update.token_ids:
-                    self.first.setdefault(update.sequence.key, now)
-                if update.ending is not None:
-                    self.ended[update.sequence.key] = list(update.sequence.ids)
+                    self.first.setdefault(update.key, now)
+                    self.answers.setdefault(update.key, []).extend(update.token_ids)
+                if update.finish is not None:
+                    self.ended.add(update.key)
             self._news.notify_all()
 
     def wait(self, *keys: int) -> None:
@@ -126,12 +128,12 @@ class Clock:
 
 
 def stall(engine: Any, long: int = 4000, short: int = 16, tries: int = 2) -> dict[str, float]:
-    """Time to first token of a short prompt, alone and while a long one is being prefilled."""
+    """Measure the TTFT of a short prompt, alone and during the prefill of a long one."""
     vocabulary = engine.model.vocabulary_size - 2  # the echo engine's last ids are special
     long = min(long, engine.model.context_length - 2)
     times: dict[str, list[float]] = {"alone": [], "beside": [], "long": []}
     clock = Clock()
-    loop = start(engine, clock.hear)
+    loop = start(engine, clock.on_report)
     key = 0
     for turn in range(tries + 1):
         for what in ("alone", "beside"):
@@ -158,10 +160,10 @@ def stall(engine: Any, long: int = 4000, short: int = 16, tries: int = 2) -> dic
 def conversations(
     engine: Any, *, prefix_cache: bool, chats: int = 4, turns: int = 4, system: int = 400, said: int = 40
 ) -> dict[str, float]:
-    """Let *chats* conversations with one system prompt take *turns* turns, all at once."""
+    """Run *chats* concurrent conversations of *turns* turns, which share a system prompt."""
     vocabulary = engine.model.vocabulary_size - 2  # the echo engine's last ids are special
     clock, ttft = Clock(), []
-    loop = start(engine, clock.hear, prefix_cache=prefix_cache)
+    loop = start(engine, clock.on_report, prefix_cache=prefix_cache)
     histories = [[(7 * number) % vocabulary for number in range(system)] for _ in range(chats)]
     began = time.perf_counter()
     for turn in range(turns):
@@ -172,7 +174,8 @@ def conversations(
             loop.submit(sequence(turn * chats + chat, history, 24))
         clock.wait(*sent)
         ttft += [clock.first[key] - at for key, at in sent.items()]
-        histories = [list(clock.ended[turn * chats + chat]) for chat in range(chats)]
+        for chat, history in enumerate(histories):
+            history += clock.answers[turn * chats + chat]
     seconds = time.perf_counter() - began
     loop.stop()
     return {"ttft_p50_ms": statistics.median(ttft) * 1e3, "total_s": seconds}
@@ -205,7 +208,7 @@ def measure(model: str, dtype: str, threads: int, bandwidth: float) -> dict[str,
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print what was measured of one model in one dtype."""
+    """Print the results of one model in one dtype."""
     quiet = (
         "" if found["others"] <= machine.QUIET else f"; NOT QUIET: others used {found['others']:.2f} cores"
     )
@@ -229,18 +232,18 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     for rows, parts in found["profile"].items():
         shares = sorted(parts.items(), key=lambda share: -share[1])
-        told = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.01)
-        console.print(f"a step of {rows}: {told}")
+        listed = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.01)
+        console.print(f"a step of {rows}: {listed}")
     late = found["stall"]
     console.print(
-        f"first token of 16: {late['alone_ms']:.0f} ms alone, {late['beside_ms']:.0f} ms beside a prefill "
-        f"that takes {late['long_ms']:.0f} ms"
+        f"TTFT of 16 tokens: {late['alone_ms']:.0f} ms alone, {late['beside_ms']:.0f} ms during a prefill "
+        f"of {late['long_ms']:.0f} ms"
     )
     for name in ("without_cache", "with_cache"):
         if found[name]:
             console.print(
-                f"chats {name.replace('_', ' ')}: first token p50 {found[name]['ttft_p50_ms']:.0f} ms, "
-                f"all in {found[name]['total_s']:.1f} s"
+                f"conversations {name.replace('_', ' ')}: TTFT p50 {found[name]['ttft_p50_ms']:.0f} ms, "
+                f"total {found[name]['total_s']:.1f} s"
             )
 
 
@@ -261,7 +264,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     bandwidth = roofline.bandwidth()
     console = Console()
-    console.print(f"memory is read at {bandwidth / 1e9:.0f} GB/s by {arguments.threads} threads")
+    console.print(f"memory bandwidth: {bandwidth / 1e9:.0f} GB/s with {arguments.threads} threads")
     result: dict[str, Any] = {
         "machine": machine.describe(),
         "threads": arguments.threads,

@@ -1,4 +1,4 @@
-"""Drive an engine step by step, without scheduler and clock: for timing steps and for reading logits."""
+"""Make rows to run an engine step by step without a scheduler, for timing and for reading logits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _GREEDY = SamplingParams(seed=0, max_tokens=1 << 30, temperature=0.0, ignore_eos
 
 
 def row(model: ModelInfo, sequence: int, start: int, ids: Sequence[int], *, room: int) -> Row:
-    """Make the row that computes `ids[start:]` of one of several sequences, and samples.
+    """Return the row that computes `ids[start:]` of one of several sequences, and samples.
 
-    sequence   its number; each has its own place in KV memory
+    sequence   its number; each has its own blocks of KV memory
     room       most tokens that any of the sequences will have, the same in every call
     """
     each = -(-room // model.block_tokens)

@@ -1,7 +1,8 @@
-"""What all tests share: an echo mesh, and telemetry kept in memory."""
+"""Fixtures that all tests share: an echo mesh, and telemetry kept in memory."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Callable
 
 import pytest
@@ -13,38 +14,49 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from tests import parallel
 from tests.harness import Mesh, running_mesh
+from tests.tables import Tables
 
 # Global providers can be set once in a process, so all tests share these.
 _spans = InMemorySpanExporter()
 _reader = InMemoryMetricReader()
 
 
-# A busy machine is no failure.
+# A slow machine must not fail a property test.
 settings.register_profile("headrace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("headrace")
 
 
-def pytest_configure() -> None:
-    """Record spans and metrics of everything that runs in this process."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Record the spans and metrics of this process, and set up the run."""
+    parallel.take_part(config)
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Tables())
     tracers = TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(_spans))
     trace.set_tracer_provider(tracers)
     metrics.set_meter_provider(MeterProvider(metric_readers=[_reader]))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes for `pytest -n auto`: one more than cores, as some tests wait."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def spans() -> InMemorySpanExporter:
-    """The spans that ended since the test began."""
+    """Return the spans that have ended since the test started."""
     _spans.clear()
     return _spans
 
 
 @pytest.fixture
 def count() -> Callable[..., float]:
-    """Reads metrics as they are now, by our own labels: count("headrace.requests", outcome="stop").
+    """Return a function that reads a metric by our own labels: count("headrace.requests", outcome="stop").
 
-    Counters give their sum, gauges their value, histograms how often they were recorded.
+    It returns the sum of a counter, the value of a gauge, and the number of recordings of a histogram.
     """
 
     def read(name: str, **labels: str) -> float:
@@ -66,6 +78,6 @@ def count() -> Callable[..., float]:
 
 @pytest.fixture
 async def mesh() -> AsyncGenerator[Mesh, None]:
-    """Two tiers of echo engines."""
+    """Run a mesh of two tiers with echo engines."""
     async with running_mesh() as running:
         yield running

@@ -1,8 +1,11 @@
-"""Run each test that failed once more, alone and in a fresh process: `pytest -p tests.flaky`.
+"""Rerun each failed test once, alone and in a fresh process: `pytest -p tests.flaky`.
 
-A test that then passes is FLAKY: it is named below its first failure, and the run passes. More than `MOST`
-flaky tests fail the run, and so does a test that fails again. A flaky test is a bug all the same: mend it
-when you see it.
+A test that passes then is FLAKY: its name is printed after its first failure, and the run passes. The run
+fails if more than `MOST` tests are flaky, or if a test fails again. A flaky test is still a bug: fix it when
+you see it.
+
+With pytest-xdist the controller does this, after its workers have ended. A test in which a worker died has
+failed, too.
 """
 
 from __future__ import annotations
@@ -13,24 +16,24 @@ import sys
 import pytest
 
 MOST = 2  # flaky tests that a run may have
-MOST_AGAIN = 6  # with more failures than this, none is run again: they do not come from chance
+MOST_AGAIN = 6  # with more failures than this no test is rerun: chance does not explain them
 
 
 class Reruns:
-    """The node ids of the tests that failed in a run, and of those that passed when they ran alone."""
+    """The node ids of a run's failed tests, and of those that passed when they ran alone."""
 
     def __init__(self) -> None:
         self.failed: list[str] = []
         self.flaky: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note a failure, of the test itself or of its fixtures."""
+        """Record a failure of the test itself or of its fixtures."""
         if report.failed and report.nodeid not in self.failed:
             self.failed.append(report.nodeid)
 
     @pytest.hookimpl(tryfirst=True)  # before the terminal prints its summary
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Run the failed ones again; fixtures of the whole run have ended by now."""
+        """Rerun the failed tests. All fixtures of the run have ended."""
         if exitstatus != pytest.ExitCode.TESTS_FAILED or not 0 < len(self.failed) <= MOST_AGAIN:
             return
         for name in self.failed:
@@ -42,7 +45,7 @@ class Reruns:
             session.exitstatus = pytest.ExitCode.OK
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Name the flaky ones."""
+        """Print the flaky tests."""
         for name in self.flaky:
             terminalreporter.write_line(f"FLAKY {name}: failed, and passed when it ran alone", yellow=True)
         if len(self.flaky) > MOST:
@@ -50,5 +53,6 @@ class Reruns:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Watch this run."""
-    config.pluginmanager.register(Reruns())
+    """Observe this run, unless it is a part of one that another process observes."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Reruns())

@@ -1,4 +1,4 @@
-"""A whole mesh inside the test's process: real servers on real ports, an echo engine behind each tier."""
+"""Run a whole mesh inside the test's process: real servers on real ports, an echo engine behind each tier."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from headrace.batcher.__main__ import Batcher, batcher
+from headrace.batcher.__main__ import RunningBatcher, batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer
 from headrace.client import Client, connect
@@ -20,30 +21,30 @@ from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.engine.interface import Engine
 from headrace.worker.settings import Settings as WorkerSettings
 
-PATIENCE = 90.0  # seconds; far more than anything takes that is waited for, on a machine that is busy, too
+PATIENCE = 90.0  # seconds; the limit of every wait, far beyond what a busy machine needs
 
 
 @dataclass(frozen=True)
 class TierParts:
-    """One tier of a test mesh, for tests to look into."""
+    """One tier of a test mesh, for tests to inspect."""
 
     engine: Engine
     worker: Worker
-    batcher: Batcher
+    batcher: RunningBatcher
 
     @property
     def left_behind(self) -> dict[str, int]:
-        """What a quiet tier must have none of; non-zero entries only."""
+        """Return the non-zero counts of what an idle tier must not hold."""
         pool = self.batcher.coalescer.pool
-        load = self.worker.sessions.load()
+        load = self.worker.streams.load()
         counts = {
             "queued": len(self.batcher.coalescer.queue),
             "intake": self.batcher.intake.waiting,
             "live": len(self.batcher.coalescer.live),
-            "flights": sum(link.outstanding for link in pool),
-            "handles": sum(len(link.flights.jobs()) for link in pool),
-            "batcher requests": self.batcher.server.activity.in_flight,
-            "worker sequences": self.worker.sessions.live,
+            "in flight": sum(link.outstanding for link in pool),
+            "handles": sum(len(link.in_flight.jobs()) for link in pool),
+            "batcher requests": self.batcher.server.requests.in_flight,
+            "worker sequences": self.worker.streams.in_flight,
             "kv tokens": load.kv_tokens_total - load.kv_tokens_free,
         }
         return {name: count for name, count in counts.items() if count}
@@ -59,12 +60,12 @@ class Mesh:
 
     @property
     def left_behind(self) -> dict[str, dict[str, int]]:
-        """What is left in any tier."""
+        """Return what each tier still holds; empty if the mesh is idle."""
         return {name: parts.left_behind for name, parts in self.tiers.items() if parts.left_behind}
 
 
 def echo_engine() -> EchoEngine:
-    """The usual engine of tests: no model, no waiting."""
+    """Return the usual engine of tests, without model and delay."""
     return EchoEngine()
 
 
@@ -77,14 +78,14 @@ async def running_mesh(
     router_settings: Mapping[str, Any] | None = None,
     worker_settings: Mapping[str, Any] | None = None,
 ) -> AsyncGenerator[Mesh, None]:
-    """Start a mesh with tiers of these *names*, smallest first; "small" and "large" unless told."""
+    """Run a mesh with tiers of these *names*, smallest first; by default "small" and "large"."""
     names = names or ("small", "large")
     async with AsyncExitStack() as stack:
         tiers: dict[str, TierParts] = {}
         for name in names:
-            made = engine()
-            running = await stack.enter_async_context(running_worker(made, **(worker_settings or {})))
-            front = await stack.enter_async_context(
+            tier_engine = engine()
+            running = await stack.enter_async_context(running_worker(tier_engine, **(worker_settings or {})))
+            tier_batcher = await stack.enter_async_context(
                 batcher(
                     BatcherSettings(
                         port=0,
@@ -97,8 +98,8 @@ async def running_mesh(
                     f"{name}-batcher",
                 )
             )
-            tiers[name] = TierParts(made, running, front)
-        gate = await stack.enter_async_context(
+            tiers[name] = TierParts(tier_engine, running, tier_batcher)
+        gateway = await stack.enter_async_context(
             router(
                 RouterSettings(
                     port=0,
@@ -109,9 +110,9 @@ async def running_mesh(
                 )
             )
         )
-        client = await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}"))
-        mesh = Mesh(client, gate.port, tiers)
-        await eventually(lambda: gate.health.ready)
+        client = await stack.enter_async_context(connect(f"127.0.0.1:{gateway.port}"))
+        mesh = Mesh(client, gateway.port, tiers)
+        await eventually(lambda: gateway.health.ready)
         await eventually(lambda: all(parts.batcher.server.health.ready for parts in tiers.values()))
         await until_healthy(client)
         yield mesh
@@ -119,15 +120,28 @@ async def running_mesh(
 
 @asynccontextmanager
 async def running_worker(engine: Engine, **settings: Any) -> AsyncGenerator[Worker, None]:
-    """Start a worker over *engine*."""
+    """Run a worker with *engine*."""
     async with worker(
         WorkerSettings(port=0, fake=True, **{"drain_seconds": 2.0, **settings}), lambda: engine, "worker"
     ) as running:
         yield running
 
 
+def transformers_tokenizer(path: Path, cache: Path) -> Any:
+    """Load the tokenizer of a .gguf file as transformers does.
+
+    A batcher keeps it in *cache*: transformers takes ten seconds to read it from the file.
+    """
+    from transformers import AutoTokenizer
+
+    from headrace.batcher.text.tokenizer_files import read_tokenizer
+
+    kept: Any = AutoTokenizer
+    return kept.from_pretrained(cache / "tokenizers" / read_tokenizer(path, cache).fingerprint)
+
+
 async def until_healthy(client: Client, *tiers: bool) -> None:
-    """Wait until the router sees its tiers, smallest first, as healthy as *tiers* says: all, unless told."""
+    """Wait until the router reports its tiers, smallest first, as healthy as in *tiers*; by default all."""
     async with asyncio.timeout(PATIENCE):
         while True:
             seen = [tier.healthy for tier in (await client.list_tiers()).tiers]
@@ -145,7 +159,7 @@ async def eventually(condition: Callable[[], object], *, timeout: float = PATIEN
 
 @dataclass
 class Answer:
-    """A whole answer, checked for the contract's order while it was read."""
+    """A whole answer. The order of its events was checked against the contract."""
 
     accepted: pb.Accepted = field(default_factory=pb.Accepted)
     text: str = ""
@@ -157,7 +171,7 @@ class Answer:
 
 
 async def collect(client: Client, request: pb.GenerateRequest, *, timeout: float | None = PATIENCE) -> Answer:
-    """Read one answer to its end, asserting what every stream promises."""
+    """Read one answer to its end and assert what the contract promises of every stream."""
     answer = Answer()
     seen: list[str] = []
     async with aclosing(client.generate(request, timeout=timeout)) as stream:
@@ -187,7 +201,7 @@ async def collect(client: Client, request: pb.GenerateRequest, *, timeout: float
 
 
 def prompt(text: str, **sampling: Any) -> pb.GenerateRequest:
-    """A raw prompt with token ids asked for."""
+    """Return a request with a raw prompt that asks for token ids."""
     return pb.GenerateRequest(
         prompt=text, sampling=pb.Sampling(**sampling), stream=pb.StreamOptions(include_token_ids=True)
     )

@@ -1,4 +1,4 @@
-"""How targets are written, and which channels go through a proxy."""
+"""The syntax of targets, and which channels go through a proxy."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, collect, prompt, running_mesh
 
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
-NOWHERE = "192.0.2.77:50051"  # TEST-NET-1: nobody's address
+NOWHERE = "192.0.2.77:50051"  # TEST-NET-1: an address that no host has
 
 
 @given(
     host=st.one_of(st.ip_addresses().map(str), st.from_regex(r"[a-z][a-z0-9.-]{0,20}", fullmatch=True)),
     port=st.integers(1, 65535),
 )
-def test_an_address_is_read_as_it_was_written(host: str, port: int) -> None:
+def test_an_address_is_parsed(host: str, port: int) -> None:
     assert split(join(host, port)) == (host, str(port))
     assert split(join(f"[{host}]", port)) == (host, str(port))
     assert target_problem(join(host, port)) == ""
@@ -40,9 +40,9 @@ def test_an_address_is_read_as_it_was_written(host: str, port: int) -> None:
         ("::1:50051", "IPv6 address without brackets"),
         ("fe80::1", "IPv6 address without brackets"),
         ("dns:///::1:50051", "IPv6 address without brackets"),
-        ("http://127.0.0.1:50051", "no gRPC target"),
-        ("grpc://mesh:50051", "no gRPC target"),
-        ("", "no gRPC target"),
+        ("http://127.0.0.1:50051", "not a gRPC target"),
+        ("grpc://mesh:50051", "not a gRPC target"),
+        ("", "not a gRPC target"),
         ("localhost", "no port"),
         ("[::1]", "no port"),
         ("dns:///router", "no port"),
@@ -52,7 +52,7 @@ def test_an_address_is_read_as_it_was_written(host: str, port: int) -> None:
         (":50051", "no host"),
     ],
 )
-def test_a_target_that_nothing_can_dial_is_explained(target: str, problem: str) -> None:
+def test_an_invalid_target_is_explained(target: str, problem: str) -> None:
     assert problem in target_problem(target)
     assert "[::1]:50051" in advice(errors.Unavailable("no connection"), target)
 
@@ -71,7 +71,7 @@ def test_a_target_that_nothing_can_dial_is_explained(target: str, problem: str) 
         "xds:///router",
     ],
 )
-def test_every_form_of_grpc_is_a_target(target: str) -> None:
+def test_every_target_syntax_of_grpc_is_accepted(target: str) -> None:
     assert target_problem(target) == ""
 
 
@@ -97,7 +97,7 @@ def test_every_form_of_grpc_is_a_target(target: str) -> None:
         ("dns:///router:50051", False),
     ],
 )
-def test_this_machine_is_known_by_the_form_of_a_target(target: str, local: bool) -> None:
+def test_loopback_targets_are_recognised(target: str, local: bool) -> None:
     assert is_local(target) is local
 
 
@@ -109,24 +109,22 @@ def test_this_machine_is_known_by_the_form_of_a_target(target: str, local: bool)
         ({"http_proxy": "http://a:1", "https_proxy": "http://b:1"}, "https_proxy"),
         ({"grpc_proxy": "http://a:1", "https_proxy": "http://b:1"}, "grpc_proxy"),
         ({"grpc_proxy": "", "http_proxy": "http://a:1"}, "http_proxy"),
-        ({"https_proxy": "socks5://a:1"}, ""),  # gRPC takes no other scheme
-        ({"HTTPS_PROXY": "http://a:1"}, ""),  # gRPC does not read capitals
+        ({"https_proxy": "socks5://a:1"}, ""),  # the only scheme that gRPC accepts
+        ({"HTTPS_PROXY": "http://a:1"}, ""),  # gRPC ignores the upper-case variable
         ({"http_proxy": "http://a:1", "no_proxy": "example.com, 192.0.2.0/24"}, ""),
         ({"http_proxy": "http://a:1", "no_proxy": "192.0.2.77"}, ""),
         ({"http_proxy": "http://a:1", "no_proxy": "10.0.0.0/8"}, "http_proxy"),
         ({"http_proxy": "http://a:1", "no_grpc_proxy": "x", "no_proxy": "192.0.2.77"}, "http_proxy"),
     ],
 )
-def test_the_proxy_of_a_target_is_the_one_that_grpc_would_take(
-    environment: dict[str, str], variable: str
-) -> None:
+def test_the_proxy_of_a_target_is_the_one_that_grpc_uses(environment: dict[str, str], variable: str) -> None:
     assert proxy_variable(NOWHERE, environment) == variable
     assert proxy_variable("127.0.0.1:50051", environment) == ""
 
 
 @dataclass
 class Proxy:
-    """An HTTP proxy that refuses everybody, and keeps what it was asked for."""
+    """An HTTP proxy that rejects every request and records it."""
 
     address: str = ""
     asked: list[str] = field(default_factory=list)
@@ -152,7 +150,7 @@ async def refusing_proxy() -> AsyncGenerator[Proxy, None]:
 async def test_calls_between_our_own_processes_use_no_proxy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A whole mesh comes up, answers and is asked for its health, whatever proxy the variables name."""
+    """A whole mesh starts, answers and reports its health, whatever proxy the variables name."""
     async with refusing_proxy() as proxy:
         for variable in PROXIES:
             monkeypatch.setenv(variable, proxy.address)
@@ -162,7 +160,7 @@ async def test_calls_between_our_own_processes_use_no_proxy(
         assert proxy.asked == []
 
 
-async def test_the_inner_hops_never_use_a_proxy_and_others_do_by_default(
+async def test_inner_hops_never_use_a_proxy_and_others_do_by_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with refusing_proxy() as proxy:
@@ -174,7 +172,7 @@ async def test_the_inner_hops_never_use_a_proxy_and_others_do_by_default(
         assert proxy.asked == []
 
         async with connect(NOWHERE, retries=0) as client:
-            with pytest.raises(errors.Unavailable, match="the proxy that http_proxy names") as caught:
+            with pytest.raises(errors.Unavailable, match="the proxy that http_proxy sets") as caught:
                 await client.list_tiers(timeout=20)
         assert set(proxy.asked) == {f"CONNECT {NOWHERE} HTTP/1.1"}
         assert "http_proxy" in advice(caught.value, NOWHERE)
@@ -218,13 +216,13 @@ async def test_a_connection_that_broke_is_not_taken_for_a_new_one() -> None:
         states.become(state)
         for _ in range(10):
             await asyncio.sleep(0)
-        assert not waiting.done(), "gRPC had not noticed yet"
+        assert not waiting.done(), "gRPC has not noticed yet"
 
     states.become(grpc.ChannelConnectivity.READY)
     await waiting
 
 
-async def test_a_connection_that_was_made_meanwhile_is_used() -> None:
+async def test_a_connection_that_was_opened_meanwhile_is_used() -> None:
     states = States(grpc.ChannelConnectivity.READY)
     async with asyncio.timeout(PATIENCE):
         await reconnected(cast(grpc.aio.Channel, states))

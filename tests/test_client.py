@@ -1,4 +1,4 @@
-"""The client retries what is safe to retry, within its budget, and cancels what it leaves."""
+"""The client retries what is safe to retry, within its budget, and cancels the calls that it abandons."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import grpc
 import pytest
 
 from headrace import errors
-from headrace.client import Client, RetryBudget, chat, connect
-from headrace.runtime.server import serving
+from headrace.client import Client, chat, connect
+from headrace.retries import RetryBudget
+from headrace.runtime.serving.server import serving
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
 from headrace.v1.generation_service_pb2_grpc import (
@@ -24,7 +25,7 @@ from tests.harness import PATIENCE, collect, eventually
 
 
 class Flaky(GenerationServiceServicer):
-    """Fails the first calls, before or after its first event."""
+    """Fails its first calls, before or after the first event."""
 
     def __init__(self, failures: int, *, after_accepted: bool = False) -> None:
         self.failures = failures
@@ -65,7 +66,7 @@ async def calling(
         yield client
 
 
-async def test_a_call_that_failed_before_its_first_event_is_tried_again() -> None:
+async def test_a_call_that_fails_before_its_first_event_is_retried() -> None:
     servicer = Flaky(2)
     async with calling(servicer) as client:
         answer = await collect(client, chat("x"))
@@ -74,7 +75,7 @@ async def test_a_call_that_failed_before_its_first_event_is_tried_again() -> Non
     assert servicer.calls == 3
 
 
-async def test_a_call_that_was_accepted_is_not_tried_again() -> None:
+async def test_a_call_that_was_accepted_is_not_retried() -> None:
     servicer = Flaky(1, after_accepted=True)
     async with calling(servicer) as client:
         with pytest.raises(errors.WorkerLost):
@@ -83,7 +84,7 @@ async def test_a_call_that_was_accepted_is_not_tried_again() -> None:
     assert servicer.calls == 1
 
 
-async def test_retries_end_and_the_last_error_is_told() -> None:
+async def test_retries_end_with_the_last_error() -> None:
     servicer = Flaky(99)
     async with calling(servicer, retries=1) as client:
         with pytest.raises(errors.Draining):
@@ -92,14 +93,14 @@ async def test_retries_end_and_the_last_error_is_told() -> None:
     assert servicer.calls == 2
 
 
-async def test_a_server_in_trouble_is_not_buried_under_retries() -> None:
+async def test_the_retry_budget_protects_a_failing_server() -> None:
     servicer = Flaky(10_000)
     async with calling(servicer, retries=3) as client:
         for _ in range(20):
             with pytest.raises(errors.Draining):
                 await collect(client, chat("x"))
 
-    assert servicer.calls == 20 + 5, "five retries, and then the budget is spent"
+    assert servicer.calls == 20 + 5, "five retries exhaust the budget"
 
 
 async def test_leaving_the_stream_cancels_the_call() -> None:
@@ -112,7 +113,7 @@ async def test_leaving_the_stream_cancels_the_call() -> None:
 
 
 class Reciter(GenerationServiceServicer):
-    """Says the prompt back, a byte a token; the first streams break, each after so many tokens of its own."""
+    """Echoes the prompt, a byte a token. Its first streams break, each after its own number of tokens."""
 
     def __init__(
         self,
@@ -147,13 +148,13 @@ class Reciter(GenerationServiceServicer):
         yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_STOP))
 
 
-async def test_an_answer_whose_stream_broke_is_carried_on_unseen() -> None:
+async def test_an_answer_whose_stream_broke_is_resumed_without_a_visible_event() -> None:
     servicer = Reciter(3, 0, 5)
     async with calling(servicer) as client:
         answer = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
 
     assert answer.text == "a long way to go"
-    assert answer.ids == [], "nobody asked for them"
+    assert answer.ids == [], "the request did not ask for route changes"
     assert [len(request.resume.token_ids) for request in servicer.requests] == [0, 3, 3, 8]
     assert [request.resume.attempt for request in servicer.requests] == [0, 1, 2, 3]
     assert len({request.sampling.seed for request in servicer.requests}) == 1
@@ -163,7 +164,7 @@ async def test_an_answer_whose_stream_broke_is_carried_on_unseen() -> None:
     assert {(request.routing.tier, request.routing.model) for request in later} == {("t", "echo")}
 
 
-async def test_a_stream_that_ends_without_finish_is_carried_on_whatever_its_status() -> None:
+async def test_a_stream_that_ends_without_finish_is_resumed_whatever_its_status() -> None:
     servicer = Reciter(3, in_silence=True)
     async with calling(servicer) as client:
         answer = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
@@ -173,14 +174,14 @@ async def test_a_stream_that_ends_without_finish_is_carried_on_whatever_its_stat
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e12])
-async def test_a_deadline_may_be_as_far_as_one_likes(timeout: float) -> None:
+async def test_a_deadline_has_no_upper_limit(timeout: float) -> None:
     async with calling(Reciter()) as client:
         answer = await collect(client, pb.GenerateRequest(prompt="abc"), timeout=timeout)
 
     assert answer.text == "abc"
 
 
-async def test_who_asks_hears_that_the_answer_was_carried_on() -> None:
+async def test_a_request_for_route_changes_receives_them() -> None:
     request = pb.GenerateRequest(prompt="abc", stream=pb.StreamOptions(include_route_changes=True))
     async with calling(Reciter(1)) as client, aclosing(client.generate(request, timeout=PATIENCE)) as stream:
         events = [response async for response in stream]
@@ -192,7 +193,7 @@ async def test_who_asks_hears_that_the_answer_was_carried_on() -> None:
     assert events[2].route_change.attempt == 1
 
 
-async def test_a_busy_server_is_asked_again_for_the_rest_of_an_answer() -> None:
+async def test_the_rest_of_an_answer_is_requested_again_from_a_busy_server() -> None:
     servicer = Reciter(1, refuses=[errors.Overloaded("full", retry_after=0.01)])
     async with calling(servicer) as client:
         assert (await collect(client, pb.GenerateRequest(prompt="abc"))).text == "abc"
@@ -201,7 +202,7 @@ async def test_a_busy_server_is_asked_again_for_the_rest_of_an_answer() -> None:
 
 
 class Hurried(Reciter):
-    """Ends the first streams as SLOW_READER, each after so many tokens of its own."""
+    """Ends its first streams with SLOW_READER, each after its own number of tokens."""
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         count, said = len(self.requests), 0
@@ -216,7 +217,7 @@ class Hurried(Reciter):
         self.ends = ends
 
 
-async def test_an_answer_that_was_ended_for_slow_reading_is_carried_on() -> None:
+async def test_an_answer_that_ended_with_slow_reader_is_resumed() -> None:
     servicer = Hurried(3, 5, 1)
     async with calling(servicer) as client:
         answer = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
@@ -225,7 +226,7 @@ async def test_an_answer_that_was_ended_for_slow_reading_is_carried_on() -> None
     assert [len(request.resume.token_ids) for request in servicer.requests] == [0, 3, 8, 9]
 
 
-async def test_carrying_on_can_be_left_to_the_caller() -> None:
+async def test_resuming_can_be_switched_off() -> None:
     servicer = Reciter(1)
     async with calling(servicer) as client:
         with pytest.raises(errors.Unavailable):
@@ -234,10 +235,10 @@ async def test_carrying_on_can_be_left_to_the_caller() -> None:
                     pass
 
     (request,) = servicer.requests
-    assert not request.sampling.HasField("seed"), "the request is sent as it is"
+    assert not request.sampling.HasField("seed"), "the request is sent unchanged"
 
 
-async def test_another_model_does_not_carry_on() -> None:
+async def test_an_answer_is_not_resumed_by_another_model() -> None:
     servicer = Reciter(1)
     async with calling(servicer) as client:
         with pytest.raises(errors.NoWorkers, match="begun by model 'echo'"):
@@ -248,18 +249,18 @@ async def test_another_model_does_not_carry_on() -> None:
                     servicer.model = "other"
 
 
-async def test_an_answer_that_never_gets_on_is_given_up() -> None:
+async def test_an_answer_that_makes_no_progress_fails() -> None:
     servicer = Reciter(*[0] * 100)
     async with calling(servicer) as client:
         with pytest.raises(errors.Unavailable):
             await collect(client, pb.GenerateRequest(prompt="abc"))
 
-    assert len(servicer.requests) == 7, "the first, one that is free, and what the budget pays"
+    assert len(servicer.requests) == 7, "the first call, one free retry, and those of the budget"
 
 
-async def test_answers_that_no_server_takes_up_wait_for_one_that_does() -> None:
+async def test_answers_wait_for_a_server_that_resumes_them() -> None:
     servicer = Reciter(*[1] * 20)
-    # All of them meet a server that is busy and then a connection that breaks, again and again.
+    # Each of them meets a busy server and then a broken connection, several times.
     servicer.refuses = [errors.Overloaded("full", retry_after=0.01), errors.Unavailable("broken")] * 25
     async with calling(servicer) as client:
         asked = [collect(client, pb.GenerateRequest(prompt="abc")) for _ in range(20)]
@@ -268,18 +269,18 @@ async def test_answers_that_no_server_takes_up_wait_for_one_that_does() -> None:
     assert [answer.text for answer in answers] == ["abc"] * 20
 
 
-async def test_an_answer_that_no_server_takes_up_ends_with_its_patience() -> None:
+async def test_an_answer_that_no_server_resumes_fails_after_the_patience() -> None:
     servicer = Reciter(1)
     servicer.refuses = [errors.Overloaded("full", retry_after=0.01)] * 1_000
     async with calling(servicer, patience=0.2) as client:
         with pytest.raises(errors.Overloaded):
             await collect(client, pb.GenerateRequest(prompt="abc"))
 
-    assert len(servicer.requests) > 7, "more than the budget would pay for"
+    assert len(servicer.requests) > 7, "more than the budget allows"
 
 
 class Listening(Reciter):
-    """Keeps the metadata of its calls."""
+    """Records the metadata of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,7 +292,7 @@ class Listening(Reciter):
             yield response
 
 
-async def test_metadata_may_have_any_name_that_grpc_takes() -> None:
+async def test_metadata_may_have_any_name_that_grpc_accepts() -> None:
     given = {"context": "a", "self": "b", "headers": "c", "timeout": "d", "metadata": "e", "x-user": "f~ g"}
     servicer = Listening()
     async with calling(servicer) as client:
@@ -320,7 +321,7 @@ async def test_metadata_that_grpc_cannot_send_is_named(key: str, value: str) -> 
             await anext(client.generate(pb.GenerateRequest(prompt="abc"), metadata={key: value}))
 
 
-def test_the_retry_budget_is_spent_at_half_and_refilled_by_success() -> None:
+def test_the_retry_budget_stops_at_half_and_is_refilled_by_success() -> None:
     budget = RetryBudget(tokens=10, refund=0.5)
     assert [budget.take() for _ in range(6)] == [True] * 5 + [False]
     budget.succeed()

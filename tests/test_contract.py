@@ -1,4 +1,4 @@
-"""The committed stubs are those of protos/, and an install without extras stays light."""
+"""The committed stubs match protos/, and an install without extras has few dependencies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_committed_stubs_are_those_of_the_protos(tmp_path: Path) -> None:
+def test_the_committed_stubs_match_the_protos(tmp_path: Path) -> None:
     command = ["make", "--silent", "protos", f"OUT={tmp_path}", "--assume-old=.venv/.installed"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     fresh = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*_pb2*")}
@@ -24,7 +24,7 @@ def test_the_committed_stubs_are_those_of_the_protos(tmp_path: Path) -> None:
 
 
 def test_the_bare_install_imports_only_what_it_declares() -> None:
-    """What `pip install headrace` alone gives: stubs, errors and the client."""
+    """`pip install headrace` alone provides stubs, errors and the client."""
     code = (
         "import sys, headrace.client, headrace.errors, headrace.v1.worker_service_pb2_grpc\n"
         "heavy = ['torch', 'transformers', 'pydantic', 'opentelemetry.sdk', 'typer', 'rich', 'uvloop', "

@@ -1,4 +1,4 @@
-"""A deadline is one value, from the first hop to the last."""
+"""A deadline is one value that all hops use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_request_without_a_timeout_has_no_deadline() -> None:
 
 
 @given(now=MOMENTS, seconds=st.floats(min_value=0, max_value=1e6))
-def test_a_deadline_has_passed_exactly_when_no_time_is_left(now: float, seconds: float) -> None:
+def test_a_deadline_has_passed_when_no_time_is_left(now: float, seconds: float) -> None:
     deadline = Deadline.after(seconds, now)
 
     assert deadline.exists

@@ -1,4 +1,4 @@
-"""Manifests and image agree with the services: settings, ports, probes, drains."""
+"""Manifests and image agree with the services on settings, ports, probes and drains."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import yaml
 from headrace import models
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.router.settings import Settings as RouterSettings
-from headrace.runtime.limits import MIB
-from headrace.runtime.server import LIVENESS, READINESS
+from headrace.runtime.serving.interceptor import MAX_STARTING
+from headrace.runtime.serving.limits import MIB
+from headrace.runtime.serving.server import LIVENESS, READINESS
 from headrace.runtime.settings import PREFIX, ServiceSettings
-from headrace.runtime.turns import TURNS
 from headrace.validation import MAX_RESUME_TOKENS
 from headrace.worker.settings import Settings as WorkerSettings
 from tests.hostile.confine import parsed
@@ -31,7 +31,7 @@ SETTINGS: dict[str, type[ServiceSettings]] = {
     "batcher": BatcherSettings,
     "worker": WorkerSettings,
 }
-# Variables that are not ours, and those that have other readers: the Dockerfile's own, the cache folder.
+# Variables that are not settings of a service: the Dockerfile's own, and the cache folder.
 OTHERS = {f"{PREFIX}SERVICE", f"{PREFIX}CACHE"}
 
 
@@ -53,7 +53,7 @@ def container_of(name: str) -> dict[str, Any]:
 
 
 def settings_of(name: str, monkeypatch: pytest.MonkeyPatch) -> ServiceSettings:
-    """What the service of the container would read."""
+    """Return the settings that the container's service reads."""
     container = container_of(name)
     kind = SETTINGS[container["name"]]
     for variable in container["env"]:
@@ -64,7 +64,7 @@ def settings_of(name: str, monkeypatch: pytest.MonkeyPatch) -> ServiceSettings:
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_a_service_takes_what_its_manifest_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_accepts_the_settings_of_its_manifest(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, container = settings_of(name, monkeypatch), container_of(name)
     pod = DEPLOYMENTS[name]["spec"]["template"]["spec"]
 
@@ -76,13 +76,13 @@ def test_a_service_takes_what_its_manifest_says(name: str, monkeypatch: pytest.M
     ):
         assert container[probe]["grpc"] == {"port": settings.port, "service": service}
     assert pod["terminationGracePeriodSeconds"] > settings.drain_seconds
-    # A Service called `headrace` in the namespace sets HEADRACE_PORT=tcp://... otherwise.
+    # Else a Service named `headrace` in the namespace would set HEADRACE_PORT=tcp://...
     assert pod["enableServiceLinks"] is False
     assert re.fullmatch(rf"headrace-{container['name']}:[\d.]+", container["image"])
 
 
-# What a process has without requests, and what each byte of a request in hand comes to at its worst: the
-# message, its parsed form, what is forwarded, and the text as it is scored. Measured by tests/hostile.
+# Memory of an idle process, and the most memory per byte of a request in flight: the message, its parsed
+# form, the forwarded message, and the text for the score. Measured by tests/hostile.
 BASE_BYTES = {"router": 100 * MIB, "batcher": 600 * MIB}
 BYTES_PER_BYTE = 8
 BYTES_PER_CALL = 64 * 1024
@@ -90,36 +90,36 @@ RUN_STREAMS = 64  # whose messages arrive at the same time
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_the_memory_of_a_pod_holds_what_its_settings_let_callers_send(
+def test_the_memory_limit_of_a_pod_covers_what_its_settings_admit(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, container = settings_of(name, monkeypatch), container_of(name)
     limits, memory = settings.limits, parsed(container["resources"]["limits"]["memory"])
 
     assert parsed(container["resources"]["requests"]["memory"]) <= memory
-    if container["name"] == "worker":  # bounded by its model; requests are token ids
-        assert limits.held_bytes + RUN_STREAMS * limits.message_bytes < memory
+    if container["name"] == "worker":  # the model bounds it; requests are token ids
+        assert limits.max_inflight_bytes + RUN_STREAMS * limits.max_message_bytes < memory
         return
-    requests = BYTES_PER_BYTE * limits.held_bytes + TURNS * limits.message_bytes
-    calls = BYTES_PER_CALL * limits.calls
+    requests = BYTES_PER_BYTE * limits.max_inflight_bytes + MAX_STARTING * limits.max_message_bytes
+    calls = BYTES_PER_CALL * limits.max_calls
     assert BASE_BYTES[container["name"]] + requests + calls <= memory
 
 
-def test_what_a_router_takes_fits_its_batchers_with_an_answer_to_continue(
+def test_what_a_router_admits_fits_its_batchers_with_an_answer_to_resume(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else the longest prompts would be taken, and lost with the first batcher."""
+    """Else the longest prompts would be admitted, and lost with the first batcher."""
     limits = {}
     for name in DEPLOYMENTS:
         with monkeypatch.context() as environment:
-            limits[name] = settings_of(name, environment).limits.message_bytes
+            limits[name] = settings_of(name, environment).limits.max_message_bytes
     resumed = MAX_RESUME_TOKENS * 3  # bytes of an id below two million
 
     for name in ("batcher-small", "batcher-large"):
         assert limits["router"] + resumed + 4096 <= limits[name]
 
 
-def test_what_services_ask_for_by_name_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_name_that_a_manifest_refers_to_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     served = {
         f"{found['metadata']['name']}:{found['spec']['ports'][0]['port']}" for found in manifests("Service")
     }
@@ -137,8 +137,8 @@ def test_what_services_ask_for_by_name_is_there(monkeypatch: pytest.MonkeyPatch)
     assert {found["metadata"]["name"] for found in manifests("Service")} == set(DEPLOYMENTS)
 
 
-def test_the_tiers_of_router_and_batchers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batcher's tier and model are its worker's, and the router knows it by that name."""
+def test_router_batchers_and_workers_agree_on_the_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batcher has the tier and the model of its worker, and the router uses the same tier name."""
     tiers = {}
     for name in DEPLOYMENTS:
         with monkeypatch.context() as environment:
@@ -155,8 +155,7 @@ def test_the_tiers_of_router_and_batchers_are_the_same(monkeypatch: pytest.Monke
         assert env[f"{PREFIX}MODEL"] == model
 
 
-def test_what_the_manifests_suggest_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In comments, where nothing else would notice."""
+def test_settings_in_comments_of_the_manifests_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     suggested = re.findall(
         r"# - \{name: (\w+), value: \"?([^\"}]+)", (ROOT / "k8s" / "base" / "router.yaml").read_text()
     )
@@ -168,7 +167,7 @@ def test_what_the_manifests_suggest_is_a_setting(monkeypatch: pytest.MonkeyPatch
     settings_of("router", monkeypatch)
 
 
-# Run a module where nothing can be imported but what an extra of ours asks for, directly or not.
+# Runs a module with imports limited to what one of our extras requires, directly or indirectly.
 ONLY_WITH = """
 import importlib.metadata as metadata, json, runpy, sys
 from packaging.requirements import Requirement
@@ -217,13 +216,13 @@ def only_with(extra: str, *command: str) -> None:
 
 
 @pytest.mark.parametrize("extra", [*SETTINGS, "cli"])
-def test_an_extra_brings_all_that_its_command_imports(extra: str) -> None:
+def test_an_extra_installs_all_that_its_command_imports(extra: str) -> None:
     only_with(extra, f"headrace.{extra}", "--help")
 
 
 @pytest.mark.model
-def test_the_extra_of_the_batcher_brings_what_reads_the_tokenizer_of_a_default_model(tmp_path: Path) -> None:
-    """An image that has less starts where the tokenizer is cached, and nowhere else."""
+def test_the_batcher_extra_can_read_the_tokenizer_of_a_default_model(tmp_path: Path) -> None:
+    """An image without these packages would start only where the tokenizer is cached."""
     (tmp_path / "load.py").write_text(
         "import sys\n"
         "from pathlib import Path\n"
@@ -239,8 +238,8 @@ def test_the_extra_of_the_batcher_brings_what_reads_the_tokenizer_of_a_default_m
     assert list((tmp_path / "tokenizers").iterdir())
 
 
-def test_the_image_builds_what_is_there() -> None:
-    """Each service has an extra to install and a module to run; the version is the one that is deployed."""
+def test_the_image_refers_to_existing_files_extras_and_settings() -> None:
+    """Each service has an extra and a module; the manifests deploy the project's version."""
     dockerfile = (ROOT / "Dockerfile").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -1,4 +1,4 @@
-"""Statuses of proxies, web servers and other services: each has its class, its advice and its retry rule."""
+"""Statuses of proxies, web servers and other services have a class, advice and a retry rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.cli.complaints import advice
 from headrace.client import chat, connect
 from headrace.v1 import generation_pb2 as pb
@@ -20,7 +20,7 @@ from headrace.v1.generation_service_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 from tests.harness import PATIENCE, collect, prompt
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed
 
 TARGET = "mesh.example:50051"
 CLASSES = {
@@ -44,9 +44,9 @@ CLASSES = {
 
 
 class Between(GenerationServiceServicer):
-    """Answers the first calls with a bare status, as a proxy does; then it answers "ab" and finishes.
+    """Ends its first calls with a bare status, as a proxy does; then it answers "ab" and finishes.
 
-    failures   how many calls it answers so, from the second event on if *late*
+    failures   the number of calls that end so, after the first event if *late*
     """
 
     def __init__(self, code: grpc.StatusCode, failures: int = 10_000, *, late: bool = False) -> None:
@@ -71,7 +71,7 @@ class Between(GenerationServiceServicer):
 
 @asynccontextmanager
 async def behind(servicer: Between) -> AsyncGenerator[str, None]:
-    """Serve it without any interceptor of ours; yields its address."""
+    """Serve it without our interceptors; yields its address."""
     server = grpc.aio.server()
     add_GenerationServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -94,19 +94,17 @@ async def test_every_status_of_another_server_has_its_class_and_advice(code: grp
     said = advice(caught.value, TARGET)
     if isinstance(caught.value, errors.Foreign):
         assert "says the proxy" in said
-        assert "proxy" in said.partition(";")[2], "who may have sent it"
+        assert "proxy" in said.partition(";")[2], "the message names the possible senders"
         assert "logs of the servers" not in said
 
 
-def test_no_status_is_left_out() -> None:
+def test_every_status_is_covered() -> None:
     assert set(CLASSES) == set(grpc.StatusCode) - {grpc.StatusCode.OK}
 
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE])
-async def test_a_call_that_something_on_the_way_cancelled_is_made_again(
-    code: grpc.StatusCode, late: bool
-) -> None:
+async def test_a_call_that_an_intermediary_cancelled_is_retried(code: grpc.StatusCode, late: bool) -> None:
     servicer = Between(code, 2, late=late)
     async with behind(servicer) as target, connect(target) as client:
         answer = await collect(client, chat("x"))
@@ -120,7 +118,7 @@ async def test_a_call_that_something_on_the_way_cancelled_is_made_again(
     [code for code, cls in CLASSES.items() if issubclass(cls, errors.Foreign)],
     ids=lambda code: code.name,
 )
-async def test_what_a_proxy_refused_is_not_asked_again(code: grpc.StatusCode) -> None:
+async def test_a_call_that_a_proxy_rejected_is_not_retried(code: grpc.StatusCode) -> None:
     servicer = Between(code)
     async with behind(servicer) as target, connect(target) as client:
         with pytest.raises(errors.Foreign):
@@ -132,22 +130,22 @@ async def test_what_a_proxy_refused_is_not_asked_again(code: grpc.StatusCode) ->
 @pytest.mark.parametrize(
     "foreign", [errors.PermissionDenied("RBAC: access denied"), errors.Aborted("reset")], ids=str
 )
-async def test_a_proxy_that_refuses_the_router_does_not_refuse_the_caller(
+async def test_a_proxy_that_rejects_the_router_does_not_reject_the_caller(
     foreign: errors.Foreign,
 ) -> None:
-    """The next batcher is asked; where there is none, it is the tier that cannot be reached."""
-    denied, other = Front(refuses=foreign), Front(running=9)
+    """The router tries the next batcher. Without one, the tier is unreachable."""
+    denied, other = FakeBatcher(refuses=foreign), FakeBatcher(running=9)
     async with routed(only=[denied, other]) as client:
         assert (await collect(client, prompt("hello"))).text == "hello"
     assert len(denied.requests) == len(other.requests) == 1
 
-    async with routed(only=Front(refuses=foreign)) as client:
+    async with routed(only=FakeBatcher(refuses=foreign)) as client:
         with pytest.raises(errors.Unavailable, match=foreign.reason):
             await collect(client, prompt("hello"))
 
 
-async def test_an_answer_that_a_proxy_ended_is_carried_on_at_another_batcher() -> None:
-    first, second = Front(breaks=[2], breaks_with=errors.Aborted("reset")), Front(running=9)
+async def test_an_answer_that_a_proxy_ended_is_resumed_on_another_batcher() -> None:
+    first, second = FakeBatcher(breaks=[2], breaks_with=errors.Aborted("reset")), FakeBatcher(running=9)
     async with routed(only=[first, second]) as client:
         assert (await collect(client, prompt("hello"))).text == "hello"
     assert len(second.requests) == 1
@@ -155,7 +153,7 @@ async def test_an_answer_that_a_proxy_ended_is_carried_on_at_another_batcher() -
 
 @asynccontextmanager
 async def speaking_http2(status: int, body: bytes) -> AsyncGenerator[str, None]:
-    """A web server that answers every request with HTML; yields its address."""
+    """Run a web server that answers every request with HTML; yields its address."""
 
     def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
         return (
@@ -202,7 +200,7 @@ async def speaking_http2(status: int, body: bytes) -> AsyncGenerator[str, None]:
 async def test_answers_in_http_are_reported_as_such(
     status: int, expected: type[errors.HeadraceError]
 ) -> None:
-    """The class is by gRPC's own mapping of statuses, and with it whether it is tried again."""
+    """The class follows gRPC's mapping of HTTP statuses, and so does the retry rule."""
     async with speaking_http2(status, b"") as target, connect(target, retries=0) as client:
         with pytest.raises(errors.HeadraceError) as caught:
             await client.list_tiers(timeout=PATIENCE)
@@ -224,7 +222,7 @@ async def test_html_in_place_of_a_status_is_reported_as_http() -> None:
     assert "gRPC port of a mesh" in advice(caught.value, target)
 
 
-async def test_a_server_of_http_1_is_reported_as_one() -> None:
+async def test_a_server_of_http_1_is_reported_as_such() -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
         writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
@@ -245,7 +243,7 @@ def test_headers_that_are_too_large_are_reported_as_too_large() -> None:
     nothing = grpc.aio.Metadata()
     said = "received initial metadata size exceeds hard limit (20000 vs. 16384)"
 
-    error = errors.from_rpc_error(
+    error = statuses.from_rpc_error(
         grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, nothing, nothing, said)
     )
 

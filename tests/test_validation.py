@@ -1,4 +1,4 @@
-"""What a request may hold: bounds are checked before anything is walked, and messages quote little."""
+"""Bounds of a request are checked before its fields are iterated, and messages quote little."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.validation import check_feedback, check_request, seconds_of
 
-# No float32 outside of these is anything that a sampling field may hold.
+# No sampling field accepts a float32 outside of these.
 EXTREMES = (0.0, -0.0, 1e-45, 1e-39, 1.2e-38, 1e-10, 3.4e38, -1e-45, -3.4e38, math.inf, -math.inf, math.nan)
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -62,7 +62,7 @@ def refused(request: pb.GenerateRequest) -> errors.InvalidRequest:
         ),
     ],
 )
-def test_what_holds_too_much_is_refused_by_its_field(request_: pb.GenerateRequest, field: str) -> None:
+def test_a_field_that_is_too_long_is_named(request_: pb.GenerateRequest, field: str) -> None:
     assert refused(request_).field == field
 
 
@@ -76,7 +76,7 @@ def test_the_bounds_themselves_are_allowed() -> None:
     check_request(request)
 
 
-def test_an_assistants_turn_may_be_empty_and_no_other() -> None:
+def test_only_an_assistants_turn_may_be_empty() -> None:
     turns = [pb.Message(role="user", content="a"), pb.Message(role="assistant"), pb.Message(role="user")]
     check_request(pb.GenerateRequest(chat=pb.Chat(messages=[*turns[:2], turns[0]])))
 
@@ -84,7 +84,7 @@ def test_an_assistants_turn_may_be_empty_and_no_other() -> None:
 
 
 class _Counted(list[int]):
-    """Stands for a repeated field; counts how many of its items were read."""
+    """A fake repeated field that counts how many of its items were read."""
 
     read = 0
 
@@ -105,8 +105,8 @@ class _Counted(list[int]):
         (validation._check_resume, ("token_ids",)),
     ],
 )
-def test_a_long_field_is_counted_and_not_walked(check, holder) -> None:  # type: ignore[no-untyped-def]
-    """The caller pays for a long list, not the event loop."""
+def test_a_long_field_is_not_iterated(check, holder) -> None:  # type: ignore[no-untyped-def]
+    """A long list must not occupy the event loop."""
     long = _Counted(range(400_000))
 
     class Message:
@@ -133,7 +133,7 @@ def test_a_long_field_is_counted_and_not_walked(check, holder) -> None:  # type:
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", EXTREMES)
-def test_a_number_is_taken_only_if_it_is_finite_and_of_a_sane_size(name: str, value: float) -> None:
+def test_a_number_must_be_finite_and_in_range(name: str, value: float) -> None:
     request = asked(**{name: value})
     number = getattr(request.sampling, name)
     if (error := complaint(request)) is not None:
@@ -148,18 +148,18 @@ def test_a_number_is_taken_only_if_it_is_finite_and_of_a_sane_size(name: str, va
     ("name", "bounds"), [("repetition_penalty", (0.01, 10)), ("temperature", (0, 10)), ("top_p", (1e-9, 1))]
 )
 def test_the_ends_of_a_range_belong_to_it(name: str, bounds: tuple[float, float]) -> None:
-    """Also where float32 has no such number and holds a little less."""
+    """Also where float32 cannot represent the end and holds a little less."""
     for bound in bounds:
         check_request(asked(**{name: bound}))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 100.1, -1e38])
-def test_a_bias_that_is_no_sane_number_is_refused(value: float) -> None:
+def test_a_bias_out_of_range_is_rejected(value: float) -> None:
     assert refused(asked(logit_bias={3: value})).field == "sampling.logit_bias"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.001, 1.001])
-def test_a_preference_or_quality_that_is_no_share_is_refused(value: float) -> None:
+def test_a_preference_or_quality_outside_0_to_1_is_rejected(value: float) -> None:
     request = pb.GenerateRequest(prompt="x", routing=pb.Routing(quality_preference=value))
     assert refused(request).field == "routing.quality_preference"
     with pytest.raises(errors.InvalidRequest) as caught:
@@ -167,9 +167,9 @@ def test_a_preference_or_quality_that_is_no_share_is_refused(value: float) -> No
     assert caught.value.field == "quality"
 
 
-def test_integers_at_their_ends_are_taken_where_they_have_a_meaning() -> None:
+def test_integers_at_the_ends_of_their_ranges_are_accepted() -> None:
     check_request(asked(top_k=2**32 - 1, max_tokens=2**32 - 1, min_tokens=2**32 - 1, seed=2**64 - 1))
-    check_request(asked(stop_token_ids=[2**32 - 1], logit_bias={2**32 - 1: 1.0}))  # the batcher knows better
+    check_request(asked(stop_token_ids=[2**32 - 1], logit_bias={2**32 - 1: 1.0}))  # the batcher checks it
 
 
 @given(seconds=st.integers(-(2**63), 2**63 - 1), nanos=st.integers(-(2**31), 2**31 - 1))
@@ -184,7 +184,7 @@ def test_a_duration_is_within_its_bounds_or_refused(seconds: int, nanos: int) ->
     assert 0 <= nanos <= 999_999_999
 
 
-def test_a_duration_of_mixed_signs_is_no_duration() -> None:
+def test_a_duration_of_mixed_signs_is_rejected() -> None:
     with pytest.raises(errors.InvalidRequest):
         seconds_of(duration_pb2.Duration(seconds=1, nanos=-1), "x")
     assert seconds_of(duration_pb2.Duration(seconds=-1, nanos=-500_000_000), "x") == -1.5
@@ -225,13 +225,3 @@ def test_feedback_of_long_names_is_refused_by_its_field() -> None:
     with pytest.raises(errors.InvalidRequest):
         check_feedback(routing.FeedbackRequest(request_id="r"))
     check_feedback(routing.FeedbackRequest(request_id="r" * 128, tier="t", quality=0.5))
-
-
-@given(st.text(max_size=200))
-def test_a_quote_is_short_and_on_one_line(text: str) -> None:
-    quote = errors.quoted(text)
-
-    assert len(quote) <= 10 * errors.MAX_QUOTED + 40
-    assert quote.isprintable()
-    if len(text) <= errors.MAX_QUOTED:
-        assert quote == repr(text)

@@ -1,4 +1,4 @@
-"""One tier inside the test's process: a batcher, several workers, and a wire to each that can be cut."""
+"""Run one tier inside the test's process: a batcher, several workers, and a wire to each that can be cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from headrace.batcher.__main__ import Batcher, batcher
+from headrace.batcher.__main__ import RunningBatcher, batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer
 from headrace.cli.mesh import reserved_ports
@@ -22,12 +22,12 @@ from tests.harness import PATIENCE, eventually, running_worker
 
 
 class OracleEngine(EchoEngine):
-    """Draws each token from a hash of all that it may depend on: prompt, answer so far, seed, sampling.
+    """Computes each token as a hash of all that it may depend on: prompt, answer so far, seed, sampling.
 
-    So an answer that was carried on from anything but its exact state is another answer, as it would be
-    with a model; and one that was carried on rightly is the same, byte for byte, as on an EXACT worker.
+    An answer that is resumed from any state but its exact one differs, as it does with a model. One that is
+    resumed correctly is byte-identical, as on an EXACT worker.
 
-    drew   called on the engine's thread with the answer's offset before each token is handed out
+    drew   called on the engine's thread with the answer's offset before each token is returned
     """
 
     def __init__(self, *, drew: Callable[[int], None] | None = None, **options: Any) -> None:
@@ -46,12 +46,12 @@ class OracleEngine(EchoEngine):
 
 
 def oracle(row: Row) -> Token:
-    """The token that follows the row's ids."""
+    """Return the token that follows the row's ids."""
     params = row.params if row.params.temperature else replace(row.params, seed=0)  # greedy: no noise
     state = (list(row.ids[: row.stop]), row.prompt, params)
     number = int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=8).digest())
-    said = row.stop - row.prompt
-    if number % 64 == 0 and said >= row.params.min_tokens and not row.params.ignore_eos:
+    answered = row.stop - row.prompt
+    if number % 64 == 0 and answered >= row.params.min_tokens and not row.params.ignore_eos:
         return Token(EOS_ID, 0.0)
     letters = b"abcdefghij -"
     return Token(letters[number // 64 % len(letters)], -(number % 997) / 100)
@@ -60,8 +60,8 @@ def oracle(row: Row) -> Token:
 class Wire:
     """A TCP wire to a port on this machine, which can be cut and joined again.
 
-    port   where to connect; none that the system hands out by itself, or it could become anybody's while the
-           wire is cut
+    port   where to connect; outside of the system's ephemeral ports, so that no other process can get it
+           while the wire is cut
     """
 
     def __init__(self, target: int, port: int) -> None:
@@ -74,30 +74,30 @@ class Wire:
         self.cuts = 0
 
     async def join(self) -> None:
-        """Listen, on the same port as before."""
-        self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.port)
+        """Listen again on the same port."""
+        self._server = await asyncio.start_server(self._forward, "127.0.0.1", self.port)
 
     def cut(self) -> None:
-        """Reset every connection, and refuse new ones until joined again."""
+        """Reset every connection and refuse new ones until `join`."""
         self.cuts += 1
         if self._server is not None:
             self._server.close()
         self.reset()
 
     def reset(self) -> None:
-        """Reset every connection; new ones are taken."""
+        """Reset every connection; new ones are accepted."""
         for writer in self._writers:
             writer.transport.abort()
 
     def freeze(self) -> None:
-        """Carry nothing more, with all connections open."""
+        """Forward no more data; connections stay open."""
         self._flowing.clear()
 
     def thaw(self) -> None:
-        """Carry on where it was frozen."""
+        """Forward data again, starting with what was held back."""
         self._flowing.set()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
@@ -127,7 +127,7 @@ class Tier:
     """A running tier."""
 
     client: Client
-    batcher: Batcher
+    batcher: RunningBatcher
     workers: list[Worker] = field(default_factory=list)
     wires: list[Wire] = field(default_factory=list)
     engines: list[Engine] = field(default_factory=list)
@@ -135,7 +135,7 @@ class Tier:
     @property
     def serving(self) -> int:
         """Which worker has sequences."""
-        return next(number for number, worker in enumerate(self.workers) if worker.sessions.live)
+        return next(number for number, worker in enumerate(self.workers) if worker.streams.in_flight)
 
 
 @asynccontextmanager
@@ -147,7 +147,7 @@ async def running_tier(
     extra_workers: Sequence[str] = (),
     **settings: Any,
 ) -> AsyncGenerator[Tier, None]:
-    """Start a worker for each of *engines*, a wire to each, and their batcher with *settings*.
+    """Run a worker for each of *engines*, a wire to each, and a batcher with *settings*.
 
     extra_workers   targets of more workers, which the tier does not wait for
     """
@@ -176,9 +176,9 @@ async def running_tier(
 
 
 class Trap:
-    """Stops an engine's thread before it hands out the token of an offset, until it is let go.
+    """Blocks an engine's thread before it returns the token of an offset, until `open`.
 
-    sprung   set on the event loop when the thread stands
+    sprung   set on the event loop when the thread is blocked
     """
 
     def __init__(self, offset: int) -> None:
@@ -195,5 +195,5 @@ class Trap:
             self._go.wait(PATIENCE)
 
     def open(self) -> None:
-        """Let the thread go on."""
+        """Release the thread."""
         self._go.set()

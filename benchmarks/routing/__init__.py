@@ -1,1 +1,1 @@
-"""How well the router routes: scores, shares held, and whole answers by real models."""
+"""Measures how well the router routes: scores, shares of calls, and whole answers by real models."""

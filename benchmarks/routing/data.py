@@ -1,7 +1,8 @@
 """Read the rows that the scorer is trained and measured on, by family.
 
-A folder of JSON Lines, gzipped: `dev/` holds outcomes of a weak and a strong model, `train/` what else can
-teach. Only what its licence allows (`SHIPPABLE`) trains the artifact that is committed; the rest measures.
+DATA is a folder of gzipped JSON Lines: `dev/` has outcomes of a weak and a strong model, `train/` other
+training data. Only families whose licence allows it (`SHIPPABLE`) train the committed artifact; the others
+only measure.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from headrace.routing import scorer
 
 Array = NDArray[np.float64]
 
-# Families whose rows may train what is committed: MIT or Apache-2.0.
+# Families whose rows may train the committed artifact: MIT or Apache-2.0.
 SHIPPABLE = ("mmlu", "nine/", "steps", "arenahard")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Prompts of one origin, and how the two models did on each, 0 to 1.
+    """Prompts of one origin, and the outcome of the two models on each, 0 to 1.
 
     groups   [rows], a finer origin (the subject), or empty strings
     """
@@ -39,16 +40,16 @@ class Family:
 
     @property
     def features(self) -> Array:
-        """[rows, F], as the scorer reads them."""
+        """The features [rows, F] that the scorer reads."""
         return np.array([_features(prompt) for prompt in self.prompts])
 
     @property
     def gains(self) -> Array:
-        """[rows], strong minus weak."""
+        """The gains [rows]: strong minus weak."""
         return self.strong - self.weak
 
     def only(self, rows: NDArray[np.int64]) -> Family:
-        """The rows at these places."""
+        """Return the rows at these places."""
         return Family(
             [self.prompts[row] for row in rows],
             self.weak[rows],
@@ -63,11 +64,11 @@ def _features(prompt: str) -> Array:
 
 
 def families(folder: Path) -> dict[str, Family]:
-    """Every family in *folder*, by name.
+    """Return every family in *folder*, by name.
 
-    What has no outcomes of two models stands in for them: `steps` counts solution steps (0 to 1, more need
-    more), `seven/` is how often seven small models failed, `flask` is an annotated difficulty. `arenahard`
-    has no label.
+    Some families have a substitute for the outcomes of two models: `steps` has the number of solution steps,
+    `seven/` how often seven small models failed, `flask` an annotated difficulty, each from 0 to 1.
+    `arenahard` has no label.
     """
     rows: dict[str, list[tuple[str, float, float, str]]] = {}
 
@@ -104,7 +105,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-# The rows of nine models come in the order of the benchmarks that they were collected from, in two parts.
+# The rows of the nine models are in the order of the benchmarks that they were collected from, in two parts.
 _ORDER = {
     "train": (
         *((300, ""), (510, "commongen"), (1027, "natural_questions"), (1525, "trivia"), (2023, "race")),
@@ -116,7 +117,8 @@ _ORDER = {
 
 
 def _origin(row: dict[str, Any]) -> str:
-    """Which benchmark a row of the nine models came from; the id tells its place in their order."""
+    """Return the benchmark of a row of the nine models; its id is its place in their order."""
+
     _, part, number = row["id"].split("/")
     origin = next(name for end, name in _ORDER[part] if int(number) < end)
     prompt: str = row["prompt"]

@@ -1,18 +1,18 @@
-"""Fit the check of drafts to real drafts with outcomes, and measure it on families that it has not seen.
+"""Fit the draft check to real drafts with outcomes, and measure it on families that it has not seen.
 
-    python -m benchmarks.routing.drafts generate    # has the models answer: some forty minutes on two cores
-    python -m benchmarks.routing.drafts fit         # writes the shipped artifact: the same bytes every time
-    python -m benchmarks.routing.drafts evaluate    # prints the tables, in Markdown
+    python -m benchmarks.routing.drafts generate    # generate drafts: about forty minutes on two cores
+    python -m benchmarks.routing.drafts fit         # write the shipped artifact: always the same bytes
+    python -m benchmarks.routing.drafts evaluate    # print the tables, in Markdown
 
-`drafts.jsonl.gz` holds drafts of SmolLM2-135M and Qwen2.5-Coder-0.5B on the questions of `templates.py`,
-each with log-probabilities, two samples and whether it is right. The prompts are ours; what the models said
-is under their licence, Apache-2.0.
+`drafts.jsonl.gz` has drafts of SmolLM2-135M and Qwen2.5-Coder-0.5B for the questions of `templates.py`,
+each with log-probabilities, two samples, and whether it is right. The prompts are ours; the drafts are
+under the models' licence, Apache-2.0.
 
-The model is a logistic regression in three parts: a bias, the weights set by hand under one common scale,
-and a correction of each weight whose prior is that there is none. How far corrections may go is chosen by
-leaving out one family at a time, and none are made that do not clearly help there: at 0 what is read from the
-text keeps the order set by hand, and P(good) is calibrated. What log-probabilities and samples tell is always
-fitted. Each kind of evidence (the text alone, log-probabilities, samples, both) has weights of its own.
+The model is a logistic regression with three parts: a bias, the weights set by hand times one common scale,
+and a correction of each weight with a prior around 0. The standard deviation of that prior is chosen by
+leaving out one family at a time, and is 0 unless corrections clearly help. At 0, findings in the text keep
+the order set by hand, and P(good) is calibrated. The weights of log-probabilities and samples are always
+fitted. Each kind of evidence (the text alone, log-probabilities, samples, both) has its own weights.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ BY_HAND = Path(__file__).with_name("draft_check_by_hand.json")
 SPREADS = (0.0, 0.1, 0.2, 0.4, 0.8)  # standard deviations of the corrections, in log-odds
 _SUPPORTS = frozenset(["samples_agree"])  # findings that speak for a draft; all others speak against it
 _SCALE_SPREAD = 0.5
-# What only some kinds of evidence tell was hardly set by hand at all: the rows decide.
+# Findings of log-probabilities and samples have only rough weights by hand, so they have a wide prior.
 _EVIDENT = frozenset(["unsure", "unsure_at_worst", "samples_agree", "samples_differ"])
 _EVIDENT_SPREAD = 1.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Drafts as the check sees them with one kind of evidence: x [rows, F], right [rows] 0 or 1."""
+    """Drafts as measured with one kind of evidence: findings x [rows, F], and right [rows], 0 or 1."""
 
     rows: Sequence[Drafted]
     x: Array
     right: Array
 
     def where(self, wanted: NDArray[np.bool_]) -> Measured:
-        """The rows at which *wanted* [rows] is true."""
+        """Return the rows at which *wanted* [rows] is true."""
         rows = [row for row, kept in zip(self.rows, wanted, strict=True) if kept]
         return Measured(rows, self.x[wanted], self.right[wanted])
 
 
 def see(rows: Sequence[Drafted], evidence: str, samples: int = 1) -> Measured:
-    """Measure *rows* with this kind of evidence; *samples* of each are looked at where it has them."""
+    """Measure *rows* with this kind of evidence, with at most *samples* samples of each."""
     x = []
     for row in rows:
         found = measure(
@@ -77,15 +77,15 @@ def see(rows: Sequence[Drafted], evidence: str, samples: int = 1) -> Measured:
 
 
 def by_hand() -> Weights:
-    """What was set by hand."""
+    """Return the weights that were set by hand."""
     return draft_check.read_weights(json.loads(BY_HAND.read_text(encoding="utf-8")))
 
 
 def fit(data: Measured, hand: Weights, spread: float) -> Weights:
-    """The weights by maximum a posteriori; rows weigh so that each family and tier counts the same.
+    """Return the maximum a posteriori weights; each family of each tier counts the same.
 
-    spread   standard deviation of each weight's correction; 0: none but of what log-probabilities and samples
-             tell, so that what is fitted otherwise is bias and scale
+    spread   standard deviation of each weight's correction; 0: only bias, scale, and the weights of
+             log-probabilities and samples are fitted
 
     A finding that speaks against a draft never speaks for it: where the rows would have it so, it is silent.
     """
@@ -120,7 +120,8 @@ def fit(data: Measured, hand: Weights, spread: float) -> Weights:
 
 
 def _balanced(rows: Sequence[Drafted]) -> Array:
-    """Weights [rows] with which each family of each tier counts the same, and all as many as there are."""
+    """Return weights [rows], mean 1, with which each family of each tier counts the same."""
+
     places = [(row.family, row.tier) for row in rows]
     sizes = {place: places.count(place) for place in set(places)}
     return np.array([len(rows) / len(sizes) / sizes[place] for place in places])
@@ -129,7 +130,7 @@ def _balanced(rows: Sequence[Drafted]) -> Array:
 def _maximum(
     design: Array, offset: Array, right: Array, weight: Array, start: Array, precision: Array
 ) -> Array:
-    """Newton's method, its steps halved until they help, on a logistic likelihood with a Gaussian prior."""
+    """Maximise a logistic likelihood with a Gaussian prior by Newton's method with step halving."""
 
     def loss(at: Array) -> float:
         logits = design @ at + offset
@@ -151,14 +152,14 @@ def _maximum(
 
 
 def good(weights: Weights, x: Array) -> Array:
-    """P(good) [rows]."""
+    """Return P(good) [rows]."""
     vector = np.array([weights.weights[name] for name in NAMES])
     chances: Array = 1 / (1 + np.exp(-(weights.bias + x @ vector)))
     return chances
 
 
 def unseen(data: Measured, hand: Weights, spread: float) -> Array:
-    """P(good) [rows], each by weights that were fitted without the row's family."""
+    """Return P(good) [rows], each by weights that were fitted without the row's family."""
     found = np.zeros(len(data.rows))
     for family in sorted({row.family for row in data.rows}):
         places = np.array([row.family == family for row in data.rows])
@@ -168,14 +169,14 @@ def unseen(data: Measured, hand: Weights, spread: float) -> Array:
 
 
 def log_loss(chances: Array, right: Array, weight: Array) -> float:
-    """Mean of -ln P(what happened)."""
+    """Return the weighted mean of -ln P(outcome)."""
     kept = np.clip(chances, 1e-6, 1 - 1e-6)
     each = -(right * np.log(kept) + (1 - right) * np.log(1 - kept))
     return float((weight * each).sum() / weight.sum())
 
 
 def area(chances: Array, right: Array) -> float:
-    """AUC: how often a right draft scores above a wrong one; ties count half. NaN without both."""
+    """Return the AUC: how often a right draft scores above a wrong one. Ties count half; NaN without both."""
     yes, no = chances[right > 0.5], chances[right < 0.5]
     if not (len(yes) and len(no)):
         return float("nan")
@@ -183,7 +184,7 @@ def area(chances: Array, right: Array) -> float:
 
 
 def within(chances: Array, data: Measured) -> float:
-    """AUC within each family of each tier, averaged by the pairs that it compares."""
+    """Return the AUC within each family of each tier, averaged by the number of compared pairs."""
     total = pairs = 0.0
     for family, tier in {(row.family, row.tier) for row in data.rows}:
         places = np.array([(row.family, row.tier) == (family, tier) for row in data.rows])
@@ -195,7 +196,7 @@ def within(chances: Array, data: Measured) -> float:
 
 
 def choose(data: Measured, hand: Weights) -> float:
-    """The spread with the least log-loss on unseen families, unless 0 is as good within two standard errors.
+    """Return the spread with the least log-loss on unseen families; 0 if it is as good within two errors.
 
     The error is that of the difference's mean over the families.
     """
@@ -218,12 +219,12 @@ def choose(data: Measured, hand: Weights) -> float:
 
 
 def taught(rows: Sequence[Drafted]) -> list[Drafted]:
-    """Those that the shipped check is fitted to."""
+    """Return the rows that the shipped check is fitted to."""
     return [row for row in rows if row.family not in HELD_OUT]
 
 
 def make(rows: Sequence[Drafted]) -> dict[str, tuple[float, Weights]]:
-    """For each kind of evidence, the chosen spread and the weights fitted with it to all taught rows."""
+    """Return, for each kind of evidence, the chosen spread and the weights fitted to all training rows."""
     hand, made = by_hand(), {}
     for evidence in EVIDENCE:
         data = see(taught(rows), evidence)
@@ -250,7 +251,7 @@ def save(made: Mapping[str, tuple[float, Weights]], path: Path) -> None:
 
 
 def _ranked(chances: Array, data: Measured, strong: Array | None = None) -> str:
-    """APGR, CPT50 and CPT80 where escalation brings *strong*, or always a right answer; "-" without a gap."""
+    """Return APGR, CPT50 and CPT80 if escalation gives *strong*, or a right answer; "-" without a gap."""
     try:
         found = quality(-chances, data.right, np.ones(len(chances)) if strong is None else strong)
     except ValueError:
@@ -259,7 +260,7 @@ def _ranked(chances: Array, data: Measured, strong: Array | None = None) -> str:
 
 
 def compare(rows: Sequence[Drafted], samples: int = 1) -> None:
-    """By kind of evidence: set by hand, its order calibrated, and fitted, all on unseen families."""
+    """Print a table by kind of evidence: set by hand, calibrated, and fitted, all on unseen families."""
     hand = by_hand()
     outcomes = {(row.id, row.tier): float(row.right) for row in rows}
     print(
@@ -293,7 +294,7 @@ def compare(rows: Sequence[Drafted], samples: int = 1) -> None:
 
 
 def held_out(rows: Sequence[Drafted]) -> None:
-    """The word problems, which taught nothing: by tier and evidence, by hand and as fitted."""
+    """Print a table of the word problems, which are held out, by tier and evidence, by hand and fitted."""
     hand, made = by_hand(), make(rows)
     print(
         "| word problems | drafts (right) | evidence | by hand: AUC, APGR | fitted: AUC, APGR | best APGR |"
@@ -318,7 +319,7 @@ def held_out(rows: Sequence[Drafted]) -> None:
 
 
 def reliability(rows: Sequence[Drafted]) -> None:
-    """What happened where so much was promised, on unseen families; log-probabilities and text."""
+    """Print the share of right drafts by P(good), on unseen families."""
     hand = by_hand()
     print("| P(good) | by hand: drafts, right | fitted, text | fitted, log-probabilities | fitted, both |")
     print("|---|---|---|---|---|")
@@ -337,7 +338,8 @@ def reliability(rows: Sequence[Drafted]) -> None:
 
 
 def latency(rows: Sequence[Drafted]) -> None:
-    """What a check takes, in CPU time of this thread."""
+    """Print the CPU time of a check."""
+
     checker, times = draft_check.load(), []
     for row in rows:
         began = time.thread_time()

@@ -1,9 +1,9 @@
-"""Measure the scorer beside what else there is: `python -m benchmarks.routing.evaluate DATA`.
+"""Measure the scorer and its alternatives: `python -m benchmarks.routing.evaluate DATA`.
 
-Every row of the table is on prompts that the model was not fitted to: a family is left out as a whole
-(`unseen`), or, where the shipped model was taught by a part of it, folds are (`folds`). Beside: length, and
-LiteLLM's complexity router where `--litellm PYTHON` names an interpreter that has it. The outcomes under
-`nine/` and `seven/` are other models' than the pair of the rest, and say how far an order carries over.
+All figures are on prompts that the model was not fitted to: a family is left out as a whole (`unseen`), or in
+folds if the shipped model was fitted to a part of it (`folds`). The alternatives are the length of the
+prompt, and LiteLLM's complexity router if `--litellm PYTHON` names an interpreter that has it. The outcomes
+under `nine/` and `seven/` are of other models than the rest, and show how well an order transfers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ print(json.dumps([router.classify(prompt)[1] for prompt in json.load(sys.stdin)]
 
 
 def held_out(data: Mapping[str, Family], name: str) -> tuple[str, Array]:
-    """How *name* was held out, and the gains [rows] that a model expects that never saw them."""
+    """Return how *name* was held out, and the gains [rows] that a model fitted without it expects."""
     family = data[name]
     if name != "mmlu":
         return "unseen", fit(data, without=[name]).gains(family.features)
@@ -51,7 +51,7 @@ def held_out(data: Mapping[str, Family], name: str) -> tuple[str, Array]:
 
 
 def by_subject(data: Mapping[str, Family], name: str) -> Array:
-    """As `held_out`, but whole subjects are left out at a time."""
+    """Like `held_out`, but leave out whole subjects at a time."""
     family = data[name]
     groups = np.array(family.groups)
     expected = np.zeros(len(groups))
@@ -63,7 +63,7 @@ def by_subject(data: Mapping[str, Family], name: str) -> Array:
 
 
 def after_labels(model: scorer.Model, family: Family, seeds: Sequence[int]) -> tuple[float, float]:
-    """Mean APGR on the rest of *family* before and after a refit to 200 of its outcomes."""
+    """Return the mean APGR on the rest of *family* before and after a refit to 200 of its outcomes."""
     features = family.features
     found = []
     for seed in seeds:
@@ -82,7 +82,7 @@ def after_labels(model: scorer.Model, family: Family, seeds: Sequence[int]) -> t
 
 
 def latency(prompts: Sequence[str]) -> tuple[float, float]:
-    """p50 and p99 in milliseconds of CPU that scoring one prompt takes: other processes' share left out."""
+    """Return p50 and p99 of the CPU time of scoring one prompt, in milliseconds."""
     shipped = scorer.load()
     times = []
     for prompt in prompts:
@@ -93,7 +93,7 @@ def latency(prompts: Sequence[str]) -> tuple[float, float]:
 
 
 def litellm_scores(python: str, prompts: Sequence[str]) -> Array:
-    """LiteLLM's complexity score of each prompt."""
+    """Return LiteLLM's complexity score of each prompt."""
     done = subprocess.run(
         [python, "-c", _LITELLM], input=json.dumps(prompts), capture_output=True, text=True, check=False
     )
@@ -148,7 +148,8 @@ def _beside(name: str, family: Family, python: str) -> None:
 
 
 def _mixed(data: Mapping[str, Family], expected: Mapping[str, Array]) -> tuple[Family, Array]:
-    """The families of the mixture, at most 400 rows of each, and their scores."""
+    """Return the families of the mixture, at most 400 rows of each, and their scores."""
+
     prompts: list[str] = []
     weak, strong, scores = [], [], []
     for name in _MIXTURE:

@@ -1,6 +1,6 @@
-"""Run code that a model wrote against assertions, in a process of its own with little time and memory.
+"""Run code that a model wrote against assertions, in a process with little time and memory.
 
-That bounds accidents; it is no wall against malice. The models that are asked here are small and local.
+The limits protect against accidents, not against malicious code. The models here are small and local.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Sequence
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_SECONDS = 5  # of CPU; by the clock code that is right may take longer, where it is not alone
+_SECONDS = 5  # of CPU time; on a busy machine, correct code may take longer by the clock
+
 _PATIENCE_SECONDS = 60
 _PROLOGUE = f"""\
 import resource, sys
@@ -24,7 +25,7 @@ exec(compile(sys.stdin.read(), "answer", "exec"), {{"__name__": "answer"}})
 
 
 def passes(said: str, assertions: Sequence[str]) -> bool:
-    """Whether the Python in *said*, its first fenced block or all of it, passes every assertion."""
+    """Whether the Python code in *said*, its first fenced block or all of it, passes every assertion."""
     found = _FENCE.search(said)
     code = found.group(1) if found else said
     if "def " not in code:

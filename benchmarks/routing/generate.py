@@ -1,7 +1,7 @@
-"""Have the real models draft answers to the questions of `templates.py`, through a mesh, and judge them.
+"""Generate drafts of real models for the questions of `templates.py` through a mesh, and check them.
 
-Each row is a draft, greedy, with its tokens' log-probabilities, two sampled answers beside it, and whether
-each is right. Rows are written as they come, and what is there already is not asked again.
+Each row has a greedy draft with the log-probabilities of its tokens, two sampled answers, and whether each is
+right. Rows are written as they are generated, and rows that exist are not generated again.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from headrace.models import cache_folder
 from headrace.v1 import generation_pb2 as pb
 
 FILE = Path(__file__).with_name("drafts.jsonl.gz")
-TEMPERATURE = 0.7  # of the samples, as the router asks for them
+TEMPERATURE = 0.7  # of the samples, the same as the router's
 SAMPLES = 2
-SIDE_BY_SIDE = 12  # questions at each tier, each with its samples: some 32 sequences
+SIDE_BY_SIDE = 12  # questions at each tier, each with its samples: about 32 sequences
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Drafted:
 
 
 def most_tokens(question: Question) -> int:
-    """How long an answer may be."""
+    """Return the most tokens of an answer."""
     return 400 if question.family in HELD_OUT else 160
 
 
 async def _say(
     client: Client, question: Question, tier: str, seed: int | None
 ) -> tuple[str, bool, list[float]]:
-    """Text, whether it is finished, and log-probabilities of one answer; greedy without a *seed*."""
+    """Return text, whether it is finished, and log-probabilities of an answer; greedy without a *seed*."""
     request = chat(
         question.prompt,
         temperature=0.0 if seed is None else TEMPERATURE,
@@ -80,7 +80,7 @@ async def _say(
 
 
 async def draft(client: Client, question: Question, tier: str) -> Drafted:
-    """A draft of the tier's model and its samples."""
+    """Generate a draft of the tier's model and its samples."""
     (text, finished, logprobs), *others = await asyncio.gather(
         *(_say(client, question, tier, seed) for seed in (None, *range(1, SAMPLES + 1)))
     )
@@ -99,9 +99,9 @@ async def draft(client: Client, question: Question, tier: str) -> Drafted:
 
 
 async def generate(questions: Sequence[Question], path: Path, done: Collection[tuple[str, str]] = ()) -> None:
-    """Have both tiers answer all *questions*; rows are appended to *path* as they come.
+    """Generate drafts of both tiers for all *questions*, and append the rows to *path*.
 
-    done   (question's id, tier) of what is there already
+    done   (question's id, tier) of the rows that exist
     """
     todo = {
         tier: [question for question in questions if (question.id, tier.name) not in done]
@@ -113,7 +113,8 @@ async def generate(questions: Sequence[Question], path: Path, done: Collection[t
         spec = MeshSpec(cache=cache_folder(), log_dir=Path(folder), tiers=needed)
         async with mesh(spec) as running, connect(running.address) as client:
             while not all(tier.healthy for tier in (await client.list_tiers()).tiers):
-                await asyncio.sleep(0.2)  # the router's look at a tier may be older than its readiness
+                await asyncio.sleep(0.2)  # the router's last poll may be older than the tier's readiness
+
             places = {tier.name: asyncio.Semaphore(SIDE_BY_SIDE) for tier in needed}
 
             async def one(question: Question, tier: str) -> None:
@@ -133,7 +134,7 @@ async def generate(questions: Sequence[Question], path: Path, done: Collection[t
 
 
 def read(path: Path = FILE) -> Iterator[Drafted]:
-    """The rows of *path*, gzipped or not."""
+    """Read the rows of *path*, gzipped or not."""
     with (
         gzip.open(path, "rt", encoding="utf-8")
         if path.suffix == ".gz"
@@ -145,7 +146,7 @@ def read(path: Path = FILE) -> Iterator[Drafted]:
 
 
 def pack(rows: Sequence[Drafted], path: Path = FILE) -> None:
-    """Write *rows*, in the order of their ids, as few bytes as may be: the same for the same rows."""
+    """Write *rows*, in the order of their ids, compressed: always the same bytes for the same rows."""
     lines = [
         json.dumps(asdict(row), ensure_ascii=False) for row in sorted(rows, key=lambda r: (r.id, r.tier))
     ]

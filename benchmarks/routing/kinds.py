@@ -1,17 +1,17 @@
-"""What is known of kinds of prompts before any row is seen: their typical gain, and prompts of the open kind.
+"""Prior knowledge about the kinds of prompts: their typical gain, and prompts of kinds without labelled rows.
 
-Set by hand, from what is published, where no labelled rows that may be shipped exist:
+These values are set by hand from published figures, because no labelled rows with a suitable licence exist:
 
 - The gain of GPT-4 over Mixtral-8x7B: MMLU about 0.13, GSM8K about 0.22 (RouteLLM, arXiv 2406.18665);
-  open instructions more, for there the larger model is preferred in most comparisons and not only where
-  the smaller one errs (AlpacaEval's public leaderboard); competition mathematics more still; puzzles between
-  word problems and those.
-- In open-ended chat large models lead small ones most in mathematics, coding, reasoning and extraction, and
+  open instructions more, because there the larger model is preferred in most comparisons and not only where
+  the smaller one is wrong (AlpacaEval's public leaderboard); competition mathematics still more; puzzles
+  between word problems and those.
+- In open-ended chat, large models lead small ones most in mathematics, coding, reasoning and extraction, and
   hardly in writing, roleplay and the humanities (MT-Bench by category: Zheng et al., arXiv 2306.05685,
   section 4.3).
 
-The prompts of the open kind, the puzzles and the questions of mathematics below are ours, made from
-templates: they teach the gate what such requests look like.
+The open-ended prompts, the puzzles and the mathematics questions below are ours, made from templates. The
+gate is fitted to them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ TYPICAL = {
     "open": 0.20,
 }
 
-# Longer prompts gain more: the one order that held in nearly every family that was measured. Gain per unit
-# of the feature, which grows by one from 5 to 500 words; every head starts from it, and few labels move it.
+# Longer prompts gain more: that held in nearly every measured family. This is the gain per unit of the
+# feature, which grows by one from 5 to 500 words. Every head starts from it, and few labels change it.
 LONGER = {"length": 0.3}
 
-# Less so in competition mathematics, where long problems defeat the strong tier too, and in code, where a
-# short request may ask for much.
+# The effect is smaller in competition mathematics, where the strong tier fails on long problems too, and in
+# code, where a short request may ask for much.
 LONGER_LITTLE = {"length": 0.1}
 
-# Gain per feature at full strength within open-ended chat, beside its length.
+# Gain per feature at full strength within open-ended chat, in addition to length.
 OPEN = {
     "mathematics": 0.08,
     "numbers": 0.05,
@@ -70,7 +70,8 @@ OPEN = {
     "you": -0.01,
 }
 
-# What speaks for a larger tier in a plain question too, beside its length.
+# Gain per feature at full strength within plain questions, in addition to length.
+
 ASKS_MORE = {"reasoning": 0.08, "comparison": 0.08, "conditions": 0.03, "programming": 0.1}
 
 _TOPICS = (
@@ -163,7 +164,7 @@ _MATHEMATICS = (
 
 
 def mathematics() -> list[str]:
-    """Short questions of mathematics in plain words, every template with several numbers."""
+    """Return short mathematics questions in plain words, every template with several numbers."""
     return [
         template.format(n=n, m=m)
         for template in _MATHEMATICS
@@ -172,7 +173,7 @@ def mathematics() -> list[str]:
 
 
 def puzzles() -> list[str]:
-    """Prompts that ask for reasoning, every template with several names and things."""
+    """Return prompts that ask for reasoning, every template with several names and things."""
     return [
         template.format(**dict(zip("abcd", names, strict=True)), **dict(zip("xyz", things, strict=True)))
         for template in _PUZZLES
@@ -181,7 +182,7 @@ def puzzles() -> list[str]:
 
 
 def open_prompts() -> list[str]:
-    """Prompts of the open kind, every template with several topics."""
+    """Return open-ended prompts, every template with several topics."""
     made = [
         template.format(_TOPICS[(place * 7 + step * 5) % len(_TOPICS)])
         for place, template in enumerate(_TEMPLATES)

@@ -1,15 +1,15 @@
-"""Ask real models through a real mesh, under several routing policies, and check what they answer.
+"""Send questions to real models through a real mesh, under several routing policies, and check the answers.
 
-    python -m benchmarks.routing.live            # some twenty minutes on two cores
-    python -m benchmarks.routing.live --plot     # draws the figure again from the results
+    python -m benchmarks.routing.live            # about twenty minutes on two cores
+    python -m benchmarks.routing.live --plot     # draw the figure again from the results
 
-The same questions go through router, batchers and workers as anybody's would, greedily, under each policy:
-one tier for all, a random choice, the score at several shares of large calls, and the score with drafts
-judged before release, without and with a second, sampled answer to compare them with. Thresholds come from
-a calibration file that the router reads while it runs.
+The same questions are sent through router, batchers and workers, greedily, under each policy: one tier for
+all, a random choice, the score at several shares of large calls, and the score with drafts that are checked
+before release, with and without a sample to compare them with. Thresholds are in a calibration file that
+the router reads while it runs.
 
-Cost is what the router's own bills say, by prices in proportion to the models' parameters; time is that of
-all questions, some side by side, on whatever else the machine was doing.
+Cost is from the router's bills, with prices proportional to the models' parameters. Time is for all
+questions, with several in parallel; other load on the machine is included.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from benchmarks.routing.questions import Question, load
 from headrace.cli.mesh import MeshSpec, mesh
 from headrace.client import Client, chat, connect
 from headrace.models import cache_folder
-from headrace.router.chooser import CascadeRules
 from headrace.routing import calibration
-from headrace.routing.calibration import Row
+from headrace.routing.calibration import ScoredPrompt
+from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.score import fingerprint
 from headrace.routing.scorer import load as load_scorer
 from headrace.v1 import generation_pb2 as pb
@@ -41,22 +41,22 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "live.json"
 FIGURE = HERE / "results" / "live.png"
 TIERS = ("small", "large")
-# Parameters, in millions: a token is taken to cost what its model is large.
+# Parameters in billions: the cost of a token is assumed to be proportional to the size of its model.
 PRICES = {"small": 0.135, "large": 0.494}
 MAX_TOKENS = 64
 SIDE_BY_SIDE = 16
-SAMPLE_SECONDS = 10.0  # that a draft waits for its sample: the machine is busy, and both are as long
+SAMPLE_SECONDS = 10.0  # that a draft waits for its sample: the machine is busy, and both have the same length
 
 
 @dataclass(frozen=True)
 class Policy:
     """One way to route.
 
-    share     of questions that the score (or chance) sends to the large tier at once
+    share     of questions that the score (or chance) sends directly to the large tier
     pin       "small", "large", "random" or "" for the score
-    cascade   whether drafts of the small tier are judged
-    samples   whether a sample is drawn beside each of them
-    release   the least chance of being right that a draft is released with
+    cascade   whether drafts of the small tier are checked
+    samples   whether a sample is drawn for each of them
+    release   the lowest P(good) at which a draft is released
     """
 
     name: str
@@ -64,7 +64,7 @@ class Policy:
     pin: str = ""
     cascade: bool = False
     samples: bool = False
-    release: float = CascadeRules().release
+    release: float = CascadeRules().min_quality
 
 
 POLICIES = (
@@ -82,10 +82,10 @@ POLICIES = (
 
 @dataclass(frozen=True)
 class Result:
-    """What became of all questions under one policy.
+    """The results of all questions under one policy.
 
-    large_share   of questions that the large tier answered
-    tokens        generated, delivered or not; wasted ones are among them
+    large_share   share of questions that the large tier answered
+    tokens        generated, wasted tokens included
     cost          of all questions, in the unit of the prices
     """
 
@@ -104,7 +104,7 @@ class Result:
 async def ask(
     client: Client, question: Question, policy: Policy, pin: str
 ) -> tuple[str, pb.Accepted, pb.Finish]:
-    """One answer, whole."""
+    """Return one complete answer."""
     request = chat(question.prompt, temperature=0, max_tokens=MAX_TOKENS)
     request.routing.tier = pin
     request.routing.cascade = policy.cascade
@@ -122,7 +122,7 @@ async def ask(
 async def run(
     client: Client, policy: Policy, questions: Sequence[Question]
 ) -> tuple[Result, list[dict[str, Any]]]:
-    """All questions under one policy; the figures, and a row per answer."""
+    """Send all questions under one policy; return the figures, and a row per answer."""
     pins = [policy.pin] * len(questions)
     if policy.pin == "random":
         up = round(policy.share * len(questions))
@@ -164,8 +164,8 @@ async def run(
     return result, list(rows)
 
 
-async def calibrate(client: Client, path: Path, rows: Sequence[Row], share: float) -> None:
-    """Have the router send the top *share* of these scores to the large tier, and wait until it does."""
+async def calibrate(client: Client, path: Path, rows: Sequence[ScoredPrompt], share: float) -> None:
+    """Make the router send the top *share* of these scores to the large tier; wait until it does."""
     point = calibration.for_shares(rows, list(PRICES.values()), [share])
     made = calibration.calibration(TIERS, point, rows, scorer=fingerprint(load_scorer()))
     calibration.save(made, path)
@@ -180,12 +180,12 @@ async def calibrate(client: Client, path: Path, rows: Sequence[Row], share: floa
 async def measure(
     questions: Sequence[Question], policies: Sequence[Policy], log: Path | None
 ) -> list[Result]:
-    """Bring the mesh up and run *policies* through it; every answer goes to *log* as it comes.
+    """Start the mesh and run *policies*; every answer is written to *log* immediately.
 
-    How drafts are judged is the router's setting: policies that differ in it get meshes of their own.
+    The draft check is configured per router, so policies that differ in it get separate meshes.
     """
     scorer = load_scorer()
-    rows = [Row(scorer.score(question.prompt).value) for question in questions]
+    rows = [ScoredPrompt(scorer.score(question.prompt).value) for question in questions]
     with tempfile.TemporaryDirectory(prefix="headrace-live-") as folder:
         path = Path(folder) / "calibration.json"
         calibration.save(
@@ -206,7 +206,7 @@ async def measure(
                 flags={
                     "router": [
                         *("--calibration", str(path), "--prices", prices),
-                        *("--cascade-release", str(release)),
+                        *("--cascade-min-quality", str(release)),
                         *("--cascade-sample-seconds", str(SAMPLE_SECONDS if samples else 0.0)),
                     ]
                 },
@@ -231,7 +231,8 @@ def _write(path: Path | None, content: object) -> None:
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against cost, both of always calling the large tier."""
+    """Plot accuracy against cost, relative to calling the large tier always."""
+
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
 """Questions whose answers can be checked by a rule, and the rules.
 
-`questions.jsonl` was written for this project and has its licence: 144 questions of eight families, with the
-kind of check and the accepted answers of each. `templates.py` makes more.
+`questions.jsonl` was written for this project and has its licence. It has 144 questions of eight families,
+with the kind of check and the accepted answers of each. `templates.py` makes more.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Question:
     """One question.
 
     kind      number: the last number of the answer counts. answer: the number that it marks as its answer
-              counts, or else its last one. text: an accepted phrase occurs in it. exact: its last word
-              counts. choice: the only letter A to D that is given as an answer counts. named: of all that
-              might be named, the first in the last sentence that names any counts. last_named: the last one
-              anywhere. sequence: the last that are named are these, in this order. exactly: an accepted text
-              and nothing else. json: the first JSON value equals the accepted one. python: its code passes
-              these assertions
-    answers   what is accepted; for named and last_named the first of them, the others being wrong
+              counts, or else its last number. text: an accepted phrase occurs in it. exact: its last word
+              counts. choice: the only letter A to D that it gives as an answer counts. named: of the names in
+              *answers*, the first in the last sentence that has any counts. last_named: the last one anywhere
+              counts. sequence: the last names are these, in this order. exactly: an accepted text and nothing
+              else. json: the first JSON value equals the accepted one. python: its code passes these
+              assertions
+    answers   the accepted answers; for named and last_named, the first is right and the others are wrong
     """
 
     id: str
@@ -54,7 +54,8 @@ class Question:
                 )
             case "exact":
                 words = _WORD.findall(said)
-                # Capitals are part of the question where the answer has more than one.
+                # Case matters if the answer has more than one capital.
+
                 strict = sum(letter.isupper() for letter in self.answers[0]) > 1
                 last = words[-1] if words else ""
                 return last == self.answers[0] if strict else last.lower() == self.answers[0].lower()
@@ -80,13 +81,13 @@ class Question:
 
 
 def _mentions(names: tuple[str, ...], text: str) -> list[str]:
-    """Which of *names* occur in *text*, in order, in lower case."""
+    """Return those of *names* that occur in *text*, in order, in lower case."""
     either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     return [found.lower() for found in re.findall(rf"(?<![\w./-])(?:{either})(?![\w/]|\.\d)", text, re.I)]
 
 
 def _bare(text: str) -> str:
-    """*text* without a fence, quotes and a full stop around it."""
+    """Return *text* without a fence, quotes and a full stop around it."""
     text = re.sub(r"^```\w*\n?|\n?```$", "", text.strip())
     return re.sub(r"\s+", " ", text).strip(" \"'`.").lower()
 
@@ -103,6 +104,6 @@ def _first_json(text: str) -> object:
 
 
 def load(path: Path = FILE) -> list[Question]:
-    """All questions, in the order of the file."""
+    """Load all questions, in the order of the file."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [Question(**{**row, "answers": tuple(row["answers"])}) for row in rows]

@@ -1,12 +1,12 @@
-"""Are wanted shares of calls held while the traffic shifts from one family of prompts to another?
+"""Measure how well configured shares of calls are kept while the traffic shifts between families of prompts.
 
     python -m benchmarks.routing.share FAMILY.jsonl[.gz] FAMILY.jsonl[.gz] ...
 
-Each file holds rows of JSON with a `prompt`, and perhaps `weak_score` and `strong_score`. The families are
-shuffled and sent one after the other, 400 prompts of each, ten times over. Compared are fixed thresholds
-made for the first family, the same quantiles of a sliding window, and the router's own: that window with
-what was called too much or too little made up for. For two tiers and more it shows the share of calls that
-each got, and how far that was from what was wanted in the worst of any 200 calls in a row.
+Each file has rows of JSON with a `prompt`, and optionally `weak_score` and `strong_score`. The families are
+shuffled and sent one after the other, 400 prompts of each, ten times. It compares fixed thresholds made for
+the first family, quantiles of a sliding window, and the router's method: quantiles corrected for past over-
+and undershoot. For two and more tiers it prints the share of calls of each tier, and the largest deviation
+from the configured share in any 200 calls in a row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from headrace.routing.share import ShareKeeper
 
 # Of each tier after the first.
 SHARES: tuple[tuple[float, ...], ...] = ((0.1,), (0.3,), (0.5,), (0.3, 0.1), (0.4, 0.3), (0.3, 0.2, 0.1))
-STRETCH = 200  # calls over which a share is looked at
+STRETCH = 200  # consecutive calls over which a share is measured
 SEEDS = 10
 OF_EACH = 400
 
@@ -36,7 +36,7 @@ Policy: TypeAlias = Callable[[Sequence["Call"]], list[int]]  # the tier's place 
 
 @dataclass(frozen=True)
 class Call:
-    """One prompt: its score, and the outcome on either tier; both 0 where the file has none."""
+    """One prompt: its score, and the outcome on either tier, 0 if the file has none."""
 
     score: float
     weak: float
@@ -56,12 +56,12 @@ def read(path: Path) -> list[Call]:
 
 
 def place(score: float, thresholds: Sequence[float]) -> int:
-    """The largest tier whose threshold the score reaches."""
+    """Return the place of the largest tier whose threshold the score reaches."""
     return max(place for place, mark in enumerate(thresholds) if score >= mark)
 
 
 def fixed(families: Sequence[Sequence[Call]], shares: Sequence[float]) -> Policy:
-    """Thresholds made for the first family."""
+    """Return the tiers of all calls by fixed thresholds, made for the first family."""
     ordered = sorted((call.score for call in families[0]), reverse=True)
     above = [sum(shares[tier:]) for tier in range(len(shares))]
     marks = [0.0, *(ordered[round(share * (len(ordered) - 1))] for share in above)]
@@ -69,21 +69,21 @@ def fixed(families: Sequence[Sequence[Call]], shares: Sequence[float]) -> Policy
 
 
 def window(shares: Sequence[float], correction: float) -> Policy:
-    """The router's thresholds; an endless correction leaves the window alone."""
+    """Return the tiers of all calls by the router's thresholds; an infinite correction is none."""
 
     def send(stream: Sequence[Call]) -> list[int]:
         keeper = ShareKeeper(shares, correction=correction)
         sent = []
         for call in stream:
             sent.append(place(call.score, keeper.thresholds()))
-            keeper.note(call.score, sent[-1])
+            keeper.record(call.score, sent[-1])
         return sent
 
     return send
 
 
 def worst(sent: Sequence[int], tier: int, share: float) -> float:
-    """How far the tier's share of any `STRETCH` calls in a row is from *share*, at most; 0 to 1."""
+    """Return the largest deviation of the tier's share in any `STRETCH` calls in a row, 0 to 1."""
     sums = list(accumulate((place == tier for place in sent), initial=0))
     stretches = zip(sums, sums[STRETCH:], strict=False)
     return max(abs((after - before) / STRETCH - share) for before, after in stretches)
@@ -120,13 +120,14 @@ def main() -> None:
 
 
 def shuffled(families: Sequence[Sequence[Call]], seed: int) -> list[Call]:
-    """A stream of the families, one after the other."""
+    """Return a stream of the families, one after the other."""
     generator = random.Random(seed)
     return [call for family in families for call in generator.sample(family, min(OF_EACH, len(family)))]
 
 
 def quality(every: Sequence[tuple[Sequence[Call], Sequence[int]]], tiers: int) -> str:
-    """The mean outcome. Of three tiers nothing is known about the middle one."""
+    """Return the mean outcome. With three tiers, the outcomes of the middle one are unknown."""
+
     if tiers != 2:
         return "-"
     mean = statistics.mean(

@@ -1,7 +1,7 @@
-"""Arithmetic word problems of two to some eight steps, told in the manner of primary school books.
+"""Make arithmetic word problems of two to about eight steps, in the style of primary school books.
 
-They measure a check of drafts on a kind of question that it was not taught. The stories are our own; each
-knows its answer by construction, and all answers are whole numbers.
+They measure the draft check on a kind of question that it was not fitted to. The stories are our own. The
+answer of each is known by construction, and all answers are whole numbers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _Story = tuple[str, int]
 
 
 def story(draw: random.Random) -> tuple[str, str, list[str]]:
-    """A problem, how its answer is checked, and the answer."""
+    """Return a problem, the kind of its check, and its answer."""
     text, answer = draw.choice(_STORIES)(draw)
     return text + draw.choice(_ASKS), "answer", [str(answer)]
 
 
 def short_story(draw: random.Random) -> tuple[str, str, list[str]]:
-    """As `story`, of two or three steps with small numbers."""
+    """Like `story`, with two or three steps and small numbers."""
     name, other = draw.sample(tables.NAMES, 2)
     item = draw.choice(_ITEMS)
     a, b, c, d = draw.randrange(4, 15), draw.randrange(2, 8), draw.randrange(2, 6), draw.randrange(1, 4)
@@ -81,7 +81,8 @@ def short_story(draw: random.Random) -> tuple[str, str, list[str]]:
 
 
 def _collection(draw: random.Random) -> _Story:
-    """Two to eight things happen to a collection."""
+    """Return a problem in which a collection changes two to eight times."""
+
     name, other = draw.sample(tables.NAMES, 2)
     item = draw.choice(_ITEMS)
     have = draw.randrange(2, 13) * 12

@@ -1,4 +1,4 @@
-"""What the templates draw from: names, words, units, facts, and functions to write. All common knowledge."""
+"""Tables for the templates: names, words, units, facts, and functions to write. All are common knowledge."""
 
 from __future__ import annotations
 
@@ -131,7 +131,8 @@ _Facts = tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]
 
 
 def _pairs(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Read "thing: answer/other spelling, thing: answer"."""
+    """Parse "thing: answer/other spelling, thing: answer"."""
+
     pairs = (part.strip().split(": ") for part in text.split(","))
     return tuple((thing, tuple(answers.split("/"))) for thing, answers in pairs)
 

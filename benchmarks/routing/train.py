@@ -1,7 +1,7 @@
-"""Make the scorer that Headrace ships: `python -m benchmarks.routing.train DATA [--out FILE]`.
+"""Fit the scorer that Headrace ships: `python -m benchmarks.routing.train DATA [--out FILE]`.
 
-Deterministic: the same data give the same bytes. See `data.py` for DATA, `kinds.py` for what is set by
-hand, and the model card beside the artifact for what came of it.
+The same data give the same bytes. DATA is described in `data.py`, the values that are set by hand in
+`kinds.py`, and the results in the model card next to the artifact.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _KIND_OF = {
     "nine/arc": "fact",
     "nine/race": "passage",
 }
-_AT_MOST = 400  # rows of a family that teach the gate
-_RIDGE = 3000.0  # rows that the prior of a head counts for
+_AT_MOST = 400  # rows of a family that the gate is fitted to
+_RIDGE = 3000.0  # rows that the prior of a head counts as
 _STEPS = 0.03  # gain per standard deviation of the expected solution steps
 _STEEPNESS = 10.0  # log-odds per unit of gain: one standard deviation of gains is about half of one
 
 
 def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.Model:
-    """Fit a model to the shippable families of *data* but those in *without*."""
+    """Fit a model to the shippable families of *data*, except those in *without*."""
     usable = {
         name: family for name, family in data.items() if name.startswith(SHIPPABLE) and name not in without
     }
@@ -70,7 +70,7 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
         "passage": _named(LONGER | ASKS_MORE),
         "open": _named(OPEN),
     }
-    if "steps" in usable:  # what makes word problems hard; length carries what they miss
+    if "steps" in usable:  # features that make word problems hard; length covers the rest
         features = usable["steps"].features
         steps = ridge(features, usable["steps"].gains, 300.0)[0]
         heads["word_problem"] += _STEPS / float((features @ steps).std()) * steps
@@ -88,7 +88,7 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
 
 
 def _taught(usable: Mapping[str, Family], name: str, prior: Mapping[str, float]) -> Array:
-    """A head [F] from a family's gains, shrunk to *prior*; that alone where the family is not there."""
+    """Return a head [F] fitted to a family's gains and shrunk to *prior*; *prior* if there is no family."""
     known = _named(prior)
     if name not in usable:
         return known
@@ -106,7 +106,7 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
     for name, kind in _KIND_OF.items():
         if name in usable:
             teach(usable[name].features[:_AT_MOST], kind)
-    if "mmlu" in usable:  # the same questions in other layouts, and with fewer choices
+    if "mmlu" in usable:  # the same questions in other layouts and with fewer choices
         asked = usable["mmlu"].prompts[_AT_MOST : 2 * _AT_MOST]
         teach(np.array([scorer.read(_in_a_row(prompt)) for prompt in asked[::2]]), "choices")
         teach(np.array([scorer.read(_shorter(prompt)) for prompt in asked[1::2]]), "choices")
@@ -121,10 +121,10 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
     present = sorted(set(places.tolist()))
     weights, bias = softmax(np.vstack(features), np.searchsorted(present, places), len(present))
     gate = np.zeros((len(KINDS), weights.shape[1]))
-    gate_bias = np.full(len(KINDS), -20.0)  # a kind that nothing was seen of is never chosen
+    gate_bias = np.full(len(KINDS), -20.0)  # a kind without prompts is never chosen
     gate[present], gate_bias[present] = weights, bias
     choices = KINDS.index("choices")
-    if choices not in present:  # its form alone tells
+    if choices not in present:  # its form alone decides
         gate[choices], gate_bias[choices] = _named({"options": 16.0}), -8.0
     return gate, gate_bias
 
@@ -134,13 +134,13 @@ def _in_a_row(prompt: str) -> str:
 
 
 def _shorter(prompt: str) -> str:
-    """A short question in place of the long one, and two of its four choices."""
+    """Return a short question with two of the four choices of *prompt*, in another layout."""
     kept = re.sub(r"\n[C-D]\. [^\n]*", "", prompt)
     return "Which one?" + kept[kept.find("\nA. ") :].replace("A. ", "A) ").replace("B. ", "B) ")
 
 
 def _mean(usable: Mapping[str, Family], kind: str, count: int) -> Array:
-    """The mean features [F] of a kind's prompts, which get its typical gain."""
+    """Return the mean features [F] of a kind's prompts, which get its typical gain."""
     found = [usable[name].features for name in usable if _KIND_OF.get(name) == kind]
     if kind == "reasoning":
         found = [np.array([scorer.read(prompt) for prompt in puzzles()])]
@@ -157,7 +157,7 @@ def _column(features: Array, name: str) -> Array:
 
 
 def _named(weights: Mapping[str, float]) -> Array:
-    """Weights [F] from some of the features' names."""
+    """Return weights [F] from the weights of some named features."""
     return np.array([weights.get(name, 0.0) for name in prompt_features.NAMES])
 
 

@@ -1,1 +1,1 @@
-"""One workload against Headrace and what people would use instead: `python -m benchmarks.serving --help`."""
+"""Measure one workload on Headrace and other inference servers: `python -m benchmarks.serving --help`."""

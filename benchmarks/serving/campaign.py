@@ -1,7 +1,7 @@
-"""The order of a campaign: repetition by repetition, system by system, concurrency by concurrency.
+"""Run a campaign: repetition by repetition, system by system, concurrency by concurrency.
 
-One system is up at a time. What is measured is appended to a file at once, so that a campaign that was cut
-off goes on where it stopped. A system that was far behind in the first repetition is not measured again.
+One system is running at a time. Each cell is appended to a file immediately, so that an interrupted campaign
+can be continued. A system that was far behind in the first repetition is not measured again.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from benchmarks.serving.workload import Request, selection
 from headrace.cli.processes import ChildDied
 from headrace.errors import HeadraceError
 
-_WARM_UP = 8  # requests, all at once, before anything is measured
-# Everything that a peer's trouble looks like; it costs its cells and no other's.
-_TROUBLE = (SystemFailed, WrongLength, ChildDied, HeadraceError, OSError, TimeoutError, ExceptionGroup)
+_WARM_UP = 8  # requests, all at once, before the first measurement
+# How a failing peer may appear; it loses its own cells only.
+_FAILURES = (SystemFailed, WrongLength, ChildDied, HeadraceError, OSError, TimeoutError, ExceptionGroup)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured.
+    """What to measure.
 
-    seconds      no new request is sent after so long; 0 sends the whole workload
-    leave_below  a system whose best rate in the first repetition, against the fastest at that concurrency,
-                 is below this fraction is measured once
+    seconds      no new request is sent after this time; 0 sends the whole workload
+    leave_below  a system is measured only once if its best rate in the first repetition is below this
+                 fraction of the fastest at that concurrency
     """
 
     systems: Sequence[System]
@@ -44,7 +44,7 @@ class Plan:
 
 
 class Journal:
-    """Cells on disk, a JSON line each: what was measured, and what failed."""
+    """Stores cells on disk, one JSON line each: results and failures."""
 
     def __init__(self, file: Path, *, resume: bool) -> None:
         self._file = file
@@ -56,7 +56,7 @@ class Journal:
         )
 
     def add(self, **cell: Any) -> None:
-        """Append a cell, on disk before this returns."""
+        """Append a cell to the file before returning."""
         self.cells.append(cell)
         with self._file.open("a") as out:
             out.write(json.dumps(cell) + "\n")
@@ -70,12 +70,12 @@ class Journal:
         )
 
     def measured(self, model: str) -> Iterator[dict[str, Any]]:
-        """The cells of a model that hold figures."""
+        """Return the cells of a model that have figures."""
         return (cell for cell in self.cells if cell["model"] == model and "figures" in cell)
 
 
 def far_behind(cells: Sequence[dict[str, Any]], system: str, fraction: float) -> bool:
-    """Tell whether a system stays below *fraction* of the fastest rate at every concurrency measured."""
+    """Return whether a system is below *fraction* of the fastest rate at every measured concurrency."""
     best: dict[int, float] = {}
     own: dict[int, float] = {}
     for cell in cells:
@@ -87,7 +87,7 @@ def far_behind(cells: Sequence[dict[str, Any]], system: str, fraction: float) ->
 
 
 async def campaign(
-    plan: Plan, place: Place, requests: Sequence[Request], journal: Journal, say: Callable[[str], None]
+    plan: Plan, place: Place, requests: Sequence[Request], journal: Journal, progress: Callable[[str], None]
 ) -> None:
     """Measure one model. A system that fails is reported in the journal, and the next one runs."""
     for repetition in range(plan.repetitions):
@@ -102,21 +102,21 @@ async def campaign(
             label = f"{place.model} {system.name} {repetition + 1}/{plan.repetitions}"
             if missing := system.missing(place):
                 if repetition == 0:
-                    say(f"{label}: left out, {missing}")
+                    progress(f"{label}: skipped, {missing}")
                 continue
             if not system.ours and far_behind(
                 [cell for cell in journal.measured(place.model) if cell["repetition"] < repetition],
                 system.name,
                 plan.leave_below,
             ):
-                say(f"{label}: once is enough, it is below {plan.leave_below:.0%} of the fastest")
+                progress(f"{label}: skipped, it is below {plan.leave_below:.0%} of the fastest")
                 continue
             try:
-                await _cells(plan, place, system, todo, repetition, requests, journal, say, label)
-            except _TROUBLE as error:
+                await _cells(plan, place, system, todo, repetition, requests, journal, progress, label)
+            except _FAILURES as error:
                 while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
                     error = error.exceptions[0]
-                say(f"{label}: failed: {type(error).__name__}: {error}")
+                progress(f"{label}: failed: {type(error).__name__}: {error}")
                 journal.add(model=place.model, system=system.name, repetition=repetition, error=str(error))
 
 
@@ -128,10 +128,10 @@ async def _cells(
     repetition: int,
     requests: Sequence[Request],
     journal: Journal,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
     label: str,
 ) -> None:
-    say(f"{label}: starting")
+    progress(f"{label}: starting")
     began = time.perf_counter()
     async with system.open(place) as running:
         load = time.perf_counter() - began
@@ -139,7 +139,7 @@ async def _cells(
         for concurrency in concurrencies:
 
             def rejected(run: Run, at: int = concurrency) -> None:
-                say(f"{label}: {at} at a time: others used {run.others:.2f} cores; again")
+                progress(f"{label}: {at} at a time: others used {run.others:.2f} cores; repeating")
 
             chosen = selection(requests, concurrency)
             run = await measure(
@@ -161,10 +161,10 @@ async def _cells(
                 threads=place.threads,
                 **run.as_json(),
             )
-            say(f"{label}: {concurrency} at a time: {_in_short(run)} (ready after {load:.0f} s)")
+            progress(f"{label}: {concurrency} at a time: {_summary(run)} (ready after {load:.0f} s)")
 
 
-def _in_short(run: Run) -> str:
+def _summary(run: Run) -> str:
     figures = run.figures
     flag = "" if run.clean else f", NOT CLEAN: others {run.others:.2f} cores"
     return (

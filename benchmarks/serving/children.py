@@ -1,4 +1,4 @@
-"""Start the processes of systems, and speak with those that have no server; `hosts/pipe.py` answers."""
+"""Start the processes of systems, and exchange messages with `hosts/pipe.py` in those without a server."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ async def process(
     *,
     piped: bool = False,
 ) -> AsyncGenerator[asyncio.subprocess.Process, None]:
-    """Run a command in a process group of its own; when the block is left, the whole group ends.
+    """Run a command in a process group of its own, which is stopped when the block is left.
 
-    piped   whether its standard input and output are pipes to us; else they are nothing and the log
+    piped   whether its standard input and output are pipes; otherwise output goes to the log
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
@@ -58,7 +58,7 @@ async def process(
 
 
 def died(name: str, child: asyncio.subprocess.Process, log: Path) -> SystemFailed:
-    """Say how a process ended, with the end of its log."""
+    """Return an error with how a process ended and the end of its log."""
     last = "\n".join(f"  {line}" for line in tail(log))
     how = exit_description(child.returncode) if child.returncode is not None else "closed its output"
     return SystemFailed(f"{name} {how}; the end of {log}:\n{last or '  (empty)'}")
@@ -78,13 +78,13 @@ class Piped:
         """Stream the answer; see `systems.Running`."""
         assert self._child.stdin is not None
         key, self._next = self._next, self._next + 1
-        news = self._answers[key] = asyncio.Queue()
+        queue = self._answers[key] = asyncio.Queue()
         ask = {"key": key, "prompt": request.prompt_ids, "tokens": request.output_tokens}
         try:
             self._child.stdin.write(json.dumps(ask).encode() + b"\n")
             left = request.output_tokens
             while left > 0:
-                ids = await news.get()
+                ids = await queue.get()
                 if ids is None:
                     raise died(self._name, self._child, self._log)
                 left -= len(ids)
@@ -93,7 +93,7 @@ class Piped:
             del self._answers[key]
 
     async def until_ready(self) -> None:
-        """Wait until the engine is loaded. Raises SystemFailed if it never is."""
+        """Wait until the engine is loaded. Raises SystemFailed if the process ends."""
         assert self._child.stdout is not None
         async with asyncio.timeout(START_SECONDS):
             line = await self._child.stdout.readline()
@@ -103,15 +103,15 @@ class Piped:
         self.versions = json.loads(line)["ready"]
 
     async def listen(self) -> None:
-        """Hand out what the child says, until it ends."""
+        """Distribute the child's tokens to the answers, until it ends."""
         assert self._child.stdout is not None
         async for line in self._child.stdout:
             for key, ids in json.loads(line)["tokens"]:
                 if key in self._answers:
                     self._answers[key].put_nowait(ids)
         await self._child.wait()
-        for news in self._answers.values():
-            news.put_nowait(None)
+        for queue in self._answers.values():
+            queue.put_nowait(None)
 
 
 @asynccontextmanager
@@ -123,7 +123,7 @@ async def piped(
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[Piped, None]:
-    """Run `benchmarks.serving.hosts.HOST` by an interpreter; it is loaded when the block is entered."""
+    """Run `benchmarks.serving.hosts.HOST` with an interpreter; it is loaded when the block is entered."""
     command = [str(python), "-m", f"benchmarks.serving.hosts.{host}", *arguments]
     async with process(name, command, log, environment, piped=True) as child:
         system = Piped(name, child, log)

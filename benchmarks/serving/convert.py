@@ -1,8 +1,8 @@
-"""Write a default model in the formats that peers read: `python -m benchmarks.serving.convert --help`.
+"""Convert a default model to the formats of the peers: `python -m benchmarks.serving.convert --help`.
 
 bf16   a folder as transformers saves it, with tokenizer, from the dequantised gguf that Headrace loads
 w8a8   from such a folder, compressed-tensors as vLLM reads them: int8 weights with a scale per output
-       channel, rounded to nearest; activations quantised as they come, with a scale per token
+       channel, rounded to nearest; activations quantised dynamically, with a scale per token
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def to_bf16(model: str, target: Path) -> None:
 
 
 def to_w8a8(source: Path, target: Path) -> None:
-    """Quantise the projections of a bf16 folder; embeddings, norms and head stay."""
+    """Quantise the projections of a bf16 folder; embeddings, norms and head are unchanged."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(WEIGHTS))
     tensors = {}
     for name, weight in load_file(source / WEIGHTS).items():

@@ -1,8 +1,8 @@
-"""Keep a system busy at one concurrency and note when each token arrives: a closed loop.
+"""Load a system with a closed loop of one concurrency, and record when each token arrives.
 
-A client sends its next request as soon as its last answer is complete. With a time limit no new request is
-sent after it, and those under way are answered: every request counts whole, and all systems get a prefix of
-the same work.
+A client sends its next request as soon as its last answer is complete. After the time limit no new request is
+sent, and in-flight ones are completed: each request counts in full, and all systems get a prefix of the same
+workload.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from benchmarks.serving.figures import Answer, check, figures
 from benchmarks.serving.systems import Running
 from benchmarks.serving.workload import Request
 
-REQUEST_SECONDS = 600.0  # an answer that takes longer will not come
+REQUEST_SECONDS = 600.0  # after which an answer counts as lost
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run at one concurrency, and whether the machine was ours meanwhile.
+    """One run at one concurrency, and whether the machine was quiet.
 
-    others, own    cores that other processes and those that take part used, on average
+    others, own    mean number of cores used by other processes, and by those that take part
     """
 
     figures: dict[str, float]
@@ -37,17 +37,17 @@ class Run:
     complete: bool  # the whole workload was sent
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, to write down."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 async def closed_loop(
     running: Running, requests: Sequence[Request], concurrency: int, seconds: float = 0.0
 ) -> tuple[list[Answer], float]:
-    """Send *requests* in order, *concurrency* at a time; none after *seconds*, where not 0.
+    """Send *requests* in order, *concurrency* at a time; none after *seconds*, if not 0.
 
-    Returns the answers in order of completion, and the time that all took. Raises WrongLength, or what the
-    system raised.
+    Returns the answers in order of completion, and the total time. Raises WrongLength, and the errors of the
+    system.
     """
     todo = iter(requests)
     answers: list[Answer] = []
@@ -87,10 +87,10 @@ async def measure(
     rejected: Callable[[Run], None] = lambda run: None,
     quiet: Callable[[float, Sequence[int]], Awaitable[float]] = machine.until_quiet,
 ) -> Run:
-    """Run the closed loop until a run was clean, at most *tries* times; the cleanest is returned.
+    """Run the closed loop until a run is clean, at most *tries* times. Returns the cleanest run.
 
-    patience   seconds to wait before a try for others to let go of the CPU
-    rejected   hears of runs that are thrown away
+    patience   seconds to wait before each run for other processes to become quiet
+    rejected   called with each run that is discarded
     """
     kept: list[Run] = []
     for attempt in range(tries):

@@ -1,8 +1,8 @@
-"""From arrival times to figures, in the words of `vllm bench serve`.
+"""Compute figures from arrival times, with the names of `vllm bench serve`.
 
 TTFT    from sending a request to its first token
 TPOT    of one request, the mean time per token after the first: (last - first) / (tokens - 1)
-ITL     the gaps between the messages that bring a request's tokens, all requests together
+ITL     times between the messages with a request's tokens, over all requests
 E2EL    from sending a request to its last token
 """
 
@@ -17,9 +17,9 @@ from itertools import pairwise
 
 @dataclass
 class Answer:
-    """What came of one request; times in seconds on one clock.
+    """The answer to one request; times in seconds on one clock.
 
-    arrivals   when a message came, and how many tokens it brought
+    arrivals   of each message: its arrival, and its number of tokens
     """
 
     request: int
@@ -29,7 +29,7 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """Tokens that came."""
+        """Number of tokens received."""
         return sum(count for _, count in self.arrivals)
 
     @property
@@ -56,20 +56,20 @@ class Answer:
 
 
 class WrongLength(Exception):
-    """An answer has not the number of tokens that was asked for: its run counts for nothing."""
+    """An answer does not have the requested number of tokens, so its run is invalid."""
 
 
 def check(answers: Sequence[Answer]) -> None:
-    """Raise WrongLength unless every answer has exactly the tokens that were asked for."""
+    """Raise WrongLength unless every answer has the requested number of tokens."""
     for answer in answers:
         if answer.tokens != answer.wanted:
             raise WrongLength(
-                f"request {answer.request} was to get {answer.wanted} tokens and got {answer.tokens}"
+                f"request {answer.request} asked for {answer.wanted} tokens and got {answer.tokens}"
             )
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Interpolate linearly between the two nearest ranks, as numpy does; *values* are not empty."""
+    """Return a percentile, linearly interpolated as in numpy; *values* must not be empty."""
     ordered = sorted(values)
     rank = (len(ordered) - 1) * percent / 100
     low = math.floor(rank)
@@ -78,7 +78,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def figures(answers: Sequence[Answer], seconds: float) -> dict[str, float]:
-    """Sum up a run of *seconds*: rates per second, times in milliseconds."""
+    """Summarize a run of *seconds*: rates per second, times in milliseconds."""
     tokens = sum(answer.tokens for answer in answers)
     kept = {
         "requests": float(len(answers)),
@@ -112,6 +112,6 @@ class Spread:
 
 
 def spread(runs: Sequence[Mapping[str, float]], name: str) -> Spread | None:
-    """Median and range of one figure; None if no run has it."""
+    """Return median and range of one figure; None if no run has it."""
     values = [run[name] for run in runs if name in run]
     return Spread(statistics.median(values), min(values), max(values)) if values else None

@@ -1,4 +1,4 @@
-"""Peers that are servers: vLLM by its OpenAI API, llama.cpp by its own, both streaming token ids."""
+"""Run peers that are HTTP servers, which stream token ids: vLLM (OpenAI API) and llama.cpp (its own API)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Server:
     """A running HTTP server.
 
     url    where to POST requests
-    body   what to send for a request
-    read   the token ids in one event of the stream
+    body   makes the body of a request
+    read   returns the token ids in one event of the stream
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Server:
         """Stream the answer; see `systems.Running`."""
         async with self._session.post(self._url, json=self._body(request)) as response:
             if response.status != 200:
-                raise SystemFailed(f"{self._url} answered {response.status}: {await response.text()}")
+                raise SystemFailed(f"{self._url} returned {response.status}: {await response.text()}")
             async for line in response.content:
                 if line.startswith(b"data: ") and b"[DONE]" not in line:
                     yield self._read(json.loads(line[len("data: ") :]))
@@ -58,11 +58,11 @@ async def server(
     version: str,
     environment: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[Server, None]:
-    """Run a server on 127.0.0.1:*port*; the block is entered when its /health answers."""
+    """Run a server on 127.0.0.1:*port*; the block is entered when its /health succeeds."""
     base = f"http://127.0.0.1:{port}"
     async with (
         process(name, command, log, environment) as child,
-        # A connection for each request: llama.cpp's server closes kept ones just as they are used again.
+        # One connection per request: llama.cpp's server closes idle ones while they are being reused.
         aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None),
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
@@ -85,7 +85,7 @@ async def _healthy(session: aiohttp.ClientSession, base: str) -> bool:
 
 
 def openai_body(request: Request) -> dict[str, Any]:
-    """A completion as vLLM takes it: exact length, greedy, ids back."""
+    """Return a completion request for vLLM: exact length, greedy, with token ids."""
     return {
         "model": "m",
         "prompt": list(request.prompt_ids),
@@ -98,12 +98,12 @@ def openai_body(request: Request) -> dict[str, Any]:
 
 
 def openai_ids(event: dict[str, Any]) -> Sequence[int]:
-    """The new ids in a chunk."""
+    """Return the new ids in a chunk."""
     return [id for choice in event.get("choices", ()) for id in choice.get("token_ids") or ()]
 
 
 def llama_body(request: Request) -> dict[str, Any]:
-    """A completion as llama-server takes it; nothing is kept of earlier prompts."""
+    """Return a completion request for llama-server, without its prompt cache."""
     return {
         "prompt": list(request.prompt_ids),
         "n_predict": request.output_tokens,
@@ -118,5 +118,5 @@ def llama_body(request: Request) -> dict[str, Any]:
 
 
 def llama_ids(event: dict[str, Any]) -> Sequence[int]:
-    """The new ids in an event; the last event repeats."""
+    """Return the new ids in an event; the last event repeats earlier ones."""
     return [] if event.get("stop") else event.get("tokens") or []

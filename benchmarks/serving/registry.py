@@ -1,7 +1,7 @@
-"""Which systems there are, and how each is started: commands, settings and environment of every peer.
+"""The systems, and how each is started: command, settings and environment.
 
-Settings follow each project's advice for throughput on a CPU. All get the same threads, the same prompts and
-32 sequences at a time at the most; prefix caches are off, since no two prompts share one.
+Settings follow each project's advice for throughput on a CPU. All systems get the same threads, the same
+prompts and at most 32 sequences at a time; prefix caches are off, because no two prompts share a prefix.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from headrace.models import cache_folder
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.settings import Settings
 
-# The peers' interpreters are to see nothing of ours but `benchmarks`, which lies where they are started.
+# The peers' interpreters must import nothing of Headrace but `benchmarks`, from the working directory.
 _ALONE = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _PACKAGES = ("headrace", "torch", "transformers", "grpcio", "numba")
 
 
 class Mesh:
-    """Headrace as its users have it: a client, over gRPC, of router, batcher and worker processes."""
+    """Headrace as deployed: a gRPC client of router, batcher and worker processes."""
 
     def __init__(self, client: Client, pids: Sequence[int]) -> None:
         self._client = client
@@ -58,7 +58,7 @@ class Mesh:
 
 
 def headrace_mesh(dtype: str) -> Opener:
-    """The whole mesh with one tier."""
+    """Return the opener of the whole mesh with one tier."""
 
     @asynccontextmanager
     async def run(place: Place) -> AsyncGenerator[Mesh, None]:
@@ -72,7 +72,7 @@ def headrace_mesh(dtype: str) -> Opener:
             dtype="" if fake else dtype,
             threads=place.threads,
             drain_seconds=1.0,
-            # No two prompts of the workload share anything, but its repetitions do.
+            # The prompts of the workload share no prefix, but its repetitions would hit the cache.
             flags={"worker": ["--no-prefix-cache"]},
         )
         async with mesh(spec) as running, connect(running.address) as client:
@@ -82,7 +82,7 @@ def headrace_mesh(dtype: str) -> Opener:
 
 
 def headrace_engine(dtype: str) -> Opener:
-    """The engine alone, in a child process."""
+    """Return the opener of the engine alone, in a child process."""
 
     @asynccontextmanager
     async def run(place: Place) -> AsyncGenerator[Piped, None]:
@@ -97,7 +97,7 @@ def headrace_engine(dtype: str) -> Opener:
 
 
 def transformers(mode: str) -> Opener:
-    """transformers by itself."""
+    """Return the opener of transformers."""
 
     @asynccontextmanager
     async def run(place: Place) -> AsyncGenerator[Piped, None]:
@@ -111,7 +111,7 @@ def transformers(mode: str) -> Opener:
 
 
 def openvino(kind: str) -> Opener:
-    """OpenVINO GenAI's continuous batching."""
+    """Return the opener of OpenVINO GenAI's continuous batching."""
 
     @asynccontextmanager
     async def run(place: Place) -> AsyncGenerator[Piped, None]:
@@ -125,7 +125,7 @@ def openvino(kind: str) -> Opener:
 
 
 def vllm(kind: str) -> Opener:
-    """vLLM's OpenAI server, on the CPU."""
+    """Return the opener of vLLM's OpenAI server, on the CPU."""
 
     @asynccontextmanager
     async def run(place: Place) -> AsyncGenerator[Server, None]:
@@ -142,7 +142,7 @@ def vllm(kind: str) -> Opener:
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{place.threads - 1}" if place.threads > 1 else "0",
             "VLLM_NO_USAGE_STATS": "1",
-            # What torch.compile makes is kept: later starts take a third of the time.
+            # The cache of torch.compile makes later starts three times as fast.
             "VLLM_CACHE_ROOT": str(place.places.root / "vllm" / "cache"),
             "TORCHINDUCTOR_CACHE_DIR": str(place.places.root / "vllm" / "cache" / "inductor"),
             "PATH": f"{place.places.root / 'vllm' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -165,7 +165,7 @@ def vllm(kind: str) -> Opener:
 
 @asynccontextmanager
 async def llama_cpp(place: Place) -> AsyncGenerator[Server, None]:
-    """llama.cpp's server, 32 slots."""
+    """Run llama.cpp's server with 32 slots."""
     (port,) = free_ports(1)
     threads = str(place.threads)
     command = [
@@ -207,7 +207,7 @@ PEERS: Sequence[System] = (
     _peer("transformers:continuous", "transformers", "bf16", transformers("continuous")),
     _peer("transformers:static", "transformers", "bf16", transformers("static")),
 )
-# What a worker can be told; "echo" is the engine without a model, and measures the path alone.
+# The worker's dtypes; "echo" is the engine without a model, which measures the overhead.
 HEADRACE_DTYPES: Sequence[str] = (*get_args(Settings.model_fields["dtype"].annotation), "echo")
 OURS = tuple(
     f"headrace-{kind}:{dtype}"
@@ -218,16 +218,16 @@ OURS = tuple(
 
 
 def headrace(name: str) -> System:
-    """One of ours: headrace-engine:DTYPE or headrace-mesh:DTYPE; "echo" is the engine without a model."""
+    """Return headrace-engine:DTYPE or headrace-mesh:DTYPE; "echo" is the engine without a model."""
     kind, _, dtype = name.partition(":")
     opener = {"headrace-engine": headrace_engine, "headrace-mesh": headrace_mesh}[kind]
     return System(name, opener(dtype or "auto"), _nothing)
 
 
 def find(name: str) -> list[System]:
-    """The systems that a name means: one, or all of "headrace", "peers" or a peer's name.
+    """Return the systems of a name: one, or all of "headrace", "peers" or a peer's name.
 
-    Raises LookupError with what there is.
+    Raises LookupError with the known names.
     """
     kind, _, variant = name.partition(":")
     if kind in ("headrace-engine", "headrace-mesh") and (not variant or variant in HEADRACE_DTYPES):
@@ -241,5 +241,5 @@ def find(name: str) -> list[System]:
         known = ", ".join(
             ["headrace", "headrace-engine:DTYPE", "headrace-mesh:DTYPE", "peers", *(s.name for s in PEERS)]
         )
-        raise LookupError(f"no system is called {name!r}; there are {known}")
+        raise LookupError(f"no system is called {name!r}; choose from {known}")
     return found

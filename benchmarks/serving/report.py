@@ -1,4 +1,4 @@
-"""Turn cells into one table per model, in Markdown, and one plot."""
+"""Write one Markdown table per model, and one plot, from cells."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OURS, _OURS_BARE, _PEER = "#d1495b", "#edae49", "#8d99ae"
 def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Merge the repetitions of each (model, system, concurrency).
 
-    Clean runs count; where none is, the others do, and `clean` is False.
+    Only clean runs count. If there are none, the others count, and `clean` is False.
     """
     groups: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in cells:
@@ -43,7 +43,7 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def best_peer(rows: Sequence[Mapping[str, Any]], model: str, concurrency: int) -> tuple[str, float] | None:
-    """The fastest system at a concurrency that is not Headrace, and its tokens per second."""
+    """Return the fastest system other than Headrace at a concurrency, and its tokens per second."""
     rates = [
         (row["figures"]["output_tokens_per_s"].median, row["system"])
         for row in rows
@@ -54,7 +54,7 @@ def best_peer(rows: Sequence[Mapping[str, Any]], model: str, concurrency: int) -
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One table per model: a line per system and concurrency; Headrace beside the best peer."""
+    """Return one table per model, with a line per system and concurrency."""
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
         lines = [
@@ -65,40 +65,36 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         chosen = [row for row in rows if row["model"] == model]
-        for row in sorted(
-            chosen,
-            key=lambda row: (row["concurrency"], -row["figures"]["output_tokens_per_s"].median),
-        ):
-            figures: Mapping[str, Spread] = row["figures"]
-            rate = figures["output_tokens_per_s"]
-            best = best_peer(rows, model, row["concurrency"])
-            flags = ("" if row["clean"] else " †") + ("" if row["complete"] else " ‡")
-            bold = "**" if row["system"].startswith("headrace") else ""
-            lines.append(
-                "| "
-                + " | ".join(
-                    [
-                        f"{bold}{row['system']}{bold}",
-                        str(row["concurrency"]),
-                        f"{bold}{rate.median:.0f}{bold} ({rate.low:.0f}-{rate.high:.0f}){flags}",
-                        f"{rate.median / best[1]:.2f}" if best else "",
-                        f"{figures['requests_per_s'].median:.2f}",
-                        _times(figures, "ttft", (50, 90, 99), 1, 0),
-                        _times(figures, "tpot", (50,), 1, 1),
-                        _times(figures, "itl", (50, 90, 99), 1, 0),
-                        _times(figures, "e2el", (50, 99), 1e-3, 1),
-                        f"{figures['peak_mib'].high:.0f}",
-                        str(row["runs"]),
-                    ]
-                )
-                + " |"
-            )
+        chosen.sort(key=lambda row: (row["concurrency"], -row["figures"]["output_tokens_per_s"].median))
+        lines += [
+            f"| {' | '.join(_columns(row, best_peer(rows, model, row['concurrency'])))} |" for row in chosen
+        ]
         if any(not row["clean"] for row in chosen):
-            lines += ["", "† others used the CPU during every run of this cell: not to be relied upon"]
+            lines += ["", "† other processes used the CPU during every run of this cell: unreliable"]
         if any(not row["complete"] for row in chosen):
-            lines += ["", "‡ cut off by --cell-seconds: the first requests of the workload only"]
+            lines += ["", "‡ cut off by --cell-seconds: only the first requests of the workload"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _columns(row: Mapping[str, Any], best: tuple[str, float] | None) -> list[str]:
+    figures: Mapping[str, Spread] = row["figures"]
+    rate = figures["output_tokens_per_s"]
+    flags = ("" if row["clean"] else " †") + ("" if row["complete"] else " ‡")
+    bold = "**" if row["system"].startswith("headrace") else ""
+    return [
+        f"{bold}{row['system']}{bold}",
+        str(row["concurrency"]),
+        f"{bold}{rate.median:.0f}{bold} ({rate.low:.0f}-{rate.high:.0f}){flags}",
+        f"{rate.median / best[1]:.2f}" if best else "",
+        f"{figures['requests_per_s'].median:.2f}",
+        _times(figures, "ttft", (50, 90, 99), 1, 0),
+        _times(figures, "tpot", (50,), 1, 1),
+        _times(figures, "itl", (50, 90, 99), 1, 0),
+        _times(figures, "e2el", (50, 99), 1e-3, 1),
+        f"{figures['peak_mib'].high:.0f}",
+        str(row["runs"]),
+    ]
 
 
 def _times(
@@ -109,7 +105,7 @@ def _times(
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path, caption: str) -> bool:
-    """Draw tokens per second by concurrency, a panel per model; false where matplotlib is missing."""
+    """Draw tokens per second by concurrency, a panel per model. Returns False without matplotlib."""
     try:
         import matplotlib
     except ImportError:

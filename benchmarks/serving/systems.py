@@ -1,4 +1,4 @@
-"""The systems under test, all behind one seam: open one, ask it for tokens, leave the block to stop it."""
+"""The interface to the systems under test: open one, request tokens, leave the block to stop it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.serving.workload import Request
 
 
 class Running(Protocol):
-    """A system that is up."""
+    """A running system."""
 
     @property
     def pids(self) -> Sequence[int]:
@@ -22,25 +22,25 @@ class Running(Protocol):
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """What it is made of."""
+        """The versions of its packages."""
         ...
 
     def generate(self, request: Request) -> AsyncGenerator[Sequence[int], None]:
-        """Stream the ids of the answer as they come; each item is one message."""
+        """Stream the ids of the answer as they arrive; each item is one message."""
         ...
 
 
 class SystemFailed(Exception):
-    """A system did not start, or died: the message has the end of its log."""
+    """A system did not start, or ended: the message has the end of its log."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how a system is to run.
+    """Where and how to run a system.
 
     model     "small" or "large"
     threads   for the model's computation
-    logs      a folder for what systems print
+    logs      a folder for the systems' output
     """
 
     model: str
@@ -50,7 +50,7 @@ class Place:
 
     @property
     def headrace_model(self) -> str:
-        """The model by the name that Headrace knows."""
+        """The model's name in Headrace."""
         return MODELS[self.model]
 
 
@@ -62,8 +62,8 @@ class System:
     """One line of the table.
 
     name    PEER or PEER:VARIANT
-    open    starts it; the block is entered when it answers
-    needs   what must be there on disk, by model
+    open    starts it; the block is entered when it is ready
+    needs   returns the files that it requires
     """
 
     name: str
@@ -76,6 +76,6 @@ class System:
         return self.name.startswith("headrace")
 
     def missing(self, place: Place) -> str:
-        """Why it cannot run; empty if it can."""
+        """Return why it cannot run; empty if it can."""
         absent = [str(path) for path in self.needs(place) if not path.exists()]
-        return f"{absent[0]} is not there: make bench-peers" if absent else ""
+        return f"{absent[0]} does not exist: make bench-peers" if absent else ""

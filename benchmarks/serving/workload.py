@@ -1,4 +1,4 @@
-"""The requests that every system answers: a file of prompts with the exact length of each answer."""
+"""Read the workload: prompts, with the exact length of each answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Request:
     """One request: greedy, end-of-turn ignored, exactly *output_tokens* tokens.
 
     prompt       raw text, chat template included
-    prompt_ids   the same, by the tokenizer of the model that is measured
+    prompt_ids   the same as ids of the measured model
     """
 
     id: int
@@ -33,12 +33,12 @@ def load(encode: Callable[[str], Sequence[int]], file: Path = FILE) -> list[Requ
 
 
 def selection(requests: Sequence[Request], concurrency: int) -> Sequence[Request]:
-    """Choose what is sent at a concurrency: alone, a quarter of the requests will do; else all."""
+    """Return the requests for a concurrency: a quarter of them for one client, otherwise all."""
     return requests[: max(1, len(requests) // 4)] if concurrency == 1 else requests
 
 
 def model_tokenizer(folder: Path) -> Callable[[str], list[int]]:
-    """Return the encoder of a model folder; special tokens in the text become theirs, none are added."""
+    """Return the encoder of a model folder. It parses special tokens in the text, and adds none."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

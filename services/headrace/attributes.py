@@ -1,13 +1,13 @@
-"""Names of spans, attributes and metrics: ours, gen_ai.* and rpc.*, and nowhere else.
+"""Define all names of spans, attributes and metrics: headrace.*, gen_ai.* and rpc.*.
 
-The conventional names still move (GenAI is in development; `rpc.status_code` was renamed in 2026), so
-a change of theirs is a change of this file alone.
+The semantic conventions still change (GenAI is in development; `rpc.status_code` was renamed in 2026), so
+their names are used from this file only.
 """
 
 from __future__ import annotations
 
-# Spans, in the order in which a request meets them. Servers and clients of an RPC are named
-# "headrace.v1.GenerationService/Generate", as the RPC conventions ask.
+# Spans, in the order of a request. Spans of an RPC's server and client are named by its method, such as
+# "headrace.v1.GenerationService/Generate", as the RPC conventions require.
 SPAN_SCORE = "router.score"
 SPAN_CHECK = "router.check"
 SPAN_TOKENIZE = "batcher.tokenize"
@@ -42,7 +42,7 @@ METRIC_TTFT = "gen_ai.server.time_to_first_token"
 METRIC_TPOT = "gen_ai.server.time_per_output_token"
 METRIC_REQUEST_DURATION = "gen_ai.server.request.duration"
 
-# Ours.
+# Headrace.
 REQUEST_ID = "headrace.request.id"
 TIER = "headrace.tier"
 SCORE = "headrace.score"
@@ -58,7 +58,6 @@ BATCHER = "headrace.batcher.address"
 ATTEMPT = "headrace.attempt"
 OUTCOME = "headrace.outcome"
 QUEUE_STAGE = "headrace.queue.stage"
-REASON = "headrace.reason"
 METRIC_TOKENS = "headrace.generated_tokens"
 METRIC_TOKEN_RATE = "headrace.tokens_per_second"
 METRIC_REQUESTS = "headrace.requests"
@@ -82,7 +81,7 @@ METRIC_COST = "headrace.cost"
 METRIC_LARGEST_COST = "headrace.largest_tier_cost"
 METRIC_FEEDBACK = "headrace.feedback"
 
-# Bucket edges that the conventions advise, in seconds.
+# Bucket boundaries from the conventions, in seconds, except for BUCKETS_SIZE.
 BUCKETS_CALL = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 BUCKETS_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 BUCKETS_TPOT = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)

@@ -1,7 +1,7 @@
-"""Targets and channels: how a gRPC target is written, and the options of every channel that Headrace opens.
+"""Parse gRPC targets and open channels, with the same options on every hop.
 
-Everything that dials imports this: the client, the router's hop to batchers, the batchers' hop to workers,
-and the CLI. It knows nothing of the services behind a target.
+Used by the client, the router for its batchers, batchers for their workers, and the CLI. This module does not
+know which service a target is.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from urllib.parse import urlsplit
 
 import grpc
 
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # either way, on every hop
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A peer that vanished without a word is noticed in half a minute. Servers allow a ping each 10 s.
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # in both directions, on every hop
+# Clients and servers detect within 30 s that a peer is gone without closing its connection.
+KEEPALIVE_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+)
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    *KEEPALIVE_OPTIONS,
     ("grpc.http2.max_pings_without_data", 0),
-    # Retrying is decided here, where it is known what the caller has seen; not twice.
+    # Retries are decided by the client library, which knows what the caller has received.
     ("grpc.enable_retries", 0),
-    # A server that comes back is found within half a second, not after up to two minutes as by default.
+    # Reconnect within half a second; the default backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 )
-STALE_SECONDS = 0.05  # the longest that a connection which broke is taken for the channel's
+STALE_SECONDS = 0.05  # the longest time for which a channel reports a lost connection as READY
 NO_PROXY = ("grpc.enable_http_proxy", 0)
 
-# In the order in which gRPC reads them; it does not read them in capitals.
+# In the order in which gRPC reads them. It does not read the upper-case names.
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _EXEMPTING_VARIABLES = ("no_grpc_proxy", "no_proxy")
 _SCHEME = re.compile(r"(dns|ipv4|ipv6|unix|unix-abstract|vsock|xds|passthrough):", re.IGNORECASE)
@@ -45,11 +48,11 @@ _LOCAL_SCHEMES = ("unix", "unix-abstract", "vsock")
 def open_channel(
     target: str, *, credentials: grpc.ChannelCredentials | None = None, direct: bool = False
 ) -> grpc.aio.Channel:
-    """A channel with the message limits and keepalive that every hop of the mesh uses.
+    """Open a channel with the options of this module.
 
-    credentials   for TLS; None speaks plain text
-    direct        never through an HTTP proxy, as between processes of one mesh. Targets on this machine are
-                  always dialled directly; for others gRPC's default applies (http_proxy and its kin)
+    credentials   for TLS; None for plaintext
+    direct        do not use an HTTP proxy, as between processes of one mesh. Targets on this machine never
+                  use one; for others gRPC reads http_proxy and similar variables by default
     """
     options = (*CHANNEL_OPTIONS, NO_PROXY) if direct or is_local(target) else CHANNEL_OPTIONS
     if credentials is None:
@@ -58,10 +61,10 @@ def open_channel(
 
 
 async def reconnected(channel: grpc.aio.Channel) -> None:
-    """Wait for a connection, after a call whose connection broke.
+    """Wait until the channel is connected again, after a call failed because its connection was lost.
 
-    The calls fail before the channel notices: for some moments it is READY with a connection that is gone,
-    and a call that is made then fails, too. READY counts only if it stays.
+    Calls fail before the channel changes its state: for a moment it is READY with a lost connection, and
+    further calls fail as well. So READY counts only if it lasts for STALE_SECONDS.
     """
     ready = grpc.ChannelConnectivity.READY
     if channel.get_state() is ready:
@@ -72,33 +75,33 @@ async def reconnected(channel: grpc.aio.Channel) -> None:
 
 
 def join(host: str, port: int | str) -> str:
-    """Host and port as one address: an IPv6 address stands in brackets."""
+    """Return HOST:PORT, with an IPv6 address in brackets."""
     bare = host.removeprefix("[").removesuffix("]")
     return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
 
 
 def split(address: str) -> tuple[str, str]:
-    """Host, without brackets, and port of HOST:PORT; the port is empty if there is none."""
+    """Split HOST:PORT into the host, without brackets, and the port, which may be empty."""
     if address.startswith("["):
         host, _, rest = address.removeprefix("[").partition("]")
         return host, rest.removeprefix(":")
-    if address.count(":") > 1:  # an IPv6 address alone
+    if address.count(":") > 1:  # an IPv6 address without a port
         return address, ""
     host, _, port = address.partition(":")
     return host, port
 
 
 def target_problem(target: str) -> str:
-    """What is wrong with the form of a gRPC target, for people; empty if nothing is.
+    """Return what is wrong with the form of a gRPC target, as a message; empty if it is valid.
 
-    Only what no resolver of gRPC could use is a problem: names are not looked up here.
+    Names are not resolved: only a form that none of gRPC's resolvers accepts is a problem.
     """
     advice = "a target is HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051, or dns:///NAME:PORT"
     scheme = _SCHEME.match(target)
     if scheme and scheme[1].lower() not in ("dns", "ipv4", "ipv6"):
         return ""
     if not target.strip() or ("://" in target and not scheme):
-        return f"{target!r} is no gRPC target; {advice}"
+        return f"{target!r} is not a gRPC target; {advice}"
     for address in _addresses(target):
         host, port = split(address)
         if address.count(":") > 1 and not address.startswith("["):
@@ -111,7 +114,7 @@ def target_problem(target: str) -> str:
 
 
 def is_local(target: str) -> bool:
-    """Whether all addresses of a target are on this machine by their form; names are not looked up."""
+    """Return whether all addresses of a target are on this machine. Names are not resolved."""
     scheme = _SCHEME.match(target)
     if scheme and scheme[1].lower() in _LOCAL_SCHEMES:
         return True
@@ -119,15 +122,15 @@ def is_local(target: str) -> bool:
 
 
 def proxy_variable(target: str, environment: Mapping[str, str] | None = None) -> str:
-    """The variable whose HTTP proxy a channel to *target* goes through; empty if it goes through none.
+    """Return the name of the variable that sets the HTTP proxy for *target*; empty if there is no proxy.
 
-    It names no value: a proxy's address may hold a password.
+    The value is not returned: a proxy's address may contain a password.
     """
     environment = os.environ if environment is None else environment
     if is_local(target):
         return ""
     variable = next((name for name in _PROXY_VARIABLES if environment.get(name)), "")
-    if not variable or urlsplit(environment[variable]).scheme != "http":  # gRPC takes no other
+    if not variable or urlsplit(environment[variable]).scheme != "http":  # gRPC ignores others
         return ""
     exempt = next((environment[name] for name in _EXEMPTING_VARIABLES if environment.get(name)), "")
     hosts = [split(address)[0] for address in _addresses(target)]
@@ -135,7 +138,7 @@ def proxy_variable(target: str, environment: Mapping[str, str] | None = None) ->
 
 
 def _addresses(target: str) -> list[str]:
-    """The HOST:PORT of a target; several of ipv4: and ipv6:."""
+    """Return each HOST:PORT of a target; the schemes ipv4: and ipv6: allow several."""
     scheme = _SCHEME.match(target)
     if scheme is None:
         return [target]
@@ -146,7 +149,7 @@ def _addresses(target: str) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its form; names other than localhost are not looked up."""
+    """Return whether a host is this machine. Names other than localhost are not resolved."""
     if host.lower() == "localhost" or host.lower().endswith(".localhost"):
         return True
     try:
@@ -161,7 +164,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_exempt(host: str, entries: Iterable[str]) -> bool:
-    """Whether *host* is in a no_proxy list: by a suffix of its name, or by its network."""
+    """Return whether a no_proxy list contains *host*: by a suffix of its name or by its network."""
     for entry in filter(None, (entry.strip() for entry in entries)):
         if host.lower().endswith(entry.lower()):
             return True

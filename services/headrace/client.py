@@ -1,19 +1,17 @@
-"""Call a Headrace server: the router, or a batcher; a caller cannot tell them apart.
+"""Call a Headrace server: a router, or a batcher with the same API.
 
     async with connect("127.0.0.1:50051") as client:
         async with aclosing(client.generate(chat("Why is the sky blue?"), timeout=30)) as stream:
             async for response in stream:
                 print(response.delta.text, end="")
 
-Leaving the stream cancels the call, and every failure is an exception of `headrace.errors`. A request that a
-server could not take is tried again, and an answer whose stream broke off is carried on at the very next
-token: the caller reads one stream, whatever becomes of the server.
+Closing the stream cancels the call, and every failure is an exception of `headrace.errors`. A request that
+the server could not accept is retried, and an answer whose stream was lost is resumed at the next token: the
+caller reads one uninterrupted stream.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
 import secrets
 import time
 import uuid
@@ -24,18 +22,17 @@ from typing import Self, TypeVar
 import grpc
 from opentelemetry import metrics, trace
 
-from headrace import attributes, errors
-from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, reconnected, target_problem
-from headrace.progress import Progress, Told, route_change
+from headrace import attributes, errors, statuses
+from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
+from headrace.progress import Progress, Responses, route_change
 from headrace.propagation import check_headers, inject
+from headrace.retries import Retries
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2_grpc, routing_service_pb2, routing_service_pb2_grpc
 
 T = TypeVar("T")
 
-LONGEST_SECONDS = 1e8  # three years; beyond some centuries, and at infinity, gRPC takes a deadline for passed
-BACKOFF_DOUBLINGS = 5  # of the delay before the next try, from 50 to 100 ms
-CONNECT_SECONDS = 2.0  # the longest that a request whose connection broke waits for a new one
+LONGEST_SECONDS = 1e8  # three years: gRPC treats deadlines of centuries, or infinity, as expired
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
 LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
@@ -55,14 +52,13 @@ def chat(
     continue_final_message: bool = False,
     **sampling: object,
 ) -> pb.GenerateRequest:
-    """A request for the answer to *text*, or to a conversation of (role, content) pairs.
+    """Return a request for the answer to *text*, or to a conversation of (role, content) pairs.
 
-    continue_final_message   the answer continues the last message, which is the assistant's
+    continue_final_message   whether the answer continues the last message, which must be the assistant's
+    sampling                 fields of `headrace.v1.Sampling`, such as temperature=0, max_tokens=64,
+                             stop=["\\n"]
 
-    sampling   fields of `headrace.v1.Sampling`, such as temperature=0, max_tokens=64, stop=["\\n"]
-
-    Raises InvalidText for text that cannot be sent: halves of surrogate pairs, as bytes in some other
-    encoding become on their way through Python.
+    Raises InvalidText for text with lone surrogates, which result from decoding bytes of another encoding.
     """
     turns = [("user", text)] if isinstance(text, str) else list(text)
     if system:
@@ -72,43 +68,18 @@ def chat(
         try:
             request.chat.messages.add(role=role, content=content)
         except UnicodeEncodeError as error:
-            raise errors.InvalidText(f"the text is not UTF-8, from character {error.start} on") from None
+            raise errors.InvalidText(f"the text is not valid UTF-8 from character {error.start} on") from None
     if continue_final_message:
         request.chat.continue_final_message = True
     return request
 
 
-class RetryBudget:
-    """How many retries may follow upon how many calls (gRPC proposal A6, retry throttling).
-
-    Each retry costs one token, each success gives back *refund*, and at half of *tokens* retrying
-    stops: a server in trouble is not buried under second tries.
-    """
-
-    def __init__(self, tokens: float = 10, refund: float = 0.1) -> None:
-        self._most = tokens
-        self._tokens = tokens
-        self._refund = refund
-
-    def take(self) -> bool:
-        """Pay for one retry; false if it cannot be afforded."""
-        if self._tokens <= self._most / 2:
-            return False
-        self._tokens -= 1
-        return True
-
-    def succeed(self) -> None:
-        """Book a call that went well."""
-        self._tokens = min(self._most, self._tokens + self._refund)
-
-
 class Client:
-    """Calls one target over one channel; make it with `connect`.
+    """Calls one target over one channel; use `connect` to create it.
 
-    retries   most tries after the first, for calls that failed as UNAVAILABLE before any event; an answer
-              under way is carried on without regard to it
-    patience  seconds that an answer under way waits, within its deadline, for a server that takes it up
-    advice    added to the message of calls that reach no server
+    retries   most retries of a request that failed with UNAVAILABLE before any event
+    patience  seconds for which an answer that has begun waits, within its deadline, for a server to resume it
+    advice    added to the error message of calls that reach no server
     """
 
     def __init__(
@@ -118,9 +89,7 @@ class Client:
         self._advice = advice
         self._generation = generation_service_pb2_grpc.GenerationServiceStub(channel)
         self._routing = routing_service_pb2_grpc.RoutingServiceStub(channel)
-        self._retries = retries
-        self._patience = patience
-        self._budget = RetryBudget()
+        self._retries = Retries(channel, most=retries, patience=patience)
 
     async def __aenter__(self) -> Self:
         return self
@@ -129,7 +98,7 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """End all calls and close the channel."""
+        """Cancel all calls and close the channel."""
         await self._channel.close()
 
     async def generate(
@@ -143,107 +112,57 @@ class Client:
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Stream the answer to *request*: `accepted`, deltas, `finish`.
 
-        timeout    seconds for the whole answer; None leaves the deadline to the router
-        metadata   further headers; keys in lower case, values in printable ASCII
-        resume     whether to carry on when the stream breaks off. The rest is what would have come if the
-                   model is EXACT, for the seed is drawn here if the request has none
-        labels     further attributes of the calls' spans
+        timeout    seconds for the whole answer; None: the router sets its default deadline
+        metadata   additional headers; keys in lower case, values in printable ASCII
+        resume     whether to resume the answer when its stream is lost. If the model's determinism is EXACT,
+                   the rest is the same as without the loss: the client draws the seed if the request has none
+        labels     additional attributes of the spans
 
-        Raises a HeadraceError. Iterate under `contextlib.aclosing`: leaving then cancels the call.
+        Raises a HeadraceError. Iterate under `contextlib.aclosing`, which cancels the call on exit.
         """
         size = request.ByteSize()
         if size > MAX_MESSAGE_BYTES:
             raise errors.MessageTooLarge(
-                f"the request has {size} bytes, servers take {MAX_MESSAGE_BYTES}", size=size
+                f"the request has {size} bytes, the limit is {MAX_MESSAGE_BYTES}", size=size
             )
         check_headers(metadata or {})
         ends = None if timeout is None else time.monotonic() + timeout
         answer = _Answer(request) if resume else None
-        failures = 0  # in a row, that brought nothing
-        broke = 0.0  # time.monotonic() of the first of them
+        failures = 0  # consecutive ones that brought nothing
+        since = 0.0  # time.monotonic() of the first of them
         while True:
-            seen, had = False, None if answer is None else answer.mark
+            received, before = False, None if answer is None else answer.position
             try:
                 left = None if ends is None else min(max(ends - time.monotonic(), 0.0), LONGEST_SECONDS)
-                asked = request if answer is None else answer.request()
-                async with aclosing(self._call(asked, left, metadata or {}, labels or {})) as responses:
+                outgoing = request if answer is None else answer.request()
+                async with aclosing(self._call(outgoing, left, metadata or {}, labels or {})) as responses:
                     async for response in responses:
-                        seen = True
-                        for told in (response,) if answer is None else answer.take(response):
-                            yield told
+                        received = True
+                        for event in (response,) if answer is None else answer.take(response):
+                            yield event
                 if answer is not None and not answer.finished:
                     raise errors.Unavailable("the stream ended without a finish")
-                self._budget.succeed()
+                self._retries.succeed()
                 return
             except errors.HeadraceError as error:
                 if answer is not None and answer.finished:
-                    return  # whatever became of the stream after its last event
-                failures = failures + 1 if answer is None or answer.mark == had else 1
+                    return  # an error after the last event does not matter
+                failures = failures + 1 if answer is None or answer.position == before else 1
                 if failures == 1:
-                    broke = time.monotonic()
-                begun = answer is not None and answer.accepted is not None
-                if begun:
-                    again = await self._carry_on(error, failures, taken=seen, broke=broke, ends=ends)
-                else:
-                    again = not seen and await self._retry(error, failures, ends=ends)
-                if not again:
-                    raise
-                if answer is not None and begun:
+                    since = time.monotonic()
+                if answer is not None and answer.accepted is not None:
+                    if not await self._retries.resume(
+                        error, failures, accepted=received, since=since, ends=ends
+                    ):
+                        raise
                     answer.lose(error)
-
-    async def _retry(self, error: errors.HeadraceError, failures: int, *, ends: float | None) -> bool:
-        """Whether to ask again for an answer that has not begun; returns when it makes sense.
-
-        The first try after a connection broke is free, for all calls that broke with it wait together for
-        one new connection. The budget pays for others.
-        """
-        broken = _is_broken(error)
-        free = broken and failures == 1
-        if not (broken or isinstance(error, errors.Unavailable)) or failures > self._retries:
-            return False
-        if not free and not self._budget.take():
-            return False
-        return await self._wait(error, failures, pause=not free, seconds=_until(ends, CONNECT_SECONDS))
-
-    async def _carry_on(
-        self, error: errors.HeadraceError, failures: int, *, taken: bool, broke: float, ends: float | None
-    ) -> bool:
-        """Whether to ask for the rest of an answer; returns when it makes sense.
-
-        taken   whether the server had taken the request that failed
-        broke   time.monotonic() of the first failure in this row
-
-        The first try after a stream that brought something is free. So are tries that no server took: other
-        answers wait for the same server, and `patience` ends it. A try that was taken and brought nothing
-        may be what ends the servers: the budget pays for the next one.
-        """
-        if not _may_pass(error, resuming=failures > 1):
-            return False
-        if failures > 1 and taken and not self._budget.take():
-            return False
-        patience = self._patience - (time.monotonic() - broke)
-        return await self._wait(error, failures, pause=failures > 1, seconds=_until(ends, patience))
-
-    async def _wait(self, error: errors.HeadraceError, failures: int, *, pause: bool, seconds: float) -> bool:
-        """Wait for the time and the connection to ask again; false if that takes longer than *seconds*."""
-        # Whoever cancelled is still connected, and busy it seems.
-        pause = pause or isinstance(error, errors.RequestCancelled) or error.retry_after is not None
-        delay = _backoff(failures - 1, error) if pause else 0.0
-        if delay >= seconds:
-            return False
-        try:
-            async with asyncio.timeout(seconds):
-                await asyncio.sleep(delay)
-                if _is_broken(error):
-                    await reconnected(self._channel)
-        except TimeoutError:
-            return False
-        return True
+                elif received or not await self._retries.retry(error, failures, ends=ends):
+                    raise
 
     async def explain(
         self, request: pb.GenerateRequest, *, timeout: float = 5.0
     ) -> routing_service_pb2.ExplainResponse:
-        """Where the router would send *request*, and why. Nothing is generated."""
+        """Return which tier the router would choose for *request*, and why. Nothing is generated."""
         return await self._unary(
             self._routing.Explain(
                 routing_service_pb2.ExplainRequest(request=request), timeout=timeout, metadata=inject()
@@ -251,7 +170,7 @@ class Client:
         )
 
     async def list_tiers(self, *, timeout: float = 5.0) -> routing_service_pb2.ListTiersResponse:
-        """The tiers with model, limits, health and load, smallest first."""
+        """Return the tiers with model, limits, health and load, smallest first."""
         return await self._unary(
             self._routing.ListTiers(
                 routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=inject()
@@ -270,8 +189,8 @@ class Client:
     ) -> routing_service_pb2.FeedbackResponse:
         """Report how good the answer to a request was: *ok* or not, or a *quality* from 0 to 1.
 
-        tier     that answered; empty: whichever did
-        tenant   of the request, as in its `routing.tenant`
+        tier     the tier that answered; empty: not checked
+        tenant   the request's `routing.tenant`
         """
         request = routing_service_pb2.FeedbackRequest(request_id=request_id, tier=tier, tenant=tenant)
         if ok is not None:
@@ -287,8 +206,8 @@ class Client:
             raise self._translated(error) from error
 
     def _translated(self, error: grpc.aio.AioRpcError) -> errors.HeadraceError:
-        translated = errors.from_rpc_error(error)
-        # These two come from gRPC itself; servers of ours send their subclasses.
+        translated = statuses.from_rpc_error(error)
+        # These two classes come from gRPC itself; Headrace servers send their subclasses.
         if self._advice and type(translated) in (errors.Unavailable, errors.DeadlineExceeded):
             translated.add(self._advice)
         return translated
@@ -300,8 +219,8 @@ class Client:
         metadata: Mapping[str, str],
         labels: Mapping[str, str | int],
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """One call, as a client span with the events that a caller sees."""
-        # Not `start_as_current_span`: a generator's body runs in whoever's context asks for the next item.
+        """Make one call, in a client span with events for the first token and the end."""
+        # Not `start_as_current_span`: a generator runs in the context of each caller that requests an item.
         span = _tracer.start_span(
             _GENERATE,
             kind=trace.SpanKind.CLIENT,
@@ -309,15 +228,15 @@ class Client:
         )
         headers = inject(trace.set_span_in_context(span), metadata)
         began = time.monotonic()
-        code = grpc.StatusCode.CANCELLED  # unless it ends some other way
+        code = grpc.StatusCode.CANCELLED  # if nothing below sets another one
         call = self._generation.Generate(request, timeout=timeout, metadata=headers)
-        delivered = False
+        first = True
         try:
             async for received in call:
                 response = _parsed(received)
                 event = response.WhichOneof("event")
-                if event == "delta" and not delivered:
-                    delivered = True
+                if event == "delta" and first:
+                    first = False
                     span.add_event(attributes.EVENT_FIRST_TOKEN)
                 elif event == "finish":
                     span.add_event(attributes.EVENT_FINISH)
@@ -330,7 +249,7 @@ class Client:
             span.set_status(trace.StatusCode.ERROR, translated.message)
             raise translated from error
         finally:
-            call.cancel()  # harmless once the stream has ended
+            call.cancel()  # has no effect after the end of the stream
             span.set_attribute(attributes.RPC_STATUS_CODE, code.name)
             span.end()
             _call_duration.record(
@@ -340,34 +259,34 @@ class Client:
 
 
 class _Answer(Progress):
-    """An answer as the caller reads it: one stream, over all those that it takes."""
+    """An answer as the caller reads it: one stream, made of one or several streams from servers."""
 
     def __init__(self, request: pb.GenerateRequest) -> None:
-        named = pb.GenerateRequest()
-        named.CopyFrom(request)
-        # What is drawn by a server is lost with it.
-        if not named.sampling.HasField("seed"):
-            named.sampling.seed = secrets.randbits(64)
-        named.request_id = named.request_id or str(uuid.uuid4())
-        super().__init__(named)
+        complete = pb.GenerateRequest()
+        complete.CopyFrom(request)
+        # A seed or id that a server draws is lost with it.
+        if not complete.sampling.HasField("seed"):
+            complete.sampling.seed = secrets.randbits(64)
+        complete.request_id = complete.request_id or str(uuid.uuid4())
+        super().__init__(complete)
         self._lost: errors.HeadraceError | None = None
 
     @property
-    def mark(self) -> tuple[bool, int]:
-        """How far it has come: it differs after a stream that brought something."""
+    def position(self) -> tuple[bool, int]:
+        """How much of the answer is there: it changes with each stream that brings something."""
         return self.accepted is not None, len(self.ids)
 
     def request(self) -> pb.GenerateRequest:
-        """What to ask for."""
+        """Return the request for the answer, or for the rest of it."""
         request = super().request()
         if self.accepted is not None:
-            # The token ids are those of the model that began.
+            # The token ids so far belong to this model.
             request.routing.tier = self.accepted.tier
             request.routing.model = self.accepted.model
         return request
 
-    def take(self, response: pb.GenerateResponse) -> Told:
-        """What the caller hears of this event. Raises as `Progress` does."""
+    def take(self, response: pb.GenerateResponse) -> Responses:
+        """Process an event and return what the caller receives. Raises the errors of `Progress`."""
         event = response.WhichOneof("event")
         if event == "delta":
             return self.add(response)
@@ -382,8 +301,8 @@ class _Answer(Progress):
         return (response,)
 
     def lose(self, error: errors.HeadraceError) -> None:
-        """The stream ended early, and the rest will be asked for."""
-        self.broke()
+        """Prepare for the next stream after *error* ended this one."""
+        self.restart()
         self._lost = error
 
 
@@ -395,55 +314,21 @@ async def connect(
     retries: int = 2,
     patience: float = 30.0,
 ) -> AsyncGenerator[Client, None]:
-    """A client for *target*, a gRPC name such as "127.0.0.1:50051", "[::1]:50051" or "dns:///router:50051".
+    """Open a client for *target*, such as "127.0.0.1:50051", "[::1]:50051" or "dns:///router:50051".
 
-    credentials         for TLS; None speaks plain text
+    credentials         for TLS; None for plaintext
     retries, patience   see `Client`
     """
     channel = open_channel(target, credentials=credentials)
     advice = target_problem(target) if credentials is None else ""
     if not advice and (variable := proxy_variable(target)):
-        advice = f"connections to {target} go through the proxy that {variable} names; no_proxy exempts hosts"
+        advice = f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"
     async with Client(channel, retries=retries, patience=patience, advice=advice) as client:
         yield client
 
 
 def _parsed(response: T | None) -> T:
-    """The response; gRPC gives None for bytes that are none. Raises Unavailable."""
+    """Return the response. Raises Unavailable for None, which gRPC returns if it cannot be parsed."""
     if response is None:
-        raise errors.Unavailable("the server's response cannot be parsed: it is no Headrace server")
+        raise errors.Unavailable("the server's response cannot be parsed: it is not a Headrace server")
     return response
-
-
-def _may_pass(error: errors.HeadraceError, *, resuming: bool) -> bool:
-    """Whether an answer may be carried on after *error*.
-
-    It broke off if the server is gone or going, or says when to try again, or did not wait for a caller that
-    read slowly. Not after WORKER_LOST: the batcher has tried, and a request that kills its workers must end
-    somewhere. *resuming*: the server has not even taken the rest; then its being busy may pass, too.
-    """
-    if isinstance(error, errors.Unavailable) and not isinstance(error, errors.WorkerLost):
-        return type(error) is errors.Unavailable or error.retry_after is not None
-    if isinstance(error, errors.RequestCancelled | errors.SlowReader):
-        return True
-    return resuming and isinstance(error, errors.Overloaded)
-
-
-def _is_broken(error: errors.HeadraceError) -> bool:
-    """Whether the connection broke, or a server or something on the way cancelled the call.
-
-    A caller that leaves raises CancelledError instead.
-    """
-    return isinstance(error, errors.RequestCancelled) or type(error) is errors.Unavailable
-
-
-def _until(ends: float | None, most: float) -> float:
-    """Seconds until the deadline *ends*, a time.monotonic(), and at most *most*."""
-    return most if ends is None else min(most, ends - time.monotonic())
-
-
-def _backoff(attempt: int, error: errors.HeadraceError) -> float:
-    """Seconds until the next try: what the server asked for, else jittered doubling from 50 ms to 3 s."""
-    if error.retry_after is not None:
-        return error.retry_after
-    return random.uniform(0.5, 1) * 0.1 * 2.0 ** min(attempt, BACKOFF_DOUBLINGS)

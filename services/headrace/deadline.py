@@ -1,7 +1,7 @@
-"""A deadline as one value: a moment on the monotonic clock, or never.
+"""Represent a deadline as one value: a time on the monotonic clock, or never.
 
-gRPC carries a deadline as the time that is left. Each process turns that into a `Deadline` once, where the
-request arrives, and passes the value on; the current time is always an argument.
+gRPC sends a deadline as the time left. Each process converts it to a `Deadline` once, when the request
+arrives, and passes the value on. The current time is always an argument.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class Deadline:
-    """The latest moment at which a result is of use. Deadlines compare by that moment.
+    """The latest time at which a result is useful. Deadlines are ordered by it.
 
-    at   seconds on the clock of `time.monotonic`; infinity means that there is no deadline
+    at   seconds on the clock of `time.monotonic`; infinity: no deadline
     """
 
     at: float = math.inf
@@ -31,7 +31,7 @@ class Deadline:
 
     @property
     def timeout_at(self) -> float | None:
-        """The moment as `asyncio.timeout_at` takes it."""
+        """The time as an argument of `asyncio.timeout_at`."""
         return self.at if self.exists else None
 
     def left(self, now: float) -> float:

@@ -1,7 +1,7 @@
-"""Keep what has been read of an answer, so that it can be carried on where its stream broke off.
+"""Keep the tokens of an answer, so that it can be resumed on another server when its stream is lost.
 
-Client and router both do: the client for a router that died, the router for a batcher. What is generated
-next is a function of model, prompt, seed and the tokens so far, so asking for the rest takes those.
+The client does so when it loses its router, and the router when it loses a batcher. The next token depends on
+model, prompt, seed and the tokens so far, so a request for the rest contains these.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import TypeAlias
 from headrace import errors
 from headrace.v1 import generation_pb2 as pb
 
-Told: TypeAlias = tuple[pb.GenerateResponse, ...]  # what the caller hears
+Responses: TypeAlias = tuple[pb.GenerateResponse, ...]  # what the caller receives for one event
 
 
 class Progress:
-    """One answer, over all streams that it takes.
+    """The state of one answer, across all streams that carry it.
 
-    request    what was asked, with the seed set
-    ids        the tokens so far, those that came with the request included
-    attempt    of the stream under way, as in `headrace.v1.Resume`
-    accepted   the first event, once it is there
-    finished   whether the last event is there
+    request    the original request, with the seed set
+    ids        the tokens so far, with those that came with the request
+    attempt    of the current stream, as in `headrace.v1.Resume`
+    accepted   the first event, once it was received
+    finished   whether the last event was received
     """
 
     def __init__(self, request: pb.GenerateRequest) -> None:
@@ -34,7 +34,7 @@ class Progress:
         self._ending: pb.GenerateResponse | None = None
 
     def request(self) -> pb.GenerateRequest:
-        """What to ask for: all of the answer, or what is missing of it."""
+        """Return the request for the answer, or for the rest of it."""
         request = pb.GenerateRequest()
         request.CopyFrom(self._asked)
         request.stream.include_token_ids = True
@@ -45,29 +45,29 @@ class Progress:
         return request
 
     def accept(self, accepted: pb.Accepted) -> bool:
-        """Whether the caller is to hear it: the first it is. Raises NoWorkers at another model."""
+        """Return whether this is the first `accepted`. Raises NoWorkers for another model."""
         if self.accepted is None:
             self.accepted = accepted
             return True
         if accepted.model != self.accepted.model:
             raise errors.NoWorkers(
-                f"the answer was begun by model {self.accepted.model!r}, which nobody serves here now: "
-                f"{accepted.model!r} would make nonsense of it"
+                f"the answer was begun by model {self.accepted.model!r}, which is not served any more, and "
+                f"{accepted.model!r} cannot continue it"
             )
         return False
 
-    def add(self, response: pb.GenerateResponse) -> Told:
-        """Take in a delta, and leave its token ids to those who asked for them.
+    def add(self, response: pb.GenerateResponse) -> Responses:
+        """Process a delta, and remove its token ids unless the caller requested them.
 
-        Text without tokens is what was kept back until the end. It waits here for the `finish` that follows:
-        if that is lost, the next stream says both.
+        A delta without tokens contains text that was held back until the end. It is kept until the `finish`
+        that follows: if that is lost, the next stream repeats both.
 
-        Raises BatcherLost when the tokens do not join what is there: whoever sent them has lost count.
+        Raises BatcherLost if the tokens do not start at the next offset.
         """
         delta = response.delta
         if delta.offset != len(self.ids) or len(delta.token_ids) != delta.token_count:
             raise errors.BatcherLost(
-                f"the stream went on at token {delta.offset} with {len(delta.token_ids)} ids for "
+                f"the stream continued at token {delta.offset} with {len(delta.token_ids)} ids for "
                 f"{delta.token_count} tokens, expected at {len(self.ids)}"
             )
         if not delta.token_count:
@@ -78,19 +78,19 @@ class Progress:
             del delta.token_ids[:]
         return (response,)
 
-    def finish(self, response: pb.GenerateResponse) -> Told:
-        """Take in the last event."""
+    def finish(self, response: pb.GenerateResponse) -> Responses:
+        """Process the last event."""
         self.finished = True
         return (response,) if self._ending is None else (self._ending, response)
 
-    def broke(self) -> None:
-        """The stream ended early; another one follows."""
+    def restart(self) -> None:
+        """Prepare for the next stream after this one was lost."""
         self._ending = None
         self.attempt += 1
 
 
 def route_change(origin: str, target: str, reason: str, attempt: int) -> pb.GenerateResponse:
-    """The event that says that an answer moved."""
+    """Return the event that reports the move of an answer."""
     change = pb.RouteChange(to=target, reason=reason, attempt=attempt)
-    setattr(change, "from", origin)  # a keyword of Python's
+    setattr(change, "from", origin)  # `from` is a keyword in Python
     return pb.GenerateResponse(route_change=change)

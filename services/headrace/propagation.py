@@ -1,7 +1,7 @@
-"""Carry trace context and baggage in gRPC metadata, by the propagators that OTEL_PROPAGATORS names.
+"""Propagate trace context and baggage in gRPC metadata, with the propagators of OTEL_PROPAGATORS.
 
-The hop from batcher to worker has fields of its own for the W3C trace context, whatever the propagators are:
-see `headrace.v1.TraceContext`.
+Between batcher and worker the trace context is always in W3C format, in message fields: see
+`headrace.v1.TraceContext`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _w3c = TraceContextTextMapPropagator()
 
 
 class _Headers(Getter[Mapping[str, str]]):
-    """Reads what propagators write with capitals: metadata keys have none."""
+    """Reads headers by lower-case keys: propagators use capitals, gRPC metadata does not."""
 
     def get(self, carrier: Mapping[str, str], key: str) -> list[str] | None:
         value = carrier.get(key.lower())
@@ -40,14 +40,14 @@ def check_headers(headers: Mapping[str, str]) -> None:
     for key, value in headers.items():
         if not (_KEY.fullmatch(key) and not key.endswith("-bin") and _VALUE.fullmatch(value)):
             raise errors.InvalidRequest(
-                f"metadata {key!r} cannot be sent: keys are made of a-z, 0-9, '-', '_' and '.', not grpc-... "
-                "or ...-bin, and values of printable ASCII"
+                f"metadata {key!r} cannot be sent: keys consist of a-z, 0-9, '-', '_' and '.', without the "
+                "prefix grpc- or the suffix -bin, and values are printable ASCII"
             )
 
 
 def inject(context: Context | None = None, headers: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
-    """Metadata with *headers* and what *context*, by default the current one, propagates."""
-    # Imported late: it raises where OTEL_PROPAGATORS names one that is not installed; see `problem`.
+    """Return metadata with *headers* and the propagated *context*, by default the current one."""
+    # Imported here: the import raises if OTEL_PROPAGATORS names one that is not installed; see `problem`.
     from opentelemetry import propagate
 
     carrier = dict(headers or {})
@@ -56,7 +56,7 @@ def inject(context: Context | None = None, headers: Mapping[str, str] | None = N
 
 
 def extract(metadata: Iterable[tuple[str, str | bytes]]) -> Context:
-    """The context that a caller sent."""
+    """Return the context that a caller sent."""
     from opentelemetry import propagate
 
     carrier = {key: value for key, value in metadata if isinstance(value, str)}
@@ -64,9 +64,9 @@ def extract(metadata: Iterable[tuple[str, str | bytes]]) -> Context:
 
 
 def problem() -> str:
-    """What is wrong with OTEL_PROPAGATORS, for people; empty if nothing is.
+    """Return what is wrong with OTEL_PROPAGATORS, as a message; empty if it is valid.
 
-    OpenTelemetry raises where the variable names a propagator that is not installed, so a process asks first.
+    OpenTelemetry raises on import if a propagator is not installed, so processes check it at their start.
     """
     names = [name.strip() for name in os.environ.get("OTEL_PROPAGATORS", "").split(",") if name.strip()]
     installed = {point.name for point in entry_points(group="opentelemetry_propagator")}
@@ -74,19 +74,19 @@ def problem() -> str:
     if not missing or "none" in map(str.lower, names):
         return ""
     return (
-        f"OTEL_PROPAGATORS: {', '.join(missing)} not installed; there are {', '.join(sorted(installed))} and "
-        "none, others come as packages named opentelemetry-propagator-..."
+        f"OTEL_PROPAGATORS: {', '.join(missing)} not installed; available: {', '.join(sorted(installed))}, "
+        "none; others are in packages named opentelemetry-propagator-..."
     )
 
 
 def to_w3c(span: trace.Span) -> tuple[str, str]:
-    """The traceparent and tracestate of a span; empty for one that is not valid."""
+    """Return traceparent and tracestate of a span; empty if it is invalid."""
     carrier: dict[str, str] = {}
     _w3c.inject(carrier, context=trace.set_span_in_context(span))
     return carrier.get("traceparent", ""), carrier.get("tracestate", "")
 
 
 def from_w3c(traceparent: str, tracestate: str) -> trace.SpanContext:
-    """The span context of a traceparent and tracestate; invalid if they are."""
+    """Return the span context of traceparent and tracestate; invalid if they are."""
     context = _w3c.extract({"traceparent": traceparent, "tracestate": tracestate})
     return trace.get_current_span(context).get_span_context()

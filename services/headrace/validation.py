@@ -1,9 +1,9 @@
-"""Check a request as far as it can be judged from itself, at whichever hop receives it first.
+"""Check the fields of a request that need neither a model nor the tiers.
 
-Router and batcher both call `check_request`, so a caller gets the same message from either. What needs a
-model (context length, vocabulary) or the tiers (pins, hints) is checked where they are known. Everything here
-runs on the event loop: a field is counted and measured before it is read, and no message quotes more than
-`errors.quoted` keeps.
+Router and batcher both call `check_request`, so a caller receives the same message from either. What depends
+on a model (context length, vocabulary) or on the tiers (pins, hints) is checked elsewhere. The checks run on
+the event loop: the size of a field is checked before its content, and messages quote text by
+`quoting.quoted`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import struct
 from google.protobuf import duration_pb2
 
 from headrace import errors
+from headrace.quoting import quoted
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing_pb
 
@@ -26,21 +27,21 @@ MAX_REQUEST_ID = 128
 MAX_NAME = 256
 MAX_FLUSH_TOKENS = 1024
 MAX_FLUSH_SECONDS = 10.0
-MAX_RESUME_TOKENS = 131_072  # no answer is longer; a tier's context is checked where it is known
-MAX_ATTEMPT = 1_000_000  # every loss adds one, and it must not outgrow its field
+MAX_RESUME_TOKENS = 131_072  # no answer is longer; the batcher checks the context length of its tier
+MAX_ATTEMPT = 1_000_000  # each lost stream adds one, and the value must fit its field
 
 _MAX_NANOS = 999_999_999
 
 
 def _float32(value: float) -> float:
-    """The value that a protobuf float holds for *value*: 0.01 becomes a little less."""
+    """Return *value* as a protobuf float stores it: 0.01 becomes slightly smaller."""
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
-_SMALLEST = _float32(1e-45)  # above zero, for open ends
+_SMALLEST = _float32(1e-45)  # above zero, for open intervals
 
-# Inclusive ranges of the optional fields of Sampling. Logits divided or multiplied by any of them stay finite
-# in float32 for every model whose logits are below 1e30.
+# Inclusive ranges of the optional fields of Sampling. Logits below 1e30 stay finite in float32 when they are
+# divided or multiplied by any of these values.
 _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("temperature", 0, 10, "0 to 10"),
     ("top_p", _SMALLEST, 1, "above 0, at most 1"),
@@ -50,7 +51,7 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("frequency_penalty", -2, 2, "-2 to 2"),
     ("max_tokens", 1, 2**32, "at least 1"),
 )
-# The texts of Routing, and the error that one of them deserves which no tier, model or caller can have.
+# The text fields of Routing, and the error for a value that is too long.
 _NAMES: tuple[tuple[str, type[errors.InvalidRequest]], ...] = (
     ("tier", errors.UnknownTier),
     ("model", errors.UnknownModel),
@@ -62,7 +63,7 @@ _NAMES: tuple[tuple[str, type[errors.InvalidRequest]], ...] = (
 
 
 def check_request(request: pb.GenerateRequest) -> None:
-    """Raise the InvalidRequest that names the first field at fault and its range, if there is one."""
+    """Raise InvalidRequest for the first invalid field, with its range."""
     _check_input(request)
     check_sampling(request.sampling)
     _check_length("request_id", request.request_id, MAX_REQUEST_ID)
@@ -72,7 +73,7 @@ def check_request(request: pb.GenerateRequest) -> None:
 
 
 def check_feedback(request: routing_pb.FeedbackRequest) -> None:
-    """Raise the InvalidRequest that names the first field at fault, if there is one."""
+    """Raise InvalidRequest for the first invalid field."""
     _check_length("request_id", request.request_id, MAX_REQUEST_ID)
     _check_length("tier", request.tier, MAX_NAME, errors.UnknownTier)
     _check_length("tenant", request.tenant, MAX_NAME)
@@ -84,7 +85,7 @@ def check_feedback(request: routing_pb.FeedbackRequest) -> None:
 
 
 def check_sampling(sampling: pb.Sampling) -> None:
-    """Raise InvalidSampling for the first field out of its range."""
+    """Raise InvalidSampling for the first field out of range."""
     for name, low, high, wanted in _RANGES:
         if sampling.HasField(name):  # type: ignore[arg-type]
             value = getattr(sampling, name)
@@ -95,19 +96,19 @@ def check_sampling(sampling: pb.Sampling) -> None:
             "min_tokens", f"is {sampling.min_tokens}, must be at most max_tokens ({sampling.max_tokens})"
         )
     if len(sampling.stop) > MAX_STOPS:
-        raise _bad_sampling("stop", f"has {len(sampling.stop)} texts, at most {MAX_STOPS} are taken")
+        raise _bad_sampling("stop", f"has {len(sampling.stop)} texts, must be at most {MAX_STOPS}")
     for stop in sampling.stop:
         if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
             raise _bad_sampling(
-                "stop", f"holds a text of {len(stop)} characters, must be 1 to {MAX_STOP_CHARACTERS}"
+                "stop", f"has a text of {len(stop)} characters, must be 1 to {MAX_STOP_CHARACTERS}"
             )
     if len(sampling.stop_token_ids) > MAX_STOP_IDS:
         raise _bad_sampling(
-            "stop_token_ids", f"has {len(sampling.stop_token_ids)} ids, at most {MAX_STOP_IDS} are taken"
+            "stop_token_ids", f"has {len(sampling.stop_token_ids)} ids, must be at most {MAX_STOP_IDS}"
         )
     if len(sampling.logit_bias) > MAX_BIASES:
         raise _bad_sampling(
-            "logit_bias", f"has {len(sampling.logit_bias)} token ids, at most {MAX_BIASES} are taken"
+            "logit_bias", f"has {len(sampling.logit_bias)} token ids, must be at most {MAX_BIASES}"
         )
     for token, bias in sampling.logit_bias.items():
         if not -100 <= bias <= 100:
@@ -115,15 +116,15 @@ def check_sampling(sampling: pb.Sampling) -> None:
 
 
 def seconds_of(duration: duration_pb2.Duration, field: str) -> float:
-    """The seconds of a Duration. Raises InvalidRequest where its two fields contradict each other.
+    """Return the seconds of a Duration. Raises InvalidRequest if its two fields contradict each other.
 
-    field   names it in the error
+    field   the name of the Duration for the error
     """
     seconds, nanos = duration.seconds, duration.nanos
     if abs(nanos) > _MAX_NANOS or seconds * nanos < 0:
         raise errors.InvalidRequest(
-            f"{field} is no duration: {seconds} seconds and {nanos} nanos; nanos must be 0 to {_MAX_NANOS}, "
-            "with the sign of seconds",
+            f"{field} is not a valid duration: {seconds} seconds, {nanos} nanos; nanos must be 0 to "
+            f"{_MAX_NANOS}, with the same sign as seconds",
             field=field,
         )
     return seconds + nanos / 1e9
@@ -135,45 +136,45 @@ def _check_input(request: pb.GenerateRequest) -> None:
         raise errors.EmptyInput("the request has no input: set chat or prompt", field="input")
     if kind == "prompt":
         if not request.prompt:
-            raise errors.EmptyInput("prompt is empty: give it text to continue", field="prompt")
+            raise errors.EmptyInput("prompt is empty: set the text to continue", field="prompt")
         return
     messages = request.chat.messages
     if not messages:
-        raise errors.EmptyInput("chat has no messages: give it at least one", field="chat.messages")
+        raise errors.EmptyInput("chat has no messages: add at least one", field="chat.messages")
     if len(messages) > MAX_MESSAGES:
         raise errors.InvalidRequest(
-            f"chat has {len(messages)} messages, at most {MAX_MESSAGES} are taken: join or drop the oldest",
+            f"chat has {len(messages)} messages, must be at most {MAX_MESSAGES}: join or remove the oldest",
             field="chat.messages",
         )
     for place, turn in enumerate(messages):
         if (role := turn.role) not in ROLES:
             raise errors.InvalidRequest(
-                f"chat.messages[{place}].role is {errors.quoted(role)}, must be one of {', '.join(ROLES)}",
+                f"chat.messages[{place}].role is {quoted(role)}, must be one of {', '.join(ROLES)}",
                 field=f"chat.messages[{place}].role",
             )
-        # An assistant's turn may be empty in a history: a model that said nothing did so.
+        # A message of the assistant may be empty: a model may answer with no text.
         if role != "assistant" and (not (content := turn.content) or content.isspace()):
             raise errors.EmptyInput(
-                f"chat.messages[{place}].content is empty: give it text",
+                f"chat.messages[{place}].content is empty: set its text",
                 field=f"chat.messages[{place}].content",
             )
     _check_last_role(request.chat)
 
 
 def _check_last_role(chat: pb.Chat) -> None:
-    """Refuse a last message that would be answered where it is to be continued, or the other way round."""
+    """Check that the role of the last message fits `continue_final_message`."""
     last = len(chat.messages) - 1
     role = chat.messages[last].role
     if role == "assistant" and not chat.continue_final_message:
         raise errors.InvalidRequest(
-            f"chat.messages[{last}], the last one, is of role 'assistant': set chat.continue_final_message "
-            "to have it continued, or end with a message of the user",
+            f"chat.messages[{last}], the last one, has role 'assistant': set chat.continue_final_message to "
+            "continue it, or end with a message of the user",
             field=f"chat.messages[{last}].role",
         )
     if role != "assistant" and chat.continue_final_message:
         raise errors.InvalidRequest(
-            f"chat.continue_final_message is set, but the last message is of role {role!r}: only one of role "
-            "'assistant' can be continued",
+            f"chat.continue_final_message is set, but the last message has role {role!r}: it must be "
+            "'assistant'",
             field="chat.continue_final_message",
         )
 
@@ -195,14 +196,14 @@ def _check_routing(routing: pb.Routing) -> None:
 def _check_resume(resume: pb.Resume) -> None:
     if len(resume.token_ids) > MAX_RESUME_TOKENS:
         raise errors.InvalidRequest(
-            f"resume.token_ids has {len(resume.token_ids)} ids, at most {MAX_RESUME_TOKENS} are taken: "
-            "resume with what this tier answered",
+            f"resume.token_ids has {len(resume.token_ids)} ids, must be at most {MAX_RESUME_TOKENS}: resume "
+            "with the tokens that this tier generated",
             field="resume.token_ids",
         )
     if resume.attempt > MAX_ATTEMPT:
         raise errors.InvalidRequest(
             f"resume.attempt is {resume.attempt}, must be at most {MAX_ATTEMPT}: it counts the "
-            "streams of this request",
+            "streams of this request from 0",
             field="resume.attempt",
         )
 
@@ -226,7 +227,7 @@ def _check_length(
     field: str, text: str, most: int, error: type[errors.InvalidRequest] = errors.InvalidRequest
 ) -> None:
     if len(text) > most:
-        raise error(f"{field} has {len(text)} characters, at most {most} are taken", field=field)
+        raise error(f"{field} has {len(text)} characters, must be at most {most}", field=field)
 
 
 def _bad_sampling(field: str, complaint: str) -> errors.InvalidSampling:

@@ -1,4 +1,4 @@
-"""Who comes in a burst is refused for want of room, not for having come in one turn of the event loop."""
+"""A burst within one turn of the event loop is limited by capacity alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from opentelemetry import trace
 
 from headrace import errors
-from headrace.batcher.inbox import Flush, Inbox
+from headrace.batcher.inbox import FlushPolicy, Inbox
 from headrace.batcher.job import Job
+from headrace.deadline import NEVER
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import eventually, running_mesh
@@ -23,15 +24,15 @@ def job(number: int) -> Job:
         resume_ids=[],
         sampling=pb.Sampling(seed=1, max_tokens=1000, ignore_eos=True),
         arrived=time.monotonic(),
-        expires=None,
+        deadline=NEVER,
         priority=5,
         attempt=0,
-        inbox=Inbox(Flush(), limit=1000),
+        inbox=Inbox(FlushPolicy(), limit=1000),
         span=trace.INVALID_SPAN,
     )
 
 
-async def test_a_burst_longer_than_the_queue_is_taken_as_far_as_workers_have_room() -> None:
+async def test_a_burst_longer_than_the_queue_is_accepted_up_to_the_free_slots_of_workers() -> None:
     async with running_mesh(
         "only",
         engine=lambda: EchoEngine(max_running=4, step_seconds=0.01),
@@ -39,10 +40,10 @@ async def test_a_burst_longer_than_the_queue_is_taken_as_far_as_workers_have_roo
     ) as mesh:
         coalescer = mesh.tiers["only"].batcher.coalescer
         (link,) = coalescer.pool
-        fit = link.room(time.monotonic()) + 2
+        fit = link.free_slots(time.monotonic()) + 2
         streams = [coalescer.arrivals(job(number)) for number in range(fit)]
         for stream in streams:
-            await anext(stream)  # the loop has no turn in between
+            await anext(stream)  # the dispatcher does not run in between
 
         async with aclosing(coalescer.arrivals(job(fit))) as one_more:
             with pytest.raises(errors.Overloaded):

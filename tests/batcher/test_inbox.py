@@ -1,4 +1,4 @@
-"""Tokens gather on their way to the caller: the first at once, the rest as the flush says."""
+"""An inbox delivers the first token immediately, and later ones as the flush policy says."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import asyncio
 import pytest
 
 from headrace import errors
-from headrace.batcher.inbox import End, Flush, Inbox, flush_for
+from headrace.batcher.inbox import FlushPolicy, Inbox, SequenceEnd, flush_policy
 from headrace.v1 import generation_pb2 as pb
 
-END = End(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing())
+END = SequenceEnd(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing())
 
 
-async def test_the_first_token_is_given_at_once_and_later_ones_together() -> None:
-    inbox = Inbox(Flush(tokens=3, seconds=60))
+async def test_the_first_token_is_delivered_immediately_and_later_ones_together() -> None:
+    inbox = Inbox(FlushPolicy(tokens=3, seconds=60))
     inbox.put([1], [])
     assert (await inbox.take()).ids == [1]
 
@@ -28,8 +28,8 @@ async def test_the_first_token_is_given_at_once_and_later_ones_together() -> Non
     assert (await waiting).ids == [2, 3, 4]
 
 
-async def test_a_token_waits_no_longer_than_the_interval() -> None:
-    inbox = Inbox(Flush(tokens=1000, seconds=0.01))
+async def test_a_token_waits_no_longer_than_the_flush_interval() -> None:
+    inbox = Inbox(FlushPolicy(tokens=1000, seconds=0.01))
     inbox.put([1], [])
     await inbox.take()
     inbox.put([2], [])
@@ -37,8 +37,8 @@ async def test_a_token_waits_no_longer_than_the_interval() -> None:
     assert (await asyncio.wait_for(inbox.take(), 5)).ids == [2]
 
 
-async def test_the_end_comes_with_what_was_gathered() -> None:
-    inbox = Inbox(Flush(tokens=1000, seconds=60))
+async def test_the_end_is_delivered_with_the_gathered_tokens() -> None:
+    inbox = Inbox(FlushPolicy(tokens=1000, seconds=60))
     inbox.put([1], [])
     await inbox.take()
     inbox.put([2, 3], [-0.5, -1.0])
@@ -49,8 +49,8 @@ async def test_the_end_comes_with_what_was_gathered() -> None:
     assert (arrival.ids, arrival.logprobs, arrival.end) == ([2, 3], [-0.5, -1.0], END)
 
 
-async def test_tokens_that_came_before_a_failure_are_given_before_it() -> None:
-    inbox = Inbox(Flush())
+async def test_tokens_from_before_a_failure_are_delivered_before_it() -> None:
+    inbox = Inbox(FlushPolicy())
     inbox.put([1], [])
     inbox.fail(errors.WorkerLost("gone"))
 
@@ -59,14 +59,14 @@ async def test_tokens_that_came_before_a_failure_are_given_before_it() -> None:
         await inbox.take()
 
 
-def test_more_tokens_than_can_be_sent_one_by_one_make_larger_flushes() -> None:
-    sizes = [flush_for(8, rate).tokens for rate in (0, 900, 2_500, 12_000, 1e6)]
+def test_a_higher_token_rate_makes_larger_flushes() -> None:
+    sizes = [flush_policy(8, rate).tokens for rate in (0, 900, 2_500, 12_000, 1e6)]
 
     assert sizes == [1, 1, 3, 12, 32]
 
 
 def test_more_streams_make_larger_flushes() -> None:
-    sizes = [flush_for(streams, 0.0).tokens for streams in (1, 16, 17, 40, 100, 1000)]
+    sizes = [flush_policy(streams, 0.0).tokens for streams in (1, 16, 17, 40, 100, 1000)]
 
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (1, 8)

@@ -1,4 +1,4 @@
-"""What is known of a request from itself."""
+"""Properties of a job that follow from its request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.batcher.links.test_link import job
         ({"stop": ["."], "min_tokens": 7}, 7),
     ],
 )
-def test_the_fewest_tokens_of_an_answer_are_those_that_nothing_can_cut_short(
+def test_the_minimum_answer_length_counts_only_tokens_that_no_stop_can_prevent(
     sampling: dict[str, Any], least: int
 ) -> None:
     one = job()
@@ -31,4 +31,4 @@ def test_the_fewest_tokens_of_an_answer_are_those_that_nothing_can_cut_short(
         else:
             setattr(one.sampling, name, value)
 
-    assert one.least_tokens == least
+    assert one.min_answer_tokens == least

@@ -1,4 +1,4 @@
-"""Who reads slowly gets the whole answer slowly, who does not read is let go; nobody else waits for them."""
+"""A slow reader receives the whole answer, one that never reads is ended; neither delays other callers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry import trace
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.inbox import Flush, Inbox, Move
+from headrace.batcher.inbox import FlushPolicy, Inbox, WorkerChange
 from headrace.batcher.job import Job
 from headrace.client import Client
+from headrace.deadline import NEVER
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -39,21 +40,21 @@ KINDS: list[dict[str, Any]] = [
 @given(
     limit=st.integers(1, 9), acts=st.lists(st.one_of(st.integers(1, 12), st.sampled_from(["take", "move"])))
 )
-def test_an_inbox_keeps_what_it_took_in_order_and_never_more_than_its_limit(
+def test_an_inbox_keeps_accepted_tokens_in_order_and_never_more_than_its_limit(
     limit: int, acts: list[int | str]
 ) -> None:
     async def play() -> None:
-        inbox = Inbox(Flush(), limit=limit)
-        said, kept, read = 0, list[int](), list[int]()
+        inbox = Inbox(FlushPolicy(), limit=limit)
+        sent, kept, read = 0, list[int](), list[int]()
         for act in acts:
             if isinstance(act, int):
-                ids = list(range(said, said + act))
-                taken = inbox.put(ids, [float(id) for id in ids])
-                assert taken == act or inbox.full
-                kept += ids[:taken]
-                said += act
+                ids = list(range(sent, sent + act))
+                accepted = inbox.put(ids, [float(id) for id in ids])
+                assert accepted == act or inbox.full
+                kept += ids[:accepted]
+                sent += act
             elif act == "move":
-                inbox.move(Move("a", "b", "WORKER_LOST", 1))
+                inbox.put_change(WorkerChange("a", "b", "WORKER_LOST", 1))
             elif inbox._ready.is_set():
                 arrival = await inbox.take()
                 assert arrival.logprobs == arrival.ids
@@ -67,17 +68,17 @@ def test_an_inbox_keeps_what_it_took_in_order_and_never_more_than_its_limit(
 
 
 def job_of(coalescer: Coalescer, text: str, limit: int, sampling: dict[str, Any]) -> Job:
-    """What the service makes of a prompt, with an inbox of *limit* tokens."""
+    """Return a job as the intake makes it of a prompt, with an inbox of *limit* tokens."""
     return Job(
         request_id=text,
         prompt_ids=list(text.encode()),
         resume_ids=[],
         sampling=pb.Sampling(max_tokens=TOKENS, ignore_eos=True, **{"seed": 0, **sampling}),
         arrived=time.monotonic(),
-        expires=None,
+        deadline=NEVER,
         priority=5,
         attempt=0,
-        inbox=Inbox(Flush(), limit=limit),
+        inbox=Inbox(FlushPolicy(), limit=limit),
         span=trace.INVALID_SPAN,
     )
 
@@ -89,10 +90,8 @@ async def tier() -> AsyncGenerator[Tier, None]:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7])
-async def test_answers_that_are_paused_again_and_again_lose_nothing_and_say_nothing_twice(
-    tier: Tier, limit: int
-) -> None:
-    """Each reader takes what there is only when its answer has been paused, or by the throw of a die."""
+async def test_answers_that_are_paused_repeatedly_lose_and_repeat_nothing(tier: Tier, limit: int) -> None:
+    """Each reader reads only when its answer has been paused, or at random."""
     coalescer = tier.batcher.coalescer
     dice = random.Random(limit)
     pauses = 0
@@ -135,7 +134,7 @@ def asked(kind: dict[str, Any]) -> pb.GenerateRequest:
 
 @asynccontextmanager
 async def narrow(port: int) -> AsyncGenerator[grpc.aio.Channel, None]:
-    """A channel that takes in little beyond what is read from it."""
+    """Open a channel that buffers little beyond what is read from it."""
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
         yield channel
@@ -145,7 +144,7 @@ LONG = 3000
 
 
 async def paused(tier: Tier) -> admin.BatcherState:
-    """Wait until an answer is paused, and nothing more fits on its way; how the batcher looks then."""
+    """Wait until an answer is paused and its buffers are full. Returns the state of the batcher then."""
     same, last = 0, admin.SequenceState()
     async with (
         asyncio.timeout(PATIENCE),
@@ -155,16 +154,16 @@ async def paused(tier: Tier) -> admin.BatcherState:
             state = (await AdminServiceStub(channel).Inspect(admin.InspectRequest())).batcher
             now = state.sequences[0] if state.sequences else admin.SequenceState()
             now.ClearField("age")
-            # A write that can go on does so while the batcher answers us so many times.
+            # A write that is not blocked makes progress while the batcher responds this many times.
             same = same + 1 if now.paused and now == last else 0
             if same == 30:
                 return state
             last = now
 
 
-async def test_a_caller_that_stops_reading_is_waited_for_without_a_worker_and_gets_the_rest() -> None:
+async def test_an_answer_paused_for_its_reader_holds_no_slot_and_is_completed_later() -> None:
     async with running_tier(
-        [EchoEngine(max_running=1)], unread_limit=200, unread_seconds=600, max_tokens=LONG
+        [EchoEngine(max_running=1)], max_unread_tokens=200, max_unread_seconds=600, max_tokens=LONG
     ) as tier:
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         async with narrow(tier.batcher.server.port) as channel:
@@ -172,7 +171,7 @@ async def test_a_caller_that_stops_reading_is_waited_for_without_a_worker_and_ge
             responses = aiter(call)
             await anext(responses)
             seen = await paused(tier)
-            # The worker takes one at a time: it is free for others now.
+            # The worker runs one sequence at a time, and is free for others now.
             assert (await collect(tier.client, prompt("someone else"))).text == "someone else"
             ids: list[int] = []
             async for response in responses:
@@ -180,15 +179,17 @@ async def test_a_caller_that_stops_reading_is_waited_for_without_a_worker_and_ge
                 ids += response.delta.token_ids
                 finish = response.finish
 
-    assert (seen.paused, seen.sequences[0].paused, seen.sequences[0].place) == (1, True, "")
+    assert (seen.paused, seen.sequences[0].paused, seen.sequences[0].peer) == (1, True, "")
     assert seen.sequences[0].unread == 200
     assert bytes(ids) == (b"abcdefg " * LONG)[:LONG]
     assert finish.reason == pb.FINISH_REASON_LENGTH
     assert finish.usage.replayed_tokens > 0
 
 
-async def test_a_caller_that_never_reads_is_let_go_hears_why_and_can_carry_on() -> None:
-    async with running_tier([EchoEngine()], unread_limit=200, unread_seconds=0.5, max_tokens=LONG) as tier:
+async def test_a_caller_that_never_reads_receives_slow_reader_and_can_resume() -> None:
+    async with running_tier(
+        [EchoEngine()], max_unread_tokens=200, max_unread_seconds=0.5, max_tokens=LONG
+    ) as tier:
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         async with narrow(tier.batcher.server.port) as channel:
             call = GenerationServiceStub(channel).Generate(ask)
@@ -201,7 +202,7 @@ async def test_a_caller_that_never_reads_is_let_go_hears_why_and_can_carry_on() 
                 async for response in responses:
                     assert response.delta.offset == len(ids)
                     ids += response.delta.token_ids
-            assert isinstance(errors.from_rpc_error(ended.value), errors.SlowReader)
+            assert isinstance(statuses.from_rpc_error(ended.value), errors.SlowReader)
             ask.resume.token_ids.extend(ids)
             rest = await collect(tier.client, ask)
 
@@ -209,8 +210,10 @@ async def test_a_caller_that_never_reads_is_let_go_hears_why_and_can_carry_on() 
     assert bytes(ids + rest.ids) == (b"abcdefg " * LONG)[:LONG]
 
 
-async def test_our_client_carries_a_slow_readers_answer_on_after_the_server_ended_it() -> None:
-    async with running_tier([EchoEngine()], unread_limit=200, unread_seconds=0.5, max_tokens=LONG) as tier:
+async def test_the_client_resumes_a_slow_readers_answer_after_the_server_ended_it() -> None:
+    async with running_tier(
+        [EchoEngine()], max_unread_tokens=200, max_unread_seconds=0.5, max_tokens=LONG
+    ) as tier:
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         coalescer = tier.batcher.coalescer
         async with narrow(tier.batcher.server.port) as channel:
@@ -223,38 +226,38 @@ async def test_our_client_carries_a_slow_readers_answer_on_after_the_server_ende
     assert text == ("abcdefg " * LONG)[:LONG]
 
 
-async def test_a_deadline_ends_a_paused_answer_before_its_patience_does() -> None:
+async def test_a_deadline_ends_a_paused_answer_before_the_unread_timeout() -> None:
     async with (
-        running_tier([EchoEngine()], unread_limit=200, unread_seconds=600, max_tokens=LONG) as tier,
+        running_tier([EchoEngine()], max_unread_tokens=200, max_unread_seconds=600, max_tokens=LONG) as tier,
         narrow(tier.batcher.server.port) as channel,
     ):
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         coalescer = tier.batcher.coalescer
-        # On a machine that is busy enough the deadline may pass before the first pause, or even before the
-        # first word: that ends as well.
+        # On a very busy machine the deadline may pass before the first pause, or even before the first token.
+        # The call ends then, too.
         call = GenerationServiceStub(channel).Generate(ask, timeout=5.0)
         with suppress(grpc.aio.AioRpcError):
             await anext(aiter(call))
             await eventually(lambda: coalescer.paused or not coalescer.live)
         await eventually(lambda: not coalescer.live)
         assert not coalescer.paused
-        await eventually(lambda: not tier.batcher.server.activity.in_flight)
+        await eventually(lambda: not tier.batcher.server.requests.in_flight)
         await eventually(lambda: not any(link.outstanding for link in coalescer.pool))
         assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_a_batcher_that_stops_lets_go_of_paused_answers() -> None:
+async def test_a_stopping_batcher_fails_paused_answers() -> None:
     async with (
-        running_tier([EchoEngine()], unread_limit=200, unread_seconds=600, max_tokens=LONG) as tier,
+        running_tier([EchoEngine()], max_unread_tokens=200, max_unread_seconds=600, max_tokens=LONG) as tier,
         narrow(tier.batcher.server.port) as channel,
     ):
         ask = prompt("abcdefg ", max_tokens=LONG, ignore_eos=True)
         responses = aiter(GenerationServiceStub(channel).Generate(ask))
         await anext(responses)
         await paused(tier)
-        tier.batcher.coalescer.hand_back()
+        tier.batcher.coalescer.stop()
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             async for _ in responses:
                 pass
 
-    assert isinstance(errors.from_rpc_error(ended.value), errors.Draining)
+    assert isinstance(statuses.from_rpc_error(ended.value), errors.Draining)

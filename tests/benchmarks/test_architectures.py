@@ -1,4 +1,4 @@
-"""The table of architectures: who is served, who is refused in words, and that nothing hangs."""
+"""The table of architectures: which are served, which are rejected with a reason, and that nothing hangs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks processes")
 
-from benchmarks.architectures import FORMATS, Outcome, apart, page, try_architecture, try_format  # noqa: E402
+from benchmarks.architectures import FORMATS, Outcome, isolated, page, try_architecture, try_format  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "hunyuan_v1_moe", "gpt2"])
-def test_an_architecture_that_is_served_is_in_the_table_as_such(name: str) -> None:
-    outcome = apart(try_architecture, name)
+def test_a_supported_architecture_is_in_the_table_of_served_ones(name: str) -> None:
+    outcome = isolated(try_architecture, name)
 
     assert outcome.result in ("exact", "served"), outcome
     assert outcome.detail == ("kernels" if name == "llama" else "transformers' layers")
@@ -35,21 +35,21 @@ def test_an_architecture_that_is_served_is_in_the_table_as_such(name: str) -> No
         ("llama4_text", "chunked_attention"),
     ],
 )
-def test_an_architecture_that_is_not_served_is_refused_in_words_and_with_what_to_do(
+def test_an_architecture_that_is_not_supported_is_rejected_with_reason_and_advice(
     name: str, why: str
 ) -> None:
-    outcome = apart(try_architecture, name)
+    outcome = isolated(try_architecture, name)
 
-    assert outcome.result == "refused", outcome
+    assert outcome.result == "rejected", outcome
     assert why in outcome.detail
     assert "serve it with transformers or vLLM, or " in outcome.detail
 
 
 @pytest.mark.parametrize("name", ["safetensors, several files with an index", "GPTQ (gptq)"])
-def test_a_format_is_tried_like_an_architecture(name: str) -> None:
-    outcome = apart(try_format, name)
+def test_a_format_is_tested_like_an_architecture(name: str) -> None:
+    outcome = isolated(try_format, name)
 
-    assert outcome.result == ("refused" if "GPTQ" in name else "exact"), outcome
+    assert outcome.result == ("rejected" if "GPTQ" in name else "exact"), outcome
 
 
 def hang(name: str) -> Outcome:
@@ -61,25 +61,25 @@ def crash(name: str) -> Outcome:
     os._exit(7)
 
 
-def test_what_hangs_or_crashes_is_not_tried_and_ends() -> None:
-    assert apart(hang, "x", 0.2) == Outcome("x", "", "not tried", "not done in 0 s")
-    assert apart(crash, "x") == Outcome("x", "", "not tried", "its process ended with exit code 7")
+def test_an_architecture_that_hangs_or_crashes_is_reported_as_not_tested() -> None:
+    assert isolated(hang, "x", 0.2) == Outcome("x", "", "not tested", "timed out after 0 s")
+    assert isolated(crash, "x") == Outcome("x", "", "not tested", "its process ended with exit code 7")
 
 
-def test_the_page_has_each_outcome_in_its_table() -> None:
+def test_the_page_contains_each_outcome_in_its_table() -> None:
     text = page(
         [
             Outcome("llama", "LlamaForCausalLM", "exact", "kernels"),
             Outcome(
-                "falcon", "FalconForCausalLM", "refused", "it cannot; serve it with transformers or vLLM"
+                "falcon", "FalconForCausalLM", "rejected", "it cannot; serve it with transformers or vLLM"
             ),
-            Outcome("git", "GitForCausalLM", "not tried", "cannot be built small"),
+            Outcome("git", "GitForCausalLM", "not tested", "cannot be made small"),
         ],
-        [Outcome("GPTQ (gptq)", "", "refused", "is quantised | already")],
+        [Outcome("GPTQ (gptq)", "", "rejected", "is already | quantised")],
     )
 
     assert "| `llama` | LlamaForCausalLM | exact | kernels |" in text
     assert "| `falcon` | FalconForCausalLM | it cannot |" in text
-    assert "## Not tried: 1 architectures" in text
-    assert r"| GPTQ (gptq) | refused | is quantised \| already |" in text
+    assert "## Not tested: 1 architectures" in text
+    assert r"| GPTQ (gptq) | rejected | is already \| quantised |" in text
     assert len(FORMATS) >= 10

@@ -1,4 +1,4 @@
-"""The closed loop, and which of its runs count."""
+"""The closed loop, and the choice among its runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def requests(count: int) -> list[Request]:
 
 
 class Counting:
-    """Says one id per turn of the event loop, and notes how many answers were under way at once."""
+    """Returns one id per turn of the event loop, and counts how many answers are in flight at once."""
 
     pids: Sequence[int] = ()
     versions: dict[str, str] = {}  # noqa: RUF012
@@ -53,7 +53,7 @@ async def test_every_request_is_sent_once_in_order_at_the_concurrency(concurrenc
     assert all(answer.tokens == answer.wanted == len(answer.arrivals) for answer in answers)
 
 
-async def test_after_the_time_limit_nothing_new_is_sent_and_all_that_was_sent_is_answered() -> None:
+async def test_after_the_time_limit_no_request_is_sent_and_in_flight_ones_are_completed() -> None:
     system = Counting()
 
     answers, _ = await closed_loop(system, requests(1000), 4, seconds=1e-9)
@@ -63,7 +63,7 @@ async def test_after_the_time_limit_nothing_new_is_sent_and_all_that_was_sent_is
 
 
 @pytest.mark.parametrize("extra", [-1, 1])
-async def test_a_system_that_says_too_little_or_too_much_is_found_out(extra: int) -> None:
+async def test_an_answer_with_too_few_or_too_many_tokens_is_detected(extra: int) -> None:
     with pytest.raises(WrongLength):
         await closed_loop(Counting(extra), requests(3)[2:], 1)
 
@@ -82,7 +82,7 @@ def others(monkeypatch: pytest.MonkeyPatch, *used: float) -> None:
     monkeypatch.setattr(machine.Window, "close", close)
 
 
-async def test_contaminated_runs_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_contaminated_runs_are_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     others(monkeypatch, 1.5, 0.4, 0.02)
     rejected: list[Run] = []
 
@@ -101,7 +101,7 @@ async def test_the_cleanest_of_contaminated_runs_is_kept_and_marked(monkeypatch:
     assert run.others == 0.3
 
 
-def test_the_workload_is_what_its_notes_say() -> None:
+def test_the_workload_matches_its_description() -> None:
     loaded = load(lambda text: list(text.encode()))
 
     assert len(loaded) == 64

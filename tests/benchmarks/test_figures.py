@@ -13,11 +13,11 @@ FINITE = st.floats(0, 1e6, allow_nan=False)
 
 
 @given(values=st.lists(FINITE, min_size=1, max_size=50), percent=st.floats(0, 100))
-def test_percentiles_are_numpys(values: list[float], percent: float) -> None:
+def test_percentiles_equal_those_of_numpy(values: list[float], percent: float) -> None:
     assert percentile(values, percent) == pytest.approx(float(numpy.percentile(values, percent)), abs=1e-6)
 
 
-def test_a_run_is_summed_up_in_rates_and_milliseconds() -> None:
+def test_a_run_is_summarized_in_rates_and_milliseconds() -> None:
     first = Answer(0, wanted=4, sent=10.0, arrivals=[(10.5, 1), (10.6, 1), (10.9, 2)])
     second = Answer(1, wanted=1, sent=10.0, arrivals=[(11.0, 1)])
 
@@ -40,8 +40,8 @@ def test_answers_of_one_token_have_no_gaps() -> None:
 
 
 @pytest.mark.parametrize("came", [3, 5])
-def test_an_answer_of_another_length_spoils_the_run(came: int) -> None:
-    with pytest.raises(WrongLength, match=f"request 7 was to get 4 tokens and got {came}"):
+def test_an_answer_of_another_length_invalidates_the_run(came: int) -> None:
+    with pytest.raises(WrongLength, match=f"request 7 asked for 4 tokens and got {came}"):
         check([Answer(7, wanted=4, sent=0.0, arrivals=[(1.0, came)])])
 
 

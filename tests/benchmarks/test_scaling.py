@@ -1,4 +1,4 @@
-"""How cost grows, on an engine that computes nothing; and the shapes that limits are derived from."""
+"""The scaling benchmark on the echo engine, and the shapes from which limits are computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.scaling import conversations, stall
 from headrace.worker.engine.echo import EchoEngine
 
 
-def test_the_weights_of_a_model_are_all_counted() -> None:
+def test_all_weights_of_a_model_are_counted() -> None:
     config = SimpleNamespace(
         **{"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
         **{"intermediate_size": 1536, "num_hidden_layers": 30},
@@ -21,11 +21,11 @@ def test_the_weights_of_a_model_are_all_counted() -> None:
     assert found.kv_values == 30 * 2 * 3 * 64
 
 
-def test_conversations_take_their_turns_and_a_short_prompt_is_answered_beside_a_long_one() -> None:
+def test_conversations_complete_and_a_short_prompt_is_answered_during_a_long_prefill() -> None:
     engine = EchoEngine()
 
-    talked = conversations(engine, prefix_cache=False, chats=2, turns=2, system=50)
+    measured = conversations(engine, prefix_cache=False, chats=2, turns=2, system=50)
     late = stall(engine, long=1000, tries=1)
 
-    assert 0 < talked["ttft_p50_ms"] < talked["total_s"] * 1e3
+    assert 0 < measured["ttft_p50_ms"] < measured["total_s"] * 1e3
     assert late.keys() == {"alone_ms", "beside_ms", "long_ms"}

@@ -49,7 +49,7 @@ async def test_engine_and_mesh_are_measured_and_a_second_run_resumes(tmp_path: P
     assert (tmp_path / "out" / "serving.png").stat().st_size > 10_000
 
 
-async def test_a_system_that_does_not_start_is_written_down_and_the_next_one_runs(tmp_path: Path) -> None:
+async def test_a_system_that_does_not_start_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
     place = Place("nowhere", 1, tmp_path / "logs", Places(tmp_path))
     chosen = serving.systems(["headrace-engine:float16", "headrace-engine:echo"])
     plan = campaign.Plan(chosen, [2], 1, 0.0, 1, 0.0, 0.5)
@@ -63,11 +63,11 @@ async def test_a_system_that_does_not_start_is_written_down_and_the_next_one_run
 
     failed, measured = journal.cells
     assert failed["system"] == "headrace-engine:float16"
-    assert "/no/such/model.gguf" in failed["error"], "the end of its log says why"
+    assert "/no/such/model.gguf" in failed["error"], "the end of its log has the reason"
     assert measured["system"] == "headrace-engine:echo"
 
 
-def test_a_name_may_mean_one_system_or_several() -> None:
+def test_a_name_selects_one_system_or_several() -> None:
     assert [system.name for system in registry.find("vllm")] == ["vllm:w8a8", "vllm:bf16"]
     assert [system.name for system in registry.find("headrace-mesh:float32")] == ["headrace-mesh:float32"]
     assert len(registry.find("peers")) == len(registry.PEERS)
@@ -75,7 +75,7 @@ def test_a_name_may_mean_one_system_or_several() -> None:
         registry.find("openvino:int4")
 
 
-def test_a_peer_far_behind_everywhere_need_not_be_measured_again() -> None:
+def test_a_peer_far_behind_everywhere_is_not_measured_again() -> None:
     cells = [cell("a", 100.0), cell("b", 40.0), cell("c", 45.0), cell("c", 60.0, 1), cell("a", 70.0, 1)]
 
     assert campaign.far_behind(cells, "b", 0.5)
@@ -84,7 +84,7 @@ def test_a_peer_far_behind_everywhere_need_not_be_measured_again() -> None:
     assert not campaign.far_behind(cells, "never seen", 0.5)
 
 
-def test_the_table_sets_headrace_against_the_best_peer() -> None:
+def test_the_table_compares_headrace_with_the_best_peer() -> None:
     rows = report.summarise(
         [
             cell("headrace-mesh:int8", 120.0),

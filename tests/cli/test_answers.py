@@ -1,4 +1,4 @@
-"""An answer is what its events say, and its speed is what the clock says."""
+"""An answer is built from its events, and its speed from the clock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_events_add_up_to_an_answer() -> None:
     )
 
 
-def test_a_score_that_nobody_gave_is_not_zero() -> None:
+def test_a_missing_score_is_not_zero() -> None:
     answer = Answer()
     answer.add(accepted(tier="small"), 0.1)
 
@@ -56,7 +56,7 @@ def test_one_token_has_no_rate() -> None:
     assert answer.figures().endswith("1 token · length")
 
 
-def test_a_move_to_another_server_is_told() -> None:
+def test_a_move_to_another_server_is_reported() -> None:
     answer = Answer()
     move = pb.RouteChange(to="worker-2", reason="WORKER_LOST", attempt=1, **{"from": "worker-1"})
     answer.add(pb.GenerateResponse(route_change=move), 0.1)
@@ -73,5 +73,5 @@ def test_terminals_get_no_escape_sequences() -> None:
     ("value", "text"),
     [(0.0, "0 µs"), (0.00035, "350 µs"), (0.0123, "12.3 ms"), (0.35, "350 ms"), (1.254, "1.25 s")],
 )
-def test_durations_are_written_as_people_read_them(value: float, text: str) -> None:
+def test_durations_are_formatted_for_people(value: float, text: str) -> None:
     assert seconds(value) == text

@@ -1,4 +1,4 @@
-"""`headrace calibrate`, `feedback` and `top`, as a user types them."""
+"""The commands `headrace calibrate`, `feedback` and `top`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from headrace.routing.score import fingerprint
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import collect, running_mesh
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed
 
 PROMPTS = [
     "Hello!",
@@ -57,7 +57,7 @@ async def test_traffic_becomes_a_file_that_a_router_loads(tmp_path: Path) -> Non
     assert "only 6 rows" in printed
     made = calibration.load(out)
     assert made.shares[1] == pytest.approx(1 / 3, abs=0.01)
-    async with routed({"calibration": out}, small=Front(), large=Front()) as client:
+    async with routed({"calibration": out}, small=FakeBatcher(), large=FakeBatcher()) as client:
         tiers = [(await client.explain(chat(prompt))).tier for prompt in PROMPTS]
     assert tiers.count("large") == 2
 
@@ -94,7 +94,7 @@ async def test_a_wanted_quality_and_a_picture(tmp_path: Path) -> None:
         (["--share", "0.1", "--tiers", "a,b,c"], "3 tiers need 2 shares"),
     ],
 )
-async def test_what_cannot_be_done_is_said(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+async def test_what_cannot_be_done_is_explained(tmp_path: Path, arguments: list[str], complaint: str) -> None:
     traffic = write(tmp_path / "traffic.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
 
     status, printed = await headrace(
@@ -131,7 +131,7 @@ async def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     assert f"{traffic} is not UTF-8 text" in printed
 
 
-async def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
+async def test_an_invalid_line_is_named(tmp_path: Path) -> None:
     traffic = tmp_path / "traffic.jsonl"
     traffic.write_text('{"prompt": "Hello!"}\nHello!\n')
 
@@ -141,8 +141,8 @@ async def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     assert "line 2" in printed
 
 
-def test_outcomes_of_one_prompt_are_put_together_and_half_ones_left_out(tmp_path: Path) -> None:
-    """As `Feedback` writes them: a row for each outcome."""
+def test_outcomes_of_one_prompt_are_merged_and_incomplete_ones_are_ignored(tmp_path: Path) -> None:
+    """`Feedback` writes a row for each outcome."""
     traffic = write(
         tmp_path / "feedback.jsonl",
         [
@@ -225,7 +225,7 @@ def test_top_shows_shares_waste_and_what_was_saved() -> None:
     assert "unhealthy" in printed
 
 
-def test_small_sums_keep_their_figures() -> None:
+def test_small_sums_keep_their_digits() -> None:
     assert [money(amount) for amount in (0, 12.3, 0.0042, 0.0000012)] == [
         "0.00",
         "12.30",

@@ -1,4 +1,4 @@
-"""What Ctrl-C does to a conversation, whenever it comes."""
+"""Ctrl-C in a conversation, at any time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from headrace.cli.chat import ChatOptions
 
 
 @pytest.mark.parametrize("interrupted", range(4))
-def test_control_c_while_something_is_said_does_not_end_it(
+def test_control_c_during_output_does_not_end_the_conversation(
     monkeypatch: pytest.MonkeyPatch, interrupted: int
 ) -> None:
-    """As when it is pressed twice: the second comes while the first is being answered."""
+    """As when it is pressed twice: the second arrives while the first is handled."""
     typed = iter(["/sing", "", "/good", "", "/bad"])
     said: list[str] = []
     pressed = False
@@ -26,7 +26,9 @@ def test_control_c_while_something_is_said_does_not_end_it(
 
     def note(line: str) -> None:
         nonlocal pressed
-        if len(said) == interrupted + 1 and not pressed:  # the first says what there is, before it begins
+        if (
+            len(said) == interrupted + 1 and not pressed
+        ):  # the first line is printed before the conversation starts
             pressed = True
             raise KeyboardInterrupt
         said.append(line.strip())

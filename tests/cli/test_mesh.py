@@ -1,4 +1,4 @@
-"""What `headrace up` decides before it starts anything."""
+"""Decisions of `headrace up` before it starts a process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spec(tmp_path: Path) -> MeshSpec:
 
 
 def flag(command: object, name: str) -> str:
-    """Return what follows the flag *name*."""
+    """Return the value of the flag *name*."""
     assert isinstance(command, list)
     return str(command[command.index(name) + 1])
 
@@ -32,18 +32,18 @@ def test_a_tier_is_a_name_and_a_model() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "small", "=model", "Big=model", "a b=model", "a,b=model", "-a=model"])
-def test_what_is_no_tier_says_how_one_is_written(text: str) -> None:
+def test_an_invalid_tier_is_answered_with_the_valid_form(text: str) -> None:
     with pytest.raises(BadSpec, match="--tier"):
         parse_tier(text)
 
 
-def test_no_tiers_means_the_defaults_and_twice_is_too_much() -> None:
+def test_the_default_tiers_and_duplicate_names() -> None:
     assert parse_tiers([]) == mesh.DEFAULT_TIERS
     with pytest.raises(BadSpec, match="a more than once"):
         parse_tiers(["a=x", "b=y", "a=z"])
 
 
-def test_stages_start_from_the_bottom_and_know_each_others_ports(spec: MeshSpec) -> None:
+def test_workers_start_first_and_each_stage_gets_the_ports_of_the_one_below(spec: MeshSpec) -> None:
     workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=8)
 
     assert [w.name for w in workers] == ["worker-small", "worker-large"]
@@ -76,8 +76,8 @@ def test_a_fake_mesh_has_no_models(tmp_path: Path) -> None:
     assert router.port == 5
 
 
-def test_only_the_router_of_a_mesh_meets_callers_that_may_not_be_trusted(spec: MeshSpec) -> None:
-    """HEADRACE_TRACE_CONTEXT, which all inherit, would break a trace at each hop."""
+def test_only_the_router_of_a_mesh_has_untrusted_callers(spec: MeshSpec) -> None:
+    """If all processes inherited HEADRACE_TRACE_CONTEXT, it would break a trace at each hop."""
     workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)
 
     inner = [process.environment["HEADRACE_TRACE_CONTEXT"] for process in (*workers, *batchers)]
@@ -94,7 +94,7 @@ def test_children_inherit_the_environment_less_what_the_flags_say(spec: MeshSpec
     assert mesh.environment(spec, {"GOMP_SPINCOUNT": "5"})["GOMP_SPINCOUNT"] == "5"
 
 
-async def test_a_port_in_use_is_noticed_before_anything_starts(tmp_path: Path) -> None:
+async def test_a_port_in_use_is_detected_before_anything_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", port=server.getsockname()[1], fake=True)
 
@@ -113,7 +113,7 @@ def test_free_ports_are_different_and_free() -> None:
         mesh.require_free(port)
 
 
-def test_ports_that_are_reserved_are_nobody_elses_and_can_be_listened_on(
+def test_a_reserved_port_is_given_to_no_other_and_can_be_listened_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with mesh.reserved_ports(3) as mine:

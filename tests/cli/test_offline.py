@@ -26,7 +26,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def test_explain_scores_each_row_in_order_and_says_why(tmp_path: Path) -> None:
+def test_explain_scores_each_row_in_order_with_reasons(tmp_path: Path) -> None:
     path = write(
         tmp_path / "in.jsonl",
         [{"id": "easy", "prompt": "Hello!"}, {"id": 7, "prompt": "Prove that $n^3-n$ is divisible by 6."}],
@@ -43,7 +43,7 @@ def test_explain_scores_each_row_in_order_and_says_why(tmp_path: Path) -> None:
     assert set(hard) == {"id", "score", "tier", "reason", "latency_ms"}
 
 
-def test_explain_reads_standard_input_and_knows_any_number_of_tiers() -> None:
+def test_explain_reads_standard_input_and_accepts_any_number_of_tiers() -> None:
     text = (
         json.dumps({"prompt": "Hello!"})
         + "\n\n"
@@ -96,7 +96,7 @@ def test_check_reads_log_probabilities_and_samples_where_rows_have_them(tmp_path
 
 
 @pytest.mark.parametrize("text", ["Calculate --3 + 5", "-$-5", "so = -\u00a05", "9" * 5000, "\ud800 = --1"])
-def test_no_text_ends_a_check(tmp_path: Path, text: str) -> None:
+def test_a_check_accepts_any_text(tmp_path: Path, text: str) -> None:
     rows = [
         {"id": 1, "prompt": f"How many are {text}?", "draft": f"2 * 3 {text}", "samples": [text]},
         {"id": 2, "prompt": text, "draft": text, "samples": [text, "5"]},
@@ -112,7 +112,7 @@ def test_no_text_ends_a_check(tmp_path: Path, text: str) -> None:
         assert all(0 <= row["score"] <= 1 for row in rows_of(result.output))
 
 
-def test_a_row_that_cannot_be_judged_or_scored_ends_no_run(
+def test_a_row_that_cannot_be_judged_or_scored_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*texts: object, **evidence: object) -> None:
@@ -136,7 +136,7 @@ def test_a_row_that_cannot_be_judged_or_scored_ends_no_run(
 
 
 @pytest.mark.parametrize("logprob", [10**400, None, "x", float("nan")])
-def test_check_wants_log_probabilities_to_be_numbers(tmp_path: Path, logprob: object) -> None:
+def test_check_requires_log_probabilities_to_be_numbers(tmp_path: Path, logprob: object) -> None:
     path = write(tmp_path / "in.jsonl", [{"prompt": "a", "draft": "b", "logprobs": [-0.1, logprob]}])
 
     result = runner.invoke(app, ["check", "--jsonl", path])
@@ -146,7 +146,7 @@ def test_check_wants_log_probabilities_to_be_numbers(tmp_path: Path, logprob: ob
 
 
 @pytest.mark.parametrize("samples", ["42", [42], {}])
-def test_check_wants_samples_to_be_texts(tmp_path: Path, samples: object) -> None:
+def test_check_requires_samples_to_be_texts(tmp_path: Path, samples: object) -> None:
     path = write(tmp_path / "in.jsonl", [{"prompt": "a", "draft": "b", "samples": samples}])
 
     result = runner.invoke(app, ["check", "--jsonl", path])
@@ -187,7 +187,7 @@ def test_files_and_artifacts_that_cannot_be_used_are_named(tmp_path: Path, comma
     assert "in.jsonl" in result.stderr
 
 
-def test_explain_wants_a_prompt_or_a_file() -> None:
+def test_explain_requires_a_prompt_or_a_file() -> None:
     assert "give either a prompt" in runner.invoke(app, ["explain"]).stderr
 
 
@@ -231,7 +231,7 @@ def test_train_writes_an_artifact_that_explain_uses(tmp_path: Path) -> None:
         ([{"prompt": f"{n}", "small_ok": 1, "large_ok": 1} for n in range(50)], "no better"),
     ],
 )
-def test_rows_that_cannot_teach_are_refused_and_nothing_is_written(
+def test_rows_without_information_are_rejected_and_nothing_is_written(
     tmp_path: Path, rows: list[dict[str, Any]], complaint: str
 ) -> None:
     out = tmp_path / "mine.json"
@@ -243,7 +243,7 @@ def test_rows_that_cannot_teach_are_refused_and_nothing_is_written(
     assert not out.exists()
 
 
-def test_train_joins_what_was_said_of_each_tier_in_rows_of_their_own(tmp_path: Path) -> None:
+def test_train_merges_the_rows_of_each_tier(tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {n} and {n}?", "cheap_ok": n % 3 > 0} for n in range(60)]
     rows += [{"prompt": f"What is {n} and {n}?", "dear_ok": 0.9} for n in range(50)]
     path, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "mine.json"
@@ -257,9 +257,7 @@ def test_train_joins_what_was_said_of_each_tier_in_rows_of_their_own(tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["explain", "check"])
-def test_a_mark_of_byte_order_and_foreign_line_ends_are_no_part_of_a_row(
-    command: str, tmp_path: Path
-) -> None:
+def test_a_byte_order_mark_and_other_line_ends_are_not_part_of_a_row(command: str, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "draft": "b"}\r\n\r\n{"prompt": "a", "draft": "b"}\r\n')
 
@@ -271,7 +269,7 @@ def test_a_mark_of_byte_order_and_foreign_line_ends_are_no_part_of_a_row(
 
 
 @pytest.mark.parametrize("command", ["explain", "check"])
-def test_half_a_surrogate_is_as_good_as_any_character(command: str, tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_accepted(command: str, tmp_path: Path) -> None:
     path = write(tmp_path / "in.jsonl", [{"id": "\ud800", "prompt": "a\udfff", "draft": "\udfff"}])
 
     result = runner.invoke(app, [command, "--jsonl", path])

@@ -1,4 +1,4 @@
-"""Crews of children: deaths are told, and stopping goes in order. The children are tiny scripts."""
+"""Groups of child processes: deaths are reported, and they stop in order. The children are tiny scripts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-# Says when it is up, and on SIGTERM writes its name into the common book before it goes.
+# Prints when it is up. On SIGTERM it appends its name to the common file before it exits.
 OBEDIENT = """
 import signal, sys, time
 def leave(*_):
-    with open({book!r}, "a") as book:
-        book.write({name!r} + "\\n")
+    with open({record!r}, "a") as record:
+        record.write({name!r} + "\\n")
     sys.exit(0)
 signal.signal(signal.SIGTERM, leave)
 print("up", flush=True)
@@ -83,31 +83,33 @@ def alive(pid: int) -> bool:
 
 
 async def test_stages_stop_in_reverse_order(child: Callable[[str, str], Process], tmp_path: Path) -> None:
-    book = tmp_path / "book"
+    record = tmp_path / "record"
     names = ["worker", "batcher", "router"]
-    stages = [[child(name, OBEDIENT.format(name=name, book=str(book)))] for name in names]
+    stages = [[child(name, OBEDIENT.format(name=name, record=str(record)))] for name in names]
 
     async with crew(stages, grace=30) as running:
         await eventually(lambda: up(*(stage[0] for stage in stages)))
         pids = running.pids
 
-    assert book.read_text().split() == ["router", "batcher", "worker"]
+    assert record.read_text().split() == ["router", "batcher", "worker"]
     assert not any(alive(pid) for pid in pids.values())
 
 
-async def test_a_death_is_told_with_code_and_last_words(child: Callable[[str, str], Process]) -> None:
+async def test_a_death_is_reported_with_exit_code_and_last_output(
+    child: Callable[[str, str], Process],
+) -> None:
     healthy = child("healthy", STUBBORN)
-    doomed = child("doomed", "import sys; print('the last words'); sys.exit(3)")
+    doomed = child("doomed", "import sys; print('the last output'); sys.exit(3)")
 
     with pytest.raises(ChildDied, match="doomed ended with exit code 3") as death:
         async with crew([[healthy, doomed]], grace=0) as running:
             await running.watch()
 
-    assert "the last words" in str(death.value)
+    assert "the last output" in str(death.value)
     assert death.value.code == 3
 
 
-async def test_a_child_that_will_not_stop_is_killed_and_named(child: Callable[[str, str], Process]) -> None:
+async def test_a_child_that_does_not_stop_is_killed_and_named(child: Callable[[str, str], Process]) -> None:
     stubborn = child("stubborn", STUBBORN)
     said: list[str] = []
 
@@ -119,8 +121,8 @@ async def test_a_child_that_will_not_stop_is_killed_and_named(child: Callable[[s
     assert not alive(pid)
 
 
-async def test_cancelling_the_stop_kills_at_once(child: Callable[[str, str], Process]) -> None:
-    """Two Ctrl-C in a row do not wait for the drain."""
+async def test_cancelling_the_stop_kills_immediately(child: Callable[[str, str], Process]) -> None:
+    """A second Ctrl-C does not wait for the drain."""
     stubborn = child("stubborn", STUBBORN)
     began = asyncio.Event()
 
@@ -156,7 +158,7 @@ async def test_a_command_that_cannot_start_stops_the_others(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread looks once a second")
 def test_children_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
-    """The parent starts a module through the launcher, tells its pid, and is killed."""
+    """The parent starts a module through the launcher, prints its pid, and is killed."""
     (tmp_path / "sleeper.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
     parent = textwrap.dedent(
         """
@@ -180,7 +182,7 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
 
 
 def zombie(pid: int) -> bool:
-    """Tell whether a process has ended and only waits to be reaped, by whoever adopted it."""
+    """Return whether a process has ended and has not been reaped."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0] == "Z"
@@ -188,8 +190,8 @@ def zombie(pid: int) -> bool:
         return True
 
 
-def test_an_orphan_from_the_start_ends_at_once() -> None:
-    """The parent may be gone before the child could ask to be told."""
+def test_a_child_whose_parent_is_gone_ends_immediately() -> None:
+    """The parent may end before the child can register for its death."""
     command = [sys.executable, "-m", "headrace.cli.child", str(os.getpid() + 1), "this"]
 
     out = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -198,8 +200,8 @@ def test_an_orphan_from_the_start_ends_at_once() -> None:
     assert "has ended" in out.stderr
 
 
-def test_a_service_that_is_not_installed_says_what_to_install(tmp_path: Path) -> None:
-    """`pip install 'headrace[cli]'` alone brings no worker, and `headrace up` shows what its child said."""
+def test_a_missing_dependency_is_reported_with_the_install_command(tmp_path: Path) -> None:
+    """`pip install 'headrace[cli]'` alone installs no worker; `headrace up` shows the child's message."""
     (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError('not here', name='pydantic')")
 
     out = subprocess.run(
@@ -238,7 +240,7 @@ def test_the_tail_of_a_log_is_short_and_of_a_missing_one_empty(tmp_path: Path) -
     assert tail(tmp_path / "nothing") == []
 
 
-async def test_a_death_with_a_reason_is_told_with_the_reason_alone(
+async def test_a_death_with_a_reason_is_reported_with_the_reason_alone(
     child: Callable[[str, str], Process],
 ) -> None:
     line = json.dumps({"level": "CRITICAL", "message": "/m/config.json is not JSON; correct it"})

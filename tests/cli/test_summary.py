@@ -38,7 +38,7 @@ def test_the_table_shows_median_and_longest() -> None:
     assert "600 ms" in captured.get()
 
 
-def test_nothing_at_all_is_no_crash() -> None:
+def test_an_empty_summary_is_valid() -> None:
     summary = summarise([], 0.0)
 
     assert summary.tokens_per_second == 0

@@ -1,4 +1,4 @@
-"""Spans exported by a real SDK arrive in the sink and become a tree."""
+"""Spans that a real SDK exports are received and become a tree."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def drawn(spans: list[Span], trace_id: str = "t1") -> list[str]:
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
-def test_children_hang_below_their_parents_in_order_of_time() -> None:
+def test_children_are_below_their_parents_in_order_of_time() -> None:
     lines = drawn(
         [
             span("c", "a", 50, 60, name="worker.decode", service="worker"),
@@ -65,7 +65,7 @@ def test_children_hang_below_their_parents_in_order_of_time() -> None:
     assert "+30 ms • first_token" in lines[3]
 
 
-def test_a_batch_of_another_trace_hangs_where_it_is_linked() -> None:
+def test_a_batch_of_another_trace_is_shown_where_it_is_linked() -> None:
     batch = span("x", "", 20, 25, trace_id="t2", name="batcher.batch", links=["b", "other"])
     lines = drawn([span("a", "", 0, 100), span("b", "a", 10, 40), batch])
 
@@ -73,7 +73,7 @@ def test_a_batch_of_another_trace_hangs_where_it_is_linked() -> None:
     assert len(lines) == 4
 
 
-def test_linked_spans_are_drawn_once_whichever_way_the_link_goes() -> None:
+def test_linked_spans_are_shown_once_in_either_direction() -> None:
     batch = span("x", "", 20, 25, trace_id="t2", name="batcher.batch", links=["a", "b"])
     lines = drawn([span("a", "", 0, 100, links=["x", "gone"]), span("b", "a", 1, 2, links=["x"]), batch])
 
@@ -90,7 +90,7 @@ def test_the_busiest_trace_shares_its_batch_with_the_most() -> None:
     assert busiest([], ["t1", "t2"]) == "t1"
 
 
-def test_calls_are_told_from_what_they_call() -> None:
+def test_client_and_server_spans_are_distinguished() -> None:
     name = "headrace.v1.GenerationService/Generate"
     call = span("a", "", 0, 100, name=name, kind="client", service="headrace-client")
     lines = drawn([call, span("b", "a", 1, 99, name=name, kind="server", service="headrace-router")])
@@ -99,7 +99,7 @@ def test_calls_are_told_from_what_they_call() -> None:
     assert "router GenerationService/Generate" in lines[2]
 
 
-def test_a_span_whose_parent_never_came_is_still_shown() -> None:
+def test_a_span_without_its_parent_is_still_shown() -> None:
     assert any("span-b" in line for line in drawn([span("b", "lost", 0, 1)]))
 
 
@@ -116,17 +116,17 @@ def test_a_trace_is_whole_when_every_parent_is_there() -> None:
     assert not is_complete([], "t1")
 
 
-def test_the_demo_waits_for_what_the_worker_has_to_tell_of_an_answer() -> None:
-    """Each process exports by its own clock; the caller's root may come before the worker's spans."""
+def test_the_demo_waits_for_the_spans_of_the_worker() -> None:
+    """Each process exports at its own interval; the root span may arrive before the worker's spans."""
     spans = [span("a", "", 0, 9), span("b", "a", 1, 8)]
 
     assert not arrived(spans, ["t1"], {"t1"})
     assert arrived([*spans, span("c", "b", 2, 7, name="worker.decode")], ["t1"], {"t1"})
-    assert arrived(spans, ["t1"], set()), "one that was refused reached no worker"
+    assert arrived(spans, ["t1"], set()), "a rejected request reached no worker"
     assert not arrived([*spans[1:], span("c", "b", 2, 7, name="worker.decode")], ["t1"], {"t1"})
 
 
-async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_exported_spans_are_received(monkeypatch: pytest.MonkeyPatch) -> None:
     async with otlp_receiver() as sink:
         for name, value in sink.environment.items():
             monkeypatch.setenv(name, value)
@@ -152,7 +152,7 @@ async def test_what_an_sdk_exports_arrives(monkeypatch: pytest.MonkeyPatch) -> N
     assert os.environ["OTEL_METRICS_EXPORTER"] == "none"
 
 
-async def test_waiting_for_what_does_not_come_ends() -> None:
+async def test_the_wait_for_missing_spans_ends() -> None:
     async with otlp_receiver() as sink:
         with pytest.raises(TimeoutError):
             await sink.wait_for(lambda spans: bool(spans), timeout=0)

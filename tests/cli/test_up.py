@@ -1,4 +1,4 @@
-"""What signals do to a command that runs until it is stopped."""
+"""Signals to a command that runs until it is stopped."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_second_signal(monkeypatch: pytest.MonkeyPatch, window: float, ended: 
         except asyncio.CancelledError:
             signal.raise_signal(signal.SIGTERM)
             try:
-                for _ in range(20):  # turns of the loop; a signal is heard in the first or the second
+                for _ in range(20):  # turns of the loop; a signal is handled in the first or the second
                     await asyncio.sleep(0)
                 how.append("in order")
             except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""What `headrace up` says of a model: why it does not start, and what of it is not used."""
+"""Reports of `headrace up` on a model: why it does not start, and which weights are not used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE = 240
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny model with a tokenizer of its own."""
+    """Return a tiny model with a tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     path = tmp_path / "model"

@@ -1,9 +1,9 @@
-"""An engine whose every token depends on all that came before it, and what its answers must be.
+"""An engine whose tokens depend on all previous ones, and the answers that it must give.
 
-The echo engine says what it was asked, so a lost position could go unnoticed and a seed has no say. Here a
-token is a hash of the whole history, and of the seed unless the request is greedy: one token lost, doubled or
-swapped, or a seed that was not kept, changes everything after it. What a request must be answered is a plain
-function, so each stream of a test is compared with its fault-free run without making one.
+The echo engine repeats its prompt, so that a lost position could remain undetected, and the seed has no
+effect. Here a token is a hash of the whole history, and of the seed unless the request is greedy: a lost,
+duplicated or swapped token, or another seed, changes every later token. The fault-free answer is a plain
+function of the request, so that each stream is compared with it without a second run.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _END = 61  # one token in so many ends the turn
 
 
 def draw(ids: Sequence[int], *, seed: int, greedy: bool, may_end: bool) -> int:
-    """The token after *ids*, prompt and answer so far."""
+    """Return the token after *ids*, the prompt and the answer so far."""
     noise = zlib.crc32(bytes(ids), 0 if greedy else zlib.crc32(seed.to_bytes(8, "little")))
-    # CRC is linear; a multiplication mixes what it leaves alike.
+    # CRC is linear; a multiplication mixes its bits.
     noise = (noise * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 24
     return EOS_ID if may_end and noise % _END == 0 else _LETTERS[noise % len(_LETTERS)]
 
 
 class DiceEngine(EchoEngine):
-    """The echo engine with other tokens; what it checks of its memory is checked here, too."""
+    """The echo engine with other tokens. The checks of its KV memory apply here, too."""
 
     def step(self, rows: Sequence[Row], *rest: Any, **named: Any) -> list[Token | Fault | None]:
         """Compute all rows; see `Engine.step`."""
         if any(bytes(row.ids[: len(POISON)]) == POISON for row in rows):
-            os._exit(13)  # as a driver's fault ends a process: without a word
+            os._exit(13)  # as a fault of a driver ends a process: without a message
         return [
             _token(row) if isinstance(result, Token) else result
             for row, result in zip(rows, super().step(rows, *rest, **named), strict=True)
@@ -53,7 +53,7 @@ def _token(row: Row) -> Token:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a request must be answered with."""
+    """The answer that a request must get."""
 
     ids: list[int]
     text: str
@@ -61,7 +61,7 @@ class Expected:
 
 
 def expected(request: pb.GenerateRequest, seed: int, *, max_tokens: int = 1024) -> Expected:
-    """The fault-free answer to a raw prompt in ASCII. *seed*: the one in force."""
+    """Return the fault-free answer to a raw ASCII prompt. *seed* is the seed in use."""
     sampling = request.sampling
     greedy = sampling.HasField("temperature") and sampling.temperature == 0
     limit = min(sampling.max_tokens or max_tokens, max_tokens)

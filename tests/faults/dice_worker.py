@@ -1,12 +1,12 @@
-"""A worker process over the dice engine: `python -m tests.faults.dice_worker --fake ...`, else as usual."""
+"""A worker process with the dice engine: `python -m tests.faults.dice_worker --fake ...`."""
 
 from __future__ import annotations
 
 import os
 import socket
 
-from headrace.runtime import logs
-from headrace.runtime.server import run, until_signal
+from headrace.runtime.serving.server import run, until_signal
+from headrace.runtime.telemetry import logs
 from headrace.worker.__main__ import worker
 from headrace.worker.engine.interface import Engine
 from headrace.worker.faults import FaultPlan, FaultyEngine
@@ -15,7 +15,7 @@ from tests.faults.dice import DiceEngine
 
 
 async def main(settings: Settings) -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal arrives."""
 
     def load() -> Engine:
         engine = DiceEngine(

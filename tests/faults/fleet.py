@@ -1,4 +1,4 @@
-"""Real processes to do harm to: routers, batchers and workers on loopback, each with a pid and a log."""
+"""Run routers, batchers and workers on loopback as processes that tests kill, stop and restart."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 
 HOST = "127.0.0.1"
-START_SECONDS = 180.0  # a patience, for machines that do much else
+START_SECONDS = 180.0  # generous, for busy machines
 
 
 @dataclass
 class Child:
-    """One service as a process of its own, on a port that stays its own over restarts."""
+    """One service as a process. It keeps its port over restarts."""
 
     name: str
     module: str
@@ -40,22 +40,22 @@ class Child:
 
     @property
     def address(self) -> str:
-        """Where it listens."""
+        """The address on which it listens."""
         return f"{HOST}:{self.port}"
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs (stopped processes do)."""
+        """Whether the process exists; a stopped process does."""
         return self.process is not None and self.process.returncode is None
 
     @property
     def pid(self) -> int:
-        """Of the process that runs now."""
+        """The id of the current process."""
         assert self.process is not None
         return self.process.pid
 
     async def start(self) -> None:
-        """Start the process; it dies with this one."""
+        """Start the process. It ends when this process ends."""
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "headrace.cli.child", str(os.getpid()), self.module),
@@ -71,18 +71,18 @@ class Child:
         os.kill(self.pid, number)
 
     async def kill(self) -> None:
-        """SIGKILL, and gone."""
+        """Kill the process with SIGKILL and wait for its end."""
         if self.alive:
             self.send(signal.SIGKILL)
         await self.gone()
 
     async def gone(self) -> int:
-        """Wait until it has ended; its exit code."""
+        """Wait until the process has ended. Returns its exit code."""
         assert self.process is not None
         return await self.process.wait()
 
     async def ready(self, *, seconds: float = START_SECONDS) -> None:
-        """Wait until it says that it takes work."""
+        """Wait until the service reports that it is ready."""
         began = time.monotonic()
         async with open_channel(self.address) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -99,12 +99,12 @@ class Child:
                 await asyncio.sleep(0.05)
 
     async def restart(self) -> None:
-        """Start it anew, and wait until it takes work."""
+        """Start the process again and wait until it is ready."""
         await self.start()
         await self.ready()
 
     async def heal(self) -> None:
-        """Have it running and ready, whatever was done to it."""
+        """Continue or restart the process, and wait until it is ready."""
         if self.alive:
             self.send(signal.SIGCONT)
         else:
@@ -112,24 +112,24 @@ class Child:
         await self.ready()
 
     def tail(self) -> str:
-        """The end of its log."""
+        """Return the end of its log."""
         return self.log.read_text(errors="replace")[-2000:]
 
     @property
     def memory(self) -> int:
-        """Resident bytes."""
+        """Resident memory in bytes."""
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     async def inspect(self) -> admin.InspectResponse:
-        """What it tells of itself."""
+        """Call the service's Inspect RPC."""
         async with open_channel(self.address) as channel:
             return await AdminServiceStub(channel).Inspect(admin.InspectRequest(), timeout=30)
 
 
 @dataclass
 class Fleet:
-    """All processes of a mesh."""
+    """The processes of a mesh."""
 
     workers: list[Child] = field(default_factory=list)
     batchers: list[Child] = field(default_factory=list)
@@ -137,7 +137,7 @@ class Fleet:
 
     @property
     def children(self) -> list[Child]:
-        """All, workers first."""
+        """All processes, workers first."""
         return [*self.workers, *self.batchers, *self.routers]
 
     @property
@@ -146,7 +146,7 @@ class Fleet:
         return f"ipv4:{','.join(router.address for router in self.routers)}"
 
     async def loads(self) -> list[routing.TierLoad]:
-        """What each batcher is busy with."""
+        """Return the load of each batcher."""
 
         async def load(batcher: Child) -> routing.TierLoad:
             async with connect(batcher.address) as client:
@@ -155,30 +155,30 @@ class Fleet:
         return list(await asyncio.gather(*(load(batcher) for batcher in self.batchers)))
 
     async def busiest_batcher(self) -> Child:
-        """The one with most requests."""
+        """Return the batcher with the most requests."""
         loads = await self.loads()
         return max(zip(self.batchers, loads, strict=True), key=lambda pair: pair[1].queued + pair[1].running)[
             0
         ]
 
     async def busiest_router(self) -> Child:
-        """The one with most requests: which of them a client's channel took is not for it to say."""
+        """Return the router with the most requests: a client does not know which one its channel uses."""
         states = await asyncio.gather(*(router.inspect() for router in self.routers))
-        return max(zip(self.routers, states, strict=True), key=lambda pair: pair[1].vitals.requests)[0]
+        return max(zip(self.routers, states, strict=True), key=lambda pair: pair[1].process_state.requests)[0]
 
     async def quiet(self, *, seconds: float = 90.0) -> None:
-        """Wait until nothing waits or runs at any batcher."""
+        """Wait until no batcher has a queued or running request."""
         async with asyncio.timeout(seconds):
             while any(load.queued or load.running for load in await self.loads()):
                 await asyncio.sleep(0.05)
 
     async def heal(self) -> None:
-        """Have all of them running and ready, and known to those before them."""
+        """Have all processes running, ready and known to their clients."""
         await asyncio.gather(*(child.heal() for child in self.children))
         await self.known()
 
     async def known(self) -> None:
-        """Wait until every batcher has all workers, and every router all batchers."""
+        """Wait until every batcher has all workers, and every router has all batchers."""
         async with asyncio.timeout(START_SECONDS):
             while any(load.workers < len(self.workers) for load in await self.loads()):
                 await asyncio.sleep(0.05)
@@ -191,11 +191,11 @@ class Fleet:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to start.
+    """The processes to start.
 
-    flags      of each service, beyond what makes them find each other
-    start_seconds   longest that it may take until all are ready
-    to_worker, to_batcher   replaces the address of the n-th worker or batcher, for proxies between
+    flags      of each service, besides those that connect them
+    start_seconds   time limit until all are ready
+    to_worker, to_batcher   addresses that replace those of the n-th worker or batcher, such as a proxy's
     """
 
     workers: int = 2
@@ -215,8 +215,8 @@ class Plan:
 
 @asynccontextmanager
 async def fleet(plan: Plan, logs: Path) -> AsyncGenerator[Fleet, None]:
-    """Run the processes of *plan*; entered when all are ready, and none is left afterwards."""
-    # Theirs to the end: a port whose process was killed looks as free as any.
+    """Run the processes of *plan* while the block runs; it is entered when all are ready."""
+    # Reserved to the end: the port of a killed process seems free.
     with reserved_ports(plan.workers + plan.batchers + plan.routers) as ports:
         async with _fleet(plan, logs, iter(ports)) as running:
             yield running

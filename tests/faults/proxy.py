@@ -1,4 +1,4 @@
-"""A TCP proxy to stand between two services and be the bad network."""
+"""A TCP proxy between two services that simulates network faults."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager, suppress
 
 
 class Proxy:
-    """Forwards every connection to one address, as long as it is told to.
+    """Forwards every connection to one address.
 
-    delay   seconds that each piece of data is held back, either way
+    delay   seconds by which data is delayed in both directions
     """
 
     def __init__(self, target: str) -> None:
@@ -28,25 +28,25 @@ class Proxy:
 
     @property
     def address(self) -> str:
-        """Where it listens."""
+        """The address on which it listens."""
         return f"127.0.0.1:{self.port}"
 
     @property
     def connections(self) -> int:
-        """How many are open."""
+        """The number of open connections."""
         return len(self._pairs)
 
     def freeze(self) -> None:
-        """Half-open: connections stand and nothing passes, as behind a cable that was pulled."""
+        """Forward no more data and keep connections open, as when a cable is pulled."""
         self._flows.clear()
 
     def thaw(self) -> None:
-        """Let everything pass again, what was held back first."""
+        """Forward data again, starting with what was held back."""
         self._flows.set()
         self._accepts = True
 
     def reset(self) -> None:
-        """Break all connections with RST; new ones are welcome."""
+        """Reset all connections; new ones are accepted."""
         for pair in list(self._pairs):
             for writer in pair:
                 raw = writer.get_extra_info("socket")
@@ -55,7 +55,7 @@ class Proxy:
                 writer.transport.abort()
 
     def cut(self) -> None:
-        """Partition: what stands hangs, and what is new is reset at once."""
+        """Partition the network: open connections hang, and new ones are reset."""
         self._flows.clear()
         self._accepts = False
 

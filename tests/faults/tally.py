@@ -1,42 +1,40 @@
-"""Ask, judge every token of the answer, and count what must be zero."""
+"""Send requests, compare every token with the fault-free answer, and count differences."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import platform
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from headrace import errors
 from headrace.client import Client
 from headrace.v1 import generation_pb2 as pb
+from tests import tables
 from tests.faults.dice import Expected, expected
 
-HANG_SECONDS = 20.0  # past the deadline, on a machine that may be busy with other things
+HANG_SECONDS = 20.0  # past the deadline, on a machine that may be busy
 
-# An answer's deadline where a deadline is not the point: a patience, for machines that do much else.
+# The deadline of a request where deadlines are not tested: generous, for busy machines.
 PATIENT_SECONDS = 180.0
-TURNS = 10  # the most that `until_felt` takes
+TURNS = 10  # the most that `until_affected` makes
 
+HEAD = ("scenario", "requests", "tokens", "moved", "lost", "twice", "wrong", "hung", "failed", "")
 ZEROS = ("lost", "twice", "wrong", "hangs", "failed")
 
 
 @dataclass
 class Visit:
-    """One request and what came of it.
+    """One request and its result.
 
     outcome    "stop", "length"... of a whole answer, the reason of an error, "left", or "hang"
-    lost       tokens of the fault-free answer that a whole answer lacks, and gaps
-    twice      tokens that came again
-    wrong      whether anything that came differs from the fault-free answer; `problem` says what
-    moves      how often it went on elsewhere
+    lost       tokens of the fault-free answer that are missing
+    twice      tokens that arrived a second time
+    wrong      whether the answer differs from the fault-free one; `problem` describes it
+    moves      how often it was resumed elsewhere
     first, seconds   until the first token, until the end
     """
 
@@ -54,7 +52,7 @@ class Visit:
 
     @property
     def whole(self) -> bool:
-        """Whether the answer came to its finish."""
+        """Whether the answer has its finish."""
         return self.outcome in ("stop", "stop_sequence", "length")
 
 
@@ -69,11 +67,11 @@ async def visit(
     resume: bool = True,
     reads_on: asyncio.Event | None = None,
 ) -> Visit:
-    """Read one answer and judge it.
+    """Read one answer and compare it with the fault-free one.
 
-    leaves_after   tokens after which the caller hangs up
-    on_token       hears how many tokens have come
-    reads_on       after its first token the caller reads nothing until this is set
+    leaves_after   tokens after which the caller cancels
+    on_token       called with the number of tokens so far
+    reads_on       after its first token the caller stops reading until this is set
     """
     seen = Visit()
     ids: list[int] = []
@@ -135,7 +133,7 @@ async def visit(
 
 
 class Streams:
-    """Many answers under way at once, and how far they are."""
+    """Many concurrent answers, and their progress."""
 
     def __init__(
         self,
@@ -149,54 +147,54 @@ class Streams:
         self.most = 0
         self._accepted: set[int] = set()
         self._begun: set[int] = set()
-        self._speaking: set[int] = set()
+        self._streaming: set[int] = set()
         self._tasks = [
             asyncio.create_task(
-                visit(client, one, on_token=self._hear(number), timeout=timeout, resume=resume)
+                visit(client, one, on_token=self._counting(number), timeout=timeout, resume=resume)
             )
             for number, one in enumerate(asked)
         ]
 
-    def _hear(self, number: int) -> Callable[[int], None]:
-        def hear(tokens: int) -> None:
+    def _counting(self, number: int) -> Callable[[int], None]:
+        def count(tokens: int) -> None:
             self._accepted.add(number)
             self.most = max(self.most, tokens)
             if tokens:
                 self._begun.add(number)
             if tokens >= 5:
-                self._speaking.add(number)
+                self._streaming.add(number)
 
-        return hear
+        return count
 
     async def accepted(self) -> None:
-        """Wait until all of them are."""
+        """Wait until all are accepted."""
         while len(self._accepted) < self.count:
             await asyncio.sleep(0.002)
 
     async def reached(self, tokens: int) -> None:
-        """Wait until the first of them has so many tokens."""
+        """Wait until one of them has so many tokens."""
         while self.most < tokens:
             await asyncio.sleep(0.002)
 
     async def begun(self) -> None:
-        """Wait until all of them have said something."""
+        """Wait until all have their first token."""
         while len(self._begun) < self.count:
             await asyncio.sleep(0.002)
 
-    async def speaking(self) -> None:
-        """Wait until all of them are accepted and a third have said something."""
+    async def streaming(self) -> None:
+        """Wait until all are accepted and a third have five tokens."""
         await self.accepted()
-        while len(self._speaking) < self.count / 3:
+        while len(self._streaming) < self.count / 3:
             await asyncio.sleep(0.002)
 
     async def done(self) -> list[Visit]:
-        """Wait until all have ended."""
+        """Wait until all have ended. Returns their results."""
         return await asyncio.gather(*self._tasks)
 
 
 @dataclass
 class Row:
-    """One scenario of the table."""
+    """One scenario of the table of faults."""
 
     scenario: str
     requests: int = 0
@@ -213,7 +211,7 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
     def add(self, visits: Iterable[Visit], *, may: Iterable[str] = ()) -> None:
-        """Count *visits*; each must be whole, or have left, or end in one of the reasons that it *may*."""
+        """Count *visits*. Each must be whole, cancelled, or end with one of the reasons in *may*."""
         allowed = {"left", *may}
         for one in visits:
             self.requests += 1
@@ -234,22 +232,31 @@ class Row:
 
     @property
     def faults(self) -> dict[str, int]:
-        """What is not zero of what must be."""
+        """The counts that must be zero and are not."""
         return {name: getattr(self, name) for name in ZEROS if getattr(self, name)}
 
+    def published(self, title: str) -> tables.Row:
+        """Return it as a row of the run's table."""
+        cells = (
+            *(self.scenario, f"{self.requests:,}", f"{self.tokens:,}", self.moved),
+            *(self.lost, self.twice, self.wrong, self.hangs, self.failed, "; ".join(self.notes)),
+        )
+        values = {**vars(self), "outcomes": dict(self.outcomes)}
+        return tables.Row("faults", title, HEAD, [str(cell) for cell in cells], values)
+
     def check(self) -> None:
-        """Fail the test if anything was lost, doubled, wrong, hung or failed."""
+        """Fail the test if anything was lost, duplicated, wrong, hung or failed."""
         assert not self.faults, (
             f"{self.scenario}: {self.faults}; outcomes {dict(self.outcomes)}; {self.problems[:3]}"
         )
-        assert self.requests, f"{self.scenario}: nothing was asked"
+        assert self.requests, f"{self.scenario}: no request was sent"
 
 
-def until_felt(row: Row, moved: int = 1) -> Iterator[None]:
-    """Turns of a scenario, until so many answers of it *moved*; one turn, as a rule.
+def until_affected(row: Row, moved: int = 1) -> Iterator[None]:
+    """Iterate over the turns of a scenario, until so many of its answers *moved*; usually one turn.
 
-    A harm is done to answers that are under way, and where the machine is busy they may be over by then. So
-    it is done once more: what is lost, doubled or wrong in any turn counts, and nothing is proved by luck.
+    On a busy machine the answers may have ended before the fault, which then affects none of them. The
+    scenario is then repeated. The differences of all turns count.
     """
     for _ in range(TURNS):
         yield
@@ -257,43 +264,10 @@ def until_felt(row: Row, moved: int = 1) -> Iterator[None]:
             return
 
 
-class Table:
-    """All scenarios of a run."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-
-    def row(self, scenario: str) -> Row:
-        """A new scenario."""
-        row = Row(scenario)
-        self.rows.append(row)
-        return row
-
-    def markdown(self) -> str:
-        """As it stands in README."""
-        heads = ("scenario", "requests", "tokens", "moved", "lost", "twice", "wrong", "hung", "failed", "")
-        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-        for row in self.rows:
-            cells = (
-                *(row.scenario, f"{row.requests:,}", f"{row.tokens:,}", row.moved),
-                *(row.lost, row.twice, row.wrong, row.hangs, row.failed, "; ".join(row.notes)),
-            )
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-        return "\n".join(lines)
-
-    def write(self, folder: Path) -> None:
-        """Keep it as faults.json and faults.md."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "faults.md").write_text(self.markdown() + "\n")
-        rows = [{**vars(row), "outcomes": dict(row.outcomes)} for row in self.rows]
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        (folder / "faults.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-
-
 def mixed(rng: random.Random, count: int, **limits: int) -> list[pb.GenerateRequest]:
-    """Mixed requests: greedy and sampled in turn, with and without seed, penalties and stop texts.
+    """Return mixed requests: greedy and sampled in turn, with and without seed, penalties and stop texts.
 
-    limits   min_tokens and max_tokens of the answers; they do not end before unless a stop text does
+    limits   min_tokens and max_tokens of the answers
     """
     return [request(rng, number, **limits) for number in range(count)]
 
@@ -301,7 +275,7 @@ def mixed(rng: random.Random, count: int, **limits: int) -> list[pb.GenerateRequ
 def request(
     rng: random.Random, number: int, *, min_tokens: int = 20, max_tokens: int = 60, prompt_tokens: int = 40
 ) -> pb.GenerateRequest:
-    """One request; even numbers are greedy, odd ones sampled."""
+    """Return one request; even numbers are greedy, odd ones sampled."""
     letters = "abcdefghij klmnop"
     text = f"{number} " + "".join(rng.choice(letters) for _ in range(rng.randint(5, prompt_tokens)))
     sampling = pb.Sampling(max_tokens=rng.randint(min_tokens, max_tokens))

@@ -1,4 +1,4 @@
-"""Batchers die and stall in mid-answer; the router carries on at another one, at the very next token."""
+"""Batchers die and stall during answers; the router resumes on another batcher at the next token."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from headrace.client import connect
 from tests.faults.fleet import Fleet
-from tests.faults.tally import Row, Streams, mixed, until_felt, visit
+from tests.faults.tally import Row, Streams, mixed, until_affected, visit
 
 
 async def test_without_faults_the_reference_is_right(
     twins: Fleet, row: Callable[[str], Row], rng: random.Random
 ) -> None:
-    """Tells a wrong reference from a wrong answer."""
+    """Distinguishes a wrong reference from a wrong answer."""
     counted = row("no fault")
     async with connect(twins.target) as client:
         counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 40))))
@@ -29,7 +29,7 @@ async def test_a_batcher_that_is_killed_under_100_streams(
 ) -> None:
     counted = row("SIGKILL of a batcher, 100 streams")
     async with connect(twins.target, retries=0) as client:
-        for _ in until_felt(counted, 11):
+        for _ in until_affected(counted, 11):
             await twins.heal()
             streams = Streams(client, mixed(rng, 100, min_tokens=150, max_tokens=200), resume=False)
             await streams.accepted()
@@ -39,16 +39,16 @@ async def test_a_batcher_that_is_killed_under_100_streams(
             counted.add(await streams.done())
 
     counted.check()
-    assert counted.moved > 10, "the kill was felt"
+    assert counted.moved > 10, "the kill affected answers"
     assert counted.replayed > 0
 
 
-async def test_a_batcher_that_stops_answering_while_its_connections_stand(
+async def test_a_batcher_that_stalls_with_open_connections(
     twins: Fleet, row: Callable[[str], Row], rng: random.Random
 ) -> None:
     counted = row("SIGSTOP of a batcher, then SIGCONT")
     async with connect(twins.target, retries=0) as client:
-        for _ in until_felt(counted):
+        for _ in until_affected(counted):
             await twins.heal()
             streams = Streams(client, mixed(rng, 30, min_tokens=60, max_tokens=120), resume=False)
             await streams.accepted()
@@ -61,4 +61,4 @@ async def test_a_batcher_that_stops_answering_while_its_connections_stand(
         counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 10))))
 
     counted.check()
-    assert counted.moved > 0, "the stop was felt"
+    assert counted.moved > 0, "the stop affected answers"

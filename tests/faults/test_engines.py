@@ -1,4 +1,4 @@
-"""Engines that fail for one sequence, or for a while: no other sequence notices, and the worker is rested."""
+"""Engines fail for one sequence, or for a while: other sequences are unaffected, and the breaker opens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Fleets = Callable[[Plan], AbstractAsyncContextManager[Fleet]]
 PLAN = Plan(workers=2, batchers=1, routers=1)
 
 
-async def test_a_row_that_cannot_be_sampled_ends_alone(
+async def test_a_row_that_cannot_be_sampled_affects_no_other(
     fleets: Fleets, row: Callable[[str], Row], rng: random.Random
 ) -> None:
-    """Such a sequence is tried once more elsewhere; some meet a second such row there, and only they fail."""
+    """The sequence is retried on another worker. It fails only if it meets a second such row there."""
     counted = row("every 89th row of each worker is NaN")
     faulty = replace(PLAN, worker_flags=(*PLAN.worker_flags, "--faults", "nan_row=89"))
     async with fleets(faulty) as few, connect(few.target, retries=0) as client:
@@ -30,11 +30,11 @@ async def test_a_row_that_cannot_be_sampled_ends_alone(
         await few.quiet()
 
     counted.check()
-    assert counted.moved > 3, "the faults were felt"
+    assert counted.moved > 3, "the faults affected answers"
     assert counted.outcomes["SEQUENCE_FAULT"] < counted.moved, "most of them were hidden"
 
 
-async def test_a_worker_whose_engine_fails_is_rested_and_tried_again_with_one_request(
+async def test_the_breaker_of_a_failing_engine_opens_and_probes_with_one_request(
     fleets: Fleets, row: Callable[[str], Row], rng: random.Random
 ) -> None:
     counted = row("an engine raises in each step, later no more")
@@ -57,20 +57,20 @@ async def test_a_worker_whose_engine_fails_is_rested_and_tried_again_with_one_re
                     if await breaker() == state:
                         return
 
-        async def rested() -> None:
-            """While nobody asks there is no request to try it with."""
+        async def half_open() -> None:
+            """Without requests there is none to probe with."""
             async with asyncio.timeout(240):
                 while await breaker() != "half open":
                     await asyncio.sleep(0.05)
 
         await ask_until("open")
-        await rested()
+        await half_open()
         await ask_until("open")
         bad.flags = flags
         await bad.kill()
         await few.heal()
-        await rested()
+        await half_open()
         await ask_until("closed")
 
     counted.check()
-    assert counted.moved > 0, "the faults were felt"
+    assert counted.moved > 0, "the faults affected answers"

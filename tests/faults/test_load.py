@@ -1,4 +1,4 @@
-"""Too much, too many at once, and all kinds of leaving: the mesh refuses, frees and goes on."""
+"""Overload, cancellations and slow readers: the mesh rejects, frees resources and keeps serving."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.faults.tally import Row, Visit, mixed, request, visit
 
 Fleets = Callable[[Plan], AbstractAsyncContextManager[Fleet]]
 
-DEADLINES = ("DEADLINE", "DEADLINE_QUEUE", "DEADLINE_DECODE", "TTFT_UNATTAINABLE")
+DEADLINES = ("DEADLINE", "DEADLINE_QUEUE", "DEADLINE_DECODE", "TTFT_UNATTAINABLE", "DEADLINE_UNATTAINABLE")
 REFUSALS = ("QUEUE_FULL", "SHED")
 
 
@@ -44,7 +44,7 @@ async def test_a_storm_of_1000_cancels(twins: Fleet, row: Callable[[str], Row], 
 async def test_cancel_finish_and_deadline_race(
     twins: Fleet, row: Callable[[str], Row], rng: random.Random
 ) -> None:
-    """Callers leave at their last token and deadlines pass around the finish: each ends in one way."""
+    """Callers cancel at the last token and deadlines pass around the finish: each request has one outcome."""
     counted = row("cancel x finish x deadline, 300 races")
     async with connect(twins.target, retries=0) as client:
         began = time.monotonic()
@@ -60,7 +60,7 @@ async def test_cancel_finish_and_deadline_race(
         counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 10))))
 
     counted.check()
-    assert len(counted.outcomes) >= 3, "all kinds of ends were seen"
+    assert len(counted.outcomes) >= 3, "at least three kinds of outcomes occurred"
 
 
 SMALL = Plan(
@@ -70,15 +70,16 @@ SMALL = Plan(
     worker_flags=("--fake", "--fake-step-seconds", "0.02", "--max-running", "8"),
     batcher_flags=("--fake", "--queue-limit", "32"),
 )
-SMALL_CAPACITY = 8 / 0.02  # tokens per second, if nothing but its steps took time
+SMALL_CAPACITY = 8 / 0.02  # tokens per second, if only steps took time
 SMALL_PLACES = 8 + 32  # at the worker and in the queue
+MOST_UNDER_WAY = 4 * SMALL_PLACES  # below the limits of a connection, which a slow machine would reach
 
 
 async def test_overload_at_five_times_capacity(
     fleets: Fleets, row: Callable[[str], Row], rng: random.Random, long: bool
 ) -> None:
-    """What cannot be served is refused at once; what is taken is served whole, and the queue stays short."""
-    seconds = 30.0 if long else 6.0
+    """Excess requests are rejected immediately, admitted ones are served whole, and the queue is bounded."""
+    seconds = 30.0 if long else 4.0
     counted = row(f"overload, five times capacity, {seconds:g} s")
     tokens = 25
     async with fleets(SMALL) as few, connect(few.target, retries=0) as client:
@@ -89,20 +90,21 @@ async def test_overload_at_five_times_capacity(
             del asked.sampling.stop[:]
             return asked
 
-        # Capacity, as it is here and now: as many callers as the worker has places, again and again.
+        # Measured capacity: as many callers as the worker has slots send one request after another.
         began = time.monotonic()
         full = await asyncio.gather(*(_in_turn(client, [ask(n) for n in range(4)]) for _ in range(8)))
         capacity = sum(one.tokens for visits in full for one in visits) / (time.monotonic() - began)
         memory = few.batchers[0].memory
 
-        # Five times what its steps would allow at best: on a busy machine what was measured may be little,
-        # and a moment later no overload.
+        # Five times the theoretical capacity: on a busy machine the measured one may be too low for an
+        # overload.
         pause = tokens / (5 * SMALL_CAPACITY)
         visits: list[asyncio.Task[Visit]] = []
         deepest = 0
         began = time.monotonic()
         while (now := time.monotonic() - began) < seconds:
-            while len(visits) < now / pause:
+            under_way = sum(not one.done() for one in visits)
+            for _ in range(min(int(now / pause) - len(visits), MOST_UNDER_WAY - under_way)):
                 visits.append(asyncio.create_task(visit(client, ask(len(visits)))))
             deepest = max(deepest, (await few.loads())[0].queued)
             await asyncio.sleep(0.02)
@@ -122,29 +124,32 @@ async def test_overload_at_five_times_capacity(
     counted.check()
     refused = sum(counted.outcomes[reason] for reason in REFUSALS)
     assert refused > len(visits) / 3, "it was overload"
-    assert deepest <= 32
+    assert deepest <= SMALL_PLACES, "the queue's limit, and what the worker has free slots for"
     assert grown < 64 * 1024 * 1024
-    assert len(visits) - refused >= SMALL_PLACES, "a mesh that is refusing still serves"
+    assert len(visits) - refused >= SMALL_PLACES, "an overloaded mesh still serves"
 
 
 async def _in_turn(client: Client, asked: list[pb.GenerateRequest]) -> list[Visit]:
     return [await visit(client, one) for one in asked]
 
 
-async def test_callers_that_do_not_read_hold_up_nobody(
+async def test_callers_that_do_not_read_do_not_block_others(
     fleets: Fleets, row: Callable[[str], Row], rng: random.Random
 ) -> None:
-    """They have every place of the only worker, and no others would end if they kept them."""
+    """They have every slot of the only worker. If they kept them, no other request would end."""
     counted = row("8 callers do not read for a while, 24 others do")
     plan = Plan(
         workers=1,
         batchers=1,
         routers=1,
         worker_flags=("--fake", "--fake-step-seconds", "0.001", "--max-running", "8"),
-        batcher_flags=("--fake", "--unread-limit", "64", "--unread-seconds", "600", "--max-tokens", "3000"),
+        batcher_flags=(
+            *("--fake", "--max-unread-tokens", "64", "--max-unread-seconds", "600"),
+            *("--max-tokens", "3000"),
+        ),
     )
     reads_on = asyncio.Event()
-    # A channel that takes in little beyond what is read from it, else much of an answer lies there.
+    # A channel with a small receive buffer; else it would hold much of an answer.
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
     async with fleets(plan) as few, connect(few.batchers[0].address, retries=0) as client:
         channel = grpc.aio.insecure_channel(few.batchers[0].address, options=narrow)
@@ -170,17 +175,17 @@ async def test_callers_that_do_not_read_hold_up_nobody(
 
 
 async def _all_paused(few: Fleet, count: int) -> list[int]:
-    """Wait until so many answers are paused, and no others are there; how many tokens lie unread for each."""
+    """Wait until so many answers are paused and no others run. Returns the unread tokens of each."""
     async with asyncio.timeout(120):
         while True:
             state = (await few.batchers[0].inspect()).batcher
-            if state.paused == state.live == count:
+            if state.paused == state.in_flight == count:
                 return [one.unread for one in state.sequences]
             await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("flood", [48])
-async def test_a_flooding_tenant_does_not_hold_up_a_quiet_one(
+async def test_a_flooding_tenant_does_not_block_a_quiet_one(
     fleets: Fleets, row: Callable[[str], Row], rng: random.Random, flood: int
 ) -> None:
     counted = row("one tenant floods, another asks now and then")
@@ -208,7 +213,7 @@ async def test_a_flooding_tenant_does_not_hold_up_a_quiet_one(
             await asyncio.sleep(0.01)
         quiet: list[Visit] = []
         overtaken_by: list[int] = []
-        for number in range(10):
+        for number in range(6):
             before = finished
             quiet.append(await visit(client, ask(number, "quiet")))
             overtaken_by.append(finished - before)
@@ -222,4 +227,4 @@ async def test_a_flooding_tenant_does_not_hold_up_a_quiet_one(
         f"{typical:g} of the flood end while a quiet request is served; {flood} are always there"
     )
     counted.check()
-    assert typical < flood * 0.75, "first come, first served would be all of them"
+    assert typical < flood * 0.75, "with first come, first served all of them would end first"

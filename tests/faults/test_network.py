@@ -1,4 +1,4 @@
-"""The network between the services resets, hangs and delays."""
+"""The network between the services resets, stalls and delays connections."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from headrace.cli.mesh import reserved_ports
 from headrace.client import connect
 from tests.faults.fleet import HOST, Fleet, Plan, fleet
 from tests.faults.proxy import Proxy
-from tests.faults.tally import Row, Streams, mixed, until_felt, visit
+from tests.faults.tally import Row, Streams, mixed, until_affected, visit
 
 
 @dataclass
 class Wired:
-    """A fleet whose first worker and first batcher are reached through proxies only."""
+    """A fleet whose first worker and first batcher are behind proxies."""
 
     fleet: Fleet
     to_worker: Proxy
@@ -48,7 +48,7 @@ async def shared_wires(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerat
 
 @pytest.fixture
 async def wired(shared_wires: Wired) -> AsyncGenerator[Wired, None]:
-    """All wires whole, before and after."""
+    """Return the fleet. All connections work before and after the test."""
     yield shared_wires
     for name in ("worker", "batcher"):
         shared_wires[name].thaw()
@@ -58,28 +58,28 @@ async def wired(shared_wires: Wired) -> AsyncGenerator[Wired, None]:
 
 @pytest.mark.parametrize("place", ["worker", "batcher"])
 @pytest.mark.parametrize("harm", ["reset", "half-open", "partition"])
-async def test_a_connection_that(
+async def test_a_broken_connection(
     wired: Wired, row: Callable[[str], Row], rng: random.Random, place: str, harm: str
 ) -> None:
     counted = row(f"connection to a {place}: {harm}")
     async with connect(wired.fleet.target, retries=0) as client:
-        for _ in until_felt(counted):
+        for _ in until_affected(counted):
             await wired.fleet.heal()
             streams = Streams(client, mixed(rng, 24, min_tokens=100, max_tokens=150))
             await streams.reached(10)
             wire = wired[place]
             {"reset": wire.reset, "half-open": wire.freeze, "partition": wire.cut}[harm]()
             counted.add(await streams.done())
-            # What was held back comes now, late: it must not be heard.
+            # Data that was held back arrives late, and must be ignored.
             wire.thaw()
             counted.add(await asyncio.gather(*(visit(client, one) for one in mixed(rng, 8))))
 
     counted.check()
-    assert counted.moved > 0, "it was felt"
+    assert counted.moved > 0, "the fault affected answers"
 
 
 @pytest.mark.parametrize("place", ["worker", "batcher"])
-async def test_a_slow_wire_loses_nothing(
+async def test_a_slow_connection_loses_nothing(
     wired: Wired, row: Callable[[str], Row], rng: random.Random, place: str
 ) -> None:
     counted = row(f"50 ms of delay to a {place}")

@@ -1,4 +1,4 @@
-"""Every service is replaced under load, one process after the other, and no caller sees anything of it."""
+"""Rolling restarts of every service under load are invisible to callers."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ async def rolling(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Fl
 
 
 @pytest.mark.parametrize("service", ["workers", "batchers", "routers"])
-async def test_a_rolling_restart_is_seen_by_nobody(
+async def test_a_rolling_restart_is_invisible_to_callers(
     rolling: Fleet, row: Callable[[str], Row], rng: random.Random, service: str
 ) -> None:
-    """Some answers outlast the drain of two seconds, so that some are handed over."""
+    """Some answers outlast the drain of two seconds, so that they are handed over."""
     counted = row(f"rolling restart of the {service}")
     codes = []
     async with connect(rolling.target) as client:
-        load = Load(client, rng, callers=16)
-        await load.served(16)
+        load = Load(client, rng, callers=8)
+        await load.served(8)
         for child in getattr(rolling, service):
             child.send(signal.SIGTERM)
             codes.append(await child.gone())
             await child.restart()
-            await load.served(16)
+            await load.served(8)
         counted.add(await load.stop())
 
     counted.check()
@@ -48,7 +48,7 @@ async def test_a_rolling_restart_is_seen_by_nobody(
 
 
 class Load:
-    """Callers who ask one thing after another until they are stopped."""
+    """Callers that send one request after another until `stop`."""
 
     def __init__(self, client: Client, rng: random.Random, *, callers: int) -> None:
         self._client = client
@@ -58,13 +58,13 @@ class Load:
         self._tasks = [asyncio.create_task(self._call(number)) for number in range(callers)]
 
     async def served(self, count: int) -> None:
-        """Wait until so many more have been answered."""
+        """Wait until so many more requests have been answered."""
         until = len(self._visits) + count
         while len(self._visits) < until:
             await asyncio.sleep(0.01)
 
     async def stop(self) -> list[Visit]:
-        """Let the last answers end; all visits."""
+        """Wait for the last answers. Returns all results."""
         self._enough = True
         await asyncio.gather(*self._tasks)
         return self._visits

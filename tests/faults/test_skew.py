@@ -1,4 +1,4 @@
-"""Neighbours of another version: unknown fields and events pass by and do no harm."""
+"""Peers of another version: unknown fields and events are ignored."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from headrace.client import connect
 from tests.faults.fleet import HOST, Plan, fleet
 from tests.faults.tally import Row, mixed, visit
 
-# Field 111, of which no message of ours knows anything, with the text "new".
+# Field 111, which none of our messages defines, with the text "new".
 NEWS = bytes([0xFA, 0x06, 3]) + b"new"
-TALKS = {"Generate", "Run"}  # methods whose messages are a oneof, of which there may be new members
+STREAMS = {"Generate", "Run"}  # methods whose messages are a oneof, which may get new members
 
 
 class Newer(grpc.GenericRpcHandler):
-    """Stands before a service and makes its messages, and those to it, look like a later version's.
+    """A proxy of a service that makes all messages look like those of a later version.
 
-    Each message has a field more, and between those of a stream come ones of an unknown kind.
+    It adds a field to each message, and messages of an unknown kind to each stream.
     """
 
     def __init__(self, target: str) -> None:
@@ -32,9 +32,9 @@ class Newer(grpc.GenericRpcHandler):
         self.added = 0
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
-        """Take every method; see grpc.GenericRpcHandler."""
+        """Handle every method; see grpc.GenericRpcHandler."""
         method = details.method
-        talks = method.rpartition("/")[2] in TALKS
+        streams = method.rpartition("/")[2] in STREAMS
 
         async def relay(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
             async def sent() -> AsyncIterator[bytes]:
@@ -50,8 +50,8 @@ class Newer(grpc.GenericRpcHandler):
             try:
                 first = True
                 async for message in call:
-                    # Not before the first, nor after the last: their places are the contract's.
-                    if talks and not first:
+                    # Not before the first, nor after the last: the contract defines what these are.
+                    if streams and not first:
                         self.added += 1
                         yield NEWS
                     first = False
@@ -112,4 +112,4 @@ async def test_a_service_of_a_later_version(
                         counted.add([await visit(client, one) for one in mixed(rng, 8)])
 
     counted.check()
-    assert handler.added > 0, "there was something new"
+    assert handler.added > 0, "unknown messages were sent"

@@ -1,4 +1,4 @@
-"""Workers die, stall and come back; the batcher carries on at another one, at the very next token."""
+"""Workers die, stall and restart; the batcher resumes on another worker at the next token."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 from headrace.client import connect
 from headrace.v1 import generation_pb2 as pb
 from tests.faults.fleet import Fleet, Plan
-from tests.faults.tally import Row, Streams, mixed, request, until_felt, visit
+from tests.faults.tally import Row, Streams, mixed, request, until_affected, visit
 
 TOKENS = 40
 
 
 def exactly(rng: random.Random, number: int, tokens: int = TOKENS, **limits: int) -> pb.GenerateRequest:
-    """A request whose answer has exactly so many tokens."""
+    """Return a request whose answer has exactly so many tokens."""
     asked = request(rng, number, min_tokens=tokens, max_tokens=tokens, **limits)
     asked.sampling.ignore_eos = True
     del asked.sampling.stop[:]
@@ -30,16 +30,16 @@ def exactly(rng: random.Random, number: int, tokens: int = TOKENS, **limits: int
 async def test_a_worker_that_is_killed(
     twins: Fleet, row: Callable[[str], Row], rng: random.Random, stage: str
 ) -> None:
-    """Each of the two in turn: who has the work when the first token is there, only the batchers know."""
+    """Both workers in turn: only the batchers know which one has the work at the first token."""
     counted = row(f"SIGKILL of a worker: {stage}")
-    # A worker takes 16 at a time: 24 need both, of 80 most wait. 3000 tokens of prompt take 24 steps.
+    # A worker runs 16 at a time: 24 use both, and of 80 most are queued. 3000 prompt tokens take 24 steps.
     asked = [exactly(rng, number) for number in range(80 if stage == "queued" else 24)]
     if stage == "prefill":
         for one in asked:
             one.prompt += "x" * 3000
     felt = stage in ("queued", "prefill", "first", "middle")
     async with connect(twins.target, retries=0) as client:
-        for _ in until_felt(counted, 1 if felt else 0):
+        for _ in until_affected(counted, 1 if felt else 0):
             for victim in twins.workers:
                 streams = Streams(client, asked)
                 if stage == "prefill":
@@ -57,7 +57,7 @@ async def test_a_worker_that_is_killed(
 
     counted.check()
     if felt:
-        assert counted.moved > 0, "the kills were felt"
+        assert counted.moved > 0, "the kills affected answers"
 
 
 async def test_both_workers_are_killed_one_after_the_other(
@@ -65,7 +65,7 @@ async def test_both_workers_are_killed_one_after_the_other(
 ) -> None:
     counted = row("SIGKILL of both workers in turn")
     async with connect(twins.target, retries=0) as client:
-        for _ in until_felt(counted):
+        for _ in until_affected(counted):
             await twins.heal()
             streams = Streams(client, [exactly(rng, number, 300) for number in range(12)])
             await streams.reached(30)
@@ -75,16 +75,16 @@ async def test_both_workers_are_killed_one_after_the_other(
             counted.add(await streams.done())
 
     counted.check()
-    assert counted.moved > 0, "the kills were felt"
+    assert counted.moved > 0, "the kills affected answers"
 
 
-async def test_a_worker_that_stops_while_its_connections_stand(
+async def test_a_worker_that_stalls_with_open_connections(
     twins: Fleet, row: Callable[[str], Row], rng: random.Random
 ) -> None:
-    """Its late frames, when it goes on, are of attempts that are over: none may be heard."""
+    """When it continues, its late frames belong to former attempts and must be ignored."""
     counted = row("SIGSTOP of a worker, then SIGCONT")
     async with connect(twins.target, retries=0) as client:
-        for _ in until_felt(counted):
+        for _ in until_affected(counted):
             await twins.heal()
             streams = Streams(client, [exactly(rng, number, 200) for number in range(24)])
             await streams.reached(20)
@@ -96,21 +96,21 @@ async def test_a_worker_that_stops_while_its_connections_stand(
             counted.add(await again.done())
 
     counted.check()
-    assert counted.moved > 0, "the stop was felt"
+    assert counted.moved > 0, "the stop affected answers"
 
 
-async def test_all_workers_are_gone_and_come_back(
+async def test_all_workers_die_and_restart(
     twins: Fleet, row: Callable[[str], Row], rng: random.Random
 ) -> None:
     counted = row("all workers killed, later restarted")
     async with connect(twins.target, retries=0) as client:
         streams = Streams(client, [exactly(rng, number, 100) for number in range(16)], resume=False)
-        await streams.begun()  # one that loses two workers before its first word is taken for poison
+        await streams.begun()  # one that loses two workers before its first token counts as poison
         await asyncio.gather(*(worker.kill() for worker in twins.workers))
-        # Nobody waits long for nobody: refused at once, with a delay to try again after.
+        # Without workers, requests are rejected immediately, with a retry delay.
         refused = [await visit(client, one) for one in mixed(rng, 4)]
         await asyncio.gather(*(worker.restart() for worker in twins.workers))
-        counted.add(refused, may=["NO_WORKERS", "WORKER_LOST"])  # the batcher may not have heard of it yet
+        counted.add(refused, may=["NO_WORKERS", "WORKER_LOST"])  # the batcher may not have noticed yet
         counted.add(await streams.done(), may=["NO_WORKERS", "WORKER_LOST"])
         await twins.heal()
         back = await asyncio.gather(*(visit(client, one) for one in mixed(rng, 16)))
@@ -120,7 +120,7 @@ async def test_all_workers_are_gone_and_come_back(
     assert all(one.whole for one in back)
 
 
-async def test_a_prompt_that_kills_each_worker_it_meets_stops_after_two(
+async def test_a_prompt_that_kills_its_workers_is_rejected_after_two(
     fleets: Callable[[Plan], AbstractAsyncContextManager[Fleet]],
     row: Callable[[str], Row],
     rng: random.Random,

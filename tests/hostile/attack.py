@@ -1,6 +1,6 @@
-"""One attack as a process of its own: `python -m tests.hostile.attack NAME PORT SEED SECONDS`.
+"""Run one attack as a process: `python -m tests.hostile.attack NAME PORT SEED SECONDS`.
 
-It prints one line of JSON: the attempts that it made, and what became of them.
+It prints one line of JSON: the number of attempts by outcome.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from headrace.runtime.limits import raise_file_limit
+from headrace.runtime.serving.limits import raise_file_limit
 from tests.hostile.wire import Peer
 
 
@@ -23,13 +23,13 @@ from tests.hostile.wire import Peer
 class Attack:
     """One run of an attack.
 
-    outcomes   how many attempts ended how: gRPC status names, and what `Peer.outcome` adds
+    outcomes   the number of attempts by outcome: a gRPC status name, or what `Peer.outcome` adds
     """
 
     port: int
     rng: random.Random
     ends: float
-    # Another address than the honest caller's, as it would be.
+    # Another address than the honest caller's, as in reality.
     source: str = "127.0.0.2"
     outcomes: Counter[str] = field(default_factory=Counter)
 
@@ -39,7 +39,7 @@ class Attack:
         return time.monotonic() >= self.ends
 
     def count(self, peer: Peer, streams: Sequence[int]) -> None:
-        """Book what became of *streams*, and forget them."""
+        """Count the outcomes of *streams*, and drop them."""
         for stream in streams:
             self.outcomes[peer.outcome(stream)] += 1
             del peer.answers[stream]
@@ -56,10 +56,10 @@ def attack(run: Run) -> Run:
 
 
 async def main(name: str, port: int, seed: int, seconds: float) -> None:
-    """Run one attack and report it."""
+    """Run one attack and print its outcomes."""
     for module in ("floods", "fuzz", "peers"):
         importlib.import_module(f"tests.hostile.{module}")
-    # The registry of the imported module: this one is `__main__`.
+    # The registry of the imported module; this one is `__main__`.
     from tests.hostile.attack import ATTACKS, Attack
 
     raise_file_limit()

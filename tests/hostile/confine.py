@@ -1,4 +1,4 @@
-"""Hold a running process to the memory of its manifest: by a cgroup if one can be made, else by rlimit."""
+"""Limit a running process to the memory of its manifest: by a cgroup if possible, else by rlimit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
 def manifest_limit(service: str) -> int:
-    """Bytes of memory that the manifests allow a pod of *service*; the least of its tiers."""
+    """Return the memory limit in bytes of a pod of *service*; of its tiers, the least."""
     limits = []
     for found in yaml.safe_load_all((BASE / f"{service}.yaml").read_text()):
         if found["kind"] == "Deployment":
@@ -30,7 +30,7 @@ def manifest_limit(service: str) -> int:
 
 
 def parsed(quantity: str) -> int:
-    """A Kubernetes quantity of memory in bytes."""
+    """Return a Kubernetes quantity of memory in bytes."""
     match = re.fullmatch(r"(\d+)(Ki|Mi|Gi)", quantity)
     assert match, quantity
     return int(match[1]) * UNITS[match[2]]
@@ -38,12 +38,12 @@ def parsed(quantity: str) -> int:
 
 @contextmanager
 def confined(child: Child, limit: int) -> Iterator[str]:
-    """Hold *child*, which runs, to *limit* bytes of memory while the block runs; yields how.
+    """Limit the running *child* to *limit* bytes of memory while the block runs. Yields the means.
 
-    What it has already stays with the group that it came from, so its own group gets the rest.
+    Memory that it has already remains charged to its former group, so that its new group gets the rest.
     """
     rest = limit - child.memory
-    assert rest > 0, f"{child.name} has {child.memory} bytes to begin with"
+    assert rest > 0, f"{child.name} has {child.memory} bytes before the test"
     v2 = (CGROUP / "cgroup.controllers").exists()
     group = (CGROUP if v2 else CGROUP / "memory") / f"headrace-{uuid.uuid4().hex[:8]}"
     before = _group_of(child.pid, v2)
@@ -54,7 +54,7 @@ def confined(child: Child, limit: int) -> Iterator[str]:
     except OSError:
         with suppress(OSError):
             group.rmdir()
-        # Counts address space that is written to, used or not: the process meets it sooner, if anything.
+        # RLIMIT_DATA counts writable address space, used or not, and so is stricter.
         data = next(
             int(line.split()[1]) * 1024
             for line in Path(f"/proc/{child.pid}/status").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""One mesh of real processes for all attacks, and one table of what they did: build/hostile.md."""
+"""Run attacks on one mesh of real processes, and add each to the table build/hostile.md."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
+from tests import tables
 from tests.faults.fleet import Child, Fleet, Plan, fleet
 from tests.hostile.honest import HANG_SECONDS, Seen, ask_for, ask_until, percentile
+from tests.tables import add_row
 
 SEED = int(os.environ.get("HEADRACE_HOSTILE_SEED", "0")) or 20261127
-FLOOR_SECONDS = 0.15  # a normal p99 below that counts as that: the machine's own jitter
-# A machine that has other work wakes a sleeping process later than that once in a hundred times, or
-# has more ready processes than an attack and the services come to.
+FLOOR_SECONDS = 0.15  # the least p99 to compare with: the machine's own jitter
+# A machine is busy if one in a hundred sleeps ends later than this, or if it has more ready processes than an
+# attack and the services.
 QUIET_SECONDS = 0.004
 QUIET_LOAD = (os.cpu_count() or 1) + 2
-TRIES = 3  # a row is run again where the honest caller was only late: the machine may have stalled by itself
-BACK_SECONDS = 10.0
-BACK_BYTES = 96 * 2**20  # what an allocator may keep
+CALM_SECONDS = 0.5
+TRIES = 3  # an attack is repeated if the honest caller was late: the machine itself may have stalled
+RELEASE_SECONDS = 10.0
+RETAINED_BYTES = 96 * 2**20  # memory that an allocator may keep
 PLAN = Plan(
     workers=1,
     batchers=1,
@@ -37,7 +40,7 @@ PLAN = Plan(
 
 @dataclass
 class Row:
-    """One attack: what it did, and what the honest caller and the processes saw of it."""
+    """One attack, and its effect on the honest caller and the processes."""
 
     name: str
     at: str
@@ -47,13 +50,13 @@ class Row:
     peaks: dict[str, int]
     note: str = ""
 
-    def cells(self) -> list[str]:
-        """As the table has them."""
+    def published(self) -> tables.Row:
+        """Return it as a row of the run's table."""
 
         def times(seen: Seen) -> str:
             return " / ".join(f"{percentile(seen.seconds, share) * 1000:.0f}" for share in (0.5, 0.99))
 
-        return [
+        cells = [
             self.name.replace("_", " ") + self.note,
             self.at,
             f"{self.outcomes.total():,}",
@@ -63,6 +66,7 @@ class Row:
             times(self.beside),
             " / ".join(f"{peak / 2**20:.0f}" for peak in self.peaks.values()),
         ]
+        return tables.Row("hostile", f"hostile callers (seed {SEED})", HEAD, cells)
 
 
 HEAD = (
@@ -77,54 +81,55 @@ HEAD = (
 )
 
 
-@dataclass
-class Table:
-    """All rows of a run."""
-
-    rows: list[Row] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        """As Markdown."""
-        lines = [HEAD, ("---",) * len(HEAD), *(row.cells() for row in self.rows)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-_table = Table()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table, and keep it in build/."""
-    if _table.rows:
-        terminalreporter.section(f"hostile callers (seed {SEED})")
-        terminalreporter.write_line(_table.markdown())
-        Path("build").mkdir(exist_ok=True)
-        Path("build/hostile.md").write_text(_table.markdown() + "\n")
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def few_files() -> AsyncGenerator[None, None]:
-    """The soft limit of open files that most systems begin with, for the processes that are started now."""
+    """Set the usual soft limit of open files for the processes that are started now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
+async def target(mesh: Fleet) -> Target:
+    """Return the mesh that this run attacks."""
+    return Target(mesh, await calm(mesh))
+
+
+Attack = Callable[..., Awaitable[Row]]
+
+
+@pytest.fixture
+def attack(target: Target, request: pytest.FixtureRequest) -> Attack:
+    """Return `Target.attack`, repeated at most `TRIES` times while the honest caller is late."""
+
+    async def run(service: str, *names: str, **options: Any) -> Row:
+        for _ in range(TRIES):
+            row, late = await target.attack(service, *names, **options)
+            if not late:
+                break
+        add_row(request.node, row.published())
+        assert not late, f"the honest caller's p99 was {late:.2f} s beside the attack"
+        return row
+
+    return run
+
+
+@pytest.fixture(scope="package")
 async def mesh(few_files: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Fleet, None]:
-    """One of each service, warm, with the echo engine."""
+    """Run one of each service, warmed up, with the echo engine."""
     async with fleet(PLAN, tmp_path_factory.mktemp("hostile")) as running:
         await ask_for(running.target, 2)
         yield running
 
 
 def at(running: Fleet, service: str) -> Child:
-    """The process of a service."""
+    """Return the process of a service."""
     return {"worker": running.workers, "batcher": running.batchers, "router": running.routers}[service][0]
 
 
 async def run_attack(name: str, port: int, seconds: float) -> Counter[str]:
-    """Run one attack as a process of its own, and wait for it."""
+    """Run one attack as a process. Returns its outcomes."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.hostile.attack", name, str(port), str(SEED), str(seconds)),
         stdout=asyncio.subprocess.PIPE,
@@ -140,7 +145,7 @@ async def run_attack(name: str, port: int, seconds: float) -> Counter[str]:
 
 
 async def _lateness(over: asyncio.Event) -> list[float]:
-    """By how much this process is woken too late."""
+    """Measure by how much sleeps of this process overrun."""
     loop, late = asyncio.get_running_loop(), []
     while not over.is_set():
         due = loop.time() + 0.005
@@ -159,89 +164,102 @@ async def _peaks(running: Fleet, over: asyncio.Event) -> dict[str, int]:
     return peaks
 
 
-Besiege = Callable[..., Awaitable[Row]]
+@dataclass(frozen=True)
+class Calm:
+    """The results of the honest caller without an attack.
 
-
-async def besiege(
-    running: Fleet, service: str, *names: str, seconds: float, note: str = "", prompt: bool = True
-) -> Row:
-    """Run attacks at once against a service, with an honest caller beside; judge what is the same for all.
-
-    prompt   whether the honest caller must be as fast as usual, beyond being answered
-
-    Raises AssertionError where a process ended, the honest caller was late in each of `TRIES` runs or got
-    anything but its answers, a log has lines that are not the service's, or memory does not come back.
+    busy   whether the machine had other work, so that late answers prove nothing about an attack
     """
-    for _ in range(TRIES):
-        row, late = await _besiege(running, service, *names, seconds=seconds, note=note, prompt=prompt)
-        if not late:
-            break
-    _table.rows.append(row)
-    assert not late, f"the honest caller's p99 was {late:.2f} s beside the attack"
-    return row
+
+    seen: Seen
+    busy: bool
 
 
-async def _besiege(
-    running: Fleet, service: str, *names: str, seconds: float, note: str, prompt: bool
-) -> tuple[Row, float]:
-    """Run the attacks once. Returns the honest caller's p99 in seconds if it is too long, else 0."""
-    before = {child.name: child.memory for child in running.children}
-    logged = {child.name: child.log.stat().st_size for child in running.children}
-    calm = asyncio.Event()
-    waking = asyncio.create_task(_lateness(calm))
-    normal = await ask_for(running.target, 1.0)
-    calm.set()
-    busy = percentile(await waking, 0.99) > QUIET_SECONDS or os.getloadavg()[0] > QUIET_LOAD
+async def calm(running: Fleet) -> Calm:
+    """Run the honest caller without an attack."""
     over = asyncio.Event()
-    watching = asyncio.create_task(_peaks(running, over))
-    asking = asyncio.create_task(ask_until(running.target, over))
-    try:
-        port = at(running, service).port
-        counts = await asyncio.gather(*(run_attack(name, port, seconds) for name in names))
-    finally:
-        over.set()
-    beside, peaks = await asking, await watching
-    row = Row(
-        " + ".join(names),
-        service,
-        sum(counts, Counter()),
-        normal,
-        beside,
-        peaks,
-        note + " (busy machine)" * busy,
-    )
-    assert all(child.alive for child in running.children)
-    assert not normal.failed
-    assert not beside.failed
-    after = await ask_for(running.target, 0.5)
-    assert not after.failed
-    usual = max(percentile(normal.seconds, 0.99), percentile(after.seconds, 0.99), FLOOR_SECONDS)
-    # Where others use the machine, who was late because of whom cannot be told; nobody hangs all the same.
-    slowest = percentile(beside.seconds, 0.99)
-    late = slowest > (HANG_SECONDS if busy or not prompt else 3 * usual)
-    for child in running.children:
-        judge_log(child, logged[child.name])
-        await _comes_back(child, before[child.name])
-    return row, slowest if late else 0.0
+    waking = asyncio.create_task(_lateness(over))
+    seen = await ask_for(running.target, CALM_SECONDS)
+    over.set()
+    busy = percentile(await waking, 0.99) > QUIET_SECONDS or os.getloadavg()[0] > QUIET_LOAD
+    assert not seen.failed
+    return Calm(seen, busy)
+
+
+class Target:
+    """A running mesh that is attacked.
+
+    `before` has the results of the honest caller since the last attack.
+    """
+
+    def __init__(self, running: Fleet, before: Calm) -> None:
+        self.running = running
+        self.before = before
+
+    async def attack(
+        self, service: str, *names: str, seconds: float, note: str = "", prompt: bool = True
+    ) -> tuple[Row, float]:
+        """Run attacks at once against a service, beside an honest caller, and check what holds for all.
+
+        prompt   whether the honest caller must also be as fast as usual
+
+        Returns the table's row, and the honest caller's p99 in seconds if it is too long, else 0. Raises
+        AssertionError if a process ended, a request of the honest caller failed, a log has lines that the
+        service did not write, or memory is not released.
+        """
+        running, normal, busy = self.running, self.before.seen, self.before.busy
+        memory = {child.name: child.memory for child in running.children}
+        logged = {child.name: child.log.stat().st_size for child in running.children}
+        over = asyncio.Event()
+        watching = asyncio.create_task(_peaks(running, over))
+        asking = asyncio.create_task(ask_until(running.target, over))
+        try:
+            port = at(running, service).port
+            counts = await asyncio.gather(*(run_attack(name, port, seconds) for name in names))
+        finally:
+            over.set()
+        beside, peaks = await asking, await watching
+        row = Row(
+            " + ".join(names),
+            service,
+            sum(counts, Counter()),
+            normal,
+            beside,
+            peaks,
+            note + " (busy machine)" * busy,
+        )
+        assert all(child.alive for child in running.children)
+        assert not beside.failed
+        self.before = await calm(running)
+        usual = max(
+            percentile(normal.seconds, 0.99), percentile(self.before.seen.seconds, 0.99), FLOOR_SECONDS
+        )
+        # On a busy machine the cause of a late answer is unknown; no request may hang there, either.
+        slowest = percentile(beside.seconds, 0.99)
+        late = slowest > (HANG_SECONDS if busy or not prompt else 3 * usual)
+        for child in running.children:
+            judge_log(child, logged[child.name])
+            await _memory_is_released(child, memory[child.name])
+        return row, slowest if late else 0.0
 
 
 def judge_log(child: Child, begin: int) -> None:
-    """What was written to the log from *begin* on: JSON lines of the service, not many, nothing forged."""
+    """Check the log from offset *begin*: few JSON lines, all of them written by the service."""
     with child.log.open("rb") as log:
         log.seek(begin)
         text = log.read()
     assert len(text) < 200_000
     for line in text.decode().splitlines():
-        told = json.loads(line)
-        assert told["service"] in child.name
-        # gRPC reports some calls that their callers broke as errors, in one short line.
-        assert told["level"] in ("INFO", "WARNING") or told["logger"].startswith("grpc"), line
+        logged = json.loads(line)
+        assert logged["service"] in child.name
+        # gRPC logs some calls that their callers broke as errors, in one short line.
+        assert logged["level"] in ("INFO", "WARNING") or logged["logger"].startswith("grpc"), line
         assert "Traceback" not in line
 
 
-async def _comes_back(child: Child, before: int) -> None:
-    ends = asyncio.get_running_loop().time() + BACK_SECONDS
-    while child.memory > before + BACK_BYTES:
+async def _memory_is_released(child: Child, before: int) -> None:
+    ends = asyncio.get_running_loop().time() + RELEASE_SECONDS
+    while child.memory > before + RETAINED_BYTES:
         assert asyncio.get_running_loop().time() < ends, (
             f"{child.name} has {(child.memory - before) >> 20} MiB more than before"
         )

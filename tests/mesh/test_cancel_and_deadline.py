@@ -1,4 +1,4 @@
-"""A request that nobody waits for any more costs nothing more, wherever it is."""
+"""A request that its caller abandoned uses no more resources, whatever stage it is in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from headrace import errors
 from headrace.batcher import job
-from headrace.batcher.waiting.estimates import Pace
+from headrace.batcher.waiting.estimates import Estimates
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import Mesh, collect, eventually, prompt, running_mesh
@@ -20,7 +20,7 @@ LONG = 3000
 
 @pytest.fixture
 async def slow() -> AsyncGenerator[Mesh, None]:
-    """One tier that computes two sequences at a time, 20 ms a step, 8 prompt tokens a step."""
+    """Run one tier with two sequences at a time, steps of 20 ms, and 8 prompt tokens a step."""
     async with running_mesh(
         "only",
         engine=lambda: EchoEngine(max_running=2, step_seconds=0.02),
@@ -34,7 +34,7 @@ def endless(text: str = "x") -> pb.GenerateRequest:
     return prompt(text, max_tokens=LONG, ignore_eos=True)
 
 
-async def test_hanging_up_in_mid_answer_frees_the_sequence(slow: Mesh, count: Callable[..., float]) -> None:
+async def test_cancelling_during_decode_frees_the_sequence(slow: Mesh, count: Callable[..., float]) -> None:
     before = count("headrace.sequences.ended", outcome="cancelled")
     async with aclosing(slow.client.generate(endless(), timeout=600)) as stream:
         async for response in stream:
@@ -46,16 +46,16 @@ async def test_hanging_up_in_mid_answer_frees_the_sequence(slow: Mesh, count: Ca
     assert count("headrace.requests", outcome="cancelled") >= 1
 
 
-async def test_hanging_up_during_prefill_frees_the_sequence(slow: Mesh) -> None:
+async def test_cancelling_during_prefill_frees_the_sequence(slow: Mesh) -> None:
     only = slow.tiers["only"]
     async with aclosing(slow.client.generate(prompt("p" * 2000), timeout=600)) as stream:
         await anext(stream)
-        await eventually(lambda: only.worker.sessions.load().running == 1)
+        await eventually(lambda: only.worker.streams.load().running == 1)
 
     await eventually(lambda: not slow.left_behind)
 
 
-async def test_hanging_up_in_the_queue_frees_the_place(slow: Mesh) -> None:
+async def test_cancelling_in_the_queue_frees_the_slot(slow: Mesh) -> None:
     coalescer = slow.tiers["only"].batcher.coalescer
     async with asyncio.TaskGroup() as tasks:
         readers = [tasks.create_task(collect(slow.client, endless(), timeout=600)) for _ in range(6)]
@@ -66,26 +66,26 @@ async def test_hanging_up_in_the_queue_frees_the_place(slow: Mesh) -> None:
     await eventually(lambda: not slow.left_behind)
 
 
-async def test_a_deadline_in_mid_answer_is_told_and_frees_the_sequence(slow: Mesh) -> None:
+async def test_a_deadline_during_decode_is_reported_and_frees_the_sequence(slow: Mesh) -> None:
     with pytest.raises(errors.DeadlineExceeded):
-        # Not one that asks for many tokens: that would be refused at once, knowing the pace.
+        # Few tokens: a request for many would be rejected immediately, as the pace is known.
         await collect(slow.client, prompt("y" * 100), timeout=0.5)
 
     await eventually(lambda: not slow.left_behind)
 
 
-async def test_a_deadline_in_the_queue_is_told_apart(
+async def test_a_deadline_in_the_queue_has_its_own_reason(
     slow: Mesh, count: Callable[..., float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = count("headrace.requests", outcome="deadline_queue")
     coalescer = slow.tiers["only"].batcher.coalescer
-    # The batcher answers 57 s before the deadline: only it can notice, however busy this machine is. And it
-    # judges nobody by what was measured in those three seconds.
+    # The batcher answers 57 s before the deadline, so that only it can report the deadline, even on a busy
+    # machine. Its admission ignores what was measured in those three seconds.
     monkeypatch.setattr(job, "DEADLINE_MARGIN", 57.0)
-    monkeypatch.setattr(coalescer.admission, "pace", lambda now: Pace())
+    monkeypatch.setattr(coalescer.admission, "estimates", lambda now: Estimates())
     async with asyncio.TaskGroup() as tasks:
         readers = [tasks.create_task(collect(slow.client, endless(), timeout=600)) for _ in range(4)]
-        await eventually(lambda: slow.tiers["only"].worker.sessions.live == 4)
+        await eventually(lambda: slow.tiers["only"].worker.streams.in_flight == 4)
         with pytest.raises(errors.DeadlineExceeded):
             await collect(slow.client, prompt("late"), timeout=60.0)
         await eventually(lambda: len(coalescer.queue) == 0)
@@ -108,11 +108,11 @@ async def test_a_request_without_a_deadline_gets_the_routers_default() -> None:
         await eventually(lambda: not mesh.left_behind)
 
 
-async def test_neighbours_of_a_cancelled_sequence_finish_unharmed(slow: Mesh) -> None:
+async def test_other_sequences_of_a_batch_finish_when_one_is_cancelled(slow: Mesh) -> None:
     async with asyncio.TaskGroup() as tasks:
         leaving = tasks.create_task(collect(slow.client, endless("leaves"), timeout=600))
         staying = tasks.create_task(collect(slow.client, prompt("stays " * 5)))
-        await eventually(lambda: slow.tiers["only"].worker.sessions.live == 2)
+        await eventually(lambda: slow.tiers["only"].worker.streams.in_flight == 2)
         leaving.cancel()
 
     assert (await staying).text == "stays " * 5

@@ -1,4 +1,4 @@
-"""Bad input and full houses: what the caller is told, over the wire, and that nobody else suffers."""
+"""Invalid requests and overload: the caller receives the documented error, and others are unaffected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel
 from headrace.client import chat, connect
@@ -72,24 +72,24 @@ BAD_REQUESTS: list[tuple[pb.GenerateRequest, type[errors.HeadraceError], str]] =
     ),
     (routed(session_id="s" * 257), errors.InvalidRequest, "routing.session_id"),
     (routed(tenant="t" * 257), errors.InvalidRequest, "routing.tenant"),
-    # What is quoted must not make the status longer than gRPC's headers may be.
+    # A quote must not make the status longer than gRPC's limit on headers.
     (routed(tier="😀" * 20_000), errors.UnknownTier, "routing.tier"),
     (chat([("r" * 100_000, "x")]), errors.InvalidRequest, "chat.messages[0].role"),
 ]
 
 
-async def test_bad_requests_are_refused_with_class_field_and_remedy(mesh: Mesh) -> None:
+async def test_bad_requests_are_rejected_with_class_field_and_remedy(mesh: Mesh) -> None:
     for request, expected, field in BAD_REQUESTS:
         with pytest.raises(errors.InvalidRequest) as caught:
             await collect(mesh.client, request)
 
         assert type(caught.value) is expected, request
         assert caught.value.field == field
-        assert len(caught.value.message) > 20, "the message tells a person what to do"
+        assert len(caught.value.message) > 20, "the message names a remedy"
     await eventually(lambda: not mesh.left_behind)
 
 
-async def test_a_batcher_alone_refuses_in_the_same_words(mesh: Mesh) -> None:
+async def test_batcher_and_router_reject_with_the_same_message(mesh: Mesh) -> None:
     async with connect(f"127.0.0.1:{mesh.tiers['small'].batcher.server.port}") as behind:
         for request, expected, _ in BAD_REQUESTS[:17]:
             with pytest.raises(expected) as direct:
@@ -117,7 +117,7 @@ async def test_the_status_carries_google_rpc_details(mesh: Mesh) -> None:
     assert bad.field_violations[0].field == "sampling.top_p"
 
 
-async def test_text_that_is_not_utf8_is_told_so(mesh: Mesh) -> None:
+async def test_text_that_is_not_utf8_is_rejected(mesh: Mesh) -> None:
     for port in (mesh.port, mesh.tiers["small"].batcher.server.port):
         async with open_channel(f"127.0.0.1:{port}") as channel:
             raw: Any = channel.unary_stream(
@@ -127,12 +127,12 @@ async def test_text_that_is_not_utf8_is_told_so(mesh: Mesh) -> None:
                 async for _ in raw(b"\x1a\x02\xff\xfe"):  # field 3, `prompt`, of two bytes
                     pass
 
-        error = errors.from_rpc_error(caught.value)
+        error = statuses.from_rpc_error(caught.value)
         assert isinstance(error, errors.InvalidText)
         assert "UTF-8" in error.message
 
 
-async def test_an_oversize_message_is_refused_by_client_and_server(mesh: Mesh) -> None:
+async def test_an_oversize_message_is_rejected_by_client_and_server(mesh: Mesh) -> None:
     huge = prompt("x" * (MAX_MESSAGE_BYTES + 1))
     with pytest.raises(errors.MessageTooLarge):
         await collect(mesh.client, huge)
@@ -144,11 +144,11 @@ async def test_an_oversize_message_is_refused_by_client_and_server(mesh: Mesh) -
             async for _ in GenerationServiceStub(channel).Generate(huge):
                 pass
 
-    assert isinstance(errors.from_rpc_error(caught.value), errors.MessageTooLarge)
+    assert isinstance(statuses.from_rpc_error(caught.value), errors.MessageTooLarge)
 
 
 class _Slow(ByteTokenizer):
-    """Takes its time for long prompts, and proves nothing from their bytes."""
+    """A tokenizer that is slow for long prompts and has no lower bound of tokens for given bytes."""
 
     bound = None
 
@@ -163,7 +163,7 @@ class _Slow(ByteTokenizer):
         return super().encode_text(text)
 
 
-async def test_nobody_waits_for_the_tokens_of_somebody_elses_long_prompts() -> None:
+async def test_short_prompts_do_not_wait_for_the_tokenizing_of_long_ones() -> None:
     tokenizer = _Slow()
     async with running_mesh("only", tokenizer=tokenizer) as mesh:
         long = [asyncio.create_task(collect(mesh.client, prompt("x" * 2_000_000))) for _ in range(3)]
@@ -175,7 +175,7 @@ async def test_nobody_waits_for_the_tokens_of_somebody_elses_long_prompts() -> N
                 await reading
 
 
-async def test_a_full_queue_answers_at_once_with_a_delay_and_recovers() -> None:
+async def test_a_full_queue_rejects_immediately_with_a_delay_and_recovers() -> None:
     async with running_mesh(
         "only",
         engine=lambda: EchoEngine(max_running=1, step_seconds=0.01),
@@ -185,7 +185,7 @@ async def test_a_full_queue_answers_at_once_with_a_delay_and_recovers() -> None:
         busy = prompt("x", max_tokens=1000, ignore_eos=True)
         async with asyncio.TaskGroup() as tasks:
             readers = []
-            for queued in (0, 0, 1, 2, 3):  # one runs, one waits at the worker; so that none meets them all
+            for queued in (0, 0, 1, 2, 3):  # one runs, one waits at the worker
                 readers.append(tasks.create_task(collect(mesh.client, busy, timeout=600)))
                 await eventually(
                     lambda: (len(coalescer.live), len(coalescer.queue)) == (len(readers), queued)  # noqa: B023
@@ -204,13 +204,13 @@ async def test_a_full_queue_answers_at_once_with_a_delay_and_recovers() -> None:
 
 
 class _FaultyTokenizer(ByteTokenizer):
-    """A byte tokenizer that turns one letter into the id at which the echo engine fails."""
+    """A byte tokenizer that maps one letter to the id at which the echo engine fails."""
 
     def encode_text(self, text: str) -> list[int]:
         return [FAULT_ID if letter == "!" else ord(letter) for letter in text]
 
 
-async def test_a_sequence_that_fails_in_the_engine_ends_alone() -> None:
+async def test_a_sequence_that_fails_in_the_engine_affects_no_other() -> None:
     async with running_mesh("only", tokenizer=_FaultyTokenizer()) as mesh:
         bad = asyncio.create_task(collect(mesh.client, prompt("bad!")))
         good = [asyncio.create_task(collect(mesh.client, prompt("good" * 20))) for _ in range(8)]
@@ -235,7 +235,7 @@ class _Exploding(EchoEngine):
         return super().step(rows, meanwhile)
 
 
-async def test_an_engine_that_raises_once_is_asked_again_unseen(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_engine_that_raises_once_is_retried_transparently(caplog: pytest.LogCaptureFixture) -> None:
     async with running_mesh("only", engine=_Exploding) as mesh:
         assert (await collect(mesh.client, prompt("abcdef"))).text == "abcdef"
         assert (await collect(mesh.client, prompt("again"))).text == "again"
@@ -258,7 +258,7 @@ async def test_an_unexpected_exception_is_an_internal_error_without_its_details(
     assert "secret" in caplog.text
 
 
-async def test_a_tier_without_workers_is_passed_over_or_named() -> None:
+async def test_a_tier_without_workers_is_skipped_or_named() -> None:
     async with running_mesh() as mesh:
         small = mesh.tiers["small"]
         next(iter(small.batcher.coalescer.pool)).draining = True
@@ -275,13 +275,13 @@ async def test_a_tier_without_workers_is_passed_over_or_named() -> None:
         assert caught.value.retry_after == 1.0
 
 
-async def test_a_mesh_that_is_not_there_is_unavailable() -> None:
+async def test_an_unreachable_mesh_is_unavailable() -> None:
     async with connect("127.0.0.1:1", retries=1) as client:
         with pytest.raises(errors.Unavailable):
             await collect(client, prompt("x"))
 
 
-async def test_a_worker_with_another_tokenizer_is_refused() -> None:
+async def test_a_worker_with_another_tokenizer_is_rejected() -> None:
     from headrace.batcher.__main__ import batcher
     from headrace.batcher.settings import Settings
     from headrace.batcher.text.tokens import ByteTokenizer

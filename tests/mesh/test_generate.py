@@ -1,4 +1,4 @@
-"""What a caller of the mesh sees, over real servers with echo engines."""
+"""The API of the mesh, over real servers with echo engines."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ async def test_an_easy_prompt_goes_to_the_small_tier_and_a_hard_one_to_the_large
     assert easy.accepted.score < hard.accepted.score
 
 
-async def test_a_pin_beats_the_score(mesh: Mesh) -> None:
+async def test_a_requested_tier_overrides_the_score(mesh: Mesh) -> None:
     request = chat("Hi!")
     request.routing.tier = "large"
 
     assert (await collect(mesh.client, request)).accepted.tier == "large"
 
 
-async def test_characters_of_several_tokens_arrive_whole(mesh: Mesh) -> None:
+async def test_characters_of_several_tokens_arrive_in_one_delta(mesh: Mesh) -> None:
     text = "naïve – 火星 🚀 e\u0301"
     request = prompt(text)
     request.stream.flush_tokens = 1
@@ -68,7 +68,7 @@ async def test_max_tokens_ends_the_answer_and_eos_can_be_ignored(mesh: Mesh) -> 
     assert answer.finish.reason == pb.FINISH_REASON_LENGTH
 
 
-async def test_the_seed_in_force_is_told_and_the_callers_own_is_kept(mesh: Mesh) -> None:
+async def test_the_seed_in_use_is_reported_and_the_callers_own_is_kept(mesh: Mesh) -> None:
     drawn = await collect(mesh.client, prompt("a"))
     given = await collect(mesh.client, prompt("a", seed=7))
 
@@ -90,7 +90,7 @@ async def test_an_answer_resumes_after_the_tokens_that_were_delivered(mesh: Mesh
         assert rest.finish.usage.replayed_tokens == cut
 
 
-async def test_router_and_batcher_cannot_be_told_apart(mesh: Mesh) -> None:
+async def test_router_and_batcher_answer_alike(mesh: Mesh) -> None:
     async with connect(f"127.0.0.1:{mesh.tiers['small'].batcher.server.port}") as behind:
         answer = await collect(behind, prompt("same"))
 
@@ -99,7 +99,7 @@ async def test_router_and_batcher_cannot_be_told_apart(mesh: Mesh) -> None:
     assert not answer.accepted.HasField("score")
 
 
-async def test_many_streams_at_once_are_neither_lost_nor_mixed_up(mesh: Mesh) -> None:
+async def test_concurrent_streams_are_neither_lost_nor_mixed_up(mesh: Mesh) -> None:
     texts = [f"request number {number} says {'x' * (number % 17)}" for number in range(64)]
 
     answers = await asyncio.gather(*(collect(mesh.client, prompt(text)) for text in texts))
@@ -125,7 +125,7 @@ async def test_flush_tokens_sets_the_size_of_later_deltas(mesh: Mesh) -> None:
     assert answer.deltas <= 1 + 100 // 25
 
 
-async def test_explain_tells_the_same_tier_as_generate_takes(mesh: Mesh) -> None:
+async def test_explain_reports_the_tier_that_generate_uses(mesh: Mesh) -> None:
     for text in ("Hi!", "Prove that there are infinitely many primes, step by step."):
         explained = await mesh.client.explain(chat(text))
         answer = await collect(mesh.client, chat(text))
@@ -135,7 +135,7 @@ async def test_explain_tells_the_same_tier_as_generate_takes(mesh: Mesh) -> None
         assert [candidate.tier.name for candidate in explained.candidates] == ["small", "large"]
 
 
-async def test_list_tiers_tells_model_limits_and_health(mesh: Mesh) -> None:
+async def test_list_tiers_reports_model_limits_and_health(mesh: Mesh) -> None:
     tiers = (await mesh.client.list_tiers()).tiers
 
     assert [(tier.name, tier.model, tier.healthy) for tier in tiers] == [
@@ -145,12 +145,12 @@ async def test_list_tiers_tells_model_limits_and_health(mesh: Mesh) -> None:
     assert all(tier.limits.context_length == 4096 for tier in tiers)
 
 
-async def test_leaving_early_leaves_nothing_behind(mesh: Mesh) -> None:
+async def test_a_cancelled_answer_leaves_nothing_behind(mesh: Mesh) -> None:
     async with aclosing(mesh.client.generate(prompt("x" * 500), timeout=PATIENCE)) as stream:
         await anext(stream)
 
 
-async def test_text_that_was_kept_back_until_the_end_survives_the_loss_of_the_finish(mesh: Mesh) -> None:
+async def test_text_held_back_until_the_end_survives_the_loss_of_the_finish(mesh: Mesh) -> None:
     for request in (prompt("xyo", stop=["oz"]), prompt("xyo", stop=["oz"], max_tokens=3)):
         async with aclosing(mesh.client.generate(request, timeout=PATIENCE)) as stream:
             events = [response async for response in stream]

@@ -1,4 +1,4 @@
-"""KV memory as callers and operators see it: shared prompts cost once, and little memory costs only time."""
+"""KV memory as callers and operators see it: prefixes are cached, and scarce memory only adds latency."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.harness import collect, eventually, prompt, running_mesh, running_wor
 SYSTEM = "You are a helpful assistant who answers with what was asked. "
 
 
-async def test_a_prompt_that_begins_like_an_earlier_one_says_what_was_cached(
+async def test_the_cached_prefix_of_a_prompt_is_reported(
     count: Callable[..., float], spans: InMemorySpanExporter
 ) -> None:
     before = count("headrace.kv.cached_tokens")
@@ -49,15 +49,19 @@ async def test_a_resumed_answer_counts_only_prompt_tokens_as_cached() -> None:
         rest = await collect(mesh.client, request)
 
     assert whole.ids[30:] == rest.ids
-    assert rest.finish.usage.cached_tokens == 10, "the answer's tokens were found, too, but are no prompt"
+    assert rest.finish.usage.cached_tokens == 10, (
+        "the answer's tokens were cached, too, but are not prompt tokens"
+    )
 
 
-async def test_answers_are_whole_though_memory_holds_hardly_one_of_them(count: Callable[..., float]) -> None:
+async def test_answers_are_whole_though_memory_holds_little_more_than_one(
+    count: Callable[..., float],
+) -> None:
     preempted = count("headrace.sequences.preempted")
     texts = [f"{number} is a number and this is a text about it" for number in range(8)]
     async with running_mesh(
         "only",
-        engine=lambda: EchoEngine(  # slow enough for the eight to meet there
+        engine=lambda: EchoEngine(  # slow enough for all eight to run at once
             max_running=8, context_length=128, block_tokens=4, kv_blocks=36, step_seconds=0.01
         ),
     ) as mesh:
@@ -72,13 +76,13 @@ async def test_answers_are_whole_though_memory_holds_hardly_one_of_them(count: C
     assert count("headrace.kv.usage") == 0
 
 
-async def test_a_worker_tells_its_memory_in_tokens() -> None:
+async def test_a_worker_reports_its_memory_in_tokens() -> None:
     engine = EchoEngine(max_running=8, context_length=128, block_tokens=4, kv_blocks=36)
     async with (
         running_worker(engine) as worker,
         grpc.aio.insecure_channel(f"127.0.0.1:{worker.server.port}") as channel,
     ):
         model = (await WorkerServiceStub(channel).GetModel(wire.GetModelRequest())).model
-        load = worker.sessions.load()
+        load = worker.streams.load()
 
     assert model.kv_tokens == load.kv_tokens_total == load.kv_tokens_free == 4 * 36

@@ -1,4 +1,4 @@
-"""One trace per request, batches linked both ways, and serving that does not mind the collector."""
+"""One trace per request, links between batches and requests, and serving without a collector."""
 
 from __future__ import annotations
 
@@ -20,17 +20,14 @@ from opentelemetry.propagators.textmap import (
     default_getter,
     default_setter,
 )
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from headrace import errors
 from headrace.cli.mesh import MeshSpec
 from headrace.cli.mesh import mesh as processes
 from headrace.cli.otlp_receiver import Span, is_complete, otlp_receiver
 from headrace.client import chat, connect
-from headrace.runtime.sampling import LinkedRoots
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 
@@ -69,8 +66,8 @@ async def test_every_stage_of_a_request_is_a_span_of_one_trace(
     assert {"first_token", "finish"} <= events
 
 
-async def test_looks_at_the_tiers_leave_no_traces(mesh: Mesh, spans: InMemorySpanExporter) -> None:
-    """A router looks at every batcher each second: requests would drown in it."""
+async def test_polls_of_the_tiers_leave_no_traces(mesh: Mesh, spans: InMemorySpanExporter) -> None:
+    """A router polls every batcher each second. These traces would hide those of requests."""
     await mesh.client.list_tiers()
     await collect(mesh.client, prompt("hello"))
     await eventually(lambda: len(by_name(spans.get_finished_spans(), GENERATE)) == 4)
@@ -94,7 +91,7 @@ async def test_a_batch_and_its_members_link_to_each_other(spans: InMemorySpanExp
 
     members = 0
     for batch in batches:
-        assert batch.parent is None, "a batch has many parents, so it is nobody's child"
+        assert batch.parent is None, "a batch has links to its requests and no parent"
         assert batch.attributes is not None
         assert batch.attributes["headrace.batch.size"] == len(batch.links)
         for link in batch.links:
@@ -102,17 +99,17 @@ async def test_a_batch_and_its_members_link_to_each_other(spans: InMemorySpanExp
             member = contexts[link.context.span_id]
             assert batch.context.span_id in {back.context.span_id for back in member.links}
     assert members == 6
-    assert any(len(batch.links) > 1 for batch in batches), "requests that wait together share a batch"
+    assert any(len(batch.links) > 1 for batch in batches), "requests that are queued together share a batch"
     for span in by_name(finished, "worker.prefill"):
         assert [contexts[link.context.span_id].name for link in span.links] == ["batcher.batch"]
 
 
-async def test_a_failed_or_cancelled_stream_says_so_in_its_span(spans: InMemorySpanExporter) -> None:
+async def test_the_span_of_a_failed_or_cancelled_stream_has_its_status(spans: InMemorySpanExporter) -> None:
     async with running_mesh("only", engine=lambda: EchoEngine(step_seconds=0.01)) as mesh:
         with pytest.raises(errors.InvalidSampling):
             await collect(mesh.client, prompt("x", top_p=9))
         reading = asyncio.create_task(collect(mesh.client, prompt("x", max_tokens=1000, ignore_eos=True)))
-        await eventually(lambda: mesh.tiers["only"].worker.sessions.live)
+        await eventually(lambda: mesh.tiers["only"].worker.streams.in_flight)
         reading.cancel()
         await asyncio.wait([reading])
         await eventually(lambda: not mesh.left_behind)
@@ -144,7 +141,7 @@ async def test_the_core_metrics_are_recorded(count: Callable[..., float]) -> Non
         "rpc.server.call.duration",
     )
     before = {name: count(name) for name in names}
-    # In steps that take time: tokens that all come at once have no time per token.
+    # Steps take time here: tokens that arrive at once have no time per token.
     async with running_mesh(engine=lambda: EchoEngine(step_seconds=0.005)) as mesh:
         answer = await collect(mesh.client, prompt("x" * 3000, max_tokens=300))
 
@@ -186,7 +183,7 @@ async def test_a_real_receiver_gets_one_trace_across_all_processes(tmp_path: Pat
 
 
 def whole_without_client(spans: Sequence[Span], trace_id: str) -> bool:
-    """Whether every span of the trace has its parent; the test's own client exports nothing."""
+    """Return whether every span of the trace has its parent. The test's own client exports nothing."""
     roots = [span for span in spans if span.trace_id == trace_id and span.name == GENERATE]
     if not roots:
         return is_complete(spans, trace_id)
@@ -195,7 +192,7 @@ def whole_without_client(spans: Sequence[Span], trace_id: str) -> bool:
     return len(orphans) == 1 and orphans[0].service == "headrace-router"
 
 
-async def test_a_collector_that_is_down_does_not_disturb_serving(tmp_path: Path) -> None:
+async def test_an_unreachable_collector_does_not_affect_serving(tmp_path: Path) -> None:
     spec = MeshSpec(
         cache=tmp_path,
         log_dir=tmp_path / "logs",
@@ -208,7 +205,7 @@ async def test_a_collector_that_is_down_does_not_disturb_serving(tmp_path: Path)
 
 
 def sent_by_caller(*, sampled: bool) -> Context:
-    """The context of a caller whose span is not recorded here."""
+    """Return the context of a caller whose span is not recorded here."""
     context = trace.SpanContext(0x1234, 0x56, is_remote=False, trace_flags=trace.TraceFlags(int(sampled)))
     return trace.set_span_in_context(trace.NonRecordingSpan(context))
 
@@ -228,7 +225,7 @@ async def two_hops(**router_settings: object) -> AsyncGenerator[Mesh, None]:
         yield mesh
 
 
-async def test_a_request_that_its_caller_sampled_out_leaves_no_span_at_all(
+async def test_a_request_that_its_caller_did_not_sample_leaves_no_span(
     spans: InMemorySpanExporter,
 ) -> None:
     async with two_hops() as mesh:
@@ -239,7 +236,7 @@ async def test_a_request_that_its_caller_sampled_out_leaves_no_span_at_all(
     assert [span.name for span in spans.get_finished_spans()] == []
 
 
-async def test_a_batch_is_recorded_for_the_members_that_are(spans: InMemorySpanExporter) -> None:
+async def test_a_batch_is_recorded_with_its_sampled_members(spans: InMemorySpanExporter) -> None:
     async with two_hops() as mesh:
         coalescer = mesh.tiers["only"].batcher.coalescer
         (worker,) = coalescer.pool
@@ -259,7 +256,7 @@ async def test_a_batch_is_recorded_for_the_members_that_are(spans: InMemorySpanE
 
 
 @pytest.mark.parametrize("sampled", [True, False])
-async def test_a_caller_that_is_not_trusted_neither_hides_requests_nor_forces_traces(
+async def test_an_untrusted_caller_neither_hides_requests_nor_forces_traces(
     spans: InMemorySpanExporter, sampled: bool
 ) -> None:
     async with two_hops(trace_context="link") as mesh:
@@ -276,7 +273,7 @@ async def test_a_caller_that_is_not_trusted_neither_hides_requests_nor_forces_tr
     assert {"router.score", "batcher.tokenize", "worker.decode"} <= {span.name for span in ours}
 
 
-async def test_the_context_of_a_caller_can_be_left_unread(spans: InMemorySpanExporter) -> None:
+async def test_the_context_of_a_caller_can_be_ignored(spans: InMemorySpanExporter) -> None:
     async with two_hops(trace_context="ignore") as mesh:
         with as_caller(sent_by_caller(sampled=True)):
             await collect(mesh.client, prompt("hello"))
@@ -288,7 +285,7 @@ async def test_the_context_of_a_caller_can_be_left_unread(spans: InMemorySpanExp
 
 
 class Noting(TextMapPropagator):
-    """A propagator with capitals in its key, as some have; it notes what arrives."""
+    """A propagator with capitals in its key, as some have. It records what arrives."""
 
     def __init__(self) -> None:
         self.arrived: list[str] = []
@@ -311,7 +308,7 @@ class Noting(TextMapPropagator):
 
 
 async def test_baggage_of_a_caller_reaches_every_hop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Baggage, and keys with capitals, which gRPC does not take."""
+    """Baggage, and keys with capitals, which gRPC does not accept."""
     noting = Noting()
     monkeypatch.setattr(propagate, "_HTTP_TEXT_FORMAT", noting)
     async with two_hops() as mesh:
@@ -326,7 +323,7 @@ async def test_baggage_of_a_caller_reaches_every_hop(monkeypatch: pytest.MonkeyP
 async def test_the_trace_is_one_by_other_propagators_too(
     name: str, spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker's hop has fields for the trace context, whatever the headers are."""
+    """The hop to the worker carries the trace context in fields, whatever the headers are."""
     (point,) = entry_points(group="opentelemetry_propagator", name=name)
     monkeypatch.setattr(propagate, "_HTTP_TEXT_FORMAT", point.load()())
     async with two_hops() as mesh:
@@ -342,7 +339,7 @@ async def test_the_trace_is_one_by_other_propagators_too(
 async def test_processes_that_sample_nothing_record_what_a_trusted_caller_samples(
     mode: str, recorded: bool, tmp_path: Path
 ) -> None:
-    """With a parent-based sampler; the batch is recorded with its member, though it is a root of its own."""
+    """With a parent-based sampler. The batch is recorded with its member, although it is a root span."""
     async with otlp_receiver() as sink:
         variables = {
             **sink.environment,
@@ -358,23 +355,3 @@ async def test_processes_that_sample_nothing_record_what_a_trusted_caller_sample
     names = {span.name for span in sink.spans}
     assert names >= {GENERATE, "router.score", "batcher.batch", "worker.decode"} if recorded else not names
     assert len([span for span in sink.spans if span.name == "worker.decode"]) == int(recorded)
-
-
-def test_a_root_that_links_to_spans_of_this_process_is_recorded_as_they_are() -> None:
-    """Sampled by chance, a batch would be missing from traces that link to it."""
-    exporter = InMemorySpanExporter()
-    tracers = TracerProvider(sampler=LinkedRoots(ALWAYS_OFF))
-    tracers.add_span_processor(SimpleSpanProcessor(exporter))
-    tracer = tracers.get_tracer("test")
-
-    def link(*, sampled: bool, remote: bool = False) -> trace.Link:
-        flags = trace.TraceFlags(int(sampled))
-        return trace.Link(trace.SpanContext(1, 2, is_remote=remote, trace_flags=flags))
-
-    tracer.start_span("nobody").end()
-    tracer.start_span("unsampled", links=[link(sampled=False)]).end()
-    tracer.start_span("stranger", links=[link(sampled=True, remote=True)]).end()
-    tracer.start_span("child", sent_by_caller(sampled=False), links=[link(sampled=True)]).end()
-    tracer.start_span("batch", links=[link(sampled=False), link(sampled=True)]).end()
-
-    assert [span.name for span in exporter.get_finished_spans()] == ["batch"]

@@ -1,4 +1,4 @@
-"""Batchers that do as they are told, and a router in front of them."""
+"""Fake batchers with configurable behaviour, and a router in front of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headrace.channel import open_channel
 from headrace.client import Client, connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings
-from headrace.runtime.server import serving
+from headrace.runtime.serving.server import serving
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
@@ -33,19 +33,20 @@ from tests.harness import PATIENCE, eventually
 
 
 @dataclass
-class Front(GenerationServiceServicer, RoutingServiceServicer):
-    """Says the prompt back, a byte a token and `pieces` tokens a delta, until it fails as it was told.
+class FakeBatcher(GenerationServiceServicer, RoutingServiceServicer):
+    """Echoes the prompt, one byte per token and `pieces` tokens per delta, until it fails as configured.
 
-    refuses      raised instead of `accepted`; a string breaks off without details, as a connection does
-    refusals     how many requests it refuses
-    breaks       for each request in turn, after how many tokens of its own its stream breaks; then no more
-    breaks_with  what it breaks with
-    hangs        says nothing more after `accepted`, and answers no look
-    running, queued   what it says of its load
-    healthy      what it says of its health
-    tier         what it calls its tier
-    listed       what it answers to ListTiers, in place of the truth
+    refuses      raised instead of `accepted`; a string ends the call without details, as a lost connection
+    refusals     number of requests that it refuses
+    breaks       for each request in turn, the number of its own tokens after which its stream breaks
+    breaks_with  the error of a broken stream
+    hangs        it sends nothing after `accepted`, and does not reply to polls
+    running, queued   the load that it reports
+    healthy      the health that it reports
+    tier         its own name of its tier
+    listed       its reply to ListTiers; None: the right one
     timing       of each answer
+    polls        number of polls received
     """
 
     model: str = "echo"
@@ -61,12 +62,12 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
     tier: str = ""
     listed: routing.ListTiersResponse | None = None
     timing: pb.Timing | None = None
-    looks: int = 0
+    polls: int = 0
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     time_left: list[float] = field(default_factory=list)
 
     async def ListTiers(self, request: object, context: object) -> routing.ListTiersResponse:
-        self.looks += 1
+        self.polls += 1
         if self.hangs and self.requests:
             await asyncio.Event().wait()
         if self.listed is not None:
@@ -96,7 +97,7 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
             await asyncio.Event().wait()
         said = list((request.prompt or request.chat.messages[-1].content).encode())
         had = at = len(request.resume.token_ids)
-        assert list(request.resume.token_ids) == said[:at], "what was said before is what is said"
+        assert list(request.resume.token_ids) == said[:at], "a resumed answer continues its own text"
         while at < len(said):
             ids = said[at : at + self.pieces]
             if breaks is not None and at - had + len(ids) > breaks:
@@ -119,12 +120,12 @@ class Front(GenerationServiceServicer, RoutingServiceServicer):
 
 
 @asynccontextmanager
-async def serving_front(front: Front) -> AsyncGenerator[str, None]:
-    """Serve one; yields its address."""
+async def serving_fake(fake: FakeBatcher) -> AsyncGenerator[str, None]:
+    """Serve a fake batcher; yield its address."""
 
     def register(server: grpc.aio.Server) -> None:
-        add_GenerationServiceServicer_to_server(front, server)
-        add_RoutingServiceServicer_to_server(front, server)
+        add_GenerationServiceServicer_to_server(fake, server)
+        add_RoutingServiceServicer_to_server(fake, server)
 
     async with serving(register, (), host="127.0.0.1", port=0, drain_seconds=0, ready=lambda: True) as server:
         yield f"127.0.0.1:{server.port}"
@@ -132,11 +133,11 @@ async def serving_front(front: Front) -> AsyncGenerator[str, None]:
 
 @asynccontextmanager
 async def routed(
-    settings: dict[str, Any] | None = None, **tiers: Front | Sequence[Front] | str
+    settings: dict[str, Any] | None = None, **tiers: FakeBatcher | Sequence[FakeBatcher] | str
 ) -> AsyncGenerator[Client, None]:
-    """A router in front of these tiers' batchers, smallest first, and a client that does not retry.
+    """Start a router in front of these tiers' batchers, smallest first; yield a client that does not retry.
 
-    tiers   what serves each; a string is the address of something that serves already
+    tiers   the batchers of each; a string is the address of a running server
     """
     async with routing_port(settings, **tiers) as port, connect(f"127.0.0.1:{port}", retries=0) as client:
         yield client
@@ -144,38 +145,38 @@ async def routed(
 
 @asynccontextmanager
 async def routing_port(
-    settings: dict[str, Any] | None = None, **tiers: Front | Sequence[Front] | str
+    settings: dict[str, Any] | None = None, **tiers: FakeBatcher | Sequence[FakeBatcher] | str
 ) -> AsyncGenerator[int, None]:
-    """As `routed`; yields the router's port."""
+    """Start the same router as `routed`; yield its port."""
     async with AsyncExitStack() as stack:
         targets = []
         every: dict[str, bool] = {}
-        for name, fronts in tiers.items():
-            if isinstance(fronts, str):
-                targets.append(f"{name}={fronts}")
-                every[fronts] = True
+        for name, fakes in tiers.items():
+            if isinstance(fakes, str):
+                targets.append(f"{name}={fakes}")
+                every[fakes] = True
                 continue
             here = {
-                await stack.enter_async_context(serving_front(front)): front
-                for front in ([fronts] if isinstance(fronts, Front) else fronts)
+                await stack.enter_async_context(serving_fake(fake)): fake
+                for fake in ([fakes] if isinstance(fakes, FakeBatcher) else fakes)
             }
             targets.append(f"{name}={'+'.join(here)}")
-            every |= {address: front.healthy for address, front in here.items()}
+            every |= {address: fake.healthy for address, fake in here.items()}
         given: dict[str, Any] = {
             "drain_seconds": 0,
             "poll_seconds": 60,
-            "resume_seconds": 60,
-            "wait_seconds": 0,
+            "failover_seconds": 60,
+            "tier_wait_seconds": 0,
         }
         given |= settings or {}
         gate = await stack.enter_async_context(router(Settings(port=0, tiers=",".join(targets), **given)))
         await eventually(lambda: gate.health.ready)
-        await _until_looked_at(gate.port, every)
+        await _until_polled(gate.port, every)
         yield gate.port
 
 
-async def _until_looked_at(port: int, healthy: Mapping[str, bool]) -> None:
-    """Wait until the router knows each batcher, by address, for what it is: its first look may time out."""
+async def _until_polled(port: int, healthy: Mapping[str, bool]) -> None:
+    """Wait until the router has the right health of each batcher, by address: the first poll may time out."""
     async with open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(PATIENCE):
         while True:
             state = (await AdminServiceStub(channel).Inspect(admin.InspectRequest())).router

@@ -1,4 +1,4 @@
-"""Thresholds from traffic: the wanted share, the wanted quality, and a file that says what it is."""
+"""Thresholds from traffic, for a wanted share or quality, and the calibration file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.routing.calibration import (
     BadCalibration,
-    Row,
+    ScoredPrompt,
     calibration,
     curve,
     for_quality,
@@ -24,12 +24,12 @@ from headrace.routing.calibration import (
 scores = st.lists(st.floats(0, 1), min_size=1, max_size=60)
 
 
-def rows(*values: float) -> list[Row]:
-    return [Row(value) for value in values]
+def rows(*values: float) -> list[ScoredPrompt]:
+    return [ScoredPrompt(value) for value in values]
 
 
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=60, unique=True), share=st.floats(0, 1))
-def test_the_wanted_share_comes_out_to_the_nearest_call(values: list[float], share: float) -> None:
+def test_the_share_is_met_to_the_nearest_call(values: list[float], share: float) -> None:
     point = for_shares(rows(*values), [1, 10], [share])
 
     above = sum(value >= point.thresholds[1] for value in values)
@@ -49,20 +49,20 @@ def test_thresholds_of_many_tiers_ascend_and_shares_add_up(values: list[float], 
     assert sum(point.shares) == pytest.approx(1)
 
 
-def test_equal_scores_stay_together() -> None:
+def test_equal_scores_are_not_separated() -> None:
     point = for_shares(rows(0.2, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.9), [1, 10], [0.3])
 
     assert point.shares == (0.875, 0.125)
 
 
-def test_a_wanted_quality_is_the_cheapest_that_has_it() -> None:
-    """The two prompts that only the large tier gets right score highest, but for one that neither does."""
+def test_a_wanted_quality_gives_the_cheapest_point_that_reaches_it() -> None:
+    """The two prompts that only the large tier gets right score highest, except one that none gets right."""
     labelled = [
-        Row(0.1, (1, 1)),
-        Row(0.2, (1, 1)),
-        Row(0.6, (0, 1)),
-        Row(0.7, (0, 0)),
-        Row(0.8, (0, 1)),
+        ScoredPrompt(0.1, (1, 1)),
+        ScoredPrompt(0.2, (1, 1)),
+        ScoredPrompt(0.6, (0, 1)),
+        ScoredPrompt(0.7, (0, 0)),
+        ScoredPrompt(0.8, (0, 1)),
     ]
     points = curve(labelled, [1, 10])
 
@@ -74,21 +74,21 @@ def test_a_wanted_quality_is_the_cheapest_that_has_it() -> None:
 
 
 def test_three_tiers_are_chosen_among_by_quality_and_cost() -> None:
-    """The middle tier does all but the hardest, so hardly anything is worth the largest."""
+    """The middle tier gets all but the hardest right, so the largest tier is rarely worth its cost."""
     labelled = [
-        *[Row(0.1 + place / 1000, (1, 1, 1)) for place in range(10)],
-        *[Row(0.5 + place / 1000, (0, 1, 1)) for place in range(10)],
-        *[Row(0.9 + place / 1000, (0, 0, 1)) for place in range(10)],
+        *[ScoredPrompt(0.1 + place / 1000, (1, 1, 1)) for place in range(10)],
+        *[ScoredPrompt(0.5 + place / 1000, (0, 1, 1)) for place in range(10)],
+        *[ScoredPrompt(0.9 + place / 1000, (0, 0, 1)) for place in range(10)],
     ]
     best = for_quality(curve(labelled, [1, 4, 20]), 1.0)
 
     assert best.shares == pytest.approx((1 / 3, 1 / 3, 1 / 3))
     cheaper = for_quality(curve(labelled, [1, 4, 20]), 0.5)
     assert cheaper.shares == pytest.approx((2 / 3, 1 / 3, 0), abs=0.34)
-    assert cheaper.shares[2] == 0, "half of the gap is to be had without the largest tier"
+    assert cheaper.shares[2] == 0, "half of the gap is recovered without the largest tier"
 
 
-def test_a_wanted_quality_without_labels_says_what_is_missing() -> None:
+def test_a_wanted_quality_without_labels_is_an_error_that_names_them() -> None:
     with pytest.raises(BadCalibration, match="small_ok and large_ok"):
         for_quality(curve(rows(0.1, 0.9), [1, 10]), 0.9)
 
@@ -102,13 +102,13 @@ def test_labels_are_read_by_the_tiers_names() -> None:
         qualities({"small_ok": 1, "large_ok": 7}, ["small", "large"])
 
 
-def test_half_labelled_traffic_is_refused() -> None:
+def test_partly_labelled_traffic_is_rejected() -> None:
     with pytest.raises(BadCalibration, match="some rows have labels"):
-        curve([Row(0.1, (1, 1)), Row(0.2)], [1, 10])
+        curve([ScoredPrompt(0.1, (1, 1)), ScoredPrompt(0.2)], [1, 10])
 
 
 @given(values=scores, share=st.floats(0, 1))
-def test_a_file_gives_back_what_was_written(
+def test_a_file_returns_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, values: list[float], share: float
 ) -> None:
     path = tmp_path_factory.mktemp("calibration") / "calibration.json"
@@ -128,7 +128,7 @@ def test_a_file_gives_back_what_was_written(
     ("content", "complaint"),
     [
         ("{", "damaged"),
-        ("[]", "no calibration"),
+        ("[]", "not a calibration"),
         ('{"kind": "calibration", "format": 99}', "format 99"),
         ('{"kind": "calibration", "format": 1}', "damaged"),
         (
@@ -138,7 +138,9 @@ def test_a_file_gives_back_what_was_written(
         ("[" * 100_000, "damaged"),
     ],
 )
-def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, content: str, complaint: str) -> None:
+def test_the_error_for_an_unusable_file_states_the_problem(
+    tmp_path: Path, content: str, complaint: str
+) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(content)
 
@@ -146,7 +148,7 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, content: str, compl
         load(path)
 
 
-def test_descending_thresholds_are_refused(tmp_path: Path) -> None:
+def test_descending_thresholds_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     tiers = [{"name": name, "threshold": mark, "share": 0.3} for name, mark in [("a", 0), ("b", 1), ("c", 0)]]
     path.write_text(

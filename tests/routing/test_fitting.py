@@ -1,4 +1,4 @@
-"""A refit on outcomes of one's own helps where they speak, and leaves the rest alone."""
+"""A refit improves the kinds of prompts that it has outcomes of, and keeps the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FEATURES = len(prompt_features.NAMES)
 
 
 def outcomes(prompts: list[str], hard: list[bool], seed: int) -> tuple[Array, Array, Array]:
-    """Features, and noisy outcomes: hard prompts gain in 60 of 100 cases, the others in 5."""
+    """Return features and noisy outcomes: hard prompts gain in 60 of 100 cases, the others in 5."""
     rng = np.random.default_rng(seed)
     gained = rng.random(len(prompts)) < np.where(hard, 0.6, 0.05)
     return (
@@ -25,7 +25,7 @@ def outcomes(prompts: list[str], hard: list[bool], seed: int) -> tuple[Array, Ar
 
 
 def traffic(count: int, seed: int) -> tuple[list[str], list[bool]]:
-    """Requests of one application, whose legal ones are the hard ones: which the shipped head cannot know."""
+    """Return requests of an application with hard legal questions, which the shipped head cannot know."""
     rng = np.random.default_rng(seed)
     legal = "Summarize what the court said of the plaintiff, the contract and the statute in {} words."
     plain = "Summarize what the guests said of the kitchen, the garden and the weather in {} words."
@@ -90,7 +90,7 @@ def test_a_refit_is_the_same_every_time() -> None:
     assert (first.heads == second.heads).all()
 
 
-def test_too_few_rows_and_rows_without_a_gain_are_refused() -> None:
+def test_too_few_rows_and_rows_without_a_gain_are_rejected() -> None:
     with pytest.raises(ValueError, match="too few"):
         refit(shipped, np.zeros((10, FEATURES)), np.zeros(10), np.ones(10))
     with pytest.raises(ValueError, match="no better"):
@@ -109,7 +109,7 @@ def test_ridge_finds_a_line_and_shrinks_it() -> None:
     assert np.linalg.norm(shrunk) < 0.6 * np.linalg.norm(slopes)
 
 
-def test_softmax_tells_labels_apart() -> None:
+def test_softmax_separates_labels() -> None:
     features = np.vstack([np.tile([1.0, 0.0], (30, 1)), np.tile([0.0, 1.0], (90, 1))])
     labels = np.array([0] * 30 + [1] * 90)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace import errors
-from headrace.routing.policy import Decision, Hints, Price, TierView, decide, thresholds
+from headrace.routing.no_route import ConflictingHints, NoSuchModel, NoTierAvailable
+from headrace.routing.policy import Decision, decide
+from headrace.routing.request import Hints
+from headrace.routing.tier_view import Price, TierView, even_thresholds
 
 NAMES = ("nano", "small", "medium", "large", "huge")
 
 
 @st.composite
 def tier_lists(draw: st.DrawFn) -> list[TierView]:
-    """Tiers in any state: down, full, slow, with and without prices."""
+    """Draw tiers in any state: down, full, slow, with and without prices."""
     count = draw(st.integers(1, 5))
     marks = [0.0, *sorted(draw(st.lists(st.floats(0, 1), min_size=count - 1, max_size=count - 1)))]
     prices = st.none() | st.builds(Price, st.floats(0, 10), st.floats(0, 10))
@@ -48,20 +52,20 @@ def place(tiers: list[TierView], name: str) -> int:
     return [tier.name for tier in tiers].index(name)
 
 
-slacks = st.none() | st.floats(0, 20)
+seconds = st.just(math.inf) | st.floats(0, 20)
 
 
-@given(data=st.data(), tiers=tier_lists(), score=st.floats(0, 1), slack=slacks)
+@given(data=st.data(), tiers=tier_lists(), score=st.floats(0, 1), left=seconds)
 def test_every_decision_keeps_the_hints_and_is_healthy(
-    data: st.DataObject, tiers: list[TierView], score: float, slack: float | None
+    data: st.DataObject, tiers: list[TierView], score: float, left: float
 ) -> None:
     names = [tier.name for tier in tiers]
     hints = data.draw(hints_for(names))
     floor = data.draw(st.sampled_from(["", *names]))
     failed = data.draw(st.lists(st.sampled_from(names), max_size=2))
     try:
-        decision = decide(score, hints, tiers, floor=floor, slack=slack, exclude=failed)
-    except (errors.HintsConflict, errors.NoWorkers):
+        decision = decide(score, hints, tiers, floor=floor, seconds_left=left, exclude=failed)
+    except (ConflictingHints, NoTierAvailable):
         return
 
     at = place(tiers, decision.tier)
@@ -84,24 +88,26 @@ def test_every_decision_keeps_the_hints_and_is_healthy(
         assert not hints.tier
 
 
-@given(data=st.data(), tiers=tier_lists(), scores=st.tuples(st.floats(0, 1), st.floats(0, 1)), slack=slacks)
+@given(data=st.data(), tiers=tier_lists(), scores=st.tuples(st.floats(0, 1), st.floats(0, 1)), left=seconds)
 def test_a_higher_score_never_means_a_smaller_tier(
-    data: st.DataObject, tiers: list[TierView], scores: tuple[float, float], slack: float | None
+    data: st.DataObject, tiers: list[TierView], scores: tuple[float, float], left: float
 ) -> None:
-    """In whatever state the tiers are: a tier may be passed over, the order stays."""
+    """In any state of the tiers: a tier may be skipped, the order stays."""
     names = [tier.name for tier in tiers]
     hints = data.draw(hints_for(names))
     floor = data.draw(st.sampled_from(["", *names]))
     try:
-        low, high = (decide(score, hints, tiers, floor=floor, slack=slack).place for score in sorted(scores))
-    except (errors.HintsConflict, errors.NoWorkers):
+        low, high = (
+            decide(score, hints, tiers, floor=floor, seconds_left=left).place for score in sorted(scores)
+        )
+    except (ConflictingHints, NoTierAvailable):
         return
 
     assert low <= high
 
 
 @given(tiers=tier_lists(), score=st.floats(0, 1), data=st.data())
-def test_the_preference_moves_the_choice_its_way(
+def test_a_higher_quality_preference_never_chooses_a_smaller_tier(
     tiers: list[TierView], score: float, data: st.DataObject
 ) -> None:
     tiers = [TierView(tier.name, tier.threshold) for tier in tiers]
@@ -125,16 +131,16 @@ def test_a_conversation_never_moves_down_while_its_tier_serves(
     assert decide(score, Hints(), tiers, floor=floor).place >= place(tiers, floor)
 
 
-@given(tiers=tier_lists(), score=st.floats(0, 1), slack=st.floats(0, 20))
-def test_a_tier_that_would_be_late_is_taken_only_if_all_would(
-    tiers: list[TierView], score: float, slack: float
+@given(tiers=tier_lists(), score=st.floats(0, 1), left=st.floats(0, 20))
+def test_a_tier_that_would_be_late_is_chosen_only_if_all_would_be(
+    tiers: list[TierView], score: float, left: float
 ) -> None:
     try:
-        chosen = tiers[decide(score, Hints(), tiers, slack=slack).place]
-    except errors.NoWorkers:
+        chosen = tiers[decide(score, Hints(), tiers, seconds_left=left).place]
+    except NoTierAvailable:
         return
 
-    in_time = [tier for tier in tiers if tier.healthy and tier.answer_seconds <= slack]
+    in_time = [tier for tier in tiers if tier.healthy and tier.answer_seconds <= left]
     assert chosen in in_time or not in_time
     assert not chosen.saturated or all(tier.saturated for tier in in_time)
 
@@ -143,34 +149,33 @@ def two(small: bool = True, large: bool = True) -> list[TierView]:
     return [TierView("small", 0.0, small, "s"), TierView("large", 0.5, large, "l")]
 
 
-def test_an_unhealthy_tier_is_passed_over_upwards_then_downwards() -> None:
+def test_an_unhealthy_tier_is_replaced_by_a_larger_then_by_a_smaller_one() -> None:
     assert decide(0.1, Hints(), two(small=False)).tier == "large"
     assert decide(0.9, Hints(), two(large=False)).tier == "small"
 
 
-def test_without_escalation_an_unhealthy_tier_is_an_answer() -> None:
-    with pytest.raises(errors.NoWorkers):
+def test_without_escalation_an_unhealthy_tier_is_an_error() -> None:
+    with pytest.raises(NoTierAvailable):
         decide(0.1, Hints(allow_escalation=False), two(small=False))
 
 
 def test_a_tier_that_failed_the_request_is_not_tried_again() -> None:
     assert decide(0.1, Hints(), two(), exclude=["small"]).tier == "large"
-    with pytest.raises(errors.NoWorkers):
+    with pytest.raises(NoTierAvailable):
         decide(0.1, Hints(tier="small"), two(), exclude=["small"])
 
 
-def test_a_model_may_be_that_of_a_tier_that_was_not_seen_yet() -> None:
+def test_a_model_may_belong_to_a_tier_that_was_not_polled_yet() -> None:
     unseen = [TierView("small", 0.0, healthy=False), TierView("large", 0.5, model="l")]
 
     for hints in (Hints(model="s"), Hints(model="l", tier="small")):
-        with pytest.raises(errors.NoWorkers, match="small") as caught:
+        with pytest.raises(NoTierAvailable, match="small"):
             decide(0.0, hints, unseen)
-        assert caught.value.retry_after is not None
-    with pytest.raises(errors.UnknownModel):
+    with pytest.raises(NoSuchModel):
         decide(0.0, Hints(model="s", min_tier="large"), unseen)
 
 
-def test_a_model_pin_finds_its_tier() -> None:
+def test_a_model_pin_chooses_its_tier() -> None:
     assert decide(0.0, Hints(model="l"), two()).tier == "large"
 
 
@@ -183,7 +188,7 @@ def test_the_reason_names_score_bound_and_health() -> None:
     assert "'small' cannot serve" in why(decide(0.2, Hints(), two(small=False)))
 
 
-def test_a_full_tier_is_relieved_by_the_next() -> None:
+def test_a_full_tier_is_replaced_by_the_next() -> None:
     full = [TierView("small", 0.0, saturated=True), TierView("large", 0.5)]
 
     decision = decide(0.1, Hints(), full)
@@ -193,11 +198,11 @@ def test_a_full_tier_is_relieved_by_the_next() -> None:
     assert decide(0.1, Hints(max_tier="small"), full).tier == "small"
 
 
-def test_a_short_deadline_takes_the_tier_that_can_keep_it() -> None:
+def test_a_short_deadline_chooses_a_tier_that_meets_it() -> None:
     slow = [TierView("small", 0.0, answer_seconds=1.0), TierView("large", 0.5, answer_seconds=8.0)]
 
     assert decide(0.9, Hints(), slow).tier == "large"
-    decision = decide(0.9, Hints(), slow, slack=3.0)
+    decision = decide(0.9, Hints(), slow, seconds_left=3.0)
     assert decision.tier == "small"
     assert "'large' would take 8.0 s of the 3.0 s left" in decision.why
 
@@ -210,4 +215,4 @@ def test_nobody_pays_more_for_a_smaller_model() -> None:
 
 
 def test_default_thresholds_are_even() -> None:
-    assert thresholds(4) == [0, 0.25, 0.5, 0.75]
+    assert even_thresholds(4) == [0, 0.25, 0.5, 0.75]

@@ -1,4 +1,4 @@
-"""The shipped scorer: shares that add up, an order that makes sense, and files that are refused by name."""
+"""The shipped scorer: log-odds that add up, a sensible order, and clear errors for unusable files."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_small_talk_facts_and_play_score_below_mathematics_code_and_long_word_pr
     assert max(shipped.score(text).value for text in EASY) < min(shipped.score(text).value for text in HARD)
 
 
-def test_in_chat_what_large_models_lead_in_scores_above_what_they_hardly_lead_in() -> None:
+def test_chat_prompts_score_higher_where_large_models_lead() -> None:
     means = {asks: sum(map(value, prompts)) / len(prompts) for asks, prompts in CHAT.items()}
 
     leads = {"mathematics", "coding", "reasoning", "extraction"}
@@ -122,7 +122,7 @@ def test_a_word_problem_with_more_quantities_and_clauses_scores_higher() -> None
     assert shipped.score(long).value > shipped.score(short).value + 0.1
 
 
-def test_lines_that_begin_with_a_name_and_a_colon_are_not_taken_for_choices_in_a_row() -> None:
+def test_lines_that_begin_with_a_name_and_a_colon_are_not_choices() -> None:
     assert prompt_features.options("Compare them. A: revenue 10, costs 7; B: revenue 9, costs 5.") == []
 
 
@@ -141,7 +141,7 @@ def test_a_huge_prompt_is_scored_by_its_beginning_and_its_end() -> None:
         "The following are multiple choice questions (with answers) about physics.\n\n{}\nAnswer:",
     ],
 )
-def test_what_applications_wrap_around_a_question_does_not_change_its_score(wrapped: str) -> None:
+def test_text_that_applications_put_around_a_question_does_not_change_its_score(wrapped: str) -> None:
     text = "Which planet has the longest year?\nA. Mars\nB. Venus\nC. Neptune\nD. Earth"
 
     assert shipped.score(wrapped.format(text)) == shipped.score(text)
@@ -155,13 +155,13 @@ def test_what_applications_wrap_around_a_question_does_not_change_its_score(wrap
         "Pick one.\nA) red\nB) blue",
     ],
 )
-def test_choices_are_seen_in_any_layout(text: str) -> None:
+def test_choices_are_found_in_any_layout(text: str) -> None:
     assert len(prompt_features.options(text)) >= 2
     kinds = {share.name: share.value for share in shipped.score(text).features}
     assert kinds["kind:choices"] > 0.5
 
 
-def test_lists_and_initials_are_not_taken_for_choices() -> None:
+def test_lists_and_initials_are_not_choices() -> None:
     assert prompt_features.options("Plan B. It was J. R. who said A. Smith is here.") == []
 
 
@@ -178,7 +178,7 @@ def test_no_network_model_or_gpu_library_is_loaded_to_score() -> None:
     assert told.stdout.strip() == "[]"
 
 
-def test_a_saved_model_scores_as_it_did(tmp_path: Path) -> None:
+def test_a_saved_model_gives_the_same_scores(tmp_path: Path) -> None:
     scorer.save(shipped.model, tmp_path / "scorer.json")
 
     again = scorer.load(tmp_path / "scorer.json")
@@ -186,13 +186,13 @@ def test_a_saved_model_scores_as_it_did(tmp_path: Path) -> None:
     assert all(again.score(text) == shipped.score(text) for text in EASY + HARD)
 
 
-def test_artifacts_that_cannot_be_used_are_refused_by_name_and_cause(tmp_path: Path) -> None:
+def test_unusable_artifacts_are_rejected_with_their_name_and_the_cause(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     content = json.loads(scorer.SHIPPED.read_text())
     for broken, cause in [
         ("", "mine.json"),
-        ("[]", "no scorer"),
-        (json.dumps(content | {"format": 99}), "no scorer of format"),
+        ("[]", "not a scorer"),
+        (json.dumps(content | {"format": 99}), "not a scorer of format"),
         (json.dumps(content | {"features": ["length"]}), "other features"),
         (json.dumps(content | {"kinds": {}}), "weights"),
         (json.dumps(content | {"steepness": math.nan}), "not all finite"),
@@ -205,5 +205,5 @@ def test_artifacts_that_cannot_be_used_are_refused_by_name_and_cause(tmp_path: P
         scorer.load(tmp_path / "nowhere")
 
 
-def test_what_is_shipped_is_small() -> None:
+def test_the_shipped_artifacts_are_small() -> None:
     assert sum(path.stat().st_size for path in scorer.SHIPPED.parent.iterdir()) < 2_000_000

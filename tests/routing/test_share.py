@@ -1,4 +1,4 @@
-"""A wanted share is held on any traffic, also while it changes."""
+"""A configured share is kept on any traffic, also while it changes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from headrace.routing.share import ShareKeeper
 
 
 def places(keeper: ShareKeeper, scores: list[float]) -> list[int]:
-    """Where each score goes, when the thresholds decide."""
+    """Return the tier of each score by the thresholds."""
     found = []
     for score in scores:
         marks = keeper.thresholds()
         assert marks[0] == 0
         assert marks == sorted(marks)
         place = max(place for place, mark in enumerate(marks) if score >= mark)
-        keeper.note(score, place)
+        keeper.record(score, place)
         found.append(place)
     return found
 
 
 @given(scores=st.lists(st.floats(0, 1), max_size=300), share=st.floats(0, 1), data=st.data())
-def test_of_any_calls_the_share_is_kept_to_a_few(
+def test_the_share_of_any_run_of_calls_is_off_by_a_few_at_most(
     scores: list[float], share: float, data: st.DataObject
 ) -> None:
-    """The bound that the module promises: whatever the scores, for every stretch of calls."""
+    """The documented bound, for any scores and any run of calls."""
     correction = data.draw(st.floats(1, 32))
     sent = places(ShareKeeper([share], correction=correction), scores)
 
@@ -39,7 +39,7 @@ def test_of_any_calls_the_share_is_kept_to_a_few(
 
 
 def unsteady(generator: random.Random, count: int) -> list[float]:
-    """Scores that stand, rise, fall and scatter: what parts one tier's debt from the next one's."""
+    """Constant, rising, falling and random scores, which make the tiers' debts diverge."""
     scores: list[float] = []
     while len(scores) < count:
         start, run = generator.random(), generator.randint(1, 80)
@@ -51,8 +51,10 @@ def unsteady(generator: random.Random, count: int) -> list[float]:
 
 @pytest.mark.parametrize("correction", [2, 8])
 @pytest.mark.parametrize("shares", [[0.02, 0.4], [0.05, 0.4, 0.3], [0.02, 0.4, 0.3, 0.0]])
-def test_with_more_tiers_each_gets_its_share_to_a_few(shares: list[float], correction: int) -> None:
-    """The bound that the module promises for them, whatever the number of tiers."""
+def test_the_share_of_each_of_many_tiers_is_off_by_a_few_at_most(
+    shares: list[float], correction: int
+) -> None:
+    """The documented bound, for any number of tiers."""
     for seed in range(20):
         sent = places(ShareKeeper(shares, correction=correction), unsteady(random.Random(seed), 500))
 
@@ -71,7 +73,7 @@ def family(generator: random.Random, low: float, high: float, count: int) -> lis
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
 def test_a_stream_that_shifts_between_families_keeps_its_share_within_five_points(share: float) -> None:
-    """Families that do not even overlap: a fixed threshold would send all of one up and none of another."""
+    """Families without overlap: a fixed threshold would send all of one to the large tier."""
     generator = random.Random(1)
     scores = [
         *family(generator, 0.0, 0.3, 400),
@@ -85,7 +87,7 @@ def test_a_stream_that_shifts_between_families_keeps_its_share_within_five_point
         assert abs(sum(sent[start : start + 200]) / 200 - share) <= 0.05
 
 
-def test_on_steady_traffic_it_is_the_higher_scores_that_go_up() -> None:
+def test_on_steady_traffic_the_higher_scores_go_to_the_larger_tier() -> None:
     generator = random.Random(2)
     scores = family(generator, 0, 1, 2000)
     sent = places(ShareKeeper([0.3]), scores)
@@ -103,7 +105,7 @@ def test_three_tiers_get_their_shares() -> None:
     assert sent.count(2) / len(sent) == pytest.approx(0.1, abs=0.03)
 
 
-def test_scores_seen_before_make_the_first_thresholds() -> None:
+def test_initial_scores_determine_the_first_thresholds() -> None:
     keeper = ShareKeeper([0.25], seen=[0.1, 0.2, 0.3, 0.4])
 
     assert keeper.thresholds() == [0, 0.4]
@@ -114,7 +116,7 @@ def test_escalated_calls_count_towards_the_share() -> None:
     before = keeper.thresholds()[1]
 
     for _ in range(3):
-        keeper.note(0.1, 0)
-        keeper.escalated(0, 1)
+        keeper.record(0.1, 0)
+        keeper.record_escalation(0, 1)
 
     assert keeper.thresholds()[1] > before

@@ -1,4 +1,4 @@
-"""The metrics are those that routers are published with."""
+"""The metrics match their published definitions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WEAK = (RNG.random(4000) < 0.6).astype(float)
 STRONG = np.maximum(WEAK, (RNG.random(4000) < 0.5).astype(float))
 
 
-def test_a_random_router_has_the_figures_of_chance() -> None:
+def test_a_random_router_has_the_chance_figures() -> None:
     found = [quality(np.random.default_rng(seed + 100).random(4000), WEAK, STRONG) for seed in range(20)]
 
     assert np.mean([each.apgr for each in found]) == pytest.approx(0.5, abs=0.01)

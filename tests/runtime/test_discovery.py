@@ -1,4 +1,4 @@
-"""Addresses come and go, and a name server that fails takes nobody away."""
+"""Addresses are added and removed, and a name server that fails removes none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from headrace.runtime.discovery import Discovery, lookup
 
 
 class Names:
-    """A name server: what it says in turn, None for a failure; the last goes on."""
+    """A name server that returns these results in turn, None for a failure, and repeats the last one."""
 
     def __init__(self, *answers: set[str] | None) -> None:
         self.answers = list(answers)
@@ -34,7 +34,7 @@ async def changes(names: Names, count: int, *targets: str) -> list[set[str]]:
     return seen
 
 
-async def test_replicas_that_join_and_leave_a_name_are_noticed() -> None:
+async def test_added_and_removed_replicas_are_reported() -> None:
     names = Names({"10.0.0.1:5"}, {"10.0.0.1:5", "10.0.0.2:5"}, {"10.0.0.2:5"})
 
     seen = await changes(names, 3, "dns:///pods:5")
@@ -43,13 +43,13 @@ async def test_replicas_that_join_and_leave_a_name_are_noticed() -> None:
     assert names.asked[0] == ("pods", "5")
 
 
-async def test_a_name_that_is_not_answered_keeps_its_addresses() -> None:
+async def test_a_name_keeps_its_addresses_while_the_name_server_fails() -> None:
     names = Names({"10.0.0.1:5"}, None, None, {"10.0.0.3:5"})
 
     assert await changes(names, 2, "dns:pods:5") == [{"10.0.0.1:5"}, {"10.0.0.3:5"}]
 
 
-async def test_addresses_and_targets_of_grpc_are_taken_as_they_stand() -> None:
+async def test_addresses_and_other_targets_are_passed_on_unchanged() -> None:
     targets = ["127.0.0.1:1", "unix:/tmp/socket", "dns://8.8.8.8/pods:5"]
     names = Names(None)
 
@@ -63,6 +63,6 @@ async def test_a_name_with_both_families_is_one_replica_per_host() -> None:
     assert found == {"127.0.0.1:5"} or all(socket.inet_pton(socket.AF_INET6, a[1:-3]) for a in found)
 
 
-async def test_what_cannot_be_a_name_has_no_address() -> None:
+async def test_an_invalid_name_has_no_address() -> None:
     for name in ("dns:///a..b:5", f"dns:///{'x' * 70}.test:5"):
         assert await Discovery([name]).addresses() == frozenset()

@@ -1,4 +1,4 @@
-"""A stream is read as fast as work comes, and no faster than a peer may ask."""
+"""A stream is read as fast as it sends work, and up to a fixed rate otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ KINDS = st.sampled_from(["submit", "cancel", "ack", "ping", "quiesce", None])
 
 
 @given(kinds=st.lists(KINDS, max_size=400), start=st.floats(0, 1e6))
-def test_a_stream_that_sends_without_end_is_read_at_its_rate(kinds: list[str | None], start: float) -> None:
+def test_a_stream_that_sends_without_end_is_read_at_the_fixed_rate(
+    kinds: list[str | None], start: float
+) -> None:
     allowance, now, cost = Allowance(start), start, 0.0
     for kind in kinds:
         now += allowance.wait(kind, now)
@@ -21,7 +23,7 @@ def test_a_stream_that_sends_without_end_is_read_at_its_rate(kinds: list[str | N
     assert now - start <= max(cost - BURST_SECONDS, 0.0) + 1e-6
 
 
-def test_a_batcher_that_pings_each_second_and_works_hard_never_waits() -> None:
+def test_a_busy_batcher_that_pings_each_second_never_waits() -> None:
     allowance = Allowance(0.0)
     waits = []
     for second in range(100):

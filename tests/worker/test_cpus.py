@@ -31,18 +31,18 @@ def test_lists_ranges_and_nodes_name_cpus(text: str, expected: set[int], tmp_pat
         ("0,node", "'node' is not a CPU"),
     ],
 )
-def test_what_names_no_cpus_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+def test_text_that_names_no_cpus_is_rejected(text: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         parse(text, tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
-def test_a_process_and_its_threads_keep_to_their_cpus() -> None:
+def test_a_process_and_its_threads_are_bound_to_their_cpus() -> None:
     one = min(os.sched_getaffinity(0))
     program = f"""
 import os, threading
-from headrace.worker.cpus import keep_to, parse
-keep_to(parse("{one}"))
+from headrace.worker.cpus import bind, parse
+bind(parse("{one}"))
 seen = []
 thread = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
 thread.start(); thread.join()
@@ -52,7 +52,7 @@ assert seen == [{{{one}}}] == [os.sched_getaffinity(0)], seen
 
 
 def worker(*flags: str) -> str:
-    """What a worker that cannot start says."""
+    """Return the output of a worker that cannot start."""
     ended = subprocess.run(
         [sys.executable, "-m", "headrace.worker", "--fake", "--port", "0", *flags],
         capture_output=True,
@@ -64,6 +64,6 @@ def worker(*flags: str) -> str:
     return ended.stdout + ended.stderr
 
 
-def test_a_worker_told_of_cpus_that_are_not_there_does_not_start() -> None:
+def test_a_worker_with_unknown_cpus_does_not_start() -> None:
     assert "is not a CPU" in worker("--cpus", "fast")
-    assert "cannot keep to CPUs 1000" in worker("--cpus", "1000")
+    assert "cannot bind to CPUs 1000" in worker("--cpus", "1000")

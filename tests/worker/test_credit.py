@@ -1,4 +1,4 @@
-"""Several batchers share a worker: what may wait there stays short, and nobody is shut out."""
+"""Several batchers share a worker: few sequences wait there, and no batcher starves."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.v1 import worker_service_pb2 as wire
-from headrace.worker.credit import KNOCK, Standing, capacity, fill, share
-from headrace.worker.engine.plan.scheduler import LiveSequence
-from headrace.worker.stream import SILENT_SECONDS, Flight, Session
+from headrace.worker.credit import IDLE_CREDIT, CreditState, capacity, fill, share
+from headrace.worker.runner import SequenceSpec
+from headrace.worker.stream import SILENT_SECONDS, BatcherStream, InFlightSequence
 
 
-def standings(draw: st.DrawFn) -> Standing:
+def states(draw: st.DrawFn) -> CreditState:
     held, credit, more = draw(st.integers(0, 40)), draw(st.integers(0, 40)), draw(st.integers(0, 10))
-    return Standing(held, credit, max(held, credit) + more, draw(st.booleans()) or held >= credit)
+    return CreditState(held, credit, max(held, credit) + more, draw(st.booleans()) or held >= credit)
 
 
-STREAMS = st.lists(st.composite(standings)(), min_size=1, max_size=8)
+STREAMS = st.lists(st.composite(states)(), min_size=1, max_size=8)
 
 
 @given(
@@ -30,7 +30,7 @@ STREAMS = st.lists(st.composite(standings)(), min_size=1, max_size=8)
     step_tokens=st.integers(1, 4096),
     mean_prompt=st.floats(0, 10_000),
 )
-def test_what_may_wait_is_about_one_steps_prompts(
+def test_about_one_steps_prompts_may_wait(
     max_running: int, running: int, waiting: int, step_tokens: int, mean_prompt: float
 ) -> None:
     room = capacity(
@@ -48,137 +48,138 @@ def test_what_may_wait_is_about_one_steps_prompts(
 
 
 @given(room=st.integers(1, 100), streams=STREAMS)
-def test_nothing_is_promised_that_is_not_free(room: int, streams: list[Standing]) -> None:
-    told = share(room, streams)
+def test_credit_is_never_granted_beyond_the_capacity(room: int, streams: list[CreditState]) -> None:
+    granted = share(room, streams)
 
     before = sum(one.committed for one in streams)
-    after = sum(max(one.committed, credit) for one, credit in zip(streams, told, strict=True))
+    after = sum(max(one.committed, credit) for one, credit in zip(streams, granted, strict=True))
     assert after <= max(room, len(streams), before)
 
 
 @given(room=st.integers(8, 100), streams=st.integers(2, 8))
-def test_whoever_is_idle_can_begin_and_the_hungry_share_evenly(room: int, streams: int) -> None:
-    idle = Standing(held=0, credit=0, committed=0, hungry=False)
-    told = settle(room, [idle, *[Standing(0, 0, 0, hungry=True)] * (streams - 1)])
+def test_an_idle_stream_keeps_a_reserve_and_backlogged_ones_share_evenly(room: int, streams: int) -> None:
+    idle = CreditState(held=0, credit=0, committed=0, backlogged=False)
+    granted = settle(room, [idle, *[CreditState(0, 0, 0, backlogged=True)] * (streams - 1)])
 
-    assert max(told[1:]) - min(told[1:]) <= 1
-    assert room - room // 4 <= sum(told) <= room, "but for its reserve"
+    assert max(granted[1:]) - min(granted[1:]) <= 1
+    assert room - room // 4 <= sum(granted) <= room, "all but its reserve"
 
 
 @given(room=st.integers(1, 100), streams=st.integers(1, 64), working=st.integers(1, 4))
-def test_streams_that_do_nothing_keep_nothing_from_those_that_work(
-    room: int, streams: int, working: int
-) -> None:
-    idle = Standing(held=0, credit=0, committed=0, hungry=False, idle=True)
-    told = settle(room, [*[idle] * streams, *[Standing(0, 0, 0, hungry=True)] * working])
+def test_idle_streams_withhold_no_credit_from_working_ones(room: int, streams: int, working: int) -> None:
+    idle = CreditState(held=0, credit=0, committed=0, backlogged=False, idle=True)
+    granted = settle(room, [*[idle] * streams, *[CreditState(0, 0, 0, backlogged=True)] * working])
 
-    assert sum(told[streams:]) == max(room, working)
-    assert told[:streams] == [KNOCK] * streams, "each can show that it is not idle"
+    assert sum(granted[streams:]) == max(room, working)
+    assert granted[:streams] == [IDLE_CREDIT] * streams, "each can still show that it is not idle"
 
 
-def test_an_idle_stream_gives_up_what_it_was_told_as_soon_as_somebody_lacks_it() -> None:
-    idle = Standing(held=0, credit=6, committed=6, hungry=False, idle=True)
+def test_credit_of_an_idle_stream_is_withdrawn_when_a_backlogged_one_lacks_it() -> None:
+    idle = CreditState(held=0, credit=6, committed=6, backlogged=False, idle=True)
 
-    assert share(8, [idle, Standing(2, 2, 2, hungry=False)]) == [6, 2]
-    assert share(8, [idle, Standing(2, 2, 2, hungry=True)]) == [KNOCK, 3]
+    assert share(8, [idle, CreditState(2, 2, 2, backlogged=False)]) == [6, 2]
+    assert share(8, [idle, CreditState(2, 2, 2, backlogged=True)]) == [IDLE_CREDIT, 3]
 
 
-def test_while_nobody_is_hungry_the_idle_share_a_quarter_to_begin_with() -> None:
-    new = Standing(held=0, credit=0, committed=0, hungry=False, idle=True)
-    full = Standing(held=2, credit=32, committed=32, hungry=False)
+def test_while_no_stream_is_backlogged_idle_ones_share_a_quarter() -> None:
+    new = CreditState(held=0, credit=0, committed=0, backlogged=False, idle=True)
+    full = CreditState(held=2, credit=32, committed=32, backlogged=False)
 
-    assert share(32, [full, new]) == [10, KNOCK], "taken back, and not acknowledged yet"
-    assert share(32, [Standing(2, 10, 10, hungry=False), new]) == [10, 8]
-    assert share(32, [Standing(2, 10, 10, hungry=False), new, new]) == [10, 4, 4]
+    assert share(32, [full, new]) == [10, IDLE_CREDIT], "withdrawn, but not acknowledged yet"
+    assert share(32, [CreditState(2, 10, 10, backlogged=False), new]) == [10, 8]
+    assert share(32, [CreditState(2, 10, 10, backlogged=False), new, new]) == [10, 4, 4]
 
 
 @given(room=st.integers(1, 60), streams=STREAMS)
-def test_who_has_least_is_given_more_first(room: int, streams: list[Standing]) -> None:
-    """One at a time to whoever has least of those that lack some, as long as there is any."""
-    told, due = [one.held for one in streams], [one.held + one.credit for one in streams]
-    expected = list(told)
-    for _ in range(min(room, sum(due) - sum(told))):
+def test_the_streams_with_least_credit_get_more_first(room: int, streams: list[CreditState]) -> None:
+    """As if each unit went to the stream with least credit among those that lack some."""
+    granted, due = [one.held for one in streams], [one.held + one.credit for one in streams]
+    expected = list(granted)
+    for _ in range(min(room, sum(due) - sum(granted))):
         lacking = [number for number, most in enumerate(due) if expected[number] < most]
-        poorest = min(lacking, key=expected.__getitem__)
-        expected[poorest] += 1
+        lowest = min(lacking, key=expected.__getitem__)
+        expected[lowest] += 1
 
-    assert fill(told, due, min(room, sum(due) - sum(told))) == expected
-
-
-def test_a_large_capacity_is_shared_without_counting_up_to_it() -> None:
-    hungry = Standing(0, 0, 0, hungry=True)
-
-    assert share(10**12, [hungry] * 3) == [(10**12 + 2) // 3, 10**12 // 3, 10**12 // 3]
+    assert fill(granted, due, min(room, sum(due) - sum(granted))) == expected
 
 
-def settle(room: int, streams: list[Standing]) -> list[int]:
-    """What they are told in the end, if all use what they have and acknowledge what they lose."""
+def test_sharing_a_large_capacity_takes_no_longer() -> None:
+    backlogged = CreditState(0, 0, 0, backlogged=True)
+
+    assert share(10**12, [backlogged] * 3) == [(10**12 + 2) // 3, 10**12 // 3, 10**12 // 3]
+
+
+def settle(room: int, streams: list[CreditState]) -> list[int]:
+    """Return the grants in the end, if all streams use their credit and acknowledge what they lose."""
     for _ in range(10):
-        told = share(room, streams)
+        granted = share(room, streams)
         streams = [
-            Standing(credit if one.hungry else one.held, credit, credit, one.hungry, one.idle)
-            for one, credit in zip(streams, told, strict=True)
+            CreditState(credit if one.backlogged else one.held, credit, credit, one.backlogged, one.idle)
+            for one, credit in zip(streams, granted, strict=True)
         ]
-    return told
+    return granted
 
 
-def test_nobody_loses_credit_while_nobody_lacks_it() -> None:
-    idle, busy = Standing(0, 6, 6, hungry=False), Standing(2, 3, 3, hungry=False)
+def test_no_stream_loses_credit_while_no_other_lacks_it() -> None:
+    idle, busy = CreditState(0, 6, 6, backlogged=False), CreditState(2, 3, 3, backlogged=False)
 
     assert share(10, [idle, busy]) == [6, 3]
 
 
-def test_what_one_may_still_use_is_not_given_to_another_until_it_is_given_up() -> None:
-    hungry = Standing(2, 2, 2, hungry=True)
+def test_withdrawn_credit_is_granted_to_another_stream_only_after_the_acknowledgement() -> None:
+    backlogged = CreditState(2, 2, 2, backlogged=True)
 
-    assert share(10, [Standing(0, 8, 8, hungry=False), hungry]) == [1, 2]
-    assert share(10, [Standing(0, 1, 8, hungry=False), hungry]) == [1, 2], "told, and not acknowledged"
-    assert share(10, [Standing(0, 1, 1, hungry=False), hungry]) == [1, 9]
-
-
-def test_who_has_more_than_its_part_gives_it_up_as_its_sequences_end() -> None:
-    assert share(10, [Standing(10, 10, 10, hungry=True), Standing(0, 0, 0, hungry=True)]) == [5, 0]
-    assert share(10, [Standing(7, 5, 7, hungry=True), Standing(0, 0, 0, hungry=True)]) == [5, 3]
+    assert share(10, [CreditState(0, 8, 8, backlogged=False), backlogged]) == [1, 2]
+    assert share(10, [CreditState(0, 1, 8, backlogged=False), backlogged]) == [1, 2], "not acknowledged yet"
+    assert share(10, [CreditState(0, 1, 1, backlogged=False), backlogged]) == [1, 9]
 
 
-def test_a_batcher_that_is_silent_holds_back_only_what_it_has() -> None:
-    session = Session(1, acks_credit=True, heard=100.0)
-    session.grant(8)
-    session.flights[0] = object.__new__(Flight)
-
-    assert session.stands(100.0 + SILENT_SECONDS / 2).committed == 8
-    assert session.stands(100.0 + SILENT_SECONDS).committed == 1
-
-
-def test_a_batcher_that_does_not_acknowledge_credit_is_taken_at_its_last_word() -> None:
-    session = Session(1, heard=100.0)
-    session.grant(8)
-    session.grant(2)
-
-    assert session.stands(100.0).committed == 2
-    assert session.allowance == 8, "what it sent before it heard is not held against it"
+def test_a_stream_above_its_part_loses_the_excess_as_its_sequences_end() -> None:
+    assert share(10, [CreditState(10, 10, 10, backlogged=True), CreditState(0, 0, 0, backlogged=True)]) == [
+        5,
+        0,
+    ]
+    assert share(10, [CreditState(7, 5, 7, backlogged=True), CreditState(0, 0, 0, backlogged=True)]) == [5, 3]
 
 
-def test_credit_that_was_taken_back_may_be_used_until_the_batcher_knows() -> None:
-    session = Session(1, acks_credit=True, heard=100.0)
-    session.grant(8)
-    session.grant(2)
-    assert session.allowance == 8
+def test_a_silent_batcher_reserves_only_what_it_has() -> None:
+    stream = BatcherStream(1, acks_credit=True, last_received=100.0)
+    stream.grant(8)
+    stream.in_flight[0] = object.__new__(InFlightSequence)
 
-    session.saw_credit(2)
-    assert session.allowance == 2
+    assert stream.credit_state(100.0 + SILENT_SECONDS / 2).committed == 8
+    assert stream.credit_state(100.0 + SILENT_SECONDS).committed == 1
+
+
+def test_without_acknowledgements_a_batcher_is_held_to_its_largest_grant() -> None:
+    stream = BatcherStream(1, last_received=100.0)
+    stream.grant(8)
+    stream.grant(2)
+
+    assert stream.credit_state(100.0).committed == 2
+    assert stream.credit_limit == 8, "it may have sent sequences before it received the second grant"
+
+
+def test_withdrawn_credit_may_be_used_until_the_batcher_acknowledges() -> None:
+    stream = BatcherStream(1, acks_credit=True, last_received=100.0)
+    stream.grant(8)
+    stream.grant(2)
+    assert stream.credit_limit == 8
+
+    stream.acknowledge_credit(2)
+    assert stream.credit_limit == 2
 
 
 class Batcher:
-    """One that sends all that it may, over a stream on which everything takes its time."""
+    """Sends as much as it may, over a stream with latency."""
 
     def __init__(self, number: int) -> None:
-        self.session = Session(number, acks_credit=True, heard=0.0)
+        self.stream = BatcherStream(number, acks_credit=True, last_received=0.0)
         self.credit = wire.Credit()
         self.outstanding = 0
         self.wants = 0
         self.down: deque[wire.Credit] = deque()
-        self.up: deque[int] = deque()  # 0: a sequence; else the generation of credit that was seen
+        self.up: deque[int] = deque()  # 0: a sequence; else the generation of credit that was received
 
     def send(self) -> None:
         while self.wants and self.outstanding < self.credit.sequences:
@@ -186,7 +187,7 @@ class Batcher:
             self.outstanding += 1
             self.up.append(0)
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         self.credit = self.down.popleft()
         self.up.append(self.credit.generation)
 
@@ -197,7 +198,7 @@ class Batcher:
     room=st.integers(1, 12),
     count=st.integers(1, 4),
 )
-def test_all_batchers_together_never_have_more_here_than_there_is_room_for_and_all_get_served(
+def test_batchers_together_never_exceed_the_capacity_and_all_are_served(
     dice: random.Random, room: int, count: int
 ) -> None:
     batchers = [Batcher(number) for number in range(count)]
@@ -205,11 +206,11 @@ def test_all_batchers_together_never_have_more_here_than_there_is_room_for_and_a
     handles = 0
 
     def shared() -> None:
-        told = share(room, [one.session.stands(now) for one in batchers])
-        for one, credit in zip(batchers, told, strict=True):
-            one.session.grant(credit)
-            one.down.extend(message.credit for message in one.session.others)
-            one.session.others.clear()
+        granted = share(room, [one.stream.credit_state(now) for one in batchers])
+        for one, credit in zip(batchers, granted, strict=True):
+            one.stream.grant(credit)
+            one.down.extend(message.credit for message in one.stream.others)
+            one.stream.others.clear()
 
     def act(number: int, what: str) -> None:
         nonlocal handles
@@ -218,21 +219,23 @@ def test_all_batchers_together_never_have_more_here_than_there_is_room_for_and_a
             asked[number] += (burst := dice.randint(1, 8))
             one.wants += burst
             one.send()
-        elif what == "hear" and one.down:
-            one.hear()
+        elif what == "receive" and one.down:
+            one.receive()
             one.send()
         elif what == "arrive" and one.up:
-            one.session.heard = now
+            one.stream.last_received = now
             if generation := one.up.popleft():
-                one.session.saw_credit(generation)
+                one.stream.acknowledge_credit(generation)
             else:
                 handles += 1
-                one.session.submitted = now
-                one.session.flights[handles] = Flight(object.__new__(LiveSequence), "", 0, none, none, 0)
+                one.stream.last_submitted = now
+                one.stream.in_flight[handles] = InFlightSequence(
+                    object.__new__(SequenceSpec), "", 0, none, none, 0
+                )
             shared()
-        elif what == "end" and one.session.flights:
-            for handle in list(one.session.flights)[: dice.randint(1, 4)]:
-                del one.session.flights[handle]
+        elif what == "end" and one.stream.in_flight:
+            for handle in list(one.stream.in_flight)[: dice.randint(1, 4)]:
+                del one.stream.in_flight[handle]
                 served[number] += 1
                 one.outstanding -= 1
             shared()
@@ -242,15 +245,17 @@ def test_all_batchers_together_never_have_more_here_than_there_is_room_for_and_a
     shared()
     for _ in range(200):
         now += 0.01
-        act(dice.randrange(count), dice.choice(["ask", "hear", "arrive", "arrive", "end"]))
-        here = sum(len(one.session.flights) for one in batchers)
-        under_way = sum(one.up.count(0) for one in batchers)
-        assert here + under_way <= max(room, count) + KNOCK * count, "the idle may knock beyond it"
-    for _ in range(1000):  # no more is asked: all of it is served
+        act(dice.randrange(count), dice.choice(["ask", "receive", "arrive", "arrive", "end"]))
+        here = sum(len(one.stream.in_flight) for one in batchers)
+        in_transit = sum(one.up.count(0) for one in batchers)
+        assert here + in_transit <= max(room, count) + IDLE_CREDIT * count, (
+            "idle ones may exceed it by one each"
+        )
+    for _ in range(1000):  # no new requests: all of them are served
         if served == asked:
             break
         now += 0.01
         for number in range(count):
-            for what in ("hear", "arrive", "arrive", "end"):
+            for what in ("receive", "arrive", "arrive", "end"):
                 act(number, what)
     assert served == asked

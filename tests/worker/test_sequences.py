@@ -10,7 +10,7 @@ PRIORITIES = st.lists(st.integers(0, 9), max_size=40)
 
 
 @given(priority=st.integers(0, 2**32 - 1), others=st.lists(st.integers(0, 2**32 - 1), max_size=40))
-def test_a_priority_that_counts_is_between_least_and_most(priority: int, others: list[int]) -> None:
+def test_an_effective_priority_is_in_range(priority: int, others: list[int]) -> None:
     assert 0 <= relative_priority(priority, others) <= 9
 
 
@@ -23,14 +23,14 @@ def test_urgent_sequences_of_a_stream_stay_ahead_of_its_others(
     assert relative_priority(low, others) <= relative_priority(high, others)
 
 
-def test_a_stream_on_which_everything_is_urgent_is_as_urgent_as_any() -> None:
+def test_a_stream_on_which_everything_is_urgent_gains_nothing() -> None:
     assert relative_priority(9, [9] * 30) == 5
     assert relative_priority(10**9, [10**9] * 30) == 5
-    assert relative_priority(9, [3] * 30) == 9, "its others wait for it"
-    assert relative_priority(2, [2] * 30) == 2, "who asks for little gets no more"
+    assert relative_priority(9, [3] * 30) == 9, "it goes ahead of the stream's others"
+    assert relative_priority(2, [2] * 30) == 2, "low priorities are not raised"
 
 
-def test_a_trace_that_is_none_or_too_long_is_no_parent() -> None:
+def test_a_malformed_or_overlong_trace_is_ignored() -> None:
     good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     assert span_context(wire.TraceContext(traceparent=good)).is_valid
     for trace in (

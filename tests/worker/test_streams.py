@@ -1,74 +1,74 @@
-"""What a worker keeps for a batcher that is slow to hear, and what it says when there is nothing to say."""
+"""A stream merges frames for a batcher that reads slowly, and sends heartbeats when it has no tokens."""
 
 from __future__ import annotations
 
 from headrace.v1 import worker_service_pb2 as wire
-from headrace.worker.stream import BEAT_SECONDS, Flight, Session
+from headrace.worker.stream import HEARTBEAT_SECONDS, BatcherStream, InFlightSequence
 
 
-def saying(session: Session, offset: int, *ids: int) -> None:
-    delta = session.pending.get(0)
+def add_tokens(stream: BatcherStream, offset: int, *ids: int) -> None:
+    delta = stream.pending.get(0)
     if delta is None:
-        delta = session.pending[0] = wire.SequenceDelta(handle=0, offset=offset)
+        delta = stream.pending[0] = wire.SequenceDelta(handle=0, offset=offset)
     delta.token_ids.extend(ids)
 
 
-def frames(session: Session, now: float = 0.0) -> list[wire.Step]:
-    return [response.step for response in session.news(now) if response.HasField("step")]
+def frames(stream: BatcherStream, now: float = 0.0) -> list[wire.Step]:
+    return [response.step for response in stream.take_messages(now) if response.HasField("step")]
 
 
-def test_steps_are_merged_while_the_window_is_full_and_go_out_together_on_an_ack() -> None:
-    session = Session(1, window=2)
+def test_steps_are_merged_while_the_window_is_full_and_sent_together_after_an_ack() -> None:
+    stream = BatcherStream(1, window=2)
     sent: list[int] = []
     for offset in range(10):
-        saying(session, offset, offset)
-        for step in frames(session):
+        add_tokens(stream, offset, offset)
+        for step in frames(stream):
             sent += step.deltas[0].token_ids
     assert sent == [0, 1]
 
-    session.ack(1)
-    (step,) = frames(session)
+    stream.acknowledge_frames(1)
+    (step,) = frames(stream)
     assert step.frame == 3
     assert (step.deltas[0].offset, list(step.deltas[0].token_ids)) == (2, [2, 3, 4, 5, 6, 7, 8, 9])
 
 
-def test_a_window_of_none_never_holds_back() -> None:
-    session = Session(1)
+def test_a_window_of_zero_is_unbounded() -> None:
+    stream = BatcherStream(1)
     for offset in range(100):
-        saying(session, offset, offset)
-        assert len(frames(session)) == 1
+        add_tokens(stream, offset, offset)
+        assert len(frames(stream)) == 1
 
 
-def test_what_is_no_step_passes_a_full_window() -> None:
-    session = Session(1, window=1)
-    saying(session, 0, 0)
-    frames(session)
-    saying(session, 1, 1)
-    session.say(wire.RunResponse(pong=wire.Pong(nonce=4)))
+def test_messages_that_are_not_steps_are_sent_while_the_window_is_full() -> None:
+    stream = BatcherStream(1, window=1)
+    add_tokens(stream, 0, 0)
+    frames(stream)
+    add_tokens(stream, 1, 1)
+    stream.send(wire.RunResponse(pong=wire.Pong(nonce=4)))
 
-    assert [response.WhichOneof("message") for response in session.news(0.0)] == ["pong"]
-
-
-def test_an_ack_of_frames_that_were_never_sent_opens_nothing() -> None:
-    session = Session(1, window=1)
-    saying(session, 0, 0)
-    frames(session)
-    session.ack(1_000)
-    saying(session, 1, 1)
-    assert len(frames(session)) == 1
-    saying(session, 2, 2)
-    assert frames(session) == []
+    assert [response.WhichOneof("message") for response in stream.take_messages(0.0)] == ["pong"]
 
 
-def test_steps_without_tokens_are_told_now_and_then_so_that_prompts_are_not_taken_for_a_stall() -> None:
-    session = Session(1)
-    session.beat(0.0)
-    assert frames(session) == [], "nothing of this stream is under way"
+def test_an_ack_of_frames_that_were_never_sent_does_not_open_the_window() -> None:
+    stream = BatcherStream(1, window=1)
+    add_tokens(stream, 0, 0)
+    frames(stream)
+    stream.acknowledge_frames(1_000)
+    add_tokens(stream, 1, 1)
+    assert len(frames(stream)) == 1
+    add_tokens(stream, 2, 2)
+    assert frames(stream) == []
 
-    session.flights[0] = object.__new__(Flight)
-    told = 0
+
+def test_heartbeats_are_sent_during_steps_without_tokens_so_that_prefill_is_not_taken_for_a_stall() -> None:
+    stream = BatcherStream(1)
+    stream.heartbeat(0.0)
+    assert frames(stream) == [], "the stream has no sequence"
+
+    stream.in_flight[0] = object.__new__(InFlightSequence)
+    sent = 0
     for step in range(100):
-        now = 10 + step * BEAT_SECONDS / 10
-        session.beat(now)
-        told += len(frames(session, now))
-    assert 9 <= told <= 11
+        now = 10 + step * HEARTBEAT_SECONDS / 10
+        stream.heartbeat(now)
+        sent += len(frames(stream, now))
+    assert 9 <= sent <= 11

@@ -1,1 +1,1 @@
-"""Engines without a server of their own, each run in a child process; `pipe` is what they speak."""
+"""Engines without a server of their own, each run in a child process that exchanges messages by `pipe`."""

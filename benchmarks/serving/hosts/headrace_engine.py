@@ -1,4 +1,4 @@
-"""Headrace's engine without the mesh: its step loop, as a worker runs it, fed with token ids."""
+"""Run Headrace's engine without the mesh: its step loop, as in a worker, on token ids."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.serving.hosts.pipe import Pipe
-from headrace.worker.engine.interface import Engine, SamplingParams
-from headrace.worker.engine.plan.loop import EngineLoop, StepReport
-from headrace.worker.engine.plan.scheduler import LiveSequence
+from headrace.worker.engine.interface import Engine
+from headrace.worker.engine.plan.loop import EngineLoop
+from headrace.worker.runner import SamplingParams, SequenceSpec, StepReport
 from headrace.worker.settings import Settings
 
 
-def load(model: str, dtype: str, threads: int, say: Callable[[str], None] = print, **limits: int) -> Engine:
-    """Load a model as a worker does; "echo" is the engine without one.
+def load(
+    model: str, dtype: str, threads: int, progress: Callable[[str], None] = print, **limits: int
+) -> Engine:
+    """Load a model as a worker does; "echo" is the engine without a model.
 
-    limits   context_length and max_running, where not the defaults
+    limits   context_length and max_running, if not the defaults
     """
     if model == "echo":
         from headrace.worker.engine.echo import EchoEngine
@@ -33,7 +35,7 @@ def load(model: str, dtype: str, threads: int, say: Callable[[str], None] = prin
         tokenizer_fingerprint="",
         dtype=dtype,
         threads=threads,
-        progress=say,
+        progress=progress,
         **limits,  # type: ignore[arg-type]
     )
 
@@ -47,23 +49,23 @@ def start(
 ) -> EngineLoop[int]:
     """Start the step loop as a worker would.
 
-    step_tokens    0 takes the worker's default
-    prefix_cache   off, unless it is what is measured: repetitions of a workload would find themselves
+    step_tokens    0 for the worker's default
+    prefix_cache   off by default: repetitions of a workload would hit the cache
     """
     steps = step_tokens or Settings(fake=True).tokens_per_step
-    loop: EngineLoop[int] = EngineLoop(engine, report=report, step_tokens=steps, prefix_cache=prefix_cache)
-    loop.start()
+    loop: EngineLoop[int] = EngineLoop(engine, step_tokens=steps, prefix_cache=prefix_cache)
+    loop.start(report)
     return loop
 
 
-def sequence(key: int, ids: Sequence[int], tokens: int) -> LiveSequence[int]:
-    """A greedy request for exactly *tokens* tokens."""
+def sequence(key: int, ids: Sequence[int], tokens: int) -> SequenceSpec[int]:
+    """Return a greedy sequence of exactly *tokens* tokens."""
     params = SamplingParams(seed=0, max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    return LiveSequence(key, list(ids), len(ids), params, None, time.monotonic())
+    return SequenceSpec(key, list(ids), len(ids), params, submitted=time.monotonic())
 
 
 def main() -> None:
-    """Load, then serve the pipe."""
+    """Load the model, then serve the pipe."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="auto")
@@ -72,10 +74,10 @@ def main() -> None:
     pipe = Pipe()
     engine = load(arguments.model, arguments.dtype, arguments.threads)
 
-    def hear(report: StepReport[int]) -> None:
-        pipe.tokens((update.sequence.key, update.token_ids) for update in report.updates if update.token_ids)
+    def on_report(report: StepReport[int]) -> None:
+        pipe.tokens((update.key, update.token_ids) for update in report.updates if update.token_ids)
 
-    loop = start(engine, hear)
+    loop = start(engine, on_report)
     pipe.ready({"dtype": engine.model.dtype, "exact": str(engine.model.exact)})
     while (asks := pipe.take(wait=True)) is not None:
         for ask in asks:

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's ContinuousBatchingPipeline, stepped by hand; prefix caching off, as for all."""
+"""Run OpenVINO GenAI's ContinuousBatchingPipeline step by step, without prefix caching."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.serving.hosts.pipe import Pipe
 
 
 def main() -> None:
-    """Load, then step while there is something to do."""
+    """Load the model, then run steps while there are requests."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True, help="a folder that optimum-cli exported")
     parser.add_argument("--threads", type=int, default=2)
@@ -40,13 +40,13 @@ def main() -> None:
             prompt = openvino.Tensor(numpy.array([ask.prompt], dtype=numpy.int64))
             handles[ask.key] = pipeline.add_request(ask.key, prompt, wanted)
         pipeline.step()
-        news = []
+        updates = []
         for key, handle in list(handles.items()):
             while handle.can_read():
-                news += [(key, list(output.generated_ids)) for output in handle.read().values()]
+                updates += [(key, list(output.generated_ids)) for output in handle.read().values()]
             if handle.get_status() != genai.GenerationStatus.RUNNING:
                 del handles[key]
-        pipe.tokens(news)
+        pipe.tokens(updates)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What an engine in a child process speaks with the benchmark: JSON lines on its standard pipes.
+"""The protocol between the benchmark and an engine in a child process: JSON lines on its standard pipes.
 
 In:  {"key": 7, "prompt": [ids], "tokens": 40}, until the end of input.
 Out: {"ready": {package: version}} once, then {"tokens": [[key, [ids]], ...]} for each step of the engine.
 
-Knows no engine, imports nothing beyond the standard library: it runs in the peers' environments.
+It depends on no engine and imports only the standard library, because it runs in the peers' environments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Ask:
 
 
 class Pipe:
-    """The child's end. Take it before libraries are imported that like to print."""
+    """The child's end. Create it before importing libraries, which may print."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -36,20 +36,20 @@ class Pipe:
         self._ended = False
 
     def ready(self, versions: dict[str, str]) -> None:
-        """Say that requests may come, and start to listen."""
+        """Send that the engine is ready, and start to read requests."""
         self._write({"ready": versions})
         threading.Thread(target=self._listen, daemon=True).start()
 
     def tokens(self, step: Iterable[tuple[int, Sequence[int]]]) -> None:
-        """Hand out what one step produced: (key, ids) of each request that has news."""
-        if told := [[key, list(ids)] for key, ids in step]:
-            self._write({"tokens": told})
+        """Send the tokens of one step: (key, ids) of each request that has new ones."""
+        if updates := [[key, list(ids)] for key, ids in step]:
+            self._write({"tokens": updates})
 
     def take(self, *, wait: bool, linger: float = 0.0) -> list[Ask] | None:
-        """Take the requests that came since the last call; None when no more will come.
+        """Return the requests that arrived since the last call; None if there will be no more.
 
-        wait     whether to wait for one, if there is none
-        linger   seconds to wait for company after the first
+        wait     whether to wait for a request if there is none
+        linger   seconds to wait for further ones after the first
         """
         if self._ended:
             return None
@@ -75,5 +75,5 @@ class Pipe:
     def _write(self, message: dict[str, object]) -> None:
         try:
             self._out.write(json.dumps(message, separators=(",", ":")) + "\n")
-        except BrokenPipeError:  # the benchmark is gone
+        except BrokenPipeError:  # the benchmark has ended
             os._exit(0)

@@ -1,7 +1,7 @@
-"""transformers alone: its continuous batching, or `generate` over static batches, in bfloat16.
+"""Run transformers: its continuous batching, or `generate` over static batches, in bfloat16.
 
-A static batch takes the requests that wait, at most 32, and runs until its longest answer is complete; an
-answer counts as complete when its own tokens are there, and what comes meanwhile waits for the next batch.
+A static batch takes the waiting requests, at most 32, and runs until its longest answer is complete. A
+shorter answer is complete when it has its own tokens; requests that arrive meanwhile wait.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 BATCH = 32
-LINGER = 0.02  # seconds: clients that were answered in one step ask again together
+LINGER = 0.02  # seconds: clients that were answered in one step send again together
 
 
 def static(pipe: Pipe, model: Any) -> None:
@@ -50,11 +50,11 @@ def static(pipe: Pipe, model: Any) -> None:
 
 
 def _steps(base: Any, pipe: Pipe, batch: list[Ask]) -> Any:
-    """A streamer that hands each step's tokens out, to the answers that still want them."""
+    """Return a streamer that sends each step's tokens to the answers that are not complete."""
 
     class Steps(base):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.step = -1  # the first that comes is the prompt
+            self.step = -1  # the first value is the prompt
 
         def put(self, value: torch.Tensor) -> None:
             if self.step >= 0:
@@ -69,7 +69,7 @@ def _steps(base: Any, pipe: Pipe, batch: list[Ask]) -> Any:
 
 
 def continuous(pipe: Pipe, model: Any) -> None:
-    """Serve the pipe by transformers' own continuous batching."""
+    """Serve the pipe with transformers' continuous batching."""
     from transformers import ContinuousBatchingConfig
 
     manager = model.init_continuous_batching(
@@ -99,18 +99,18 @@ def continuous(pipe: Pipe, model: Any) -> None:
             outputs = [manager.get_result(timeout=0.05)]
         except queue.Empty:
             continue
-        news = []
+        updates = []
         for output in outputs:
             if output is None or output.request_id not in had:
                 continue
             if output.error:
                 raise RuntimeError(output.error)
             done = had[output.request_id]
-            news.append((int(output.request_id), list(output.generated_tokens[done:])))
+            updates.append((int(output.request_id), list(output.generated_tokens[done:])))
             had[output.request_id] = len(output.generated_tokens)
             if output.is_finished():
                 del had[output.request_id]
-        pipe.tokens(news)
+        pipe.tokens(updates)
     manager.stop(block=True)
 
 
@@ -122,7 +122,7 @@ def _greedy(**more: int) -> Any:
 
 
 def main() -> None:
-    """Load, then serve the pipe."""
+    """Load the model, then serve the pipe."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True, help="a folder that transformers saved")
     parser.add_argument("--mode", choices=("static", "continuous"), required=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 
 from headrace.batcher.admin import AdminServicer
+from headrace.batcher.answering import Answering
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.links.pool import WorkerPool
@@ -21,15 +22,16 @@ from headrace.batcher.service import SERVICES, GenerationServicer
 from headrace.batcher.settings import Settings
 from headrace.batcher.text.generation_defaults import recommended_sampling
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer, load_tokenizer
-from headrace.batcher.waiting.queue import JobQueue
+from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
-from headrace.runtime import logs, vitals
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.memory import collection_paused
-from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime import process_info
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.memory_reclaim import collection_paused
+from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
+from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -39,7 +41,7 @@ log = logging.getLogger("headrace.batcher")
 
 
 @dataclass(frozen=True)
-class Batcher:
+class RunningBatcher:
     """A running batcher: its server, its coalescer and its intake."""
 
     server: Serving
@@ -50,20 +52,25 @@ class Batcher:
 @asynccontextmanager
 async def batcher(
     settings: Settings, tokenizer: Tokenizer, identity: str, defaults: pb.Sampling | None = None
-) -> AsyncGenerator[Batcher, None]:
-    """Serve one tier while the block runs; drain when it is left.
+) -> AsyncGenerator[RunningBatcher, None]:
+    """Serve one tier while the block runs; drain on leaving it.
 
-    identity   names this batcher in its workers' logs
-    defaults   sampling fields that a request has unless it sets them
+    identity   the name of this batcher in its workers' logs
+    defaults   values of sampling fields that a request leaves out
     """
     pool = WorkerPool(settings.worker_targets, fingerprint=tokenizer.fingerprint, batcher_id=identity)
     coalescer = Coalescer(
         pool,
-        JobQueue(settings.queue_limit, ageing=settings.ageing_seconds, quantum=settings.quantum_tokens),
+        RequestQueue(
+            settings.queue_limit,
+            tier=settings.tier,
+            ageing=settings.ageing_seconds,
+            quantum=settings.quantum_tokens,
+        ),
         Window(size=settings.batch_size, tokens=settings.batch_tokens, linger=settings.linger),
         tier=settings.tier,
         failover_seconds=settings.failover_seconds,
-        unread_seconds=settings.unread_seconds,
+        max_unread_seconds=settings.max_unread_seconds,
         share_prefixes=settings.share_prefixes,
     )
     with Intake(
@@ -71,45 +78,46 @@ async def batcher(
         tokenizer,
         tier=settings.tier,
         max_tokens=settings.max_tokens,
-        unread_limit=settings.unread_limit,
-        most_bytes=settings.intake_bytes,
+        max_unread_tokens=settings.max_unread_tokens,
+        max_bytes=settings.intake_bytes,
         ageing=settings.ageing_seconds,
         defaults=defaults,
     ) as intake:
+        answering = Answering(coalescer, intake, tokenizer, tier=settings.tier)
         servicer = GenerationServicer(
-            coalescer, intake, tokenizer, tier=settings.tier, max_tokens=settings.max_tokens
+            answering, coalescer, intake, tier=settings.tier, max_tokens=settings.max_tokens
         )
-        activity = Activity()
-        inside = AdminServicer(coalescer, intake, activity, tier=settings.tier)
+        requests = ActiveRequests()
+        admin = AdminServicer(coalescer, intake, requests, tier=settings.tier)
 
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServiceServicer_to_server(servicer, server)
             add_RoutingServiceServicer_to_server(servicer, server)
-            add_AdminServiceServicer_to_server(inside, server)
+            add_AdminServiceServicer_to_server(admin, server)
 
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(pool.run(coalescer)), tasks.create_task(coalescer.run())]
             try:
                 async with serving(
                     register,
-                    (*SERVICES, *vitals.SERVICES),
+                    (*SERVICES, *process_info.SERVICES),
                     host=settings.host,
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
                     limits=settings.limits,
-                    aside=frozenset({vitals.INSPECT, LIST_TIERS}),
-                    activity=activity,
+                    untracked=frozenset({process_info.INSPECT, LIST_TIERS}),
+                    requests=requests,
                     trace_context=settings.trace_context,
                     ready=lambda: bool(pool.ready()),
                 ) as server:
-                    yield Batcher(server, coalescer, intake)
+                    yield RunningBatcher(server, coalescer, intake)
             finally:
                 for task in running:
                     task.cancel()
 
 
 async def main(settings: Settings) -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal arrives."""
     identity = f"{settings.tier}-{socket.gethostname()}-{os.getpid()}"
     log.info("loading", extra={"stage": "tokenizer", "model": settings.model or "echo"})
     tokenizer, defaults = await asyncio.to_thread(_load, settings)
@@ -118,10 +126,11 @@ async def main(settings: Settings) -> None:
 
 
 def _load(settings: Settings) -> tuple[Tokenizer, pb.Sampling]:
-    """The tokenizer, and what the model recommends for sampling if that is wanted."""
+    """Return the tokenizer, and the model's recommended sampling fields if the settings ask for them."""
     if settings.fake:
         return ByteTokenizer(), pb.Sampling()
-    # Each prompt on its lane's thread: in the pool of the library, long ones would hold up short ones.
+    # Each prompt is tokenised on its lane's thread: in the library's own pool, long ones would delay short
+    # ones.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cache = Path(settings.cache) if settings.cache else cache_folder()
     try:

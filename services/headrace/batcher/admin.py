@@ -1,4 +1,4 @@
-"""Show what the batcher is doing: its queue, its workers, and every request under way."""
+"""Serve the debug endpoint: the batcher's queue, workers and requests in flight."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
 from headrace.batcher.links.link import WorkerLink
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.process_info import process_state
+from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 
-LISTED = 100
+DEFAULT_MAX_SEQUENCES = 100
 
 
 class AdminServicer(AdminServiceServicer):
-    """Answers people who want to look inside."""
+    """Reports the internal state of the batcher."""
 
-    def __init__(self, coalescer: Coalescer, intake: Intake, activity: Activity, *, tier: str) -> None:
+    def __init__(self, coalescer: Coalescer, intake: Intake, requests: ActiveRequests, *, tier: str) -> None:
         self._coalescer = coalescer
         self._intake = intake
-        self._activity = activity
+        self._requests = requests
         self._tier = tier
 
     async def Inspect(
         self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> admin.InspectResponse:
-        """Everything as it is now."""
+        """Return the current state."""
         now, coalescer = time.monotonic(), self._coalescer
         queue, pool = coalescer.queue, coalescer.pool
         state = admin.BatcherState(
@@ -40,10 +40,10 @@ class AdminServicer(AdminServiceServicer):
                 admin.QueueState(priority=priority, tenant=tenant, waiting=count)
                 for (priority, tenant), count in sorted(queue.counts().items(), reverse=True)
             ],
-            begun=len(queue.begun),
+            interrupted=len(queue.interrupted),
             workers=[_link(link, now) for link in pool],
-            live=len(coalescer.live),
-            prefill_tokens_per_second=coalescer.admission.pace(now).prefill,
+            in_flight=len(coalescer.live),
+            prefill_tokens_per_second=coalescer.admission.estimates(now).prefill_rate,
             prefix_blocks=len(coalescer.prefixes),
             paused=len(coalescer.paused),
             tokenizing=self._intake.waiting,
@@ -51,11 +51,11 @@ class AdminServicer(AdminServiceServicer):
         )
         oldest_wait = max(queue.oldest_wait(now), self._intake.oldest_wait(now))
         state.oldest_wait.FromNanoseconds(int(oldest_wait * 1e9))
-        places = {job: link.target for link in pool for job in link.flights.jobs()}
+        places = {job: link.target for link in pool for job in link.in_flight.jobs()}
         oldest = sorted(coalescer.live, key=lambda job: job.arrived)
-        for job in islice(oldest, request.max_sequences or LISTED):
+        for job in islice(oldest, request.max_sequences or DEFAULT_MAX_SEQUENCES):
             state.sequences.append(_sequence(job, places.get(job, ""), now, paused=job in coalescer.paused))
-        return admin.InspectResponse(batcher=state, vitals=vitals(self._activity))
+        return admin.InspectResponse(batcher=state, process_state=process_state(self._requests))
 
 
 def _link(link: WorkerLink, now: float) -> admin.WorkerLinkState:
@@ -79,8 +79,8 @@ def _link(link: WorkerLink, now: float) -> admin.WorkerLinkState:
         outstanding=link.outstanding,
         backlog_tokens=link.backlog,
     )
-    state.step_p99.FromNanoseconds(int(link.liveness.p99 * 1e9))
-    state.silent.FromNanoseconds(max(int((now - link.liveness.heard_at) * 1e9), 0))
+    state.step_p99.FromNanoseconds(int(link.liveness.step_p99 * 1e9))
+    state.since_last_message.FromNanoseconds(max(int((now - link.liveness.received_at) * 1e9), 0))
     return state
 
 
@@ -88,10 +88,10 @@ def _sequence(job: Job, place: str, now: float, *, paused: bool) -> admin.Sequen
     state = admin.SequenceState(
         request_id=job.request_id,
         attempt=job.attempt,
-        offset=job.answered,
+        offset=job.answer_length,
         tenant=job.tenant,
         priority=job.priority,
-        place=place,
+        peer=place,
         unread=job.inbox.unread,
         losses=job.history.losses,
         paused=paused,

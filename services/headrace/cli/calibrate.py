@@ -12,13 +12,13 @@ from rich.progress import track
 from rich.table import Table
 
 from headrace.routing import calibration, scorer
-from headrace.routing.calibration import BadCalibration, Point, Row
+from headrace.routing.calibration import BadCalibration, Point, ScoredPrompt
 from headrace.routing.score import Scorer, fingerprint
 
 _LINES = 21  # of the table; the trade-off has more points
 
 
-def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Console) -> list[Row]:
+def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Console) -> list[ScoredPrompt]:
     """Score the prompts of *path*: JSON Lines with `prompt` and optionally `NAME_ok` per tier.
 
     Rows with the same prompt are merged, because the router writes one row per feedback. Raises
@@ -55,7 +55,7 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
         )
     rows = labelled or list(merged.values())
     return [
-        Row(scores.score(row["prompt"]).value, calibration.qualities(row, tiers) if labelled else ())
+        ScoredPrompt(scores.score(row["prompt"]).value, calibration.qualities(row, tiers) if labelled else ())
         for row in track(rows, "scoring", console=console, transient=True, disable=not console.is_terminal)
     ]
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from headrace.cli.answers import Answer, printable
 from headrace.client import Client, chat, connect
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime.telemetry.setup import telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

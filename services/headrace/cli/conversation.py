@@ -15,7 +15,7 @@ from headrace.cli.chat import print_answer, request_for, stderr_console
 from headrace.cli.complaints import advice, complain
 from headrace.cli.routing import feedback_result
 from headrace.client import connect
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime.telemetry.setup import telemetry
 
 if TYPE_CHECKING:
     from headrace.cli.chat import ChatOptions

@@ -29,7 +29,7 @@ from headrace.cli.summary import Outcome, summarise, summary_table
 from headrace.cli.trace_tree import busiest, trace_tree
 from headrace.client import connect
 from headrace.errors import HeadraceError
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime.telemetry.setup import telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

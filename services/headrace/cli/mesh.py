@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace import models
 from headrace.channel import open_channel
 from headrace.cli.processes import ChildDied, Crew, Process, crew, notices_of, stage_of
-from headrace.runtime.listening import explained, obstacle
+from headrace.runtime.serving.bind_check import bind_error, explain
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
@@ -127,12 +127,12 @@ def cores() -> int:
 
 def require_free(port: int) -> None:
     """Raise BadSpec if this process cannot listen on *port*. Port 0, for any free one, is always possible."""
-    problem = obstacle(HOST, port)
+    problem = bind_error(HOST, port)
     if problem is None:
         return
     taken = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
     hint = ". Is a mesh running already?" if taken else ""
-    raise BadSpec(explained(problem, HOST, port) + hint) from problem
+    raise BadSpec(explain(problem, HOST, port) + hint) from problem
 
 
 def free_ports(count: int) -> list[int]:

@@ -13,8 +13,10 @@ from headrace.cli.rows import BadRow, read_rows
 from headrace.routing import fitting, scorer
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.drafts import check as draft_check
-from headrace.routing.policy import Hints, TierView, decide, thresholds
+from headrace.routing.policy import decide
+from headrace.routing.request import Hints
 from headrace.routing.score import UNSCORED
+from headrace.routing.tier_view import TierView, even_thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,7 +145,7 @@ def refit_scorer(path: str, out: Path, tiers: str, artifact: Path | None, consol
 
 def _lowest(names: Sequence[str], from_score: str) -> list[float]:
     if not from_score.strip():
-        return thresholds(len(names))
+        return even_thresholds(len(names))
     try:
         lowest = [0.0, *(float(part) for part in from_score.split(","))]
     except ValueError:

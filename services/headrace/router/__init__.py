@@ -1,6 +1,7 @@
 """The router: scores each prompt and sends it to the smallest tier that will answer it well.
 
-It knows tiers by their names and their batchers' addresses; tokens, batches and workers are beyond it.
+It knows tiers by their names and the addresses of their batchers. Tokenizers, batches and workers are not
+visible to it.
 """
 
-from headrace.runtime import quiet as quiet  # before grpc is imported
+from headrace.runtime import grpc_verbosity as grpc_verbosity  # before grpc is imported

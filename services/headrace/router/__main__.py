@@ -13,10 +13,10 @@ import grpc
 
 from headrace.client import LIST_TIERS
 from headrace.router.admin import AdminServicer
-from headrace.router.chooser import CascadeRules, Chooser
+from headrace.router.chooser import Chooser
 from headrace.router.service import SERVICES, RouterServicer
 from headrace.router.settings import Settings
-from headrace.router.state.conversations import Sessions
+from headrace.router.state.conversations import Conversations
 from headrace.router.state.feedback import TENANT_SHARE, Feedback
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers
@@ -24,11 +24,14 @@ from headrace.routing import scorer
 from headrace.routing.artifact import BadArtifact
 from headrace.routing.calibration import BadCalibration
 from headrace.routing.drafts import check as draft_check
-from headrace.routing.score import fingerprint
-from headrace.runtime import logs, vitals
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
-from headrace.runtime.telemetry import telemetry
+from headrace.routing.drafts.check import DraftChecker
+from headrace.routing.drafts.rules import CascadeRules
+from headrace.routing.score import Scorer, fingerprint
+from headrace.runtime import process_info
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
+from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
@@ -43,73 +46,46 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         settings.tier_targets(),
         poll_seconds=settings.poll_seconds,
         stall_seconds=settings.stall_seconds,
-        wait_seconds=settings.wait_seconds,
+        wait_seconds=settings.tier_wait_seconds,
     )
-    if settings.thresholds.strip() and (settings.calibration is not None or settings.tier_shares()):
-        log.warning("--thresholds is not used: --calibration or --share sets them")
-    try:
-        scores, checker = scorer.load(settings.scorer), draft_check.load(settings.draft_check)
-        thresholds = Thresholds(
-            [tier.name for tier in tiers.tiers],
-            settings.tier_thresholds(),
-            path=settings.calibration,
-            scorer=fingerprint(scores),
-            shares=settings.tier_shares(),
-        )
-    except (BadArtifact, BadCalibration) as error:
-        raise StartFailed(str(error)) from error
-    try:
-        feedback = Feedback(
-            settings.feedback,
-            max_bytes=int(settings.feedback_megabytes * 1e6),
-            per_minute=settings.feedback_per_minute,
-            share=TENANT_SHARE,
-        )
-    except OSError as error:
-        raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
-    sessions = Sessions(idle_seconds=settings.session_idle_seconds)
+    scores, checker, thresholds = _load_models(settings, [tier.name for tier in tiers.tiers])
+    conversations = Conversations(idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,
         thresholds,
         checker,
         prices=settings.tier_prices(),
-        sessions=sessions,
-        rules=CascadeRules(
-            enabled=settings.cascade,
-            from_score=settings.cascade_from,
-            release=settings.cascade_release,
-            tokens=settings.draft_tokens,
-            sample_seconds=settings.cascade_sample_seconds,
-        ),
+        conversations=conversations,
+        rules=_cascade_rules(settings),
     )
     servicer = RouterServicer(
         tiers,
         scores,
         chooser,
-        feedback,
+        _open_feedback(settings),
         default_deadline=settings.default_deadline,
-        resume_seconds=settings.resume_seconds,
+        failover_seconds=settings.failover_seconds,
     )
-    activity = Activity()
-    inside = AdminServicer(tiers, sessions, activity)
+    requests = ActiveRequests()
+    admin = AdminServicer(tiers, conversations, requests)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
         add_RoutingServiceServicer_to_server(servicer, server)
-        add_AdminServiceServicer_to_server(inside, server)
+        add_AdminServiceServicer_to_server(admin, server)
 
     async with (
         tiers.watching(),
         asyncio.TaskGroup() as tasks,
         serving(
             register,
-            (*SERVICES, *vitals.SERVICES),
+            (*SERVICES, *process_info.SERVICES),
             host=settings.host,
             port=settings.port,
             drain_seconds=settings.drain_seconds,
             limits=settings.limits,
-            aside=frozenset({vitals.INSPECT, LIST_TIERS}),
-            activity=activity,
+            untracked=frozenset({process_info.INSPECT, LIST_TIERS}),
+            requests=requests,
             trace_context=settings.trace_context,
             ready=lambda: tiers.any_healthy,
         ) as server,
@@ -121,8 +97,49 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             watching.cancel()
 
 
+def _load_models(settings: Settings, tiers: list[str]) -> tuple[Scorer, DraftChecker, Thresholds]:
+    """Load scorer, draft check and thresholds. Raises StartFailed."""
+    if settings.thresholds.strip() and (settings.calibration is not None or settings.tier_shares()):
+        log.warning("--thresholds is ignored: --calibration or --share sets them")
+    try:
+        scores, checker = scorer.load(settings.scorer), draft_check.load(settings.draft_check)
+        thresholds = Thresholds(
+            tiers,
+            settings.tier_thresholds(),
+            path=settings.calibration,
+            scorer=fingerprint(scores),
+            shares=settings.tier_shares(),
+        )
+    except (BadArtifact, BadCalibration) as error:
+        raise StartFailed(str(error)) from error
+    return scores, checker, thresholds
+
+
+def _open_feedback(settings: Settings) -> Feedback:
+    """Open the feedback file. Raises StartFailed."""
+    try:
+        return Feedback(
+            settings.feedback,
+            max_bytes=int(settings.feedback_megabytes * 1e6),
+            per_minute=settings.feedback_per_minute,
+            share=TENANT_SHARE,
+        )
+    except OSError as error:
+        raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
+
+
+def _cascade_rules(settings: Settings) -> CascadeRules:
+    return CascadeRules(
+        enabled=settings.cascade,
+        min_score=settings.cascade_min_score,
+        min_quality=settings.cascade_min_quality,
+        draft_tokens=settings.cascade_draft_tokens,
+        sample_seconds=settings.cascade_sample_seconds,
+    )
+
+
 async def main(settings: Settings) -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal is received."""
     async with (
         telemetry("router", instance=f"{socket.gethostname()}-{os.getpid()}"),
         router(settings),

@@ -1,41 +1,41 @@
-"""Show what the router is doing: the batchers of each tier, and what it remembers."""
+"""Serve the debug endpoint of the router: the batchers of each tier, and what the router keeps."""
 
 from __future__ import annotations
 
 import grpc
 
-from headrace.router.state.conversations import Sessions
+from headrace.router.state.conversations import Conversations
 from headrace.router.state.tiers import Tiers
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.vitals import vitals
+from headrace.runtime.process_info import process_state
+from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 
 
 class AdminServicer(AdminServiceServicer):
-    """Answers people who want to look inside."""
+    """Reports the state of the router to operators."""
 
-    def __init__(self, tiers: Tiers, sessions: Sessions, activity: Activity) -> None:
+    def __init__(self, tiers: Tiers, conversations: Conversations, requests: ActiveRequests) -> None:
         self._tiers = tiers
-        self._sessions = sessions
-        self._activity = activity
+        self._conversations = conversations
+        self._requests = requests
 
     async def Inspect(
         self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> admin.InspectResponse:
-        """Everything as it is now."""
+        """Return the current state."""
         state = admin.RouterState(
             batchers=[
                 admin.BatcherLinkState(
                     tier=tier.name,
                     address=batcher.address,
                     ready=batcher.ready,
-                    problem=batcher.seen.unhealthy_reason,
-                    live=batcher.live,
+                    problem=batcher.reported.unhealthy_reason,
+                    in_flight=batcher.in_flight,
                 )
                 for tier in self._tiers.tiers
                 for batcher in tier.batchers
             ],
-            conversations=len(self._sessions),
+            conversations=len(self._conversations),
         )
-        return admin.InspectResponse(router=state, vitals=vitals(self._activity))
+        return admin.InspectResponse(router=state, process_state=process_state(self._requests))

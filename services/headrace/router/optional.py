@@ -1,6 +1,6 @@
-"""Keep helpers from failing requests: scores, checks, samples, bills and memory help, but none is needed.
+"""Keep optional steps from failing requests: scores, checks, samples, bills and records are not required.
 
-A helper runs inside an `optional` block, and its caller goes on without it where it raises.
+An optional step runs inside an `optional` block. If it raises, the request continues without it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ log = logging.getLogger(__name__)
 
 
 class optional:  # noqa: N801 - reads as a statement, like contextlib.suppress
-    """Log what the block raises and go on after it; cancellation passes through.
+    """Log an exception of the block and continue after it. Cancellation is not caught.
 
-    what   the helper's name, for the log
+    step   name of the step, for the log
 
-    The log has the error's type and place and not its message, which may quote a prompt or an answer.
+    The log has the type and place of the error but not its message, which may quote a prompt or an answer.
     """
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, step: str) -> None:
+        self._step = step
 
     def __enter__(self) -> None:
         return None
@@ -35,7 +35,7 @@ class optional:  # noqa: N801 - reads as a statement, like contextlib.suppress
         frames = traceback.extract_tb(trace)
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         log.error(
-            "helper failed, going on without it",
-            extra={"helper": self._what, "error": type(error).__name__, "place": place},
+            "optional step failed, continuing without it",
+            extra={"step": self._step, "error": type(error).__name__, "place": place},
         )
         return True

@@ -1,4 +1,4 @@
-"""What the router can be told, by flags or HEADRACE_* variables."""
+"""The router's settings: flags and HEADRACE_* variables."""
 
 from __future__ import annotations
 
@@ -9,117 +9,113 @@ from pydantic import Field, model_validator
 
 from headrace.channel import target_problem
 from headrace.routing.calibration import are_thresholds
-from headrace.routing.policy import Price
-from headrace.routing.policy import thresholds as evenly
-from headrace.runtime.settings import ServiceSettings
+from headrace.routing.tier_view import Price, even_thresholds
+from headrace.runtime.settings import ConcurrentStreams, Port, ServiceSettings
 
 
 class Settings(ServiceSettings):
     """The router: scores each prompt and sends it to the smallest tier that will answer it well.
 
-    Each flag may be given as a variable instead: HEADRACE_TIERS is --tiers. Flags win.
+    Each flag can also be given as a variable: HEADRACE_TIERS is --tiers. Flags take precedence.
     """
 
-    port: int = Field(default=50051, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    port: Port = 50051
     tiers: str = Field(
         description="the tiers and their batchers, smallest first, such as "
-        "small=127.0.0.1:50061,large=127.0.0.1:50062; several batchers of a tier with + between them, or as "
-        "a name that has an address for each, such as small=dns:///batcher-small:50052"
+        "small=127.0.0.1:50061,large=127.0.0.1:50062; several batchers of a tier are separated by +, or "
+        "share a DNS name with one address each, such as small=dns:///batcher-small:50052"
     )
     thresholds: str = Field(
         default="",
         description="the lowest score, 0 to 1, of each tier after the first, such as 0.5 for two tiers; "
-        "default evenly spaced",
+        "evenly spaced by default",
     )
     calibration: Path | None = Field(
         default=None,
-        description="file of thresholds that `headrace calibrate` wrote, in place of --thresholds; read "
-        "again when it changes",
+        description="file of thresholds that `headrace calibrate` wrote, in place of --thresholds; it is "
+        "read again when it changes",
     )
     share: str = Field(
         default="",
-        description="share of calls, 0 to 1, of each tier after the first, such as 0.3: the thresholds then "
-        "follow the traffic so that it is held; a --calibration beside it gives the scores to begin with",
+        description="share of calls, 0 to 1, of each tier after the first, such as 0.3: the thresholds are "
+        "adapted to the traffic to keep it; a --calibration beside it provides the initial scores",
     )
     prices: str = Field(
         default="",
-        description="what a million tokens cost, as NAME=PROMPT/COMPLETION[/CACHED_PROMPT] with commas, in "
-        "any one currency, such as small=0.05/0.10,large=0.50/1.50/0.05; the third is for tokens of a prompt "
-        "that were found computed already, which otherwise cost as much as the rest of it",
+        description="price of a million tokens per tier, as NAME=PROMPT/COMPLETION[/CACHED_PROMPT] separated "
+        "by commas, in any currency, such as small=0.05/0.10,large=0.50/1.50/0.05; the third price is for "
+        "cached prompt tokens, which otherwise cost as much as other prompt tokens",
     )
     scorer: Path | None = Field(
-        default=None, description="artifact of the score that `headrace train` wrote; none: what is shipped"
+        default=None, description="scorer that `headrace train` wrote; the shipped one by default"
     )
     draft_check: Path | None = Field(
-        default=None, description="artifact of the check of drafts; none: what is shipped"
+        default=None, description="weights of the draft check; the shipped ones by default"
     )
     cascade: bool = Field(
         default=False,
-        description="hold a smaller tier's answer back, judge it, and give it up for a larger tier's where "
-        "it is not good enough; a request's own hint goes before",
+        description="hold back the answer of a smaller tier, check it, and replace it with a larger tier's "
+        "answer if it is not good enough; a hint in the request takes precedence",
     )
-    cascade_from: float = Field(
-        default=0.0, ge=0, le=1, description="prompts that score lower are answered unjudged"
+    cascade_min_score: float = Field(
+        default=0.0, ge=0, le=1, description="answers to prompts with a lower score are not checked"
     )
-    cascade_release: float = Field(
+    cascade_min_quality: float = Field(
         default=0.4,
         ge=0,
         le=1,
-        description="the lowest probability of being good enough that a draft is released with",
+        description="the lowest probability of being good enough at which a held-back answer is released",
     )
-    draft_tokens: int = Field(
-        default=96, ge=1, description="a draft that is longer is judged when it has so many tokens"
+    cascade_draft_tokens: int = Field(
+        default=96, ge=1, description="a longer held-back answer is checked when it has this many tokens"
     )
     cascade_sample_seconds: float = Field(
         default=0.0,
         ge=0,
-        description="have the tier give a second, sampled answer beside each draft that is judged, and hold "
-        "against the draft that they differ; a draft waits for it so long at most. Its tokens are billed as "
-        "waste. 0: none",
+        description="request a second, sampled answer for each one that is held back, and trust the first "
+        "less if they differ; it waits at most this long for the second. The tokens of the second are billed "
+        "as waste. 0 requests none",
     )
     session_idle_seconds: float = Field(
         default=600.0,
         ge=0,
-        description="a conversation that was idle for longer may go to a smaller tier again",
+        description="a conversation that was idle for longer may return to a smaller tier",
     )
     feedback: Path | None = Field(
         default=None,
-        description="file that keeps prompts and what Feedback says of their answers; none: prompts are kept "
-        "nowhere",
+        description="file for prompts and the outcomes that callers report with Feedback; without it, "
+        "prompts are not stored",
     )
     feedback_megabytes: float = Field(
-        default=64.0, gt=0, description="size at which that file makes room; one older one is kept beside it"
+        default=64.0, gt=0, description="size at which the file is rotated; one older file is kept"
     )
     feedback_per_minute: int = Field(
         default=600,
         ge=1,
-        description="outcomes that one tenant may report by Feedback within a minute, and within an hour as "
-        "many as fill a quarter of the file; more are refused with a delay",
+        description="outcomes that one tenant may report per minute, and per hour as many as fill a quarter "
+        "of the file; further ones are rejected with a retry delay",
     )
-    connection_streams: int = Field(
-        default=256,
-        ge=16,
-        description="calls that one connection may have open; clients wait with what is more",
-    )
+    max_concurrent_streams: ConcurrentStreams = 256
     default_deadline: float = Field(
-        default=120.0, gt=0, description="seconds for requests that come without a deadline"
+        default=120.0, gt=0, description="seconds for requests without a deadline"
     )
-    poll_seconds: float = Field(default=1.0, gt=0, description="pause between looks at a batcher's health")
+    poll_seconds: float = Field(default=1.0, gt=0, description="pause between polls of a batcher's health")
     stall_seconds: float = Field(
         default=5.0,
         gt=0,
-        description="a batcher that is silent for so long is taken for lost, though its connection stands",
+        description="a batcher that sends nothing for this long is considered lost, even if its connection "
+        "is open",
     )
-    resume_seconds: float = Field(
+    failover_seconds: float = Field(
         default=10.0,
         ge=0,
         description="how long an answer that lost its batcher waits for another one of its tier",
     )
-    wait_seconds: float = Field(
+    tier_wait_seconds: float = Field(
         default=3.0,
         ge=0,
-        description="how long a request that no tier can take waits if one could until a moment ago, as in a "
-        "restart",
+        description="how long a request that no tier can serve waits for a tier that was healthy until "
+        "recently, for example during a restart",
     )
 
     @model_validator(mode="after")
@@ -133,7 +129,7 @@ class Settings(ServiceSettings):
         return self
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:
-        """(name, its batchers' targets) of each tier, smallest first. Raises ValueError."""
+        """Return (name, its batchers' targets) of each tier, smallest first. Raises ValueError."""
         pairs = []
         for part in filter(None, (part.strip() for part in self.tiers.split(","))):
             name, separator, listed = part.partition("=")
@@ -148,15 +144,15 @@ class Settings(ServiceSettings):
         return pairs
 
     def tier_thresholds(self) -> list[float]:
-        """The threshold of each tier; the first is 0. Raises ValueError."""
+        """Return the threshold of each tier; the first is 0. Raises ValueError."""
         count = len(self.tier_targets())
         if not self.thresholds.strip():
-            return evenly(count)
+            return even_thresholds(count)
         try:
             values = [0.0, *(float(part) for part in self.thresholds.split(","))]
         except ValueError:
             raise ValueError(
-                f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) is not numbers with commas"
+                f"HEADRACE_THRESHOLDS={self.thresholds!r} (or --thresholds) is not numbers"
             ) from None
         if not are_thresholds(values, count):
             raise ValueError(
@@ -166,7 +162,7 @@ class Settings(ServiceSettings):
         return values
 
     def tier_shares(self) -> list[float]:
-        """The wanted share of each tier after the first; empty: none. Raises ValueError."""
+        """Return the share of each tier after the first; empty if none is set. Raises ValueError."""
         count = len(self.tier_targets()) - 1
         if not self.share.strip():
             return []
@@ -182,7 +178,8 @@ class Settings(ServiceSettings):
         return values
 
     def tier_prices(self) -> dict[str, Price]:
-        """The price of each tier that has one. Raises ValueError."""
+        """Return the price of each tier that has one. Raises ValueError."""
+
         names = [name for name, _ in self.tier_targets()]
         prices = {}
         for part in filter(None, (part.strip() for part in self.prices.split(","))):

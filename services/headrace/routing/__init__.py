@@ -1,4 +1,4 @@
-"""Scores prompts, judges drafts and chooses tiers: a library without gRPC.
+"""Scores prompts, checks drafts and chooses tiers: a library without gRPC.
 
 The router, the CLI and the benchmarks use it.
 """

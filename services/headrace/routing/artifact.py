@@ -1,5 +1,5 @@
-"""What is wrong with a file of a model, of whichever kind."""
+"""The error of all model files that this library reads."""
 
 
 class BadArtifact(ValueError):
-    """A model file cannot be used. The message names the file and says what is wrong with it."""
+    """A model file cannot be used. The message names the file and the problem."""

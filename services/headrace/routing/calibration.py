@@ -1,7 +1,7 @@
-"""From scored traffic to thresholds: what share of calls, and what quality, each choice would give.
+"""Fit thresholds to scored traffic: the share of calls and the quality that each choice gives.
 
-`headrace calibrate` makes a calibration and writes it to a small file; the router reads it, and reads it
-again when it changes. Pure functions and one file format; what a score is, others know.
+`headrace calibrate` writes the chosen thresholds to a small file, and the router reads the file again when it
+changes. This module has pure functions and the file format.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 FORMAT = 1  # of the file
 KIND = "calibration"
-_STEPS = {2: 100, 3: 60}  # how finely the shares are tried, by number of tiers
+_STEPS = {2: 100, 3: 60}  # number of shares that are tried, by number of tiers
 _STEPS_BEYOND = 20
-_MOST_BYTES = 1024 * 1024  # of the file; what `save` writes has a few kilobytes
-_MOST_QUANTILES = 10_000
+_MAX_BYTES = 1024 * 1024  # of the file; `save` writes a few kilobytes
+_MAX_QUANTILES = 10_000
 
 
 class BadCalibration(ValueError):
@@ -30,8 +30,8 @@ class BadCalibration(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One prompt of the user's traffic.
+class ScoredPrompt:
+    """One prompt of the traffic to calibrate on.
 
     score     0 to 1
     quality   how well each tier answered it, 0 to 1, smallest tier first; empty without labels
@@ -43,13 +43,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One choice of thresholds, and what it would have given on the traffic.
+    """One choice of thresholds, and its result on the traffic.
 
     thresholds  the lowest score of each tier, ascending from 0
     shares      of calls per tier, smallest first; together 1
-    cost        per call, in units of always calling the largest tier
+    cost        per call, relative to calling the largest tier always
     quality     mean over the calls; None without labels
-    recovered   of the gap between smallest and largest tier, 1 all of it; None without labels or gap
+    recovered   share of the quality gap between smallest and largest tier; None without labels or gap
     """
 
     thresholds: tuple[float, ...]
@@ -61,14 +61,14 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What the router needs to know.
+    """The content of a calibration file.
 
     tiers       names, smallest first
     thresholds  the lowest score of each, ascending from 0
     shares      of calls per tier on the traffic that it was made from
-    scorer      fingerprint of the scorer that gave the scores: thresholds mean nothing to another
-    rows        prompts that it was made from
-    quantiles   of their scores, evenly spaced: what an adaptive share begins with
+    scorer      fingerprint of the scorer that computed the scores; the thresholds are valid for no other
+    rows        number of prompts that it was made from
+    quantiles   of their scores, evenly spaced: the initial scores of an adaptive share
     """
 
     tiers: tuple[str, ...]
@@ -79,15 +79,15 @@ class Calibration:
     quantiles: tuple[float, ...]
 
 
-def curve(rows: Sequence[Row], costs: Sequence[float]) -> list[Point]:
-    """The choices of thresholds that are worth making, cheapest first.
+def curve(rows: Sequence[ScoredPrompt], costs: Sequence[float]) -> list[Point]:
+    """Return the useful choices of thresholds, cheapest first.
 
-    rows    with labels all of them, or none
+    rows    all with labels, or all without
     costs   of a call per tier, smallest tier first, at least two
 
-    With two tiers, one point per percent of calls to the larger. With more, all combinations of shares are
-    tried, and where there are labels those kept for which no cheaper one is as good. Raises BadCalibration
-    where rows are missing or some of them lack labels.
+    With two tiers there is one point per percent of calls to the larger. With more, all combinations of
+    shares are tried; with labels, a point is kept if no cheaper one is as good. Raises BadCalibration if
+    there are no rows or only some have labels.
     """
     if not rows:
         raise BadCalibration("there are no rows to calibrate on")
@@ -96,10 +96,10 @@ def curve(rows: Sequence[Row], costs: Sequence[float]) -> list[Point]:
         raise BadCalibration("some rows have labels and some do not; drop one kind, or label all")
     table = _Table(rows, costs)
     steps = min(_STEPS.get(count, _STEPS_BEYOND), len(rows))
-    marks = [table.mark(1 - step / steps) for step in range(steps + 1)]  # descending thresholds
+    candidates = [table.threshold(1 - step / steps) for step in range(steps + 1)]  # descending thresholds
     points = {
         point.thresholds: point
-        for chosen in itertools.combinations_with_replacement(marks, count - 1)
+        for chosen in itertools.combinations_with_replacement(candidates, count - 1)
         for point in [table.point((0.0, *reversed(chosen)))]
     }
     ordered = sorted(points.values(), key=lambda point: (point.cost, -(point.quality or 0)))
@@ -112,11 +112,10 @@ def curve(rows: Sequence[Row], costs: Sequence[float]) -> list[Point]:
     return kept
 
 
-def for_shares(rows: Sequence[Row], costs: Sequence[float], shares: Sequence[float]) -> Point:
-    """The thresholds that give each tier after the first its share of the calls, smallest tier first.
+def for_shares(rows: Sequence[ScoredPrompt], costs: Sequence[float], shares: Sequence[float]) -> Point:
+    """Return the thresholds that give each tier after the first its share of calls, smallest tier first.
 
-    Equal scores stay together, so the shares that come out may differ: see the point's own. Raises
-    BadCalibration.
+    Equal scores cannot be separated, so the shares of the returned point may differ. Raises BadCalibration.
     """
     if not rows:
         raise BadCalibration("there are no rows to calibrate on")
@@ -126,15 +125,15 @@ def for_shares(rows: Sequence[Row], costs: Sequence[float], shares: Sequence[flo
         raise BadCalibration("shares must be 0 or more and add up to at most 1")
     table = _Table(rows, costs)
     above = [min(sum(shares[place:]), 1.0) for place in range(len(shares))]
-    return table.point((0.0, *(table.mark(1 - share) for share in above)))
+    return table.point((0.0, *(table.threshold(1 - share) for share in above)))
 
 
 def for_quality(points: Sequence[Point], wanted: float) -> Point:
-    """The cheapest of *points* that recovers *wanted* of the quality gap. Raises BadCalibration."""
+    """Return the cheapest of *points* that recovers *wanted* of the quality gap. Raises BadCalibration."""
     if all(point.recovered is None for point in points):
         raise BadCalibration(
-            "a wanted quality needs labels: rows with how well each tier did, such as small_ok and large_ok, "
-            "and the largest tier doing better than the smallest"
+            "a wanted quality needs labels: rows with the outcome of each tier, such as small_ok and "
+            "large_ok, and a largest tier that is better than the smallest"
         )
     good = [point for point in points if point.recovered is not None and point.recovered >= wanted - 1e-9]
     if not good:
@@ -143,8 +142,10 @@ def for_quality(points: Sequence[Point], wanted: float) -> Point:
     return min(good, key=lambda point: point.cost)
 
 
-def calibration(tiers: Sequence[str], point: Point, rows: Sequence[Row], *, scorer: str) -> Calibration:
-    """What is written for the router when *point* was chosen."""
+def calibration(
+    tiers: Sequence[str], point: Point, rows: Sequence[ScoredPrompt], *, scorer: str
+) -> Calibration:
+    """Return the calibration for the chosen *point*."""
     ordered = sorted(row.score for row in rows)
     last = len(ordered) - 1
     return Calibration(
@@ -158,7 +159,7 @@ def calibration(tiers: Sequence[str], point: Point, rows: Sequence[Row], *, scor
 
 
 def save(made: Calibration, path: Path) -> None:
-    """Write *made* whole or not at all: a router may be reading. Raises OSError."""
+    """Write *made* to *path* atomically, because a router may be reading. Raises OSError."""
     content = {
         "kind": KIND,
         "format": FORMAT,
@@ -175,7 +176,7 @@ def save(made: Calibration, path: Path) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
             file.write("\n")
-        os.chmod(name, 0o644)  # mkstemp's 0600 would keep it from a router of another user
+        os.chmod(name, 0o644)  # mkstemp's 0600 would lock out a router of another user
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -183,11 +184,11 @@ def save(made: Calibration, path: Path) -> None:
 
 
 def load(path: Path) -> Calibration:
-    """The calibration in the file. Raises BadCalibration."""
+    """Load the calibration at *path*. Raises BadCalibration."""
     try:
         content: Any = json.loads(_text(path))
         if not isinstance(content, dict) or content.get("kind") != KIND:
-            raise BadCalibration(f"{path} is no calibration; `headrace calibrate` makes one")
+            raise BadCalibration(f"{path} is not a calibration; `headrace calibrate` makes one")
         if content["format"] != FORMAT:
             raise BadCalibration(
                 f"{path} has format {content['format']!r}, this version reads {FORMAT}: calibrate again"
@@ -208,33 +209,33 @@ def load(path: Path) -> Calibration:
         raise BadCalibration(f"{path} is damaged: {error!r}") from error
     if not are_thresholds(made.thresholds, len(made.tiers)):
         raise BadCalibration(f"{path}: thresholds must ascend from 0 and be at most 1")
-    if len(made.quantiles) > _MOST_QUANTILES or not all(0 <= value <= 1 for value in made.quantiles):
-        raise BadCalibration(f"{path}: quantiles must be scores, at most {_MOST_QUANTILES}, each from 0 to 1")
+    if len(made.quantiles) > _MAX_QUANTILES or not all(0 <= value <= 1 for value in made.quantiles):
+        raise BadCalibration(f"{path}: quantiles must be at most {_MAX_QUANTILES} scores, each from 0 to 1")
     return made
 
 
 def _text(path: Path) -> str:
-    """What the file holds; never what waits for a writer, as a pipe would, or has no end."""
+    """Return the text of a regular file. A pipe, which could block, and an endless device are rejected."""
     found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
-        raise BadCalibration(f"{path} is no calibration: not a file of at most {_MOST_BYTES} bytes")
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
+        raise BadCalibration(f"{path} is not a calibration: not a file of at most {_MAX_BYTES} bytes")
     return path.read_text(encoding="utf-8")
 
 
-def are_thresholds(marks: Sequence[float], tiers: int) -> bool:
-    """Whether *marks* are the lowest scores of so many tiers, at least one: ascending from 0, at most 1."""
+def are_thresholds(values: Sequence[float], tiers: int) -> bool:
+    """Whether *values* are valid thresholds of this number of tiers: ascending from 0, at most 1."""
     return (
-        len(marks) == tiers > 0
-        and marks[0] == 0
-        and list(marks) == sorted(marks)
-        and all(0 <= mark <= 1 for mark in marks)
+        len(values) == tiers > 0
+        and values[0] == 0
+        and list(values) == sorted(values)
+        and all(0 <= value <= 1 for value in values)
     )
 
 
 def qualities(row: Mapping[str, Any], tiers: Sequence[str]) -> tuple[float, ...]:
-    """The labels of one row of traffic: `NAME_ok` for each tier, true, false or 0 to 1; empty without any.
+    """Return the labels of one row: `NAME_ok` for each tier, true, false or 0 to 1; empty if there are none.
 
-    Raises BadCalibration for labels that are out of range or of some tiers only.
+    Raises BadCalibration if labels are out of range or some tiers have none.
     """
     values = [row.get(f"{tier}_ok") for tier in tiers]
     if all(value is None for value in values):
@@ -247,9 +248,9 @@ def qualities(row: Mapping[str, Any], tiers: Sequence[str]) -> tuple[float, ...]
 
 
 class _Table:
-    """Rows in the order of their scores, with running sums: any choice of thresholds is a few look-ups."""
+    """Rows in the order of their scores, with cumulative sums, to evaluate thresholds quickly."""
 
-    def __init__(self, rows: Sequence[Row], costs: Sequence[float]) -> None:
+    def __init__(self, rows: Sequence[ScoredPrompt], costs: Sequence[float]) -> None:
         ordered = sorted(rows, key=lambda row: row.score)
         self._scores = [row.score for row in ordered]
         self._costs = [cost / (costs[-1] or 1.0) for cost in costs]
@@ -259,13 +260,13 @@ class _Table:
             for place in range(len(costs))
         ]
 
-    def mark(self, below: float) -> float:
-        """A threshold with about this share of the scores below it, midway between two scores."""
+    def threshold(self, below: float) -> float:
+        """Return a threshold with about this share of the scores below it, midway between two scores."""
         count = len(self._scores)
         at = round(below * count)
         if at <= 0:
             return 0.0
-        # Equal scores cannot be parted: take the end of their run that is nearer.
+        # Equal scores cannot be separated: take the nearer end of their run.
         start = bisect_left(self._scores, self._scores[min(at, count - 1)])
         if at < count and at - start > 0:
             end = start
@@ -278,9 +279,10 @@ class _Table:
         return (self._scores[at - 1] + upper) / 2
 
     def point(self, thresholds: tuple[float, ...]) -> Point:
-        """What these thresholds give."""
+        """Return the result of these thresholds."""
+
         count = len(self._scores)
-        cuts = [0, *(bisect_left(self._scores, mark) for mark in thresholds[1:]), count]
+        cuts = [0, *(bisect_left(self._scores, value) for value in thresholds[1:]), count]
         shares = tuple((cuts[place + 1] - cuts[place]) / count for place in range(len(self._costs)))
         cost = sum(share * price for share, price in zip(shares, self._costs, strict=True))
         if not self._labelled:

@@ -1,8 +1,7 @@
-"""Fit the scorer's model: the gate between kinds of prompt, a head per kind, a refit on own outcomes.
+"""Fit the scorer's model: the gate between kinds of prompt, one head per kind, and a refit on new outcomes.
 
-All of it is linear algebra on the features of `prompt_features.py`: ridge regression for the heads, a
-softmax regression for the gate. `benchmarks/routing` makes the shipped model with it, `headrace train`
-refits.
+It uses ridge regression for the heads and softmax regression for the gate, on the features of
+`prompt_features.py`. `benchmarks/routing` fits the shipped model with it, and `headrace train` refits it.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from headrace.routing.tradeoff import Quality, folds, quality
 
 Array = NDArray[np.float64]
 
-MIN_ROWS = 40  # below, a refit would follow the noise
-_SPREAD = 0.02  # below it a feature's scale is not trusted: it hardly varies
-_RIDGES = (300.0, 1000.0, 3000.0)
-_SCALE_DOUBT = 0.5  # standard deviation of what the old order's scale may be on other traffic, around 1
-_LEVEL_ROWS = 60.0  # rows that the old model's mean gain counts for
+MIN_ROWS = 40  # with fewer, a refit would follow the noise
+_SPREAD = 0.02  # added to a feature's standard deviation, which is too small to trust if it hardly varies
+_RIDGES = (300.0, 1000.0, 3000.0)  # the strengths that cross-validation chooses from
+_SCALE_DEVIATION = 0.5  # prior standard deviation, around 1, of the scale of the old gains on other traffic
+_LEVEL_ROWS = 60.0  # rows that the old model's mean gain counts as
 _KIND_ROWS = 15.0  # rows of a kind at which half of a correction is applied to it
 
 
@@ -33,11 +32,11 @@ def ridge(
     prior: Array | None = None,
     weights: Array | None = None,
 ) -> tuple[Array, float]:
-    """Coefficients [F] and intercept of a ridge regression on standardised features.
+    """Return coefficients [F] and intercept of a ridge regression on standardised features.
 
-    strength   rows' worth of evidence that the coefficients are the prior's
-    prior      [F], coefficients to shrink to; zero if None
-    weights    [rows], of rows; all 1 if None
+    strength   how many rows the prior counts as
+    prior      [F], coefficients to shrink towards; zero if None
+    weights    [rows], weights of the rows; all 1 if None
     """
     each = np.ones(len(target)) if weights is None else weights
     known = np.zeros(features.shape[1]) if prior is None else prior
@@ -55,9 +54,9 @@ def ridge(
 def softmax(
     features: Array, labels: NDArray[np.int64], count: int, *, strength: float = 3.0, steps: int = 300
 ) -> tuple[Array, Array]:
-    """Weights [count, F] and biases [count] of a softmax regression in which each label weighs the same.
+    """Return weights [count, F] and biases [count] of a softmax regression with balanced labels.
 
-    Plain gradient descent with momentum from zero: the same result every time.
+    It runs gradient descent with momentum from zero, so the result is always the same.
     """
     sizes = np.bincount(labels, minlength=count)
     weight = (len(labels) / count / sizes)[labels]
@@ -79,9 +78,9 @@ def softmax(
 
 @dataclass(frozen=True, slots=True)
 class Refit:
-    """A refitted model, and what it was seen to be worth.
+    """A refitted model and its measured quality.
 
-    before, after   of the old and the new model on rows that they had not seen, cross-validated
+    before, after   quality of the old and the new model, cross-validated on rows that they had not seen
     """
 
     model: Model
@@ -90,20 +89,22 @@ class Refit:
 
 
 def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: int = 0) -> Refit:
-    """Fit *model* to outcomes: features [rows, F], weak and strong [rows] from 0 to 1.
+    """Refit *model* to outcomes: features [rows, F], weak and strong [rows] from 0 to 1.
 
-    The old model is the prior: its order is rescaled as far as the rows tell how, and corrections per
-    feature and per kind are shrunk so strongly that a few hundred rows move them where they agree. How
-    strongly is chosen by cross-validation. A kind of prompt that the rows hardly contain keeps its head.
-    Raises ValueError when there are too few rows, or no gain in them.
+    The old model is the prior. Its gains are rescaled as far as the rows support it, and corrections per
+    feature and per kind are shrunk strongly: a few hundred rows change them where they agree.
+    Cross-validation chooses the strength. A kind of prompt with hardly any rows keeps its head.
+    Raises ValueError if there are too few rows, or no gain in them.
     """
     if len(weak) < MIN_ROWS:
         raise ValueError(
-            f"{len(weak)} rows are too few to learn from; {MIN_ROWS} are the least, 200 are better"
+            f"{len(weak)} rows are too few to fit; at least {MIN_ROWS} are needed, 200 are better"
         )
     gains = strong - weak
     if gains.sum() <= 0:
-        raise ValueError("the large tier is no better than the small one on these rows: nothing to learn")
+        raise ValueError(
+            "the large tier is no better than the small one on these rows: there is nothing to fit"
+        )
     held_out = {strength: np.zeros(len(gains)) for strength in _RIDGES}
     errors = dict.fromkeys(_RIDGES, 0.0)
     parts = folds(len(gains), 5, seed)
@@ -122,15 +123,16 @@ def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: in
 
 
 def _corrected(model: Model, features: Array, gains: Array, strength: float) -> Model:
-    """*model* with its order rescaled, its level, its kinds' levels and its features' slopes corrected."""
+    """Return *model* with its gains rescaled and its level, kinds' levels and features' slopes corrected."""
     old = model.gains(features)
     centred = old - old.mean()
     about = gains - gains.mean()
-    # The scale of the old order: Bayesian regression with a prior around 1, so that rows on which the old
-    # order hardly varies, and from which its scale cannot be told, leave it alone.
+    # The scale of the old gains, by Bayesian regression with a prior around 1. Rows on which the old gains
+    # hardly vary do not determine the scale and leave it near 1.
     noise = float(about.var()) + 1e-9
-    certain = 1 / _SCALE_DOUBT**2
-    scale = (centred @ about / noise + certain) / (centred @ centred / noise + certain)
+    precision = 1 / _SCALE_DEVIATION**2
+    scale = (centred @ about / noise + precision) / (centred @ centred / noise + precision)
+
     scale = float(np.clip(scale, 0.0, 2.0))
     level = (gains.sum() + _LEVEL_ROWS * old.mean()) / (len(gains) + _LEVEL_ROWS)
     rest = about - scale * centred

@@ -1,10 +1,11 @@
-"""Choose a tier: from the score, the caller's hints, the tiers' state and the time left. Pure functions.
+"""Choose a tier from the score, the caller's hints, the tiers' state and the time left. Pure functions.
 
-Tiers are ordered from small to large and each has the lowest score that it is meant for; the largest
-whose threshold the score reaches is wanted. A conversation keeps the tier that it has reached. Hints
-bound the choice. Health, the deadline and full queues may move it: up first, for the answer gets no
-worse, then down; and a larger tier that costs less than the one wanted is taken in its place. Whatever
-the tiers' state, a higher score never means a smaller tier.
+Tiers are ordered from small to large. Each has a threshold, the lowest score that it is meant for, and the
+largest tier whose threshold the score reaches is wanted. A conversation does not return to a smaller tier
+than it has reached. Hints bound the choice. A tier that is not healthy, too slow for the deadline or full is
+replaced by a larger one, and by a smaller one only if there is no larger one. A larger tier that costs less
+than the wanted one is used in its place. In any state of the tiers, a higher score never leads to a smaller
+tier.
 """
 
 from __future__ import annotations
@@ -13,75 +14,15 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from headrace import errors
+from headrace.routing.no_route import NoTierAvailable
+from headrace.routing.request import Hints, allowed_places
 from headrace.routing.score import sigmoid
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """What tokens cost, per million, in any one currency.
-
-    cached_prompt   of a prompt, found computed already; None: as any others of it
-    """
-
-    prompt: float
-    completion: float
-    cached_prompt: float | None = None
-
-    def cost(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
-        """What so many tokens cost, *cached_tokens* of the prompt's found computed already."""
-        cached = self.prompt if self.cached_prompt is None else self.cached_prompt
-        computed = prompt_tokens - cached_tokens
-        return (computed * self.prompt + cached_tokens * cached + completion_tokens * self.completion) / 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class TierView:
-    """A tier as the policy sees it.
-
-    threshold       the lowest score that it is meant for; the first tier's is 0
-    model           what it serves; empty while unknown
-    models          all that it serves, where that may be several: behind it stands a router
-    saturated       its queue is full: what is sent there now would be refused
-    answer_seconds  how long it is expected to take for this request, queue included; 0 while unknown
-    price           what its tokens cost; None where no price is set
-    """
-
-    name: str
-    threshold: float
-    healthy: bool = True
-    model: str = ""
-    unhealthy_reason: str = ""
-    saturated: bool = False
-    answer_seconds: float = 0.0
-    price: Price | None = None
-    models: frozenset[str] = frozenset()
-
-    def serves(self, model: str) -> bool:
-        """Whether it answers with *model*."""
-        return model in self.models or model == self.model
-
-
-@dataclass(frozen=True, slots=True)
-class Hints:
-    """What the caller wishes; empty strings and the defaults wish nothing. See headrace.v1.Routing."""
-
-    tier: str = ""
-    model: str = ""
-    min_tier: str = ""
-    max_tier: str = ""
-    quality_preference: float = 0.5
-    allow_escalation: bool = True
-
-    @property
-    def free(self) -> bool:
-        """Whether the score alone decides: no pin and no bound."""
-        return not (self.tier or self.model or self.min_tier or self.max_tier)
+from headrace.routing.tier_view import TierView
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One tier, and what spoke for or against it."""
+    """One tier, and the reason for or against it."""
 
     tier: TierView
     eligible: bool
@@ -90,11 +31,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where a request goes, and why, in one sentence.
+    """The tier of a request, and the reason in one sentence.
 
-    wanted      place of the tier that the score asks for, before hints and the tiers' state
-    place       place of the tier that it goes to
-    escalations names of the tiers that may take over from it, nearest first, all larger
+    wanted       place of the tier that the score asks for, before hints and the tiers' state
+    place        place of the chosen tier
+    escalations  names of the larger tiers that may replace it, nearest first
     """
 
     tier: str
@@ -105,16 +46,11 @@ class Decision:
     escalations: tuple[str, ...]
 
 
-def thresholds(count: int) -> list[float]:
-    """Evenly spaced thresholds for *count* tiers: 0, 1/count, 2/count..."""
-    return [place / count for place in range(count)]
-
-
 def shift(score: float, preference: float) -> float:
-    """The score as seen with a quality preference: their log-odds added.
+    """Shift the score by a quality preference: their log-odds are added.
 
-    At 0.5 the score stays as it is; a preference of 0 (cost alone) makes it 0, one of 1 (quality alone) 1,
-    and for the rest a score of 0 or 1 is certain and stays.
+    A preference of 0.5 changes nothing, 0 (cost alone) gives 0, and 1 (quality alone) gives 1. For other
+    preferences, a score of 0 or 1 is certain and stays.
     """
     if preference in (0, 1):
         return preference
@@ -129,20 +65,20 @@ def decide(
     tiers: Sequence[TierView],
     *,
     floor: str = "",
-    slack: float | None = None,
+    seconds_left: float = math.inf,
     exclude: Collection[str] = (),
 ) -> Decision:
     """Choose the tier for a prompt of *score*, 0 to 1.
 
-    tiers     at least one, smallest first, thresholds ascending
-    floor     the tier that the conversation has reached; empty: none
-    slack     seconds that are left for the answer; None: no deadline
-    exclude   tiers that were tried and failed this request
+    tiers         at least one, smallest first, thresholds ascending
+    floor         the tier that the conversation has reached; empty: none
+    seconds_left  until the deadline; infinite without one
+    exclude       tiers that have failed for this request
 
-    Raises UnknownTier, UnknownModel or HintsConflict for hints that no tier can meet, and NoWorkers when
-    the tiers that they allow are not healthy.
+    Raises NoSuchTier, NoSuchModel or ConflictingHints for hints that no tier can meet, and NoTierAvailable
+    if none of the allowed tiers is healthy.
     """
-    allowed, wish = _allowed(hints, tiers)
+    allowed, deciding = allowed_places(hints, tiers)
     shifted = shift(score, hints.quality_preference)
     wanted = _wanted(shifted, hints.quality_preference, tiers)
     reached = max(wanted, _place(floor, tiers))
@@ -151,16 +87,17 @@ def decide(
     choices = allowed if hints.allow_escalation else [ideal]
     serving = [place for place in choices if tiers[place].healthy and tiers[place].name not in exclude]
     if not serving:
-        raise _nobody(choices, tiers)
-    # Of those that can serve, the ones that will be in time; of those, the ones with room.
-    best = min(_trouble(tiers[place], slack) for place in serving)
-    fit = [place for place in serving if _trouble(tiers[place], slack) == best]
+        raise _none_available(choices, tiers)
+    # First those that will be in time; of those, the ones whose queue is not full.
+    best = min(_trouble(tiers[place], seconds_left) for place in serving)
+    fit = [place for place in serving if _trouble(tiers[place], seconds_left) == best]
     chosen = _cheapest_from(_at_or_above(ideal, fit), fit, tiers)
+    steps = [wanted, reached, ideal, chosen]
     return Decision(
         tier=tiers[chosen].name,
-        why=_why(score, shifted, [wanted, reached, ideal, chosen], wish, tiers, slack=slack, exclude=exclude),
+        why=_why(score, shifted, steps, deciding, tiers, seconds_left=seconds_left, exclude=exclude),
         candidates=tuple(
-            Candidate(tier, *_judge(place, chosen, tiers, allowed, choices, exclude, slack))
+            Candidate(tier, *_verdict(place, chosen, tiers, allowed, choices, exclude, seconds_left))
             for place, tier in enumerate(tiers)
         ),
         wanted=wanted,
@@ -170,21 +107,21 @@ def decide(
 
 
 def _wanted(score: float, preference: float, tiers: Sequence[TierView]) -> int:
-    # The two extremes are meant as they are said, wherever the thresholds stand.
+    # The two extreme preferences decide alone, whatever the thresholds are.
     if preference in (0, 1):
         return 0 if preference == 0 else len(tiers) - 1
     return max(place for place, tier in enumerate(tiers) if not place or score >= tier.threshold)
 
 
 def _at_or_above(place: int, places: Sequence[int]) -> int:
-    """The nearest of *places* from *place* upwards; below, where there is none above."""
+    """Return the nearest of *places* from *place* upwards, or the highest below if there is none above."""
     return min((other for other in places if other >= place), default=places[-1])
 
 
 def _cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView]) -> int:
-    """The cheapest of *places* from *place* upwards: nobody pays more for a smaller model.
+    """Return the cheapest of *places* from *place* upwards: nobody pays more for a smaller model.
 
-    Prompt and completion prices are weighed alike. Tiers without a price stay out of it.
+    Prompt and completion prices count alike. Tiers without a price are not compared.
     """
     price = tiers[place].price
     if price is None:
@@ -197,88 +134,34 @@ def _cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView])
     return min(priced)[1]
 
 
-def _trouble(tier: TierView, slack: float | None) -> tuple[bool, bool]:
-    return (slack is not None and tier.answer_seconds > slack, tier.saturated)
+def _trouble(tier: TierView, seconds_left: float) -> tuple[bool, bool]:
+    return tier.answer_seconds > seconds_left, tier.saturated
 
 
 def _place(name: str, tiers: Sequence[TierView]) -> int:
     return next((place for place, tier in enumerate(tiers) if tier.name == name), 0)
 
 
-def _nobody(choices: Sequence[int], tiers: Sequence[TierView]) -> errors.NoWorkers:
+def _none_available(choices: Sequence[int], tiers: Sequence[TierView]) -> NoTierAvailable:
     names = ", ".join(tiers[place].name for place in choices)
     problems = "; ".join(
         f"{tiers[place].name}: {tiers[place].unhealthy_reason or 'failed this request'}" for place in choices
     )
-    return errors.NoWorkers(
-        f"no tier that the request allows ({names}) can serve it now ({problems}); try again shortly",
-        retry_after=1.0,
+    return NoTierAvailable(
+        f"no tier that the request allows ({names}) can serve it now ({problems}); try again shortly"
     )
 
 
-def _allowed(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], str]:
-    """The places of the tiers that the hints allow, ascending, and which hint decides, for the why."""
-    places = {tier.name: place for place, tier in enumerate(tiers)}
-    for field in ("tier", "min_tier", "max_tier"):
-        name = getattr(hints, field)
-        if name and name not in places:
-            raise errors.UnknownTier(
-                f"routing.{field} is {errors.quoted(name)}; the tiers are {', '.join(places)}",
-                field=f"routing.{field}",
-            )
-    low = places[hints.min_tier] if hints.min_tier else 0
-    high = places[hints.max_tier] if hints.max_tier else len(tiers) - 1
-    if low > high:
-        raise errors.HintsConflict(
-            f"routing.min_tier {hints.min_tier!r} is above routing.max_tier {hints.max_tier!r}",
-            field="routing.min_tier",
-        )
-    allowed = list(range(low, high + 1))
-    wish = "the bounds" if hints.min_tier or hints.max_tier else ""
-    if hints.tier:
-        if places[hints.tier] not in allowed:
-            raise errors.HintsConflict(
-                f"routing.tier {hints.tier!r} is outside of min_tier and max_tier", field="routing.tier"
-            )
-        allowed, wish = [places[hints.tier]], "the tier pin"
-    if hints.model:
-        asked_of, allowed = allowed, [place for place in allowed if tiers[place].serves(hints.model)]
-        silent = [tiers[place].name for place in asked_of if not tiers[place].model]
-        if not allowed and silent:
-            # An answer that is carried on after a restart names a model, maybe before its tier is seen.
-            raise errors.NoWorkers(
-                f"routing.model is {errors.quoted(hints.model)}, and what {', '.join(silent)} serves is not "
-                "known yet; "
-                "try again shortly",
-                retry_after=1.0,
-            )
-        if not any(tier.serves(hints.model) for tier in tiers):
-            known = ", ".join(
-                sorted({model for tier in tiers for model in tier.models or {tier.model} if model})
-            )
-            raise errors.UnknownModel(
-                f"routing.model is {errors.quoted(hints.model)}; the models are {known}",
-                field="routing.model",
-            )
-        if not allowed:
-            raise errors.HintsConflict(
-                f"routing.model {hints.model!r} is served by none of the tiers that the other hints allow",
-                field="routing.model",
-            )
-        wish = "the model pin"
-    return allowed, wish
-
-
-def _judge(
+def _verdict(
     place: int,
     chosen: int,
     tiers: Sequence[TierView],
     allowed: Sequence[int],
     choices: Sequence[int],
     exclude: Collection[str],
-    slack: float | None,
+    seconds_left: float,
 ) -> tuple[bool, str]:
-    """Whether the tier could have been chosen, and why it was or was not."""
+    """Return whether the tier could have been chosen, and why it was or was not."""
     tier = tiers[place]
     if place not in allowed:
         return False, "the hints exclude it"
@@ -290,35 +173,35 @@ def _judge(
         return False, "the hints allow no move to another tier"
     if place == chosen:
         return True, "chosen"
-    if _trouble(tier, slack) > _trouble(tiers[chosen], slack):
-        return True, _problem(tier, slack)
+    if _trouble(tier, seconds_left) > _trouble(tiers[chosen], seconds_left):
+        return True, _problem(tier, seconds_left)
     if place > chosen:
         return True, "larger than needed"
     price, other = tier.price, tiers[chosen].price
     if price and other and price.prompt + price.completion > other.prompt + other.completion:
-        return True, "smaller than the one chosen, and dearer"
-    return True, f"too small for the score, meant for {tier.threshold:.2f} and up to the next"
+        return True, "smaller than the chosen tier, and more expensive"
+    return True, f"too small for the score: its threshold is {tier.threshold:.2f}"
 
 
-def _problem(tier: TierView, slack: float | None, exclude: Collection[str] = ()) -> str:
-    """Why a tier did not get what was meant for it."""
+def _problem(tier: TierView, seconds_left: float, exclude: Collection[str] = ()) -> str:
+    """Return why a tier was not chosen although the request was meant for it."""
     if not tier.healthy:
         return f"cannot serve ({tier.unhealthy_reason or 'not healthy'})"
     if tier.name in exclude:
         return "failed this request"
-    if slack is not None and tier.answer_seconds > slack:
-        return f"would take {tier.answer_seconds:.1f} s of the {slack:.1f} s left"
-    return "has a full queue" if tier.saturated else "is dearer"
+    if tier.answer_seconds > seconds_left:
+        return f"would take {tier.answer_seconds:.1f} s of the {seconds_left:.1f} s left"
+    return "has a full queue" if tier.saturated else "is more expensive"
 
 
 def _why(
     score: float,
     shifted: float,
     steps: Sequence[int],
-    wish: str,
+    deciding: str,
     tiers: Sequence[TierView],
     *,
-    slack: float | None,
+    seconds_left: float,
     exclude: Collection[str],
 ) -> str:
     wanted, reached, ideal, chosen = steps
@@ -327,9 +210,9 @@ def _why(
     if reached != wanted:
         why += f"; its conversation has reached {tiers[reached].name!r}"
     if ideal != reached:
-        why += f"; {wish} moved it to {tiers[ideal].name!r}"
+        why += f"; {deciding} moved it to {tiers[ideal].name!r}"
     if chosen != ideal:
-        why += f"; {tiers[ideal].name!r} {_problem(tiers[ideal], slack, exclude)}, "
+        why += f"; {tiers[ideal].name!r} {_problem(tiers[ideal], seconds_left, exclude)}, "
         why += f"so it goes to {tiers[chosen].name!r}"
     return why
 

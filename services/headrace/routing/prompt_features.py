@@ -1,9 +1,9 @@
-"""Measure a prompt: what of it can be counted, each feature from 0 to 1.
+"""Measure the features of a prompt, each from 0 to 1.
 
-The features say what kind of text this is and how much it asks for; what that is worth in quality is for
-the heads to learn (`scorer.py`). Deterministic, and a fraction of a millisecond for any length: of a very
-long prompt only the beginning and the end are read. Words are looked up one by one in a lexicon (`_LEXICON`),
-which is ten times as fast as one regular expression per feature.
+The features describe the kind of text and how much it asks for. `scorer.py` turns them into an expected gain.
+Measuring is deterministic and takes a fraction of a millisecond for any length: of a very long prompt only
+the beginning and the end are read. Words are looked up in a lexicon (`_LEXICON`), which is ten times as fast
+as one regular expression per feature.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 _HEAD, _TAIL = 3_000, 1_000  # characters that are read of a long prompt
 
-# What an application wraps around every question says nothing about the question.
+# Text that an application puts around every question.
 _PREAMBLE = re.compile(
     r"(?:\s*(?:the following (?:is|are) (?:a )?(?:multiple[- ]choice )?questions?\b|"
     r"answer the following\b|(?:please )?answer (?:the|this|with)\b|solve the following\b|"
@@ -35,7 +35,7 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)")
 
-# name -> (pattern, matches that count as all)
+# name -> (pattern, number of matches at full strength)
 _PATTERNS: dict[str, tuple[re.Pattern[str], int]] = {
     "list_items": (re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])\s", re.MULTILINE), 5),
     "blank": (re.compile(r"__+|\.{4,}|…"), 1),
@@ -55,8 +55,8 @@ _PATTERNS: dict[str, tuple[re.Pattern[str], int]] = {
     ),
 }
 
-# name -> (words, and pairs of words joined by _, that count; how many of them count as all). A trailing *
-# stands for the usual endings.
+# name -> (words, and pairs of words joined by _; number of matches at full strength). A trailing * stands for
+# the usual endings.
 _LEXICON: dict[str, tuple[str, int]] = {
     "programming": (
         "python javascript typescript java rust golang sql bash html css regex json yaml api docker "
@@ -198,7 +198,7 @@ _ENDINGS = (
 
 
 def _lookup() -> dict[str, tuple[str, ...]]:
-    """Each word, and each pair joined by _, with the features that it counts for."""
+    """Return the features of each word, and of each pair joined by _."""
     table: dict[str, tuple[str, ...]] = {}
     for name, (entries, _) in _LEXICON.items():
         for entry in entries.split():
@@ -239,14 +239,14 @@ NAMES: tuple[str, ...] = (
 
 
 def clip(text: str) -> str:
-    """The beginning and the end of *text*: what is scored of a very long prompt."""
+    """Return the beginning and the end of a very long text, and other texts unchanged."""
     if len(text) <= _HEAD + _TAIL:
         return text
     return text[:_HEAD] + "\n" + text[-_TAIL:]
 
 
 def question(text: str) -> str:
-    """*text* without what applications wrap around every question: preamble, "Question:", "Answer:"."""
+    """Return *text* without what applications put around a question: preamble, "Question:", "Answer:"."""
     begin = match.end() if (match := _PREAMBLE.match(text)) else 0
     begin = match.end() if (match := _LABEL.match(text, begin)) else begin
     tail = max(len(text) - 60, begin)
@@ -255,7 +255,7 @@ def question(text: str) -> str:
 
 
 def options(text: str) -> list[str]:
-    """The choices of a multiple-choice question, on lines of their own or in a row; empty if it is none."""
+    """Return the choices of a multiple-choice question, on lines of their own or in a row; else nothing."""
     for pattern in (_LINE_OPTION, _INLINE_OPTION):
         found: list[str] = []
         for letter, choice in pattern.findall(text):
@@ -267,7 +267,7 @@ def options(text: str) -> list[str]:
 
 
 def measure(text: str) -> dict[str, float]:
-    """Every feature's strength, 0 to 1, for a prompt as `clip` and `question` leave it."""
+    """Return the strength of every feature, 0 to 1, of a prompt after `clip` and `question`."""
     original = _WORD.findall(text)
     words = [word.lower() for word in original]
     count = max(len(words), 1)
@@ -316,7 +316,8 @@ def measure(text: str) -> dict[str, float]:
 
 
 def _foreign(text: str) -> float:
-    """The share of characters beyond ASCII, 0 to 1."""
+    """Return the share of characters outside ASCII, 0 to 1."""
+
     return sum(not char.isascii() for char in text) / len(text)
 
 

@@ -1,8 +1,7 @@
-"""What a score of a prompt's complexity is.
+"""Defines the score of a prompt: an estimate of how much a larger model would gain on it.
 
-The score runs from 0 (a greeting) to 1 (needs the largest model). It reads the text and nothing else, so
-the router can afford it on every request. `scorer.py` makes scores, `policy.py` turns them into tiers; this
-module knows neither.
+A score is between 0 (a greeting) and 1 (needs the largest model). It depends on the text alone and is cheap
+enough for every request. `scorer.py` computes scores, and `policy.py` turns them into tiers.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """What one feature of the text adds to the score.
+    """The contribution of one feature of a text.
 
-    value     how strongly it is present, 0 to 1
-    log_odds  its share: above 0 speaks for a larger tier
+    value     how strongly the feature is present, 0 to 1
+    log_odds  its contribution; of a prompt, above 0 favours a larger tier
     """
 
     name: str
@@ -28,32 +27,32 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How hard a prompt looks: ln(value / (1 - value)) is the bias and all features' log_odds added up."""
+    """A score and its explanation: ln(value / (1 - value)) is bias plus the sum of all log_odds."""
 
     value: float
     bias: float
     features: tuple[Feature, ...]
 
 
-# Of a prompt that could not be scored: the router goes by the middle.
+# Stands for the score of a prompt that could not be scored.
 UNSCORED = Score(0.5, 0.0, ())
 
 
 class Scorer(Protocol):
-    """Scores prompts: deterministic, and quick enough for every request (well under a millisecond)."""
+    """Scores prompts. It is deterministic and takes well under a millisecond."""
 
     def score(self, text: str) -> Score:
-        """Score the text of a prompt, any length."""
+        """Score the text of a prompt of any length."""
         ...
 
 
 def fingerprint(scorer: Scorer) -> str:
-    """Equal for scorers that score alike, and then only: what they say of a few prompts, as a digest.
+    """Return a digest of the scores of a few prompts, which identifies the scorer.
 
-    Thresholds that were made for one scorer mean nothing to another.
+    Thresholds that were fitted with one scorer are meaningless with another.
     """
-    said = [round(scorer.score(text).value, 6) for text in _PROBES]
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+    scores = [round(scorer.score(text).value, 6) for text in _PROBES]
+    return hashlib.sha256(repr(scores).encode()).hexdigest()[:16]
 
 
 _PROBES = (
@@ -66,7 +65,8 @@ _PROBES = (
 
 
 def sigmoid(log_odds: float) -> float:
-    """The probability of these log-odds; safe at both ends."""
+    """Return the probability for *log_odds*, without overflow at either end."""
+
     if log_odds >= 0:
         return 1 / (1 + math.exp(-log_odds))
     return math.exp(log_odds) / (1 + math.exp(log_odds))

@@ -1,9 +1,9 @@
-"""Score prompts with a learned model: what the strong tier would gain over the weak one, by kind of prompt.
+"""Score prompts with a learned model of what a larger tier gains over a smaller one.
 
-A gate says what kind of prompt it is (a question with choices, an arithmetic word problem, code...), as
-probabilities; a linear head per kind says what a larger tier gains there. Both read the features of
-`prompt_features.py` and nothing else. The score's log-odds are the gated sum of the heads, so each feature's
-share can be told exactly. numpy alone, no network; `fitting.py` makes and refits the models.
+A gate estimates the probability of each kind of prompt (a question with choices, an arithmetic word problem,
+code...), and one linear head per kind estimates the gain. Both read the features of `prompt_features.py`
+alone. The score's log-odds are the gated sum of the heads, so the contribution of each feature is exact. It
+needs only numpy. `fitting.py` fits and refits the models.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ SHIPPED = Path(__file__).parent / "artifacts" / "scorer.json"
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The numbers of a scorer. K kinds of prompt, F features.
+    """The parameters of a scorer, with K kinds of prompt and F features.
 
-    gate         [K, F], of the softmax that tells kinds apart
+    gate         [K, F], weights of the softmax that classifies the kind
     gate_bias    [K]
     heads        [K, F], gain in quality per feature at full strength
     head_bias    [K]
     steepness    log-odds of the score per unit of gain
     centre       the gain at which the score is 0.5
+    made         how the model was made, for people
     """
 
     kinds: tuple[str, ...]
@@ -48,27 +49,27 @@ class Model:
     made: str = ""
 
     def kinds_of(self, features: Array) -> Array:
-        """The probability of each kind, [..., K], for *features* [..., F]."""
+        """Return the probability of each kind, [..., K], for *features* [..., F]."""
         logits = features @ self.gate.T + self.gate_bias
         odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
         shares: Array = odds / odds.sum(axis=-1, keepdims=True)
         return shares
 
     def gains(self, features: Array) -> Array:
-        """The expected gain, [rows], for *features* [rows, F]."""
+        """Return the expected gain, [rows], for *features* [rows, F]."""
         each = features @ self.heads.T + self.head_bias
         gains: Array = (self.kinds_of(features) * each).sum(axis=-1)
         return gains
 
 
 class LearnedScorer:
-    """Scores prompts with a `Model`: deterministic, a fraction of a millisecond each."""
+    """Scores prompts with a `Model`, deterministically and in a fraction of a millisecond."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
     def score(self, text: str) -> Score:
-        """Score the text of a prompt, any length."""
+        """Score the text of a prompt of any length."""
         model = self.model
         features = read(text)
         kinds = model.kinds_of(features)
@@ -89,13 +90,13 @@ class LearnedScorer:
 
 
 def read(text: str) -> Array:
-    """The features [F] of a prompt, preambles stripped."""
+    """Return the features [F] of a prompt without its preamble."""
     found = prompt_features.measure(prompt_features.question(prompt_features.clip(text)))
     return np.array([found[name] for name in prompt_features.NAMES])
 
 
 def load(path: Path | None = None) -> LearnedScorer:
-    """The scorer whose artifact is at *path*, or the one that Headrace ships. Raises BadArtifact."""
+    """Load the scorer at *path*, by default the one that Headrace ships. Raises BadArtifact."""
     path = path or SHIPPED
     try:
         return LearnedScorer(_parse(path.read_text(encoding="utf-8")))
@@ -137,9 +138,9 @@ def _dump(model: Model) -> str:
 def _parse(text: str) -> Model:
     content = json.loads(text)
     if not isinstance(content, dict) or content.get("kind") != KIND or content.get("format") != FORMAT:
-        raise ValueError(f"it is no scorer of format {FORMAT}")
+        raise ValueError(f"it is not a scorer of format {FORMAT}")
     if tuple(content["features"]) != prompt_features.NAMES:
-        raise ValueError("it was made for other features; make it again")
+        raise ValueError("it was made for other features; fit it again")
     kinds = content["kinds"]
 
     def stacked(name: str) -> Array:
@@ -159,7 +160,8 @@ def _parse(text: str) -> Model:
     rest = np.array([model.steepness, model.centre])
     numbers = [model.gate, model.heads, model.gate_bias, model.head_bias, rest]
     if not kinds or model.gate.shape != shape or model.heads.shape != shape:
-        raise ValueError(f"its weights are not {shape[0]} x {shape[1]}")
+        raise ValueError(f"its weights do not have the shape {shape[0]} x {shape[1]}")
+
     if not all(np.isfinite(part).all() for part in numbers):
         raise ValueError("its weights are not all finite")
     return model

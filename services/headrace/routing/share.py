@@ -1,16 +1,15 @@
-"""Hold a wanted share of calls per tier, whatever the traffic scores. Plain arithmetic.
+"""Keep a configured share of calls per tier for any traffic, by moving the tiers' thresholds.
 
-A threshold that gives 30 % large calls on one kind of prompts gives 5 % or 90 % on another. So the
-thresholds are quantiles of the scores seen last. They follow a shift of the traffic only as fast as the
-window fills with it, and meanwhile too many or too few calls would go up: what has been called too much
-is therefore kept as a debt, and lowers the share that is asked of the window, until it is paid back. That
-bounds the error whatever the traffic does: of any n calls, the ones sent to a tier differ from its share of
-n by at most `correction` + 1 where there are two tiers, and `correction` + 2 where there are more. With the
-default and 200 calls that is 5 points at most.
+A threshold that gives 30 % large calls on one kind of prompt gives 5 % or 90 % on another. The thresholds
+here are quantiles of the most recent scores. When the traffic changes, quantiles alone are wrong until the
+window has filled with the new traffic. Past overshoot and undershoot is therefore kept as a debt in calls,
+which lowers or raises the share that the quantile is taken for. That bounds the error for any traffic: among
+any n calls, the calls of a tier differ from its share of n by at most `correction` + 1 with two tiers, and
+`correction` + 2 with more. With the default and 200 calls that is at most 5 percentage points.
 
-With more than two tiers debts may ask for more calls to one tier or above than to the tier below it or above,
-which cannot be. Where they do, both get the mean: to let one give way to the other leaves it with a debt that
-grows without bound.
+With more than two tiers, debts may ask for more calls to a tier and above than to the tier below it and
+above, which is impossible. Both then get the mean: if one had priority, the other's debt would grow without
+bound.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ class ShareKeeper:
     """Moves the tiers' thresholds so that each tier after the first gets its share of calls.
 
     shares       of each tier after the first, smallest first; together at most 1
-    window       scores that are remembered
-    correction   debt, in calls, that makes up for a whole share of 1, at least 2: smaller holds the share
-                 closer, larger leaves more to the scores. On shuffled families of real prompts the quality
-                 at the same share did not differ between 8 and 48, and was lower without any correction
-    seen         scores to begin with, such as those of the traffic that was calibrated on
+    window       number of scores that are kept
+    correction   debt, in calls, that changes a share by 1; at least 2. A smaller value keeps the share more
+                 closely, a larger one leaves more to the scores. On shuffled families of real prompts, the
+                 quality at the same share did not differ between 8 and 48, and was lower without correction
+    seen         initial scores, such as those of the traffic that a calibration was made from
     """
 
     def __init__(
@@ -49,40 +48,40 @@ class ShareKeeper:
         self._shares = [sum(shares[place:]) for place in range(len(shares))]
         self._debts = [0.0] * len(shares)
 
-    def begin_with(self, seen: Iterable[float]) -> None:
-        """Put other scores in the place of those that are remembered; debts stay."""
+    def restart(self, seen: Iterable[float]) -> None:
+        """Replace the scores in the window; debts stay."""
         self._scores.clear()
         self._scores.extend(seen)
         self._sorted = sorted(self._scores)
 
     def thresholds(self) -> list[float]:
-        """The thresholds now, one per tier, ascending from 0."""
+        """Return the current thresholds, one per tier, ascending from 0."""
         wanted = [
             share - debt / self._correction for share, debt in zip(self._shares, self._debts, strict=True)
         ]
         return [0.0, *(self._quantile(share) for share in _descending(wanted))]
 
-    def note(self, score: float, place: int) -> None:
-        """Book a call of *score* that the thresholds sent to the tier at *place*."""
+    def record(self, score: float, place: int) -> None:
+        """Record a call of *score* that the thresholds sent to the tier at *place*."""
         if len(self._scores) == self._scores.maxlen:
             del self._sorted[bisect_left(self._sorted, self._scores[0])]
         self._scores.append(score)
         insort(self._sorted, score)
-        self._owe(place)
+        self._add_debt(place)
 
-    def escalated(self, before: int, after: int) -> None:
-        """Book that a call that was noted at *before* went on to *after*."""
+    def record_escalation(self, before: int, after: int) -> None:
+        """Record that a call that was recorded at place *before* was answered at place *after*."""
         for tier in range(before, after):
             self._debts[tier] = min(self._debts[tier] + 1.0, self._correction)
 
-    def _owe(self, place: int) -> None:
+    def _add_debt(self, place: int) -> None:
         for tier, share in enumerate(self._shares):
             debt = self._debts[tier] + (place > tier) - share
-            # Bounded: an hour of forced calls is not paid back by an hour of none.
+            # Bounded, so that an hour of too many calls is not followed by an hour of none.
             self._debts[tier] = min(max(debt, -self._correction), self._correction)
 
     def _quantile(self, share: float) -> float:
-        """The lowest score of the top *share* of the window."""
+        """Return the lowest score of the top *share* of the window."""
         count = len(self._sorted)
         top = round(share * count)
         if not count:
@@ -93,10 +92,11 @@ class ShareKeeper:
 
 
 def _descending(values: Sequence[float]) -> list[float]:
-    """The nearest values that descend, by least squares: those that rise share their mean.
+    """Return the nearest descending values by least squares: values that rise get their mean.
 
-    The min-max formula of isotonic regression (Robertson, Wright & Dykstra, 1988).
+    This is the min-max formula of isotonic regression (Robertson, Wright & Dykstra, 1988).
     """
+
     count = len(values)
     means = {
         (start, stop): sum(values[start:stop]) / (stop - start)

@@ -1,7 +1,7 @@
-"""What a score is worth as a router between two tiers: quality against the share of strong calls.
+"""Measure how well a score routes between two tiers: quality against the share of strong calls.
 
-The metrics of RouteLLM (Ong et al., arXiv 2406.18665): sort prompts by score, send the top share to the
-strong tier, and see how much of the gap between always-weak and always-strong is recovered.
+These are the metrics of RouteLLM (Ong et al., arXiv 2406.18665): sort prompts by score, send the top share
+to the strong tier, and measure how much of the gap between always-weak and always-strong is recovered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """How well a score routes. A random one has 0.5, 50 and 80.
+    """How well a score routes. A random score has 0.5, 50 and 80.
 
     apgr    average performance gap recovered, over shares of strong calls from 0 to 100 %
     cpt50   smallest share of strong calls, in %, that recovers half of the gap
@@ -30,10 +30,10 @@ class Quality:
 
 
 def recovered(scores: ArrayLike, weak: ArrayLike, strong: ArrayLike) -> tuple[Array, Array]:
-    """The share of strong calls, 0 to 100 %, and the performance gap recovered there; both [rows + 1].
+    """Return the share of strong calls, 0 to 100 %, and the gap recovered at each share; both [rows + 1].
 
-    Prompts of equal score are taken in random order: each counts as their mean. Raises ValueError when the
-    strong tier is no better than the weak one: there is no gap to recover.
+    Prompts of equal score are in random order, so each counts as their mean. Raises ValueError if the strong
+    tier is no better than the weak one, so that there is no gap to recover.
     """
     values = np.asarray(scores, dtype=np.float64)
     gains = np.asarray(strong, dtype=np.float64) - np.asarray(weak, dtype=np.float64)
@@ -47,14 +47,14 @@ def recovered(scores: ArrayLike, weak: ArrayLike, strong: ArrayLike) -> tuple[Ar
 
 
 def quality(scores: ArrayLike, weak: ArrayLike, strong: ArrayLike) -> Quality:
-    """The three figures for *scores* [rows] and each tier's outcomes [rows], 0 to 1. Raises ValueError."""
+    """Return the figures for *scores* [rows] and each tier's outcomes [rows], 0 to 1. Raises ValueError."""
     share, gap = recovered(scores, weak, strong)
     apgr = float(np.interp(np.linspace(0, 100, 101), share, gap).mean())
     return Quality(apgr, _first(share, gap, 0.5), _first(share, gap, 0.8))
 
 
 def _first(share: Array, gap: Array, wanted: float) -> float:
-    """Where the curve first reaches *wanted*, between its points too."""
+    """Return the share at which the interpolated curve first reaches *wanted*."""
     place = int(np.argmax(gap >= wanted))
     low, high = gap[place - 1], gap[place]
     part = (wanted - low) / (high - low)
@@ -62,6 +62,7 @@ def _first(share: Array, gap: Array, wanted: float) -> float:
 
 
 def folds(count: int, parts: int, seed: int) -> list[Sequence[int]]:
-    """Split *count* rows at random into *parts* of about the same size."""
+    """Split *count* rows at random into *parts* folds of about the same size."""
+
     order = np.random.default_rng(seed).permutation(count)
     return [order[part::parts].tolist() for part in range(parts)]

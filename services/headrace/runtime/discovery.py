@@ -1,8 +1,8 @@
-"""Find the addresses behind gRPC targets, and notice when they change.
+"""Resolve gRPC targets to addresses, and report changes.
 
-gRPC's own resolver looks again only when a connection breaks, so a replica that joins a headless DNS name
-would get no work, and one channel over all replicas would hide which of them is how busy. Here a name is
-resolved every second or so, and each address may have a channel of its own.
+gRPC's own resolver resolves a name again only when a connection breaks, so a replica that is added to a
+headless DNS name would receive no work. One channel over all replicas would also hide the load of each of
+them. Here names are resolved every 1.5 seconds, and each address may have its own channel.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ RESOLVE_SECONDS = 1.5
 
 
 async def lookup(host: str, port: str) -> frozenset[str]:
-    """The addresses of a DNS name, as "1.2.3.4:port". Raises OSError where it has none.
+    """Return the addresses of a DNS name, as "1.2.3.4:port". Raises OSError if it has none.
 
-    Of a name with addresses of both families only those of IPv4 are used: they are two ways to the same
-    replicas, and a replica that is counted twice looks half as busy as it is.
+    If a name has addresses of both families, only IPv4 is used: both lead to the same replicas, and a replica
+    that is counted twice appears half as busy as it is.
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     v4 = {str(where[0]) for family, *_, where in found if family == socket.AF_INET}
@@ -32,10 +32,9 @@ async def lookup(host: str, port: str) -> frozenset[str]:
 
 
 class Discovery:
-    """The addresses of a list of targets.
+    """Resolves a list of targets to addresses.
 
-    targets   "host:port", which is its own only address, or "dns:///name:port", which is looked up;
-              other gRPC targets are left to gRPC
+    targets   "dns:///name:port" is resolved here; "host:port" and other gRPC targets are passed on unchanged
     """
 
     def __init__(
@@ -48,12 +47,12 @@ class Discovery:
         self._targets = list(targets)
         self._resolve_seconds = resolve_seconds
         self._lookup = lookup
-        # A name server that is down takes nobody away: what was found last stays.
+        # While a name server is down, the last result remains valid.
         self._found: dict[str, frozenset[str]] = {}
-        self._told: dict[str, str] = {}
+        self._reported: dict[str, str] = {}
 
     async def changes(self) -> AsyncGenerator[frozenset[str], None]:
-        """All addresses, at once and then whenever they have changed."""
+        """Yield all addresses, first immediately and then after each change."""
         known: frozenset[str] | None = None
         while True:
             now = await self.addresses()
@@ -61,11 +60,11 @@ class Discovery:
                 known = now
                 yield now
             if not any(_name(target) for target in self._targets):
-                await asyncio.Event().wait()  # nothing to look up, nothing will change
+                await asyncio.Event().wait()  # nothing to resolve, nothing changes
             await asyncio.sleep(self._resolve_seconds)
 
     async def addresses(self) -> frozenset[str]:
-        """All addresses, looked up now."""
+        """Resolve all targets now."""
         return frozenset().union(*[await self._resolve(target) for target in self._targets])
 
     async def _resolve(self, target: str) -> frozenset[str]:
@@ -74,22 +73,22 @@ class Discovery:
             return frozenset({target})
         try:
             self._found[target] = await self._lookup(*name)
-            self._told.pop(target, None)
-        except (OSError, UnicodeError) as error:  # the latter for what cannot be a name, such as a..b
-            if self._told.get(target) != str(error):
-                self._told[target] = str(error)
+            self._reported.pop(target, None)
+        except (OSError, UnicodeError) as error:  # UnicodeError for invalid names, such as a..b
+            if self._reported.get(target) != str(error):
+                self._reported[target] = str(error)
                 log.warning("name not resolved", extra={"target": target, "problem": str(error)})
         return self._found.get(target, frozenset())
 
 
 def _name(target: str) -> tuple[str, str] | None:
-    """Host and port of a target that is to be looked up here; None for any other."""
+    """Return host and port of a target that is resolved here; None for any other."""
     if not target.startswith("dns:"):
         return None
     rest = target.removeprefix("dns:")
     if rest.startswith("//"):
         authority, _, rest = rest.removeprefix("//").partition("/")
         if authority:
-            return None  # a name server of its own: gRPC knows how to ask it
+            return None  # the target names its DNS server: left to gRPC
     host, port = split(rest)
     return (host, port) if port.isdigit() else None

@@ -1,4 +1,4 @@
-"""Measure how many things happen per second, over the last few seconds."""
+"""Measure a rate over a sliding window."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import deque
 
 
 class RateMeter:
-    """Counts over a sliding window; the caller brings the clock.
+    """Counts events over a sliding window. The current time is an argument.
 
-    window   seconds that the rate looks back
+    window   its length in seconds
     """
 
     def __init__(self, window: float = 5.0) -> None:
@@ -17,8 +17,8 @@ class RateMeter:
         self._sum = 0
 
     def add(self, now: float, count: int = 1) -> None:
-        """Book *count* things at *now* seconds."""
-        # One entry per 50 ms keeps a busy window at a hundred entries.
+        """Count *count* events at time *now*, in seconds."""
+        # One entry per 50 ms limits a window to a hundred entries.
         if self._counts and now - self._counts[-1][0] < 0.05:
             last, before = self._counts[-1]
             self._counts[-1] = (last, before + count)
@@ -28,11 +28,11 @@ class RateMeter:
         self._forget(now)
 
     def per_second(self, now: float) -> float:
-        """Things per second over the window that ends at *now*."""
+        """Return the events per second over the window that ends at *now*."""
         self._forget(now)
         if not self._counts:
             return 0.0
-        # A meter that has just begun is not diluted by the time before.
+        # A new meter is not averaged over time before its first event.
         span = min(self._window, max(now - self._counts[0][0], 0.5))
         return self._sum / span
 

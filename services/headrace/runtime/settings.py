@@ -1,7 +1,7 @@
-"""Read a process's settings from flags and the environment: once, frozen, complete.
+"""Read a process's settings from flags and the environment, once, at its start.
 
-Flags win over HEADRACE_* variables, which win over defaults. What is wrong or missing stops the start,
-and the message lists all of it at once.
+Flags take precedence over HEADRACE_* variables, and those over defaults. If settings are missing or invalid,
+the process exits with one message that lists all of them.
 """
 
 from __future__ import annotations
@@ -10,19 +10,36 @@ import argparse
 import inspect
 import re
 import sys
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
-from headrace.runtime.budget import CONNECTION_SHARE, SLOW_SHARE
-from headrace.runtime.limits import MIB, Limits
+from headrace.runtime.serving.inflight import CONNECTION_SHARE, INCOMPLETE_SHARE
+from headrace.runtime.serving.limits import MIB, Limits
 
 PREFIX = "HEADRACE_"
 
 
+# Fields that a service overrides with another default: `port: Port = 50051`.
+Port = Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 picks a free one")]
+MessageMegabytes = Annotated[float, Field(gt=0, le=64, description="size limit of a request message, in MiB")]
+InflightMegabytes = Annotated[
+    float,
+    Field(
+        gt=0,
+        description="limit of request messages in flight, in MiB; at least four times "
+        "--max-message-megabytes. One host may hold three quarters of it, one connection half; further "
+        "requests are rejected with SERVER_BUSY",
+    ),
+]
+ConcurrentStreams = Annotated[
+    int, Field(ge=16, description="limit of open calls per connection; clients queue further ones")
+]
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Leaves out defaults that say nothing: such a setting tells in words what holds without it."""
+    """Omits empty defaults: the description of such a setting states what applies without it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return re.sub(r" \(default: (None)?\)$", "", action.help or "")
@@ -32,7 +49,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class ServiceSettings(BaseSettings):
-    """What every server needs; each service adds its own."""
+    """The settings of every server; each service adds its own."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -49,45 +66,34 @@ class ServiceSettings(BaseSettings):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
-        description="address to listen on, such as ::1; 0.0.0.0 or :: for all, of IPv4 and IPv6",
+        description="address to listen on, such as ::1; 0.0.0.0 or :: for all addresses, of IPv4 and IPv6",
     )
-    port: int = Field(default=0, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    port: Port = 0
     drain_seconds: float = Field(
         default=25.0,
         ge=0,
         allow_inf_nan=False,
-        description="after SIGTERM, how long requests in flight may go on",
+        description="after SIGTERM, how long requests in flight may continue",
     )
     trace_context: Literal["trust", "link", "ignore"] = Field(
         default="trust",
-        description="what becomes of the trace context that callers send: trust makes their spans the "
-        "parents of ours, so that their sampling decides what is recorded here; link begins a trace of its "
-        "own that links to theirs; ignore does not read it. Use one of these two where callers are strangers",
+        description="what is done with the trace context of callers: trust makes their spans the parents of "
+        "ours, so that their sampling decides what is recorded; link starts a new trace and links to theirs; "
+        "ignore does not read it. Use link or ignore for callers that are not trusted",
     )
-    message_megabytes: float = Field(
-        default=2.0, gt=0, le=64, description="size of the longest request message, in MiB"
-    )
-    held_megabytes: float = Field(
-        default=32.0,
-        gt=0,
-        description="MiB of requests in hand at the same time, at least four times --message-megabytes. One "
-        "host may have three quarters, one connection half; beyond that requests are refused as SERVER_BUSY",
-    )
+    max_message_megabytes: MessageMegabytes = 2.0
+    max_inflight_megabytes: InflightMegabytes = 32.0
     max_calls: int = Field(
         default=2048,
         ge=16,
-        description="calls in hand at the same time, with the same shares for a host and a connection",
+        description="limit of calls in flight, with the same shares for a host and a connection",
     )
-    connection_streams: int = Field(
-        default=2048,
-        ge=16,
-        description="calls that one connection may have open; clients wait with what is more",
-    )
+    max_concurrent_streams: ConcurrentStreams = 2048
     max_connections: int = Field(
-        default=4096, ge=16, description="connections at the same time; further ones are closed"
+        default=4096, ge=16, description="limit of open connections; further ones are closed"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        default="INFO", description="least level of log lines"
+        default="INFO", description="lowest level of log lines"
     )
 
     @field_validator("host")
@@ -96,31 +102,31 @@ class ServiceSettings(BaseSettings):
         return host.strip().removeprefix("[").removesuffix("]")
 
     @model_validator(mode="after")
-    def _holds_a_message(self) -> Self:
-        least = self.message_megabytes / (CONNECTION_SHARE * SLOW_SHARE)
-        if self.held_megabytes < least:
+    def _fits_a_message(self) -> Self:
+        least = self.max_message_megabytes / (CONNECTION_SHARE * INCOMPLETE_SHARE)
+        if self.max_inflight_megabytes < least:
             raise ValueError(
-                f"HEADRACE_HELD_MEGABYTES={self.held_megabytes:g} (or --held-megabytes) must be at least "
-                f"{least:g}, four times --message-megabytes"
+                f"HEADRACE_MAX_INFLIGHT_MEGABYTES={self.max_inflight_megabytes:g} (or "
+                f"--max-inflight-megabytes) must be at least {least:g}, four times --max-message-megabytes"
             )
         return self
 
     @property
     def limits(self) -> Limits:
-        """What the server holds for its callers at most."""
+        """The limits of the server."""
         return Limits(
-            message_bytes=int(self.message_megabytes * MIB),
-            held_bytes=int(self.held_megabytes * MIB),
-            streams=self.connection_streams,
-            calls=self.max_calls,
-            connections=self.max_connections,
+            max_message_bytes=int(self.max_message_megabytes * MIB),
+            max_inflight_bytes=int(self.max_inflight_megabytes * MIB),
+            max_concurrent_streams=self.max_concurrent_streams,
+            max_calls=self.max_calls,
+            max_connections=self.max_connections,
         )
 
     @classmethod
     def load(cls, arguments: list[str] | None = None, *, program: str = "") -> Self:
-        """Read flags (*arguments*, or the process's own) and environment.
+        """Read flags (*arguments*, by default those of the process) and environment.
 
-        Prints what is wrong and exits with status 2 where the settings are not usable.
+        Prints what is missing or invalid and exits with status 2.
         """
         cls.model_config["cli_prog_name"] = program or None
         source: CliSettingsSource[Any] = CliSettingsSource(cls, formatter_class=_Help)
@@ -133,7 +139,7 @@ class ServiceSettings(BaseSettings):
 
 
 def one_of(first: str, is_first: object, second: str, is_second: object) -> None:
-    """Check that just one of two settings is given. Raises ValueError."""
+    """Check that exactly one of two settings is set. Raises ValueError."""
     (one, one_flag), (other, other_flag) = (
         (PREFIX + name.upper(), "--" + name.replace("_", "-")) for name in (first, second)
     )
@@ -146,7 +152,7 @@ def one_of(first: str, is_first: object, second: str, is_second: object) -> None
 
 
 def complaint(error: ValidationError) -> str:
-    """All that is wrong with the settings, in one line for people."""
+    """Return all problems of the settings in one line."""
     parts = []
     for item in error.errors():
         place = "_".join(str(part) for part in item["loc"])
@@ -163,13 +169,13 @@ def complaint(error: ValidationError) -> str:
     return "; ".join(parts)
 
 
-# What Kubernetes sets in every pod, for a Service called `headrace`: HEADRACE_PORT=tcp://10.0.0.1:50051.
+# Kubernetes sets this in every pod for a Service named `headrace`: HEADRACE_PORT=tcp://10.0.0.1:50051.
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 
 
 def _link_advice(variable: str) -> str:
     service = variable.removesuffix("_PORT").replace("_", "-").lower()
     return (
-        f"Kubernetes set it, for a Service called {service!r} in the namespace; set "
-        f"`enableServiceLinks: false` in the pod's spec, or {variable} to what is meant"
+        f"Kubernetes set it for a Service named {service!r} in the namespace; set "
+        f"`enableServiceLinks: false` in the pod's spec, or {variable} to the intended value"
     )

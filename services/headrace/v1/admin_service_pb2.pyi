@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class InspectRequest(_message.Message):
-    """Asks for the state of the process."""
+    """Requests the state of the process."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -51,7 +51,7 @@ class InspectResponse(_message.Message):
     BATCHER_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
     ROUTER_FIELD_NUMBER: _builtins.int
-    VITALS_FIELD_NUMBER: _builtins.int
+    PROCESS_STATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def batcher(self) -> Global___BatcherState:
         """A batcher."""
@@ -65,8 +65,8 @@ class InspectResponse(_message.Message):
         """A router."""
 
     @_builtins.property
-    def vitals(self) -> Global___ProcessState:
-        """What it holds of its system."""
+    def process_state(self) -> Global___ProcessState:
+        """The resources that it uses."""
 
     def __init__(
         self,
@@ -74,11 +74,11 @@ class InspectResponse(_message.Message):
         batcher: Global___BatcherState | None = ...,
         worker: Global___WorkerState | None = ...,
         router: Global___RouterState | None = ...,
-        vitals: Global___ProcessState | None = ...,
+        process_state: Global___ProcessState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "router", b"router", "vitals", b"vitals", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "process_state", b"process_state", "router", b"router", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "router", b"router", "vitals", b"vitals", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batcher", b"batcher", "process", b"process", "process_state", b"process_state", "router", b"router", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_process: _TypeAlias = _typing.Literal["batcher", "worker", "router"]  # noqa: Y015
     _WhichOneofArgType_process: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
@@ -88,7 +88,7 @@ Global___InspectResponse: _TypeAlias = InspectResponse  # noqa: Y015
 
 @_typing.final
 class ProcessState(_message.Message):
-    """What a process holds of its system: what does not grow while it runs."""
+    """The resources that a process uses. They do not grow without bound while it runs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -98,15 +98,15 @@ class ProcessState(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
-    """Requests in flight; long-lived streams and looks inside are not among them."""
+    """Requests in flight, without long-lived streams and debug calls."""
     tasks: _builtins.int
-    """Tasks of its event loop, those of long-lived streams included."""
+    """Tasks of its event loop, including those of long-lived streams."""
     threads: _builtins.int
     """Threads."""
     files: _builtins.int
-    """Open file descriptors. 0: the system does not tell."""
+    """Open file descriptors. 0: not available on this system."""
     memory_bytes: _builtins.int
-    """Resident memory. 0: the system does not tell."""
+    """Resident memory. 0: not available on this system."""
     def __init__(
         self,
         *,
@@ -126,17 +126,17 @@ Global___ProcessState: _TypeAlias = ProcessState  # noqa: Y015
 
 @_typing.final
 class RouterState(_message.Message):
-    """A router, at one moment."""
+    """The state of a router."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BATCHERS_FIELD_NUMBER: _builtins.int
     CONVERSATIONS_FIELD_NUMBER: _builtins.int
     conversations: _builtins.int
-    """Conversations of which it remembers the tier."""
+    """Conversations whose tier is recorded."""
     @_builtins.property
     def batchers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatcherLinkState]:
-        """The batchers that it knows, tier by tier, the smallest first."""
+        """Its batchers, by tier, smallest first."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ Global___RouterState: _TypeAlias = RouterState  # noqa: Y015
 
 @_typing.final
 class BatcherLinkState(_message.Message):
-    """A batcher as its router sees it."""
+    """The state of a batcher, as seen by a router."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -162,17 +162,17 @@ class BatcherLinkState(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
-    LIVE_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
     tier: _builtins.str
     """Its tier."""
     address: _builtins.str
     """Its gRPC target."""
     ready: _builtins.bool
-    """Whether it takes requests."""
+    """Whether it accepts requests."""
     problem: _builtins.str
-    """Why it is not ready. Empty when it is."""
-    live: _builtins.int
-    """Requests of this router that it has."""
+    """Why it is not ready. Empty if it is ready."""
+    in_flight: _builtins.int
+    """Requests of this router in flight there."""
     def __init__(
         self,
         *,
@@ -180,11 +180,11 @@ class BatcherLinkState(_message.Message):
         address: _builtins.str = ...,
         ready: _builtins.bool = ...,
         problem: _builtins.str = ...,
-        live: _builtins.int = ...,
+        in_flight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "live", b"live", "problem", b"problem", "ready", b"ready", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "in_flight", b"in_flight", "problem", b"problem", "ready", b"ready", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -192,17 +192,17 @@ Global___BatcherLinkState: _TypeAlias = BatcherLinkState  # noqa: Y015
 
 @_typing.final
 class BatcherState(_message.Message):
-    """A batcher, at one moment."""
+    """The state of a batcher."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TIER_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
-    BEGUN_FIELD_NUMBER: _builtins.int
+    INTERRUPTED_FIELD_NUMBER: _builtins.int
     OLDEST_WAIT_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
-    LIVE_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
@@ -210,48 +210,48 @@ class BatcherState(_message.Message):
     TOKENIZING_BYTES_FIELD_NUMBER: _builtins.int
     tier: _builtins.str
     """The tier that it serves."""
-    begun: _builtins.int
-    """Answers that lost their worker and wait to go on."""
-    live: _builtins.int
-    """Requests under way in all."""
+    interrupted: _builtins.int
+    """Answers that lost their worker and wait to be resumed."""
+    in_flight: _builtins.int
+    """The number of requests in flight."""
     prefill_tokens_per_second: _builtins.float
-    """Prompt tokens that the tier computes per second. 0: not measured yet."""
+    """Prompt tokens that the tier computes per second. 0: not measured so far."""
     prefix_blocks: _builtins.int
-    """Blocks of prompts of which it remembers who computed them."""
+    """Blocks of prompts whose worker is recorded."""
     paused: _builtins.int
-    """Requests under way that wait, without a worker, for their callers to read what there is."""
+    """Requests that are paused, without a worker, until their callers have read the answer so far."""
     tokenizing: _builtins.int
-    """Requests that wait to be tokenised, or are being tokenised. They are not in `queue` yet, and count against
-    the same limit.
+    """Requests that wait for tokenisation or are being tokenised. They are not part of `queue`, but count towards the
+    same limit.
     """
     tokenizing_bytes: _builtins.int
     """Their bytes."""
     @_builtins.property
     def queue(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueState]:
-        """Who waits, by priority and tenant; the most urgent first."""
+        """The queue, by priority and tenant, most urgent first."""
 
     @_builtins.property
     def oldest_wait(self) -> _duration_pb2.Duration:
-        """How long the first to come has waited."""
+        """How long the oldest request in the queue has waited."""
 
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerLinkState]:
-        """The workers that it knows."""
+        """Its workers."""
 
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceState]:
-        """Requests under way, oldest first."""
+        """Requests in flight, oldest first."""
 
     def __init__(
         self,
         *,
         tier: _builtins.str = ...,
         queue: _abc.Iterable[Global___QueueState] | None = ...,
-        begun: _builtins.int = ...,
+        interrupted: _builtins.int = ...,
         oldest_wait: _duration_pb2.Duration | None = ...,
         workers: _abc.Iterable[Global___WorkerLinkState] | None = ...,
         sequences: _abc.Iterable[Global___SequenceState] | None = ...,
-        live: _builtins.int = ...,
+        in_flight: _builtins.int = ...,
         prefill_tokens_per_second: _builtins.float = ...,
         prefix_blocks: _builtins.int = ...,
         paused: _builtins.int = ...,
@@ -260,7 +260,7 @@ class BatcherState(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_wait", b"oldest_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begun", b"begun", "live", b"live", "oldest_wait", b"oldest_wait", "paused", b"paused", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_blocks", b"prefix_blocks", "queue", b"queue", "sequences", b"sequences", "tier", b"tier", "tokenizing", b"tokenizing", "tokenizing_bytes", b"tokenizing_bytes", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_flight", b"in_flight", "interrupted", b"interrupted", "oldest_wait", b"oldest_wait", "paused", b"paused", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_blocks", b"prefix_blocks", "queue", b"queue", "sequences", b"sequences", "tier", b"tier", "tokenizing", b"tokenizing", "tokenizing_bytes", b"tokenizing_bytes", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,7 +268,7 @@ Global___BatcherState: _TypeAlias = BatcherState  # noqa: Y015
 
 @_typing.final
 class QueueState(_message.Message):
-    """Who waits in one place of the order."""
+    """The waiting requests of one priority and tenant."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -276,7 +276,7 @@ class QueueState(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
-    """As it is now: what waits long rises."""
+    """The current priority: it rises with the time waited."""
     tenant: _builtins.str
     """Empty: the anonymous tenant."""
     waiting: _builtins.int
@@ -298,7 +298,7 @@ Global___QueueState: _TypeAlias = QueueState  # noqa: Y015
 
 @_typing.final
 class WorkerLinkState(_message.Message):
-    """A worker as its batcher sees it."""
+    """The state of a worker, as seen by a batcher."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -313,25 +313,25 @@ class WorkerLinkState(_message.Message):
     OUTSTANDING_FIELD_NUMBER: _builtins.int
     BACKLOG_TOKENS_FIELD_NUMBER: _builtins.int
     STEP_P99_FIELD_NUMBER: _builtins.int
-    SILENT_FIELD_NUMBER: _builtins.int
+    SINCE_LAST_MESSAGE_FIELD_NUMBER: _builtins.int
     target: _builtins.str
     """Its gRPC target."""
     worker_id: _builtins.str
-    """What it calls itself. Empty until it was first connected."""
+    """Its id. Empty until the first connection."""
     incarnation: _builtins.int
-    """Which process it is."""
+    """Identifies its process."""
     state: _builtins.str
     """"ready", "draining", "suspect", "leaving" or "not connected"."""
     problem: _builtins.str
-    """Why it is not ready. Empty when it is."""
+    """Why it is not ready. Empty if it is ready."""
     breaker: _builtins.str
     """Its circuit breaker: "closed", "open" or "half open"."""
     epoch: _builtins.int
-    """Streams opened to it."""
+    """Number of streams that were opened to it."""
     outstanding: _builtins.int
-    """Sequences that it has of this batcher."""
+    """Sequences of this batcher that it has."""
     backlog_tokens: _builtins.int
-    """Prompt tokens that wait there, other batchers' included."""
+    """Prompt tokens that wait there, including those of other batchers."""
     @_builtins.property
     def credit(self) -> _worker_service_pb2.Credit:
         """Its last credit."""
@@ -341,8 +341,8 @@ class WorkerLinkState(_message.Message):
         """99th percentile of the time between its steps."""
 
     @_builtins.property
-    def silent(self) -> _duration_pb2.Duration:
-        """Since anything was heard of it."""
+    def since_last_message(self) -> _duration_pb2.Duration:
+        """Time since the last message from it."""
 
     def __init__(
         self,
@@ -358,11 +358,11 @@ class WorkerLinkState(_message.Message):
         outstanding: _builtins.int = ...,
         backlog_tokens: _builtins.int = ...,
         step_p99: _duration_pb2.Duration | None = ...,
-        silent: _duration_pb2.Duration | None = ...,
+        since_last_message: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "silent", b"silent", "step_p99", b"step_p99"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "since_last_message", b"since_last_message", "step_p99", b"step_p99"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_tokens", b"backlog_tokens", "breaker", b"breaker", "credit", b"credit", "epoch", b"epoch", "incarnation", b"incarnation", "outstanding", b"outstanding", "problem", b"problem", "silent", b"silent", "state", b"state", "step_p99", b"step_p99", "target", b"target", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_tokens", b"backlog_tokens", "breaker", b"breaker", "credit", b"credit", "epoch", b"epoch", "incarnation", b"incarnation", "outstanding", b"outstanding", "problem", b"problem", "since_last_message", b"since_last_message", "state", b"state", "step_p99", b"step_p99", "target", b"target", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -370,7 +370,7 @@ Global___WorkerLinkState: _TypeAlias = WorkerLinkState  # noqa: Y015
 
 @_typing.final
 class SequenceState(_message.Message):
-    """A request under way."""
+    """A request in flight."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -380,31 +380,31 @@ class SequenceState(_message.Message):
     AGE_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
-    PLACE_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
     UNREAD_FIELD_NUMBER: _builtins.int
     LOSSES_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Its id. Empty on a worker that was not told."""
+    """Its id. Empty on a worker if the batcher did not send it."""
     attempt: _builtins.int
-    """Counts its tries."""
+    """Its attempt."""
     offset: _builtins.int
     """Tokens of its answer so far."""
     tenant: _builtins.str
-    """Whom it is accounted to. Batcher only."""
+    """The tenant that it is accounted to. Batcher only."""
     priority: _builtins.int
-    """0 is the least urgent, 9 the most. Batcher only."""
-    place: _builtins.str
-    """Batcher: the target of the worker that has it; empty: it waits. Worker: the batcher that sent it."""
+    """From 0, the least urgent, to 9, the most urgent. Batcher only."""
+    peer: _builtins.str
+    """On a batcher: the target of the worker that has it; empty while it waits. On a worker: the batcher that sent it."""
     unread: _builtins.int
-    """Tokens that its caller has not read yet. Batcher only."""
+    """Tokens that its caller has not read. Batcher only."""
     losses: _builtins.int
-    """Workers that were lost with it. Batcher only."""
+    """Number of workers that were lost with it. Batcher only."""
     paused: _builtins.bool
-    """Whether it waits, without a worker, for its caller to read what there is. Batcher only."""
+    """Whether it is paused, without a worker, until its caller has read the answer so far. Batcher only."""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
-        """Since it arrived here."""
+        """Time since it arrived here."""
 
     def __init__(
         self,
@@ -415,14 +415,14 @@ class SequenceState(_message.Message):
         age: _duration_pb2.Duration | None = ...,
         tenant: _builtins.str = ...,
         priority: _builtins.int = ...,
-        place: _builtins.str = ...,
+        peer: _builtins.str = ...,
         unread: _builtins.int = ...,
         losses: _builtins.int = ...,
         paused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "attempt", b"attempt", "losses", b"losses", "offset", b"offset", "paused", b"paused", "place", b"place", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant", "unread", b"unread"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "attempt", b"attempt", "losses", b"losses", "offset", b"offset", "paused", b"paused", "peer", b"peer", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant", "unread", b"unread"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -430,7 +430,7 @@ Global___SequenceState: _TypeAlias = SequenceState  # noqa: Y015
 
 @_typing.final
 class WorkerState(_message.Message):
-    """A worker, at one moment."""
+    """The state of a worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -441,25 +441,25 @@ class WorkerState(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     STREAMS_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
-    LIVE_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """What it calls itself."""
+    """Its id."""
     incarnation: _builtins.int
-    """Which process it is."""
+    """Identifies its process."""
     draining: _builtins.bool
-    """Whether it takes no more work."""
-    live: _builtins.int
-    """Sequences under way in all."""
+    """Whether it drains and accepts no more work."""
+    in_flight: _builtins.int
+    """The number of sequences in flight."""
     capacity: _builtins.int
-    """Sequences that it takes, over all streams: those that run, and about one step's prompts."""
+    """Sequences that it accepts from all streams: those that run, and about one step of prompts."""
     @_builtins.property
     def model(self) -> _worker_service_pb2.ModelDescription:
-        """What it runs. Absent while it loads."""
+        """Its model. Absent while it loads."""
 
     @_builtins.property
     def load(self) -> _worker_service_pb2.Load:
-        """How busy it is."""
+        """Its load."""
 
     @_builtins.property
     def streams(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamState]:
@@ -467,7 +467,7 @@ class WorkerState(_message.Message):
 
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceState]:
-        """Sequences under way, oldest first."""
+        """Sequences in flight, oldest first."""
 
     def __init__(
         self,
@@ -479,12 +479,12 @@ class WorkerState(_message.Message):
         load: _worker_service_pb2.Load | None = ...,
         streams: _abc.Iterable[Global___StreamState] | None = ...,
         sequences: _abc.Iterable[Global___SequenceState] | None = ...,
-        live: _builtins.int = ...,
+        in_flight: _builtins.int = ...,
         capacity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "draining", b"draining", "incarnation", b"incarnation", "live", b"live", "load", b"load", "model", b"model", "sequences", b"sequences", "streams", b"streams", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "draining", b"draining", "in_flight", b"in_flight", "incarnation", b"incarnation", "load", b"load", "model", b"model", "sequences", b"sequences", "streams", b"streams", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -492,7 +492,7 @@ Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
 @_typing.final
 class StreamState(_message.Message):
-    """One batcher's stream, as its worker sees it."""
+    """The state of one batcher's stream, as seen by a worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -505,19 +505,21 @@ class StreamState(_message.Message):
     PENDING_FIELD_NUMBER: _builtins.int
     COMMITTED_FIELD_NUMBER: _builtins.int
     batcher_id: _builtins.str
-    """Who."""
+    """The batcher's id."""
     epoch: _builtins.int
-    """Which of its streams."""
+    """The number of the stream."""
     sequences: _builtins.int
-    """Sequences that it has here."""
+    """Sequences of the stream at this worker."""
     frames: _builtins.int
     """Step frames sent."""
     unacknowledged: _builtins.int
-    """Of these, not acknowledged yet."""
+    """Step frames that are not acknowledged."""
     pending: _builtins.int
-    """Sequences whose news wait to be sent."""
+    """Sequences with updates that wait to be sent."""
     committed: _builtins.int
-    """Sequences that it has here, or may still send by credit whose end it has not acknowledged."""
+    """Sequences of the stream at this worker, and those that its batcher may still send because it has not acknowledged a
+    reduction of its credit.
+    """
     @_builtins.property
     def credit(self) -> _worker_service_pb2.Credit:
         """Its last credit."""

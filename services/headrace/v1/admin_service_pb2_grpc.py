@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 
@@ -44,12 +44,12 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 
     def Inspect(self, request, context):
-        """Describes the process as it is at this moment. Answered while draining, too.
+        """Returns the current state of the process, also while it drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,7 +72,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 

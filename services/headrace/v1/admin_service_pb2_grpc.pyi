@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 
@@ -36,20 +36,20 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     Inspect: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.InspectRequest, _admin_service_pb2.InspectResponse]
-    """Describes the process as it is at this moment. Answered while draining, too."""
+    """Returns the current state of the process, also while it drains."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Inspect: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.InspectRequest, _admin_service_pb2.InspectResponse]  # type: ignore[assignment]
-    """Describes the process as it is at this moment. Answered while draining, too."""
+    """Returns the current state of the process, also while it drains."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Shows what a router, a batcher or a worker is doing, to people with grpcurl. Changes nothing, and shows neither
+    """A debug endpoint of routers, batchers and workers, for use with grpcurl. It changes nothing, and contains neither
     prompts nor answers.
     """
 
@@ -59,6 +59,6 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.InspectRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.InspectResponse, _abc.Awaitable[_admin_service_pb2.InspectResponse]]:
-        """Describes the process as it is at this moment. Answered while draining, too."""
+        """Returns the current state of the process, also while it drains."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

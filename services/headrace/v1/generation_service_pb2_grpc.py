@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Produces text for prompts. Router and batcher both implement this service: a caller cannot tell,
-    and need not know, how many stages stand behind it.
+    """Generates text from prompts. Router and batcher both implement this service, so a caller does not depend on the
+    number of stages behind it.
     """
 
     def __init__(self, channel):
@@ -44,22 +44,21 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Produces text for prompts. Router and batcher both implement this service: a caller cannot tell,
-    and need not know, how many stages stand behind it.
+    """Generates text from prompts. Router and batcher both implement this service, so a caller does not depend on the
+    number of stages behind it.
     """
 
     def Generate(self, request, context):
         """Streams the continuation of one prompt.
 
-        1. The caller sends one request and sets a gRPC deadline; the router gives requests that come
-        without one a default.
-        2. The server answers `accepted` once the request has passed every check and holds a place.
-        3. Any number of `delta` follow; their offsets run 0, 1, 2... without gap or overlap.
+        1. The caller sends one request and sets a gRPC deadline. The router sets a default deadline if there is none.
+        2. The server sends `accepted` after the request passed all checks and was admitted.
+        3. Any number of `delta` follow. Their offsets have no gap and no overlap.
         4. Exactly one `finish` ends the answer, and the stream ends with status OK.
 
-        A stream that ends without `finish` failed, and its status says why, with a google.rpc.ErrorInfo
-        whose `reason` a program can read. Retrying is safe until `accepted` arrives. Cancelling the call
-        frees everything that it held within one engine step.
+        A stream that ends without `finish` failed. Its status contains a google.rpc.ErrorInfo whose `reason` is for
+        programs. A retry is safe until `accepted` arrives. Cancelling the call releases its resources within one engine
+        step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,8 +81,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Produces text for prompts. Router and batcher both implement this service: a caller cannot tell,
-    and need not know, how many stages stand behind it.
+    """Generates text from prompts. Router and batcher both implement this service, so a caller does not depend on the
+    number of stages behind it.
     """
 
     @staticmethod

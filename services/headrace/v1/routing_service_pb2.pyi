@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class FeedbackRequest(_message.Message):
-    """How good an answer was."""
+    """The outcome of one answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -32,15 +32,15 @@ class FeedbackRequest(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """As in `accepted`. Where a tenant used it again, its last answer is meant. Callers without a tenant share
-    their ids: one that came with different prompts names no answer, until what it named before was rated.
+    """As in `accepted`. If a tenant used the id several times, it identifies the last answer. Callers without a tenant
+    share their ids: one that was used with different prompts is ambiguous until its earlier answers were rated.
     """
     tier: _builtins.str
-    """The tier that answered the request, as in `accepted`; another one is refused. Empty: that tier."""
+    """The tier that answered the request, as in `accepted`; another one is rejected. Empty: not checked."""
     ok: _builtins.bool
     """Whether the answer was good enough."""
     quality: _builtins.float
-    """How good it was, 0 (useless) to 1 (nothing better to wish for)."""
+    """The quality, from 0 (useless) to 1 (perfect)."""
     tenant: _builtins.str
     """The tenant of the request, as in `Routing.tenant`. At most 256 characters. Empty: the anonymous tenant."""
     def __init__(
@@ -64,14 +64,14 @@ Global___FeedbackRequest: _TypeAlias = FeedbackRequest  # noqa: Y015
 
 @_typing.final
 class FeedbackResponse(_message.Message):
-    """What became of it."""
+    """The result of a report."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     KEPT_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     kept: _builtins.bool
-    """Whether it was kept on disk; false where the router has no file for it, and only counts outcomes."""
+    """Whether it was written to disk; false if the router has no feedback file and only counts outcomes."""
     tier: _builtins.str
     """The tier that answered the request."""
     def __init__(
@@ -90,7 +90,7 @@ Global___FeedbackResponse: _TypeAlias = FeedbackResponse  # noqa: Y015
 
 @_typing.final
 class ExplainRequest(_message.Message):
-    """Asks for a dry run."""
+    """Requests a dry run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -114,7 +114,7 @@ Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
 
 @_typing.final
 class ExplainResponse(_message.Message):
-    """What the router would do with a request."""
+    """The routing decision for a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -126,22 +126,22 @@ class ExplainResponse(_message.Message):
     WHY_FIELD_NUMBER: _builtins.int
     CASCADE_FIELD_NUMBER: _builtins.int
     score: _builtins.float
-    """How hard the prompt looks: 0 (a greeting) to 1 (needs the largest model)."""
+    """The estimated difficulty of the prompt, from 0 (a greeting) to 1 (needs the largest model)."""
     bias: _builtins.float
-    """The log-odds of a prompt in which no feature speaks."""
+    """The log-odds of a prompt without any feature."""
     tier: _builtins.str
     """The tier that would answer."""
     why: _builtins.str
-    """The decision in one sentence for people."""
+    """The reason for the decision, in one sentence for people."""
     cascade: _builtins.bool
-    """Whether the tier's answer would be held back and judged before it is released."""
+    """Whether the tier's answer would be held back and judged before it is delivered."""
     @_builtins.property
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureShare]:
-        """What the score is made of. The log-odds of all features and `bias` add up to ln(score / (1 - score))."""
+        """The contributions to the score. The log-odds of all features and `bias` add up to ln(score / (1 - score))."""
 
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
-        """Every tier, smallest first, and what spoke for or against it."""
+        """All tiers, smallest first, with the reasons for and against each."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
 
 @_typing.final
 class FeatureShare(_message.Message):
-    """How much one feature of the text moved the score."""
+    """The contribution of one feature of the text to the score."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -174,9 +174,9 @@ class FeatureShare(_message.Message):
     name: _builtins.str
     """The feature, such as "code" or "length"."""
     value: _builtins.float
-    """What was measured, 0 to 1: how strongly the feature is present."""
+    """The measured value, 0 to 1: how strongly the feature is present."""
     log_odds: _builtins.float
-    """Added to the log-odds of the score: above 0 speaks for a larger tier, below for a smaller one."""
+    """Added to the log-odds of the score: values above 0 favour a larger tier, below 0 a smaller one."""
     def __init__(
         self,
         *,
@@ -194,7 +194,7 @@ Global___FeatureShare: _TypeAlias = FeatureShare  # noqa: Y015
 
 @_typing.final
 class Candidate(_message.Message):
-    """One tier as seen by the policy."""
+    """One tier in a routing decision."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -203,9 +203,9 @@ class Candidate(_message.Message):
     ELIGIBLE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     threshold: _builtins.float
-    """The lowest score that this tier is meant for, 0 to 1."""
+    """The lowest score of prompts for this tier, 0 to 1."""
     eligible: _builtins.bool
-    """Whether the hints and the tier's health allow it."""
+    """Whether the hints and the tier's health allow this tier."""
     reason: _builtins.str
     """Why it is not eligible, or why it was or was not chosen."""
     @_builtins.property
@@ -230,7 +230,7 @@ Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
 
 @_typing.final
 class ListTiersRequest(_message.Message):
-    """Asks for the tiers."""
+    """Requests the tiers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -259,7 +259,7 @@ class ListTiersResponse(_message.Message):
 
     @_builtins.property
     def bill(self) -> _generation_pb2.Bill:
-        """All that was answered since the router started. Absent behind a batcher."""
+        """The bill for all answers since the router started. Absent from a batcher."""
 
     def __init__(
         self,
@@ -291,24 +291,22 @@ class Tier(_message.Message):
     name: _builtins.str
     """Its name, as used in `Routing`."""
     model: _builtins.str
-    """The model that it serves; several with commas, where a router with tiers of its own serves it. Empty while
-    unknown.
-    """
+    """The model that it serves; several, separated by commas, if the tier is another router. Empty while unknown."""
     healthy: _builtins.bool
-    """Whether it takes requests now."""
+    """Whether it accepts requests now."""
     unhealthy_reason: _builtins.str
-    """Why it does not, for people. Empty when healthy."""
+    """Why it does not, for people. Empty if healthy."""
     @_builtins.property
     def limits(self) -> Global___TierLimits:
-        """What it can take."""
+        """Its limits."""
 
     @_builtins.property
     def load(self) -> Global___TierLoad:
-        """What it is busy with, as of the last look."""
+        """Its load, as of the last poll."""
 
     @_builtins.property
     def price(self) -> Global___Price:
-        """What its tokens cost. Absent where no price is set, and behind a batcher."""
+        """The price of its tokens. Absent if no price is set, and from a batcher."""
 
     def __init__(
         self,
@@ -331,7 +329,7 @@ Global___Tier: _TypeAlias = Tier  # noqa: Y015
 
 @_typing.final
 class Price(_message.Message):
-    """What tokens cost, in any one currency."""
+    """The price of tokens, in any one currency."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -339,11 +337,11 @@ class Price(_message.Message):
     COMPLETION_FIELD_NUMBER: _builtins.int
     CACHED_PROMPT_FIELD_NUMBER: _builtins.int
     prompt: _builtins.float
-    """A million tokens of prompt."""
+    """For a million prompt tokens."""
     completion: _builtins.float
-    """A million generated tokens, delivered or not."""
+    """For a million generated tokens, delivered or not."""
     cached_prompt: _builtins.float
-    """A million tokens of prompt that were found computed already (`Usage.cached_tokens`). Absent: as `prompt`."""
+    """For a million cached prompt tokens (`Usage.cached_tokens`). Absent: as `prompt`."""
     def __init__(
         self,
         *,
@@ -363,7 +361,7 @@ Global___Price: _TypeAlias = Price  # noqa: Y015
 
 @_typing.final
 class TierLimits(_message.Message):
-    """What a tier can take."""
+    """The limits of a tier."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -374,11 +372,11 @@ class TierLimits(_message.Message):
     context_length: _builtins.int
     """Tokens of prompt and answer together."""
     max_tokens: _builtins.int
-    """Tokens of an answer, when the request asks for more or does not say."""
+    """Most tokens of an answer, and the default of `Sampling.max_tokens`."""
     queue_limit: _builtins.int
-    """Requests that may wait, to be tokenised and for a worker, before new ones are refused."""
+    """Requests that may wait for tokenisation and for a worker; further ones are rejected."""
     max_running: _builtins.int
-    """Sequences that the workers run at the same time."""
+    """Sequences that its workers run at the same time."""
     def __init__(
         self,
         *,
@@ -397,7 +395,7 @@ Global___TierLimits: _TypeAlias = TierLimits  # noqa: Y015
 
 @_typing.final
 class TierLoad(_message.Message):
-    """What a tier is busy with."""
+    """The load of a tier."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -409,9 +407,9 @@ class TierLoad(_message.Message):
     queued: _builtins.int
     """Requests waiting in the batcher."""
     running: _builtins.int
-    """Sequences at the workers."""
+    """Sequences on its workers."""
     workers: _builtins.int
-    """Workers connected and taking work."""
+    """Workers that are connected and accept work."""
     tokens_per_second: _builtins.float
     """Tokens generated per second over the last few seconds."""
     @_builtins.property

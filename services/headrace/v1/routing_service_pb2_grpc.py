@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RoutingServiceStub:
-    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing.
+    """Explains how prompts are routed to tiers, and receives feedback on the answers. Generates nothing.
     """
 
     def __init__(self, channel):
@@ -53,31 +53,31 @@ class RoutingServiceStub:
 
 
 class RoutingServiceServicer:
-    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing.
+    """Explains how prompts are routed to tiers, and receives feedback on the answers. Generates nothing.
     """
 
     def Explain(self, request, context):
-        """Shows where a request would go, and why, without sending it there. Router only: a batcher has
-        one tier and no score, and answers UNIMPLEMENTED.
+        """Returns the tier that a request would be routed to, and why, without sending it. Router only: a batcher has one
+        tier and no score, and returns UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTiers(self, request, context):
-        """Lists the tiers, smallest first. A batcher lists the one that it serves, which is how a router
-        learns of models, limits, health and load.
+        """Lists the tiers, smallest first. A batcher lists the one that it serves; routers poll it for model, limits, health
+        and load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Feedback(self, request, context):
-        """Reports how good an answer was. Router only. Only the tenant that sent the request may, once for each
-        request: the same outcome again changes nothing, another one is refused with ALREADY_EXISTS. The router
-        remembers its last requests and answers NOT_FOUND for others, and for those of other tenants. A tenant that
-        reports more than its quota gets RESOURCE_EXHAUSTED with RetryInfo. Where the router was given a file, it
-        keeps prompt and outcome there, to calibrate and train with.
+        """Reports how good an answer was. Router only. Only the tenant of the request can report, once per request: repeating
+        the same outcome has no effect, a different one is rejected with ALREADY_EXISTS. The router keeps its most recent
+        requests, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
+        RESOURCE_EXHAUSTED with RetryInfo. If the router has a feedback file, it writes prompt and outcome to it, for
+        calibration and training.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,7 +110,7 @@ def add_RoutingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RoutingService:
-    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing.
+    """Explains how prompts are routed to tiers, and receives feedback on the answers. Generates nothing.
     """
 
     @staticmethod

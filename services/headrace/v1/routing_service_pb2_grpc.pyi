@@ -27,51 +27,51 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RoutingServiceStub:
-    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing."""
+    """Explains how prompts are routed to tiers, and receives feedback on the answers. Generates nothing."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RoutingServiceAsyncStub: ...
     Explain: _grpc.UnaryUnaryMultiCallable[_routing_service_pb2.ExplainRequest, _routing_service_pb2.ExplainResponse]
-    """Shows where a request would go, and why, without sending it there. Router only: a batcher has
-    one tier and no score, and answers UNIMPLEMENTED.
+    """Returns the tier that a request would be routed to, and why, without sending it. Router only: a batcher has one
+    tier and no score, and returns UNIMPLEMENTED.
     """
     ListTiers: _grpc.UnaryUnaryMultiCallable[_routing_service_pb2.ListTiersRequest, _routing_service_pb2.ListTiersResponse]
-    """Lists the tiers, smallest first. A batcher lists the one that it serves, which is how a router
-    learns of models, limits, health and load.
+    """Lists the tiers, smallest first. A batcher lists the one that it serves; routers poll it for model, limits, health
+    and load.
     """
     Feedback: _grpc.UnaryUnaryMultiCallable[_routing_service_pb2.FeedbackRequest, _routing_service_pb2.FeedbackResponse]
-    """Reports how good an answer was. Router only. Only the tenant that sent the request may, once for each
-    request: the same outcome again changes nothing, another one is refused with ALREADY_EXISTS. The router
-    remembers its last requests and answers NOT_FOUND for others, and for those of other tenants. A tenant that
-    reports more than its quota gets RESOURCE_EXHAUSTED with RetryInfo. Where the router was given a file, it
-    keeps prompt and outcome there, to calibrate and train with.
+    """Reports how good an answer was. Router only. Only the tenant of the request can report, once per request: repeating
+    the same outcome has no effect, a different one is rejected with ALREADY_EXISTS. The router keeps its most recent
+    requests, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
+    RESOURCE_EXHAUSTED with RetryInfo. If the router has a feedback file, it writes prompt and outcome to it, for
+    calibration and training.
     """
 
 @_typing.type_check_only
 class RoutingServiceAsyncStub(RoutingServiceStub):
-    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing."""
+    """Explains how prompts are routed to tiers, and receives feedback on the answers. Generates nothing."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Explain: _aio.UnaryUnaryMultiCallable[_routing_service_pb2.ExplainRequest, _routing_service_pb2.ExplainResponse]  # type: ignore[assignment]
-    """Shows where a request would go, and why, without sending it there. Router only: a batcher has
-    one tier and no score, and answers UNIMPLEMENTED.
+    """Returns the tier that a request would be routed to, and why, without sending it. Router only: a batcher has one
+    tier and no score, and returns UNIMPLEMENTED.
     """
     ListTiers: _aio.UnaryUnaryMultiCallable[_routing_service_pb2.ListTiersRequest, _routing_service_pb2.ListTiersResponse]  # type: ignore[assignment]
-    """Lists the tiers, smallest first. A batcher lists the one that it serves, which is how a router
-    learns of models, limits, health and load.
+    """Lists the tiers, smallest first. A batcher lists the one that it serves; routers poll it for model, limits, health
+    and load.
     """
     Feedback: _aio.UnaryUnaryMultiCallable[_routing_service_pb2.FeedbackRequest, _routing_service_pb2.FeedbackResponse]  # type: ignore[assignment]
-    """Reports how good an answer was. Router only. Only the tenant that sent the request may, once for each
-    request: the same outcome again changes nothing, another one is refused with ALREADY_EXISTS. The router
-    remembers its last requests and answers NOT_FOUND for others, and for those of other tenants. A tenant that
-    reports more than its quota gets RESOURCE_EXHAUSTED with RetryInfo. Where the router was given a file, it
-    keeps prompt and outcome there, to calibrate and train with.
+    """Reports how good an answer was. Router only. Only the tenant of the request can report, once per request: repeating
+    the same outcome has no effect, a different one is rejected with ALREADY_EXISTS. The router keeps its most recent
+    requests, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
+    RESOURCE_EXHAUSTED with RetryInfo. If the router has a feedback file, it writes prompt and outcome to it, for
+    calibration and training.
     """
 
 class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells how prompts are matched to tiers, and hears how well that went. Generates nothing."""
+    """Explains how prompts are routed to tiers, and receives feedback on the answers. Generates nothing."""
 
     @_abc_1.abstractmethod
     def Explain(
@@ -79,8 +79,8 @@ class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _routing_service_pb2.ExplainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_routing_service_pb2.ExplainResponse, _abc.Awaitable[_routing_service_pb2.ExplainResponse]]:
-        """Shows where a request would go, and why, without sending it there. Router only: a batcher has
-        one tier and no score, and answers UNIMPLEMENTED.
+        """Returns the tier that a request would be routed to, and why, without sending it. Router only: a batcher has one
+        tier and no score, and returns UNIMPLEMENTED.
         """
 
     @_abc_1.abstractmethod
@@ -89,8 +89,8 @@ class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _routing_service_pb2.ListTiersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_routing_service_pb2.ListTiersResponse, _abc.Awaitable[_routing_service_pb2.ListTiersResponse]]:
-        """Lists the tiers, smallest first. A batcher lists the one that it serves, which is how a router
-        learns of models, limits, health and load.
+        """Lists the tiers, smallest first. A batcher lists the one that it serves; routers poll it for model, limits, health
+        and load.
         """
 
     @_abc_1.abstractmethod
@@ -99,11 +99,11 @@ class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _routing_service_pb2.FeedbackRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_routing_service_pb2.FeedbackResponse, _abc.Awaitable[_routing_service_pb2.FeedbackResponse]]:
-        """Reports how good an answer was. Router only. Only the tenant that sent the request may, once for each
-        request: the same outcome again changes nothing, another one is refused with ALREADY_EXISTS. The router
-        remembers its last requests and answers NOT_FOUND for others, and for those of other tenants. A tenant that
-        reports more than its quota gets RESOURCE_EXHAUSTED with RetryInfo. Where the router was given a file, it
-        keeps prompt and outcome there, to calibrate and train with.
+        """Reports how good an answer was. Router only. Only the tenant of the request can report, once per request: repeating
+        the same outcome has no effect, a different one is rejected with ALREADY_EXISTS. The router keeps its most recent
+        requests, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
+        RESOURCE_EXHAUSTED with RetryInfo. If the router has a feedback file, it writes prompt and outcome to it, for
+        calibration and training.
         """
 
 def add_RoutingServiceServicer_to_server(servicer: RoutingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -33,21 +33,21 @@ class _AdmissionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Admiss
     ADMISSION_STATE_ADMITTED: _AdmissionState.ValueType  # 1
     """It joins the next step."""
     ADMISSION_STATE_QUEUED: _AdmissionState.ValueType  # 2
-    """It waits for room at the worker."""
+    """It waits for capacity at the worker."""
     ADMISSION_STATE_REFUSED: _AdmissionState.ValueType  # 3
-    """It was turned down; see `error`."""
+    """It was rejected; see `error`."""
 
 class AdmissionState(_AdmissionState, metaclass=_AdmissionStateEnumTypeWrapper):
-    """Where a submitted sequence stands."""
+    """The state of a submitted sequence."""
 
 ADMISSION_STATE_UNSPECIFIED: AdmissionState.ValueType  # 0
 """Never sent."""
 ADMISSION_STATE_ADMITTED: AdmissionState.ValueType  # 1
 """It joins the next step."""
 ADMISSION_STATE_QUEUED: AdmissionState.ValueType  # 2
-"""It waits for room at the worker."""
+"""It waits for capacity at the worker."""
 ADMISSION_STATE_REFUSED: AdmissionState.ValueType  # 3
-"""It was turned down; see `error`."""
+"""It was rejected; see `error`."""
 Global___AdmissionState: _TypeAlias = AdmissionState  # noqa: Y015
 
 class _Determinism:
@@ -59,24 +59,24 @@ class _DeterminismEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Determini
     DETERMINISM_UNSPECIFIED: _Determinism.ValueType  # 0
     """Never sent."""
     DETERMINISM_EXACT: _Determinism.ValueType  # 1
-    """Alone, in a batch or resumed: the same tokens, bit for bit, greedy and sampled. Tested at start."""
+    """Batch-invariant: the same tokens alone, in a batch or resumed, greedy and sampled. Checked at the start."""
     DETERMINISM_BEST_EFFORT: _Determinism.ValueType  # 2
     """The same distribution; single tokens may differ."""
 
 class Determinism(_Determinism, metaclass=_DeterminismEnumTypeWrapper):
-    """What may be expected of repeated runs."""
+    """Whether repeated runs give the same tokens."""
 
 DETERMINISM_UNSPECIFIED: Determinism.ValueType  # 0
 """Never sent."""
 DETERMINISM_EXACT: Determinism.ValueType  # 1
-"""Alone, in a batch or resumed: the same tokens, bit for bit, greedy and sampled. Tested at start."""
+"""Batch-invariant: the same tokens alone, in a batch or resumed, greedy and sampled. Checked at the start."""
 DETERMINISM_BEST_EFFORT: Determinism.ValueType  # 2
 """The same distribution; single tokens may differ."""
 Global___Determinism: _TypeAlias = Determinism  # noqa: Y015
 
 @_typing.final
 class RunRequest(_message.Message):
-    """From batcher to worker."""
+    """A message from batcher to worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -88,27 +88,27 @@ class RunRequest(_message.Message):
     QUIESCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
-        """Opens the conversation; first and once."""
+        """Opens the stream; exactly once, as the first message."""
 
     @_builtins.property
     def submit(self) -> Global___Submit:
-        """Work."""
+        """Submits sequences."""
 
     @_builtins.property
     def cancel(self) -> Global___Cancel:
-        """Work that nobody waits for any more."""
+        """Cancels sequences."""
 
     @_builtins.property
     def ack(self) -> Global___Ack:
-        """How many frames the batcher has taken in: room for as many more."""
+        """Acknowledges frames, so that the worker can send as many more."""
 
     @_builtins.property
     def ping(self) -> Global___Ping:
-        """Asks for a pong. Of pings that pile up the last one is answered, for all of them."""
+        """Requests a pong. If several pings wait, only the last one is answered."""
 
     @_builtins.property
     def quiesce(self) -> Global___Quiesce:
-        """No more submits will come on this stream."""
+        """Announces that no more submits follow on this stream."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
 
 @_typing.final
 class RunResponse(_message.Message):
-    """From worker to batcher."""
+    """A message from worker to batcher."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -145,31 +145,31 @@ class RunResponse(_message.Message):
     PONG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
-        """Answers hello."""
+        """Replies to hello."""
 
     @_builtins.property
     def admission(self) -> Global___Admission:
-        """Answers submit."""
+        """Replies to submit."""
 
     @_builtins.property
     def step(self) -> Global___Step:
-        """What the last steps produced."""
+        """The results of the last steps."""
 
     @_builtins.property
     def load(self) -> Global___Load:
-        """How busy the worker is."""
+        """The worker's load."""
 
     @_builtins.property
     def credit(self) -> Global___Credit:
-        """How much more it takes."""
+        """The batcher's credit."""
 
     @_builtins.property
     def drain(self) -> Global___Drain:
-        """It is about to stop."""
+        """Announces that the worker is about to stop."""
 
     @_builtins.property
     def pong(self) -> Global___Pong:
-        """Answers ping."""
+        """Replies to ping."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
-    """Who is calling."""
+    """Identifies the batcher and opens a stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -203,13 +203,13 @@ class Hello(_message.Message):
     FRAME_WINDOW_FIELD_NUMBER: _builtins.int
     ACKS_CREDIT_FIELD_NUMBER: _builtins.int
     batcher_id: _builtins.str
-    """Names the batcher in the worker's logs."""
+    """The batcher's id, for the worker's logs."""
     epoch: _builtins.int
-    """Counts the streams that this batcher has opened to this worker, from 1."""
+    """The number of this stream, from 1, among those that this batcher opened to this worker."""
     frame_window: _builtins.int
-    """Most `step` frames that may wait for an `ack`. 0: no bound, and no `ack` will come."""
+    """Most `step` frames without an `ack`. 0: no limit, and the batcher sends no `ack`."""
     acks_credit: _builtins.bool
-    """Whether `ack` will tell which credit the batcher has seen. False: it counts as seen when it is sent."""
+    """Whether `ack` contains the credit that the batcher has received. False: credit counts as received when it is sent."""
     def __init__(
         self,
         *,
@@ -228,7 +228,7 @@ Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
-    """Who answers."""
+    """Identifies the worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -238,14 +238,14 @@ class Welcome(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """Names the worker in the batcher's logs."""
+    """The worker's id, for the batcher's logs."""
     incarnation: _builtins.int
-    """Drawn at random when the process started: two of them differ if the worker was restarted."""
+    """A random number, drawn at the start of the process: it differs after a restart."""
     epoch: _builtins.int
-    """The epoch of the hello."""
+    """The epoch in hello."""
     @_builtins.property
     def model(self) -> Global___ModelDescription:
-        """What it runs."""
+        """The model that it runs."""
 
     @_builtins.property
     def credit(self) -> Global___Credit:
@@ -270,16 +270,16 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class TraceContext(_message.Message):
-    """W3C trace context of one span."""
+    """The W3C trace context of one span."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TRACESTATE_FIELD_NUMBER: _builtins.int
     traceparent: _builtins.str
-    """As the HTTP header of that name. Empty: not traced."""
+    """The HTTP header of that name. Empty: not traced."""
     tracestate: _builtins.str
-    """As the HTTP header of that name."""
+    """The HTTP header of that name."""
     def __init__(
         self,
         *,
@@ -304,10 +304,10 @@ class Submit(_message.Message):
     BATCH_TRACE_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
     batch_id: _builtins.int
-    """Counts the batches of this stream, from 1."""
+    """The number of this batch on this stream, from 1."""
     @_builtins.property
     def batch_trace(self) -> Global___TraceContext:
-        """The batch's own span, linked to by its sequences and linking to them."""
+        """The span of the batch. It and the spans of its sequences link to each other."""
 
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sequence]:
@@ -330,7 +330,7 @@ Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
 @_typing.final
 class Sequence(_message.Message):
-    """One request as the worker sees it."""
+    """One request, as sent to a worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -345,21 +345,19 @@ class Sequence(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     PREFIX_SCOPE_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
-    """Stands for the sequence on this stream; free again after its terminal delta. Until then the sequence
-    takes credit.
-    """
+    """Identifies the sequence on this stream. Its last delta releases the handle; until then the sequence uses credit."""
     request_id: _builtins.str
     """The request's id, for logs."""
     attempt: _builtins.int
-    """Counts the tries of this request; deltas repeat it."""
+    """The attempt of this request; deltas repeat it."""
     priority: _builtins.int
-    """0 is the least urgent, 9 the most; more counts as 9. It orders the sequences of one batcher: as far as the
-    mean of a stream is above 5, it does not count against the sequences of other streams.
+    """From 0, the least urgent, to 9, the most urgent; higher values count as 9. It orders the sequences of one batcher:
+    if the mean of a stream is above 5, the excess gives no advantage over sequences of other streams.
     """
     prefix_scope: _builtins.bytes
-    """Whom the sequence shares computed prefixes with: only with sequences of an equal scope. Opaque to the worker, at
-    most 64 bytes. Batchers derive it from the request's tenant, so that no tenant can find out by `cached_tokens` or
-    by time what another one has asked. Empty: a scope like any other.
+    """The scope of its cached prefixes: it shares them only with sequences of an equal scope. Opaque to the worker, at
+    most 64 bytes. Batchers derive it from the request's tenant, so that no tenant can learn from `cached_tokens` or
+    from latency what another tenant has sent. Empty is a scope as well.
     """
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -367,19 +365,19 @@ class Sequence(_message.Message):
 
     @_builtins.property
     def resume_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens of the answer that are delivered already; the first new token has the offset after them."""
+        """Tokens of the answer that were delivered before; the first new token has the offset after them."""
 
     @_builtins.property
     def sampling(self) -> _generation_pb2.Sampling:
-        """With seed and max_tokens set; `stop` is the batcher's work and ignored here."""
+        """With seed and max_tokens set; `stop` is ignored, because the batcher matches it."""
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """Time left for this sequence, from now on. Absent: no deadline."""
+        """The time left for this sequence when the message is sent. Absent: no deadline."""
 
     @_builtins.property
     def trace(self) -> Global___TraceContext:
-        """The request's span, parent of what the worker does for it."""
+        """The request's span, the parent of the worker's spans."""
 
     def __init__(
         self,
@@ -405,14 +403,14 @@ Global___Sequence: _TypeAlias = Sequence  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
-    """Sequences that nobody waits for any more. Handles unknown or ended are no error."""
+    """Cancels sequences. Handles that are unknown or have ended are ignored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Which."""
+        """Their handles."""
 
     def __init__(
         self,
@@ -429,17 +427,17 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Ack(_message.Message):
-    """How far the batcher has come."""
+    """Acknowledges frames and credit."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FRAME_FIELD_NUMBER: _builtins.int
     CREDIT_GENERATION_FIELD_NUMBER: _builtins.int
     frame: _builtins.int
-    """Number of the last `step` taken in."""
+    """The number of the last `step` that was processed."""
     credit_generation: _builtins.int
-    """Generation of the newest credit that was seen: what was submitted before this message used credit up to it,
-    what comes after it uses none that is older.
+    """The generation of the newest credit that was received: sequences that are submitted after this message use no older
+    credit.
     """
     def __init__(
         self,
@@ -457,7 +455,7 @@ Global___Ack: _TypeAlias = Ack  # noqa: Y015
 
 @_typing.final
 class Ping(_message.Message):
-    """Asks whether the other side lives."""
+    """Checks that the worker responds."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -479,7 +477,7 @@ Global___Ping: _TypeAlias = Ping  # noqa: Y015
 
 @_typing.final
 class Pong(_message.Message):
-    """Answers a ping."""
+    """Replies to a ping."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -501,7 +499,7 @@ Global___Pong: _TypeAlias = Pong  # noqa: Y015
 
 @_typing.final
 class Quiesce(_message.Message):
-    """No more submits will come."""
+    """Announces that no more submits follow."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -518,7 +516,7 @@ Global___Quiesce: _TypeAlias = Quiesce  # noqa: Y015
 
 @_typing.final
 class Admission(_message.Message):
-    """What became of submitted sequences."""
+    """The results of the admission of sequences."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -542,7 +540,7 @@ Global___Admission: _TypeAlias = Admission  # noqa: Y015
 
 @_typing.final
 class Verdict(_message.Message):
-    """What became of one submitted sequence."""
+    """The result of the admission of one sequence."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -551,14 +549,14 @@ class Verdict(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
-    """Which."""
+    """Its handle."""
     attempt: _builtins.int
-    """Its try."""
+    """Its attempt."""
     state: Global___AdmissionState.ValueType
-    """Whether it runs, waits, or was refused."""
+    """Whether it runs, waits, or was rejected."""
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """Why it was refused. A refusal is terminal: no delta follows."""
+        """Why it was rejected. No delta follows a rejection."""
 
     def __init__(
         self,
@@ -578,18 +576,18 @@ Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
 @_typing.final
 class Step(_message.Message):
-    """What one or several engine steps produced."""
+    """The results of one or several engine steps."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FRAME_FIELD_NUMBER: _builtins.int
     DELTAS_FIELD_NUMBER: _builtins.int
     frame: _builtins.int
-    """Counts the frames of this stream, from 1."""
+    """The number of this frame on this stream, from 1."""
     @_builtins.property
     def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceDelta]:
-        """One per sequence that has news. None: the engine is at work on this stream's sequences, and none
-        of them has a token to show for it yet.
+        """One for each sequence with an update. None: the engine computes sequences of this stream, and none of them has a
+        new token.
         """
 
     def __init__(
@@ -608,7 +606,7 @@ Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
 class SequenceDelta(_message.Message):
-    """What is new for one sequence."""
+    """The update of one sequence."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -623,28 +621,26 @@ class SequenceDelta(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
-    """Which."""
+    """Its handle."""
     attempt: _builtins.int
-    """Its try."""
+    """Its attempt."""
     offset: _builtins.int
     """Position in the answer of the first of these tokens."""
     finish: _generation_pb2.FinishReason.ValueType
-    """Set in the last delta of a sequence that ended well."""
+    """Set in the last delta of a sequence that ended without an error."""
     cached_tokens: _builtins.int
-    """Set in the first delta that has tokens: how many of the sequence's ids, prompt and resumed answer, were found
-    computed already.
-    """
+    """Set in the first delta with tokens: how many of the sequence's ids, prompt and resumed answer, were cached."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """New tokens, in order. Never holds the end-of-turn token that ended the sequence."""
+        """New tokens, in order, without the end-of-turn token that ended the sequence."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One per token if the request asked for them."""
+        """One per token if the request has sampling.logprobs."""
 
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """Set in the last delta of a sequence that failed; its neighbours are unharmed."""
+        """Set in the last delta of a sequence that failed. Other sequences are not affected."""
 
     @_builtins.property
     def usage(self) -> _generation_pb2.Usage:
@@ -680,7 +676,7 @@ Global___SequenceDelta: _TypeAlias = SequenceDelta  # noqa: Y015
 
 @_typing.final
 class Load(_message.Message):
-    """How busy the worker is."""
+    """The load of a worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -694,24 +690,24 @@ class Load(_message.Message):
     OLDEST_WAIT_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     running: _builtins.int
-    """Sequences in the step."""
+    """Sequences in the engine's steps."""
     waiting: _builtins.int
-    """Sequences waiting for room."""
+    """Sequences that wait for capacity."""
     kv_tokens_free: _builtins.int
-    """Tokens that the KV memory still takes."""
+    """Tokens of KV memory that are free."""
     kv_tokens_total: _builtins.int
-    """Tokens that the KV memory holds in all."""
+    """The capacity of the KV memory, in tokens."""
     uncomputed_prompt_tokens: _builtins.int
-    """Prompt tokens of waiting and running sequences that are not computed yet."""
+    """Prompt tokens of waiting and running sequences that remain to be computed."""
     tokens_per_second: _builtins.float
-    """Generated over the last few seconds."""
+    """Tokens generated per second over the last few seconds."""
     prefill_tokens_per_second: _builtins.float
-    """Prompt tokens that steps compute per second when they are full, of those not found computed already. 0: no
-    step was filled by prompts yet, not even by half.
+    """Prompt tokens that are computed per second in full steps, without cached ones. 0: no step was at least half filled
+    by prompts so far.
     """
     @_builtins.property
     def step_time(self) -> _duration_pb2.Duration:
-        """Mean of the last steps."""
+        """Mean duration of the last steps."""
 
     @_builtins.property
     def oldest_wait(self) -> _duration_pb2.Duration:
@@ -740,10 +736,10 @@ Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
 class Credit(_message.Message):
-    """How much more the worker takes. Absolute, so that a lost message loses no credit. Less than before takes effect
-    when the batcher acknowledges it: until then nobody else is given the difference, so that all batchers
-    together never have more at a worker than it takes. A batcher that has nothing here and has submitted nothing
-    for 10 s always has credit for one sequence, beyond that: its next one shows that it needs more.
+    """How many sequences a batcher may have at the worker. The number is absolute, so a lost message loses no credit. A
+    reduction takes effect when the batcher acknowledges it: until then no other batcher receives the difference, so all
+    batchers together never exceed the worker's capacity. A batcher without sequences that has submitted nothing for 10 s
+    always has credit for one sequence in addition: its next submit shows that it needs more.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -751,7 +747,7 @@ class Credit(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
-    """The newest generation counts."""
+    """Increases with each credit; the newest one is valid."""
     sequences: _builtins.int
     """Sequences of this stream that may be at the worker at the same time."""
     def __init__(
@@ -770,14 +766,14 @@ Global___Credit: _TypeAlias = Credit  # noqa: Y015
 
 @_typing.final
 class Drain(_message.Message):
-    """The worker is about to stop."""
+    """Announces that the worker is about to stop."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DEADLINE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def deadline(self) -> _duration_pb2.Duration:
-        """What is still running then is handed back."""
+        """When it returns the sequences that are still running."""
 
     def __init__(
         self,
@@ -794,7 +790,7 @@ Global___Drain: _TypeAlias = Drain  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
-    """Asks for the model."""
+    """Requests the description of the model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -811,7 +807,7 @@ Global___GetModelRequest: _TypeAlias = GetModelRequest  # noqa: Y015
 
 @_typing.final
 class GetModelResponse(_message.Message):
-    """What the worker runs."""
+    """The description of the model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -855,13 +851,13 @@ class ModelDescription(_message.Message):
     name: _builtins.str
     """Its name, as configured."""
     revision: _builtins.str
-    """Which state of it: a hub commit or a file's digest. Empty: unknown."""
+    """Its version: a hub commit or a file's digest. Empty: unknown."""
     dtype: _builtins.str
-    """Of weights and activations, as torch names it, such as "float32"."""
+    """The type of weights and activations, as named by torch, such as "float32"."""
     device: _builtins.str
     """Where it runs, such as "cpu" or "cuda:0"."""
     tokenizer_fingerprint: _builtins.str
-    """Equal for equal tokenizers; the batcher refuses a worker whose fingerprint is not its own."""
+    """Equal for equal tokenizers; a batcher rejects a worker with another fingerprint than its own."""
     weights_fingerprint: _builtins.str
     """Equal for equal weights and configuration."""
     context_length: _builtins.int
@@ -871,14 +867,14 @@ class ModelDescription(_message.Message):
     max_running: _builtins.int
     """Sequences that run at the same time."""
     kv_tokens: _builtins.int
-    """Tokens that the KV memory holds in all."""
+    """The capacity of the KV memory, in tokens."""
     determinism: Global___Determinism.ValueType
-    """What may be expected of repeated runs."""
+    """Whether repeated runs give the same tokens."""
     shared_block_tokens: _builtins.int
-    """Sequences that begin alike share what is computed in whole blocks of so many tokens. 0: they share nothing."""
+    """The block size of the prefix cache, in tokens: sequences share whole blocks. 0: no prefix cache."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the engine can do beyond the base, such as "logprobs"."""
+        """Optional features of the engine, such as "logprobs"."""
 
     def __init__(
         self,

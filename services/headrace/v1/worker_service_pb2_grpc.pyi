@@ -27,73 +27,73 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class WorkerServiceStub:
-    """Turns token ids into token ids. Only batchers call it: no text passes here."""
+    """Generates token ids from token ids. Only batchers call it; it transfers no text."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerServiceAsyncStub: ...
     Run: _grpc.StreamStreamMultiCallable[_worker_service_pb2.RunRequest, _worker_service_pb2.RunResponse]
-    """Carries all work between one batcher and one worker, on one long-lived stream.
+    """Transfers all work between one batcher and one worker, on one long-lived stream.
 
-    1. The batcher dials and sends `hello`; the worker answers `welcome`. Anything before is an error.
-    2. The batcher sends `submit` with one or more sequences; the worker answers `admission` for each.
-    3. After each engine step the worker sends one `step` with what is new for all sequences of this
-       stream. A step may be empty: it says that the engine lives while prompts are computed. When
-       hello.frame_window frames wait for an `ack`, the steps that pile up are merged into the next one; the
-       engine never waits.
-    4. A sequence ends with exactly one delta that has `finish` or `error`: its handle is free again.
-       A `cancel` is answered that way too.
-    5. The worker reports `load` and `credit` whenever they change, and about each second.
-    6. A worker about to stop sends `drain`: it takes no more, finishes what it can, and ends the rest
-       with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker
-       sends the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
+    1. The batcher opens the stream and sends `hello`; the worker replies with `welcome`. Any other message before that
+       is an error.
+    2. The batcher sends `submit` with one or more sequences; the worker replies with an `admission` for each.
+    3. After each engine step the worker sends one `step` with the updates of all sequences of this stream. A step may
+       be empty: it shows that the engine is running while prompts are computed. When hello.frame_window frames are not
+       acknowledged, further steps are merged into the next one; the engine never waits.
+    4. A sequence ends with exactly one delta with `finish` or `error`, which releases its handle. A cancelled sequence
+       ends in the same way.
+    5. The worker sends `load` and `credit` whenever they change, and about once per second.
+    6. A worker that is about to stop sends `drain`: it accepts no more sequences, finishes what it can, and ends the
+       rest with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker sends
+       the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
 
-    When the stream breaks, the worker frees every sequence of it. A delta counts only if its stream
-    epoch, handle and attempt are current.
+    When the stream is lost, the worker discards all its sequences. A delta is valid only if its stream epoch, handle
+    and attempt are current.
 
-    A worker trusts no batcher. It refuses a sequence that cannot be computed, by itself. It ends a stream
-    with INVALID_ARGUMENT that breaks these rules or goes beyond its credit, and with
-    RESOURCE_EXHAUSTED/SLOW_READER one on which 1 MiB waits to be read. Where too many streams are open, a
-    new one takes the place of one that has been idle, or is refused, with RESOURCE_EXHAUSTED.
+    A worker does not trust batchers. It rejects a sequence that cannot be computed. It ends a stream with
+    INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB
+    waits to be read. If too many streams are open, a new one replaces an idle one, or is rejected with
+    RESOURCE_EXHAUSTED.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.GetModelRequest, _worker_service_pb2.GetModelResponse]
-    """Describes the model. Answers UNAVAILABLE until it is loaded and warmed up."""
+    """Describes the model. Returns UNAVAILABLE until it is loaded and warmed up."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
-    """Turns token ids into token ids. Only batchers call it: no text passes here."""
+    """Generates token ids from token ids. Only batchers call it; it transfers no text."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Run: _aio.StreamStreamMultiCallable[_worker_service_pb2.RunRequest, _worker_service_pb2.RunResponse]  # type: ignore[assignment]
-    """Carries all work between one batcher and one worker, on one long-lived stream.
+    """Transfers all work between one batcher and one worker, on one long-lived stream.
 
-    1. The batcher dials and sends `hello`; the worker answers `welcome`. Anything before is an error.
-    2. The batcher sends `submit` with one or more sequences; the worker answers `admission` for each.
-    3. After each engine step the worker sends one `step` with what is new for all sequences of this
-       stream. A step may be empty: it says that the engine lives while prompts are computed. When
-       hello.frame_window frames wait for an `ack`, the steps that pile up are merged into the next one; the
-       engine never waits.
-    4. A sequence ends with exactly one delta that has `finish` or `error`: its handle is free again.
-       A `cancel` is answered that way too.
-    5. The worker reports `load` and `credit` whenever they change, and about each second.
-    6. A worker about to stop sends `drain`: it takes no more, finishes what it can, and ends the rest
-       with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker
-       sends the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
+    1. The batcher opens the stream and sends `hello`; the worker replies with `welcome`. Any other message before that
+       is an error.
+    2. The batcher sends `submit` with one or more sequences; the worker replies with an `admission` for each.
+    3. After each engine step the worker sends one `step` with the updates of all sequences of this stream. A step may
+       be empty: it shows that the engine is running while prompts are computed. When hello.frame_window frames are not
+       acknowledged, further steps are merged into the next one; the engine never waits.
+    4. A sequence ends with exactly one delta with `finish` or `error`, which releases its handle. A cancelled sequence
+       ends in the same way.
+    5. The worker sends `load` and `credit` whenever they change, and about once per second.
+    6. A worker that is about to stop sends `drain`: it accepts no more sequences, finishes what it can, and ends the
+       rest with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker sends
+       the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
 
-    When the stream breaks, the worker frees every sequence of it. A delta counts only if its stream
-    epoch, handle and attempt are current.
+    When the stream is lost, the worker discards all its sequences. A delta is valid only if its stream epoch, handle
+    and attempt are current.
 
-    A worker trusts no batcher. It refuses a sequence that cannot be computed, by itself. It ends a stream
-    with INVALID_ARGUMENT that breaks these rules or goes beyond its credit, and with
-    RESOURCE_EXHAUSTED/SLOW_READER one on which 1 MiB waits to be read. Where too many streams are open, a
-    new one takes the place of one that has been idle, or is refused, with RESOURCE_EXHAUSTED.
+    A worker does not trust batchers. It rejects a sequence that cannot be computed. It ends a stream with
+    INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB
+    waits to be read. If too many streams are open, a new one replaces an idle one, or is rejected with
+    RESOURCE_EXHAUSTED.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.GetModelRequest, _worker_service_pb2.GetModelResponse]  # type: ignore[assignment]
-    """Describes the model. Answers UNAVAILABLE until it is loaded and warmed up."""
+    """Describes the model. Returns UNAVAILABLE until it is loaded and warmed up."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Turns token ids into token ids. Only batchers call it: no text passes here."""
+    """Generates token ids from token ids. Only batchers call it; it transfers no text."""
 
     @_abc_1.abstractmethod
     def Run(
@@ -101,28 +101,28 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_worker_service_pb2.RunRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_service_pb2.RunResponse], _abc.AsyncIterator[_worker_service_pb2.RunResponse]]:
-        """Carries all work between one batcher and one worker, on one long-lived stream.
+        """Transfers all work between one batcher and one worker, on one long-lived stream.
 
-        1. The batcher dials and sends `hello`; the worker answers `welcome`. Anything before is an error.
-        2. The batcher sends `submit` with one or more sequences; the worker answers `admission` for each.
-        3. After each engine step the worker sends one `step` with what is new for all sequences of this
-           stream. A step may be empty: it says that the engine lives while prompts are computed. When
-           hello.frame_window frames wait for an `ack`, the steps that pile up are merged into the next one; the
-           engine never waits.
-        4. A sequence ends with exactly one delta that has `finish` or `error`: its handle is free again.
-           A `cancel` is answered that way too.
-        5. The worker reports `load` and `credit` whenever they change, and about each second.
-        6. A worker about to stop sends `drain`: it takes no more, finishes what it can, and ends the rest
-           with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker
-           sends the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
+        1. The batcher opens the stream and sends `hello`; the worker replies with `welcome`. Any other message before that
+           is an error.
+        2. The batcher sends `submit` with one or more sequences; the worker replies with an `admission` for each.
+        3. After each engine step the worker sends one `step` with the updates of all sequences of this stream. A step may
+           be empty: it shows that the engine is running while prompts are computed. When hello.frame_window frames are not
+           acknowledged, further steps are merged into the next one; the engine never waits.
+        4. A sequence ends with exactly one delta with `finish` or `error`, which releases its handle. A cancelled sequence
+           ends in the same way.
+        5. The worker sends `load` and `credit` whenever they change, and about once per second.
+        6. A worker that is about to stop sends `drain`: it accepts no more sequences, finishes what it can, and ends the
+           rest with UNAVAILABLE/WORKER_DRAINING. A batcher that is done sends `quiesce` and half-closes. The worker sends
+           the rest of what was submitted, without waiting for any `ack`, and ends the stream with OK.
 
-        When the stream breaks, the worker frees every sequence of it. A delta counts only if its stream
-        epoch, handle and attempt are current.
+        When the stream is lost, the worker discards all its sequences. A delta is valid only if its stream epoch, handle
+        and attempt are current.
 
-        A worker trusts no batcher. It refuses a sequence that cannot be computed, by itself. It ends a stream
-        with INVALID_ARGUMENT that breaks these rules or goes beyond its credit, and with
-        RESOURCE_EXHAUSTED/SLOW_READER one on which 1 MiB waits to be read. Where too many streams are open, a
-        new one takes the place of one that has been idle, or is refused, with RESOURCE_EXHAUSTED.
+        A worker does not trust batchers. It rejects a sequence that cannot be computed. It ends a stream with
+        INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB
+        waits to be read. If too many streams are open, a new one replaces an idle one, or is rejected with
+        RESOURCE_EXHAUSTED.
         """
 
     @_abc_1.abstractmethod
@@ -131,6 +131,6 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_service_pb2.GetModelResponse, _abc.Awaitable[_worker_service_pb2.GetModelResponse]]:
-        """Describes the model. Answers UNAVAILABLE until it is loaded and warmed up."""
+        """Describes the model. Returns UNAVAILABLE until it is loaded and warmed up."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,3 +1,3 @@
-"""The worker: token ids in, token ids out. It knows no text, no tenants and no other workers."""
+"""The worker: computes tokens from token ids. It does not know text, tenants or other workers."""
 
-from headrace.runtime import quiet as quiet  # before grpc is imported
+from headrace.runtime import grpc_verbosity as grpc_verbosity  # before grpc is imported

@@ -16,31 +16,35 @@ from pathlib import Path
 import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
-from headrace.runtime import logs, vitals
-from headrace.runtime.interceptors import Activity
-from headrace.runtime.memory import collection_paused
-from headrace.runtime.server import Serving, StartFailed, run, serving, until_signal
-from headrace.runtime.telemetry import telemetry
+from headrace.runtime import process_info
+from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.memory_reclaim import collection_paused
+from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
+from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from headrace.worker.admin import AdminServicer
-from headrace.worker.cpus import keep_to, parse
+from headrace.worker.cpus import bind, parse
 from headrace.worker.engine.interface import Engine
 from headrace.worker.engine.load.refusals import LoadingError
+from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.faults import FaultPlan, FaultyEngine
+from headrace.worker.runner import Runner
 from headrace.worker.service import RUN, SERVICES, WorkerServicer, described
 from headrace.worker.settings import Settings
-from headrace.worker.streams import Sessions
+from headrace.worker.stream import SequenceKey
+from headrace.worker.streams import BatcherStreams
 
 log = logging.getLogger("headrace.worker")
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A running worker: its server, and its sessions to look at once the model is loaded."""
+    """A running worker with its model loaded: its server, and its batchers' streams."""
 
     server: Serving
-    sessions: Sessions
+    streams: BatcherStreams
 
 
 @asynccontextmanager
@@ -49,48 +53,48 @@ async def worker(
 ) -> AsyncGenerator[Worker, None]:
     """Serve a model while the block runs; drain when it is left.
 
-    load       makes the engine, on a thread; the server answers health checks meanwhile, not ready
-    identity   names this worker in its batchers' logs
+    load       makes the engine, on a thread; meanwhile the server's health is not ready
+    identity   identifies this worker in its batchers' logs
     """
     incarnation = secrets.randbits(63)
     servicer = WorkerServicer(identity, incarnation)
-    activity = Activity()
-    inside = AdminServicer(identity, incarnation, lambda: servicer.sessions, described, activity)
+    requests = ActiveRequests()
+    debug = AdminServicer(identity, incarnation, lambda: servicer.streams, described, requests)
 
     def register(server: grpc.aio.Server) -> None:
         add_WorkerServiceServicer_to_server(servicer, server)
-        add_AdminServiceServicer_to_server(inside, server)
+        add_AdminServiceServicer_to_server(debug, server)
 
     async with serving(
         register,
-        (*SERVICES, *vitals.SERVICES),
+        (*SERVICES, *process_info.SERVICES),
         host=settings.host,
         port=settings.port,
-        # What the servicer hands back at the end of the drain has to be sent as well.
+        # Sequences that are handed off at the end of the drain must be sent as well.
         drain_seconds=settings.drain_seconds + 2,
         limits=settings.limits,
-        aside=frozenset({RUN, vitals.INSPECT}),
-        activity=activity,
+        untracked=frozenset({RUN, process_info.INSPECT}),
+        requests=requests,
         trace_context=settings.trace_context,
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,
     ) as server:
-        sessions = Sessions(
+        runner: Runner[SequenceKey] = EngineLoop(
             await asyncio.to_thread(load),
             step_tokens=settings.tokens_per_step,
             prefix_cache=settings.prefix_cache,
-            max_streams=settings.max_streams,
         )
-        servicer.open(sessions)
-        log.info("ready", extra={"model": sessions.model.name, "device": sessions.model.device})
-        yield Worker(server, sessions)
-    await asyncio.to_thread(sessions.close)
+        streams = BatcherStreams(runner, max_streams=settings.max_batcher_streams)
+        servicer.open(streams)
+        log.info("ready", extra={"model": runner.model.name, "device": runner.model.device})
+        yield Worker(server, streams)
+    await asyncio.to_thread(streams.stop)
 
 
 async def main(settings: Settings) -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal arrives."""
     identity = f"{socket.gethostname()}-{os.getpid()}"
-    # A thread that reads weights cannot be interrupted, and until it is done there is nothing to finish.
+    # A thread that loads weights cannot be interrupted, and before it is done no request is in flight.
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, os._exit, 0)
     async with (
@@ -105,7 +109,7 @@ def _with_faults(engine: Engine, faults: str) -> Engine:
 
 
 def _load(settings: Settings) -> Engine:
-    """The engine, loaded and warmed up. Runs on a thread, for it takes seconds."""
+    """Load and warm up the engine. Runs on a thread, because it takes seconds."""
     if settings.fake:
         from headrace.worker.engine.echo import EchoEngine
 
@@ -114,7 +118,7 @@ def _load(settings: Settings) -> Engine:
             max_running=settings.max_running,
             step_seconds=settings.fake_step_seconds,
         )
-    # Imported here, for it costs seconds that `--help` and `--fake` need not wait.
+    # Imported here, because it takes seconds that `--help` and `--fake` do not need.
     with collection_paused():
         from headrace.worker.engine.load.loading import load_engine
 
@@ -148,9 +152,9 @@ def _load(settings: Settings) -> Engine:
 if __name__ == "__main__":
     settings = Settings.load(program="python -m headrace.worker")
     logs.configure("worker", settings.log_level)
-    # Before there is any other thread, for they inherit it.
+    # Before any other thread is started, because threads inherit the binding.
     try:
-        keep_to(parse(settings.cpus))
+        bind(parse(settings.cpus))
     except (OSError, NotImplementedError) as error:
-        raise SystemExit(f"cannot keep to CPUs {settings.cpus}: {error}") from error
+        raise SystemExit(f"cannot bind to CPUs {settings.cpus}: {error}") from error
     run(main(settings))

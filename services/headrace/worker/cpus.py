@@ -1,9 +1,9 @@
-"""Keep a worker to some of the machine's CPUs.
+"""Bind a worker to some of the machine's CPUs.
 
-A model on the CPU runs as fast as memory feeds it. On a machine with several NUMA nodes a worker that
-wanders between them reads half of its weights through the other node: one worker per node, each kept to
-its own CPUs, has its memory beside it, since Linux takes pages from the node of whoever touches them
-first. On a small machine the same setting keeps workers from fighting for cores.
+A model on the CPU is limited by memory bandwidth. On a machine with several NUMA nodes, a worker that
+migrates between them reads half of its weights from the remote node. Run one worker per node, each bound to
+its node's CPUs: its memory is then local, because Linux allocates a page on the node of the thread that
+touches it first. On a small machine the same setting keeps workers from competing for cores.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _NODES = Path("/sys/devices/system/node")
 
 
 def parse(text: str, nodes: Path = _NODES) -> frozenset[int]:
-    """Turn a setting into numbers of CPUs.
+    """Parse a setting into CPU numbers.
 
-    text    "0-7,16" as Linux writes lists of CPUs, or "node0" for the CPUs of a NUMA node; empty for none
-            in particular
+    text    "0-7,16" as Linux writes lists of CPUs, or "node0" for the CPUs of a NUMA node; empty for no
+            binding
     nodes   where the system describes its nodes
 
-    Raises ValueError for anything else, and for a node that is not there.
+    Raises ValueError for anything else, and for a node that does not exist.
     """
     found: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -44,13 +44,13 @@ def parse(text: str, nodes: Path = _NODES) -> frozenset[int]:
     return frozenset(found)
 
 
-def keep_to(cpus: frozenset[int]) -> None:
-    """Run this thread, and all that it will start, on these CPUs only; an empty set changes nothing.
+def bind(cpus: frozenset[int]) -> None:
+    """Run this thread, and all threads that it starts, on these CPUs only; an empty set changes nothing.
 
-    Raises OSError when none of them may be used here, and NotImplementedError where the system cannot.
+    Raises OSError if none of them is available, and NotImplementedError if the system does not support it.
     """
     if not cpus:
         return
     if not hasattr(os, "sched_setaffinity"):
-        raise NotImplementedError("this system does not keep processes to CPUs; leave HEADRACE_CPUS out")
+        raise NotImplementedError("this system cannot bind processes to CPUs; unset HEADRACE_CPUS")
     os.sched_setaffinity(0, cpus)

@@ -1,4 +1,4 @@
-"""Make a worker fail on purpose, to see that nobody notices: off unless `--faults` asks for it.
+"""Inject faults into a worker, to test that callers do not notice them. Off without `--faults`.
 
 HEADRACE_FAULTS=step_delay=0.05,crash_after_tokens=100 python -m headrace.worker --fake
 """
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
-    """What goes wrong. 0 is never.
+    """The faults to inject; 0 for never.
 
-    step_delay           seconds that each step takes longer
-    crash_after_tokens   the process ends, as by SIGKILL, before it hands out the token of this number
-    stall_after_tokens   the engine hangs, and the process goes on, in the same place
-    raise_step           the step of this number raises, and each multiple of it
+    step_delay           seconds added to each step
+    crash_after_tokens   the process is killed by SIGKILL before it returns the token of this number
+    stall_after_tokens   the engine hangs before it returns the token of this number; the process runs on
+    raise_step           the step of this number, and of each multiple, raises
     nan_row              the token of this number, and of each multiple, cannot be sampled
-    crash_on_id          the process ends when it takes in a prompt that holds this token id
+    crash_on_id          the process is killed when it computes a prompt that contains this token id
     """
 
     step_delay: float = 0.0
@@ -40,13 +40,13 @@ class FaultPlan:
 
     @classmethod
     def parse(cls, text: str) -> FaultPlan:
-        """Read "name=value,name=value". Raises ValueError that says what is wrong."""
+        """Parse "name=value,name=value". Raises ValueError with the reason."""
         kinds = {field.name: float if field.name == "step_delay" else int for field in fields(cls)}
         values: dict[str, Any] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = part.partition("=")
             if name not in kinds:
-                raise ValueError(f"{name!r} is no fault; there are {', '.join(kinds)}")
+                raise ValueError(f"{name!r} is not a fault; choose from {', '.join(kinds)}")
             try:
                 values[name] = kinds[name](value)
             except ValueError:
@@ -57,7 +57,7 @@ class FaultPlan:
 
 
 class FaultyEngine:
-    """An engine that computes what *inner* computes, and fails as planned."""
+    """Computes what *inner* computes, and fails as planned."""
 
     def __init__(self, inner: Engine, plan: FaultPlan) -> None:
         self._inner = inner
@@ -68,7 +68,7 @@ class FaultyEngine:
 
     @property
     def model(self) -> ModelInfo:
-        """As it is."""
+        """The model of the inner engine."""
         return self._inner.model
 
     def step(self, rows: Sequence[Row], *rest: Any) -> list[Token | Fault | None]:
@@ -80,7 +80,7 @@ class FaultyEngine:
         if plan.crash_on_id and any(plan.crash_on_id in row.ids[row.start : row.stop] for row in rows):
             _crash()
         if plan.raise_step and self._steps % plan.raise_step == 0:
-            raise RuntimeError("a step that was planned to fail")
+            raise RuntimeError("this step fails on purpose (--faults)")
         return [self._spoil(result) for result in self._inner.step(rows, *rest)]
 
     def _spoil(self, result: Token | Fault | None) -> Token | Fault | None:
@@ -93,10 +93,10 @@ class FaultyEngine:
         if self._tokens == plan.stall_after_tokens:
             threading.Event().wait()
         if plan.nan_row and self._tokens % plan.nan_row == 0:
-            return Fault("the logits were planned not to be numbers")
+            return Fault("the logits are not finite, on purpose (--faults)")
         return result
 
 
 def _crash() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    threading.Event().wait()  # it takes the system a moment
+    threading.Event().wait()  # until the signal is delivered

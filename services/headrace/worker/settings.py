@@ -1,4 +1,4 @@
-"""What a worker can be told, by flags or HEADRACE_* variables."""
+"""The worker's settings, from flags or HEADRACE_* variables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from headrace.runtime.settings import ServiceSettings, one_of
+from headrace.runtime.settings import InflightMegabytes, MessageMegabytes, Port, ServiceSettings, one_of
 from headrace.worker import cpus
 from headrace.worker.faults import FaultPlan
 
@@ -14,70 +14,67 @@ from headrace.worker.faults import FaultPlan
 class Settings(ServiceSettings):
     """A model worker: runs one model and computes tokens for batchers.
 
-    Each flag may be given as a variable instead: HEADRACE_MODEL is --model. Flags win.
+    Each flag can also be set by a variable: HEADRACE_MODEL is --model. Flags take precedence.
     """
 
-    port: int = Field(default=50053, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    message_megabytes: float = Field(
-        default=16.0, gt=0, le=64, description="size of the longest message of a batcher, in MiB"
-    )
-    held_megabytes: float = Field(
-        default=64.0, gt=0, description="MiB of requests in hand at the same time, Run's messages not counted"
-    )
+    port: Port = 50053
+    max_message_megabytes: MessageMegabytes = 16.0
+    max_inflight_megabytes: InflightMegabytes = 64.0  # messages of Run are not counted
     model: str = Field(
-        default="", description="what to run: a default model's name, a folder, a .gguf or a hub id"
+        default="", description="model to run: a default model's name, a folder, a .gguf file or a hub id"
     )
-    cache: str = Field(default="", description="folder for fetched models; default ~/.cache/headrace")
+    cache: str = Field(default="", description="folder for fetched models; ~/.cache/headrace by default")
     device: str = Field(default="cpu", description="where to run: cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         default="auto",
-        description="what is computed in; auto takes int8 on CPUs that multiply it, for models that can",
+        description="data type of the computation; auto uses int8 on CPUs with int8 dot products, for models "
+        "that support it",
     )
-    threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0 leaves it to torch")
+    threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0 for torch's default")
     cpus: str = Field(
         default="",
-        description="CPUs that the worker keeps to: a list such as 0-7,16 or a NUMA node such as node0",
+        description="CPUs that the worker is bound to: a list such as 0-7,16 or a NUMA node such as node0",
     )
     kv_memory: float = Field(
         default=0,
         ge=0,
-        description="GiB of memory for keys and values; 0 takes a quarter of what is free on CPUs, nine "
-        "tenths on GPUs, and no more than --max-running sequences can use",
+        description="GiB of KV memory; 0 uses a quarter of free memory on CPUs, nine tenths on GPUs, and no "
+        "more than --max-running sequences can use",
     )
     context_length: int = Field(
-        default=0, ge=0, description="tokens of prompt and answer together; 0 takes the model's own"
+        default=0, ge=0, description="most tokens of prompt and answer together; 0 for the model's own limit"
     )
-    max_running: int = Field(default=32, ge=1, le=1024, description="sequences that run at the same time")
+    max_running: int = Field(default=32, ge=1, le=1024, description="most sequences that run at a time")
     step_tokens: int = Field(
         default=0,
         ge=0,
-        description="most tokens that one engine step computes, prompts included: fewer keep answers under "
-        "way even, more compute prompts faster; 0 takes 256 on CPUs, 2048 on GPUs",
+        description="most tokens that one engine step computes, prompts included: a lower limit makes token "
+        "times more even, a higher one computes prompts faster; 0 uses 256 on CPUs, 2048 on GPUs",
     )
     prefix_cache: bool = Field(
         default=True,
-        description="keep what earlier prompts computed in spare KV memory, for prompts that begin alike",
+        description="cache prefixes of earlier prompts and answers in spare KV memory",
     )
-    max_streams: int = Field(
+    max_batcher_streams: int = Field(
         default=32,
         ge=1,
-        description="batchers' streams that are open at the same time; one more takes the place of one that "
-        "has been idle, or is refused",
+        description="most batchers' streams open at the same time; a further one replaces an idle stream, or "
+        "is rejected",
     )
     fake: bool = Field(default=False, description="run the echo engine, which needs no model")
     fake_step_seconds: float = Field(
-        default=0.0, ge=0, description="how long a step of the echo engine takes"
+        default=0.0, ge=0, description="seconds that a step of the echo engine takes"
     )
 
     faults: str = Field(
         default="",
-        description="make the engine fail on purpose, such as step_delay=0.05,crash_after_tokens=100; see "
+        description="inject faults into the engine, such as step_delay=0.05,crash_after_tokens=100; see "
         "headrace.worker.faults. For tests only",
     )
 
     @property
     def tokens_per_step(self) -> int:
-        """`step_tokens`, or what suits the device."""
+        """`step_tokens`, or the default of the device."""
         return self.step_tokens or (256 if self.device == "cpu" else 2048)
 
     @field_validator("cpus")

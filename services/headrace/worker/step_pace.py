@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-_WEIGHT = 0.1  # share of the newest value in a running mean
+_WEIGHT = 0.1  # of the newest value in a running mean
 
 
 class StepPace:
     """Running means over steps.
 
-    step_tokens       most tokens that one step computes
-    seconds           mean time of a step
-    prompt_tokens     mean length of what was submitted, prompt and resumed answer; 0 while unknown
+    step_tokens     most tokens that one step computes
+    seconds         mean time of a step
+    prompt_tokens   mean number of submitted ids of a sequence, resumed answer included; 0 if unknown
     """
 
     def __init__(self, step_tokens: int) -> None:
@@ -21,27 +21,27 @@ class StepPace:
         self._decodes = 0  # of the last step
 
     @property
-    def prefill(self) -> float:
-        """Prompt tokens that can be computed per second beside the decodes of now; 0 while unknown.
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second that can be computed beside the current decodes; 0 if unknown.
 
-        Steps full of decodes leave no room for prompts, yet soon some of them end: an eighth always counts.
+        At least an eighth of the full rate, even if decodes fill the steps: some of them end soon.
         """
         return self._rate * max(1 - self._decodes / self.step_tokens, 0.125)
 
-    def submitted(self, tokens: int) -> None:
-        """A sequence of so many ids came."""
+    def record_submission(self, tokens: int) -> None:
+        """Record a submitted sequence of so many ids."""
         self.prompt_tokens += _WEIGHT * (tokens - self.prompt_tokens) if self.prompt_tokens else tokens
 
-    def stepped(self, *, tokens: int, decodes: int, seconds: float) -> None:
-        """A step was computed.
+    def record_step(self, *, tokens: int, decodes: int, seconds: float) -> None:
+        """Record a computed step.
 
-        tokens    ids that it computed; what was found in KV memory is not among them
-        decodes   how many of them were the last ids of answers; the others are prompts, or answers resumed
+        tokens    number of ids computed, without those that the prefix cache held
+        decodes   how many of them continued answers; the others are prompts or resumed answers
 
-        Full steps, at least half of them prompts, say how fast prompts are computed. Others that prompts fill
-        by half say how fast at least, and are off by no more than twice. Smaller ones say nothing: a step
-        takes its time for a few tokens as well, and who judged by that would refuse prompts that can be
-        computed in time.
+        A full step of which at least half is prompt measures how fast prompts are computed. A step at least
+        half full of prompt gives a lower bound, at most a factor of two too low. Smaller steps are ignored:
+        their time is mostly overhead, and a rate taken from them would reject prompts that can be computed
+        in time.
         """
         self.seconds += (_WEIGHT if self.seconds else 1.0) * (seconds - self.seconds)
         self._decodes = decodes

@@ -1,4 +1,4 @@
-"""Whoever waits to be tokenised waits as in the queue: bounded, in its order, and no longer than need be."""
+"""Requests wait to be tokenised as in the queue: bounded, in its order, and no longer than necessary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from headrace import errors
 from headrace.batcher import job as jobs
 from headrace.batcher.intake.intake import LONG_BYTES
-from headrace.batcher.intake.limits import GREEDY_BELOW, Limits
+from headrace.batcher.intake.limits import GREEDY_BELOW, RequestLimits
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import open_channel
 from headrace.client import chat, connect
@@ -31,12 +31,12 @@ THREADS = 2  # of the lane of short prompts
 
 
 class GatedTokenizer(ByteTokenizer):
-    """Tokenises nothing until its gate is opened, and remembers what it was given, in order.
+    """Tokenises nothing until its gate is opened, and records the texts in order.
 
-    slow   which texts stop at the gate
+    slow   selects the texts that wait at the gate
     """
 
-    bound = None  # every prompt comes to `encode_text`
+    bound = None  # every prompt reaches `encode_text`
 
     def __init__(self, slow: Callable[[str], bool] = lambda text: True) -> None:
         self.texts: list[str] = []
@@ -57,7 +57,7 @@ class GatedTokenizer(ByteTokenizer):
 async def gated(
     tokenizer: GatedTokenizer, engine: EchoEngine | None = None, **settings: Any
 ) -> AsyncGenerator[Tier, None]:
-    """A tier whose tokenizer is behind a gate; the gate is opened at the end at the latest."""
+    """Run a tier with a gated tokenizer; the gate is opened at the end at the latest."""
     async with running_tier([engine or EchoEngine()], tokenizer=tokenizer, **settings) as tier:
         try:
             yield tier
@@ -71,8 +71,8 @@ def asking(tier: Tier, text: str, timeout: float | None = PATIENCE, **routing: A
     return asyncio.create_task(collect(tier.client, asked, timeout=timeout))
 
 
-async def held_up(tier: Tier, tokenizer: GatedTokenizer) -> list[asyncio.Task[Answer]]:
-    """Ask until each thread of short prompts has something to do."""
+async def block_threads(tier: Tier, tokenizer: GatedTokenizer) -> list[asyncio.Task[Answer]]:
+    """Send requests until each thread for short prompts is busy."""
     readers = []
     for number in range(THREADS):
         readers.append(asking(tier, f"first {number}"))
@@ -88,24 +88,24 @@ def intake_of(tier: Tier) -> Any:
     return tier.batcher.intake
 
 
-async def test_a_burst_beyond_the_limit_is_refused_before_anything_is_tokenised() -> None:
+async def test_a_burst_beyond_the_limit_is_rejected_before_anything_is_tokenised() -> None:
     tokenizer = GatedTokenizer()
     async with gated(tokenizer, EchoEngine(max_running=2), queue_limit=4) as tier:
         (link,) = tier.batcher.coalescer.pool
-        fit = 4 + link.room(0.0)
+        fit = 4 + link.free_slots(0.0)
         burst = [asking(tier, f"prompt {number}") for number in range(300)]
         await eventually(lambda: sum(task.done() for task in burst) >= 300 - fit)
 
-        refused = [task for task in burst if task.done()]
-        assert len(refused) == 300 - fit
-        assert len(tokenizer.texts) == THREADS, "no refusal waited for a prompt to be tokenised"
+        rejected = [task for task in burst if task.done()]
+        assert len(rejected) == 300 - fit
+        assert len(tokenizer.texts) == THREADS, "no rejection waited for a prompt to be tokenised"
         assert intake_of(tier).waiting == fit
-        for outcome in await results(refused):
+        for outcome in await results(rejected):
             assert type(outcome) is errors.Overloaded
             assert outcome.reason == "QUEUE_FULL"
             assert outcome.retry_after is not None
         tokenizer.open()
-        taken = [task for task in burst if task not in refused]
+        taken = [task for task in burst if task not in rejected]
         assert all(isinstance(outcome, Answer) for outcome in await results(taken))
         await eventually(lambda: not intake_of(tier).waiting)
 
@@ -113,7 +113,7 @@ async def test_a_burst_beyond_the_limit_is_refused_before_anything_is_tokenised(
 async def test_tenants_take_turns_at_the_tokenizer() -> None:
     tokenizer = GatedTokenizer()
     async with gated(tokenizer) as tier:
-        readers = await held_up(tier, tokenizer)
+        readers = await block_threads(tier, tokenizer)
         readers += [asking(tier, f"flood {number}", tenant="flood") for number in range(40)]
         await eventually(lambda: intake_of(tier).waiting == THREADS + 40)
         readers += [asking(tier, f"quiet {number}", tenant="quiet") for number in range(4)]
@@ -122,13 +122,13 @@ async def test_tenants_take_turns_at_the_tokenizer() -> None:
         await results(readers)
 
     places = [place for place, text in enumerate(tokenizer.texts) if text.startswith("quiet")]
-    assert max(places) < 20, "four prompts of a quiet tenant are not behind forty of another one"
+    assert max(places) < 20, "the four prompts of the quiet tenant do not wait for the forty of the other"
 
 
-async def test_the_most_urgent_is_tokenised_first_and_then_the_earliest_deadline() -> None:
+async def test_prompts_are_tokenised_by_priority_and_then_by_deadline() -> None:
     tokenizer = GatedTokenizer()
     async with gated(tokenizer) as tier:
-        readers = await held_up(tier, tokenizer)
+        readers = await block_threads(tier, tokenizer)
         for text, priority, timeout in (
             ("low", 1, 60.0),
             ("late", 5, 80.0),
@@ -144,14 +144,14 @@ async def test_the_most_urgent_is_tokenised_first_and_then_the_earliest_deadline
     assert sorted(tokenizer.texts[THREADS + 2 :]) == ["late", "low"]
 
 
-async def test_a_deadline_that_passes_while_it_waits_is_answered_then_and_nothing_is_tokenised(
+async def test_a_request_whose_deadline_passes_fails_then_and_is_not_tokenised(
     count: Callable[..., float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = count("headrace.requests", outcome="deadline_queue")
     tokenizer = GatedTokenizer()
     async with gated(tokenizer) as tier:
-        readers = await held_up(tier, tokenizer)
-        monkeypatch.setattr(jobs, "DEADLINE_MARGIN", 57.0)  # only the batcher can notice, at three seconds
+        readers = await block_threads(tier, tokenizer)
+        monkeypatch.setattr(jobs, "DEADLINE_MARGIN", 57.0)  # only the batcher notices, after three seconds
         with pytest.raises(errors.DeadlineInQueue, match="tokenised"):
             await asking(tier, "late", 60.0)
         monkeypatch.undo()
@@ -164,10 +164,10 @@ async def test_a_deadline_that_passes_while_it_waits_is_answered_then_and_nothin
     assert "late" not in tokenizer.texts
 
 
-async def test_a_caller_that_hangs_up_gives_its_place_back_and_is_not_tokenised() -> None:
+async def test_a_cancelled_request_releases_its_place_and_is_not_tokenised() -> None:
     tokenizer = GatedTokenizer()
     async with gated(tokenizer) as tier:
-        readers = await held_up(tier, tokenizer)
+        readers = await block_threads(tier, tokenizer)
         gone = asking(tier, "gone")
         await eventually(lambda: intake_of(tier).waiting == THREADS + 1)
         gone.cancel()
@@ -183,7 +183,7 @@ async def test_a_caller_that_hangs_up_gives_its_place_back_and_is_not_tokenised(
     assert "gone" not in tokenizer.texts
 
 
-async def test_a_more_urgent_request_takes_a_place_at_the_tokenizer_or_in_the_queue() -> None:
+async def test_a_request_of_higher_priority_sheds_one_at_the_intake_or_in_the_queue() -> None:
     tokenizer = GatedTokenizer(lambda text: text.startswith("slow"))
     engine = EchoEngine(max_running=1, step_seconds=0.01)
     async with gated(tokenizer, engine, queue_limit=2) as tier:
@@ -191,7 +191,7 @@ async def test_a_more_urgent_request_takes_a_place_at_the_tokenizer_or_in_the_qu
         (link,) = coalescer.pool
         busy = prompt("x", max_tokens=1000, ignore_eos=True)
         running = []
-        while link.room(0.0):
+        while link.free_slots(0.0):
             running.append(asyncio.create_task(collect(tier.client, busy)))
             await eventually(lambda: len(coalescer.live) == len(running) and not coalescer.queue)
         queued = asking(tier, "queued", priority=2)
@@ -199,14 +199,14 @@ async def test_a_more_urgent_request_takes_a_place_at_the_tokenizer_or_in_the_qu
         slow = asking(tier, "slow", priority=3)
         await eventually(lambda: intake.waiting == 1)
 
-        with pytest.raises(errors.Overloaded) as refused:
+        with pytest.raises(errors.Overloaded) as rejected:
             await asking(tier, "late", priority=1)
-        assert refused.value.reason == "QUEUE_FULL"
+        assert rejected.value.reason == "QUEUE_FULL"
         higher = [asking(tier, "slow too", priority=8)]
         with pytest.raises(errors.Shed):
             await queued
         await eventually(lambda: intake.waiting == 2)
-        # What is on a thread cannot be shed; what waits for one can.
+        # A prompt on a thread cannot be shed; one that waits for a thread can.
         with pytest.raises(errors.Overloaded):
             await asking(tier, "late", priority=9)
         tokenizer.open()
@@ -219,11 +219,11 @@ async def test_a_more_urgent_request_takes_a_place_at_the_tokenizer_or_in_the_qu
         await eventually(lambda: not (coalescer.live or intake.waiting))
 
 
-async def test_what_waits_for_a_thread_gives_way_to_a_tenant_that_has_less() -> None:
+async def test_a_prompt_that_waits_for_a_thread_is_shed_for_a_tenant_with_fewer() -> None:
     tokenizer = GatedTokenizer()
     async with gated(tokenizer, EchoEngine(max_running=1), queue_limit=4) as tier:
         (link,) = tier.batcher.coalescer.pool
-        fit = 4 + link.room(0.0)
+        fit = 4 + link.free_slots(0.0)
         flood = [asking(tier, f"flood {number}", tenant="flood") for number in range(fit)]
         await eventually(lambda: intake_of(tier).waiting == fit)
         quiet = asking(tier, "quiet", tenant="quiet")
@@ -237,8 +237,8 @@ async def test_what_waits_for_a_thread_gives_way_to_a_tenant_that_has_less() -> 
         assert sum(isinstance(outcome, Answer) for outcome in outcomes) == fit - 1
 
 
-async def test_neither_long_prompts_nor_huge_ones_hold_up_shorter_ones() -> None:
-    """Each size has its threads: with all long and all huge ones stuck, what is shorter goes on."""
+async def test_long_and_huge_prompts_do_not_delay_shorter_ones() -> None:
+    """Each size has its own threads: with all long and huge prompts stuck, shorter ones are tokenised."""
     tokenizer = GatedTokenizer(lambda text: text.startswith("stuck"))
     async with gated(tokenizer, intake_bytes=1 << 24) as tier:
         huge = [asking(tier, "stuck " + "x" * (10 * LONG_BYTES)) for _ in range(3)]
@@ -253,37 +253,37 @@ async def test_neither_long_prompts_nor_huge_ones_hold_up_shorter_ones() -> None
         assert {type(outcome) for outcome in await results([*huge, *long])} == {errors.ContextTooLong}
 
 
-async def test_long_prompts_are_bounded_in_bytes_and_short_ones_are_not_refused_for_them() -> None:
+async def test_long_prompts_are_bounded_in_bytes_and_short_ones_are_not() -> None:
     tokenizer = GatedTokenizer(lambda text: text.startswith("x"))
     async with gated(tokenizer, intake_bytes=4 * LONG_BYTES) as tier:
         text = "x" * (LONG_BYTES + 100)
         flood = [asking(tier, text, tenant="flood") for _ in range(3)]
         await eventually(lambda: intake_of(tier).waiting == 3)
 
-        with pytest.raises(errors.Overloaded, match="bytes of long prompts") as refused:
+        with pytest.raises(errors.Overloaded, match="bytes of long prompts") as rejected:
             await asking(tier, text, tenant="flood")
-        assert refused.value.reason == "QUEUE_FULL"
-        assert refused.value.retry_after is not None
+        assert rejected.value.reason == "QUEUE_FULL"
+        assert rejected.value.retry_after is not None
         assert (await asking(tier, "short", tenant="flood")).tokens == 2
-        # Another tenant has its share: the last of the flood gives way.
+        # Another tenant has a share: the last request of the flood is shed.
         quiet = asking(tier, text, tenant="quiet")
         await eventually(lambda: any(task.done() for task in flood))
         assert intake_of(tier).bytes <= 4 * LONG_BYTES
         tokenizer.open()
         outcomes = await results([*flood, quiet])
         assert [type(outcome) for outcome in outcomes].count(errors.Shed) == 1
-        assert isinstance(outcomes[-1], errors.ContextTooLong)  # tokenised, and too long for an echo
+        assert isinstance(outcomes[-1], errors.ContextTooLong)  # tokenised, and longer than the context
         await eventually(lambda: not intake_of(tier).bytes)
 
 
-async def test_a_single_prompt_may_be_longer_than_the_bound() -> None:
+async def test_a_single_prompt_may_exceed_the_bound_in_bytes() -> None:
     engine = EchoEngine(context_length=1 << 20, kv_blocks=1 << 17)
     async with running_tier([engine], intake_bytes=1) as tier:
         assert (await asking(tier, "x" * (2 * LONG_BYTES))).tokens == 2
 
 
 class CountingTokenizer(ByteTokenizer):
-    """Counts what it tokenises."""
+    """Records the length of each text that it tokenises."""
 
     def __init__(self) -> None:
         self.encoded: list[int] = []
@@ -303,22 +303,22 @@ class CountingTokenizer(ByteTokenizer):
     ],
     ids=["prompt", "not ASCII", "chat", "long chat"],
 )
-async def test_what_cannot_fit_by_its_bytes_is_refused_by_every_tier_and_tokenised_by_none(
+async def test_a_prompt_too_long_by_its_bytes_is_rejected_by_every_tier_and_tokenised_by_none(
     asked: pb.GenerateRequest,
 ) -> None:
     tokenizer = CountingTokenizer()
     async with running_mesh("small", "large", tokenizer=tokenizer) as mesh:
-        with pytest.raises(errors.ContextTooLong, match="at least") as refused:
+        with pytest.raises(errors.ContextTooLong, match="at least") as rejected:
             await collect(mesh.client, asked)
 
         assert tokenizer.encoded == []
-        assert refused.value.field == "input"
-        assert int(refused.value.fields["prompt_tokens_at_least"]) >= 4096
+        assert rejected.value.field == "input"
+        assert int(rejected.value.fields["prompt_tokens_at_least"]) >= 4096
         await eventually(lambda: not mesh.left_behind)
 
 
 class WordTokenizer(CountingTokenizer):
-    """A token for each word or run of blanks, whatever its length: bytes prove nothing."""
+    """Returns a token per word or run of spaces of any length, so that bytes prove nothing."""
 
     bound = None
 
@@ -327,7 +327,7 @@ class WordTokenizer(CountingTokenizer):
         return [97] * len(re.findall(r"\S+|\s+", text))
 
 
-async def test_of_what_is_many_times_as_long_as_the_context_only_the_head_is_tokenised() -> None:
+async def test_only_the_head_of_a_text_many_times_longer_than_the_context_is_tokenised() -> None:
     tokenizer = WordTokenizer()
     async with running_tier([EchoEngine(context_length=256)], tokenizer=tokenizer) as tier:
         for long in (prompt("ab " * 100_000), chat([("user", "cd " * 100_000), ("user", "ab " * 100_000)])):
@@ -335,37 +335,39 @@ async def test_of_what_is_many_times_as_long_as_the_context_only_the_head_is_tok
                 await collect(tier.client, long)
             assert tokenizer.encoded.pop() < 20 * 256
             assert not tokenizer.encoded
-        # Many characters and few tokens: all of it is tokenised, and served.
+        # A text of many characters and few tokens is tokenised completely, and served.
         assert (await collect(tier.client, prompt("ab" * 100_000))).tokens == 1
         assert tokenizer.encoded[-1] == 200_000
 
 
-async def test_what_may_fit_is_tokenised_and_judged_by_its_tokens() -> None:
-    """The bytes of a whole request are no proof: what is in it besides the prompt makes no tokens."""
+async def test_a_prompt_that_may_fit_is_tokenised_and_judged_by_its_tokens() -> None:
+    """The size of the whole request proves nothing: its other fields produce no tokens."""
     tokenizer = CountingTokenizer()
     async with running_mesh("only", tokenizer=tokenizer) as mesh:
         fits = prompt("x" * 4095, max_tokens=1, stop=["s" * 256] * 16)
         assert (await collect(mesh.client, fits)).tokens == 1
-        # An echo lays out the last turn alone.
+        # The echo engine's tokenizer encodes only the last turn.
         assert (await collect(mesh.client, chat([("user", "x" * 5000), ("user", "hi")]))).text == "hi"
 
 
-async def test_ids_to_resume_are_checked_before_the_prompt_is_tokenised() -> None:
+async def test_resume_ids_are_checked_before_the_prompt_is_tokenised() -> None:
     tokenizer = CountingTokenizer()
     async with running_tier([EchoEngine()], tokenizer=tokenizer) as tier:
         for ids, error in (([97] * 4096, errors.ContextTooLong), ([999_999], errors.InvalidSampling)):
-            with pytest.raises(error) as refused:
+            with pytest.raises(error) as rejected:
                 await collect(tier.client, pb.GenerateRequest(prompt="x", resume=pb.Resume(token_ids=ids)))
-            assert refused.value.field == "resume.token_ids"
+            assert rejected.value.field == "resume.token_ids"
     assert tokenizer.encoded == []
 
 
-async def test_what_waits_to_be_tokenised_is_counted_and_shown(count: Callable[..., float]) -> None:
+async def test_requests_at_the_intake_are_in_metrics_and_the_debug_endpoint(
+    count: Callable[..., float],
+) -> None:
     before = count("headrace.queue.depth", tier="t", **{"queue.stage": "tokenizer"})
     waited = count("headrace.queue.wait", tier="t", outcome="tokenized")
     tokenizer = GatedTokenizer()
     async with gated(tokenizer) as tier:
-        readers = await held_up(tier, tokenizer)
+        readers = await block_threads(tier, tokenizer)
         readers.append(asking(tier, "third"))
         await eventually(lambda: intake_of(tier).waiting == 3)
 
@@ -383,7 +385,7 @@ async def test_what_waits_to_be_tokenised_is_counted_and_shown(count: Callable[.
     assert count("headrace.queue.wait", tier="t", outcome="tokenized") == waited + 3
 
 
-async def test_a_batcher_that_drains_sees_through_what_waits_to_be_tokenised() -> None:
+async def test_a_draining_batcher_completes_requests_at_the_intake() -> None:
     tokenizer = GatedTokenizer()
     async with AsyncExitStack() as stack:
         tier = await stack.enter_async_context(running_tier([EchoEngine()], tokenizer=tokenizer))
@@ -393,28 +395,28 @@ async def test_a_batcher_that_drains_sees_through_what_waits_to_be_tokenised() -
             readers = [asyncio.create_task(collect(client, prompt(text))) for text in texts]
             await eventually(lambda: intake_of(tier).waiting == 3)
             leaving = asyncio.create_task(stack.aclose())
-            await eventually(lambda: tier.batcher.server.activity.draining)
+            await eventually(lambda: tier.batcher.server.requests.draining)
             tokenizer.open()
 
             assert [(await reader).text for reader in readers] == ["first", "second", "third"]
             await leaving
 
 
-async def test_a_deadline_that_the_tokenizer_cannot_meet_is_refused_at_once() -> None:
+async def test_a_deadline_that_the_tokenizer_cannot_meet_is_rejected_immediately() -> None:
     tokenizer = GatedTokenizer(lambda text: text.startswith("slow"))
     async with gated(tokenizer) as tier:
         lane = intake_of(tier)._lanes[0]
-        lane._seconds.add(30.0)  # as if prompts took that long
+        lane._seconds.add(30.0)  # as if prompts had taken that long
         stuck = [asking(tier, f"slow {number}") for number in range(THREADS)]
         await eventually(lambda: len(tokenizer.texts) == THREADS)
 
-        with pytest.raises(errors.Unattainable, match="tokenised"):
+        with pytest.raises(errors.TtftUnattainable, match="tokenised"):
             await asking(tier, "x", timeout=3.0)
         tokenizer.open()
         await results(stuck)
 
 
-LIMITS = Limits(tier="t", model="m", context_length=100, vocabulary=256, max_tokens=50)
+LIMITS = RequestLimits(tier="t", model="m", context_length=100, vocabulary=256, max_tokens=50)
 
 
 @given(
@@ -422,7 +424,7 @@ LIMITS = Limits(tier="t", model="m", context_length=100, vocabulary=256, max_tok
     max_tokens=st.none() | st.integers(1, 2**32 - 1),
     tokens=st.integers(1, 99),
 )
-def test_sampling_is_made_whole_and_within_the_tier(
+def test_sampling_is_completed_within_the_limits_of_the_tier(
     temperature: float | None, max_tokens: int | None, tokens: int
 ) -> None:
     made = LIMITS.sampling(pb.Sampling(temperature=temperature, max_tokens=max_tokens), tokens, pb.Sampling())

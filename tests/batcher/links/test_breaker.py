@@ -1,51 +1,51 @@
-"""A worker that keeps failing gets no work, then a probe, and all of it when the probe came back well."""
+"""A worker that keeps failing gets no work, then one probe, and all work when the probe succeeds."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.batcher.links.breaker import Breaker, State
+from headrace.batcher.links.breaker import BreakerState, CircuitBreaker
 
 
-def opened(now: float = 0.0) -> Breaker:
-    breaker = Breaker()
+def opened(now: float = 0.0) -> CircuitBreaker:
+    breaker = CircuitBreaker()
     for _ in range(breaker.threshold):
-        breaker.fail(now)
+        breaker.record_fault(now)
     return breaker
 
 
 def test_it_opens_after_faults_in_a_row_and_not_before() -> None:
-    breaker = Breaker(threshold=3)
-    breaker.fail(0)
-    breaker.fail(0)
-    assert breaker.room(0, 8) == 8
-    breaker.succeed()
-    breaker.fail(0)
-    breaker.fail(0)
-    assert breaker.state(0) is State.CLOSED, "a success between starts the count again"
-    breaker.fail(0)
+    breaker = CircuitBreaker(threshold=3)
+    breaker.record_fault(0)
+    breaker.record_fault(0)
+    assert breaker.allowed(0, 8) == 8
+    breaker.record_success()
+    breaker.record_fault(0)
+    breaker.record_fault(0)
+    assert breaker.state(0) is BreakerState.CLOSED, "a success in between resets the count"
+    breaker.record_fault(0)
 
-    assert breaker.state(0) is State.OPEN
-    assert breaker.room(0, 8) == 0
+    assert breaker.state(0) is BreakerState.OPEN
+    assert breaker.allowed(0, 8) == 0
 
 
-def test_one_probe_goes_and_its_success_closes_it() -> None:
+def test_one_probe_is_sent_and_its_success_closes_the_breaker() -> None:
     breaker = opened()
-    assert breaker.room(1.0, 8) == 1
+    assert breaker.allowed(1.0, 8) == 1
     breaker.sent()
-    assert breaker.room(1.0, 8) == 0, "one probe at a time"
-    breaker.succeed()
+    assert breaker.allowed(1.0, 8) == 0, "one probe at a time"
+    breaker.record_success()
 
-    assert breaker.room(1.0, 8) == 8
+    assert breaker.allowed(1.0, 8) == 8
 
 
-def test_a_probe_whose_caller_left_says_nothing() -> None:
+def test_a_probe_whose_caller_left_allows_another() -> None:
     breaker = opened()
     breaker.sent()
-    breaker.forgive()
+    breaker.release_probe()
 
-    assert breaker.room(1.0, 8) == 1
+    assert breaker.allowed(1.0, 8) == 1
 
 
 @given(failures=st.integers(1, 12))
@@ -53,58 +53,58 @@ def test_each_failed_probe_doubles_the_pause_up_to_the_longest(failures: int) ->
     breaker, now, pause = opened(), 0.0, 1.0
     for _ in range(failures):
         now += pause
-        assert breaker.state(now - 0.001) is State.OPEN
-        assert breaker.state(now) is State.HALF_OPEN
+        assert breaker.state(now - 0.001) is BreakerState.OPEN
+        assert breaker.state(now) is BreakerState.HALF_OPEN
         breaker.sent()
-        breaker.fail(now)
+        breaker.record_fault(now)
         pause = min(2 * pause, breaker.longest)
 
-    assert breaker.state(now + pause) is State.HALF_OPEN
+    assert breaker.state(now + pause) is BreakerState.HALF_OPEN
 
 
-def test_faults_of_what_was_sent_before_do_not_prolong_the_pause() -> None:
+def test_faults_of_sequences_sent_before_do_not_prolong_the_pause() -> None:
     breaker = opened(0.0)
-    breaker.fail(0.9)
+    breaker.record_fault(0.9)
 
-    assert breaker.state(1.0) is State.HALF_OPEN
+    assert breaker.state(1.0) is BreakerState.HALF_OPEN
 
 
-def test_faults_of_one_request_count_once_however_often_it_comes_back() -> None:
-    breaker = Breaker(threshold=2)
+def test_repeated_faults_of_one_request_count_once() -> None:
+    breaker = CircuitBreaker(threshold=2)
     for _ in range(10):
-        breaker.fail(0, {"a"})
-    assert breaker.state(0) is State.CLOSED
+        breaker.record_fault(0, {"a"})
+    assert breaker.state(0) is BreakerState.CLOSED
 
-    breaker.fail(0, {"b"})
-    assert breaker.state(0) is State.OPEN
+    breaker.record_fault(0, {"b"})
+    assert breaker.state(0) is BreakerState.OPEN
 
 
-def test_a_fault_that_hits_many_requests_counts_once_and_so_does_its_repetition() -> None:
-    breaker = Breaker(threshold=2)
-    breaker.fail(0, {"a", "b", "c"})
-    breaker.fail(0, {"a", "c"})
-    assert breaker.state(0) is State.CLOSED
+def test_a_fault_that_affects_many_requests_counts_once_even_if_repeated() -> None:
+    breaker = CircuitBreaker(threshold=2)
+    breaker.record_fault(0, {"a", "b", "c"})
+    breaker.record_fault(0, {"a", "c"})
+    assert breaker.state(0) is BreakerState.CLOSED
 
-    breaker.fail(0, {"a", "d"})
-    assert breaker.state(0) is State.OPEN, "the second fault that hit somebody new"
+    breaker.record_fault(0, {"a", "d"})
+    assert breaker.state(0) is BreakerState.OPEN, "the second fault that affected a new request"
 
 
 def test_after_a_success_the_same_request_may_count_again() -> None:
-    breaker = Breaker(threshold=2)
-    breaker.fail(0, {"a"})
-    breaker.succeed()
-    breaker.fail(0, {"a"})
-    breaker.fail(0, {"b"})
+    breaker = CircuitBreaker(threshold=2)
+    breaker.record_fault(0, {"a"})
+    breaker.record_success()
+    breaker.record_fault(0, {"a"})
+    breaker.record_fault(0, {"b"})
 
-    assert breaker.state(0) is State.OPEN
+    assert breaker.state(0) is BreakerState.OPEN
 
 
-def test_a_probe_that_fails_of_a_request_that_failed_before_is_no_verdict() -> None:
-    breaker = Breaker(threshold=2)
-    breaker.fail(0, {"a"})
-    breaker.fail(0, {"b"})
+def test_a_probe_with_a_request_that_failed_before_decides_nothing() -> None:
+    breaker = CircuitBreaker(threshold=2)
+    breaker.record_fault(0, {"a"})
+    breaker.record_fault(0, {"b"})
     breaker.sent()
-    breaker.fail(1, {"a"})
+    breaker.record_fault(1, {"a"})
 
-    assert breaker.state(1) is State.HALF_OPEN
-    assert breaker.room(1, 8) == 1, "another one may be the probe"
+    assert breaker.state(1) is BreakerState.HALF_OPEN
+    assert breaker.allowed(1, 8) == 1, "another probe is allowed"

@@ -1,4 +1,4 @@
-"""A worker may die at any token: the caller reads the same answer as if it had not."""
+"""A worker may die at any token without changing the answer that the caller reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tier import OracleEngine, Tier, Trap, running_tier
 
 TOKENS = 24
 
-# What an answer may depend on besides its ids; each makes another answer of the same prompt.
+# What an answer may depend on besides its ids; each results in another answer to the same prompt.
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "sampled": {"temperature": 1.0, "seed": 7},
@@ -45,36 +45,36 @@ def same(left: Answer, right: Answer) -> None:
 
 @pytest.fixture(scope="module")
 async def pair() -> AsyncGenerator[Tier, None]:
-    """Two workers whose wires can be cut."""
+    """Two workers whose connections can be cut."""
     async with running_tier([OracleEngine(), OracleEngine()]) as tier:
         yield tier
 
 
 async def whole(tier: Tier) -> None:
-    """Wait until both workers are there."""
+    """Wait until both workers are ready."""
     await eventually(lambda: len(tier.batcher.coalescer.pool.ready()) == 2)
 
 
 async def cut(tier: Tier, trap: Trap) -> None:
-    """Cut off the worker that stands in *trap*, after all that it said has arrived."""
+    """Cut off the worker that *trap* stopped, after all that it sent has arrived."""
     if not tier.batcher.coalescer.live:
         trap.open()
         return
     (job,) = tier.batcher.coalescer.live
     attempt, serving = job.attempt, tier.serving
-    await eventually(lambda: job.answered == trap.offset or job not in tier.batcher.coalescer.live)
-    if job not in tier.batcher.coalescer.live:  # at a stop text the caller has all, the worker not yet
+    await eventually(lambda: job.answer_length == trap.offset or job not in tier.batcher.coalescer.live)
+    if job not in tier.batcher.coalescer.live:  # at a stop text the answer ends before the worker does
         trap.open()
         return
     tier.wires[serving].reset()
-    # Both ends have noticed before it goes on, else its engine would run into the next trap.
+    # Both ends notice before it continues; otherwise its engine would run into the next trap.
     await eventually(lambda: job.attempt > attempt or job.inbox.closed)
-    await eventually(lambda: not tier.workers[serving].sessions.live)
+    await eventually(lambda: not tier.workers[serving].streams.in_flight)
     trap.open()
 
 
 async def interrupted(tier: Tier, asked: pb.GenerateRequest, *offsets: int) -> Answer:
-    """Read the answer while the worker that has it is cut off as it draws the token of each offset."""
+    """Read the answer while its worker is cut off as it draws the token at each offset."""
     await whole(tier)
     traps = [Trap(offset) for offset in offsets]
 
@@ -89,7 +89,7 @@ async def interrupted(tier: Tier, asked: pb.GenerateRequest, *offsets: int) -> A
         sprung = asyncio.create_task(trap.sprung.wait())
         await asyncio.wait({sprung, reading}, return_when=asyncio.FIRST_COMPLETED)
         if not trap.sprung.is_set():
-            sprung.cancel()  # the answer was over before
+            sprung.cancel()  # the answer ended before
             break
         await cut(tier, trap)
     answer = await reading
@@ -111,7 +111,7 @@ async def test_a_worker_lost_at_any_token_changes_nothing(pair: Tier, kind: str)
             assert answer.finish.usage.replayed_tokens == offset
 
 
-async def test_without_a_seed_the_one_that_was_drawn_stays_in_force(pair: Tier) -> None:
+async def test_a_seed_that_was_drawn_is_kept_across_workers(pair: Tier) -> None:
     asked = prompt("any seed", max_tokens=TOKENS, ignore_eos=True)
     answer = await interrupted(pair, asked, 9)
 
@@ -127,7 +127,7 @@ async def test_two_losses_are_hidden_and_the_replayed_tokens_are_counted(pair: T
     assert answer.finish.usage.replayed_tokens == 6 + 15
 
 
-async def test_a_third_loss_is_told_and_the_caller_can_carry_on_by_itself(pair: Tier) -> None:
+async def test_a_third_loss_is_reported_and_the_caller_can_resume(pair: Tier) -> None:
     expected = await collect(pair.client, request("sampled"))
     with pytest.raises(errors.WorkerLost, match="resume") as caught:
         await interrupted(pair, request("sampled"), 3, 8, 13)
@@ -140,10 +140,10 @@ async def test_a_third_loss_is_told_and_the_caller_can_carry_on_by_itself(pair: 
     assert expected.ids[10:] == rest.ids
 
 
-async def test_what_came_with_a_request_is_in_no_figure_of_speed(
+async def test_tokens_that_came_with_a_request_do_not_count_in_latency_metrics(
     pair: Tier, count: Callable[..., float]
 ) -> None:
-    """The first token of the rest is not the first of the answer, and one new token has no pace."""
+    """The first token of the rest is not the first of the answer, and a single new token has no TPOT."""
     booked = count("headrace.requests")
     expected = await collect(pair.client, request("sampled"))
     await eventually(lambda: count("headrace.requests") == booked + 1)
@@ -159,10 +159,10 @@ async def test_what_came_with_a_request_is_in_no_figure_of_speed(
     await eventually(lambda: count("headrace.requests") == booked + 3)
 
     assert count(firsts) == before[0]
-    assert count(paces) - before[1] <= 1, "the one of two new tokens, if they came apart"
+    assert count(paces) - before[1] <= 1, "only for two new tokens that arrived separately"
 
 
-async def test_a_caller_that_asks_hears_where_its_answer_went(pair: Tier) -> None:
+async def test_a_caller_can_request_route_change_events(pair: Tier) -> None:
     asked = request("sampled")
     asked.stream.include_route_changes = True
     await whole(pair)
@@ -196,7 +196,7 @@ async def test_a_caller_that_asks_hears_where_its_answer_went(pair: Tier) -> Non
             offset += event.delta.token_count
 
 
-async def test_the_same_worker_carries_on_when_it_comes_back() -> None:
+async def test_the_same_worker_resumes_when_it_comes_back() -> None:
     trap = Trap(7)
     async with running_tier([OracleEngine(drew=trap)]) as tier:
         asked = request("sampled")
@@ -210,10 +210,10 @@ async def test_the_same_worker_carries_on_when_it_comes_back() -> None:
         same(await reading, await collect(tier.client, asked))
 
 
-async def test_what_waits_for_a_worker_that_does_not_come_back_is_told() -> None:
+async def test_answers_fail_if_no_worker_comes_back() -> None:
     async with running_tier([EchoEngine(step_seconds=0.01)], failover_seconds=0.3) as tier:
         reading = asyncio.create_task(collect(tier.client, prompt("x", max_tokens=900, ignore_eos=True)))
-        await eventually(lambda: tier.workers[0].sessions.live)
+        await eventually(lambda: tier.workers[0].streams.in_flight)
         tier.wires[0].cut()
 
         with pytest.raises(errors.WorkerLost, match="no worker was ready"):
@@ -226,18 +226,18 @@ async def killed_by(client: Client, text: str) -> errors.HeadraceError:
     return caught.value
 
 
-async def test_a_prompt_that_kills_each_worker_stops_after_two_and_no_neighbour_suffers() -> None:
-    """Three workers: the prompt meets two. Neighbours that were taken in beside it get their answers."""
+async def test_a_prompt_that_kills_workers_stops_after_two_without_harming_others() -> None:
+    """Of three workers the prompt reaches two. Requests in the same batch get their answers."""
     wires: list[Any] = []
 
     class Mortal(EchoEngine):
-        """Dies, as seen from outside, when it takes in a prompt with "poison"."""
+        """Appears dead from outside when it computes a prompt that starts with "poison"."""
 
         def step(self, rows, *rest):  # type: ignore[no-untyped-def]
             for row in rows:
                 if row.start == 0 and bytes(id for id in row.ids[:6] if id < 256) == b"poison":
                     loop.call_soon_threadsafe(wires[engines.index(self)].cut)
-                    dead.wait(0.3)  # nothing of this step is heard
+                    dead.wait(0.3)  # nothing of this step is received
             return super().step(rows, *rest)
 
     import threading
@@ -255,9 +255,9 @@ async def test_a_prompt_that_kills_each_worker_stops_after_two_and_no_neighbour_
         assert [(await task).text for task in good] == [f"good {n} " * 9 for n in range(12)]
 
 
-async def test_a_prompt_that_showed_a_token_is_not_taken_for_poison_and_the_next_follows_at_once() -> None:
-    """A worker dies over prompts that it has not computed: one after the other is tried elsewhere, and no
-    answer keeps the others waiting."""
+async def test_a_first_token_ends_probation_and_the_next_request_follows_immediately() -> None:
+    """A worker dies with several uncomputed prompts. They are retried one after another, without waiting for
+    complete answers."""
     import threading
 
     dead = threading.Event()
@@ -273,19 +273,19 @@ async def test_a_prompt_that_showed_a_token_is_not_taken_for_poison_and_the_next
         await eventually(lambda: len(pool.ready()) == 1)
         asked = prompt("on and on", max_tokens=1000, ignore_eos=True)
         reading = [asyncio.create_task(collect(tier.client, asked)) for _ in range(6)]
-        await eventually(lambda: tier.workers[0].sessions.live == 6)
+        await eventually(lambda: tier.workers[0].streams.in_flight == 6)
         await tier.wires[1].join()
         await eventually(lambda: len(pool.ready()) == 2)
         tier.wires[0].cut()
 
-        await eventually(lambda: tier.workers[1].sessions.live == 6)
+        await eventually(lambda: tier.workers[1].streams.in_flight == 6)
         for task in reading:
             task.cancel()
         await asyncio.gather(*reading, return_exceptions=True)
         dead.set()
 
 
-class _Forgetful(EchoEngine):
+class _Failing(EchoEngine):
     """Raises in its first steps."""
 
     def __init__(self, failures: int) -> None:
@@ -299,22 +299,22 @@ class _Forgetful(EchoEngine):
         return super().step(rows, *rest)
 
 
-async def test_a_fault_of_the_engine_is_tried_once_more_elsewhere() -> None:
-    async with running_tier([_Forgetful(99), EchoEngine()]) as tier:
+async def test_a_request_with_an_engine_fault_is_retried_on_another_worker() -> None:
+    async with running_tier([_Failing(99), EchoEngine()]) as tier:
         assert [(await collect(tier.client, prompt(f"try {n}"))).text for n in range(4)] == [
             f"try {n}" for n in range(4)
         ]
 
 
-async def test_a_fault_that_happens_twice_is_told() -> None:
-    async with running_tier([_Forgetful(2)]) as tier:
+async def test_an_engine_fault_that_repeats_is_reported() -> None:
+    async with running_tier([_Failing(2)]) as tier:
         with pytest.raises(errors.SequenceFault):
             await collect(tier.client, prompt("x"))
         assert (await collect(tier.client, prompt("again"))).text == "again"
 
 
-async def test_a_worker_that_stands_still_loses_its_work_and_its_late_tokens_do_not_count() -> None:
-    """The connection stays open, as when a process is stopped: only silence tells."""
+async def test_a_stalled_worker_loses_its_sequences_and_its_late_tokens_do_not_count() -> None:
+    """The connection stays open, as that of a stopped process does: silence is the only sign."""
     async with running_tier([OracleEngine(), OracleEngine()]) as tier:
         asked = prompt("long", max_tokens=150, ignore_eos=True, seed=3)
         expected = await collect(tier.client, asked)
@@ -324,10 +324,10 @@ async def test_a_worker_that_stands_still_loses_its_work_and_its_late_tokens_do_
         reading = asyncio.create_task(collect(tier.client, asked))
         await trap.sprung.wait()
         (job,) = tier.batcher.coalescer.live
-        await eventually(lambda: job.answered == trap.offset)
+        await eventually(lambda: job.answer_length == trap.offset)
         frozen = tier.wires[tier.serving]
         frozen.freeze()
-        trap.open()  # the worker says the rest, and nobody hears it
+        trap.open()  # the worker sends the rest, which does not arrive
         answer = await reading
         frozen.thaw()
 
@@ -336,7 +336,7 @@ async def test_a_worker_that_stands_still_loses_its_work_and_its_late_tokens_do_
         await eventually(lambda: not any(link.outstanding for link in tier.batcher.coalescer.pool))
 
 
-async def test_an_engine_that_hangs_while_its_process_answers_loses_its_work() -> None:
+async def test_a_worker_with_a_hanging_engine_loses_its_sequences() -> None:
     trap = Trap(40)
     async with running_tier([OracleEngine(drew=trap, step_seconds=0.005) for _ in range(2)]) as tier:
         asked = prompt("long", max_tokens=80, ignore_eos=True, seed=3)
@@ -348,7 +348,7 @@ async def test_an_engine_that_hangs_while_its_process_answers_loses_its_work() -
         same(answer, await collect(tier.client, asked))
 
 
-async def test_a_drained_worker_hands_its_answers_over() -> None:
+async def test_the_answers_of_a_drained_worker_are_resumed_on_another() -> None:
     async with running_tier([OracleEngine(), OracleEngine()], worker_settings={"drain_seconds": 0.1}) as tier:
         asked = prompt("long", max_tokens=100, ignore_eos=True, seed=3)
         expected = await collect(tier.client, asked)
@@ -361,9 +361,9 @@ async def test_a_drained_worker_hands_its_answers_over() -> None:
         (first,) = (
             link for link in tier.batcher.coalescer.pool if link.target.endswith(f":{tier.wires[0].port}")
         )
-        await eventually(lambda: any(job.answered for job in first.flights.jobs()))
-        tier.workers[0].sessions.stop_admitting()
-        tier.workers[0].sessions.hand_back()
+        await eventually(lambda: any(job.answer_length for job in first.in_flight.jobs()))
+        tier.workers[0].streams.stop_admitting()
+        tier.workers[0].streams.hand_off()
         for trap in traps:
             trap.open()
 

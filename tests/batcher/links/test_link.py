@@ -1,4 +1,4 @@
-"""The link to a worker believes only what is current, and reports what it loses."""
+"""A link accepts only current messages of its worker, and reports the sequences that it loses."""
 
 from __future__ import annotations
 
@@ -10,41 +10,43 @@ import grpc
 import pytest
 from opentelemetry import trace
 
-from headrace import errors
-from headrace.batcher.inbox import End, Flush, Inbox
+from headrace import errors, statuses
+from headrace.batcher.inbox import FlushPolicy, Inbox, SequenceEnd
 from headrace.batcher.job import Job
-from headrace.batcher.links.breaker import State
+from headrace.batcher.links.breaker import BreakerState
 from headrace.batcher.links.link import WorkerLink
+from headrace.batcher.links.receiver import Receiver
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import MAX_MESSAGE_BYTES
+from headrace.deadline import NEVER
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import Mesh, collect, eventually, prompt
+from tests.harness import PATIENCE, Mesh, collect, eventually, prompt
 from tests.tier import running_tier
 
 
-def job(*, attempt: int = 0, unread_limit: int = 1000, request_id: str = "r") -> Job:
+def job(*, attempt: int = 0, max_unread_tokens: int = 1000, request_id: str = "r") -> Job:
     return Job(
         request_id=request_id,
         prompt_ids=[1],
         resume_ids=[],
         sampling=pb.Sampling(seed=1, max_tokens=9),
         arrived=0.0,
-        expires=None,
+        deadline=NEVER,
         priority=5,
         attempt=attempt,
-        inbox=Inbox(Flush(), limit=unread_limit),
+        inbox=Inbox(FlushPolicy(), limit=max_unread_tokens),
         span=trace.INVALID_SPAN,
     )
 
 
 class Recorder:
-    """A sink that keeps what it hears."""
+    """A listener that records events."""
 
     def __init__(self) -> None:
-        self.ends: list[tuple[Job, End]] = []
+        self.ends: list[tuple[Job, SequenceEnd]] = []
         self.failures: list[tuple[Job, errors.HeadraceError]] = []
         self.stopped: list[Job] = []
         self.cached: list[tuple[Job, int]] = []
@@ -52,7 +54,7 @@ class Recorder:
     def changed(self) -> None:
         pass
 
-    def ended(self, link: WorkerLink, job: Job, end: End) -> None:
+    def ended(self, link: WorkerLink, job: Job, end: SequenceEnd) -> None:
         self.ends.append((job, end))
 
     def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
@@ -61,29 +63,29 @@ class Recorder:
     def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
         self.cached.append((job, cached))
 
-    def full(self, link: WorkerLink, job: Job) -> None:
+    def inbox_full(self, link: WorkerLink, job: Job) -> None:
         link.cancel(job)
         self.stopped.append(job)
 
-    def renewed(self, link: WorkerLink) -> None:
+    def cache_lost(self, link: WorkerLink) -> None:
         pass
 
 
-def connected(*jobs: Job, sink: Recorder | None = None) -> WorkerLink:
-    """A link that was welcomed and has submitted *jobs*, with handles from 0."""
-    link = WorkerLink("nowhere", fingerprint="f", batcher_id="b", sink=sink or Recorder())
+def connected(*jobs: Job, listener: Recorder | None = None) -> WorkerLink:
+    """Return a link that was welcomed and has submitted *jobs*, with handles from 0."""
+    link = WorkerLink("nowhere", fingerprint="f", batcher_id="b", listener=listener or Recorder())
     model = wire.ModelDescription(tokenizer_fingerprint="f", max_running=8)
-    link._take(wire.RunResponse(welcome=wire.Welcome(model=model, credit=wire.Credit(sequences=8))))
+    link.receiver.handle(wire.RunResponse(welcome=wire.Welcome(model=model, credit=wire.Credit(sequences=8))))
     link.submit(list(jobs), trace.INVALID_SPAN, 0.0)
     return link
 
 
 def delta(link: WorkerLink, **fields: object) -> None:
     step = wire.Step(deltas=[wire.SequenceDelta(**fields)])  # type: ignore[arg-type]
-    link._take(wire.RunResponse(step=step))
+    link.receiver.handle(wire.RunResponse(step=step))
 
 
-async def test_tokens_that_were_seen_before_are_dropped() -> None:
+async def test_repeated_tokens_are_dropped() -> None:
     one = job()
     link = connected(one)
     delta(link, handle=0, offset=0, token_ids=[5, 6])
@@ -110,44 +112,44 @@ async def test_deltas_of_other_attempts_and_unknown_handles_are_ignored() -> Non
     assert link.outstanding == 1
 
 
-async def test_a_handle_is_reused_only_after_the_last_word_on_it() -> None:
+async def test_a_handle_is_reused_only_after_its_sequence_has_ended() -> None:
     one, two, three = job(), job(), job()
     link = connected(one)
     assert link.cancel(one)
     link.submit([two], trace.INVALID_SPAN, 0.0)
-    assert link.flights.handle(two) == 1, "0 is still the cancelled one's"
+    assert link.in_flight.handle(two) == 1, "0 still belongs to the cancelled one"
     delta(link, handle=0, offset=0, token_ids=[4], finish=pb.FINISH_REASON_CANCELLED)
     link.submit([three], trace.INVALID_SPAN, 0.0)
 
-    assert link.flights.handle(three) == 0
+    assert link.in_flight.handle(three) == 0
     assert link.outstanding == 2
 
 
 async def test_only_the_newest_credit_counts() -> None:
     link = connected()
-    link._take(wire.RunResponse(credit=wire.Credit(generation=3, sequences=5)))
-    link._take(wire.RunResponse(credit=wire.Credit(generation=2, sequences=50)))
+    link.receiver.handle(wire.RunResponse(credit=wire.Credit(generation=3, sequences=5)))
+    link.receiver.handle(wire.RunResponse(credit=wire.Credit(generation=2, sequences=50)))
 
-    assert link.room(0.0) == 5
+    assert link.free_slots(0.0) == 5
 
 
-async def test_a_refused_sequence_gets_its_reason() -> None:
-    one, sink = job(), Recorder()
-    link = connected(one, sink=sink)
+async def test_a_refused_sequence_fails_with_its_reason() -> None:
+    one, listener = job(), Recorder()
+    link = connected(one, listener=listener)
     verdict = wire.Verdict(
         handle=0,
         state=wire.ADMISSION_STATE_REFUSED,
-        error=errors.to_status(errors.ContextTooLong("too long")),
+        error=statuses.to_status(errors.ContextTooLong("too long")),
     )
-    link._take(wire.RunResponse(admission=wire.Admission(verdicts=[verdict])))
+    link.receiver.handle(wire.RunResponse(admission=wire.Admission(verdicts=[verdict])))
 
-    ((failed, error),) = sink.failures
+    ((failed, error),) = listener.failures
     assert failed is one
     assert isinstance(error, errors.ContextTooLong)
     assert link.outstanding == 0
 
 
-async def test_late_tokens_of_a_job_that_went_elsewhere_are_counted_as_waste() -> None:
+async def test_late_tokens_of_an_abandoned_sequence_are_counted_as_wasted() -> None:
     one = job()
     link = connected(one)
     delta(link, handle=0, offset=0, token_ids=[5])
@@ -159,49 +161,49 @@ async def test_late_tokens_of_a_job_that_went_elsewhere_are_counted_as_waste() -
     assert one.history.wasted == 2
 
 
-async def test_a_full_inbox_takes_its_job_off_the_worker_and_what_found_no_room_is_forgotten() -> None:
-    one, sink = job(unread_limit=3), Recorder()
-    link = connected(one, sink=sink)
+async def test_a_full_inbox_cancels_its_job_and_excess_tokens_are_dropped() -> None:
+    one, listener = job(max_unread_tokens=3), Recorder()
+    link = connected(one, listener=listener)
     delta(link, handle=0, offset=0, token_ids=[1, 2, 3, 4])
 
-    assert sink.stopped == [one]
+    assert listener.stopped == [one]
     assert (await one.inbox.take()).ids == one.generated == [1, 2, 3]
     assert one.history.wasted == 1
 
 
-async def test_an_answer_that_fits_to_its_end_is_not_stopped() -> None:
-    one, sink = job(unread_limit=3), Recorder()
-    link = connected(one, sink=sink)
+async def test_an_answer_whose_end_fits_the_inbox_is_not_stopped() -> None:
+    one, listener = job(max_unread_tokens=3), Recorder()
+    link = connected(one, listener=listener)
     delta(link, handle=0, offset=0, token_ids=[1, 2, 3], finish=pb.FINISH_REASON_STOP)
 
-    assert not sink.stopped
-    assert [ended for ended, _ in sink.ends] == [one]
+    assert not listener.stopped
+    assert [ended for ended, _ in listener.ends] == [one]
 
 
-async def test_an_end_behind_tokens_that_found_no_room_does_not_count() -> None:
-    one, sink = job(unread_limit=3), Recorder()
-    link = connected(one, sink=sink)
+async def test_an_end_after_dropped_tokens_does_not_count() -> None:
+    one, listener = job(max_unread_tokens=3), Recorder()
+    link = connected(one, listener=listener)
     delta(link, handle=0, offset=0, token_ids=[1, 2, 3, 4], finish=pb.FINISH_REASON_STOP)
 
-    assert sink.stopped == [one]
-    assert not sink.ends
-    assert link.outstanding == 0, "the handle is free all the same"
+    assert listener.stopped == [one]
+    assert not listener.ends
+    assert link.outstanding == 0, "the handle is free nevertheless"
 
 
-async def test_what_a_worker_had_of_a_prompt_is_told_once_with_the_first_token() -> None:
-    one, sink = job(), Recorder()
-    link = connected(one, sink=sink)
+async def test_cached_tokens_are_reported_once_with_the_first_token() -> None:
+    one, listener = job(), Recorder()
+    link = connected(one, listener=listener)
     delta(link, handle=0, offset=0, token_ids=[1], cached_tokens=16)
     delta(link, handle=0, offset=1, token_ids=[2])
 
-    assert sink.cached == [(one, 16)]
+    assert listener.cached == [(one, 16)]
 
 
-async def test_less_credit_is_acknowledged_behind_what_was_sent_by_the_old() -> None:
+async def test_new_credit_is_acknowledged_after_batches_sent_under_the_old() -> None:
     one = job()
     link = connected()
     link.submit([one], trace.INVALID_SPAN, 0.0)
-    link._take(wire.RunResponse(credit=wire.Credit(generation=4, sequences=1)))
+    link.receiver.handle(wire.RunResponse(credit=wire.Credit(generation=4, sequences=1)))
 
     sent = []
     while not link._outgoing.empty():
@@ -211,7 +213,7 @@ async def test_less_credit_is_acknowledged_behind_what_was_sent_by_the_old() -> 
     assert sent[-2:] == [(1, 0), (0, 4)]
 
 
-async def test_a_batch_that_is_too_large_for_a_message_is_sent_in_parts() -> None:
+async def test_a_batch_too_large_for_one_message_is_sent_in_parts() -> None:
     large = pb.Sampling(seed=1, max_tokens=9, logit_bias=dict.fromkeys(range(200_000), 1.0))
     jobs = [job() for _ in range(12)]
     for one in jobs:
@@ -227,11 +229,11 @@ async def test_a_batch_that_is_too_large_for_a_message_is_sent_in_parts() -> Non
     assert handles == list(range(12))
 
 
-async def test_frames_are_acknowledged_now_and_then() -> None:
+async def test_every_eighth_frame_is_acknowledged() -> None:
     link = connected()
     link._outgoing.get_nowait()
     for frame in range(1, 17):
-        link._take(wire.RunResponse(step=wire.Step(frame=frame)))
+        link.receiver.handle(wire.RunResponse(step=wire.Step(frame=frame)))
 
     acks = []
     while not link._outgoing.empty():
@@ -241,71 +243,71 @@ async def test_frames_are_acknowledged_now_and_then() -> None:
     assert acks == [8, 16]
 
 
-async def test_what_a_lost_stream_held_is_reported_once_and_its_handles_are_forgotten() -> None:
-    one, two, sink = job(), job(), Recorder()
-    link = connected(one, two, sink=sink)
+async def test_sequences_of_a_lost_stream_are_reported_once_and_their_handles_freed() -> None:
+    one, two, listener = job(), job(), Recorder()
+    link = connected(one, two, listener=listener)
     link.cancel(two)
-    link._lose()
+    link._fail_in_flight()
 
-    assert [(failed, error.reason) for failed, error in sink.failures] == [(one, "WORKER_LOST")]
+    assert [(failed, error.reason) for failed, error in listener.failures] == [(one, "WORKER_LOST")]
     assert link.outstanding == 0
 
 
 def broken(*jobs: Job) -> WorkerLink:
-    """A link whose breaker is due for a probe, and has sent *jobs* as such."""
+    """Return a link with a half-open breaker that has sent *jobs* as the probe."""
     link = connected()
     for _ in range(link.breaker.threshold):
-        link.breaker.fail(0.0)
-    assert link.room(60.0) == 1
+        link.breaker.record_fault(0.0)
+    assert link.free_slots(60.0) == 1
     link.submit(list(jobs), trace.INVALID_SPAN, 60.0)
-    assert link.room(60.0) == 0, "one probe at a time"
+    assert link.free_slots(60.0) == 0, "one probe at a time"
     return link
 
 
-async def test_a_probe_that_is_handed_back_or_refused_makes_way_for_another() -> None:
+async def test_a_probe_that_is_handed_back_or_refused_allows_another() -> None:
     link = broken(job())
-    error = errors.to_status(errors.WorkerDraining("stopping"))
+    error = statuses.to_status(errors.WorkerDraining("stopping"))
     delta(link, handle=0, error=error)
-    assert link.room(60.0) == 1
+    assert link.free_slots(60.0) == 1
 
     link = broken(job())
     delta(link, handle=0, finish=pb.FINISH_REASON_CANCELLED)
-    assert link.room(60.0) == 1
+    assert link.free_slots(60.0) == 1
 
     link = broken(job())
     verdict = wire.Verdict(handle=0, state=wire.ADMISSION_STATE_REFUSED, error=error)
-    link._take(wire.RunResponse(admission=wire.Admission(verdicts=[verdict])))
-    assert link.room(60.0) == 1
+    link.receiver.handle(wire.RunResponse(admission=wire.Admission(verdicts=[verdict])))
+    assert link.free_slots(60.0) == 1
 
 
-async def test_a_probe_that_goes_with_its_stream_makes_way_for_another() -> None:
+async def test_a_probe_lost_with_its_stream_allows_another() -> None:
     link = broken(job())
-    link._take(wire.RunResponse(drain=wire.Drain()))
-    link._lose()
+    link.receiver.handle(wire.RunResponse(drain=wire.Drain()))
+    link._fail_in_flight()
     link.draining = False
 
-    assert link.room(60.0) == 1
+    assert link.free_slots(60.0) == 1
 
 
-FAULT = errors.to_status(errors.SequenceFault("the logits are not finite"))
+FAULT = statuses.to_status(errors.SequenceFault("the logits are not finite"))
 
 
-async def test_a_request_that_fails_again_and_again_opens_no_breaker() -> None:
+async def test_a_request_that_fails_repeatedly_opens_no_breaker() -> None:
     link = connected()
     for attempt in range(10):
         one = job(attempt=attempt)
         link.submit([one], trace.INVALID_SPAN, 0.0)
         delta(link, handle=0, attempt=attempt, error=FAULT)
 
-    assert link.breaker.state(0.0) is State.CLOSED
+    assert link.breaker.state(0.0) is BreakerState.CLOSED
 
 
 async def test_a_step_that_fails_all_its_sequences_is_one_fault() -> None:
     link = connected(*[job(request_id=f"{number}") for number in range(8)])
     failed = wire.Step(deltas=[wire.SequenceDelta(handle=handle, error=FAULT) for handle in range(8)])
-    link._take(wire.RunResponse(step=failed))
+    link.receiver.handle(wire.RunResponse(step=failed))
 
-    assert link.breaker.state(0.0) is State.CLOSED
+    assert link.breaker.state(0.0) is BreakerState.CLOSED
 
 
 async def test_faults_of_different_requests_open_the_breaker() -> None:
@@ -314,19 +316,19 @@ async def test_faults_of_different_requests_open_the_breaker() -> None:
         link.submit([job(request_id=f"{number}")], trace.INVALID_SPAN, 0.0)
         delta(link, handle=0, error=FAULT)
 
-    assert link.breaker.state(time.monotonic()) is State.OPEN
+    assert link.breaker.state(time.monotonic()) is BreakerState.OPEN
 
 
-async def test_losses_with_the_same_request_under_way_count_once() -> None:
+async def test_losses_with_the_same_request_in_flight_count_once() -> None:
     link = connected()
     for attempt in range(5):
         link.submit([job(attempt=attempt)], trace.INVALID_SPAN, 0.0)
-        link._lose()
+        link._fail_in_flight()
 
-    assert link.breaker.state(time.monotonic()) is State.CLOSED
+    assert link.breaker.state(time.monotonic()) is BreakerState.CLOSED
 
 
-async def test_tokens_that_no_model_of_the_worker_can_have_made_break_the_stream() -> None:
+async def test_tokens_that_the_model_cannot_generate_break_the_stream() -> None:
     link = connected(job())
     link.model = wire.ModelDescription(vocabulary_size=10)
     with pytest.raises(errors.WorkerLost, match="vocabulary"):
@@ -348,7 +350,7 @@ async def test_tokens_that_no_model_of_the_worker_can_have_made_break_the_stream
 
 
 class Odd(WorkerServiceServicer):
-    """A worker that welcomes, and then says something that nobody expects."""
+    """A worker that sends a welcome and then an invalid message."""
 
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint = fingerprint
@@ -373,7 +375,7 @@ class Odd(WorkerServiceServicer):
                 yield wire.RunResponse(step=wire.Step(frame=1, deltas=[beyond]))
 
 
-async def test_whatever_a_worker_sends_the_batcher_goes_on_with_the_others() -> None:
+async def test_an_invalid_message_of_one_worker_does_not_affect_the_others() -> None:
     server = grpc.aio.server()
     odd = Odd(ByteTokenizer().fingerprint)
     add_WorkerServiceServicer_to_server(odd, server)
@@ -388,7 +390,7 @@ async def test_whatever_a_worker_sends_the_batcher_goes_on_with_the_others() -> 
     await server.stop(0)
 
 
-async def test_an_unexpected_error_of_a_link_is_a_lost_worker_and_not_the_end_of_the_batcher(
+async def test_an_unexpected_error_in_a_link_is_handled_as_a_lost_worker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with running_tier([EchoEngine(step_seconds=0.005)]) as tier:
@@ -402,16 +404,16 @@ async def test_an_unexpected_error_of_a_link_is_a_lost_worker_and_not_the_end_of
         def fails(*_: object) -> None:
             raise RuntimeError("planned")
 
-        for count, name in enumerate(("_take_step", "_ping"), 1):
+        for count, (owner, name) in enumerate(((Receiver, "_handle_step"), (WorkerLink, "_ping")), 1):
             with monkeypatch.context() as patch:
-                patch.setattr(link, name, fails)
+                patch.setattr(owner, name, fails)
                 await eventually(partial(lambda least: link.epoch >= least, first + count))
             await eventually(lambda: link.ready)
 
         assert (await answer).tokens == 200
 
 
-async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) -> None:
+async def test_a_stream_that_does_not_start_with_hello_is_rejected(mesh: Mesh) -> None:
     from headrace.channel import open_channel
     from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
 
@@ -422,4 +424,30 @@ async def test_a_stream_that_does_not_begin_with_hello_is_refused(mesh: Mesh) ->
             async for _ in call:
                 pass
 
-    assert isinstance(errors.from_rpc_error(caught.value), errors.InvalidRequest)
+    assert isinstance(statuses.from_rpc_error(caught.value), errors.InvalidRequest)
+
+
+async def test_a_link_that_is_cancelled_while_its_stream_breaks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a batcher that is stopped while its worker dies would reconnect for ever and not end."""
+    link = WorkerLink("127.0.0.1:1", fingerprint="", batcher_id="b", listener=Recorder())
+    begun = asyncio.Event()
+
+    async def breaks(stub: object) -> None:
+        begun.set()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(failing())
+            await asyncio.Event().wait()
+
+    async def failing() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise errors.WorkerLost("the stream broke")
+
+    monkeypatch.setattr(link, "_serve_stream", breaks)
+    running = asyncio.create_task(link.run())
+    await begun.wait()
+    running.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, PATIENCE)

@@ -1,4 +1,4 @@
-"""Many workers behind a batcher, many batchers before a worker: they come and go, and nobody notices."""
+"""Several workers per batcher and several batchers per worker; callers see none of their changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace import errors
 from headrace.batcher.__main__ import batcher
 from headrace.batcher.settings import Settings
 from headrace.batcher.text.tokens import ByteTokenizer
-from headrace.batcher.waiting.prefixes import blocks
+from headrace.batcher.waiting.prefixes import block_names
 from headrace.channel import open_channel
 from headrace.cli.mesh import reserved_ports
 from headrace.client import connect
@@ -22,7 +22,7 @@ from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from headrace.worker.__main__ import Worker, worker
-from headrace.worker.credit import KNOCK
+from headrace.worker.credit import IDLE_CREDIT
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.settings import Settings as WorkerSettings
 from headrace.worker.step_pace import StepPace
@@ -33,51 +33,53 @@ from tests.tier import OracleEngine, Trap, running_tier
 async def test_work_is_spread_over_the_workers() -> None:
     go = threading.Event()
 
-    class Held(EchoEngine):
-        """Takes no step before it is let go."""
+    class Blocked(EchoEngine):
+        """Makes no step before it is released."""
 
         def step(self, rows, *rest):  # type: ignore[no-untyped-def]
             go.wait(PATIENCE)
             return super().step(rows, *rest)
 
-    async with running_tier([Held(), Held(), Held()]) as tier:
+    async with running_tier([Blocked(), Blocked(), Blocked()]) as tier:
         reading = [asyncio.create_task(collect(tier.client, prompt(f"n{n:02}" * 12))) for n in range(12)]
-        await eventually(lambda: all(worker.sessions.live for worker in tier.workers))
+        await eventually(lambda: all(worker.streams.in_flight for worker in tier.workers))
         go.set()
 
         assert [(await answer).text for answer in reading] == [f"n{n:02}" * 12 for n in range(12)]
 
 
-async def test_a_prompt_goes_to_the_worker_that_knows_its_beginning() -> None:
+async def test_a_prompt_is_sent_to_the_worker_that_has_its_prefix_cached() -> None:
     async with running_tier([EchoEngine(), EchoEngine(), EchoEngine()]) as tier:
-        common = "The same long instructions stand before every question of this application. " * 6
+        common = "The same long instructions precede every question of this application. " * 6
         for question in range(6):
             await collect(tier.client, prompt(f"{common} {question}", max_tokens=1))
-        frames = [sum(stream.frames for stream in worker.sessions.streams) for worker in tier.workers]
+        frames = [sum(stream.frames for stream in worker.streams) for worker in tier.workers]
 
         assert sorted(frames)[:2] == [0, 0]
 
 
-async def test_a_worker_that_forgot_a_beginning_is_no_longer_believed_to_know_older_ones() -> None:
-    """Its memory holds two of the four prompts: those that were longest unused are gone."""
+async def test_a_worker_that_evicted_a_prefix_is_assumed_to_have_evicted_older_ones() -> None:
+    """Its cache holds two of the four prompts, and the least recently used are evicted."""
     engine = EchoEngine(context_length=512, max_running=1, kv_blocks=40)
     async with running_tier([engine]) as tier:
         (link,) = tier.batcher.coalescer.pool
         prefixes = tier.batcher.coalescer.prefixes
         texts = [letter * 260 for letter in "abcd"]
-        names = [blocks(ByteTokenizer().encode_text(text)) for text in texts]
+        names = [block_names(ByteTokenizer().encode_text(text)) for text in texts]
         for text in texts:
             await collect(tier.client, prompt(text, max_tokens=1))
-        assert all(prefixes.held(one, link.target) for one in names), "as far as is known"
+        assert all(prefixes.cached_tokens(one, link.target) for one in names), (
+            "the estimate before it is corrected"
+        )
 
         again = await collect(tier.client, prompt(texts[1], max_tokens=1))
         assert again.finish.usage.cached_tokens < 256
 
-        held = [prefixes.held(one, link.target) for one in names]
+        held = [prefixes.cached_tokens(one, link.target) for one in names]
         assert held == [0, 256, 256, 256]
 
 
-async def test_cached_tokens_are_told_of_answers_that_end_at_a_stop_text() -> None:
+async def test_cached_tokens_are_reported_for_answers_that_end_at_a_stop_text() -> None:
     async with running_tier([EchoEngine()]) as tier:
         asked = prompt("tell me again and again and again, the same long thing STOP", stop=["STOP"])
         first = await collect(tier.client, asked)
@@ -87,26 +89,26 @@ async def test_cached_tokens_are_told_of_answers_that_end_at_a_stop_text() -> No
     assert (first.finish.usage.cached_tokens, second.finish.usage.cached_tokens) == (0, 48)
 
 
-async def test_a_prompt_that_is_known_already_is_not_refused_for_the_time_it_would_take(
+async def test_a_cached_prompt_is_not_rejected_for_its_prefill_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(StepPace, "prefill", 100.0)  # tokens per second: 35 s for these prompts
+    monkeypatch.setattr(StepPace, "prefill_rate", 100.0)  # tokens per second: 35 s for these prompts
     async with running_tier([EchoEngine()]) as tier:
         (link,) = tier.batcher.coalescer.pool
         known = "m" * 3500
         await collect(tier.client, prompt(known, max_tokens=1))
         await eventually(lambda: link.load.prefill_tokens_per_second > 0)
 
-        with pytest.raises(errors.Unattainable, match="first token"):
+        with pytest.raises(errors.TtftUnattainable, match="first token"):
             await collect(tier.client, prompt("n" * 3500, max_tokens=1), timeout=10)
-        # On a busy machine the deadline may pass all the same; what counts is that it is tried.
+        # On a busy machine the deadline may still pass; the test is that the request is admitted.
         with suppress(errors.DeadlineInQueue, errors.DeadlineInDecode):
             answer = await collect(tier.client, prompt(known, max_tokens=1), timeout=10)
             assert answer.finish.usage.cached_tokens >= 3488
 
 
-async def test_workers_come_and_go_by_name_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The addresses behind a DNS name change all the time; every answer is whole and right."""
+async def test_workers_join_and_leave_a_dns_name_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The addresses of a DNS name keep changing; every answer is complete and correct."""
     from headrace.runtime import discovery
 
     monkeypatch.setattr(discovery, "RESOLVE_SECONDS", 0.02)
@@ -148,7 +150,7 @@ async def test_workers_come_and_go_by_name_under_load(monkeypatch: pytest.Monkey
             await eventually(lambda: {link.target for link in pool} == behind)
 
 
-async def test_a_name_without_addresses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_name_without_addresses_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(port=0, tier="t", workers="dns:///nobody.invalid:1", fake=True)
     async with (
         batcher(settings, ByteTokenizer(), "b") as running,
@@ -158,7 +160,7 @@ async def test_a_name_without_addresses_is_told(monkeypatch: pytest.MonkeyPatch)
             await collect(client, prompt("x"))
 
 
-async def test_several_batchers_share_a_worker_and_its_waiting_list_stays_short() -> None:
+async def test_several_batchers_share_a_worker_and_its_queue_stays_short() -> None:
     async with running_worker(EchoEngine(max_running=4, step_seconds=0.002)) as worker:
         settings = Settings(port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True)
         async with (
@@ -173,7 +175,7 @@ async def test_several_batchers_share_a_worker_and_its_waiting_list_stays_short(
             async def watch() -> None:
                 nonlocal most
                 while True:
-                    most = max(most, worker.sessions.live)
+                    most = max(most, worker.streams.in_flight)
                     await asyncio.sleep(0.001)
 
             watching = asyncio.create_task(watch())
@@ -184,17 +186,17 @@ async def test_several_batchers_share_a_worker_and_its_waiting_list_stays_short(
             watching.cancel()
 
             assert [answer.text for answer in answers] == texts
-            # What runs, and one step's prompts (here as many again): that is the worker's capacity. On top
-            # comes only the one sequence that a batcher may send while it is idle: a reserve is part of the
-            # capacity, and what one gives up is given to the other only when it has acknowledged that, behind
-            # whatever it had sent by then.
-            assert most <= 4 + 4 + KNOCK
-            assert most > 4, "and it is used"
+            # The worker's capacity is what runs plus the prompts of one step (here as many again). Only the
+            # one sequence that an idle batcher may send comes on top. Reserves are part of the capacity, and
+            # credit moves from one batcher to the other only after an acknowledgement, which follows all that
+            # was sent under the old credit.
+            assert most <= 4 + 4 + IDLE_CREDIT
+            assert most > 4, "the capacity is used"
 
 
 @asynccontextmanager
 async def worker_on(port: int) -> AsyncGenerator[Worker, None]:
-    """A worker on a port of our choice, which drains for an instant only."""
+    """Run a worker on a given port that drains only briefly."""
     settings = WorkerSettings(port=port, fake=True, drain_seconds=0.05)
     async with worker(settings, lambda: OracleEngine(step_seconds=0.003), f"worker-{port}") as running:
         yield running
@@ -202,13 +204,13 @@ async def worker_on(port: int) -> AsyncGenerator[Worker, None]:
 
 @pytest.fixture
 def ports() -> Iterator[list[int]]:
-    """Two ports that stay the test's own, listened on or not."""
+    """Two ports that stay reserved for the test, with or without a listener."""
     with reserved_ports(2) as ports:
         yield ports
 
 
-async def test_workers_are_restarted_one_after_the_other_and_no_caller_notices(ports: list[int]) -> None:
-    """A rolling restart under load: each worker drains, hands back, and comes again as another process."""
+async def test_a_rolling_restart_of_workers_is_invisible_to_callers(ports: list[int]) -> None:
+    """Under load each worker drains, hands its work back, and restarts as another process."""
     ups = [worker_on(port) for port in ports]
     workers = [await up.__aenter__() for up in ups]
     targets = ",".join(f"127.0.0.1:{port}" for port in ports)
@@ -232,7 +234,7 @@ async def test_workers_are_restarted_one_after_the_other_and_no_caller_notices(p
         callers = [asyncio.create_task(keep_asking()) for _ in range(6)]
         for number in (0, 1, 0, 1):
             await eventually(lambda: len(running.coalescer.pool.ready()) == 2)
-            await eventually(lambda sessions=workers[number].sessions: sessions.live)  # type: ignore[misc]
+            await eventually(lambda streams=workers[number].streams: streams.in_flight)  # type: ignore[misc]
             await ups[number].__aexit__(None, None, None)
             ups[number] = worker_on(ports[number])
             workers[number] = await ups[number].__aenter__()
@@ -243,7 +245,7 @@ async def test_workers_are_restarted_one_after_the_other_and_no_caller_notices(p
         await up.__aexit__(None, None, None)
 
 
-async def test_when_it_is_full_the_least_urgent_gives_way_and_the_rest_come_in_order() -> None:
+async def test_a_full_queue_sheds_the_lowest_priority_and_serves_the_rest_in_order() -> None:
     trap = Trap(2)
     async with running_tier([OracleEngine(max_running=1, drew=trap)], queue_limit=2) as tier:
 
@@ -255,7 +257,7 @@ async def test_when_it_is_full_the_least_urgent_gives_way_and_the_rest_come_in_o
         queue = tier.batcher.coalescer.queue
         running = [asking(5), asking(5)]  # one runs, one waits at the worker
         await trap.sprung.wait()
-        await eventually(lambda: tier.workers[0].sessions.live == 2)
+        await eventually(lambda: tier.workers[0].streams.in_flight == 2)
         low = asking(1)
         await eventually(lambda: len(queue) == 1)
         middle = asking(4)
@@ -267,7 +269,7 @@ async def test_when_it_is_full_the_least_urgent_gives_way_and_the_rest_come_in_o
         with pytest.raises(errors.Shed) as shed:
             await low
         assert shed.value.retry_after is not None
-        # Its place was taken when it arrived; it is in the queue once it is tokenised.
+        # It has held its place since it arrived, and enters the queue once it is tokenised.
         await eventually(lambda: [job.priority for job in [queue.head(0.0)] if job] == [9])
         trap.open()
 
@@ -275,36 +277,36 @@ async def test_when_it_is_full_the_least_urgent_gives_way_and_the_rest_come_in_o
             assert (await reading).tokens == 4
 
 
-async def test_a_deadline_that_cannot_be_met_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepPace, "prefill", 100.0)  # tokens per second: 35 s for the long prompt
+async def test_a_deadline_that_cannot_be_met_is_rejected_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepPace, "prefill_rate", 100.0)  # tokens per second: 35 s for the long prompt
     async with running_tier([EchoEngine(step_seconds=0.05)], worker_settings={"step_tokens": 64}) as tier:
         (link,) = tier.batcher.coalescer.pool
         await collect(tier.client, prompt("m" * 500, max_tokens=1))
         await eventually(lambda: link.load.step_time.ToMilliseconds() >= 50)
 
-        with pytest.raises(errors.Unattainable, match="first token"):
+        with pytest.raises(errors.TtftUnattainable, match="first token"):
             await collect(tier.client, prompt("m" * 3500, max_tokens=1), timeout=10)
-        with pytest.raises(errors.Unattainable, match="1000 tokens"):
+        with pytest.raises(errors.DeadlineUnattainable, match="1000 tokens"):
             await collect(tier.client, prompt("m", max_tokens=1000, min_tokens=1000), timeout=10)
         assert (await collect(tier.client, prompt("m", max_tokens=4))).tokens == 1
 
 
-async def test_a_look_inside_shows_queue_workers_and_sequences_on_both_sides() -> None:
+async def test_the_debug_endpoints_show_queue_workers_and_sequences() -> None:
     trap = Trap(3)
     async with running_tier([OracleEngine(max_running=1, drew=trap)]) as tier:
-        asked = prompt("look", max_tokens=5, ignore_eos=True, seed=1)
+        asked = prompt("hello", max_tokens=5, ignore_eos=True, seed=1)
         asked.routing.CopyFrom(pb.Routing(priority=7, tenant="acme"))
         asked.request_id = "seen"
         reading = [asyncio.create_task(collect(tier.client, asked)) for _ in range(3)]
         await trap.sprung.wait()
         await eventually(lambda: len(tier.batcher.coalescer.queue) == 1)
-        await eventually(lambda: any(job.answered == 3 for job in tier.batcher.coalescer.live))
+        await eventually(lambda: any(job.answer_length == 3 for job in tier.batcher.coalescer.live))
         async with (
-            open_channel(f"127.0.0.1:{tier.batcher.server.port}") as front,
-            open_channel(f"127.0.0.1:{tier.workers[0].server.port}") as back,
+            open_channel(f"127.0.0.1:{tier.batcher.server.port}") as batcher_channel,
+            open_channel(f"127.0.0.1:{tier.workers[0].server.port}") as worker_channel,
         ):
-            seen = (await AdminServiceStub(front).Inspect(admin.InspectRequest())).batcher
-            behind = (await AdminServiceStub(back).Inspect(admin.InspectRequest())).worker
+            seen = (await AdminServiceStub(batcher_channel).Inspect(admin.InspectRequest())).batcher
+            behind = (await AdminServiceStub(worker_channel).Inspect(admin.InspectRequest())).worker
             trap.open()
 
     assert [(place.priority, place.tenant, place.waiting) for place in seen.queue] == [(7, "acme", 1)]
@@ -317,8 +319,8 @@ async def test_a_look_inside_shows_queue_workers_and_sequences_on_both_sides() -
     )
     assert {sequence.request_id for sequence in seen.sequences} == {"seen"}
     assert max(sequence.offset for sequence in seen.sequences) == 3
-    assert sorted(bool(sequence.place) for sequence in seen.sequences) == [False, True, True]
-    assert (behind.live, behind.streams[0].batcher_id, behind.streams[0].sequences) == (2, "b", 2)
-    assert {sequence.place for sequence in behind.sequences} == {"b"}
+    assert sorted(bool(sequence.peer) for sequence in seen.sequences) == [False, True, True]
+    assert (behind.in_flight, behind.streams[0].batcher_id, behind.streams[0].sequences) == (2, "b", 2)
+    assert {sequence.peer for sequence in behind.sequences} == {"b"}
     assert behind.incarnation == worker.incarnation
     await asyncio.gather(*reading, return_exceptions=True)

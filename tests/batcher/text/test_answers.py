@@ -1,4 +1,4 @@
-"""Answers as callers get them: whole text, stop texts, continued messages, and nobody else held up."""
+"""Answers as callers receive them: complete text, stop texts, continued messages, no delay for others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from headrace import errors
 from headrace.batcher.inbox import Arrival
-from headrace.batcher.text.answer import Answer
+from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.templates import ChatTemplate
 from headrace.batcher.text.tokens import ByteTokenizer, TransformersTokenizer
 from headrace.client import chat
@@ -26,7 +26,7 @@ from tests.tier import running_tier
 
 
 class Script(EchoEngine):
-    """Says the same ids to everybody."""
+    """Generates the same ids for every prompt."""
 
     def __init__(self, *ids: int, eos: int = EOS_ID) -> None:
         super().__init__()
@@ -43,15 +43,15 @@ class Script(EchoEngine):
         ]
 
     def _next(self, row: Row) -> Token:
-        said = row.stop - row.prompt
-        return Token(self._ids[said] if said < len(self._ids) else self._eos, 0.0)
+        offset = row.stop - row.prompt
+        return Token(self._ids[offset] if offset < len(self._ids) else self._eos, 0.0)
 
 
 def known(fast: Any, template: ChatTemplate | None = None) -> TransformersTokenizer:
     return TransformersTokenizer(fast, template, ByteTokenizer.fingerprint)
 
 
-async def test_the_blank_before_the_first_word_of_an_answer_is_part_of_it() -> None:
+async def test_the_space_before_the_first_word_of_an_answer_is_part_of_it() -> None:
     fast = byte_fallback()
     world, the = (fast.get_vocab()[word] for word in ("▁world", "▁the"))
     engine = Script(world, the)
@@ -67,23 +67,23 @@ async def test_the_blank_before_the_first_word_of_an_answer_is_part_of_it() -> N
     assert resumed.text == " the"
 
 
-async def test_text_of_replacement_characters_comes_as_it_is_made() -> None:
-    """Each delta carries its own: none waits for the end of the answer."""
+async def test_text_of_replacement_characters_is_not_held_back() -> None:
+    """Each delta carries its own text: none waits for the end of the answer."""
     ids = list("\N{REPLACEMENT CHARACTER}".encode()) * 20
     async with running_tier([Script(*ids)]) as tier:
         asked = prompt("x")
         asked.stream.flush_tokens = 1
-        kept_back = said = 0
+        held_back = sent = 0
         async for response in tier.client.generate(asked, timeout=60):
-            said += response.delta.token_count
-            kept_back += response.delta.token_count - len(response.delta.text.encode())
-            assert kept_back < 3
+            sent += response.delta.token_count
+            held_back += response.delta.token_count - len(response.delta.text.encode())
+            assert held_back < 3
 
-    assert said == len(ids)
+    assert sent == len(ids)
 
 
 @pytest.mark.parametrize("least", [1, 5, 7, 30])
-async def test_a_stop_text_ends_no_answer_before_its_fewest_tokens(least: int) -> None:
+async def test_a_stop_text_ends_no_answer_before_min_tokens(least: int) -> None:
     text = "a.bcd.efg.hi"
     async with running_tier([EchoEngine()]) as tier:
         answer = await collect(
@@ -96,7 +96,7 @@ async def test_a_stop_text_ends_no_answer_before_its_fewest_tokens(least: int) -
     assert answer.finish.reason == (pb.FINISH_REASON_STOP_SEQUENCE if ends else pb.FINISH_REASON_LENGTH)
 
 
-async def test_a_stop_text_that_names_a_special_token_is_found_and_one_that_holds_it_is_refused() -> None:
+async def test_a_stop_text_may_be_a_special_token_but_not_contain_one() -> None:
     fast = byte_level()
     fast_ids = [*fast.encode("the sky").ids, fast.get_vocab()["<|im_end|>"], *fast.encode(" is").ids]
     async with running_tier([Script(*fast_ids)], tokenizer=known(fast)) as tier:
@@ -108,25 +108,25 @@ async def test_a_stop_text_that_names_a_special_token_is_found_and_one_that_hold
     assert answer.finish.reason == pb.FINISH_REASON_STOP_SEQUENCE
 
 
-async def test_a_last_message_of_the_assistant_is_continued_or_refused() -> None:
+async def test_a_last_message_of_the_assistant_is_continued_or_rejected() -> None:
     fast = byte_level()
     tokenizer = known(fast, ChatTemplate(CHATML, {}))
     turns = [("user", "the sky"), ("assistant", ""), ("user", "and?"), ("assistant", "the sea ")]
     async with running_tier([Script(*fast.encode("is green").ids)], tokenizer=tokenizer) as tier:
         asked = chat(turns)
-        with pytest.raises(errors.InvalidRequest, match="continue_final_message") as refused:
+        with pytest.raises(errors.InvalidRequest, match="continue_final_message") as rejected:
             await collect(tier.client, asked)
         answer = await collect(tier.client, chat(turns, continue_final_message=True))
-        with pytest.raises(errors.InvalidRequest, match="only one of role 'assistant'"):
+        with pytest.raises(errors.InvalidRequest, match="must be 'assistant'"):
             await collect(tier.client, chat("hi", continue_final_message=True))
 
-    assert refused.value.field == "chat.messages[3].role"
+    assert rejected.value.field == "chat.messages[3].role"
     assert answer.text == "is green"
     assert answer.accepted.prompt_tokens == len(tokenizer.encode_chat(turns, continue_final=True))
 
 
 class Watched(ByteTokenizer):
-    """Notes on which threads tokens of answers are spelled."""
+    """Records the threads on which answer tokens are decoded."""
 
     def __init__(self) -> None:
         self.threads: set[int] = set()
@@ -137,7 +137,7 @@ class Watched(ByteTokenizer):
         return super().spell(id, after)
 
 
-async def test_tokens_that_come_with_a_request_are_replayed_off_the_event_loop() -> None:
+async def test_tokens_that_come_with_a_request_are_decoded_off_the_event_loop() -> None:
     tokenizer = Watched()
     async with running_tier([EchoEngine()], tokenizer=tokenizer, max_tokens=3001) as tier:
         asked = prompt("x", max_tokens=3001, ignore_eos=True)
@@ -149,14 +149,14 @@ async def test_tokens_that_come_with_a_request_are_replayed_off_the_event_loop()
     assert threading.get_ident() not in tokenizer.threads
 
 
-async def test_what_waited_for_a_slow_reader_comes_in_slices() -> None:
-    """So that others have their turn between them."""
+async def test_the_backlog_of_a_slow_reader_is_sent_in_slices() -> None:
+    """So that other calls can proceed in between."""
     one = job()
     one.sampling.max_tokens = 10_000
-    answer = Answer(one, pb.GenerateRequest(), ByteTokenizer(), {})
+    answer = AnswerEvents(one, pb.GenerateRequest(), ByteTokenizer(), {})
     ids = list(b"abc" * 1500)
 
-    events = [event.delta for event in answer.take(Arrival(ids, [0.5] * len(ids), None))]
+    events = [event.delta for event in answer.events_for(Arrival(ids, [0.5] * len(ids), None))]
 
     assert max(delta.token_count for delta in events) <= 1024
     assert [delta.offset for delta in events] == [0, 1024, 2048, 3072, 4096]

@@ -1,4 +1,4 @@
-"""A bound of tokens from bytes must never be above the truth, whatever tokenizer it is made for."""
+"""The lower bound of tokens never exceeds the true number, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CORPUS = ["hello hello world", "    a    b", "########", "żółw żółw", "con
 
 
 def trained(normalizer: Any = None, pre_tokenizer: Any = None, *, alphabet: bool = True) -> Tokenizer:
-    """A small byte-level BPE tokenizer with long tokens.
+    """Return a small byte-level BPE tokenizer with long tokens.
 
-    alphabet   with a token for each byte; else for those of its corpus
+    alphabet   with a token for every byte; otherwise only for those in its corpus
     """
     tokenizer = Tokenizer(models.BPE())
     if normalizer is not None:
@@ -37,7 +37,7 @@ def trained(normalizer: Any = None, pre_tokenizer: Any = None, *, alphabet: bool
 
 
 def fallback() -> Tokenizer:
-    """Llama's kind: blanks written as U+2581, and a token for each byte."""
+    """Return a tokenizer like Llama's: spaces written as U+2581, and a token for each byte."""
     letters = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = ["<unk>", *letters, "▁", "h", "e", "he", "hehe", "hehehehe", "▁hehehehe"]
     vocabulary = {token: place for place, token in enumerate(tokens)}
@@ -87,12 +87,12 @@ texts = st.one_of(
 @pytest.mark.parametrize("name", BOUNDED)
 @settings(max_examples=150)
 @given(text=texts)
-def test_no_text_has_fewer_tokens_than_its_bytes_prove(name: str, text: str) -> None:
+def test_no_text_has_fewer_tokens_than_the_bound(name: str, text: str) -> None:
     tokenizer = BOUNDED[name]
     bound = byte_bound(definition(tokenizer))
 
     assert bound is not None
-    assert bound.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False).ids)
+    assert bound.min_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def with_added(**flags: bool) -> Tokenizer:
@@ -132,12 +132,12 @@ def test_a_tokenizer_that_may_lose_text_has_no_bound(tokenizer: Tokenizer) -> No
     assert byte_bound(definition(tokenizer)) is None
 
 
-def test_bytes_that_make_no_token_prove_nothing() -> None:
+def test_bytes_that_produce_no_token_do_not_count() -> None:
     bound = byte_bound(definition(trained(alphabet=False)))
 
     assert bound is not None
-    assert bound.fewest_tokens("\x04" * 10_000) == 0
-    assert bound.fewest_tokens("h" * 10_000) > 50
+    assert bound.min_tokens("\x04" * 10_000) == 0
+    assert bound.min_tokens("h" * 10_000) > 50
 
 
 def test_added_tokens_count() -> None:
@@ -146,16 +146,16 @@ def test_added_tokens_count() -> None:
     bound = byte_bound(definition(tokenizer))
 
     assert bound is not None
-    assert bound.fewest_tokens("x" * 1000) == 1
+    assert bound.min_tokens("x" * 1000) == 1
 
 
-def test_every_byte_has_its_letter() -> None:
+def test_every_byte_has_a_letter() -> None:
     assert set(BYTE_LETTERS) == set(pre_tokenizers.ByteLevel.alphabet())
     assert len(BYTE_LETTERS) == 256
 
 
-def test_composing_never_shrinks_text_more_than_it_is_taken_for() -> None:
-    """Each character that NFC may leave, against the longest text that it may be made of."""
+def test_composition_never_shrinks_text_more_than_the_bound_assumes() -> None:
+    """Compares each character that NFC may produce with the longest text that it may be composed of."""
     longest: dict[str, int] = {}  # by character of a full decomposition: bytes of the longest that becomes it
     decomposed: dict[str, str] = {}
     for code in range(sys.maxunicode + 1):

@@ -1,8 +1,8 @@
-"""Conversations become ids: as transformers would make them, with special tokens of the template alone."""
+"""Chats become the ids that transformers makes of them, with special tokens from the template alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace import errors, models
-from headrace.batcher.text import rendering
+from headrace.batcher.text import rendering, templates
+from headrace.batcher.text.templates import Renderer
 from headrace.batcher.text.tokens import TransformersTokenizer, load_tokenizer
 from tests.batcher.text.tiny_tokenizers import FAMILIES, SPECIALS, byte_level, saved
 
@@ -66,7 +67,7 @@ ZEPHYR = (
     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
-# Like those of models that think: it looks into the content, and leaves a part of it out.
+# Like the templates of reasoning models: it inspects the content and drops a part of it.
 THINKING = (
     "{% for m in messages %}{% set content = m.content %}"
     "{% if m.role == 'assistant' and '</think>' in content %}"
@@ -74,7 +75,7 @@ THINKING = (
     "<|im_start|>{{ m.role }}\n{{ content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-# Content twice, and changed.
+# Renders the content twice, and changed.
 TWICE = (
     "{% for m in messages %}<|im_start|>{{ m.content | length }} {{ m.content | replace('a', 'A') }}"
     "|{{ m.content | tojson }}<|im_end|>{% endfor %}"
@@ -106,7 +107,7 @@ Turns = list[tuple[str, str]]
 
 
 class Made:
-    """A tokenizer of ours, and transformers' own of the same files."""
+    """Our tokenizer, and transformers' own, of the same files."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
@@ -116,7 +117,7 @@ class Made:
         self.parts = False
 
     def expected(self, turns: Turns, **options: Any) -> list[int]:
-        """What transformers makes of the conversation, special tokens in contents included."""
+        """Return the ids from transformers, with special tokens in contents."""
         messages = [
             {"role": role, "content": [{"type": "text", "text": content}] if self.parts else content}
             for role, content in turns
@@ -125,13 +126,20 @@ class Made:
         return list(self.theirs.apply_chat_template(messages, **options))
 
     def special(self, ids: Sequence[int]) -> list[int]:
-        """The special tokens among *ids*."""
+        """Return the special tokens among *ids*."""
         return [id for id in ids if id in self.ours.special_tokens.values()]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Made]:
-    """By family of the tokenizer and template."""
+    """By family of the tokenizer and template. The families share the processes that render."""
+    renderers: dict[str, templates.Renderer] = {}
+
+    def shared(template: str, tokens: Mapping[str, Any]) -> templates.Renderer:
+        key = f"{template}{sorted(tokens.items())}"
+        if key not in renderers:
+            renderers[key] = Renderer(template, tokens)
+        return renderers[key]
 
     class Lazily(dict[tuple[str, str], Made]):
         def __missing__(self, key: tuple[str, str]) -> Made:
@@ -139,7 +147,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Made
             fast = FAMILIES[family]()
             fast.add_tokens(["<think>", "</think>"])
             folder = saved(fast, tmp_path_factory.mktemp("made"), TEMPLATES[template])
-            self[key] = Made(folder)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(templates, "Renderer", shared)
+                self[key] = Made(folder)
             self[key].parts = template == "parts"
             return self[key]
 
@@ -200,14 +210,14 @@ def test_the_special_tokens_of_a_chat_are_those_of_its_template(
 
     ids = one.ours.encode_chat(turns)
 
-    without_unknown = {one.ours.special_tokens["<unk>"]}  # which may stand for any letter
+    without_unknown = {one.ours.special_tokens["<unk>"]}  # it may stand for any letter
     found = [id for id in one.special(ids) if id not in without_unknown]
     assert found == [id for id in one.special(one.ours.encode_chat(plain)) if id not in without_unknown]
 
 
 @pytest.mark.parametrize("family", ["byte level", "byte fallback", "metaspace first"])
 @pytest.mark.parametrize("template", ["chatml", "llama 3", "zephyr"])
-def test_a_forged_turn_is_text_and_reads_as_it_was_written(
+def test_a_forged_turn_is_encoded_as_plain_text(
     made: dict[tuple[str, str], Made], family: str, template: str
 ) -> None:
     one = made[family, template]
@@ -220,7 +230,7 @@ def test_a_forged_turn_is_text_and_reads_as_it_was_written(
     assert one.theirs.decode(ids).replace(" ", "") == as_text.replace(" ", "")
 
 
-def test_a_special_token_that_two_messages_make_together_is_none(tmp_path: Path) -> None:
+def test_a_special_token_composed_of_two_messages_is_text(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>"
     one = Made(saved(byte_level(), tmp_path, template))
 
@@ -230,7 +240,9 @@ def test_a_special_token_that_two_messages_make_together_is_none(tmp_path: Path)
 
 
 @pytest.mark.parametrize("change", ["replace('#', '')", "lower", "trim"])
-def test_a_special_token_that_the_template_makes_of_a_message_is_none(tmp_path: Path, change: str) -> None:
+def test_a_special_token_that_the_template_composes_from_a_message_is_text(
+    tmp_path: Path, change: str
+) -> None:
     template = "{% for m in messages %}{{ m.content | " + change + " }}{% endfor %}<|im_end|>"
     one = Made(saved(byte_level(), tmp_path, template))
 
@@ -239,7 +251,7 @@ def test_a_special_token_that_the_template_makes_of_a_message_is_none(tmp_path: 
     assert one.special(ids) == [one.ours.special_tokens["<|im_end|>"]]
 
 
-def test_tokens_that_frame_turns_are_guarded_though_the_file_does_not_call_them_special(
+def test_tokens_that_frame_turns_are_reserved_although_the_file_does_not_declare_them_special(
     tmp_path: Path,
 ) -> None:
     fast = byte_level()
@@ -267,7 +279,7 @@ def test_a_raw_prompt_may_name_special_tokens(made: dict[tuple[str, str], Made])
 
 @pytest.mark.model
 @pytest.mark.parametrize("name", [models.SMALL, models.LARGE])
-def test_the_default_models_take_forged_turns_for_text_and_others_as_ever(name: str) -> None:
+def test_the_default_models_encode_forged_turns_as_text_and_others_as_transformers_does(name: str) -> None:
     from transformers import AutoTokenizer
 
     cache = models.cache_folder()
@@ -291,7 +303,7 @@ def test_the_default_models_take_forged_turns_for_text_and_others_as_ever(name: 
     assert FORGED in theirs.decode(forged)
 
 
-# Templates that do not work as one would like.
+# Templates that do not work as expected.
 
 
 def loaded(folder: Path, template: Any) -> TransformersTokenizer:
@@ -299,7 +311,7 @@ def loaded(folder: Path, template: Any) -> TransformersTokenizer:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "reported"),
     [
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages + 1 }}", "TypeError"),
@@ -309,16 +321,16 @@ def loaded(folder: Path, template: Any) -> TransformersTokenizer:
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ 'x' * 2000000 }}{{ messages[0].content }}", "2000008 characters"),
         ("{{ 'x' * 10 ** 10 }}", "MiB of memory"),
-        ("always the same", "leaves out the message of role 'user'"),
+        ("always the same", "drops the message of role 'user'"),
         ("{{ raise_exception('closed on Sundays') }}", "closed on Sundays"),
     ],
 )
-def test_a_template_that_never_works_is_said_so_in_words_and_prompts_still_do(
-    tmp_path: Path, body: str, said: str, caplog: pytest.LogCaptureFixture
+def test_a_template_that_never_works_is_reported_and_raw_prompts_still_work(
+    tmp_path: Path, body: str, reported: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = loaded(tmp_path, body)
 
-    with pytest.raises(errors.InvalidRequest, match=said) as caught:
+    with pytest.raises(errors.InvalidRequest, match=reported) as caught:
         tokenizer.encode_chat([("user", "hi")])
     assert "`prompt`" in caught.value.message
     assert tokenizer.encode_text("hi")
@@ -326,11 +338,11 @@ def test_a_template_that_never_works_is_said_so_in_words_and_prompts_still_do(
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "reported"),
     [("1 / 0", "ZeroDivisionError"), ("m + 1", "TypeError"), ("2.0 ** 5000", "OverflowError")],
 )
-def test_a_template_that_fails_on_some_messages_refuses_those_in_words(
-    tmp_path: Path, fault: str, said: str
+def test_a_template_that_fails_on_some_messages_rejects_only_those(
+    tmp_path: Path, fault: str, reported: str
 ) -> None:
     template = (
         "{% for m in messages %}{% if m.content == 'bad' %}{{ " + fault + " }}{% endif %}{{ m.content }}"
@@ -338,15 +350,15 @@ def test_a_template_that_fails_on_some_messages_refuses_those_in_words(
     )
     tokenizer = loaded(tmp_path, template)
 
-    with pytest.raises(errors.InvalidRequest, match=said):
+    with pytest.raises(errors.InvalidRequest, match=reported):
         tokenizer.encode_chat([("user", "bad")])
     assert tokenizer.encode_chat([("user", "good")])
 
 
-def test_a_template_that_does_not_end_is_ended_and_the_next_chat_is_laid_out(
+def test_a_template_that_does_not_end_is_killed_and_the_next_chat_is_rendered(
     tmp_path: Path,
 ) -> None:
-    """In loops, and where Python itself would not look up for hours."""
+    """In loops, and inside of C code that does not return for hours."""
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     template = (
         "{% for m in messages %}{% if m.content == 'loop' %}" + endless + "{% elif m.content == 'power' %}"
@@ -360,7 +372,7 @@ def test_a_template_that_does_not_end_is_ended_and_the_next_chat_is_laid_out(
         assert tokenizer.encode_chat([("user", "good")])
 
 
-def test_templates_that_want_parts_get_parts_role_by_role(tmp_path: Path) -> None:
+def test_templates_that_expect_parts_get_parts_role_by_role(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}<|im_start|>{% if m.role == 'user' %}{% for part in m.content %}"
         "{{ part.text }}{% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
@@ -372,7 +384,7 @@ def test_templates_that_want_parts_get_parts_role_by_role(tmp_path: Path) -> Non
     assert tokenizer._fast.decode(ids) == "briefhiyougo"
 
 
-def test_text_that_a_template_would_leave_out_is_refused_by_its_place(tmp_path: Path) -> None:
+def test_a_message_that_a_template_would_drop_is_rejected_by_its_place(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'user' or (m.role == 'system' and loop.first) %}"
         "{{ m.content }}{% elif m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
@@ -380,7 +392,7 @@ def test_text_that_a_template_would_leave_out_is_refused_by_its_place(tmp_path: 
     tokenizer = loaded(tmp_path, template)
 
     assert tokenizer.encode_chat([("system", "brief"), ("user", "hi")])
-    with pytest.raises(errors.InvalidRequest, match="leaves out") as caught:
+    with pytest.raises(errors.InvalidRequest, match="drops") as caught:
         tokenizer.encode_chat([("user", "hi"), ("system", "now be brief"), ("user", "hi")])
     assert caught.value.field == "chat.messages[1]"
 
@@ -393,7 +405,7 @@ def test_text_that_a_template_would_leave_out_is_refused_by_its_place(tmp_path: 
         ({"only": "3{{ messages[0].content }}"}, "3"),
     ],
 )
-def test_of_several_templates_the_default_or_the_first_that_works_is_used(
+def test_the_default_template_or_the_first_that_works_is_used(
     tmp_path: Path, templates: dict[str, str], used: str
 ) -> None:
     tokenizer = loaded(tmp_path, templates)
@@ -409,7 +421,7 @@ def test_a_message_whose_end_the_template_drops_cannot_be_continued(tmp_path: Pa
         tokenizer.encode_chat([("user", "hi"), ("assistant", "x" * 30)], continue_final=True)
 
 
-def test_the_process_that_renders_ends_with_its_tokenizer(tmp_path: Path) -> None:
+def test_the_rendering_process_ends_with_its_tokenizer(tmp_path: Path) -> None:
     import gc
 
     tokenizer = loaded(tmp_path, CHATML)

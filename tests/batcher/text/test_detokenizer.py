@@ -1,4 +1,4 @@
-"""Text comes out whole: no broken character, no stop text, nothing lost, nothing twice."""
+"""Decoded text is complete: no broken character, no stop text, nothing lost or repeated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headrace.batcher.text.detokenizer import (
     Detokenizer,
     Spelling,
     StopFinder,
-    Stops,
+    StopRules,
     TextStream,
     last_with_text,
 )
@@ -41,14 +41,14 @@ def pieces(spelling: Spelling, ids: list[int], after: int | None = None) -> list
 
 
 def stream(stops: list[str], **options: Any) -> TextStream:
-    return TextStream(Detokenizer(BYTES), Stops(stops, **options))
+    return TextStream(Detokenizer(BYTES), StopRules(stops, **options))
 
 
 def decoded(ours: TransformersTokenizer, ids: list[int]) -> str:
-    """The decoding of all ids at once.
+    """Return the text of all ids decoded at once.
 
-    Of neighbouring tokens that stand for bytes, `tokenizers` shows all as broken if one is, also characters
-    that are whole and were sent before. SentencePiece keeps those, and so do we.
+    If one of several adjacent byte tokens is invalid, `tokenizers` decodes all of them as invalid, also
+    complete characters that were released before. SentencePiece keeps those, and so do we.
     """
     fast = ours._fast
     if not ours._byte_fallback:
@@ -64,7 +64,7 @@ def decoded(ours: TransformersTokenizer, ids: list[int]) -> str:
 
 
 @given(ids=st.lists(st.integers(0, 257), max_size=40))
-def test_pieces_add_up_to_the_decoding_of_all_ids_even_for_random_bytes(ids: list[int]) -> None:
+def test_pieces_concatenate_to_the_text_of_all_ids_even_for_random_bytes(ids: list[int]) -> None:
     whole = bytes(id for id in ids if id < 256).decode(errors="replace")
 
     assert "".join(pieces(BYTES, ids)) == whole
@@ -72,21 +72,21 @@ def test_pieces_add_up_to_the_decoding_of_all_ids_even_for_random_bytes(ids: lis
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(prompt=WORDS, data=st.data())
-def test_pieces_of_any_tokenizer_add_up_to_its_own_decoding_of_any_ids(
+def test_pieces_of_any_tokenizer_concatenate_to_its_own_decoding_of_any_ids(
     family: str, prompt: str, data: st.DataObject
 ) -> None:
-    """After a prompt, and at the start of a text, where many leave out a blank."""
+    """After a prompt, and at the start of a text, where many tokenizers leave out a space."""
     ours = tokenizer(family)
     before = ours.encode_text(prompt)
     ids = data.draw(st.lists(st.integers(0, ours._fast.get_vocab_size() + 2), max_size=25))
 
-    said = "".join(pieces(ours, ids, last_with_text(ours, before)))
+    released = "".join(pieces(ours, ids, last_with_text(ours, before)))
 
-    assert decoded(ours, before) + said == decoded(ours, before + ids)
+    assert decoded(ours, before) + released == decoded(ours, before + ids)
 
 
 @given(text=WORDS)
-def test_the_reference_for_bytes_is_what_the_tokenizer_says_of_whole_characters(text: str) -> None:
+def test_the_reference_decoding_is_the_tokenizers_own_for_complete_characters(text: str) -> None:
     ours = tokenizer("byte fallback")
     ids = ours.encode_text(text)
 
@@ -95,34 +95,34 @@ def test_the_reference_for_bytes_is_what_the_tokenizer_says_of_whole_characters(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
-def test_no_more_than_an_unfinished_character_is_kept_back(family: str, data: st.DataObject) -> None:
-    """At most three bytes; so a real U+FFFD, and bytes that never become a character, come at once."""
+def test_no_more_than_an_incomplete_character_is_held_back(family: str, data: st.DataObject) -> None:
+    """At most three bytes, so that a real U+FFFD and invalid bytes are released immediately."""
     ours = tokenizer(family)
     ids = data.draw(st.lists(st.integers(0, ours._fast.get_vocab_size() - 1), max_size=25))
     detokenizer = Detokenizer(ours)
-    said = ""
+    released = ""
 
     for count, id in enumerate(ids, 1):
-        said += detokenizer.feed(id)
+        released += detokenizer.feed(id)
         whole = "".join(pieces(ours, ids[:count]))
-        assert whole.startswith(said)
-        assert set(whole[len(said) :]) <= {REPLACEMENT}
-        assert len(whole) - len(said) <= 3
+        assert whole.startswith(released)
+        assert set(whole[len(released) :]) <= {REPLACEMENT}
+        assert len(whole) - len(released) <= 3
 
 
 @pytest.mark.parametrize("family", ["byte level", "byte fallback"])
-def test_replacement_characters_of_the_answer_are_text_like_any_other(family: str) -> None:
+def test_replacement_characters_of_the_answer_are_ordinary_text(family: str) -> None:
     ours = tokenizer(family)
     detokenizer = Detokenizer(ours, after=ours.encode_text("x")[-1])
 
-    said = [detokenizer.feed(id) for id in ours.encode_text(REPLACEMENT * 50)]
+    released = [detokenizer.feed(id) for id in ours.encode_text(REPLACEMENT * 50)]
 
-    assert "".join(said).strip() == REPLACEMENT * 50
+    assert "".join(released).strip() == REPLACEMENT * 50
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_work_for_a_token_does_not_grow_with_the_answer(family: str) -> None:
-    """Counted in ids that are decoded, over rows of what could be kept back longest."""
+    """Counts decoded ids, over runs of the tokens that could be held back longest."""
     ours = TransformersTokenizer(FAMILIES[family](), None, family)
     fast = ours._fast
     decodes: list[int] = []
@@ -145,7 +145,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_answer(family: str) -> None
 
 
 @given(text=TEXTS)
-def test_no_piece_of_real_text_holds_a_replacement_character(text: str) -> None:
+def test_no_piece_of_valid_text_contains_a_replacement_character(text: str) -> None:
     detokenizer = Detokenizer(BYTES)
 
     pieces = [detokenizer.feed(id) for id in text.encode()]
@@ -159,28 +159,28 @@ def test_a_stop_text_is_found_wherever_the_pieces_are_cut(
     text: str, stops: list[str], data: st.DataObject
 ) -> None:
     finder = StopFinder(stops)
-    said, stopped, rest = "", None, text
+    released, stopped, rest = "", None, text
     while rest and stopped is None:
         cut = data.draw(st.integers(1, len(rest)))
         piece, stopped = finder.feed(rest[:cut])
-        said, rest = said + piece, rest[cut:]
-        assert text.startswith(said)
+        released, rest = released + piece, rest[cut:]
+        assert text.startswith(released)
     if stopped is None:
-        said += finder.flush()
+        released += finder.flush()
 
     if any(stop in text for stop in stops):
         assert stopped is not None
-        assert text.startswith(said + stopped)
-        assert not any(stop in said for stop in stops), "nothing of a complete stop text was let out"
+        assert text.startswith(released + stopped)
+        assert not any(stop in released for stop in stops), "nothing of a complete stop text was released"
     else:
-        assert said == text
+        assert released == text
 
 
 @given(text=TEXTS, stops=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=2), data=st.data())
-def test_what_n_tokens_release_does_not_depend_on_how_they_came(
+def test_the_text_released_for_n_tokens_does_not_depend_on_their_grouping(
     text: str, stops: list[str], data: st.DataObject
 ) -> None:
-    """This is what lets an answer go on elsewhere: the text that was delivered follows from the ids."""
+    """Another worker or batcher can resume an answer because the released text follows from the ids."""
     ids = list(text.encode())
     one_by_one = stream(stops)
     released = []
@@ -209,13 +209,13 @@ def test_a_stop_text_in_the_last_held_bytes_is_still_found() -> None:
     assert held.flush().stopped == REPLACEMENT
 
 
-def test_a_stop_text_that_begins_with_a_blank_is_found_in_the_first_token_of_an_answer() -> None:
+def test_a_stop_text_that_starts_with_a_space_is_found_in_the_first_token_of_an_answer() -> None:
     ours = tokenizer("byte fallback")
     prompt, answer = ours.encode_text("Hello"), [ours._fast.token_to_id("▁world")]
     after = last_with_text(ours, prompt)
 
     assert TextStream(Detokenizer(ours, after)).feed(answer).text == " world"
-    assert TextStream(Detokenizer(ours, after), Stops([" world"])).feed(answer).stopped == " world"
+    assert TextStream(Detokenizer(ours, after), StopRules([" world"])).feed(answer).stopped == " world"
 
 
 @given(
@@ -223,24 +223,24 @@ def test_a_stop_text_that_begins_with_a_blank_is_found_in_the_first_token_of_an_
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=2),
     least=st.integers(0, 30),
 )
-def test_a_stop_text_counts_from_the_fewest_tokens_on(text: str, stops: list[str], least: int) -> None:
+def test_a_stop_text_counts_from_min_tokens_on(text: str, stops: list[str], least: int) -> None:
     """With a byte for a token, tokens are characters."""
     ends = [at for at in range(1, len(text) + 1) if at >= least and text[:at].endswith(tuple(stops))]
     one_by_one = stream(stops, min_tokens=least)
-    said, used, stopped = "", 0, None
+    released, used, stopped = "", 0, None
     for id in text.encode():
         piece = one_by_one.feed([id])
-        said, used, stopped = said + piece.text, used + piece.used, piece.stopped
+        released, used, stopped = released + piece.text, used + piece.used, piece.stopped
         if stopped is not None:
             break
     else:
-        said += one_by_one.flush().text
+        released += one_by_one.flush().text
 
     assert used == (ends[0] if ends else len(text))
-    assert said + (stopped or "") == text[:used]
+    assert released + (stopped or "") == text[:used]
 
 
-def test_a_special_token_that_is_a_stop_text_ends_the_answer_though_it_has_no_text() -> None:
+def test_a_special_token_that_is_a_stop_text_ends_the_answer_although_it_has_no_text() -> None:
     ids = [*b"hello", 256, *b"world"]
 
     assert stream(["<end>"], ids={256: "<end>"}).feed(ids).text == "hello"
@@ -248,14 +248,14 @@ def test_a_special_token_that_is_a_stop_text_ends_the_answer_though_it_has_no_te
     assert stream(["<end>"], ids={256: "<end>"}, min_tokens=7).feed(ids).stopped is None
 
 
-def test_text_that_may_begin_a_stop_text_is_released_before_a_special_token_that_ends_the_answer() -> None:
+def test_held_back_text_is_released_before_a_special_token_that_ends_the_answer() -> None:
     piece = stream(["low", "<end>"], ids={256: "<end>"}).feed([*b"hello", 256])
 
     assert (piece.text, piece.used, piece.stopped) == ("hello", 6, "<end>")
 
 
-def test_the_longest_beginnings_of_many_stop_texts_cost_no_more_than_a_few_looks_a_token() -> None:
-    """Stop texts that nearly match, again and again: what is compared stays in proportion to the text."""
+def test_the_comparisons_per_token_are_bounded_for_many_long_stop_texts() -> None:
+    """Stop texts that almost match repeatedly: the comparisons stay proportional to the text."""
     compared = 0
 
     class Watched(str):
@@ -266,7 +266,7 @@ def test_the_longest_beginnings_of_many_stop_texts_cost_no_more_than_a_few_looks
 
     finder = StopFinder([Watched("a" * 255 + chr(ord("b") + n)) for n in range(16)])
     text = "a" * 10_000
-    said = "".join(finder.feed(letter)[0] for letter in text) + finder.flush()
+    released = "".join(finder.feed(letter)[0] for letter in text) + finder.flush()
 
-    assert said == text
+    assert released == text
     assert compared <= 4 * 16 * len(text)

@@ -1,4 +1,4 @@
-"""What a model's authors recommend for sampling is the default where the batcher is set so."""
+"""A model's recommended sampling fields are the defaults if the batcher is configured to use them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.harness import collect, eventually, prompt, running_worker
 RECOMMENDED = {"temperature": 0.5, "top_p": 0.75, "top_k": 20, "repetition_penalty": 1.25, "do_sample": True}
 
 
-class Noting(EchoEngine):
-    """Keeps what it was last asked for."""
+class Recording(EchoEngine):
+    """Records the latest sampling parameters."""
 
     asked: SamplingParams | None = None
 
@@ -35,7 +35,7 @@ class Noting(EchoEngine):
 
 
 async def test_fields_that_a_request_leaves_out_have_the_recommended_values() -> None:
-    engine = Noting()
+    engine = Recording()
     defaults = pb.Sampling(temperature=0.5, top_p=0.75, top_k=20, repetition_penalty=1.25)
     async with running_worker(engine) as worker:
         settings = Settings(port=0, tier="t", workers=f"127.0.0.1:{worker.server.port}", fake=True)
@@ -56,7 +56,7 @@ async def test_fields_that_a_request_leaves_out_have_the_recommended_values() ->
 
 
 @pytest.mark.parametrize(("wanted", "temperature"), [("auto", 0.5), ("none", None)])
-def test_the_setting_chooses_whether_they_are_read(
+def test_the_setting_selects_whether_they_are_read(
     tmp_path: Path, wanted: Any, temperature: float | None
 ) -> None:
     folder = saved(byte_level(), tmp_path / "model")
@@ -85,7 +85,7 @@ def test_minus_one_stands_for_all_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reported"),
     [
         ({"temperature": -1}, "temperature = -1"),
         ({"top_p": 2.5}, "top_p = 2.5"),
@@ -95,12 +95,12 @@ def test_minus_one_stands_for_all_tokens(tmp_path: Path) -> None:
         ("{", "damaged"),
     ],
 )
-def test_recommendations_that_no_request_may_have_stop_the_start_by_name(
-    tmp_path: Path, content: Any, said: str
+def test_invalid_recommendations_stop_the_start_with_their_name(
+    tmp_path: Path, content: Any, reported: str
 ) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
 
-    with pytest.raises(ModelUnavailable, match=said) as caught:
+    with pytest.raises(ModelUnavailable, match=reported) as caught:
         recommended_sampling(tmp_path)
     assert str(file) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Tokenizers come from the files that models have; files that will not do are named in one line."""
+"""Tokenizers are read from the files of models; invalid files are reported in one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import sentencepiece
 
 from headrace.batcher.text.tokens import load_tokenizer
 from headrace.models import ModelUnavailable, tokenizer_fingerprint
-from tests.batcher.text.test_tokens import spoken
+from tests.batcher.text.test_tokens import answer_text
 from tests.batcher.text.tiny_tokenizers import byte_level, saved
 from tests.harness import PATIENCE
 
@@ -26,7 +26,7 @@ SENTENCES = [f"the sky is blue and the sea is green, hello world {number}" for n
 
 
 def merges_folder(folder: Path, **config: Any) -> Path:
-    """A folder with vocab.json and merges.txt, as GPT-2 has."""
+    """Write a folder with vocab.json and merges.txt, as GPT-2 has."""
     folder.mkdir(parents=True)
     byte_level(["<|endoftext|>"]).model.save(str(folder))
     for name, content in config.items():
@@ -35,7 +35,7 @@ def merges_folder(folder: Path, **config: Any) -> Path:
 
 
 def sentencepiece_folder(folder: Path, kind: str = "bpe", **options: Any) -> Path:
-    """A folder with a tokenizer.model alone, as Llama 2's authors give it."""
+    """Write a folder with a tokenizer.model alone, as Llama 2 was published."""
     model = io.BytesIO()
     options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **options}
     sentencepiece.SentencePieceTrainer.train(
@@ -62,12 +62,12 @@ def sentencepiece_folder(folder: Path, kind: str = "bpe", **options: Any) -> Pat
     ],
     ids=str,
 )
-def test_a_vocabulary_and_its_merges_are_a_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_vocabulary_with_merges_is_read_as_a_tokenizer(tmp_path: Path, config: dict[str, Any]) -> None:
     folder = merges_folder(tmp_path / "model", **config)
     tokenizer = load_tokenizer(folder, tmp_path)
 
     text = "the sky is blue – é 🚀"
-    assert spoken(tokenizer, tokenizer.encode_text(text)) == text
+    assert answer_text(tokenizer, tokenizer.encode_text(text)) == text
     assert len(tokenizer.encode_text("the sky")) < len("the sky")
     assert tokenizer.special_tokens == {"<|endoftext|>": tokenizer.encode_text("<|endoftext|>")[0]}
 
@@ -108,18 +108,18 @@ def test_a_sentencepiece_model_alone_gives_the_ids_of_sentencepiece(
     for text in ("hello world", " the  sky\nis", "blue – é 🚀", "a <x> b"):
         ids = tokenizer.encode_text(text)
         assert ids == [sentences.bos_id(), *sentences.encode(text)]
-        assert spoken(tokenizer, ids) == sentences.decode(sentences.encode(text))
+        assert answer_text(tokenizer, ids) == sentences.decode(sentences.encode(text))
 
 
-def test_a_sentencepiece_model_that_would_be_read_wrongly_is_refused(tmp_path: Path) -> None:
+def test_a_sentencepiece_model_that_would_be_read_incorrectly_is_rejected(tmp_path: Path) -> None:
     folder = sentencepiece_folder(tmp_path / "model", add_dummy_prefix=False)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
 
-    with pytest.raises(ModelUnavailable, match=r"tokenizer\.model splits text in another way .* convert it"):
+    with pytest.raises(ModelUnavailable, match=r"tokenizer\.model splits text differently .* convert it"):
         load_tokenizer(folder, tmp_path)
 
 
-# What does not work says so: the file, what is wrong, what to do.
+# Errors name the file, the problem and the correction.
 
 
 def written(name: str, content: bytes | str) -> Callable[[Path], None]:
@@ -150,49 +150,47 @@ def with_code_alone(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "pointer": (written("tokenizer.json", LFS), r"tokenizer\.json is a pointer of git-lfs.*git lfs pull"),
+    "pointer": (written("tokenizer.json", LFS), r"tokenizer\.json is a git-lfs pointer.*git lfs pull"),
     "pointer of the settings": (
         written("tokenizer_config.json", LFS),
-        r"tokenizer_config\.json is a pointer",
+        r"tokenizer_config\.json is a git-lfs pointer",
     ),
     "empty": (written("tokenizer.json", b""), r"tokenizer\.json is empty: copy"),
-    "truncated": (truncated("tokenizer.json"), r"tokenizer\.json is damaged, it is not JSON.*copy"),
+    "truncated": (truncated("tokenizer.json"), r"tokenizer\.json is damaged and not valid JSON.*copy"),
     "not UTF-8": (written("tokenizer_config.json", b"\xff\xfe{}"), r"tokenizer_config\.json is damaged"),
     "no such JSON": (written("tokenizer.json", b'{"model": 3}'), r"cannot be read \(.*copy"),
     "a list": (written("tokenizer_config.json", b"[1, 2]"), r"cannot be read \(.*copy"),
     "a config that is damaged": (written("config.json", b"{"), r"cannot be read \(.*copy|config\.json"),
-    "code beside a file that says all": (with_code, r"code that came with it .*not run here: give a model"),
-    "code": (with_code_alone, r"code that came with it .*not run here: give a model"),
+    "code beside a complete file": (with_code, r"code that came with the model .*not run here: give a model"),
+    "code": (with_code_alone, r"code that came with the model .*not run here: give a model"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_that_is_no_tokenizer_is_refused_in_a_line_that_says_what_to_do(
-    tmp_path: Path, fault: str
-) -> None:
-    spoil, said = FAULTS[fault]
+def test_an_invalid_folder_is_rejected_in_one_line_with_the_correction(tmp_path: Path, fault: str) -> None:
+    spoil, reported = FAULTS[fault]
     folder = saved(byte_level(), tmp_path / "model")
     spoil(folder)
 
-    with pytest.raises(ModelUnavailable, match=said) as caught:
+    with pytest.raises(ModelUnavailable, match=reported) as caught:
         load_tokenizer(folder, tmp_path)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reported"),
     [(b"", "empty"), (b"\x00\x01", "damaged"), (LFS.encode(), "git-lfs"), (b"\x0a\xff\xff", "damaged")],
 )
-def test_a_sentencepiece_model_that_is_none_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_invalid_sentencepiece_model_is_reported(tmp_path: Path, content: bytes, reported: str) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
 
-    with pytest.raises(ModelUnavailable, match=rf"tokenizer\.model is .*{said}"):
+    with pytest.raises(ModelUnavailable, match=rf"tokenizer\.model is .*{reported}"):
         load_tokenizer(tmp_path, tmp_path)
 
 
 def gguf(path: Path, *, tokens: bool) -> Path:
-    """A gguf of a llama without weights."""
+    """Write a gguf of a llama without weights."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(str(path), "llama")
@@ -214,7 +212,7 @@ def gguf(path: Path, *, tokens: bool) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["no tokens", "truncated", "something else", "pointer", "empty"])
-def test_a_gguf_without_a_usable_tokenizer_is_named(tmp_path: Path, kind: str) -> None:
+def test_a_gguf_without_a_usable_tokenizer_is_reported(tmp_path: Path, kind: str) -> None:
     path = gguf(tmp_path / "model.gguf", tokens=kind == "truncated")
     if kind == "truncated":
         truncated(path.name)(tmp_path)
@@ -237,7 +235,7 @@ def command(model: Path, cache: Path) -> list[str]:
 async def test_a_batcher_whose_tokenizer_cannot_be_read_exits_with_one_line(
     tmp_path: Path, fault: str
 ) -> None:
-    """Also on a terminal, where transformers would ask whether to run what came with the model."""
+    """Also on a terminal, where transformers would ask whether to run the model's code."""
     folder = saved(byte_level(), tmp_path / "model")
     if fault == "gguf":
         folder = gguf(tmp_path / "model.gguf", tokens=False)

@@ -1,4 +1,4 @@
-"""Tokenizers: the model's own chat template, and text that comes back as it went in."""
+"""Tokenizers use the model's chat template, and decode what they encode to the same text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tokenizer with a chat template, trained here."""
+    """A small tokenizer with a chat template, trained for this test."""
     fast = byte_level(["</s>", "<user>", "<assistant>"])
     return saved(fast, tmp_path_factory.mktemp("tokenizer"), TEMPLATE, bos_token=None, unk_token=None)
 
@@ -42,56 +42,58 @@ def small(folder: Path) -> TransformersTokenizer:
 
 
 def written(tokenizer: Any, ids: list[int]) -> str:
-    """The text of *ids*, names of special tokens and all."""
+    """Return the text of *ids* with the names of special tokens."""
     return str(tokenizer._fast.decode(ids, skip_special_tokens=False))
 
 
-def spoken(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text of *ids* as an answer has it."""
+def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Return the text of *ids* in an answer."""
     detokenizer = Detokenizer(tokenizer)
     return "".join([*(detokenizer.feed(id) for id in ids), detokenizer.flush()])
 
 
-def test_a_chat_is_laid_out_by_the_models_template(small: TransformersTokenizer) -> None:
+def test_a_chat_is_rendered_by_the_models_template(small: TransformersTokenizer) -> None:
     ids = small.encode_chat([("user", "the sky"), ("assistant", "is"), ("user", "blue?")])
 
     assert written(small, ids) == "<user>the sky</s><assistant>is</s><user>blue?</s><assistant>"
 
 
-def test_an_empty_turn_of_the_assistant_is_laid_out_as_it_is(small: TransformersTokenizer) -> None:
+def test_an_empty_turn_of_the_assistant_is_rendered(small: TransformersTokenizer) -> None:
     ids = small.encode_chat([("user", "the sky"), ("assistant", ""), ("user", "blue?")])
 
     assert written(small, ids) == "<user>the sky</s><assistant></s><user>blue?</s><assistant>"
 
 
-@pytest.mark.parametrize("begun", ["", "the sea is", "the sea is ", "the </s> <"])
-def test_an_answer_that_is_continued_ends_where_it_was_left(small: TransformersTokenizer, begun: str) -> None:
-    turns = [("user", "the sky"), ("assistant", begun)]
+@pytest.mark.parametrize("start", ["", "the sea is", "the sea is ", "the </s> <"])
+def test_a_continued_answer_ends_where_the_message_ends(small: TransformersTokenizer, start: str) -> None:
+    turns = [("user", "the sky"), ("assistant", start)]
 
     ids = small.encode_chat(turns, continue_final=True)
 
-    assert written(small, ids) == f"<user>the sky</s><assistant>{begun}"
+    assert written(small, ids) == f"<user>the sky</s><assistant>{start}"
     assert ids[-1] != small.special_tokens["</s>"]
 
 
 @given(text=st.text(max_size=200) | st.sampled_from(["the sky is blue" * 40, "\n" * 500]))
-def test_a_chat_has_no_fewer_tokens_than_its_layout_proves(small: TransformersTokenizer, text: str) -> None:
+def test_a_chat_has_no_fewer_tokens_than_its_rendered_text_proves(
+    small: TransformersTokenizer, text: str
+) -> None:
     turns = [("user", text), ("assistant", "is"), ("user", text)]
 
     assert small.bound is not None
-    assert 1 < small.bound.fewest_tokens(small.lay_out(turns)) <= len(small.encode_chat(turns))
-    assert small.bound.fewest_tokens(text) <= len(small.encode_text(text))
+    assert 1 < small.bound.min_tokens(small.render_chat(turns)) <= len(small.encode_chat(turns))
+    assert small.bound.min_tokens(text) <= len(small.encode_text(text))
 
 
-def test_turns_that_the_template_refuses_are_the_callers_to_mend(small: TransformersTokenizer) -> None:
+def test_turns_that_the_template_refuses_are_an_invalid_request(small: TransformersTokenizer) -> None:
     with pytest.raises(errors.InvalidRequest, match="no system prompts here"):
         small.encode_chat([("system", "be brief"), ("user", "hi")])
 
 
-def test_special_tokens_do_not_become_text(small: TransformersTokenizer) -> None:
+def test_special_tokens_have_no_text(small: TransformersTokenizer) -> None:
     ids = small.encode_chat([("user", "the sea")])
 
-    assert spoken(small, ids) == "the sea"
+    assert answer_text(small, ids) == "the sea"
 
 
 def test_equal_folders_have_equal_fingerprints(small: TransformersTokenizer, folder: Path) -> None:
@@ -99,25 +101,26 @@ def test_equal_folders_have_equal_fingerprints(small: TransformersTokenizer, fol
     assert len(small.fingerprint) == 16
 
 
-def test_a_model_without_a_template_takes_prompts_only(folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_template_accepts_prompts_only(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         if file.is_file() and file.suffix != ".jinja":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     bare = load_tokenizer(tmp_path, tmp_path / "cache")
 
-    assert spoken(bare, bare.encode_text("the sky")) == "the sky"
+    assert answer_text(bare, bare.encode_text("the sky")) == "the sky"
     with pytest.raises(errors.InvalidRequest, match="send `prompt`"):
         bare.encode_chat([("user", "hi")])
 
 
-def test_a_prompt_is_encoded_whole_whatever_limits_its_tokenizers_file_sets(tmp_path: Path) -> None:
+def test_a_prompt_is_encoded_completely_despite_limits_in_the_tokenizer_file(tmp_path: Path) -> None:
     fast = byte_level()
     fast.enable_truncation(4)
     fast.enable_padding(length=64)
     limited = load_tokenizer(saved(fast, tmp_path / "limited"), tmp_path)
 
     assert (
-        spoken(limited, limited.encode_text("the sky is blue and the sea")) == "the sky is blue and the sea"
+        answer_text(limited, limited.encode_text("the sky is blue and the sea"))
+        == "the sky is blue and the sea"
     )
     assert len(limited.encode_text("the")) < 4
 
@@ -126,7 +129,7 @@ def test_a_prompt_is_encoded_whole_whatever_limits_its_tokenizers_file_sets(tmp_
 def test_a_long_prompt_lets_other_threads_run_while_it_is_encoded(
     small: TransformersTokenizer, kind: str
 ) -> None:
-    """Counted, not timed: with the interpreter's lock held all the while nobody would get a turn."""
+    """Counts turns instead of time: while the GIL is held, no other thread gets a turn."""
     text = "the sky is blue and <the> sea is green " * 20_000
     turns, encoding, done = 0, threading.Event(), threading.Event()
 
@@ -155,15 +158,17 @@ def test_a_long_prompt_lets_other_threads_run_while_it_is_encoded(
 
 
 @given(text=st.text(max_size=40))
-def test_pieces_of_a_byte_level_tokenizer_add_up(small: TransformersTokenizer, text: str) -> None:
-    assert spoken(small, small.encode_text(text)) == text
+def test_pieces_of_a_byte_level_tokenizer_concatenate_to_the_text(
+    small: TransformersTokenizer, text: str
+) -> None:
+    assert answer_text(small, small.encode_text(text)) == text
 
 
-def test_bytes_are_their_own_ids() -> None:
+def test_the_byte_tokenizer_uses_bytes_as_ids() -> None:
     assert ByteTokenizer().encode_chat([("system", "x"), ("user", "é")]) == [0xC3, 0xA9]
 
 
-def test_a_stop_text_may_be_a_special_token_and_may_not_hold_one(small: TransformersTokenizer) -> None:
+def test_stop_ids_accept_a_special_token_but_no_text_that_contains_one(small: TransformersTokenizer) -> None:
     assert stop_ids(small, ["\n", "</s>"]) == {small.special_tokens["</s>"]: "</s>"}
     with pytest.raises(errors.InvalidSampling, match="give '</s>' alone"):
         stop_ids(small, ["</s>\n"])
@@ -171,14 +176,14 @@ def test_a_stop_text_may_be_a_special_token_and_may_not_hold_one(small: Transfor
 
 @pytest.mark.model
 @pytest.mark.parametrize("name", [models.SMALL, models.LARGE])
-def test_pieces_of_the_default_models_add_up_for_any_ids(name: str) -> None:
+def test_pieces_of_the_default_models_concatenate_for_any_ids(name: str) -> None:
     cache = models.cache_folder()
     tokenizer = load_tokenizer(models.resolve(name, cache), cache)
 
     @given(ids=st.lists(st.integers(0, 49151), max_size=30))
     @settings(max_examples=150, deadline=None)
     def check(ids: list[int]) -> None:
-        assert spoken(tokenizer, ids) == tokenizer._fast.decode(ids)
+        assert answer_text(tokenizer, ids) == tokenizer._fast.decode(ids)
 
     check()
-    assert "Paris" in spoken(tokenizer, tokenizer.encode_text("Paris – 巴黎 🗼"))
+    assert "Paris" in answer_text(tokenizer, tokenizer.encode_text("Paris – 巴黎 🗼"))

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of each family, trained here, as `tokenizers` builds them for real models."""
+"""Tiny tokenizers of each family, trained here in the form that real models use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def byte_level(specials: Sequence[str] = SPECIALS) -> Tokenizer:
-    """As GPT-2, Llama 3 and Qwen: each token is bytes, in letters of its own."""
+    """Return a tokenizer like that of GPT-2, Llama 3 and Qwen: each token stands for bytes."""
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -36,9 +36,9 @@ def byte_level(specials: Sequence[str] = SPECIALS) -> Tokenizer:
 
 
 def byte_fallback(*, scheme: str = "normalizer") -> Tokenizer:
-    """As Llama 2 and Mistral: letters, with bytes for those that it lacks, and a blank before the text.
+    """Return a tokenizer like that of Llama 2 and Mistral: letters, bytes for others, a space in front.
 
-    scheme   "normalizer": a blank is put before each stretch between special tokens; "first": before the text
+    scheme   "normalizer": a space before each stretch between special tokens; "first": before the text only
     """
     letters = sorted({letter for text in TEXT for letter in text.replace(" ", "▁")} | {"\ufffd", "é"})
     words = [
@@ -82,7 +82,7 @@ def byte_fallback(*, scheme: str = "normalizer") -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """As T5 and many multilingual models."""
+    """Return a tokenizer like that of T5 and many multilingual models."""
     fast = Tokenizer(models.Unigram())
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
     fast.decoder = decoders.Metaspace()
@@ -94,7 +94,7 @@ def unigram() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """As BERT."""
+    """Return a tokenizer like that of BERT."""
     fast = Tokenizer(models.WordPiece(unk_token="<unk>"))
     fast.normalizer = normalizers.BertNormalizer()
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -105,7 +105,7 @@ def word_piece() -> Tokenizer:
 
 
 def words() -> Tokenizer:
-    """Whole words, and no decoder."""
+    """Return a tokenizer of whole words without a decoder."""
     fast = Tokenizer(models.WordLevel(unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast.train_from_iterator(
@@ -115,7 +115,7 @@ def words() -> Tokenizer:
 
 
 def metaspace_first() -> Tokenizer:
-    """As Llama 2, read by newer versions."""
+    """Return a tokenizer like that of Llama 2 as newer versions read it."""
     return byte_fallback(scheme="first")
 
 
@@ -130,7 +130,7 @@ FAMILIES: dict[str, Callable[[], Tokenizer]] = {
 
 
 def saved(fast: Tokenizer, folder: Path, template: Any = None, **options: Any) -> Path:
-    """A model folder with this tokenizer and chat template."""
+    """Save a model folder with this tokenizer and chat template."""
     from transformers import PreTrainedTokenizerFast
 
     names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **options}

@@ -1,4 +1,4 @@
-"""An answer goes where it can be given as it was begun, and to its end."""
+"""A job is sent to a worker that can complete its answer with the weights that started it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from headrace.batcher.links.link import WorkerLink
 from headrace.batcher.links.pool import WorkerPool
 from headrace.batcher.waiting.admission import Admission
 from headrace.batcher.waiting.dispatch import Dispatcher
-from headrace.batcher.waiting.line import Line
-from headrace.batcher.waiting.prefixes import Prefixes
-from headrace.batcher.waiting.queue import JobQueue
+from headrace.batcher.waiting.prefixes import PrefixIndex
+from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.v1 import worker_service_pb2 as wire
 from tests.batcher.links.test_link import Recorder, job
 
 
 class Pool(WorkerPool):
-    """A pool of links that are what the test says they are."""
+    """A pool of links that the test sets up."""
 
     def __init__(self, *links: WorkerLink) -> None:
         super().__init__([], fingerprint="f", batcher_id="b")
@@ -33,69 +32,70 @@ class Bench:
     """A dispatcher over a pool, and its queue."""
 
     def __init__(self, *links: WorkerLink) -> None:
-        pool, prefixes = Pool(*links), Prefixes()
-        self.line = Line(JobQueue(9), {})
-        self.dispatcher = Dispatcher(
-            self.line, pool, Window(), prefixes, Admission(self.line, pool, prefixes), {}
-        )
+        pool, prefixes = Pool(*links), PrefixIndex()
+        self.queue = RequestQueue(9, tier="t")
+        admission = Admission(self.queue, pool, prefixes)
+        self.dispatcher = Dispatcher(self.queue, pool, Window(), prefixes, admission, {})
 
-    def begun(self, *, kind: str, tokens: int = 0) -> Job:
-        """An answer that lost its worker after so many tokens, and waits."""
+    def interrupted(self, *, kind: str, tokens: int = 0) -> Job:
+        """Queue an answer that was interrupted after *tokens* tokens."""
         one = job()
         one.submitted, one.generated, one.history.kind = 0.0, [5] * tokens, kind
-        self.line.put_back(one)
+        self.queue.put_back(one)
         return one
 
     def fresh(self, *, max_tokens: int) -> Job:
         one = job()
         one.sampling.max_tokens = max_tokens
-        self.line.put(one)
+        self.queue.put(one)
         return one
 
 
 def link(target: str, *, weights: str = "w", room: int = 8, context: int = 100) -> WorkerLink:
-    made = WorkerLink(target, fingerprint="f", batcher_id="b", sink=Recorder())
+    made = WorkerLink(target, fingerprint="f", batcher_id="b", listener=Recorder())
     model = wire.ModelDescription(
         tokenizer_fingerprint="f", weights_fingerprint=weights, dtype="d", context_length=context
     )
-    made._take(wire.RunResponse(welcome=wire.Welcome(model=model, credit=wire.Credit(sequences=room))))
+    made.receiver.handle(
+        wire.RunResponse(welcome=wire.Welcome(model=model, credit=wire.Credit(sequences=room)))
+    )
     return made
 
 
-def taken(link: WorkerLink) -> list[Job]:
-    return link.flights.jobs()
+def in_flight(link: WorkerLink) -> list[Job]:
+    return link.in_flight.jobs()
 
 
-async def test_an_answer_waits_for_room_at_a_worker_of_the_kind_that_began_it() -> None:
+async def test_an_interrupted_answer_waits_for_a_slot_at_a_worker_of_the_same_kind() -> None:
     same, other = link("same", room=0), link("other", weights="v")
     bench = Bench(same, other)
-    one = bench.begun(kind=same.kind, tokens=3)
+    one = bench.interrupted(kind=same.kind, tokens=3)
     bench.dispatcher.dispatch(0.0)
-    assert (taken(same), taken(other)) == ([], []), "another kind would go on with other words"
+    assert (in_flight(same), in_flight(other)) == ([], []), "another kind would continue with other tokens"
 
     same.credit = wire.Credit(sequences=1)
     bench.dispatcher.dispatch(0.0)
-    assert (taken(same), taken(other)) == ([one], [])
+    assert (in_flight(same), in_flight(other)) == ([one], [])
 
 
-@pytest.mark.parametrize("trouble", ["gone", "suspect", "rested"])
-async def test_an_answer_does_not_wait_for_a_worker_that_does_not_work(trouble: str) -> None:
+@pytest.mark.parametrize("trouble", ["gone", "suspect", "breaker open"])
+async def test_an_interrupted_answer_does_not_wait_for_a_worker_that_is_not_working(trouble: str) -> None:
     same, other = link("same", room=0), link("other", weights="v")
     if trouble == "gone":
-        same._welcomed = False
+        same.connected = False
     elif trouble == "suspect":
         same.suspect = True
     else:
         for _ in range(same.breaker.threshold):
-            same.breaker.fail(1e18)
+            same.breaker.record_fault(1e18)
     bench = Bench(same, other)
-    one = bench.begun(kind=same.kind, tokens=3)
+    one = bench.interrupted(kind=same.kind, tokens=3)
     bench.dispatcher.dispatch(0.0)
 
-    assert taken(other) == [one]
+    assert in_flight(other) == [one]
 
 
-async def test_workers_are_of_one_kind_if_they_compute_the_same_bits() -> None:
+async def test_workers_are_of_the_same_kind_if_they_compute_identical_results() -> None:
     model = wire.ModelDescription(
         weights_fingerprint="w", dtype="float32", device="cuda:0", determinism=wire.DETERMINISM_EXACT
     )
@@ -119,66 +119,66 @@ async def test_workers_are_of_one_kind_if_they_compute_the_same_bits() -> None:
     assert one.kind not in others
 
 
-async def test_what_has_not_said_a_token_goes_to_any_kind() -> None:
+async def test_an_answer_without_tokens_is_sent_to_any_kind() -> None:
     same, other = link("same", room=0), link("other", weights="v")
     bench = Bench(same, other)
-    one = bench.begun(kind=same.kind)
+    one = bench.interrupted(kind=same.kind)
     bench.dispatcher.dispatch(0.0)
 
-    assert taken(other) == [one]
+    assert in_flight(other) == [one]
 
 
-async def test_an_answer_goes_where_the_context_holds_it_to_its_end() -> None:
+async def test_a_job_is_sent_where_the_context_holds_its_whole_answer() -> None:
     short, long = link("short", context=20), link("long", context=100, room=1)
     bench = Bench(short, long)
     one, two = bench.fresh(max_tokens=50), bench.fresh(max_tokens=50)
     bench.dispatcher.dispatch(0.0)
-    assert (taken(short), taken(long)) == ([], [one])
+    assert (in_flight(short), in_flight(long)) == ([], [one])
 
-    long._welcomed = False
+    long.connected = False
     bench.dispatcher.dispatch(0.0)
-    assert taken(short) == [two], "there is no other"
+    assert in_flight(short) == [two], "there is no other worker"
 
 
-async def test_what_may_have_killed_a_worker_goes_to_one_that_was_seen_to_live_since() -> None:
-    """Where all died at once, the next one's death says nothing of the request."""
+async def test_a_job_on_probation_is_sent_to_a_worker_that_has_responded_since_the_loss() -> None:
+    """If all workers died at once, the death of the next one does not implicate the request."""
     dead, alive = link("dead"), link("alive")
     bench = Bench(dead, alive)
-    one = bench.begun(kind="")
+    one = bench.interrupted(kind="")
     one.history.killed, one.history.lost_at = [("other", 1)], time.monotonic()
-    dead._take(wire.RunResponse(load=wire.Load()))  # said before it died, and heard after
+    dead.receiver.handle(wire.RunResponse(load=wire.Load()))  # sent before it died, received after
     for _ in range(2):
         bench.dispatcher.dispatch(0.0)
-    assert (taken(dead), taken(alive)) == ([], [])
+    assert (in_flight(dead), in_flight(alive)) == ([], [])
 
-    asked = alive._outgoing.get_nowait()
-    assert asked is not None
-    assert (asked.WhichOneof("message"), alive._outgoing.empty()) == ("ping", True), "asked once"
-    alive._take(wire.RunResponse(pong=wire.Pong(nonce=1)))
+    sent = alive._outgoing.get_nowait()
+    assert sent is not None
+    assert (sent.WhichOneof("message"), alive._outgoing.empty()) == ("ping", True), "pinged once"
+    alive.receiver.handle(wire.RunResponse(pong=wire.Pong(nonce=1)))
     bench.dispatcher.dispatch(0.0)
-    assert (taken(dead), taken(alive)) == ([], [one])
+    assert (in_flight(dead), in_flight(alive)) == ([], [one])
 
 
-async def test_what_an_engine_failed_goes_elsewhere_while_another_one_works() -> None:
+async def test_a_job_that_an_engine_failed_is_sent_to_another_worker_while_one_works() -> None:
     failed, other = link("failed"), link("other", room=0)
     bench = Bench(failed, other)
-    one = bench.begun(kind="")
+    one = bench.interrupted(kind="")
     one.history.address, one.history.reason = "failed", errors.SequenceFault.reason
     bench.dispatcher.dispatch(0.0)
-    assert (taken(failed), taken(other)) == ([], []), "there will be room"
+    assert (in_flight(failed), in_flight(other)) == ([], []), "it waits for a slot at the other"
 
-    other._welcomed = False
+    other.connected = False
     bench.dispatcher.dispatch(0.0)
-    assert taken(failed) == [one], "there is no other"
+    assert in_flight(failed) == [one], "there is no other worker"
 
 
-async def test_a_worker_that_was_rested_gets_its_probe_though_others_work() -> None:
-    rested, working = link("rested"), link("working", room=1)
-    for _ in range(rested.breaker.threshold):
-        rested.breaker.fail(-1e9)
-    bench = Bench(rested, working)
+async def test_a_worker_with_a_half_open_breaker_gets_its_probe_while_others_work() -> None:
+    recovering, working = link("recovering"), link("working", room=1)
+    for _ in range(recovering.breaker.threshold):
+        recovering.breaker.record_fault(-1e9)
+    bench = Bench(recovering, working)
     jobs = [bench.fresh(max_tokens=9) for _ in range(3)]
     bench.dispatcher.dispatch(0.0)
 
-    assert [len(taken(rested)), len(taken(working))] == [1, 1]
-    assert len(bench.line.queue) == len(jobs) - 2
+    assert [len(in_flight(recovering)), len(in_flight(working))] == [1, 1]
+    assert len(bench.queue) == len(jobs) - 2

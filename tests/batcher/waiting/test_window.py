@@ -1,4 +1,4 @@
-"""Batches wait for company only as long as it pays, and never for a hungry worker."""
+"""A batch waits for more requests only as long as it pays, and not while a worker is idle."""
 
 from __future__ import annotations
 
@@ -24,21 +24,25 @@ def test_the_linger_is_bounded_by_the_setting_and_the_step(
 
 
 @given(window=WINDOWS, arrivals=RATES, step=st.floats(0, 2))
-def test_nobody_waits_for_company_that_is_not_expected(window: Window, arrivals: float, step: float) -> None:
+def test_a_batch_does_not_wait_if_no_request_is_expected(
+    window: Window, arrivals: float, step: float
+) -> None:
     if arrivals * window.linger < 1:
         assert window.linger_for(arrivals=arrivals, step_seconds=step) == 0
 
 
-def test_a_linger_ends_when_a_full_batch_may_have_come() -> None:
+def test_a_linger_ends_when_a_full_batch_is_expected() -> None:
     window = Window(size=4, linger=1.0)
 
     assert window.linger_for(arrivals=100, step_seconds=0) == 0.04
     assert window.linger_for(arrivals=2, step_seconds=0) == 1.0
-    assert window.linger_for(arrivals=2, step_seconds=0.1) == 0.0, "a step is over before anybody comes"
+    assert window.linger_for(arrivals=2, step_seconds=0.1) == 0.0, (
+        "the step ends before the next request is expected"
+    )
 
 
 @given(window=WINDOWS, rate=RATES)
-def test_what_waits_at_a_worker_is_bounded_by_its_pace(window: Window, rate: float) -> None:
+def test_the_backlog_at_a_worker_is_bounded_by_its_prefill_rate(window: Window, rate: float) -> None:
     budget = window.budget(rate)
 
     assert 1 <= budget <= window.tokens
@@ -49,16 +53,16 @@ def test_what_waits_at_a_worker_is_bounded_by_its_pace(window: Window, rate: flo
     window=WINDOWS,
     waiting=st.integers(1, 100),
     tokens=st.integers(1, 20_000),
-    room=st.integers(1, 100),
+    free_slots=st.integers(1, 100),
     oldest=st.floats(0, 1e6),
     linger=st.floats(0, 1),
 )
-def test_a_batch_closes_at_once_when_full_or_wanted_and_else_after_the_linger(
-    window: Window, waiting: int, tokens: int, room: int, oldest: float, linger: float
+def test_a_batch_closes_now_if_full_or_if_a_worker_is_idle_and_otherwise_after_the_linger(
+    window: Window, waiting: int, tokens: int, free_slots: int, oldest: float, linger: float
 ) -> None:
-    def closes(hungry: bool) -> float:
-        return window.closes(waiting, tokens, room, oldest=oldest, linger=linger, hungry=hungry)
+    def closes(idle: bool) -> float:
+        return window.closes_at(waiting, tokens, free_slots, oldest=oldest, linger=linger, idle=idle)
 
-    assert closes(True) == 0, "a hungry worker is never kept waiting"
-    full = waiting >= min(window.size, room) or tokens >= window.tokens
+    assert closes(True) == 0, "an idle worker never waits"
+    full = waiting >= min(window.size, free_slots) or tokens >= window.tokens
     assert closes(False) == (0 if full else oldest + linger)

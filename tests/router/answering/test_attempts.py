@@ -1,4 +1,4 @@
-"""An answer outlives its batcher: nothing lost, nothing twice, and it ends somewhere."""
+"""An answer survives its batcher: no token is lost or repeated, and the number of attempts is bounded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from headrace import errors
 from headrace.client import Client
-from headrace.router.state.tier_pace import Pace
+from headrace.router.state.tier_pace import TierPace
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, collect, eventually, prompt
-from tests.router.fake_batchers import Front, routed
+from tests.router.fake_batchers import FakeBatcher, routed
 
 SAID = "all that was said before"
 
@@ -31,8 +31,8 @@ async def read(client: Client, request: pb.GenerateRequest) -> list[pb.GenerateR
         return [response async for response in stream]
 
 
-async def test_a_batcher_that_breaks_off_is_replaced_at_the_next_token() -> None:
-    first, second = Front(breaks=[5]), Front(running=9)
+async def test_an_answer_resumes_on_another_batcher_at_the_next_token() -> None:
+    first, second = FakeBatcher(breaks=[5]), FakeBatcher(running=9)
     async with routed(only=[first, second]) as client:
         answer = await collect(client, prompt(SAID))
 
@@ -45,13 +45,13 @@ async def test_a_batcher_that_breaks_off_is_replaced_at_the_next_token() -> None
     assert before.request_id == after.request_id
     assert answer.finish.usage.replayed_tokens == 5
     (charge,) = answer.finish.bill.charges
-    assert (charge.attempts, charge.answers) == (2, 1), "each batcher that was asked counts"
+    assert (charge.attempts, charge.answers) == (2, 1), "each attempt counts"
 
 
-async def test_token_ids_and_moves_are_told_to_those_who_asked_only() -> None:
-    async with routed(only=[Front(breaks=[3]), Front(running=9)]) as client:
+async def test_only_callers_that_request_token_ids_and_route_changes_receive_them() -> None:
+    async with routed(only=[FakeBatcher(breaks=[3]), FakeBatcher(running=9)]) as client:
         silent = await read(client, asking())
-    async with routed(only=[Front(breaks=[3]), Front(running=9)]) as client:
+    async with routed(only=[FakeBatcher(breaks=[3]), FakeBatcher(running=9)]) as client:
         told = await read(client, asking(include_token_ids=True, include_route_changes=True))
 
     assert [response.WhichOneof("event") for response in silent].count("route_change") == 0
@@ -65,27 +65,30 @@ async def test_token_ids_and_moves_are_told_to_those_who_asked_only() -> None:
 
 
 async def test_replayed_tokens_of_all_attempts_are_billed() -> None:
-    front = Front(breaks=[4, 3])
-    async with routed(only=front) as client:
+    fake = FakeBatcher(breaks=[4, 3])
+    async with routed(only=fake) as client:
         answer = await collect(client, prompt(SAID))
 
     assert answer.text == SAID
-    assert len(front.requests) == 3, "the same batcher, which is healthy again after each loss"
+    assert len(fake.requests) == 3, "the same batcher, which is healthy again after each loss"
     assert answer.finish.usage.replayed_tokens == 4 + 7
 
 
-async def test_an_answer_that_breaks_three_batchers_is_given_up() -> None:
-    small, large = Front(breaks=[1, 1, 1, 1]), Front()
+async def test_an_answer_that_lost_three_batchers_fails() -> None:
+    small, large = FakeBatcher(breaks=[1, 1, 1, 1]), FakeBatcher()
     async with routed(small=small, large=large) as client:
         with pytest.raises(errors.BatcherLost, match="'small' lost 3 batchers"):
             await collect(client, prompt("Hi!"))
 
     assert len(small.requests) == 3
-    assert large.requests == [], "an answer under way keeps to its model"
+    assert large.requests == [], "an answer that has begun stays on its model"
 
 
-async def test_a_request_that_killed_its_workers_is_not_given_to_other_batchers() -> None:
-    killer, other = Front(breaks=[1], breaks_with=errors.WorkerLost("two workers died")), Front(running=9)
+async def test_a_request_that_killed_its_workers_is_not_sent_to_other_batchers() -> None:
+    killer, other = (
+        FakeBatcher(breaks=[1], breaks_with=errors.WorkerLost("two workers died")),
+        FakeBatcher(running=9),
+    )
     async with routed(only=[killer, other]) as client:
         with pytest.raises(errors.WorkerLost):
             await collect(client, prompt(SAID))
@@ -93,8 +96,8 @@ async def test_a_request_that_killed_its_workers_is_not_given_to_other_batchers(
     assert other.requests == []
 
 
-async def test_a_batcher_that_drains_hands_over_and_that_is_not_held_against_the_answer() -> None:
-    draining = Front(breaks=[1, 1, 1, 1], breaks_with=errors.Draining("stopping", retry_after=0.01))
+async def test_draining_batchers_do_not_count_as_lost() -> None:
+    draining = FakeBatcher(breaks=[1, 1, 1, 1], breaks_with=errors.Draining("stopping", retry_after=0.01))
     async with routed(only=draining) as client:
         answer = await collect(client, prompt(SAID))
 
@@ -102,9 +105,9 @@ async def test_a_batcher_that_drains_hands_over_and_that_is_not_held_against_the
     assert len(draining.requests) == 5
 
 
-async def test_a_batcher_that_accepts_and_drains_again_and_again_is_left() -> None:
-    """It brings nothing, and would be asked until the deadline."""
-    draining = Front(breaks=[0] * 1000, breaks_with=errors.Draining("stopping"))
+async def test_an_answer_that_gets_no_token_from_draining_batchers_fails() -> None:
+    """Without the limit it would try until the deadline."""
+    draining = FakeBatcher(breaks=[0] * 1000, breaks_with=errors.Draining("stopping"))
     async with routed(only=draining) as client:
         with pytest.raises(errors.BatcherLost, match="lost 9 batchers"):
             await collect(client, prompt(SAID))
@@ -112,8 +115,8 @@ async def test_a_batcher_that_accepts_and_drains_again_and_again_is_left() -> No
     assert len(draining.requests) == 9
 
 
-async def test_a_batcher_that_hangs_is_left() -> None:
-    hanging, other = Front(hangs=True), Front(running=9)
+async def test_an_answer_resumes_elsewhere_if_its_batcher_is_stalled() -> None:
+    hanging, other = FakeBatcher(hangs=True), FakeBatcher(running=9)
     async with routed({"poll_seconds": 0.05, "stall_seconds": 0.3}, only=[hanging, other]) as client:
         answer = await collect(client, prompt(SAID))
 
@@ -121,26 +124,26 @@ async def test_a_batcher_that_hangs_is_left() -> None:
     assert len(hanging.requests) == len(other.requests) == 1
 
 
-async def test_the_deadline_goes_with_the_answer() -> None:
-    first, second = Front(hangs=True), Front(running=9)
+async def test_a_resumed_answer_keeps_its_deadline() -> None:
+    first, second = FakeBatcher(hangs=True), FakeBatcher(running=9)
     async with routed({"poll_seconds": 0.05, "stall_seconds": 1.5}, only=[first, second]) as client:
         await collect(client, prompt(SAID))
 
     assert second.time_left[0] <= first.time_left[0] - 0.5
 
 
-async def test_an_answer_is_not_carried_on_by_another_model() -> None:
-    first, second = Front(breaks=[5], model="a"), Front(running=9, model="b")
+async def test_an_answer_does_not_resume_on_another_model() -> None:
+    first, second = FakeBatcher(breaks=[5], model="a"), FakeBatcher(running=9, model="b")
     async with routed(only=[first, second]) as client:
         first.refuses = ""
         answer = await collect(client, prompt(SAID))
 
     assert answer.text == SAID
-    assert len(first.requests) == 2, "the one with the right model went on"
+    assert len(first.requests) == 2, "it resumed on the right model"
 
 
-async def test_the_least_busy_batcher_is_asked() -> None:
-    busy, idle = Front(running=7), Front(running=2)
+async def test_the_least_busy_batcher_gets_the_request() -> None:
+    busy, idle = FakeBatcher(running=7), FakeBatcher(running=2)
     async with routed(only=[busy, idle]) as client:
         for _ in range(4):
             await collect(client, prompt("x"))
@@ -148,17 +151,17 @@ async def test_the_least_busy_batcher_is_asked() -> None:
     assert (len(busy.requests), len(idle.requests)) == (0, 4)
 
 
-async def test_a_full_batcher_is_passed_over_for_another_of_its_tier() -> None:
-    full, other = Front(refuses=errors.Overloaded("full", retry_after=3)), Front(running=9)
-    large = Front()
+async def test_a_full_batcher_is_replaced_by_another_of_its_tier() -> None:
+    full, other = FakeBatcher(refuses=errors.Overloaded("full", retry_after=3)), FakeBatcher(running=9)
+    large = FakeBatcher()
     async with routed(small=[full, other], large=large) as client:
         await collect(client, prompt("Hi!"))
 
     assert (len(full.requests), len(other.requests), len(large.requests)) == (1, 1, 0)
 
 
-async def test_a_full_tier_is_passed_over_for_another_tier() -> None:
-    small, large = Front(refuses=errors.Overloaded("full", retry_after=3)), Front()
+async def test_a_full_tier_is_replaced_by_another_tier() -> None:
+    small, large = FakeBatcher(refuses=errors.Overloaded("full", retry_after=3)), FakeBatcher()
     async with routed(small=small, large=large) as client:
         request = prompt("Hi!")
         request.stream.include_route_changes = True
@@ -174,8 +177,8 @@ async def test_a_full_tier_is_passed_over_for_another_tier() -> None:
     assert (getattr(change, "from"), change.to, change.reason) == ("small", "large", "QUEUE_FULL")
 
 
-async def test_a_request_that_resumes_keeps_to_its_tier() -> None:
-    small, large = Front(refuses="broken"), Front()
+async def test_a_request_that_resumes_stays_on_its_tier() -> None:
+    small, large = FakeBatcher(refuses="broken"), FakeBatcher()
     async with routed(small=small, large=large) as client:
         request = prompt("Hi!")
         request.resume.token_ids.append(ord("H"))
@@ -185,18 +188,18 @@ async def test_a_request_that_resumes_keeps_to_its_tier() -> None:
     assert large.requests == []
 
 
-async def test_an_answer_that_resumes_teaches_the_pace_of_its_new_tokens(
+async def test_the_pace_counts_only_the_new_tokens_of_a_resumed_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As after a router's death: the batcher timed the two tokens that were missing of 24."""
+    """As after the loss of a router: the batcher timed only the two missing tokens of 24."""
     taught: list[dict[str, float]] = []
-    monkeypatch.setattr(Pace, "note", lambda self, now, **told: taught.append(told))
+    monkeypatch.setattr(TierPace, "record", lambda self, now, **told: taught.append(told))
     timing = pb.Timing()
     timing.first_token.FromMilliseconds(500)
     timing.decode.FromMilliseconds(111)
     request = prompt(SAID)
     request.resume.token_ids.extend(SAID[:-2].encode())
-    async with routed(only=Front(timing=timing)) as client:
+    async with routed(only=FakeBatcher(timing=timing)) as client:
         answer = await collect(client, request)
 
     assert answer.finish.usage.completion_tokens == len(SAID)
@@ -204,7 +207,7 @@ async def test_an_answer_that_resumes_teaches_the_pace_of_its_new_tokens(
 
 
 async def test_all_attempts_are_one_trace(spans: InMemorySpanExporter) -> None:
-    async with routed(only=[Front(breaks=[2]), Front(running=9)]) as client:
+    async with routed(only=[FakeBatcher(breaks=[2]), FakeBatcher(running=9)]) as client:
         with trace.get_tracer("test").start_as_current_span("caller") as caller:
             await collect(client, prompt(SAID))
     ours = caller.get_span_context().trace_id
@@ -228,22 +231,24 @@ async def test_all_attempts_are_one_trace(spans: InMemorySpanExporter) -> None:
     breaks=st.lists(st.integers(0, 12), max_size=2),
     pieces=st.integers(1, 5),
 )
-async def test_wherever_it_breaks_the_answer_is_whole(text: str, breaks: list[int], pieces: int) -> None:
-    async with routed(only=Front(breaks=breaks, pieces=pieces)) as client:
+async def test_the_answer_is_complete_wherever_its_streams_break(
+    text: str, breaks: list[int], pieces: int
+) -> None:
+    async with routed(only=FakeBatcher(breaks=breaks, pieces=pieces)) as client:
         answer = await collect(client, prompt(text))
 
     assert answer.text == text
     assert answer.ids == list(text.encode())
 
 
-async def test_one_late_answer_to_a_look_takes_no_batcher_away() -> None:
-    front = Front()
-    async with routed({"poll_seconds": 0.05, "stall_seconds": 60}, only=front) as client:
-        front.requests.append(pb.GenerateRequest())
-        front.hangs = True
-        looks = front.looks
+async def test_a_batcher_stays_healthy_after_one_late_reply_to_a_poll() -> None:
+    fake = FakeBatcher()
+    async with routed({"poll_seconds": 0.05, "stall_seconds": 60}, only=fake) as client:
+        fake.requests.append(pb.GenerateRequest())
+        fake.hangs = True
+        polls = fake.polls
         async with asyncio.timeout(PATIENCE):
-            while front.looks < looks + 2:  # one of these has been given up
+            while fake.polls < polls + 2:  # one of these has timed out
                 await asyncio.sleep(0.01)
 
         assert (await client.list_tiers()).tiers[0].healthy

@@ -1,4 +1,4 @@
-"""A bill forgets nothing, adds up, and never makes the largest tier dearer than it would have been."""
+"""A bill is complete, adds up, and never overstates the cost on the largest tier."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.client import chat
 from headrace.router.settings import Settings
 from headrace.router.state.bills import Bill
-from headrace.routing.policy import Price
+from headrace.routing.tier_view import Price
+from tests.harness import collect
+from tests.router.drafts import EASY
+from tests.router.fake_batchers import FakeBatcher, routed
 
 TIERS = ("small", "medium", "large")
 TOKENS = st.integers(0, 10_000)
@@ -20,7 +24,7 @@ PRICES = st.builds(Price, AMOUNTS, AMOUNTS, st.none() | AMOUNTS)
 
 @dataclass(frozen=True)
 class Work:
-    """What a tier did with a prompt: tokens taken in, found computed, and said."""
+    """The work of a tier: prompt tokens, cached tokens, and generated tokens."""
 
     tier: str
     prompt: int
@@ -36,7 +40,7 @@ def works(draw: st.DrawFn, tier: str | None = None) -> Work:
 
 @dataclass(frozen=True)
 class Request:
-    """Drafts that were given up, and the answer, if there was one."""
+    """A request with its discarded drafts, and its answer if it has one."""
 
     drafts: list[Work]
     answer: Work | None
@@ -44,11 +48,13 @@ class Request:
     def bill(self, prices: dict[str, Price]) -> Bill:
         bill = Bill(TIERS, prices)
         for draft in self.drafts:
-            bill.asked(draft.tier)
-            bill.wasted(draft.tier, prompt_tokens=draft.prompt, cached_tokens=draft.cached, tokens=draft.said)
+            bill.add_attempt(draft.tier)
+            bill.add_draft(
+                draft.tier, prompt_tokens=draft.prompt, cached_tokens=draft.cached, tokens=draft.said
+            )
         if (answer := self.answer) is not None:
-            bill.asked(answer.tier)
-            bill.answered(
+            bill.add_attempt(answer.tier)
+            bill.add_answer(
                 answer.tier, prompt_tokens=answer.prompt, cached_tokens=answer.cached, tokens=answer.said
             )
         return bill
@@ -86,7 +92,7 @@ def test_every_token_is_on_the_bill_and_the_sum_is_that_of_the_requests(
 
 
 @given(requests=st.lists(REQUESTS, max_size=8), prices=ALL_PRICED)
-def test_a_tier_without_a_price_for_cached_tokens_asks_as_much_for_them_as_for_others(
+def test_without_a_price_for_cached_tokens_they_cost_as_much_as_others(
     requests: list[Request], prices: dict[str, Price]
 ) -> None:
     without = {tier: Price(price.prompt, price.completion) for tier, price in prices.items()}
@@ -102,7 +108,7 @@ def test_a_tier_without_a_price_for_cached_tokens_asks_as_much_for_them_as_for_o
 
 
 @given(requests=st.lists(REQUESTS, max_size=8), prices=ALL_PRICED)
-def test_a_lower_price_for_cached_tokens_never_makes_anything_dearer(
+def test_a_lower_price_for_cached_tokens_never_increases_a_cost(
     requests: list[Request], prices: dict[str, Price]
 ) -> None:
     full = {tier: Price(price.prompt, price.completion) for tier, price in prices.items()}
@@ -136,7 +142,7 @@ def test_with_one_price_for_all_tiers_routing_saves_nothing(
 
 
 @given(request=REQUESTS, prices=ALL_PRICED)
-def test_drafts_that_found_more_make_the_largest_tier_cheaper_and_never_negative(
+def test_drafts_with_more_cached_tokens_make_the_largest_tier_cheaper_and_never_negative(
     request: Request, prices: dict[str, Price]
 ) -> None:
     large = prices["large"]
@@ -149,7 +155,9 @@ def test_drafts_that_found_more_make_the_largest_tier_cheaper_and_never_negative
 
     assert 0 <= found <= (cold.bill(prices).largest_tier_cost or 0.0) + 1e-9
     if request.answer is not None and request.answer.cached == most:
-        assert found == pytest.approx(cold.bill(prices).largest_tier_cost), "the answer itself found as much"
+        assert found == pytest.approx(cold.bill(prices).largest_tier_cost), (
+            "the answer had as many cached tokens"
+        )
 
 
 def test_prices_are_two_or_three_numbers() -> None:
@@ -163,3 +171,17 @@ def test_prices_are_two_or_three_numbers() -> None:
     for wrong in ("small=1/2/-1", "huge=1/2", "small=1/2/inf"):
         with pytest.raises(ValueError, match="must name one of the tiers small, large and prices"):
             priced(wrong)
+
+
+async def test_prices_and_bills_are_listed() -> None:
+    settings = {"prices": "small=1/2,large=10/20"}
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
+        for _ in range(3):
+            await collect(client, chat(EASY))
+        listed = await client.list_tiers()
+
+    assert (listed.tiers[1].price.prompt, listed.tiers[1].price.completion) == (10, 20)
+    (charge,) = listed.bill.charges
+    assert (charge.tier, charge.answers, charge.completion_tokens) == ("small", 3, 3 * len(EASY))
+    assert listed.bill.cost == pytest.approx(3 * len(EASY) * 2 / 1e6)
+    assert listed.bill.largest_tier_cost == pytest.approx(3 * len(EASY) * 20 / 1e6)

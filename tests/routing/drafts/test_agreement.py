@@ -1,4 +1,4 @@
-"""Two answers are compared by what they come to, not by how they get there."""
+"""Two answers are compared by their results, not by their steps."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_choices_agree_by_their_letter(other: str, expected: float) -> None:
     assert alike("Which?\nA. x\nB. y\nC. z", "B. y", other, choice=True) == expected
 
 
-def test_short_answers_agree_by_the_words_that_the_question_did_not_say() -> None:
+def test_short_answers_are_compared_by_words_that_are_not_in_the_question() -> None:
     asked = "What is the capital of Cuba?"
 
     assert alike(asked, "The capital of Cuba is Havana.", "Havana") == 1.0
     assert alike(asked, "The capital of Cuba is Havana.", "The capital of Cuba is Santiago.") == 0.0
 
 
-def test_where_the_question_holds_all_words_the_answers_themselves_are_compared() -> None:
+def test_if_the_question_has_all_words_all_words_are_compared() -> None:
     asked = "Rosa is taller than Jonas. Who is the tallest, Rosa or Jonas?"
 
     assert alike(asked, "Rosa.", "Rosa") == 1.0
@@ -52,7 +52,7 @@ def test_where_the_question_holds_all_words_the_answers_themselves_are_compared(
 
 
 def test_long_answers_agree_by_their_last_sentence() -> None:
-    way = "First one looks at the map, then at the compass, and then one thinks it over for a while. "
+    way = "First one polls at the map, then at the compass, and then one thinks it over for a while. "
 
     assert alike("Where is it?", way * 2 + "So it is in Norway.", "It is in Norway.") == 1.0
 
@@ -65,7 +65,7 @@ def test_code_agrees_by_its_tokens() -> None:
 
 
 @given(st.text(max_size=80), st.text(max_size=200), st.text(max_size=200), st.booleans(), st.booleans())
-def test_agreement_is_a_share_goes_both_ways_and_is_whole_with_oneself(
+def test_agreement_is_symmetric_between_0_and_1_and_1_with_itself(
     prompt: str, one: str, other: str, number: bool, choice: bool
 ) -> None:
     found = alike(prompt, one, other, number=number, choice=choice)

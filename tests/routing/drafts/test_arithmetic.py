@@ -1,4 +1,4 @@
-"""Equations are read where they are certain, and left alone where they are not."""
+"""Equations are read if they are certain, and skipped if not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from headrace.routing.prompt_features import measure as measure_prompt
         *("5 cm² + 3 cm² = 8 cm²", "5 cm^2 + 3 cm^2 = 8 cm^2", "5 times 3 + 2 = 17", "- 5 + 8 = 3"),
     ],
 )
-def test_what_adds_up_holds(text: str) -> None:
+def test_correct_equations_hold(text: str) -> None:
     assert [equation.holds for equation in equations(text)] == [True]
 
 
@@ -54,7 +54,7 @@ def test_what_adds_up_holds(text: str) -> None:
         *("10% + 5% = 20%", "1 + 1 = 200", "50 + 50 = 1"),
     ],
 )
-def test_what_does_not_add_up_is_found(text: str) -> None:
+def test_wrong_equations_are_found(text: str) -> None:
     assert [equation.holds for equation in equations(text)] == [False]
 
 
@@ -87,12 +87,12 @@ def test_what_does_not_add_up_is_found(text: str) -> None:
         *("- 880 g = 880 g", "7:05 + 40 = 7:45", "At 8:15 + 40 minutes = 8:55.", "3 + 4 = 7:12"),
     ],
 )
-def test_what_is_not_certain_is_passed_over(text: str) -> None:
+def test_uncertain_equations_are_skipped(text: str) -> None:
     assert equations(text) == []
 
 
 @given(st.integers(0, 999), st.sampled_from("+-*"), st.integers(0, 999), st.integers(-3, 3))
-def test_an_equation_holds_exactly_when_it_does(left: int, sign: str, right: int, error: int) -> None:
+def test_an_equation_holds_if_and_only_if_it_is_correct(left: int, sign: str, right: int, error: int) -> None:
     value = {"+": left + right, "-": left - right, "*": left * right}[sign]
     (equation,) = equations(f"{left} {sign} {right} = {value + error}")
 
@@ -102,7 +102,7 @@ def test_an_equation_holds_exactly_when_it_does(left: int, sign: str, right: int
 @pytest.mark.parametrize(
     "text", ["Calculate --3 + 5", "-$-5", "= -\u00a05", "so 6 = -\u00a05", "4 = -\u20095", "-" * 99 + "1"]
 )
-def test_signs_that_nobody_can_read_upset_nobody(text: str) -> None:
+def test_ambiguous_signs_raise_nothing(text: str) -> None:
     for word in (text, f"3 * 2 {text}", f"The answer is {text}"):
         equations(word)
         numbers(word)
@@ -113,7 +113,7 @@ def test_signs_that_nobody_can_read_upset_nobody(text: str) -> None:
 def test_numbers_after_doubled_signs_are_read() -> None:
     assert numbers("Calculate --3 + 5") == [-3.0, 5.0]
     assert numbers("-$-5 and -$7 and $-8 and $9") == [-5.0, -7.0, -8.0, 9.0]
-    assert numbers("9" * 400) == [], "that many digits are no number"
+    assert numbers("9" * 400) == [], "so many digits are not a number"
 
 
 # What may stand in and around numbers, and what Python's own readers of numbers refuse.
@@ -121,7 +121,7 @@ MARKS = "0123456789+-*/()=x.,:% \n$€£ab^|[]{}\\√−–×÷·²³⁻⅓½٣�
 
 
 @given(st.text(max_size=80) | st.text(alphabet=MARKS, max_size=80))
-def test_no_text_upsets_the_reader(text: str) -> None:
+def test_no_text_raises(text: str) -> None:
     equations(text)
     numbers(plain(text))
     final_answers(text)
@@ -133,7 +133,7 @@ def test_no_text_upsets_the_reader(text: str) -> None:
     st.text(alphabet=MARKS, max_size=120) | st.text(max_size=120),
     st.text(alphabet=MARKS, max_size=60),
 )
-def test_no_prompt_draft_or_sample_upsets_a_judge(prompt: str, draft: str, sample: str) -> None:
+def test_no_prompt_draft_or_sample_makes_the_check_raise(prompt: str, draft: str, sample: str) -> None:
     for question in (
         prompt,
         f"Calculate {prompt}",
@@ -148,11 +148,11 @@ def test_no_prompt_draft_or_sample_upsets_a_judge(prompt: str, draft: str, sampl
         agreement(prompt, draft, [sample, draft], number=number, choice=choice)
 
 
-def test_of_a_text_that_is_all_equations_the_first_ones_are_read() -> None:
+def test_the_number_of_equations_read_is_bounded() -> None:
     assert len(equations("1+1=2\n" * 3000)) == 256
 
 
-def test_results_that_the_text_rounded_may_be_gone_on_with() -> None:
+def test_rounded_results_may_be_used_again() -> None:
     assert [found.holds for found in equations("5000 / 300 = 16.67. So 16.67 * 300 = 5000.")] == [True, True]
     assert [found.holds for found in equations("So 16.67 * 300 = 5000.")] == [False]
 
@@ -161,6 +161,6 @@ def test_marked_answers_are_read_in_order() -> None:
     assert final_answers("The answer is 7.\nSo \\boxed{8}.\n#### 1,009") == [7.0, 8.0, 1009.0]
 
 
-def test_a_line_that_runs_on_is_read_as_it_is_meant() -> None:
+def test_chained_equations_are_read_as_intended() -> None:
     assert [equation.holds for equation in equations("5 * 2 = 10 + 3 = 13")] == [True, True]
     assert [equation.holds for equation in equations("5 * 2 = 11 + 3 = 14")] == [False, True]

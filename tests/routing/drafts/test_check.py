@@ -1,4 +1,4 @@
-"""A draft is judged by what a reader would stumble over."""
+"""A draft is checked for the problems that a reader would notice."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.router.chooser import CascadeRules
 from headrace.routing.artifact import BadArtifact
 from headrace.routing.drafts import check as draft_check
 from headrace.routing.drafts.features import FEATURES
+from headrace.routing.drafts.rules import CascadeRules
 
 checker = draft_check.load()
 
@@ -48,18 +48,18 @@ def good(
         ("", "empty"),
     ],
 )
-def test_what_is_wrong_with_an_answer_lowers_it_and_is_told(draft: str, reason: str) -> None:
+def test_each_problem_lowers_the_probability_and_is_named(draft: str, reason: str) -> None:
     verdict = checker.check(EGGS, draft, finished=True)
 
     assert verdict.good < good(RIGHT)
     assert FEATURES[reason] in verdict.reasons
 
 
-def test_an_answer_cut_short_is_worth_less_than_the_same_answer_finished() -> None:
+def test_an_answer_that_was_cut_off_is_worth_less_than_the_same_answer_finished() -> None:
     assert good(RIGHT, finished=False) < good(RIGHT)
 
 
-def test_only_the_answer_is_judged_where_a_draft_runs_on_with_a_question_of_its_own() -> None:
+def test_only_the_answer_is_checked_if_a_draft_continues_with_another_question() -> None:
     onward = RIGHT + "\n\nQuestion: Tom has 4 pens and buys 5. How many has he?\nAnswer: 4 + 5 = 10. #### 10"
 
     verdict = checker.check(EGGS, onward, finished=True)
@@ -72,7 +72,7 @@ def test_unlikely_tokens_lower_a_draft_and_likely_ones_raise_it() -> None:
     assert good(RIGHT, logprobs=[-2.0] * 30) < good(RIGHT) < good(RIGHT, logprobs=[-0.01] * 30)
 
 
-def test_log_probabilities_that_are_no_numbers_count_as_not_given() -> None:
+def test_log_probabilities_with_nan_are_ignored() -> None:
     assert good(RIGHT, logprobs=[-0.1, math.nan]) == good(RIGHT)
     assert good(RIGHT, logprobs=[-math.inf]) < good(RIGHT)
 
@@ -84,7 +84,7 @@ def test_code_that_does_not_parse_is_not_good_enough() -> None:
     def sure(draft: str) -> float:
         return good(draft, prompt=prompt, logprobs=[-0.01] * 20)
 
-    assert sure(whole.replace("(x):", "(x:")) < CascadeRules().release < sure(whole)
+    assert sure(whole.replace("(x):", "(x:")) < CascadeRules().min_quality < sure(whole)
 
 
 @pytest.mark.parametrize("logprobs", [None, [-0.1] * 30])
@@ -101,7 +101,7 @@ def test_samples_that_cannot_be_compared_change_nothing() -> None:
     assert good(RIGHT, samples=["", "  "]) == good(RIGHT)
 
 
-def test_nothing_that_speaks_against_a_draft_ever_speaks_for_it() -> None:
+def test_no_finding_against_a_draft_raises_its_probability() -> None:
     content = json.loads(draft_check.SHIPPED.read_text())
 
     for evidence in draft_check.EVIDENCE:
@@ -117,7 +117,7 @@ def test_nothing_that_speaks_against_a_draft_ever_speaks_for_it() -> None:
     st.none() | st.lists(st.floats(-30, 0), max_size=5),
     st.lists(st.text(max_size=100), max_size=2),
 )
-def test_any_text_gets_a_probability_whose_shares_add_up(
+def test_any_text_gets_a_probability_that_its_log_odds_add_up_to(
     prompt: str, draft: str, finished: bool, logprobs: list[float] | None, samples: list[str]
 ) -> None:
     verdict = checker.check(prompt, draft, finished=finished, logprobs=logprobs, samples=samples)
@@ -130,7 +130,7 @@ def test_any_text_gets_a_probability_whose_shares_add_up(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"format": 1, "kind": "draft_check"})])
-def test_a_file_that_is_no_check_is_refused_by_name(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_check_is_rejected_with_its_name(tmp_path: Path, content: str) -> None:
     path = tmp_path / "check.json"
     path.write_text(content)
 
@@ -138,7 +138,7 @@ def test_a_file_that_is_no_check_is_refused_by_name(tmp_path: Path, content: str
         draft_check.load(path)
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
     content = json.loads(draft_check.SHIPPED.read_text())
     content["evidence"]["text"]["weights"]["refusal"] = math.nan
     path = tmp_path / "check.json"
@@ -148,14 +148,14 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         draft_check.load(path)
 
 
-def test_of_samples_as_of_drafts_only_so_much_is_read() -> None:
+def test_only_the_beginning_of_long_drafts_and_samples_is_read() -> None:
     """The router waits for the check."""
     long = "It is 62. " * 3000
 
     assert checker.check(EGGS, RIGHT, samples=[long]) == checker.check(EGGS, RIGHT, samples=[long[:10_000]])
 
 
-def test_a_number_beyond_all_measure_is_judged_as_any() -> None:
+def test_a_huge_number_is_checked_like_any_other() -> None:
     """Small models fall into loops."""
     assert good(f"She sells {'9' * 400}", prompt="How many eggs does she sell?") < 0.5
 
@@ -166,7 +166,7 @@ RUNS = ["\n" * 20_000, "```" + "\n" * 20_000, " 1 =" + " " * 20_000]
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("long", RUNS)
 def test_long_runs_of_one_thing_take_no_longer_than_other_text(long: str) -> None:
-    """Milliseconds. A pattern that backtracks takes seconds at best, and the router waits for it."""
+    """It takes milliseconds. A backtracking pattern would take seconds, and the router waits for it."""
     for prompt, draft in (
         (f"How many?{long}.", "7"),
         (EGGS, f"She{long}."),

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, made on the spot, and the default models where they are fetched."""
+"""Fixtures: tiny models with random weights, and the default models if they are fetched."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 2048,
-    "initializer_range": 0.2,  # large, so that attention has a say in the logits
+    "initializer_range": 0.2,  # large, so that attention influences the logits
     "bos_token_id": 1,
     "eos_token_id": EOS,
     "pad_token_id": 0,
@@ -66,13 +66,13 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny models gain nothing from more, and threads that wait for each other hinder other processes."""
+    """Tiny models gain nothing from more threads, and waiting threads slow down other processes."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Make a model folder of an architecture, once per session."""
+    """Make a model folder of an architecture, once per test session."""
     made: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
@@ -89,7 +89,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.fixture(scope="session")
 def tiny_network(tiny_folder: Callable[[str], Path]) -> Callable[[str], Any]:
-    """Load such a model the way transformers does by itself: what our engine must agree with."""
+    """Load such a model with transformers alone, as the reference for our engine."""
     loaded: dict[str, Any] = {}
 
     def load(architecture: str) -> Any:
@@ -118,14 +118,14 @@ def tiny_engine(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[
 
 @pytest.fixture(scope="session")
 def headrace_cache() -> Path:
-    """Where fetched models lie."""
+    """The folder of fetched models."""
     return Path(os.environ.get("HEADRACE_CACHE") or Path.home() / ".cache" / "headrace")
 
 
 @pytest.fixture(params=["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"])
 def default_model(request: pytest.FixtureRequest, headrace_cache: Path) -> Path:
-    """The gguf file of each default model; skips what is not fetched."""
+    """The gguf file of each default model; skips models that are not fetched."""
     path: Path = headrace_cache / "models" / request.param / "model.gguf"
     if not path.is_file():
-        pytest.skip(f"{path} is not there: run `headrace fetch`")
+        pytest.skip(f"{path} does not exist: run `headrace fetch`")
     return path

@@ -1,4 +1,4 @@
-"""The index arithmetic of a step, against what its words say."""
+"""The index arithmetic of a step, against its definitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK = 4
 
 @st.composite
 def steps(draw: st.DrawFn, decodes: bool = False) -> list[Row]:
-    """Rows of any start and length, with tables that may be longer than they need."""
+    """Return rows of any start and length, with tables that may be longer than needed."""
     rows = []
     for number in range(draw(st.integers(1, 6))):
         stop = draw(st.integers(1, 30))
@@ -30,7 +30,7 @@ def steps(draw: st.DrawFn, decodes: bool = False) -> list[Row]:
 
 
 @given(steps())
-def test_every_token_of_every_row_has_its_place(rows: list[Row]) -> None:
+def test_every_token_of_every_row_is_placed_correctly(rows: list[Row]) -> None:
     flat = flatten(rows, BLOCK)
     where = destinations(flat, BLOCK)
 
@@ -60,7 +60,7 @@ def test_the_last_token_of_each_row_that_samples_is_found(rows: list[Row]) -> No
 
 
 @given(steps(), st.integers(0, 3))
-def test_what_the_kernel_is_told_survives_the_journey_in_one_piece(rows: list[Row], spare: int) -> None:
+def test_the_kernels_arguments_are_packed_and_unpacked_unchanged(rows: list[Row], spare: int) -> None:
     import torch
 
     index = VarlenIndex.of(flatten(rows, BLOCK), BLOCK)
@@ -76,11 +76,11 @@ def test_what_the_kernel_is_told_survives_the_journey_in_one_piece(rows: list[Ro
         assert after.storage_offset() % 4 == 0
         assert np.array_equal(before, after.numpy())
         assert np.array_equal(before, uploaded.numpy())
-    assert list(index.held) == [0, *np.cumsum([row.stop for row in rows])]
+    assert list(index.key_offsets) == [0, *np.cumsum([row.stop for row in rows])]
 
 
 @given(steps(decodes=True), st.integers(0, 5), st.integers(0, 3))
-def test_padding_adds_rows_that_write_to_nobodys_block(rows: list[Row], more: int, wider: int) -> None:
+def test_padding_rows_write_only_to_the_scratch_block(rows: list[Row], more: int, wider: int) -> None:
     flat = flatten(rows, BLOCK)
     size, width, scratch = len(rows) + more, flat.tables.shape[1] + wider, 9999
 
@@ -97,14 +97,14 @@ def test_padding_adds_rows_that_write_to_nobodys_block(rows: list[Row], more: in
         assert np.array_equal(getattr(padded, name), getattr(again, name)), name
 
 
-def test_a_step_of_nobody_can_be_padded_too() -> None:
+def test_an_empty_step_can_be_padded() -> None:
     padded = pad_decodes(empty_step(), 3, width=2, spare=7)
 
     assert list(destinations(padded, BLOCK)) == [28, 28, 28]
 
 
 @given(st.integers(1, 1024))
-def test_there_is_a_size_close_above_any_number_of_rows(most: int) -> None:
+def test_a_size_is_close_above_any_number_of_rows(most: int) -> None:
     sizes = graph_sizes(most)
 
     assert sizes == sorted(set(sizes))

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
 import math
-import random
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,34 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.worker.engine import sampling
-from headrace.worker.engine.interface import Fault, Memo, Row, SamplingParams, Token
+from headrace.worker.engine.interface import Fault, Row, Token
 from headrace.worker.engine.noise import gumbel, noise_key
-from headrace.worker.engine.sampling import Sampler
-
-EOS = 0
-
-
-def row_of(ids: Sequence[int] = (1, 2, 3), *, prompt: int | None = None, seed: int = 1, **params: Any) -> Row:
-    """A row that samples after *ids*."""
-    sampler = SamplingParams(seed=seed, max_tokens=100, **params)
-    return Row([0], 0, len(ids), ids, len(ids) if prompt is None else prompt, True, sampler)
-
-
-def draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
-    return Sampler(frozenset({EOS}), torch.device("cpu")).sample(logits, rows)
-
-
-def ids_of(tokens: Sequence[Token | Fault]) -> list[int]:
-    assert all(isinstance(token, Token) for token in tokens)
-    return [token.id for token in tokens if isinstance(token, Token)]
-
-
-def random_logits(rows: int, vocabulary: int, *, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
-    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
+from tests.worker.engine.rows import EOS, draw, ids_of, random_logits, row_of
 
 
 def transformers_distribution(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    """What transformers' logits processors, in the order of its `generate`, make of one row's logits."""
+    """Return one row's distribution after transformers' logits processors, in the order of `generate`."""
     params = row.params
     processors: Any = transformers.LogitsProcessorList()
     if params.logit_bias:
@@ -81,8 +56,8 @@ FILTERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("params", FILTERS, ids=str)
-def test_drawn_tokens_follow_the_distribution_that_transformers_makes(params: dict[str, Any]) -> None:
-    """Many seeds, one distribution: no token outside the filters, and frequencies that fit inside."""
+def test_sampled_tokens_follow_the_distribution_of_transformers(params: dict[str, Any]) -> None:
+    """Over many seeds: no token outside the filters, and matching frequencies inside."""
     count, logits = 4000, random_logits(1, 13, seed=3)[0]
     expected = transformers_distribution(logits, row_of((1, 2, 2, 4, 9), **params))
 
@@ -104,7 +79,7 @@ def test_drawn_tokens_follow_the_distribution_that_transformers_makes(params: di
     spread=st.sampled_from([0.1, 2.0, 30.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_row_draws_the_same_token_alone_and_in_any_company(
+def test_a_row_samples_the_same_token_alone_and_in_any_batch(
     seeds: list[int], filters: list[dict[str, Any]], lengths: list[int], vocabulary: int, spread: float
 ) -> None:
     logits = random_logits(len(seeds), vocabulary, spread=spread)
@@ -127,7 +102,7 @@ def test_a_row_draws_the_same_token_alone_and_in_any_company(
     spread=st.sampled_from([0.01, 0.3, 3.0]),
 )
 @settings(max_examples=80, deadline=None)
-def test_looking_at_few_candidates_first_changes_nothing(
+def test_examining_few_candidates_first_changes_no_token(
     seed: int, top_k: int, top_p: float, min_p: float, spread: float
 ) -> None:
     logits = random_logits(4, 50, seed=seed % 1000, spread=spread)
@@ -158,7 +133,7 @@ def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature: float) 
         assert ids_of(draw(logits, rows)) == logits.argmax(-1).tolist()
 
 
-def test_the_next_position_meets_other_noise() -> None:
+def test_positions_have_different_noise() -> None:
     logits = torch.zeros(200, 1000)
     here = ids_of(draw(logits, [row_of([1] * (5 + i)) for i in range(200)]))
     there = ids_of(draw(logits, [row_of([1] * (6 + i)) for i in range(200)]))
@@ -167,8 +142,8 @@ def test_the_next_position_meets_other_noise() -> None:
     assert len(set(here)) > 150
 
 
-def test_frequency_and_presence_count_the_answer_alone() -> None:
-    """logit - frequency x count - presence, as OpenAI's API defines them; the prompt goes free."""
+def test_frequency_and_presence_count_only_the_answer() -> None:
+    """logit - frequency x count - presence, as OpenAI's API defines them; the prompt does not count."""
     logits = torch.tensor([[0.0, 5.0, 4.0, 3.0, 2.0]])
     ids = [1, 1, 1, 2, 2, 3]
 
@@ -196,7 +171,7 @@ def test_a_turn_cannot_end_before_min_tokens_unless_its_end_is_ignored(
         assert (ids_of(draw(logits, [row])) == [EOS]) == ends
 
 
-def test_ids_that_end_the_answer_are_not_drawn_before_min_tokens() -> None:
+def test_ids_that_end_the_answer_are_not_sampled_before_min_tokens() -> None:
     logits = torch.tensor([[1.0, 9.0, 5.0, 1.0]])
 
     def drawn(answered: int) -> list[int]:
@@ -215,7 +190,7 @@ def test_ids_that_end_the_answer_are_not_drawn_before_min_tokens() -> None:
 
 
 def test_log_probabilities_are_the_models_own() -> None:
-    """Before temperature, filters and penalties; and only for rows that ask."""
+    """Before temperature, filters and penalties, and only for rows that ask for them."""
     logits = random_logits(3, 60)
     rows = [
         row_of(logprobs=True, temperature=0.0),
@@ -236,7 +211,7 @@ def test_log_probabilities_are_the_models_own() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"repetition_penalty": 1.1}])
-def test_logits_that_are_not_finite_end_their_row_and_no_other(value: float, params: dict[str, Any]) -> None:
+def test_logits_that_are_not_finite_end_only_their_row(value: float, params: dict[str, Any]) -> None:
     logits = random_logits(3, 50)
     rows = [row_of(seed=i, **params) for i in range(3)]
     expected = draw(logits, rows)
@@ -252,157 +227,15 @@ def test_a_row_without_any_possible_token_is_a_fault() -> None:
     assert isinstance(draw(torch.full((1, 9), float("-inf")), [row_of()])[0], Fault)
 
 
-def test_bfloat16_logits_draw_what_their_float32_values_draw() -> None:
+def test_bfloat16_logits_give_the_same_tokens_as_their_float32_values() -> None:
     logits = random_logits(4, 200).bfloat16()
     rows = [row_of(seed=i, temperature=i / 2, logprobs=True) for i in range(4)]
 
     assert draw(logits, rows) == draw(logits.float(), rows)
 
 
-PENALTIES: list[dict[str, Any]] = [
-    {"repetition_penalty": 1.7},
-    {"presence_penalty": 0.7},
-    {"frequency_penalty": -0.9},
-    {"repetition_penalty": 0.8, "presence_penalty": -1.3, "frequency_penalty": 0.37},
-    {"logit_bias": {3: 1.25, 40: -7.5}, "repetition_penalty": 1.1},
-    {"min_tokens": 12, "stop_ids": frozenset({5, 9}), "frequency_penalty": 0.5},
-    {},
-]
-
-
-def edited(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    """Bias, penalties and the ban on ending early, for one row, by their definitions."""
-    scores, params = logits.clone(), row.params
-    for token, bias in params.logit_bias.items():
-        scores[token] += bias
-    for token in set(row.ids[: row.stop]):
-        if params.repetition_penalty != 1:
-            penalty = torch.tensor(params.repetition_penalty)
-            scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
-    for token, count in Counter(row.ids[row.prompt : row.stop]).items():
-        frequency, presence = torch.tensor([params.frequency_penalty, params.presence_penalty])
-        scores[token] -= frequency * float(count) + presence
-    if row.stop - row.prompt < params.min_tokens:
-        scores[[EOS, *params.stop_ids]] = float("-inf")
-    return scores
-
-
-@given(
-    dice=st.randoms(use_true_random=False),
-    choices=st.lists(st.sampled_from(PENALTIES), min_size=1, max_size=5),
-    lengths=st.lists(st.integers(1, 150), min_size=5, max_size=5),
-)
-@settings(max_examples=40, deadline=None)
-def test_what_is_kept_from_step_to_step_changes_no_bit(
-    dice: random.Random, choices: list[dict[str, Any]], lengths: list[int]
-) -> None:
-    """Whoever loses it, as by a failover, and whoever skips steps, as by being preempted, draws the same."""
-    sampler = Sampler(frozenset({EOS}), torch.device("cpu"))
-    histories = [[dice.randrange(50) for _ in range(length)] for length in lengths[: len(choices)]]
-    prompts = [dice.randint(1, len(ids)) for ids in histories]
-    memos = [Memo() for _ in choices]
-    for step in range(12):
-        members = sorted(dice.sample(range(len(choices)), dice.randint(1, len(choices))))
-        memos = [Memo() if dice.random() < 0.1 else memo for memo in memos]
-        logits = random_logits(len(members), 50, seed=step)
-        rows = [
-            dataclasses.replace(row_of(histories[i], prompt=prompts[i], seed=i, **choices[i]), memo=memos[i])
-            for i in members
-        ]
-
-        scores, faults = sampler._edit(logits, rows)
-        tokens = sampler.sample(logits, rows)
-
-        assert not faults
-        for index, (i, row) in enumerate(zip(members, rows, strict=True)):
-            assert torch.equal(scores[index], edited(logits[index], row))
-            histories[i].append(ids_of(tokens)[index])
-
-
-class Watched(list[int]):
-    """A history that counts how many ids are taken out of it."""
-
-    taken = 0
-
-    def __getitem__(self, key: Any) -> Any:
-        found = super().__getitem__(key)
-        self.taken += len(found) if isinstance(key, slice) else 1
-        return found
-
-    def __iter__(self) -> Any:
-        raise AssertionError("the whole history is gone through")
-
-
-@pytest.mark.parametrize("params", PENALTIES, ids=str)
-def test_a_step_reads_the_ids_that_are_new_and_not_the_history(params: dict[str, Any]) -> None:
-    sampler = Sampler(frozenset({EOS}), torch.device("cpu"))
-    logits, memo = random_logits(1, 50), Memo()
-    ids = Watched([1 + i % 49 for i in range(3000)])
-    for _ in range(20):
-        before = ids.taken
-        sampler.sample(logits, [dataclasses.replace(row_of(ids, prompt=1000, **params), memo=memo)])
-        ids.append(7)
-
-        if len(ids) > 3001:
-            assert ids.taken - before <= 2
-
-
-IMPOSSIBLE: list[dict[str, Any]] = [
-    {"logit_bias": {50: 1.0}},
-    {"logit_bias": {4_000_000_000: 1.0}},
-    {"logit_bias": {-1: 1.0}},
-    {"logit_bias": {1: "much"}},
-    {"repetition_penalty": "much"},
-    {"frequency_penalty": None, "presence_penalty": 1.0},
-    {"temperature": None},
-    {"top_p": None},
-    {"min_p": "much"},
-    {"seed": None},
-    {"min_tokens": None},
-]
-
-
-@pytest.mark.parametrize("impossible", IMPOSSIBLE, ids=str)
-def test_parameters_that_cannot_be_applied_end_their_row_and_no_other(impossible: dict[str, Any]) -> None:
-    logits = random_logits(4, 50)
-    rows = [
-        row_of(seed=1, top_p=0.9, logprobs=True),
-        row_of(**{"seed": 2, **impossible}),
-        row_of(seed=3, repetition_penalty=1.2, min_tokens=9),
-        row_of(temperature=0.0),
-    ]
-    good = [0, 2, 3]
-    expected = [draw(logits[i : i + 1], [rows[i]])[0] for i in good]
-
-    tokens = draw(logits, rows)
-
-    assert [tokens[i] for i in good] == expected
-    assert isinstance(tokens[1], Fault)
-
-
-def test_ids_that_end_a_turn_but_are_no_tokens_ban_nothing_and_harm_nobody() -> None:
-    sampler = Sampler(frozenset({EOS, 50, 4_000_000_000, -1}), torch.device("cpu"))
-    logits = random_logits(3, 50)
-    rows = [row_of(seed=i, min_tokens=9, stop_ids=frozenset({3, 99})) for i in range(2)]
-    rows.append(row_of(seed=2))
-    tokens = sampler.sample(logits, rows)
-
-    assert not {EOS, 3} & set(ids_of(tokens[:2]))
-    assert tokens[2] == draw(logits[2:], rows[2:])[0]
-
-
-def test_an_id_of_the_history_that_is_no_token_ends_its_row_and_no_other() -> None:
-    logits = random_logits(2, 50)
-    rows = [row_of((1, 2, 50), repetition_penalty=1.1), row_of((1, 2, 3), repetition_penalty=1.1)]
-
-    tokens = draw(logits, rows)
-
-    assert isinstance(tokens[0], Fault)
-    assert tokens[1] == draw(logits[1:], rows[1:])[0]
-
-
 def test_the_noise_is_the_same_on_every_machine_and_in_every_release() -> None:
-    """An answer may be resumed by a newer worker: these numbers never change."""
+    """A newer worker may resume an answer, so these numbers must never change."""
     assert noise_key(0, 0) == (-1492722385, 1293516399)
     assert noise_key(2**64 - 1, 4096) == (-2071266700, -490840291)
     noise = gumbel(

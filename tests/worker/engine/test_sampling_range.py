@@ -1,4 +1,4 @@
-"""Whatever `check_request` accepts is computed: no accepted number makes finite logits anything else."""
+"""The sampler computes whatever `check_request` accepts: no accepted value makes finite logits non-finite."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOATS = (
     "presence_penalty",
     "frequency_penalty",
 )
-# Anything that fits the field, and more often the ends of what is accepted.
+# Any value of the field, and more often the limits of what is accepted.
 numbers = st.one_of(
     st.sampled_from(
         [0.0, 1e-45, 1e-39, 1.2e-38, 1e-6, 1e-5, 0.01, 0.1, 0.5, 1.0, 2.0, 9.999, 10.0, -2.0, 3e38]
@@ -66,7 +66,7 @@ def params_of(sampling: pb.Sampling) -> SamplingParams:
 
 @settings(max_examples=300)
 @given(fields=asked, magnitude=magnitudes, spread=st.integers(0, 2**32 - 1))
-def test_what_is_accepted_is_computed_by_the_real_sampler(
+def test_accepted_parameters_are_computed_by_the_real_sampler(
     fields: dict[str, object], magnitude: float, spread: int
 ) -> None:
     sampling = accepted(fields)
@@ -85,7 +85,7 @@ def test_what_is_accepted_is_computed_by_the_real_sampler(
 
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("value", [1e-45, 1e-39, 3.4e38, math.inf, math.nan])
-def test_each_extreme_is_refused_or_computed(name: str, value: float) -> None:
+def test_each_extreme_is_rejected_or_computed(name: str, value: float) -> None:
     sampling = accepted({name: value})
     if sampling is None:
         return

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
-from headrace.worker.engine.plan.loop import EngineLoop, StepReport
-from headrace.worker.engine.plan.scheduler import Ending, LiveSequence
+from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.engine.torch_engine import TorchEngine
+from headrace.worker.runner import FinishReason, SequenceSpec, StepReport
+from tests.harness import transformers_tokenizer
 from tests.worker.engine.conftest import ARCHITECTURES, EOS, VOCABULARY
 
 GREEDY = SamplingParams(seed=0, max_tokens=64, temperature=0, ignore_eos=True)
@@ -27,7 +28,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 def generated(network: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """What transformers' own `generate` answers greedily, told not to stop."""
+    """Return the greedy answer of transformers' own `generate`, which does not stop at the end of turn."""
     ids = network.generate(
         torch.tensor([list(prompt)]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -35,13 +36,13 @@ def generated(network: Any, prompt: Sequence[int], count: int) -> list[int]:
 
 
 def blocks_of(engine: TorchEngine, which: int) -> Sequence[int]:
-    """A block table for a whole context, one of max_running, scattered over the memory back to front."""
+    """Return a block table for a whole context, one of max_running, in descending order over the memory."""
     last, step = engine.model.kv_blocks - 1, engine.model.max_running
     return range(last - which, -1, -step)
 
 
 def embedding_of(engine: TorchEngine) -> Any:
-    """Its network's token embeddings, to be poisoned."""
+    """Return its network's token embeddings, to be poisoned."""
     forward: Any = engine._forward
     return forward._network.get_input_embeddings()
 
@@ -76,7 +77,7 @@ def answer_together(
     params: Sequence[SamplingParams],
     seed: int = 0,
 ) -> list[list[int]]:
-    """Answer all prompts in random ragged steps: any rows, any chunks, any blocks."""
+    """Answer all prompts in random ragged steps: random rows, chunks and blocks."""
     dice = random.Random(seed)
     numbers = dice.sample(range(engine.model.kv_blocks), engine.model.kv_blocks)
     tables = [numbers[i :: len(prompts)] for i in range(len(prompts))]
@@ -100,10 +101,10 @@ def answer_together(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_random_schedules_answer_as_generate_does(
+def test_random_schedules_give_the_answers_of_generate(
     architecture: str, tiny_engine: Engine, tiny_network: Network
 ) -> None:
-    """Chunks, blocks and neighbours change nothing, whatever the architecture: windows, soft caps, groups."""
+    """Chunks, blocks and other rows change nothing, with windows, soft caps and groups too."""
     engine, network = tiny_engine(architecture), tiny_network(architecture)
     prompts = [prompt_of(length) for length in (1, 7, 40, 90, 130)]
     expected = [generated(network, prompt, 10) for prompt in prompts]
@@ -116,7 +117,7 @@ def test_random_schedules_answer_as_generate_does(
 def test_logits_are_those_of_a_plain_forward_pass_far_into_a_long_prompt(
     architecture: str, tiny_engine: Engine, tiny_network: Network
 ) -> None:
-    """Past 512 keys attention works in blocks, and a window hides whole blocks."""
+    """Beyond 512 keys attention works in blocks, and a window masks whole blocks."""
     engine, network = tiny_engine(architecture), tiny_network(architecture)
     ids = prompt_of(701)
     with torch.inference_mode():
@@ -131,7 +132,7 @@ def test_logits_are_those_of_a_plain_forward_pass_far_into_a_long_prompt(
         torch.testing.assert_close(logits, expected[stop - 1], rtol=1e-3, atol=1e-3)
 
 
-def test_a_sampled_row_does_not_depend_on_its_neighbours(tiny_engine: Engine) -> None:
+def test_a_sampled_row_does_not_depend_on_other_rows(tiny_engine: Engine) -> None:
     engine = tiny_engine()
     if not engine.model.exact:
         pytest.skip("this machine's kernels are not exact")
@@ -151,16 +152,16 @@ def test_an_answer_resumed_from_any_point_ends_the_same(params: SamplingParams, 
     prompt = prompt_of(120)
     whole = answer(engine, prompt, 16, params=params)
 
-    for said in (1, 8, 9, 15):
-        assert answer(engine, prompt, 16, params=params, resume=whole[:said], which=5) == whole
+    for count in (1, 8, 9, 15):
+        assert answer(engine, prompt, 16, params=params, resume=whole[:count], which=5) == whole
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("shared", [1, 3])
-def test_a_sequence_carries_on_from_blocks_that_another_has_written(
+def test_a_sequence_continues_from_blocks_that_another_has_written(
     architecture: str, shared: int, tiny_engine: Engine, tiny_network: Network
 ) -> None:
-    """Prompts that begin alike are computed once: the second starts behind what the first has stored."""
+    """A common prefix is computed once: the second prompt starts after the blocks of the first."""
     engine, network = tiny_engine(architecture), tiny_network(architecture)
     held = shared * engine.model.block_tokens
     one, two = prompt_of(held + 30), prompt_of(held + 9)
@@ -172,7 +173,7 @@ def test_a_sequence_carries_on_from_blocks_that_another_has_written(
     ids, start = list(two), held
     for _ in range(5):
         rows = [Row(theirs, start, len(ids), ids, len(two), True, GREEDY)]
-        if start == held:  # the owner carries on beside it
+        if start == held:  # the owner continues in the same step
             rows.append(Row(ours, len(one), len(one) + 1, [*one, 5], len(one), True, GREEDY))
         token = engine.step(rows)[0]
         assert isinstance(token, Token)
@@ -182,7 +183,7 @@ def test_a_sequence_carries_on_from_blocks_that_another_has_written(
     assert ids[len(two) :] == generated(network, two, 5)
 
 
-def test_a_row_whose_logits_are_not_finite_ends_alone(tiny_engine: Engine, tiny_network: Network) -> None:
+def test_only_the_row_whose_logits_are_not_finite_ends(tiny_engine: Engine, tiny_network: Network) -> None:
     engine, network = tiny_engine("gemma3"), tiny_network("gemma3")
     poison = 99
     embedding_of(engine).weight.data[poison] = float("nan")
@@ -205,10 +206,10 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(tiny_engine: Engine, tiny_
     ("architecture", "dtype"),
     [("gpt_neox", "float32"), ("gemma3", "float32"), ("gpt_neox", "float16"), ("mistral", "float16")],
 )
-def test_blocks_that_held_a_broken_sequence_serve_the_next_one(
+def test_blocks_of_a_faulty_sequence_can_be_reused(
     architecture: str, dtype: str, tiny_engine: Engine
 ) -> None:
-    """Nobody clears blocks: NaN that is left over in them must not spread to whoever comes next."""
+    """Blocks are not cleared: a NaN left in them must not reach the next sequence."""
     engine, fresh = (tiny_engine(architecture, dtype=dtype) for _ in range(2))
     poison = 99
     for each in (engine, fresh):
@@ -220,7 +221,7 @@ def test_blocks_that_held_a_broken_sequence_serve_the_next_one(
     assert answer(engine, prompt, 4) == answer(fresh, prompt, 4)
 
 
-def test_a_step_in_which_nobody_samples_returns_nothing(tiny_engine: Engine) -> None:
+def test_a_step_in_which_no_row_samples_returns_no_tokens(tiny_engine: Engine) -> None:
     engine = tiny_engine()
     rows = [
         Row(blocks_of(engine, 0), 0, 4, prompt_of(9), 9, False, GREEDY),
@@ -231,43 +232,43 @@ def test_a_step_in_which_nobody_samples_returns_nothing(tiny_engine: Engine) -> 
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_caller_has_its_turn_once_in_every_step(fails: bool, tiny_engine: Engine) -> None:
+def test_meanwhile_is_called_once_in_every_step(fails: bool, tiny_engine: Engine) -> None:
     engine = tiny_engine()
-    turns: list[str] = []
+    calls: list[str] = []
     row = Row([] if fails else blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, GREEDY)
 
     if fails:
         with pytest.raises(ValueError, match="could not broadcast"):
-            engine.step([row], lambda: turns.append("turn"))
+            engine.step([row], lambda: calls.append("call"))
     else:
-        engine.step([row], lambda: turns.append("turn"))
+        engine.step([row], lambda: calls.append("call"))
 
-    assert turns == ["turn"]
+    assert calls == ["call"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_the_loop_answers_random_arrivals_as_generate_does(
+def test_the_loop_gives_random_arrivals_the_answers_of_generate(
     architecture: str, tiny_engine: Engine, tiny_network: Network
 ) -> None:
-    """More requests than rows, small steps, cancellations: each answer is still its own."""
+    """Also with more requests than rows, small steps and cancellations."""
     engine, network = tiny_engine(architecture, max_running=4), tiny_network(architecture)
     dice = random.Random(5)
     prompts = {key: prompt_of(dice.randint(1, 150), seed=key) for key in range(12)}
     lengths = {key: dice.randint(1, 12) for key in prompts}
-    endings: queue.Queue[tuple[int, Ending]] = queue.Queue()
-    said: dict[int, list[int]] = {key: [] for key in prompts}
+    endings: queue.Queue[tuple[int, FinishReason]] = queue.Queue()
+    answers: dict[int, list[int]] = {key: [] for key in prompts}
 
-    def hear(report: StepReport[int]) -> None:
+    def on_report(report: StepReport[int]) -> None:
         for update in report.updates:
-            said[update.sequence.key] += update.token_ids
-            if update.ending is not None:
-                endings.put((update.sequence.key, update.ending))
+            answers[update.key] += update.token_ids
+            if update.finish is not None:
+                endings.put((update.key, update.finish))
 
-    loop = EngineLoop(engine, report=hear, step_tokens=48)
-    loop.start()
+    loop: EngineLoop[int] = EngineLoop(engine, step_tokens=48)
+    loop.start(on_report)
     for key, prompt in prompts.items():
         params = SamplingParams(seed=key, max_tokens=lengths[key], temperature=0, ignore_eos=True)
-        loop.submit(LiveSequence(key, list(prompt), len(prompt), params, None, 0.0))
+        loop.submit(SequenceSpec(key, prompt, len(prompt), params))
         if key % 5 == 4:
             loop.cancel(key)
     ended = dict(endings.get(timeout=120) for _ in prompts)
@@ -275,15 +276,15 @@ def test_the_loop_answers_random_arrivals_as_generate_does(
 
     for key, prompt in prompts.items():
         expected = generated(network, prompt, lengths[key])
-        if ended[key] is Ending.LENGTH:
-            assert said[key] == expected
+        if ended[key] is FinishReason.LENGTH:
+            assert answers[key] == expected
         else:
-            assert ended[key] is Ending.CANCELLED
-            assert said[key] == expected[: len(said[key])]
-    assert {Ending.LENGTH} == {ended[key] for key in prompts if key % 5 != 4}
+            assert ended[key] is FinishReason.CANCELLED
+            assert answers[key] == expected[: len(answers[key])]
+    assert {FinishReason.LENGTH} == {ended[key] for key in prompts if key % 5 != 4}
 
 
-def test_the_model_ends_its_turn_with_its_own_token(tiny_engine: Engine) -> None:
+def test_the_model_ends_its_turn_with_its_end_token(tiny_engine: Engine) -> None:
     engine = tiny_engine()
     assert engine.model.eos_ids == {EOS}
     eager_to_end = SamplingParams(seed=1, max_tokens=9, temperature=0, logit_bias={EOS: 1000.0})
@@ -297,24 +298,22 @@ def test_the_model_ends_its_turn_with_its_own_token(tiny_engine: Engine) -> None
 def test_a_default_model_knows_the_capital_of_france_and_ends_its_turn(
     default_model: Path, headrace_cache: Path
 ) -> None:
-    from transformers import AutoTokenizer
-
     from headrace.worker.engine.load.loading import load_engine
 
     engine = load_engine(
         default_model, name="m", cache=headrace_cache, tokenizer_fingerprint="t", max_running=2
     )
-    tokenizer: Any = AutoTokenizer.from_pretrained(default_model.parent, gguf_file=default_model.name)
+    tokenizer = transformers_tokenizer(default_model, headrace_cache)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
 
-    said: list[int] = []
+    answered: list[int] = []
     for _ in range(32):
         params = SamplingParams(seed=1, max_tokens=32, temperature=0)
-        token = answer(engine, ids, len(said) + 1, params=params, resume=said)[-1]
+        token = answer(engine, ids, len(answered) + 1, params=params, resume=answered)[-1]
         if token in engine.model.eos_ids:
             break
-        said.append(token)
+        answered.append(token)
 
-    assert tokenizer.decode(said).strip() == "The capital of France is Paris."
+    assert tokenizer.decode(answered).strip() == "The capital of France is Paris."
     assert token == tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -1,4 +1,4 @@
-"""Each way to attend over paged memory, against attention over whole sequences in float64."""
+"""Each kind of attention over paged memory, against attention over whole sequences in float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LAYERS = {
 
 
 def expected(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masking: Masking) -> Any:
-    """All of one sequence: query [tokens, heads, dim]."""
+    """Return the attention of a whole sequence: query [tokens, heads, dim]."""
     group = query.shape[1] // keys.shape[1]
     query, keys, values = query.double(), keys.double(), values.double()
     keys, values = (tensor.repeat_interleave(group, 1) for tensor in (keys, values))
@@ -57,7 +57,7 @@ def kinds() -> list[Any]:
 @pytest.mark.parametrize(("kind", "dtype"), kinds())
 @pytest.mark.parametrize("name", LAYERS)
 @torch.inference_mode()
-def test_ragged_steps_attend_as_whole_sequences_do(
+def test_ragged_steps_give_the_attention_of_whole_sequences(
     name: str, kind: AttentionKind, dtype: torch.dtype
 ) -> None:
     layer, dice = LAYERS[name], random.Random(name)
@@ -107,7 +107,7 @@ def test_ragged_steps_attend_as_whole_sequences_do(
         assert (torch.cat(parts).double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
 
 
-def test_the_cpu_gets_kernels_for_what_their_memory_can_hold() -> None:
+def test_the_cpu_uses_kernels_for_the_dtypes_that_they_support() -> None:
     layers = {0: LAYERS["odd sizes"]}
 
     assert choose_kind(layers, CPU, torch.float32).name == "kernels"
@@ -121,14 +121,14 @@ def test_the_cpu_gets_kernels_for_what_their_memory_can_hold() -> None:
     [
         ("groups of three", (9, 0), torch.bfloat16, "flash", ""),
         ("groups of seven", (8, 0), torch.float16, "flash", ""),
-        ("groups of three", (9, 0), torch.float32, "plain", "not in float32"),
+        ("groups of three", (9, 0), torch.float32, "plain", "not float32"),
         ("groups of three", (7, 5), torch.float16, "plain", "capability 7.5 is below 8.0"),
-        ("odd sizes", (9, 0), torch.bfloat16, "plain", "a multiple of 8"),
-        ("values of another size", (9, 0), torch.bfloat16, "plain", "not of one size"),
+        ("odd sizes", (9, 0), torch.bfloat16, "plain", "multiples of 8"),
+        ("values of another size", (9, 0), torch.bfloat16, "plain", "not equal multiples of 8"),
         ("wide heads, soft cap, window", (9, 0), torch.bfloat16, "plain", "soft cap"),
     ],
 )
-def test_cuda_gets_flash_attention_where_that_takes_all_layers(
+def test_cuda_uses_flash_attention_if_it_supports_all_layers(
     name: str,
     capability: tuple[int, int],
     dtype: torch.dtype,

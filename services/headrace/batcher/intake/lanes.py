@@ -1,8 +1,8 @@
-"""Let requests wait for their turn to be tokenised, and tokenise them on threads of their size.
+"""Queue prompts to be tokenised, and tokenise them on threads for their size.
 
-Who is next is the order of `queue`: priority, tenants in turn, earliest deadline. A lane has its own queue
-and threads and takes requests of one range of sizes, so a short prompt never waits for a long one, nor a long
-one for one that is many times as long. What tokenising is, and what follows, is `intake`'s.
+The order is that of the queue (`order`): priority, tenants in turn, earliest deadline. Each lane has its own
+order and threads, and accepts requests of one range of sizes. So a short prompt never waits for a long one,
+nor a long one for one that is many times longer. What happens to the tokens is decided in `intake`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from functools import partial
 
 from headrace import attributes, errors
 from headrace.batcher import job as jobs
-from headrace.batcher.waiting.estimates import Mean
-from headrace.batcher.waiting.line import queue_depth, queue_wait
-from headrace.batcher.waiting.queue import JobQueue
+from headrace.batcher.waiting.estimates import RunningMean
+from headrace.batcher.waiting.order import FairOrder
+from headrace.batcher.waiting.queue import queue_depth, queue_wait
+from headrace.deadline import Deadline
 
 _BYTES_PER_TOKEN = 4  # of ordinary text
-# What each request costs besides, as tokens: half a millisecond, the time of a kilobyte of a long prompt.
-_EACH = 256
+# The fixed cost of a request, as tokens: half a millisecond, the time of a kilobyte of a long prompt.
+_FIXED_COST = 256
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
-    """A request at the intake. See `queue.Waiting`.
+class PendingPrompt:
+    """A request that waits to be tokenised. See `order.Waiting`.
 
-    encode   makes its tokens; called on a thread
+    encode   returns its tokens; called on a thread
     size     bytes of the request
     ids      its tokens, or why there are none
     """
@@ -39,23 +40,23 @@ class Entry:
     tenant: str
     priority: int
     arrived: float
-    expires: float | None
+    deadline: Deadline
     ids: asyncio.Future[list[int]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     @property
     def cost(self) -> int:
-        """What tokenising it takes, in tokens of ordinary text."""
-        return self.size // _BYTES_PER_TOKEN + _EACH
+        """The cost of tokenising it, in tokens of ordinary text."""
+        return self.size // _BYTES_PER_TOKEN + _FIXED_COST
 
     @property
     def uncached(self) -> int:
-        """As `cost`: what workers hold of it is not known yet."""
+        """The same as `cost`: it is not known yet how much workers have cached."""
         return self.cost
 
     @property
-    def answer_by(self) -> float | None:
-        """See `job.answer_by`."""
-        return jobs.answer_by(self.expires)
+    def response_deadline(self) -> Deadline:
+        """See `job.response_deadline`."""
+        return jobs.response_deadline(self.deadline)
 
     def fail(self, error: errors.HeadraceError) -> None:
         """End it with *error*."""
@@ -66,26 +67,23 @@ class Entry:
 class Lane:
     """Tokenises requests of at least *smallest* bytes, *threads* at a time. Use as a context manager.
 
-    limit    most requests that wait in the batcher, as of `queue`
-    ageing   as of `queue`
+    ageing   as of `order.FairOrder`
     labels   attributes of metrics
     """
 
-    def __init__(
-        self, *, smallest: int, threads: int, limit: int, ageing: float, labels: dict[str, str]
-    ) -> None:
-        # A tenant's turn is one of the shortest prompts of the lane, or a few where those are tiny: longer
-        # ones are saved up for in as many rounds as they are longer, which must be few.
-        quantum = max(smallest // _BYTES_PER_TOKEN, 4 * _EACH)
-        self.queue: JobQueue[Entry] = JobQueue(limit, ageing=ageing, quantum=quantum)
+    def __init__(self, *, smallest: int, threads: int, ageing: float, labels: dict[str, str]) -> None:
+        # The quantum covers one of the shortest prompts of the lane, or a few tiny ones. A prompt that is n
+        # times longer takes n rounds, which must be few.
+        quantum = max(smallest // _BYTES_PER_TOKEN, 4 * _FIXED_COST)
+        self.order: FairOrder[PendingPrompt] = FairOrder(ageing=ageing, quantum=quantum)
         self.smallest = smallest
         self.bytes = 0
         self._threads = threads
         self._labels = {**labels, attributes.QUEUE_STAGE: "tokenizer"}
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
-        self._held: set[Entry] = set()
-        self._running: dict[Entry, float] = {}  # since when
-        self._seconds = Mean()
+        self._held: set[PendingPrompt] = set()
+        self._running: dict[PendingPrompt, float] = {}  # and when each started
+        self._seconds = RunningMean()
 
     def __enter__(self) -> Lane:
         return self
@@ -95,59 +93,63 @@ class Lane:
 
     @property
     def waiting(self) -> int:
-        """Requests that have a place here: until they have one in the batcher's queue, or left."""
+        """The requests that hold a place here: until they enter the batcher's queue or leave."""
         return len(self._held)
 
-    def wait_seconds(self, newcomer: Entry) -> float:
-        """How long *newcomer* would wait for its tokens, by the mean of those before; 0 while unknown."""
+    def by_level(self) -> dict[int, list[PendingPrompt]]:
+        """See `admission.WaitingPlace`: those that are not on a thread yet."""
+        return self.order.by_level()
+
+    def wait_seconds(self, newcomer: PendingPrompt) -> float:
+        """Estimate how long *newcomer* would wait for its tokens, from previous ones; 0 while unknown."""
         if len(self._running) < self._threads:
             return 0.0
-        ahead, _ = self.queue.ahead_of(newcomer)
+        ahead, _ = self.order.ahead_of(newcomer)
         return (ahead + 1) / self._threads * self._seconds.value
 
-    def put(self, entry: Entry) -> None:
-        """Let *entry* wait for its turn; its tokens come as `entry.ids`. It holds a place until it leaves."""
-        self._held.add(entry)
-        self.bytes += entry.size
+    def put(self, prompt: PendingPrompt) -> None:
+        """Queue *prompt*, whose tokens will be in `prompt.ids`. It holds a place until `leave` is called."""
+        self._held.add(prompt)
+        self.bytes += prompt.size
         queue_depth.add(1, self._labels)
-        self.queue.put(entry)
+        self.order.put(prompt)
         self._fill()
 
-    def remove(self, waiting: Entry, outcome: str) -> bool:
-        """See `admission.Places`."""
-        if waiting not in self.queue:
+    def remove(self, waiting: PendingPrompt, outcome: str) -> bool:
+        """See `admission.WaitingPlace`."""
+        if waiting not in self.order:
             return False
         self.leave(waiting, outcome)
         return True
 
-    def leave(self, entry: Entry, outcome: str) -> None:
-        """Give the place of *entry* back, wherever it is; again does no harm."""
-        if entry not in self._held:
+    def leave(self, prompt: PendingPrompt, outcome: str) -> None:
+        """Release the place of *prompt*, waiting or running. Further calls have no effect."""
+        if prompt not in self._held:
             return
-        self._held.discard(entry)
-        self.queue.discard(entry)
-        if entry not in self._running:
-            self.bytes -= entry.size
+        self._held.discard(prompt)
+        self.order.discard(prompt)
+        if prompt not in self._running:
+            self.bytes -= prompt.size
         queue_depth.add(-1, self._labels)
-        queue_wait.record(time.monotonic() - entry.arrived, {**self._labels, attributes.OUTCOME: outcome})
+        queue_wait.record(time.monotonic() - prompt.arrived, {**self._labels, attributes.OUTCOME: outcome})
 
     def _fill(self) -> None:
-        """Give free threads something to do."""
+        """Start the next prompts on free threads."""
         now = time.monotonic()
-        while len(self._running) < self._threads and (entry := self.queue.head(now)) is not None:
-            self.queue.take(entry)
-            self._running[entry] = now
-            task = asyncio.get_running_loop().run_in_executor(self._executor, entry.encode)
-            task.add_done_callback(partial(self._done, entry))
+        while len(self._running) < self._threads and (prompt := self.order.head(now)) is not None:
+            self.order.take(prompt)
+            self._running[prompt] = now
+            task = asyncio.get_running_loop().run_in_executor(self._executor, prompt.encode)
+            task.add_done_callback(partial(self._done, prompt))
 
-    def _done(self, entry: Entry, task: asyncio.Future[list[int]]) -> None:
-        self._seconds.add(time.monotonic() - self._running.pop(entry))
-        if entry not in self._held:
-            self.bytes -= entry.size  # its caller left, the thread could not
+    def _done(self, prompt: PendingPrompt, task: asyncio.Future[list[int]]) -> None:
+        self._seconds.add(time.monotonic() - self._running.pop(prompt))
+        if prompt not in self._held:
+            self.bytes -= prompt.size  # its caller left, but the thread could not be stopped
         error = task.exception()
-        if not entry.ids.done():
+        if not prompt.ids.done():
             if error is None:
-                entry.ids.set_result(task.result())
+                prompt.ids.set_result(task.result())
             else:
-                entry.ids.set_exception(error)
+                prompt.ids.set_exception(error)
         self._fill()

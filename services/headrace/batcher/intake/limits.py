@@ -1,7 +1,7 @@
-"""Say what a request must fit, as the tier's workers are now: plain checks of plain values.
+"""Check a request against the limits of its tier's current workers, and complete its sampling fields.
 
-What can be judged without a model is `headrace.validation`'s. Each check raises the InvalidRequest that says
-what to mend.
+`headrace.validation` checks what needs no model. Each check here raises an InvalidRequest that names the
+correction.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headrace import errors
+from headrace.quoting import quoted
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 
-# Below this the likeliest token is always drawn, as vLLM has it: such a temperature is meant as 0, and the
-# quotients would leave float32.
+# A lower temperature is taken as 0, as in vLLM: the most likely token is always drawn, and the scaled logits
+# would exceed float32.
 GREEDY_BELOW = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What one tier takes.
+class RequestLimits:
+    """The limits of one tier.
 
-    model            what it serves, by name
+    model            the name of the model it serves
     context_length   most tokens of prompt and answer together
     vocabulary       token ids are below this
     max_tokens       most tokens of an answer
@@ -36,8 +37,8 @@ class Limits:
     max_tokens: int
 
     @classmethod
-    def of(cls, tier: str, models: Iterable[wire.ModelDescription], max_tokens: int) -> Limits:
-        """What every worker of the tier takes; *models* are theirs, at least one."""
+    def of(cls, tier: str, models: Iterable[wire.ModelDescription], max_tokens: int) -> RequestLimits:
+        """Return the limits that every worker of the tier accepts; *models* are theirs, at least one."""
         models = list(models)
         return cls(
             tier,
@@ -48,16 +49,16 @@ class Limits:
         )
 
     def check(self, request: pb.GenerateRequest) -> None:
-        """Check all but the prompt: pins, ids, and what is to be resumed."""
+        """Check everything but the prompt: tier, model, token ids, and the answer to resume."""
         hints = request.routing
         if hints.tier and hints.tier != self.tier:
             raise errors.UnknownTier(
-                f"this batcher serves tier {self.tier!r}, not {errors.quoted(hints.tier)}",
+                f"this batcher serves tier {self.tier!r}, not {quoted(hints.tier)}",
                 field="routing.tier",
             )
         if hints.model and hints.model != self.model:
             raise errors.UnknownModel(
-                f"tier {self.tier!r} serves {self.model!r}, not {errors.quoted(hints.model)}",
+                f"tier {self.tier!r} serves {self.model!r}, not {quoted(hints.model)}",
                 field="routing.model",
             )
         self.check_resume(1, len(request.resume.token_ids))
@@ -72,24 +73,25 @@ class Limits:
                     f"token id {token} is not in the model's vocabulary of {self.vocabulary}", field=field
                 )
 
-    def check_fewest(self, tokens: int) -> None:
-        """Check a prompt that has at least so many tokens: nothing else of it is known yet."""
+    def check_min_prompt(self, tokens: int) -> None:
+        """Check a prompt that is only known to have at least *tokens* tokens."""
         if tokens >= self.context_length:
             raise errors.ContextTooLong(
-                f"the prompt has at least {tokens} tokens, tier {self.tier!r} takes {self.context_length} "
-                "for prompt and answer: shorten it, or use a tier with a longer context",
+                f"the prompt has at least {tokens} tokens, but tier {self.tier!r} "
+                f"accepts {self.context_length} for prompt and answer: shorten it, or use a tier with a "
+                "longer context",
                 field="input",
                 prompt_tokens_at_least=tokens,
                 context_length=self.context_length,
             )
 
     def check_prompt(self, tokens: int) -> None:
-        """Check a prompt of so many tokens."""
+        """Check a prompt of *tokens* tokens."""
         if not tokens:
-            raise errors.EmptyInput("the prompt has no tokens: give it text", field="input")
+            raise errors.EmptyInput("the prompt has no tokens: send some text", field="input")
         if tokens >= self.context_length:
             raise errors.ContextTooLong(
-                f"the prompt has {tokens} tokens, tier {self.tier!r} takes {self.context_length} for "
+                f"the prompt has {tokens} tokens, but tier {self.tier!r} accepts {self.context_length} for "
                 "prompt and answer: shorten it, or use a tier with a longer context",
                 field="input",
                 prompt_tokens=tokens,
@@ -97,26 +99,27 @@ class Limits:
             )
 
     def check_resume(self, prompt_tokens: int, tokens: int) -> None:
-        """Check an answer of so many tokens that is to be carried on."""
+        """Check an answer of *tokens* tokens that is to be resumed."""
         if prompt_tokens + tokens > self.context_length:
             raise errors.ContextTooLong(
-                f"resume.token_ids has {tokens} tokens and the prompt at least {prompt_tokens}, tier "
-                f"{self.tier!r} takes {self.context_length} for both: resume with what this tier answered",
+                f"resume.token_ids has {tokens} tokens and the prompt at least {prompt_tokens}, but tier "
+                f"{self.tier!r} accepts {self.context_length} for both: resume with this tier's answer",
                 field="resume.token_ids",
                 prompt_tokens=prompt_tokens,
                 context_length=self.context_length,
             )
 
     def sampling(self, asked: pb.Sampling, prompt_tokens: int, defaults: pb.Sampling) -> pb.Sampling:
-        """What is asked for, with all that workers need: the seed drawn, and max_tokens as there is room.
+        """Return the complete sampling fields for workers: with a seed, and max_tokens within the context.
 
-        defaults   fields that are not asked for have these values
+        asked      the fields of the request
+        defaults   the values of fields that the request leaves out
         """
         sampling = pb.Sampling()
         sampling.CopyFrom(defaults)
         sampling.MergeFrom(asked)
-        wanted = sampling.max_tokens if sampling.HasField("max_tokens") else self.max_tokens
-        sampling.max_tokens = min(wanted, self.max_tokens, self.context_length - prompt_tokens)
+        max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else self.max_tokens
+        sampling.max_tokens = min(max_tokens, self.max_tokens, self.context_length - prompt_tokens)
         if sampling.HasField("temperature") and sampling.temperature < GREEDY_BELOW:
             sampling.temperature = 0.0
         if not sampling.HasField("seed"):

@@ -1,8 +1,9 @@
-"""Keep work away from a worker that keeps failing: a circuit breaker (Nygard, Release It!, 2007).
+"""Stop sending work to a worker that keeps failing: a circuit breaker (Nygard, Release It!, 2007).
 
-Closed until *threshold* faults of the worker follow each other without a success between; then open for a
-pause that doubles each time; then half open: one probe decides. A fault counts only if it hit a request that
-no earlier one of them had hit: what a single request fails of may be the request. Plain data, no clock.
+The breaker is closed until *threshold* faults of the worker occur without a success in between. Then it is
+open for a pause, which doubles each time. Then it is half open: one probe decides. A fault counts only if it
+affects a request that no earlier fault affected, because repeated faults of one request may be caused by the
+request. Plain data: the caller passes the current time.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
-_REMEMBERED = 1024  # requests
+_MAX_REMEMBERED = 1024  # requests
 
 
-class State(Enum):
-    """Whether work passes."""
+class BreakerState(Enum):
+    """Whether work is sent: yes, no, or one probe."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -23,11 +24,11 @@ class State(Enum):
 
 
 @dataclass(slots=True)
-class Breaker:
-    """One worker's breaker; give it only the worker's own faults.
+class CircuitBreaker:
+    """The circuit breaker of one worker. Record only faults of the worker itself.
 
-    threshold       faults in a row that open it
-    pause, longest  seconds that it stays open at first, and at most
+    threshold       consecutive faults that open it
+    pause, longest  seconds that it stays open: at first, and at most
     """
 
     threshold: int = 3
@@ -37,54 +38,55 @@ class Breaker:
     _openings: int = 0
     _opened: float | None = None
     _probing: bool = False
-    _hit: dict[Hashable, None] = field(default_factory=dict)  # requests, since the last success
+    _affected: dict[Hashable, None] = field(default_factory=dict)  # requests, since the last success
 
-    def state(self, now: float) -> State:
-        """Where it stands at *now* seconds."""
+    def state(self, now: float) -> BreakerState:
+        """Return the state at *now* seconds."""
         if self._opened is None:
-            return State.CLOSED
-        return State.OPEN if now < self._opened + self._pause() else State.HALF_OPEN
+            return BreakerState.CLOSED
+        return BreakerState.OPEN if now < self._opened + self._pause() else BreakerState.HALF_OPEN
 
-    def room(self, now: float, room: int) -> int:
-        """How many of *room* sequences may go to the worker: all, none, or one probe."""
+    def allowed(self, now: float, sequences: int) -> int:
+        """Return how many of *sequences* may be sent to the worker: all, none, or one probe."""
         state = self.state(now)
-        if state is State.CLOSED:
-            return room
-        return 0 if state is State.OPEN or self._probing else min(room, 1)
+        if state is BreakerState.CLOSED:
+            return sequences
+        return 0 if state is BreakerState.OPEN or self._probing else min(sequences, 1)
 
     def sent(self) -> None:
-        """A sequence goes to the worker: the probe, if one is due."""
+        """Record that a sequence is sent to the worker: the probe, if one is due."""
         self._probing = self._opened is not None
 
-    def succeed(self) -> None:
-        """A sequence ended well there."""
+    def record_success(self) -> None:
+        """Record a sequence that completed. Closes the breaker."""
         self._faults = self._openings = 0
         self._opened = None
         self._probing = False
-        self._hit.clear()
+        self._affected.clear()
 
-    def fail(self, now: float, requests: Collection[Hashable] = ()) -> None:
-        """The worker failed. Counted once for each incident, not for each sequence that it hit.
+    def record_fault(self, now: float, requests: Collection[Hashable] = ()) -> None:
+        """Record a fault of the worker, once per incident and not per affected sequence.
 
-        requests   whose sequences it hit; not counted if each of them was hit before. None: it hit no
-                   request, and counts
+        requests   the affected requests; the fault does not count if earlier faults affected all of them. If
+                   it affected none, it counts
         """
-        if requests and all(request in self._hit for request in requests):
-            self.forgive()
+        if requests and all(request in self._affected for request in requests):
+            self.release_probe()
             return
-        self._hit |= dict.fromkeys(requests)
-        while len(self._hit) > _REMEMBERED:
-            del self._hit[next(iter(self._hit))]
+        self._affected |= dict.fromkeys(requests)
+        while len(self._affected) > _MAX_REMEMBERED:
+            del self._affected[next(iter(self._affected))]
         self._faults += 1
         if self._opened is not None or self._faults >= self.threshold:
-            # What fails after the opening belongs to the same trouble, unless it was the probe.
+            # Faults of sequences that were sent before it opened do not prolong the pause; that of a probe
+            # does.
             if self._opened is None or self._probing:
                 self._openings += 1
                 self._opened = now
             self._probing = False
 
-    def forgive(self) -> None:
-        """The probe came back without a verdict, such as by its caller's leaving: another one may go."""
+    def release_probe(self) -> None:
+        """Allow another probe: the last one ended without a result, for example because its caller left."""
         self._probing = False
 
     def _pause(self) -> float:

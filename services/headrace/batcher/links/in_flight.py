@@ -1,7 +1,7 @@
-"""Keep the books of one stream to a worker: which handle stands for which job, and how far it has come.
+"""Account for the sequences at one worker: their handles, jobs and offsets.
 
-This is where fencing happens: a delta counts only for the handle and the attempt that it was made for,
-and only from the offset on that is expected. Plain data; a new stream begins with new books.
+Fencing happens here: a delta counts only for the handle and the attempt it was made for, and only from the
+expected offset. Plain data; every new stream starts with an empty account.
 """
 
 from __future__ import annotations
@@ -16,110 +16,115 @@ from headrace.v1 import worker_service_pb2 as wire
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlightSequence:
     """A job at the worker.
 
-    attempt     of the job, when it was sent
+    attempt     the attempt of the job that was sent
     offset      of the next token
-    taken_in    whether a token was seen, so that its prompt is computed
-    abandoned   nobody waits for it here; it stays until the worker's last word, which frees the handle
+    cost        tokens to compute for the first token
+    prefilled   whether a token has arrived, so the prompt is computed
+    abandoned   the job was cancelled here; the entry stays until the worker confirms, which frees the handle
     """
 
     job: Job
     attempt: int
     offset: int
     cost: int
-    taken_in: bool = False
+    prefilled: bool = False
     abandoned: bool = False
 
 
-class Flights:
-    """The jobs at one worker."""
+class InFlightSequences:
+    """The sequences at one worker.
+
+    backlog   tokens to compute for the sequences that have no token yet
+    """
 
     def __init__(self) -> None:
-        self._flights: dict[int, Flight] = {}
+        self._sequences: dict[int, InFlightSequence] = {}
         self._handles: dict[Job, int] = {}
         self._free: list[int] = []  # lowest first: handles stay small, and short on the wire
-        self.backlog = 0  # tokens to compute of those whose first token is still to come
+        self.backlog = 0
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._sequences)
 
     def __contains__(self, job: Job) -> bool:
         return job in self._handles
 
     def jobs(self) -> list[Job]:
-        """The jobs that somebody waits for."""
+        """Return the jobs that are not abandoned."""
         return list(self._handles)
 
     def handle(self, job: Job) -> int | None:
-        """The handle of a job that somebody waits for."""
+        """Return the handle of a job that is not abandoned."""
         return self._handles.get(job)
 
-    def flight(self, handle: int) -> Flight | None:
-        """Who stands behind *handle*."""
-        return self._flights.get(handle)
-
-    def board(self, job: Job) -> int:
-        """Take a job in, as it stands now; returns its handle."""
-        handle = heapq.heappop(self._free) if self._free else len(self._flights)
-        self._flights[handle] = Flight(job, job.attempt, job.answered, job.uncached)
+    def add(self, job: Job) -> int:
+        """Add a job in its current state. Returns its handle."""
+        handle = heapq.heappop(self._free) if self._free else len(self._sequences)
+        self._sequences[handle] = InFlightSequence(job, job.attempt, job.answer_length, job.uncached)
         self._handles[job] = handle
         self.backlog += job.uncached
         return handle
 
     def abandon(self, job: Job) -> int | None:
-        """Nobody waits for the job here any more; returns the handle to cancel, None if it is not here."""
+        """Mark a job as abandoned. Returns the handle to cancel, None if it is not here."""
         handle = self._handles.pop(job, None)
         if handle is not None:
-            self._flights[handle].abandoned = True
+            self._sequences[handle].abandoned = True
         return handle
 
-    def arrive(self, delta: wire.SequenceDelta) -> tuple[Flight, list[int], list[float]] | None:
-        """What of *delta* is new: the flight, ids and logprobs. None if it does not count.
+    def advance(self, delta: wire.SequenceDelta) -> tuple[InFlightSequence, list[int], list[float]] | None:
+        """Return the sequence, the new ids and the new logprobs of *delta*; None if the delta does not count.
 
-        Raises WorkerLost if tokens are missing before it.
+        Raises WorkerLost if tokens before it are missing.
         """
-        flight = self._flights.get(delta.handle)
-        if flight is None or delta.attempt != flight.attempt:
-            return None  # of a sequence that is over
-        skip = flight.offset - delta.offset
+        sequence = self._sequences.get(delta.handle)
+        if sequence is None or delta.attempt != sequence.attempt:
+            return None  # of a sequence that has ended
+        skip = sequence.offset - delta.offset
         if skip < 0:
             raise errors.WorkerLost(
-                f"the worker skipped tokens: offset {delta.offset}, expected {flight.offset}"
+                f"the worker skipped tokens: offset {delta.offset}, expected {sequence.offset}"
             )
         ids, logprobs = list(delta.token_ids[skip:]), list(delta.logprobs[skip:])
-        flight.offset += len(ids)
+        sequence.offset += len(ids)
         if ids:
-            self._take_in(flight)
-        return flight, ids, logprobs
+            self._mark_prefilled(sequence)
+        return sequence, ids, logprobs
 
-    def land(self, handle: int, attempt: int) -> Flight | None:
-        """The worker's last word on a sequence: its handle is free. None if it does not count."""
-        flight = self._flights.get(handle)
-        if flight is None or flight.attempt != attempt:
+    def remove(self, handle: int, attempt: int) -> InFlightSequence | None:
+        """Remove a sequence that ended at the worker, and free its handle. None if the end does not count."""
+        sequence = self._sequences.get(handle)
+        if sequence is None or sequence.attempt != attempt:
             return None
-        del self._flights[handle]
+        del self._sequences[handle]
         heapq.heappush(self._free, handle)
-        self._take_in(flight)
-        if not flight.abandoned:
-            del self._handles[flight.job]
-        return flight
+        self._mark_prefilled(sequence)
+        if not sequence.abandoned:
+            del self._handles[sequence.job]
+        return sequence
 
-    def _take_in(self, flight: Flight) -> None:
-        if not flight.taken_in:
-            flight.taken_in = True
-            self.backlog -= flight.cost
+    def _mark_prefilled(self, sequence: InFlightSequence) -> None:
+        if not sequence.prefilled:
+            sequence.prefilled = True
+            self.backlog -= sequence.cost
 
 
-def check_tokens(flight: Flight, ids: Sequence[int], logprobs: Sequence[float], *, vocabulary: int) -> None:
-    """Raise WorkerLost for tokens of *flight* that its worker cannot have made; *vocabulary* 0 is unknown."""
-    sampling = flight.job.sampling
-    if flight.offset > sampling.max_tokens:
+def check_tokens(
+    sequence: InFlightSequence, ids: Sequence[int], logprobs: Sequence[float], *, vocabulary: int
+) -> None:
+    """Raise WorkerLost for tokens that the worker cannot have generated.
+
+    vocabulary   the size of its vocabulary; 0 while unknown
+    """
+    sampling = sequence.job.sampling
+    if sequence.offset > sampling.max_tokens:
         raise errors.WorkerLost(
-            f"the worker sent {flight.offset} tokens of an answer of at most {sampling.max_tokens}"
+            f"the worker sent {sequence.offset} tokens of an answer of at most {sampling.max_tokens}"
         )
     if vocabulary and max(ids) >= vocabulary:
-        raise errors.WorkerLost(f"the worker sent token {max(ids)}, though its vocabulary has {vocabulary}")
+        raise errors.WorkerLost(f"the worker sent token {max(ids)}, but its vocabulary has {vocabulary}")
     if sampling.logprobs and len(logprobs) != len(ids):
         raise errors.WorkerLost(f"the worker sent {len(logprobs)} log-probabilities for {len(ids)} tokens")

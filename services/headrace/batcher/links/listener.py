@@ -1,40 +1,40 @@
-"""What the links to workers report, and to whom."""
+"""Define the interface through which worker links report events."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
 from headrace import errors
-from headrace.batcher.inbox import End
+from headrace.batcher.inbox import SequenceEnd
 from headrace.batcher.job import Job
 
 if TYPE_CHECKING:
     from headrace.batcher.links.link import WorkerLink
 
 
-class Sink(Protocol):
-    """Who hears what becomes of the jobs."""
+class LinkListener(Protocol):
+    """Receives the events of all links."""
 
     def changed(self) -> None:
-        """Room or readiness of a worker may have changed."""
+        """The free slots or the readiness of a worker may have changed."""
         ...
 
-    def ended(self, link: WorkerLink, job: Job, end: End) -> None:
-        """The worker has said the last of a job."""
+    def ended(self, link: WorkerLink, job: Job, end: SequenceEnd) -> None:
+        """The worker has completed a job."""
         ...
 
     def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
-        """The worker will say no more of a job, and why."""
+        """The job has failed at the worker, which sends nothing more for it."""
         ...
 
     def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
-        """The worker has computed a job's prompt, and had so many tokens of it before."""
+        """The worker has computed a job's prompt, of which it had *cached* tokens in its cache."""
         ...
 
-    def full(self, link: WorkerLink, job: Job) -> None:
-        """The job's reader is so far behind that no more is kept for it, and the worker goes on."""
+    def inbox_full(self, link: WorkerLink, job: Job) -> None:
+        """The job's reader is too slow: its inbox accepts no more tokens, while the worker generates more."""
         ...
 
-    def renewed(self, link: WorkerLink) -> None:
-        """The worker is another process than before: it remembers nothing."""
+    def cache_lost(self, link: WorkerLink) -> None:
+        """The worker has restarted or left, and its prefix cache is gone."""
         ...

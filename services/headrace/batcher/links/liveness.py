@@ -1,7 +1,7 @@
-"""Decide whether a worker lives, from when it was heard and when its engine made steps.
+"""Decide whether a worker is alive, from when it last sent a message and when its engine last made a step.
 
-Dead is not the only failure: a process may be stopped with its connection open, or serve its connection
-with an engine that hangs. Plain data; the caller brings the clock.
+A dead process is not the only failure. A process may be stopped with its connection open, or answer pings
+while its engine hangs. Plain data: the caller passes the current time.
 """
 
 from __future__ import annotations
@@ -10,97 +10,97 @@ import math
 from collections import deque
 
 PING_SECONDS = 1.0
-SUSPECT_SECONDS = 2.0  # least time without a step that makes a worker with running sequences suspect
-SUSPECT_STEPS = 5.0  # times the 99th percentile of its steps
-# Until so many steps were seen nobody knows how slow this engine is; while it answers pings it has longer.
+SUSPECT_SECONDS = 2.0  # shortest time without a step after which a worker with running sequences is suspect
+SUSPECT_STEPS = 5.0  # times the 99th percentile of its step times
+# Until this many steps have arrived the engine's speed is unknown; while it answers pings it has more time.
 KNOWN_STEPS = 20
 UNKNOWN_SECONDS = 10.0
-LOST_SECONDS = 10.0  # of complete silence: the connection is given up
-HUNG_SECONDS = 30.0  # least time without a step, though pings are answered: given up as well
+LOST_SECONDS = 10.0  # without any message: the connection is closed
+HUNG_SECONDS = 30.0  # shortest time without a step, despite answered pings, after which it is closed as well
 _WINDOW = 512
 
 
 class Liveness:
-    """What is known of one stream's worker, from *now* on.
+    """The liveness of the worker behind one stream that opened at *now*.
 
-    pinged_at     when it was asked last whether it lives
-    answered_at   when the last question was asked that it has answered: it lived after that
+    pinged_at   when the latest ping was sent
+    alive_at    when the latest ping that was answered was sent: the worker was alive after that
     """
 
     def __init__(self, now: float) -> None:
-        self._heard = now
+        self._received = now
         self._stepped = now
         self._steps: deque[float] = deque(maxlen=_WINDOW)
-        self._slow: float | None = None
-        self._pings = deque([(0, now)])  # that wait for an answer; the hello, which a welcome answers, is 0
+        self._p99: float | None = None
+        self._pings = deque([(0, now)])  # unanswered; 0 is the hello, which the welcome answers
         self._nonce = 0
         self.pinged_at = -math.inf
-        self.answered_at = -math.inf
+        self.alive_at = -math.inf
 
     @property
-    def heard_at(self) -> float:
-        """When anything was heard last."""
-        return self._heard
+    def received_at(self) -> float:
+        """When the latest message arrived."""
+        return self._received
 
     @property
-    def p99(self) -> float:
-        """99th percentile of the time between steps, in seconds; 0 while nothing is known."""
-        if self._slow is None:
+    def step_p99(self) -> float:
+        """The 99th percentile of the time between steps, in seconds; 0 while unknown."""
+        if self._p99 is None:
             ordered = sorted(self._steps)
-            self._slow = ordered[int(0.99 * (len(ordered) - 1))] if ordered else 0.0
-        return self._slow
+            self._p99 = ordered[int(0.99 * (len(ordered) - 1))] if ordered else 0.0
+        return self._p99
 
     def ping(self, now: float) -> int:
-        """A ping goes out; returns its nonce."""
+        """Record a ping that is being sent. Returns its nonce."""
         self._nonce += 1
         self._pings.append((self._nonce, now))
         self.pinged_at = now
         return self._nonce
 
     def pong(self, nonce: int) -> None:
-        """The ping of *nonce* was answered, and with it all before; 0 is the hello."""
+        """Record the answer to the ping of *nonce* and to all before it; 0 is the hello."""
         while self._pings and self._pings[0][0] <= nonce:
-            _, self.answered_at = self._pings.popleft()
+            _, self.alive_at = self._pings.popleft()
 
-    def heard(self, now: float) -> None:
-        """Something came in."""
-        self._heard = now
+    def received(self, now: float) -> None:
+        """Record that a message arrived."""
+        self._received = now
 
     def stepped(self, now: float) -> None:
-        """A step came in, while sequences were at the worker."""
+        """Record that a step frame arrived while sequences were at the worker."""
         self._steps.append(now - self._stepped)
-        self._slow = None
+        self._p99 = None
         self._stepped = now
 
-    def busy(self, now: float) -> None:
-        """Work goes to a worker that had none: its steps are counted from here."""
+    def became_busy(self, now: float) -> None:
+        """Record that an idle worker gets work: the time to its next step starts now."""
         self._stepped = now
 
     def excuse(self, seconds: float) -> None:
-        """This process itself stood still for so long, and could not hear."""
-        self._heard += seconds
+        """Disregard a time in which this process itself was stalled and could not receive messages."""
+        self._received += seconds
         self._stepped += seconds
 
-    def patience(self, now: float) -> float:
-        """Seconds without a step after which a worker with running sequences is suspect."""
-        known = max(SUSPECT_STEPS * self.p99, SUSPECT_SECONDS)
-        answers = now - self._heard < SUSPECT_SECONDS
-        return max(known, UNKNOWN_SECONDS) if answers and len(self._steps) < KNOWN_STEPS else known
+    def step_timeout(self, now: float) -> float:
+        """Return the seconds without a step after which a worker with running sequences is suspect."""
+        known = max(SUSPECT_STEPS * self.step_p99, SUSPECT_SECONDS)
+        responds = now - self._received < SUSPECT_SECONDS
+        return max(known, UNKNOWN_SECONDS) if responds and len(self._steps) < KNOWN_STEPS else known
 
     def suspect(self, now: float, *, running: int) -> bool:
-        """Whether it should get no more work, and lose what it has to others.
+        """Return whether the worker should get no more work, and its sequences should move to other workers.
 
-        running   sequences of ours that it has
+        running   this batcher's sequences at the worker
         """
-        if now - self._heard >= SUSPECT_SECONDS:
+        if now - self._received >= SUSPECT_SECONDS:
             return True
-        return running > 0 and now - self._stepped >= self.patience(now)
+        return running > 0 and now - self._stepped >= self.step_timeout(now)
 
     def lost(self, now: float, *, running: int) -> str:
-        """Why the connection should be given up; empty if it should not."""
-        if now - self._heard >= LOST_SECONDS:
-            return f"nothing heard for {LOST_SECONDS:g} s"
-        limit = max(HUNG_SECONDS, 2 * self.patience(now))
+        """Return why the connection should be closed; empty if it should not."""
+        if now - self._received >= LOST_SECONDS:
+            return f"no message for {LOST_SECONDS:g} s"
+        limit = max(HUNG_SECONDS, 2 * self.step_timeout(now))
         if running and now - self._stepped >= limit:
-            return f"no step for {limit:g} s, though it answers"
+            return f"no step for {limit:g} s, although it answers pings"
         return ""

@@ -1,4 +1,4 @@
-"""Keep a link to every worker of the tier, as they come and go."""
+"""Keep a link to every worker of the tier, as workers join and leave."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 
 from headrace.batcher.links.link import WorkerLink
-from headrace.batcher.links.listener import Sink
+from headrace.batcher.links.listener import LinkListener
 from headrace.runtime.discovery import Discovery
 
 log = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 class WorkerPool:
     """The workers behind *targets*.
 
-    targets       gRPC names; `dns:///host:port` stands for all addresses of the name
+    targets       gRPC names; `dns:///host:port` stands for all addresses of the host
     fingerprint   of the batcher's tokenizer
     """
 
@@ -37,21 +37,21 @@ class WorkerPool:
         return len(self._links)
 
     def ready(self) -> list[WorkerLink]:
-        """The workers that take work, when they have room."""
+        """Return the links to workers that accept work when they have free slots."""
         return [link for link in self if link.ready]
 
     @property
     def problem(self) -> str:
-        """Why none is ready, for people."""
+        """Why no worker is ready, for people."""
         problems = [
-            f"{link.target}: {link.problem or ('it makes no steps' if link.suspect else 'it is leaving')}"
+            f"{link.target}: {link.problem or ('it makes no steps' if link.suspect else 'it left the tier')}"
             for link in self
             if not link.ready
         ]
         return "; ".join(problems) or f"no address found for {', '.join(self._targets)}"
 
-    async def run(self, sink: Sink) -> None:
-        """Follow the names, and keep a link to each address, until cancelled."""
+    async def run(self, listener: LinkListener) -> None:
+        """Resolve the names continuously, and keep a link to each address, until cancelled."""
         async with asyncio.TaskGroup() as tasks, aclosing(self._discovery.changes()) as changes:
             async for self._wanted in changes:
                 for target, link in self._links.items():
@@ -60,19 +60,19 @@ class WorkerPool:
                         link.retire()
                 for target in sorted(self._wanted - self._kept):
                     self._kept.add(target)
-                    tasks.create_task(self._keep(target, sink))
+                    tasks.create_task(self._keep(target, listener))
 
-    async def _keep(self, target: str, sink: Sink) -> None:
-        # More than once if an address returns while the last sequences of its former link end.
+    async def _keep(self, target: str, listener: LinkListener) -> None:
+        # Repeats if an address returns before the last sequences of its previous link have ended.
         while target in self._wanted:
             log.info("worker found", extra={"target": target})
             link = self._links[target] = WorkerLink(
-                target, fingerprint=self._fingerprint, batcher_id=self._batcher_id, sink=sink
+                target, fingerprint=self._fingerprint, batcher_id=self._batcher_id, listener=listener
             )
             try:
                 await link.run()
             finally:
                 del self._links[target]
-                sink.renewed(link)
-                sink.changed()
+                listener.cache_lost(link)
+                listener.changed()
         self._kept.discard(target)

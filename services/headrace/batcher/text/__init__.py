@@ -1,1 +1,1 @@
-"""Converts between text and token ids: chat templates, tokenizers, detokenizing, stop strings."""
+"""Converts between text and token ids: chat templates, tokenizers, detokenising, stop texts."""

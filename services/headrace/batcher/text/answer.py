@@ -1,4 +1,4 @@
-"""What a caller hears of its answer: arrivals in, events of the contract out, and the books at its end."""
+"""Turn the arrivals of one answer into response events, and record its metrics at its end."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from opentelemetry import metrics
 
 from headrace import attributes
-from headrace.batcher.inbox import Arrival, End
+from headrace.batcher.inbox import Arrival, SequenceEnd
 from headrace.batcher.job import Job
-from headrace.batcher.text.detokenizer import Detokenizer, Piece, Stops, TextStream, last_with_text
+from headrace.batcher.text.detokenizer import Detokenizer, Piece, StopRules, TextStream, last_with_text
 from headrace.batcher.text.tokens import Tokenizer, stop_ids
 from headrace.v1 import generation_pb2 as pb
 
 _meter = metrics.get_meter("headrace.batcher")
-_requests = _meter.create_counter(attributes.METRIC_REQUESTS, description="requests, by how they ended")
+_requests = _meter.create_counter(attributes.METRIC_REQUESTS, description="requests, by outcome")
 _tokens = _meter.create_counter(
     attributes.METRIC_TOKENS, unit="{token}", description="tokens delivered to callers"
 )
@@ -29,17 +29,17 @@ _duration = _meter.create_histogram(
     attributes.METRIC_REQUEST_DURATION, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL
 )
 
-_MOST_IDS = 1024  # of one delta: a caller that was behind gets what waited in several, and others their turn
+_MAX_IDS = 1024  # per delta: the backlog of a slow reader is sent in several, so that other calls can proceed
 
 
 def record_unanswered(labels: dict[str, str], outcome: str, seconds: float) -> None:
-    """Book a request that ended before it had an answer, after so many seconds."""
+    """Record a request that ended without an answer after *seconds*."""
     _requests.add(1, {**labels, attributes.OUTCOME: outcome})
     _duration.record(seconds, {**labels, attributes.OUTCOME: outcome})
 
 
-class Answer:
-    """The answer so far, and the events that carry it.
+class AnswerEvents:
+    """Produces the response events of one answer.
 
     Raises InvalidSampling for stop texts that it could not find.
     """
@@ -51,39 +51,40 @@ class Answer:
         self._labels = labels
         self._with_ids = request.stream.include_token_ids
         sampling = job.sampling
-        stops = Stops(
+        stops = StopRules(
             tuple(sampling.stop),
             stop_ids(tokenizer, sampling.stop),
             min(sampling.min_tokens, sampling.max_tokens),
         )
-        # The prompt's end comes before the answer: at the start of a text, some tokenizers leave out a blank.
+        # The answer follows the prompt's last token: at the start of a text, some tokenizers leave out a
+        # space.
         before = last_with_text(tokenizer, job.prompt_ids)
         self._text = TextStream(Detokenizer(tokenizer, before), stops)
         self._offset = len(job.resume_ids)
         self._first: float | None = None
-        self._first_tokens = 0  # that came together with the first
+        self._first_tokens = 0  # that arrived together with the first
         self._last: float | None = None
-        self._end: End | None = None
+        self._end: SequenceEnd | None = None
         self.done = False
         self.outcome = "unfinished"
         self._replayed = Piece("", 0)
 
     def replay(self) -> None:
-        """Take in the tokens that came with the request. Slow for many: not for the event loop."""
+        """Decode the tokens that came with the request. Slow for many tokens: call it off the event loop."""
         self._replayed = self._text.feed(self._job.resume_ids)
 
     @property
-    def complete_already(self) -> bool:
+    def already_complete(self) -> bool:
         """Whether the tokens that came with the request leave nothing to generate."""
         return self._replayed.stopped is not None or self._offset >= self._job.sampling.max_tokens
 
-    def take(self, arrival: Arrival) -> Iterator[pb.GenerateResponse]:
-        """The events for what arrived."""
-        if (move := arrival.move) is not None:
-            change = pb.RouteChange(
-                to=move.target, reason=move.reason, attempt=move.attempt, **{"from": move.origin}
+    def events_for(self, arrival: Arrival) -> Iterator[pb.GenerateResponse]:
+        """Yield the events for an arrival."""
+        if (change := arrival.change) is not None:
+            event = pb.RouteChange(
+                to=change.target, reason=change.reason, attempt=change.attempt, **{"from": change.origin}
             )
-            yield pb.GenerateResponse(route_change=change)
+            yield pb.GenerateResponse(route_change=event)
         if arrival.ids:
             now = time.monotonic()
             if self._first is None:
@@ -93,19 +94,19 @@ class Answer:
             self._last = now
         used, stopped = 0, None
         while used < len(arrival.ids) and stopped is None:
-            piece = self._text.feed(arrival.ids[used : used + _MOST_IDS])
+            piece = self._text.feed(arrival.ids[used : used + _MAX_IDS])
             stopped = piece.stopped
             yield self._delta(arrival, used, used + piece.used, piece.text)
             used += piece.used
         if stopped is not None or arrival.end is not None:
             self._end = arrival.end
-            yield from self.rest(stopped, wasted=len(arrival.ids) - used)
+            yield from self.final_events(stopped, wasted=len(arrival.ids) - used)
 
-    def rest(self, stopped: str | None = None, *, wasted: int = 0) -> Iterator[pb.GenerateResponse]:
-        """The last events: what text was kept back, if any, and the finish.
+    def final_events(self, stopped: str | None = None, *, wasted: int = 0) -> Iterator[pb.GenerateResponse]:
+        """Yield the last events: the text that was held back, if any, and the finish.
 
-        The text comes in a delta of its own, without tokens: what the deltas before said is then a function
-        of their tokens alone, and one who carries on from these misses nothing and hears nothing twice.
+        The held-back text comes in a delta without tokens. So the text of the deltas before depends on their
+        tokens alone, and a caller that resumes after these tokens neither misses nor repeats text.
         """
         stopped = stopped if stopped is not None else self._replayed.stopped
         last = self._text.flush() if stopped is None else Piece("", 0)
@@ -145,9 +146,9 @@ class Answer:
         return pb.GenerateResponse(finish=finish)
 
     def record(self, outcome: str) -> None:
-        """Book the request in metrics and on its span, however it ended."""
+        """Record the request in metrics and on its span, however it ended."""
         job, now = self._job, time.monotonic()
-        # What came with the request was generated before, in a time that nobody here knows.
+        # Tokens that came with the request were generated earlier, in an unknown time.
         new_tokens = self._offset - len(job.resume_ids)
         _requests.add(1, {**self._labels, attributes.OUTCOME: outcome})
         _tokens.add(new_tokens, self._labels)

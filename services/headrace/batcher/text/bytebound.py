@@ -1,12 +1,12 @@
-"""Bound from below how many tokens a text has, from its bytes alone: cheap proof that it cannot fit.
+"""Compute a lower bound of the number of tokens of a text from its bytes: cheap proof that it cannot fit.
 
-No token stands for more bytes than the longest one of the vocabulary, so a text of n bytes has at least
-n / longest tokens. That holds only where every byte of the text reaches some token, so a tokenizer is judged
-by its definition (`tokenizer.json`): each of its steps must be one that is known to keep all text. Steps that
-drop or shorten text (strip, lower-case, collapse blanks, replace by patterns), tokens that swallow the blanks
-around them, unknown characters that join into one token, and kinds of model other than BPE and Unigram have
-no bound. For those nothing is refused by its bytes. Bytes that a byte-level vocabulary lacks make no tokens
-and are not counted: SmolLM2 has none for some control characters.
+No token stands for more bytes than the longest token of the vocabulary, so a text of n bytes has at least n /
+longest tokens. This holds only if every byte of the text becomes part of a token. So the tokenizer's
+definition (`tokenizer.json`) is inspected: each of its steps must be known to preserve all text. There is no
+bound for steps that drop or shorten text (strip, lower-case, collapse spaces, replace patterns), for tokens
+that absorb the spaces around them, for unknown characters that are merged into one token, and for models
+other than BPE and Unigram. Without a bound no text is rejected by its bytes. Bytes that a byte-level
+vocabulary lacks produce no tokens and are not counted: SmolLM2 lacks some control characters.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
-# Most bytes of text that one byte of its composed form (Unicode's NFC) stands for: U+1FBE and two accents,
-# seven bytes, become the two of U+0390.
+# Most bytes of text per byte of its composed form (Unicode's NFC): U+1FBE and two accents, seven bytes,
+# become the two bytes of U+0390.
 NFC_SHRINK = 4
 
 _LOSSLESS_SPLITS = {"Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"}
 _LOSSLESS_PRETOKENIZERS = {"ByteLevel", "Digits", "Metaspace", "UnicodeScripts"}
-_BLANK = "\u2581"  # what SentencePiece writes for a blank
+_SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 @dataclass(frozen=True, slots=True)
 class ByteBound:
-    """What one token stands for at most.
+    """The most text that one token can stand for.
 
     longest   bytes of the longest token
-    shrink    most bytes of text for one byte that the tokenizer reads, where the text is not ASCII
-    lost      bytes that may make no token
+    shrink    most bytes of text per byte that the tokenizer reads, if the text is not ASCII
+    lost      bytes that may produce no token
     """
 
     longest: int
     shrink: int = 1
     lost: bytes = b""
 
-    def fewest_tokens(self, text: str) -> int:
-        """The fewest tokens that *text* can have. Linear, about a millisecond a megabyte."""
+    def min_tokens(self, text: str) -> int:
+        """Return the fewest tokens that *text* can have. Takes about a millisecond per megabyte."""
         count = len(text.encode().translate(None, self.lost))
         return -(-count // (self.longest if text.isascii() else self.longest * self.shrink))
 
 
 def byte_bound(definition: dict[str, Any]) -> ByteBound | None:
-    """The bound of the tokenizer that `tokenizer.json` defines; None where none is known to hold."""
+    """Return the bound of the tokenizer that `tokenizer.json` defines; None if no bound is known to hold."""
     model, added = definition["model"], definition.get("added_tokens") or []
     normalizers = list(_steps(definition.get("normalizer"), "normalizers"))
     pretokenizers = list(_steps(definition.get("pre_tokenizer"), "pretokenizers"))
@@ -61,7 +61,7 @@ def byte_bound(definition: dict[str, Any]) -> ByteBound | None:
     lost = bytes(place for place, letter in enumerate(BYTE_LETTERS) if bytewise and letter not in vocabulary)
     shrink = NFC_SHRINK if any(step["type"] == "NFC" for step in normalizers) else 1
     if lost and shrink > 1:
-        return None  # composing may make lost bytes of others
+        return None  # composition may turn other bytes into lost ones
     # In a byte-level vocabulary each character stands for a byte. Elsewhere U+2581 may stand for itself.
     longest = max(len(token) if bytewise else len(token.encode()) for token in vocabulary)
     longest = max(longest, *(len(token["content"].encode()) for token in added), 1)
@@ -79,9 +79,9 @@ def _steps(step: dict[str, Any] | None, parts: str) -> Iterator[dict[str, Any]]:
 
 
 def _keeps_text(normalizer: dict[str, Any]) -> bool:
-    """Whether it loses no text, but for what `NFC_SHRINK` says."""
+    """Return whether it preserves all text, except for the shortening that `NFC_SHRINK` bounds."""
     if normalizer["type"] == "Replace":
-        return bool(normalizer["pattern"] == {"String": " "} and normalizer["content"] == _BLANK)
+        return bool(normalizer["pattern"] == {"String": " "} and normalizer["content"] == _SPACE)
     return normalizer["type"] in {"NFC", "Prepend", "ByteLevel"}
 
 
@@ -98,12 +98,12 @@ def _tokens(model: dict[str, Any]) -> Set[str]:
 
 
 def _falls_back(model: dict[str, Any], vocabulary: Set[str]) -> bool:
-    """Whether what is unknown becomes a token for each byte: else it may vanish, or join into one token."""
+    """Return whether unknown text becomes one token per byte; otherwise it may vanish or become one token."""
     return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
 
 
 def _byte_letters() -> Iterator[str]:
-    """The character that a byte-level vocabulary has for each byte (GPT-2's table)."""
+    """Yield the character by which a byte-level vocabulary writes each byte (GPT-2's table)."""
     others = 0
     for byte in range(256):
         if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:

@@ -1,9 +1,9 @@
-"""Turn a growing list of token ids into text, piece by piece.
+"""Decode a stream of token ids to text incrementally, and find stop texts.
 
-Two things keep text back: bytes that are not yet a whole character, at most three of them, and the
-beginning of what may become a stop text. What has been released after n tokens is a function of those n
-tokens alone, so an answer that is carried on elsewhere goes on with the very next character. The work for
-a token does not depend on how many came before it.
+Text is held back for two reasons: bytes that are not a complete character yet, at most three, and text that
+may be the start of a stop text. The text released after n tokens depends on those n tokens alone, so an
+answer that another worker or batcher resumes continues with the next character. The work per token does not
+depend on the number of tokens before.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# An error handler for `bytes.decode`: one U+FFFD for each byte, as SentencePiece shows broken bytes. Python's
-# own "replace" shows one for each broken character, as byte-level tokenizers do.
+# An error handler for `bytes.decode` that returns one U+FFFD per invalid byte, as SentencePiece does.
+# Python's own "replace" returns one per invalid character, as byte-level tokenizers do.
 EACH_BYTE = "headrace.each-byte"
 
 
@@ -28,24 +28,26 @@ codecs.register_error(EACH_BYTE, _each_byte)
 
 
 class Spelling(Protocol):
-    """How single tokens are written.
+    """The spelling of single tokens.
 
-    broken   the name of the error handler for bytes that are no character, as `bytes.decode` takes it
+    decode_errors   the error handler for bytes that are no character, as `bytes.decode` takes it
     """
 
-    broken: str
+    decode_errors: str
 
     def spell(self, id: int, after: int | None) -> bytes | str:
-        """What *id* adds to a text: bytes of UTF-8, or whole characters.
+        """Return what *id* adds to a text: bytes of UTF-8, or whole characters.
 
-        after   a token that comes before it and has text, None at the start of a text; some tokenizers leave
-                out a blank there. Special tokens and unknown ids give no bytes.
+        after   a token before it that has text; None at the start of a text, where some tokenizers leave out
+                a space
+
+        Special tokens and unknown ids return no bytes.
         """
         ...
 
 
 class Detokenizer:
-    """Decodes one text; the pieces that it returns add up to the text of all ids.
+    """Decodes one text; the pieces that it returns concatenate to the text of all ids.
 
     after   see `Spelling`: for an answer, a token of its prompt
     """
@@ -53,10 +55,10 @@ class Detokenizer:
     def __init__(self, spelling: Spelling, after: int | None = None) -> None:
         self._spelling = spelling
         self._after = after
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(spelling.broken)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(spelling.decode_errors)
 
     def feed(self, id: int) -> str:
-        """The text that *id* completes; empty while a character is incomplete."""
+        """Return the text that *id* completes; empty while a character is incomplete."""
         piece = self._spelling.spell(id, self._after)
         if isinstance(piece, bytes):
             if piece:
@@ -66,22 +68,24 @@ class Detokenizer:
         return self.flush() + piece
 
     def flush(self) -> str:
-        """What was kept back: no more bytes of the character come."""
+        """Return the text that was held back: no more bytes of the character follow."""
         return self._utf8.decode(b"", final=True)
 
 
 def last_with_text(spelling: Spelling, ids: Sequence[int]) -> int | None:
-    """The last of *ids* that has text; None if none has."""
+    """Return the last of *ids* that has text; None if none has."""
     return next((id for id in reversed(ids) if spelling.spell(id, id) != b""), None)
 
 
 @dataclass(frozen=True)
-class Stops:
-    """What ends an answer.
+class StopRules:
+    """The conditions that end an answer.
 
-    texts       of at least one character; of those that match first, the earlier in the list wins
-    ids         special tokens that end it as well, and the stop text that each stands for: they have no text
-    min_tokens  a stop text counts only if the answer has at least so many tokens, those of the stop text
+    texts       stop texts of at least one character; if several match at the same position, the first in the
+                list counts
+    ids         special tokens that end the answer as well, which have no text, and the stop text that each
+                stands for
+    min_tokens  a stop text counts only if the answer has at least this many tokens, those of the stop text
                 included
     """
 
@@ -91,7 +95,7 @@ class Stops:
 
 
 class StopFinder:
-    """Looks for stop texts in a stream of text."""
+    """Finds stop texts in a stream of text."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -99,11 +103,11 @@ class StopFinder:
         self._held = ""
 
     def feed(self, text: str, *, counts: bool = True) -> tuple[str, str | None]:
-        """Returns the text that is certain now, and the stop text that was found, if any.
+        """Return the text that can be released, and the stop text that was found, if any.
 
-        counts   whether a stop text that ends in *text* ends the answer; if not, it is text like any other
+        counts   whether a stop text that ends within *text* ends the answer; otherwise it is ordinary text
 
-        After one was found, text up to it has been returned and the rest is gone.
+        Once a stop text is found, the text before it has been returned and the rest is dropped.
         """
         if not self._stops:
             return text, None
@@ -112,24 +116,24 @@ class StopFinder:
             found = [
                 (at, order)
                 for order, stop in enumerate(self._stops)
-                # What was held ends in no stop text that counted.
+                # The held text ends in no stop text that counted.
                 if (at := text.find(stop, max(held - len(stop) + 1, 0))) >= 0
             ]
             if found:
                 at, order = min(found)
                 self._held = ""
                 return text[:at], self._stops[order]
-        kept = self._start_of_a_stop(text)
+        kept = self._start_of_stop(text)
         self._held = text[kept:]
         return text[:kept], None
 
     def flush(self) -> str:
-        """What was held back: the stop text never came."""
+        """Return the text that was held back: no stop text completed it."""
         held, self._held = self._held, ""
         return held
 
-    def _start_of_a_stop(self, text: str) -> int:
-        """Where the longest end of *text* begins that is a true beginning of a stop text."""
+    def _start_of_stop(self, text: str) -> int:
+        """Return the start of the longest suffix of *text* that is a proper prefix of a stop text."""
         for at in range(max(len(text) - self._longest + 1, 0), len(text)):
             end = text[at:]
             if any(stop.startswith(end) and len(stop) > len(end) for stop in self._stops):
@@ -139,9 +143,9 @@ class StopFinder:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What some ids came to.
+    """The text released for some ids.
 
-    text     certain text, valid UTF-8
+    text     valid UTF-8
     used     how many of the ids belong to the answer: all, or those up to the end of a stop text
     stopped  the stop text that was found
     """
@@ -152,11 +156,11 @@ class Piece:
 
 
 class TextStream:
-    """Ids in, certain text out, ending at the first stop text."""
+    """Decodes ids to text up to the first stop text."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: Stops | None = None) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: StopRules | None = None) -> None:
         self._detokenizer = detokenizer
-        self._stops = stops or Stops()
+        self._stops = stops or StopRules()
         self._finder = StopFinder(self._stops.texts)
         self._count = 0
 
@@ -165,7 +169,7 @@ class TextStream:
         return self._count >= self._stops.min_tokens
 
     def feed(self, ids: Iterable[int]) -> Piece:
-        """Take the next ids. Not to be called again after a piece that stopped."""
+        """Decode the next ids. Do not call it again after a piece with a stop text."""
         texts = []
         used = 0
         for used, id in enumerate(ids, 1):
@@ -180,7 +184,7 @@ class TextStream:
         return Piece("".join(texts), used)
 
     def flush(self) -> Piece:
-        """The answer is over: release what was kept back, unless it holds a stop text after all."""
+        """Return the text that was held back, at the end of the answer, unless it contains a stop text."""
         text, stopped = self._finder.feed(self._detokenizer.flush(), counts=self._counts)
         return Piece(text if stopped is not None else text + self._finder.flush(), 0, stopped)
 

@@ -1,4 +1,4 @@
-"""Read what a model's authors recommend for sampling: the generation_config.json of its folder."""
+"""Read a model's recommended sampling fields from the generation_config.json in its folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def recommended_sampling(path: Path) -> pb.Sampling:
-    """The fields that the model at *path* recommends values for; none for a .gguf, which has no such file.
+    """Return the recommended fields of the model at *path*; none for a .gguf, which has no such file.
 
-    Raises ModelUnavailable for values that no request could have.
+    Raises ModelUnavailable for values that are invalid in a request.
     """
     file = path / FILE
     recommended = read_json(file) if path.is_dir() else None
@@ -27,12 +27,12 @@ def recommended_sampling(path: Path) -> pb.Sampling:
     for name in _FIELDS:
         if (value := recommended.get(name)) is not None:
             try:
-                # -1 stands for all tokens in some files
+                # In some files -1 stands for all tokens.
                 setattr(sampling, name, max(value, 0) if name == "top_k" else value)
                 check_sampling(sampling)
             except (TypeError, ValueError, errors.InvalidSampling) as error:
                 raise ModelUnavailable(
-                    f"{file} has {name} = {value!r}, which no request may have ({error}): mend it, or set "
-                    "--generation-config none"
+                    f"{file} has {name} = {value!r}, which is invalid in a request ({error}): correct it, or "
+                    "set --generation-config none"
                 ) from error
     return sampling

@@ -1,13 +1,13 @@
-"""Render one chat template in a process of its own, which can be ended; `templates` starts it.
+"""Render one chat template in a separate process, which `templates` starts and can end.
 
-A template is a program that came with a model. Here it may loop, or ask for all memory, and harm nobody:
-the process ends itself when a rendering takes too much CPU time, however deep in C it is, and cannot take
-more memory than its share. It ends when its standard input does.
+A template is a program that came with a model. In this process it may loop or request all memory without
+harm: the process is killed when a rendering takes too much CPU time, even inside of C code, and its memory is
+limited. It exits when its standard input closes.
 
-Frames in both directions: four bytes of length, big-endian, and JSON in UTF-8. The first frame in is
-{"template", "tokens"}; each later one is {"messages", "opening"} and is answered by {"text"},
-{"refused"} (the template's own `raise_exception`) or {"failed"}. Nothing of headrace is imported: the
-file runs as a script.
+Frames in both directions are four bytes of length, big-endian, and JSON in UTF-8. The first incoming frame is
+{"template", "tokens"}. Each later one is {"messages", "add_generation_prompt"}, and the response is {"text"},
+{"refused"} (the template's own `raise_exception`) or {"failed"}. The file runs as a script and imports
+nothing of headrace.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-CPU_SECONDS = 2.0  # of one rendering; ordinary ones take well under a millisecond
-MEMORY_BYTES = 768 << 20  # beyond what the process has when it starts
-MOST_GROWTH = 4  # times the messages, and
-MOST_EXTRA = 1 << 20  # characters more, may a rendering come to
+CPU_SECONDS = 2.0  # per rendering; ordinary ones take well under a millisecond
+MEMORY_BYTES = 768 << 20  # in addition to what the process has at its start
+# A rendering may have this many times the characters of the messages, and this many more.
+MAX_GROWTH = 4
+MAX_EXTRA = 1 << 20
 
 
 def send(pipe: IO[bytes], frame: dict[str, Any]) -> None:
@@ -40,31 +41,36 @@ def receive(pipe: IO[bytes]) -> dict[str, Any] | None:
     return frame
 
 
-def rendered(template: str, tokens: dict[str, Any], messages: list[Any], opening: bool) -> dict[str, str]:
-    """What *template* makes of *messages*, as the frame that answers.
+def rendered(
+    template: str, tokens: dict[str, Any], messages: list[Any], add_generation_prompt: bool
+) -> dict[str, str]:
+    """Return the response frame for *messages* rendered by *template*.
 
-    tokens    the tokenizer's special tokens by name, such as bos_token
-    opening   whether the opening of the next answer follows the messages
+    tokens                  the tokenizer's special tokens by name, such as bos_token
+    add_generation_prompt   whether the start of the next answer follows the messages
     """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
         result: Any = render_jinja_template(
-            conversations=[messages], chat_template=template, add_generation_prompt=opening, **tokens
+            conversations=[messages],
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **tokens,
         )
     except jinja2.TemplateError as error:
-        if type(error) is jinja2.TemplateError:  # of `raise_exception`; Jinja's own are subclasses
+        if type(error) is jinja2.TemplateError:  # from `raise_exception`; Jinja's own are subclasses
             return {"refused": str(error)}
         return {"failed": f"{type(error).__name__}: {error}"}
     except MemoryError:
         return {"failed": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
-    except Exception as error:  # whatever a program can raise
+    except Exception as error:  # a template is a program and may raise anything
         return {"failed": f"{type(error).__name__}: {error}"}
     text = str(result[0][0])
-    limit = MOST_EXTRA + MOST_GROWTH * sum(_characters(message["content"]) for message in messages)
+    limit = MAX_EXTRA + MAX_GROWTH * sum(_characters(message["content"]) for message in messages)
     if len(text) > limit:
-        return {"failed": f"it makes {len(text)} characters of these messages, at most {limit} are taken"}
+        return {"failed": f"its text has {len(text)} characters, but these messages allow at most {limit}"}
     return {"text": text}
 
 
@@ -80,30 +86,32 @@ def _limit_memory() -> None:
         limit = pages * resource.getpagesize() + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     except (ImportError, OSError, ValueError):
-        pass  # not on Linux: the limit of CPU time remains
+        pass  # not on Linux: only the limit of CPU time applies
 
 
 def _limit_time(seconds: float) -> None:
-    """End this process after so much CPU time, unless called again before; 0 sets no limit."""
+    """Kill this process after *seconds* of CPU time, unless called again before; 0 removes the limit."""
     import signal
 
     if hasattr(signal, "ITIMER_PROF"):  # not on Windows
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends a process that does not handle it
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF kills a process that does not handle it
 
 
 def main() -> None:
-    """Answer frames until there are no more."""
-    import transformers.utils.chat_template_utils  # noqa: F401 # before the limits count
+    """Render frames until standard input closes."""
+    import transformers.utils.chat_template_utils  # noqa: F401 # before the limits apply
 
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # nobody else writes frames
-    given = receive(requests)
+    requests, responses = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # only frames go to the pipe
+    start = receive(requests)
     _limit_memory()
-    while given is not None and (frame := receive(requests)) is not None:
+    while start is not None and (frame := receive(requests)) is not None:
         _limit_time(CPU_SECONDS)
-        answer = rendered(given["template"], given["tokens"], frame["messages"], frame["opening"])
+        response = rendered(
+            start["template"], start["tokens"], frame["messages"], frame["add_generation_prompt"]
+        )
         _limit_time(0)
-        send(answers, answer)
+        send(responses, response)
 
 
 if __name__ == "__main__":

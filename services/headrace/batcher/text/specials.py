@@ -1,10 +1,10 @@
-"""Keep a tokenizer's special tokens for the chat template: in messages the same characters are text.
+"""Reserve a tokenizer's special tokens for the chat template: inside messages the same characters are text.
 
-A template writes special tokens between the messages, such as `<|im_end|>`. Inside of a message those
-characters must not end its turn, nor begin another. So every character of a message at which a special
-token could begin is replaced by a mark before the template lays the messages out; what is still a special
-token then is the template's own. Where the tokenizer finds others in the text, a second tokenizer encodes
-it: the same one, but its special tokens have secret names, which only the template's own are given.
+A template writes special tokens such as `<|im_end|>` between the messages. Inside a message these characters
+must not end its turn or start another. So every character of a message at which a special token could start
+is replaced by a mark before the template renders the messages. Special tokens that are left afterwards are
+the template's own. If the tokenizer still finds others in the text, a second tokenizer encodes it: the same
+one, except that its special tokens have secret names, which are substituted only for the template's own.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
-# Where marks and secret names are taken from: no font or language gives these characters a meaning.
+# Marks and secret names are made of private-use characters, which have no meaning in any font or language.
 _PRIVATE = "\U000f0000"
 _LIKE_SPECIAL = re.compile(r"<\S+>|\[\S+\]")
 _PRIVATE_LETTERS = re.compile("[\U000f0000-\U0010ffff]")
 
 
 def encode(fast: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
-    """Ids of a text, with what the model wants in front if asked for. Lets other threads run meanwhile."""
-    # `encode` itself would hold the interpreter's lock until it is done: 10 s for some megabytes.
+    """Return the ids of a text. Releases the GIL.
+
+    add_special_tokens   with the special tokens that the model expects in front
+    """
+    # `encode` itself would hold the interpreter's lock until it returns: 10 s for some megabytes.
     return list(fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
 
 class Marks:
-    """Characters that stand for others, and occur in none of some texts.
+    """Placeholder characters that occur in none of the given texts.
 
-    letters   the characters that are to be marked
-    texts     what is going to be marked, and what it is going to be put into
+    letters   the characters that they replace
+    texts     the texts whose characters are replaced, and the template that these are inserted into
     """
 
     def __init__(self, letters: str, texts: Iterable[str]) -> None:
@@ -40,20 +43,21 @@ class Marks:
         self.of = dict(zip(letters, free, strict=False))
         self.end = next(free)
 
-    def off(self, text: str) -> str:
-        """The text without marks, as it was."""
+    def removed_from(self, text: str) -> str:
+        """Return the text with its original characters instead of marks."""
         for letter, mark in self.of.items():
             text = text.replace(mark, letter)
         return text
 
 
-class Specials:
+class SpecialTokens:
     """The tokens that only a template may write. Safe to use from several threads.
 
     fast         the `tokenizers.Tokenizer` of the model
-    description  the same in its JSON form
-    frame        what its template writes around messages: tokens there that look like special ones, such as
-                 `<start_of_turn>`, are the template's alone, too, though some files do not call them special
+    description  its JSON form
+    frame        the text that its template writes around messages: tokens in it that look like special ones,
+                 such as `<start_of_turn>`, are reserved as well, although some files do not declare them
+                 special
     """
 
     def __init__(self, fast: Any, description: dict[str, Any], frame: str) -> None:
@@ -78,20 +82,20 @@ class Specials:
         self._secret = {name: f"{chr(0x10FFFD)}{secrets.token_hex(16)}." for name in self._ids}
         self._renamed = _renamed(description, self._secret)
 
-    def in_doubt(self, texts: Iterable[str]) -> bool:
-        """Whether a special token could begin in one of *texts*."""
+    def may_occur_in(self, texts: Iterable[str]) -> bool:
+        """Return whether a special token could start in one of *texts*."""
         return any(letter in text for text in texts for letter in self._letters)
 
     def marks(self, texts: Iterable[str]) -> Marks:
-        """Marks for texts such as these."""
+        """Return marks for *texts*."""
         return Marks(self._letters, texts)
 
     def mark(self, text: str, marks: Marks, *, names_only: bool = False) -> str:
-        """Put marks where a special token could begin.
+        """Put marks where a special token could start.
 
-        names_only   only where one does begin, as far as *text* alone shows
+        names_only   only where the whole name of one is in *text*
 
-        Other tokens that have a name, such as `</think>`, stay as they are: templates look for them.
+        Other named tokens, such as `</think>`, are left unchanged, because templates search for them.
         """
 
         def marked(match: re.Match[str]) -> str:
@@ -100,7 +104,7 @@ class Specials:
         return (self._names_at if names_only else self._letters_at).sub(marked, text)
 
     def encode(self, text: str, marks: Marks) -> list[int]:
-        """Ids of a conversation; a special token for each name in *text* that does not begin with a mark."""
+        """Return the ids of a chat, with a special token for each name in *text* without a mark."""
         wanted: list[int] = []
 
         def secret(match: re.Match[str]) -> str:
@@ -111,10 +115,10 @@ class Specials:
             return self._secret[name]
 
         renamed = self._names.sub(secret, text)
-        ids = encode(self._fast, marks.off(text))
+        ids = encode(self._fast, marks.removed_from(text))
         if [id for id in ids if id in self._special] == wanted:
             return ids
-        return encode(self._renamed, marks.off(renamed))
+        return encode(self._renamed, marks.removed_from(renamed))
 
 
 def _within_a_word(match: re.Match[str]) -> bool:
@@ -123,12 +127,12 @@ def _within_a_word(match: re.Match[str]) -> bool:
 
 
 def _recognised(fast: Any, token: dict[str, Any]) -> bool:
-    """Whether the tokenizer finds the token inside of a text; some never do, for how they write blanks."""
+    """Return whether the tokenizer finds the token inside a text, which depends on how it writes spaces."""
     return token["id"] in encode(fast, f".{token['content']}.")
 
 
 def _trie(names: Iterable[str]) -> str:
-    """A regular expression for the longest of *names* that begins somewhere; few steps even for thousands."""
+    """Return a regular expression for the longest of *names* at a position, fast even for thousands."""
     root: dict[str, Any] = {}
     for name in names:
         node = root
@@ -147,7 +151,7 @@ def _trie(names: Iterable[str]) -> str:
 
 
 def _renamed(description: dict[str, Any], names: dict[str, str]) -> Any:
-    """The tokenizer of a description, with other names for some of its tokens and the same ids."""
+    """Return the tokenizer of a description, with other names for some of its tokens and the same ids."""
     from tokenizers import Tokenizer
 
     added = [
@@ -158,7 +162,7 @@ def _renamed(description: dict[str, Any], names: dict[str, str]) -> Any:
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(token, token): id for token, id in vocabulary.items()}
-    else:  # of a unigram model: pairs of a token and its score
+    else:  # a unigram model: pairs of a token and its score
         model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]

@@ -1,9 +1,9 @@
-"""Lay out conversations by a model's chat template, which is tried when it is loaded.
+"""Render chats with a model's chat template, which is tested when it is loaded.
 
-The template runs in a process of its own (`rendering`). Templates differ in what they take: some want a
-message's content as text, some as a list of parts, some know no system messages. What one leaves out
-without an error would be lost without a word, so each new sequence of roles is tried with marks for
-contents first. It does not know tokens; `tokens` turns what comes out into ids.
+The template runs in a separate process (`rendering`). Templates differ in what they accept: some expect the
+content of a message as text, some as a list of parts, and some support no system messages. A message that a
+template drops without an error would be lost silently, so each new sequence of roles is first tried with
+markers for contents. This module does not know tokens; `tokens` turns the rendered text into ids.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _TEXT = "text"
 _TRIALS: tuple[tuple[str, ...], ...] = (("user",), ("system", "user"), ("user", "assistant", "user"))
 log = logging.getLogger(__name__)
 
-_MARK = re.compile(r"7\d{6}3")
-_SHAPES = 256  # sequences of roles that are remembered
+_MARKER = re.compile(r"7\d{6}3")
+_MAX_REMEMBERED = 256  # sequences of roles
 _INSTEAD = "send `prompt` instead of `chat`, or give the model another template"
 
 
-class Refused(Exception):
-    """The template raised an error of its own, in its own words."""
+class TemplateRefused(Exception):
+    """The template called `raise_exception`; the message is its own."""
 
 
-class Failed(Exception):
-    """The template does not work on these messages; the message says how."""
+class TemplateFailed(Exception):
+    """The template does not work on these messages; the message describes the error."""
 
 
 class Renderer:
-    """A template in a process of its own. Safe to use from several threads; one rendering at a time."""
+    """A template in a separate process. Safe to use from several threads; renders one chat at a time."""
 
     def __init__(self, template: str, tokens: Mapping[str, Any]) -> None:
         self._start = {"template": template, "tokens": dict(tokens)}
@@ -52,48 +52,51 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: Any = None
 
-    def render(self, messages: list[dict[str, Any]], *, opening: bool) -> str:
-        """The text of *messages*, with the opening of an answer if asked for. Raises Refused or Failed."""
+    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        """Return the text of *messages*, by request with the start of an answer.
+
+        Raises TemplateRefused or TemplateFailed.
+        """
         with self._lock:
-            answer = self._ask({"messages": messages, "opening": opening})
-        if "refused" in answer:
-            raise Refused(answer["refused"])
-        if "failed" in answer:
-            raise Failed(answer["failed"])
-        return str(answer["text"])
+            response = self._call({"messages": messages, "add_generation_prompt": add_generation_prompt})
+        if "refused" in response:
+            raise TemplateRefused(response["refused"])
+        if "failed" in response:
+            raise TemplateFailed(response["failed"])
+        return str(response["text"])
 
     def close(self) -> None:
-        """End the process; the next rendering starts another."""
+        """End the process; the next rendering starts a new one."""
         if self._end is not None:
             self._end()
         self._process = None
 
-    def _ask(self, frame: dict[str, Any]) -> dict[str, Any]:
-        answer = None
+    def _call(self, frame: dict[str, Any]) -> dict[str, Any]:
+        response = None
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             rendering.send(process.stdin, frame)
-            answer = rendering.receive(process.stdout)
+            response = rendering.receive(process.stdout)
         except BrokenPipeError:
-            pass  # it ended before it had read all
-        if answer is None:
+            pass  # it ended before it had read the whole frame
+        if response is None:
             code = process.wait()
             self.close()
             if code == -signal.SIGPROF:
                 return {"failed": f"it does not finish within {rendering.CPU_SECONDS:g} s of CPU time"}
             return {"failed": f"the process that renders it ended with status {code}"}
-        return answer
+        return response
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             process = subprocess.Popen(
-                # -P: the folder of the script holds a queue.py, which is not Python's
+                # -P: do not import from the folder of the script, whose modules may shadow Python's
                 [sys.executable, "-P", str(Path(rendering.__file__))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                start_new_session=True,  # a Ctrl-C is for this process, which ends the other
+                start_new_session=True,  # a Ctrl-C reaches only this process, which ends the other
             )
             self._process, self._end = process, weakref.finalize(self, _end, process)
             assert process.stdin is not None
@@ -103,15 +106,15 @@ class Renderer:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
-    process.communicate()  # closes the pipes, too
+    process.communicate()  # also closes the pipes
 
 
 class ChatTemplate:
-    """A template, and the form in which it takes each role's content.
+    """A template, and the form in which it expects the content of each role.
 
     source    the template's text
-    frame     what it wrote in trials
-    problem   why it lays out no conversation at all; empty if it works
+    frame     the text that it wrote in trials
+    problem   why it renders no chat at all; empty if it works
     """
 
     def __init__(self, source: str, tokens: Mapping[str, Any]) -> None:
@@ -123,50 +126,50 @@ class ChatTemplate:
         for roles in _TRIALS:
             if not self.problem:
                 self._choose_form(roles)
-        self._left_out = lru_cache(_SHAPES)(self._try)
+        self._dropped = lru_cache(_MAX_REMEMBERED)(self._try)
 
-    def render(self, turns: Turns, *, opening: bool = True) -> str:
-        """The text of *turns*, with the opening of the answer if asked for.
+    def render(self, turns: Turns, *, add_generation_prompt: bool = True) -> str:
+        """Return the text of *turns*, by default with the start of the answer.
 
-        Raises InvalidRequest where the template refuses the turns, fails on them, or leaves one out.
+        Raises InvalidRequest if the template refuses the turns, fails on them, or drops one.
         """
         if self.problem:
             raise errors.InvalidRequest(
                 f"the model's chat template does not work: {self.problem}; {_INSTEAD}", field="chat"
             )
         try:
-            text = self._renderer.render(self._messages(turns), opening=opening)
-        except Refused as error:
+            text = self._renderer.render(self._messages(turns), add_generation_prompt=add_generation_prompt)
+        except TemplateRefused as error:
             raise errors.InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", field="chat.messages"
             ) from error
-        except Failed as error:
+        except TemplateFailed as error:
             raise errors.InvalidRequest(
                 f"the model's chat template fails on these messages: {error}; {_INSTEAD}",
                 field="chat.messages",
             ) from error
-        if (place := self._left_out(tuple(role for role, _ in turns))) is not None:
+        if (place := self._dropped(tuple(role for role, _ in turns))) is not None:
             role = turns[place][0]
             raise errors.InvalidRequest(
-                f"the model's chat template leaves out chat.messages[{place}], of role {role!r}: it takes no "
-                "such message there; put its text into another one",
+                f"the model's chat template drops chat.messages[{place}], of role {role!r}: it supports no "
+                "such message there; put its text into another message",
                 field=f"chat.messages[{place}]",
             )
         return text
 
     def _choose_form(self, roles: tuple[str, ...]) -> None:
-        """Find out how the role that is new in *roles* wants its content."""
+        """Determine in which form the role that is new in *roles* expects its content."""
         new = next(role for role in roles if role not in self._forms)
         problem = ""
         for form in (_TEXT, _PARTS):
             self._forms[new] = form
             try:
-                text, place = self._marked(roles)
+                text, place = self._render_markers(roles)
                 if place is None:
                     self.frame += text
                     return
-                problem = problem or f"it leaves out the message of role {roles[place]!r}"
-            except (Refused, Failed) as error:
+                problem = problem or f"it drops the message of role {roles[place]!r}"
+            except (TemplateRefused, TemplateFailed) as error:
                 problem = problem or str(error)
         self._forms[new] = self._forms.get("user", _TEXT)
         if roles == ("user",):
@@ -174,16 +177,17 @@ class ChatTemplate:
 
     def _try(self, roles: tuple[str, ...]) -> int | None:
         try:
-            return self._marked(roles)[1]
-        except (Refused, Failed):
-            return None  # it says so itself where that happens to real messages
+            return self._render_markers(roles)[1]
+        except (TemplateRefused, TemplateFailed):
+            return None  # real messages of these roles raise the same error
 
-    def _marked(self, roles: tuple[str, ...]) -> tuple[str, int | None]:
-        """Try marks for contents. Returns the text, and the place of the first message that is not in it."""
-        marks = [f"7{place:06d}3" for place in range(len(roles))]
-        text = self._renderer.render(self._messages(list(zip(roles, marks, strict=True))), opening=True)
-        found = set(_MARK.findall(text))
-        return text, next((place for place, mark in enumerate(marks) if mark not in found), None)
+    def _render_markers(self, roles: tuple[str, ...]) -> tuple[str, int | None]:
+        """Render markers as contents. Returns the text, and the place of the first message missing in it."""
+        markers = [f"7{place:06d}3" for place in range(len(roles))]
+        messages = self._messages(list(zip(roles, markers, strict=True)))
+        text = self._renderer.render(messages, add_generation_prompt=True)
+        found = set(_MARKER.findall(text))
+        return text, next((place for place, marker in enumerate(markers) if marker not in found), None)
 
     def _messages(self, turns: Turns) -> list[dict[str, Any]]:
         return [
@@ -198,12 +202,13 @@ class ChatTemplate:
 
 
 def choose_template(templates: Mapping[str, str], tokens: Mapping[str, Any]) -> ChatTemplate | None:
-    """The template for conversations: the one called "default", or else the first that works.
+    """Return the template for chats: the one called "default", or otherwise the first that works.
 
     templates   by name, in the order of the model's file
     tokens      see `Renderer`
 
-    A template that does not work is logged, and returned if there is no other; None if there is none at all.
+    A template that does not work is logged, and returned if there is no other. Returns None without
+    templates.
     """
     names = ["default"] if "default" in templates else list(templates)
     chosen = None

@@ -1,7 +1,7 @@
-"""Read the files of a tokenizer, and say in one line which of them is wrong and what to do.
+"""Read the files of a tokenizer, and report in one line which file is invalid and how to fix it.
 
-transformers reads them, without running code that comes with a model. What it makes of a `tokenizer.model`
-is compared with what SentencePiece itself makes of some texts.
+transformers reads the files, without running code that comes with a model. The tokenizer that it builds from
+a `tokenizer.model` is compared with SentencePiece itself on some texts.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _COPY = "copy the model's tokenizer files again"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a model's files say of its tokenizer.
+    """The tokenizer in a model's files.
 
     backend         the `tokenizers.Tokenizer`
-    templates       its chat templates by name; "default" where there is but one without a name
-    special_tokens  special tokens by what they are for, such as bos_token
+    templates       its chat templates by name; a single one without a name is "default"
+    special_tokens  special tokens by purpose, such as bos_token
     """
 
     backend: Any
@@ -53,9 +53,9 @@ class TokenizerFiles:
 def read_tokenizer(path: Path, cache: Path) -> TokenizerFiles:
     """Read the tokenizer of the model at *path*, a folder or a .gguf file.
 
-    cache   where what was read is kept: reading costs seconds; see `tokenizer_cache`
+    cache   the folder for parsed tokenizers, because parsing takes seconds; see `tokenizer_cache`
 
-    Raises ModelUnavailable for files that hold no usable tokenizer.
+    Raises ModelUnavailable for files without a usable tokenizer.
     """
     if path.is_dir():
         _check_files(path)
@@ -78,18 +78,18 @@ def _read_afresh(path: Path, unpacked: Path, fingerprint: str) -> TokenizerFiles
     """
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_default_handler()  # its lines go where ours go
+    transformers_logging.disable_default_handler()  # its log lines go to our handlers
     transformers_logging.enable_propagation()
     if path.is_dir():
         unpacked = path
     elif not unpacked.exists():
-        _keep(_read(path, lambda: _from_gguf(path)), unpacked)
+        _save(_read(path, lambda: _from_gguf(path)), unpacked)
     tokenizer = _read(path, lambda: _from_folder(unpacked))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelUnavailable(
-            f"the tokenizer in {path} is a {type(tokenizer).__name__}, which has no fast form: convert it to "
-            "a tokenizer.json"
+            f"the tokenizer in {path} is a {type(tokenizer).__name__}, which has no fast version: convert it "
+            "to a tokenizer.json"
         )
     template = tokenizer.chat_template
     templates = template if isinstance(template, dict) else {"default": template} if template else {}
@@ -101,11 +101,11 @@ def _read(path: Path, load: Callable[[], Any]) -> Any:
         return load()
     except ModelUnavailable:
         raise
-    except BaseException as error:  # of Rust, what it panics with is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
-            raise _with_code(path) from error
+            raise _runs_code(path) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ModelUnavailable(
             f"the tokenizer in {path} cannot be read ({type(error).__name__}: {reason[:300]}): {_COPY}, or "
@@ -114,7 +114,7 @@ def _read(path: Path, load: Callable[[], Any]) -> Any:
 
 
 def _from_folder(folder: Path) -> Any:
-    """The tokenizer of a folder; what names no kind is read as what its files are most often."""
+    """Return the tokenizer of a folder; files that name no kind are read as their most common kind."""
     from transformers import AutoTokenizer, GPT2Tokenizer
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -124,7 +124,7 @@ def _from_folder(folder: Path) -> Any:
         settings = read_json(folder / "tokenizer_config.json") or {}
         named = settings.get("tokenizer_class")
         if "auto_map" in settings and tokenizer_class_from_name(named or "") is None:
-            raise _with_code(folder)
+            raise _runs_code(folder)
         if (folder / "tokenizer.model").is_file():
             sentences = _sentencepiece(folder / "tokenizer.model")
             if not named and sentences is not None:
@@ -133,12 +133,12 @@ def _from_folder(folder: Path) -> Any:
             kind = GPT2Tokenizer
     tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if sentences is not None:
-        _compare(tokenizer.backend_tokenizer, sentences, folder / "tokenizer.model")
+        _check_against_sentencepiece(tokenizer.backend_tokenizer, sentences, folder / "tokenizer.model")
     return tokenizer
 
 
 def _names_a_tokenizer(folder: Path) -> bool:
-    """Whether config.json names a model whose tokenizer is made of vocab.json and merges.txt."""
+    """Return whether config.json names a model whose tokenizer consists of vocab.json and merges.txt."""
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
     model_type = (read_json(folder / "config.json") or {}).get("model_type")
@@ -147,22 +147,22 @@ def _names_a_tokenizer(folder: Path) -> bool:
 
 
 def _sentencepiece(path: Path) -> Any:
-    """SentencePiece's own reading of *path*; None if that is a file of tiktoken's."""
+    """Return SentencePiece's own tokenizer of *path*; None if the file is tiktoken's."""
     from sentencepiece import SentencePieceProcessor
 
     try:
         return SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
         with path.open("rb") as file:
-            if len(file.readline().split()) == 2:  # a token in base64, and its rank
+            if len(file.readline().split()) == 2:  # a token in base64 and its rank
                 return None
-        raise ModelUnavailable(f"{path} is damaged, or no SentencePiece model: {_COPY}") from error
+        raise ModelUnavailable(f"{path} is damaged or not a SentencePiece model: {_COPY}") from error
 
 
 def _from_sentencepiece(folder: Path, sentences: Any) -> Any:
-    """The tokenizer of a folder with a tokenizer.model that names no kind: as that file says itself.
+    """Return the tokenizer of a folder with a tokenizer.model that names no kind, by the rules in that file.
 
-    transformers reads its tokens, but takes how it treats blanks from a kind.
+    transformers reads the tokens of such a file, but derives the treatment of spaces from the kind.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, decoders, normalizers, processors
@@ -187,26 +187,26 @@ def _from_sentencepiece(folder: Path, sentences: Any) -> Any:
     fast.decoder = decoders.Sequence(
         [*ends, *([decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else [])]
     )
-    _compare(fast, sentences, folder / "tokenizer.model")
+    _check_against_sentencepiece(fast, sentences, folder / "tokenizer.model")
     if sentences.bos_id() >= 0:
         name = sentences.id_to_piece(sentences.bos_id())
         fast.post_processor = processors.TemplateProcessing(f"{name} $A", None, [(name, sentences.bos_id())])
     return tokenizer
 
 
-def _compare(fast: Any, sentences: Any, path: Path) -> None:
+def _check_against_sentencepiece(fast: Any, sentences: Any, path: Path) -> None:
     for text in _SAMPLES:
         if fast.encode(text, add_special_tokens=False).ids != sentences.encode(text):
             raise ModelUnavailable(
-                f"{path} splits text in another way than its tokenizer_class would, or than can be told from "
-                f"it (seen with {text!r}): convert it to a tokenizer.json"
+                f"{path} splits text differently from its tokenizer_class, or from the rules that could be "
+                f"read from it (for example {text!r}): convert it to a tokenizer.json"
             )
 
 
-def _with_code(path: Path) -> ModelUnavailable:
+def _runs_code(path: Path) -> ModelUnavailable:
     return ModelUnavailable(
-        f"the tokenizer in {path} is code that came with it (auto_map in tokenizer_config.json), which is "
-        "not run here: give a model whose tokenizer is a tokenizer.json"
+        f"the tokenizer in {path} is code that came with the model (auto_map in tokenizer_config.json), "
+        "which is not run here: give a model with a tokenizer.json"
     )
 
 
@@ -219,7 +219,7 @@ def _from_gguf(path: Path) -> Any:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse files that are no such files, before anybody else stumbles over them."""
+    """Raise ModelUnavailable for files that are missing their content, before a library reads them."""
     for name in (*_JSON, *_OTHERS):
         file = folder / name
         if not file.is_file():
@@ -231,7 +231,7 @@ def _check_files(folder: Path) -> None:
             raise ModelUnavailable(f"cannot read {file}: {error.strerror}") from error
         if start == _LFS:
             raise ModelUnavailable(
-                f"{file} is a pointer of git-lfs, not the file: run `git lfs pull` in {folder}"
+                f"{file} is a git-lfs pointer and not the file itself: run `git lfs pull` in {folder}"
             )
         if not start:
             raise ModelUnavailable(f"{file} is empty: {_COPY}")
@@ -240,24 +240,24 @@ def _check_files(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if there is none."""
+    """Return the content of a JSON file; None if the file does not exist."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ModelUnavailable(f"{path} is damaged, it is not JSON ({error}): {_COPY}") from error
+        raise ModelUnavailable(f"{path} is damaged and not valid JSON ({error}): {_COPY}") from error
 
 
-def _keep(tokenizer: Any, folder: Path) -> None:
-    """Save whole or not at all: another batcher may be doing the same."""
+def _save(tokenizer: Any, folder: Path) -> None:
+    """Save the tokenizer atomically: another batcher may be saving it, too."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
     try:
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
     except OSError:
-        if not folder.exists():  # else somebody was quicker
+        if not folder.exists():  # otherwise another process was faster
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,7 +1,6 @@
-"""Decide who may wait: nobody who cannot be served in time, and not more than there is room for.
+"""Decide whether a request may wait: only if its deadline can be met, and only as many as the limit allows.
 
-Judged from what is measured: how fast the workers compute prompts and take steps, and how fast the queue
-drains.
+Decisions use measurements: how fast workers compute prompts and steps, and how fast the queue drains.
 """
 
 from __future__ import annotations
@@ -11,115 +10,118 @@ from typing import Any, Protocol
 from headrace import errors
 from headrace.batcher.job import Job
 from headrace.batcher.links.pool import WorkerPool
-from headrace.batcher.waiting.estimates import Arrivals, Mean, Pace, retry_after
-from headrace.batcher.waiting.line import Line
-from headrace.batcher.waiting.prefixes import Prefixes
-from headrace.batcher.waiting.queue import JobQueue, Waiting, victims
+from headrace.batcher.waiting.estimates import ArrivalRate, Estimates, RunningMean, retry_after
+from headrace.batcher.waiting.order import Waiting
+from headrace.batcher.waiting.prefixes import PrefixIndex
+from headrace.batcher.waiting.queue import RequestQueue
+from headrace.batcher.waiting.shedding import Sheddable, victims
 from headrace.runtime.rate import RateMeter
 
-# What is measured in trouble, such as the loss of a worker, looks worse than it will be: a request is refused
-# only if it would take this many times as long as it has.
-DOUBT = 2.0
+# Measurements taken during a fault, such as the loss of a worker, are pessimistic. A request is rejected only
+# if the estimate exceeds the remaining time by this factor.
+TOLERANCE = 2.0
 
 
-class Places(Protocol):
-    """Somewhere that requests wait, each with a place of the batcher's `queue_limit`."""
-
-    @property
-    def queue(self) -> JobQueue[Any]:
-        """Those that can be asked to give their place to another one."""
-        ...
+class WaitingPlace(Sheddable, Protocol):
+    """A part of the batcher where requests wait: the queue, or a lane of the intake."""
 
     @property
     def waiting(self) -> int:
-        """How many places are taken."""
+        """The number of requests that count against the batcher's `queue_limit`."""
         ...
 
     def remove(self, waiting: Any, outcome: str) -> bool:
-        """Take the place away from one in the queue; false if it is not there."""
+        """Remove a request. Returns False if it does not wait here."""
         ...
 
 
 class Admission:
-    """Lets jobs into the line, or raises NoWorkers, Overloaded or Unattainable.
+    """Admits jobs to the queue, or rejects them.
 
-    places     where requests wait: the line, and before it the intake, which adds its own
-    arrivals   how often requests come
-    drained    counts the jobs that leave the queue for a worker
-    answers    mean length of answers that ended, in tokens
+    places          where requests wait: the queue, and the lanes that the intake adds
+    arrivals        the rate of requests
+    drained         counts the jobs that leave the queue for a worker
+    answer_tokens   mean length of completed answers, in tokens
     """
 
-    def __init__(self, line: Line, pool: WorkerPool, prefixes: Prefixes) -> None:
-        self.places: list[Places] = [line]
-        self.arrivals = Arrivals()
+    def __init__(self, queue: RequestQueue, pool: WorkerPool, prefixes: PrefixIndex) -> None:
+        self.places: list[WaitingPlace] = [queue]
+        self.arrivals = ArrivalRate()
         self.drained = RateMeter()
-        self.answers = Mean()
-        self._line = line
+        self.answer_tokens = RunningMean()
+        self._queue = queue
         self._pool = pool
         self._prefixes = prefixes
 
     def admit(self, job: Job, now: float) -> None:
-        """Put *job* in line. One that has no place yet takes another one's if there is none left.
+        """Add *job* to the queue. If no place is free and it holds none yet, another request may be shed.
 
-        Raises what is said above.
+        Raises NoWorkers, Overloaded, TtftUnattainable or DeadlineUnattainable.
         """
         if not self._pool.ready():
             raise errors.NoWorkers(
                 f"no worker of this tier is ready ({self._pool.problem}); try again shortly", retry_after=1.0
             )
         self.arrivals.add(now)
-        wanted = max(job.sampling.max_tokens - job.answered, 1)
-        job.cost = job.tokens + min(wanted, int(self.answers.value) or wanted)
-        held = max(self._prefixes.held(job.blocks, link.target) for link in self._pool.ready())
-        job.uncached = max(job.tokens - held, 1)
+        max_new = max(job.sampling.max_tokens - job.answer_length, 1)
+        job.cost = job.prefill_tokens + min(max_new, int(self.answer_tokens.value) or max_new)
+        cached = max(self._prefixes.cached_tokens(job.blocks, link.target) for link in self._pool.ready())
+        job.uncached = max(job.prefill_tokens - cached, 1)
         self._check_deadline(job, now)
-        if job.leave_intake is None:
+        if job.release_place is None:
             self.make_place(job, now)
         else:
-            job.leave_intake()
-        self._line.put(job)
+            job.release_place()
+        self._queue.put(job)
 
     def _check_deadline(self, job: Job, now: float) -> None:
-        """Raise Unattainable if the job cannot be served in time, by what is measured."""
-        if job.answer_by is None:
+        """Raise TtftUnattainable or DeadlineUnattainable if the estimates exceed the remaining time."""
+        if not job.deadline.exists:
             return
-        pace = self.pace(now)
-        jobs, ahead = self._line.queue.ahead_of(job)
-        left = job.answer_by - now
-        first = pace.first_token_in(jobs=jobs, ahead=ahead, tokens=job.uncached)
-        last = first + pace.tokens_in(job.least_tokens - job.answered)
-        if last > DOUBT * left:
-            what = "its first token" if first > left else f"its {job.least_tokens} tokens"
-            raise errors.Unattainable(
-                f"the deadline is in {left:.2f} s and {what} cannot come before {max(first, last):.2f} s, as "
-                f"{jobs} requests stand before it: give it more time, or another tier",
+        left = job.response_deadline.left(now)
+        estimates = self.estimates(now)
+        jobs, ahead = self._queue.ahead_of(job)
+        first = estimates.first_token_seconds(jobs=jobs, ahead=ahead, tokens=job.uncached)
+        last = first + estimates.decode_seconds(job.min_answer_tokens - job.answer_length)
+        if first > TOLERANCE * left:
+            raise errors.TtftUnattainable(
+                f"the deadline is in {left:.2f} s, but the first token would take at least {first:.2f} s, "
+                f"with {jobs} requests ahead in the queue: allow more time or use another tier",
+                left=f"{left:.3f}",
+                needed=f"{first:.3f}",
+            )
+        if last > TOLERANCE * left:
+            raise errors.DeadlineUnattainable(
+                f"the deadline is in {left:.2f} s, but {job.min_answer_tokens} tokens would take at least "
+                f"{last:.2f} s, with {jobs} requests ahead in the queue: allow more time, ask for fewer "
+                "tokens or use another tier",
                 left=f"{left:.3f}",
                 needed=f"{last:.3f}",
             )
 
     def make_place(self, newcomer: Waiting, now: float) -> None:
-        """See to it that *newcomer* finds a place among those that wait. Raises Overloaded.
+        """Make sure that *newcomer* has a place, by shedding another request if need be. Raises Overloaded.
 
-        What workers have room for needs no place: it is on its way to them.
+        The free slots of workers extend the limit: requests for them leave the queue at once.
         """
-        queued, limit = sum(place.waiting for place in self.places), self._line.queue.limit
-        room = sum(max(link.room(now), 0) for link in self._pool) - len(self._line.queue.begun)
-        full = queued >= limit + max(room, 0)
-        given = victims([place.queue for place in self.places], newcomer, needed=int(full))
+        queued, limit = sum(place.waiting for place in self.places), self._queue.limit
+        free = sum(max(link.free_slots(now), 0) for link in self._pool) - len(self._queue.interrupted)
+        full = queued >= limit + max(free, 0)
+        chosen = victims(self.places, newcomer, needed=int(full))
         delay = retry_after(queued, self.drained.per_second(now))
-        if given is None:
+        if chosen is None:
             raise errors.Overloaded(
                 f"the queue is full ({limit} requests wait); retry after {delay:.1f} s",
                 retry_after=delay,
                 queued=queued,
                 limit=limit,
             )
-        for victim in given:
+        for victim in chosen:
             self.shed(
                 victim,
                 errors.Shed(
-                    "the queue is full and this request gave its place to one of higher priority, or of a "
-                    f"tenant that has fewer; retry after {delay:.1f} s",
+                    "the queue is full, and this request was shed in favour of one of higher priority or of "
+                    f"a tenant with fewer requests; retry after {delay:.1f} s",
                     retry_after=delay,
                     queued=queued,
                     limit=limit,
@@ -127,18 +129,18 @@ class Admission:
             )
 
     def shed(self, victim: Any, error: errors.Shed) -> None:
-        """End one that waits, for the sake of another one."""
+        """Remove a waiting request from its place, and fail it with *error*."""
         any(place.remove(victim, "shed") for place in self.places)
         victim.fail(error)
 
-    def pace(self, now: float) -> Pace:
-        """How fast the tier is, as measured."""
+    def estimates(self, now: float) -> Estimates:
+        """Return the measured rates and the backlog of the tier."""
         ready = self._pool.ready()
         steps = [link.load.step_time.ToNanoseconds() / 1e9 for link in ready]
-        busy = not any(link.room(now) for link in ready)
-        return Pace(
-            prefill=sum(link.load.prefill_tokens_per_second for link in ready),
+        busy = not any(link.free_slots(now) for link in ready)
+        return Estimates(
+            prefill_rate=sum(link.load.prefill_tokens_per_second for link in ready),
             step_seconds=min(steps, default=0.0),
             backlog=sum(link.backlog for link in ready),
-            drained=self.drained.per_second(now) if busy else 0.0,
+            drain_rate=self.drained.per_second(now) if busy else 0.0,
         )

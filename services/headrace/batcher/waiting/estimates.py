@@ -1,6 +1,6 @@
-"""Judge how long things take, from what was measured: whether a deadline can be met, when to come back.
+"""Estimate waiting and computing times from measurements, for admission and retry delays.
 
-Plain functions and running means. Nothing measured means no judgement: then everybody may try.
+Plain functions and running means. Without measurements there is no estimate, and every request is admitted.
 """
 
 from __future__ import annotations
@@ -8,87 +8,88 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-RETRY_SECONDS = (0.1, 30.0)  # bounds of what a caller is told to wait
+RETRY_SECONDS = (0.1, 30.0)  # the bounds of a suggested retry delay
 
 
-class Mean:
-    """A running mean that follows changes.
+class RunningMean:
+    """An exponentially weighted mean.
 
     weight   share of the newest value
     """
 
     def __init__(self, weight: float = 0.1) -> None:
         self._weight = weight
-        self.seen = 0
+        self.count = 0
         self.value = 0.0
 
     def add(self, value: float) -> None:
-        """Book a value. The first ones count evenly."""
-        self.seen += 1
-        self.value += max(self._weight, 1 / self.seen) * (value - self.value)
+        """Add a value. The first values are weighted equally."""
+        self.count += 1
+        self.value += max(self._weight, 1 / self.count) * (value - self.value)
 
 
-class Arrivals:
-    """How often requests come just now: one over the geometric mean of the last few gaps.
+class ArrivalRate:
+    """The current rate of requests: the inverse of the geometric mean of the last few gaps.
 
-    Geometric, so that a burst after a long silence is seen after a handful of requests.
+    A geometric mean detects a burst after a long silence within a handful of requests.
     """
 
     def __init__(self) -> None:
         self._last: float | None = None
-        self._gap = Mean(weight=0.25)  # of logarithms
+        self._log_gap = RunningMean(weight=0.25)
 
     def add(self, now: float) -> None:
-        """A request came."""
+        """Record a request that arrived at *now*."""
         if self._last is not None:
-            self._gap.add(math.log(min(max(now - self._last, 1e-5), 10.0)))
+            self._log_gap.add(math.log(min(max(now - self._last, 1e-5), 10.0)))
         self._last = now
 
     def per_second(self, now: float) -> float:
-        """The rate as of *now*; 0 while only one has come."""
-        if self._last is None or not self._gap.seen:
+        """Return the rate at *now*; 0 before the second request."""
+        if self._last is None or not self._log_gap.count:
             return 0.0
-        return 1 / max(math.exp(self._gap.value), now - self._last)
+        return 1 / max(math.exp(self._log_gap.value), now - self._last)
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """What the workers of a tier do now, taken together.
+class Estimates:
+    """The measured rates and the backlog of all workers of a tier together.
 
-    prefill        prompt tokens per second; 0 while unknown
+    prefill_rate   prompt tokens per second; 0 while unknown
     step_seconds   time between two tokens of one answer; 0 while unknown
     backlog        prompt tokens that wait at the workers to be computed
-    drained        jobs per second that leave the queue because a worker has room again; 0 while unknown
-                   or while there is room
+    drain_rate     jobs per second that leave the queue as slots become free; 0 while unknown or while slots
+                   are free
     """
 
-    prefill: float = 0.0
+    prefill_rate: float = 0.0
     step_seconds: float = 0.0
     backlog: int = 0
-    drained: float = 0.0
+    drain_rate: float = 0.0
 
-    def first_token_in(self, *, jobs: int, ahead: int, tokens: int) -> float:
-        """Least seconds until a job has its first token.
+    def first_token_seconds(self, *, jobs: int, ahead: int, tokens: int) -> float:
+        """Return a lower bound of the time until a job has its first token.
 
-        jobs, ahead   how many are served before it, and what has to be computed for their first tokens
-        tokens        what has to be computed for its own: its prompt, but for what a worker has of it
+        jobs     the number of jobs that are served before it
+        ahead    tokens to compute for the first tokens of those jobs
+        tokens   tokens to compute for its own first token: the uncached part of its prompt
         """
-        room = (jobs + 1) / self.drained if self.drained > 0 else 0.0
-        prefill = (self.backlog + ahead + tokens) / self.prefill if self.prefill > 0 else 0.0
-        return max(room, prefill)
+        slot = (jobs + 1) / self.drain_rate if self.drain_rate > 0 else 0.0
+        prefill = (self.backlog + ahead + tokens) / self.prefill_rate if self.prefill_rate > 0 else 0.0
+        return max(slot, prefill)
 
-    def tokens_in(self, count: int) -> float:
-        """Least seconds from the first token to the last of *count*."""
-        return max(count - 1, 0) * self.step_seconds
+    def decode_seconds(self, tokens: int) -> float:
+        """Return a lower bound of the time from the first token to the last of *tokens*."""
+        return max(tokens - 1, 0) * self.step_seconds
 
 
-def retry_after(waiting: int, drained_per_second: float) -> float:
-    """When a caller that finds no place should come back: when half of the queue has been served.
+def retry_after(waiting: int, drain_rate: float) -> float:
+    """Return the delay after which a rejected caller should retry: when half of the queue has been served.
 
-    waiting              how many wait
-    drained_per_second   how many leave the queue for a worker; 0 while unknown
+    waiting      the number of requests that wait
+    drain_rate   requests per second that leave the queue for a worker; 0 while unknown
     """
     low, high = RETRY_SECONDS
-    if drained_per_second <= 0:
+    if drain_rate <= 0:
         return 1.0
-    return min(max(waiting / 2 / drained_per_second, low), high)
+    return min(max(waiting / 2 / drain_rate, low), high)

@@ -1,66 +1,68 @@
-"""Choose a worker for a job: by room, by the work that waits there, and by what it has computed already."""
+"""Choose a worker for a job, by free slots, by the work that waits there and by cached prefixes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# A sequence under way makes every step of its worker longer: counted as so many prompt tokens.
+# A running sequence lengthens every step of its worker. It counts as this many prompt tokens.
 SEQUENCE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A worker that takes work now, as placement sees it.
+class WorkerCandidate:
+    """A worker that accepts work now.
 
-    room        how many more sequences it takes, at least 1
-    sequences   sequences of this batcher that it has
-    backlog     prompt tokens that wait there to be computed
-    others      of those, other batchers'
-    budget      most that may wait there
-    rate        prompt tokens that it computes per second; 0 while unknown
-    held        tokens of this job's prompt that it has computed already
-    probation   whether it has a job that may be what killed another worker
-    shares      whether it keeps what it has computed for prompts that begin alike
+    free_slots        sequences that it accepts now, at least 1
+    sequences         this batcher's sequences at the worker
+    backlog           prompt tokens that wait there to be computed
+    others_backlog    the part of `backlog` that belongs to other batchers
+    budget            the most prompt tokens that may wait there
+    prefill_rate      prompt tokens that it computes per second; 0 while unknown
+    cached            tokens of this job's prompt that it has cached
+    probation         whether it runs a job that may have killed another worker
+    shares_prefixes   whether it caches prefixes
     """
 
     name: str
-    room: int
+    free_slots: int
     sequences: int
     backlog: int
     budget: int
-    rate: float = 0.0
-    held: int = 0
-    others: int = 0
+    prefill_rate: float = 0.0
+    cached: int = 0
+    others_backlog: int = 0
     probation: bool = False
-    shares: bool = False
+    shares_prefixes: bool = False
 
-    def takes(self, tokens: int) -> bool:
-        """Whether a job of *tokens* may go there without standing in line for long.
+    def accepts(self, tokens: int) -> bool:
+        """Return whether a job of *tokens* would start there soon.
 
-        With nothing of our own in line there, any job may: what other batchers have there need never end.
+        A worker where none of this batcher's prompts wait accepts any job, because the backlog of other
+        batchers may never end.
         """
-        return self.backlog == self.others or self.backlog + tokens - self.held <= self.budget
+        return self.backlog == self.others_backlog or self.backlog + tokens - self.cached <= self.budget
 
 
 def choose(
-    candidates: Iterable[Candidate], tokens: int, *, avoid: str = "", probation: bool = False
-) -> Candidate | None:
-    """The worker for a job of *tokens*; None if none of them should have it now.
+    candidates: Iterable[WorkerCandidate], tokens: int, *, avoid: str = "", probation: bool = False
+) -> WorkerCandidate | None:
+    """Return the worker for a job of *tokens*; None if the job should wait.
 
-    avoid       a worker that just failed it: only where there is no other
-    probation   whether the job may be what killed a worker: then only where no other such job is
+    avoid       the worker that the job failed on last: chosen only if there is no other
+    probation   whether the job may have killed a worker: then no worker with another such job is chosen
     """
-    able = [candidate for candidate in candidates if candidate.takes(tokens)]
+    able = [candidate for candidate in candidates if candidate.accepts(tokens)]
     if probation:
         able = [candidate for candidate in able if not candidate.probation]
     if any(candidate.name != avoid for candidate in able):
         able = [candidate for candidate in able if candidate.name != avoid]
-    fastest = max((candidate.rate for candidate in able), default=0.0)
+    fastest = max((candidate.prefill_rate for candidate in able), default=0.0)
 
-    def cost(candidate: Candidate) -> tuple[float, int]:
-        work = candidate.backlog + tokens - candidate.held + SEQUENCE_TOKENS * candidate.sequences
-        # One whose pace is not known yet is taken for as good as the best.
-        return work * (fastest / candidate.rate if candidate.rate > 0 else 1.0), -candidate.room
+    def cost(candidate: WorkerCandidate) -> tuple[float, int]:
+        work = candidate.backlog + tokens - candidate.cached + SEQUENCE_TOKENS * candidate.sequences
+        # A worker whose rate is unknown counts as the fastest.
+        slowdown = fastest / candidate.prefill_rate if candidate.prefill_rate > 0 else 1.0
+        return work * slowdown, -candidate.free_slots
 
     return min(able, key=cost, default=None)

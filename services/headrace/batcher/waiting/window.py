@@ -1,8 +1,8 @@
-"""Decide when a batch is complete, and how large it may be, from what was measured.
+"""Decide when a batch is complete and how many tokens may wait at a worker, from measurements.
 
-A batch waits a little for company, because workers compute prompts that arrive together more cheaply
-than one after the other; never while the worker has nothing to take in, never when nobody is expected,
-and never past the engine step that is under way: what comes before its end joins the same next one.
+A batch waits briefly for more requests, because workers compute prompts that arrive together at lower cost.
+It does not wait while a worker has no prompt to compute, nor when no request is expected. It never waits
+longer than the current engine step: requests that arrive before its end join the same next step.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Window:
     """The bounds of a batch.
 
     size     most sequences
-    tokens   most prompt tokens that may wait at a worker; a single longer prompt still goes, alone
-    linger   longest that a batch waits for company after its first request arrived, in seconds
+    tokens   most prompt tokens that may wait at a worker; a single longer prompt is sent alone
+    linger   the longest time that a batch waits after its first request arrived, in seconds
     """
 
     size: int = 32
@@ -26,35 +26,37 @@ class Window:
     linger: float = 0.005
 
     def linger_for(self, *, arrivals: float, step_seconds: float) -> float:
-        """How long waiting for company pays now.
+        """Return how long a batch should wait for more requests, in seconds.
 
         arrivals       requests per second, measured
         step_seconds   time of an engine step, measured; 0 while unknown
         """
         longest = min(self.linger, step_seconds) if step_seconds > 0 else self.linger
         if arrivals * longest < 1:
-            return 0.0  # nobody would come
+            return 0.0  # no request is expected in time
         return min(longest, self.size / arrivals)
 
     def budget(self, prefill_rate: float) -> int:
-        """Prompt tokens that may wait at a worker: what it computes in half a second.
+        """Return the prompt tokens that may wait at a worker: what it computes in half a second.
 
-        More would only take the order out of our hands. *prefill_rate* is in tokens per second, 0 while
-        unknown.
+        A longer queue at the worker would undermine the order kept here.
+
+        prefill_rate   tokens per second; 0 while unknown
         """
         if prefill_rate <= 0:
             return self.tokens
         return max(min(int(prefill_rate * HORIZON_SECONDS), self.tokens), 1)
 
-    def closes(
-        self, waiting: int, tokens: int, room: int, *, oldest: float, linger: float, hungry: bool
+    def closes_at(
+        self, waiting: int, tokens: int, free_slots: int, *, oldest: float, linger: float, idle: bool
     ) -> float:
-        """When the next batch is complete, on the clock of *oldest*; 0 is now.
+        """Return when the next batch is complete, on the clock of *oldest*; 0 means now.
 
-        waiting, tokens   how many wait, and their prompt tokens together
-        room              how many sequences the workers take now
-        oldest            when the first of the waiting arrived
-        hungry            whether a worker has nothing to take in: then it is now
+        waiting      the number of requests that wait
+        tokens       the prompt tokens of those requests
+        free_slots   the sequences that the workers accept now
+        oldest       when the oldest of the requests arrived
+        idle         whether a worker has no prompt to compute: then the batch is complete now
         """
-        full = waiting >= min(self.size, room) or tokens >= self.tokens
-        return 0.0 if hungry or full else oldest + linger
+        full = waiting >= min(self.size, free_slots) or tokens >= self.tokens
+        return 0.0 if idle or full else oldest + linger

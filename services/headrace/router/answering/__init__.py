@@ -1,1 +1,1 @@
-"""Answers one request: the journey, attempts at batchers and tiers, the cascade, checks of replies."""
+"""Answers one request: its journey, the cascade, attempts at batchers, and checks of their replies."""

@@ -1,9 +1,9 @@
-"""Let a smaller tier answer first, judge its draft before anything is released, and escalate if need be.
+"""Hold back the answer of a smaller tier as a draft, check it, and escalate to a larger tier if necessary.
 
-The caller sees one answer: `accepted` names the tier whose text is released, and released text is never
-replaced. Which tiers there are, and which drafts are judged at all, is the caller's of this module;
-`draft_check` judges; `attempts` carries each answer through. Beside a draft a sample may be drawn, a second
-answer of the same tier for the judge to compare it with; whatever becomes of that, the draft goes on.
+The caller receives one answer: `accepted` names the tier whose text is released, and released text is never
+replaced. `Cascaded` decides which answers are held back and which drafts are released, and `attempts`
+forwards the request. A sample is a second answer of the same tier, to compare a draft with. If it fails, the
+draft is checked without it.
 """
 
 from __future__ import annotations
@@ -12,34 +12,38 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from headrace import errors
 from headrace.progress import route_change
-from headrace.router.answering import replies
+from headrace.router.answering.attempts import Outgoing, Routed, across_tiers, on_tier
 from headrace.router.optional import optional
+from headrace.router.state.peer_reports import total
+from headrace.router.state.tiers import Tier
 from headrace.v1 import generation_pb2 as pb
 
 REJECTED = "DRAFT_REJECTED"
-# What may be the request's own doing: no other tier shall lose its workers to it, too.
+# The request itself may be the cause, so it must not be given to another tier's workers.
 _LOST = (errors.WorkerLost, errors.BatcherLost, errors.PoisonRequest)
-SAMPLE_TEMPERATURE = 0.7  # as the samples had that the check's weights were fitted with
+SAMPLE_TEMPERATURE = 0.7  # the same as in the samples that the weights of the check were fitted with
 _SENTENCE_END = re.compile(r"[.!?:;]['\")\]]*(?:\s|$)|\n")
 
 
 @dataclass
 class Draft:
-    """An answer that is held back.
+    """An answer that is held back, or a sample.
 
-    held       its events so far, to be released as they are
-    prompt_tokens, tokens   taken in, and generated
-    logprobs   one per token, if the engine tells them
-    finish     how it ended; None while it goes on
+    held       its events so far
+    prompt_tokens, tokens   of the prompt, and generated
+    logprobs   one per token, if the engine reports them
+    finish     its last event; None before it
     samples    other answers of the same tier to compare it with
-    sampled_tokens   generated for them, whole or not
+    sample_tokens   generated for the samples
+    is_sample  whether it is a sample itself
     """
 
-    tier: str
+    tier: str = ""
     held: list[pb.GenerateResponse] = field(default_factory=list)
     text: str = ""
     prompt_tokens: int = 0
@@ -47,13 +51,15 @@ class Draft:
     logprobs: list[float] = field(default_factory=list)
     finish: pb.Finish | None = None
     samples: Sequence[str] = ()
-    sampled_tokens: int = 0
+    sample_tokens: int = 0
+    is_sample: bool = False
 
     def take(self, response: pb.GenerateResponse) -> None:
         """Hold an event back."""
         self.held.append(response)
         event = response.WhichOneof("event")
         if event == "accepted":
+            self.tier = response.accepted.tier
             self.prompt_tokens = response.accepted.prompt_tokens
         elif event == "delta":
             self.text += response.delta.text
@@ -64,7 +70,7 @@ class Draft:
 
     @property
     def cached_tokens(self) -> int:
-        """Of the prompt, found computed already; 0 while it is not known."""
+        """Cached tokens of its prompt; 0 while unknown."""
         return min(self.finish.usage.cached_tokens, self.prompt_tokens) if self.finish is not None else 0
 
     @property
@@ -72,10 +78,10 @@ class Draft:
         """Whether the model ended its turn by itself."""
         return self.finish is not None and self.finish.reason != pb.FINISH_REASON_LENGTH
 
-    def to_judge(self) -> tuple[str, bool]:
-        """The text to judge, and whether it is to be taken as finished.
+    def text_to_check(self) -> tuple[str, bool]:
+        """Return the text to check, and whether it counts as complete.
 
-        A draft that goes on is judged by its whole sentences: that it breaks off is not its fault.
+        A draft that is still being generated is checked by its complete sentences.
         """
         if self.finish is not None:
             return self.text, self.complete
@@ -83,129 +89,120 @@ class Draft:
         return (self.text[: ends[-1]], True) if ends else (self.text, False)
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """How a sample is drawn beside a draft.
+@dataclass(frozen=True, slots=True)
+class HoldBack:
+    """How an answer is held back.
 
-    begin     streams it
-    seconds   the longest that a draft which is there waits for it
-    drawn     told of what was generated of it, whole or not, used or not
+    tier             that answers
+    max_tokens       a longer draft is checked when it has this many tokens, and streamed from there if it is
+                     released
+    sample_seconds   the longest that a draft waits for its sample; 0: no sample
     """
 
-    begin: Callable[[], AsyncGenerator[pb.GenerateResponse, None]]
-    seconds: float
-    drawn: Callable[[Draft], None]
+    tier: Tier
+    max_tokens: int
+    sample_seconds: float
 
 
-@dataclass(frozen=True)
-class Judge:
-    """How the drafts of one tier are judged.
+class Cascaded(Routed, Protocol):
+    """A request whose answer may be held back."""
 
-    good      whether a draft may be released
-    tokens    a draft that is longer is judged when it has so many, and streamed from there if it is good
-    sampler   draws what a draft is compared with; None: nothing
-    """
+    def hold_back(self) -> HoldBack | None:
+        """Decide how the answer that has just begun is held back; None: it is streamed."""
+        ...
 
-    good: Callable[[Draft], bool]
-    tokens: int
-    sampler: Sampler | None = None
+    def releases(self, draft: Draft) -> bool:
+        """Check a draft; return whether it is released."""
+        ...
+
+    def discard(self, draft: Draft, replaced_by: str = "") -> None:
+        """Record a draft or sample that the caller does not get, and the tier that answers in its place."""
+        ...
 
 
 async def cascade(
-    begin: Callable[[Sequence[str]], AsyncGenerator[pb.GenerateResponse, None]],
-    judge_of: Callable[[], Judge | None],
-    gave_up: Callable[[Draft, str], None],
-    *,
-    tier_of: Callable[[], str],
-    tells_moves: bool,
-    rejected: Sequence[str] = (),
+    routed: Cascaded, rejected: Sequence[str] = ()
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Stream the first answer that is good enough, or the last one.
 
-    begin        streams an answer by a tier larger than those that were *rejected*
-    judge_of     how the answer that was just begun is judged; None: not at all
-    gave_up      told of each draft that nobody gets, and of the tier that answers in its place: empty if none
-    tier_of      the tier that gives the answer that was just begun
-    tells_moves  whether the caller wants `route_change` events
+    rejected   tiers whose drafts were rejected: a larger tier answers
 
-    A draft that fails is escalated, too, unless it was lost with workers or batchers: then it ends as it
-    would have without a judge, or in favour of a smaller tier's draft. Where no larger tier takes the
-    request, the draft is released after all: it is better than nothing. Raises what the last tier says.
+    A draft that fails is escalated too, unless it was lost with workers or batchers. A lost draft ends as it
+    would without a cascade, or the draft of a smaller tier is released. If no larger tier accepts the
+    request, the draft is released although it was rejected. Raises the error of the last tier.
     """
-    async with aclosing(begin(rejected)) as responses:
-        draft = Draft("")
+    async with aclosing(across_tiers(routed, rejected)) as responses:
+        draft = Draft()
         draft.take(await anext(responses))
-        draft.tier = tier_of()
-        judge = judge_of()
         failure: errors.HeadraceError | None = None
-        if judge is not None:
-            booked = released = False
+        plan = routed.hold_back()
+        if plan is not None:
+            settled = False
             try:
-                async with _sampling(judge.sampler, draft) as samples:
-                    failure = await _read(draft, responses, judge.tokens)
-                    if failure is None:
-                        draft.samples = await samples()
-                        released = judge.good(draft)
+                released, failure = await _check(routed, plan, draft, responses)
                 if not (released or isinstance(failure, _LOST)):
-                    better = cascade(
-                        begin,
-                        judge_of,
-                        gave_up,
-                        tier_of=tier_of,
-                        tells_moves=tells_moves,
-                        rejected=[*rejected, draft.tier],
-                    )
-                    async with aclosing(better) as escalated:
-                        first = await _first(escalated)
-                        if first is not None:
-                            await responses.aclose()  # what it still says is not wanted any more
-                            gave_up(draft, first.accepted.tier)
-                            booked = True
+                    async with aclosing(cascade(routed, [*rejected, draft.tier])) as escalated:
+                        if (first := await _first(escalated)) is not None:
+                            await responses.aclose()  # the rest of the draft is not needed
+                            routed.discard(draft, first.accepted.tier)
+                            settled = True
                             yield first
-                            if tells_moves:
+                            if routed.outgoing.request.stream.include_route_changes:
                                 reason = REJECTED if failure is None else failure.reason
-                                yield route_change(draft.tier, tier_of(), reason, len(rejected) + 1)
+                                yield route_change(draft.tier, first.accepted.tier, reason, len(rejected) + 1)
                             async for response in escalated:
-                                _waste(response, draft.tokens + draft.sampled_tokens)
+                                _add_waste(response, draft.tokens + draft.sample_tokens)
                                 yield response
                             return
                 if failure is not None and (rejected or not isinstance(failure, _LOST)):
-                    raise failure  # where a smaller tier's draft waits, that is released
-                booked = True  # from here on it is the caller's
+                    raise failure  # if a smaller tier's draft exists, that one is released
+                settled = True  # the caller gets the draft
             finally:
-                if not booked:
-                    gave_up(draft, "")
+                if not settled:
+                    routed.discard(draft)
         for response in draft.held:
-            _waste(response, draft.sampled_tokens)
+            _add_waste(response, draft.sample_tokens)
             yield response
         if failure is not None:
             raise failure
         async for response in responses:
-            _waste(response, draft.sampled_tokens)
+            _add_waste(response, draft.sample_tokens)
             yield response
 
 
-def _waste(response: pb.GenerateResponse, tokens: int) -> None:
-    """Add *tokens* that nobody gets to the usage of an answer, if *response* is its end."""
+async def _check(
+    routed: Cascaded, plan: HoldBack, draft: Draft, responses: AsyncGenerator[pb.GenerateResponse, None]
+) -> tuple[bool, errors.HeadraceError | None]:
+    """Complete the draft and check it; return whether it is released, and the failure that ended it."""
+    async with _sampling(routed, plan, draft) as samples:
+        failure = await _complete(draft, responses, plan.max_tokens)
+        if failure is not None:
+            return False, failure
+        draft.samples = await samples()
+        return routed.releases(draft), None
+
+
+def _add_waste(response: pb.GenerateResponse, tokens: int) -> None:
+    """Add *tokens* that the caller does not get to the answer's usage, if *response* is its last event."""
     if response.HasField("finish"):
         usage = response.finish.usage
-        usage.wasted_tokens = replies.total([usage.wasted_tokens, tokens])
+        usage.wasted_tokens = total([usage.wasted_tokens, tokens])
 
 
 @asynccontextmanager
 async def _sampling(
-    sampler: Sampler | None, draft: Draft
+    routed: Cascaded, plan: HoldBack, draft: Draft
 ) -> AsyncGenerator[Callable[[], Awaitable[Sequence[str]]], None]:
-    """Draw a sample while the block lasts; yields what waits for its end, a while, and returns it."""
-    if sampler is None:
+    """Draw a sample while the block runs; yield a function that waits for it and returns the samples."""
+    if not plan.sample_seconds:
         yield _no_samples
         return
-    sample = Draft(draft.tier)
-    drawing = asyncio.create_task(_draw(sampler, sample))
+    sample = Draft(draft.tier, is_sample=True)
+    drawing = asyncio.create_task(_draw(routed, plan, sample))
 
     async def samples() -> Sequence[str]:
-        await asyncio.wait([drawing], timeout=sampler.seconds)
-        # One that ends at the length of a draft counts, too: there is as much of both.
+        await asyncio.wait([drawing], timeout=plan.sample_seconds)
+        # A sample that was cut at the length of a draft counts too: both have the same length.
         return (sample.text,) if sample.finish is not None and sample.text else ()
 
     try:
@@ -215,14 +212,18 @@ async def _sampling(
             drawing.cancel()
             await asyncio.wait([drawing])
         finally:
-            draft.sampled_tokens = sample.tokens
-            with optional("bill"):
-                sampler.drawn(sample)
+            draft.sample_tokens = sample.tokens
+            routed.discard(sample)
 
 
-async def _draw(sampler: Sampler, sample: Draft) -> None:
-    with optional("sample"), suppress(errors.HeadraceError):  # the draft is judged without it
-        async with aclosing(sampler.begin()) as responses:
+async def _draw(routed: Cascaded, plan: HoldBack, sample: Draft) -> None:
+    with optional("sample"), suppress(errors.HeadraceError):  # the draft is checked without it
+        outgoing: Outgoing = replace(
+            routed.outgoing,
+            request=sample_request(routed.outgoing.request, plan.max_tokens),
+            failover_seconds=0.0,
+        )
+        async with aclosing(on_tier(plan.tier, routed, outgoing)) as responses:
             async for response in responses:
                 sample.take(response)
 
@@ -231,10 +232,10 @@ async def _no_samples() -> Sequence[str]:
     return ()
 
 
-def sample_request(request: pb.GenerateRequest, tokens: int) -> pb.GenerateRequest:
-    """Ask for a second answer to *request*: another seed, no longer than *tokens*, and nothing else with it.
+def sample_request(request: pb.GenerateRequest, max_tokens: int) -> pb.GenerateRequest:
+    """Return a request for a second answer to *request*, with another seed and at most *max_tokens* tokens.
 
-    A greedy request would get the same answer again: its sample has a temperature.
+    A greedy request would get the same answer again, so its sample has a temperature.
     """
     made = pb.GenerateRequest()
     made.CopyFrom(request)
@@ -245,20 +246,21 @@ def sample_request(request: pb.GenerateRequest, tokens: int) -> pb.GenerateReque
     sampling.seed = request.sampling.seed ^ 1
     if sampling.HasField("temperature") and sampling.temperature == 0:
         sampling.temperature = SAMPLE_TEMPERATURE
-    sampling.max_tokens = min(sampling.max_tokens, tokens) if sampling.HasField("max_tokens") else tokens
+    requested = sampling.max_tokens if sampling.HasField("max_tokens") else max_tokens
+    sampling.max_tokens = min(requested, max_tokens)
     if sampling.min_tokens > sampling.max_tokens:
         sampling.min_tokens = sampling.max_tokens
     return made
 
 
-async def _read(
-    draft: Draft, responses: AsyncGenerator[pb.GenerateResponse, None], tokens: int
+async def _complete(
+    draft: Draft, responses: AsyncGenerator[pb.GenerateResponse, None], max_tokens: int
 ) -> errors.HeadraceError | None:
-    """Fill the draft until it ends or has so many tokens; the failure that ended it, if one did."""
+    """Read the draft until it ends or has *max_tokens* tokens; return the failure that ended it, if any."""
     try:
         async for response in responses:
             draft.take(response)
-            if draft.tokens >= tokens and draft.finish is None:
+            if draft.tokens >= max_tokens and draft.finish is None:
                 return None
     except (errors.DeadlineExceeded, errors.RequestCancelled):
         raise  # no other tier has more time
@@ -270,10 +272,10 @@ async def _read(
 async def _first(
     responses: AsyncGenerator[pb.GenerateResponse, None],
 ) -> pb.GenerateResponse | None:
-    """The first event; None if there is no tier for it, or none takes the request."""
+    """Return the first event; None if there is no larger tier, or none accepts the request."""
     try:
         return await anext(responses)
-    except errors.Unattainable:
+    except (errors.TtftUnattainable, errors.DeadlineUnattainable):
         return None  # it would not be in time; the draft is
     except (errors.DeadlineExceeded, errors.RequestCancelled):
         raise

@@ -1,83 +1,110 @@
-"""Follow one request on its way: where it was sent, what is judged of it, what it used."""
+"""Follow one request through the router: the tiers that it visits, its answer, and its bill.
+
+`Journey` implements `attempts.Routed` and `cascade.Cascaded`: those modules forward the request and hold back
+drafts, and ask the journey for decisions.
+"""
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Collection, Sequence
+from contextlib import aclosing
 
 from opentelemetry import metrics, trace
 
 from headrace import attributes
+from headrace.deadline import Deadline
 from headrace.router.answering import replies
-from headrace.router.answering.cascade import Draft, Judge, Sampler
-from headrace.router.chooser import Asked, Chooser
+from headrace.router.answering.attempts import Outgoing, across_tiers
+from headrace.router.answering.cascade import Draft, HoldBack, cascade
+from headrace.router.billing import bill_message
+from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
 from headrace.router.state.bills import Bill
+from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.tiers import Tier, Tiers
-from headrace.routing.policy import Decision, Hints
+from headrace.routing.policy import Decision
+from headrace.routing.request import Hints, RoutingRequest
 from headrace.routing.score import UNSCORED, Score
 from headrace.v1 import generation_pb2 as pb
 
 _tracer = trace.get_tracer("headrace.router")
 _meter = metrics.get_meter("headrace.router")
-_routed = _meter.create_counter(
-    attributes.METRIC_ROUTED, description="requests, by the tier that they were sent to"
-)
+_routed = _meter.create_counter(attributes.METRIC_ROUTED, description="requests sent to a tier, by tier")
 _drafts = _meter.create_counter(
-    attributes.METRIC_DRAFTS, description="drafts that were judged, by tier and outcome"
+    attributes.METRIC_DRAFTS, description="drafts that were checked, by tier and outcome"
 )
 
 
 class Journey:
     """One request on its way.
 
-    ends      time.monotonic() of its deadline
-    tier      where it is now
-    accepted  the event that the caller got, if it did
+    outgoing  the request as it is sent to batchers
+    bill      what it used so far
     """
 
     def __init__(
         self,
-        chooser: Chooser,
-        tiers: Tiers,
-        bill: Bill,
         request: pb.GenerateRequest,
         score: Score,
         *,
-        ends: float,
+        deadline: Deadline,
+        hops: int,
+        failover_seconds: float,
+        tiers: Tiers,
+        chooser: Chooser,
+        feedback: Feedback,
+        bill: Bill,
     ) -> None:
-        self.text = text_of(request)
-        self.asked = asked_of(request, score)
-        self.bill = bill
-        self.tier = ""
-        self.accepted: pb.Accepted | None = None
-        self._chooser = chooser
-        self._tiers = tiers
-        self._ends = ends
+        self._text = text_of(request)
+        self._facts = routing_request(request, score)
         self._shows_logprobs = request.sampling.logprobs
+        self._may_draft = chooser.rules.allow(self._facts)
+        self.outgoing = Outgoing(
+            _outgoing(request, logprobs=self._may_draft), deadline, failover_seconds, hops
+        )
+        self.bill = bill
+        self._tiers = tiers
+        self._chooser = chooser
+        self._feedback = feedback
         self._decision: Decision | None = None
-        self._delivered = 0
-        self._finished = False
+        self._tier = ""  # where the request is now
+        self._accepted: pb.Accepted | None = None
+        self._delivered = 0  # tokens
+        self._billed = False
 
-    @property
-    def may_draft(self) -> bool:
-        """Whether any answer of it may be judged."""
-        return self._chooser.may_draft(self.asked)
+    async def answer(self) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Stream the answer as the caller receives it."""
+        responses = cascade(self) if self._may_draft else across_tiers(self)
+        try:
+            async with aclosing(responses):
+                async for response in responses:
+                    self._deliver(response)
+                    yield response
+        finally:
+            self._bill_partial_answer()
+
+    # For `attempts`.
 
     def choose(self, rejected: Sequence[str], failed: Collection[str]) -> Tier:
-        """The tier to try next. Raises what `policy.decide` raises."""
-        now = time.monotonic()
+        """See `attempts.Routed`."""
         decision = self._chooser.choose(
-            self.asked, now, slack=self._ends - now, failed=list(failed), rejected=rejected
+            self._facts,
+            time.monotonic(),
+            deadline=self.outgoing.deadline,
+            failed=list(failed),
+            rejected=rejected,
         )
         if self._decision is None:
             with optional("thresholds"):
-                self._chooser.note(self.asked, decision)
+                self._chooser.record_decision(self._facts, decision)
         self._decision = decision
-        self.tier = decision.tier
+        self._tier = decision.tier
         trace.get_current_span().set_attributes(
             {
-                attributes.SCORE: self.asked.score,
+                attributes.SCORE: self._facts.score,
                 attributes.TIER: decision.tier,
                 attributes.ROUTE_REASON: decision.why,
             }
@@ -85,37 +112,39 @@ class Journey:
         _routed.add(1, {attributes.TIER: decision.tier})
         return self._tiers[decision.tier]
 
-    def judge(self, sample: Callable[[str], AsyncGenerator[pb.GenerateResponse, None]]) -> Judge | None:
-        """How the answer that has begun is judged; None if it is not.
+    def count_attempt(self, tier: str) -> None:
+        """See `attempts.Routed`."""
+        with optional("bill"):
+            self.bill.add_attempt(tier)
 
-        sample   streams a second answer of a tier
-        """
+    async def wait_for_recovery(self, failed: Collection[str], began: float) -> bool:
+        """See `attempts.Routed`."""
+        return await self._tiers.wait_for_recovery(failed, began)
+
+    # For `cascade`.
+
+    def hold_back(self) -> HoldBack | None:
+        """See `cascade.Cascaded`."""
         with optional("draft check"):
-            return self._judge(sample)
+            assert self._decision is not None, "an answer begins after a decision"
+            now, deadline, rules = time.monotonic(), self.outgoing.deadline, self._chooser.rules
+            if self._chooser.holds_back(self._facts, self._decision, now, deadline):
+                samples = self._chooser.draws_sample(self._facts, self._decision, now, deadline)
+                sample_seconds = rules.sample_seconds if samples else 0.0
+                return HoldBack(self._tiers[self._tier], rules.draft_tokens, sample_seconds)
         return None
 
-    def _judge(self, sample: Callable[[str], AsyncGenerator[pb.GenerateResponse, None]]) -> Judge | None:
-        assert self._decision is not None, "an answer begins with a decision"
-        now = time.monotonic()
-        slack, rules, tier = self._ends - now, self._chooser.rules, self.tier
-        if not self._chooser.judges(self.asked, self._decision, now, slack):
-            return None
-        sampler = None
-        if self._chooser.samples(self.asked, self._decision, now, slack):
-            sampler = Sampler(lambda: sample(tier), rules.sample_seconds, self._sampled)
-        return Judge(self._good, rules.tokens, sampler)
-
-    def _good(self, draft: Draft) -> bool:
-        """Whether the draft may be released; one that cannot be judged may, as without a judge."""
-        outcome = "unjudged"
+    def releases(self, draft: Draft) -> bool:
+        """See `cascade.Cascaded`. A draft that cannot be checked is released."""
+        outcome = "unchecked"
         with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span, optional("draft check"):
-            text, finished = draft.to_judge()
-            released, check = self._chooser.check(
-                self.text,
+            text, finished = draft.text_to_check()
+            released, check = self._chooser.check_draft(
+                self._text,
                 text,
                 finished=finished,
                 logprobs=draft.logprobs,
-                preference=self.asked.hints.quality_preference,
+                quality_preference=self._facts.hints.quality_preference,
                 samples=draft.samples,
             )
             outcome = "released" if released else "escalated"
@@ -130,88 +159,101 @@ class Journey:
         _drafts.add(1, {attributes.TIER: draft.tier, attributes.OUTCOME: outcome})
         return outcome != "escalated"
 
-    def took(self, tier: str) -> None:
-        """Book that a batcher of *tier* was asked."""
+    def discard(self, draft: Draft, replaced_by: str = "") -> None:
+        """See `cascade.Cascaded`."""
         with optional("bill"):
-            self.bill.asked(tier)
-
-    def _sampled(self, sample: Draft) -> None:
-        self.bill.sampled(
-            sample.tier,
-            prompt_tokens=sample.prompt_tokens,
-            tokens=sample.tokens,
-            cached_tokens=sample.cached_tokens,
-        )
-
-    def gave_up(self, draft: Draft, tier: str) -> None:
-        """Book a draft that nobody gets; *tier* answers in its place, nobody if it is empty."""
-        with optional("bill"):
-            self.bill.wasted(
+            add = self.bill.add_sample if draft.is_sample else self.bill.add_draft
+            add(
                 draft.tier,
                 prompt_tokens=draft.prompt_tokens,
                 tokens=draft.tokens,
                 cached_tokens=draft.cached_tokens,
             )
-        if tier:
+        if replaced_by:
             with optional("thresholds"):
-                self._chooser.note_escalation(self.asked, draft.tier, tier)
+                self._chooser.record_escalation(self._facts, draft.tier, replaced_by)
 
-    def pass_on(self, response: pb.GenerateResponse) -> None:
-        """Make an event the caller's."""
+    # What the caller receives.
+
+    def _deliver(self, response: pb.GenerateResponse) -> None:
+        """Complete an event for the caller, and record it."""
         event = response.WhichOneof("event")
-        if event == "accepted":
-            if self.asked.scored:
-                response.accepted.score = self.asked.score
-            self.accepted = response.accepted
-            # A draft that was released although it was no good is still where it was made.
-            self.tier = response.accepted.tier or self.tier
-            with optional("sessions"):
-                self._chooser.answered(self.asked, self.tier, time.monotonic())
-        elif event == "delta":
+        if event == "delta":
             self._delivered += response.delta.token_count
             if not self._shows_logprobs:
                 del response.delta.logprobs[:]
+        elif event == "accepted":
+            self._accept(response.accepted)
         elif event == "finish":
             self._finish(response.finish)
 
+    def _accept(self, accepted: pb.Accepted) -> None:
+        if self._facts.scored:
+            accepted.score = self._facts.score
+        self._accepted = accepted
+        # If a rejected draft is released, its tier is not the one that was chosen last.
+        self._tier = accepted.tier or self._tier
+        with optional("conversations"):
+            self._chooser.record_answer(self._facts, self._tier, time.monotonic())
+        with optional("feedback"):
+            score = self._facts.score if self._facts.scored else None
+            self._feedback.remember(
+                self.outgoing.request.request_id,
+                AnswerRecord(self._tier, score, self._text),
+                tenant=self._facts.tenant,
+            )
+
     def _finish(self, finish: pb.Finish) -> None:
-        """Book the answer, and put the bill of all tiers in place of what a router behind us made out."""
+        """Bill the answer; the bill of all tiers replaces the bill of a router behind this one."""
         usage = finish.usage
         with optional("bill"):
-            # Waste of drafts that were given up is booked with their own tiers.
-            given_up = sum(charge.wasted_tokens for _, charge in self.bill.charges)
-            wasted = max(usage.wasted_tokens - given_up, 0)
-            self._answered(usage.prompt_tokens, self._delivered, wasted, usage.cached_tokens)
-            if more := replies.more_prompt_tokens(finish):
-                self.bill.sampled(self.tier, prompt_tokens=more, tokens=0)
+            # The waste of discarded drafts is billed to their own tiers.
+            discarded = sum(charge.wasted_tokens for _, charge in self.bill.charges)
+            wasted = max(usage.wasted_tokens - discarded, 0)
+            self._bill_answer(usage.prompt_tokens, wasted, usage.cached_tokens)
+            if repeated := replies.repeated_prompt_tokens(finish):
+                self.bill.add_sample(self._tier, prompt_tokens=repeated, tokens=0)
         finish.ClearField("bill")
         with optional("bill"):
             finish.bill.CopyFrom(bill_message(self.bill))
         with optional("pace"):
-            self._chooser.finished(self.tier, finish, self._delivered, time.monotonic())
+            self._chooser.record_speed(self._tier, finish, self._delivered, time.monotonic())
 
-    def close(self) -> None:
-        """Book what was delivered of an answer that broke off."""
-        if self.accepted is not None and not self._finished:
+    def _bill_partial_answer(self) -> None:
+        """Bill what was delivered of an answer that did not finish."""
+        if self._accepted is not None and not self._billed:
             with optional("bill"):
-                self._answered(self.accepted.prompt_tokens, self._delivered, 0, 0)
+                self._bill_answer(self._accepted.prompt_tokens)
 
-    def _answered(self, prompt_tokens: int, tokens: int, wasted_tokens: int, cached_tokens: int) -> None:
-        self._finished = True
-        self.bill.answered(
-            self.tier,
+    def _bill_answer(self, prompt_tokens: int, wasted_tokens: int = 0, cached_tokens: int = 0) -> None:
+        self._billed = True
+        self.bill.add_answer(
+            self._tier,
             prompt_tokens=prompt_tokens,
-            tokens=tokens,
+            tokens=self._delivered,
             wasted_tokens=wasted_tokens,
             cached_tokens=cached_tokens,
         )
 
 
-def text_of(request: pb.GenerateRequest) -> str:
-    """What the score reads: the raw prompt, or what the user said last.
+def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequest:
+    """Return the request for batchers: with id and seed, and with *logprobs* if drafts may be checked."""
+    outgoing = pb.GenerateRequest()
+    outgoing.CopyFrom(request)
+    outgoing.request_id = request.request_id or str(uuid.uuid4())
+    if not outgoing.sampling.HasField("seed"):
+        outgoing.sampling.seed = secrets.randbits(64)
+    outgoing.sampling.logprobs = request.sampling.logprobs or logprobs
+    if not outgoing.sampling.logprobs:
+        outgoing.sampling.ClearField("logprobs")
+    return outgoing
 
-    The system prompt and earlier turns are left out: the same for many requests, they would say more
-    about the application than about the question.
+
+def text_of(request: pb.GenerateRequest) -> str:
+    """Return the text to score: the raw prompt, or the user's last message.
+
+    The system prompt and earlier turns are the same for many requests. They describe the application more
+    than the question.
     """
     if request.HasField("chat"):
         messages = request.chat.messages
@@ -220,10 +262,10 @@ def text_of(request: pb.GenerateRequest) -> str:
     return request.prompt
 
 
-def asked_of(request: pb.GenerateRequest, score: Score) -> Asked:
-    """What a request brings to the decision."""
+def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest:
+    """Return what the routing decisions read of a request."""
     hints = request.routing
-    return Asked(
+    return RoutingRequest(
         score=score.value,
         scored=score is not UNSCORED,
         hints=Hints(
@@ -240,20 +282,3 @@ def asked_of(request: pb.GenerateRequest, score: Score) -> Asked:
         cascade=hints.cascade if hints.HasField("cascade") else None,
         resumes=bool(request.resume.token_ids),
     )
-
-
-def bill_message(bill: Bill) -> pb.Bill:
-    """A bill as callers get it."""
-    message = pb.Bill(cost=bill.cost, largest_tier_cost=bill.largest_tier_cost)
-    for tier, charge in bill.charges:
-        message.charges.add(
-            tier=tier,
-            answers=charge.answers,
-            attempts=charge.attempts,
-            prompt_tokens=charge.prompt_tokens,
-            cached_tokens=charge.cached_tokens,
-            completion_tokens=charge.completion_tokens,
-            wasted_tokens=charge.wasted_tokens,
-            cost=bill.cost_of(tier),
-        )
-    return message

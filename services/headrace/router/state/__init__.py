@@ -1,1 +1,1 @@
-"""What the router keeps between requests: tiers, thresholds, conversations, feedback, costs."""
+"""What the router keeps between requests: tiers, thresholds, conversations, feedback, bills."""

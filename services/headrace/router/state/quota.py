@@ -1,33 +1,35 @@
-"""Limit how much each tenant does in a while: a token bucket for each. The caller brings the clock."""
+"""Limit how much each tenant does in a period, with a token bucket each. The caller passes the time."""
 
 from __future__ import annotations
 
-from headrace.router.state.tenant_memory import Memory
+from headrace.router.state.tenant_memory import TenantMemory
 
 
 class Quota:
-    """Counts what tenants took.
+    """One token bucket per tenant.
 
-    most      what a tenant may take at once, above 0
-    seconds   in which that becomes free again
+    most      the most that a tenant may take at once, above 0
+    seconds   the time in which an empty bucket fills again
     """
 
     def __init__(self, most: float, seconds: float, *, tenants: int = 10_000) -> None:
         self._most = most
         self._per_second = most / seconds
-        self._left: Memory[tuple[float, float]] = Memory(tenants)  # by tenant, and when that was
+        self._left: TenantMemory[tuple[float, float]] = TenantMemory(
+            tenants
+        )  # amount and its time, by tenant
 
     def wait(self, tenant: str, amount: float, now: float) -> float:
-        """Seconds until the tenant may take *amount*; 0 if it may now.
+        """Return the seconds until the tenant may take *amount*; 0 if it may now.
 
-        What is more than a tenant may ever take at once is as much as it may.
+        An amount above the maximum counts as the maximum.
         """
-        return max(min(amount, self._most) - self._have(tenant, now), 0.0) / self._per_second
+        return max(min(amount, self._most) - self._available(tenant, now), 0.0) / self._per_second
 
     def take(self, tenant: str, amount: float, now: float) -> None:
-        """Take *amount*."""
-        self._left.put(tenant, "", (max(self._have(tenant, now) - amount, 0.0), now))
+        """Take *amount* from the tenant's bucket."""
+        self._left.put(tenant, "", (max(self._available(tenant, now) - amount, 0.0), now))
 
-    def _have(self, tenant: str, now: float) -> float:
+    def _available(self, tenant: str, now: float) -> float:
         left, then = self._left.get(tenant, "") or (self._most, now)
         return min(left + (now - then) * self._per_second, self._most)

@@ -1,4 +1,4 @@
-"""Remember values for tenants, within bounds that no tenant can use up for the others. Plain bookkeeping."""
+"""Keep values by tenant, within limits that no tenant can exhaust for the others."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Memory(Generic[T]):
-    """The last values, by tenant and name; beyond the bounds the tenant that holds most forgets its oldest.
+class TenantMemory(Generic[T]):
+    """The latest values, by tenant and name. Beyond the limits, the tenant with the most loses its oldest.
 
-    limit    values altogether
-    weight   the most that they may weigh altogether, in whatever unit `put` uses
+    limit    number of values of all tenants
+    weight   total weight of all values, in the unit of `put`
     """
 
     def __init__(self, limit: int, *, weight: float = math.inf) -> None:
         self._limit = limit
-        self._most = weight
+        self._max_weight = weight
         self._count = 0
         self._weight = 0
         self._tenants: dict[str, _Holding[T]] = {}
-        # (minus the share that a tenant held, tenant); the entries that are out of date are passed over.
+        # A heap of (minus the share that a tenant held, tenant); outdated entries are skipped.
         self._largest: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         return self._count
 
     def get(self, tenant: str, name: str) -> T | None:
-        """The tenant's value of that name; None if there is none, or none any more."""
+        """Return the tenant's value of that name; None if there is none."""
         holding = self._tenants.get(tenant)
         found = None if holding is None else holding.values.get(name)
         return None if found is None else found[0]
 
     def put(self, tenant: str, name: str, value: T, weight: int = 0) -> None:
-        """Remember a value, as the tenant's newest, in place of an older one of that name."""
+        """Store a value as the tenant's newest; it replaces an older one of that name."""
         holding = self._tenants.setdefault(tenant, _Holding())
         if name in holding.values:
             self._drop(tenant, name)
@@ -45,11 +45,11 @@ class Memory(Generic[T]):
         self._tenants[tenant] = holding
         self._count += 1
         self._weight += weight
-        self._note(tenant)
-        while self._count > self._limit or self._weight > self._most:
-            largest = self._holding_most()
+        self._push(tenant)
+        while self._count > self._limit or self._weight > self._max_weight:
+            largest = self._largest_tenant()
             self._drop(largest, next(iter(self._tenants[largest].values)))
-            self._note(largest)
+            self._push(largest)
 
     def _drop(self, tenant: str, name: str) -> None:
         holding = self._tenants[tenant]
@@ -60,14 +60,14 @@ class Memory(Generic[T]):
         if not holding.values:
             del self._tenants[tenant]
 
-    def _holding_most(self) -> str:
+    def _largest_tenant(self) -> str:
         while True:
             share, tenant = self._largest[0]
             if share == -self._share(tenant):
                 return tenant
             heapq.heappop(self._largest)
 
-    def _note(self, tenant: str) -> None:
+    def _push(self, tenant: str) -> None:
         if tenant in self._tenants:
             heapq.heappush(self._largest, (-self._share(tenant), tenant))
         if len(self._largest) > 4 * len(self._tenants) + 64:
@@ -75,9 +75,11 @@ class Memory(Generic[T]):
             heapq.heapify(self._largest)
 
     def _share(self, tenant: str) -> float:
-        """How much of the bounds the tenant holds; 0 for one that is forgotten."""
+        """Return the share of the limits that the tenant uses; 0 for an unknown tenant."""
         holding = self._tenants.get(tenant)
-        return 0.0 if holding is None else len(holding.values) / self._limit + holding.weight / self._most
+        if holding is None:
+            return 0.0
+        return len(holding.values) / self._limit + holding.weight / self._max_weight
 
 
 class _Holding(Generic[T]):

@@ -1,8 +1,8 @@
-"""Keep the tiers' thresholds: as set, as calibrated, or moving so that a wanted share of calls is held.
+"""Keep the tiers' thresholds: as configured, as calibrated, or adapted to a configured share of calls.
 
-A calibration's file is read again when it changes; one that cannot be used changes nothing but the log. With
-wanted shares, a calibration does not set thresholds: the scores that it was made from take the place of those
-seen last, and the thresholds follow from them and from the traffic after them.
+A calibration file is read again when it changes; a file that is not usable is logged and changes nothing.
+With configured shares, a calibration does not set the thresholds. Its scores replace the recent scores, and
+the thresholds follow from them and from the traffic afterwards.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ log = logging.getLogger(__name__)
 
 
 class Thresholds:
-    """The lowest score of each tier, as of now.
+    """The current thresholds of the tiers.
 
     tiers    names, smallest first
-    fixed    thresholds to use without a calibration, one per tier, ascending from 0
-    path     a calibration's file; None without one
-    scorer   fingerprint of the scorer in use: a calibration of another one is refused
-    shares   of calls for each tier after the first, to be held whatever the traffic scores; empty: none
+    fixed    thresholds without a calibration, one per tier, ascending from 0
+    path     of a calibration file; None: no calibration
+    scorer   fingerprint of the scorer in use: a calibration of another scorer is rejected
+    shares   of calls for each tier after the first, kept for any traffic; empty: fixed thresholds
 
-    Raises BadCalibration for a file that cannot be used from the start.
+    Raises BadCalibration if the file is not usable at the start.
     """
 
     def __init__(
@@ -61,24 +61,24 @@ class Thresholds:
                 return self._keeper.thresholds()
         return list(self._now)
 
-    def note(self, score: float, place: int) -> None:
-        """Book a call of *score* that the thresholds alone sent to the tier at *place*."""
+    def record(self, score: float, place: int) -> None:
+        """Record a call of *score* that the thresholds alone sent to the tier at *place*."""
         if self._keeper is not None:
-            self._keeper.note(score, place)
+            self._keeper.record(score, place)
 
-    def escalated(self, before: int, after: int) -> None:
-        """Book that a call that was noted at the place *before* went on to *after*."""
+    def record_escalation(self, before: int, after: int) -> None:
+        """Record that a call that was recorded at place *before* was answered at place *after*."""
         if self._keeper is not None:
-            self._keeper.escalated(before, after)
+            self._keeper.record_escalation(before, after)
 
     async def watch(self, poll_seconds: float) -> None:
-        """Look at the file every so often, until cancelled."""
+        """Poll the file until cancelled."""
         while self._path is not None:
             await asyncio.sleep(poll_seconds)
             with optional("calibration"):
-                self.look()
+                self.refresh()
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Read the file again if it has changed."""
         if self._path is None or (stamp := _stamp(self._path)) == self._stamp:
             return
@@ -92,10 +92,10 @@ class Thresholds:
             if not made.quantiles:
                 log.error(
                     "calibration not usable, keeping the old one",
-                    extra={"problem": f"{self._path} holds no scores for --share to begin with"},
+                    extra={"problem": f"{self._path} has no scores for --share to start with"},
                 )
                 return
-            self._keeper.begin_with(_shuffled(made.quantiles))
+            self._keeper.restart(_shuffled(made.quantiles))
         self._now = list(made.thresholds)
         log.info("calibration read", extra={"thresholds": self.now(), "rows": made.rows})
 
@@ -107,13 +107,13 @@ class Thresholds:
             )
         if made.scorer != self._scorer:
             raise BadCalibration(
-                f"{path} was made with another scorer: its thresholds mean nothing now; calibrate again"
+                f"{path} was made with another scorer, so its thresholds are not valid: calibrate again"
             )
         return made
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What differs when the file does; a file put in its place has another inode."""
+    """Return a value that changes with the file; a file that replaces it has another inode."""
     try:
         found = os.stat(path)
     except OSError:
@@ -122,5 +122,6 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def _shuffled(quantiles: Sequence[float]) -> list[float]:
-    """The quantiles in an order in which those that leave the window first are a fair sample: by sevens."""
+    """Return every seventh quantile, then the next ones, so that each part of the list is a fair sample."""
+
     return [value for start in range(7) for value in quantiles[start::7]]

@@ -1,26 +1,25 @@
-"""Know how fast a tier answers, from the answers it gave. Plain arithmetic; the caller brings the clock.
+"""Estimate how long a tier takes for an answer, from its recent answers. The caller passes the time.
 
-The policy asks how long an answer would take, to choose a tier that keeps the deadline.
+The policy uses the estimate to choose a tier that meets the deadline.
 """
 
 from __future__ import annotations
 
-_KEEP = 0.9  # of the old mean at each answer: about the last ten answers count
-_HALF_SECONDS = (
-    30.0  # without an answer the estimate halves so often: a tier that was slow gets another chance
-)
+_KEEP = 0.9  # weight of the old mean at each answer: about the last ten answers count
+# Without answers the estimate halves in this time, so that a tier that was slow is tried again.
+_HALF_LIFE_SECONDS = 30.0
 
 
-class Pace:
-    """Moving means over one tier's answers. Before the first nothing is known, and takes no time."""
+class TierPace:
+    """Moving averages over the answers of one tier. Before the first answer the estimate is 0."""
 
     def __init__(self) -> None:
-        self._noted: float | None = None
+        self._recorded: float | None = None
         self._first_seconds: float | None = None
         self._token_seconds: float | None = None
         self._tokens: float | None = None
 
-    def note(
+    def record(
         self,
         now: float,
         *,
@@ -29,13 +28,12 @@ class Pace:
         tokens: int,
         timed_tokens: int | None = None,
     ) -> None:
-        """Book an answer.
+        """Record an answer.
 
-        first_seconds    to its first token, queue included
-        decode_seconds   from there to its last
+        first_seconds    until its first token, queue included
+        decode_seconds   from its first to its last token
         tokens           of the whole answer
-        timed_tokens     of these, the ones that the times are about: an answer that resumed brings only those
-                         that were missing; None: all
+        timed_tokens     the tokens that the times cover: a resumed answer has only its new tokens; None: all
         """
         timed = tokens if timed_tokens is None else min(timed_tokens, tokens)
         if timed < 1:
@@ -44,15 +42,15 @@ class Pace:
         self._tokens = _mean(self._tokens, tokens)
         if timed > 1:
             self._token_seconds = _mean(self._token_seconds, decode_seconds / (timed - 1))
-        self._noted = now
+        self._recorded = now
 
     def answer_seconds(self, max_tokens: int | None, now: float) -> float:
-        """How long an answer is expected to take, if it is as long as usual and at most *max_tokens*."""
-        if self._noted is None:
+        """Return the expected time of an answer of the usual length, at most *max_tokens*."""
+        if self._recorded is None:
             return 0.0
         usual = self._tokens or 0.0
         tokens = usual if max_tokens is None else min(usual, max_tokens)
-        age: float = 0.5 ** ((now - self._noted) / _HALF_SECONDS)
+        age: float = 0.5 ** ((now - self._recorded) / _HALF_LIFE_SECONDS)
         return ((self._first_seconds or 0.0) + (self._token_seconds or 0.0) * tokens) * age
 
 

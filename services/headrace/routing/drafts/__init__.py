@@ -1,1 +1,1 @@
-"""Judges drafted answers by their form, arithmetic and log-probabilities, and by comparison with a sample."""
+"""Checks drafts by their form, arithmetic and log-probabilities, and by comparison with a sample."""

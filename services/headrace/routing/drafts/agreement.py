@@ -1,8 +1,8 @@
-"""Compare what two answers to one prompt come to: a number, a choice, a few words, or code.
+"""Compare the results of two answers to one prompt: a number, a choice, a few words, or code.
 
-Samples of a model that knows an answer agree; where it guesses they scatter (Wang et al., Self-Consistency
-Improves Chain of Thought Reasoning, arXiv 2203.11171). Only what the answers end with is compared, for the
-way there may differ. Pure functions; what agreement is worth is `draft_check.py`'s to say.
+Sampled answers agree if the model knows the answer, and differ if it guesses (Wang et al., Self-Consistency
+Improves Chain of Thought Reasoning, arXiv 2203.11171). Only the ends of the answers are compared, because the
+steps before may differ. Pure functions; `check.py` weighs the result.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 from headrace.routing.drafts import arithmetic
 
-# The letter of a choice, where an answer gives one.
+# The letter of a choice in an answer.
 CHOSEN = re.compile(r"(?:^|[\s(*\"'])\(?([A-J])(?=[).:,*]|\s*$|\s+is\b)", re.MULTILINE)
 _FENCE = re.compile(r"```\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _SHORT = 25  # words; a longer answer is compared by its last sentence
-_FILLING = frozenset(
+_FILLERS = frozenset(
     [
         *("a", "an", "the", "of", "in", "on", "at", "to", "and", "or", "is"),
         *("are", "was", "were", "be", "it", "its", "this", "that", "these", "there", "which"),
@@ -31,20 +31,20 @@ _FILLING = frozenset(
 
 
 def agreement(prompt: str, draft: str, samples: Sequence[str], *, number: bool, choice: bool) -> float | None:
-    """How far *samples* say what *draft* says, 0 to 1; None if no two of them can be compared.
+    """Return how far *samples* agree with *draft*, 0 to 1; None if no sample can be compared.
 
     number, choice   whether the prompt asks for a number, or to choose between letters
     """
-    said = [
-        _alike(prompt, draft, sample, number=number, choice=choice)
+    similarities = [
+        _similarity(prompt, draft, sample, number=number, choice=choice)
         for sample in samples
         if sample.strip() and draft.strip()
     ]
-    compared = [value for value in said if value is not None]
+    compared = [value for value in similarities if value is not None]
     return sum(compared) / len(compared) if compared else None
 
 
-def _alike(prompt: str, one: str, other: str, *, number: bool, choice: bool) -> float | None:
+def _similarity(prompt: str, one: str, other: str, *, number: bool, choice: bool) -> float | None:
     if choice:
         chosen = [CHOSEN.findall(text)[-1:] for text in (one, other)]
         if all(chosen):
@@ -61,19 +61,19 @@ def _alike(prompt: str, one: str, other: str, *, number: bool, choice: bool) -> 
         )
     asked = set(_words(prompt))
     words = [_words(_end(text)) for text in (one, other)]
-    # What the question said already tells nothing, unless the answers hold nothing else.
-    new = [[word for word in said if word not in asked] for said in words]
+    # Words of the question are not evidence, unless the answers contain no others.
+    new = [[word for word in answer if word not in asked] for answer in words]
     return _overlap(*(new if any(new) else words))
 
 
 def _number(text: str) -> float | None:
-    """The number that *text* marks as its answer, or its last one, to four digits after the point."""
+    """Return the number that *text* marks as its answer, or its last number, rounded to four decimals."""
     values = arithmetic.final_answers(text) or arithmetic.numbers(arithmetic.plain(text))
     return round(values[-1], 4) if values else None
 
 
 def _end(text: str) -> str:
-    """All of a short answer, the last sentence of a long one."""
+    """Return all of a short answer, and the last sentence of a long one."""
     if len(text.split()) <= _SHORT:
         return text
     sentences = [sentence for sentence in _SENTENCE.split(text.strip()) if _WORD.search(sentence)]
@@ -81,11 +81,12 @@ def _end(text: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in _WORD.findall(text.lower()) if word not in _FILLING]
+    return [word for word in _WORD.findall(text.lower()) if word not in _FILLERS]
 
 
 def _overlap(one: Sequence[str], other: Sequence[str]) -> float:
-    """What the two have in common, of all that either has."""
+    """Return the size of the intersection divided by the size of the union."""
+
     first, second = Counter(one), Counter(other)
     either = (first | second).total()
     return (first & second).total() / either if either else 1.0

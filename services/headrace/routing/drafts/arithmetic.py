@@ -1,8 +1,8 @@
-"""Read the arithmetic in an answer: which written equations do not add up, and what the answer ends with.
+"""Read the arithmetic in an answer: which equations are wrong, and which number is the final answer.
 
-Works on prose, LaTeX and calculator marks such as `<<3*4=12>>`. It reads only what it is sure of: an
-equation with a variable, or with a number in words ("half of 10 = 5"), is passed over. Pure functions; what
-follows from the findings is `draft_check.py`'s to say.
+It reads prose, LaTeX and calculator marks such as `<<3*4=12>>`. It skips what is not certain, such as an
+equation with a variable, or with a number in words ("half of 10 = 5"). Pure functions; `features.py` uses the
+results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LATEX = (
     (re.compile(r"\\(?:left|right|approx|quad|[,;!\[\]()])"), " "),
 )
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-# `**` between two numbers, with the same space on either side, is a power; elsewhere it is bold print.
+# `**` between two numbers, with the same space on either side, is a power; elsewhere it marks bold text.
 _BOLD = re.compile(r"(?<![\d)])\*\*(?=[^\s*])([^*\n]*[^*\s])\*\*")
 _STARS = re.compile(r"(?<=[\d)])( ?)\*\*\1(?=[-(]?[\d.(])")
 _RAISED = re.compile(r"(?<=[\d)])[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
@@ -39,15 +39,15 @@ _BOUNDARY = re.compile(r"[\n;!?|]|:(?!\d)|\.(?=\s|$)|,(?=\s)")
 _BULLET = re.compile(r"^\s*[+*]\s+")
 _DASH = re.compile(r"^\s*[-–]\s")  # a bullet, or the sign of the first number
 _MIXED = re.compile(r"(?<![\d.,/])(\d{1,9}) (\d{1,9}/\d{1,9})(?![\d/])")
-# A time of day, a ratio, or groups of digits that may be one number or two: not a number for certain.
+# A time of day, a ratio, or groups of digits that may be one number or two: not certain to be a number.
 _UNCLEAR = re.compile(r"\d:\d|\d \d{3}(?!\d)")
 _TOKEN = re.compile(r"\d[\d,]*(?:\.\d+)?(?: ?%)?|\.\d+|[-+*/()\[\]^=×÷·⋅−–√]|[^\W\d_]+")
 _NUMBER = re.compile(r"(?<![\w.])(?:-?\$?|\$-)\d[\d,]*(?:\.\d+)?")
 _LEADING = re.compile(
     r"\s*+(?:about|approximately|roughly|~|≈)?\s*+([-–]?)\s*+(\d[\d,]*(?:\.\d+)?|\.\d+)(\s?%|\s?percent\b)?"
 )
-# What goes on after a number may say that it is not the whole of it: 1.5e6, 2 million, 3 1/2, 2 remainder 3.
-_GOES_ON = re.compile(
+# What follows a number may be a part of it: 1.5e6, 2 million, 3 1/2, 2 remainder 3.
+_CONTINUES = re.compile(
     r"e[-+]?\d|(?-i:[kM])\b|\s?(?:hundred|thousand|million|billion|trillion|dozen)\b|\s+\d+/\d|"
     r",?\s*(?:remainder|rem\b|r\s?\d)",
     re.IGNORECASE,
@@ -90,11 +90,11 @@ _MAX_EQUATIONS = 256  # of one text
 
 @dataclass(frozen=True, slots=True)
 class Equation:
-    """An equation as written, `left` evaluated.
+    """An equation in a text.
 
-    left    what the expression before the equals sign comes to
-    right   what the text says that it comes to
-    holds   whether they agree, as far as the digits of `right` go
+    left    value of the expression before the equals sign
+    right   the value that the text gives
+    holds   whether they agree to the precision of `right`
     """
 
     left: float
@@ -104,7 +104,7 @@ class Equation:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """A number as it stands in a text: its value, the decimals that it shows, and whether it has a % sign."""
+    """A number in a text: its value, its number of decimals, and whether it has a % sign."""
 
     value: Fraction
     decimals: int
@@ -112,7 +112,7 @@ class _Written:
 
 
 def plain(text: str) -> str:
-    """Turn the LaTeX of arithmetic into signs, and drop calculator marks and money and bold signs."""
+    """Convert LaTeX of arithmetic to plain signs; drop calculator marks, currency signs and bold marks."""
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = _BOLD.sub(r" \1 ", _CALCULATOR.sub("", text))
@@ -122,15 +122,15 @@ def plain(text: str) -> str:
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers in *text*, in order."""
+    """Return the numbers in *text*, in order."""
     found = (match.group() for match in _NUMBER.finditer(text))
     return [float(one.replace("$", "").replace(",", "")) for one in found if len(one) <= MAX_DIGITS]
 
 
 def equations(text: str) -> list[Equation]:
-    """Every equation of numbers in *text* that can be evaluated, in order."""
+    """Return every equation of numbers in *text* that can be evaluated, in order."""
     found: list[Equation] = []
-    rounded: set[Fraction] = set()  # results that the text goes on with, and that are not exact
+    rounded: set[Fraction] = set()  # results that are not exact and may be used again
     sides = (_BULLET.sub("", stretch).split("=") for stretch in _BOUNDARY.split(plain(text)))
     for left, right in islice(chain.from_iterable(map(pairwise, sides)), _MAX_EQUATIONS):
         values, written = _readings(left), _leading_number(right)
@@ -138,7 +138,7 @@ def equations(text: str) -> list[Equation]:
             continue
         slack = values[0] / 10_000 if rounded and not rounded.isdisjoint(_operands(left)) else Fraction()
         percent = written.percent or "%" in left
-        # "5 * 2 = 10 + 3 = 13" runs on: either the 10 or the 13 may be meant.
+        # In a chain such as "5 * 2 = 10 + 3 = 13", the right side may mean 10 or 13.
         meant = [written, *(_Written(value, 6) for value in _readings(right))]
         value = next(
             (v for v in values if any(_agree(v, one, abs(slack), percent=percent) for one in meant)), None
@@ -152,14 +152,14 @@ def equations(text: str) -> list[Equation]:
 
 
 def _readings(side: str) -> list[Fraction]:
-    """What the arithmetic that *side* ends with may come to: a dash before it may be its sign, or none."""
+    """Return the possible values of the arithmetic at the end of *side*: a leading dash may be a sign."""
     dash = _DASH.match(side)
     readings = [_evaluated(side[dash.end() :]), _evaluated(side)] if dash else [_evaluated(side)]
     return [value for value in readings if value is not None]
 
 
 def _operands(side: str) -> set[Fraction]:
-    """The numbers in *side*."""
+    """Return the numbers in *side*."""
     found = set()
     for token in _TOKEN.findall(side):
         with suppress(Uncertain):
@@ -168,9 +168,9 @@ def _operands(side: str) -> set[Fraction]:
 
 
 def _leading_number(side: str) -> _Written | None:
-    """The number that *side* begins with; None if there is none that is certain."""
+    """Return the number that *side* begins with; None if there is none or it is not certain."""
     match = _LEADING.match(side)
-    if match is None or _UNCLEAR.match(side, match.end() - 1) or _GOES_ON.match(side, match.end()):
+    if match is None or _UNCLEAR.match(side, match.end() - 1) or _CONTINUES.match(side, match.end()):
         return None
     sign, digits, percent = match.groups()
     try:
@@ -181,19 +181,19 @@ def _leading_number(side: str) -> _Written | None:
 
 
 def _agree(value: Fraction, written: _Written, slack: Fraction, *, percent: bool) -> bool:
-    """Whether *written* is *value* as far as its decimals go.
+    """Whether *written* is *value* to the precision of its decimals.
 
-    slack     how far *value* may be off because it was computed from rounded numbers
-    percent   a percentage stands on either side, and may stand for its fraction
+    slack     error that *value* may have because it was computed from rounded numbers
+    percent   whether either side has a percentage, which may stand for its fraction
     """
-    # Half a unit of the last digit when rounded, a whole one when decimals are cut off.
+    # Half a unit of the last digit if rounded, a whole unit if decimals are cut off.
     slack += Fraction(101, 100) / 10**written.decimals if written.decimals else Fraction(51, 100)
     candidates = (value, value * 100, value / 100) if percent else (value,)
     return any(abs(candidate - written.value) <= slack for candidate in candidates)
 
 
 def _evaluated(side: str) -> Fraction | None:
-    """The value of the arithmetic that *side* ends with; None if there is none that is certain."""
+    """Return the value of the arithmetic at the end of *side*; None if there is none or it is not certain."""
     tokens: list[str] = []
     words = _TOKEN.findall(_MIXED.sub(r"(\1+\2)", side))
     if len(words) > _MAX_TOKENS or _UNCLEAR.search(side):
@@ -228,7 +228,7 @@ def _between_numbers(words: Sequence[str], place: int) -> bool:
 
 
 def _tail(tokens: list[str]) -> list[str]:
-    """What follows the last two numbers without a sign between them: words stood there."""
+    """Return the tokens after the last place where two numbers have no sign, but words, between them."""
     start = 0
     for place in range(1, len(tokens)):
         if tokens[place][0].isdigit() and (tokens[place - 1][0].isdigit()):
@@ -244,13 +244,14 @@ _MARKED = re.compile(
 
 
 def final_answers(text: str) -> list[float]:
-    """The numbers that the text itself marks as its answer (`#### 7`, `\\boxed{7}`, "the answer is 7")."""
+    """Return the numbers that the text marks as its answer (`#### 7`, `\\boxed{7}`, "the answer is 7")."""
     found = []
     for match in _MARKED.finditer(text):
         stretch = plain(next(group for group in match.groups() if group is not None))
         stretch = re.split(r"\.\s|\.$", stretch)[0]
         here = numbers(stretch)
         if here:
-            # "the answer is 3 + 4 = 7" ends with what it says.
+            # The answer of "the answer is 3 + 4 = 7" is the last number.
+
             found.append(here[-1] if "=" in stretch else here[0])
     return found

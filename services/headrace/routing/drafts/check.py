@@ -1,14 +1,13 @@
-"""Judge an answer that a small tier has drafted: is it good enough to release, or is a larger tier needed?
+"""Check whether the draft of a smaller tier is good enough to release.
 
-The check reads prompt and draft, and the draft's token log-probabilities where the engine gave them. It
-looks for what a person would stumble over: arithmetic that does not add up, an answer that breaks off,
-refuses, hedges, contradicts or repeats itself, that leaves facts of the question unused, code that does not
-parse. It knows nothing of tiers or prices; `policy.py` compares `Check.good` with what a release must be
-worth.
+The check reads prompt and draft, and the log-probabilities of the draft's tokens if the engine reports them.
+It finds wrong arithmetic, answers that are cut off, refuse, hedge, contradict or repeat themselves, unused
+facts of the question, and code that does not parse. It does not depend on tiers or prices: `rules.py`
+compares `Check.good` with the configured minimum.
 
-The model is a sum of shares in log-odds, so that every verdict can be explained. Its weights are in a JSON
-file, a set for each kind of evidence: what form tells counts for less where the model's own certainty is
-known, too. How the set that Headrace ships was made is in `artifacts/README.md`.
+The model is a sum of log-odds, so that every verdict can be explained. The weights are in a JSON file, one
+set for each kind of evidence: findings in the text count for less if the model's own certainty is known too.
+`artifacts/README.md` describes how the shipped weights were made.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from headrace.routing.score import Feature, sigmoid
 
 FORMAT = 2  # of the weights' file
 SHIPPED = Path(__file__).parent.parent / "artifacts" / "draft_check.json"
-# What there may be beside the text: log-probabilities, other answers that could be compared, or both.
+# The text alone, or with log-probabilities, other answers to compare, or both.
 EVIDENCE = ("text", "logprobs", "samples", "logprobs+samples")
-_WORTH_SAYING = 0.1  # log-odds; what weighs less is no reason of its own
+_MIN_REASON = 0.1  # log-odds; findings that weigh less are not named as reasons
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
     """The verdict on a draft.
 
-    good      the probability that it is good enough; ln(good / (1 - good)) is bias and log_odds added up
-    reasons   what speaks against it, the weightiest first, in words; empty when nothing does
-    bias      the log-odds of a draft of which nothing is to be said
-    features  what was found, and each finding's share: below 0 speaks for escalation
+    good      the probability that it is good enough; ln(good / (1 - good)) is bias plus the sum of log_odds
+    reasons   the findings against it in words, the largest first
+    bias      the log-odds of a draft without findings
+    features  the findings; log_odds below 0 favours a larger tier
     """
 
     good: float
@@ -49,10 +48,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What findings weigh, with one kind of evidence.
+    """The weights of findings for one kind of evidence.
 
-    bias      log-odds of a draft of which nothing is to be said
-    weights   log-odds of each of `draft_features.FEATURES` at full strength
+    bias      log-odds of a draft without findings
+    weights   log-odds of each of `features.FEATURES` at full strength
     """
 
     bias: float
@@ -60,10 +59,12 @@ class Weights:
 
 
 class DraftChecker:
-    """Checks drafts: deterministic, and quick enough for every one of them (a millisecond or so)."""
+    """Checks drafts, deterministically and in about a millisecond each.
+
+    weights   for each kind of `EVIDENCE`
+    """
 
     def __init__(self, weights: Mapping[str, Weights]) -> None:
-        """*weights* are for each kind of `EVIDENCE`."""
         self._weights = dict(weights)
 
     def check(
@@ -75,12 +76,12 @@ class DraftChecker:
         logprobs: Sequence[float] | None = None,
         samples: Sequence[str] = (),
     ) -> Check:
-        """Judge *draft* as an answer to *prompt*.
+        """Check *draft* as an answer to *prompt*.
 
         finished   whether the model ended its turn by itself; False if it was cut short
-        logprobs   of the draft's tokens, natural logarithms, at most 0; None if the engine did not say. If
-                   one is no number, none of them counts
-        samples    other answers of the same model to the same prompt, drawn at random
+        logprobs   of the draft's tokens, natural logarithms, at most 0; None if the engine does not report
+                   them. If one is NaN, all are ignored
+        samples    other answers of the same model to the same prompt, sampled at random
         """
         if logprobs is not None and any(math.isnan(value) for value in logprobs):
             logprobs = None
@@ -92,13 +93,13 @@ class DraftChecker:
             Feature(name, values[name], values[name] * weights[name]) for name in FEATURES if values[name]
         )
         against = sorted(features, key=lambda feature: feature.log_odds)
-        reasons = tuple(FEATURES[found.name] for found in against if found.log_odds <= -_WORTH_SAYING)
+        reasons = tuple(FEATURES[found.name] for found in against if found.log_odds <= -_MIN_REASON)
         good = sigmoid(bias + sum(feature.log_odds for feature in features))
         return Check(good, reasons, bias, features)
 
 
 def load(path: Path | None = None) -> DraftChecker:
-    """The checker whose weights are at *path*, or the one that Headrace ships. Raises BadArtifact."""
+    """Load the weights at *path*, by default those that Headrace ships. Raises BadArtifact."""
     path = path or SHIPPED
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -110,11 +111,12 @@ def load(path: Path | None = None) -> DraftChecker:
     except BadArtifact:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise BadArtifact(f"{path} is not a draft check's weights: {error!r}") from error
+        raise BadArtifact(f"{path} does not hold weights of a draft check: {error!r}") from error
 
 
 def read_weights(content: Mapping[str, Any]) -> Weights:
-    """One set as it is in a file. Raises ValueError, KeyError or TypeError."""
+    """Parse one set of weights of a file. Raises ValueError, KeyError or TypeError."""
+
     weights = Weights(float(content["bias"]), {name: float(content["weights"][name]) for name in FEATURES})
     if not all(map(math.isfinite, [weights.bias, *weights.weights.values()])):
         raise ValueError("its weights are not all finite")

@@ -1,7 +1,7 @@
-"""Evaluate written arithmetic exactly, in bounded work: signs, powers, percentages, brackets.
+"""Evaluate written arithmetic exactly and in bounded time: signs, powers, percentages, brackets.
 
-Fractions, so that large integers and decimals are compared as they are written. An expression whose value is
-not certain, or that takes numbers of more than a few hundred digits, raises Uncertain and nothing else.
+Values are fractions, so that large integers and decimals are compared exactly. The only exception is
+Uncertain: the value of the expression is not certain, or it needs numbers of more than a few hundred digits.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-MAX_DIGITS = 40  # of one number; whatever is longer is no number of a calculation
+MAX_DIGITS = 40  # of one number; longer strings of digits are not part of a calculation
 _GROUPED = re.compile(r"\d+(?:\.\d+)?|\.\d+|\d{1,3}(?:,\d{2,3})*,\d{3}(?:\.\d+)?")
 _MAX_BITS = 2048  # of a numerator or denominator; powers beyond are computed in floating point
 _LARGEST = 10**300
 
 
 class Uncertain(ValueError):
-    """The text is no arithmetic, or its value is not certain."""
+    """The text is not arithmetic, or its value is not certain."""
 
 
 def number(text: str) -> Fraction:
-    """The value of a number as written, such as "1,200.50" or "20%". Raises Uncertain."""
+    """Return the value of a written number, such as "1,200.50" or "20%". Raises Uncertain."""
     digits = text.removesuffix("%").rstrip()
     if len(digits) > MAX_DIGITS or not _GROUPED.fullmatch(digits):
         raise Uncertain
@@ -31,10 +31,9 @@ def number(text: str) -> Fraction:
 
 
 def evaluate(tokens: Sequence[str]) -> Fraction:
-    """The value of an expression of numbers, `+ - * / ^ ( )`. Raises Uncertain.
+    """Return the value of an expression of numbers, `+ - * / ^ ( )`. Raises Uncertain.
 
-    Powers bind tighter than signs and from the right: -2^2 is -4, 2^3^2 is 512. "100 - 20%" takes a fifth of
-    the hundred.
+    Powers bind tighter than signs and are right-associative: -2^2 is -4, 2^3^2 is 512. "100 - 20%" is 80.
     """
     try:
         reader = _Reader(tokens)
@@ -49,7 +48,7 @@ def evaluate(tokens: Sequence[str]) -> Fraction:
 
 
 class _Reader:
-    """Reads tokens from left to right, one method for each level of precedence."""
+    """Parses tokens by recursive descent, with one method for each level of precedence."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._tokens = tokens
@@ -61,13 +60,13 @@ class _Reader:
         return self._tokens[self._place] if self._place < len(self._tokens) else ""
 
     def sum(self) -> Fraction:
-        """Products, added and subtracted."""
+        """Parse a sum of products."""
         terms = [self._term(1)]
         while self.head and self.head in "+-":
             terms.append(self._term(1 if self._take() == "+" else -1))
         shares = [share for _, share in terms]
         if any(shares) and not all(shares):
-            # A percentage among numbers is a share of what stands before it: certain only at the end.
+            # A percentage among numbers is a share of what precedes it. That is certain only at the end.
             if any(shares[:-1]):
                 raise Uncertain
             base = _bounded(sum((value for value, _ in terms[:-1]), Fraction()))
@@ -75,7 +74,8 @@ class _Reader:
         return _bounded(sum((value for value, _ in terms), Fraction()))
 
     def _term(self, sign: int) -> tuple[Fraction, bool]:
-        """A product, and whether it is a percentage alone."""
+        """Parse a product; return it and whether it is a single percentage."""
+
         start = self._place
         value = sign * self._product()
         return value, self._place == start + 1 and self._tokens[start].endswith("%")

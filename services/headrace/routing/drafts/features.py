@@ -1,7 +1,7 @@
-"""Measure a drafted answer: what in it speaks for or against it, each finding from 0 to 1.
+"""Measure the findings for and against a draft, each from 0 to 1.
 
-Weights are `draft_check.py`'s. Two groups apply to some prompts only: arithmetic to questions that ask for a
-number, code to drafts that hold some. Log-probabilities and samples add findings where they are given.
+`check.py` has the weights. Findings about arithmetic apply to questions that ask for a number, findings about
+code to drafts that contain code. Log-probabilities and samples add findings if they are given.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from collections.abc import Sequence
 from headrace.routing.drafts import arithmetic
 from headrace.routing.drafts.agreement import CHOSEN, agreement
 
-# Each finding, and how it is told to people.
+# Each finding, and its text for people.
 FEATURES: dict[str, str] = {
     "empty": "the draft is empty",
     "cut_off": "the draft was cut off before its end",
-    "open_end": "the draft breaks off in mid-sentence",
-    "no_answer": "it is asked for a number and the draft marks no final answer",
-    "no_number": "it is asked for a number and the draft has none",
+    "open_end": "the draft ends in the middle of a sentence",
+    "no_answer": "the prompt asks for a number and the draft marks no final answer",
+    "no_number": "the prompt asks for a number and the draft has none",
     "refusal": "the draft refuses or says that it cannot answer",
     "hedging": "the draft hedges",
-    "second_thoughts": "the draft takes something back",
-    "wrong_equation": "an equation in the draft does not hold",
-    "wrong_equations": "several equations in the draft do not hold",
-    "answer_unsupported": "the final answer is none of the numbers that the draft worked out",
-    "answers_differ": "the draft gives final answers that differ",
-    "fraction": "the final answer to a question of how many is not a whole number",
+    "second_thoughts": "the draft corrects itself",
+    "wrong_equation": "an equation in the draft is wrong",
+    "wrong_equations": "several equations in the draft are wrong",
+    "answer_unsupported": "the final answer is none of the numbers that the draft computed",
+    "answers_differ": "the draft gives different final answers",
+    "fraction": 'the final answer to a "how many" question is not a whole number',
     "odd_digits": "numbers in the draft have more decimals than the question suggests",
     "negative": "the final answer is negative",
     "echo": "the final answer is a number of the question, unchanged",
-    "unused_numbers": "numbers of the question are not used",
+    "unused_numbers": "the draft does not use all numbers of the question",
     "new_numbers": "the draft begins with numbers that are not in the question",
-    "algebra": "the draft sets up unknowns",
-    "no_working": "the draft gives a number without its working",
+    "algebra": "the draft uses unknowns",
+    "no_working": "the draft gives a number without working",
     "many_steps": "the draft needs many steps",
     "long_question": "the question is long",
     "long_draft": "the draft is long for its question",
     "short_draft": "the draft is short for its question",
     "repetition": "the draft repeats itself",
-    "runs_on": "the draft goes on with a question of its own",
+    "runs_on": "the draft continues with a question of its own",
     "broken_code": "code in the draft does not parse",
-    "no_code": "it is asked for code and the draft has none",
-    "no_choice": "it is asked to choose and the draft names no choice",
+    "no_code": "the prompt asks for code and the draft has none",
+    "no_choice": "the prompt asks for a choice and the draft names none",
     "off_topic": "the draft shares no words with the question",
     "unsure": "the model was unsure of its tokens",
-    "unsure_at_worst": "the model was unsure of its unlikeliest tokens",
+    "unsure_at_worst": "the model was unsure of its least likely tokens",
     "samples_agree": "other answers of the model agree with the draft",
     "samples_differ": "other answers of the model differ from the draft",
 }
 
-# Prompts and drafts may be anything, and the router waits for this: no pattern may take a time that grows
-# with the square of a run of blanks. Hence [^\S\n] after ^ where \s would do, and possessive repeats. Of this
-# many characters the worst take 40 ms.
+# The text may be anything and the router waits for the result, so no pattern may take quadratic time on a run
+# of blanks: hence [^\S\n] after ^ instead of \s, and possessive repeats. The worst text of this length takes
+# 40 ms.
 _MAX_CHARACTERS = 10_000
 
 _ASKS_NUMBER = re.compile(
@@ -146,7 +146,7 @@ def measure(
     logprobs: Sequence[float] | None,
     samples: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Every finding's strength, 0 to 1; see `FEATURES`, and `DraftChecker.check` for the arguments."""
+    """Return the strength of every finding, 0 to 1. The arguments are those of `DraftChecker.check`."""
     prompt, whole = prompt[-_MAX_CHARACTERS:], draft.strip()
     draft, samples = whole[:_MAX_CHARACTERS], [sample[:_MAX_CHARACTERS] for sample in samples]
     found = dict.fromkeys(FEATURES, 0.0)
@@ -159,7 +159,7 @@ def measure(
     if not draft:
         return found | {"empty": 1.0}
     onward = _RUNS_ON.search(draft, 1)
-    if onward and onward.start() > 0:  # what answers a question that nobody asked is not judged
+    if onward and onward.start() > 0:  # the rest answers a question that nobody asked
         found["runs_on"] = 1.0
         draft = draft[: onward.start()].strip() or draft
     found |= _form(prompt, draft)
@@ -179,8 +179,8 @@ def measure(
 
 
 def _form(prompt: str, draft: str) -> dict[str, float]:
-    """What can be said of any answer."""
-    asked, said = len(prompt.split()), len(draft.split())
+    """Return the findings that apply to any answer."""
+    asked, answered = len(prompt.split()), len(draft.split())
     refusals = len(_REFUSAL.findall(draft))
     topics = {word.lower()[:6] for word in _WORD.findall(prompt)}
     spoken = {word.lower()[:6] for word in _WORD.findall(draft)}
@@ -190,14 +190,14 @@ def _form(prompt: str, draft: str) -> dict[str, float]:
         "hedging": min(len(_HEDGING.findall(draft)), 3) / 3,
         "second_thoughts": min(len(_SECOND_THOUGHTS.findall(draft)), 2) / 2,
         "long_question": _between(math.log(max(asked, 1)), math.log(20), math.log(120)),
-        "long_draft": _between(math.log((said + 1) / (asked + 20)), math.log(1.0), math.log(6.0)),
+        "long_draft": _between(math.log((answered + 1) / (asked + 20)), math.log(1.0), math.log(6.0)),
         "repetition": _repetition(draft),
-        "off_topic": 1.0 if len(topics) >= 8 and said >= 20 and not topics & spoken else 0.0,
+        "off_topic": 1.0 if len(topics) >= 8 and answered >= 20 and not topics & spoken else 0.0,
     }
 
 
 def _number(prompt: str, draft: str) -> dict[str, float]:
-    """What can be said of an answer to a question that asks for a number."""
+    """Return the findings that apply to an answer to a question for a number."""
     asked = {abs(value) for value in arithmetic.numbers(prompt)}
     answers = arithmetic.final_answers(draft)
     text = arithmetic.plain(draft)
@@ -237,13 +237,13 @@ def _number(prompt: str, draft: str) -> dict[str, float]:
 
 
 def _concludes(draft: str) -> bool:
-    """Whether the last sentence draws a conclusion with a number in it."""
+    """Whether the last sentence is complete and contains a number."""
     last = re.split(r"(?<=[.!?])\s+|\n+", draft.strip())[-1]
     return bool(re.search(r"\d", last)) and not _open_end(draft)
 
 
 def _unsupported(answer: float, results: Sequence[float]) -> float:
-    """How far the answer is from what was worked out: 1 none of the results, 0.4 not the last ones."""
+    """Return 1 if the answer is none of the computed results, 0.4 if none of the last two, else 0."""
     if not results:
         return 0.0
     near = [abs(answer - result) <= 0.01 * max(abs(answer), abs(result)) + 1e-9 for result in results]
@@ -253,7 +253,7 @@ def _unsupported(answer: float, results: Sequence[float]) -> float:
 
 
 def _open_end(draft: str) -> bool:
-    """Whether the draft stops where no sentence, number, list or code does."""
+    """Whether the draft ends where no sentence, number, list or code ends."""
     if draft.count("```") % 2:
         return True
     line = draft.rsplit("\n", 1)[-1].strip()
@@ -263,12 +263,12 @@ def _open_end(draft: str) -> bool:
         return line.endswith(("...", "…"))
     if line[-1] in ",:;(=+-/×":
         return True
-    # A short last line may be a bare answer or an item of a list; a long one without a stop broke off.
+    # A short last line may be a bare answer or a list item; a long one without a full stop was cut off.
     return len(line.split()) > 12 and not line[-1].isdigit()
 
 
 def _repetition(draft: str) -> float:
-    """0 when hardly a line or a run of six words comes twice, 1 when half of them do."""
+    """Return 0 if hardly any run of six words is repeated, 1 if half of them are."""
     words = draft.split()
     if len(words) < 30:
         return 0.0
@@ -289,7 +289,8 @@ def _looks_like_code(draft: str) -> bool:
 
 
 def _broken_code(draft: str) -> float:
-    """1 if a block that is, or looks like, Python does not parse."""
+    """Return 1 if a block of Python code does not parse, or of code that seems to be Python."""
+
     blocks = [(language.lower(), body) for language, body in _FENCE.findall(draft)]
     if not blocks and re.match(r"\s*(?:def|class|import|from)\s", draft):
         blocks = [("python", draft)]

@@ -1,9 +1,9 @@
-"""The token engine: decides each step, computes it, and reports what it produced.
+"""The inference engine: plans each step, computes it, and reports the tokens.
 
-`seam` says what an engine is; `echo` is one without a model, `torch_engine` one with torch and
-transformers. `scheduler` decides what each step computes and `loop` runs the steps on a thread of its
-own. A step goes from rows (`flat_step`) through a `forward` to logits and from there through `sampling`
-to tokens; `attention` is where a model meets paged memory, and `attention_kinds` the ways to attend.
-`loading` makes an engine from files, checks it (`selfcheck`) and sizes its memory (`kv_sizing`). Nothing
-here knows protobuf, gRPC or text; nothing outside this folder imports torch.
+`interface` defines an engine; `echo` is one without a model, `torch_engine` one with torch and transformers.
+`plan/` decides what each step computes and runs the steps on a thread of their own, as a `Runner`. A step
+goes from rows (`flat_step`) through a `forward` to logits, and through `sampling` to tokens.
+`transformers_attention` connects a model to paged KV memory, and `attention_kinds` chooses the
+implementation. `cpu/` and `gpu/` hold the fast ones. `load/` makes an engine from files, checks it and sizes
+its memory. Nothing here knows protobuf, gRPC or text; nothing outside this folder imports torch.
 """

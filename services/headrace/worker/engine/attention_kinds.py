@@ -1,4 +1,4 @@
-"""Which attention a model gets: our kernels on the CPU, FlashAttention on CUDA, plain torch elsewhere."""
+"""Choose a model's attention: our kernels on the CPU, FlashAttention on CUDA, plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Layers = Mapping[int, LayerAttention]
 
 @dataclass(frozen=True, slots=True)
 class AttentionKind:
-    """One way to attend over paged memory.
+    """One implementation of attention over paged memory.
 
     name          kernels, flash or plain
-    block_tokens  tokens of a block of its memory
-    make_memory   makes memory of so many blocks for some layers
+    block_tokens  tokens per block of its memory
+    make_memory   makes memory of so many blocks for the given layers
     begin         makes a step's attention over such memory
-    block_bytes   says what one block takes in all of some layers
-    reason        why it is not a faster one; empty where it is the fastest
+    block_bytes   returns the bytes of one block in all the given layers
+    reason        why no faster kind is used; empty for the fastest
     """
 
     name: str
@@ -40,7 +40,7 @@ class AttentionKind:
 
 
 def choose_kind(layers: Layers, device: torch.device, dtype: torch.dtype) -> AttentionKind:
-    """Choose the fastest kind that computes what these layers ask for."""
+    """Choose the fastest kind that supports these layers."""
     if device.type == "cuda":
         refusal = next(filter(None, (_flash_refusal(own, device, dtype) for own in layers.values())), "")
         return plain(device, dtype, reason=refusal) if refusal else flash(device, dtype)
@@ -77,7 +77,7 @@ def kernels(dtype: torch.dtype) -> AttentionKind:
 
 
 def flash(device: torch.device, dtype: torch.dtype) -> AttentionKind:
-    """Make the kind for CUDA, where FlashAttention takes the layers."""
+    """Make the kind for CUDA, if FlashAttention supports the layers."""
 
     def begin(memory: PagedMemory, flat: FlatStep) -> StepAttention:
         index = varlen.upload(varlen.VarlenIndex.of(flat, memory.block_tokens), device)
@@ -113,5 +113,5 @@ def _over_tensors(
 
 def _flash_refusal(own: LayerAttention, device: torch.device, dtype: torch.dtype) -> str | None:
     if own.masking.softcap is not None:
-        return "FlashAttention in torch knows no soft cap"
+        return "FlashAttention in torch does not support a soft cap"
     return cuda.flash_unsupported_reason(device, dtype, own.shape.key_dim, own.shape.value_dim)

@@ -1,8 +1,8 @@
 """An engine without a model, for tests, demonstrations and measurements of the mesh itself.
 
-It says the prompt back, token by token, and then ends its turn; told to ignore that end, it starts
-over. So each answer can be checked against its own prompt, and no two requests can be mixed up
-unnoticed. It needs neither torch nor weights.
+It repeats the prompt, token by token, and then ends its turn; if the request ignores that end, it starts
+over. Each answer can therefore be checked against its own prompt, and mixed-up requests are detected. It
+needs neither torch nor weights.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Callable, Sequence
 
 from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token, nothing
 
-# One id per byte of UTF-8, then the special ids. `batcher.text.tokens.ByteTokenizer` is the other half.
+# One id per byte of UTF-8, then the special ids, as in `batcher.text.tokens.ByteTokenizer`.
 VOCABULARY_SIZE = 258
 EOS_ID = 256
-FAULT_ID = 257  # a prompt that holds this id fails when its first token is drawn
+FAULT_ID = 257  # a prompt that contains this id fails when its first token is sampled
 
 
 class _Block:
-    """What one block of KV memory holds.
+    """The contents of one block of KV memory.
 
-    before   stands for all ids before the block's first, as keys and values depend on them as well
-    digest   the same for the block behind this one; set when the block is full
+    before   digest of all ids before the block, because keys and values depend on them as well
+    digest   `before` of the next block; set when the block is full
     """
 
     __slots__ = ("before", "digest", "ids")
@@ -36,11 +36,11 @@ class _Block:
 class EchoEngine:
     """Answers each prompt with the prompt.
 
-    kv_blocks      size of the KV memory; None for a whole context for each running sequence
-    step_seconds   how long a step takes, to stand in for a model's work
+    kv_blocks      size of KV memory; None for a whole context per running sequence
+    step_seconds   how long a step takes, in place of a model's work
 
-    It remembers what was written to its blocks and refuses, with RuntimeError, a row whose blocks do not
-    hold exactly what the row says is computed. So whatever runs on it proves that no sequence ever
+    It records what is written to its blocks and rejects, with RuntimeError, a row whose blocks do not hold
+    exactly the ids that the row claims are computed. A test that runs on it thus checks that no sequence
     reads another one's keys.
     """
 
@@ -76,7 +76,7 @@ class EchoEngine:
 
     @property
     def model(self) -> ModelInfo:
-        """What it pretends to be."""
+        """The description of a model that does not exist."""
         return self._model
 
     def step(
@@ -86,7 +86,7 @@ class EchoEngine:
         meanwhile()
         if self._step_seconds:
             time.sleep(self._step_seconds)
-        # All reads come before all writes: a row that reads what its neighbour writes is refused, too.
+        # All reads precede all writes, so that a row that reads what another row writes is rejected too.
         for row in rows:
             self._verify(row)
         for row in rows:
@@ -94,7 +94,7 @@ class EchoEngine:
         return [_answer(row) for row in rows]
 
     def _verify(self, row: Row) -> None:
-        """Check that positions 0 to start - 1 were computed from exactly the ids of this row."""
+        """Raise RuntimeError unless positions 0 to start - 1 were computed from the ids of this row."""
         size, digest = self._model.block_tokens, 0
         for begin in range(0, row.start, size):
             number = row.blocks[begin // size]
@@ -129,11 +129,11 @@ def _answer(row: Row) -> Token | Fault | None:
     if not row.sample:
         return None
     if FAULT_ID in row.ids[: row.prompt]:
-        return Fault("the prompt holds the id that makes the echo engine fail")
-    said = row.stop - row.prompt
+        return Fault("the prompt contains the id that makes the echo engine fail")
+    answered = row.stop - row.prompt
     cycle = row.prompt + 1
-    at_end = said % cycle == row.prompt
-    if at_end and not row.params.ignore_eos and said >= row.params.min_tokens:
+    at_end = answered % cycle == row.prompt
+    if at_end and not row.params.ignore_eos and answered >= row.params.min_tokens:
         return Token(EOS_ID, 0.0)
-    # Past its end it starts over, without a gap that could not be read as text.
-    return Token(row.ids[said % row.prompt], 0.0)
+    # After its end it starts over, without a gap that could not be decoded as text.
+    return Token(row.ids[answered % row.prompt], 0.0)

@@ -1,8 +1,8 @@
-"""What one sequence's parameters do to its logits, as arrays that are made once and kept up to date.
+"""The changes that one sequence's parameters make to its logits, as arrays that are updated per token.
 
-Biases, penalties and the ban on ending early name tokens one by one. Which ones is a function of the
-sequence's parameters and ids, and so are these arrays: they are kept on the sequence (`seam.Memo`), for
-building them anew for each token takes longer the longer the sequence is. Plain numbers, no torch.
+Logit bias, penalties and min_tokens change the logits of single tokens, which depend on the sequence's
+parameters and ids. The arrays are kept with the sequence (`interface.Memo`), because rebuilding them for
+each token takes time proportional to the sequence's length. Plain numbers, no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Tally:
-    """Which ids have come, and how often. Counting one more takes constant time, on average."""
+    """Counts occurrences of ids. Adding one takes amortized constant time."""
 
     __slots__ = ("_counts", "_ids", "_places")
 
@@ -48,28 +48,29 @@ class Tally:
 
     @property
     def ids(self) -> Ids:
-        """The ids, each once."""
+        """The distinct ids."""
         return self._ids[: len(self._places)]
 
     @property
     def counts(self) -> Floats:
-        """How often each of `ids` has come."""
+        """How often each of `ids` has occurred."""
         return self._counts[: len(self._places)]
 
 
 class Edits:
-    """The edits of one sequence.
+    """The logit changes of one sequence.
 
     row          any of its rows
-    eos_ids      what ends a turn
-    vocabulary   how many tokens there are
+    eos_ids      ids that end a turn
+    vocabulary   number of tokens
 
-    bias_ids, biases   what `logit_bias` names, and what it adds
-    endings            ids that would end the answer; those that no token has are left out
-    seen               of all ids so far, if a repetition penalty asks for them
-    answered           of the answer's ids so far, if a frequency or presence penalty asks for them
+    bias_ids, biases   ids of `logit_bias`, and their biases
+    endings            ids that would end the answer, without those outside the vocabulary
+    seen               counts all ids so far, for a repetition penalty
+    answered           counts the answer's ids so far, for a frequency or presence penalty
+    known              number of ids that are counted
 
-    Raises ValueError where `logit_bias` names a token that there is not.
+    Raises ValueError if `logit_bias` contains an id outside the vocabulary.
     """
 
     __slots__ = ("_vocabulary", "answered", "bias_ids", "biases", "endings", "known", "seen")
@@ -77,7 +78,7 @@ class Edits:
     def __init__(self, row: Row, eos_ids: Collection[int], vocabulary: int) -> None:
         params = row.params
         self._vocabulary = vocabulary
-        self.known = 0  # ids that are counted
+        self.known = 0
         self.bias_ids: Ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
         self.biases: Floats = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
         self._check(params.logit_bias, "logit_bias")
@@ -87,7 +88,7 @@ class Edits:
         self.answered = Tally() if params.frequency_penalty or params.presence_penalty else None
 
     def advance(self, row: Row) -> None:
-        """Count the ids of *row* that are new. Raises ValueError for one that no token has."""
+        """Count the new ids of *row*. Raises ValueError for an id outside the vocabulary."""
         if self.seen is not None:
             new = row.ids[self.known : row.stop]
             self._check(new, "the sequence")
@@ -100,4 +101,4 @@ class Edits:
 
     def _check(self, ids: Collection[int], where: str) -> None:
         if ids and not (min(ids) >= 0 and max(ids) < self._vocabulary):
-            raise ValueError(f"{where} names a token that is not among the model's {self._vocabulary}")
+            raise ValueError(f"{where} contains a token id that is not below {self._vocabulary}")

@@ -1,7 +1,7 @@
-"""Lay a step out flat: the rows of all sequences one after the other, as plain arrays.
+"""Flatten a step: the tokens of all rows one after the other, as plain arrays.
 
-Every way to compute a step starts from a `FlatStep`. It knows block tables but no device, no layer and
-no torch, so all index arithmetic can be tested as functions of numbers.
+Every implementation of a step starts from a `FlatStep`. It knows block tables, but no device, no layer and
+no torch, so that all index arithmetic can be tested as plain functions.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Longs = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class FlatStep:
-    """One step's tokens, and whose they are.
+    """One step's tokens, and the rows that they belong to.
 
-    ids        [tokens] what goes into the model
-    positions  [tokens] where each stands in its sequence
-    row_of     [tokens] which row each belongs to
-    offsets    [rows + 1] where each row's tokens begin, and at last how many there are
+    ids        [tokens] input ids of the model
+    positions  [tokens] position of each token in its sequence
+    row_of     [tokens] index of its row
+    offsets    [rows + 1] index of each row's first token, and finally the number of tokens
     starts     [rows] position of each row's first token
-    stops      [rows] position after its last: so many keys that token sees, its own included
-    tables     [rows, width] each row's blocks, in order; what a row does not need is 0
-    sampling   [sampling rows] which rows sample
-    last       [sampling rows] where in the step their last tokens lie
+    stops      [rows] position after its last token: the number of keys which that token attends to
+    tables     [rows, width] each row's blocks, in order; unneeded entries are 0
+    sampling   [sampling rows] indices of the rows that sample
+    last       [sampling rows] index of their last tokens
     """
 
     ids: Longs
@@ -48,24 +48,24 @@ class FlatStep:
 
     @property
     def rows(self) -> int:
-        """How many sequences take part."""
+        """Number of rows."""
         return len(self.starts)
 
     @property
     def tokens(self) -> int:
-        """How many tokens are computed."""
+        """Number of tokens."""
         return len(self.ids)
 
     @property
     def decodes_only(self) -> bool:
-        """Whether each row is one token that samples: what steps look like most of the time."""
+        """Whether each row is one token that samples, as in most steps."""
         return self.tokens == self.rows == len(self.sampling)
 
 
 def flatten(rows: Sequence[Row], block_tokens: int) -> FlatStep:
-    """Lay rows out in their order.
+    """Flatten rows, in their order.
 
-    block_tokens   how many tokens a block holds
+    block_tokens   tokens per block
     """
     starts = np.array([row.start for row in rows], np.int32)
     stops = np.array([row.stop for row in rows], np.int32)
@@ -93,6 +93,6 @@ def flatten(rows: Sequence[Row], block_tokens: int) -> FlatStep:
 
 
 def destinations(flat: FlatStep, block_tokens: int) -> Longs:
-    """Say where each token's key and value go, [tokens]: block x block_tokens + offset in the block."""
+    """Return each token's place in KV memory, [tokens]: block x block_tokens + offset in the block."""
     blocks = flat.tables[flat.row_of, flat.positions // block_tokens]
     return blocks.astype(np.int64) * block_tokens + flat.positions % block_tokens

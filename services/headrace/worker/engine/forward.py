@@ -1,4 +1,4 @@
-"""From a step's rows to logits: what the engine asks of whatever computes the model."""
+"""Compute a step's logits: the interface of the engine to the model, and the transformers models."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ class Forward(Protocol):
         """Store the step's keys and values and compute its logits.
 
         Returns [sampling rows, vocabulary], in the order of `flat.sampling`; valid until the next call. On
-        CUDA the work is queued, and not waited for.
+        CUDA the work is queued, without waiting for it.
         """
         ...
 
 
 class TransformersForward:
-    """Any network of transformers, through its own code, on the CPU.
+    """Computes a network of transformers on the CPU, through its own code.
 
-    network      a causal language model whose attention is `attention.IMPLEMENTATION`, in evaluation mode
+    network      a causal language model in evaluation mode whose attention is
+                 `transformers_attention.IMPLEMENTATION`
     attention    makes a step's attention
-    min_tokens   smaller steps are padded up to so many tokens, and so many get logits
+    min_tokens   smaller steps are padded to so many tokens, and to so many rows of logits
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """Paged memory for keys and values as torch tensors: blocks of tokens, one allocation for all layers.
 
-Who owns which block is the scheduler's business; here a block is a number. Layers may differ in heads
-and dimensions.
+The scheduler allocates the blocks; here a block is a number. Layers may differ in heads and dimensions.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-# Each tensor starts at a multiple of so many bytes, as vector loads and CUDA kernels like it.
+# Each tensor starts at a multiple of so many bytes, as vector loads and CUDA kernels require.
 _ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What a layer keeps of each token.
+    """The shape of the keys and values of one token in a layer.
 
-    kv_heads   heads of keys and values
-    key_dim    numbers of one head's key
-    value_dim  numbers of one head's value
+    kv_heads   number of key and value heads
+    key_dim    length of one head's key
+    value_dim  length of one head's value
     """
 
     kv_heads: int
@@ -32,7 +31,7 @@ class LayerShape:
 
 
 def bytes_per_block(layers: Mapping[int, LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
-    """Return what one block takes in all layers together."""
+    """Return the bytes of one block in all layers together."""
     numbers = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in layers.values())
     return numbers * block_tokens * dtype.itemsize
 
@@ -40,12 +39,12 @@ def bytes_per_block(layers: Mapping[int, LayerShape], block_tokens: int, dtype: 
 class PagedMemory:
     """Keys and values of all layers: per layer two tensors [blocks, block_tokens, kv_heads, dim].
 
-    layers         what each layer keeps
-    blocks         how many blocks there are
-    block_tokens   tokens that a block holds
+    layers         shape of each layer
+    blocks         number of blocks
+    block_tokens   tokens per block
 
-    It starts as zeros. On the CPU these are pages that the system commits when they are first written:
-    memory grows with use and stays. On CUDA all of it is taken at once.
+    Initially zero. On the CPU the system commits a page when it is first written: memory grows with use and
+    is not returned. On CUDA all of it is allocated at once.
     """
 
     def __init__(
@@ -93,11 +92,11 @@ class PagedMemory:
 
 
 def zeros(size: int, device: torch.device) -> torch.Tensor:
-    """Return *size* bytes that are zero, on the CPU without touching them."""
+    """Return *size* zero bytes; on the CPU without committing their pages."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=torch.uint8, device=device)
-    # torch.zeros writes, and so commits, every page. Huge pages, which numpy asks for, would commit 2 MiB
-    # for the first token of every block and layer.
+    # torch.zeros writes, and so commits, every page. Huge pages, which numpy requests, would commit 2 MiB
+    # for the first token of each block and layer.
     pages = mmap.mmap(-1, max(size, 1))
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)

@@ -1,8 +1,7 @@
-"""Randomness as a pure function: the same seed, position and token give the same noise anywhere.
+"""Sampling noise as a pure function: equal seed, position and token give equal noise on every worker.
 
-A counter-based generator has no state to lose or to share (Salmon et al., Parallel Random Numbers: As
-Easy as 1, 2, 3, SC 2011), so an answer that is resumed elsewhere meets the noise that it would have
-met here, whatever else runs beside it.
+A counter-based generator has no state (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
+An answer that is resumed on another worker therefore gets the same noise, whatever else is in its batch.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ def noise_key(seed: int, position: int) -> tuple[int, int]:
     """Derive the key of one draw with SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
 
     seed       unsigned, 64 bits
-    position   where in the sequence the token will stand, prompt included
+    position   position of the token in the sequence, prompt included
 
-    Returns two signed 32-bit words. Every bit of both arguments counts.
+    Returns two signed 32-bit words that depend on every bit of both arguments.
     """
-    # Mixing the seed first keeps (seed, position + 1) from being (seed + increment, position).
+    # The seed is mixed first: otherwise (seed, position + 1) would equal (seed + increment, position).
     mixed = _splitmix(_splitmix(seed & _WORD) ^ position)
     return _signed(mixed >> 32), _signed(mixed & 0xFFFFFFFF)
 
 
 def gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return standard Gumbel noise; adding it to logits and taking the largest draws from their softmax.
+    """Return standard Gumbel noise: the argmax of logits plus noise is a sample from their softmax.
 
     (Maddison, Tarlow & Minka, A* Sampling, NeurIPS 2014.)
 
     keys   [rows, 2] int32, from `noise_key`
-    ids    [rows or 1, tokens] int32, the token each number is for
+    ids    [rows or 1, tokens] int32, the token of each number
 
-    Returns [rows, tokens] float32, between -2.9 and 16.7: uniforms have 23 bits, so that neither 0 nor 1
+    Returns [rows, tokens] float32, between -2.9 and 16.7: the uniforms have 23 bits, so that neither 0 nor 1
     occurs in float32.
     """
     bits = ids * _signed(0x9E3779B1) ^ keys[:, :1]
@@ -44,7 +43,7 @@ def gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def _mix_(bits: torch.Tensor) -> torch.Tensor:
     """Scramble int32 words in place: fmix32, the finalizer of MurmurHash3 (Appleby, public domain)."""
-    # torch shifts signed numbers arithmetically; the masks take the copied sign bits away.
+    # torch shifts signed numbers arithmetically; the masks clear the copied sign bits.
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x85EBCA6B))
     bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF)).mul_(_signed(0xC2B2AE35))
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))

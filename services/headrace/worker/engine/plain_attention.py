@@ -1,6 +1,6 @@
-"""Attention over paged memory in plain torch: right for every model, device and dtype, and not fast.
+"""Attention over paged memory in plain torch: correct for every model, device and dtype, but slow.
 
-Where the fast kernels do not apply it serves; everywhere it says what they must compute.
+It is the fallback where the fast kernels do not apply, and the reference for what they compute.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from headrace.worker.engine.transformers_attention import Masking
 
 BLOCK_TOKENS = 32
 
-# Products of queries and keys that are held at once, which bounds what a long chunk takes.
+# Most products of queries and keys in memory at once, to bound the memory of a long chunk.
 _PRODUCTS = 1 << 26
 
 
 class PlainAttention:
-    """Attends row by row, in float32."""
+    """Computes attention row by row, in float32."""
 
     def __init__(self, memory: PagedMemory, flat: FlatStep) -> None:
         self._memory = memory
@@ -40,7 +40,7 @@ class PlainAttention:
         held_keys, held_values = self._memory[layer]
         out = query.new_zeros(*query.shape[:2], values.shape[2])
         for begin, end, start, stop, blocks in self._rows:
-            # What is not taken from the blocks cannot do harm, whatever was left in them.
+            # Stale contents of the blocks are left out, because they may not be finite.
             seen_keys, seen_values = (held[blocks].flatten(0, 1)[:stop] for held in (held_keys, held_values))
             chunk = max(_PRODUCTS // (query.shape[1] * stop), 1)
             for first in range(begin, end, chunk):
@@ -53,9 +53,9 @@ class PlainAttention:
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, masking: Masking
 ) -> torch.Tensor:
-    """Attend neighbouring tokens of one sequence to all that it has.
+    """Compute attention of consecutive tokens of one sequence.
 
-    query          [tokens, heads, key_dim], at the positions first, first + 1, ...
+    query          [tokens, heads, key_dim], at positions first, first + 1, ...
     keys, values   [length, kv_heads, key_dim or value_dim]
 
     Returns [tokens, heads, value_dim].

@@ -1,10 +1,9 @@
-"""Draw one token per row from logits, for all rows of a step at once and each as if it were alone.
+"""Sample one token per row from logits, for all rows of a step at once and independently of each other.
 
-The filters mean what transformers' logits processors mean, and apply in their order: logit bias,
-repetition penalty, frequency and presence penalties (as OpenAI's API defines them), the ban on ending
-early, temperature, top-k, top-p, min-p. `noise` supplies the randomness. A row's token depends on its
-logits, its ids and its params, never on the other rows: all sums below run along single rows in
-kernels that give a row the same result in any batch.
+The filters have the semantics of transformers' logits processors, and apply in their order: logit bias,
+repetition penalty, frequency and presence penalties (as OpenAI's API defines them), min_tokens, temperature,
+top-k, top-p, min-p. `noise` supplies the randomness. A row's token depends on its logits, ids and params,
+never on the other rows: all sums below are along single rows, in batch-invariant kernels.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from headrace.worker.engine.noise import gumbel, noise_key
 
 log = logging.getLogger(__name__)
 
-_UNDRAWABLE = Fault("the sequence's next token cannot be drawn; the worker's log says why")
+_UNSAMPLED = Fault("the sequence's next token cannot be sampled; see the worker's log")
 
-# Filters look at so many of the likeliest tokens first; where those do not settle it, at all.
+# Filters examine so many of the likeliest tokens first, and all tokens if those do not suffice.
 CANDIDATES = 1024
 
 
 class Drawing:
-    """Tokens that are being drawn: on CUDA the kernels are queued, and nobody has waited for them yet.
+    """Tokens that are being sampled: on CUDA the kernels are queued, and not yet awaited.
 
-    rows       the rows they are for
-    table      what comes back, [4, rows] float64: ids, whether logits were finite, log-probabilities, and
-               whether the filters were settled by the likeliest tokens alone
-    scores     [rows, vocabulary], for rows that were not
-    faults     of rows whose parameters cannot be applied, by index; what is drawn for them does not count
+    rows       the rows to sample
+    table      the results, [4, rows] float64: ids, whether the logits were finite, log-probabilities, and
+               whether the likeliest tokens sufficed for the filters
+    scores     [rows, vocabulary], for rows where they did not
+    faults     of rows whose parameters cannot be applied, by index; the samples of these rows are ignored
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Drawing:
         self._faults = faults
 
     def tokens(self) -> list[Token | Fault]:
-        """Wait for them. One entry per row: a Fault where the logits are not finite."""
+        """Wait for the tokens. One entry per row: a Fault if its logits are not finite."""
         ids, finite, logprobs, settled = self._table.wait().tolist()
         return [
             self._faults[index]
@@ -71,22 +70,22 @@ class Drawing:
         ]
 
 
-class Apart:
-    """Rows of a step that are drawn one by one, because one of them cannot be drawn."""
+class SeparateDrawings:
+    """Rows of a step that are sampled one by one, because one of them cannot be sampled."""
 
     def __init__(self, drawings: Sequence[Drawing | Fault]) -> None:
         self._drawings = drawings
 
     def tokens(self) -> list[Token | Fault]:
-        """Wait for them. One entry per row."""
-        return [one if isinstance(one, Fault) else _lone(one.tokens) for one in self._drawings]
+        """Wait for the tokens. One entry per row."""
+        return [one if isinstance(one, Fault) else _single(one.tokens) for one in self._drawings]
 
 
-def _lone(tokens: Callable[[], list[Token | Fault]]) -> Token | Fault:
+def _single(tokens: Callable[[], list[Token | Fault]]) -> Token | Fault:
     try:
         return tokens()[0]
     except Exception:
-        return _UNDRAWABLE
+        return _UNSAMPLED
 
 
 def _token(row: Row, token: int, finite: float, logprob: float) -> Token | Fault:
@@ -96,9 +95,9 @@ def _token(row: Row, token: int, finite: float, logprob: float) -> Token | Fault
 
 
 class Sampler:
-    """Draws tokens for one model.
+    """Samples tokens for one model.
 
-    eos_ids   what `min_tokens` bans
+    eos_ids   ids that `min_tokens` bans
     """
 
     def __init__(self, eos_ids: frozenset[int], device: torch.device) -> None:
@@ -106,17 +105,17 @@ class Sampler:
         self._device = device
 
     def sample(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
-        """Draw the token at `row.stop` for each row, and wait for them; see `start`."""
+        """Sample the token at `row.stop` for each row, and wait for the results; see `start`."""
         return self.start(logits, rows).tokens()
 
-    def start(self, logits: torch.Tensor, rows: Sequence[Row]) -> Drawing | Apart:
-        """Begin to draw the token at `row.stop` for each row. Nothing here waits for the device.
+    def start(self, logits: torch.Tensor, rows: Sequence[Row]) -> Drawing | SeparateDrawings:
+        """Begin to sample the token at `row.stop` for each row, without waiting for the device.
 
-        logits   [rows, vocabulary], any float type; not modified, and to be left alone until the tokens
-                 are there
+        logits   [rows, vocabulary], any float type; not modified. Must not change until the tokens are
+                 returned
 
         Log-probabilities are of the model's own distribution, before temperature, filters and penalties.
-        A row that cannot be drawn, whatever its parameters are, gets a Fault and harms no other.
+        A row that cannot be sampled, whatever its parameters, gets a Fault; other rows are not affected.
         """
         try:
             return self._start(logits, rows)
@@ -127,8 +126,8 @@ class Sampler:
             try:
                 drawings.append(self._start(logits[index : index + 1], [row]))
             except Exception:
-                drawings.append(_UNDRAWABLE)
-        return Apart(drawings)
+                drawings.append(_UNSAMPLED)
+        return SeparateDrawings(drawings)
 
     def _start(self, logits: torch.Tensor, rows: Sequence[Row]) -> Drawing:
         scores, faults = self._edit(logits, rows)
@@ -140,17 +139,17 @@ class Sampler:
             whole = scores if len(warm) == len(rows) else scores[chosen]
             ids[chosen], settled[chosen] = self._draw(whole.float(), [rows[i] for i in warm], CANDIDATES)
         logprobs = torch.zeros(len(rows), dtype=torch.float64, device=self._device)
-        told = [i for i, row in enumerate(rows) if row.params.logprobs]
-        if told:
-            chosen = self._index(told)
+        asked = [i for i, row in enumerate(rows) if row.params.logprobs]
+        if asked:
+            chosen = self._index(asked)
             own = torch.log_softmax(logits[chosen].float(), dim=-1)
             logprobs[chosen] = own.gather(1, ids[chosen, None])[:, 0].double()
-        # One transfer for all: float64 holds every id exactly.
+        # One transfer for all four: float64 represents every id exactly.
         table = torch.stack((ids.double(), torch.isfinite(best).double(), logprobs, settled.double()))
         return Drawing(self, rows, logits, scores, Fetch(table), faults)
 
     def draw_whole(self, row: Row, logits: torch.Tensor, scores: torch.Tensor) -> Token:
-        """Draw for a row whose likeliest tokens did not settle what its filters keep: look at all."""
+        """Sample a row whose likeliest tokens do not suffice for its filters, from all tokens."""
         ids, _ = self._draw(scores[None].float(), [row], scores.shape[0])
         token = int(ids[0])
         if not row.params.logprobs:
@@ -158,9 +157,9 @@ class Sampler:
         return Token(token, float(torch.log_softmax(logits.float(), dim=-1)[token]))
 
     def _edit(self, logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, dict[int, Fault]]:
-        """Apply bias, penalties and the ban on ending early; *logits* itself when no row has any.
+        """Apply bias, penalties and min_tokens. Returns *logits* itself if no row has any.
 
-        Returns also the faults of rows where that cannot be done.
+        Also returns the faults of rows whose parameters cannot be applied.
         """
         faults: dict[int, Fault] = {}
         edits: dict[int, Edits] = {}
@@ -170,8 +169,10 @@ class Sampler:
                     edits[index] = own
             except (ValueError, OverflowError, TypeError) as error:
                 faults[index] = Fault(f"the sequence's parameters cannot be applied: {error}")
-        if not edits:
-            return logits, faults
+        return (self._edited(logits, rows, edits) if edits else logits), faults
+
+    def _edited(self, logits: torch.Tensor, rows: Sequence[Row], edits: Mapping[int, Edits]) -> torch.Tensor:
+        """Return a copy of *logits* with the edits of rows, given by index, applied."""
         scores = logits.to(torch.float32, copy=True)
         flat, width = scores.view(-1), scores.shape[1]
         if biased := [i for i, own in edits.items() if len(own.bias_ids)]:
@@ -197,10 +198,10 @@ class Sampler:
             if rows[i].stop - rows[i].prompt < rows[i].params.min_tokens and len(own.endings)
         }:
             flat[self._places(width, banned)] = float("-inf")
-        return scores, faults
+        return scores
 
     def _edits(self, row: Row, vocabulary: int) -> Edits | None:
-        """Bring a row's edits up to date; None if it has none. Raises ValueError, see `Edits`."""
+        """Return a row's edits, updated; None if it has none. Raises ValueError, see `Edits`."""
         params = row.params
         if not (
             params.logit_bias
@@ -217,19 +218,19 @@ class Sampler:
         return edits
 
     def _places(self, width: int, ids: Mapping[int, Ids]) -> torch.Tensor:
-        """Say where ids of rows lie in all scores, one after the other; *width* is a row's."""
+        """Return the indices of the rows' ids in the flat scores; *width* is the length of a row."""
         return self._array(np.concatenate([own + index * width for index, own in ids.items()]))
 
     def _draw(
         self, scores: torch.Tensor, rows: Sequence[Row], size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw one id per row from float32 scores that have no temperature yet.
+        """Sample one id per row from float32 scores, before temperature.
 
-        Filters look at the *size* likeliest tokens. Returns the ids, int64, and whether those were enough,
-        both [rows].
+        Filters examine the *size* likeliest tokens. Returns the ids, int64, and whether those sufficed, both
+        [rows].
         """
         temperature = self._floats([row.params.temperature for row in rows])[:, None]
-        # The maximum becomes 0 first, so that no temperature, however small, overflows.
+        # The maximum is subtracted first, so that no temperature, however small, overflows.
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
         keys = self._tensor([noise_key(row.params.seed, row.stop) for row in rows], torch.int32)
         ids = torch.zeros(len(rows), dtype=torch.int64, device=self._device)
@@ -243,7 +244,7 @@ class Sampler:
             floor = self._floats([rows[i].params.min_p for i in free]).log()[:, None]
             every = torch.arange(scores.shape[1], dtype=torch.int32, device=self._device)
             own = scores if len(free) == len(rows) else scores[chosen]
-            # The maximum is 0: a token's score is the log of its probability over the likeliest one's.
+            # The maximum is 0: a token's score is the log of its probability relative to the likeliest one's.
             noisy = gumbel(keys[chosen], every[None]).add_(own).masked_fill_(own < floor, float("-inf"))
             ids[chosen] = noisy.argmax(dim=-1)
         if filtered:
@@ -257,23 +258,23 @@ class Sampler:
     def _draw_filtered(
         self, scores: torch.Tensor, keys: torch.Tensor, rows: Sequence[Row], size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw from rows with top-k or top-p, looking at the *size* likeliest tokens.
+        """Sample rows with top-k or top-p, from the *size* likeliest tokens.
 
-        Returns the ids and whether those tokens were enough to tell what the filters keep, both [rows].
+        Returns the ids, and whether those tokens include all that the filters keep, both [rows].
         """
         whole = torch.log_softmax(scores, dim=-1)
         likely, ids = whole.topk(size, dim=-1)
         limits = [row.params.top_k if 0 < row.params.top_k < scores.shape[1] else 0 for row in rows]
         limit = self._index(limits)[:, None]
-        # As in transformers, tokens as likely as the k-th stay too.
+        # As in transformers, tokens as likely as the k-th are kept too.
         least = likely.gather(1, (limit - 1).clamp(0, size - 1))
         within = (limit > 0) & ((least > likely[:, -1:]) | (size == scores.shape[1])) & (limit <= size)
         kept = (limit == 0) | (likely >= least)
         shares = torch.log_softmax(likely.masked_fill(~kept, float("-inf")), dim=-1)
         probability = torch.where(limit > 0, shares, likely).exp()
-        # Keep tokens until their sum reaches top_p: those with less than top_p before them.
+        # Keep tokens until their sum reaches top_p: those with a sum below top_p before them.
         reached = probability.cumsum(dim=-1)
-        # Sums may round to more than 1: no bound at all where all is to be kept.
+        # Sums may round to more than 1: no bound if all tokens are kept.
         bounds = [row.params.top_p if row.params.top_p < 1 else float("inf") for row in rows]
         top_p = self._floats(bounds)[:, None]
         kept &= reached - probability < top_p

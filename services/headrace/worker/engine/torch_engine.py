@@ -1,7 +1,7 @@
-"""The engine with a model: a `Forward` computes logits over paged KV memory, `sampling` draws from them.
+"""The engine with a model: a `Forward` computes logits over paged KV memory, `sampling` samples from them.
 
-`loading` makes these engines from files. What the device computes by itself is queued here and waited for
-only after the caller had its turn, so that scheduling costs a GPU nothing.
+`load.loading` makes these engines from files. Work of an asynchronous device is queued here, and awaited only
+after the caller's own work, so that scheduling overlaps with a GPU's computation.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from headrace.worker.engine.sampling import Sampler
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a step made, and how.
+    """The results of a step, with its logits.
 
     sampling   indices of the rows that sampled
     logits     [sampling rows, vocabulary], in the model's dtype; the next step may overwrite them
-    tokens     what was drawn from them
+    tokens     one per sampling row
     """
 
     sampling: list[int]
@@ -36,19 +36,19 @@ class TorchEngine:
     """Computes steps of one model.
 
     forward   the model and its KV memory, of at least model.kv_blocks blocks
-    model     what it tells about itself
+    model     its description
     """
 
     def __init__(self, forward: Forward, model: ModelInfo) -> None:
         self._forward = forward
         self._model = model
         device = torch.device(model.device)
-        self._overlaps = device.type != "cpu"  # the device computes while this thread does something else
+        self._overlaps = device.type != "cpu"  # the device computes while this thread runs on
         self._sampler = Sampler(model.eos_ids, device)
 
     @property
     def model(self) -> ModelInfo:
-        """What is loaded; constant."""
+        """The loaded model; constant."""
         return self._model
 
     def step(
@@ -56,8 +56,7 @@ class TorchEngine:
     ) -> list[Token | Fault | None]:
         """Compute all rows; see `Engine.step`.
 
-        A row whose logits are not finite gets a Fault. Whatever else goes wrong, such as too little
-        memory, raises.
+        A row whose logits are not finite gets a Fault. Other errors, such as too little memory, are raised.
         """
         computed = self.compute(rows, meanwhile)
         results: list[Token | Fault | None] = [None] * len(rows)
@@ -67,26 +66,26 @@ class TorchEngine:
 
     @torch.inference_mode()
     def compute(self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing) -> Computed:
-        """Compute all rows as `step` does, and show the work."""
-        turns = [meanwhile]  # it has one turn, also when the step fails
+        """Compute all rows as `step` does, and return the logits too."""
+        calls = [meanwhile]  # called exactly once, even if the step fails
         try:
             flat = flatten(rows, self._model.block_tokens)
             if not self._overlaps:
-                turns.pop()()
+                calls.pop()()
             logits = self._forward(flat)
             sampling: list[int] = flat.sampling.tolist()
             drawing = self._sampler.start(logits, [rows[i] for i in sampling]) if sampling else None
         finally:
-            if turns:
-                turns.pop()()
+            if calls:
+                calls.pop()()
         return Computed(sampling, logits, drawing.tokens() if drawing is not None else [])
 
     @torch.inference_mode()
     def profile(self, rows: Sequence[Row]) -> Mapping[str, float]:
-        """Compute all rows and return what share of the time each part of the forward pass took.
+        """Compute all rows and return the share of time of each part of the forward pass.
 
-        Raises NotImplementedError where the model goes through transformers' own code.
+        Raises NotImplementedError if the model runs through transformers' own code.
         """
         if not isinstance(self._forward, Decoder):
-            raise NotImplementedError("only a decoder tells its parts apart; use torch.profiler")
+            raise NotImplementedError("only a Decoder can be profiled by part; use torch.profiler")
         return self._forward.profile(flatten(rows, self._model.block_tokens))

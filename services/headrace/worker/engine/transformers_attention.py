@@ -1,9 +1,9 @@
 """Our attention inside transformers' own modelling code.
 
-transformers lets a model's attention be any registered function. Ours gets the queries, keys and
-values of *all* tokens of a step, flattened into one row, checks that the model asks for nothing that we
-would have to ignore, and hands them to the step's `StepAttention`: `plain_attention`, `kernels` on the
-CPU or `varlen` on CUDA. Nothing here knows which model calls; layers may differ in heads and dimensions.
+transformers calls a registered function for a model's attention. Ours receives the queries, keys and values
+of *all* tokens of a step, flattened into one row. It checks that the model needs nothing that we would have
+to ignore, and passes them to the step's `StepAttention`: `plain_attention`, `kernel_attention` on the CPU or
+`varlen` on CUDA. Nothing here depends on the model; layers may differ in heads and dimensions.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from headrace.worker.engine.kv_memory import LayerShape
 from headrace.worker.engine.load.refusals import SEE_MODELS, UnsupportedModel, unsupported_attention
 
-IMPLEMENTATION = "headrace"  # what transformers calls our attention function
+IMPLEMENTATION = "headrace"  # the name of our attention function in transformers
 
-# Arguments that change what attention means and that we would have to ignore, in a user's words.
+# Arguments that change the attention and that we would have to ignore, with the words for a user.
 _UNSUPPORTED_ARGUMENTS = {
     "s_aux": "attention sinks",
     "position_bias": "attention with a bias for each distance",
@@ -29,11 +29,11 @@ _UNSUPPORTED_ARGUMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """What a layer's attention is, beside causal.
+    """The parameters of a layer's causal attention.
 
     scale     multiplies the products of queries and keys
     softcap   bounds those products by softcap x tanh(product / softcap); None for no bound
-    window    a token sees itself and the window - 1 tokens before it; None for all
+    window    a token attends to itself and the window - 1 tokens before it; None for all
     """
 
     scale: float
@@ -42,24 +42,24 @@ class Masking:
 
 
 class StepAttention(Protocol):
-    """Attention in all layers of one step; knows the step's rows and where their memory is."""
+    """Computes attention in all layers of one step, given the step's rows and their blocks."""
 
     def __call__(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masking: Masking
     ) -> torch.Tensor:
-        """Store the tokens' keys and values, then attend.
+        """Store the tokens' keys and values, then compute attention.
 
-        query          [tokens, heads, key_dim], rotated; tokens past the step's own are padding
+        query          [tokens, heads, key_dim], rotated; tokens after the step's own are padding
         keys, values   [tokens, kv_heads, key_dim or value_dim]
 
-        Returns [tokens, heads, value_dim]; finite where it is padding.
+        Returns [tokens, heads, value_dim]; finite for padding too.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What a layer was seen to ask for."""
+    """The attention that a layer was observed to need."""
 
     shape: LayerShape
     heads: int
@@ -79,26 +79,26 @@ def paged_attention(
     sliding_window: int | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers asks; registered as `IMPLEMENTATION`.
+    """Compute attention for transformers; registered as `IMPLEMENTATION`.
 
     query   [1, heads, tokens, head_dim], rotated; key and value with kv_heads
 
-    Returns [1, tokens, heads, value_dim]. Raises UnsupportedModel when the model asks for something else
-    than causal attention.
+    Returns [1, tokens, heads, value_dim]. Raises UnsupportedModel if the model needs anything but causal
+    attention.
     """
     if headrace_step is None:
         raise unsupported_attention(module)
-    unknown = [said for name, said in _UNSUPPORTED_ARGUMENTS.items() if arguments.get(name) is not None]
+    unknown = [words for name, words in _UNSUPPORTED_ARGUMENTS.items() if arguments.get(name) is not None]
     if unknown or attention_mask is not None:
-        needed = " and ".join(unknown) or "attention with a mask of its own"
+        needed = " and ".join(unknown) or "attention with its own mask"
         raise UnsupportedModel(
             f"{type(module).__name__} needs {needed}, which Headrace does not compute; serve it with "
-            f"transformers or vLLM, or another model here: {SEE_MODELS}"
+            f"transformers or vLLM, or choose another model: {SEE_MODELS}"
         )
     if not arguments.get("is_causal", getattr(module, "is_causal", True)):
         raise UnsupportedModel(
-            f"{type(module).__name__} sees later tokens too: its attention is not causal, so it does not "
-            f"generate text one token after the other; {SEE_MODELS}"
+            f"{type(module).__name__} attends to later tokens: its attention is not causal, so it does not "
+            f"generate text token by token; {SEE_MODELS}"
         )
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     out = headrace_step(
@@ -112,7 +112,7 @@ def paged_attention(
 
 
 class _Recorder:
-    """Attends to nothing and takes down what the layers ask for."""
+    """Computes no attention, and records what the layers need."""
 
     def __init__(self) -> None:
         self.seen: dict[int, LayerAttention] = {}
@@ -127,9 +127,9 @@ class _Recorder:
 
 @torch.inference_mode()
 def observe_layers(network: Any) -> dict[int, LayerAttention]:
-    """Run a token through a network and see what each of its layers asks of attention.
+    """Run a token through a network and record the attention that each of its layers needs.
 
-    Raises UnsupportedModel when layers attend otherwise than through us, or slide without telling us.
+    Raises UnsupportedModel if a layer does not call our attention, or has a window that it does not pass.
     """
     recorder = _Recorder()
     token = torch.zeros(1, 1, dtype=torch.int64, device=network.device)
@@ -142,16 +142,17 @@ def observe_layers(network: Any) -> dict[int, LayerAttention]:
         raise UnsupportedModel(
             f"{type(network).__name__} has attention that Headrace computes in {len(recorder.seen)} of its "
             f"{layers} "
-            "layers; the others (recurrent, convolutions, attention of their own) keep a state that paged KV "
-            f"memory does not hold. Serve it with transformers or vLLM, or another model here: {SEE_MODELS}"
+            "layers; the others (recurrent, convolutions, their own attention code) have a state that paged "
+            f"KV memory does not hold; serve it with transformers or vLLM, or choose another model: "
+            f"{SEE_MODELS}"
         )
-    # No probe is as long as a real window, so logits cannot show that one is missing.
+    # The self-check's prompts are shorter than real windows, so it cannot detect a missing one.
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModel(
                 f"{type(network).__name__} needs {kind} in layer {layer}, which Headrace does not compute; "
-                f"serve it with transformers or vLLM, or another model here: {SEE_MODELS}"
+                f"serve it with transformers or vLLM, or choose another model: {SEE_MODELS}"
             )
         if kind == "sliding_attention" and recorder.seen[layer].masking.window is None:
-            raise UnsupportedModel(f"layer {layer} slides but does not say how far")
+            raise UnsupportedModel(f"layer {layer} has sliding attention without a window size")
     return recorder.seen

@@ -1,4 +1,4 @@
-"""The decoder against transformers' own forward pass, for each architecture that it takes."""
+"""The decoder compared with transformers' own forward pass, for each supported architecture."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def network_of(name: str) -> Any:
     torch.manual_seed(0)
     network = NETWORKS[name]().eval()
     with torch.no_grad():
-        for parameter in network.parameters():  # norms and biases are ones and zeros at first
+        for parameter in network.parameters():  # norms and biases are initialised to ones and zeros
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return network
 
@@ -132,10 +132,10 @@ def test_logits_are_those_of_transformers(name: str, element_type: ElementType) 
 
 @pytest.mark.parametrize("element_type", ELEMENT_TYPES)
 @pytest.mark.parametrize("name", ["llama", "qwen3, heads of their own size"])
-def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_resumed(
+def test_a_sequence_is_bit_identical_alone_in_a_batch_and_resumed(
     name: str, element_type: ElementType
 ) -> None:
-    """Failover hands a sequence to another worker in the middle: the answer must not notice."""
+    """After a failover, another worker resumes the sequence: the answer must not change."""
     network = network_of(name)
     ids, *others = prompts(100, 3, 70, 33, 64)
     steps = [(0, 60), (60, 61), (61, 62), (62, 100)]
@@ -153,7 +153,9 @@ def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_resumed(
 
 
 @pytest.mark.parametrize("element_type", ELEMENT_TYPES)
-def test_a_poisoned_sequence_spoils_no_other_and_leaves_its_blocks_usable(element_type: ElementType) -> None:
+def test_a_sequence_with_nan_does_not_affect_others_or_later_users_of_its_blocks(
+    element_type: ElementType,
+) -> None:
     network = network_of("llama")
     ids, poisoned = prompts(40, 40)
     poisoned[7] = 299
@@ -174,8 +176,8 @@ def test_a_poisoned_sequence_spoils_no_other_and_leaves_its_blocks_usable(elemen
     assert torch.equal(after, expected)
 
 
-def test_fewer_threads_than_asked_for_compute_all_of_a_step() -> None:
-    """OpenMP gives what it has: no row may be left to a thread that never came."""
+def test_fewer_threads_than_requested_compute_the_whole_step() -> None:
+    """OpenMP may provide fewer threads: no row may be assigned to a missing thread."""
     script = """
 import torch
 from tests.worker.engine.cpu.test_decoder import BLOCK, ElementType, decoder_of, flatten, network_of
@@ -196,7 +198,7 @@ print(torch.equal(logits[0], logits[1]), bool(logits.isfinite().all()), bool(log
     assert alone.stdout.split() == ["True", "True", "True"]
 
 
-def test_a_profile_says_where_a_step_spends_its_time() -> None:
+def test_a_profile_has_the_share_of_time_of_each_part() -> None:
     decoder = decoder_of(network_of("llama"), ElementType.FLOAT32)
 
     shares = decoder.profile(flatten([row(prompts(50)[0], 0, 50, [0, 1])], BLOCK))
@@ -206,7 +208,7 @@ def test_a_profile_says_where_a_step_spends_its_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reason"),
     [
         ({"hidden_act": "gelu"}, "activation is gelu"),
         ({"hidden_size": 96, "num_attention_heads": 6}, "hidden size 96 is not a multiple of 64"),
@@ -215,15 +217,17 @@ def test_a_profile_says_where_a_step_spends_its_time() -> None:
     ],
 )
 @pytest.mark.skipif(not machine.HAS_VNNI, reason="needs avx512_vnni")
-def test_what_int8_cannot_compute_is_refused_with_the_reason(changes: dict[str, Any], told: str) -> None:
+def test_a_model_that_int8_does_not_support_is_rejected_with_the_reason(
+    changes: dict[str, Any], reason: str
+) -> None:
     config = LlamaConfig(**SIZES | changes)
 
-    assert told in unsupported_reason("LlamaForCausalLM", config, ElementType.INT8)
+    assert reason in unsupported_reason("LlamaForCausalLM", config, ElementType.INT8)
     with pytest.raises(UnsupportedModel, match=r"use bfloat16, float32 or auto"):
         choose_precision("int8", CPU, "LlamaForCausalLM", config)
 
 
-def test_other_architectures_go_through_transformers() -> None:
+def test_other_architectures_use_the_code_of_transformers() -> None:
     config = GemmaConfig(**SIZES)
 
     for name in ("float32", "bfloat16"):
@@ -235,7 +239,7 @@ def test_other_architectures_go_through_transformers() -> None:
     ("eight_bits", "sixteen_bits", "chosen"),
     [(True, True, "int8"), (False, True, "bfloat16"), (False, False, "float32")],
 )
-def test_where_none_is_asked_for_it_is_what_the_cpu_multiplies_in_hardware(
+def test_auto_is_the_format_that_the_cpu_multiplies_in_hardware(
     eight_bits: bool, sixteen_bits: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "HAS_VNNI", eight_bits)
@@ -249,6 +253,6 @@ def test_where_none_is_asked_for_it_is_what_the_cpu_multiplies_in_hardware(
 
 
 @pytest.mark.parametrize(("name", "device"), [("int4", "cpu"), ("int8", "cuda")])
-def test_what_is_not_to_be_had_is_refused(name: str, device: str) -> None:
+def test_an_unsupported_precision_is_rejected(name: str, device: str) -> None:
     with pytest.raises(LoadingError, match=r"bfloat16|float32"):
         choose_precision(name, torch.device(device), "LlamaForCausalLM", LlamaConfig(**SIZES))

@@ -1,4 +1,4 @@
-"""Packed layers compute what the plain ones did, and give a row the same bits in any batch."""
+"""Packed layers compute the same as plain ones, and are batch-invariant."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = [
 
 
 class Block(nn.Module):
-    """Layers named as in most models, and some that must be left alone."""
+    """Layers with the names of most models."""
 
     def __init__(self, dtype: torch.dtype, *, bias: bool) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 def networks(dtype: torch.dtype, *, bias: bool) -> tuple[Block, Block]:
-    """The same network twice: as it is, and packed."""
+    """Return the same network twice: plain and packed."""
     torch.manual_seed(0)
     plain = Block(dtype, bias=bias)
     packed = Block(dtype, bias=bias)
@@ -55,7 +55,7 @@ def networks(dtype: torch.dtype, *, bias: bool) -> tuple[Block, Block]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @torch.inference_mode()
-def test_a_packed_network_computes_what_it_did(dtype: torch.dtype, bias: bool) -> None:
+def test_a_packed_network_computes_the_same_as_a_plain_one(dtype: torch.dtype, bias: bool) -> None:
     plain, packed = networks(dtype, bias=bias)
     for rows in (1, 2, 5, 33):
         given = torch.randn(1, rows, 96).to(dtype)
@@ -66,7 +66,7 @@ def test_a_packed_network_computes_what_it_did(dtype: torch.dtype, bias: bool) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_a_row_comes_out_bitwise_the_same_in_any_batch(dtype: torch.dtype) -> None:
+def test_a_row_is_bit_identical_in_any_batch(dtype: torch.dtype) -> None:
     _, packed = networks(dtype, bias=True)
     given = torch.randn(1, 64, 96).to(dtype)
     whole = packed(given)
@@ -76,11 +76,11 @@ def test_a_row_comes_out_bitwise_the_same_in_any_batch(dtype: torch.dtype) -> No
 
 
 @torch.inference_mode()
-def test_siblings_do_not_confuse_one_input_with_another() -> None:
-    """Also when a caller stops half way, or calls in another order."""
+def test_layers_that_share_a_computation_do_not_mix_up_inputs() -> None:
+    """Even if a caller stops half way, or calls in another order."""
     plain, packed = networks(torch.float32, bias=False)
     first, second = torch.randn(1, 3, 96), torch.randn(1, 3, 96)
-    packed.q_proj(first)  # and never asks for the rest
+    packed.q_proj(first)  # and never calls the others
 
     for name in ("v_proj", "q_proj", "k_proj"):
         for rows in (second, first):
@@ -89,7 +89,7 @@ def test_siblings_do_not_confuse_one_input_with_another() -> None:
 
 
 @torch.inference_mode()
-def test_nothing_is_kept_of_a_step_that_is_over() -> None:
+def test_shared_results_are_released_after_the_last_layer() -> None:
     _, packed = networks(torch.float32, bias=False)
     packed(torch.randn(1, 3, 96))
     shared: Any = packed.q_proj
@@ -98,9 +98,9 @@ def test_nothing_is_kept_of_a_step_that_is_over() -> None:
     assert shared._shared._out is None
 
 
-def test_layers_of_other_classes_stay_and_are_told() -> None:
+def test_layers_of_subclasses_are_kept_and_reported() -> None:
     class Special(nn.Linear):
-        """Means something else, for all we know."""
+        """May compute something else."""
 
     network = Block(torch.float32, bias=False)
     network.down_proj = Special(200, 96, bias=False)
@@ -109,14 +109,14 @@ def test_layers_of_other_classes_stay_and_are_told() -> None:
     assert type(network.down_proj) is Special
 
 
-def test_float16_is_left_to_plain_layers() -> None:
+def test_float16_uses_plain_layers() -> None:
     network = Block(torch.float16, bias=False)
 
     assert not pack_linears(network)
     assert type(network.q_proj) is nn.Linear
 
 
-def test_packed_layers_stand_side_by_side() -> None:
+def test_results_of_packed_layers_are_concatenated() -> None:
     torch.manual_seed(0)
     one, two = nn.Linear(8, 3), nn.Linear(8, 5)
     rows = torch.randn(4, 8)
@@ -129,8 +129,8 @@ def test_packed_layers_stand_side_by_side() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @torch.inference_mode()
-def test_a_packed_layer_still_has_its_weights_and_biases(dtype: torch.dtype, bias: bool) -> None:
-    """Some models read them beside calling the layer: a router's dtype, or a product of their own."""
+def test_a_packed_layer_has_weights_and_biases(dtype: torch.dtype, bias: bool) -> None:
+    """Some models also read them: for the dtype of a router, or for their own product."""
     plain, packed = networks(dtype, bias=bias)
 
     for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"):
@@ -144,8 +144,8 @@ def test_a_packed_layer_still_has_its_weights_and_biases(dtype: torch.dtype, bia
 
 
 @torch.inference_mode()
-def test_layers_of_other_dtypes_than_their_network_are_packed_apart_or_left_alone() -> None:
-    """A router may be float32 in a bfloat16 network, and rounds there on purpose."""
+def test_layers_with_another_dtype_than_the_network_are_packed_separately_or_kept() -> None:
+    """A router may be float32 in a bfloat16 network, for its rounding."""
     plain, packed = Block(torch.float32, bias=False), Block(torch.float32, bias=False)
     for block in (plain, packed):
         block.up_proj.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: the kernel, the graphs, and that nobody waits too early."""
+"""Tests that need a CUDA device: the kernel, the graphs, and overlap with the device."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ ON_CUDA: dict[str, Any] = {"device": "cuda:0", "dtype": "bfloat16"}
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_over_blocks_is_attention(layer: LayerAttention, dtype: torch.dtype) -> None:
+def test_flash_attention_over_blocks_computes_attention(layer: LayerAttention, dtype: torch.dtype) -> None:
     """Long sequences in scattered blocks, chunks and decodes."""
     assert cuda.flash_unsupported_reason(DEVICE, dtype, layer.shape.key_dim, layer.shape.value_dim) is None
 
-    # Raises where it is off; whether it is bitwise the same in any batch is for the device to say.
+    # Raises if it is wrong; whether it is batch-invariant depends on the device.
     self_check.check_attention(attention_kinds.flash(DEVICE, dtype), {0: layer}, DEVICE, dtype)
 
 
-def test_what_is_left_in_blocks_does_no_harm() -> None:
-    """FlashAttention must not let NaN in behind a sequence's last token."""
+def test_old_content_of_blocks_does_not_matter() -> None:
+    """FlashAttention must not read NaN after the last token of a sequence."""
     layer = LayerAttention(LayerShape(2, 64, 64), 4, Masking(0.125))
     kind = attention_kinds.flash(DEVICE, torch.bfloat16)
     memory = kind.make_memory({0: layer}, 4)
@@ -72,7 +72,7 @@ def test_what_is_left_in_blocks_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "mistral", "phi3"])
-def test_an_engine_on_cuda_passes_its_own_test_and_uses_graphs(
+def test_an_engine_on_cuda_passes_the_self_check_and_uses_graphs(
     architecture: str, tiny_engine: Engine
 ) -> None:
     engine = tiny_engine(architecture, **ON_CUDA)
@@ -84,7 +84,7 @@ def test_an_engine_on_cuda_passes_its_own_test_and_uses_graphs(
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "llama"])
-def test_float32_and_soft_caps_are_computed_in_plain_torch(
+def test_float32_and_soft_caps_use_plain_torch(
     architecture: str, tiny_engine: Engine, tiny_network: Network
 ) -> None:
     engine, network = tiny_engine(architecture, device="cuda:0", dtype="float32"), tiny_network(architecture)
@@ -97,8 +97,8 @@ def test_float32_and_soft_caps_are_computed_in_plain_torch(
     torch.testing.assert_close(logits.cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_replayed_steps_compute_what_launched_ones_do(tiny_engine: Engine) -> None:
-    """Graphs replay on the same inputs: rows that pad a step change nothing for the others."""
+def test_replayed_steps_compute_the_same_as_launched_ones(tiny_engine: Engine) -> None:
+    """Rows that pad a step do not affect the others."""
     engine = tiny_engine("llama", **ON_CUDA)
     forward: Any = engine._forward
     ids = [prompt_of(n) for n in (3, 100, 300)]
@@ -117,7 +117,7 @@ def test_replayed_steps_compute_what_launched_ones_do(tiny_engine: Engine) -> No
     assert (replayed - launched).norm() <= 2e-2 * launched.norm()
 
 
-def test_random_schedules_agree_with_each_other(tiny_engine: Engine) -> None:
+def test_random_schedules_give_equal_answers(tiny_engine: Engine) -> None:
     engine = tiny_engine("llama", **ON_CUDA)
     prompts = [prompt_of(length) for length in (1, 7, 90, 255, 300)]
     params = [GREEDY] * 5
@@ -128,7 +128,7 @@ def test_random_schedules_agree_with_each_other(tiny_engine: Engine) -> None:
     assert answer_together(engine, prompts, 10, params=params) == alone
 
 
-def test_a_row_whose_logits_are_not_finite_ends_alone(tiny_engine: Engine) -> None:
+def test_a_row_whose_logits_are_not_finite_fails_alone(tiny_engine: Engine) -> None:
     engine = tiny_engine("llama", **ON_CUDA)
     embedding_of(engine).weight.data[99] = float("nan")
 
@@ -150,12 +150,12 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(tiny_engine: Engine) -> No
 def test_a_step_is_launched_without_waiting_for_the_device(
     chunk: int, filters: dict[str, Any], tiny_engine: Engine
 ) -> None:
-    """Torch itself says so: any call that would wait raises until the caller has had its turn."""
+    """In torch's sync debug mode, any call that waits raises, until the callback of the step."""
     engine = tiny_engine("llama", **ON_CUDA)
     params = SamplingParams(seed=1, max_tokens=9, temperature=1.0, ignore_eos=True, **filters)
     ids = prompt_of(chunk)
     rows = [Row(blocks_of(engine, 0), 0, chunk, ids, chunk, True, params)]
-    engine.step(rows)  # workspaces are allocated once
+    engine.step(rows)  # allocates workspaces
 
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -166,7 +166,7 @@ def test_a_step_is_launched_without_waiting_for_the_device(
     assert isinstance(token, Token)
 
 
-def test_the_callers_turn_overlaps_with_the_device(tiny_engine: Engine) -> None:
+def test_the_callback_overlaps_with_the_device(tiny_engine: Engine) -> None:
     engine = tiny_engine("llama", **ON_CUDA)
     done: list[bool] = []
     forward = engine._forward
@@ -187,7 +187,7 @@ def test_the_callers_turn_overlaps_with_the_device(tiny_engine: Engine) -> None:
     assert done == [False]
 
 
-def test_a_fetch_brings_what_was_computed_before_it() -> None:
+def test_a_fetch_returns_results_of_earlier_work() -> None:
     numbers = torch.ones(1 << 20, device=DEVICE).cumsum(0)
 
     assert cuda.Fetch(numbers).wait()[-1] == 1 << 20
@@ -203,7 +203,7 @@ def test_memory_is_measured_on_the_device() -> None:
     assert free_bytes(DEVICE) <= before + (1 << 20)
 
 
-def test_a_capture_that_is_refused_leaves_the_device_usable() -> None:
+def test_the_device_is_usable_after_a_failed_capture() -> None:
     def waits() -> None:
         torch.ones(3, device=DEVICE).sum().item()
 

@@ -1,4 +1,4 @@
-"""The CUDA path without CUDA: everything but the kernel and the capture, over a kernel in plain torch."""
+"""The CUDA code on a CPU: everything but the kernel and the capture, with a kernel in plain torch."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def attend_varlen(
     values: torch.Tensor,
     *,
     offsets: torch.Tensor,
-    held: torch.Tensor,
-    used: torch.Tensor,
+    key_offsets: torch.Tensor,
+    key_counts: torch.Tensor,
     tables: torch.Tensor,
     max_query: int,
     max_keys: int,
     scale: float,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    """What `cuda.attend_varlen` says that FlashAttention computes, and what it must be given for it."""
-    assert all(index.dtype == torch.int32 for index in (offsets, held, used, tables))
-    assert held.tolist() == [0, *torch.cumsum(used, 0).tolist()]
+    """Compute the same as `cuda.attend_varlen`, and check its arguments."""
+    assert all(index.dtype == torch.int32 for index in (offsets, key_offsets, key_counts, tables))
+    assert key_offsets.tolist() == [0, *torch.cumsum(key_counts, 0).tolist()]
     assert query.shape[0] == offsets[-1]
     assert keys.shape[1] % 256 == 0
     out = torch.full((query.shape[0], query.shape[1], values.shape[3]), float("nan"))
     group = query.shape[1] // keys.shape[2]
-    for row, length in enumerate(used.tolist()):
+    for row, length in enumerate(key_counts.tolist()):
         begin, end = offsets[row], offsets[row + 1]
         assert end - begin <= max_query
         assert length <= max_keys
         own_keys, own_values = (
-            held[tables[row].long()].flatten(0, 1)[:length].repeat_interleave(group, 1)
-            for held in (keys, values)
+            stored[tables[row].long()].flatten(0, 1)[:length].repeat_interleave(group, 1)
+            for stored in (keys, values)
         )
         at = torch.arange(length - (end - begin), length)[:, None]
         places = torch.arange(length)
@@ -75,7 +75,7 @@ def attend_varlen(
 
 
 class Pool:
-    """Instead of graphs: remembers what would be captured, and runs it."""
+    """A fake `GraphPool`: replays by calling the captured function."""
 
     def __init__(self) -> None:
         self.captured = 0
@@ -96,7 +96,7 @@ class Pool:
 def flash_engine(
     tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], tuple[TorchEngine, Pool]]:
-    """Make an engine of a tiny model as on CUDA, in float32."""
+    """Make an engine of a tiny model with the code for CUDA, in float32."""
     monkeypatch.setattr(cuda, "attend_varlen", attend_varlen)
     transformers.AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
@@ -136,7 +136,7 @@ def flash_engine(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "mistral", "phi3"])
-def test_random_schedules_answer_as_generate_does(
+def test_random_schedules_answer_like_generate(
     architecture: str, flash_engine: Callable[..., tuple[TorchEngine, Pool]], tiny_network: Network
 ) -> None:
     (engine, pool), network = flash_engine(architecture), tiny_network(architecture)
@@ -151,7 +151,7 @@ def test_random_schedules_answer_as_generate_does(
     assert pool.replayed > before
 
 
-def test_steps_of_decodes_are_replayed_and_others_are_not(
+def test_only_steps_of_decodes_are_replayed(
     flash_engine: Callable[..., tuple[TorchEngine, Pool]], tiny_network: Network
 ) -> None:
     engine, pool = flash_engine("llama")
@@ -163,12 +163,12 @@ def test_steps_of_decodes_are_replayed_and_others_are_not(
     assert pool.replayed == before + 8
 
 
-def test_what_cannot_be_captured_is_computed_without_graphs(
+def test_a_model_that_cannot_be_captured_is_computed_without_graphs(
     tiny_engine: Engine, tiny_network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[str] = []
+    reported: list[str] = []
 
-    class Refusing(Pool):
+    class Failing(Pool):
         def __init__(self, _: torch.device) -> None:
             super().__init__()
 
@@ -176,20 +176,20 @@ def test_what_cannot_be_captured_is_computed_without_graphs(
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(cuda, "attend_varlen", attend_varlen)
-    monkeypatch.setattr(cuda, "GraphPool", Refusing)
+    monkeypatch.setattr(cuda, "GraphPool", Failing)
     monkeypatch.setattr(loading, "choose_kind", lambda layers, device, dtype: flash(device, dtype))
-    engine = tiny_engine("gpt_neox", progress=heard.append)
+    engine = tiny_engine("gpt_neox", progress=reported.append)
     prompt = prompt_of(40)
 
     assert answer(engine, prompt, 9) == generated(tiny_network("gpt_neox"), prompt, 9)
 
-    assert any("GPTNeoXForCausalLM computes without CUDA graphs" in line for line in heard)
+    assert any("GPTNeoXForCausalLM computes without CUDA graphs" in line for line in reported)
 
 
-def test_rows_that_pad_a_step_disturb_nobody(
+def test_padding_rows_write_only_to_the_spare_block(
     flash_engine: Callable[..., tuple[TorchEngine, Pool]], tiny_network: Network
 ) -> None:
-    """Three rows run as four: the fourth writes to the block that nobody owns, and to no other."""
+    """Three rows run as four; the fourth writes only to the spare block."""
     engine, _ = flash_engine("llama")
     forward: Any = engine._forward
     assert isinstance(forward, VarlenForward)
@@ -222,7 +222,7 @@ def test_rows_that_pad_a_step_disturb_nobody(
         assert [own[-1], token.id] == generated(tiny_network("llama"), prompt, 2)
 
 
-def test_a_row_whose_logits_are_not_finite_ends_alone(
+def test_a_row_whose_logits_are_not_finite_fails_alone(
     flash_engine: Callable[..., tuple[TorchEngine, Pool]],
 ) -> None:
     engine, _ = flash_engine("llama")
@@ -239,10 +239,10 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(
     assert isinstance(results[1], Token)
 
 
-def test_a_failing_step_on_a_device_of_its_own_gives_the_caller_its_turn_all_the_same(
+def test_a_failed_step_on_an_asynchronous_device_still_calls_the_callback(
     flash_engine: Callable[..., tuple[TorchEngine, Pool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There the turn comes after the launch: order of events on a device that computes by itself."""
+    """On such a device, the callback is called after the launch."""
     engine, _ = flash_engine("llama")
     events: list[str] = []
     forward = engine._forward
@@ -262,11 +262,11 @@ def test_a_failing_step_on_a_device_of_its_own_gives_the_caller_its_turn_all_the
     monkeypatch.setattr(cuda.Fetch, "wait", wait)
     row = Row(blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, GREEDY)
 
-    engine.step([row], lambda: events.append("turn"))
+    engine.step([row], lambda: events.append("callback"))
     with pytest.raises(RuntimeError, match="out of memory"):
-        engine.step([row], lambda: events.append("turn"))
+        engine.step([row], lambda: events.append("callback"))
 
-    assert events == ["launch", "turn", "wait", "launch", "turn"]
+    assert events == ["launch", "callback", "wait", "launch", "callback"]
 
 
 @pytest.mark.parametrize(

@@ -99,17 +99,17 @@ class DecoderWeights:
 
     def _layer(self, layer: Any) -> Record:
         attention, feed_forward = layer.self_attn, layer.mlp
-        made: Record = np.zeros(1, DECODER_LAYER)
-        made["attention_norm"] = self._vector(layer.input_layernorm.weight)
-        made["feed_forward_norm"] = self._vector(layer.post_attention_layernorm.weight)
+        record: Record = np.zeros(1, DECODER_LAYER)
+        record["attention_norm"] = self._vector(layer.input_layernorm.weight)
+        record["feed_forward_norm"] = self._vector(layer.post_attention_layernorm.weight)
         if hasattr(attention, "q_norm"):
-            made["query_norm"] = self._vector(attention.q_norm.weight)
-            made["key_norm"] = self._vector(attention.k_norm.weight)
-        made["qkv"] = self._matrix([attention.q_proj, attention.k_proj, attention.v_proj])
-        made["output"] = self._matrix([attention.o_proj])
-        made["gate_up"] = self._matrix([feed_forward.gate_proj, feed_forward.up_proj])
-        made["down"] = self._matrix([feed_forward.down_proj])
-        return made
+            record["query_norm"] = self._vector(attention.q_norm.weight)
+            record["key_norm"] = self._vector(attention.k_norm.weight)
+        record["qkv"] = self._matrix([attention.q_proj, attention.k_proj, attention.v_proj])
+        record["output"] = self._matrix([attention.o_proj])
+        record["gate_up"] = self._matrix([feed_forward.gate_proj, feed_forward.up_proj])
+        record["down"] = self._matrix([feed_forward.down_proj])
+        return record
 
     def _matrix(self, layers: list[Any]) -> Record:
         weights = [layer.weight.detach() for layer in layers]

@@ -9,11 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.worker.engine.cpu.kernels.matmul import ELEMENT_BYTES, GROUP, MATRIX, PANEL, ElementType
+from headrace.worker.engine.cpu.kernels.matmul import (
+    ELEMENT_BYTES,
+    GROUP,
+    GROUP_WORDS,
+    MATRIX,
+    PANEL,
+    ElementType,
+)
 
-_GROUP_WORDS = GROUP // 4  # of 4 bytes, that the int8 weights of one output and group take
-_SUM_WORDS = PANEL // 2  # that the sums of a group take in front of its weights
-_CHUNK_WEIGHTS = 1 << 18  # converted at a time
+_SUM_WORDS = PANEL // 2  # words of the sums of a group, before its weights
+_CHUNK_WEIGHTS = 1 << 18  # converted together
 
 
 def lay_out(
@@ -35,7 +41,7 @@ def lay_out(
     if bias is not None:
         offsets[:outputs] = bias
     int8 = element_type is ElementType.INT8
-    shape = (inputs // GROUP, _SUM_WORDS + _GROUP_WORDS * PANEL) if int8 else (words, PANEL)
+    shape = (inputs // GROUP, _SUM_WORDS + GROUP_WORDS * PANEL) if int8 else (words, PANEL)
     panels = torch.empty(rows // PANEL, *shape, dtype=torch.int32)
     # In chunks, through buffers that stay in the cache of the CPU: converting the whole matrix at once takes
     # three times as long, mostly in the system, which zeroes new memory.
@@ -50,14 +56,14 @@ def lay_out(
         else:
             stored = part.to(dtype).view(torch.int32).view(-1, PANEL, words)
             here.copy_(stored.transpose(1, 2))
-    made: npt.NDArray[Any] = np.zeros(1, MATRIX)
-    made["bias"], made["panels"] = offsets.data_ptr(), panels.data_ptr()
-    made["count"], made["words"] = rows // PANEL, words
+    record: npt.NDArray[Any] = np.zeros(1, MATRIX)
+    record["bias"], record["panels"] = offsets.data_ptr(), panels.data_ptr()
+    record["count"], record["words"] = rows // PANEL, words
     owned += [offsets, panels]
     if int8:
-        made["scales"] = scales.data_ptr()
+        record["scales"] = scales.data_ptr()
         owned.append(scales)
-    return made
+    return record
 
 
 def _stacked_rows(matrices: Sequence[torch.Tensor], begin: int, end: int) -> torch.Tensor:
@@ -95,5 +101,5 @@ class _Quantiser:
         sums = floats.view(-1, PANEL, groups, GROUP).sum(dim=3).transpose(1, 2)
         panels.view(torch.int16)[..., :PANEL] = sums
         stored.copy_(floats)
-        words = stored.view(torch.int32).view(-1, PANEL, groups, _GROUP_WORDS).permute(0, 2, 3, 1)
-        panels[..., _SUM_WORDS:].view(-1, groups, _GROUP_WORDS, PANEL).copy_(words)
+        words = stored.view(torch.int32).view(-1, PANEL, groups, GROUP_WORDS).permute(0, 2, 3, 1)
+        panels[..., _SUM_WORDS:].view(-1, groups, GROUP_WORDS, PANEL).copy_(words)

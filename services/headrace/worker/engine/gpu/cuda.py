@@ -101,8 +101,8 @@ def attend_varlen(
     values: torch.Tensor,
     *,
     offsets: torch.Tensor,
-    held: torch.Tensor,
-    used: torch.Tensor,
+    key_offsets: torch.Tensor,
+    key_counts: torch.Tensor,
     tables: torch.Tensor,
     max_query: int,
     max_keys: int,
@@ -114,8 +114,8 @@ def attend_varlen(
     query          [tokens, heads, dim]
     keys, values   [blocks, block_tokens, kv_heads, dim]
     offsets        [rows + 1] int32, start of the queries of each row
-    held           [rows + 1] int32, running sum of `used`; FlashAttention 2 requires it
-    used           [rows] int32, number of keys of each row
+    key_offsets    [rows + 1] int32, running sum of `key_counts`; FlashAttention 2 requires it
+    key_counts     [rows] int32, number of keys of each row
     tables         [rows, width] int32
     max_query      most queries of a row
     max_keys       an upper bound of the keys of a row
@@ -132,13 +132,13 @@ def attend_varlen(
         keys,
         values,
         offsets,
-        held,
+        key_offsets,
         max_query,
         max_keys,
         scale=scale,
         window_size=window,
         enable_gqa=query.shape[1] != keys.shape[2],
-        seqused_k=used,
+        seqused_k=key_counts,
         block_table=tables,
         num_splits=1,
     )

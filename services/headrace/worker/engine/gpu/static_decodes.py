@@ -80,7 +80,7 @@ class StaticDecodes:
 
     def _computation(self, shape: VarlenIndex) -> Callable[[], None]:
         index = shape.unpack(self._inputs)
-        rows = len(shape.used)
+        rows = len(shape.key_counts)
 
         def run() -> None:
             attention = VarlenAttention(self._memory, index, max_query=1, max_keys=self._context_length)

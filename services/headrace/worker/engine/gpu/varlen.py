@@ -26,35 +26,35 @@ BLOCK_TOKENS = 256
 class VarlenIndex:
     """The index arguments of the kernel for a step: numpy arrays on the host or tensors on the device.
 
-    ids        [tokens]
-    positions  [tokens]
-    where      [tokens] slots of keys and values, see `flat_step.destinations`
-    offsets    [rows + 1] start of the tokens of each row
-    used       [rows] number of keys of each row
-    held       [rows + 1] running sum of `used`
-    tables     [rows, width]
+    ids           [tokens]
+    positions     [tokens]
+    where         [tokens] slots of keys and values, see `flat_step.destinations`
+    offsets       [rows + 1] start of the tokens of each row
+    key_counts    [rows] number of keys of each row
+    key_offsets   [rows + 1] running sum of `key_counts`
+    tables        [rows, width]
     """
 
     ids: Any
     positions: Any
     where: Any
     offsets: Any
-    used: Any
-    held: Any
+    key_counts: Any
+    key_offsets: Any
     tables: Any
 
     @classmethod
     def of(cls, flat: FlatStep, block_tokens: int) -> VarlenIndex:
         """Compute the index of a step, as int32 arrays."""
-        held = np.zeros(flat.rows + 1, np.int32)
-        np.cumsum(flat.stops, out=held[1:])
+        key_offsets = np.zeros(flat.rows + 1, np.int32)
+        np.cumsum(flat.stops, out=key_offsets[1:])
         return cls(
             ids=flat.ids.astype(np.int32),
             positions=flat.positions.astype(np.int32),
             where=destinations(flat, block_tokens).astype(np.int32),
             offsets=flat.offsets,
-            used=flat.stops,
-            held=held,
+            key_counts=flat.stops,
+            key_offsets=key_offsets,
             tables=flat.tables,
         )
 
@@ -115,14 +115,14 @@ class VarlenAttention:
         """Store keys and values, and compute attention; the kernel has no soft cap."""
         assert masking.softcap is None
         self._memory.store(layer, self._where, keys, values)
-        held_keys, held_values = self._memory[layer]
+        stored_keys, stored_values = self._memory[layer]
         return cuda.attend_varlen(
             query,
-            held_keys,
-            held_values,
+            stored_keys,
+            stored_values,
             offsets=self._index.offsets,
-            held=self._index.held,
-            used=self._index.used,
+            key_offsets=self._index.key_offsets,
+            key_counts=self._index.key_counts,
             tables=self._index.tables,
             max_query=self._max_query,
             max_keys=self._max_keys,

@@ -26,8 +26,8 @@ from headrace.worker.engine.load.precision import Precision
 _MIN_PLAIN_TOKENS = {torch.float32: 4, torch.bfloat16: 2}
 
 
-def _ignore(_: str) -> None:
-    pass
+def ignore(_: object) -> None:
+    """Do nothing with a report or a result."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class LoadedModel:
         )
 
     def build_forward(
-        self, model: ModelInfo, progress: Callable[[str], None] = _ignore, *, graphs: bool = True
+        self, model: ModelInfo, progress: Callable[[str], None] = ignore, *, graphs: bool = True
     ) -> Forward:
         """Allocate KV memory for a model, and build the `Forward` that computes over it.
 

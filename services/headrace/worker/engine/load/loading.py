@@ -25,7 +25,7 @@ from headrace.worker.engine.attention_kinds import choose_kind
 from headrace.worker.engine.cpu.kernels.compiling import compile_kernels
 from headrace.worker.engine.interface import ModelInfo
 from headrace.worker.engine.load import kv_sizing, self_check
-from headrace.worker.engine.load.assembly import LoadedModel, release_freed_memory
+from headrace.worker.engine.load.assembly import LoadedModel, ignore, release_freed_memory
 from headrace.worker.engine.load.devices import choose_device
 from headrace.worker.engine.load.gguf.weights import dequantised
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
@@ -54,10 +54,6 @@ log = logging.getLogger(__name__)
 Report = Callable[[str], None]  # receives one sentence
 
 
-def _ignore(_: object) -> None:
-    pass
-
-
 def load_engine(
     path: Path,
     *,
@@ -71,8 +67,8 @@ def load_engine(
     max_running: int = 32,
     step_tokens: int = 512,
     kv_memory: float | None = None,
-    progress: Report = _ignore,
-    warn: Report = _ignore,
+    progress: Report = ignore,
+    warn: Report = ignore,
 ) -> TorchEngine:
     """Load a model, check it and warm it up.
 
@@ -216,7 +212,7 @@ def _size_kv_memory(
     )
     return kv_sizing.measure_blocks(
         torch.device(model.device),
-        lambda: _ignore(engine.step(rows)),
+        lambda: ignore(engine.step(rows)),
         block_bytes=loaded.kind.block_bytes(loaded.layers),
         sequence_blocks=-(-model.context_length // model.block_tokens),
         max_running=model.max_running,

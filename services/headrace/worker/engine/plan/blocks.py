@@ -1,10 +1,10 @@
-"""Keep the books of KV memory: which blocks are free, who shares one, and which prefixes are computed.
+"""Account for the blocks of KV memory: which are free, who shares one, and which prefixes are cached.
 
-The engine holds the memory itself; here are only block numbers. A block that is full may be found again
-by what was computed in it: its ids and all ids before them, so that a prompt that begins like an
-earlier one (a system prompt, a chat so far) starts behind what they share (as in vLLM, Kwon et al., SOSP
-2023). Blocks that nobody holds stay findable until their room is needed; the longest unused goes first.
-Plain data: no clock, no thread, no torch.
+The engine owns the memory itself; here are only block numbers. A full block is cached under its contents:
+its ids and all ids before them. A prompt that shares a prefix with an earlier one (a system prompt, a chat
+so far) starts after that prefix (as in vLLM, Kwon et al., SOSP 2023). A cached block that no sequence uses
+stays in the cache until its memory is needed; the least recently used one is evicted first. Plain data: no
+clock, no thread, no torch.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from struct import Struct
 
-# What stands before a block: for a sequence's first block its scope, for later ones the number of the prefix
-# that ends with the block before. Numbers are drawn once and never again.
+# Identifies what precedes a block: the scope for a sequence's first block, and for later ones the number of
+# the prefix that ends with the block before. A number is never reused.
 Prefix = int | bytes
 
-# What a full block is found by: what stands before it, and its own ids. So equal keys mean equal scopes, and
-# equal ids from the first on: nothing can collide, and nothing is found across scopes.
-Key = tuple[Prefix, bytes]
+# A full block is cached under what precedes it and its own ids. Equal keys therefore mean equal scopes and
+# equal ids from the first on: keys cannot collide, and no block is found from another scope.
+BlockKey = tuple[Prefix, bytes]
 
 _NO_PREFIX = 0
 
 
 class BlockPool:
-    """All blocks of one engine: reference-counted, and findable by their contents once full.
+    """All blocks of one engine: reference-counted, and cached by their contents once full.
 
-    blocks         how many there are; they are numbered from 0
-    block_tokens   tokens in each
-    prefix_cache   whether full blocks are found again
+    blocks         number of blocks; they are numbered from 0
+    block_tokens   tokens per block
+    prefix_cache   whether full blocks are cached
     """
 
     def __init__(self, blocks: int, block_tokens: int, *, prefix_cache: bool = True) -> None:
@@ -36,38 +36,38 @@ class BlockPool:
         self.block_tokens = block_tokens
         self.prefix_cache = prefix_cache
         self._pack = Struct(f"{block_tokens}I").pack
-        self._holders = [0] * blocks
-        self._keys: list[Key | None] = [None] * blocks
+        self._references = [0] * blocks
+        self._keys: list[BlockKey | None] = [None] * blocks
         self._prefixes = [_NO_PREFIX] * blocks  # the number of the prefix that ends with the block
-        self._found: dict[Key, int] = {}
-        self._drawn = _NO_PREFIX
+        self._cached: dict[BlockKey, int] = {}
+        self._last_prefix = _NO_PREFIX
         # Lowest number first keeps the memory in use dense.
         self._free = list(range(blocks - 1, -1, -1))
-        # Held by nobody, but findable; the longest unused first. Whoever holds a block holds those before it
-        # too, and gives back the last one first: so no block comes before one that continues it.
-        self._idle: dict[int, None] = {}
+        # Unreferenced but cached, least recently used first. A sequence that references a block references
+        # those before it too, and releases the last one first: so no block is ahead of its continuations.
+        self._evictable: dict[int, None] = {}
 
     @property
     def available(self) -> int:
-        """Blocks that nobody holds, whether findable or not."""
-        return len(self._free) + len(self._idle)
+        """Number of unreferenced blocks, cached or not."""
+        return len(self._free) + len(self._evictable)
 
     @property
     def cached(self) -> int:
-        """Blocks that can be found by their contents, held or not."""
-        return len(self._found)
+        """Number of cached blocks, referenced or not."""
+        return len(self._cached)
 
     def match(self, ids: Sequence[int], scope: bytes = b"") -> list[int]:
-        """Find the blocks of the longest prefix computed in *scope*, the block of the last id excluded.
+        """Find the blocks of the longest prefix cached in *scope*, excluding the block of the last id.
 
-        For whoever draws the token behind the last id needs that one computed.
+        The last id must be computed, because its logits give the next token.
         """
         found: list[int] = []
         if not self.prefix_cache:
             return found
         prefix: Prefix = scope
         for index in range((len(ids) - 1) // self.block_tokens):
-            block = self._found.get(self.key(prefix, ids, index))
+            block = self._cached.get(self.key(prefix, ids, index))
             if block is None:
                 break
             found.append(block)
@@ -75,88 +75,89 @@ class BlockPool:
         return found
 
     def need(self, tokens: int, found: Sequence[int]) -> int:
-        """How many of the available blocks a sequence of so many ids uses up that shares what was found."""
-        return -(-tokens // self.block_tokens) - sum(self._holders[block] > 0 for block in found)
+        """Return how many available blocks a sequence of so many ids uses up, given its cached blocks."""
+        return -(-tokens // self.block_tokens) - sum(self._references[block] > 0 for block in found)
 
-    def key(self, prefix: Prefix, ids: Sequence[int], index: int) -> Key:
-        """What block *index* of a sequence with these ids is found by; *prefix* stands before it."""
+    def key(self, prefix: Prefix, ids: Sequence[int], index: int) -> BlockKey:
+        """Return the cache key of block *index* of a sequence with these ids; *prefix* precedes it."""
         begin = index * self.block_tokens
         return prefix, self._pack(*ids[begin : begin + self.block_tokens])
 
-    def find(self, key: Key) -> int | None:
-        """The block with these contents."""
-        return self._found.get(key)
+    def find(self, key: BlockKey) -> int | None:
+        """Return the cached block with these contents, if there is one."""
+        return self._cached.get(key)
 
     def prefix(self, block: int) -> int:
-        """The number of the prefix that ends with a findable block."""
+        """Return the number of the prefix that ends with a cached block."""
         return self._prefixes[block]
 
-    def take(self, count: int) -> list[int]:
-        """Hand out blocks; raises IndexError when fewer are available."""
+    def allocate(self, count: int) -> list[int]:
+        """Allocate blocks. Raises IndexError if fewer are available."""
         if count > self.available:
-            raise IndexError(f"{count} blocks asked for, {self.available} available")
-        taken = []
+            raise IndexError(f"{count} blocks requested, {self.available} available")
+        allocated = []
         for _ in range(count):
             if self._free:
                 block = self._free.pop()
             else:
-                block = next(iter(self._idle))
-                del self._idle[block]
-                self._forget(block)
-            self._holders[block] = 1
-            taken.append(block)
-        return taken
+                block = next(iter(self._evictable))
+                del self._evictable[block]
+                self._uncache(block)
+            self._references[block] = 1
+            allocated.append(block)
+        return allocated
 
     def share(self, block: int) -> None:
-        """Hold a findable block together with whoever holds it already."""
-        if not self._holders[block]:
-            del self._idle[block]
-        self._holders[block] += 1
+        """Add a reference to a cached block."""
+        if not self._references[block]:
+            del self._evictable[block]
+        self._references[block] += 1
 
-    def give_back(self, blocks: Sequence[int]) -> None:
-        """Hold a sequence's blocks no longer; they come in the sequence's order."""
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one reference to each of a sequence's blocks, given in the sequence's order."""
         for block in reversed(blocks):
-            self._holders[block] -= 1
-            if not self._holders[block]:
+            self._references[block] -= 1
+            if not self._references[block]:
                 if self._keys[block] is None:
                     self._free.append(block)
                 else:
-                    self._idle[block] = None
+                    self._evictable[block] = None
 
-    def register(self, block: int, key: Key) -> int:
-        """Make a full block findable; returns the number of the prefix that ends with it."""
-        self._drawn += 1
+    def cache(self, block: int, key: BlockKey) -> int:
+        """Add a full block to the cache. Returns the number of the prefix that ends with it."""
+        self._last_prefix += 1
         self._keys[block] = key
-        self._found[key] = block
-        self._prefixes[block] = self._drawn
-        return self._drawn
+        self._cached[key] = block
+        self._prefixes[block] = self._last_prefix
+        return self._last_prefix
 
-    def forget(self, blocks: Iterable[int]) -> None:
-        """Let nobody find these blocks any more; they must be held. What continues them is lost with them."""
+    def invalidate(self, blocks: Iterable[int]) -> None:
+        """Remove referenced blocks from the cache. Their continuations can no longer be found either."""
         for block in blocks:
-            self._forget(block)
+            self._uncache(block)
 
-    def _forget(self, block: int) -> None:
+    def _uncache(self, block: int) -> None:
         key = self._keys[block]
         if key is not None:
-            del self._found[key]
+            del self._cached[key]
             self._keys[block] = None
             self._prefixes[block] = _NO_PREFIX
 
-    def check(self, held: Iterable[Sequence[int]]) -> None:
-        """Raise AssertionError unless the books are right for sequences that hold these blocks. For tests."""
-        holders = [0] * self.blocks
-        for blocks in held:
+    def check(self, used: Iterable[Sequence[int]]) -> None:
+        """Raise AssertionError if the accounting is wrong for sequences that use these blocks. For tests."""
+        references = [0] * self.blocks
+        for blocks in used:
             for block in blocks:
-                holders[block] += 1
-        assert holders == self._holders, "the blocks' holders are not the sequences"
-        free, idle = set(self._free), set(self._idle)
+                references[block] += 1
+        assert references == self._references, "the reference counts do not match the sequences"
+        free, evictable = set(self._free), set(self._evictable)
+        unused = {block for block in range(self.blocks) if not references[block]}
         assert len(free) == len(self._free), "a block is free twice"
-        assert free.isdisjoint(idle)
-        assert free | idle == {block for block in range(self.blocks) if not holders[block]}, "a block leaked"
-        assert all(self._keys[block] is None for block in free), "a free block can be found"
-        assert all(self._keys[block] is not None for block in idle), "an idle block cannot be found"
-        assert {block: key for key, block in self._found.items()} == {
+        assert free.isdisjoint(evictable)
+        assert free | evictable == unused, "a block leaked"
+        assert all(self._keys[block] is None for block in free), "a free block is cached"
+        assert all(self._keys[block] is not None for block in evictable), "an evictable block is not cached"
+        assert {block: key for key, block in self._cached.items()} == {
             block: key for block, key in enumerate(self._keys) if key is not None
         }
 
@@ -164,75 +165,75 @@ class BlockPool:
 class BlockTable:
     """The blocks of one sequence, in order.
 
-    found    blocks of its beginning, from `BlockPool.match`: shared. The other ids get blocks of their own,
-             and `BlockPool.need` says how many must be available
-    scope    within which its blocks are found again
+    found    cached blocks of its prefix, from `BlockPool.match`. The other ids get blocks of their own;
+             `BlockPool.need` returns how many must be available
+    scope    within which its blocks are cached
     blocks   their numbers
     """
 
-    __slots__ = ("_pool", "_prefix", "_settled", "blocks")
+    __slots__ = ("_pool", "_prefix", "_published", "blocks")
 
     def __init__(self, pool: BlockPool, ids: Sequence[int], found: Sequence[int], scope: bytes = b"") -> None:
         self._pool = pool
         for block in found:
             pool.share(block)
         own = -(-len(ids) // pool.block_tokens) - len(found)
-        self.blocks = [*found, *pool.take(own)]
-        self._settled = len(found)  # how many of the blocks, from the first on, are findable
-        # What stands before the next one.
+        self.blocks = [*found, *pool.allocate(own)]
+        self._published = len(found)  # how many of the blocks, from the first on, are cached
+        # Precedes the next block.
         self._prefix: Prefix = pool.prefix(found[-1]) if found else scope
 
     def grow(self) -> None:
-        """Get one more block; one must be available."""
-        self.blocks += self._pool.take(1)
+        """Allocate one more block; one must be available."""
+        self.blocks += self._pool.allocate(1)
 
     @property
-    def settled_tokens(self) -> int:
-        """Ids in the findable blocks."""
-        return self._settled * self._pool.block_tokens
+    def published_tokens(self) -> int:
+        """Number of ids in the cached blocks."""
+        return self._published * self._pool.block_tokens
 
-    def settle(self, ids: Sequence[int], computed: int) -> int:
-        """Make full blocks findable, and go on to what others have computed by now.
+    def publish(self, ids: Sequence[int], computed: int) -> int:
+        """Add full blocks to the prefix cache, and adopt those that other sequences have cached since.
 
         computed   how many of the ids are in KV memory
 
-        A block whose contents can be found elsewhere already is exchanged for that one, so that equal
-        contents are held once, and who holds a block holds the findable ones before it.
+        A block whose contents are cached already is exchanged for the cached one. So equal contents are kept
+        once, and a sequence that references a block references the cached ones before it.
 
-        Returns how many ids are computed then; it leaves the last to compute if it was.
+        Returns how many ids are computed afterwards. The last id stays uncomputed if it was.
         """
         pool, size = self._pool, self._pool.block_tokens
         if not pool.prefix_cache:
             return computed
         while True:
-            ends = (self._settled + 1) * size
+            ends = (self._published + 1) * size
             if ends > computed and ends >= len(ids):
                 return computed
-            key = pool.key(self._prefix, ids, self._settled)
+            key = pool.key(self._prefix, ids, self._published)
             found = pool.find(key)
             if found is not None:
                 pool.share(found)
-                own, self.blocks[self._settled] = self.blocks[self._settled], found
-                pool.give_back([own])
+                own, self.blocks[self._published] = self.blocks[self._published], found
+                pool.release([own])
                 self._prefix = pool.prefix(found)
             elif ends <= computed:
-                self._prefix = pool.register(self.blocks[self._settled], key)
+                self._prefix = pool.cache(self.blocks[self._published], key)
             else:
                 return computed
-            self._settled += 1
+            self._published += 1
             computed = max(computed, ends)
 
-    def next_key(self, ids: Sequence[int]) -> Key | None:
-        """What the first block that is not findable would be found by; None where that is of no use."""
-        if not self._pool.prefix_cache or (self._settled + 1) * self._pool.block_tokens >= len(ids):
+    def next_key(self, ids: Sequence[int]) -> BlockKey | None:
+        """Return the key of the first block that is not cached; None if it cannot be shared."""
+        if not self._pool.prefix_cache or (self._published + 1) * self._pool.block_tokens >= len(ids):
             return None
-        return self._pool.key(self._prefix, ids, self._settled)
+        return self._pool.key(self._prefix, ids, self._published)
 
-    def empty(self) -> None:
-        """Give all blocks back; the table is of no use any more."""
-        self._pool.give_back(self.blocks)
+    def release(self) -> None:
+        """Release all blocks; the table must not be used afterwards."""
+        self._pool.release(self.blocks)
         self.blocks = []
 
-    def forget(self) -> None:
-        """Let nobody find what is in these blocks: it may be wrong."""
-        self._pool.forget(self.blocks)
+    def invalidate(self) -> None:
+        """Remove the blocks from the cache, because their contents may be wrong."""
+        self._pool.invalidate(self.blocks)

@@ -1,74 +1,47 @@
 """Decide what each engine step computes: iteration-level continuous batching.
 
-Sequences join and leave between steps (Orca, OSDI 2022) and prompts are cut into chunks that share
-the step with decodes under a token budget (Sarathi-Serve, OSDI 2024), so that a long prompt does not
-stall the answers around it. KV memory is handed out in blocks; when it runs out, the sequence that came
-last leaves for a while and is computed again later (vLLM, SOSP 2023). Plain data and plain functions: no
-clock, no thread, no torch. `kv` keeps the books of the blocks.
+Sequences join and leave between steps (Orca, OSDI 2022). Prompts are computed in chunks that share a step
+with decodes under a token budget (Sarathi-Serve, OSDI 2024), so that a long prompt does not stall the
+answers around it. KV memory is allocated in blocks; when it runs out, the sequence that came last is
+preempted and recomputed later (vLLM, SOSP 2023). Plain data and plain functions: no clock, no thread, no
+torch. `blocks` does the accounting of the blocks.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Generic, TypeVar
+from typing import Generic
 
-from headrace.worker.engine.interface import Fault, Memo, ModelInfo, Row, SamplingParams, Token
-from headrace.worker.engine.plan.blocks import BlockPool, BlockTable, Key
+from headrace.worker.engine.interface import Fault, Memo, ModelInfo, Row, Token
+from headrace.worker.engine.plan.blocks import BlockKey, BlockPool, BlockTable
+from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceTimes, SequenceUpdate
 
-K = TypeVar("K", bound=Hashable)
-
-# One level of priority is worth having come this much earlier, as in the batcher's queue. So urgent
-# sequences go first, and nobody waits for ever behind those who came long after.
+# One level of priority counts as an arrival this much earlier, as in the batcher's queue. So urgent
+# sequences go first, and no sequence starves behind those that arrive long after it.
 PRIORITY_SECONDS = 10.0
-
-
-class Ending(Enum):
-    """Why a sequence ended."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    CANCELLED = "cancelled"
-    DEADLINE = "deadline"
-    FAULT = "fault"
 
 
 @dataclass(slots=True, eq=False)
 class LiveSequence(Generic[K]):
-    """One request inside the engine.
+    """A sequence inside the scheduler.
 
     ids         prompt and answer so far; grows
-    prompt      how many of the ids are prompt
-    expires     on the caller's clock, seconds; None for never
-    submitted   on the caller's clock, seconds
-    resumed     how many answer ids came with the request, delivered by an earlier attempt
-    priority    0, the least urgent, to 9
-    scope       it shares what is computed only with sequences of an equal scope; opaque
-    memo        the engine's
-
-    The rest is the scheduler's:
-
     rank        the lowest goes first
+    memo        the engine's
     table       its blocks while it runs
-    computed    how many ids are in KV memory
-    cached      how many of the first ids were there already, computed for another sequence
-    preempted   how often it had to leave KV memory for a while
-    needs       available blocks that it lacked when it was last looked at
+    computed    number of ids in KV memory
+    cached      number of ids that the prefix cache held, computed for another sequence
+    preempted   number of times it was preempted
+    needs       available blocks that it lacked when it was last considered
+    started, first_token, last_token   see `SequenceTimes`
     """
 
-    key: K
+    spec: SequenceSpec[K]
     ids: list[int]
-    prompt: int
-    params: SamplingParams
-    expires: float | None
-    submitted: float
-    resumed: int = 0
-    priority: float = 5
-    scope: bytes = b""
+    rank: tuple[float, int]
     memo: Memo = field(default_factory=Memo)
-    rank: tuple[float, int] = (0.0, 0)
     table: BlockTable | None = None
     computed: int = 0
     cached: int = 0
@@ -80,69 +53,63 @@ class LiveSequence(Generic[K]):
 
     @property
     def answered(self) -> int:
-        """Tokens of the answer, those of earlier attempts included."""
-        return len(self.ids) - self.prompt
-
-
-@dataclass(slots=True)
-class Update(Generic[K]):
-    """What a step changed for one sequence: new tokens, an ending, or both."""
-
-    sequence: LiveSequence[K]
-    offset: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    ending: Ending | None = None
-    fault: str = ""
+        """Number of answer tokens, including those of earlier attempts."""
+        return len(self.ids) - self.spec.prompt
 
 
 class Scheduler(Generic[K]):
-    """Chooses the rows of each step and books what they produced.
+    """Chooses the rows of each step and records their results.
 
     model          limits: context_length, max_running, KV memory, eos_ids
     step_tokens    most tokens that one step computes; at least max_running, so that decodes always fit
-    prefix_cache   whether sequences that begin alike share what is computed
+    prefix_cache   whether sequences with a common prefix share what is computed
 
-    Sequences are ranked by arrival, each level of priority counting as some seconds. They start in this
-    order, as soon as there is a place and KV memory for all their ids; who ranks last makes room when a
-    decode finds none. Running sequences decode in every step, and prompts share what is left of its
-    budget: half is for the first in rank, the other half for the shortest. So a long prompt stalls no
-    short ones, nor do they stall it. Every sequence added leaves through exactly one update with an
-    ending.
+    Sequences are ranked by arrival; each level of priority counts as some seconds. They start in this order,
+    as soon as there is a free slot and KV memory for all their ids. If a decode needs a block and none is
+    available, the sequence with the last rank is preempted. Running sequences decode in every step, and
+    prompts share the rest of its budget: half is for the first in rank, the other half for the shortest. So
+    a long prompt does not stall short ones, and short ones do not stall it. Every sequence added leaves
+    through exactly one update with a finish reason.
+
+    step_tokens     as given, but at least max_running
+    decodes         tokens of the last step that continued an answer
+    preemptions     since the start
+    cached_tokens   ids that the prefix cache held, since the start
     """
 
     def __init__(self, model: ModelInfo, *, step_tokens: int = 512, prefix_cache: bool = True) -> None:
         self._model = model
-        self._step_tokens = max(step_tokens, model.max_running)
+        self.step_tokens = max(step_tokens, model.max_running)
         self._pool = BlockPool(model.kv_blocks, model.block_tokens, prefix_cache=prefix_cache)
         # Both by rank.
         self._waiting: list[LiveSequence[K]] = []
         self._running: list[LiveSequence[K]] = []
         self._keys: set[K] = set()
-        self._leaving: dict[K, Ending] = {}
+        self._leaving: dict[K, FinishReason] = {}
         self._planned: list[LiveSequence[K]] = []
         self._added = 0
-        self.preemptions = 0  # since the start, as is the next
+        self.decodes = 0
+        self.preemptions = 0
         self.cached_tokens = 0
 
     @property
     def running(self) -> int:
-        """Sequences that hold KV memory."""
+        """Number of sequences that have KV memory."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for some."""
+        """Number of sequences that wait for KV memory."""
         return len(self._waiting)
 
     @property
     def idle(self) -> bool:
-        """Nothing to compute and nothing to report."""
+        """Whether there is nothing to compute and nothing to report."""
         return not self._keys
 
     @property
     def uncomputed_prompt_tokens(self) -> int:
-        """Tokens to compute before each sequence can draw its next one; plain decodes count as none."""
+        """Tokens to compute before each sequence can sample its next one; plain decodes count as none."""
         missing = sum(len(s.ids) - s.computed for s in self._waiting)
         for sequence in self._running:
             rest = len(sequence.ids) - sequence.computed
@@ -152,63 +119,65 @@ class Scheduler(Generic[K]):
 
     @property
     def kv_tokens_free(self) -> int:
-        """Tokens that KV memory has room for; what is kept only to be found again counts as room."""
+        """Free capacity of KV memory in tokens; cached blocks that no sequence uses count as free."""
         return self._pool.available * self._pool.block_tokens
 
     def oldest_wait(self, now: float) -> float:
-        """How long the one that waits longest has waited, in seconds."""
-        return max((now - s.submitted for s in self._waiting), default=0.0)
+        """Return how long the longest-waiting sequence has waited, in seconds."""
+        return max((now - s.spec.submitted for s in self._waiting), default=0.0)
 
-    def add(self, sequence: LiveSequence[K]) -> None:
-        """Take a sequence in.
+    def add(self, spec: SequenceSpec[K]) -> LiveSequence[K]:
+        """Add a sequence.
 
-        Raises ValueError where its key is in use, where it holds an id that no token has, and where it leaves
-        no room for an answer in the context: KV memory holds a whole context, so all others are sure to be
+        Raises ValueError if its key is in use, if it contains an id outside the vocabulary, and if it leaves
+        no room for an answer in the context. KV memory holds a whole context, so every other sequence can be
         computed.
         """
-        if sequence.key in self._keys:
-            raise ValueError(f"key {sequence.key!r} is in use")
-        if not 0 < len(sequence.ids) < self._model.context_length:
+        if spec.key in self._keys:
+            raise ValueError(f"key {spec.key!r} is in use")
+        if not 0 < len(spec.ids) < self._model.context_length:
             raise ValueError(
-                f"a sequence starts with 1 to {self._model.context_length - 1} ids, not {len(sequence.ids)}"
+                f"a sequence starts with 1 to {self._model.context_length - 1} ids, not {len(spec.ids)}"
             )
-        if min(sequence.ids) < 0 or max(sequence.ids) >= self._model.vocabulary_size:
-            raise ValueError(f"a sequence's ids are below {self._model.vocabulary_size}, and at least 0")
-        self._keys.add(sequence.key)
+        if min(spec.ids) < 0 or max(spec.ids) >= self._model.vocabulary_size:
+            raise ValueError(f"a sequence's ids must be in 0 to {self._model.vocabulary_size - 1}")
+        self._keys.add(spec.key)
         self._added += 1
-        sequence.rank = (sequence.submitted - PRIORITY_SECONDS * sequence.priority, self._added)
+        rank = (spec.submitted - PRIORITY_SECONDS * spec.priority, self._added)
+        sequence = LiveSequence(spec, list(spec.ids), rank)
         insort(self._waiting, sequence, key=_rank)
+        return sequence
 
     def cancel(self, key: K) -> None:
-        """Let a sequence leave before the next step. Unknown keys are none of our business."""
+        """Let a sequence end before the next step. Unknown keys are ignored."""
         if key in self._keys:
-            self._leaving[key] = Ending.CANCELLED
+            self._leaving[key] = FinishReason.CANCELLED
 
     def cancel_all(self) -> None:
-        """Let everything leave before the next step."""
+        """Let all sequences end before the next step."""
         for key in self._keys:
-            self._leaving[key] = Ending.CANCELLED
+            self._leaving[key] = FinishReason.CANCELLED
 
-    def expel(self, now: float) -> list[Update[K]]:
-        """Remove what was cancelled and what has expired at *now*; called before each `plan`.
+    def remove_ended(self, now: float) -> list[SequenceUpdate[K]]:
+        """Remove sequences that are cancelled or past their deadlines; called before each `plan`.
 
         Returns their last updates.
         """
         for sequence in (*self._running, *self._waiting):
-            if sequence.expires is not None and now >= sequence.expires:
-                self._leaving.setdefault(sequence.key, Ending.DEADLINE)
+            if now >= sequence.spec.deadline.at:  # inlined `passed`: for each sequence, in each step
+                self._leaving.setdefault(sequence.spec.key, FinishReason.DEADLINE)
         if not self._leaving:
             return []
-        leaving = [s for s in (*self._running, *self._waiting) if s.key in self._leaving]
-        return [self._end(sequence, self._leaving[sequence.key]) for sequence in leaving]
+        leaving = [s for s in (*self._running, *self._waiting) if s.spec.key in self._leaving]
+        return [self._finish(sequence, self._leaving[sequence.spec.key]) for sequence in leaving]
 
     def plan(self, now: float) -> list[Row]:
-        """Choose the rows of the next step; empty when there is nothing to compute."""
+        """Choose the rows of the next step; empty if there is nothing to compute."""
         chosen = dict.fromkeys(self._decodes(), 1)
         self._admit()
         if len(chosen) < len(self._running):
             prefilling = [sequence for sequence in self._running if sequence not in chosen]
-            for sequence, tokens in self._share(prefilling, self._step_tokens - len(chosen)):
+            for sequence, tokens in self._split(prefilling, self.step_tokens - len(chosen)):
                 chosen[sequence] = tokens
                 if sequence.started is None:
                     sequence.started = now
@@ -217,34 +186,35 @@ class Scheduler(Generic[K]):
 
     def apply(
         self, rows: Sequence[Row], results: Sequence[Token | Fault | None], now: float
-    ) -> list[Update[K]]:
-        """Book what the engine made of the planned rows.
+    ) -> list[SequenceUpdate[K]]:
+        """Record the engine's results for the planned rows.
 
-        Returns one update per sequence that has news.
+        Returns one update per sequence that has a new token or has ended.
         """
         updates = []
         size = self._pool.block_tokens
+        self.decodes = 0
         for sequence, row, result in zip(self._planned, rows, results, strict=True):
             table = _table(sequence)
             if isinstance(result, Fault):
-                # Whatever went wrong may have left wrong keys: nobody else shall build on them.
-                table.forget()
-                updates.append(self._end(sequence, Ending.FAULT, fault=result.message))
+                # The blocks may hold wrong keys: no other sequence may use them.
+                table.invalidate()
+                updates.append(self._finish(sequence, FinishReason.FAULT, fault=result.message))
                 continue
             sequence.computed = row.stop
-            if row.stop >= table.settled_tokens + size:
-                self._settle(sequence)
+            if row.stop >= table.published_tokens + size:
+                self._publish(sequence)
             if result is not None:
-                updates.append(self._book(sequence, result, now))
+                updates.append(self._record(sequence, result, now))
         self._planned = []
         return updates
 
     def check(self) -> None:
-        """Raise AssertionError unless the books of KV memory are right. For tests."""
+        """Raise AssertionError if the accounting of KV memory is wrong. For tests."""
         self._pool.check([_table(sequence).blocks for sequence in self._running])
 
     def _decodes(self) -> list[LiveSequence[K]]:
-        """Give running sequences that draw a token in every step the block for it; preempts for that."""
+        """Return the sequences that decode in this step, each with a block for it; preempts if needed."""
         size, running = self._pool.block_tokens, self._running
         decoding = []
         for sequence in running.copy():
@@ -260,8 +230,8 @@ class Scheduler(Generic[K]):
         return decoding
 
     def _preempt(self, sequence: LiveSequence[K]) -> None:
-        """Let a running sequence wait until there is memory for it again. What it said stays said."""
-        self._leave(sequence)
+        """Return a running sequence to the waiting ones. Its tokens so far stay valid."""
+        self._release(sequence)
         sequence.computed = 0
         sequence.needs = 0
         sequence.preempted += 1
@@ -269,89 +239,107 @@ class Scheduler(Generic[K]):
         insort(self._waiting, sequence, key=_rank)
 
     def _admit(self) -> None:
-        """Let those start for whom there is a place and memory, by rank."""
+        """Start waiting sequences, by rank, while there are free slots and memory."""
         pool = self._pool
         while self._waiting and len(self._running) < self._model.max_running:
             sequence = self._waiting[0]
-            # Every running sequence will soon ask for a block: who starts shall not be preempted at once.
+            # Each running sequence will soon need a block: a new one must not be preempted immediately.
             spare = pool.available - min(len(self._running), pool.blocks // 16)
             if sequence.needs > spare:
-                return  # without looking again, which takes time on long prompts
-            found = pool.match(sequence.ids, sequence.scope)
+                return  # without another match, which takes time for long prompts
+            found = pool.match(sequence.ids, sequence.spec.scope)
             sequence.needs = pool.need(len(sequence.ids), found)
             if sequence.needs > spare:
                 return
-            sequence.table = BlockTable(pool, sequence.ids, found, sequence.scope)
-            self._find(sequence, sequence.table.settled_tokens)
+            sequence.table = BlockTable(pool, sequence.ids, found, sequence.spec.scope)
+            self._advance(sequence, sequence.table.published_tokens)
             del self._waiting[0]
             insort(self._running, sequence, key=_rank)
 
-    def _share(self, prefilling: Sequence[LiveSequence[K]], room: int) -> list[tuple[LiveSequence[K], int]]:
-        """Share *room* tokens among sequences whose ids are not all computed, given by rank."""
+    def _split(self, prefilling: Sequence[LiveSequence[K]], budget: int) -> list[tuple[LiveSequence[K], int]]:
+        """Split a budget of tokens among sequences with uncomputed prompt, given by rank."""
         for sequence in prefilling:
-            self._settle(sequence)
+            self._publish(sequence)
         oldest = prefilling[0]
         rest: dict[LiveSequence[K], int] = {}
-        computing: set[Key] = set()
+        computing: set[BlockKey] = set()
         for sequence in (oldest, *sorted(prefilling[1:], key=_uncomputed)):
-            # Two that go on alike do not compute the same: the second finds it done in the next step.
+            # Two sequences do not compute the same block: the second one finds it cached in the next step.
             key = _table(sequence).next_key(sequence.ids)
             if key is None or key not in computing:
                 rest[sequence] = _uncomputed(sequence)
                 if key is not None:
                     computing.add(key)
-        chosen = {oldest: min(rest[oldest], (room + 1) // 2)}
-        room -= chosen[oldest]
+        chosen = {oldest: min(rest[oldest], (budget + 1) // 2)}
+        budget -= chosen[oldest]
         rest[oldest] -= chosen[oldest]
         for sequence in sorted(rest, key=rest.__getitem__):
-            tokens = min(rest[sequence], room)
+            tokens = min(rest[sequence], budget)
             if tokens:
                 chosen[sequence] = chosen.get(sequence, 0) + tokens
-                room -= tokens
+                budget -= tokens
         return list(chosen.items())
 
-    def _settle(self, sequence: LiveSequence[K]) -> None:
-        """Share what it has computed, and skip what others have."""
-        self._find(sequence, _table(sequence).settle(sequence.ids, sequence.computed))
+    def _publish(self, sequence: LiveSequence[K]) -> None:
+        """Add what it has computed to the prefix cache, and skip what others have added."""
+        self._advance(sequence, _table(sequence).publish(sequence.ids, sequence.computed))
 
-    def _find(self, sequence: LiveSequence[K], computed: int) -> None:
-        """Book that so many of its ids are computed, by whomever."""
+    def _advance(self, sequence: LiveSequence[K], computed: int) -> None:
+        """Record that so many of its ids are computed; those above its own count come from the cache."""
         found = computed - sequence.computed
         if found:
             sequence.computed = computed
-            if not sequence.preempted:  # later it finds what it has computed itself
+            if not sequence.preempted:  # afterwards the cache holds what the sequence computed itself
                 sequence.cached += found
                 self.cached_tokens += found
 
-    def _book(self, sequence: LiveSequence[K], result: Token, now: float) -> Update[K]:
-        params = sequence.params
+    def _record(self, sequence: LiveSequence[K], result: Token, now: float) -> SequenceUpdate[K]:
+        params = sequence.spec.params
         if sequence.first_token is None:
             sequence.first_token = now
+        else:
+            self.decodes += 1
         sequence.last_token = now
-        ended = result.id in self._model.eos_ids and not params.ignore_eos
-        if ended or result.id in params.stop_ids:
-            return self._end(sequence, Ending.STOP)
-        update = Update(sequence, sequence.answered, [result.id])
+        end_of_turn = result.id in self._model.eos_ids and not params.ignore_eos
+        if end_of_turn or result.id in params.stop_ids:
+            return self._finish(sequence, FinishReason.STOP)
+        offset = sequence.answered
         sequence.ids.append(result.id)
-        if params.logprobs and result.logprob is not None:
-            update.logprobs.append(result.logprob)
-        if sequence.answered >= params.max_tokens or len(sequence.ids) >= self._model.context_length:
-            update.ending = self._end(sequence, Ending.LENGTH).ending
-        return update
+        logprobs = (result.logprob,) if params.logprobs and result.logprob is not None else ()
+        if offset + 1 >= params.max_tokens or len(sequence.ids) >= self._model.context_length:
+            return self._finish(sequence, FinishReason.LENGTH, (result.id,), logprobs)
+        return SequenceUpdate(sequence.spec.key, offset, (result.id,), logprobs, sequence.cached)
 
-    def _end(self, sequence: LiveSequence[K], ending: Ending, fault: str = "") -> Update[K]:
-        self._keys.discard(sequence.key)
-        self._leaving.pop(sequence.key, None)
+    def _finish(
+        self,
+        sequence: LiveSequence[K],
+        reason: FinishReason,
+        token_ids: Sequence[int] = (),
+        logprobs: Sequence[float] = (),
+        fault: str = "",
+    ) -> SequenceUpdate[K]:
+        key = sequence.spec.key
+        self._keys.discard(key)
+        self._leaving.pop(key, None)
         if sequence.table is None:
             self._waiting.remove(sequence)
         else:
-            self._leave(sequence)
-        return Update(sequence, sequence.answered, ending=ending, fault=fault)
+            self._release(sequence)
+        return SequenceUpdate(
+            key=key,
+            offset=sequence.answered - len(token_ids),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            cached=sequence.cached,
+            finish=reason,
+            fault=fault,
+            times=SequenceTimes(sequence.started, sequence.first_token, sequence.last_token),
+        )
 
-    def _leave(self, sequence: LiveSequence[K]) -> None:
-        """Give up the place in KV memory."""
+    def _release(self, sequence: LiveSequence[K]) -> None:
+        """Release the slot and the blocks of a running sequence."""
         self._running.remove(sequence)
-        _table(sequence).empty()
+        _table(sequence).release()
         sequence.table = None
 
 
@@ -364,20 +352,21 @@ def _uncomputed(sequence: LiveSequence[K]) -> int:
 
 
 def _table(sequence: LiveSequence[K]) -> BlockTable:
-    """The blocks of a running sequence."""
+    """Return the blocks of a running sequence."""
     assert sequence.table is not None
     return sequence.table
 
 
 def _row(sequence: LiveSequence[K], tokens: int) -> Row:
     stop = sequence.computed + tokens
+    spec = sequence.spec
     return Row(
         blocks=_table(sequence).blocks,
         start=sequence.computed,
         stop=stop,
         ids=sequence.ids,
-        prompt=sequence.prompt,
+        prompt=spec.prompt,
         sample=stop == len(sequence.ids),
-        params=sequence.params,
+        params=spec.params,
         memo=sequence.memo,
     )

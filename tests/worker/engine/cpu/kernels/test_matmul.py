@@ -1,4 +1,4 @@
-"""Products by matrices laid out in panels, against plain ones, and against themselves in other batches."""
+"""Products with matrices in panels, compared with plain ones, and with themselves in other batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ELEMENT_TYPES = [
     )
     for element_type in ElementType
 ]
-# Of the size of the results: float32 sums, 8 bits of mantissa, 8 bits of weights and activations.
+# Relative errors: float32 sums, 8 bits of mantissa, 8 bits of weights and activations.
 TOLERANCE = {ElementType.FLOAT32: 1e-6, ElementType.BFLOAT16: 6e-3, ElementType.INT8: 2e-2}
 
 
@@ -63,7 +63,7 @@ def product(
     x: torch.Tensor,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x @ weights.T + bias as the kernels compute it, added to *out* where there is one."""
+    """Compute x @ weights.T + bias with the kernels, and add it to *out* if given."""
     owned: list[torch.Tensor] = []
     matrix: npt.NDArray[Any] = lay_out([weights], bias, element_type, owned)
     rows, inputs = x.shape
@@ -86,7 +86,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"), [(1, 64, 32), (5, 128, 50), (13, 576, 96), (27, 320, 33)]
 )
-def test_products_are_those_of_plain_torch(
+def test_products_equal_those_of_plain_torch(
     element_type: ElementType, rows: int, inputs: int, outputs: int
 ) -> None:
     weights, bias, x = numbers(outputs, inputs), numbers(outputs, seed=1), numbers(rows, inputs, seed=2)
@@ -102,8 +102,8 @@ def test_products_are_those_of_plain_torch(
 
 @pytest.mark.parametrize("element_type", ELEMENT_TYPES)
 @given(rows=st.integers(1, 40), seed=st.integers(0, 5))
-def test_a_row_has_the_same_bits_in_any_batch(element_type: ElementType, rows: int, seed: int) -> None:
-    """What exact resumption stands on."""
+def test_a_row_is_bit_identical_in_any_batch(element_type: ElementType, rows: int, seed: int) -> None:
+    """Exact resume depends on it."""
     weights, x = numbers(64, 128, seed=seed), numbers(rows, 128, seed=rows)
 
     together = product(element_type, weights, None, x)
@@ -114,10 +114,8 @@ def test_a_row_has_the_same_bits_in_any_batch(element_type: ElementType, rows: i
 
 @pytest.mark.parametrize("element_type", ELEMENT_TYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_number_that_is_not_finite_is_seen_in_its_row_and_in_no_other(
-    element_type: ElementType, bad: float
-) -> None:
-    """Rounded to eight bits it could pass for a number."""
+def test_a_number_that_is_not_finite_affects_only_its_row(element_type: ElementType, bad: float) -> None:
+    """Rounded to eight bits, it could look like a number."""
     weights, x = numbers(64, 128), numbers(4, 128, seed=1)
     clean = product(element_type, weights, None, x)
     x[2, 77] = bad
@@ -129,7 +127,7 @@ def test_a_number_that_is_not_finite_is_seen_in_its_row_and_in_no_other(
 
 
 @pytest.mark.skipif(not machine.HAS_VNNI, reason="needs avx512_vnni")
-def test_int8_takes_rows_of_zeros_and_of_any_size() -> None:
+def test_int8_supports_rows_of_zeros_and_of_any_magnitude() -> None:
     weights = numbers(64, 128)
     x = torch.stack([torch.zeros(128), *(numbers(128, seed=1) * scale for scale in (1e-30, 1e-3, 1e3, 1e30))])
     expected = x.double() @ weights.double().T

@@ -1,6 +1,6 @@
-"""Threads that compute a step together end it together, whatever happens to one of them.
+"""All threads of a step end it together, even if one of them fails.
 
-Each test is a process of its own with a time limit: threads that wait for each other cannot be interrupted.
+Each test is a separate process with a time limit: threads that wait for each other cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 from headrace.worker.engine.cpu.kernels import team
 
-pytestmark = pytest.mark.skipif(not team.AVAILABLE, reason="there is one thread without OpenMP")
+pytestmark = pytest.mark.skipif(not team.AVAILABLE, reason="without OpenMP there is one thread")
 
 SECONDS = 300  # kernels may have to be compiled first
 
@@ -29,7 +29,7 @@ network = network_of("qwen2")
 decoder = decoder_of(network, ElementType.FLOAT32)
 """
 
-ATTENTION_OF_NOTHING = (
+ATTENTION_OF_MINUS_INFINITY = (
     DECODER
     + """
 for layer in network.model.layers:
@@ -68,11 +68,11 @@ from headrace.worker.engine.cpu.kernels import team
 PHASES = 6
 
 @njit(nogil=True)
-def work(told, who, when):
+def work(failures, who, when):
     for phase in range(PHASES):
         if phase == when and (who == -1 or team.thread_number() == who):
-            team.require(told, 1, 7, 3)
-        team.barrier(told)
+            team.require(failures, 1, 7, 3)
+        team.barrier(failures)
 
 def on_thread(data):
     given = carray(data, (3,), np.int64)
@@ -128,22 +128,22 @@ def ended(program: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_attention_that_sees_nothing_but_minus_infinity_makes_a_bad_row_and_no_waiting_thread() -> None:
-    ended(ATTENTION_OF_NOTHING)
+def test_scores_of_minus_infinity_make_a_row_that_is_not_finite_and_no_waiting_thread() -> None:
+    ended(ATTENTION_OF_MINUS_INFINITY)
 
 
-def test_a_thread_that_fails_ends_the_step_for_all_of_them() -> None:
+def test_a_failed_thread_ends_the_step_for_all_threads() -> None:
     ended(ONE_FAILS)
 
 
-def test_what_lies_out_of_bounds_is_refused_before_anything_is_computed() -> None:
-    said = ended(OUT_OF_BOUNDS)
+def test_out_of_range_values_are_rejected_before_the_step() -> None:
+    output = ended(OUT_OF_BOUNDS)
 
-    assert said.count("token 300") == said.count("token -1") == 1
-    assert said.count("position 160") == said.count("block 20") == 1
+    assert output.count("token 300") == output.count("token -1") == 1
+    assert output.count("position 160") == output.count("block 20") == 1
 
 
-def test_kernels_check_their_bounds_themselves_where_they_are_asked_to() -> None:
-    said = ended(CHECKED, HEADRACE_CHECK_KERNELS="1")
+def test_kernels_check_their_bounds_if_requested() -> None:
+    output = ended(CHECKED, HEADRACE_CHECK_KERNELS="1")
 
-    assert said.count("token 300") == said.count("position 160") == said.count("block 20") == 1
+    assert output.count("token 300") == output.count("position 160") == output.count("block 20") == 1

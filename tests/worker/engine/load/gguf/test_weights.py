@@ -1,4 +1,4 @@
-"""gguf files are read whole, and as llama.cpp means them, or refused by name."""
+"""gguf files are read completely, as llama.cpp defines them, or rejected by name."""
 
 from __future__ import annotations
 
@@ -9,58 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import transformers
 
-from headrace.worker.engine.load.gguf import weights as gguf_weights
 from headrace.worker.engine.load.loading import load_engine
 from headrace.worker.engine.load.refusals import LoadingError, UnsupportedModel
-from tests.worker.engine.load.gguf.gguf_files import Tensors, randomised, write_gguf
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-IDS = torch.randint(96, (1, 200), generator=torch.Generator().manual_seed(3))
-LLAMA3: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def network_of(config: Any) -> Any:
-    auto: Any = transformers.AutoModelForCausalLM
-    return randomised(auto.from_config(config))
-
-
-def llama(**config: Any) -> Any:
-    return network_of(transformers.LlamaConfig(**SIZES | config))
-
-
-def unpacked(path: Path, cache: Path) -> Any:
-    folder = gguf_weights.dequantised(path, digest="d" * 64, cache=cache, progress=lambda _: None)
-    auto: Any = transformers.AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.inference_mode()
-def off(network: Any, reference: Any) -> float:
-    """Return how far one network's logits are from another's, as a share of their norm."""
-    mine, other = network(IDS).logits.double(), reference(IDS).logits.double()
-    return float((mine - other).norm() / other.norm())
-
+from tests.worker.engine.load.gguf.gguf_files import (
+    SIZES,
+    Tensors,
+    llama,
+    network_of,
+    off,
+    unpacked,
+    write_gguf,
+)
+from tests.worker.engine.load.gguf.test_rotation import LLAMA3, llama3_factors
 
 NETWORKS: dict[str, tuple[str, Any, Mapping[str, Any]]] = {
     "llama": ("llama", transformers.LlamaConfig(**SIZES), {"llama.rope.dimension_count": 16}),
@@ -157,146 +119,10 @@ NETWORKS: dict[str, tuple[str, Any, Mapping[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_gguf_file_computes_what_the_model_does_that_it_was_made_from(name: str, tmp_path: Path) -> None:
+def test_a_gguf_file_computes_the_same_as_its_original_model(name: str, tmp_path: Path) -> None:
     architecture, config, keys = NETWORKS[name]
     network = network_of(config)
     path = write_gguf(tmp_path / "model.gguf", network, architecture, keys=keys)
-
-    assert off(unpacked(path, tmp_path), network) < 1e-5
-
-
-def llama3_factors(width: int = 16) -> Any:
-    """Factors by which llama.cpp's converter divides the frequencies of Llama 3.1, as it computes them."""
-    factors = []
-    for index in range(0, width, 2):
-        wavelength = 2 * np.pi * LLAMA3["rope_theta"] ** (index / width)
-        if wavelength < 8192 / 4:
-            factors.append(1.0)
-        elif wavelength > 8192 / 1:
-            factors.append(8.0)
-        else:
-            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
-            factors.append(1 / ((1 - smooth) / 8.0 + smooth))
-    return np.array(factors, np.float32)
-
-
-ROTATIONS: dict[str, tuple[dict[str, Any], Mapping[str, Any], Any]] = {
-    "llama3": (LLAMA3, {}, llama3_factors()),
-    "factors of its own": (
-        {
-            "rope_type": "longrope",
-            "rope_theta": 10_000.0,
-            "factor": 1.0,
-            "attention_factor": 1.0,
-            "short_factor": [1.0, 1.0, 1.5, 2.0, 3.0, 5.0, 5.0, 7.0],
-            "long_factor": [1.0, 1.0, 1.5, 2.0, 3.0, 5.0, 5.0, 7.0],
-            "original_max_position_embeddings": 512,
-        },
-        {},
-        np.array([1.0, 1.0, 1.5, 2.0, 3.0, 5.0, 5.0, 7.0], np.float32),
-    ),
-    "linear": (
-        {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
-        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
-        None,
-    ),
-    "linear, in the old way": (
-        {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
-        {"llama.rope.scale_linear": 4.0},
-        None,
-    ),
-    "none": (
-        {"rope_type": "default", "rope_theta": 10_000.0},
-        {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
-        None,
-    ),
-    "yarn": (
-        {
-            "rope_type": "yarn",
-            "rope_theta": 10_000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 128,
-        },
-        {
-            "llama.rope.scaling.type": "yarn",
-            "llama.rope.scaling.factor": 4.0,
-            "llama.rope.scaling.original_context_length": 128,
-            "llama.rope.scaling.finetuned": True,
-        },
-        None,
-    ),
-    "yarn, with numbers of its own": (
-        {
-            "rope_type": "yarn",
-            "rope_theta": 10_000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 128,
-            "beta_fast": 16.0,
-            "beta_slow": 2.0,
-            "attention_factor": 0.5 * (0.1 * np.log(4.0).item() + 1),
-        },
-        {
-            "llama.rope.scaling.type": "yarn",
-            "llama.rope.scaling.factor": 4.0,
-            "llama.rope.scaling.original_context_length": 128,
-            "llama.rope.scaling.attn_factor": 0.5,
-            "llama.rope.scaling.yarn_beta_fast": 16.0,
-            "llama.rope.scaling.yarn_beta_slow": 2.0,
-        },
-        None,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ROTATIONS)
-def test_scaled_rotation_is_read(name: str, tmp_path: Path) -> None:
-    """Answers degrade with the distance when it is not, which no short check shows."""
-    rope, keys, factors = ROTATIONS[name]
-    network = llama(rope_parameters=rope)
-
-    def scale(tensors: Tensors) -> None:
-        if factors is not None:
-            tensors["rope_freqs.weight"] = factors
-
-    path = write_gguf(
-        tmp_path / "model.gguf",
-        network,
-        "llama",
-        keys={"llama.rope.freq_base": rope["rope_theta"], **keys},
-        change=scale,
-    )
-
-    read = unpacked(path, tmp_path)
-
-    assert off(read, network) < 1e-5
-    if rope["rope_type"] != "default":
-        assert off(read, llama()) > 1e-3, "the scaling has a say in this test"
-
-
-def test_the_two_sets_of_factors_of_a_long_context_are_read(tmp_path: Path) -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10_000.0,
-        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
-        "long_factor": [2.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
-        "original_max_position_embeddings": 256,
-        "attention_factor": 1.19,
-        "partial_rotary_factor": 1.0,
-    }
-    config = transformers.Phi3Config(**SIZES, original_max_position_embeddings=256, rope_parameters=rope)
-    network = network_of(config)
-
-    def scale(tensors: Tensors) -> None:
-        for kind in ("short", "long"):
-            tensors[f"rope_factors_{kind}.weight"] = np.array(rope[f"{kind}_factor"], np.float32)
-
-    path = write_gguf(
-        tmp_path / "model.gguf",
-        network,
-        "phi3",
-        keys={"phi3.rope.scaling.attn_factor": 1.19, "phi3.rope.scaling.original_context_length": 256},
-        change=scale,
-    )
 
     assert off(unpacked(path, tmp_path), network) < 1e-5
 
@@ -331,7 +157,7 @@ def test_the_two_sets_of_factors_of_a_long_context_are_read(tmp_path: Path) -> N
         ({"general.type": "imatrix"}, "it holds a imatrix"),
     ],
 )
-def test_metadata_that_changes_the_numbers_is_never_left_out(
+def test_metadata_that_changes_results_is_never_ignored(
     keys: Mapping[str, Any], reason: str, tmp_path: Path
 ) -> None:
     path = write_gguf(tmp_path / "model.gguf", llama(), "llama", keys=keys)
@@ -342,7 +168,7 @@ def test_metadata_that_changes_the_numbers_is_never_left_out(
     assert not [entry for entry in (tmp_path / "dequantised").iterdir() if entry.is_dir()]
 
 
-def test_an_architecture_that_is_not_read_is_refused_with_those_that_are(tmp_path: Path) -> None:
+def test_an_unsupported_architecture_is_rejected_with_the_supported_ones(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", llama(), "falcon", tokens=())
 
     with pytest.raises(
@@ -355,8 +181,8 @@ def test_an_architecture_that_is_not_read_is_refused_with_those_that_are(tmp_pat
 @pytest.mark.parametrize(
     "name", ["blk.1.ffn_down.weight", "output_norm.weight", "token_embd.weight", "blk.0.attn_q.weight"]
 )
-def test_a_file_that_lacks_a_tensor_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
-    """transformers would fill it with random numbers, and every later start would find those in the cache."""
+def test_a_missing_tensor_is_rejected_by_name(name: str, tmp_path: Path) -> None:
+    """transformers would initialise it randomly, and every later start would read that from the cache."""
     path = write_gguf(tmp_path / "model.gguf", llama(), "llama", change=lambda tensors: tensors.pop(name))
 
     with pytest.raises(LoadingError, match=rf"model\.gguf cannot be served: .*{re.escape(name)}"):
@@ -365,7 +191,7 @@ def test_a_file_that_lacks_a_tensor_is_refused_by_its_name(name: str, tmp_path: 
     assert not [entry for entry in (tmp_path / "dequantised").iterdir() if entry.is_dir()]
 
 
-def test_half_of_the_experts_is_not_enough(tmp_path: Path) -> None:
+def test_missing_tensors_of_experts_are_rejected(tmp_path: Path) -> None:
     architecture, config, keys = NETWORKS["qwen3moe"]
     path = write_gguf(
         tmp_path / "model.gguf",
@@ -380,7 +206,7 @@ def test_half_of_the_experts_is_not_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_a_part_of_a_split_file_is_refused_with_the_way_to_join_them(part: int, tmp_path: Path) -> None:
+def test_a_part_of_a_split_file_is_rejected_with_the_command_to_join(part: int, tmp_path: Path) -> None:
     def halve(tensors: Tensors) -> None:
         for name in sorted(tensors)[part::2]:
             tensors.pop(name)
@@ -397,7 +223,7 @@ def test_a_part_of_a_split_file_is_refused_with_the_way_to_join_them(part: int, 
 @pytest.mark.parametrize(
     "name", ["blk.0.attn_q.bias", "blk.2.attn_norm.weight", "blk.0.ffn_gate_inp.weight", "extra"]
 )
-def test_a_tensor_that_the_model_has_no_place_for_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+def test_an_unknown_tensor_is_rejected_by_name(name: str, tmp_path: Path) -> None:
     def add(tensors: Tensors) -> None:
         tensors[name] = np.ones(64)
 
@@ -409,7 +235,7 @@ def test_a_tensor_that_the_model_has_no_place_for_is_refused_by_its_name(name: s
         unpacked(path, tmp_path)
 
 
-def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_tensor_with_a_wrong_shape_is_rejected_by_name(tmp_path: Path) -> None:
     def cut(tensors: Tensors) -> None:
         tensors["blk.0.ffn_up.weight"] = tensors["blk.0.ffn_up.weight"][:-1]
 
@@ -419,14 +245,14 @@ def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
         unpacked(path, tmp_path)
 
 
-def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", llama(), "llama", tokens=())
 
     with pytest.raises(LoadingError, match=r"model\.gguf has no tokenizer"):
         unpacked(path, tmp_path)
 
 
-def test_ids_beyond_the_vocabulary_end_no_turn(tmp_path: Path) -> None:
+def test_end_of_turn_ids_beyond_the_vocabulary_are_dropped(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", llama(), "llama", keys={"tokenizer.ggml.eot_token_id": 5000})
 
     assert unpacked(path, tmp_path).generation_config.eos_token_id == [2]
@@ -454,7 +280,7 @@ def whole(path: Path) -> bytes:
         (lambda data: b"GGUF" + bytes(64), "is damaged, or the file is truncated"),
     ],
 )
-def test_a_damaged_file_is_named_with_what_is_wrong_in_one_line(
+def test_a_damaged_file_is_reported_with_the_reason_in_one_line(
     damage: Any, reason: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.gguf"
@@ -467,7 +293,7 @@ def test_a_damaged_file_is_named_with_what_is_wrong_in_one_line(
     assert "download it again" in str(refusal.value)
 
 
-def test_a_gguf_file_is_served_and_answers_as_its_model(tmp_path: Path) -> None:
+def test_a_gguf_file_is_served(tmp_path: Path) -> None:
     path = write_gguf(
         tmp_path / "model.gguf",
         llama(rope_parameters=LLAMA3),

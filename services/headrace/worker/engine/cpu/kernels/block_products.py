@@ -21,7 +21,7 @@ MAX_QUERY_ROWS = 12  # rows of a tile: tokens x heads of a group
 _i8 = types.int64
 
 
-def _multiply(b: Any, half: bool, acc: Any, own: Any, words: Any) -> Any:
+def _multiply_word(b: Any, half: bool, acc: Any, own: Any, words: Any) -> Any:
     """Add to 16 sums the products of 16 words and one word, which fills every lane of *own*."""
     if half:
         return m.dot_bf16(b, acc, own, words)
@@ -51,7 +51,7 @@ def _scores(rows: int, half: bool) -> Any:
             new = []
             for r, start in enumerate(starts):
                 own = m.splat(b, m.load(b, offset(b, start, word, 4), m.I32))
-                new += [_multiply(b, half, sums[2 * r + i], own, found[i]) for i in (0, 1)]
+                new += [_multiply_word(b, half, sums[2 * r + i], own, found[i]) for i in (0, 1)]
             return new
 
         sums = m.counted_loop(b, words, [m.floats(0.0)] * (2 * rows), body)
@@ -90,7 +90,9 @@ def _weigh(rows: int, half: bool, vectors: int) -> Any:
             for r in range(rows):
                 place = offset(b, b.add(weights, integer(4 * KEY_TILE * r)), word, 4)
                 weight = m.splat(b, m.load(b, place, m.I32))
-                new += [_multiply(b, half, held[vectors * r + i], weight, found[i]) for i in range(vectors)]
+                new += [
+                    _multiply_word(b, half, held[vectors * r + i], weight, found[i]) for i in range(vectors)
+                ]
             return new
 
         for place, value in zip(places, m.counted_loop(b, count, carried, body), strict=True):

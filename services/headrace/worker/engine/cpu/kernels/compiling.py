@@ -14,7 +14,7 @@ def compile_kernels(progress: Callable[[str], None]) -> None:
     progress   receives a sentence if that takes long
     """
     if not all(map(is_compiled, (paging.attend_on_thread, decoder_step.run_on_thread))):
-        progress("compiling kernels: once for each version, for about half a minute")
+        progress("compiling kernels: once per version, takes about half a minute")
     paging.attention_entry_point()
     decoder_step.step_entry_point()
 

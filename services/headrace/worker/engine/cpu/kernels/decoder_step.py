@@ -33,7 +33,7 @@ from headrace.worker.engine.cpu.kernels.kv_layout import LAYER, RAGGED, store_to
 from headrace.worker.engine.cpu.kernels.matmul import MATRIX, multiply_panel
 
 PHASES = 10  # per layer, each with its own counter
-COUNTER_BYTES = 64  # a cache line
+COUNTER_BYTES = team.CACHE_LINE
 
 # One decoder layer: addresses of float32 vectors, and records of `matmul` and `kv_layout`.
 DECODER_LAYER = np.dtype(

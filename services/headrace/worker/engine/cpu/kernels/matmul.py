@@ -29,8 +29,8 @@ from headrace.worker.engine.cpu.kernels import machine as m
 
 PANEL = 2 * m.LANES  # outputs
 GROUP = 64  # int8: inputs that share a scale
-_GROUP_WORDS = GROUP // 4
-_GROUP_BYTES = 64 + 128 * _GROUP_WORDS
+GROUP_WORDS = GROUP // 4  # per output
+_GROUP_BYTES = 64 + 128 * GROUP_WORDS
 
 
 class ElementType(IntEnum):
@@ -70,7 +70,7 @@ def _tile(element_type: ElementType, rows: int, *, add: bool) -> Any:
         starts = [b.add(a, b.mul(a_row, m.integer(r))) for r in range(rows)]
         if element_type is ElementType.INT8:
             own_scales = [b.add(a_scales, b.mul(scales_row, m.integer(r))) for r in range(rows)]
-            sums = _grouped(b, starts, own_scales, panel, b.udiv(words, m.integer(_GROUP_WORDS)))
+            sums = _grouped(b, starts, own_scales, panel, b.udiv(words, m.integer(GROUP_WORDS)))
         else:
             zeros = [m.floats(0.0)] * (2 * rows)
             sums = m.counted_loop(b, words, zeros, _word(b, element_type, starts, panel))
@@ -120,7 +120,7 @@ def _grouped(b: Any, starts: list[Any], scales: list[Any], panel: Any, groups: A
             excess.append(b.sub(m.ints(0), b.shl(b.sext(weights, m.INTS), m.ints(7))))
         own = [m.offset(b, start, group, GROUP) for start in starts]
         word = _word(b, ElementType.INT8, own, b.add(at, m.integer(64)))
-        sums = m.counted_loop(b, m.integer(_GROUP_WORDS), excess * len(starts), word)
+        sums = m.counted_loop(b, m.integer(GROUP_WORDS), excess * len(starts), word)
         new = []
         for r, scale in enumerate(scales):
             factor = m.splat(b, m.load(b, m.offset(b, scale, group, 4), m.F32))
@@ -140,13 +140,13 @@ def _dot(b: Any, element_type: ElementType, acc: Any, own: Any, weights: Any) ->
     return m.fma(b, b.bitcast(own, m.FLOATS), b.bitcast(weights, m.FLOATS), acc)
 
 
-_SIZES = (1, 2, 3, 4, 6, 8, 12)
+_TILE_ROWS = (1, 2, 3, 4, 6, 8, 12)
 
 
 def _panel_of(element_type: ElementType, *, add: bool) -> Any:
     """Make the function that multiplies any number of rows by one panel, in tiles."""
     most = 8 if element_type is ElementType.INT8 else 12
-    t1, t2, t3, t4, t6, t8, t12 = (_tile(element_type, min(rows, most), add=add) for rows in _SIZES)
+    t1, t2, t3, t4, t6, t8, t12 = (_tile(element_type, min(rows, most), add=add) for rows in _TILE_ROWS)
 
     @m.jit
     def panel_of(
@@ -206,10 +206,10 @@ def multiply_panel(
     out       address of the first result of the panel; rows are out_row bytes apart
     """
     words = matrix.words
-    size = words * 128 if element_type else words // _GROUP_WORDS * _GROUP_BYTES
+    size = words * 128 if element_type else words // GROUP_WORDS * _GROUP_BYTES
     at = matrix.panels + panel * size
     scales = matrix.scales + panel * 128
-    scales_row = words // _GROUP_WORDS * 4
+    scales_row = words // GROUP_WORDS * 4
     bias = matrix.bias + panel * 128
     a_row = words * 4
     if element_type == 0:

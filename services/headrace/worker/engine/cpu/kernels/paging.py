@@ -22,8 +22,6 @@ from headrace.worker.engine.cpu.kernels.kv_layout import BLOCK, LAYER, RAGGED, s
 
 Ints = npt.NDArray[np.int32]
 
-_LINE = 64  # bytes in a cache line
-
 
 class KernelMemory:
     """Keys and values of all layers in blocks of `BLOCK` tokens, laid out for the kernels.
@@ -51,18 +49,18 @@ class KernelMemory:
         softcap   bounds those products by softcap x tanh(product / softcap); 0 for none
         window    a token attends to itself and the window - 1 tokens before it; 0 for all
         """
-        made = self._layers.get(index)
-        if made is None:
+        record = self._layers.get(index)
+        if record is None:
             stored = -(-value_dim // 16) * 16
-            made = np.zeros(1, LAYER)
-            made["keys"] = self._map(self.blocks * kv_heads * (head_dim + head_dim % 2) * BLOCK)
-            made["values"] = self._map(self.blocks * kv_heads * BLOCK * stored)
-            made["blocks"] = self.blocks
-            made["half"], made["kv_heads"], made["head_dim"] = self.half, kv_heads, head_dim
-            made["value_dim"] = stored
-            self._layers[index] = made
-        made["heads"], made["scale"], made["softcap"], made["window"] = heads, scale, softcap, window
-        return made
+            record = np.zeros(1, LAYER)
+            record["keys"] = self._map(self.blocks * kv_heads * (head_dim + head_dim % 2) * BLOCK)
+            record["values"] = self._map(self.blocks * kv_heads * BLOCK * stored)
+            record["blocks"] = self.blocks
+            record["half"], record["kv_heads"], record["head_dim"] = self.half, kv_heads, head_dim
+            record["value_dim"] = stored
+            self._layers[index] = record
+        record["heads"], record["scale"], record["softcap"], record["window"] = heads, scale, softcap, window
+        return record
 
     def record(self, index: int) -> npt.NDArray[Any]:
         """Return the LAYER record of a configured layer."""
@@ -73,11 +71,11 @@ class KernelMemory:
         """Bytes of one block in all layers together; valid once every layer is configured."""
         size = 2 if self.half else 4
         return sum(
-            int(made["kv_heads"][0])
+            int(record["kv_heads"][0])
             * BLOCK
-            * int(made["head_dim"][0] + made["head_dim"][0] % 2 + made["value_dim"][0])
+            * int(record["head_dim"][0] + record["head_dim"][0] % 2 + record["value_dim"][0])
             * size
-            for made in self._layers.values()
+            for record in self._layers.values()
         )
 
     def _map(self, elements: int) -> int:
@@ -116,20 +114,20 @@ class Ragged:
         self.blocks: Ints = np.zeros((len(begins), int(needed.max())), np.int32)
         for row, (table, length) in enumerate(zip(tables, needed.tolist(), strict=True)):
             self.blocks[row, :length] = table[:length]
-        self._made: dict[int, tuple[Ints, npt.NDArray[Any]]] = {}
+        self._records: dict[int, tuple[Ints, npt.NDArray[Any]]] = {}  # with their tile tables
 
     def record(self, tile_tokens: int) -> npt.NDArray[Any]:
         """Return the RAGGED record of the batch, divided into tiles of at most *tile_tokens* tokens."""
-        made = self._made.get(tile_tokens)
-        if made is None:
+        cached = self._records.get(tile_tokens)
+        if cached is None:
             tiles = self._tiles(tile_tokens)
             record = np.zeros(1, RAGGED)
             record["tokens"], record["tiles"] = self.tokens, len(tiles)
             record["tile_table"], record["positions"] = tiles.ctypes.data, self.positions.ctypes.data
             record["token_rows"], record["blocks"] = self.token_rows.ctypes.data, self.blocks.ctypes.data
             record["table_width"] = self.blocks.shape[1]
-            made = self._made[tile_tokens] = tiles, record
-        return made[1]
+            cached = self._records[tile_tokens] = tiles, record
+        return cached[1]
 
     def _tiles(self, tile_tokens: int) -> Ints:
         per_row = (self.counts + (tile_tokens - 1)) // tile_tokens
@@ -218,7 +216,7 @@ def store_and_attend(
         int(layer[name][0]) for name in ("heads", "kv_heads", "head_dim", "value_dim")
     )
     call = np.zeros(1, _CALL)
-    size = -(-scratch_bytes(head_dim, stored) // _LINE) * _LINE
+    size = -(-scratch_bytes(head_dim, stored) // team.CACHE_LINE) * team.CACHE_LINE
     scratch = np.empty(threads * size, np.uint8)
     counter = np.zeros(1, np.int64)
     call["layer"], call["ragged"] = layer, ragged.record(tile_tokens(heads, kv_heads))

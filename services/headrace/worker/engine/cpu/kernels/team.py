@@ -61,7 +61,7 @@ _omp_barrier = types.ExternalFunction("headrace_barrier", types.void())
 BOUNDS = ("nothing", "token", "position", "block", "sampled token")
 TOKEN, POSITION, KV_BLOCK, SAMPLED = 1, 2, 3, 4
 
-_LINE = 64  # bytes in a cache line
+CACHE_LINE = 64  # bytes
 
 
 class KernelFault(Exception):
@@ -76,7 +76,7 @@ class FailureState:
     """
 
     def __init__(self, threads: int) -> None:
-        self._lines = np.zeros(((1 + threads), _LINE // 8), np.int64)
+        self._lines = np.zeros(((1 + threads), CACHE_LINE // 8), np.int64)
         self.address = int(self._lines.ctypes.data)
 
     def reset(self) -> None:
@@ -98,7 +98,7 @@ class FailureState:
 def barrier(failures: int) -> None:
     """Wait for all threads. Raises in every thread if one of them has failed."""
     failed = carray(pointer(failures), (4,), np.int64)
-    passed = carray(pointer(failures + _LINE * (1 + thread_number())), (1,), np.int64)
+    passed = carray(pointer(failures + CACHE_LINE * (1 + thread_number())), (1,), np.int64)
     passed[0] += 1
     _omp_barrier()
     if 0 < failed[0] <= passed[0]:
@@ -109,7 +109,7 @@ def barrier(failures: int) -> None:
 def fail(failures: int) -> None:
     """Record that this thread failed; called by its exception handler."""
     failed = carray(pointer(failures), (4,), np.int64)
-    passed = carray(pointer(failures + _LINE * (1 + thread_number())), (1,), np.int64)
+    passed = carray(pointer(failures + CACHE_LINE * (1 + thread_number())), (1,), np.int64)
     if failed[0] == 0:
         failed[0] = passed[0] + 1
 
@@ -118,7 +118,7 @@ def fail(failures: int) -> None:
 def finish(failures: int) -> None:
     """Wait for all threads at the end, unless they have already met after a failure."""
     failed = carray(pointer(failures), (4,), np.int64)
-    passed = carray(pointer(failures + _LINE * (1 + thread_number())), (1,), np.int64)
+    passed = carray(pointer(failures + CACHE_LINE * (1 + thread_number())), (1,), np.int64)
     if failed[0] == 0 or passed[0] < failed[0]:
         passed[0] += 1
         _omp_barrier()

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from headrace.worker.engine.load.gguf.metadata import Metadata
-from headrace.worker.engine.load.gguf.rotation import read_rotation
+from headrace.worker.engine.load.gguf.rotation import read_rope
 from headrace.worker.engine.load.refusals import LoadingError, UnsupportedModel
 
 # The files do not contain the attention scale of Gemma. Like llama.cpp, this module infers it from the number
@@ -105,17 +105,17 @@ def _decoder(metadata: Metadata, *, epsilon: str = "rms_norm_eps") -> dict[str, 
     }
 
 
-def _with_rotation(metadata: Metadata, values: dict[str, Any], *, theta: float = 10_000.0) -> dict[str, Any]:
+def _with_rope(metadata: Metadata, values: dict[str, Any], *, theta: float = 10_000.0) -> dict[str, Any]:
     width = values["head_dim"]
     rotated = metadata.count("rope.dimension_count", width)
-    rope = read_rotation(metadata, rotated, values["max_position_embeddings"], theta=theta)
+    rope = read_rope(metadata, rotated, values["max_position_embeddings"], theta=theta)
     if rotated != width:
         rope["partial_rotary_factor"] = rotated / width
     return values | {"rope_parameters": rope}
 
 
-def _whole_rotation(metadata: Metadata, values: dict[str, Any], *, theta: float = 10_000.0) -> dict[str, Any]:
-    values = _with_rotation(metadata, values, theta=theta)
+def _with_full_rope(metadata: Metadata, values: dict[str, Any], *, theta: float = 10_000.0) -> dict[str, Any]:
+    values = _with_rope(metadata, values, theta=theta)
     if "partial_rotary_factor" in values["rope_parameters"]:
         raise UnsupportedModel(
             f"{metadata.architecture}.rope.dimension_count differs from the head dimension, which is not "
@@ -131,19 +131,19 @@ def _dense(metadata: Metadata) -> None:
 
 def _llama(metadata: Metadata) -> tuple[str, dict[str, Any]]:
     _dense(metadata)
-    values = _whole_rotation(metadata, _decoder(metadata))
+    values = _with_full_rope(metadata, _decoder(metadata))
     biased = {"attention_bias": "blk.0.attn_q.bias" in metadata.tensors}
     return "llama", values | biased | {"mlp_bias": "blk.0.ffn_gate.bias" in metadata.tensors}
 
 
 def _qwen2(metadata: Metadata) -> tuple[str, dict[str, Any]]:
     _dense(metadata)
-    return "qwen2", _whole_rotation(metadata, _decoder(metadata))
+    return "qwen2", _with_full_rope(metadata, _decoder(metadata))
 
 
 def _qwen3(metadata: Metadata) -> tuple[str, dict[str, Any]]:
     _dense(metadata)
-    values = _whole_rotation(metadata, _decoder(metadata))
+    values = _with_full_rope(metadata, _decoder(metadata))
     return "qwen3", values | {"attention_bias": "blk.0.attn_q.bias" in metadata.tensors}
 
 
@@ -160,14 +160,14 @@ def _experts(metadata: Metadata) -> dict[str, Any]:
 
 
 def _qwen2moe(metadata: Metadata) -> tuple[str, dict[str, Any]]:
-    values = _whole_rotation(metadata, _decoder(metadata)) | _experts(metadata)
+    values = _with_full_rope(metadata, _decoder(metadata)) | _experts(metadata)
     metadata.allow("expert_weights_norm", False)
     shared = metadata.count("expert_shared_feed_forward_length")
     return "qwen2_moe", values | {"shared_expert_intermediate_size": shared, "norm_topk_prob": False}
 
 
 def _qwen3moe(metadata: Metadata) -> tuple[str, dict[str, Any]]:
-    values = _whole_rotation(metadata, _decoder(metadata)) | _experts(metadata)
+    values = _with_full_rope(metadata, _decoder(metadata)) | _experts(metadata)
     metadata.allow("expert_weights_norm", True)
     metadata.allow("expert_shared_feed_forward_length", 0)
     return "qwen3_moe", values | {"norm_topk_prob": True}
@@ -194,12 +194,12 @@ def _gemma(metadata: Metadata, largest: int, *, caps: tuple[float, float]) -> di
 
 
 def _gemma2(metadata: Metadata) -> tuple[str, dict[str, Any]]:
-    values = _whole_rotation(metadata, _gemma(metadata, _GEMMA2_LARGEST_LAYERS, caps=(50.0, 30.0)))
+    values = _with_full_rope(metadata, _gemma(metadata, _GEMMA2_LARGEST_LAYERS, caps=(50.0, 30.0)))
     return "gemma2", values | {"layer_types": _layer_types(metadata, values["num_hidden_layers"], 2)}
 
 
 def _gemma3(metadata: Metadata) -> tuple[str, dict[str, Any]]:
-    values = _whole_rotation(
+    values = _with_full_rope(
         metadata, _gemma(metadata, _GEMMA3_LARGEST_LAYERS, caps=(0.0, 0.0)), theta=1_000_000.0
     )
     whole = values["rope_parameters"]
@@ -225,7 +225,7 @@ def _layer_types(metadata: Metadata, layers: int, every: int) -> list[str]:
 
 def _phi3(metadata: Metadata) -> tuple[str, dict[str, Any]]:
     _dense(metadata)
-    values = _with_rotation(metadata, _decoder(metadata))
+    values = _with_rope(metadata, _decoder(metadata))
     rope = values["rope_parameters"]
     if "original_max_position_embeddings" in rope:
         values["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
@@ -234,7 +234,7 @@ def _phi3(metadata: Metadata) -> tuple[str, dict[str, Any]]:
 
 
 def _starcoder2(metadata: Metadata) -> tuple[str, dict[str, Any]]:
-    values = _whole_rotation(metadata, _decoder(metadata, epsilon="norm_epsilon"))
+    values = _with_full_rope(metadata, _decoder(metadata, epsilon="norm_epsilon"))
     return "starcoder2", values | {"use_bias": "blk.0.attn_q.bias" in metadata.tensors}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,65 +17,130 @@ from headrace.worker.engine.load.refusals import LoadingError, UnsupportedModel
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def read_rotation(metadata: Metadata, rotated: int, context: int, *, theta: float) -> dict[str, Any]:
+_TWO_SCALINGS = "its rope is scaled in two ways at once, which is not supported"
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaling:
+    """The rope of a file as its keys define it.
+
+    base            base of the frequencies
+    type            none, linear, yarn or longrope
+    factor          divides all frequencies
+    original        context length before scaling; None if not specified
+    amplification   factor of the queries and keys
+    fast, slow      parameters of yarn
+    """
+
+    base: float
+    type: str
+    factor: float
+    original: int | None
+    amplification: float
+    fast: float
+    slow: float
+
+
+def read_rope(metadata: Metadata, rotated: int, context: int, *, theta: float) -> dict[str, Any]:
     """Read the rope as transformers' `rope_parameters`.
 
     rotated   number of rotated dimensions of a head
     context   longest sequence that the model supports, in tokens
     theta     default base of the frequencies
     """
-    base = float(metadata.get("rope.freq_base", theta))
-    factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0.0))) or 1.0
-    original = int(metadata.get("rope.scaling.original_context_length", 0)) or None
-    amplify = float(
-        metadata.get("rope.scaling.attn_factor", metadata.get("rope.scaling.yarn_attn_factor", 1.0))
+    scaling = _read_scaling(metadata, theta)
+    factors, long, short = (
+        metadata.factors.get(f"{name}.weight")
+        for name in ("rope_freqs", "rope_factors_long", "rope_factors_short")
     )
+    if long is not None or short is not None:
+        if (
+            factors is not None
+            or scaling.type == "yarn"
+            or scaling.factor != 1.0
+            or long is None
+            or short is None
+        ):
+            raise UnsupportedModel(_TWO_SCALINGS)
+        original = scaling.original or context
+        return _by_factors(scaling.base, short, long, original, scaling.amplification, rotated)
+    if factors is not None:
+        if scaling.amplification != 1.0 or scaling.type == "yarn":
+            raise UnsupportedModel(_TWO_SCALINGS)
+        return _by_common_factors(scaling, factors, context, rotated)
+    if scaling.type == "longrope":
+        raise LoadingError("its rope is scaled by longrope, but it lacks rope_factors_long.weight")
+    if scaling.type == "yarn":
+        return _yarn(scaling)
+    if scaling.amplification != 1.0:
+        raise UnsupportedModel(_TWO_SCALINGS)
+    if scaling.factor == 1.0:
+        return {"rope_type": "default", "rope_theta": scaling.base}
+    return {"rope_type": "linear", "rope_theta": scaling.base, "factor": scaling.factor}
+
+
+def _read_scaling(metadata: Metadata, theta: float) -> _Scaling:
+    """Read all keys of the rope. Raises LoadingError or UnsupportedModel."""
     metadata.get("rope.scaling.finetuned", False)  # describes the training; does not change results
     metadata.allow("rope.scaling.alpha", 0.0)
     metadata.allow("rope.scaling.yarn_log_multiplier", 0.0)
     metadata.allow("rope.scaling.yarn_ext_factor", -1.0, 1.0)
-    fast = float(metadata.get("rope.scaling.yarn_beta_fast", 32.0))
-    slow = float(metadata.get("rope.scaling.yarn_beta_slow", 1.0))
     kind = metadata.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedModel(f"{metadata.architecture}.rope.scaling.type is {kind}, which is not supported")
-    if kind == "none":
-        factor = 1.0
-    if not all(map(math.isfinite, (base, factor, amplify))) or base <= 0 or factor <= 0:
-        raise LoadingError(f"its rope has base {base} and factor {factor}; the file is damaged")
-    plain = {"rope_type": "default", "rope_theta": base}
-    own = metadata.factors.get("rope_freqs.weight")
-    if "rope_factors_long.weight" in metadata.factors or "rope_factors_short.weight" in metadata.factors:
-        long, short = (metadata.factors.get(f"rope_factors_{name}.weight") for name in ("long", "short"))
-        if own is not None or kind == "yarn" or factor != 1.0 or long is None or short is None:
-            raise UnsupportedModel("its rope is scaled in two ways at once, which is not supported")
-        return _by_factors(base, short, long, original or context, amplify, rotated)
-    if kind == "longrope" and own is None:
-        raise LoadingError("its rope is scaled by longrope, but it lacks rope_factors_long.weight")
-    if kind == "yarn" and own is None:
-        if original is None:
-            raise LoadingError("its rope is scaled by yarn, but it has no original_context_length")
-        attention = amplify * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-        return plain | {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-            "beta_fast": fast,
-            "beta_slow": slow,
-            "attention_factor": attention,
-        }
-    if amplify != 1.0 or (own is not None and kind == "yarn"):
-        raise UnsupportedModel("its rope is scaled in two ways at once, which is not supported")
-    if own is not None:
-        llama3 = {**plain, "rope_type": "llama3", "factor": float(own.max()) * factor, **_LLAMA3}
-        if (
-            factor == 1.0
-            and own.shape == (rotated // 2,)
-            and np.allclose(own, _llama3_factors(llama3, rotated))
-        ):
-            return llama3
-        return _by_factors(base, own * factor, own * factor, context, 1.0, rotated)
-    return plain if factor == 1.0 else plain | {"rope_type": "linear", "factor": factor}
+    factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0.0))) or 1.0
+    yarn_amplification = metadata.get("rope.scaling.yarn_attn_factor", 1.0)
+    scaling = _Scaling(
+        base=float(metadata.get("rope.freq_base", theta)),
+        type=kind,
+        factor=1.0 if kind == "none" else factor,
+        original=int(metadata.get("rope.scaling.original_context_length", 0)) or None,
+        amplification=float(metadata.get("rope.scaling.attn_factor", yarn_amplification)),
+        fast=float(metadata.get("rope.scaling.yarn_beta_fast", 32.0)),
+        slow=float(metadata.get("rope.scaling.yarn_beta_slow", 1.0)),
+    )
+    if (
+        not all(map(math.isfinite, (scaling.base, scaling.factor, scaling.amplification)))
+        or scaling.base <= 0
+        or scaling.factor <= 0
+    ):
+        raise LoadingError(
+            f"its rope has base {scaling.base} and factor {scaling.factor}; the file is damaged"
+        )
+    return scaling
+
+
+def _yarn(scaling: _Scaling) -> dict[str, Any]:
+    if scaling.original is None:
+        raise LoadingError("its rope is scaled by yarn, but it has no original_context_length")
+    growth = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return {
+        "rope_type": "yarn",
+        "rope_theta": scaling.base,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original,
+        "beta_fast": scaling.fast,
+        "beta_slow": scaling.slow,
+        "attention_factor": scaling.amplification * growth,
+    }
+
+
+def _by_common_factors(scaling: _Scaling, factors: Factors, context: int, rotated: int) -> dict[str, Any]:
+    """Make rope parameters with the same factors for all lengths; those of Llama 3.x are recognised."""
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": scaling.base,
+        "factor": float(factors.max()) * scaling.factor,
+        **_LLAMA3,
+    }
+    if (
+        scaling.factor == 1.0
+        and factors.shape == (rotated // 2,)
+        and np.allclose(factors, _llama3_factors(llama3, rotated))
+    ):
+        return llama3
+    scaled = factors * scaling.factor
+    return _by_factors(scaling.base, scaled, scaled, context, 1.0, rotated)
 
 
 def _by_factors(

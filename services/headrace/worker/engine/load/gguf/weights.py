@@ -157,8 +157,8 @@ class _Reader(GGUFReader):
     A header has hundreds of thousands of slices, one per token of the vocabulary and more.
     """
 
-    @property  # type: ignore[override]
-    def data(self) -> np.ndarray[Any, Any]:
+    @property
+    def data(self) -> Any:
         return self._data
 
     @data.setter
@@ -174,7 +174,8 @@ def _reused(reader: GGUFReader) -> Iterator[None]:
     """
     module: Any = gguf
     original, names = module.GGUFReader, module.get_tensor_name_map
-    module.GGUFReader, module.get_tensor_name_map = lambda path: reader, functools.cache(names)
+    module.GGUFReader = lambda path: reader
+    module.get_tensor_name_map = functools.cache(names)
     try:
         yield
     finally:

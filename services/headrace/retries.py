@@ -1,0 +1,154 @@
+"""Decide whether and when the client repeats a call that failed.
+
+A request without an answer so far is retried if no server took it. An answer that has begun is resumed on the
+next server. Both draw from a budget, so that a server in trouble does not receive every request twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import grpc
+
+from headrace import errors
+from headrace.channel import reconnected
+
+BACKOFF_DOUBLINGS = 5  # of the delay before the next try, which starts at 50 to 100 ms
+CONNECT_SECONDS = 2.0  # the longest time that a request whose connection was lost waits for a new one
+
+
+class RetryBudget:
+    """Limits retries in proportion to successful calls (gRPC proposal A6, retry throttling).
+
+    Each retry takes one token, each success returns *refund*, and at half of *tokens* retries stop.
+    """
+
+    def __init__(self, tokens: float = 10, refund: float = 0.1) -> None:
+        self._most = tokens
+        self._tokens = tokens
+        self._refund = refund
+
+    def take(self) -> bool:
+        """Take the token of one retry; return False if there is none left."""
+        if self._tokens <= self._most / 2:
+            return False
+        self._tokens -= 1
+        return True
+
+    def succeed(self) -> None:
+        """Count a successful call."""
+        self._tokens = min(self._most, self._tokens + self._refund)
+
+
+class Retries:
+    """The retries of all calls over one channel.
+
+    most       most retries of a request without an answer
+    patience   seconds for which an answer that has begun waits for a server to resume it
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, *, most: int, patience: float) -> None:
+        self._channel = channel
+        self._most = most
+        self._patience = patience
+        self._budget = RetryBudget()
+
+    def succeed(self) -> None:
+        """Count a successful call."""
+        self._budget.succeed()
+
+    async def retry(self, error: errors.HeadraceError, failures: int, *, ends: float | None) -> bool:
+        """Wait until a request without an answer can be sent again; return False if it is not to be.
+
+        failures   consecutive ones, this one included
+        ends       the deadline, a time.monotonic()
+
+        The first retry after a lost connection is free: all calls that lost it wait together for one new
+        connection. The others draw from the budget.
+        """
+        lost = _is_lost_connection(error)
+        free = lost and failures == 1
+        if not (lost or isinstance(error, errors.Unavailable)) or failures > self._most:
+            return False
+        if not free and not self._budget.take():
+            return False
+        return await self._wait(error, failures, pause=not free, seconds=_until(ends, CONNECT_SECONDS))
+
+    async def resume(
+        self,
+        error: errors.HeadraceError,
+        failures: int,
+        *,
+        accepted: bool,
+        since: float,
+        ends: float | None,
+    ) -> bool:
+        """Wait until the rest of an answer can be requested; return False if it is not to be.
+
+        failures   consecutive streams that brought nothing, this one included
+        accepted   whether the server had accepted the stream that failed
+        since      time.monotonic() of the first of these failures
+        ends       the deadline, a time.monotonic()
+
+        The first attempt after a stream that brought something is free. So are attempts that no server
+        accepted: other answers wait for the same server, and `patience` limits the wait. An attempt that was
+        accepted and brought nothing may be what crashes the servers: the next one draws from the budget.
+        """
+        if not _is_resumable(error, again=failures > 1):
+            return False
+        if failures > 1 and accepted and not self._budget.take():
+            return False
+        patience = self._patience - (time.monotonic() - since)
+        return await self._wait(error, failures, pause=failures > 1, seconds=_until(ends, patience))
+
+    async def _wait(self, error: errors.HeadraceError, failures: int, *, pause: bool, seconds: float) -> bool:
+        """Wait for backoff and connection; return False if that takes longer than *seconds*."""
+        # A server that cancelled the call is still connected, and probably busy.
+        pause = pause or isinstance(error, errors.RequestCancelled) or error.retry_after is not None
+        delay = _backoff(failures - 1, error) if pause else 0.0
+        if delay >= seconds:
+            return False
+        try:
+            async with asyncio.timeout(seconds):
+                await asyncio.sleep(delay)
+                if _is_lost_connection(error):
+                    await reconnected(self._channel)
+        except TimeoutError:
+            return False
+        return True
+
+
+def _is_resumable(error: errors.HeadraceError, *, again: bool) -> bool:
+    """Return whether an answer may be resumed after *error*.
+
+    It may if the server is lost or stopping, or names a delay, or discarded the answer of a slow reader. Not
+    after WORKER_LOST: the batcher has already tried, and a request that crashes its workers must end.
+    *again*: an earlier attempt to resume failed, so the server may be busy for a while.
+    """
+    if isinstance(error, errors.Unavailable) and not isinstance(error, errors.WorkerLost):
+        return type(error) is errors.Unavailable or error.retry_after is not None
+    if isinstance(error, errors.RequestCancelled | errors.SlowReader):
+        return True
+    return again and isinstance(error, errors.Overloaded)
+
+
+def _is_lost_connection(error: errors.HeadraceError) -> bool:
+    """Return whether the connection was lost, or a server or proxy cancelled the call.
+
+    If the caller cancels, CancelledError is raised instead.
+    """
+    return isinstance(error, errors.RequestCancelled) or type(error) is errors.Unavailable
+
+
+def _until(ends: float | None, most: float) -> float:
+    """Return the seconds until the deadline *ends*, a time.monotonic(), and at most *most*."""
+    return most if ends is None else min(most, ends - time.monotonic())
+
+
+def _backoff(attempt: int, error: errors.HeadraceError) -> float:
+    """Return the seconds until the next attempt: the server's delay, or 50 ms to 3 s, with jitter."""
+    if error.retry_after is not None:
+        return error.retry_after
+    return random.uniform(0.5, 1) * 0.1 * 2.0 ** min(attempt, BACKOFF_DOUBLINGS)

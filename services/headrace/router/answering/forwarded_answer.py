@@ -1,0 +1,139 @@
+"""Track one answer over all batchers that work on it, and turn each batcher's events into the caller's."""
+
+from __future__ import annotations
+
+import time
+
+from opentelemetry import metrics, trace
+
+from headrace import attributes, errors
+from headrace.progress import Progress, Responses, route_change
+from headrace.router.answering import replies
+from headrace.router.state.batcher_peer import BatcherPeer
+from headrace.router.state.peer_reports import total
+from headrace.v1 import generation_pb2 as pb
+
+_failovers = metrics.get_meter("headrace.router").create_counter(
+    attributes.METRIC_FAILOVERS, description="answers that resumed on another batcher, by tier and reason"
+)
+
+
+class ForwardedAnswer(Progress):
+    """The state of one answer that the next batcher needs to resume it.
+
+    Each event is validated, and rewritten with the router's names, when it is taken.
+
+    accepted_here   whether the batcher of this attempt has accepted the request
+    lost            why the answer left the previous batcher; None if it has not left one
+    losses          batchers that were lost with it; one that drained does not count
+    attempts        attempts that were lost, for any reason
+    fruitless       the last of these in a row that brought no token
+
+    tier     the router's name of the tier that answers
+    """
+
+    def __init__(self, request: pb.GenerateRequest, tier: str) -> None:
+        super().__init__(request)
+        self._tier = tier
+        self._peer_is_router = False  # of this attempt
+        self.accepted_here = False
+        self.lost: errors.HeadraceError | None = None
+        self.losses = 0
+        self.attempts = 0
+        self.fruitless = 0
+        self._tokens_before = 0  # when this attempt began
+        self._reports_changes = request.stream.include_route_changes
+        self._batcher = self._last_batcher = ""
+        self._replayed_before = 0  # by attempts that were lost
+        self._replayed = 0  # by this one
+        self._began = time.monotonic()
+        self._first_token: float | None = None
+        self._last_token = 0.0
+
+    def request(self) -> pb.GenerateRequest:
+        """Return the request for the next batcher."""
+        request = super().request()
+        request.stream.include_route_changes = True
+        # The router has chosen the tier, and a router behind it has other names for its tiers.
+        for field in ("tier", "min_tier", "max_tier"):
+            request.routing.ClearField(field)
+        if self._peer_is_router and self.accepted is not None:
+            request.routing.model = self.accepted.model  # only the model that began can resume
+        return request
+
+    def begin_attempt(self, batcher: BatcherPeer) -> None:
+        """Start the next attempt, at *batcher*."""
+        self._batcher = batcher.address
+        self._tokens_before = len(self.ids)
+        self._peer_is_router = batcher.router
+        self._replayed = len(self.ids)
+
+    def take(self, response: pb.GenerateResponse) -> Responses:
+        """Take an event of the batcher; return the events for the caller.
+
+        Raises as `Progress` does, and BatcherLost for an event that the contract does not allow here.
+        """
+        event = response.WhichOneof("event")
+        if (event == "accepted") == self.accepted_here:
+            raise errors.BatcherLost(
+                "the batcher accepted the request twice"
+                if self.accepted_here
+                else f"the batcher began its answer with {event or 'nothing'}, not with `accepted`"
+            )
+        if event == "delta":
+            if self._ending is not None:
+                raise errors.BatcherLost("the batcher sent a delta after the end of the answer's text")
+            replies.check_delta(response.delta, len(self.ids), self._asked)
+            if response.delta.token_count:
+                self._last_token = time.monotonic()
+                self._first_token = self._first_token or self._last_token
+            return self.add(response)
+        if event == "accepted":
+            return self._accept(response)
+        if event == "route_change":
+            replies.check_change(response.route_change, self._tier if self._peer_is_router else "")
+            self.attempt = max(self.attempt, response.route_change.attempt)
+            self._replayed += len(self.ids)
+            return (response,) if self._reports_changes else ()
+        if event == "finish":
+            replies.check_finish(response.finish, len(self.ids))
+            self._complete(response.finish)
+            return self.finish(response)
+        return (response,)  # an event of a newer batcher, which callers ignore if they do not know it
+
+    def lose(self, why: errors.HeadraceError) -> None:
+        """Record that the batcher of this attempt is lost."""
+        self.restart()
+        self.lost = why
+        self.losses += not isinstance(why, errors.Draining)
+        self.attempts += 1
+        self.fruitless = 0 if len(self.ids) > self._tokens_before else self.fruitless + 1
+        self.accepted_here = False
+        self._last_batcher = self._batcher
+        self._replayed_before += self._replayed
+
+    def _accept(self, response: pb.GenerateResponse) -> Responses:
+        replies.accept(response.accepted, self._asked, self._tier)
+        first = self.accept(response.accepted)
+        self.accepted_here = True
+        if first or self.lost is None:
+            return (response,)
+        reason = self.lost.reason
+        _failovers.add(1, {attributes.TIER: self._tier, attributes.ERROR_TYPE: reason})
+        trace.get_current_span().add_event(
+            attributes.EVENT_FAILOVER, {attributes.ERROR_TYPE: reason, attributes.BATCHER: self._batcher}
+        )
+        if not self._reports_changes:
+            return ()
+        return (route_change(self._last_batcher, self._batcher, reason, self.attempt),)
+
+    def _complete(self, finish: pb.Finish) -> None:
+        """Make usage and timing those of the whole answer; the last batcher knows only its own part."""
+        if self.lost is None:
+            return
+        finish.usage.replayed_tokens = total([finish.usage.replayed_tokens, self._replayed_before])
+        timing = finish.timing
+        timing.total.FromNanoseconds(int((time.monotonic() - self._began) * 1e9))
+        if self._first_token is not None:
+            timing.first_token.FromNanoseconds(int((self._first_token - self._began) * 1e9))
+            timing.decode.FromNanoseconds(int((self._last_token - self._first_token) * 1e9))

@@ -1,0 +1,126 @@
+"""Run a scheduler with an echo engine, with checks after each step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from headrace.deadline import NEVER, Deadline
+from headrace.worker.engine.echo import EchoEngine
+from headrace.worker.engine.interface import Row
+from headrace.worker.engine.plan.scheduler import LiveSequence, Scheduler
+from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, SequenceUpdate
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A sequence of a random run, and the step at which it arrives, is cancelled or reaches its deadline.
+
+    family    sequences of one family share a prefix
+    shared    length of that prefix
+    resumed   number of answer tokens that are submitted with it
+    """
+
+    shared: int
+    own: int
+    max_tokens: int
+    family: int = 0
+    resumed: int = 0
+    priority: int = 5
+    at: int = 0
+    cancelled_at: int | None = None
+    deadline_at: int | None = None
+    ignore_eos: bool = True
+
+    def prompt(self, key: int) -> list[int]:
+        """Return ids that differ by family and position and, after the prefix, by sequence."""
+        shared = [(50 * self.family + place) % 256 for place in range(self.shared)]
+        return shared + [(7 * key + 13 * place) % 256 for place in range(self.own)]
+
+    def echo(self, key: int, tokens: int) -> list[int]:
+        """Return the first tokens of the echo engine's answer, whatever else it computes."""
+        prompt = self.prompt(key)
+        return [prompt[place % len(prompt)] for place in range(tokens)]
+
+
+def sequence(key: int, arrival: Arrival) -> SequenceSpec[int]:
+    prompt = arrival.prompt(key)
+    resumed = min(arrival.resumed, arrival.max_tokens - 1)
+    if not arrival.ignore_eos:
+        resumed = min(resumed, len(prompt))
+    return SequenceSpec(
+        key=key,
+        ids=prompt + arrival.echo(key, resumed),
+        prompt=len(prompt),
+        params=SamplingParams(seed=0, max_tokens=arrival.max_tokens, ignore_eos=arrival.ignore_eos),
+        deadline=NEVER if arrival.deadline_at is None else Deadline(float(arrival.deadline_at)),
+        submitted=float(arrival.at),
+        priority=arrival.priority,
+    )
+
+
+@dataclass
+class Run:
+    """A scheduler with an echo engine; its accounting is checked after each step.
+
+    The engine rejects a row whose blocks do not hold exactly the ids that the row claims are computed: no
+    sequence may use another one's keys.
+    """
+
+    engine: EchoEngine
+    step_tokens: int = 512
+    prefix_cache: bool = True
+    steps: int = 0
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    endings: dict[int, FinishReason] = field(default_factory=dict)
+    ended_at: dict[int, int] = field(default_factory=dict)
+    sequences: dict[int, LiveSequence[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scheduler: Scheduler[int] = Scheduler(
+            self.engine.model, step_tokens=self.step_tokens, prefix_cache=self.prefix_cache
+        )
+
+    def add(self, spec: SequenceSpec[int]) -> None:
+        self.sequences[spec.key] = self.scheduler.add(spec)
+        self.answers[spec.key] = list(spec.ids[spec.prompt :])
+
+    def step(self) -> list[Row]:
+        """Run one step of the engine's loop, one second after the last."""
+        now, model = float(self.steps), self.engine.model
+        self.steps += 1
+        self._record(self.scheduler.remove_ended(now))
+        rows = self.scheduler.plan(now)
+        assert bool(rows) != self.scheduler.idle, "there is work, but no step"
+        assert len(rows) <= model.max_running
+        assert sum(row.stop - row.start for row in rows) <= max(self.step_tokens, model.max_running)
+        size = model.block_tokens
+        writers = [b for row in rows for b in row.blocks[row.start // size : (row.stop - 1) // size + 1]]
+        tables = Counter(b for row in rows for b in row.blocks[: -(-row.stop // size)])
+        assert all(tables[b] == 1 for b in writers), "a row writes to a block of another one"
+        if rows:
+            self._record(self.scheduler.apply(rows, self.engine.step(rows), now))
+        self.scheduler.check()
+        return rows
+
+    def finish(self, within: int) -> None:
+        """Run until all sequences have ended."""
+        for _ in range(within):
+            if self.scheduler.idle:
+                break
+            self.step()
+        scheduler = self.scheduler
+        assert scheduler.idle, f"after {within} steps {scheduler.running} run, {scheduler.waiting} wait"
+        assert (scheduler.running, scheduler.waiting, scheduler.uncomputed_prompt_tokens) == (0, 0, 0)
+        assert scheduler.kv_tokens_free == self.engine.model.kv_tokens, "a block leaked"
+
+    def _record(self, updates: Iterable[SequenceUpdate[int]]) -> None:
+        for update in updates:
+            key = update.key
+            assert key not in self.endings, "an update followed the last one"
+            assert update.offset == len(self.answers[key]), "an offset was repeated or left out"
+            self.answers[key] += update.token_ids
+            if update.finish is not None:
+                self.endings[key] = update.finish
+                self.ended_at[key] = self.steps

@@ -1,0 +1,32 @@
+"""Rows, logits and samples of them, for the sampler's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
+from headrace.worker.engine.sampling import Sampler
+
+EOS = 0
+
+
+def row_of(ids: Sequence[int] = (1, 2, 3), *, prompt: int | None = None, seed: int = 1, **params: Any) -> Row:
+    """Return a row that samples after *ids*."""
+    sampler = SamplingParams(seed=seed, max_tokens=100, **params)
+    return Row([0], 0, len(ids), ids, len(ids) if prompt is None else prompt, True, sampler)
+
+
+def draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
+    return Sampler(frozenset({EOS}), torch.device("cpu")).sample(logits, rows)
+
+
+def ids_of(tokens: Sequence[Token | Fault]) -> list[int]:
+    assert all(isinstance(token, Token) for token in tokens)
+    return [token.id for token in tokens if isinstance(token, Token)]
+
+
+def random_logits(rows: int, vocabulary: int, *, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
