@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.serving.peers import REPOSITORY
 from benchmarks.serving.systems import SystemFailed
 from benchmarks.serving.workload import Request
-from headrace.cli.processes import how_it_ended, tail
+from headrace.cli.processes import exit_description, tail
 
 START_SECONDS = 900.0
 _STOP_SECONDS = 20.0
@@ -60,7 +60,7 @@ async def process(
 def died(name: str, child: asyncio.subprocess.Process, log: Path) -> SystemFailed:
     """Return an error with how a process ended and the end of its log."""
     last = "\n".join(f"  {line}" for line in tail(log))
-    how = how_it_ended(child.returncode) if child.returncode is not None else "closed its output"
+    how = exit_description(child.returncode) if child.returncode is not None else "closed its output"
     return SystemFailed(f"{name} {how}; the end of {log}:\n{last or '  (empty)'}")
 
 

@@ -24,10 +24,10 @@ def test_events_add_up_to_an_answer() -> None:
     answer = Answer()
 
     texts = [
-        answer.take(accepted(tier="small", model="echo", score=0.25, prompt_tokens=9), 0.1),
-        answer.take(delta("Hel", 0), 0.5),
-        answer.take(delta("lo", 1, 2), 1.5),
-        answer.take(finish(pb.FINISH_REASON_STOP, 3), 1.6),
+        answer.add(accepted(tier="small", model="echo", score=0.25, prompt_tokens=9), 0.1),
+        answer.add(delta("Hel", 0), 0.5),
+        answer.add(delta("lo", 1, 2), 1.5),
+        answer.add(finish(pb.FINISH_REASON_STOP, 3), 1.6),
     ]
 
     assert texts == ["", "Hel", "lo", ""]
@@ -41,7 +41,7 @@ def test_events_add_up_to_an_answer() -> None:
 
 def test_a_missing_score_is_not_zero() -> None:
     answer = Answer()
-    answer.take(accepted(tier="small"), 0.1)
+    answer.add(accepted(tier="small"), 0.1)
 
     assert answer.score is None
     assert answer.figures() == "tier small · 0 tokens · not finished"
@@ -49,8 +49,8 @@ def test_a_missing_score_is_not_zero() -> None:
 
 def test_one_token_has_no_rate() -> None:
     answer = Answer()
-    answer.take(delta("x", 0), 0.5)
-    answer.take(finish(pb.FINISH_REASON_LENGTH, 1), 0.5)
+    answer.add(delta("x", 0), 0.5)
+    answer.add(finish(pb.FINISH_REASON_LENGTH, 1), 0.5)
 
     assert answer.tokens_per_second is None
     assert answer.figures().endswith("1 token · length")
@@ -59,7 +59,7 @@ def test_one_token_has_no_rate() -> None:
 def test_a_move_to_another_server_is_reported() -> None:
     answer = Answer()
     move = pb.RouteChange(to="worker-2", reason="WORKER_LOST", attempt=1, **{"from": "worker-1"})
-    answer.take(pb.GenerateResponse(route_change=move), 0.1)
+    answer.add(pb.GenerateResponse(route_change=move), 0.1)
 
     assert "moved from worker-1 to worker-2 (WORKER_LOST)" in answer.figures()
 

@@ -83,14 +83,14 @@ async def test_a_wanted_quality_and_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--share", "0.3", "--quality", "0.5"], "either --share or --quality"),
-        ([], "either --share or --quality"),
-        (["--share", "lots"], "numbers with commas"),
+        (["--share", "0.3", "--quality", "0.5"], "one of --share and --quality"),
+        ([], "one of --share and --quality"),
+        (["--share", "lots"], "numbers separated by commas"),
         (["--quality", "0.9"], "needs labels"),
         (["--share", "2"], "add up to at most 1"),
         (["--share", "nan"], "add up to at most 1"),
         (["--share", "0.3", "--costs", "1,inf"], "one number for each"),
-        (["--share", "0.3", "--tiers", "a,a"], "names two tiers or more"),
+        (["--share", "0.3", "--tiers", "a,a"], "needs two or more names"),
         (["--share", "0.1", "--tiers", "a,b,c"], "3 tiers need 2 shares"),
     ],
 )

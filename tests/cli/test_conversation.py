@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headrace.cli import conversation
-from headrace.cli.chat import Wishes
+from headrace.cli.chat import ChatOptions
 
 
 @pytest.mark.parametrize("interrupted", range(4))
@@ -36,9 +36,9 @@ def test_control_c_during_output_does_not_end_the_conversation(
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(conversation, "_note", note)
 
-    conversation.conversation(Wishes(target="127.0.0.1:1"))
+    conversation.conversation(ChatOptions(target="127.0.0.1:1"))
 
     assert pressed
     assert said[-1] == "", "it ended by Ctrl-D"
-    assert said.count("(Ctrl-D ends)") >= 2
+    assert said.count("(Ctrl-D exits)") >= 2
     assert list(typed) == []

@@ -216,7 +216,7 @@ def test_an_unreachable_mesh_is_reported_in_one_line_with_a_remedy() -> None:
 
         assert out.returncode == 1
         assert out.stderr == (
-            "error: no mesh at 127.0.0.1:1; start one with `headrace up`, or name another with --target\n"
+            "error: no mesh at 127.0.0.1:1; start one with `headrace up`, or give another with --target\n"
         )
 
 
@@ -268,7 +268,7 @@ def test_a_port_in_use_ends_the_start_with_2(mesh: Up, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--tier", "Small=x"], "no name for a tier"),
+        (["--tier", "Small=x"], "not a valid name of a tier"),
         (["--tier", "small"], "write NAME=MODEL"),
         (["--tier", "small=./nowhere"], "hub id"),
     ],
@@ -301,7 +301,7 @@ def test_a_dead_child_is_named_and_ends_the_mesh(tmp_path: Path) -> None:
         os.kill(pids["worker-large"], signal.SIGKILL)
         assert running.process.wait(PATIENCE) == 1
 
-    assert "worker-large was ended by SIGKILL" in running.printed
+    assert "worker-large was terminated by SIGKILL" in running.printed
     assert "worker-large.log" in running.printed
     until_gone(list(pids.values()))
 
@@ -417,9 +417,9 @@ def test_a_conversation_is_stopped_by_control_c_and_ended_by_control_d(mesh: Up)
     terminal.expect("indeed")  # as typed
     terminal.expect("long long")  # as answered
     terminal.type("\x03")
-    terminal.expect("(stopped)")
+    terminal.expect("(cancelled)")
     terminal.expect("> ")
-    terminal.expect("Ctrl-D ends", pressing="\x03")
+    terminal.expect("Ctrl-D exits", pressing="\x03")
 
     assert terminal.close(pressing="\x04") == 0
 
@@ -443,7 +443,7 @@ def test_answers_of_a_conversation_are_rated_where_they_are_read(tmp_path: Path)
         terminal.expect("> ")
         for line, reply in (
             ("/good", "no answer to rate yet"),
-            ("/sing", "no command /sing"),
+            ("/sing", "unknown command /sing"),
             ("Hello there", "· stop"),
             ("/good", "tier small: kept"),
             ("Write a Python function that sorts a list.", "tier large"),

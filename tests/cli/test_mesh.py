@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from headrace.cli import mesh
-from headrace.cli.mesh import BadSpec, MeshSpec, TierSpec, parse_tier, parse_tiers, plan
+from headrace.cli.mesh import BadSpec, MeshSpec, TierSpec, parse_tier, parse_tiers, plan_processes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +44,7 @@ def test_the_default_tiers_and_duplicate_names() -> None:
 
 
 def test_workers_start_first_and_each_stage_gets_the_ports_of_the_one_below(spec: MeshSpec) -> None:
-    workers, batchers, (router,) = plan(spec, [1, 2, 3, 4, 5], cores=8)
+    workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=8)
 
     assert [w.name for w in workers] == ["worker-small", "worker-large"]
     assert [w.port for w in workers] == [1, 2]
@@ -59,7 +59,7 @@ def test_workers_start_first_and_each_stage_gets_the_ports_of_the_one_below(spec
 def test_workers_share_the_cores(tmp_path: Path, cores: int, asked: int, given: str) -> None:
     spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, threads=asked)
 
-    workers, _, _ = plan(spec, [1, 2, 3, 4, 5], cores=cores)
+    workers, _, _ = plan_processes(spec, [1, 2, 3, 4, 5], cores=cores)
 
     assert [flag(worker.command, "--threads") for worker in workers] == [given, given]
 
@@ -67,7 +67,7 @@ def test_workers_share_the_cores(tmp_path: Path, cores: int, asked: int, given: 
 def test_a_fake_mesh_has_no_models(tmp_path: Path) -> None:
     spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, fake=True, flags={"worker": ["--max-running", "2"]})
 
-    workers, batchers, (router,) = plan(spec, [1, 2, 3, 4, 5], cores=2)
+    workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)
 
     for process in (*workers, *batchers):
         assert "--fake" in process.command
@@ -78,7 +78,7 @@ def test_a_fake_mesh_has_no_models(tmp_path: Path) -> None:
 
 def test_only_the_router_of_a_mesh_has_untrusted_callers(spec: MeshSpec) -> None:
     """If all processes inherited HEADRACE_TRACE_CONTEXT, it would break a trace at each hop."""
-    workers, batchers, (router,) = plan(spec, [1, 2, 3, 4, 5], cores=2)
+    workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)
 
     inner = [process.environment["HEADRACE_TRACE_CONTEXT"] for process in (*workers, *batchers)]
     assert set(inner) == {"trust"}

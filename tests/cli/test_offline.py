@@ -129,7 +129,7 @@ def test_a_row_that_cannot_be_judged_or_scored_does_not_end_the_run(
     explained = rows_of(runner.invoke(app, ["explain", "--jsonl", path]).output)
 
     assert [(row["score"], row["good"]) for row in checked] == [(None, None)] * 2
-    assert checked[0]["reasons"] == ["the draft could not be judged (ValueError)"]
+    assert checked[0]["reasons"] == ["the draft could not be checked (ValueError)"]
     assert explained[0]["score"] == 0.5
     assert "could not be scored (ValueError)" in explained[0]["reason"]
     assert "reads as" in explained[1]["reason"]
@@ -159,7 +159,7 @@ def test_check_requires_samples_to_be_texts(tmp_path: Path, samples: object) -> 
     ("line", "complaint"),
     [
         ("{", "line 2: not JSON"),
-        ("[]", "line 2: a row is an object"),
+        ("[]", "line 2: a row must be an object"),
         ('{"id": "a"}', "line 2: field 'prompt' is missing"),
         ('{"id": "a", "prompt": 3}', "line 2: field 'prompt' must be a string"),
         ('{"id": [], "prompt": "a"}', "line 2: field 'id'"),
@@ -188,7 +188,7 @@ def test_files_and_artifacts_that_cannot_be_used_are_named(tmp_path: Path, comma
 
 
 def test_explain_requires_a_prompt_or_a_file() -> None:
-    assert "give a prompt" in runner.invoke(app, ["explain"]).stderr
+    assert "give either a prompt" in runner.invoke(app, ["explain"]).stderr
 
 
 def test_train_writes_an_artifact_that_explain_uses(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_train_writes_an_artifact_that_explain_uses(tmp_path: Path) -> None:
         ([], "no rows"),
         ([{"prompt": "a", "small_ok": 0, "large_ok": 1}], "too few"),
         ([{"prompt": "a", "small_ok": 2, "large_ok": 1}], "'small_ok' must be a number from 0 to 1"),
-        ([{"prompt": "a"}], "one of the fields 'small_ok', 'large_ok' is needed"),
+        ([{"prompt": "a"}], "one of the fields 'small_ok', 'large_ok' is required"),
         ([{"prompt": "a", "small_ok": 1}], "no prompt has both"),
         ([{"prompt": f"{n}", "small_ok": 1, "large_ok": 1} for n in range(50)], "no better"),
     ],
@@ -251,7 +251,7 @@ def test_train_merges_the_rows_of_each_tier(tmp_path: Path) -> None:
     result = runner.invoke(app, ["train", path, "--out", str(out), "--tiers", "cheap,dear"])
 
     assert result.exit_code == 0, result.output
-    assert "10 prompts left out" in result.output
+    assert "10 prompts ignored" in result.output
     assert "50 prompts, cross-validated" in result.output
     assert out.exists()
 

@@ -17,7 +17,7 @@ from headrace.cli.processes import (
     ChildDied,
     Process,
     crew,
-    how_it_ended,
+    exit_description,
     log_folder,
     notices_of,
     readable,
@@ -113,11 +113,11 @@ async def test_a_child_that_does_not_stop_is_killed_and_named(child: Callable[[s
     stubborn = child("stubborn", STUBBORN)
     said: list[str] = []
 
-    async with crew([[stubborn]], grace=0.05, say=said.append) as running:
+    async with crew([[stubborn]], grace=0.05, notify=said.append) as running:
         await eventually(lambda: up(stubborn))
         pid = running.pids["stubborn"]
 
-    assert said == ["stubborn did not stop when asked; killed it"]
+    assert said == ["stubborn did not stop in time and was killed"]
     assert not alive(pid)
 
 
@@ -197,7 +197,7 @@ def test_a_child_whose_parent_is_gone_ends_immediately() -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert out.returncode == 1
-    assert "is gone" in out.stderr
+    assert "has ended" in out.stderr
 
 
 def test_a_missing_dependency_is_reported_with_the_install_command(tmp_path: Path) -> None:
@@ -218,8 +218,8 @@ def test_a_missing_dependency_is_reported_with_the_install_command(tmp_path: Pat
 
 
 def test_exit_codes_in_words() -> None:
-    assert how_it_ended(3) == "ended with exit code 3"
-    assert how_it_ended(-signal.SIGKILL) == "was ended by SIGKILL"
+    assert exit_description(3) == "ended with exit code 3"
+    assert exit_description(-signal.SIGKILL) == "was terminated by SIGKILL"
 
 
 def test_log_lines_become_readable() -> None:

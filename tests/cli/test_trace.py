@@ -14,7 +14,7 @@ from opentelemetry.trace import Link, StatusCode
 from rich.console import Console
 
 from headrace.cli.demo import arrived
-from headrace.cli.otlp_sink import Event, Span, otlp_sink, whole
+from headrace.cli.otlp_receiver import Event, Span, is_complete, otlp_receiver
 from headrace.cli.trace_tree import busiest, trace_tree
 
 MS = 1_000_000
@@ -110,10 +110,10 @@ def test_no_spans_are_an_empty_tree() -> None:
 def test_a_trace_is_whole_when_every_parent_is_there() -> None:
     root, child, grandchild = span("a", "", 0, 9), span("b", "a", 1, 8), span("c", "b", 2, 7)
 
-    assert whole([root, child, grandchild], "t1")
-    assert not whole([root, grandchild], "t1")
-    assert not whole([child, grandchild], "t1")
-    assert not whole([], "t1")
+    assert is_complete([root, child, grandchild], "t1")
+    assert not is_complete([root, grandchild], "t1")
+    assert not is_complete([child, grandchild], "t1")
+    assert not is_complete([], "t1")
 
 
 def test_the_demo_waits_for_the_spans_of_the_worker() -> None:
@@ -127,7 +127,7 @@ def test_the_demo_waits_for_the_spans_of_the_worker() -> None:
 
 
 async def test_exported_spans_are_received(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with otlp_sink() as sink:
+    async with otlp_receiver() as sink:
         for name, value in sink.environment.items():
             monkeypatch.setenv(name, value)
         provider = TracerProvider(resource=Resource({"service.name": "test"}), shutdown_on_exit=False)
@@ -138,7 +138,7 @@ async def test_exported_spans_are_received(monkeypatch: pytest.MonkeyPatch) -> N
             with tracer.start_as_current_span("child", links=[Link(parent.get_span_context())]) as child:
                 child.set_status(StatusCode.ERROR)
 
-        await sink.until(lambda spans: len(spans) == 2, timeout=90)
+        await sink.wait_for(lambda spans: len(spans) == 2, timeout=90)
         await asyncio.to_thread(provider.shutdown)
 
     by_name = {each.name: each for each in sink.spans}
@@ -153,6 +153,6 @@ async def test_exported_spans_are_received(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_the_wait_for_missing_spans_ends() -> None:
-    async with otlp_sink() as sink:
+    async with otlp_receiver() as sink:
         with pytest.raises(TimeoutError):
-            await sink.until(lambda spans: bool(spans), timeout=0)
+            await sink.wait_for(lambda spans: bool(spans), timeout=0)

@@ -37,7 +37,7 @@ def test_an_interrupt_while_the_command_loads_is_no_traceback(tmp_path: Path) ->
     ],
 )
 def test_a_second_signal(monkeypatch: pytest.MonkeyPatch, window: float, ended: str) -> None:
-    monkeypatch.setattr(up, "_ONE_REQUEST_SECONDS", window)
+    monkeypatch.setattr(up, "_SAME_SIGNAL_SECONDS", window)
     told: list[str] = []
     how: list[str] = []
 

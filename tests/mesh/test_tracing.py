@@ -26,7 +26,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from headrace import errors
 from headrace.cli.mesh import MeshSpec
 from headrace.cli.mesh import mesh as processes
-from headrace.cli.otlp_sink import Span, otlp_sink, whole
+from headrace.cli.otlp_receiver import Span, is_complete, otlp_receiver
 from headrace.client import chat, connect
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
@@ -154,7 +154,7 @@ async def test_the_core_metrics_are_recorded(count: Callable[..., float]) -> Non
 
 
 async def test_a_real_receiver_gets_one_trace_across_all_processes(tmp_path: Path) -> None:
-    async with otlp_sink() as sink:
+    async with otlp_receiver() as sink:
         spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", fake=True, environment=sink.environment)
         async with processes(spec) as running, connect(running.address) as client:
             answers = await asyncio.gather(*(collect(client, chat(f"hello {number}")) for number in range(4)))
@@ -164,7 +164,7 @@ async def test_a_real_receiver_gets_one_trace_across_all_processes(tmp_path: Pat
                     whole_without_client(spans, span.trace_id) for span in spans
                 )
 
-            await sink.until(complete, timeout=PATIENCE)
+            await sink.wait_for(complete, timeout=PATIENCE)
         spans = list(sink.spans)
 
     for answer in answers:
@@ -186,7 +186,7 @@ def whole_without_client(spans: Sequence[Span], trace_id: str) -> bool:
     """Return whether every span of the trace has its parent. The test's own client exports nothing."""
     roots = [span for span in spans if span.trace_id == trace_id and span.name == GENERATE]
     if not roots:
-        return whole(spans, trace_id)
+        return is_complete(spans, trace_id)
     ids = {span.span_id for span in spans}
     orphans = [span for span in spans if span.trace_id == trace_id and span.parent_id not in ids]
     return len(orphans) == 1 and orphans[0].service == "headrace-router"
@@ -340,7 +340,7 @@ async def test_processes_that_sample_nothing_record_what_a_trusted_caller_sample
     mode: str, recorded: bool, tmp_path: Path
 ) -> None:
     """With a parent-based sampler. The batch is recorded with its member, although it is a root span."""
-    async with otlp_sink() as sink:
+    async with otlp_receiver() as sink:
         variables = {
             **sink.environment,
             "OTEL_TRACES_SAMPLER": "parentbased_always_off",

@@ -1,7 +1,7 @@
-"""The `headrace` command: bring a mesh up on this machine, and talk to any mesh.
+"""The `headrace` command: start a mesh on this machine, and send requests to any mesh.
 
-`__main__` lists the commands; each has a module of its own beside it. The CLI is a client like any
-other: it starts the services as processes and speaks to them over gRPC, and imports none of them.
+`__main__` registers the commands; their flags are in `commands`, their work in the other modules. The CLI
+starts services as processes and calls them over gRPC like any client. It does not import them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> None:
-    """Run `headrace`; say what to install where only the bare package is."""
+    """Run `headrace`, or print what to install if only the bare package is installed."""
     try:
         from headrace.cli.__main__ import main as run
     except ModuleNotFoundError as error:
@@ -21,6 +21,6 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(1) from None
-    except KeyboardInterrupt:  # loading takes a moment, and longer on a busy machine
+    except KeyboardInterrupt:  # importing takes time on a busy machine
         raise SystemExit(130) from None
     run()

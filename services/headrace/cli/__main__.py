@@ -1,4 +1,4 @@
-"""The `headrace` command: which commands there are."""
+"""The `headrace` command: register all commands."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ from headrace.cli.commands.running import demo, fetch, up
 from headrace.cli.complaints import complain
 
 
-def _tell_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"headrace {installed_version('headrace')}")
         raise typer.Exit
@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""A gRPC mesh for LLM inference, on this machine or another.
 
-    Bring one up:  [bold]headrace up[/]   (add --fake to try it without any model)
+    Start a mesh:  [bold]headrace up[/]   (add --fake to try it without models)
 
     Then, in another terminal:  [bold]headrace chat "Why is the sky blue?"[/]""",
 )
@@ -36,16 +36,17 @@ app = typer.Typer(
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show it and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """What may be told before any command."""
+    """Options that precede the command."""
 
 
 for panel, commands in (
     ("Run a mesh", (up, demo, fetch)),
-    ("Ask it", (chat, explain, tiers, top, feedback)),
-    ("Fit the routing to your own traffic", (calibrate, train, check)),
+    ("Send requests to a mesh", (chat, explain, tiers, top, feedback)),
+    ("Fit the routing to your traffic", (calibrate, train, check)),
 ):
     for command in commands:
         app.command(rich_help_panel=panel)(command)
@@ -53,7 +54,7 @@ for panel, commands in (
 
 def main() -> None:
     """Run the command line."""
-    # Not every terminal can show all that is said: `?` takes the place of what it cannot.
+    # Replace characters that the terminal's encoding does not support with `?`.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if failure := propagation.problem():

@@ -1,6 +1,6 @@
-"""Put the events of one answer together: its text, who gave it, and how fast it came.
+"""Collect the events of an answer: its text, its tier and model, and its speed.
 
-Plain bookkeeping: events and times go in, a record comes out. It neither calls nor prints.
+Plain data: no calls, no output.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from headrace.v1 import generation_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# A model may say anything, and a terminal obeys escape sequences: neither may meet the other.
+# A model can generate any text, and a terminal executes escape sequences, so they are removed.
 _CONTROLS = dict.fromkeys([*range(32), *range(127, 160)])
 del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
 
 
 def printable(text: str) -> str:
-    """Return *text* without the control characters that a terminal would act upon."""
+    """Return *text* without the control characters that a terminal would execute."""
     return text.translate(_CONTROLS)
 
 
 @dataclass
 class Answer:
-    """What has come of an answer so far. Times are seconds since the request was sent."""
+    """The part of an answer that has arrived. Times are seconds since the request was sent."""
 
     request_id: str = ""
     text: str = ""
     tier: str = ""
     model: str = ""
-    score: float | None = None  # nobody scored it, or nothing has come yet
+    score: float | None = None  # None if it was not scored, or no event has arrived
     prompt_tokens: int = 0
     tokens: int = 0
     first_token: float | None = None
     last_token: float | None = None
     moves: list[pb.RouteChange] = field(default_factory=list)
-    finish: str = ""  # "stop", "length"...; empty while it is not complete
+    finish: str = ""  # "stop", "length" and so on; empty until it is complete
 
-    def take(self, response: pb.GenerateResponse, seconds: float) -> str:
-        """Add an event that arrived after *seconds*; return the text it brings."""
+    def add(self, response: pb.GenerateResponse, seconds: float) -> str:
+        """Add an event that arrived after *seconds*, and return its text."""
         match response.WhichOneof("event"):
             case "accepted":
                 accepted = response.accepted
@@ -64,14 +64,14 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """How fast tokens followed the first one; None for answers too short to tell."""
+        """The rate of tokens after the first one; None for answers of one token."""
         if self.first_token is None or self.last_token is None or self.tokens < 2:
             return None
         elapsed = self.last_token - self.first_token
         return (self.tokens - 1) / elapsed if elapsed > 0 else None
 
     def figures(self) -> str:
-        """Return all there is to say about the answer but its text, in one line."""
+        """Return everything except the text, in one line."""
         return " · ".join(self._figures())
 
     def _figures(self) -> Iterable[str]:
@@ -91,14 +91,14 @@ class Answer:
 
 
 def finish_name(reason: pb.FinishReason.ValueType) -> str:
-    """Return "stop" for FINISH_REASON_STOP, and so on; a newer server's reason by its number."""
+    """Return "stop" for FINISH_REASON_STOP, and so on; an unknown reason by its number."""
     if reason not in pb.FinishReason.values():
         return f"reason {reason}"
     return pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower().replace("_", " ")
 
 
 def seconds(value: float) -> str:
-    """Write a duration as people read it: "350 µs", "12 ms", "1.25 s"."""
+    """Format a duration: "350 µs", "12 ms", "1.25 s"."""
     if value < 0.001:
         return f"{value * 1e6:.0f} µs"
     if value < 1:

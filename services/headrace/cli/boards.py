@@ -1,6 +1,6 @@
-"""Show what one waits for: models on their way, and processes that start.
+"""Show the progress of fetching models and of starting processes.
 
-On a terminal the boards move; elsewhere they print a line when something changes.
+On a terminal the boards are updated in place; elsewhere they print a line for each change.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from headrace import models
-    from headrace.cli.mesh import State
+    from headrace.cli.mesh import StartState
 
 
 class FetchBoard:
-    """Bars for models being fetched; give it to `models.resolve` as its *progress*."""
+    """Progress bars of models; the *progress* argument of `models.resolve`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -75,12 +75,12 @@ class FetchBoard:
 
 
 class StartBoard:
-    """A table of processes that start; give it to `mesh` as its *on_states*."""
+    """A table of starting processes; the *on_states* argument of `mesh`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(console=console, transient=True) if console.is_terminal else None
-        self._said: dict[str, str] = {}
+        self._printed: dict[str, str] = {}
         self._spinner = Spinner("dots")
 
     def __enter__(self) -> Self:
@@ -92,34 +92,34 @@ class StartBoard:
         self.finish()
 
     def finish(self) -> None:
-        """Leave the screen to others; no states come any more."""
+        """Stop updating the terminal."""
         if self._live:
             self._live.stop()
 
-    def __call__(self, states: Sequence[State], /) -> None:
+    def __call__(self, states: Sequence[StartState], /) -> None:
         if self._live:
             self._live.update(self._table(states))
             return
         for state in states:
-            said = _standing(state)
-            if self._said.get(state.process.name) != said:
-                self._said[state.process.name] = said
+            status = _status(state)
+            if self._printed.get(state.process.name) != status:
+                self._printed[state.process.name] = status
                 after = f" after {seconds(state.seconds)}" if state.phase == "ready" else ""
-                line = f"{state.process.name}: {said}{after}"
+                line = f"{state.process.name}: {status}{after}"
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _table(self, states: Sequence[State]) -> Table:
+    def _table(self, states: Sequence[StartState]) -> Table:
         table = Table.grid(padding=(0, 2))
         for state in states:
             ready = state.phase == "ready"
             table.add_row(
                 "[green]✓[/]" if ready else self._spinner,
                 state.process.name,
-                Text(_standing(state), "green" if ready else ""),
+                Text(_status(state), "green" if ready else ""),
                 f"[dim]{state.seconds:.0f} s[/]",
             )
         return table
 
 
-def _standing(state: State) -> str:
+def _status(state: StartState) -> str:
     return f"loading: {state.detail.removeprefix('loading ')}" if state.detail else state.phase

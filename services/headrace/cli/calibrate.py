@@ -1,4 +1,4 @@
-"""`headrace calibrate`: from a file of the user's own traffic to the thresholds that a router loads."""
+"""`headrace calibrate`: derive the thresholds of a router from a file of the user's traffic."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from headrace.routing import calibration, scorer
 from headrace.routing.calibration import BadCalibration, Point, ScoredPrompt
 from headrace.routing.score import Scorer, fingerprint
 
-_LINES = 21  # of the table; the curve has more points
+_LINES = 21  # of the table; the trade-off has more points
 
 
 def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Console) -> list[ScoredPrompt]:
-    """Score the prompts of *path*: JSON objects, one a line, with `prompt` and perhaps `NAME_ok` per tier.
+    """Score the prompts of *path*: JSON Lines with `prompt` and optionally `NAME_ok` per tier.
 
-    Rows about the same prompt are put together, as `Feedback` writes one per outcome. Raises BadCalibration.
+    Rows with the same prompt are merged, because the router writes one row per feedback. Raises
+    BadCalibration.
     """
     try:
-        # Not `splitlines`: a prompt may hold what Python takes for a line's end, such as U+2028.
+        # Not `splitlines`: a prompt may contain characters that Python treats as line ends, such as U+2028.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise BadCalibration(f"{path} cannot be read: {error.strerror or error}") from error
@@ -41,7 +42,7 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
             prompt = None
         if not isinstance(prompt, str) or not prompt:
             raise BadCalibration(f'{path}, line {number}: not a JSON object with a "prompt"')
-        # The same prompt asked twice is traffic twice; its outcomes are one row each per tier.
+        # The same prompt without labels counts each time; with labels, its rows are merged.
         key = prompt if any(f"{tier}_ok" in row for tier in tiers) else f"{number} {prompt}"
         merged.setdefault(key, {}).update(row)
     if not merged:
@@ -49,7 +50,7 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
     labelled = [row for row in merged.values() if all(f"{tier}_ok" in row for tier in tiers)]
     if labelled and len(labelled) < len(merged):
         console.print(
-            f"{len(merged) - len(labelled)} of {len(merged)} prompts lack a tier's outcome and are left out",
+            f"{len(merged) - len(labelled)} of {len(merged)} prompts lack a tier's label and are ignored",
             style="yellow",
         )
     rows = labelled or list(merged.values())
@@ -60,8 +61,8 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
 
 
 def curve_table(tiers: Sequence[str], points: Sequence[Point], chosen: Point) -> Table:
-    """The trade-off, cheapest first, with the chosen point in its place."""
-    table = Table(title="the trade-off", title_justify="left")
+    """Return the trade-off as a table, cheapest first, with the chosen point highlighted."""
+    table = Table(title="trade-off", title_justify="left")
     for tier in tiers[1:]:
         table.add_column(f"{tier} from", justify="right")
     for tier in tiers:
@@ -89,7 +90,7 @@ def curve_table(tiers: Sequence[str], points: Sequence[Point], chosen: Point) ->
 
 
 def draw(tiers: Sequence[str], points: Sequence[Point], chosen: Point, path: Path) -> None:
-    """The trade-off as a picture. Raises BadCalibration where it cannot be drawn or written."""
+    """Write the trade-off as a picture. Raises BadCalibration if it cannot be drawn or written."""
     try:
         import matplotlib
     except ImportError:
@@ -115,7 +116,7 @@ def draw(tiers: Sequence[str], points: Sequence[Point], chosen: Point, path: Pat
     figure.tight_layout()
     try:
         figure.savefig(path)
-    except (OSError, ValueError) as error:  # a ValueError names the formats that there are
+    except (OSError, ValueError) as error:  # a ValueError lists the supported formats
         raise BadCalibration(f"{path} cannot be written: {_reason(error)}") from error
     finally:
         pyplot.close(figure)
@@ -137,7 +138,7 @@ def calibrate(
     artifact: Path | None = None,
     console: Console,
 ) -> None:
-    """Choose thresholds by *shares* or *quality*, show the trade-off, and write what the router loads.
+    """Choose thresholds by *shares* or *quality*, print the trade-off, and write the file for the router.
 
     Raises BadCalibration and BadArtifact.
     """
@@ -151,14 +152,14 @@ def calibrate(
     console.print(curve_table(tiers, points, chosen))
     if len(rows) < 100:
         console.print(
-            f"only {len(rows)} rows: expect other shares on other traffic", style="yellow", soft_wrap=True
+            f"only {len(rows)} rows: shares will differ on other traffic", style="yellow", soft_wrap=True
         )
     try:
         calibration.save(calibration.calibration(tiers, chosen, rows, scorer=fingerprint(scores)), out)
     except OSError as error:
         raise BadCalibration(f"{out} cannot be written: {_reason(error)}") from error
     console.print(
-        f"{out}: for a router's --calibration; it reads the file again when that changes", soft_wrap=True
+        f"{out}: for --calibration of a router, which reloads the file when it changes", soft_wrap=True
     )
     if png is not None:
         draw(tiers, points, chosen, png)

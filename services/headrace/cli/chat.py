@@ -1,7 +1,7 @@
-"""`headrace chat`: ask, and show the answer as it comes. `conversation` does so again and again.
+"""`headrace chat`: send a prompt, and print the answer while it is streamed.
 
-The answer goes to standard output and the figures to standard error, so that a pipe gets the answer
-alone.
+The answer is written to standard output and everything else to standard error, so that a pipe receives only
+the answer. `conversation` sends several prompts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """How to ask: what the flags of `headrace chat` say."""
+class ChatOptions:
+    """The flags of `headrace chat`."""
 
     target: str
     timeout: float = 120.0  # seconds for a whole answer
@@ -39,20 +39,22 @@ class Wishes:
     max_tier: str = ""
 
 
-def request_for(turns: Sequence[tuple[str, str]], wishes: Wishes, *, session: str = "") -> pb.GenerateRequest:
+def request_for(
+    turns: Sequence[tuple[str, str]], options: ChatOptions, *, session: str = ""
+) -> pb.GenerateRequest:
     """Make the request for the next turn of a conversation of (role, content) pairs.
 
-    session   names the conversation to the router, which then keeps it on the tier that it has reached
+    session   identifies the conversation, so that the router does not return it to a smaller tier
     """
     sampling = {
         name: value
         for name in ("temperature", "max_tokens", "seed")
-        if (value := getattr(wishes, name)) is not None
+        if (value := getattr(options, name)) is not None
     }
-    request = chat(turns, system=wishes.system, **sampling)
-    request.routing.tier = wishes.tier
-    request.routing.min_tier = wishes.min_tier
-    request.routing.max_tier = wishes.max_tier
+    request = chat(turns, system=options.system, **sampling)
+    request.routing.tier = options.tier
+    request.routing.min_tier = options.min_tier
+    request.routing.max_tier = options.max_tier
     request.routing.session_id = session
     return request
 
@@ -65,45 +67,47 @@ async def follow(
     timeout: float,
     write: Callable[[str], None],
 ) -> None:
-    """Fill *answer* as it comes, giving each piece of text to *write*. Raises a HeadraceError."""
+    """Add the events of an answer to *answer*, and pass its text to *write*. Raises a HeadraceError."""
     began = time.perf_counter()
     async with aclosing(client.generate(request, timeout=timeout)) as stream:
         async for response in stream:
-            if text := answer.take(response, time.perf_counter() - began):
+            if text := answer.add(response, time.perf_counter() - began):
                 write(text)
 
 
-async def say(client: Client, request: pb.GenerateRequest, wishes: Wishes, answer: Answer) -> None:
-    """Print an answer as it comes, filling *answer*, and its figures. Raises a HeadraceError."""
+async def print_answer(
+    client: Client, request: pb.GenerateRequest, options: ChatOptions, answer: Answer
+) -> None:
+    """Print an answer while it is streamed, then its figures. Raises a HeadraceError."""
 
     def write(text: str) -> None:
         sys.stdout.write(printable(text))
         sys.stdout.flush()
 
     try:
-        await follow(client, request, answer, timeout=wishes.timeout, write=write)
+        await follow(client, request, answer, timeout=options.timeout, write=write)
     finally:
         if answer.text and not answer.text.endswith("\n"):
             write("\n")
-    aside().print(answer.figures(), style="dim", markup=False, soft_wrap=True)
+    stderr_console().print(answer.figures(), style="dim", markup=False, soft_wrap=True)
 
 
-async def once(prompt: str, wishes: Wishes) -> None:
-    """Answer one prompt, and name the request: for `headrace feedback`, or to find it in logs and traces.
+async def ask_once(prompt: str, options: ChatOptions) -> None:
+    """Send one prompt, print its answer, and the id of the request for `headrace feedback`, logs and traces.
 
     Raises a HeadraceError.
     """
     answer = Answer()
     try:
-        async with telemetry("client"), connect(wishes.target) as client:
-            await say(client, request_for([("user", prompt)], wishes), wishes, answer)
+        async with telemetry("client"), connect(options.target) as client:
+            await print_answer(client, request_for([("user", prompt)], options), options, answer)
     finally:
         if answer.request_id:
-            aside().print(
+            stderr_console().print(
                 f"request {printable(answer.request_id)}", style="dim", markup=False, soft_wrap=True
             )
 
 
-def aside() -> Console:
-    """Where all is said that is not the answer."""
+def stderr_console() -> Console:
+    """Return the console for everything except answers."""
     return Console(stderr=True, highlight=False)

@@ -1,7 +1,7 @@
-"""Run a module as a process that does not outlive its parent: `child PARENT_PID MODULE ARGUMENTS...`.
+"""Run a module as a process that ends with its parent: `child PARENT_PID MODULE ARGUMENTS...`.
 
-`headrace up` starts every service through this launcher. A parent that ends in an orderly way stops its
-children itself; this is for the parent that was killed and could not.
+`headrace up` starts each service with this launcher. A parent that exits normally stops its children itself;
+this covers a parent that was killed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with(parent: int) -> None:
-    """Arrange for SIGTERM, and so a graceful drain, when the process *parent* is gone."""
+    """Request SIGTERM, and thereby a graceful drain, for the time when the process *parent* ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it died before we had asked to be told
-        raise SystemExit(f"the process that started us ({parent}) is gone")
+    if os.getppid() != parent:  # it ended before the request
+        raise SystemExit(f"the parent process ({parent}) has ended")
 
 
 def _watch(parent: int) -> None:
@@ -34,7 +34,7 @@ def _watch(parent: int) -> None:
 
 
 def main() -> None:
-    """Become MODULE, as `python -m MODULE ARGUMENTS...` would."""
+    """Run MODULE as `python -m MODULE ARGUMENTS...` does."""
     parent, module, *arguments = sys.argv[1:]
     die_with(int(parent))
     sys.argv = [module, *arguments]

@@ -1,6 +1,6 @@
-"""Say in one line what went wrong and what to do, and end with the exit code that fits.
+"""Print an error in one line, with what to do about it, and exit with a suitable code.
 
-1: it was tried and failed. 2: it could not be tried, as asked. Bugs keep their traceback.
+1: the command failed. 2: the command cannot run as requested. Bugs keep their traceback.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 
 def complain(line: str) -> None:
-    """Print an error, in red where there is colour, on standard error."""
+    """Print an error on standard error, in red if the terminal has colours."""
     Console(stderr=True, highlight=False).print(f"error: {line}", style="red", markup=False, soft_wrap=True)
 
 
 def advice(error: errors.HeadraceError, target: str) -> str:
-    """Say what to do about a failed call to *target*."""
+    """Describe a failed call to *target*, and what to do about it."""
     if errors.HTTP_STATUS in error.fields:
         return (
-            f"{error.message} [{error.reason}]; is {target} the gRPC port of a mesh, and does every proxy "
-            "on the way pass HTTP/2 on?"
+            f"{error.message} [{error.reason}]; check that {target} is the gRPC port of a mesh, and that "
+            "every proxy in between forwards HTTP/2"
         )
-    # Unavailable itself comes from gRPC; servers of ours send one of its subclasses.
+    # gRPC itself raises Unavailable; the services of Headrace send its subclasses.
     if type(error) is errors.Unavailable:
         if problem := target_problem(target):
             return problem
         if variable := proxy_variable(target):
             return (
-                f"no answer from {target} through the proxy that {variable} names; no_proxy exempts hosts, "
-                "and --target names another mesh"
+                f"no answer from {target} through the proxy in {variable}; add the host to no_proxy, "
+                "or give another mesh with --target"
             )
-        return f"no mesh at {target}; start one with `headrace up`, or name another with --target"
+        return f"no mesh at {target}; start one with `headrace up`, or give another with --target"
     hint = next((text for kind, text in _HINTS if isinstance(error, kind)), "")
     return f"{error.message} [{error.reason}]" + (f"; {hint}" if hint else "")
 
@@ -52,26 +52,26 @@ def advice(error: errors.HeadraceError, target: str) -> str:
 _HINTS: list[tuple[type[errors.HeadraceError], str]] = [
     (errors.UnknownTier, "see `headrace tiers`"),
     (errors.UnknownModel, "see `headrace tiers`"),
-    (errors.NoWorkers, "see `headrace tiers` for what is healthy"),
+    (errors.NoWorkers, "see `headrace tiers` for the health of tiers"),
     (errors.Draining, "the server is stopping; try again"),
-    (errors.DeadlineExceeded, "give it more time with --timeout, or ask for less with --max-tokens"),
+    (errors.DeadlineExceeded, "increase --timeout, or reduce --max-tokens"),
     (errors.Overloaded, "try again in a moment"),
-    (errors.Unimplemented, "what --target names does not offer this; ask a router"),
+    (errors.Unimplemented, "the server at --target does not support this; call a router"),
     (
         errors.Unauthenticated,
-        "a proxy on the way, or what --target names, asks for credentials",
+        "a proxy or the server at --target requires credentials",
     ),
-    (errors.PermissionDenied, "a proxy on the way, or what --target names, does not allow it"),
-    (errors.Aborted, "a proxy or another service ended the call; try again"),
-    (errors.Foreign, "no Headrace server sends this: a proxy or another service answers at --target"),
-    (errors.RequestCancelled, "something on the way cancelled the call; try again"),
-    (errors.InternalError, "the logs of the servers have it in full"),
+    (errors.PermissionDenied, "a proxy or the server at --target does not permit it"),
+    (errors.Aborted, "a proxy or another service aborted the call; try again"),
+    (errors.Foreign, "Headrace does not send this: a proxy or another service answered at --target"),
+    (errors.RequestCancelled, "a proxy or the server cancelled the call; try again"),
+    (errors.InternalError, "the logs of the servers have the traceback"),
 ]
 
 
 @contextmanager
 def complaining(target: str = "") -> Iterator[None]:
-    """Turn the failures that a person can do something about into a line and an exit code."""
+    """Convert the failures that a user can act on to an error message and an exit code."""
     try:
         yield
     except errors.HeadraceError as error:
@@ -83,7 +83,7 @@ def complaining(target: str = "") -> Iterator[None]:
     except ChildDied as error:
         complain(str(error))
         raise typer.Exit(1) from None
-    except BrokenPipeError:  # whoever read has seen enough
+    except BrokenPipeError:  # the reader of the pipe has closed it
         raise
     except OSError as error:
         complain(str(error))

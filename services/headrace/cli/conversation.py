@@ -1,4 +1,4 @@
-"""`headrace chat` without a prompt: a conversation in the terminal, whose answers can be rated."""
+"""`headrace chat` without a prompt: a conversation in the terminal, with ratings of answers."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import TYPE_CHECKING
 
 from headrace import errors
 from headrace.cli.answers import Answer, printable
-from headrace.cli.chat import aside, request_for, say
+from headrace.cli.chat import print_answer, request_for, stderr_console
 from headrace.cli.complaints import advice, complain
-from headrace.cli.routing import booked
+from headrace.cli.routing import feedback_result
 from headrace.client import connect
 from headrace.runtime.telemetry.setup import telemetry
 
 if TYPE_CHECKING:
-    from headrace.cli.chat import Wishes
+    from headrace.cli.chat import ChatOptions
     from headrace.client import Client
 
-HELP = "/good or /bad rates the last answer, /new starts over; Ctrl-C stops an answer, Ctrl-D ends."
+HELP = "/good or /bad rates the last answer, /new starts over; Ctrl-C cancels an answer, Ctrl-D exits."
 
 
-def conversation(wishes: Wishes) -> None:
-    """Talk until Ctrl-D; Ctrl-C stops the answer under way and keeps what was said."""
+def conversation(options: ChatOptions) -> None:
+    """Converse until Ctrl-D. Ctrl-C cancels the current answer and keeps its text."""
     with suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its line editing
+        import readline  # noqa: F401 - adds line editing to input()
     _note(HELP)
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
-        talk = _Talk(runner, runner.run(_open(stack, wishes.target)), wishes)
+        conversation = _Conversation(runner, runner.run(_open(stack, options.target)), options)
         interrupted = False
         try:
             while True:
-                # Whatever is being done or said: who presses Ctrl-C twice may mean the answer that has just
-                # been stopped, or this very note.
+                # Ctrl-C must not end the conversation at any point: a second one may come while the first is
+                # handled.
                 try:
                     if interrupted:
                         interrupted = False
-                        _note("\n(Ctrl-D ends)")
-                    talk.hear(input("> ").strip())
+                        _note("\n(Ctrl-D exits)")
+                    conversation.handle(input("> ").strip())
                 except EOFError:
                     _note("")
                     return
@@ -56,17 +56,17 @@ async def _open(stack: AsyncExitStack, target: str) -> Client:
     return await stack.enter_async_context(connect(target))
 
 
-class _Talk:
-    """What has been said, and the last answer.
+class _Conversation:
+    """The turns of a conversation, and its last answer.
 
-    A conversation has a session of its own: the router moves it to a larger tier where a prompt asks for
-    one, and not back down, where the model would have to read all of it again.
+    A conversation has a session id: the router can move it to a larger tier, but not back to a smaller one,
+    where the model would have to compute all turns again.
     """
 
-    def __init__(self, runner: asyncio.Runner, client: Client, wishes: Wishes) -> None:
+    def __init__(self, runner: asyncio.Runner, client: Client, options: ChatOptions) -> None:
         self._runner = runner
         self._client = client
-        self._wishes = wishes
+        self._options = options
         self._begin()
 
     def _begin(self) -> None:
@@ -74,30 +74,30 @@ class _Talk:
         self._last = Answer()
         self._session = str(uuid.uuid4())
 
-    def hear(self, said: str) -> None:
-        """Do what a line asks for."""
-        match said:
+    def handle(self, line: str) -> None:
+        """Execute a command, or send a line as the next prompt."""
+        match line:
             case "":
                 pass
             case "/new":
                 self._begin()
             case "/good" | "/bad":
-                self._rate(ok=said == "/good")
-            case _ if re.fullmatch(r"/\w*", said):
-                _note(HELP if said == "/help" else f"no command {said}; {HELP}")
+                self._rate(ok=line == "/good")
+            case _ if re.fullmatch(r"/\w*", line):
+                _note(HELP if line == "/help" else f"unknown command {line}; {HELP}")
             case _:
-                self._ask(said)
+                self._ask(line)
 
-    def _ask(self, said: str) -> None:
-        """Take one turn; a question without an answer is as if it had not been said."""
-        turns = [*self._turns, ("user", said)]
+    def _ask(self, prompt: str) -> None:
+        """Send the next turn. A prompt without an answer is not kept."""
+        turns = [*self._turns, ("user", prompt)]
         answer = Answer()
         try:
-            request = request_for(turns, self._wishes, session=self._session)
-            self._runner.run(say(self._client, request, self._wishes, answer))
+            request = request_for(turns, self._options, session=self._session)
+            self._runner.run(print_answer(self._client, request, self._options, answer))
         except KeyboardInterrupt:
             sys.stdout.write("\n")
-            _note("(stopped)")
+            _note("(cancelled)")
         except errors.HeadraceError as error:
             self._complain(error, answer)
         finally:
@@ -106,25 +106,25 @@ class _Talk:
                 self._last = answer
 
     def _rate(self, *, ok: bool) -> None:
-        """Tell the router of the last answer."""
+        """Send feedback on the last answer."""
         answer = self._last
         if not answer.request_id:
-            _note("there is no answer to rate yet")
+            _note("no answer to rate yet")
             return
         try:
-            said = self._runner.run(self._client.feedback(answer.request_id, ok=ok))
+            response = self._runner.run(self._client.feedback(answer.request_id, ok=ok))
         except KeyboardInterrupt:
-            _note("(stopped)")
+            _note("(cancelled)")
         except errors.HeadraceError as error:
             self._complain(error, answer)
         else:
-            _note(f"request {printable(answer.request_id)}, {booked(said)}")
+            _note(f"request {printable(answer.request_id)}, {feedback_result(response)}")
 
     def _complain(self, error: errors.HeadraceError, answer: Answer) -> None:
-        complain(advice(error, self._wishes.target))
+        complain(advice(error, self._options.target))
         if answer.request_id:
             _note(f"request {printable(answer.request_id)}")
 
 
 def _note(line: str) -> None:
-    aside().print(line, style="dim", markup=False, soft_wrap=True)
+    stderr_console().print(line, style="dim", markup=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""`headrace demo`: a mesh, some prompts of all kinds, and one request's trace.
+"""`headrace demo`: start a mesh, send it prompts of all kinds, and show the trace of one request.
 
-The first prompts come one by one, so that one can watch the answers stream; the rest at once, so that
-the batchers have something to coalesce.
+The first prompts are sent one at a time, with their answers streamed to the terminal. The others are sent
+concurrently, so that the batchers can form batches.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rich.rule import Rule
 from headrace import attributes
 from headrace.cli.answers import Answer, printable
 from headrace.cli.boards import StartBoard
-from headrace.cli.chat import Wishes, follow, request_for
+from headrace.cli.chat import ChatOptions, follow, request_for
 from headrace.cli.complaints import advice
 from headrace.cli.mesh import mesh
-from headrace.cli.otlp_sink import otlp_sink, whole
+from headrace.cli.otlp_receiver import is_complete, otlp_receiver
 from headrace.cli.summary import Outcome, summarise, summary_table
 from headrace.cli.trace_tree import busiest, trace_tree
 from headrace.client import connect
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from headrace.cli.mesh import MeshSpec
-    from headrace.cli.otlp_sink import Sink, Span
+    from headrace.cli.otlp_receiver import Receiver, Span
     from headrace.client import Client
 
-_ALONE = 4  # prompts that are asked one by one
-_AT_ONCE = 6  # of the others
-_TRACE_SECONDS = 30.0  # for the last spans to arrive; a fraction of one where nothing else runs
+_SEQUENTIAL = 4  # prompts that are sent one at a time
+_CONCURRENT = 6  # of the other prompts
+_TRACE_SECONDS = 30.0  # until the last spans have arrived; on an idle machine it takes less than one
 _tracer = trace.get_tracer(__name__)
 
 
@@ -54,93 +54,94 @@ class Prompt:
 
 
 def prompts() -> list[Prompt]:
-    """Read the prompts that come with the package."""
+    """Read the prompts from the package."""
     text = (importlib.resources.files("headrace.cli") / "demo_prompts.jsonl").read_text("utf-8")
     return [Prompt(**json.loads(line)) for line in text.splitlines()]
 
 
 async def demo(spec: MeshSpec, console: Console) -> bool:
-    """Run it all; tell whether every prompt got a finished answer. Raises BadSpec and ChildDied."""
+    """Run the demo, and return whether every answer was complete. Raises BadSpec and ChildDied."""
     began = time.perf_counter()
-    async with otlp_sink() as sink:
-        # The SDK reads its settings from the environment, ours as well as the children's.
-        os.environ.update(sink.environment)
+    async with otlp_receiver() as receiver:
+        # The SDK reads its settings from the environment, in this process as in its children.
+        os.environ.update(receiver.environment)
         with StartBoard(console) as board:
-            started = replace(spec, environment={**spec.environment, **sink.environment})
+            started = replace(spec, environment={**spec.environment, **receiver.environment})
             async with mesh(started, on_states=board) as running:
                 board.finish()
                 since = time.perf_counter() - began
-                console.print(f"mesh of {len(running.processes)} processes up after {since:.1f} s\n")
-                wishes = Wishes(target=running.address, temperature=0.0)
+                console.print(f"mesh of {len(running.processes)} processes is ready after {since:.1f} s\n")
+                options = ChatOptions(target=running.address, temperature=0.0)
                 async with telemetry("client"), connect(running.address) as client:
-                    return await _tour(_Guide(client, wishes, console), prompts(), sink, console)
+                    return await _tour(_Guide(client, options, console), prompts(), receiver, console)
 
 
-async def _tour(guide: _Guide, everything: Sequence[Prompt], sink: Sink, console: Console) -> bool:
+async def _tour(guide: _Guide, chosen: Sequence[Prompt], receiver: Receiver, console: Console) -> bool:
     began = time.perf_counter()
-    console.print(Rule("one by one, as the answers come", align="left"))
-    outcomes = [await guide.aloud(prompt) for prompt in everything[:_ALONE]]
-    console.print(Rule(f"{_AT_ONCE} at a time, each when it is complete", align="left"))
-    room = asyncio.Semaphore(_AT_ONCE)
+    console.print(Rule("one at a time, streamed", align="left"))
+    outcomes = [await guide.stream(prompt) for prompt in chosen[:_SEQUENTIAL]]
+    console.print(Rule(f"{_CONCURRENT} concurrently, each printed when complete", align="left"))
+    slots = asyncio.Semaphore(_CONCURRENT)
 
-    async def quietly(prompt: Prompt) -> Outcome:
-        async with room:
-            return await guide.quietly(prompt)
+    async def one(prompt: Prompt) -> Outcome:
+        async with slots:
+            return await guide.collect(prompt)
 
     async with asyncio.TaskGroup() as tasks:
-        rest = [tasks.create_task(quietly(prompt)) for prompt in everything[_ALONE:]]
+        rest = [tasks.create_task(one(prompt)) for prompt in chosen[_SEQUENTIAL:]]
     outcomes += [task.result() for task in rest]
     summary = summarise(outcomes, time.perf_counter() - began)
     console.print(summary_table(summary))
-    await _show_trace(guide.traces[_ALONE:], guide.answered, sink, console)
+    await _show_trace(guide.traces[_SEQUENTIAL:], guide.answered, receiver, console)
     return not summary.failures
 
 
 def arrived(spans: Sequence[Span], trace_ids: Sequence[str], answered: Collection[str]) -> bool:
-    """Tell whether all spans of these traces are there.
+    """Return whether all spans of these traces have arrived.
 
-    Each process sends its own when it comes to that: a trace may be whole before its worker has told what it
-    computed. *answered* are the traces of prompts that got tokens, which some worker did compute.
+    Each process exports its spans at its own time, so a trace can be complete without those of the worker.
+
+    answered   the traces of prompts that received tokens, which therefore have spans of a worker
     """
     computed = {span.trace_id for span in spans if span.name == attributes.SPAN_DECODE}
-    return all(whole(spans, each) and (each in computed or each not in answered) for each in trace_ids)
+    return all(is_complete(spans, each) and (each in computed or each not in answered) for each in trace_ids)
 
 
 async def _show_trace(
-    trace_ids: Sequence[str], answered: Collection[str], sink: Sink, console: Console
+    trace_ids: Sequence[str], answered: Collection[str], receiver: Receiver, console: Console
 ) -> None:
-    """Show one of the traces: the request that shared its batch with the most others."""
+    """Show one trace: that of the request which shared its batch with the most others."""
     try:
-        await sink.until(lambda spans: arrived(spans, trace_ids, answered), timeout=_TRACE_SECONDS)
+        await receiver.wait_for(lambda spans: arrived(spans, trace_ids, answered), timeout=_TRACE_SECONDS)
     except TimeoutError:
-        console.print("some spans have not arrived", style="yellow")
-    console.print(Rule("one request, seen from all processes", align="left"))
-    console.print(trace_tree(sink.spans, busiest(sink.spans, trace_ids)))
+        console.print("some spans did not arrive in time", style="yellow")
+    console.print(Rule("one request across all processes", align="left"))
+    console.print(trace_tree(receiver.spans, busiest(receiver.spans, trace_ids)))
 
 
 class _Guide:
-    """Asks prompts and shows the answers; remembers the trace of each, in order of asking.
+    """Sends prompts, prints the answers, and records the trace of each in the order of sending.
 
-    answered   the traces of those that got tokens
+    answered   the traces of the prompts that received tokens
     """
 
-    def __init__(self, client: Client, wishes: Wishes, console: Console) -> None:
+    def __init__(self, client: Client, options: ChatOptions, console: Console) -> None:
         self._client = client
-        self._wishes = wishes
+        self._options = options
         self._console = console
         self.traces: list[str] = []
         self.answered: set[str] = set()
 
-    async def aloud(self, prompt: Prompt) -> Outcome:
-        """Ask, and show the answer as it comes."""
+    async def stream(self, prompt: Prompt) -> Outcome:
+        """Send a prompt, and print its answer while it is streamed."""
         self._question(prompt)
         outcome = await self._ask(prompt, self._write)
         self._write("\n")
         self._figures(outcome)
         return outcome
 
-    async def quietly(self, prompt: Prompt) -> Outcome:
-        """Ask, and show the answer when it is complete."""
+    async def collect(self, prompt: Prompt) -> Outcome:
+        """Send a prompt, and print its answer when it is complete."""
         outcome = await self._ask(prompt, lambda text: None)
         self._question(prompt)
         self._write(f"{outcome.answer.text}\n")
@@ -149,14 +150,14 @@ class _Guide:
 
     async def _ask(self, prompt: Prompt, write: Callable[[str], None]) -> Outcome:
         answer = Answer()
-        request = request_for([("user", prompt.prompt)], replace(self._wishes, max_tokens=prompt.max_tokens))
+        request = request_for([("user", prompt.prompt)], replace(self._options, max_tokens=prompt.max_tokens))
         with _tracer.start_as_current_span("demo.prompt", attributes={"demo.kind": prompt.kind}) as span:
             trace_id = f"{span.get_span_context().trace_id:032x}"
             self.traces.append(trace_id)
             try:
-                await follow(self._client, request, answer, timeout=self._wishes.timeout, write=write)
+                await follow(self._client, request, answer, timeout=self._options.timeout, write=write)
             except HeadraceError as error:
-                return Outcome(prompt.kind, answer, advice(error, self._wishes.target))
+                return Outcome(prompt.kind, answer, advice(error, self._options.target))
             finally:
                 if answer.tokens:
                     self.answered.add(trace_id)

@@ -1,7 +1,7 @@
-"""Bring up a whole mesh on this machine: worker and batcher per tier, and the router.
+"""Run a whole mesh on this machine: a worker and a batcher per tier, and the router.
 
-`plan` decides on commands and ports; `mesh` runs them as a crew and yields when all are ready to serve.
-The demo, `headrace up` and tests that want real processes share it.
+`plan_processes` decides on commands and ports; `mesh` runs the processes and yields when all are ready.
+`headrace up`, the demo and tests with real processes use it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 _POLL_SECONDS = 0.1
 _PHASES = ("starting", "loading", "ready")
-_STOP_SECONDS = 12.0  # beyond the drain, to hand back what is unfinished, flush telemetry and end
-# What `plan` decides; inherited values would reach processes that they were not meant for.
-_OURS = {
+_STOP_SECONDS = 12.0  # after the drain, to return unfinished work, flush telemetry and exit
+# `plan_processes` sets these for each process; inherited values would reach the wrong ones.
+_PLANNED = {
     f"HEADRACE_{name}" for name in ("HOST", "PORT", "TIER", "TIERS", "WORKERS", "MODEL", "FAKE", "THREADS")
 }
 
 
 class BadSpec(Exception):
-    """The mesh that was asked for cannot be: the message says why."""
+    """The requested mesh is not possible. The message states why."""
 
 
 @dataclass(frozen=True)
@@ -57,35 +57,37 @@ DEFAULT_TIERS = (TierSpec("small", models.SMALL), TierSpec("large", models.LARGE
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSpec:
-    """What to bring up."""
+    """The mesh to run."""
 
     cache: Path
     log_dir: Path
     tiers: Sequence[TierSpec] = DEFAULT_TIERS  # smallest first
     fake: bool = False  # echo engines instead of models
-    fake_step_seconds: float = 0.02  # what a step of an echo engine takes; 0 is as fast as it can
-    port: int = 0  # of the router; 0 picks a free one
+    fake_step_seconds: float = 0.02  # of a step of an echo engine; 0 for no delay
+    port: int = 0  # of the router; 0 for a free one
     device: str = ""  # empty: the worker's default
     dtype: str = ""  # empty: the worker's default
-    threads: int = 0  # per worker; 0 shares the cores out
+    threads: int = 0  # per worker; 0 divides the cores between the workers
     drain_seconds: float = 10.0
     environment: Mapping[str, str] = field(default_factory=dict)  # for every process
-    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)  # more, by "worker", "batcher", "router"
+    flags: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # additional, by "worker", "batcher" and "router"
 
 
 @dataclass(frozen=True)
-class State:
-    """Where a starting process stands."""
+class StartState:
+    """The state of a starting process."""
 
     process: Process
-    phase: str  # one of _PHASES; "starting" does not answer yet
-    detail: str  # what it loads, if it says so
+    phase: str  # one of _PHASES; a process that is "starting" does not answer yet
+    detail: str  # what it loads, if it has logged it
     seconds: float  # since the start of the mesh
 
 
 @dataclass(frozen=True)
 class Running:
-    """A mesh that serves."""
+    """A mesh that is ready."""
 
     address: str  # of the router
     processes: Sequence[Process]
@@ -96,33 +98,35 @@ def parse_tier(text: str, *, fake: bool = False) -> TierSpec:
     """Read NAME=MODEL, or with *fake* NAME alone. Raises BadSpec."""
     name, _, model = (piece.strip() for piece in text.partition("="))
     if not re.fullmatch(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", name):
-        raise BadSpec(f"--tier {text!r}: {name!r} is no name for a tier; use a-z, 0-9, '.', '_' and '-'")
+        raise BadSpec(
+            f"--tier {text!r}: {name!r} is not a valid name of a tier; use a-z, 0-9, '.', '_' and '-'"
+        )
     if not model and not fake:
         raise BadSpec(
-            f"--tier {text!r} has no model; write NAME=MODEL, such as small={models.SMALL} or "
-            "small=/path/to/model.gguf"
+            f"--tier {text!r} has no model; write NAME=MODEL, for example "
+            f"small={models.SMALL} or small=/path/to/model.gguf"
         )
     return TierSpec(name, model)
 
 
 def parse_tiers(texts: Sequence[str], *, fake: bool = False) -> Sequence[TierSpec]:
-    """Read all --tier flags, smallest first; none means the two defaults. Raises BadSpec."""
+    """Read all --tier flags, smallest tier first; without any, the two default tiers. Raises BadSpec."""
     tiers = [parse_tier(text, fake=fake) for text in texts]
     names = [tier.name for tier in tiers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadSpec(f"--tier names {', '.join(twice)} more than once")
+        raise BadSpec(f"--tier has {', '.join(twice)} more than once")
     return tiers or DEFAULT_TIERS
 
 
 def cores() -> int:
-    """Count the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def require_free(port: int) -> None:
-    """Raise BadSpec if *port* is taken or not ours to take. 0, which stands for any free one, never is."""
+    """Raise BadSpec if this process cannot listen on *port*. Port 0, for any free one, is always possible."""
     problem = bind_error(HOST, port)
     if problem is None:
         return
@@ -132,20 +136,20 @@ def require_free(port: int) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Find *count* ports that nobody listens on, nor is about to: see `reserved_ports`."""
+    """Return *count* free ports; see `reserved_ports`."""
     with reserved_ports(count) as ports:
         return ports
 
 
 @contextmanager
 def reserved_ports(count: int) -> Generator[list[int], None, None]:
-    """Find *count* ports that nobody listens on; while the block lasts no other caller finds the same.
+    """Find *count* free ports; no other caller finds the same ones while the block runs.
 
-    Two meshes that start at once would otherwise now and then choose one port both, seconds before either
-    listens there. What holds a port is a UDP socket: it is in the way of nobody who listens for TCP.
+    Without the reservation, two meshes that start at the same time can choose the same port, seconds before
+    either listens on it. A UDP socket reserves a port: it does not prevent listening for TCP.
 
-    Not the ports that the system hands out by itself: those may become some connection's own before the
-    child listens, and a connection to such a port, while nobody listens, may even connect to itself.
+    Ephemeral ports are not used: a connection may take one before the child listens, and a connection to an
+    ephemeral port without a listener can even connect to itself.
     """
     candidates = iter(random.sample(range(20_000, 32_000), k=1_000))
     found: list[int] = []
@@ -160,29 +164,29 @@ def reserved_ports(count: int) -> Generator[list[int], None, None]:
 
 
 def environment(spec: MeshSpec, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the children: *inherited*, less what we decide, and what *spec* adds."""
-    kept = {name: value for name, value in inherited.items() if name not in _OURS}
-    # A worker's threads wait for each other some hundred times a step. Asleep they are slow to wake: a step
-    # of SmolLM2 on two cores takes 49 ms, where spinning as long as GNU OpenMP does by itself takes 27.
-    # Spinning, they take the cores from others: 813 ms beside a second such worker. A short spin, some 10 us,
-    # takes 30 alone; and where workers share the cores, one thread each is best.
+    """Return the environment of the children: *inherited* without planned settings, and that of *spec*."""
+    kept = {name: value for name, value in inherited.items() if name not in _PLANNED}
+    # The threads of a worker synchronise some hundred times per step. Without spinning they resume slowly:
+    # a step of SmolLM2 on two cores takes 49 ms, with the default spinning of GNU OpenMP 27 ms. But spinning
+    # threads occupy the cores: beside a second such worker, a step takes 813 ms. With a short spin of about
+    # 10 us it takes 30 ms alone; where workers share the cores, one thread each is best.
     return {"GOMP_SPINCOUNT": "10000", **kept, **spec.environment}
 
 
-def plan(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Process]]:
-    """Decide on the processes: workers, then batchers, then the router, each stage a list.
+def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Process]]:
+    """Decide on the processes, as stages: the workers, the batchers, and the router.
 
-    *ports* are free, two for each tier and one more, for a router whose port is not given.
+    ports   free ports: two per tier, and one for the router, which is used if spec.port is 0
     """
-    surroundings = environment(spec, os.environ)
+    inherited = environment(spec, os.environ)
     workers, batchers = ports[: len(spec.tiers)], ports[len(spec.tiers) : 2 * len(spec.tiers)]
     threads = spec.threads or max(1, cores // len(spec.tiers))
 
     def process(kind: str, name: str, port: int, *flags: str) -> Process:
         common = ["--host", HOST, "--port", str(port), "--drain-seconds", str(spec.drain_seconds)]
-        # HEADRACE_TRACE_CONTEXT is meant for callers, and theirs is the router. Not by flag, which older
-        # services that are measured beside these do not know.
-        own = {} if kind == "router" else {"HEADRACE_TRACE_CONTEXT": "trust"}
+        # HEADRACE_TRACE_CONTEXT is for external callers, which call the router. It is not a flag, because
+        # benchmarks also start older versions, which do not have the flag.
+        trust = {} if kind == "router" else {"HEADRACE_TRACE_CONTEXT": "trust"}
         return Process(
             name=name,
             command=[
@@ -193,15 +197,15 @@ def plan(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Proce
                 *spec.flags.get(kind, ()),
             ],
             log=spec.log_dir / f"{name}.log",
-            environment={**surroundings, **own},
+            environment={**inherited, **trust},
             port=port,
         )
 
     def engine(tier: TierSpec) -> list[str]:
         return ["--fake"] if spec.fake else ["--model", tier.model, "--cache", str(spec.cache)]
 
-    pace = ["--fake-step-seconds", str(spec.fake_step_seconds)]
-    compute = pace if spec.fake else ["--threads", str(threads)]
+    step = ["--fake-step-seconds", str(spec.fake_step_seconds)]
+    compute = step if spec.fake else ["--threads", str(threads)]
     compute += [f"--device={spec.device}"] if spec.device else []
     compute += [f"--dtype={spec.dtype}"] if spec.dtype else []
     routes = ",".join(f"{tier.name}={HOST}:{port}" for tier, port in zip(spec.tiers, batchers, strict=True))
@@ -225,23 +229,25 @@ def plan(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Proce
 async def mesh(
     spec: MeshSpec,
     *,
-    on_states: Callable[[Sequence[State]], None] = lambda states: None,
-    say: Callable[[str], None] = lambda line: None,
+    on_states: Callable[[Sequence[StartState]], None] = lambda states: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> AsyncGenerator[Running, None]:
-    """Run the mesh of *spec* while the block lasts; it is entered when every process is ready.
+    """Run the mesh of *spec* while the block runs. The block starts when every process is ready.
 
-    *on_states* hears a few times a second how the start goes. *say* gets what a process wants known once all
-    are ready, such as weights that are not used, and what goes wrong at the end. Raises
-    BadSpec before anything is started, and ChildDied, cancelling the block, as soon as a process ends.
+    on_states   called several times a second during the start
+    notify      receives the notices of processes when all are ready, such as weights that are not used, and
+                problems while they stop
+
+    Raises BadSpec before a process is started, and ChildDied, which cancels the block, when a process ends.
     """
     require_free(spec.port)
     try:
         spec.log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadSpec(f"cannot keep logs in {spec.log_dir}: {error.strerror}; see --log-dir") from error
+        raise BadSpec(f"cannot write logs to {spec.log_dir}: {error.strerror}; see --log-dir") from error
     with reserved_ports(2 * len(spec.tiers) + 1) as ports:
-        stages = plan(spec, ports, cores=cores())
-        async with crew(stages, grace=spec.drain_seconds + _STOP_SECONDS, say=say) as running:
+        stages = plan_processes(spec, ports, cores=cores())
+        async with crew(stages, grace=spec.drain_seconds + _STOP_SECONDS, notify=notify) as running:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     watch = tasks.create_task(running.watch())
@@ -249,51 +255,53 @@ async def mesh(
                     await _until_ready(processes, on_states)
                     for process in processes:
                         for notice in notices_of(process.log):
-                            say(f"{process.name}: {notice}")
+                            notify(f"{process.name}: {notice}")
                     router = processes[-1]
                     yield Running(f"{HOST}:{router.port}", processes, running.pids)
                     watch.cancel()
             except Exception as error:
-                raise _decisive(error, running) from error
+                raise _root_cause(error, running) from error
 
 
-def _decisive(error: Exception, running: Crew) -> Exception:
-    """Name the death of a child before what the death did to others, and unwrap groups of one."""
+def _root_cause(error: Exception, running: Crew) -> Exception:
+    """Return the end of a child rather than the errors it caused, and unwrap groups of one exception."""
     leaf: Exception = error
     while isinstance(leaf, ExceptionGroup):
         deaths, _ = leaf.split(ChildDied)
         if deaths is None and len(leaf.exceptions) > 1:
             break
         leaf = (deaths or leaf).exceptions[0]
-    return leaf if isinstance(leaf, ChildDied) else running.dead() or leaf
+    return leaf if isinstance(leaf, ChildDied) else running.ended() or leaf
 
 
-async def _until_ready(processes: Sequence[Process], on_states: Callable[[Sequence[State]], None]) -> None:
-    """Ask each process for its health until all are ready, and tell about it."""
+async def _until_ready(
+    processes: Sequence[Process], on_states: Callable[[Sequence[StartState]], None]
+) -> None:
+    """Poll the health of each process until all are ready, and report it to *on_states*."""
     began = time.monotonic()
-    states = {process.name: State(process, "starting", "", 0.0) for process in processes}
+    states = {process.name: StartState(process, "starting", "", 0.0) for process in processes}
 
     async def follow(process: Process) -> None:
         async with open_channel(f"{HOST}:{process.port}", direct=True) as channel:
             phase = "starting"
             while phase != "ready":
-                # A process that computes hard may be slow to answer; it has not gone back to the start.
+                # A busy process may answer too late; its phase does not go back.
                 phase = max(phase, await _phase(channel), key=_PHASES.index)
                 detail = stage_of(process.log) if phase != "ready" else ""
-                states[process.name] = State(process, phase, detail, time.monotonic() - began)
+                states[process.name] = StartState(process, phase, detail, time.monotonic() - began)
                 await asyncio.sleep(_POLL_SECONDS)
 
-    async def tell() -> None:
+    async def report() -> None:
         while True:
             on_states(list(states.values()))
             await asyncio.sleep(_POLL_SECONDS)
 
     async with asyncio.TaskGroup() as outer:
-        telling = outer.create_task(tell())
+        reporting = outer.create_task(report())
         async with asyncio.TaskGroup() as inner:
             for process in processes:
                 inner.create_task(follow(process))
-        telling.cancel()
+        reporting.cancel()
     on_states(list(states.values()))
 
 

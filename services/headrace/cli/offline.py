@@ -1,4 +1,4 @@
-"""Score prompts, check drafts and refit the scorer without a mesh: `explain --jsonl`, `check`, `train`."""
+"""Score prompts, check drafts and refit the scorer without a mesh: `explain --jsonl`, `check` and `train`."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ if TYPE_CHECKING:
 
     from headrace.routing.score import Score
 
-_FEATURES = 3  # that a reason names
+_FEATURES = 3  # in a reason
 
 
 def print_scores(path: str, artifact: Path | None, tiers: str, from_score: str) -> None:
-    """Print, for each row of *path*, its score, tier, reason, and milliseconds that the decision took.
+    """Print score, tier, reason and latency of the decision for each row of *path*.
 
-    tiers        names, smallest first, with commas
-    from_score   the lowest score of each tier after the first, with commas; evenly spaced if empty
+    tiers        names, smallest first, separated by commas
+    from_score   the lowest score of each tier after the first, separated by commas; evenly spaced if empty
 
     Raises BadRow and BadArtifact.
     """
     names = [name.strip() for name in tiers.split(",") if name.strip()]
     if not names:
-        raise BadRow("--tiers names no tier")
+        raise BadRow("--tiers has no tier")
     views = [TierView(name, lowest) for name, lowest in zip(names, _lowest(names, from_score), strict=True)]
     loaded = scorer.load(artifact)
-    loaded.score("The first score warms up.")
+    loaded.score("The first call is slower.")
     for row in read_rows(path, ["prompt"]):
         began = time.perf_counter()
         try:
             score = loaded.score(row["prompt"])
-            made_of = _weightiest(score)
-        except Exception as error:  # as a router, which goes on without a score
-            score, made_of = UNSCORED, f"the prompt could not be scored ({type(error).__name__})"
+            features = _main_features(score)
+        except Exception as error:  # like the router, which then routes without a score
+            score, features = UNSCORED, f"the prompt could not be scored ({type(error).__name__})"
         decision = decide(score.value, Hints(), views)
         took = time.perf_counter() - began
         _print_row(
             id=row["id"],
             score=round(score.value, 6),
             tier=decision.tier,
-            reason=f"{decision.why}; {made_of}",
+            reason=f"{decision.why}; {features}",
             latency_ms=round(1000 * took, 4),
         )
 
 
 def print_checks(path: str, artifact: Path | None) -> None:
-    """Print, for each row of *path*, a score from 0 to 1: the higher, the more its draft should be escalated.
+    """Print a score from 0 to 1 for each row of *path*: the higher, the more its draft needs a larger tier.
 
-    A row that the check fails on has null for a score, and the reason says so.
+    If the check of a row fails, its score is null, and the reason is printed.
 
     Raises BadRow and BadArtifact.
     """
@@ -84,8 +84,8 @@ def print_checks(path: str, artifact: Path | None) -> None:
             verdict = checker.check(
                 row["prompt"], row["draft"], finished=finished, logprobs=logprobs, samples=samples
             )
-        except Exception as error:  # as a router, which releases the draft unjudged
-            reason = f"the draft could not be judged ({type(error).__name__})"
+        except Exception as error:  # like the router, which then releases the draft
+            reason = f"the draft could not be checked ({type(error).__name__})"
             _print_row(id=row["id"], score=None, good=None, reasons=[reason])
             continue
         _print_row(
@@ -96,36 +96,36 @@ def print_checks(path: str, artifact: Path | None) -> None:
         )
 
 
-def refit_and_tell(path: str, out: Path, tiers: str, artifact: Path | None, console: Console) -> None:
-    """Refit the scorer to the outcomes in *path*, tell what that is worth, and write it to *out*.
+def refit_scorer(path: str, out: Path, tiers: str, artifact: Path | None, console: Console) -> None:
+    """Refit the scorer to the outcomes in *path*, print figures before and after, and write it to *out*.
 
-    tiers   the smaller and the larger one, with a comma
+    tiers   the smaller and the larger tier, separated by a comma
 
-    Raises BadRow, also when the rows cannot teach anything or *out* cannot be written, and BadArtifact.
+    Raises BadRow, also if the rows are not sufficient or *out* cannot be written, and BadArtifact.
     """
     names = [f"{name.strip()}_ok" for name in tiers.split(",")]
     if len(names) != 2:
         raise BadRow(f"--tiers {tiers!r} must name two tiers, the smaller one first")
     model = scorer.load(artifact).model
-    said: dict[str, dict[str, list[float]]] = {}
+    outcomes: dict[str, dict[str, list[float]]] = {}
     for row in read_rows(path, ["prompt"], numbers=names):
         for name in names:
             if name in row:
-                said.setdefault(row["prompt"], {}).setdefault(name, []).append(float(row[name]))
-    if not said:
-        raise BadRow(f"{path} holds no rows")
-    prompts = [prompt for prompt, outcomes in said.items() if len(outcomes) == 2]
+                outcomes.setdefault(row["prompt"], {}).setdefault(name, []).append(float(row[name]))
+    if not outcomes:
+        raise BadRow(f"{path} has no rows")
+    prompts = [prompt for prompt, by_tier in outcomes.items() if len(by_tier) == 2]
     if not prompts:
         raise BadRow(f"{path}: no prompt has both {names[0]!r} and {names[1]!r}")
     features = np.array([scorer.read(prompt) for prompt in prompts])
-    weak, strong = (np.array([np.mean(said[prompt][name]) for prompt in prompts]) for name in names)
+    weak, strong = (np.array([np.mean(outcomes[prompt][name]) for prompt in prompts]) for name in names)
     try:
         fitted = fitting.refit(model, features, weak, strong)
     except ValueError as error:
         raise BadRow(f"{path}: {error}") from error
-    if len(prompts) < len(said):
+    if len(prompts) < len(outcomes):
         console.print(
-            f"{len(said) - len(prompts)} prompts left out: only one of the tiers had its say on them"
+            f"{len(outcomes) - len(prompts)} prompts ignored: they have the outcome of one tier only"
         )
     console.print(f"{len(prompts)} prompts, cross-validated (chance is APGR 0.500, CPT50 50, CPT80 80):")
     for name, figures in (("before", fitted.before), ("after", fitted.after)):
@@ -133,7 +133,9 @@ def refit_and_tell(path: str, out: Path, tiers: str, artifact: Path | None, cons
             f"  {name:6}  APGR {figures.apgr:.3f}  CPT50 {figures.cpt50:.1f}  CPT80 {figures.cpt80:.1f}"
         )
     if fitted.after.apgr <= fitted.before.apgr:
-        console.print("On rows that it had not seen it is no better than before: think before you use it.")
+        console.print(
+            "On rows outside of its training set, it is not better than before. Consider not using it."
+        )
     try:
         scorer.save(fitted.model, out)
     except OSError as error:
@@ -147,14 +149,14 @@ def _lowest(names: Sequence[str], from_score: str) -> list[float]:
     try:
         lowest = [0.0, *(float(part) for part in from_score.split(","))]
     except ValueError:
-        raise BadRow(f"--thresholds {from_score!r} is not numbers with commas") from None
+        raise BadRow(f"--thresholds {from_score!r} is not a list of numbers separated by commas") from None
     if not are_thresholds(lowest, len(names)):
         raise BadRow(f"{len(names)} tiers need {len(names) - 1} ascending --thresholds from 0 to 1")
     return lowest
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a number that a float can hold."""
+    """Return whether a value is a number that fits a float."""
     try:
         return isinstance(value, int | float) and not math.isnan(float(value))
     except OverflowError:
@@ -162,18 +164,20 @@ def _is_number(value: object) -> bool:
 
 
 def _print_row(**row: object) -> None:
-    print(json.dumps(row))  # in ASCII: half a surrogate in an id has no other form, nor may the terminal
+    print(
+        json.dumps(row)
+    )  # ASCII: an id may contain lone surrogates, and the terminal may not support Unicode
 
 
-def _weightiest(score: Score) -> str:
-    """The kind of prompt, and the features that move the score most, in words."""
+def _main_features(score: Score) -> str:
+    """Return the kind of prompt, and the features with most influence on the score, as text."""
     kinds = [share for share in score.features if share.name.startswith("kind:")]
     others = sorted(
         (share for share in score.features if not share.name.startswith("kind:")),
         key=lambda share: -abs(share.log_odds),
     )
     kind = max(kinds, key=lambda share: share.value, default=None)
-    told = [f"{share.name} {share.log_odds:+.2f}" for share in others[:_FEATURES]]
+    parts = [f"{share.name} {share.log_odds:+.2f}" for share in others[:_FEATURES]]
     if kind is not None:
-        told.insert(0, f"reads as {kind.name.removeprefix('kind:')} ({kind.value:.0%})")
-    return ", ".join(told)
+        parts.insert(0, f"reads as {kind.name.removeprefix('kind:')} ({kind.value:.0%})")
+    return ", ".join(parts)

@@ -1,7 +1,7 @@
-"""Run a crew of child processes: start them in stages, notice a death, stop them in reverse.
+"""Run child processes: start them in stages, detect the end of one, stop them in reverse order.
 
-Knows nothing of what the children do. Nothing is ever restarted here: a death is reported, with its
-exit code and the end of its log, and the caller ends the rest.
+This module does not know what the children do. It restarts nothing: if a child ends, it is reported with
+its exit code and the end of its log, and the caller stops the others.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _TAIL_BYTES = 16_384
-_HEAD_BYTES = 1 << 20  # of a log, for what was written during the start
+_HEAD_BYTES = 1 << 20  # of a log: what was written during the start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A child to run: its standard output and error go to *log*."""
+    """A child process; its standard output and standard error are appended to *log*."""
 
     name: str
     command: Sequence[str]
     log: Path
-    environment: Mapping[str, str]  # all of it
+    environment: Mapping[str, str]  # complete
     port: int = 0
 
 
 class ChildDied(Exception):
-    """A child ended although nobody had asked it to. The message has its reason, or the end of its log."""
+    """A child ended without being stopped. The message contains its reason, or the end of its log."""
 
     def __init__(self, process: Process, code: int) -> None:
         self.process = process
@@ -43,18 +43,18 @@ class ChildDied(Exception):
         reason = reason_of(process.log) if code > 0 else ""
         last = "\n".join(f"  {line}" for line in tail(process.log))
         super().__init__(
-            f"{process.name} {how_it_ended(code)}: {reason} (log: {process.log})"
+            f"{process.name} {exit_description(code)}: {reason} (log: {process.log})"
             if reason
-            else f"{process.name} {how_it_ended(code)}; the end of {process.log}:\n{last or '  (empty)'}"
+            else f"{process.name} {exit_description(code)}; the end of {process.log}:\n{last or '  (empty)'}"
         )
 
 
 class Crew:
-    """Running children, by name; made by `crew`."""
+    """Running child processes; created by `crew`."""
 
-    def __init__(self, grace: float, say: Callable[[str], None]) -> None:
+    def __init__(self, grace: float, notify: Callable[[str], None]) -> None:
         self._grace = grace
-        self._say = say
+        self._notify = notify
         self._stages: list[list[tuple[Process, asyncio.subprocess.Process]]] = []
 
     @property
@@ -62,8 +62,8 @@ class Crew:
         """The process ids by name."""
         return {process.name: child.pid for stage in self._stages for process, child in stage}
 
-    def dead(self) -> ChildDied | None:
-        """Return the first death so far, if any, without waiting."""
+    def ended(self) -> ChildDied | None:
+        """Return the first child that has ended, if any, without waiting."""
         for stage in self._stages:
             for process, child in stage:
                 if child.returncode is not None:
@@ -71,7 +71,7 @@ class Crew:
         return None
 
     async def watch(self) -> None:
-        """Wait until a child ends, then raise ChildDied."""
+        """Wait until a child ends, and raise ChildDied."""
         children = [pair for stage in self._stages for pair in stage]
         waits = [asyncio.create_task(child.wait()) for _, child in children]
         try:
@@ -95,16 +95,16 @@ class Crew:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    # A session of its own: Ctrl-C in the terminal reaches us alone, and we stop the
-                    # children in order.
+                    # In a session of its own, so that Ctrl-C in the terminal reaches only this process,
+                    # which stops the children in order.
                     start_new_session=True,
                 )
             self._stages[-1].append((process, child))
 
     async def stop(self) -> None:
-        """End the stages, last started first: SIGTERM, up to *grace* seconds each, then SIGKILL.
+        """Stop the stages in reverse order: SIGTERM, up to *grace* seconds each, then SIGKILL.
 
-        Cancelling this kills what is left at once.
+        If this is cancelled, the remaining children are killed immediately.
         """
         try:
             for stage in reversed(self._stages):
@@ -122,7 +122,7 @@ class Crew:
     async def _kill(self, children: Sequence[tuple[Process, asyncio.subprocess.Process]]) -> None:
         for process, child in children:
             if child.returncode is None:
-                self._say(f"{process.name} did not stop when asked; killed it")
+                self._notify(f"{process.name} did not stop in time and was killed")
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
         await asyncio.gather(*(child.wait() for _, child in children))
@@ -130,13 +130,14 @@ class Crew:
 
 @asynccontextmanager
 async def crew(
-    stages: Sequence[Sequence[Process]], *, grace: float, say: Callable[[str], None] = lambda line: None
+    stages: Sequence[Sequence[Process]], *, grace: float, notify: Callable[[str], None] = lambda line: None
 ) -> AsyncGenerator[Crew, None]:
-    """Run *stages* in order, and stop them in reverse order when the block is left.
+    """Start *stages* in order, and stop them in reverse order at the end of the block.
 
-    *grace* is how many seconds each stage has between SIGTERM and SIGKILL; *say* hears about kills.
+    grace    seconds between SIGTERM and SIGKILL, per stage
+    notify   receives a sentence about each child that is killed
     """
-    running = Crew(grace, say)
+    running = Crew(grace, notify)
     try:
         for stage in stages:
             await running.start(stage)
@@ -145,33 +146,33 @@ async def crew(
         await running.stop()
 
 
-def how_it_ended(code: int) -> str:
-    """Say an exit code in words."""
+def exit_description(code: int) -> str:
+    """Describe an exit code."""
     if code < 0:
         with suppress(ValueError):
-            return f"was ended by {signal.Signals(-code).name}"
+            return f"was terminated by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
 
 
 def tail(log: Path, lines: int = 12) -> list[str]:
-    """Return the last *lines* of a log, made readable."""
+    """Return the last *lines* of a log, formatted for people."""
     shown = [part for line in _last_lines(log) if line.strip() for part in readable(line).splitlines()]
     return shown[-lines:]
 
 
 def readable(line: str) -> str:
-    """Turn a JSON log line into what a person wants of it; leave other lines alone."""
+    """Format a JSON log line for people; other lines are returned unchanged."""
     record = _record(line)
     if record is None:
         return line
-    rest = {name: value for name, value in record.items() if name not in _USUAL}
+    rest = {name: value for name, value in record.items() if name not in _HIDDEN}
     fields = " ".join(f"{name}={value}" for name, value in rest.items())
     head = " ".join(filter(None, [str(record.get("level", "")), str(record["message"]), fields]))
     trace = record.get("exc_info")
     return f"{head}\n{trace}" if trace else head
 
 
-_USUAL = {
+_HIDDEN = {
     "time",
     "level",
     "logger",
@@ -186,18 +187,18 @@ _USUAL = {
 
 
 def reason_of(log: Path) -> str:
-    """Return why the process ended, as it logged last: a critical message without a traceback; else empty."""
+    """Return the reason that the process logged last: a critical message without a traceback; else empty."""
     for line in reversed(_last_lines(log)):
         record = _record(line)
         if record and record.get("level") == "CRITICAL" and "exc_info" not in record:
             return str(record["message"])
-        if line.strip() and record is None:  # a traceback, say, which came after
+        if line.strip() and record is None:  # for example a traceback, logged later
             return ""
     return ""
 
 
 def notices_of(log: Path) -> list[str]:
-    """Return what the process logged during its start for whoever started it, such as weights not used."""
+    """Return the messages of the start that are meant for the user, such as weights that are not used."""
     with suppress(OSError), log.open("rb") as file:
         records = map(_record, file.read(_HEAD_BYTES).decode(errors="replace").splitlines())
         return [str(record["message"]) for record in records if record and record.get("notice") is True]
@@ -205,7 +206,7 @@ def notices_of(log: Path) -> list[str]:
 
 
 def stage_of(log: Path) -> str:
-    """Return the stage that the process last logged as loading; empty if it logged none."""
+    """Return the last stage of loading in the log; empty if there is none."""
     for line in reversed(_last_lines(log)):
         record = _record(line)
         if record and record["message"] == "loading":
@@ -214,7 +215,7 @@ def stage_of(log: Path) -> str:
 
 
 def _last_lines(log: Path) -> list[str]:
-    """The lines at the end of a log; none if it cannot be read."""
+    """Return the lines at the end of a log; none if it cannot be read."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         return file.read().decode(errors="replace").splitlines()
@@ -230,5 +231,5 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def log_folder(cache: Path, now: float | None = None) -> Path:
-    """Name a folder for the logs of a run that starts now."""
+    """Return the folder for the logs of a run that starts now."""
     return cache / "logs" / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))

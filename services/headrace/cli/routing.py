@@ -1,4 +1,4 @@
-"""Show what the router knows and thinks: `headrace explain`, `tiers` and `feedback`."""
+"""`headrace explain`, `tiers` and `feedback`: call the router, and show its responses."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ if TYPE_CHECKING:
     from headrace.v1 import routing_service_pb2 as pb
 
 
-async def ask_explain(target: str, prompt: str) -> pb.ExplainResponse:
-    """Ask the router at *target* where *prompt* would go. Raises a HeadraceError."""
+async def call_explain(target: str, prompt: str) -> pb.ExplainResponse:
+    """Ask the router at *target* for the tier of *prompt*. Raises a HeadraceError."""
     async with connect(target) as client:
         return await client.explain(chat(prompt))
 
 
-async def ask_tiers(target: str) -> pb.ListTiersResponse:
+async def call_list_tiers(target: str) -> pb.ListTiersResponse:
     """Ask *target* for its tiers. Raises a HeadraceError."""
     async with connect(target) as client:
         return await client.list_tiers()
 
 
-async def tell(
+async def send_feedback(
     target: str, request_id: str, *, ok: bool | None, quality: float | None, tier: str, tenant: str
 ) -> pb.FeedbackResponse:
-    """Tell the router at *target* how good an answer was. Raises a HeadraceError."""
+    """Send the quality of an answer to the router at *target*. Raises a HeadraceError."""
     async with connect(target) as client:
         return await client.feedback(request_id, ok=ok, quality=quality, tier=tier, tenant=tenant)
 
 
-def booked(said: pb.FeedbackResponse) -> str:
-    """Say what became of feedback."""
-    kept = "kept" if said.kept else "counted, not kept: the router was started without --feedback FILE"
-    return f"tier {said.tier}: {kept}"
+def feedback_result(response: pb.FeedbackResponse) -> str:
+    """Describe how the router used feedback."""
+    kept = "kept" if response.kept else "counted, not kept: the router was started without --feedback FILE"
+    return f"tier {response.tier}: {kept}"
 
 
 def as_dict(response: Message) -> dict[str, Any]:
-    """Return all fields under the names of the contract, those at zero too."""
+    """Return all fields by their names in the contract, including those that are zero."""
     return MessageToDict(
         response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
 
 
-def explained(response: pb.ExplainResponse) -> Iterator[RenderableType]:
-    """Lay out an explanation: the decision, what the score is made of, and the candidates."""
+def explanation(response: pb.ExplainResponse) -> Iterator[RenderableType]:
+    """Yield the parts of an explanation: the decision, the features of the score, and the candidates."""
     yield Text.assemble(
         ("score ", "dim"),
         (f"{response.score:.3f}", "bold"),
@@ -67,8 +67,8 @@ def explained(response: pb.ExplainResponse) -> Iterator[RenderableType]:
 
 
 def features_table(response: pb.ExplainResponse) -> Table:
-    """List the features, the weightiest first, and the bias; log-odds add up to the score's."""
-    table = Table("feature", title="what the score is made of", title_justify="left")
+    """Return the features by weight, and the bias. The log-odds add up to those of the score."""
+    table = Table("feature", title="features of the score", title_justify="left")
     table.add_column("value", justify="right")
     table.add_column("log-odds", justify="right")
     table.add_column("")
@@ -84,14 +84,14 @@ def features_table(response: pb.ExplainResponse) -> Table:
 
 
 def _bar(log_odds: float) -> Text:
-    """Draw a share: to the right for a larger tier, to the left for a smaller one."""
+    """Draw log-odds as a bar: to the right for a larger tier, to the left for a smaller one."""
     length = min(8, round(abs(log_odds) * 2))
     left, right = ("█" * length, "") if log_odds < 0 else ("", "█" * length)
     return Text.assemble((f"{left:>8}", "green"), ("│", "dim"), (f"{right:<8}", "yellow"))
 
 
 def candidates_table(candidates: Sequence[pb.Candidate]) -> Table:
-    """List the tiers that were looked at, smallest first."""
+    """Return the tiers that were considered, smallest first."""
     table = Table("tier", "from score", "eligible", "why", title="candidates", title_justify="left")
     for candidate in candidates:
         table.add_row(
@@ -104,7 +104,7 @@ def candidates_table(candidates: Sequence[pb.Candidate]) -> Table:
 
 
 def tiers_table(tiers: Sequence[pb.Tier]) -> Table:
-    """List the tiers with model, health, limits and load."""
+    """Return the tiers with model, health, limits and load."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("tier", no_wrap=True)
     table.add_column("model", overflow="fold")

@@ -1,4 +1,4 @@
-"""Read rows of JSON Lines from a file, or from standard input for `-`; a bad line is named by its number."""
+"""Read JSON Lines from a file, or from standard input for `-`. Errors name the line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class BadRow(ValueError):
-    """A line of the input cannot be used. The message names file and line, and says what it needs."""
+    """A line of the input is invalid. The message names the file, the line and the requirement."""
 
 
 def read_rows(path: str, texts: Sequence[str], *, numbers: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Each row of *path*, blank lines left out, as it is read.
+    """Yield the rows of *path* without blank lines, while they are read.
 
-    texts     fields that must be there, as strings; an "id" is added where it is absent: the line's number
-    numbers   fields of which at least one must be there, as a number from 0 to 1; true and false are 1 and 0
+    texts     required fields that are strings; if a row has no "id", the line number is added as its id
+    numbers   at least one of these fields is required, as a number from 0 to 1; true and false are 1 and 0
 
     Raises BadRow.
     """
@@ -28,7 +28,9 @@ def read_rows(path: str, texts: Sequence[str], *, numbers: Sequence[str] = ()) -
     try:
         with nullcontext(sys.stdin) if path == "-" else Path(path).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                line = line.removeprefix("\ufeff") if number == 1 else line  # what Windows puts before text
+                line = (
+                    line.removeprefix("\ufeff") if number == 1 else line
+                )  # Windows writes a byte order mark
                 if line.strip():
                     yield _row(line, number, f"{name}, line {number}", texts, numbers)
     except OSError as error:
@@ -43,7 +45,7 @@ def _row(line: str, number: int, where: str, texts: Sequence[str], numbers: Sequ
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise BadRow(f"{where}: a row is an object with the fields {', '.join([*texts, *numbers])}")
+        raise BadRow(f"{where}: a row must be an object with the fields {', '.join([*texts, *numbers])}")
     row.setdefault("id", number)
     if not isinstance(row["id"], str | int | float):
         raise BadRow(f"{where}: field 'id' must be a string or a number")
@@ -51,7 +53,7 @@ def _row(line: str, number: int, where: str, texts: Sequence[str], numbers: Sequ
         if not isinstance(row.get(name), str):
             raise BadRow(f"{where}: field {name!r} {'must be a string' if name in row else 'is missing'}")
     if numbers and not any(name in row for name in numbers):
-        raise BadRow(f"{where}: one of the fields {', '.join(map(repr, numbers))} is needed")
+        raise BadRow(f"{where}: one of the fields {', '.join(map(repr, numbers))} is required")
     for name in numbers:
         value = row.get(name, 0)
         if not isinstance(value, bool | int | float) or not 0 <= value <= 1:

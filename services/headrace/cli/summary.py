@@ -1,4 +1,4 @@
-"""Add up what came of many prompts."""
+"""Summarise the answers to many prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One prompt's answer, and the failure that cut it short, if one did."""
+    """The answer to one prompt, and the failure that ended it, if any."""
 
     kind: str
     answer: Answer
@@ -33,7 +33,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures over all outcomes. Times in seconds."""
+    """Figures of all outcomes. Times are in seconds."""
 
     requests: Mapping[str, int]  # by tier, of those that were accepted
     tokens: Mapping[str, int]  # by tier
@@ -43,12 +43,12 @@ class Summary:
 
     @property
     def tokens_per_second(self) -> float:
-        """All tokens over the whole time, requests side by side counted together."""
+        """All tokens of all requests, divided by the elapsed time."""
         return sum(self.tokens.values()) / self.elapsed if self.elapsed > 0 else 0.0
 
 
 def summarise(outcomes: Sequence[Outcome], elapsed: float) -> Summary:
-    """Add up *outcomes*, which took *elapsed* seconds together."""
+    """Summarise *outcomes*, which took *elapsed* seconds in total."""
     requests: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for outcome in outcomes:
@@ -61,12 +61,12 @@ def summarise(outcomes: Sequence[Outcome], elapsed: float) -> Summary:
 
 
 def summary_table(summary: Summary) -> Table:
-    """Lay the figures out."""
+    """Return the figures as a table."""
     table = Table(title="summary", title_justify="left", show_header=False)
     for tier, count in summary.requests.items():
         table.add_row(f"requests on {tier}", f"{count} ({summary.tokens[tier]} tokens)")
     table.add_row("failures", str(summary.failures), style="red" if summary.failures else "")
-    table.add_row("time for all", seconds(summary.elapsed))
+    table.add_row("elapsed", seconds(summary.elapsed))
     table.add_row("tokens per second, overall", f"{summary.tokens_per_second:.1f}")
     if summary.first_tokens:
         table.add_row("time to first token, median", seconds(statistics.median(summary.first_tokens)))

@@ -1,4 +1,4 @@
-"""`headrace top`: what the mesh does now, and what it has cost since the router started."""
+"""`headrace top`: the load of a mesh, and its cost since the router started."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 async def top(target: str, console: Console, *, interval: float, once: bool) -> None:
-    """Show the mesh behind the router at *target*, again each *interval* seconds, until cancelled.
+    """Show the mesh behind the router at *target* every *interval* seconds until cancelled.
 
-    A router that goes away is waited for. Raises a HeadraceError if it was not there at all.
+    Keeps polling if the router becomes unavailable. Raises a HeadraceError if the first call fails.
     """
     async with connect(target) as client:
         before, then = await client.list_tiers(), time.monotonic()
@@ -40,7 +40,7 @@ async def top(target: str, console: Console, *, interval: float, once: bool) -> 
                 try:
                     now = await client.list_tiers()
                 except errors.Unavailable as error:
-                    live.update(Text(f"{error.message}; waiting for it", "red"), refresh=True)
+                    live.update(Text(f"{error.message}; polling until it is back", "red"), refresh=True)
                     continue
                 elapsed = time.monotonic() - then
                 live.update(screen(now, before, elapsed), refresh=True)
@@ -48,12 +48,12 @@ async def top(target: str, console: Console, *, interval: float, once: bool) -> 
 
 
 def screen(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elapsed: float) -> RenderableType:
-    """One look: the load now, the bill since the start. Rates are since *before*, *elapsed* seconds ago."""
-    return Group(load_table(now.tiers), bill_table(now, before, elapsed), saved(now))
+    """Return the load, and the bill since the start; rates are since *before*, *elapsed* seconds ago."""
+    return Group(load_table(now.tiers), bill_table(now, before, elapsed), savings(now))
 
 
 def load_table(tiers: Sequence[pb.Tier]) -> Table:
-    """What each tier is busy with."""
+    """Return the load of each tier."""
     table = _table("model", "health", right=("running", "queued", "tokens/s"))
     for tier in tiers:
         table.add_row(
@@ -68,7 +68,7 @@ def load_table(tiers: Sequence[pb.Tier]) -> Table:
 
 
 def bill_table(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elapsed: float) -> Table:
-    """What each tier did since the router started; tokens of prompts, and of answers."""
+    """Return the answers, tokens and cost of each tier since the router started."""
     charges = {charge.tier: charge for charge in now.bill.charges}
     earlier = {charge.tier: charge.answers for charge in before.bill.charges} if before is not None else {}
     answers = sum(charge.answers for charge in charges.values())
@@ -101,11 +101,11 @@ def _table(*left: str, right: Sequence[str]) -> Table:
     return table
 
 
-def saved(now: pb.ListTiersResponse) -> Text:
-    """What it cost, and what the largest tier alone would have cost."""
+def savings(now: pb.ListTiersResponse) -> Text:
+    """Compare the cost with that of always using the largest tier."""
     bill = now.bill
     if not (now.tiers and bill.HasField("cost") and bill.HasField("largest_tier_cost")):
-        return Text("no prices: start the router with --prices, or HEADRACE_PRICES, to see costs", "dim")
+        return Text("no prices: set --prices or HEADRACE_PRICES of the router to see costs", "dim")
     line = f"cost {money(bill.cost)}; always {now.tiers[-1].name}: {money(bill.largest_tier_cost)}"
     if bill.largest_tier_cost > 0:
         share = 1 - bill.cost / bill.largest_tier_cost
@@ -114,7 +114,7 @@ def saved(now: pb.ListTiersResponse) -> Text:
 
 
 def money(amount: float) -> str:
-    """Two places, more for small amounts: "12.30", "0.0042", "1.2e-06"."""
+    """Format an amount with two decimal places, more if it is small: "12.30", "0.0042", "1.2e-06"."""
     if amount == 0 or amount >= 1:
         return f"{amount:,.2f}"
     return f"{amount:.4f}" if amount >= 0.001 else f"{amount:.2g}"

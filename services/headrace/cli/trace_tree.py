@@ -1,4 +1,4 @@
-"""Draw a trace as a tree: who did what for one request, when, and for how long."""
+"""Draw a trace as a tree: the spans of one request, with start and duration."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from headrace.cli.answers import seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from headrace.cli.otlp_sink import Span
+    from headrace.cli.otlp_receiver import Span
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 
 
 def trace_tree(spans: Sequence[Span], trace_id: str) -> Tree:
-    """Build the tree of *trace_id* out of *spans*, which may hold other traces too.
+    """Return the tree of *trace_id* from *spans*, which may contain other traces.
 
-    Spans of other traces that are linked with this one, such as the batch that a request was part of,
-    hang below the first span that they are linked with. A span whose parent never arrived is shown as
-    a root.
+    A span of another trace that is linked with this one, such as the batch of a request, is drawn below the
+    first span that it is linked with. A span without its parent is drawn as a root.
     """
     ours = sorted((span for span in spans if span.trace_id == trace_id), key=lambda span: span.start)
     known = {span.span_id: span for span in spans}
@@ -36,33 +35,33 @@ def trace_tree(spans: Sequence[Span], trace_id: str) -> Tree:
         children[span.parent_id if span.parent_id in ids else ""].append(span)
     drawn: set[str] = set()
 
-    def strangers(span: Span) -> list[Span]:
-        """Return the spans of other traces linked with *span*, either way, that are not drawn yet."""
+    def linked_spans(span: Span) -> list[Span]:
+        """Return the spans of other traces that are linked with *span*, either way, and not drawn."""
         found = [known[link] for link in span.links if link in known]
         found += [other for other in spans if span.span_id in other.links]
         new = {other.span_id: other for other in found if other.span_id not in ids | drawn}
         drawn.update(new)
         return list(new.values())
 
-    def grow(branch: Tree, span: Span) -> None:
-        twig = branch.add(_span(span, began, colours))
+    def draw(branch: Tree, span: Span) -> None:
+        node = branch.add(_span(span, began, colours))
         rows: list[tuple[int, Text | Span]] = [(child.start, child) for child in children[span.span_id]]
         rows += [(event.at, _event(event.name, event.at - began)) for event in span.events]
-        rows += [(other.start, _linked(other, began, colours)) for other in strangers(span)]
+        rows += [(other.start, _linked(other, began, colours)) for other in linked_spans(span)]
         for _, row in sorted(rows, key=lambda row: row[0]):
             if isinstance(row, Text):
-                twig.add(row)
+                node.add(row)
             else:
-                grow(twig, row)
+                draw(node, row)
 
     tree = Tree(Text.assemble("trace ", (trace_id or "(none)", "bold")))
     for root in children[""]:
-        grow(tree, root)
+        draw(tree, root)
     return tree
 
 
 def busiest(spans: Sequence[Span], trace_ids: Sequence[str]) -> str:
-    """Return the trace, of *trace_ids*, that shares a span with the most others; else the first."""
+    """Return the trace of *trace_ids* that shares a span with the most others, or else the first."""
     trace_of = {span.span_id: span.trace_id for span in spans}
     shared = dict.fromkeys(trace_ids, 0)
     for span in spans:
@@ -71,19 +70,21 @@ def busiest(spans: Sequence[Span], trace_ids: Sequence[str]) -> str:
     return max(trace_ids, key=lambda trace_id: shared[trace_id])
 
 
-def _who_and_what(span: Span, colours: Mapping[str, str]) -> Text:
-    """Shorten a span to its service and name, with an arrow if it is a call to another process."""
+def _label(span: Span, colours: Mapping[str, str]) -> Text:
+    """Return the service and name of a span, with an arrow if it is a call to another process."""
     service, name = span.service.removeprefix("headrace-"), span.name.removeprefix("headrace.v1.")
-    # "batcher.queue" says by itself whose it is.
-    who = "" if name.startswith(f"{service}.") else f"{service} "
+    # A name such as "batcher.queue" includes the service.
+    service_label = "" if name.startswith(f"{service}.") else f"{service} "
     colour = colours.get(span.service, "")
-    return Text.assemble((who, colour), "→ " if span.kind == "client" else "", (name, f"bold {colour}"))
+    return Text.assemble(
+        (service_label, colour), "→ " if span.kind == "client" else "", (name, f"bold {colour}")
+    )
 
 
 def _span(span: Span, began: int, colours: Mapping[str, str]) -> Text:
     return Text.assemble(
         (f"{_offset(span.start - began):>10} ", "dim"),
-        _who_and_what(span, colours),
+        _label(span, colours),
         f" {seconds((span.end - span.start) / 1e9)}",
         (" failed" if span.failed else "", "bold red"),
     )
@@ -98,7 +99,7 @@ def _linked(span: Span, began: int, colours: Mapping[str, str]) -> Text:
     return Text.assemble(
         (f"{_offset(span.start - began):>10} ", "dim"),
         ("⇄ ", "dim"),
-        _who_and_what(span, colours),
+        _label(span, colours),
         f" {seconds((span.end - span.start) / 1e9)}",
         (f" with {count} request{'' if count == 1 else 's'}" if count else "", "dim"),
     )

@@ -1,4 +1,4 @@
-"""`headrace up`: a whole mesh on this machine, until Ctrl-C."""
+"""`headrace up`: run a whole mesh on this machine until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 50051
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
-_ONE_REQUEST_SECONDS = 0.5  # timeout(1) and some shells signal a process and then its whole group
+_SAME_SIGNAL_SECONDS = 0.5  # timeout(1) and some shells signal a process, and then its process group
 
 
 def fetch_models(names: Sequence[str], cache: Path, console: Console) -> dict[str, Path]:
-    """Have the files of *names* on this machine, showing progress. Raises ModelUnavailable."""
+    """Fetch the models that are not on this machine, and show progress. Raises ModelUnavailable."""
     with FetchBoard(console) as board:
         return {name: models.resolve(name, cache, board) for name in dict.fromkeys(names)}
 
 
 def prepare(spec: MeshSpec, console: Console) -> None:
-    """Do all that can fail before a process is started. Raises BadSpec or ModelUnavailable."""
+    """Check the port and fetch the models. Raises BadSpec or ModelUnavailable."""
     require_free(spec.port)
     if not spec.fake:
         fetch_models([tier.model for tier in spec.tiers], spec.cache, console)
@@ -42,11 +42,11 @@ async def up(spec: MeshSpec, console: Console) -> None:
     """Run the mesh until cancelled. Raises BadSpec and ChildDied."""
     console.print(f"logs in {spec.log_dir}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
-    def say(line: str) -> None:
+    def notify(line: str) -> None:
         console.print(line, style="yellow", markup=False, soft_wrap=True)
 
     with StartBoard(console) as board:
-        async with mesh(spec, on_states=board, say=say) as running:
+        async with mesh(spec, on_states=board, notify=notify) as running:
             board.finish()
             console.print(_processes(spec, running))
             console.print(
@@ -58,22 +58,22 @@ async def up(spec: MeshSpec, console: Console) -> None:
 
 
 def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], None]) -> bool:
-    """Run *main*, cancelling it on Ctrl-C or SIGTERM; tell whether that is how it ended.
+    """Run *main*, cancel it on Ctrl-C or SIGTERM, and return whether a signal ended it.
 
-    A second signal cancels what *main* does about the first one; two at once are one request.
+    A second signal cancels the cleanup of *main*. Two signals in quick succession count as one.
     """
-    asked: float | None = None
+    signalled: float | None = None
 
     async def guarded() -> None:
         task = asyncio.current_task()
         assert task is not None, "a coroutine runs in a task"
 
         def stop() -> None:
-            nonlocal asked
-            if asked is None:
-                asked = loop.time()
+            nonlocal signalled
+            if signalled is None:
+                signalled = loop.time()
                 on_signal()
-            elif loop.time() - asked < _ONE_REQUEST_SECONDS:
+            elif loop.time() - signalled < _SAME_SIGNAL_SECONDS:
                 return
             task.cancel()
 
@@ -85,13 +85,13 @@ def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], No
     try:
         asyncio.run(guarded())
     except asyncio.CancelledError:
-        if asked is None:
+        if signalled is None:
             raise
-    return asked is not None
+    return signalled is not None
 
 
 def examples(address: str) -> list[str]:
-    """Return commands to try against a router at *address*."""
+    """Return example commands for a router at *address*."""
     target = "" if address == DEFAULT_TARGET else f" --target {address}"
     chat = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "sampling": {"max_tokens": 32}}'
     return [

@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from headrace.cli.mesh import MeshSpec
 from headrace.cli.mesh import mesh as processes
-from headrace.cli.otlp_sink import Span, otlp_sink, spans_of
+from headrace.cli.otlp_receiver import Span, otlp_receiver, spans_of
 from headrace.client import chat, connect
 from headrace.runtime.telemetry.exporters import Signal, disabled, plan, unsupported
 from tests.harness import PATIENCE, collect
@@ -285,7 +285,7 @@ async def test_installed_propagators_are_used(propagators: str) -> None:
 
 async def test_a_signal_may_have_its_own_endpoint_and_protocol(tmp_path: Path) -> None:
     """Traces are exported by gRPC to one collector, metrics by HTTP to another."""
-    async with http_receiver() as receiver, otlp_sink() as sink:
+    async with http_receiver() as receiver, otlp_receiver() as sink:
         variables = {
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": sink.endpoint,
             "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": f"{receiver.endpoint}/v1/metrics",
@@ -296,7 +296,7 @@ async def test_a_signal_may_have_its_own_endpoint_and_protocol(tmp_path: Path) -
         spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", fake=True, environment=variables)
         async with processes(spec) as running, connect(running.address) as client:
             await collect(client, chat("hello"))
-            await sink.until(lambda spans: any(span.name == "worker.decode" for span in spans), PATIENCE)
+            await sink.wait_for(lambda spans: any(span.name == "worker.decode" for span in spans), PATIENCE)
             await until(lambda: "headrace.generated_tokens" in receiver.metrics)
 
     assert receiver.paths == {"/v1/metrics"}

@@ -1,5 +1,5 @@
-"""What `headrace` can do, and with which flags: `running` a mesh, `asking` it, `fitting` its routing.
+"""The commands of `headrace` and their flags: `running` a mesh, `asking` it, `fitting` its routing.
 
-Each command reads its flags here and hands over to a module beside this package, which it imports only
-then: `headrace --help` is there at once.
+Each command parses its flags here and calls a module of `headrace.cli`. It imports that module only when it
+runs, so that `headrace --help` is fast.
 """

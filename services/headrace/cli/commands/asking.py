@@ -1,4 +1,4 @@
-"""Commands that ask a running mesh."""
+"""Commands that call a running mesh."""
 
 import json
 import sys
@@ -14,23 +14,27 @@ from headrace.cli.up import DEFAULT_TARGET
 
 def chat(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to ask. None: standard input, or a conversation on a terminal.")
+        str | None,
+        typer.Argument(help="The prompt. Default: standard input, or a conversation if that is a terminal."),
     ] = None,
     target: Target = DEFAULT_TARGET,
-    tier: Annotated[str, typer.Option(help="Answer on this tier and no other.")] = "",
-    min_tier: Annotated[str, typer.Option(help="Not below this tier.")] = "",
-    max_tier: Annotated[str, typer.Option(help="Not above this tier.")] = "",
+    tier: Annotated[str, typer.Option(help="Answer on this tier only.")] = "",
+    min_tier: Annotated[str, typer.Option(help="The smallest tier that may answer.")] = "",
+    max_tier: Annotated[str, typer.Option(help="The largest tier that may answer.")] = "",
     temperature: Annotated[
-        float, typer.Option(min=0, max=10, help="0 takes the likeliest token always; more is more varied.")
+        float,
+        typer.Option(min=0, max=10, help="0 always takes the most likely token; higher values vary more."),
     ] = 0.0,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes a sampled answer repeatable.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of tokens of an answer.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes a sampled answer reproducible.")] = None,
     system: Annotated[str, typer.Option(help="Replaces the model's system prompt.")] = "",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a whole answer.")] = 120.0,
 ) -> None:
-    """Ask something and watch the answer come. Without a prompt, talk: /help says what may be said.
+    """Send a prompt and stream the answer. Without a prompt, start a conversation; /help lists its commands.
 
-    What comes after the answer is on standard error; the request's id there is for `headrace feedback`.
+    Figures and the id of the request, for `headrace feedback`, are printed on standard error.
 
     Example:  headrace chat --max-tokens 60 "Why is the sky blue?"
 
@@ -38,10 +42,10 @@ def chat(
     """
     import asyncio
 
-    from headrace.cli.chat import Wishes, once
+    from headrace.cli.chat import ChatOptions, ask_once
     from headrace.cli.conversation import conversation
 
-    wishes = Wishes(
+    options = ChatOptions(
         target=target,
         timeout=timeout,
         temperature=temperature,
@@ -54,42 +58,45 @@ def chat(
     )
     with complaining(target):
         if prompt is None and sys.stdin.isatty():
-            conversation(wishes)
+            conversation(options)
             return
-        # Bytes that are no UTF-8 are refused with the prompt, as they are in an argument.
+        # Invalid UTF-8 is rejected later, as it is in an argument.
         text = sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt is None else prompt
         if not text.strip():
             complain("the prompt is empty; give it as an argument or on standard input")
             raise typer.Exit(2)
-        asyncio.run(once(text, wishes))
+        asyncio.run(ask_once(text, options))
 
 
 def explain(
-    prompt: Annotated[str | None, typer.Argument(help="What would be asked.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt to explain.")] = None,
     target: Target = DEFAULT_TARGET,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON.")] = False,
     jsonl: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="Score rows of id and prompt, without a mesh; - is standard input."
+            metavar="FILE", help="Score JSON Lines with id and prompt, without a mesh; - is standard input."
         ),
     ] = "",
     artifact: Artifact = None,
     tier_names: Annotated[
-        str, typer.Option("--tiers", help="With --jsonl: names of the tiers, smallest first, with commas.")
+        str,
+        typer.Option(
+            "--tiers", help="With --jsonl: names of the tiers, smallest first, separated by commas."
+        ),
     ] = "small,large",
     from_score: Annotated[
         str, typer.Option("--thresholds", help="With --jsonl: the lowest score of each tier after the first.")
     ] = "",
 ) -> None:
-    """Show which tier a prompt would go to, and why. Nothing is generated.
+    """Show the tier that a prompt would be routed to, and why. Nothing is generated.
 
     Example:  headrace explain "Prove that there are infinitely many primes."
 
     Example:  headrace explain --jsonl prompts.jsonl --thresholds 0.6
     """
     if (prompt is None) == (not jsonl):
-        complain("give a prompt, or a file of them with --jsonl")
+        complain("give either a prompt, or a file of prompts with --jsonl")
         raise typer.Exit(2)
     if jsonl:
         from headrace.cli.offline import print_scores
@@ -99,21 +106,21 @@ def explain(
         return
     import asyncio
 
-    from headrace.cli.routing import as_dict, ask_explain, explained
+    from headrace.cli.routing import as_dict, call_explain, explanation
 
     with complaining(target):
-        response = asyncio.run(ask_explain(target, prompt or ""))
+        response = asyncio.run(call_explain(target, prompt or ""))
     if as_json:
         print(json.dumps(as_dict(response), indent=2, ensure_ascii=False))
         return
     console = Console()
-    for part in explained(response):
+    for part in explanation(response):
         console.print(part)
 
 
 def tiers(
     target: Target = DEFAULT_TARGET,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON.")] = False,
 ) -> None:
     """List the tiers with their models, health and load.
 
@@ -121,10 +128,10 @@ def tiers(
     """
     import asyncio
 
-    from headrace.cli.routing import as_dict, ask_tiers, tiers_table
+    from headrace.cli.routing import as_dict, call_list_tiers, tiers_table
 
     with complaining(target):
-        response = asyncio.run(ask_tiers(target))
+        response = asyncio.run(call_list_tiers(target))
     if as_json:
         print(json.dumps(as_dict(response), indent=2, ensure_ascii=False))
     else:
@@ -133,10 +140,10 @@ def tiers(
 
 def top(
     target: Target = DEFAULT_TARGET,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
 ) -> None:
-    """Watch the mesh work: load, tokens per second, the tiers' shares, waste, cost and what was saved.
+    """Show the load of a mesh, and shares, waste, cost and savings per tier, updated continuously.
 
     Costs need prices:  HEADRACE_PRICES=small=0.05/0.10,large=0.50/1.50 headrace up
 
@@ -151,28 +158,33 @@ def top(
 
 
 def feedback(
-    request_id: Annotated[str, typer.Argument(help="Of the answer, as `headrace chat` shows it.")],
-    ok: Annotated[bool | None, typer.Option("--ok/--not-ok", help="Whether it was good enough.")] = None,
-    quality: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Instead of that, how good: 0 to 1.")
+    request_id: Annotated[str, typer.Argument(help="Id of the request, as `headrace chat` prints it.")],
+    ok: Annotated[
+        bool | None, typer.Option("--ok/--not-ok", help="Whether the answer was good enough.")
     ] = None,
-    tier: Annotated[str, typer.Option(help="The tier that answered, to make sure.")] = "",
-    tenant: Annotated[str, typer.Option(help="The tenant of the request, if it had one.")] = "",
+    quality: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Instead of --ok, the quality of the answer from 0 to 1."),
+    ] = None,
+    tier: Annotated[str, typer.Option(help="The tier that answered; a mismatch is rejected.")] = "",
+    tenant: Annotated[str, typer.Option(help="Tenant of the request, if it had one.")] = "",
     target: Target = DEFAULT_TARGET,
 ) -> None:
-    """Tell the router how good an answer was; started with --feedback FILE, it keeps that to learn from.
+    """Send the quality of an answer to the router, which keeps it if it was started with --feedback FILE.
 
-    In a conversation of `headrace chat`, /good and /bad do the same for the last answer.
+    In a conversation of `headrace chat`, /good and /bad rate the last answer.
 
     Example:  headrace feedback 7d1c... --not-ok
     """
     import asyncio
 
-    from headrace.cli.routing import booked, tell
+    from headrace.cli.routing import feedback_result, send_feedback
 
     if (ok is None) == (quality is None):
-        complain("say either --ok, --not-ok or --quality")
+        complain("give one of --ok, --not-ok and --quality")
         raise typer.Exit(2)
     with complaining(target):
-        said = asyncio.run(tell(target, request_id, ok=ok, quality=quality, tier=tier, tenant=tenant))
-    Console().print(booked(said), highlight=False, markup=False)
+        response = asyncio.run(
+            send_feedback(target, request_id, ok=ok, quality=quality, tier=tier, tenant=tenant)
+        )
+    Console().print(feedback_result(response), highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Commands that fit the routing to the user's own traffic, and judge files of it; none needs a mesh."""
+"""Commands that fit the routing to the user's traffic, or check a file of it. They need no mesh."""
 
 import math
 from pathlib import Path
@@ -14,29 +14,34 @@ from headrace.cli.complaints import complain, complaining
 def calibrate(
     traffic: Annotated[
         Path,
-        typer.Argument(help='Rows of JSON with "prompt", and "small_ok", "large_ok" if there are labels.'),
+        typer.Argument(help='JSON Lines with "prompt", and optionally the labels "small_ok" and "large_ok".'),
     ],
     share: Annotated[
-        str, typer.Option(help="Wanted share of calls, 0 to 1, per tier after the first: 0.3 or 0.2,0.1.")
+        str,
+        typer.Option(help="Desired share of calls, 0 to 1, of each tier after the first: 0.3 or 0.2,0.1."),
     ] = "",
     quality: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
-            help="Instead of that, how much of the gap between smallest and largest tier to keep.",
+            help="Instead of --share, the part of the gap between smallest and largest tier to recover.",
         ),
     ] = None,
-    tiers: Annotated[str, typer.Option(help="Names, smallest first.")] = "small,large",
+    tiers: Annotated[str, typer.Option(help="Names of the tiers, smallest first.")] = "small,large",
     costs: Annotated[
         str,
-        typer.Option(help="What a call costs per tier, in any unit. Default: each tier ten times the last."),
+        typer.Option(
+            help="Cost of a call per tier, in any unit. Default: each tier ten times the previous one."
+        ),
     ] = "",
-    out: Annotated[Path, typer.Option(help="The file for the router.")] = Path("calibration.json"),
-    png: Annotated[Path | None, typer.Option(help="Draw the trade-off into this file.")] = None,
+    out: Annotated[Path, typer.Option(help="Output file, for --calibration of a router.")] = Path(
+        "calibration.json"
+    ),
+    png: Annotated[Path | None, typer.Option(help="Write a picture of the trade-off to this file.")] = None,
     artifact: Artifact = None,
 ) -> None:
-    """Turn your own traffic into thresholds, for a wanted share of large calls or a wanted quality.
+    """Derive thresholds from your traffic, for a desired share of large calls or a desired quality.
 
     Example:  headrace calibrate traffic.jsonl --share 0.3
 
@@ -53,15 +58,15 @@ def calibrate(
             [float(part) for part in costs.split(",")] if costs else [10.0**at for at in range(len(names))]
         )
     except ValueError:
-        complain("--share and --costs are numbers with commas between them")
+        complain("--share and --costs must be numbers separated by commas")
         raise typer.Exit(2) from None
     if (shares is None) == (quality is None):
-        complain("say either --share or --quality")
+        complain("give one of --share and --quality")
         raise typer.Exit(2)
     named = len(names) >= 2 and all(names) and len(set(names)) == len(names)
     priced = len(prices) == len(names) and all(0 <= price < math.inf for price in prices) and prices[-1]
     if not (named and priced):
-        complain("--tiers names two tiers or more, and --costs has one number for each, the last above 0")
+        complain("--tiers needs two or more names, and --costs one number for each, the last above 0")
         raise typer.Exit(2)
     try:
         run(
@@ -83,37 +88,40 @@ def calibrate(
 def train(
     rows: Annotated[
         str,
-        typer.Argument(metavar="ROWS", help="Rows of prompt, small_ok and large_ok; - is standard input."),
+        typer.Argument(
+            metavar="ROWS", help="JSON Lines with prompt, small_ok and large_ok; - is standard input."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Where to write the refitted artifact, for a router's --scorer.")],
+    out: Annotated[Path, typer.Option(help="Output file, for --scorer of a router.")],
     tiers: Annotated[
-        str, typer.Option(help="The smaller and the larger tier: NAME_ok is read.")
+        str, typer.Option(help="The smaller and the larger tier; their labels are NAME_ok.")
     ] = "small,large",
     artifact: Artifact = None,
 ) -> None:
-    """Refit the router's score to outcomes of your own: how each tier answered, 0 (badly) to 1 (well).
+    """Refit the score of the router to your outcomes: the quality of each tier's answers, 0 to 1.
 
-    A tier may have its say in a row of its own, as in the router's --feedback file: prompts are joined.
-    Two hundred prompts bring most of what can be had. What is shipped stays the prior, against harm by few.
+    Rows with the same prompt are merged, so that each tier may have a row of its own, as in the router's
+    --feedback file. 200 prompts give most of the improvement. The default scorer is the prior, which limits
+    the effect of a few bad rows.
 
     Example:  headrace train outcomes.jsonl --out scorer.json
     """
-    from headrace.cli.offline import refit_and_tell
+    from headrace.cli.offline import refit_scorer
 
     with complaining():
-        refit_and_tell(rows, out, tiers, artifact, Console(highlight=False))
+        refit_scorer(rows, out, tiers, artifact, Console(highlight=False))
 
 
 def check(
     jsonl: Annotated[
-        str, typer.Option(metavar="FILE", help="Rows of id, prompt and draft; - is standard input.")
+        str, typer.Option(metavar="FILE", help="JSON Lines with id, prompt and draft; - is standard input.")
     ],
     artifact: Artifact = None,
 ) -> None:
-    """Judge drafted answers; no mesh is needed. The higher the score, the more a larger tier is needed.
+    """Check drafts of answers, without a mesh. A higher score means that a larger tier should answer.
 
-    Rows may also say "finished" (did the model end by itself?), "logprobs" (of the draft's tokens) and
-    "samples" (other answers of the same model, drawn at random, to compare the draft with).
+    Optional fields of a row: "finished" (whether the model ended its answer itself), "logprobs" (of the
+    tokens of the draft) and "samples" (other sampled answers of the same model, to compare with the draft).
 
     Example:  headrace check --jsonl drafts.jsonl
     """

@@ -1,4 +1,4 @@
-"""Flags that more than one command takes."""
+"""Flags that several commands have."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,35 +8,39 @@ import typer
 from headrace.cli.mesh import DEFAULT_TIERS
 
 Target = Annotated[
-    str, typer.Option(envvar="HEADRACE_TARGET", help="Router or batcher to ask, as a gRPC target.")
+    str, typer.Option(envvar="HEADRACE_TARGET", help="Router or batcher to call, as a gRPC target.")
 ]
-Fake = Annotated[bool, typer.Option("--fake", help="Echo engines instead of models: nothing to download.")]
+Fake = Annotated[bool, typer.Option("--fake", help="Use echo engines instead of models; downloads nothing.")]
 Tiers = Annotated[
     list[str] | None,
     typer.Option(
         "--tier",
         metavar="NAME=MODEL",
-        help="A tier, smallest first; repeat it for more. MODEL is a default's name, a folder, a .gguf "
-        f"file or a hub id. Default: {', '.join(f'{tier.model} as {tier.name}' for tier in DEFAULT_TIERS)}",
+        help="A tier, smallest first; repeat the flag for more. MODEL is the name of a default model, a "
+        f"folder, a .gguf file or a hub id. Default: "
+        f"{', '.join(f'{tier.model} as {tier.name}' for tier in DEFAULT_TIERS)}",
     ),
 ]
 Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="Where models run: cpu (unless told), cuda or cuda:N.")
+    str, typer.Option(metavar="DEVICE", help="Device of the models: cpu (the default), cuda or cuda:N.")
 ]
 Dtype = Annotated[
     Literal["auto", "int8", "bfloat16", "float32", "float16"],
     typer.Option(
         metavar="DTYPE",
-        help="What is computed in: int8, bfloat16, float32, float16; auto takes int8 on CPUs that multiply "
-        "it, for models that can.",
+        help="Data type of the computation: int8, bfloat16, float32 or float16; auto is int8 where the CPU "
+        "and the model support it.",
     ),
 ]
 Threads = Annotated[
-    int, typer.Option(metavar="N", min=0, help="CPU threads per worker; 0 shares the cores out between them.")
+    int,
+    typer.Option(metavar="N", min=0, help="CPU threads per worker; 0 divides the cores between the workers."),
 ]
 LogDir = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Folder for the processes' logs. Default: a new one in the cache."),
+    typer.Option(
+        metavar="FOLDER", help="Folder for the logs of the processes. Default: a new folder in the cache."
+    ),
 ]
 Cache = Annotated[
     Path | None,
@@ -46,8 +50,12 @@ Cache = Annotated[
         "~/.cache/headrace.",
     ),
 ]
-Artifact = Annotated[Path | None, typer.Option(help="A model file in place of the one that is shipped.")]
+Artifact = Annotated[
+    Path | None, typer.Option(help="File of the scorer or check to use instead of the default one.")
+]
 DrainSeconds = Annotated[
     float,
-    typer.Option(metavar="SECONDS", min=0, help="How long requests in flight may go on when the mesh stops."),
+    typer.Option(
+        metavar="SECONDS", min=0, help="Time for requests in flight to complete when the mesh stops."
+    ),
 ]

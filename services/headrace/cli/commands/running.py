@@ -1,4 +1,4 @@
-"""Commands that bring a mesh up on this machine."""
+"""Commands that run a mesh on this machine."""
 
 from typing import Annotated
 
@@ -26,7 +26,7 @@ def up(
     fake: Fake = False,
     tier: Tiers = None,
     port: Annotated[
-        int, typer.Option(metavar="PORT", min=0, max=65535, help="Of the router; 0 picks a free one.")
+        int, typer.Option(metavar="PORT", min=0, max=65535, help="Port of the router; 0 for a free one.")
     ] = (DEFAULT_PORT),
     device: Device = "",
     dtype: Dtype = "auto",
@@ -37,8 +37,8 @@ def up(
 ) -> None:
     """Start a mesh on this machine: a worker and a batcher per tier, and the router. Ctrl-C stops it.
 
-    What the services can be told besides, `python -m headrace.router --help` and so on list; here it is told
-    by variables:  HEADRACE_FEEDBACK=feedback.jsonl headrace up
+    Environment variables set further settings of the services, which `python -m headrace.router --help` and
+    so on list:  HEADRACE_FEEDBACK=feedback.jsonl headrace up
 
     Example:  headrace up --fake
 
@@ -74,7 +74,7 @@ def demo(
     log_dir: LogDir = None,
     cache: Cache = None,
 ) -> None:
-    """Bring a mesh up, ask it sixteen things, show figures and a trace, and take it down again.
+    """Start a mesh, send it sixteen prompts, show figures and a trace, and stop the mesh.
 
     Example:  headrace demo --fake
     """
@@ -84,7 +84,7 @@ def demo(
     console = Console()
     finished = False
 
-    async def note(spec: MeshSpec) -> None:
+    async def run_demo(spec: MeshSpec) -> None:
         nonlocal finished
         finished = await run(spec, console)
 
@@ -100,7 +100,7 @@ def demo(
             threads=threads,
         )
         prepare(spec, console)
-        run_until_signal(note(spec), lambda: console.print("stopping..."))
+        run_until_signal(run_demo(spec), lambda: console.print("stopping..."))
     if not finished:
         raise typer.Exit(1)
 
@@ -110,12 +110,12 @@ def fetch(
         list[str] | None,
         typer.Argument(
             metavar="NAME",
-            help=f"Of {', '.join(models.DEFAULTS)}, or a hub id. None: those two.",
+            help=f"{' or '.join(models.DEFAULTS)}, or a hub id. Default: the first two.",
         ),
     ] = None,
     cache: Cache = None,
 ) -> None:
-    """Download models, check them, and keep them for later.
+    """Download models, verify them, and keep them in the cache.
 
     Example:  headrace fetch smollm2-135m-instruct
     """

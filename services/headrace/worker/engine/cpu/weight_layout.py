@@ -102,4 +102,4 @@ class _Quantiser:
         panels.view(torch.int16)[..., :PANEL] = sums
         stored.copy_(floats)
         words = stored.view(torch.int32).view(-1, PANEL, groups, GROUP_WORDS).permute(0, 2, 3, 1)
-        panels[..., _SUM_WORDS:].unflatten(2, (GROUP_WORDS, PANEL)).copy_(words)  # type: ignore[no-untyped-call]
+        panels[..., _SUM_WORDS:].view(-1, groups, GROUP_WORDS, PANEL).copy_(words)

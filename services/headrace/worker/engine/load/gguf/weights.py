@@ -151,7 +151,7 @@ def _open(path: Path) -> GGUFReader:
     return reader
 
 
-class _Reader(GGUFReader):  # type: ignore[misc,unused-ignore]
+class _Reader(GGUFReader):
     """Reads a header from a plain array: numpy takes several times as long to slice a memmap.
 
     A header has hundreds of thousands of slices, one per token of the vocabulary and more.

@@ -1,4 +1,4 @@
-"""Receive spans over OTLP, for the demo and for tests: a collector that keeps all it hears."""
+"""Receive spans over OTLP, for the demo and for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened within a span, at nanoseconds since 1970."""
+    """An event of a span; its time is in nanoseconds since 1970."""
 
     name: str
     at: int
@@ -25,33 +25,33 @@ class Event:
 
 @dataclass(frozen=True)
 class Span:
-    """A span as it was exported. Ids are hex; times are nanoseconds since 1970."""
+    """An exported span. Ids are hexadecimal; times are in nanoseconds since 1970."""
 
     service: str
     name: str
     trace_id: str
     span_id: str
-    parent_id: str  # empty: a root
+    parent_id: str  # empty for a root
     kind: str  # "internal", "server", "client"...
     start: int
     end: int
     attributes: Mapping[str, Any]
     events: Sequence[Event]
-    links: Sequence[str]  # ids of the spans linked to
+    links: Sequence[str]  # ids of linked spans
     failed: bool
 
 
-class Sink(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps the spans it receives; made by `otlp_sink`."""
+class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
+    """Stores the spans that it receives; created by `otlp_receiver`."""
 
     def __init__(self) -> None:
         self.endpoint = ""
         self.spans: list[Span] = []
-        self._news = asyncio.Condition()
+        self._received = asyncio.Condition()
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes a process export all its spans here, soon after they end."""
+        """The environment with which a process exports all its spans here, shortly after they end."""
         return {
             "OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint,
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": self.endpoint,
@@ -68,32 +68,32 @@ class Sink(trace_service_pb2_grpc.TraceServiceServicer):
     async def Export(  # noqa: N802
         self, request: pb.ExportTraceServiceRequest, context: object
     ) -> pb.ExportTraceServiceResponse:
-        async with self._news:
+        async with self._received:
             self.spans += spans_of(request)
-            self._news.notify_all()
+            self._received.notify_all()
         return pb.ExportTraceServiceResponse()
 
-    async def until(self, condition: Callable[[Sequence[Span]], bool], timeout: float) -> None:
-        """Wait until *condition* holds for the spans received; raises TimeoutError."""
-        async with asyncio.timeout(timeout), self._news:
-            await self._news.wait_for(lambda: condition(self.spans))
+    async def wait_for(self, condition: Callable[[Sequence[Span]], bool], timeout: float) -> None:
+        """Wait until *condition* is true for the received spans. Raises TimeoutError."""
+        async with asyncio.timeout(timeout), self._received:
+            await self._received.wait_for(lambda: condition(self.spans))
 
 
 @asynccontextmanager
-async def otlp_sink() -> AsyncGenerator[Sink, None]:
-    """Listen on a free port of this machine while the block lasts."""
-    sink, server = Sink(), grpc.aio.server()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(sink, server)  # type: ignore[no-untyped-call]
-    sink.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+async def otlp_receiver() -> AsyncGenerator[Receiver, None]:
+    """Listen on a free local port while the block runs."""
+    receiver, server = Receiver(), grpc.aio.server()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)  # type: ignore[no-untyped-call]
+    receiver.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
-        yield sink
+        yield receiver
     finally:
         await server.stop(None)
 
 
 def spans_of(request: pb.ExportTraceServiceRequest) -> list[Span]:
-    """Take the spans out of an export."""
+    """Return the spans of an export request."""
     return [
         Span(
             service=_attributes(block.resource).get("service.name", ""),
@@ -126,8 +126,8 @@ def _value(value: Any) -> Any:
     return getattr(value, kind) if kind else None
 
 
-def whole(spans: Sequence[Span], trace_id: str) -> bool:
-    """Tell whether the trace has its root and the parent of every span."""
+def is_complete(spans: Sequence[Span], trace_id: str) -> bool:
+    """Return whether the trace has its root, and the parent of every span."""
     ours = [span for span in spans if span.trace_id == trace_id]
     ids = {span.span_id for span in ours}
     return any(not span.parent_id for span in ours) and all(
