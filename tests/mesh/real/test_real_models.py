@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from headrace import models
-from headrace.cli.mesh import Running
+from headrace.cli.launch.mesh import Running
 from headrace.client import Client, chat, connect
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import Answer, collect, transformers_tokenizer
@@ -24,7 +24,7 @@ TOKENS = 16
 
 
 def requests() -> list[pb.GenerateRequest]:
-    lines = resources.files("headrace.cli").joinpath("demo_prompts.jsonl").read_text().splitlines()
+    lines = resources.files("headrace.cli.demo").joinpath("demo_prompts.jsonl").read_text().splitlines()
     made = [chat(json.loads(line)["prompt"], temperature=0, max_tokens=TOKENS) for line in lines]
     for request in made:
         request.stream.include_token_ids = True
