@@ -79,7 +79,7 @@ INSTALL = $(BIN)/python -m pip install $(PIP_ARGS) --no-compile --no-build-isola
 $(SERVICES): $(VENV)/.pip
 	@echo "installing into $(VENV): torch and transformers are large, this takes a minute or several"
 	$(INSTALL) --editable '.[router,batcher,worker,cli]'
-	$(BIN)/python -m headrace.cli.precompile
+	$(BIN)/python -m headrace.cli.launch.precompile
 	touch $@
 
 $(INSTALLED): $(SERVICES)

@@ -27,7 +27,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from headrace.cli.mesh import MeshSpec, TierSpec, mesh
+from headrace.cli.launch.mesh import MeshSpec, TierSpec, mesh
 from headrace.client import Client, connect
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine

@@ -32,10 +32,11 @@ FIRST = (
     "tests/cli/",
     "tests/worker/engine/",
     "tests/batcher/text/",
+    "tests/benchmarks/",
 )
 
 
-_FOLDER = "headrace_folder"
+_FOLDER = "headrace_folder"  # the name under which the processes of a run receive the folder of their lock
 
 
 def unit_of(nodeid: str) -> str:

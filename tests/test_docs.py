@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from headrace import attributes, errors
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.cli.__main__ import app
-from headrace.cli.mesh import MeshSpec, Running, mesh
+from headrace.cli.launch.mesh import MeshSpec, Running, mesh
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.settings import PREFIX, ServiceSettings
 from headrace.v1 import generation_pb2 as pb

@@ -13,7 +13,7 @@ from typing import Any
 from headrace.batcher.__main__ import RunningBatcher, batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer
-from headrace.cli.mesh import reserved_ports
+from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import Client, connect
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EOS_ID, EchoEngine

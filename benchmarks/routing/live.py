@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.routing.questions import Question, load
-from headrace.cli.mesh import MeshSpec, mesh
+from headrace.cli.launch.mesh import MeshSpec, mesh
 from headrace.client import Client, chat, connect
 from headrace.models import cache_folder
 from headrace.routing import calibration

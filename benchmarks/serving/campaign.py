@@ -17,7 +17,7 @@ from benchmarks.serving.driver import Run, closed_loop, measure
 from benchmarks.serving.figures import WrongLength
 from benchmarks.serving.systems import Place, System, SystemFailed
 from benchmarks.serving.workload import Request, selection
-from headrace.cli.processes import ChildDied
+from headrace.cli.launch.processes import ChildDied
 from headrace.errors import HeadraceError
 
 _WARM_UP = 8  # requests, all at once, before the first measurement

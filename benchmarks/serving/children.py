@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.serving.peers import REPOSITORY
 from benchmarks.serving.systems import SystemFailed
 from benchmarks.serving.workload import Request
-from headrace.cli.processes import exit_description, tail
+from headrace.cli.launch.processes import exit_description, tail
 
 START_SECONDS = 900.0
 _STOP_SECONDS = 20.0

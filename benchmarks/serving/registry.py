@@ -26,7 +26,7 @@ from benchmarks.serving.http import (
 from benchmarks.serving.peers import LLAMA_CPP
 from benchmarks.serving.systems import Opener, Place, System
 from benchmarks.serving.workload import Request
-from headrace.cli.mesh import MeshSpec, TierSpec, free_ports, mesh
+from headrace.cli.launch.mesh import MeshSpec, TierSpec, free_ports, mesh
 from headrace.client import Client, connect
 from headrace.models import cache_folder
 from headrace.v1 import generation_pb2 as pb

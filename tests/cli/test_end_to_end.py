@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from headrace.cli.mesh import require_free
+from headrace.cli.launch.mesh import require_free
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.channel import open_channel
-from headrace.cli.mesh import reserved_ports
+from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import connect
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import routing_service_pb2 as routing
@@ -58,7 +58,7 @@ class Child:
         """Start the process. It ends when this process ends."""
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "headrace.cli.child", str(os.getpid()), self.module),
+                *(sys.executable, "-m", "headrace.cli.launch.child", str(os.getpid()), self.module),
                 *("--host", HOST, "--port", str(self.port), *self.flags),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from headrace.cli.mesh import reserved_ports
+from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import connect
 from tests.faults.fleet import HOST, Fleet, Plan, fleet
 from tests.faults.proxy import Proxy

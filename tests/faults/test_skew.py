@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from headrace.channel import open_channel
-from headrace.cli.mesh import reserved_ports
+from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import connect
 from tests.faults.fleet import HOST, Plan, fleet
 from tests.faults.tally import Row, mixed, visit

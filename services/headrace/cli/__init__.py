@@ -1,6 +1,6 @@
 """The `headrace` command: start a mesh on this machine, and send requests to any mesh.
 
-`__main__` registers the commands; their flags are in `commands`, their work in the other modules. The CLI
+`__main__` registers the commands; their flags are in `commands`, their work is in the other folders. The CLI
 starts services as processes and calls them over gRPC like any client. It does not import them.
 """
 

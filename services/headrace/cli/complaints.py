@@ -13,9 +13,9 @@ from rich.console import Console
 
 from headrace import errors
 from headrace.channel import proxy_variable, target_problem
-from headrace.cli.mesh import BadSpec
-from headrace.cli.processes import ChildDied
-from headrace.cli.rows import BadRow
+from headrace.cli.files.rows import BadRow
+from headrace.cli.launch.mesh import BadSpec
+from headrace.cli.launch.processes import ChildDied
 from headrace.models import ModelUnavailable
 from headrace.routing.artifact import BadArtifact
 

@@ -29,7 +29,7 @@ class StepPace:
         return self._rate * max(1 - self._decodes / self.step_tokens, 0.125)
 
     def record_submission(self, tokens: int) -> None:
-        """Record a submitted sequence of so many ids."""
+        """Record a submitted sequence with this many ids."""
         self.prompt_tokens += _WEIGHT * (tokens - self.prompt_tokens) if self.prompt_tokens else tokens
 
     def record_step(self, *, tokens: int, decodes: int, seconds: float) -> None:

@@ -16,7 +16,7 @@ from headrace.batcher.settings import Settings
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.batcher.waiting.prefixes import block_names
 from headrace.channel import open_channel
-from headrace.cli.mesh import reserved_ports
+from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import connect
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from headrace import models
-from headrace.cli.mesh import MeshSpec, Running, mesh
+from headrace.cli.launch.mesh import MeshSpec, Running, mesh
 
 
 @pytest.fixture(scope="package")

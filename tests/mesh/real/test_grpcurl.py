@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from headrace.cli.mesh import Running
+from headrace.cli.launch.mesh import Running
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]  # the mesh first loads its models
 

@@ -1,4 +1,4 @@
-"""The default models through all processes give the tokens of transformers' `generate`."""
+"""The default models through all processes give the tokens of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from headrace import models
-from headrace.cli.mesh import Running
+from headrace.cli.launch.mesh import Running
 from headrace.client import Client, chat, connect
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import Answer, collect, transformers_tokenizer
@@ -24,7 +24,7 @@ TOKENS = 16
 
 
 def requests() -> list[pb.GenerateRequest]:
-    lines = resources.files("headrace.cli").joinpath("demo_prompts.jsonl").read_text().splitlines()
+    lines = resources.files("headrace.cli.demo").joinpath("demo_prompts.jsonl").read_text().splitlines()
     made = [chat(json.loads(line)["prompt"], temperature=0, max_tokens=TOKENS) for line in lines]
     for request in made:
         request.stream.include_token_ids = True
@@ -43,8 +43,12 @@ async def alone(client: Client) -> list[Answer]:
     return [await collect(client, request, timeout=1200) for request in requests()]
 
 
-def generate(model_name: str, requests: list[pb.GenerateRequest]) -> list[list[int]]:
-    """Return the ids of transformers' `generate` with the same weights, without the end of turn."""
+def drawn(model_name: str, answers: list[tuple[pb.GenerateRequest, Answer]]) -> list[list[int]]:
+    """Return the ids that transformers draws greedily with the same weights, end of turn left out.
+
+    One forward pass over prompt and answer gives the id after each position. As far as these are the ids of
+    the answer, they are those that `generate` draws one by one, which takes ten times as long.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -55,16 +59,17 @@ def generate(model_name: str, requests: list[pb.GenerateRequest]) -> list[list[i
     folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=lambda stage: None)
     tokenizer = transformers_tokenizer(path, cache)
     network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    answers = []
-    for request in requests:
+    ends = (tokenizer.eos_token_id, network.config.eos_token_id)
+    every = []
+    for request, answer in answers:
         turns = [{"role": turn.role, "content": turn.content} for turn in request.chat.messages]
-        prompt = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        made = network.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
-        ids = made[0, prompt["input_ids"].shape[1] :].tolist()
-        answers.append(ids[:-1] if ids[-1] in (tokenizer.eos_token_id, network.config.eos_token_id) else ids)
-    return answers
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        with torch.inference_mode():
+            logits = network(torch.tensor([[*prompt, *answer.ids]])).logits[0]
+        ids = logits[len(prompt) - 1 :].argmax(-1).tolist()
+        # An answer of TOKENS ids ends there, and a shorter one with the end of the turn.
+        every.append(ids[:-1] if len(answer.ids) == TOKENS or ids[-1] in ends else ids)
+    return every
 
 
 async def test_there_are_sixteen_prompts_and_both_tiers_answer_some(alone: list[Answer]) -> None:
@@ -83,16 +88,14 @@ async def test_all_at_once_gives_the_same_tokens_as_one_at_a_time(
 
 
 @pytest.mark.parametrize(("tier", "model"), [("small", models.SMALL), ("large", models.LARGE)])
-async def test_the_tokens_are_those_of_transformers_generate(
-    alone: list[Answer], tier: str, model: str
-) -> None:
+async def test_the_tokens_are_those_of_transformers(alone: list[Answer], tier: str, model: str) -> None:
     mine = [
         (request, answer)
         for request, answer in zip(requests(), alone, strict=True)
         if answer.accepted.tier == tier
     ]
 
-    expected = await asyncio.to_thread(generate, model, [request for request, _ in mine])
+    expected = await asyncio.to_thread(drawn, model, mine)
 
     assert [answer.ids for _, answer in mine] == expected
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from headrace import errors
-from headrace.cli.mesh import reserved_ports
+from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import Client, chat, connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings

@@ -19,7 +19,7 @@ from headrace.batcher.__main__ import batcher
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import CHANNEL_OPTIONS, open_channel
-from headrace.cli.mesh import reserved_ports
+from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import connect
 from headrace.runtime.serving import server
 from headrace.worker.__main__ import Worker

@@ -15,9 +15,9 @@ import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from headrace.cli.mesh import MeshSpec
-from headrace.cli.mesh import mesh as processes
-from headrace.cli.otlp_receiver import Span, otlp_receiver, spans_of
+from headrace.cli.demo.otlp_receiver import Span, otlp_receiver, spans_of
+from headrace.cli.launch.mesh import MeshSpec
+from headrace.cli.launch.mesh import mesh as processes
 from headrace.client import chat, connect
 from headrace.runtime.telemetry.exporters import Signal, disabled, plan, unsupported
 from tests.harness import PATIENCE, collect

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from headrace.cli.commands.flags import Artifact, Target
 from headrace.cli.complaints import complain, complaining
-from headrace.cli.up import DEFAULT_TARGET
+from headrace.cli.launch.up import DEFAULT_TARGET
 
 
 def chat(
@@ -42,8 +42,8 @@ def chat(
     """
     import asyncio
 
-    from headrace.cli.chat import ChatOptions, ask_once
-    from headrace.cli.conversation import conversation
+    from headrace.cli.calls.chat import ChatOptions, ask_once
+    from headrace.cli.calls.conversation import conversation
 
     options = ChatOptions(
         target=target,
@@ -99,14 +99,14 @@ def explain(
         complain("give either a prompt, or a file of prompts with --jsonl")
         raise typer.Exit(2)
     if jsonl:
-        from headrace.cli.offline import print_scores
+        from headrace.cli.files.offline import print_scores
 
         with complaining():
             print_scores(jsonl, artifact, tier_names, from_score)
         return
     import asyncio
 
-    from headrace.cli.routing import as_dict, call_explain, explanation
+    from headrace.cli.calls.routing import as_dict, call_explain, explanation
 
     with complaining(target):
         response = asyncio.run(call_explain(target, prompt or ""))
@@ -128,7 +128,7 @@ def tiers(
     """
     import asyncio
 
-    from headrace.cli.routing import as_dict, call_list_tiers, tiers_table
+    from headrace.cli.calls.routing import as_dict, call_list_tiers, tiers_table
 
     with complaining(target):
         response = asyncio.run(call_list_tiers(target))
@@ -149,8 +149,8 @@ def top(
 
     Example:  headrace top
     """
-    from headrace.cli.top import top as run
-    from headrace.cli.up import run_until_signal
+    from headrace.cli.calls.top import top as run
+    from headrace.cli.launch.up import run_until_signal
 
     console = Console()
     with complaining(target):
@@ -178,7 +178,7 @@ def feedback(
     """
     import asyncio
 
-    from headrace.cli.routing import feedback_result, send_feedback
+    from headrace.cli.calls.routing import feedback_result, send_feedback
 
     if (ok is None) == (quality is None):
         complain("give one of --ok, --not-ok and --quality")

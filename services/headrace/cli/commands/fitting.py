@@ -47,7 +47,7 @@ def calibrate(
 
     Example:  headrace calibrate labelled.jsonl --quality 0.9 --png curve.png
     """
-    from headrace.cli.calibrate import calibrate as run
+    from headrace.cli.files.calibrate import calibrate as run
     from headrace.routing.artifact import BadArtifact
     from headrace.routing.calibration import BadCalibration
 
@@ -106,7 +106,7 @@ def train(
 
     Example:  headrace train outcomes.jsonl --out scorer.json
     """
-    from headrace.cli.offline import refit_scorer
+    from headrace.cli.files.offline import refit_scorer
 
     with complaining():
         refit_scorer(rows, out, tiers, artifact, Console(highlight=False))
@@ -125,7 +125,7 @@ def check(
 
     Example:  headrace check --jsonl drafts.jsonl
     """
-    from headrace.cli.offline import print_checks
+    from headrace.cli.files.offline import print_checks
 
     with complaining():
         print_checks(jsonl, artifact)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from headrace.cli.mesh import DEFAULT_TIERS
+from headrace.cli.launch.mesh import DEFAULT_TIERS
 
 Target = Annotated[
     str, typer.Option(envvar="HEADRACE_TARGET", help="Router or batcher to call, as a gRPC target.")

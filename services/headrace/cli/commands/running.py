@@ -17,9 +17,9 @@ from headrace.cli.commands.flags import (
     Tiers,
 )
 from headrace.cli.complaints import complaining
-from headrace.cli.mesh import MeshSpec, parse_tiers
-from headrace.cli.processes import log_folder
-from headrace.cli.up import DEFAULT_PORT
+from headrace.cli.launch.mesh import MeshSpec, parse_tiers
+from headrace.cli.launch.processes import log_folder
+from headrace.cli.launch.up import DEFAULT_PORT
 
 
 def up(
@@ -44,8 +44,8 @@ def up(
 
     Example:  headrace up --tier small=smollm2-135m-instruct --tier large=Qwen/Qwen2.5-1.5B-Instruct
     """
-    from headrace.cli.up import prepare, run_until_signal
-    from headrace.cli.up import up as run
+    from headrace.cli.launch.up import prepare, run_until_signal
+    from headrace.cli.launch.up import up as run
 
     console = Console()
     with complaining():
@@ -78,8 +78,8 @@ def demo(
 
     Example:  headrace demo --fake
     """
-    from headrace.cli.demo import demo as run
-    from headrace.cli.up import prepare, run_until_signal
+    from headrace.cli.demo.demo import demo as run
+    from headrace.cli.launch.up import prepare, run_until_signal
 
     console = Console()
     finished = False
@@ -119,7 +119,7 @@ def fetch(
 
     Example:  headrace fetch smollm2-135m-instruct
     """
-    from headrace.cli.up import fetch_models
+    from headrace.cli.launch.up import fetch_models
 
     console = Console()
     with complaining():

@@ -25,7 +25,7 @@ class AttentionKind:
 
     name          kernels, flash or plain
     block_tokens  tokens per block of its memory
-    make_memory   makes memory of so many blocks for the given layers
+    make_memory   makes memory of a number of blocks for the given layers
     begin         makes a step's attention over such memory
     block_bytes   returns the bytes of one block in all the given layers
     reason        why no faster kind is used; empty for the fastest

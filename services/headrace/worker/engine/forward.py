@@ -31,7 +31,7 @@ class TransformersForward:
     network      a causal language model in evaluation mode whose attention is
                  `transformers_attention.IMPLEMENTATION`
     attention    makes a step's attention
-    min_tokens   smaller steps are padded to so many tokens, and to so many rows of logits
+    min_tokens   smaller steps are padded to this many tokens and rows of logits
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Each tensor starts at a multiple of so many bytes, as vector loads and CUDA kernels require.
+# Each tensor starts at a multiple of this many bytes, as vector loads and CUDA kernels require.
 _ALIGNMENT = 256
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _UNSAMPLED = Fault("the sequence's next token cannot be sampled; see the worker's log")
 
-# Filters examine so many of the likeliest tokens first, and all tokens if those do not suffice.
+# Filters examine this many of the likeliest tokens first, and all tokens if those do not suffice.
 CANDIDATES = 1024
 
 

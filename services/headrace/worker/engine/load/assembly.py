@@ -20,7 +20,7 @@ from headrace.worker.engine.gpu.varlen_forward import VarlenForward, with_cuda_g
 from headrace.worker.engine.interface import ModelInfo
 from headrace.worker.engine.load.precision import Precision
 
-# Smaller steps are padded to so many tokens on the CPU where layers are not packed, because the plain matrix
+# Smaller steps are padded to this many tokens on the CPU if layers are not packed, because the plain matrix
 # kernels round differently below: measured bitwise with torch 2.13, the shapes of the two default models, and
 # up to 600 rows.
 _MIN_PLAIN_TOKENS = {torch.float32: 4, torch.bfloat16: 2}

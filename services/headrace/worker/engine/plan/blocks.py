@@ -75,7 +75,7 @@ class BlockPool:
         return found
 
     def need(self, tokens: int, found: Sequence[int]) -> int:
-        """Return how many available blocks a sequence of so many ids uses up, given its cached blocks."""
+        """Return how many available blocks a sequence with this many ids uses up, given its cached blocks."""
         return -(-tokens // self.block_tokens) - sum(self._references[block] > 0 for block in found)
 
     def key(self, prefix: Prefix, ids: Sequence[int], index: int) -> BlockKey:

@@ -285,7 +285,7 @@ class Scheduler(Generic[K]):
         self._advance(sequence, _table(sequence).publish(sequence.ids, sequence.computed))
 
     def _advance(self, sequence: LiveSequence[K], computed: int) -> None:
-        """Record that so many of its ids are computed; those above its own count come from the cache."""
+        """Record that this many of its ids are computed; those above its own count come from the cache."""
         found = computed - sequence.computed
         if found:
             sequence.computed = computed

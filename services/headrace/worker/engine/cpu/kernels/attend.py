@@ -44,7 +44,7 @@ def attend_tile(
 ) -> None:  # fmt: skip
     """Compute attention between the queries of one tile and one KV head.
 
-    failures       address of a `team.FailureState`, as in all functions here
+    failures    address of a `team.FailureState`, as in all functions here
     tile        index into the tile table
     head        the first of *group* heads, which share the KV head; tokens of the tile x *group* are at
                 most MAX_QUERY_ROWS

@@ -55,7 +55,7 @@ def sum_of_squares(b: Any, x: Any, vectors: Any) -> Any:
 
 @m.intrinsic([_i8, _f4, _i8, _i8, _i8])
 def scale_row(b: Any, x: Any, factor: Any, weights: Any, vectors: Any, out: Any) -> None:
-    """Store x x factor x weights in out."""
+    """Store x * factor * weights in out."""
     factors = m.splat(b, factor)
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
@@ -69,7 +69,7 @@ def scale_row(b: Any, x: Any, factor: Any, weights: Any, vectors: Any, out: Any)
 
 @m.intrinsic([_i8, _i8, _i8, _i8])
 def silu_row(b: Any, gate: Any, up: Any, vectors: Any, out: Any) -> None:
-    """Store gate x sigmoid(gate) x up in out."""
+    """Store gate * sigmoid(gate) * up in out."""
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
         value = m.load(b, offset(b, gate, i, 64), m.FLOATS)

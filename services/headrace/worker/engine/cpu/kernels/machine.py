@@ -20,7 +20,7 @@ from numba.extending import intrinsic as numba_intrinsic
 
 LANES = 16
 
-# Whether kernels check where they read and write. It takes time, and is meant for debugging.
+# Whether kernels check the bounds of their reads and writes. It takes time, and is meant for debugging.
 CHECKED = os.environ.get("HEADRACE_CHECK_KERNELS", "") not in ("", "0")
 
 # The decorator of all kernels. Division by zero gives infinity or NaN, as in hardware: a row that is not
@@ -119,7 +119,7 @@ def prefetch(builder: Builder, address: Value) -> None:
 
 
 def offset(builder: Builder, address: Value, count: Value, size: int) -> Value:
-    """Return address + count x size."""
+    """Return address + count * size."""
     return builder.add(address, builder.mul(count, integer(size)))
 
 
@@ -140,7 +140,7 @@ def call(builder: Builder, name: str, *arguments: Value, result: Any = None) -> 
 
 
 def fma(builder: Builder, a: Value, b: Value, c: Value) -> Value:
-    """Return a x b + c, rounded once."""
+    """Return a * b + c, rounded once."""
     return call(builder, f"llvm.fma.v{LANES}f32", a, b, c)
 
 

@@ -133,7 +133,7 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def _open(path: Path) -> GGUFReader:
-    """Read a file's header. Raises LoadingError for one that is damaged."""
+    """Read the header of a file. Raises LoadingError if it is damaged."""
     if (start := first_bytes(path, 4)) != b"GGUF":
         raise LoadingError(
             f"cannot read {path}: it begins with {start!r} instead of b'GGUF'; download it again"
@@ -168,9 +168,9 @@ class _Reader(GGUFReader):
 
 @contextmanager
 def _reused(reader: GGUFReader) -> Iterator[None]:
-    """Let transformers use what is read already.
+    """Make transformers reuse the header that is already read, and its table of tensor names.
 
-    It would read the header again, and make the table of tensor names once per module of the network.
+    Otherwise it would read the header again, and make the table once per module of the network.
     """
     module: Any = gguf
     original, names = module.GGUFReader, module.get_tensor_name_map

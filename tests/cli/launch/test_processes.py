@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from headrace.cli.processes import (
+from headrace.cli.launch.processes import (
     ChildDied,
     Process,
     crew,
@@ -164,7 +164,7 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         """
         import os, subprocess, sys, time
         child = subprocess.Popen(
-            [sys.executable, "-m", "headrace.cli.child", str(os.getpid()), "sleeper"],
+            [sys.executable, "-m", "headrace.cli.launch.child", str(os.getpid()), "sleeper"],
             stdout=subprocess.PIPE, start_new_session=True,
         )
         child.stdout.readline()
@@ -192,7 +192,7 @@ def zombie(pid: int) -> bool:
 
 def test_a_child_whose_parent_is_gone_ends_immediately() -> None:
     """The parent may end before the child can register for its death."""
-    command = [sys.executable, "-m", "headrace.cli.child", str(os.getpid() + 1), "this"]
+    command = [sys.executable, "-m", "headrace.cli.launch.child", str(os.getpid() + 1), "this"]
 
     out = subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -205,7 +205,7 @@ def test_a_missing_dependency_is_reported_with_the_install_command(tmp_path: Pat
     (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError('not here', name='pydantic')")
 
     out = subprocess.run(
-        [sys.executable, "-m", "headrace.cli.child", str(os.getpid()), "headrace.worker", "--fake"],
+        [sys.executable, "-m", "headrace.cli.launch.child", str(os.getpid()), "headrace.worker", "--fake"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from headrace.cli.answers import Answer
-from headrace.cli.summary import Outcome, summarise, summary_table
+from headrace.cli.demo.summary import Outcome, summarise, summary_table
 
 OUTCOMES = [
     Outcome("fact", Answer(tier="small", tokens=10, first_token=0.2, finish="stop")),

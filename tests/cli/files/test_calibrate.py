@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from headrace.cli.calibrate import read_traffic
-from headrace.cli.top import money, screen
+from headrace.cli.calls.top import money, screen
+from headrace.cli.files.calibrate import read_traffic
 from headrace.client import chat
 from headrace.routing import calibration, scorer
 from headrace.routing.score import fingerprint

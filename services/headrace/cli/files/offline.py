@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from headrace.cli.rows import BadRow, read_rows
+from headrace.cli.files.rows import BadRow, read_rows
 from headrace.routing import fitting, scorer
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.drafts import check as draft_check

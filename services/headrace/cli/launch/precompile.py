@@ -1,4 +1,4 @@
-"""Compile the modules that a mesh imports to bytecode: `python -m headrace.cli.precompile`.
+"""Compile the modules that a mesh imports to bytecode: `python -m headrace.cli.launch.precompile`.
 
 `make` installs packages without bytecode, because pip would compile thousands of modules that are never
 imported. Without this step, the five processes of a mesh would each compile the same modules.
@@ -13,7 +13,7 @@ import sys
 # By name, because the CLI does not import services.
 _MODULES = (
     "headrace.cli.__main__",
-    "headrace.cli.demo",
+    "headrace.cli.demo.demo",
     "headrace.router.__main__",
     "headrace.batcher.__main__",
     "headrace.worker.__main__",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from headrace import models
-from headrace.cli.boards import FetchBoard, StartBoard
-from headrace.cli.mesh import mesh, require_free
+from headrace.cli.launch.boards import FetchBoard, StartBoard
+from headrace.cli.launch.mesh import mesh, require_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from headrace.cli.mesh import MeshSpec, Running
+    from headrace.cli.launch.mesh import MeshSpec, Running
 
 DEFAULT_PORT = 50051
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"

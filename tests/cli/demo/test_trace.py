@@ -13,9 +13,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, StatusCode
 from rich.console import Console
 
-from headrace.cli.demo import arrived
-from headrace.cli.otlp_receiver import Event, Span, is_complete, otlp_receiver
-from headrace.cli.trace_tree import busiest, trace_tree
+from headrace.cli.demo.demo import arrived
+from headrace.cli.demo.otlp_receiver import Event, Span, is_complete, otlp_receiver
+from headrace.cli.demo.trace_tree import busiest, trace_tree
 
 MS = 1_000_000
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from headrace import errors
 from headrace.cli.answers import Answer, printable
-from headrace.cli.chat import print_answer, request_for, stderr_console
+from headrace.cli.calls.chat import print_answer, request_for, stderr_console
+from headrace.cli.calls.routing import feedback_result
 from headrace.cli.complaints import advice, complain
-from headrace.cli.routing import feedback_result
 from headrace.client import connect
 from headrace.runtime.telemetry.setup import telemetry
 
 if TYPE_CHECKING:
-    from headrace.cli.chat import ChatOptions
+    from headrace.cli.calls.chat import ChatOptions
     from headrace.client import Client
 
 HELP = "/good or /bad rates the last answer, /new starts over; Ctrl-C cancels an answer, Ctrl-D exits."

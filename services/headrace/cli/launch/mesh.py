@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace import models
 from headrace.channel import open_channel
-from headrace.cli.processes import ChildDied, Crew, Process, crew, notices_of, stage_of
+from headrace.cli.launch.processes import ChildDied, Crew, Process, crew, notices_of, stage_of
 from headrace.runtime.serving.bind_check import bind_error, explain
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
             name=name,
             command=[
                 sys.executable,
-                *("-m", "headrace.cli.child", str(os.getpid()), f"headrace.{kind}"),
+                *("-m", "headrace.cli.launch.child", str(os.getpid()), f"headrace.{kind}"),
                 *common,
                 *flags,
                 *spec.flags.get(kind, ()),

@@ -14,7 +14,7 @@ from headrace.cli.answers import seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from headrace.cli.otlp_receiver import Span
+    from headrace.cli.demo.otlp_receiver import Span
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 

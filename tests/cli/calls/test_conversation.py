@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.cli import conversation
-from headrace.cli.chat import ChatOptions
+from headrace.cli.calls import conversation
+from headrace.cli.calls.chat import ChatOptions
 
 
 @pytest.mark.parametrize("interrupted", range(4))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from headrace.cli import mesh
-from headrace.cli.mesh import BadSpec, MeshSpec, TierSpec, parse_tier, parse_tiers, plan_processes
+from headrace.cli.launch import mesh
+from headrace.cli.launch.mesh import BadSpec, MeshSpec, TierSpec, parse_tier, parse_tiers, plan_processes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,7 +118,7 @@ def test_a_reserved_port_is_given_to_no_other_and_can_be_listened_on(
 ) -> None:
     with mesh.reserved_ports(3) as mine:
         more = mesh.free_ports(2)
-        monkeypatch.setattr("headrace.cli.mesh.random.sample", lambda range, k: [*mine, *more])
+        monkeypatch.setattr("headrace.cli.launch.mesh.random.sample", lambda range, k: [*mine, *more])
 
         assert mesh.free_ports(2) == more
         for port in mine:

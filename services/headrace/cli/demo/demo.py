@@ -20,13 +20,13 @@ from rich.rule import Rule
 
 from headrace import attributes
 from headrace.cli.answers import Answer, printable
-from headrace.cli.boards import StartBoard
-from headrace.cli.chat import ChatOptions, follow, request_for
+from headrace.cli.calls.chat import ChatOptions, follow, request_for
 from headrace.cli.complaints import advice
-from headrace.cli.mesh import mesh
-from headrace.cli.otlp_receiver import is_complete, otlp_receiver
-from headrace.cli.summary import Outcome, summarise, summary_table
-from headrace.cli.trace_tree import busiest, trace_tree
+from headrace.cli.demo.otlp_receiver import is_complete, otlp_receiver
+from headrace.cli.demo.summary import Outcome, summarise, summary_table
+from headrace.cli.demo.trace_tree import busiest, trace_tree
+from headrace.cli.launch.boards import StartBoard
+from headrace.cli.launch.mesh import mesh
 from headrace.client import connect
 from headrace.errors import HeadraceError
 from headrace.runtime.telemetry.setup import telemetry
@@ -34,8 +34,8 @@ from headrace.runtime.telemetry.setup import telemetry
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from headrace.cli.mesh import MeshSpec
-    from headrace.cli.otlp_receiver import Receiver, Span
+    from headrace.cli.demo.otlp_receiver import Receiver, Span
+    from headrace.cli.launch.mesh import MeshSpec
     from headrace.client import Client
 
 _SEQUENTIAL = 4  # prompts that are sent one at a time
@@ -55,7 +55,7 @@ class Prompt:
 
 def prompts() -> list[Prompt]:
     """Read the prompts from the package."""
-    text = (importlib.resources.files("headrace.cli") / "demo_prompts.jsonl").read_text("utf-8")
+    text = (importlib.resources.files("headrace.cli.demo") / "demo_prompts.jsonl").read_text("utf-8")
     return [Prompt(**json.loads(line)) for line in text.splitlines()]
 
 

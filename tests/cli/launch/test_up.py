@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli import up
+from headrace.cli.launch import up
 
 
 def test_an_interrupt_while_the_command_loads_is_no_traceback(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Sends requests to a running mesh and prints what it returns."""

@@ -1,0 +1,1 @@
+"""Runs the demonstration: a mesh, mixed prompts, a summary and a trace."""

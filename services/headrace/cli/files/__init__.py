@@ -1,0 +1,1 @@
+"""Works on files of prompts and outcomes, without a mesh."""
