@@ -209,7 +209,7 @@ async def test_answers_in_http_are_reported_as_such(
     assert f"HTTP status {status}" in caught.value.message
     assert caught.value.fields["http_status"] == str(status)
     said = advice(caught.value, target)
-    assert f"is {target} the gRPC port of a mesh" in said
+    assert f"check that {target} is the gRPC port of a mesh" in said
     assert "start one" not in said
     assert "logs of the servers" not in said
 
