@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace import models
 from headrace.channel import open_channel
+from headrace.cli.launch import child
 from headrace.cli.launch.processes import ChildDied, Crew, Process, crew, notices_of, stage_of
 from headrace.runtime.serving.bind_check import bind_error, explain
 
@@ -191,7 +192,8 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
             name=name,
             command=[
                 sys.executable,
-                *("-m", "headrace.cli.launch.child", str(os.getpid()), f"headrace.{kind}"),
+                # By path: PYTHONPATH may name the services of another version, which has no such module.
+                *("-P", child.__file__, str(os.getpid()), f"headrace.{kind}"),
                 *common,
                 *flags,
                 *spec.flags.get(kind, ()),
