@@ -189,6 +189,11 @@ class Fleet:
                     await asyncio.sleep(0.05)
 
 
+# On a busy machine the messages of a burst of calls arrive long after their headers. Each such call reserves
+# the size of the longest message, and the default limit would reject some with SERVER_BUSY.
+_IN_FLIGHT = ("--max-inflight-megabytes", "1024")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The processes to start.
@@ -234,12 +239,12 @@ async def _fleet(plan: Plan, logs: Path, ports: Iterator[int]) -> AsyncGenerator
             Child(f"worker{n}", plan.worker_module, plan.worker_flags, port, logs / f"worker{n}.log")
         )
     for n, port in enumerate(batcher_ports):
-        flags = ["--tier", plan.tier, "--workers", ",".join(workers), *plan.batcher_flags]
+        flags = ["--tier", plan.tier, "--workers", ",".join(workers), *_IN_FLIGHT, *plan.batcher_flags]
         running.batchers.append(
             Child(f"batcher{n}", "headrace.batcher", flags, port, logs / f"batcher{n}.log")
         )
     for n in range(plan.routers):
-        flags = ["--tiers", f"{plan.tier}={'+'.join(batchers)}", *plan.router_flags]
+        flags = ["--tiers", f"{plan.tier}={'+'.join(batchers)}", *_IN_FLIGHT, *plan.router_flags]
         running.routers.append(
             Child(f"router{n}", "headrace.router", flags, next(ports), logs / f"router{n}.log")
         )

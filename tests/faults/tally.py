@@ -166,25 +166,31 @@ class Streams:
 
         return count
 
+    # A wait ends early if it can no longer succeed: the results then show which answers failed, and why.
+
     async def accepted(self) -> None:
         """Wait until all are accepted."""
-        while len(self._accepted) < self.count:
-            await asyncio.sleep(0.002)
+        await self._until(self._accepted, self.count)
 
     async def reached(self, tokens: int) -> None:
         """Wait until one of them has so many tokens."""
-        while self.most < tokens:
+        while self.most < tokens and not all(task.done() for task in self._tasks):
             await asyncio.sleep(0.002)
 
     async def begun(self) -> None:
         """Wait until all have their first token."""
-        while len(self._begun) < self.count:
-            await asyncio.sleep(0.002)
+        await self._until(self._begun, self.count)
 
     async def streaming(self) -> None:
         """Wait until all are accepted and a third have five tokens."""
         await self.accepted()
-        while len(self._streaming) < self.count / 3:
+        await self._until(self._streaming, self.count / 3)
+
+    async def _until(self, there: set[int], count: float) -> None:
+        while len(there) < count:
+            pending = sum(not task.done() and number not in there for number, task in enumerate(self._tasks))
+            if len(there) + pending < count:
+                return
             await asyncio.sleep(0.002)
 
     async def done(self) -> list[Visit]:
