@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What the services and the CLI need, and what development needs besides.
+# Marker files: services and CLI are installed; the development tools are installed, too.
 SERVICES := $(VENV)/.services
 INSTALLED := $(VENV)/.installed
 # The models are fetched and the kernels are compiled while pip installs the rest.
@@ -24,7 +24,7 @@ demo: $(STARTABLE) ## install, start a mesh with two models, send it mixed promp
 up: $(STARTABLE) ## start a mesh on 127.0.0.1:50051; Ctrl-C stops it
 	headrace up
 
-test: $(INSTALLED) ## run all tests, in a process more than cores; fetches the default models first
+test: $(INSTALLED) ## run all tests, in one process more than there are cores; fetches the default models first
 	headrace fetch
 	pytest -p tests.flaky -n auto --durations=10
 

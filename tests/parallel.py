@@ -139,9 +139,8 @@ def take_part(config: pytest.Config) -> None:
     """Register the hooks of this process, if the run has several: call it from `pytest_configure`."""
     run: dict[str, Any] | None = getattr(config, "workerinput", None)
     if run is not None:
-        os.environ.setdefault(
-            "OMP_NUM_THREADS", "1"
-        )  # the processes share the cores; torch is not imported yet
+        # The processes share the cores; torch is not imported yet.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         config.pluginmanager.register(Worker())
         config.pluginmanager.register(Quiet(Path(run[_FOLDER])))
     elif config.getoption("dist", "no") != "no":

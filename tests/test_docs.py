@@ -42,11 +42,8 @@ ADDRESS = "127.0.0.1:50051"
 BATCHER = "127.0.0.1:50052"
 # Of other tools: docker, kubectl, pip, llama.cpp.
 OTHER_FLAGS = {"--build-arg", "--replicas", "--extra-index-url", "--merge"}
-OTHER_NAMES = {
-    "BEST_EFFORT",
-    "CACHED_PROMPT",
-    "PIP_ARGS",
-}  # in capitals, besides reasons, statuses and variables
+# In capitals, besides reasons, statuses and variables.
+OTHER_NAMES = {"BEST_EFFORT", "CACHED_PROMPT", "PIP_ARGS"}
 MESSAGES: dict[str, Descriptor] = {
     "chat": pb.Chat.DESCRIPTOR,
     "sampling": pb.Sampling.DESCRIPTOR,

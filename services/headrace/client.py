@@ -24,6 +24,7 @@ from opentelemetry import metrics, trace
 
 from headrace import attributes, errors, statuses
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
+from headrace.deadline import Deadline
 from headrace.progress import Progress, Responses, route_change
 from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
@@ -126,14 +127,16 @@ class Client:
                 f"the request has {size} bytes, the limit is {MAX_MESSAGE_BYTES}", size=size
             )
         check_headers(metadata or {})
-        ends = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline.after(timeout, time.monotonic())
         answer = _Answer(request) if resume else None
         failures = 0  # consecutive ones that brought nothing
         since = 0.0  # time.monotonic() of the first of them
         while True:
             received, before = False, None if answer is None else answer.position
             try:
-                left = None if ends is None else min(max(ends - time.monotonic(), 0.0), LONGEST_SECONDS)
+                left = None
+                if timeout is not None:
+                    left = min(max(deadline.left(time.monotonic()), 0.0), LONGEST_SECONDS)
                 outgoing = request if answer is None else answer.request()
                 async with aclosing(self._call(outgoing, left, metadata or {}, labels or {})) as responses:
                     async for response in responses:
@@ -152,11 +155,11 @@ class Client:
                     since = time.monotonic()
                 if answer is not None and answer.accepted is not None:
                     if not await self._retries.resume(
-                        error, failures, accepted=received, since=since, ends=ends
+                        error, failures, accepted=received, since=since, deadline=deadline
                     ):
                         raise
                     answer.lose(error)
-                elif received or not await self._retries.retry(error, failures, ends=ends):
+                elif received or not await self._retries.retry(error, failures, deadline=deadline):
                     raise
 
     async def explain(

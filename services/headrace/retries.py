@@ -14,6 +14,7 @@ import grpc
 
 from headrace import errors
 from headrace.channel import reconnected
+from headrace.deadline import Deadline
 
 BACKOFF_DOUBLINGS = 5  # of the delay before the next try, which starts at 50 to 100 ms
 CONNECT_SECONDS = 2.0  # the longest time that a request whose connection was lost waits for a new one
@@ -59,11 +60,10 @@ class Retries:
         """Count a successful call."""
         self._budget.succeed()
 
-    async def retry(self, error: errors.HeadraceError, failures: int, *, ends: float | None) -> bool:
+    async def retry(self, error: errors.HeadraceError, failures: int, *, deadline: Deadline) -> bool:
         """Wait until a request without an answer can be sent again; return False if it is not to be.
 
         failures   consecutive ones, this one included
-        ends       the deadline, a time.monotonic()
 
         The first retry after a lost connection is free: all calls that lost it wait together for one new
         connection. The others draw from the budget.
@@ -74,7 +74,8 @@ class Retries:
             return False
         if not free and not self._budget.take():
             return False
-        return await self._wait(error, failures, pause=not free, seconds=_until(ends, CONNECT_SECONDS))
+        seconds = min(CONNECT_SECONDS, deadline.left(time.monotonic()))
+        return await self._wait(error, failures, pause=not free, seconds=seconds)
 
     async def resume(
         self,
@@ -83,14 +84,13 @@ class Retries:
         *,
         accepted: bool,
         since: float,
-        ends: float | None,
+        deadline: Deadline,
     ) -> bool:
         """Wait until the rest of an answer can be requested; return False if it is not to be.
 
         failures   consecutive streams that brought nothing, this one included
         accepted   whether the server had accepted the stream that failed
         since      time.monotonic() of the first of these failures
-        ends       the deadline, a time.monotonic()
 
         The first attempt after a stream that brought something is free. So are attempts that no server
         accepted: other answers wait for the same server, and `patience` limits the wait. An attempt that was
@@ -100,8 +100,9 @@ class Retries:
             return False
         if failures > 1 and accepted and not self._budget.take():
             return False
-        patience = self._patience - (time.monotonic() - since)
-        return await self._wait(error, failures, pause=failures > 1, seconds=_until(ends, patience))
+        now = time.monotonic()
+        seconds = min(self._patience - (now - since), deadline.left(now))
+        return await self._wait(error, failures, pause=failures > 1, seconds=seconds)
 
     async def _wait(self, error: errors.HeadraceError, failures: int, *, pause: bool, seconds: float) -> bool:
         """Wait for backoff and connection; return False if that takes longer than *seconds*."""
@@ -140,11 +141,6 @@ def _is_lost_connection(error: errors.HeadraceError) -> bool:
     If the caller cancels, CancelledError is raised instead.
     """
     return isinstance(error, errors.RequestCancelled) or type(error) is errors.Unavailable
-
-
-def _until(ends: float | None, most: float) -> float:
-    """Return the seconds until the deadline *ends*, a time.monotonic(), and at most *most*."""
-    return most if ends is None else min(most, ends - time.monotonic())
 
 
 def _backoff(attempt: int, error: errors.HeadraceError) -> float:

@@ -222,12 +222,11 @@ class Coalescer:
             self._last_ready = now
         elif now - self._last_ready > self._failover_seconds:
             self._fail_waiting()
-        self._evict()
+        self._evict(now)
         return min(self._dispatcher.dispatch(now), MAX_IDLE_SECONDS)
 
-    def _evict(self) -> None:
+    def _evict(self, now: float) -> None:
         """Take sequences away from suspect workers, as far as other workers have free slots for them."""
-        now = time.monotonic()
         free = sum(link.free_slots(now) for link in self.pool) - len(self.queue.interrupted)
         for link in self.pool:
             if not link.suspect:

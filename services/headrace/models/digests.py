@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,15 @@ _CHUNK = 16 << 20
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file in hex, from the cache if the file is unchanged."""
-    return cached_digest(path) or sha256(path)
+    if (digest := cached_digest(path)) is not None:
+        return digest
+    status = path.stat()
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)  # a start needs the digest of a file of gigabytes more than once
+def _digest_of(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256(path)
 
 
 def tokenizer_fingerprint(path: Path) -> str:

@@ -6,7 +6,7 @@ the tier that each conversation has reached. Time is an argument; nothing here w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from headrace import errors
 from headrace.deadline import NEVER, Deadline
@@ -60,7 +60,7 @@ class Chooser:
         now: float,
         *,
         deadline: Deadline = NEVER,
-        failed: Sequence[str] = (),
+        failed: Collection[str] = (),
         rejected: Sequence[str] = (),
     ) -> Decision:
         """Choose the tier for a request.

@@ -40,6 +40,10 @@ class WorkerPool:
         """Return the links to workers that accept work when they have free slots."""
         return [link for link in self if link.ready]
 
+    def step_seconds(self) -> float:
+        """Return the shortest step time of the ready workers, in seconds; 0 if none is ready."""
+        return min((link.load.step_time.ToNanoseconds() / 1e9 for link in self.ready()), default=0.0)
+
     @property
     def problem(self) -> str:
         """Why no worker is ready, for people."""

@@ -136,11 +136,10 @@ class Admission:
     def estimates(self, now: float) -> Estimates:
         """Return the measured rates and the backlog of the tier."""
         ready = self._pool.ready()
-        steps = [link.load.step_time.ToNanoseconds() / 1e9 for link in ready]
         busy = not any(link.free_slots(now) for link in ready)
         return Estimates(
             prefill_rate=sum(link.load.prefill_tokens_per_second for link in ready),
-            step_seconds=min(steps, default=0.0),
+            step_seconds=self._pool.step_seconds(),
             backlog=sum(link.backlog for link in ready),
             drain_rate=self.drained.per_second(now) if busy else 0.0,
         )

@@ -158,7 +158,6 @@ class Dispatcher:
 
     def _closes_at(self, candidates: dict[str, WorkerCandidate]) -> float:
         waiting = list(self._queue)
-        steps = [link.load.step_time.ToNanoseconds() / 1e9 for link in self._pool.ready()]
         now = time.monotonic()
         return self._window.closes_at(
             len(waiting),
@@ -166,7 +165,7 @@ class Dispatcher:
             sum(candidate.free_slots for candidate in candidates.values()),
             oldest=min(job.arrived for job in waiting),
             linger=self._window.linger_for(
-                arrivals=self._admission.arrivals.per_second(now), step_seconds=min(steps, default=0.0)
+                arrivals=self._admission.arrivals.per_second(now), step_seconds=self._pool.step_seconds()
             ),
             idle=any(candidate.backlog == 0 for candidate in candidates.values()),
         )

@@ -164,9 +164,8 @@ def _is_number(value: object) -> bool:
 
 
 def _print_row(**row: object) -> None:
-    print(
-        json.dumps(row)
-    )  # ASCII: an id may contain lone surrogates, and the terminal may not support Unicode
+    # ASCII: an id may contain lone surrogates, and the terminal may not support Unicode.
+    print(json.dumps(row))
 
 
 def _main_features(score: Score) -> str:

@@ -28,9 +28,8 @@ def read_rows(path: str, texts: Sequence[str], *, numbers: Sequence[str] = ()) -
     try:
         with nullcontext(sys.stdin) if path == "-" else Path(path).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                line = (
-                    line.removeprefix("\ufeff") if number == 1 else line
-                )  # Windows writes a byte order mark
+                # Windows writes a byte order mark.
+                line = line.removeprefix("\ufeff") if number == 1 else line
                 if line.strip():
                     yield _row(line, number, f"{name}, line {number}", texts, numbers)
     except OSError as error:

@@ -71,9 +71,8 @@ class MeshSpec:
     threads: int = 0  # per worker; 0 divides the cores between the workers
     drain_seconds: float = 10.0
     environment: Mapping[str, str] = field(default_factory=dict)  # for every process
-    flags: Mapping[str, Sequence[str]] = field(
-        default_factory=dict
-    )  # additional, by "worker", "batcher" and "router"
+    # Additional flags, by "worker", "batcher" and "router".
+    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

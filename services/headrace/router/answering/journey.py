@@ -94,7 +94,7 @@ class Journey:
             self._facts,
             time.monotonic(),
             deadline=self.outgoing.deadline,
-            failed=list(failed),
+            failed=failed,
             rejected=rejected,
         )
         if self._decision is None:

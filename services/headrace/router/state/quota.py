@@ -15,9 +15,8 @@ class Quota:
     def __init__(self, most: float, seconds: float, *, tenants: int = 10_000) -> None:
         self._most = most
         self._per_second = most / seconds
-        self._left: TenantMemory[tuple[float, float]] = TenantMemory(
-            tenants
-        )  # amount and its time, by tenant
+        # The amount left and the time of that, by tenant.
+        self._left: TenantMemory[tuple[float, float]] = TenantMemory(tenants)
 
     def wait(self, tenant: str, amount: float, now: float) -> float:
         """Return the seconds until the tenant may take *amount*; 0 if it may now.

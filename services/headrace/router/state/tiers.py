@@ -54,8 +54,8 @@ class Tier:
     @property
     def models(self) -> frozenset[str]:
         """The models of its healthy batchers, or of all batchers if none is healthy."""
-        ready = [batcher for batcher in self.batchers if batcher.reported.healthy]
-        return frozenset().union(*(batcher.models for batcher in ready or self.batchers))
+        healthy = [batcher for batcher in self.batchers if batcher.reported.healthy]
+        return frozenset().union(*(batcher.models for batcher in healthy or self.batchers))
 
     @property
     def batchers(self) -> list[BatcherPeer]:

@@ -30,7 +30,6 @@ from headrace.worker.engine.load.devices import choose_device
 from headrace.worker.engine.load.gguf.weights import dequantised
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
 from headrace.worker.engine.load.model_config import (
-    DEFAULT_CONTEXT,
     choose_context,
     longest_context,
     read_config,
@@ -46,8 +45,6 @@ from headrace.worker.engine.load.refusals import (
 )
 from headrace.worker.engine.torch_engine import TorchEngine
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observe_layers, paged_attention
-
-__all__ = ["DEFAULT_CONTEXT", "choose_device", "load_engine"]
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +77,7 @@ def load_engine(
     dtype                   one of `precision.NAMES`; see `choose_precision`
     threads                 threads of torch on the CPU; None for torch's default
     context_length          most tokens of prompt and answer; None for the model's limit, at most
-                            DEFAULT_CONTEXT
+                            `model_config.DEFAULT_CONTEXT`
     max_running             most sequences that run at the same time
     step_tokens             most tokens of a step; KV memory leaves space for such a step
     kv_memory               GiB of KV memory; None for a share of the available memory, see `kv_sizing`

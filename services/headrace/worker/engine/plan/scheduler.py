@@ -34,7 +34,7 @@ class LiveSequence(Generic[K]):
     computed    number of ids in KV memory
     cached      number of ids that the prefix cache held, computed for another sequence
     preempted   number of times it was preempted
-    needs       available blocks that it lacked when it was last considered
+    needs       available blocks that it would use up, when it was last considered; 0 before
     started, first_token, last_token   see `SequenceTimes`
     """
 

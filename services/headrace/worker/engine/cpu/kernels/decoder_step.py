@@ -80,7 +80,7 @@ STEP = np.dtype(
         ("projected", np.int64),  # [tokens, widest result of qkv or gate_up] float32
         ("attended", np.int64),  # [tokens, heads x head_dim] float32
         ("failures", np.int64),  # address of a `team.FailureState`
-        ("counters", np.int64),  # zeros: (layers x PHASES + 3) x COUNTER_BYTES
+        ("counters", np.int64),  # zeros: (layers x PHASES + 1) x COUNTER_BYTES
         ("scratch", np.int64),  # per thread
         ("scratch_bytes", np.int64),
         ("cycles", np.int64),  # address of [len(PARTS) + 1] int64 for the cycles of thread 0, or 0
@@ -92,6 +92,7 @@ PARTS = (
     "embedding", "attention norm", "qkv", "rotation and store", "attention", "pack", "output",
     "feed-forward norm", "gate and up", "activation", "down", "head",
 )  # fmt: skip
+_LAST = len(PARTS)  # index of the time at which the last part ended
 
 
 @machine.intrinsic([], types.int64)
@@ -104,10 +105,10 @@ def _cycle_counter(b: Any) -> Any:
 def _count_cycles(step: Any, part: int) -> None:
     """Add the cycles since the end of the previous part to this part, if cycles are counted."""
     if step.cycles and team.thread_number() == 0:
-        cycles = carray(pointer(step.cycles), (13,), np.int64)
+        cycles = carray(pointer(step.cycles), (_LAST + 1,), np.int64)
         now = _cycle_counter()
-        cycles[part] += now - cycles[12]
-        cycles[12] = now
+        cycles[part] += now - cycles[_LAST]
+        cycles[_LAST] = now
 
 
 @machine.jit
@@ -297,7 +298,7 @@ def _decoder_step(step: Any) -> None:
     for index in range(step.layers):
         _attention(step, layers[index], phase, scratch)
         _feed_forward(step, layers[index], phase + 6, scratch)
-        phase += 10
+        phase += PHASES
     sampled = carray(pointer(step.sampled_tokens), (step.sampled,), np.int32)
     for row in range(me * step.sampled // threads, (me + 1) * step.sampled // threads):
         if machine.CHECKED:
