@@ -23,15 +23,16 @@ _sym_db = _symbol_database.Default()
 
 
 from headrace.v1 import generation_pb2 as headrace_dot_v1_dot_generation__pb2
+from headrace.v1 import multiplex_pb2 as headrace_dot_v1_dot_multiplex__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$headrace/v1/generation_service.proto\x12\x0bheadrace.v1\x1a\x1cheadrace/v1/generation.proto2^\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$headrace/v1/generation_service.proto\x12\x0bheadrace.v1\x1a\x1cheadrace/v1/generation.proto\x1a\x1bheadrace/v1/multiplex.proto2\xae\x01\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x12N\n\tMultiplex\x12\x1d.headrace.v1.MultiplexRequest\x1a\x1e.headrace.v1.MultiplexResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.generation_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATIONSERVICE']._serialized_start=83
-  _globals['_GENERATIONSERVICE']._serialized_end=177
+  _globals['_GENERATIONSERVICE']._serialized_start=113
+  _globals['_GENERATIONSERVICE']._serialized_end=287
 # @@protoc_insertion_point(module_scope)

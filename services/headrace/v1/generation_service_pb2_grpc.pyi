@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from grpc import aio as _aio
 from headrace.v1 import generation_pb2 as _generation_pb2
+from headrace.v1 import multiplex_pb2 as _multiplex_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -47,6 +48,34 @@ class GenerationServiceStub:
     programs. A retry is safe until `accepted` arrives. Cancelling the call releases its resources within one engine
     step.
     """
+    Multiplex: _grpc.StreamStreamMultiCallable[_multiplex_pb2.MultiplexRequest, _multiplex_pb2.MultiplexResponse]
+    """Carries any number of requests on one stream. A message costs the same with one event as with hundreds, so this is
+    the way to send many requests at a time: it takes a fraction of the CPU time of one call each. Every request behaves
+    as a call of `Generate` does.
+
+    1. The caller opens the stream, without a deadline, and sends `hello`, in a message that may open requests as well.
+       The server replies with `welcome`.
+    2. The caller sends `open` for each request, with a handle greater than all before, the request, the time left, and
+       the metadata that the call would have. It gathers what is due at the same time in one message.
+    3. The server sends the events of each request with its handle: `accepted`, deltas and `finish`, as for `Generate`.
+       A request that fails ends with `error`, a google.rpc.Status with the same details as the status of a call.
+       Exactly one `finish` or `error` ends each request; nothing follows for its handle.
+    4. The server sends no more events of a request than its credit allows. The caller raises the credit as it reads
+       them. A request without credit is paused, and its tokens are gathered in fewer, longer deltas; other requests
+       are not affected. `error` needs no credit.
+    5. The caller may `cancel` a request at any time. It ends with `error` CANCELLED unless it has ended before.
+    6. A `ping` is answered by `pong` immediately. A caller that waits for events sends one about every second, and
+       treats a stream that stays silent for several seconds as lost.
+    7. A server that is about to stop sends `draining`: the caller opens further requests elsewhere. Those on the stream
+       continue; after a while the rest ends with `error` DRAINING, and the caller resumes them elsewhere.
+    8. A caller that is done half-closes the stream. The server sends the rest of all answers and ends the stream with
+       OK.
+
+    If the stream is lost, so are all requests on it: the server cancels them, and the caller resumes each answer on
+    another stream, as after the loss of a call. Messages that violate these rules, or that cannot be parsed, end the
+    stream with INVALID_ARGUMENT. A server that does not know this method ends the stream with UNIMPLEMENTED: use
+    `Generate`.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -66,6 +95,34 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     A stream that ends without `finish` failed. Its status contains a google.rpc.ErrorInfo whose `reason` is for
     programs. A retry is safe until `accepted` arrives. Cancelling the call releases its resources within one engine
     step.
+    """
+    Multiplex: _aio.StreamStreamMultiCallable[_multiplex_pb2.MultiplexRequest, _multiplex_pb2.MultiplexResponse]  # type: ignore[assignment]
+    """Carries any number of requests on one stream. A message costs the same with one event as with hundreds, so this is
+    the way to send many requests at a time: it takes a fraction of the CPU time of one call each. Every request behaves
+    as a call of `Generate` does.
+
+    1. The caller opens the stream, without a deadline, and sends `hello`, in a message that may open requests as well.
+       The server replies with `welcome`.
+    2. The caller sends `open` for each request, with a handle greater than all before, the request, the time left, and
+       the metadata that the call would have. It gathers what is due at the same time in one message.
+    3. The server sends the events of each request with its handle: `accepted`, deltas and `finish`, as for `Generate`.
+       A request that fails ends with `error`, a google.rpc.Status with the same details as the status of a call.
+       Exactly one `finish` or `error` ends each request; nothing follows for its handle.
+    4. The server sends no more events of a request than its credit allows. The caller raises the credit as it reads
+       them. A request without credit is paused, and its tokens are gathered in fewer, longer deltas; other requests
+       are not affected. `error` needs no credit.
+    5. The caller may `cancel` a request at any time. It ends with `error` CANCELLED unless it has ended before.
+    6. A `ping` is answered by `pong` immediately. A caller that waits for events sends one about every second, and
+       treats a stream that stays silent for several seconds as lost.
+    7. A server that is about to stop sends `draining`: the caller opens further requests elsewhere. Those on the stream
+       continue; after a while the rest ends with `error` DRAINING, and the caller resumes them elsewhere.
+    8. A caller that is done half-closes the stream. The server sends the rest of all answers and ends the stream with
+       OK.
+
+    If the stream is lost, so are all requests on it: the server cancels them, and the caller resumes each answer on
+    another stream, as after the loss of a call. Messages that violate these rules, or that cannot be parsed, end the
+    stream with INVALID_ARGUMENT. A server that does not know this method ends the stream with UNIMPLEMENTED: use
+    `Generate`.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -89,6 +146,40 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         A stream that ends without `finish` failed. Its status contains a google.rpc.ErrorInfo whose `reason` is for
         programs. A retry is safe until `accepted` arrives. Cancelling the call releases its resources within one engine
         step.
+        """
+
+    @_abc_1.abstractmethod
+    def Multiplex(
+        self,
+        request_iterator: _MaybeAsyncIterator[_multiplex_pb2.MultiplexRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_multiplex_pb2.MultiplexResponse], _abc.AsyncIterator[_multiplex_pb2.MultiplexResponse]]:
+        """Carries any number of requests on one stream. A message costs the same with one event as with hundreds, so this is
+        the way to send many requests at a time: it takes a fraction of the CPU time of one call each. Every request behaves
+        as a call of `Generate` does.
+
+        1. The caller opens the stream, without a deadline, and sends `hello`, in a message that may open requests as well.
+           The server replies with `welcome`.
+        2. The caller sends `open` for each request, with a handle greater than all before, the request, the time left, and
+           the metadata that the call would have. It gathers what is due at the same time in one message.
+        3. The server sends the events of each request with its handle: `accepted`, deltas and `finish`, as for `Generate`.
+           A request that fails ends with `error`, a google.rpc.Status with the same details as the status of a call.
+           Exactly one `finish` or `error` ends each request; nothing follows for its handle.
+        4. The server sends no more events of a request than its credit allows. The caller raises the credit as it reads
+           them. A request without credit is paused, and its tokens are gathered in fewer, longer deltas; other requests
+           are not affected. `error` needs no credit.
+        5. The caller may `cancel` a request at any time. It ends with `error` CANCELLED unless it has ended before.
+        6. A `ping` is answered by `pong` immediately. A caller that waits for events sends one about every second, and
+           treats a stream that stays silent for several seconds as lost.
+        7. A server that is about to stop sends `draining`: the caller opens further requests elsewhere. Those on the stream
+           continue; after a while the rest ends with `error` DRAINING, and the caller resumes them elsewhere.
+        8. A caller that is done half-closes the stream. The server sends the rest of all answers and ends the stream with
+           OK.
+
+        If the stream is lost, so are all requests on it: the server cancels them, and the caller resumes each answer on
+        another stream, as after the loss of a call. Messages that violate these rules, or that cannot be parsed, end the
+        stream with INVALID_ARGUMENT. A server that does not know this method ends the stream with UNIMPLEMENTED: use
+        `Generate`.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
