@@ -12,12 +12,14 @@ caller reads one uninterrupted stream.
 
 from __future__ import annotations
 
+import os
 import secrets
+import socket
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 from opentelemetry import metrics, trace
@@ -25,11 +27,12 @@ from opentelemetry import metrics, trace
 from headrace import attributes, errors, statuses
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
 from headrace.deadline import Deadline
+from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
 from headrace.progress import Progress, Responses, route_change
 from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1 import generation_service_pb2_grpc, routing_service_pb2, routing_service_pb2_grpc
+from headrace.v1 import routing_service_pb2, routing_service_pb2_grpc
 
 T = TypeVar("T")
 
@@ -37,6 +40,8 @@ LONGEST_SECONDS = 1e8  # three years: gRPC treats deadlines of centuries, or inf
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
 LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
+
+_EMPTY: Mapping[str, Any] = {}
 
 _tracer = trace.get_tracer("headrace.client")
 _call_duration = metrics.get_meter("headrace.client").create_histogram(
@@ -81,14 +86,25 @@ class Client:
     retries   most retries of a request that failed with UNAVAILABLE before any event
     patience  seconds for which an answer that has begun waits, within its deadline, for a server to resume it
     advice    added to the error message of calls that reach no server
+    multiplex, stall_seconds, caller_id   see `headrace.multiplex.calling.Caller`
     """
 
     def __init__(
-        self, channel: grpc.aio.Channel, *, retries: int = 2, patience: float = 30.0, advice: str = ""
+        self,
+        channel: grpc.aio.Channel,
+        *,
+        retries: int = 2,
+        patience: float = 30.0,
+        advice: str = "",
+        multiplex: bool | None = None,
+        stall_seconds: float = STALL_SECONDS,
+        caller_id: str = "",
     ) -> None:
         self._channel = channel
         self._advice = advice
-        self._generation = generation_service_pb2_grpc.GenerationServiceStub(channel)
+        self._caller = Caller(
+            channel, multiplex=multiplex, stall_seconds=stall_seconds, caller_id=caller_id or _caller_id()
+        )
         self._routing = routing_service_pb2_grpc.RoutingServiceStub(channel)
         self._retries = Retries(channel, most=retries, patience=patience)
 
@@ -100,6 +116,7 @@ class Client:
 
     async def close(self) -> None:
         """Cancel all calls and close the channel."""
+        await self._caller.close()
         await self._channel.close()
 
     async def generate(
@@ -138,7 +155,10 @@ class Client:
                 if timeout is not None:
                     left = min(max(deadline.left(time.monotonic()), 0.0), LONGEST_SECONDS)
                 outgoing = request if answer is None else answer.request()
-                async with aclosing(self._call(outgoing, left, metadata or {}, labels or {})) as responses:
+                stream = self.attempt(
+                    outgoing, timeout=left, metadata=metadata or _EMPTY, labels=labels or _EMPTY
+                )
+                async with aclosing(stream) as responses:
                     async for response in responses:
                         received = True
                         for event in (response,) if answer is None else answer.take(response):
@@ -204,25 +224,32 @@ class Client:
 
     async def _unary(self, call: Awaitable[T]) -> T:
         try:
-            return _parsed(await call)
-        except grpc.aio.AioRpcError as error:
-            raise self._translated(error) from error
+            response = await call
+        except grpc.aio.AioRpcError as raised:
+            error = statuses.from_rpc_error(raised)
+            self._advise(error)
+            raise error from raised
+        if response is None:  # gRPC's result for a message that it cannot parse
+            raise errors.Unavailable(NOT_HEADRACE)
+        return response
 
-    def _translated(self, error: grpc.aio.AioRpcError) -> errors.HeadraceError:
-        translated = statuses.from_rpc_error(error)
+    def _advise(self, error: errors.HeadraceError) -> None:
         # These two classes come from gRPC itself; Headrace servers send their subclasses.
-        if self._advice and type(translated) in (errors.Unavailable, errors.DeadlineExceeded):
-            translated.add(self._advice)
-        return translated
+        if self._advice and type(error) in (errors.Unavailable, errors.DeadlineExceeded):
+            error.add(self._advice)
 
-    async def _call(
+    async def attempt(
         self,
         request: pb.GenerateRequest,
+        *,
         timeout: float | None,
-        metadata: Mapping[str, str],
-        labels: Mapping[str, str | int],
+        metadata: Mapping[str, str] = _EMPTY,
+        labels: Mapping[str, str | int] = _EMPTY,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Make one call, in a client span with events for the first token and the end."""
+        """Make one call, in a client span with events for the first token and the end, and stream its events.
+
+        The arguments are those of `generate`, which makes further attempts if this one fails.
+        """
         # Not `start_as_current_span`: a generator runs in the context of each caller that requests an item.
         span = _tracer.start_span(
             _GENERATE,
@@ -232,33 +259,34 @@ class Client:
         headers = inject(trace.set_span_in_context(span), metadata)
         began = time.monotonic()
         code = grpc.StatusCode.CANCELLED  # if nothing below sets another one
-        call = self._generation.Generate(request, timeout=timeout, metadata=headers)
-        first = True
+        call = self._caller.call(request, timeout=timeout, metadata=headers)
+        first = span.is_recording()
         try:
-            async for received in call:
-                response = _parsed(received)
-                event = response.WhichOneof("event")
-                if event == "delta" and first:
+            while (response := await call.next()) is not None:
+                if first and response.HasField("delta"):
                     first = False
                     span.add_event(attributes.EVENT_FIRST_TOKEN)
-                elif event == "finish":
-                    span.add_event(attributes.EVENT_FINISH)
                 yield response
             code = grpc.StatusCode.OK
-        except grpc.aio.AioRpcError as error:
-            code = error.code()
-            translated = self._translated(error)
-            span.set_attribute(attributes.ERROR_TYPE, translated.reason)
-            span.set_status(trace.StatusCode.ERROR, translated.message)
-            raise translated from error
+            span.add_event(attributes.EVENT_FINISH)
+        except errors.HeadraceError as error:
+            code = error.code
+            self._advise(error)
+            span.set_attribute(attributes.ERROR_TYPE, error.reason)
+            span.set_status(trace.StatusCode.ERROR, error.message)
+            raise
         finally:
-            call.cancel()  # has no effect after the end of the stream
+            self._caller.ended(call)
             span.set_attribute(attributes.RPC_STATUS_CODE, code.name)
             span.end()
             _call_duration.record(
                 time.monotonic() - began,
                 {attributes.RPC_METHOD: _GENERATE, attributes.RPC_STATUS_CODE: code.name},
             )
+
+    def fail_calls(self, error: Exception) -> None:
+        """End all calls of Generate in flight with *error*."""
+        self._caller.fail_all(error)
 
 
 class _Answer(Progress):
@@ -316,22 +344,25 @@ async def connect(
     credentials: grpc.ChannelCredentials | None = None,
     retries: int = 2,
     patience: float = 30.0,
+    multiplex: bool | None = None,
 ) -> AsyncGenerator[Client, None]:
     """Open a client for *target*, such as "127.0.0.1:50051", "[::1]:50051" or "dns:///router:50051".
 
     credentials         for TLS; None for plaintext
     retries, patience   see `Client`
+    multiplex           whether requests share one stream, which costs a fraction of the CPU time of one call
+                        each. None: they do while more than a few are in flight. Behind a load balancer that
+                        distributes calls, not connections, False keeps them distributed
     """
     channel = open_channel(target, credentials=credentials)
     advice = target_problem(target) if credentials is None else ""
     if not advice and (variable := proxy_variable(target)):
         advice = f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"
-    async with Client(channel, retries=retries, patience=patience, advice=advice) as client:
+    async with Client(
+        channel, retries=retries, patience=patience, advice=advice, multiplex=multiplex
+    ) as client:
         yield client
 
 
-def _parsed(response: T | None) -> T:
-    """Return the response. Raises Unavailable for None, which gRPC returns if it cannot be parsed."""
-    if response is None:
-        raise errors.Unavailable("the server's response cannot be parsed: it is not a Headrace server")
-    return response
+def _caller_id() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"[:128]

@@ -26,8 +26,9 @@ from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
+from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.runtime import process_info
-from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
@@ -84,11 +85,11 @@ async def batcher(
         defaults=defaults,
     ) as intake:
         answering = Answering(coalescer, intake, tokenizer, tier=settings.tier)
+        calls = Calls(settings.limits, trace_context=settings.trace_context)
         servicer = GenerationServicer(
-            answering, coalescer, intake, tier=settings.tier, max_tokens=settings.max_tokens
+            answering, coalescer, intake, calls, tier=settings.tier, max_tokens=settings.max_tokens
         )
-        requests = ActiveRequests()
-        admin = AdminServicer(coalescer, intake, requests, tier=settings.tier)
+        admin = AdminServicer(coalescer, intake, calls.requests, tier=settings.tier)
 
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServiceServicer_to_server(servicer, server)
@@ -104,10 +105,8 @@ async def batcher(
                     host=settings.host,
                     port=settings.port,
                     drain_seconds=settings.drain_seconds,
-                    limits=settings.limits,
-                    untracked=frozenset({process_info.INSPECT, LIST_TIERS}),
-                    requests=requests,
-                    trace_context=settings.trace_context,
+                    calls=calls,
+                    untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
                     ready=lambda: bool(pool.ready()),
                 ) as server:
                     yield RunningBatcher(server, coalescer, intake)

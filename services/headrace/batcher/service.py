@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
 
 import grpc
 
@@ -10,8 +11,10 @@ from headrace import errors
 from headrace.batcher.answering import Answering
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
+from headrace.multiplex.serving import Incoming, Multiplexer, Write
+from headrace.runtime.serving.calls import Calls
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1 import generation_service_pb2
+from headrace.v1 import generation_service_pb2, multiplex_pb2
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceServicer
 from headrace.v1.routing_service_pb2_grpc import RoutingServiceServicer
@@ -25,13 +28,22 @@ SERVICES = (
 class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
     """Serves one tier to callers.
 
+    calls         the calls of the server, which requests on shared streams count among
     max_tokens    most tokens of an answer
     """
 
     def __init__(
-        self, answering: Answering, coalescer: Coalescer, intake: Intake, *, tier: str, max_tokens: int
+        self,
+        answering: Answering,
+        coalescer: Coalescer,
+        intake: Intake,
+        calls: Calls,
+        *,
+        tier: str,
+        max_tokens: int,
     ) -> None:
         self._answering = answering
+        self._multiplexer = Multiplexer(self._answer, calls)
         self._coalescer = coalescer
         self._intake = intake
         self._tier = tier
@@ -45,7 +57,18 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         A coroutine that writes, not a generator, so that it can end while a caller that does not read blocks
         a write.
         """
-        await self._answering.answer(request, context.time_remaining(), context.write)
+        await self._answer(Incoming(request, context.time_remaining()), context.write)
+
+    async def Multiplex(  # type: ignore[override] # as above
+        self,
+        request_iterator: AsyncIterator[multiplex_pb2.MultiplexRequest],
+        context: grpc.aio.ServicerContext[object, multiplex_pb2.MultiplexResponse],
+    ) -> None:
+        """Serve many requests on one stream."""
+        await self._multiplexer.serve(request_iterator, context)
+
+    async def _answer(self, incoming: Incoming, write: Write) -> None:
+        await self._answering.answer(incoming.request, incoming.time_remaining, write)
 
     async def ListTiers(
         self, request: routing.ListTiersRequest, context: grpc.aio.ServicerContext[object, object]

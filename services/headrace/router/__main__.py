@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from headrace.client import LIST_TIERS
+from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
 from headrace.router.chooser import Chooser
 from headrace.router.service import SERVICES, RouterServicer
@@ -28,7 +29,7 @@ from headrace.routing.drafts.check import DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.score import Scorer, fingerprint
 from headrace.runtime import process_info
-from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
 from headrace.runtime.telemetry.setup import telemetry
@@ -58,16 +59,17 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         conversations=conversations,
         rules=_cascade_rules(settings),
     )
+    calls = Calls(settings.limits, trace_context=settings.trace_context)
     servicer = RouterServicer(
         tiers,
         scores,
         chooser,
         _open_feedback(settings),
+        calls,
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
     )
-    requests = ActiveRequests()
-    admin = AdminServicer(tiers, conversations, requests)
+    admin = AdminServicer(tiers, conversations, calls.requests)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
@@ -83,10 +85,8 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
             host=settings.host,
             port=settings.port,
             drain_seconds=settings.drain_seconds,
-            limits=settings.limits,
-            untracked=frozenset({process_info.INSPECT, LIST_TIERS}),
-            requests=requests,
-            trace_context=settings.trace_context,
+            calls=calls,
+            untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
             ready=lambda: tiers.any_healthy,
         ) as server,
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,6 +12,7 @@ from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
 from headrace.deadline import Deadline
+from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.quoting import quoted
 from headrace.router.answering.journey import Journey, routing_request, text_of
 from headrace.router.billing import bill_message, measure
@@ -22,8 +23,9 @@ from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import Feedback
 from headrace.router.state.tiers import Tiers
 from headrace.routing.score import UNSCORED, Score, Scorer
+from headrace.runtime.serving.calls import Calls, Metadata
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1 import generation_service_pb2
+from headrace.v1 import generation_service_pb2, multiplex_pb2
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceServicer
 from headrace.v1.routing_service_pb2_grpc import RoutingServiceServicer
@@ -46,6 +48,7 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     """The mesh, as its callers see it.
 
+    calls              the calls of the server, which requests on shared streams count among
     default_deadline   seconds for a request without a deadline
     failover_seconds   how long an answer that lost its batcher waits for another one of its tier
     """
@@ -56,10 +59,12 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         scorer: Scorer,
         chooser: Chooser,
         feedback: Feedback,
+        calls: Calls,
         *,
         default_deadline: float,
         failover_seconds: float = 10.0,
     ) -> None:
+        self._multiplexer = Multiplexer(self.answer, calls)
         self._tiers = tiers
         self._scorer = scorer
         self._chooser = chooser
@@ -68,13 +73,24 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._failover_seconds = failover_seconds
         self._total = self._new_bill()
 
-    async def Generate(
+    async def Generate(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
         self, request: pb.GenerateRequest, context: _Context
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+    ) -> None:
         """Send the prompt to the tier that fits it, and stream its answer."""
+        metadata = context.invocation_metadata() or ()
+        await self.answer(Incoming(request, context.time_remaining(), metadata), context.write)
+
+    async def Multiplex(  # type: ignore[override] # as above
+        self, request_iterator: AsyncIterator[multiplex_pb2.MultiplexRequest], context: _Context
+    ) -> None:
+        """Serve many requests on one stream."""
+        await self._multiplexer.serve(request_iterator, context)
+
+    async def answer(self, incoming: Incoming, write: Write) -> None:
+        """Answer one request through *write*. Raises the error that ends it."""
+        request, left = incoming.request, incoming.time_remaining
         check_request(request)
-        hops = _hops(context)
-        left = context.time_remaining()
+        hops = _hops(incoming.metadata)
         journey = Journey(
             request,
             self._score(request),
@@ -90,7 +106,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         try:
             async with aclosing(journey.answer()) as responses:
                 async for response in responses:
-                    yield response
+                    await write(response)
         finally:
             with optional("bill"):
                 self._total.add(journey.bill)
@@ -174,9 +190,9 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         return Bill([tier.name for tier in self._tiers.tiers], self._chooser.prices)
 
 
-def _hops(context: _Context) -> int:
+def _hops(metadata: Metadata) -> int:
     """Return how many routers the request has passed. Raises NoWorkers if there are too many."""
-    value = next((value for key, value in context.invocation_metadata() or () if key == HOPS), "")
+    value = next((value for key, value in metadata if key == HOPS), "")
     valid = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9
     hops = int(value) if valid else 0
     if hops > MAX_HOPS:

@@ -17,7 +17,7 @@ import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
 from headrace.runtime import process_info
-from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
@@ -58,8 +58,8 @@ async def worker(
     """
     incarnation = secrets.randbits(63)
     servicer = WorkerServicer(identity, incarnation)
-    requests = ActiveRequests()
-    debug = AdminServicer(identity, incarnation, lambda: servicer.streams, described, requests)
+    calls = Calls(settings.limits, trace_context=settings.trace_context)
+    debug = AdminServicer(identity, incarnation, lambda: servicer.streams, described, calls.requests)
 
     def register(server: grpc.aio.Server) -> None:
         add_WorkerServiceServicer_to_server(servicer, server)
@@ -72,10 +72,8 @@ async def worker(
         port=settings.port,
         # Sequences that are handed off at the end of the drain must be sent as well.
         drain_seconds=settings.drain_seconds + 2,
-        limits=settings.limits,
+        calls=calls,
         untracked=frozenset({RUN, process_info.INSPECT}),
-        requests=requests,
-        trace_context=settings.trace_context,
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,
     ) as server:

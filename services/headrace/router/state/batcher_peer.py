@@ -53,9 +53,8 @@ class BatcherPeer:
         self.in_flight = 0
         self._in_flight_at_poll = 0
         self._stall_seconds = stall_seconds
-        self._client = Client(open_channel(address, direct=True), retries=0)
+        self._client = Client(open_channel(address, direct=True), multiplex=True, stall_seconds=stall_seconds)
         self._last_message = time.monotonic()
-        self._waits: set[asyncio.Timeout] = set()
         self._poll_now = asyncio.Event()
 
     @property
@@ -83,27 +82,15 @@ class BatcherPeer:
         labels   attributes of the call's span
         """
         self.in_flight += 1
-        metadata = {HOPS: str(hops + 1)} if self.router else None
-        timeout = max(deadline.left(time.monotonic()), 0.0)
-        stream = self._client.generate(
-            request, timeout=timeout, resume=False, labels=labels, metadata=metadata
+        stream = self._client.attempt(
+            request,
+            timeout=max(deadline.left(time.monotonic()), 0.0),
+            metadata={HOPS: str(hops + 1)} if self.router else {},
+            labels=labels,
         )
         try:
             async with aclosing(stream) as responses:
-                while True:
-                    try:
-                        async with asyncio.timeout(None) as wait:
-                            self._waits.add(wait)
-                            try:
-                                response = await anext(responses, None)
-                            finally:
-                                self._waits.discard(wait)
-                    except TimeoutError:
-                        raise Stalled(
-                            f"the batcher at {self.address} has sent nothing for {self._stall_seconds:g} s"
-                        ) from None
-                    if response is None:
-                        return
+                async for response in responses:
                     self._last_message = time.monotonic()
                     yield response
         finally:
@@ -124,7 +111,9 @@ class BatcherPeer:
             self.late = isinstance(error, _BUSY)
             silent = self.late and time.monotonic() - self._last_message > self._stall_seconds
             if silent:
-                self._end_streams()
+                self._client.fail_calls(
+                    Stalled(f"the batcher at {self.address} has sent nothing for {self._stall_seconds:g} s")
+                )
             if silent or not self.late:
                 self._set_unhealthy(f"no reply from the batcher at {self.address}: {error}")
         except Exception as error:
@@ -164,8 +153,3 @@ class BatcherPeer:
         report = routing.Tier(model=self.reported.model, unhealthy_reason=reason)
         report.limits.CopyFrom(self.reported.limits)
         self.reported = report
-
-    def _end_streams(self) -> None:
-        now = asyncio.get_running_loop().time()
-        for wait in self._waits:
-            wait.reschedule(now)

@@ -11,12 +11,24 @@ from headrace import errors
 
 
 class ActiveRequests:
-    """The requests in flight of one server. While it drains, new requests are rejected."""
+    """The requests in flight of one server. While it drains, new requests are rejected.
+
+    drain_began   set when the server starts to drain
+    """
 
     def __init__(self) -> None:
-        self.draining = False
+        self.drain_began = asyncio.Event()
         self._evicting = False
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server drains."""
+        return self.drain_began.is_set()
+
+    def drain(self) -> None:
+        """Reject new requests from now on."""
+        self.drain_began.set()
 
     @property
     def in_flight(self) -> int:

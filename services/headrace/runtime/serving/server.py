@@ -28,9 +28,10 @@ from headrace.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, join
 from headrace.runtime.serving import accept_loop
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.bind_check import bind_error, explain
+from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.inflight import InflightBudget
-from headrace.runtime.serving.interceptor import ServerInterceptor, TraceContext
-from headrace.runtime.serving.limits import Limits, raise_file_limit
+from headrace.runtime.serving.interceptor import ServerInterceptor
+from headrace.runtime.serving.limits import raise_file_limit
 from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects, return_large_blocks
 from headrace.runtime.serving.reflection import add_reflection
 
@@ -49,7 +50,6 @@ _OPTIONS = (
     # Two servers on one port would each receive half of the calls, without an error.
     ("grpc.so_reuseport", 0),
 )
-_LIMITS = Limits()
 _FOLLOW_SECONDS = 0.1
 _EVICT_SECONDS = 2.0  # after the drain, until the remaining requests have ended, on a busy machine
 _FORCE_SECONDS = 0.5  # after that, until the status of calls that are still open was sent
@@ -123,10 +123,8 @@ async def serving(
     host: str,
     port: int,
     drain_seconds: float,
-    limits: Limits = _LIMITS,
+    calls: Calls | None = None,
     untracked: frozenset[str] = frozenset(),
-    requests: ActiveRequests | None = None,
-    trace_context: TraceContext = "trust",
     ready: Callable[[], bool],
     drain: Callable[[], Coroutine[object, object, None]] | None = None,
 ) -> AsyncGenerator[Serving, None]:
@@ -137,11 +135,9 @@ async def serving(
     port           0 picks a free one
     drain_seconds  how long requests in flight may continue after the block exits; the rest then end with
                    DRAINING, so that their callers resume them on another server
-    limits         what the server accepts from its callers
+    calls          runs the calls, within limits; by default one with default limits
     untracked      full names of methods that are not requests: streams that last as long as the connection,
                    and debug endpoints
-    requests       tracks the requests in flight; by default a new tracker
-    trace_context  what is done with the trace context of callers
     ready          whether the server accepts requests; polled ten times per second for health's readiness
     drain          awaited, for at most *drain_seconds*, once new requests are rejected: returns the service's
                    unfinished work
@@ -149,10 +145,9 @@ async def serving(
     Raises PortInUse and CannotListen.
     """
     names = [service.full_name for service in services]
-    health, requests = Health(names), requests or ActiveRequests()
-    budget = InflightBudget(limits)
-    interceptor = ServerInterceptor(requests, budget, untracked=untracked, trace_context=trace_context)
-    server = accept_loop.server([interceptor], (*_OPTIONS, *limits.options()))
+    health, calls = Health(names), calls or Calls()
+    interceptor = ServerInterceptor(calls, untracked=untracked)
+    server = accept_loop.server([interceptor], (*_OPTIONS, *calls.budget.limits.options()))
     register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     channelz.add_channelz_servicer(server)
@@ -171,12 +166,12 @@ async def serving(
     log.info("serving", extra={"host": host, "port": bound})
     following = asyncio.create_task(health.follow(ready))
     try:
-        yield Serving(bound, health, budget, requests)
+        yield Serving(bound, health, calls.budget, calls.requests)
     finally:
         following.cancel()
-        requests.draining = True
+        calls.requests.drain()
         await health.set_ready(False)
-        await _drain(server, requests, drain_seconds, drain)
+        await _drain(server, calls.requests, drain_seconds, drain)
 
 
 async def _drain(

@@ -1,0 +1,300 @@
+"""Serve Multiplex: many requests of one caller on one stream, each answered as a call of Generate is.
+
+`Multiplexer` is the servicer's side: it runs each request as one task, by the same function that answers
+Generate. Events that the tasks produce in one iteration of the event loop leave in one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from headrace import errors, statuses
+from headrace.deadline import NEVER, Deadline
+from headrace.multiplex.limits import MAX_CREDIT, MAX_HANDLES, MAX_OPENS
+from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
+from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import multiplex_pb2 as wire
+from headrace.validation import MAX_REQUEST_ID, seconds_of
+
+METHOD = "/headrace.v1.GenerationService/Multiplex"
+HELLO_SECONDS = 10.0  # for the first message of a stream to arrive
+# Requests of one message that start before other tasks of the event loop run: a message may open hundreds.
+STARTS_PER_TURN = 16
+WATCH_SECONDS = 0.25  # between checks of deadlines
+# Unsent bytes of events, above which the requests of a stream wait: its caller does not read.
+MAX_UNSENT_BYTES = 1 << 20
+
+_GENERATE = "headrace.v1.GenerationService/Generate"
+
+Write: TypeAlias = Callable[[pb.GenerateResponse], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One request, however it arrived.
+
+    time_remaining   seconds until the deadline; None if there is none
+    metadata         of the call
+    framed           whether its events travel in messages that it shares with other requests: then the number
+                     of its events matters little
+    """
+
+    request: pb.GenerateRequest
+    time_remaining: float | None
+    metadata: Metadata = ()
+    framed: bool = False
+
+
+# Answers a request through the function, and returns after the last event. Raises the error that ends it.
+Answer: TypeAlias = Callable[[Incoming, Write], Awaitable[None]]
+
+
+class Multiplexer:
+    """Serves the Multiplex streams of one server."""
+
+    def __init__(self, answer: Answer, calls: Calls) -> None:
+        self._answer = answer
+        self._calls = calls
+
+    async def serve(
+        self,
+        messages: AsyncIterator[wire.MultiplexRequest],
+        context: grpc.aio.ServicerContext[Any, wire.MultiplexResponse],
+    ) -> None:
+        """Serve one stream until its caller is done, or the server has drained.
+
+        Raises InvalidRequest and InvalidText for messages that violate the contract.
+        """
+        first = await _first(messages)
+        stream = _Stream(self._answer, self._calls, context.peer(), first.hello.epoch)
+        try:
+            # A task that fails ends the others, and the stream with its error as the status.
+            async with asyncio.TaskGroup() as tasks:
+                others = [
+                    tasks.create_task(stream.read(first, messages)),
+                    tasks.create_task(stream.announce_drain()),
+                    tasks.create_task(stream.end_late_requests()),
+                ]
+                await stream.write(context.write)
+                for task in others:
+                    task.cancel()
+        finally:
+            await stream.cancel_all()
+
+
+class _Request:
+    """A request of a stream.
+
+    credit     events that may be sent in all; infinity for no limit
+    sent       events so far
+    deadline   of the whole answer
+    late       whether it was cancelled because its deadline has passed
+    """
+
+    __slots__ = ("credit", "deadline", "handle", "has_credit", "late", "sent", "task")
+
+    def __init__(self, handle: int, credit: float) -> None:
+        self.handle = handle
+        self.credit = credit
+        self.deadline = NEVER
+        self.late = False
+        self.sent = 0
+        self.has_credit: asyncio.Future[None] | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    def grant(self, events: int) -> None:
+        """Raise the credit to *events*, within the bound of what is sent ahead."""
+        self.credit = max(self.credit, min(events, self.sent + MAX_CREDIT))
+        if self.has_credit is not None and not self.has_credit.done():
+            self.has_credit.set_result(None)
+
+
+class _Stream:
+    """One Multiplex stream, as the server sees it."""
+
+    def __init__(self, answer: Answer, calls: Calls, peer: str, epoch: int) -> None:
+        self._answer = answer
+        self._calls = calls
+        self._peer = peer
+        self._requests: dict[int, _Request] = {}
+        self._last_handle = 0
+        self._complete = False  # no further request comes
+        self._unsent = wire.MultiplexResponse(welcome=wire.MultiplexWelcome(epoch=epoch))
+        self._unsent_bytes = 0
+        self._has_unsent = asyncio.Event()
+        self._has_unsent.set()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+
+    async def read(
+        self, first: wire.MultiplexRequest, messages: AsyncIterator[wire.MultiplexRequest]
+    ) -> None:
+        """Handle the caller's messages until it half-closes."""
+        await self._handle(first)
+        try:
+            async for message in messages:
+                if message.HasField("hello"):
+                    raise errors.InvalidRequest("hello must be sent only once, first", field="hello")
+                await self._handle(message)
+        except DecodeError as error:
+            raise errors.InvalidText(f"a message of the stream cannot be parsed ({error})") from None
+        self._finish()
+
+    async def write(self, write: Callable[[wire.MultiplexResponse], Awaitable[None]]) -> None:
+        """Send what is due until the stream is complete."""
+        while not (self._complete and not self._requests and not self._has_unsent.is_set()):
+            await self._has_unsent.wait()
+            self._has_unsent.clear()
+            message, self._unsent = self._unsent, wire.MultiplexResponse()
+            self._unsent_bytes = 0
+            if message.ByteSize():
+                await write(message)
+            self._has_room.set()
+
+    async def announce_drain(self) -> None:
+        """Once the server drains, tell the caller, and end the stream when its requests have ended."""
+        await self._calls.requests.drain_began.wait()
+        self._unsent.draining = True
+        self._finish()
+
+    async def end_late_requests(self) -> None:
+        """End requests whose deadline has passed: the last resort, as gRPC is for a call."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            latest = time.monotonic() - WATCH_SECONDS
+            for request in self._requests.values():
+                if request.deadline.passed(latest) and request.task is not None and not request.late:
+                    request.late = True
+                    request.task.cancel()
+
+    async def cancel_all(self) -> None:
+        """Cancel all requests: the stream is lost, or violates the contract."""
+        tasks = [request.task for request in self._requests.values() if request.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _finish(self) -> None:
+        self._complete = True
+        self._has_unsent.set()
+
+    async def _handle(self, message: wire.MultiplexRequest) -> None:
+        for handles, limit, name in (
+            (message.open, MAX_OPENS, "open"),
+            (message.cancel, MAX_HANDLES, "cancel"),
+            (message.credit, MAX_HANDLES, "credit"),
+        ):
+            if len(handles) > limit:
+                raise errors.InvalidRequest(
+                    f"a message has {len(handles)} entries of `{name}`; at most {limit} are allowed",
+                    field=name,
+                )
+        if message.ping:
+            self._unsent.pong = message.ping
+            self._has_unsent.set()
+        for credit in message.credit:
+            if (request := self._requests.get(credit.handle)) is not None:
+                request.grant(credit.events)
+        for started, opened in enumerate(message.open, 1):
+            self._start(opened)
+            if started % STARTS_PER_TURN == 0:
+                await asyncio.sleep(0)
+        for handle in message.cancel:
+            if (request := self._requests.get(handle)) is not None and request.task is not None:
+                request.task.cancel()
+
+    def _start(self, opened: wire.OpenRequest) -> None:
+        handle = opened.handle
+        if handle <= self._last_handle:
+            raise errors.InvalidRequest(
+                f"handle {handle} is not greater than {self._last_handle}, the last one", field="open.handle"
+            )
+        self._last_handle = handle
+        credit = min(opened.credit, MAX_CREDIT) if opened.HasField("credit") else math.inf
+        request = self._requests[handle] = _Request(handle, credit)
+        # Its own context: the requests of a stream share neither span nor baggage.
+        request.task = asyncio.get_running_loop().create_task(
+            self._run(request, opened), context=contextvars.Context()
+        )
+
+    async def _run(self, request: _Request, opened: wire.OpenRequest) -> None:
+        """Answer one request, and end it on the stream."""
+        error: errors.HeadraceError | None
+        finished = False
+
+        async def write(response: pb.GenerateResponse) -> None:
+            nonlocal finished
+            while request.sent >= request.credit:
+                request.has_credit = asyncio.get_running_loop().create_future()
+                await request.has_credit
+            while self._unsent_bytes > MAX_UNSENT_BYTES:
+                self._has_room.clear()
+                await self._has_room.wait()
+            request.sent += 1
+            finished = response.HasField("finish")
+            event = self._unsent.events.add()
+            event.handle = request.handle
+            event.response.CopyFrom(response)
+            self._unsent_bytes += event.ByteSize()
+            self._has_unsent.set()
+
+        try:
+            with self._calls.budget.admit(self._peer) as reservation:
+                reservation.resize(opened.ByteSize())
+                seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
+                request.deadline = deadline = Deadline.after(seconds, time.monotonic())
+                metadata = list(opened.metadata.items())
+                incoming = Incoming(opened.request, seconds, metadata, framed=True)
+                error = await self._calls.run(
+                    _GENERATE,
+                    metadata,
+                    lambda: deadline.left(time.monotonic()) if deadline.exists else None,
+                    lambda: self._answer(incoming, write),
+                )
+        except asyncio.CancelledError:
+            error = (
+                errors.DeadlineExceeded("the deadline passed before the answer was complete")
+                if request.late
+                else errors.RequestCancelled("the caller cancelled the request")
+            )
+        except Exception as raised:
+            error = reported(raised, _GENERATE)
+        del self._requests[request.handle]
+        if not finished:
+            self._end(request.handle, error or errors.InternalError("the answer ended without a finish"))
+        self._has_unsent.set()
+
+    def _end(self, handle: int, error: errors.HeadraceError) -> None:
+        event = self._unsent.events.add()
+        event.handle = handle
+        event.error.CopyFrom(statuses.to_status(error))
+        drop_frames(error)
+
+
+async def _first(messages: AsyncIterator[wire.MultiplexRequest]) -> wire.MultiplexRequest:
+    """Read the first message, within HELLO_SECONDS."""
+    try:
+        async with asyncio.timeout(HELLO_SECONDS):
+            first = await anext(aiter(messages), None)
+    except TimeoutError:
+        raise errors.InvalidRequest(f"no hello within {HELLO_SECONDS:g} s", field="hello") from None
+    except DecodeError as error:
+        raise errors.InvalidText(f"the first message of the stream cannot be parsed ({error})") from None
+    if first is None or not first.HasField("hello"):
+        raise errors.InvalidRequest("the first message of a stream must contain hello", field="hello")
+    if len(first.hello.caller_id) > MAX_REQUEST_ID:
+        raise errors.InvalidRequest(
+            f"caller_id has {len(first.hello.caller_id)} characters; at most {MAX_REQUEST_ID} are allowed",
+            field="hello.caller_id",
+        )
+    return first

@@ -1,0 +1,357 @@
+"""Implement the caller's end of one Multiplex stream.
+
+Requests, cancellations and credits that are due in one iteration of the event loop travel in one message.
+Events are handed to their calls as they arrive; those of a reader that is behind are gathered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import grpc
+
+from headrace import errors, statuses
+from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS, MESSAGE_BYTES
+from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import multiplex_pb2 as wire
+
+if TYPE_CHECKING:
+    from headrace.multiplex.calling import Call
+
+log = logging.getLogger(__name__)
+
+CREDIT = 64  # events that a server may send ahead of a call's reader
+MAX_GATHERED = 1024  # tokens of events that are gathered for a reader that is behind
+WATCH_SECONDS = 0.25  # between checks of deadlines and of the stream
+PING_CHECKS = 4  # checks without a message, after which the stream is pinged
+# The server reports a missed deadline itself. If it does not, the call ends this much later.
+LATE_SECONDS = 0.25
+MAX_HANDLE = 2**32 - 1
+
+
+class SharedCall:
+    """A call on a shared stream; see `calling.Call`.
+
+    request, metadata   as it was started
+    deadline            on the clock of time.monotonic; None if there is none
+    """
+
+    __slots__ = (
+        "_arrived", "_credit_at", "_ended", "_error", "_gathers", "_handle", "_instead", "_received",
+        "_stream", "_waiter", "deadline", "metadata", "request",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        stream: SharedStream,
+        handle: int,
+        request: pb.GenerateRequest,
+        deadline: float | None,
+        metadata: Sequence[tuple[str, str]],
+    ) -> None:
+        self.request = request
+        self.metadata = metadata
+        self.deadline = deadline
+        self._stream = stream
+        self._handle = handle
+        self._arrived: deque[pb.GenerateResponse] = deque()
+        self._received = 0  # events
+        self._credit_at = CREDIT // 2
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None
+        self._ended = False
+        self._instead: Call | None = None
+        # A caller that chose how the answer is split receives it so.
+        self._gathers = not (
+            request.stream.HasField("flush_tokens") or request.stream.HasField("flush_interval")
+        )
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the deadline; None if there is none."""
+        return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
+
+    async def next(self) -> pb.GenerateResponse | None:
+        """See `calling.Call`."""
+        while not self._arrived:
+            if self._instead is not None:
+                return await self._instead.next()
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        response = self._arrived.popleft()
+        if self._received >= self._credit_at and not self._ended:
+            self._credit_at = self._received + CREDIT // 2
+            self._stream.grant(self._handle, self._received - len(self._arrived) + CREDIT)
+        return response
+
+    def cancel(self) -> None:
+        """See `calling.Call`."""
+        if self._instead is not None:
+            self._instead.cancel()
+        elif not self._ended:
+            self._ended = True
+            self._stream.cancel(self._handle)
+            self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """See `calling.Call`."""
+        if self._instead is not None:
+            self._instead.fail(error)
+        elif not self._ended:
+            self._end(error)
+            self._stream.cancel(self._handle)
+
+    # For the stream.
+
+    def receive(self, response: pb.GenerateResponse) -> bool:
+        """Take the next event. Returns whether it is the last one."""
+        self._received += 1
+        arrived = self._arrived
+        if not (arrived and self._gathers and _joined(arrived[-1], response)):
+            arrived.append(response)
+        if response.HasField("finish"):
+            self._ended = True
+        self._wake()
+        return self._ended
+
+    def lose(self, error: BaseException) -> None:
+        """End with *error*, which the server sent or which ended the stream."""
+        # A copy for each call: raising an exception attaches the stack of the one who raises it.
+        self._end(copy.copy(error))
+
+    def replace(self, call: Call) -> None:
+        """Continue with another call."""
+        self._instead = call
+        self._wake()
+
+    def _end(self, error: BaseException) -> None:
+        self._error = error
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if (waiter := self._waiter) is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class SharedStream:
+    """One Multiplex stream, from its opening to its end.
+
+    accepts_calls   whether further calls may be opened on it
+
+    instead   makes a call of its own for one on a stream that the server does not offer
+    """
+
+    def __init__(
+        self,
+        rpc: grpc.aio.StreamStreamCall[wire.MultiplexRequest, wire.MultiplexResponse],
+        *,
+        epoch: int,
+        caller_id: str,
+        stall_seconds: float,
+        instead: Callable[[SharedCall], Call],
+    ) -> None:
+        self.accepts_calls = True
+        self._rpc = rpc
+        self._epoch = epoch
+        self._stall_checks = max(round(stall_seconds / WATCH_SECONDS), PING_CHECKS + 1)
+        self._instead = instead
+        self._calls: dict[int, SharedCall] = {}
+        self._handle = 0  # the last one in use
+        self._welcomed = False
+        self._silent_checks = 0
+        self._unsent: deque[wire.MultiplexRequest] = deque(
+            [wire.MultiplexRequest(hello=wire.MultiplexHello(caller_id=caller_id, epoch=epoch))]
+        )
+        self._unsent_bytes = 0  # of the requests in the last of them
+        self._has_unsent = asyncio.Event()
+        self._has_unsent.set()
+        self._when_ended: list[Callable[[SharedStream], None]] = []
+        # Its own context: the stream belongs to no request, and so to no trace.
+        self._running = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
+
+    def on_end(self, callback: Callable[[SharedStream], None]) -> None:
+        """Call *callback* when the stream has ended."""
+        self._when_ended.append(callback)
+
+    def open(
+        self, request: pb.GenerateRequest, *, timeout: float | None, metadata: Sequence[tuple[str, str]]
+    ) -> SharedCall:
+        """Start a call. The arguments are those of `calling.Caller.call`."""
+        self._handle = handle = self._handle + 1
+        if handle == MAX_HANDLE:
+            self.accepts_calls = False
+        now = time.monotonic()
+        deadline = None if timeout is None else now + timeout
+        call = self._calls[handle] = SharedCall(self, handle, request, deadline, metadata)
+        message = self._message()
+        if len(message.open) >= MAX_OPENS or self._unsent_bytes >= MESSAGE_BYTES:
+            message = self._next_message()
+        opened = message.open.add(handle=handle, credit=CREDIT)
+        opened.request.CopyFrom(request)
+        if timeout is not None:
+            opened.ttl.FromNanoseconds(max(int(timeout * 1e9), 0))
+        for key, value in metadata:
+            opened.metadata[key] = value
+        self._unsent_bytes += opened.ByteSize()
+        return call
+
+    def cancel(self, handle: int) -> None:
+        """Cancel a call. The server confirms, but nothing more of it is delivered."""
+        if self._calls.pop(handle, None) is not None:
+            message = self._message()
+            if len(message.cancel) >= MAX_HANDLES:
+                message = self._next_message()
+            message.cancel.append(handle)
+
+    def grant(self, handle: int, events: int) -> None:
+        """Let the server send *events* events of a call, counted from its start."""
+        message = self._message()
+        if len(message.credit) >= MAX_HANDLES:
+            message = self._next_message()
+        message.credit.add(handle=handle, events=events)
+
+    async def close(self) -> None:
+        """End the stream, and all calls on it as cancelled."""
+        self._running.cancel()
+        await asyncio.wait([self._running])
+
+    def _message(self) -> wire.MultiplexRequest:
+        """Return the message that is being gathered."""
+        self._has_unsent.set()
+        return self._unsent[-1] if self._unsent else self._next_message()
+
+    def _next_message(self) -> wire.MultiplexRequest:
+        message = wire.MultiplexRequest()
+        self._unsent.append(message)
+        self._unsent_bytes = 0
+        return message
+
+    async def _run(self) -> None:
+        """Read, write and watch the stream; at its end, end its calls."""
+        error: BaseException
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                others = [tasks.create_task(self._write()), tasks.create_task(self._watch())]
+                await self._read()
+                for task in others:
+                    task.cancel()
+            error = errors.Unavailable("the server ended the stream")
+        except asyncio.CancelledError:
+            error = asyncio.CancelledError()  # the channel is closed; its other calls end in the same way
+        except Exception as raised:
+            error = _reason(raised)
+        finally:
+            self.accepts_calls = False
+            self._rpc.cancel()  # has no effect after its end
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            if isinstance(error, errors.Unimplemented) and not self._welcomed:
+                call.replace(self._instead(call))
+            else:
+                call.lose(error)
+        for callback in self._when_ended:
+            callback(self)
+
+    async def _read(self) -> None:
+        calls = self._calls
+        async for message in self._rpc:
+            self._silent_checks = 0
+            if message is None:
+                raise errors.Unavailable("the server's message cannot be parsed: it is not a Headrace server")
+            if not self._welcomed:
+                if message.welcome.epoch != self._epoch:
+                    raise errors.Unavailable(
+                        f"the server welcomed stream {message.welcome.epoch}, but this is {self._epoch}"
+                    )
+                self._welcomed = True
+            for event in message.events:
+                call = calls.get(event.handle)
+                if call is None:
+                    continue  # it was cancelled
+                if event.HasField("response"):
+                    if call.receive(event.response):
+                        del calls[event.handle]
+                else:
+                    del calls[event.handle]
+                    call.lose(statuses.from_status(event.error))
+            if message.draining:
+                self.accepts_calls = False
+
+    async def _write(self) -> None:
+        while True:
+            await self._has_unsent.wait()
+            self._has_unsent.clear()
+            while self._unsent:
+                await self._rpc.write(self._unsent.popleft())
+
+    async def _watch(self) -> None:
+        """Ping a silent stream, end it if it stays silent, and end calls whose deadline has passed.
+
+        It counts its own checks, not seconds, so that a delayed event loop is not taken for a silent server.
+        """
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if not self._calls:
+                self._silent_checks = 0
+                continue
+            self._silent_checks += 1
+            if self._silent_checks >= self._stall_checks:
+                seconds = self._stall_checks * WATCH_SECONDS
+                raise errors.Unavailable(f"the server has sent nothing for {seconds:g} s")
+            if self._silent_checks % PING_CHECKS == 0:
+                self._message().ping = self._silent_checks
+            late = time.monotonic() - LATE_SECONDS
+            for call in list(self._calls.values()):
+                if call.deadline is not None and call.deadline < late:
+                    call.fail(errors.DeadlineExceeded("the deadline passed before the answer was complete"))
+
+
+def _joined(before: pb.GenerateResponse, response: pb.GenerateResponse) -> bool:
+    """Append a delta to the one before it, if both are deltas with tokens. Returns success."""
+    if not (before.HasField("delta") and response.HasField("delta")):
+        return False
+    delta, more = before.delta, response.delta
+    count, added = delta.token_count, more.token_count
+    if not count or not added or count + added > MAX_GATHERED or more.offset != delta.offset + count:
+        return False  # a delta without tokens contains the text that was held back until the end
+    delta.token_count = count + added
+    delta.text += more.text
+    delta.token_ids.extend(more.token_ids)
+    delta.logprobs.extend(more.logprobs)
+    return True
+
+
+def _reason(raised: Exception) -> errors.HeadraceError:
+    """Return the error for the calls of a stream that ended with *raised*."""
+    if isinstance(raised, BaseExceptionGroup):
+        # Reader and writer may both notice that the stream broke; the server's status explains most.
+        statuses_, _ = raised.split(grpc.aio.AioRpcError)
+        raised = _first(statuses_ if statuses_ is not None else raised)
+    if isinstance(raised, grpc.aio.AioRpcError):
+        return statuses.from_rpc_error(raised)
+    if isinstance(raised, errors.HeadraceError):
+        return raised
+    if not isinstance(raised, asyncio.InvalidStateError | grpc.aio.BaseError):  # of the writer, after the end
+        log.error("unexpected error on a shared stream", exc_info=raised)
+    return errors.Unavailable(f"the stream to the server broke: {type(raised).__name__}")
+
+
+def _first(group: BaseException) -> Exception:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    assert isinstance(group, Exception)
+    return group
