@@ -17,14 +17,12 @@ from headrace.retries import RetryBudget
 from headrace.runtime.serving.server import serving
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
-from headrace.v1.generation_service_pb2_grpc import (
-    GenerationServiceServicer,
-    add_GenerationServiceServicer_to_server,
-)
+from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from tests.harness import PATIENCE, collect, eventually
+from tests.multiplexed import MultiplexedServicer
 
 
-class Flaky(GenerationServiceServicer):
+class Flaky(MultiplexedServicer):
     """Fails its first calls, before or after the first event."""
 
     def __init__(self, failures: int, *, after_accepted: bool = False) -> None:
@@ -53,7 +51,7 @@ class Flaky(GenerationServiceServicer):
 
 @asynccontextmanager
 async def calling(
-    servicer: GenerationServiceServicer, *, retries: int = 2, patience: float = 30.0
+    servicer: MultiplexedServicer, *, retries: int = 2, patience: float = 30.0
 ) -> AsyncGenerator[Client, None]:
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
@@ -112,7 +110,7 @@ async def test_leaving_the_stream_cancels_the_call() -> None:
         await eventually(lambda: servicer.cancelled == 1)
 
 
-class Reciter(GenerationServiceServicer):
+class Reciter(MultiplexedServicer):
     """Echoes the prompt, a byte a token. Its first streams break, each after its own number of tokens."""
 
     def __init__(

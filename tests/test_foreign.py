@@ -15,11 +15,9 @@ from headrace import errors, statuses
 from headrace.cli.complaints import advice
 from headrace.client import chat, connect
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1.generation_service_pb2_grpc import (
-    GenerationServiceServicer,
-    add_GenerationServiceServicer_to_server,
-)
+from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from tests.harness import PATIENCE, collect, prompt
+from tests.multiplexed import MultiplexedServicer
 from tests.router.fake_batchers import FakeBatcher, routed
 
 TARGET = "mesh.example:50051"
@@ -43,7 +41,7 @@ CLASSES = {
 }
 
 
-class Between(GenerationServiceServicer):
+class Between(MultiplexedServicer):
     """Ends its first calls with a bare status, as a proxy does; then it answers "ab" and finishes.
 
     failures   the number of calls that end so, after the first event if *late*

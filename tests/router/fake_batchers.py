@@ -14,6 +14,7 @@ import grpc
 from headrace import errors
 from headrace.channel import open_channel
 from headrace.client import Client, connect
+from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings
 from headrace.runtime.serving.server import serving
@@ -21,19 +22,17 @@ from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
-from headrace.v1.generation_service_pb2_grpc import (
-    GenerationServiceServicer,
-    add_GenerationServiceServicer_to_server,
-)
+from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import (
     RoutingServiceServicer,
     add_RoutingServiceServicer_to_server,
 )
 from tests.harness import PATIENCE, eventually
+from tests.multiplexed import MultiplexedServicer
 
 
 @dataclass
-class FakeBatcher(GenerationServiceServicer, RoutingServiceServicer):
+class FakeBatcher(MultiplexedServicer, RoutingServiceServicer):
     """Echoes the prompt, one byte per token and `pieces` tokens per delta, until it fails as configured.
 
     refuses      raised instead of `accepted`; a string ends the call without details, as a lost connection
@@ -127,7 +126,15 @@ async def serving_fake(fake: FakeBatcher) -> AsyncGenerator[str, None]:
         add_GenerationServiceServicer_to_server(fake, server)
         add_RoutingServiceServicer_to_server(fake, server)
 
-    async with serving(register, (), host="127.0.0.1", port=0, drain_seconds=0, ready=lambda: True) as server:
+    async with serving(
+        register,
+        (),
+        host="127.0.0.1",
+        port=0,
+        drain_seconds=0,
+        untracked=frozenset({MULTIPLEX}),
+        ready=lambda: True,
+    ) as server:
         yield f"127.0.0.1:{server.port}"
 
 

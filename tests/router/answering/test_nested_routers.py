@@ -72,6 +72,7 @@ async def test_a_router_in_front_of_a_router_returns_one_bill() -> None:
     }
     request = chat("Hi!")
     request.stream.include_route_changes = True
+    request.stream.flush_tokens = 1
     async with nested(inner, small, large, dear) as client:
         events = await read(client, request)
         listed = await client.list_tiers()

@@ -145,7 +145,7 @@ class Garbage(grpc.GenericRpcHandler):
 
     broken = False
 
-    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         async def list_tiers(request: bytes, context: Any) -> bytes:
             first = routing.ListTiersResponse(tiers=[routing.Tier(healthy=True)])
             return first.SerializeToString() if not self.broken else b"\xff\xff\xff"
@@ -154,6 +154,8 @@ class Garbage(grpc.GenericRpcHandler):
             yield ACCEPTED.SerializeToString()
             yield b"\xff\xff\xff"
 
+        if call.method.endswith("Multiplex"):
+            return None
         if call.method.endswith("ListTiers"):
             return grpc.unary_unary_rpc_method_handler(list_tiers)
         return grpc.unary_stream_rpc_method_handler(generate)

@@ -28,7 +28,7 @@ async def test_requests_in_flight_are_counted_until_they_end() -> None:
 
 async def test_new_requests_are_rejected_while_the_server_drains() -> None:
     requests = ActiveRequests()
-    requests.draining = True
+    requests.drain()
 
     with pytest.raises(errors.Draining) as caught, requests.track():
         pass

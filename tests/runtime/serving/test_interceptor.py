@@ -14,10 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace import errors
 from headrace.channel import CHANNEL_OPTIONS, open_channel
 from headrace.client import Client
-from headrace.runtime.serving.active_requests import ActiveRequests
-from headrace.runtime.serving.inflight import InflightBudget
+from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.interceptor import LONG_BYTES, ServerInterceptor
-from headrace.runtime.serving.limits import Limits
 from tests.harness import PATIENCE, Mesh, collect, prompt
 from tests.hostile.wire import message
 from tests.runtime.serving.by_hand import status
@@ -32,7 +30,7 @@ async def test_a_connection_with_too_many_calls_is_rejected_and_another_is_not(s
         # Channels of one process to one target share a connection, unless their options differ.
         alone = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{small.port}", options=alone)
-        greedy = await stack.enter_async_context(Client(channel, retries=0))
+        greedy = await stack.enter_async_context(Client(channel, retries=0, multiplex=False))
         for _ in range(8):
             running = await stack.enter_async_context(aclosing(greedy.generate(endless(), timeout=PATIENCE)))
             await anext(running)
@@ -64,7 +62,7 @@ async def test_long_messages_start_one_by_one_and_short_ones_between_them() -> N
         running[long] -= 1
         yield b"started"
 
-    server = grpc.aio.server(interceptors=[ServerInterceptor(ActiveRequests(), InflightBudget(Limits()))])
+    server = grpc.aio.server(interceptors=[ServerInterceptor(Calls())])
     method: Any = grpc.unary_stream_rpc_method_handler(start, request_deserializer=bytes)
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("headrace.test.Start", {"Go": method}),)

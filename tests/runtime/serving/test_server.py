@@ -170,7 +170,7 @@ async def test_draining_finishes_running_requests_and_rejects_new_ones() -> None
         async with connect(f"127.0.0.1:{batcher.port}", retries=0) as client:
             running = asyncio.create_task(collect(client, prompt("x" * 50)))
             await eventually(lambda: mesh.tiers["only"].worker.streams.in_flight)
-            batcher.requests.draining = True
+            batcher.requests.drain()
 
             with pytest.raises(errors.Draining) as caught:
                 await collect(client, prompt("late"))

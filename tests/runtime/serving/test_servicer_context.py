@@ -14,9 +14,8 @@ import pytest
 from headrace import errors, statuses
 from headrace.channel import open_channel
 from headrace.runtime.serving.active_requests import ActiveRequests
-from headrace.runtime.serving.inflight import InflightBudget
+from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.interceptor import ServerInterceptor
-from headrace.runtime.serving.limits import Limits
 
 SECONDS = 20.0
 SERVICE = "headrace.test.Stream"
@@ -27,14 +26,14 @@ Handler = Callable[[bytes, Any], Any]
 @asynccontextmanager
 async def served(handler: Handler) -> AsyncGenerator[tuple[int, ActiveRequests], None]:
     """A server whose one streaming method is *handler*."""
-    requests = ActiveRequests()
-    server = grpc.aio.server(interceptors=[ServerInterceptor(requests, InflightBudget(Limits()))])
+    calls = Calls()
+    server = grpc.aio.server(interceptors=[ServerInterceptor(calls)])
     method: Any = grpc.unary_stream_rpc_method_handler(handler, request_deserializer=bytes)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Go": method}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        yield port, requests
+        yield port, calls.requests
     finally:
         await server.stop(0)
 

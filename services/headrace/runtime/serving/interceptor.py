@@ -43,8 +43,8 @@ SMALL_BYTES = 64 * 1024
 class ServerInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every RPC: Headrace's own, and health, reflection and channelz, which get no spans.
 
-    untracked   full names of methods that are not requests: they have no spans and do not count as requests in
-                flight
+    untracked   full names of methods that are not requests: they have no spans and do not count as requests
+                in flight
     """
 
     def __init__(self, calls: Calls, *, untracked: frozenset[str] = frozenset()) -> None:
