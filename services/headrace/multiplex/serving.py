@@ -209,6 +209,9 @@ class _Stream:
             self._start(opened)
             if started % STARTS_PER_TURN == 0:
                 await asyncio.sleep(0)
+        if message.open and message.cancel:
+            # A task that is cancelled before it begins would not end its request on the stream.
+            await asyncio.sleep(0)
         for handle in message.cancel:
             if (request := self._requests.get(handle)) is not None and request.task is not None:
                 request.task.cancel()
