@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from headrace import errors, statuses
 from headrace.deadline import NEVER, Deadline
-from headrace.multiplex.limits import MAX_CREDIT, MAX_HANDLES, MAX_OPENS
+from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import multiplex_pb2 as wire
@@ -112,8 +112,8 @@ class _Request:
         self.task: asyncio.Task[None] | None = None
 
     def grant(self, events: int) -> None:
-        """Raise the credit to *events*, within the bound of what is sent ahead."""
-        self.credit = max(self.credit, min(events, self.sent + MAX_CREDIT))
+        """Raise the credit to *events*."""
+        self.credit = max(self.credit, events)
         if self.has_credit is not None and not self.has_credit.done():
             self.has_credit.set_result(None)
 
@@ -223,7 +223,7 @@ class _Stream:
                 f"handle {handle} is not greater than {self._last_handle}, the last one", field="open.handle"
             )
         self._last_handle = handle
-        credit = min(opened.credit, MAX_CREDIT) if opened.HasField("credit") else math.inf
+        credit = opened.credit if opened.HasField("credit") else math.inf
         request = self._requests[handle] = _Request(handle, credit)
         # Its own context: the requests of a stream share neither span nor baggage.
         request.task = asyncio.get_running_loop().create_task(
