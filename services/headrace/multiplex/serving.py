@@ -202,13 +202,13 @@ class _Stream:
         if message.ping:
             self._unsent.pong = message.ping
             self._has_unsent.set()
-        for credit in message.credit:
-            if (request := self._requests.get(credit.handle)) is not None:
-                request.grant(credit.events)
         for started, opened in enumerate(message.open, 1):
             self._start(opened)
             if started % STARTS_PER_TURN == 0:
                 await asyncio.sleep(0)
+        for credit in message.credit:
+            if (request := self._requests.get(credit.handle)) is not None:
+                request.grant(credit.events)
         if message.open and message.cancel:
             # A task that is cancelled before it begins would not end its request on the stream.
             await asyncio.sleep(0)
