@@ -30,7 +30,8 @@ HELLO_SECONDS = 10.0  # for the first message of a stream to arrive
 # Requests of one message that start before other tasks of the event loop run: a message may open hundreds.
 STARTS_PER_TURN = 16
 WATCH_SECONDS = 0.25  # between checks of deadlines
-# Unsent bytes of events, above which the requests of a stream wait: its caller does not read.
+# Unsent bytes of events, above which a stream's requests wait, and no further ones start: its caller does not
+# read.
 MAX_UNSENT_BYTES = 1 << 20
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
@@ -155,9 +156,10 @@ class _Stream:
             await self._has_unsent.wait()
             self._has_unsent.clear()
             message, self._unsent = self._unsent, wire.MultiplexResponse()
-            self._unsent_bytes = 0
+            size = self._unsent_bytes
             if message.ByteSize():
                 await write(message)
+            self._unsent_bytes -= size
             self._has_room.set()
 
     async def announce_drain(self) -> None:
@@ -203,6 +205,7 @@ class _Stream:
             self._unsent.pong = message.ping
             self._has_unsent.set()
         for started, opened in enumerate(message.open, 1):
+            await self._until_room()  # requests that fail at once would fill the memory with errors
             self._start(opened)
             if started % STARTS_PER_TURN == 0:
                 await asyncio.sleep(0)
@@ -240,9 +243,7 @@ class _Stream:
             while request.sent >= request.credit:
                 request.has_credit = asyncio.get_running_loop().create_future()
                 await request.has_credit
-            while self._unsent_bytes > MAX_UNSENT_BYTES:
-                self._has_room.clear()
-                await self._has_room.wait()
+            await self._until_room()
             request.sent += 1
             finished = response.HasField("finish")
             event = self._unsent.events.add()
@@ -277,10 +278,16 @@ class _Stream:
             self._end(request.handle, error or errors.InternalError("the answer ended without a finish"))
         self._has_unsent.set()
 
+    async def _until_room(self) -> None:
+        while self._unsent_bytes > MAX_UNSENT_BYTES:
+            self._has_room.clear()
+            await self._has_room.wait()
+
     def _end(self, handle: int, error: errors.HeadraceError) -> None:
         event = self._unsent.events.add()
         event.handle = handle
         event.error.CopyFrom(statuses.to_status(error))
+        self._unsent_bytes += event.ByteSize()
         drop_frames(error)
 
 
