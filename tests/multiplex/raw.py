@@ -57,6 +57,10 @@ class EchoServicer(GenerationServiceServicer):
     async def Multiplex(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
         await self._multiplexer.serve(request_iterator, context)
 
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        raise NotImplementedError
+        yield
+
     async def _answer(self, incoming: Incoming, write: Write) -> None:
         self.received.append(incoming)
         self.running += 1
@@ -83,6 +87,7 @@ async def _answer(prompt: str) -> AsyncIterator[pb.GenerateResponse]:
     while prompt == "fill":
         yield pb.GenerateResponse(delta=pb.Delta(offset=offset, token_count=1, text="x" * 10_000))
         offset += 1
+        await asyncio.sleep(0)
     for offset, byte in enumerate(prompt.encode()):
         yield pb.GenerateResponse(delta=pb.Delta(offset=offset, token_count=1, text=chr(byte)))
     yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_STOP))
@@ -153,7 +158,7 @@ class RawCaller:
     epochs   of the welcomes received
     events   of each handle, by name
     text     of each handle
-    errors   of each handle
+    ends     errors of each handle
     pongs    received
     """
 
@@ -161,7 +166,7 @@ class RawCaller:
     epochs: list[int] = field(default_factory=list)
     events: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     text: defaultdict[int, str] = field(default_factory=lambda: defaultdict(str))
-    errors: dict[int, errors.HeadraceError] = field(default_factory=dict)
+    ends: dict[int, errors.HeadraceError] = field(default_factory=dict)
     pongs: list[int] = field(default_factory=list)
     draining: bool = False
 
@@ -193,7 +198,7 @@ class RawCaller:
                 kind = event.response.WhichOneof("event")
                 self.text[event.handle] += event.response.delta.text
             else:
-                self.errors[event.handle] = statuses.from_status(event.error)
+                self.ends[event.handle] = statuses.from_status(event.error)
             self.events[event.handle].append(kind)
         return True
 
@@ -222,7 +227,7 @@ class RawCaller:
 
     def reason(self, handle: int) -> str:
         """Return the reason of a request's error; "" if it has none."""
-        return self.errors[handle].reason if handle in self.errors else ""
+        return self.ends[handle].reason if handle in self.ends else ""
 
 
 def opened(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -119,7 +120,7 @@ async def test_an_invalid_time_ends_the_request_alone(served: Server, ttl: Durat
         await caller.answers(1, 2)
 
     assert caller.reason(1) == "INVALID_REQUEST"
-    assert caller.errors[1].field == "open.ttl"
+    assert caller.ends[1].field == "open.ttl"
     assert caller.text[2] == "hi"
 
 
@@ -170,7 +171,7 @@ async def test_a_busy_server_rejects_the_one_request() -> None:
         await caller.answers(4, 5, 6)
 
         assert {caller.reason(n) for n in (4, 5, 6)} == {"SERVER_BUSY"}
-        assert caller.errors[4].retry_after
+        assert caller.ends[4].retry_after
         await caller.send(cancel=[1])
         await caller.answers(1)
         await caller.open("hi", first=7)
@@ -184,7 +185,7 @@ async def test_the_bytes_of_requests_are_limited() -> None:
         await caller.answers(3)
 
         assert caller.reason(3) == "SERVER_BUSY"
-        assert not caller.errors.keys() & {1, 2}
+        assert not caller.ends.keys() & {1, 2}
 
 
 async def test_losing_the_stream_cancels_its_requests() -> None:
@@ -214,5 +215,5 @@ async def test_hundreds_of_requests_of_one_message_start_without_delaying_others
             await caller.read_until(lambda: len(caller.events) == 256)
             await watching
 
-    begun = [after - before for before, after in zip(turns, turns[1:], strict=False)]
+    begun = [after - before for before, after in itertools.pairwise(turns)]
     assert max(begun) <= 2 * STARTS_PER_TURN
