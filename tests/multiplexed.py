@@ -15,9 +15,16 @@ from headrace.v1.generation_service_pb2_grpc import GenerationServiceServicer
 
 
 class MultiplexedServicer(GenerationServiceServicer):
-    """A servicer whose `Generate` is an asynchronous generator."""
+    """A servicer whose `Generate` is an asynchronous generator.
+
+    multiplexes   whether it offers Multiplex; an older server does not
+    """
+
+    multiplexes: bool = True
 
     async def Multiplex(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
+        if not self.multiplexes:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         await Multiplexer(self._answer, Calls()).serve(request_iterator, context)
 
     async def _answer(self, incoming: Incoming, write: Write) -> None:

@@ -46,6 +46,7 @@ class FakeBatcher(MultiplexedServicer, RoutingServiceServicer):
     listed       its reply to ListTiers; None: the right one
     timing       of each answer
     polls        number of polls received
+    multiplexes  whether it offers Multiplex
     """
 
     model: str = "echo"
@@ -62,6 +63,7 @@ class FakeBatcher(MultiplexedServicer, RoutingServiceServicer):
     listed: routing.ListTiersResponse | None = None
     timing: pb.Timing | None = None
     polls: int = 0
+    multiplexes: bool = True
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     time_left: list[float] = field(default_factory=list)
 

@@ -240,6 +240,8 @@ class _Stream:
 
         async def write(response: pb.GenerateResponse) -> None:
             nonlocal finished
+            if finished:
+                return  # nothing follows the last event
             while request.sent >= request.credit:
                 request.has_credit = asyncio.get_running_loop().create_future()
                 await request.has_credit
@@ -275,7 +277,7 @@ class _Stream:
             error = reported(raised, _GENERATE)
         del self._requests[request.handle]
         if not finished:
-            self._end(request.handle, error or errors.InternalError("the answer ended without a finish"))
+            self._end(request.handle, error or errors.Unavailable("the answer ended without a finish"))
         self._has_unsent.set()
 
     async def _until_room(self) -> None:

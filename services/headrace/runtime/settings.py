@@ -84,9 +84,10 @@ class ServiceSettings(BaseSettings):
     max_message_megabytes: MessageMegabytes = 2.0
     max_inflight_megabytes: InflightMegabytes = 32.0
     max_calls: int = Field(
-        default=2048,
+        default=4096,
         ge=16,
-        description="limit of calls in flight, with the same shares for a host and a connection",
+        description="limit of calls in flight, those on shared streams included, with the same shares for a "
+        "host and a connection",
     )
     max_concurrent_streams: ConcurrentStreams = 2048
     max_connections: int = Field(

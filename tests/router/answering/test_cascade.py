@@ -82,6 +82,7 @@ async def test_a_bad_draft_is_replaced_and_billed_as_waste(count: Callable[..., 
 async def test_callers_that_request_route_changes_receive_the_escalation() -> None:
     request = chat(QUESTION, logprobs=True)
     request.stream.include_route_changes = True
+    request.stream.flush_tokens = 1
     async with routed(CASCADE, small=TextBatcher(text=BAD), large=TextBatcher()) as client:
         events = await events_of(client, request)
 
@@ -167,9 +168,11 @@ async def test_a_draft_that_was_lost_with_its_workers_ends_as_without_a_cascade(
     small, large = FakeBatcher(breaks=[2] * 9, breaks_with=failure), TextBatcher()
     settings = {**CASCADE, "cascade": cascade, "failover_seconds": failover_seconds}
     said: list[pb.GenerateResponse] = []
+    request = chat(QUESTION)
+    request.stream.flush_tokens = 1
     async with routed(settings, small=small, large=large) as client:
         with pytest.raises(type(failure)):
-            async with aclosing(client.generate(chat(QUESTION), timeout=PATIENCE, resume=False)) as stream:
+            async with aclosing(client.generate(request, timeout=PATIENCE, resume=False)) as stream:
                 async for response in stream:
                     said.append(response)  # noqa: PERF401 - what came before the failure is kept
         (charge,) = (await client.list_tiers()).bill.charges
@@ -258,8 +261,10 @@ async def test_a_long_bad_draft_is_cut_short() -> None:
         TextBatcher(text=" ".join([BAD] * 2000)),
         TextBatcher(),
     )  # far more than is sent before it is cancelled
+    request = chat(QUESTION)
+    request.stream.flush_tokens = 1
     async with routed({**CASCADE, "cascade_draft_tokens": 16}, small=small, large=large) as client:
-        answer = await collect(client, chat(QUESTION))
+        answer = await collect(client, request)
         await eventually(lambda: small.cancelled == 1)
 
     assert answer.text == GOOD

@@ -186,7 +186,7 @@ async def test_bytes_that_are_not_a_message_lose_the_batcher() -> None:
 
 @pytest.mark.parametrize("more", [[FINISH], [delta(1)], [ACCEPTED], [event()], []])
 async def test_events_after_the_finish_are_ignored(more: list[pb.GenerateResponse]) -> None:
-    rogue = InvalidBatcher(script=[ACCEPTED, delta(0), FINISH, *more], lingers=True)
+    rogue = InvalidBatcher(script=[ACCEPTED, delta(0), FINISH, *more], lingers=True, multiplexes=False)
     async with routed(only=rogue) as client:
         answer = await collect(client, prompt("a"))
         await eventually(lambda: rogue.left == 1)

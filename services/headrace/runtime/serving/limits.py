@@ -35,7 +35,7 @@ class Limits:
     max_message_bytes: int = 2 * MIB
     max_inflight_bytes: int = 32 * MIB
     max_concurrent_streams: int = 2048
-    max_calls: int = 2048
+    max_calls: int = 4096
     max_connections: int = 4096
 
     def options(self) -> tuple[tuple[str, int], ...]:
