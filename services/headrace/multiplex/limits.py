@@ -4,7 +4,6 @@ from __future__ import annotations
 
 MAX_OPENS = 256  # per message
 MAX_HANDLES = 4096  # of `cancel` and of `credit`, per message
-MAX_CREDIT = 1024  # events that a server sends ahead of the credit that it has received, whatever was granted
 # A larger request is sent by a call of its own: in a shared message it would delay the events behind it, and
 # might exceed the server's limit for the whole message.
 LARGE_BYTES = 64 * 1024

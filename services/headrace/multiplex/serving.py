@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from headrace import errors, statuses
 from headrace.deadline import NEVER, Deadline
-from headrace.multiplex.limits import MAX_CREDIT, MAX_HANDLES, MAX_OPENS
+from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import multiplex_pb2 as wire
@@ -30,7 +30,8 @@ HELLO_SECONDS = 10.0  # for the first message of a stream to arrive
 # Requests of one message that start before other tasks of the event loop run: a message may open hundreds.
 STARTS_PER_TURN = 16
 WATCH_SECONDS = 0.25  # between checks of deadlines
-# Unsent bytes of events, above which the requests of a stream wait: its caller does not read.
+# Unsent bytes of events, above which a stream's requests wait, and no further ones start: its caller does not
+# read.
 MAX_UNSENT_BYTES = 1 << 20
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
@@ -112,8 +113,8 @@ class _Request:
         self.task: asyncio.Task[None] | None = None
 
     def grant(self, events: int) -> None:
-        """Raise the credit to *events*, within the bound of what is sent ahead."""
-        self.credit = max(self.credit, min(events, self.sent + MAX_CREDIT))
+        """Raise the credit to *events*."""
+        self.credit = max(self.credit, events)
         if self.has_credit is not None and not self.has_credit.done():
             self.has_credit.set_result(None)
 
@@ -155,9 +156,10 @@ class _Stream:
             await self._has_unsent.wait()
             self._has_unsent.clear()
             message, self._unsent = self._unsent, wire.MultiplexResponse()
-            self._unsent_bytes = 0
+            size = self._unsent_bytes
             if message.ByteSize():
                 await write(message)
+            self._unsent_bytes -= size
             self._has_room.set()
 
     async def announce_drain(self) -> None:
@@ -202,13 +204,17 @@ class _Stream:
         if message.ping:
             self._unsent.pong = message.ping
             self._has_unsent.set()
-        for credit in message.credit:
-            if (request := self._requests.get(credit.handle)) is not None:
-                request.grant(credit.events)
         for started, opened in enumerate(message.open, 1):
+            await self._until_room()  # requests that fail at once would fill the memory with errors
             self._start(opened)
             if started % STARTS_PER_TURN == 0:
                 await asyncio.sleep(0)
+        for credit in message.credit:
+            if (request := self._requests.get(credit.handle)) is not None:
+                request.grant(credit.events)
+        if message.open and message.cancel:
+            # A task that is cancelled before it begins would not end its request on the stream.
+            await asyncio.sleep(0)
         for handle in message.cancel:
             if (request := self._requests.get(handle)) is not None and request.task is not None:
                 request.task.cancel()
@@ -220,7 +226,7 @@ class _Stream:
                 f"handle {handle} is not greater than {self._last_handle}, the last one", field="open.handle"
             )
         self._last_handle = handle
-        credit = min(opened.credit, MAX_CREDIT) if opened.HasField("credit") else math.inf
+        credit = opened.credit if opened.HasField("credit") else math.inf
         request = self._requests[handle] = _Request(handle, credit)
         # Its own context: the requests of a stream share neither span nor baggage.
         request.task = asyncio.get_running_loop().create_task(
@@ -239,9 +245,7 @@ class _Stream:
             while request.sent >= request.credit:
                 request.has_credit = asyncio.get_running_loop().create_future()
                 await request.has_credit
-            while self._unsent_bytes > MAX_UNSENT_BYTES:
-                self._has_room.clear()
-                await self._has_room.wait()
+            await self._until_room()
             request.sent += 1
             finished = response.HasField("finish")
             event = self._unsent.events.add()
@@ -276,10 +280,16 @@ class _Stream:
             self._end(request.handle, error or errors.Unavailable("the answer ended without a finish"))
         self._has_unsent.set()
 
+    async def _until_room(self) -> None:
+        while self._unsent_bytes > MAX_UNSENT_BYTES:
+            self._has_room.clear()
+            await self._has_room.wait()
+
     def _end(self, handle: int, error: errors.HeadraceError) -> None:
         event = self._unsent.events.add()
         event.handle = handle
         event.error.CopyFrom(statuses.to_status(error))
+        self._unsent_bytes += event.ByteSize()
         drop_frames(error)
 
 
