@@ -277,7 +277,7 @@ def test_the_table_of_errors_has_each_reason_with_its_status() -> None:
 def test_the_limits_of_a_stream_are_those_of_the_table() -> None:
     shown = [value for _, value, _ in rows(CONTRACT, "### Limits of a stream")]
 
-    assert shown[:3] == [str(limits.MAX_OPENS), str(limits.MAX_HANDLES), str(limits.MAX_CREDIT)]
+    assert shown[:2] == [str(limits.MAX_OPENS), str(limits.MAX_HANDLES)]
 
 
 @pytest.mark.parametrize("page", PAGES)

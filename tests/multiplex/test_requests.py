@@ -64,7 +64,7 @@ async def test_a_request_that_is_cancelled_in_its_own_message_ends(served: Serve
 
 @pytest.mark.parametrize(
     ("prompt", "end", "reason"),
-    [("fail", "error", "NO_WORKERS"), ("stop", "error", "INTERNAL"), ("late", "finish", "")],
+    [("fail", "error", "NO_WORKERS"), ("stop", "error", "UNAVAILABLE"), ("late", "finish", "")],
 )
 async def test_each_request_has_exactly_one_end(served: Server, prompt: str, end: str, reason: str) -> None:
     async with served.stream() as caller:
