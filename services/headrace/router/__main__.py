@@ -14,9 +14,10 @@ import grpc
 from headrace.client import LIST_TIERS
 from headrace.router.admin import AdminServicer
 from headrace.router.chooser import Chooser
+from headrace.router.processes import prefork
 from headrace.router.service import SERVICES, RouterServicer
 from headrace.router.settings import Settings
-from headrace.router.state.conversations import Conversations
+from headrace.router.siblings import SharedConversations, Siblings, inboxes
 from headrace.router.state.feedback import TENANT_SHARE, Feedback
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers
@@ -40,8 +41,12 @@ log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
-    """Serve the mesh while the block runs; drain when it is left."""
+async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncGenerator[Serving, None]:
+    """Serve the mesh while the block runs; drain when it is left.
+
+    siblings   the other processes that listen on the port of *settings*; by default there are none
+    """
+    siblings = siblings or Siblings()
     tiers = Tiers(
         settings.tier_targets(),
         poll_seconds=settings.poll_seconds,
@@ -49,7 +54,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         wait_seconds=settings.tier_wait_seconds,
     )
     scores, checker, thresholds = _load_models(settings, [tier.name for tier in tiers.tiers])
-    conversations = Conversations(idle_seconds=settings.session_idle_seconds)
+    conversations = SharedConversations(siblings, idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,
         thresholds,
@@ -63,6 +68,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         scores,
         chooser,
         _open_feedback(settings),
+        siblings,
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
     )
@@ -76,12 +82,14 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
 
     async with (
         tiers.watching(),
+        siblings.listening(),
         asyncio.TaskGroup() as tasks,
         serving(
             register,
             (*SERVICES, *process_info.SERVICES),
             host=settings.host,
             port=settings.port,
+            share_port=settings.processes > 1,
             drain_seconds=settings.drain_seconds,
             limits=settings.limits,
             untracked=frozenset({process_info.INSPECT, LIST_TIERS}),
@@ -138,16 +146,26 @@ def _cascade_rules(settings: Settings) -> CascadeRules:
     )
 
 
-async def main(settings: Settings) -> None:
+async def main(settings: Settings, siblings: Siblings | None = None) -> None:
     """Serve until a signal is received."""
     async with (
         telemetry("router", instance=f"{socket.gethostname()}-{os.getpid()}"),
-        router(settings),
+        router(settings, siblings),
     ):
         await until_signal()
+
+
+def start(settings: Settings) -> None:
+    """Run a router with one process or several, until a signal is received."""
+    if settings.processes == 1:
+        run(main(settings), texts=True)
+        return
+    mail = inboxes(settings.processes)
+    number, port = prefork(settings.processes, settings.host, settings.port)
+    run(main(settings.model_copy(update={"port": port}), Siblings(number, mail)), texts=True)
 
 
 if __name__ == "__main__":
     settings = Settings.load(program="python -m headrace.router")
     logs.configure("router", settings.log_level)
-    run(main(settings), texts=True)
+    start(settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import signal
 import time
@@ -46,8 +47,6 @@ _OPTIONS = (
     # connection as "too_many_pings". The option's name has no "recv", unlike that of its constant in core.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.enable_channelz", 1),
-    # Two servers on one port would each receive half of the calls, without an error.
-    ("grpc.so_reuseport", 0),
 )
 _LIMITS = Limits()
 _FOLLOW_SECONDS = 0.1
@@ -122,6 +121,7 @@ async def serving(
     *,
     host: str,
     port: int,
+    share_port: bool = False,
     drain_seconds: float,
     limits: Limits = _LIMITS,
     untracked: frozenset[str] = frozenset(),
@@ -135,6 +135,8 @@ async def serving(
     register       adds the servicers
     services       descriptors of the services that it adds, for reflection and health
     port           0 picks a free one
+    share_port     whether other servers may listen on it too; each connection then reaches one of them. By
+                   default, another server on the port is an error
     drain_seconds  how long requests in flight may continue after the block exits; the rest then end with
                    DRAINING, so that their callers resume them on another server
     limits         what the server accepts from its callers
@@ -152,7 +154,9 @@ async def serving(
     health, requests = Health(names), requests or ActiveRequests()
     budget = InflightBudget(limits)
     interceptor = ServerInterceptor(requests, budget, untracked=untracked, trace_context=trace_context)
-    server = accept_loop.server([interceptor], (*_OPTIONS, *limits.options()))
+    server = accept_loop.server(
+        [interceptor], (*_OPTIONS, *limits.options(), ("grpc.so_reuseport", int(share_port)))
+    )
     register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     channelz.add_channelz_servicer(server)
@@ -164,7 +168,7 @@ async def serving(
             CHANNELZ.services_by_name["Channelz"].full_name,
         ],
     )
-    bound = await _listen(server, host, port)
+    bound = await _listen(server, host, port, share_port)
     await health.set_ready(False)
     await health.set_live()
     await server.start()
@@ -209,13 +213,14 @@ async def _drain(
     log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
 
-async def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
-    problem: Exception | None = await asyncio.to_thread(bind_error, host, port)
+async def _listen(server: grpc.aio.Server, host: str, port: int, shared: bool) -> int:
+    find = functools.partial(bind_error, host, port, shared=shared)
+    problem: Exception | None = await asyncio.to_thread(find)
     if problem is None:
         try:
             return server.add_insecure_port(join(host, port))
         except RuntimeError as error:  # in use since the check, or gRPC has another reason
-            problem = await asyncio.to_thread(bind_error, host, port) or error
+            problem = await asyncio.to_thread(find) or error
     in_use = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
     raise (PortInUse if in_use else CannotListen)(explain(problem, host, port)) from problem
 
