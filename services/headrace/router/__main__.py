@@ -30,6 +30,7 @@ from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.score import Scorer, fingerprint
 from headrace.runtime import process_info
 from headrace.runtime.serving.active_requests import ActiveRequests
+from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
 from headrace.runtime.telemetry.setup import telemetry
@@ -160,6 +161,7 @@ def start(settings: Settings) -> None:
     if settings.processes == 1:
         run(main(settings), texts=True)
         return
+    freeze_loaded_objects()  # so that collections do not unshare their memory
     mail = inboxes(settings.processes)
     number, port = prefork(settings.processes, settings.host, settings.port)
     run(main(settings.model_copy(update={"port": port}), Siblings(number, mail)), texts=True)
