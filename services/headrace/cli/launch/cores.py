@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-# A request costs a worker a third to a half of the CPU time that it costs a router or a batcher (0.7 of 1.6 and
-# 1.3 ms for 16 tokens), so more of these send more than the one worker of a tier takes.
+# A request costs a worker a third to a half of the CPU time that it costs a router or a batcher (0.7 of 1.6
+# and 1.3 ms for 16 tokens), so more of these send more than the one worker of a tier takes.
 MOST_PROCESSES = 4
 
 
