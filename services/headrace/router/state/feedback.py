@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,9 @@ from headrace import errors
 from headrace.quoting import quoted
 from headrace.router.state.quota import Quota
 from headrace.router.state.tenant_memory import TenantMemory
+
+if sys.platform != "win32":
+    import fcntl
 
 log = logging.getLogger(__name__)
 
@@ -168,16 +172,22 @@ class Feedback:
             quota.take(tenant, amount, now)
 
     def _write(self, path: Path, line: bytes) -> None:
-        if not self._append(path, line):
-            os.replace(path, path.with_name(path.name + ".1"))
-            self._append(path, line)
+        while not self._append(path, line):
+            pass
 
     def _append(self, path: Path, line: bytes) -> bool:
-        """Write the row if the file has space for it; return whether it has."""
+        """Write the row, or rotate the file if it is full; return whether the row is in the file.
+
+        The file is locked: other processes of the router may write to it and rotate it.
+        """
         handle = _open(path)
         try:
+            _lock(handle)
+            if not _is_at(path, handle):
+                return False  # another process has rotated it
             size = os.fstat(handle).st_size
             if size + len(line) > self._max_bytes:
+                os.replace(path, path.with_name(path.name + ".1"))
                 return False
             if os.write(handle, line) < len(line):
                 # A partial row would also corrupt the next one.
@@ -209,5 +219,18 @@ def _named(tenant: str) -> str:
 
 def _open(path: Path) -> int:
     # Readable by its owner only, because it contains callers' prompts.
-
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+
+def _lock(handle: int) -> None:
+    """Wait until no other process has locked the file, and lock it until it is closed."""
+    if sys.platform != "win32":  # where a router has one process
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Return whether an open file is still the one at *path*."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
