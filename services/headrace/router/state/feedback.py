@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from headrace import errors
@@ -38,7 +38,6 @@ class AnswerRecord:
 
     score      of the prompt; None if it could not be scored
     prompt     the text that was scored; empty without a file, and if it is too long for the file
-    id         generated here, because callers may use a request id again
     quality    the reported outcome, 0 to 1; None before the report
     kept       whether the outcome is in the file
     ambiguous  another answer without a tenant has the same request id and no outcome
@@ -47,7 +46,6 @@ class AnswerRecord:
     tier: str
     score: float | None
     prompt: str = ""
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     quality: float | None = None
     kept: bool = False
     ambiguous: bool = False
@@ -149,7 +147,7 @@ class Feedback:
             return b""
         row = {
             "id": request_id,
-            "answer": answer.id,
+            "answer": uuid.uuid4().hex,  # callers may use a request id again
             **({"tenant": tenant} if tenant else {}),
             "time": round(time.time(), 3),
             "prompt": answer.prompt,
