@@ -198,12 +198,16 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     def _score(self, request: pb.GenerateRequest) -> Score:
         """Score the prompt; return `UNSCORED` if the scorer fails."""
-        with _tracer.start_as_current_span(attributes.SPAN_SCORE) as span, optional("scorer"):
-            score = self._scorer.score(text_of(request))
-            if not 0 <= score.value <= 1:  # also true of NaN
-                raise ValueError("the score is not between 0 and 1")
-            span.set_attribute(attributes.SCORE, score.value)
-            return score
+        span = _tracer.start_span(attributes.SPAN_SCORE)  # not the current one: nothing below starts a span
+        try:
+            with optional("scorer"):
+                score = self._scorer.score(text_of(request))
+                if not 0 <= score.value <= 1:  # also true of NaN
+                    raise ValueError("the score is not between 0 and 1")
+                span.set_attribute(attributes.SCORE, score.value)
+                return score
+        finally:
+            span.end()
         return UNSCORED
 
     def _tier(self, name: str) -> routing.Tier:
