@@ -19,6 +19,7 @@ from headrace import attributes, errors
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.cli.__main__ import app
 from headrace.cli.launch.mesh import MeshSpec, Running, mesh
+from headrace.multiplex import limits
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.settings import PREFIX, ServiceSettings
 from headrace.v1 import generation_pb2 as pb
@@ -124,9 +125,9 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
         return [await run("bash", "-c", here(command)) for command in grpcurl_commands(text)]
 
     listed, described, generated, explained, tiers, rated, health = await printed(README)
-    (resumed,) = await printed(CONTRACT)
+    resumed, multiplexed = await printed(CONTRACT)
     (inside,) = await printed(OPERATING)
-    assert len(grpcurl_commands(EVERYTHING)) == 9, "one is on a page that is not tried here"
+    assert len(grpcurl_commands(EVERYTHING)) == 10, "one is on a page that is not tried here"
     assert "headrace.v1.GenerationService" in listed
     assert "rpc Generate" in described
     assert "What is the capital of France?" in generated, "the echo engine repeats it"
@@ -135,6 +136,8 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
     assert '"tier": "small"' in rated
     assert "SERVING" in health
     assert "".join(re.findall(r'"text": "(.*)"', resumed)) == "llo"
+    assert "".join(re.findall(r'"text": "(.*)"', multiplexed)) == "Hello"
+    assert '"reason":"INVALID_SAMPLING"' in multiplexed
     assert '"state": "ready"' in inside
 
 
@@ -269,6 +272,12 @@ def test_the_table_of_errors_has_each_reason_with_its_status() -> None:
     assert set(listed) == {kind.reason for kind in ours} | {errors.Foreign.reason}
     for kind in ours:
         assert kind.code.name in listed[kind.reason], kind
+
+
+def test_the_limits_of_a_stream_are_those_of_the_table() -> None:
+    shown = [value for _, value, _ in rows(CONTRACT, "### Limits of a stream")]
+
+    assert shown[:2] == [str(limits.MAX_OPENS), str(limits.MAX_HANDLES)]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -65,17 +65,18 @@ class Progress:
         Raises BatcherLost if the tokens do not start at the next offset.
         """
         delta = response.delta
-        if delta.offset != len(self.ids) or len(delta.token_ids) != delta.token_count:
+        ids = delta.token_ids[:]  # a list, which extends another one three times as fast
+        if delta.offset != len(self.ids) or len(ids) != delta.token_count:
             raise errors.BatcherLost(
-                f"the stream continued at token {delta.offset} with {len(delta.token_ids)} ids for "
+                f"the stream continued at token {delta.offset} with {len(ids)} ids for "
                 f"{delta.token_count} tokens, expected at {len(self.ids)}"
             )
-        if not delta.token_count:
+        if not ids:
             self._ending = response
             return ()
-        self.ids.extend(delta.token_ids)
+        self.ids.extend(ids)
         if not self._with_ids:
-            del delta.token_ids[:]
+            delta.ClearField("token_ids")
         return (response,)
 
     def finish(self, response: pb.GenerateResponse) -> Responses:

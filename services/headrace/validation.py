@@ -65,11 +65,15 @@ _NAMES: tuple[tuple[str, type[errors.InvalidRequest]], ...] = (
 def check_request(request: pb.GenerateRequest) -> None:
     """Raise InvalidRequest for the first invalid field, with its range."""
     _check_input(request)
-    check_sampling(request.sampling)
+    if request.HasField("sampling"):
+        check_sampling(request.sampling)
     _check_length("request_id", request.request_id, MAX_REQUEST_ID)
-    _check_routing(request.routing)
-    _check_resume(request.resume)
-    _check_stream(request.stream)
+    if request.HasField("routing"):
+        _check_routing(request.routing)
+    if request.HasField("resume"):
+        _check_resume(request.resume)
+    if request.HasField("stream"):
+        _check_stream(request.stream)
 
 
 def check_feedback(request: routing_pb.FeedbackRequest) -> None:
@@ -106,12 +110,11 @@ def check_sampling(sampling: pb.Sampling) -> None:
         raise _bad_sampling(
             "stop_token_ids", f"has {len(sampling.stop_token_ids)} ids, must be at most {MAX_STOP_IDS}"
         )
-    if len(sampling.logit_bias) > MAX_BIASES:
-        raise _bad_sampling(
-            "logit_bias", f"has {len(sampling.logit_bias)} token ids, must be at most {MAX_BIASES}"
-        )
-    for token, bias in sampling.logit_bias.items():
-        if not -100 <= bias <= 100:
+    biases = sampling.logit_bias
+    if len(biases) > MAX_BIASES:
+        raise _bad_sampling("logit_bias", f"has {len(biases)} token ids, must be at most {MAX_BIASES}")
+    for token in biases:
+        if not -100 <= (bias := biases[token]) <= 100:
             raise _bad_sampling("logit_bias", f"of token {token} is {bias:g}, must be -100 to 100")
 
 

@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,7 +23,6 @@ from headrace.cli.launch.mesh import require_free
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 HEADRACE = [sys.executable, "-m", "headrace.cli"]
 PATIENCE = 180.0  # seconds; the limit of every wait, far beyond what a busy machine needs
@@ -67,10 +67,11 @@ class Up:
 
 @contextmanager
 def up(folder: Path, *flags: str, feedback: Path | None = None) -> Iterator[Up]:
-    command = [*HEADRACE, "up", "--fake", "--port", "0", "--drain-seconds", "60", "--log-dir", str(folder)]
+    command = [*HEADRACE, "up", "--fake", "--port", "0", "--drain-seconds", "60", "--processes", "1"]
+    command += ["--log-dir", str(folder), *flags]
     environment = {**ENVIRONMENT, **({"HEADRACE_FEEDBACK": str(feedback)} if feedback else {})}
     with subprocess.Popen(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
         assert process.stdout is not None
         printed = ""
@@ -293,6 +294,28 @@ def test_a_signal_ends_everything_in_order(tmp_path: Path, number: signal.Signal
     assert all(gone(pid) for pid in pids.values())
     assert len(list(tmp_path.glob("*.log"))) == 5
     require_free(int(running.address.rpartition(":")[2]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes share a port on Linux only")
+def test_a_mesh_with_several_routers_and_batchers_has_one_address(tmp_path: Path) -> None:
+    with up(tmp_path, "--processes", "2") as running:
+        pids = running.pids
+        assert sorted(pids) == [
+            *("batcher-large", "batcher-small", "batcher2-large", "batcher2-small", "router"),
+            *("worker-large", "worker-small"),
+        ]
+        children = Path(f"/proc/{pids['router']}/task/{pids['router']}/children").read_text().split()
+        assert len(children) == 2
+        for _ in range(4):
+            out = run("chat", "--target", running.address, "hello there")
+            assert (out.returncode, "hello there" in out.stdout) == (0, True)
+        os.kill(int(children[0]), signal.SIGKILL)
+        out = run("chat", "--target", running.address, "hello there")
+        assert (out.returncode, "hello there" in out.stdout) == (0, True)
+
+    assert running.process.returncode == 0
+    assert "killed" not in running.printed
+    until_gone([*pids.values(), *map(int, children)])
 
 
 def test_a_dead_child_is_named_and_ends_the_mesh(tmp_path: Path) -> None:

@@ -126,6 +126,81 @@ def test_lines_that_begin_with_a_name_and_a_colon_are_not_choices() -> None:
     assert prompt_features.options("Compare them. A: revenue 10, costs 7; B: revenue 9, costs 5.") == []
 
 
+# Fragments of texts in which patterns match, begin to match, or overlap.
+FRAGMENTS = (
+    *(
+        "A) red",
+        "(B) blue",
+        "a. x",
+        "b: y",
+        "C. z",
+        "\n",
+        " ",
+        "\n- item",
+        "1) ",
+        "__",
+        "....",
+        "…",
+        "x",
+        "it's",
+        "’",
+    ),
+    *(
+        "\\frac",
+        "$x$",
+        "^2",
+        "=",
+        "≤",
+        "1/2",
+        "5 %",
+        "3.5",
+        "$ 5",
+        "€3",
+        "```",
+        "def f(x)",
+        "f()",
+        "SELECT",
+        "</a",
+    ),
+    *(
+        "#include()",
+        "{\n",
+        "}; \n",
+        "=>",
+        "!=",
+        "NOT",
+        "EXCEPT",
+        "statement 1",
+        "I and II",
+        "III",
+        "Only I",
+        "act ",
+    ),
+)
+texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=30).map("".join)
+
+
+@given(texts)
+def test_a_text_without_the_literals_of_a_pattern_has_no_match(text: str) -> None:
+    measured = prompt_features.measure(text)
+
+    for name, (pattern, full) in prompt_features._PATTERNS.items():
+        assert measured[name] == min(len(pattern.regex.findall(text)), full) / full, name
+
+
+@given(texts)
+def test_a_text_without_the_literals_of_choices_has_none(text: str) -> None:
+    for pattern in prompt_features._OPTIONS:
+        letters = [letter.upper() for letter, _ in pattern.regex.findall(text)]
+        two = "A" in letters and "B" in letters
+        assert not two or list(pattern.matches(text))
+
+
+@given(texts | st.text("aZ'’é1_ .", max_size=30))
+def test_words_in_ascii_are_found_like_all_others(text: str) -> None:
+    assert prompt_features.words_of(text) == prompt_features._WORD.findall(text)
+
+
 def test_a_huge_prompt_is_scored_by_its_beginning_and_its_end() -> None:
     text = "word " * 4000
 

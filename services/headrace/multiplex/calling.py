@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import grpc
 
 from headrace import errors, statuses
+from headrace.multiplex.call import Call
 from headrace.multiplex.limits import LARGE_BYTES
 from headrace.multiplex.shared_stream import SharedCall, SharedStream
 from headrace.v1 import generation_pb2 as pb
@@ -25,22 +25,6 @@ STALL_SECONDS = 30.0
 NOT_HEADRACE = "the server's response cannot be parsed: it is not a Headrace server"
 # A server that does not offer the stream may be replaced by a newer one.
 OFFERED_AGAIN_SECONDS = 60.0
-
-
-class Call(Protocol):
-    """One call of Generate."""
-
-    async def next(self) -> pb.GenerateResponse | None:
-        """Wait for the next event; None at the end of the call. Raises a HeadraceError."""
-        ...
-
-    def cancel(self) -> None:
-        """Cancel the call; has no effect after its end."""
-        ...
-
-    def fail(self, error: Exception) -> None:
-        """End the call: `next` raises *error*."""
-        ...
 
 
 class Caller:
@@ -134,7 +118,7 @@ class _OwnCall:
         self._failure: Exception | None = None
 
     async def next(self) -> pb.GenerateResponse | None:
-        """See `Call`."""
+        """See `call.Call`."""
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as error:
@@ -149,10 +133,10 @@ class _OwnCall:
         return response if isinstance(response, pb.GenerateResponse) else None  # the end of the stream
 
     def cancel(self) -> None:
-        """See `Call`."""
+        """See `call.Call`."""
         self._call.cancel()
 
     def fail(self, error: Exception) -> None:
-        """See `Call`."""
+        """See `call.Call`."""
         self._failure = error
         self._call.cancel()

@@ -112,7 +112,7 @@ class _Request:
         self.has_credit: asyncio.Future[None] | None = None
         self.task: asyncio.Task[None] | None = None
 
-    def grant(self, events: int) -> None:
+    def grant(self, events: float) -> None:
         """Raise the credit to *events*."""
         self.credit = max(self.credit, events)
         if self.has_credit is not None and not self.has_credit.done():
@@ -148,6 +148,8 @@ class _Stream:
                 await self._handle(message)
         except DecodeError as error:
             raise errors.InvalidText(f"a message of the stream cannot be parsed ({error})") from None
+        for request in self._requests.values():
+            request.grant(math.inf)  # no credit comes any more
         self._finish()
 
     async def write(self, write: Callable[[wire.MultiplexResponse], Awaitable[None]]) -> None:

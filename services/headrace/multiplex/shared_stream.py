@@ -13,17 +13,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import grpc
 
 from headrace import errors, statuses
+from headrace.multiplex.call import Call
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS, MESSAGE_BYTES
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import multiplex_pb2 as wire
-
-if TYPE_CHECKING:
-    from headrace.multiplex.calling import Call
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +37,7 @@ BROKE_IN_WRITE = "Internal error from Core"
 
 
 class SharedCall:
-    """A call on a shared stream; see `calling.Call`.
+    """A call on a shared stream; see `call.Call`.
 
     request, metadata   as it was started
     deadline            on the clock of time.monotonic; None if there is none
@@ -82,7 +79,7 @@ class SharedCall:
         return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
 
     async def next(self) -> pb.GenerateResponse | None:
-        """See `calling.Call`."""
+        """See `call.Call`."""
         while not self._arrived:
             if self._instead is not None:
                 return await self._instead.next()
@@ -99,7 +96,7 @@ class SharedCall:
         return response
 
     def cancel(self) -> None:
-        """See `calling.Call`."""
+        """See `call.Call`."""
         if self._instead is not None:
             self._instead.cancel()
         elif not self._ended:
@@ -108,7 +105,7 @@ class SharedCall:
             self._wake()
 
     def fail(self, error: Exception) -> None:
-        """See `calling.Call`."""
+        """See `call.Call`."""
         if self._instead is not None:
             self._instead.fail(error)
         elif not self._ended:

@@ -15,9 +15,10 @@ from headrace.client import LIST_TIERS
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
 from headrace.router.chooser import Chooser
+from headrace.router.processes import prefork
 from headrace.router.service import SERVICES, RouterServicer
 from headrace.router.settings import Settings
-from headrace.router.state.conversations import Conversations
+from headrace.router.siblings import SharedConversations, Siblings, inboxes
 from headrace.router.state.feedback import TENANT_SHARE, Feedback
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers
@@ -30,6 +31,7 @@ from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.score import Scorer, fingerprint
 from headrace.runtime import process_info
 from headrace.runtime.serving.calls import Calls
+from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
 from headrace.runtime.telemetry.setup import telemetry
@@ -41,8 +43,12 @@ log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
-    """Serve the mesh while the block runs; drain when it is left."""
+async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncGenerator[Serving, None]:
+    """Serve the mesh while the block runs; drain when it is left.
+
+    siblings   the other processes that listen on the port of *settings*; by default there are none
+    """
+    siblings = siblings or Siblings()
     tiers = Tiers(
         settings.tier_targets(),
         poll_seconds=settings.poll_seconds,
@@ -50,7 +56,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         wait_seconds=settings.tier_wait_seconds,
     )
     scores, checker, thresholds = _load_models(settings, [tier.name for tier in tiers.tiers])
-    conversations = Conversations(idle_seconds=settings.session_idle_seconds)
+    conversations = SharedConversations(siblings, idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,
         thresholds,
@@ -66,6 +72,7 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
         chooser,
         _open_feedback(settings),
         calls,
+        siblings,
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
     )
@@ -78,12 +85,14 @@ async def router(settings: Settings) -> AsyncGenerator[Serving, None]:
 
     async with (
         tiers.watching(),
+        siblings.listening(),
         asyncio.TaskGroup() as tasks,
         serving(
             register,
             (*SERVICES, *process_info.SERVICES),
             host=settings.host,
             port=settings.port,
+            share_port=settings.processes > 1,
             drain_seconds=settings.drain_seconds,
             calls=calls,
             untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
@@ -138,16 +147,27 @@ def _cascade_rules(settings: Settings) -> CascadeRules:
     )
 
 
-async def main(settings: Settings) -> None:
+async def main(settings: Settings, siblings: Siblings | None = None) -> None:
     """Serve until a signal is received."""
     async with (
         telemetry("router", instance=f"{socket.gethostname()}-{os.getpid()}"),
-        router(settings),
+        router(settings, siblings),
     ):
         await until_signal()
+
+
+def start(settings: Settings) -> None:
+    """Run a router with one process or several, until a signal is received."""
+    if settings.processes == 1:
+        run(main(settings), texts=True)
+        return
+    freeze_loaded_objects()  # so that collections do not unshare their memory
+    mail = inboxes(settings.processes)
+    number, port = prefork(settings.processes, settings.host, settings.port)
+    run(main(settings.model_copy(update={"port": port}), Siblings(number, mail)), texts=True)
 
 
 if __name__ == "__main__":
     settings = Settings.load(program="python -m headrace.router")
     logs.configure("router", settings.log_level)
-    run(main(settings), texts=True)
+    start(settings)

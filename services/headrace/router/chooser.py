@@ -123,8 +123,12 @@ class Chooser:
         self, request: RoutingRequest, decision: Decision, now: float, deadline: Deadline = NEVER
     ) -> bool:
         """Whether the answer of the chosen tier is held back as a draft and checked."""
-        expected = {name: pace.answer_seconds(request.max_tokens, now) for name, pace in self._paces.items()}
-        return self.rules.hold_back(request, decision, expected, deadline.left(now))
+        return self.rules.hold_back(
+            request,
+            decision,
+            lambda tier: self._paces[tier].answer_seconds(request.max_tokens, now),
+            deadline.left(now),
+        )
 
     def draws_sample(
         self, request: RoutingRequest, decision: Decision, now: float, deadline: Deadline = NEVER

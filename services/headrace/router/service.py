@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from opentelemetry import metrics, trace
@@ -18,6 +18,7 @@ from headrace.router.answering.journey import Journey, routing_request, text_of
 from headrace.router.billing import bill_message, measure
 from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
+from headrace.router.siblings import Siblings
 from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import Feedback
@@ -60,6 +61,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         chooser: Chooser,
         feedback: Feedback,
         calls: Calls,
+        siblings: Siblings,
         *,
         default_deadline: float,
         failover_seconds: float = 10.0,
@@ -69,9 +71,12 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._scorer = scorer
         self._chooser = chooser
         self._feedback = feedback
+        self._siblings = siblings
         self._default_deadline = default_deadline
         self._failover_seconds = failover_seconds
         self._total = self._new_bill()
+        siblings.on_ask("feedback", self._rate_if_known)
+        siblings.on_ask("bill", self._bill)
 
     async def Generate(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
         self, request: pb.GenerateRequest, context: _Context
@@ -144,19 +149,43 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self, request: routing.ListTiersRequest, context: _Context
     ) -> routing.ListTiersResponse:
         """Return all tiers, smallest first, as last polled, and the bill of all requests."""
+        total = self._new_bill()
+        for bill in (self._total, *await self._siblings.ask_all("bill")):
+            total.add(bill)
         return routing.ListTiersResponse(
-            tiers=[self._tier(tier.name) for tier in self._tiers.tiers], bill=bill_message(self._total)
+            tiers=[self._tier(tier.name) for tier in self._tiers.tiers], bill=bill_message(total)
         )
+
+    async def _bill(self) -> Bill:
+        """Return the bill of all requests of this process."""
+        return self._total
 
     async def Feedback(self, request: routing.FeedbackRequest, context: _Context) -> routing.FeedbackResponse:
         """Record how good an answer was."""
         check_feedback(request)
-        quality = float(request.ok) if request.HasField("ok") else request.quality
         names = [tier.name for tier in self._tiers.tiers]
         if request.tier and request.tier not in names:
             raise errors.UnknownTier(
                 f"tier is {quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
             )
+        try:
+            return await self._rate(request)
+        except errors.UnknownRequest:
+            # The answer may have been given by another process of this router.
+            if (response := await self._siblings.ask("feedback", request)) is None:
+                raise
+            return cast("routing.FeedbackResponse", response)
+
+    async def _rate_if_known(self, request: routing.FeedbackRequest) -> routing.FeedbackResponse | None:
+        """Record feedback that a sibling received; return None if the answer was not given here."""
+        try:
+            return await self._rate(request)
+        except errors.UnknownRequest:
+            return None
+
+    async def _rate(self, request: routing.FeedbackRequest) -> routing.FeedbackResponse:
+        """Record how good an answer of this process was."""
+        quality = float(request.ok) if request.HasField("ok") else request.quality
         answer = self._feedback.recall(request.request_id, tenant=request.tenant)
         rated_before = answer.quality is not None
         kept = await self._feedback.rate(
@@ -169,12 +198,16 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     def _score(self, request: pb.GenerateRequest) -> Score:
         """Score the prompt; return `UNSCORED` if the scorer fails."""
-        with _tracer.start_as_current_span(attributes.SPAN_SCORE) as span, optional("scorer"):
-            score = self._scorer.score(text_of(request))
-            if not 0 <= score.value <= 1:  # also true of NaN
-                raise ValueError("the score is not between 0 and 1")
-            span.set_attribute(attributes.SCORE, score.value)
-            return score
+        span = _tracer.start_span(attributes.SPAN_SCORE)  # not the current one: nothing below starts a span
+        try:
+            with optional("scorer"):
+                score = self._scorer.score(text_of(request))
+                if not 0 <= score.value <= 1:  # also true of NaN
+                    raise ValueError("the score is not between 0 and 1")
+                span.set_attribute(attributes.SCORE, score.value)
+                return score
+        finally:
+            span.end()
         return UNSCORED
 
     def _tier(self, name: str) -> routing.Tier:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -20,6 +21,13 @@ class Settings(ServiceSettings):
     """
 
     port: Port = 50051
+    processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="processes that listen on the port, each of which uses up to one core; each connection "
+        "is served by one of them. More than 1 needs Linux",
+    )
     tiers: str = Field(
         description="the tiers and their batchers, smallest first, such as "
         "small=127.0.0.1:50061,large=127.0.0.1:50062; several batchers of a tier are separated by +, or "
@@ -126,6 +134,8 @@ class Settings(ServiceSettings):
         self.tier_thresholds()
         self.tier_shares()
         self.tier_prices()
+        if self.processes > 1 and sys.platform != "linux":
+            raise ValueError("HEADRACE_PROCESSES (or --processes) above 1 needs Linux: run several routers")
         return self
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:

@@ -30,20 +30,57 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Considered:
+    """What a decision was made from, which explains it.
+
+    shifted   the score after the quality preference
+    wanted, reached, ideal, chosen   places of the tier for the score, after the conversation, after the
+              hints, and after the tiers' state
+    deciding  name of the hint that decided
+    allowed   places that the hints allow
+    choices   places of which one could be chosen
+    """
+
+    score: float
+    shifted: float
+    tiers: Sequence[TierView]
+    wanted: int
+    reached: int
+    ideal: int
+    chosen: int
+    deciding: str
+    allowed: Sequence[int]
+    choices: Sequence[int]
+    exclude: Collection[str]
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
-    """The tier of a request, and the reason in one sentence.
+    """The tier of a request.
 
     wanted       place of the tier that the score asks for, before hints and the tiers' state
     place        place of the chosen tier
     escalations  names of the larger tiers that may replace it, nearest first
+    considered   for `why` and `candidates`, which are made when they are read: few decisions are explained
     """
 
     tier: str
-    why: str
-    candidates: tuple[Candidate, ...]
     wanted: int
     place: int
     escalations: tuple[str, ...]
+    considered: Considered
+
+    @property
+    def why(self) -> str:
+        """The reason in one sentence."""
+        return _why(self.considered)
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Every tier, and the reason for or against it."""
+        tiers = enumerate(self.considered.tiers)
+        return tuple(Candidate(tier, *_verdict(place, tier, self.considered)) for place, tier in tiers)
 
 
 def shift(score: float, preference: float) -> float:
@@ -89,20 +126,29 @@ def decide(
     if not serving:
         raise _none_available(choices, tiers)
     # First those that will be in time; of those, the ones whose queue is not full.
-    best = min(_trouble(tiers[place], seconds_left) for place in serving)
-    fit = [place for place in serving if _trouble(tiers[place], seconds_left) == best]
+    troubles = [_trouble(tiers[place], seconds_left) for place in serving]
+    best = min(troubles)
+    fit = [place for place, trouble in zip(serving, troubles, strict=True) if trouble == best]
     chosen = _cheapest_from(_at_or_above(ideal, fit), fit, tiers)
-    steps = [wanted, reached, ideal, chosen]
     return Decision(
         tier=tiers[chosen].name,
-        why=_why(score, shifted, steps, deciding, tiers, seconds_left=seconds_left, exclude=exclude),
-        candidates=tuple(
-            Candidate(tier, *_verdict(place, chosen, tiers, allowed, choices, exclude, seconds_left))
-            for place, tier in enumerate(tiers)
-        ),
         wanted=wanted,
         place=chosen,
         escalations=tuple(tiers[place].name for place in serving if place > chosen),
+        considered=Considered(
+            score=score,
+            shifted=shifted,
+            tiers=tiers,
+            wanted=wanted,
+            reached=reached,
+            ideal=ideal,
+            chosen=chosen,
+            deciding=deciding,
+            allowed=allowed,
+            choices=choices,
+            exclude=exclude,
+            seconds_left=seconds_left,
+        ),
     )
 
 
@@ -114,8 +160,11 @@ def _wanted(score: float, preference: float, tiers: Sequence[TierView]) -> int:
 
 
 def _at_or_above(place: int, places: Sequence[int]) -> int:
-    """Return the nearest of *places* from *place* upwards, or the highest below if there is none above."""
-    return min((other for other in places if other >= place), default=places[-1])
+    """Return the nearest of *places*, ascending, from *place* upwards; the highest if all are below."""
+    for other in places:
+        if other >= place:
+            return other
+    return places[-1]
 
 
 def _cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView]) -> int:
@@ -152,68 +201,52 @@ def _none_available(choices: Sequence[int], tiers: Sequence[TierView]) -> NoTier
     )
 
 
-def _verdict(
-    place: int,
-    chosen: int,
-    tiers: Sequence[TierView],
-    allowed: Sequence[int],
-    choices: Sequence[int],
-    exclude: Collection[str],
-    seconds_left: float,
-) -> tuple[bool, str]:
+def _verdict(place: int, tier: TierView, considered: Considered) -> tuple[bool, str]:
     """Return whether the tier could have been chosen, and why it was or was not."""
-    tier = tiers[place]
-    if place not in allowed:
+    if place not in considered.allowed:
         return False, "the hints exclude it"
     if not tier.healthy:
         return False, f"not healthy: {tier.unhealthy_reason or 'unknown'}"
-    if tier.name in exclude:
+    if tier.name in considered.exclude:
         return False, "failed this request"
-    if place not in choices:
+    if place not in considered.choices:
         return False, "the hints allow no move to another tier"
-    if place == chosen:
+    if place == considered.chosen:
         return True, "chosen"
-    if _trouble(tier, seconds_left) > _trouble(tiers[chosen], seconds_left):
-        return True, _problem(tier, seconds_left)
-    if place > chosen:
+    chosen, seconds_left = considered.tiers[considered.chosen], considered.seconds_left
+    if _trouble(tier, seconds_left) > _trouble(chosen, seconds_left):
+        return True, _problem(tier, considered)
+    if place > considered.chosen:
         return True, "larger than needed"
-    price, other = tier.price, tiers[chosen].price
+    price, other = tier.price, chosen.price
     if price and other and price.prompt + price.completion > other.prompt + other.completion:
         return True, "smaller than the chosen tier, and more expensive"
     return True, f"too small for the score: its threshold is {tier.threshold:.2f}"
 
 
-def _problem(tier: TierView, seconds_left: float, exclude: Collection[str] = ()) -> str:
+def _problem(tier: TierView, considered: Considered) -> str:
     """Return why a tier was not chosen although the request was meant for it."""
     if not tier.healthy:
         return f"cannot serve ({tier.unhealthy_reason or 'not healthy'})"
-    if tier.name in exclude:
+    if tier.name in considered.exclude:
         return "failed this request"
-    if tier.answer_seconds > seconds_left:
-        return f"would take {tier.answer_seconds:.1f} s of the {seconds_left:.1f} s left"
+    if tier.answer_seconds > considered.seconds_left:
+        return f"would take {tier.answer_seconds:.1f} s of the {considered.seconds_left:.1f} s left"
     return "has a full queue" if tier.saturated else "is more expensive"
 
 
-def _why(
-    score: float,
-    shifted: float,
-    steps: Sequence[int],
-    deciding: str,
-    tiers: Sequence[TierView],
-    *,
-    seconds_left: float,
-    exclude: Collection[str],
-) -> str:
-    wanted, reached, ideal, chosen = steps
+def _why(considered: Considered) -> str:
+    score, shifted, tiers = considered.score, considered.shifted, considered.tiers
+    wanted, reached = tiers[considered.wanted], tiers[considered.reached]
+    ideal, chosen = tiers[considered.ideal], tiers[considered.chosen]
     preference = "" if math.isclose(score, shifted) else f", {shifted:.2f} after the quality preference,"
-    why = f"score {score:.2f}{preference} is in the range of tier {tiers[wanted].name!r}"
-    if reached != wanted:
-        why += f"; its conversation has reached {tiers[reached].name!r}"
-    if ideal != reached:
-        why += f"; {deciding} moved it to {tiers[ideal].name!r}"
-    if chosen != ideal:
-        why += f"; {tiers[ideal].name!r} {_problem(tiers[ideal], seconds_left, exclude)}, "
-        why += f"so it goes to {tiers[chosen].name!r}"
+    why = f"score {score:.2f}{preference} is in the range of tier {wanted.name!r}"
+    if considered.reached != considered.wanted:
+        why += f"; its conversation has reached {reached.name!r}"
+    if considered.ideal != considered.reached:
+        why += f"; {considered.deciding} moved it to {ideal.name!r}"
+    if considered.chosen != considered.ideal:
+        why += f"; {ideal.name!r} {_problem(ideal, considered)}, so it goes to {chosen.name!r}"
     return why
 
 

@@ -58,6 +58,8 @@ def allowed_places(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], 
     Raises NoSuchTier, NoSuchModel or ConflictingHints, and NoTierAvailable while it is not known whether an
     allowed tier serves the model.
     """
+    if hints.free:
+        return list(range(len(tiers))), ""
     allowed = _bounded(hints, tiers)
     deciding = "the bounds" if hints.min_tier or hints.max_tier else ""
     if hints.tier:

@@ -27,15 +27,26 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A score and its explanation: ln(value / (1 - value)) is bias plus the sum of all log_odds."""
+    """A score and its explanation: ln(value / (1 - value)) is bias plus the sum of all log_odds.
+
+    names, values, log_odds   of each feature, as in `Feature`; `features` has those that are present
+    """
 
     value: float
     bias: float
-    features: tuple[Feature, ...]
+    names: tuple[str, ...] = ()
+    values: tuple[float, ...] = ()
+    log_odds: tuple[float, ...] = ()
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """The features that are present. They are made here because most scores are never explained."""
+        columns = zip(self.names, self.values, self.log_odds, strict=True)
+        return tuple(Feature(name, value, log_odds) for name, value, log_odds in columns if value)
 
 
 # Stands for the score of a prompt that could not be scored.
-UNSCORED = Score(0.5, 0.0, ())
+UNSCORED = Score(0.5, 0.0)
 
 
 class Scorer(Protocol):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from headrace.routing import prompt_features
 from headrace.routing.artifact import BadArtifact
-from headrace.routing.score import Feature, Score, sigmoid
+from headrace.routing.score import Score, sigmoid
 
 Array = NDArray[np.float64]
 
@@ -67,6 +67,7 @@ class LearnedScorer:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self._names = (*(f"kind:{kind}" for kind in model.kinds), *prompt_features.NAMES)
 
     def score(self, text: str) -> Score:
         """Score the text of a prompt of any length."""
@@ -75,24 +76,17 @@ class LearnedScorer:
         kinds = model.kinds_of(features)
         by_kind = model.steepness * kinds * model.head_bias
         by_feature = model.steepness * (kinds @ model.heads) * features
-        shares = [
-            Feature(f"kind:{name}", float(value), float(log_odds))
-            for name, value, log_odds in zip(model.kinds, kinds, by_kind, strict=True)
-        ]
-        shares += [
-            Feature(name, float(value), float(log_odds))
-            for name, value, log_odds in zip(prompt_features.NAMES, features, by_feature, strict=True)
-            if value
-        ]
+        log_odds = (*by_kind.tolist(), *by_feature.tolist())
         bias = -model.steepness * model.centre
-        value = sigmoid(bias + sum(share.log_odds for share in shares))
-        return Score(value, bias, tuple(shares))
+        return Score(
+            sigmoid(bias + sum(log_odds)), bias, self._names, (*kinds.tolist(), *features.tolist()), log_odds
+        )
 
 
 def read(text: str) -> Array:
     """Return the features [F] of a prompt without its preamble."""
     found = prompt_features.measure(prompt_features.question(prompt_features.clip(text)))
-    return np.array([found[name] for name in prompt_features.NAMES])
+    return np.fromiter(found.values(), np.float64, len(found))
 
 
 def load(path: Path | None = None) -> LearnedScorer:

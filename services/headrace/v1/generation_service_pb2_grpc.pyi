@@ -68,8 +68,8 @@ class GenerationServiceStub:
        treats a stream that stays silent for several seconds as lost.
     7. A server that is about to stop sends `draining`: the caller opens further requests elsewhere. Those on the stream
        continue; after a while the rest ends with `error` DRAINING, and the caller resumes them elsewhere.
-    8. A caller that is done half-closes the stream. The server sends the rest of all answers and ends the stream with
-       OK.
+    8. A caller that is done half-closes the stream. The server sends the rest of all answers, which need no more credit,
+       and ends the stream with OK.
 
     If the stream is lost, so are all requests on it: the server cancels them, and the caller resumes each answer on
     another stream, as after the loss of a call. Messages that violate these rules, or that cannot be parsed, end the
@@ -116,8 +116,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
        treats a stream that stays silent for several seconds as lost.
     7. A server that is about to stop sends `draining`: the caller opens further requests elsewhere. Those on the stream
        continue; after a while the rest ends with `error` DRAINING, and the caller resumes them elsewhere.
-    8. A caller that is done half-closes the stream. The server sends the rest of all answers and ends the stream with
-       OK.
+    8. A caller that is done half-closes the stream. The server sends the rest of all answers, which need no more credit,
+       and ends the stream with OK.
 
     If the stream is lost, so are all requests on it: the server cancels them, and the caller resumes each answer on
     another stream, as after the loss of a call. Messages that violate these rules, or that cannot be parsed, end the
@@ -173,8 +173,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
            treats a stream that stays silent for several seconds as lost.
         7. A server that is about to stop sends `draining`: the caller opens further requests elsewhere. Those on the stream
            continue; after a while the rest ends with `error` DRAINING, and the caller resumes them elsewhere.
-        8. A caller that is done half-closes the stream. The server sends the rest of all answers and ends the stream with
-           OK.
+        8. A caller that is done half-closes the stream. The server sends the rest of all answers, which need no more credit,
+           and ends the stream with OK.
 
         If the stream is lost, so are all requests on it: the server cancels them, and the caller resumes each answer on
         another stream, as after the loss of a call. Messages that violate these rules, or that cannot be parsed, end the

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -62,6 +63,60 @@ def test_workers_share_the_cores(tmp_path: Path, cores: int, asked: int, given: 
     workers, _, _ = plan_processes(spec, [1, 2, 3, 4, 5], cores=cores)
 
     assert [flag(worker.command, "--threads") for worker in workers] == [given, given]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes share a port on Linux only")
+def test_a_mesh_without_models_on_its_cores_uses_them_for_several_routers_and_batchers(
+    tmp_path: Path,
+) -> None:
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, fake=True)
+    ports = list(range(1, mesh.ports_needed(spec, 16) + 1))
+
+    workers, batchers, (router,) = plan_processes(spec, ports, cores=16)
+
+    assert [worker.port for worker in workers] == [1, 2]
+    assert [batcher.port for batcher in batchers] == list(range(3, 11))
+    assert [batcher.name for batcher in batchers[:5]] == [
+        *("batcher-small", "batcher2-small", "batcher3-small", "batcher4-small"),
+        "batcher-large",
+    ]
+    assert [flag(batcher.command, "--workers") for batcher in batchers] == ["127.0.0.1:1"] * 4 + [
+        "127.0.0.1:2"
+    ] * 4
+    assert flag(router.command, "--processes") == "4"
+    assert flag(router.command, "--tiers") == (
+        "small=127.0.0.1:3+127.0.0.1:4+127.0.0.1:5+127.0.0.1:6,"
+        "large=127.0.0.1:7+127.0.0.1:8+127.0.0.1:9+127.0.0.1:10"
+    )
+    assert router.port == 11
+
+
+@pytest.mark.parametrize(
+    ("cores", "settings", "processes"),
+    [
+        pytest.param(2, {"fake": True}, 1, id="a small machine has one of each"),
+        pytest.param(4, {"fake": True}, 1, id="so has one with a core each"),
+        pytest.param(8, {"fake": True}, 2, id="8 cores"),
+        pytest.param(16, {"device": "cuda"}, 4, id="16 cores beside a GPU"),
+        pytest.param(64, {"device": "cuda"}, 4, id="a worker does not keep up with more"),
+        pytest.param(16, {}, 1, id="models use all cores"),
+        pytest.param(64, {"device": "cpu"}, 1, id="models use all cores of a large machine"),
+        pytest.param(16, {"threads": 4}, 2, id="models leave half of the cores"),
+        pytest.param(2, {"processes": 3}, 3, id="the flag decides"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="processes share a port on Linux only")
+def test_routers_and_batchers_get_the_cores_that_the_workers_leave(
+    tmp_path: Path, cores: int, settings: dict[str, Any], processes: int
+) -> None:
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, **settings)
+    ports = list(range(1, mesh.ports_needed(spec, cores) + 1))
+
+    workers, batchers, (router,) = plan_processes(spec, ports, cores=cores)
+
+    assert (len(workers), len(batchers)) == (2, 2 * processes)
+    assert ("--processes" in router.command) == (processes > 1)
+    assert len({*ports}) == len(workers) + len(batchers) + 1
 
 
 def test_a_fake_mesh_has_no_models(tmp_path: Path) -> None:

@@ -36,6 +36,15 @@ Threads = Annotated[
     int,
     typer.Option(metavar="N", min=0, help="CPU threads per worker; 0 divides the cores between the workers."),
 ]
+Processes = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        max=64,
+        help="Processes of the router, and batchers per tier; 0 uses the cores that the models leave.",
+    ),
+]
 LogDir = Annotated[
     Path | None,
     typer.Option(

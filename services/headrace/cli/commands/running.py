@@ -13,6 +13,7 @@ from headrace.cli.commands.flags import (
     Dtype,
     Fake,
     LogDir,
+    Processes,
     Threads,
     Tiers,
 )
@@ -31,11 +32,12 @@ def up(
     device: Device = "",
     dtype: Dtype = "auto",
     threads: Threads = 0,
+    processes: Processes = 0,
     log_dir: LogDir = None,
     cache: Cache = None,
     drain_seconds: DrainSeconds = 10.0,
 ) -> None:
-    """Start a mesh on this machine: a worker and a batcher per tier, and the router. Ctrl-C stops it.
+    """Start a mesh on this machine: per tier a worker and batchers, and the router. Ctrl-C stops it.
 
     Environment variables set further settings of the services, which `python -m headrace.router --help` and
     so on list:  HEADRACE_FEEDBACK=feedback.jsonl headrace up
@@ -59,6 +61,7 @@ def up(
             device=device,
             dtype=dtype,
             threads=threads,
+            processes=processes,
             drain_seconds=drain_seconds,
         )
         prepare(spec, console)

@@ -1,4 +1,4 @@
-"""Run a whole mesh on this machine: a worker and a batcher per tier, and the router.
+"""Run a whole mesh on this machine: per tier a worker and one or more batchers, and the router.
 
 `plan_processes` decides on commands and ports; `mesh` runs the processes and yields when all are ready.
 `headrace up`, the demo and tests with real processes use it.
@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace import models
 from headrace.channel import open_channel
 from headrace.cli.launch import child
+from headrace.cli.launch.cores import cores, parallel_processes, worker_threads
 from headrace.cli.launch.processes import ChildDied, Crew, Process, crew, notices_of, stage_of
 from headrace.runtime.serving.bind_check import bind_error, explain
 
@@ -37,7 +38,8 @@ _PHASES = ("starting", "loading", "ready")
 _STOP_SECONDS = 12.0  # after the drain, to return unfinished work, flush telemetry and exit
 # `plan_processes` sets these for each process; inherited values would reach the wrong ones.
 _PLANNED = {
-    f"HEADRACE_{name}" for name in ("HOST", "PORT", "TIER", "TIERS", "WORKERS", "MODEL", "FAKE", "THREADS")
+    f"HEADRACE_{name}"
+    for name in ("HOST", "PORT", "PROCESSES", "TIER", "TIERS", "WORKERS", "MODEL", "FAKE", "THREADS")
 }
 
 
@@ -69,6 +71,7 @@ class MeshSpec:
     device: str = ""  # empty: the worker's default
     dtype: str = ""  # empty: the worker's default
     threads: int = 0  # per worker; 0 divides the cores between the workers
+    processes: int = 0  # of the router, and batchers per tier; 0 for as many as the cores allow
     drain_seconds: float = 10.0
     environment: Mapping[str, str] = field(default_factory=dict)  # for every process
     # Additional flags, by "worker", "batcher" and "router".
@@ -116,13 +119,6 @@ def parse_tiers(texts: Sequence[str], *, fake: bool = False) -> Sequence[TierSpe
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BadSpec(f"--tier has {', '.join(twice)} more than once")
     return tiers or DEFAULT_TIERS
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def require_free(port: int) -> None:
@@ -173,14 +169,31 @@ def environment(spec: MeshSpec, inherited: Mapping[str, str]) -> dict[str, str]:
     return {"GOMP_SPINCOUNT": "10000", **kept, **spec.environment}
 
 
+def processes_of(spec: MeshSpec, cores: int) -> int:
+    """Decide how many processes the router has, and how many batchers each tier has."""
+    if spec.processes or sys.platform != "linux":  # elsewhere, processes cannot share the router's port
+        return spec.processes or 1
+    on_cpu = not spec.fake and spec.device in ("", "cpu")
+    return parallel_processes(cores, len(spec.tiers), threads=_threads(spec, cores) if on_cpu else 1)
+
+
+def ports_needed(spec: MeshSpec, cores: int) -> int:
+    """Return how many ports `plan_processes` needs: one per worker and batcher, and one for the router."""
+    return len(spec.tiers) * (1 + processes_of(spec, cores)) + 1
+
+
 def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Process]]:
     """Decide on the processes, as stages: the workers, the batchers, and the router.
 
-    ports   free ports: two per tier, and one for the router, which is used if spec.port is 0
+    The router is one process here, which starts the others itself and listens with them on one port. Batchers
+    have a port each, because the router chooses between them by their load.
+
+    ports   `ports_needed` free ports; the last one is the router's if spec.port is 0
     """
     inherited = environment(spec, os.environ)
-    workers, batchers = ports[: len(spec.tiers)], ports[len(spec.tiers) : 2 * len(spec.tiers)]
-    threads = spec.threads or max(1, cores // len(spec.tiers))
+    parallel = processes_of(spec, cores)
+    workers, rest = ports[: len(spec.tiers)], ports[len(spec.tiers) :]
+    batchers = [rest[place * parallel :][:parallel] for place in range(len(spec.tiers))]
 
     def process(kind: str, name: str, port: int, *flags: str) -> Process:
         common = ["--host", HOST, "--port", str(port), "--drain-seconds", str(spec.drain_seconds)]
@@ -206,10 +219,13 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
         return ["--fake"] if spec.fake else ["--model", tier.model, "--cache", str(spec.cache)]
 
     step = ["--fake-step-seconds", str(spec.fake_step_seconds)]
-    compute = step if spec.fake else ["--threads", str(threads)]
+    compute = step if spec.fake else ["--threads", str(_threads(spec, cores))]
     compute += [f"--device={spec.device}"] if spec.device else []
     compute += [f"--dtype={spec.dtype}"] if spec.dtype else []
-    routes = ",".join(f"{tier.name}={HOST}:{port}" for tier, port in zip(spec.tiers, batchers, strict=True))
+    routes = ",".join(
+        f"{tier.name}={'+'.join(f'{HOST}:{port}' for port in own)}"
+        for tier, own in zip(spec.tiers, batchers, strict=True)
+    )
     return [
         [
             process("worker", f"worker-{tier.name}", port, *engine(tier), *compute)
@@ -217,13 +233,24 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
         ],
         [
             process(
-                *("batcher", f"batcher-{tier.name}", port),
+                *("batcher", f"batcher{number if number > 1 else ''}-{tier.name}", port),
                 *("--tier", tier.name, "--workers", f"{HOST}:{worker}", *engine(tier)),
             )
-            for tier, port, worker in zip(spec.tiers, batchers, workers, strict=True)
+            for tier, own, worker in zip(spec.tiers, batchers, workers, strict=True)
+            for number, port in enumerate(own, start=1)
         ],
-        [process("router", "router", spec.port or ports[-1], "--tiers", routes)],
+        [
+            process(
+                *("router", "router", spec.port or ports[-1], "--tiers", routes),
+                # Benchmarks also start older versions, which do not have the flag.
+                *(("--processes", str(parallel)) if parallel > 1 else ()),
+            )
+        ],
     ]
+
+
+def _threads(spec: MeshSpec, cores: int) -> int:
+    return spec.threads or worker_threads(cores, len(spec.tiers))
 
 
 @asynccontextmanager
@@ -246,8 +273,9 @@ async def mesh(
         spec.log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadSpec(f"cannot write logs to {spec.log_dir}: {error.strerror}; see --log-dir") from error
-    with reserved_ports(2 * len(spec.tiers) + 1) as ports:
-        stages = plan_processes(spec, ports, cores=cores())
+    available = cores()
+    with reserved_ports(ports_needed(spec, available)) as ports:
+        stages = plan_processes(spec, ports, cores=available)
         async with crew(stages, grace=spec.drain_seconds + _STOP_SECONDS, notify=notify) as running:
             try:
                 async with asyncio.TaskGroup() as tasks:

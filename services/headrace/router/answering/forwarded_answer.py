@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from opentelemetry import metrics, trace
@@ -35,6 +36,8 @@ class ForwardedAnswer(Progress):
     def __init__(self, request: pb.GenerateRequest, tier: str) -> None:
         super().__init__(request)
         self._tier = tier
+        sampling = request.sampling
+        self._max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else math.inf
         self._peer_is_router = False  # of this attempt
         self.accepted_here = False
         self.lost: errors.HeadraceError | None = None
@@ -83,7 +86,7 @@ class ForwardedAnswer(Progress):
         if event == "delta":
             if self._ending is not None:
                 raise errors.BatcherLost("the batcher sent a delta after the end of the answer's text")
-            replies.check_delta(response.delta, len(self.ids), self._asked)
+            replies.check_delta(response.delta, len(self.ids), self._max_tokens)
             if response.delta.token_count:
                 self._last_token = time.monotonic()
                 self._first_token = self._first_token or self._last_token

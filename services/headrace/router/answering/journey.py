@@ -30,6 +30,8 @@ from headrace.routing.request import Hints, RoutingRequest
 from headrace.routing.score import UNSCORED, Score
 from headrace.v1 import generation_pb2 as pb
 
+_NO_HINTS = Hints()
+
 _tracer = trace.get_tracer("headrace.router")
 _meter = metrics.get_meter("headrace.router")
 _routed = _meter.create_counter(attributes.METRIC_ROUTED, description="requests sent to a tier, by tier")
@@ -102,13 +104,15 @@ class Journey:
                 self._chooser.record_decision(self._facts, decision)
         self._decision = decision
         self._tier = decision.tier
-        trace.get_current_span().set_attributes(
-            {
-                attributes.SCORE: self._facts.score,
-                attributes.TIER: decision.tier,
-                attributes.ROUTE_REASON: decision.why,
-            }
-        )
+        span = trace.get_current_span()
+        if span.is_recording():
+            span.set_attributes(
+                {
+                    attributes.SCORE: self._facts.score,
+                    attributes.TIER: decision.tier,
+                    attributes.ROUTE_REASON: decision.why,
+                }
+            )
         _routed.add(1, {attributes.TIER: decision.tier})
         return self._tiers[decision.tier]
 
@@ -179,9 +183,10 @@ class Journey:
         """Complete an event for the caller, and record it."""
         event = response.WhichOneof("event")
         if event == "delta":
-            self._delivered += response.delta.token_count
+            delta = response.delta
+            self._delivered += delta.token_count
             if not self._shows_logprobs:
-                del response.delta.logprobs[:]
+                delta.ClearField("logprobs")
         elif event == "accepted":
             self._accept(response.accepted)
         elif event == "finish":
@@ -257,8 +262,10 @@ def text_of(request: pb.GenerateRequest) -> str:
     """
     if request.HasField("chat"):
         messages = request.chat.messages
-        last = next((turn for turn in reversed(messages) if turn.role == "user"), messages[-1])
-        return last.content
+        for turn in reversed(messages):
+            if turn.role == "user":
+                return turn.content
+        return messages[-1].content
     return request.prompt
 
 
@@ -268,17 +275,22 @@ def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest
     return RoutingRequest(
         score=score.value,
         scored=score is not UNSCORED,
-        hints=Hints(
-            tier=hints.tier,
-            model=hints.model,
-            min_tier=hints.min_tier,
-            max_tier=hints.max_tier,
-            quality_preference=hints.quality_preference if hints.HasField("quality_preference") else 0.5,
-            allow_escalation=hints.allow_escalation if hints.HasField("allow_escalation") else True,
-        ),
+        hints=_hints(hints) if request.HasField("routing") else _NO_HINTS,
         tenant=hints.tenant,
         session=hints.session_id,
         max_tokens=request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None,
         cascade=hints.cascade if hints.HasField("cascade") else None,
         resumes=bool(request.resume.token_ids),
+    )
+
+
+def _hints(hints: pb.Routing) -> Hints:
+    """Return the hints with the defaults of absent fields."""
+    return Hints(
+        tier=hints.tier,
+        model=hints.model,
+        min_tier=hints.min_tier,
+        max_tier=hints.max_tier,
+        quality_preference=hints.quality_preference if hints.HasField("quality_preference") else 0.5,
+        allow_escalation=hints.allow_escalation if hints.HasField("allow_escalation") else True,
     )

@@ -31,24 +31,19 @@ def accept(accepted: pb.Accepted, request: pb.GenerateRequest, tier: str) -> Non
     accepted.prompt_tokens = min(accepted.prompt_tokens, MAX_TOKENS)
 
 
-def check_delta(delta: pb.Delta, had: int, request: pb.GenerateRequest) -> None:
-    """Raise BatcherLost if the delta does not match *request*.
+def check_delta(delta: pb.Delta, had: int, max_tokens: float) -> None:
+    """Raise BatcherLost if the delta does not match the request.
 
-    had   tokens of the answer before it
+    had          tokens of the answer before it
+    max_tokens   that the request allows; infinite if it does not say
     """
-    if len(delta.logprobs) not in (0, delta.token_count):
+    count = delta.token_count
+    if len(delta.logprobs) not in (0, count):
         raise errors.BatcherLost(
-            f"the batcher sent {len(delta.logprobs)} log-probabilities for {delta.token_count} tokens"
+            f"the batcher sent {len(delta.logprobs)} log-probabilities for {count} tokens"
         )
-    sampling = request.sampling
-    if (
-        delta.token_count
-        and sampling.HasField("max_tokens")
-        and had + delta.token_count > sampling.max_tokens
-    ):
-        raise errors.BatcherLost(
-            f"the batcher sent {had + delta.token_count} tokens, the request allows {sampling.max_tokens}"
-        )
+    if count and had + count > max_tokens:
+        raise errors.BatcherLost(f"the batcher sent {had + count} tokens, the request allows {max_tokens}")
 
 
 def check_change(change: pb.RouteChange, within: str) -> None:
@@ -86,5 +81,7 @@ def check_finish(finish: pb.Finish, tokens: int) -> None:
 
 def repeated_prompt_tokens(finish: pb.Finish) -> int:
     """Return the prompt tokens that a router behind this one processed again, for its drafts and samples."""
+    if not finish.HasField("bill"):
+        return 0
     processed = sum(charge.prompt_tokens for charge in finish.bill.charges)
     return max(min(processed, MAX_TOKENS) - finish.usage.prompt_tokens, 0)

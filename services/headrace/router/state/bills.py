@@ -8,7 +8,7 @@ were cached on any tier.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from headrace.routing.tier_view import Price
 
@@ -26,8 +26,12 @@ class Charge:
 
     def add(self, other: Charge) -> None:
         """Add the counts of *other*."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        self.answers += other.answers
+        self.attempts += other.attempts
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.completion_tokens += other.completion_tokens
+        self.wasted_tokens += other.wasted_tokens
 
     def cost(self, price: Price) -> float:
         """Return the cost. Wasted tokens were computed, so they cost as much as delivered ones."""

@@ -12,16 +12,20 @@ import errno
 import json
 import logging
 import os
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from headrace import errors
 from headrace.quoting import quoted
 from headrace.router.state.quota import Quota
 from headrace.router.state.tenant_memory import TenantMemory
+
+if sys.platform != "win32":
+    import fcntl
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,6 @@ class AnswerRecord:
 
     score      of the prompt; None if it could not be scored
     prompt     the text that was scored; empty without a file, and if it is too long for the file
-    id         generated here, because callers may use a request id again
     quality    the reported outcome, 0 to 1; None before the report
     kept       whether the outcome is in the file
     ambiguous  another answer without a tenant has the same request id and no outcome
@@ -43,7 +46,6 @@ class AnswerRecord:
     tier: str
     score: float | None
     prompt: str = ""
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     quality: float | None = None
     kept: bool = False
     ambiguous: bool = False
@@ -145,7 +147,7 @@ class Feedback:
             return b""
         row = {
             "id": request_id,
-            "answer": answer.id,
+            "answer": uuid.uuid4().hex,  # callers may use a request id again
             **({"tenant": tenant} if tenant else {}),
             "time": round(time.time(), 3),
             "prompt": answer.prompt,
@@ -168,16 +170,22 @@ class Feedback:
             quota.take(tenant, amount, now)
 
     def _write(self, path: Path, line: bytes) -> None:
-        if not self._append(path, line):
-            os.replace(path, path.with_name(path.name + ".1"))
-            self._append(path, line)
+        while not self._append(path, line):
+            pass
 
     def _append(self, path: Path, line: bytes) -> bool:
-        """Write the row if the file has space for it; return whether it has."""
+        """Write the row, or rotate the file if it is full; return whether the row is in the file.
+
+        The file is locked: other processes of the router may write to it and rotate it.
+        """
         handle = _open(path)
         try:
+            _lock(handle)
+            if not _is_at(path, handle):
+                return False  # another process has rotated it
             size = os.fstat(handle).st_size
             if size + len(line) > self._max_bytes:
+                os.replace(path, path.with_name(path.name + ".1"))
                 return False
             if os.write(handle, line) < len(line):
                 # A partial row would also corrupt the next one.
@@ -209,5 +217,18 @@ def _named(tenant: str) -> str:
 
 def _open(path: Path) -> int:
     # Readable by its owner only, because it contains callers' prompts.
-
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+
+def _lock(handle: int) -> None:
+    """Wait until no other process has locked the file, and lock it until it is closed."""
+    if sys.platform != "win32":  # where a router has one process
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Return whether an open file is still the one at *path*."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

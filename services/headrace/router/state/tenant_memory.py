@@ -37,8 +37,9 @@ class TenantMemory(Generic[T]):
 
     def put(self, tenant: str, name: str, value: T, weight: int = 0) -> None:
         """Store a value as the tenant's newest; it replaces an older one of that name."""
-        holding = self._tenants.setdefault(tenant, _Holding())
-        if name in holding.values:
+        if (holding := self._tenants.get(tenant)) is None:
+            holding = _Holding()
+        elif name in holding.values:
             self._drop(tenant, name)
         holding.values[name] = (value, weight)
         holding.weight += weight

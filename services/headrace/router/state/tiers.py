@@ -29,6 +29,7 @@ class Tier:
     """One tier and its batchers.
 
     reported     the reports of its batchers, combined
+    models       the models of its healthy batchers, or of all batchers if none is healthy
     healthy_at   time.monotonic() at which it was last healthy
 
     targets      gRPC targets of its batchers; a dns:/// name resolves to one batcher per address
@@ -44,18 +45,13 @@ class Tier:
     ) -> None:
         self.name = name
         self.reported = routing.Tier(name=name, unhealthy_reason="not polled yet")
+        self.models: frozenset[str] = frozenset()
         self.healthy_at = -math.inf
         self._discovery = Discovery(targets)
         self._poll_seconds = poll_seconds
         self._stall_seconds = stall_seconds
         self._batchers: dict[str, BatcherPeer] = {}
         self._changed = asyncio.Event()
-
-    @property
-    def models(self) -> frozenset[str]:
-        """The models of its healthy batchers, or of all batchers if none is healthy."""
-        healthy = [batcher for batcher in self.batchers if batcher.reported.healthy]
-        return frozenset().union(*(batcher.models for batcher in healthy or self.batchers))
 
     @property
     def batchers(self) -> list[BatcherPeer]:
@@ -68,6 +64,8 @@ class Tier:
         Batchers that reply to polls in time are preferred.
         """
         ready = [batcher for batcher in self._batchers.values() if batcher.ready and batcher not in avoid]
+        if len(ready) == 1:
+            return ready[0]
         return min(ready, key=lambda batcher: (batcher.late, batcher.busy, random.random()), default=None)
 
     async def wait_for_batcher(self, deadline: Deadline) -> BatcherPeer | None:
@@ -125,7 +123,10 @@ class Tier:
 
     def _update(self) -> None:
         """Combine the batchers' reports, and resume the requests that wait for a batcher."""
-        self.reported = combined(self.name, [batcher.reported for batcher in self._batchers.values()])
+        batchers = self.batchers
+        self.reported = combined(self.name, [batcher.reported for batcher in batchers])
+        healthy = [batcher for batcher in batchers if batcher.reported.healthy]
+        self.models = frozenset().union(*(batcher.models for batcher in healthy or batchers))
         if self.reported.healthy:
             self.healthy_at = time.monotonic()
         changed, self._changed = self._changed, asyncio.Event()
@@ -161,9 +162,10 @@ class Tiers:
             Tier(name, addresses, poll_seconds=poll_seconds, stall_seconds=stall_seconds)
             for name, addresses in targets
         ]
+        self._by_name = {tier.name: tier for tier in self.tiers}
 
     def __getitem__(self, name: str) -> Tier:
-        return next(tier for tier in self.tiers if tier.name == name)
+        return self._by_name[name]
 
     @property
     def any_healthy(self) -> bool:

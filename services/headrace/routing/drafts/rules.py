@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace.routing.drafts.check import Check
@@ -38,18 +38,18 @@ class CascadeRules:
         self,
         request: RoutingRequest,
         decision: Decision,
-        answer_seconds: Mapping[str, float],
+        answer_seconds: Callable[[str], float],
         seconds_left: float,
     ) -> bool:
         """Whether the answer of the chosen tier is held back and checked.
 
         It is if a larger tier could replace it and the time suffices for both.
 
-        answer_seconds   the expected time of an answer, by tier
+        answer_seconds   returns the expected time of an answer of a tier
         """
         if not (self.allow(request) and decision.escalations and request.score >= self.min_score):
             return False
-        return answer_seconds[decision.tier] + answer_seconds[decision.escalations[0]] <= seconds_left
+        return answer_seconds(decision.tier) + answer_seconds(decision.escalations[0]) <= seconds_left
 
     def release(self, check: Check, quality_preference: float) -> bool:
         """Whether a draft is released.

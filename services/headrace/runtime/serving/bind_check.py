@@ -21,8 +21,10 @@ _AS_GRPC = {
 }
 
 
-def bind_error(host: str, port: int) -> OSError | UnicodeError | None:
+def bind_error(host: str, port: int, *, shared: bool = False) -> OSError | UnicodeError | None:
     """Return the error of binding *host*, an address or a name, and *port*; None if it can be bound.
+
+    shared   whether other servers that share the port may listen on it
 
     Resolves names, which may take seconds: call it on a thread.
     """
@@ -34,15 +36,18 @@ def bind_error(host: str, port: int) -> OSError | UnicodeError | None:
         ]
     except (OSError, UnicodeError) as error:  # UnicodeError for invalid names, such as a..b
         return error
-    problems = [problem for family, *_, where in found if (problem := _bind(family, where)) is not None]
+    tried = (_bind(family, where, shared) for family, *_, where in found)
+    problems = [problem for problem in tried if problem is not None]
     taken = next((problem for problem in problems if problem.errno == errno.EADDRINUSE), None)
     return taken or (problems[0] if len(problems) == len(found) else None)
 
 
-def _bind(family: int, where: tuple[object, ...]) -> OSError | None:
+def _bind(family: int, where: tuple[object, ...], shared: bool) -> OSError | None:
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind(where)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import signal
 import time
@@ -47,8 +48,6 @@ _OPTIONS = (
     # connection as "too_many_pings". The option's name has no "recv", unlike that of its constant in core.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.enable_channelz", 1),
-    # Two servers on one port would each receive half of the calls, without an error.
-    ("grpc.so_reuseport", 0),
 )
 _FOLLOW_SECONDS = 0.1
 _EVICT_SECONDS = 2.0  # after the drain, until the remaining requests have ended, on a busy machine
@@ -122,6 +121,7 @@ async def serving(
     *,
     host: str,
     port: int,
+    share_port: bool = False,
     drain_seconds: float,
     calls: Calls | None = None,
     untracked: frozenset[str] = frozenset(),
@@ -133,6 +133,8 @@ async def serving(
     register       adds the servicers
     services       descriptors of the services that it adds, for reflection and health
     port           0 picks a free one
+    share_port     whether other servers may listen on it too; each connection then reaches one of them. By
+                   default, another server on the port is an error
     drain_seconds  how long requests in flight may continue after the block exits; the rest then end with
                    DRAINING, so that their callers resume them on another server
     calls          runs the calls, within limits; by default one with default limits
@@ -147,7 +149,9 @@ async def serving(
     names = [service.full_name for service in services]
     health, calls = Health(names), calls or Calls()
     interceptor = ServerInterceptor(calls, untracked=untracked)
-    server = accept_loop.server([interceptor], (*_OPTIONS, *calls.budget.limits.options()))
+    server = accept_loop.server(
+        [interceptor], (*_OPTIONS, *calls.budget.limits.options(), ("grpc.so_reuseport", int(share_port)))
+    )
     register(server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     channelz.add_channelz_servicer(server)
@@ -159,7 +163,7 @@ async def serving(
             CHANNELZ.services_by_name["Channelz"].full_name,
         ],
     )
-    bound = await _listen(server, host, port)
+    bound = await _listen(server, host, port, share_port)
     await health.set_ready(False)
     await health.set_live()
     await server.start()
@@ -204,13 +208,14 @@ async def _drain(
     log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
 
-async def _listen(server: grpc.aio.Server, host: str, port: int) -> int:
-    problem: Exception | None = await asyncio.to_thread(bind_error, host, port)
+async def _listen(server: grpc.aio.Server, host: str, port: int, shared: bool) -> int:
+    find = functools.partial(bind_error, host, port, shared=shared)
+    problem: Exception | None = await asyncio.to_thread(find)
     if problem is None:
         try:
             return server.add_insecure_port(join(host, port))
         except RuntimeError as error:  # in use since the check, or gRPC has another reason
-            problem = await asyncio.to_thread(bind_error, host, port) or error
+            problem = await asyncio.to_thread(find) or error
     in_use = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
     raise (PortInUse if in_use else CannotListen)(explain(problem, host, port)) from problem
 
