@@ -90,9 +90,10 @@ class SharedCall:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         response = self._arrived.popleft()
-        if self._received >= self._credit_at and not self._ended:
-            self._credit_at = self._received + CREDIT // 2
-            self._stream.grant(self._handle, self._received - len(self._arrived) + CREDIT)
+        read = self._received - len(self._arrived)
+        if read >= self._credit_at and not self._ended:
+            self._credit_at = read + CREDIT // 2
+            self._stream.grant(self._handle, read + CREDIT)
         return response
 
     def cancel(self) -> None:
@@ -297,7 +298,7 @@ class SharedStream:
             self._has_unsent.clear()
             while self._unsent:
                 await self._rpc.write(self._unsent.popleft())
-                # Else the status of a server that does not offer the stream could arrive during a later write.
+                # Else the status of a server without Multiplex could arrive during a later write.
                 await self._welcomed.wait()
 
     async def _watch(self) -> None:
