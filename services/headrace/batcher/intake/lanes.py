@@ -32,7 +32,7 @@ class PendingPrompt:
 
     encode   returns its tokens; called on a thread
     size     bytes of the request
-    ids      its tokens, or why there are none
+    ids      its tokens, or why there are none; set while it is in a lane
     """
 
     encode: Callable[[], list[int]]
@@ -41,7 +41,7 @@ class PendingPrompt:
     priority: int
     arrived: float
     deadline: Deadline
-    ids: asyncio.Future[list[int]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    ids: asyncio.Future[list[int]] = field(init=False)
 
     @property
     def cost(self) -> int:
@@ -96,6 +96,11 @@ class Lane:
         """The requests that hold a place here: until they enter the batcher's queue or leave."""
         return len(self._held)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits here for a thread."""
+        return not self.order
+
     def by_level(self) -> dict[int, list[PendingPrompt]]:
         """See `admission.WaitingPlace`: those that are not on a thread yet."""
         return self.order.by_level()
@@ -109,6 +114,7 @@ class Lane:
 
     def put(self, prompt: PendingPrompt) -> None:
         """Queue *prompt*, whose tokens will be in `prompt.ids`. It holds a place until `leave` is called."""
+        prompt.ids = asyncio.get_running_loop().create_future()
         self._held.add(prompt)
         self.bytes += prompt.size
         queue_depth.add(1, self._labels)
