@@ -37,6 +37,7 @@ class GatedTokenizer(ByteTokenizer):
     """
 
     bound = None  # every prompt reaches `encode_text`
+    quick_text_bytes = quick_chat_bytes = 0  # on a thread
 
     def __init__(self, slow: Callable[[str], bool] = lambda text: True) -> None:
         self.texts: list[str] = []

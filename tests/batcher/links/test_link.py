@@ -11,7 +11,8 @@ import pytest
 from opentelemetry import trace
 
 from headrace import errors, statuses
-from headrace.batcher.inbox import FlushPolicy, Inbox, SequenceEnd
+from headrace.batcher.flushing import Flusher
+from headrace.batcher.inbox import Inbox, SequenceEnd
 from headrace.batcher.job import Job
 from headrace.batcher.links.breaker import BreakerState
 from headrace.batcher.links.link import WorkerLink
@@ -37,7 +38,7 @@ def job(*, attempt: int = 0, max_unread_tokens: int = 1000, request_id: str = "r
         deadline=NEVER,
         priority=5,
         attempt=attempt,
-        inbox=Inbox(FlushPolicy(), limit=max_unread_tokens),
+        inbox=Inbox(Flusher(), limit=max_unread_tokens),
         span=trace.INVALID_SPAN,
     )
 
@@ -50,8 +51,12 @@ class Recorder:
         self.failures: list[tuple[Job, errors.HeadraceError]] = []
         self.stopped: list[Job] = []
         self.cached: list[tuple[Job, int]] = []
+        self.changes = 0
 
     def changed(self) -> None:
+        self.changes += 1
+
+    def stepped(self) -> None:
         pass
 
     def ended(self, link: WorkerLink, job: Job, end: SequenceEnd) -> None:

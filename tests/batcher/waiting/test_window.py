@@ -61,8 +61,8 @@ def test_a_batch_closes_now_if_full_or_if_a_worker_is_idle_and_otherwise_after_t
     window: Window, waiting: int, tokens: int, free_slots: int, oldest: float, linger: float
 ) -> None:
     def closes(idle: bool) -> float:
-        return window.closes_at(waiting, tokens, free_slots, oldest=oldest, linger=linger, idle=idle)
+        return window.closes_at(waiting, tokens, free_slots, oldest=lambda: oldest, linger=linger, idle=idle)
 
     assert closes(True) == 0, "an idle worker never waits"
     full = waiting >= min(window.size, free_slots) or tokens >= window.tokens
-    assert closes(False) == (0 if full else oldest + linger)
+    assert closes(False) == (0 if full or not linger else oldest + linger)
