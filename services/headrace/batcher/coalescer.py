@@ -141,9 +141,9 @@ class Coalescer:
                 link.cancel(job)
             job.inbox.fail(_stopping())
 
-    def current_flushing(self) -> LiveFlushing:
+    def current_flushing(self, now: float) -> LiveFlushing:
         """Return the flushers, adapted to the load if that was some time ago."""
-        if self._flushing.is_due(now := time.monotonic()):
+        if self._flushing.is_due(now):
             rate = sum(link.rate.per_second(now) for link in self.pool)
             self._flushing.update(now, streams=len(self.live), tokens_per_second=rate)
         return self._flushing
@@ -155,9 +155,9 @@ class Coalescer:
         if self.queue or any(link.suspect for link in self.pool):  # otherwise there is nothing to dispatch
             self._wake()
 
-    def stepped(self) -> None:
+    def stepped(self, now: float) -> None:
         """See `LinkListener`."""
-        self.current_flushing()
+        self.current_flushing(now)
 
     def ended(self, link: WorkerLink, job: Job, end: SequenceEnd) -> None:
         """See `LinkListener`."""

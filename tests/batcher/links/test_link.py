@@ -56,7 +56,7 @@ class Recorder:
     def changed(self) -> None:
         self.changes += 1
 
-    def stepped(self) -> None:
+    def stepped(self, now: float) -> None:
         pass
 
     def ended(self, link: WorkerLink, job: Job, end: SequenceEnd) -> None:

@@ -312,7 +312,7 @@ class Intake:
 
     def _flusher(self, stream: pb.StreamOptions, framed: bool) -> Flusher:
         """Return the flusher that follows the load, or one of its own for a request with flush options."""
-        live = self._coalescer.current_flushing()
+        live = self._coalescer.current_flushing(time.monotonic())
         default = live.framed if framed else live.messages
         own_tokens, own_interval = stream.HasField("flush_tokens"), stream.HasField("flush_interval")
         if not (own_tokens or own_interval):

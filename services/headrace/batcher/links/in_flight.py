@@ -99,7 +99,7 @@ class InFlightSequences:
         if ids:
             sequence.offset += len(ids)
             self._mark_prefilled(sequence)
-        return sequence, ids, delta.logprobs[skip:]
+        return sequence, ids, delta.logprobs[skip:] if sequence.logprobs else []
 
     def remove(self, handle: int, attempt: int) -> InFlightSequence | None:
         """Remove a sequence that ended at the worker, and free its handle. None if the end does not count."""

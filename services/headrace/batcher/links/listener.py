@@ -19,7 +19,7 @@ class LinkListener(Protocol):
         """The free slots or the readiness of a worker may have changed."""
         ...
 
-    def stepped(self) -> None:
+    def stepped(self, now: float) -> None:
         """A step frame has arrived, and its tokens are counted."""
         ...
 

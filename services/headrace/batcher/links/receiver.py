@@ -47,8 +47,10 @@ class Receiver:
         self._link = link
         self._listener = listener
         self._acked = 0
-        self._tokens = 0  # of the step that is being handled
-        self._faulted: list[Job] = []  # by the message that is being handled
+        # By the message that is being handled.
+        self._changed = False  # free slots, the backlog, or the worker's readiness
+        self._tokens = 0
+        self._faulted: list[Job] = []
 
     def handle(self, response: wire.RunResponse) -> None:
         """Handle one message. Raises Mismatch, or WorkerLost for a message that no sound worker sends."""
@@ -56,7 +58,7 @@ class Receiver:
         link.liveness.received(now)
         kind = response.WhichOneof("message")
         # Most steps and admissions change nothing that the queue waits for.
-        before = (len(link.in_flight), link.in_flight.backlog, link.suspect)
+        self._changed = kind not in ("step", "admission")
         if kind == "step":
             self._handle_step(response.step, now)
         elif kind == "admission":
@@ -83,8 +85,7 @@ class Receiver:
             log.info("worker drains", extra={"target": link.target})
         if link.retiring and not link.in_flight:
             link.send(None)
-        after = (len(link.in_flight), link.in_flight.backlog, link.suspect)
-        if after != before or kind not in ("step", "admission"):
+        if self._changed:
             self._listener.changed()
 
     def _handle_welcome(self, welcome: wire.Welcome) -> None:
@@ -112,14 +113,16 @@ class Receiver:
     def _handle_step(self, step: wire.Step, now: float) -> None:
         link = self._link
         link.liveness.stepped(now)
+        self._changed = link.suspect
         link.suspect = False
-        self._tokens = 0
+        self._tokens, backlog = 0, link.in_flight.backlog
         vocabulary = link.model.vocabulary_size if link.model is not None else 0
         for delta in step.deltas:
             self._handle_delta(delta, vocabulary)
         if self._tokens:
             link.rate.add(now, self._tokens)
-        self._listener.stepped()
+        self._changed |= link.in_flight.backlog != backlog
+        self._listener.stepped(now)
         self._record_faults(now)
         if step.frame - self._acked >= _ACK_EVERY:
             self._acked = step.frame
@@ -170,6 +173,7 @@ class Receiver:
         sequence = link.in_flight.remove(handle, attempt)
         if sequence is None:
             return
+        self._changed = True
         if isinstance(end, errors.HeadraceError) and is_worker_fault(end):
             self._faulted.append(sequence.job)
         elif isinstance(end, SequenceEnd) and end.reason != pb.FINISH_REASON_CANCELLED:

@@ -147,17 +147,19 @@ class Dispatcher:
         }
 
     def _closes_at(self, candidates: dict[str, WorkerCandidate]) -> float:
-        now, queue = time.monotonic(), self._queue
-        return self._window.closes_at(
-            len(queue),
-            queue.uncached,
-            sum(candidate.free_slots for candidate in candidates.values()),
-            oldest=lambda: min(job.arrived for job in queue),
-            linger=self._window.linger_for(
-                arrivals=self._admission.arrivals.per_second(now), step_seconds=self._pool.step_seconds()
-            ),
-            idle=any(candidate.backlog == 0 for candidate in candidates.values()),
+        """Return when the next batch is complete, time.monotonic(); 0 means now."""
+        queue, window = self._queue, self._window
+        idle, free_slots = False, 0
+        for candidate in candidates.values():
+            idle = idle or candidate.backlog == 0
+            free_slots += candidate.free_slots
+        if window.is_complete(len(queue), queue.uncached, free_slots, idle=idle):
+            return 0.0
+        linger = window.linger_for(
+            arrivals=self._admission.arrivals.per_second(time.monotonic()),
+            step_seconds=self._pool.step_seconds(),
         )
+        return min(job.arrived for job in queue) + linger  # of fewer jobs than make a batch
 
     def _submit(self, link: WorkerLink, batch: list[Job], now: float) -> None:
         span = self._batch_span(link, batch)

@@ -7,7 +7,6 @@ longer than the current engine step: requests that arrive before its end join th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 HORIZON_SECONDS = 0.5
@@ -48,23 +47,12 @@ class Window:
             return self.tokens
         return max(min(int(prefill_rate * HORIZON_SECONDS), self.tokens), 1)
 
-    def closes_at(
-        self,
-        waiting: int,
-        tokens: int,
-        free_slots: int,
-        *,
-        oldest: Callable[[], float],
-        linger: float,
-        idle: bool,
-    ) -> float:
-        """Return when the next batch is complete, on the clock of *oldest*; 0 means now.
+    def is_complete(self, waiting: int, tokens: int, free_slots: int, *, idle: bool) -> bool:
+        """Return whether a batch does not wait for more requests.
 
         waiting      the number of requests that wait
         tokens       the prompt tokens of those requests
         free_slots   the sequences that the workers accept now
-        oldest       returns when the oldest of the requests arrived; only called for fewer than `size`
-        idle         whether a worker has no prompt to compute: then the batch is complete now
+        idle         whether a worker has no prompt to compute
         """
-        full = waiting >= min(self.size, free_slots) or tokens >= self.tokens
-        return 0.0 if idle or full or not linger else oldest() + linger
+        return idle or waiting >= min(self.size, free_slots) or tokens >= self.tokens
