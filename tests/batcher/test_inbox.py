@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from headrace import errors
-from headrace.batcher.flushing import Flusher, message_tokens
+from headrace.batcher.flushing import Flusher
 from headrace.batcher.inbox import Inbox, SequenceEnd
 from headrace.v1 import generation_pb2 as pb
 
@@ -60,14 +60,13 @@ async def test_tokens_from_before_a_failure_are_delivered_before_it() -> None:
         await inbox.take()
 
 
-def test_a_higher_token_rate_makes_larger_flushes() -> None:
-    sizes = [message_tokens(8, rate) for rate in (0, 900, 2_500, 12_000, 1e6)]
+async def test_a_reader_that_was_cancelled_misses_nothing() -> None:
+    inbox = Inbox(Flusher())
+    reading = asyncio.create_task(inbox.take())
+    await asyncio.sleep(0)
+    inbox.put([1], [])
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
 
-    assert sizes == [1, 1, 3, 12, 32]
-
-
-def test_more_streams_make_larger_flushes() -> None:
-    sizes = [message_tokens(streams, 0.0) for streams in (1, 16, 17, 40, 100, 1000)]
-
-    assert sizes == sorted(sizes)
-    assert (sizes[0], sizes[-1]) == (1, 8)
+    assert (await inbox.take()).ids == [1]

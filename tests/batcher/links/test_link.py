@@ -130,6 +130,21 @@ async def test_a_handle_is_reused_only_after_its_sequence_has_ended() -> None:
     assert link.outstanding == 2
 
 
+async def test_steps_report_a_change_only_if_the_queue_may_wait_for_it() -> None:
+    one, listener = job(), Recorder()
+    link = connected(one, listener=listener)
+    at = listener.changes
+    delta(link, handle=0, offset=0, token_ids=[5])
+    assert listener.changes == at + 1, "its prompt is computed"
+    delta(link, handle=0, offset=1, token_ids=[6])
+    assert listener.changes == at + 1
+    link.suspect = True
+    delta(link, handle=0, offset=2, token_ids=[7])
+    assert listener.changes == at + 2, "the worker is ready again"
+    delta(link, handle=0, offset=3, finish=pb.FINISH_REASON_STOP)
+    assert listener.changes == at + 3, "a slot is free"
+
+
 async def test_only_the_newest_credit_counts() -> None:
     link = connected()
     link.receiver.handle(wire.RunResponse(credit=wire.Credit(generation=3, sequences=5)))
