@@ -152,7 +152,8 @@ class Coalescer:
 
     def changed(self) -> None:
         """See `LinkListener`."""
-        if self.queue or any(link.suspect for link in self.pool):  # otherwise there is nothing to dispatch
+        # Otherwise there is nothing to dispatch, to evict or to notice.
+        if self.queue or self._unready_since is not None or any(link.suspect for link in self.pool):
             self._wake()
 
     def stepped(self, now: float) -> None:

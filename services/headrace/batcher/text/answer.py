@@ -82,8 +82,8 @@ class AnswerEvents:
 
     def events_for(self, arrival: Arrival) -> Iterator[pb.GenerateResponse]:
         """Yield the events for an arrival."""
-        ids, logprobs, end, change = arrival
-        if change is not None:
+        ids, end = arrival.ids, arrival.end
+        if (change := arrival.change) is not None:
             route = pb.RouteChange(
                 to=change.target, reason=change.reason, attempt=change.attempt, **{"from": change.origin}
             )
@@ -98,7 +98,7 @@ class AnswerEvents:
         used, stopped = 0, None
         while used < len(ids) and stopped is None:
             text, count, stopped = self._text.feed(ids[used : used + _MAX_IDS])
-            yield self._delta(ids[used : used + count], logprobs[used : used + count], text)
+            yield self._delta(arrival, used, used + count, text)
             used += count
         if stopped is not None or end is not None:
             self._end = end
@@ -113,7 +113,7 @@ class AnswerEvents:
         stopped = stopped if stopped is not None else self._replayed.stopped
         last = self._text.flush() if stopped is None else Piece("", 0)
         if last.text:
-            yield self._delta([], [], last.text)
+            yield self._delta(Arrival([], [], None), 0, 0, last.text)
         yield self._finish(stopped if stopped is not None else last.stopped, wasted)
 
     def _finish(self, stopped: str | None, wasted: int) -> pb.GenerateResponse:
@@ -164,18 +164,18 @@ class AnswerEvents:
                 {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}
             )
 
-    def _delta(self, ids: list[int], logprobs: list[float], text: str) -> pb.GenerateResponse:
+    def _delta(self, arrival: Arrival, start: int, stop: int, text: str) -> pb.GenerateResponse:
         # Set field by field: a message that is passed to a constructor is copied.
         response = pb.GenerateResponse()
         delta = response.delta
         delta.offset = self._offset
-        delta.token_count = len(ids)
+        delta.token_count = stop - start
         delta.text = text
-        if logprobs:
-            delta.logprobs.extend(logprobs)
+        if arrival.logprobs:
+            delta.logprobs.extend(arrival.logprobs[start:stop])
         if self._with_ids:
-            delta.token_ids.extend(ids)
-        self._offset += len(ids)
+            delta.token_ids.extend(arrival.ids[start:stop])
+        self._offset += stop - start
         return response
 
 

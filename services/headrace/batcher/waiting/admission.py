@@ -145,11 +145,14 @@ class Admission:
 
     def estimates(self, now: float) -> Estimates:
         """Return the measured rates and the backlog of the tier."""
-        ready = self._pool.ready()
-        busy = not any(link.free_slots(now) for link in ready)
+        rate, backlog, busy = 0.0, 0, True
+        for link in self._pool.ready():
+            rate += link.load.prefill_tokens_per_second
+            backlog += link.backlog
+            busy = busy and not link.free_slots(now)
         return Estimates(
-            prefill_rate=sum(link.load.prefill_tokens_per_second for link in ready),
+            prefill_rate=rate,
             step_seconds=self._pool.step_seconds(),
-            backlog=sum(link.backlog for link in ready),
+            backlog=backlog,
             drain_rate=self.drained.per_second(now) if busy else 0.0,
         )
