@@ -141,7 +141,7 @@ class Intake:
             deadline=deadline,
         )
         lane = next(lane for lane in reversed(self._lanes) if size >= lane.smallest)
-        if size <= self._quick_bytes(request) and lane.idle:
+        if size <= self._quick_bytes(request) and lane.empty:
             return self._job_at_once(request, pending, limits, framed)
         self._enter(pending, lane, time.monotonic())
         try:
@@ -331,7 +331,7 @@ def _tokenize_span() -> AbstractContextManager[object]:
 
 
 def _nothing_held() -> None:
-    """Release the place of a request that enters the queue as soon as its place was made."""
+    """Do nothing: between its intake and the queue, in one turn of the event loop, a request holds no place."""
 
 
 def _deadline_passed() -> errors.DeadlineInQueue:

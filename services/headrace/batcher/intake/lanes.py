@@ -97,8 +97,8 @@ class Lane:
         return len(self._held)
 
     @property
-    def idle(self) -> bool:
-        """Whether no request waits here for a thread."""
+    def empty(self) -> bool:
+        """Whether no request waits here for a thread; some may be on one."""
         return not self.order
 
     def by_level(self) -> dict[int, list[PendingPrompt]]:
