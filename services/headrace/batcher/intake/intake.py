@@ -331,7 +331,7 @@ def _tokenize_span() -> AbstractContextManager[object]:
 
 
 def _nothing_held() -> None:
-    """Do nothing: between its intake and the queue, in one turn of the event loop, a request holds no place."""
+    """Do nothing: a request that enters the queue in the same turn of the event loop holds no place before."""
 
 
 def _deadline_passed() -> errors.DeadlineInQueue:
