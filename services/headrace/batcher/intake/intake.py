@@ -331,7 +331,7 @@ def _tokenize_span() -> AbstractContextManager[object]:
 
 
 def _nothing_held() -> None:
-    """Do nothing: a request that enters the queue in the same turn of the event loop holds no place before."""
+    """Do nothing: a request that enters the queue in this turn of the event loop holds no place before."""
 
 
 def _deadline_passed() -> errors.DeadlineInQueue:
