@@ -178,10 +178,11 @@ class Intake:
     def _enter(self, pending: PendingPrompt, lane: Lane, now: float) -> None:
         """Put the request into its lane, and shed others for it if need be."""
         if pending.deadline.exists:
-            left, needed = pending.response_deadline.left(now), lane.wait_seconds(pending)
+            left = pending.response_deadline.left(now)
             if left <= 0:
                 raise _deadline_passed()
-            if needed > TOLERANCE * left:
+            longest = TOLERANCE * left
+            if lane.longest_wait_seconds > longest and (needed := lane.wait_seconds(pending)) > longest:
                 raise errors.TtftUnattainable(
                     f"the deadline is in {left:.2f} s, but the prompt would be tokenised after {needed:.2f} s"
                     " at the earliest: allow more time or use another tier",

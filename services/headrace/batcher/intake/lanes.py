@@ -107,9 +107,17 @@ class Lane:
 
     def wait_seconds(self, newcomer: PendingPrompt) -> float:
         """Estimate how long *newcomer* would wait for its tokens, from previous ones; 0 while unknown."""
+        ahead, _ = self.order.ahead_of(newcomer)
+        return self._seconds_behind(ahead)
+
+    @property
+    def longest_wait_seconds(self) -> float:
+        """Estimate how long a newcomer waits if all others are ahead, which needs no search through them."""
+        return self._seconds_behind(len(self.order))
+
+    def _seconds_behind(self, ahead: int) -> float:
         if len(self._running) < self._threads:
             return 0.0
-        ahead, _ = self.order.ahead_of(newcomer)
         return (ahead + 1) / self._threads * self._seconds.value
 
     def put(self, prompt: PendingPrompt) -> None:
