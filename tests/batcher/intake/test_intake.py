@@ -142,7 +142,7 @@ async def test_short_prompts_are_tokenised_on_the_event_loop_unless_others_wait(
         await eventually(lambda: not intake_of(tier).waiting)
 
     assert tokenizer.on_the_loop == ["overtakes nobody"]
-    assert tokenizer.texts[-1] == "waits for its turn"
+    assert "waits for its turn" in tokenizer.texts[-2:]  # two threads
 
 
 async def test_a_resumed_answer_holds_a_place_while_it_is_decoded() -> None:
