@@ -9,10 +9,10 @@ import pytest
 from opentelemetry import trace
 
 from headrace import errors
-from headrace.batcher.flushing import Flusher
 from headrace.batcher.inbox import Inbox
 from headrace.batcher.job import Job
 from headrace.deadline import NEVER
+from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import eventually, running_mesh

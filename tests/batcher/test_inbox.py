@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from headrace import errors
-from headrace.batcher.flushing import Flusher
 from headrace.batcher.inbox import Inbox, SequenceEnd
+from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
 
 END = SequenceEnd(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing())

@@ -17,11 +17,11 @@ from opentelemetry import trace
 
 from headrace import errors, statuses
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.flushing import Flusher
 from headrace.batcher.inbox import Inbox, WorkerChange
 from headrace.batcher.job import Job
 from headrace.client import Client
 from headrace.deadline import NEVER
+from headrace.flushing import Flusher
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from opentelemetry import metrics
 
 from headrace import attributes, errors
-from headrace.batcher.flushing import LiveFlushing
 from headrace.batcher.inbox import Arrival, SequenceEnd
 from headrace.batcher.job import Job
 from headrace.batcher.links.failover import check_retry
@@ -27,6 +26,7 @@ from headrace.batcher.waiting.dispatch import MAX_IDLE_SECONDS, Dispatcher
 from headrace.batcher.waiting.prefixes import PrefixIndex, scope_of, scoped
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
+from headrace.flushing import LiveFlushing
 from headrace.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)

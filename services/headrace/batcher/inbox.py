@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from headrace import errors
-from headrace.batcher.flushing import Flusher
+from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
 
 

@@ -11,7 +11,6 @@ import pytest
 from opentelemetry import trace
 
 from headrace import errors, statuses
-from headrace.batcher.flushing import Flusher
 from headrace.batcher.inbox import Inbox, SequenceEnd
 from headrace.batcher.job import Job
 from headrace.batcher.links.breaker import BreakerState
@@ -20,6 +19,7 @@ from headrace.batcher.links.receiver import Receiver
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import MAX_MESSAGE_BYTES
 from headrace.deadline import NEVER
+from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server

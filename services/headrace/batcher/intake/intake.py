@@ -21,7 +21,6 @@ from opentelemetry import trace
 
 from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.flushing import Flusher
 from headrace.batcher.inbox import Inbox
 from headrace.batcher.intake.lanes import Lane, PendingPrompt
 from headrace.batcher.intake.limits import RequestLimits
@@ -32,6 +31,7 @@ from headrace.batcher.waiting.estimates import retry_after
 from headrace.batcher.waiting.prefixes import block_names
 from headrace.batcher.waiting.shedding import victims
 from headrace.deadline import Deadline
+from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request, seconds_of
 

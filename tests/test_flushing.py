@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.batcher.flushing import (
+from headrace.batcher.inbox import Inbox
+from headrace.flushing import (
     MAX_TOKENS_PER_EVENT,
     UPDATE_SECONDS,
     Flusher,
@@ -17,7 +18,6 @@ from headrace.batcher.flushing import (
     framed_tokens,
     message_tokens,
 )
-from headrace.batcher.inbox import Inbox
 from tests.harness import eventually
 
 
