@@ -27,6 +27,7 @@ from opentelemetry import metrics, trace
 from headrace import attributes, errors, statuses
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
 from headrace.deadline import Deadline
+from headrace.flushing import Flusher
 from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
 from headrace.progress import Progress, Responses, route_change
 from headrace.propagation import check_headers, inject
@@ -245,10 +246,13 @@ class Client:
         timeout: float | None,
         metadata: Mapping[str, str] = _EMPTY,
         labels: Mapping[str, str | int] = _EMPTY,
+        flusher: Flusher | None = None,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Make one call, in a client span with events for the first token and the end, and stream its events.
 
-        The arguments are those of `generate`, which makes further attempts if this one fails.
+        flusher   when tokens that were gathered on the shared stream are handed over; None: each at once
+
+        The other arguments are those of `generate`, which makes further attempts if this one fails.
         """
         # Not `start_as_current_span`: a generator runs in the context of each caller that requests an item.
         span = _tracer.start_span(
@@ -259,7 +263,7 @@ class Client:
         headers = inject(trace.set_span_in_context(span), metadata)
         began = time.monotonic()
         code = grpc.StatusCode.CANCELLED  # if nothing below sets another one
-        call = self._caller.call(request, timeout=timeout, metadata=headers)
+        call = self._caller.call(request, timeout=timeout, metadata=headers, flusher=flusher)
         first = span.is_recording()
         try:
             while (response := await call.next()) is not None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from contextlib import aclosing
+from contextlib import ExitStack
 
 import pytest
 from opentelemetry import trace
 
 from headrace import errors
-from headrace.batcher.inbox import FlushPolicy, Inbox
+from headrace.batcher.inbox import Inbox
 from headrace.batcher.job import Job
 from headrace.deadline import NEVER
+from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import eventually, running_mesh
@@ -27,7 +28,7 @@ def job(number: int) -> Job:
         deadline=NEVER,
         priority=5,
         attempt=0,
-        inbox=Inbox(FlushPolicy(), limit=1000),
+        inbox=Inbox(Flusher(), limit=1000),
         span=trace.INVALID_SPAN,
     )
 
@@ -41,13 +42,10 @@ async def test_a_burst_longer_than_the_queue_is_accepted_up_to_the_free_slots_of
         coalescer = mesh.tiers["only"].batcher.coalescer
         (link,) = coalescer.pool
         fit = link.free_slots(time.monotonic()) + 2
-        streams = [coalescer.arrivals(job(number)) for number in range(fit)]
-        for stream in streams:
-            await anext(stream)  # the dispatcher does not run in between
+        with ExitStack() as admitted:
+            for number in range(fit):  # the dispatcher does not run in between
+                admitted.enter_context(coalescer.admitted(job(number)))
 
-        async with aclosing(coalescer.arrivals(job(fit))) as one_more:
-            with pytest.raises(errors.Overloaded):
-                await anext(one_more)
-        for stream in streams:
-            await stream.aclose()
+            with pytest.raises(errors.Overloaded), coalescer.admitted(job(fit)):
+                pass
         await eventually(lambda: not mesh.left_behind)

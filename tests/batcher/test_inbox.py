@@ -1,4 +1,4 @@
-"""An inbox delivers the first token immediately, and later ones as the flush policy says."""
+"""An inbox delivers the first token immediately, and later ones as its flusher says."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import asyncio
 import pytest
 
 from headrace import errors
-from headrace.batcher.inbox import FlushPolicy, Inbox, SequenceEnd, flush_policy
+from headrace.batcher.inbox import Inbox, SequenceEnd
+from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
 
 END = SequenceEnd(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing())
 
 
 async def test_the_first_token_is_delivered_immediately_and_later_ones_together() -> None:
-    inbox = Inbox(FlushPolicy(tokens=3, seconds=60))
+    inbox = Inbox(Flusher(tokens=3, seconds=60))
     inbox.put([1], [])
     assert (await inbox.take()).ids == [1]
 
@@ -29,7 +30,7 @@ async def test_the_first_token_is_delivered_immediately_and_later_ones_together(
 
 
 async def test_a_token_waits_no_longer_than_the_flush_interval() -> None:
-    inbox = Inbox(FlushPolicy(tokens=1000, seconds=0.01))
+    inbox = Inbox(Flusher(tokens=1000, seconds=0.01))
     inbox.put([1], [])
     await inbox.take()
     inbox.put([2], [])
@@ -38,7 +39,7 @@ async def test_a_token_waits_no_longer_than_the_flush_interval() -> None:
 
 
 async def test_the_end_is_delivered_with_the_gathered_tokens() -> None:
-    inbox = Inbox(FlushPolicy(tokens=1000, seconds=60))
+    inbox = Inbox(Flusher(tokens=1000, seconds=60))
     inbox.put([1], [])
     await inbox.take()
     inbox.put([2, 3], [-0.5, -1.0])
@@ -50,7 +51,7 @@ async def test_the_end_is_delivered_with_the_gathered_tokens() -> None:
 
 
 async def test_tokens_from_before_a_failure_are_delivered_before_it() -> None:
-    inbox = Inbox(FlushPolicy())
+    inbox = Inbox(Flusher())
     inbox.put([1], [])
     inbox.fail(errors.WorkerLost("gone"))
 
@@ -59,14 +60,13 @@ async def test_tokens_from_before_a_failure_are_delivered_before_it() -> None:
         await inbox.take()
 
 
-def test_a_higher_token_rate_makes_larger_flushes() -> None:
-    sizes = [flush_policy(8, rate).tokens for rate in (0, 900, 2_500, 12_000, 1e6)]
+async def test_a_reader_that_was_cancelled_misses_nothing() -> None:
+    inbox = Inbox(Flusher())
+    reading = asyncio.create_task(inbox.take())
+    await asyncio.sleep(0)
+    inbox.put([1], [])
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
 
-    assert sizes == [1, 1, 3, 12, 32]
-
-
-def test_more_streams_make_larger_flushes() -> None:
-    sizes = [flush_policy(streams, 0.0).tokens for streams in (1, 16, 17, 40, 100, 1000)]
-
-    assert sizes == sorted(sizes)
-    assert (sizes[0], sizes[-1]) == (1, 8)
+    assert (await inbox.take()).ids == [1]

@@ -17,10 +17,11 @@ from opentelemetry import trace
 
 from headrace import errors, statuses
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.inbox import FlushPolicy, Inbox, WorkerChange
+from headrace.batcher.inbox import Inbox, WorkerChange
 from headrace.batcher.job import Job
 from headrace.client import Client
 from headrace.deadline import NEVER
+from headrace.flushing import Flusher
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
@@ -44,7 +45,7 @@ def test_an_inbox_keeps_accepted_tokens_in_order_and_never_more_than_its_limit(
     limit: int, acts: list[int | str]
 ) -> None:
     async def play() -> None:
-        inbox = Inbox(FlushPolicy(), limit=limit)
+        inbox = Inbox(Flusher(), limit=limit)
         sent, kept, read = 0, list[int](), list[int]()
         for act in acts:
             if isinstance(act, int):
@@ -55,7 +56,7 @@ def test_an_inbox_keeps_accepted_tokens_in_order_and_never_more_than_its_limit(
                 sent += act
             elif act == "move":
                 inbox.put_change(WorkerChange("a", "b", "WORKER_LOST", 1))
-            elif inbox._ready.is_set():
+            elif inbox.ready:
                 arrival = await inbox.take()
                 assert arrival.logprobs == arrival.ids
                 read += arrival.ids
@@ -78,7 +79,7 @@ def job_of(coalescer: Coalescer, text: str, limit: int, sampling: dict[str, Any]
         deadline=NEVER,
         priority=5,
         attempt=0,
-        inbox=Inbox(FlushPolicy(), limit=limit),
+        inbox=Inbox(Flusher(), limit=limit),
         span=trace.INVALID_SPAN,
     )
 
@@ -100,14 +101,13 @@ async def test_answers_that_are_paused_repeatedly_lose_and_repeat_nothing(tier: 
         nonlocal pauses
         ids: list[int] = []
         logprobs: list[float] = []
-        async with aclosing(coalescer.arrivals(job)) as arrivals:
-            await anext(arrivals)
+        with coalescer.admitted(job):
             while True:
                 if dice.random() < 0.8:
                     await eventually(lambda: job in coalescer.paused or job.inbox.closed)
                     pauses += job in coalescer.paused
                 assert job.inbox.unread <= limit
-                arrival = await anext(arrivals)
+                arrival = await coalescer.take(job)
                 ids += arrival.ids
                 logprobs += arrival.logprobs
                 if arrival.end is not None:

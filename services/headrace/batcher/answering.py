@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 
 from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
@@ -33,27 +32,31 @@ class Answering:
         self._tier = tier
         self._labels = {attributes.TIER: tier}
 
-    async def answer(self, request: pb.GenerateRequest, remaining: float | None, write: Write) -> None:
+    async def answer(
+        self, request: pb.GenerateRequest, remaining: float | None, write: Write, *, framed: bool = False
+    ) -> None:
         """Answer *request* through *write*.
 
         remaining   seconds until the deadline, None for no deadline
         write       sends an event; it may block while the caller does not read, and is cancelled if the
                     answer ends
+        framed      whether events travel in frames shared by many answers, so that an event is not a message
 
         Raises the error that ends the call.
         """
-        job = await self._job(request, remaining)
+        job = await self._job(request, remaining, framed)
         try:
             await self._run(job, request, write)
         finally:
             if job.release_place is not None:
                 job.release_place()
 
-    async def _job(self, request: pb.GenerateRequest, remaining: float | None) -> Job:
+    async def _job(self, request: pb.GenerateRequest, remaining: float | None, framed: bool) -> Job:
         arrived = time.monotonic()
         outcome = "cancelled"  # until it ends otherwise
         try:
-            job = await self._intake.job(request, arrived, Deadline.after(remaining, arrived))
+            deadline = Deadline.after(remaining, arrived)
+            job = await self._intake.job(request, arrived, deadline, framed=framed)
             outcome = ""
         except errors.HeadraceError as error:
             # A request that no tier can answer is not an outcome of this tier.
@@ -68,18 +71,16 @@ class Answering:
         answer = AnswerEvents(job, request, self._tokenizer, self._labels)
         outcome = "cancelled"  # until it ends otherwise
         try:
-            async with asyncio.timeout(None) as job.reader_timeout:
-                async with aclosing(self._events(job, answer)) as events:
-                    async for event in events:
-                        await write(event)
+            # One timer for the whole call: a timeout around each wait would cost more than the token.
+            async with asyncio.timeout_at(job.response_deadline.timeout_at) as job.timeout:
+                await self._write_events(job, answer, write)
             outcome = answer.outcome
         except TimeoutError:
-            outcome = errors.SlowReader.reason.lower()
-            raise errors.SlowReader(
-                f"{job.inbox.unread} tokens have waited too long to be read, and no more are kept: read "
-                "faster, or continue with `resume` after the tokens received",
-                unread=job.inbox.unread,
-            ) from None
+            if job.timeout is None or not job.timeout.expired():
+                raise
+            error = job.timeout_error()
+            outcome = error.reason.lower()
+            raise error from None
         except errors.HeadraceError as error:
             outcome = error.reason.lower()
             raise
@@ -89,31 +90,26 @@ class Answering:
                 outcome = job.deadline_error().reason.lower()
             answer.record(outcome)
 
-    async def _events(self, job: Job, answer: AnswerEvents) -> AsyncGenerator[pb.GenerateResponse, None]:
+    async def _write_events(self, job: Job, answer: AnswerEvents, write: Write) -> None:
         if job.resume_ids:
             await asyncio.get_running_loop().run_in_executor(None, answer.replay)
         if answer.already_complete:
-            yield self._accepted(job)
+            await write(self._accepted(job))
             for event in answer.final_events():
-                yield event
+                await write(event)
             return
-        async with aclosing(self._coalescer.arrivals(job)) as arrivals:
-            await anext(arrivals)
-            yield self._accepted(job)
-            async for arrival in arrivals:
-                for event in answer.events_for(arrival):
-                    yield event
-                if answer.done:
-                    break  # after a stop text the worker is still generating: closing the arrivals cancels it
+        with self._coalescer.admitted(job):  # which cancels it if the worker is still generating at the end
+            await write(self._accepted(job))
+            while not answer.done:
+                for event in answer.events_for(await self._coalescer.take(job)):
+                    await write(event)
 
     def _accepted(self, job: Job) -> pb.GenerateResponse:
-        model = next((link.model.name for link in self._coalescer.pool.ready() if link.model), "")
-        return pb.GenerateResponse(
-            accepted=pb.Accepted(
-                request_id=job.request_id,
-                model=model,
-                tier=self._tier,
-                prompt_tokens=len(job.prompt_ids),
-                seed=job.sampling.seed,
-            )
-        )
+        response = pb.GenerateResponse()
+        accepted = response.accepted
+        accepted.request_id = job.request_id
+        accepted.model = job.model
+        accepted.tier = self._tier
+        accepted.prompt_tokens = len(job.prompt_ids)
+        accepted.seed = job.sampling.seed
+        return response

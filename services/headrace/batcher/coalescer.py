@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from opentelemetry import metrics
 
@@ -25,6 +26,7 @@ from headrace.batcher.waiting.dispatch import MAX_IDLE_SECONDS, Dispatcher
 from headrace.batcher.waiting.prefixes import PrefixIndex, scope_of, scoped
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
+from headrace.flushing import LiveFlushing
 from headrace.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -66,68 +68,69 @@ class Coalescer:
         self.prefixes = PrefixIndex()
         self.live: set[Job] = set()
         self.paused: set[Job] = set()
+        self._flushing = LiveFlushing()
         self.admission = Admission(queue, pool, self.prefixes)
         self._labels = {attributes.TIER: tier}
         self._dispatcher = Dispatcher(queue, pool, window, self.prefixes, self.admission, self._labels)
         self._failover_seconds = failover_seconds
         self._max_unread_seconds = max_unread_seconds
         self._share_prefixes = share_prefixes
-        self._changed = asyncio.Event()
-        self._last_ready = time.monotonic()  # when a worker was last ready
+        self._wakeup: asyncio.Future[None] | None = None  # of `run`, while it waits
+        self._unready_since: float | None = time.monotonic()  # None while a worker is ready
         self._stopping = False
 
-    async def arrivals(self, job: Job) -> AsyncGenerator[Arrival, None]:
-        """Queue *job* and yield its arrivals. The first one is empty and confirms that the job was admitted.
+    @contextmanager
+    def admitted(self, job: Job) -> Iterator[None]:
+        """Queue *job*; on leaving the block, cancel it unless it has ended.
 
-        The last one has an end. Closing the generator early cancels the job. Raises NoWorkers, Overloaded,
-        TtftUnattainable or DeadlineUnattainable immediately; later Shed, DeadlineInQueue, DeadlineInDecode,
-        or the failure that failover could not hide.
+        Raises NoWorkers, Overloaded, TtftUnattainable or DeadlineUnattainable immediately.
         """
         if self._stopping:
             raise errors.Draining("this batcher is stopping; try again", retry_after=0.2)
-        if not self._share_prefixes:
+        if not self._share_prefixes and job.tenant:
             job.scope = scope_of(job.tenant)
             job.blocks = scoped(job.blocks, job.scope)
-        now = time.monotonic()
-        self.admission.admit(job, now)
-        self._changed.set()
+        self.admission.admit(job, time.monotonic())
+        self._wake()
         self.live.add(job)
-        timeout_at = job.response_deadline.timeout_at
-        ended = False
         try:
-            yield Arrival([], [], None)
-            while not ended:
-                try:
-                    async with asyncio.timeout_at(timeout_at):
-                        arrival = await job.inbox.take()
-                except TimeoutError:
-                    raise job.deadline_error() from None
-                if arrival.end is not None:
-                    ended = True
-                    if arrival.end.reason == pb.FINISH_REASON_DEADLINE:
-                        raise job.deadline_error()
-                if job in self.paused and job.inbox.caught_up:
-                    self._unpause(job)
-                yield arrival
+            yield
         finally:
             self.live.discard(job)
             self.paused.discard(job)
             if not self.queue.remove(job, "left"):
                 any(link.cancel(job) for link in self.pool)
 
+    async def take(self, job: Job) -> Arrival:
+        """Wait for the next arrival of an admitted job; the last one has an end.
+
+        Raises Shed, DeadlineInQueue, DeadlineInDecode, or the failure that failover could not hide.
+        """
+        arrival = await job.inbox.take()
+        if arrival.end is not None and arrival.end.reason == pb.FINISH_REASON_DEADLINE:
+            raise job.deadline_error()
+        if job in self.paused and job.inbox.caught_up:
+            self._unpause(job)
+        return arrival
+
     async def run(self) -> None:
         """Form batches until cancelled; then fail every job that is left."""
+        loop = asyncio.get_running_loop()
         try:
             while True:
-                self._changed.clear()
-                wait = self._dispatch(time.monotonic())
+                self._wakeup = loop.create_future()
+                timer = loop.call_later(self._dispatch(time.monotonic()), self._wake)
                 try:
-                    async with asyncio.timeout(wait):
-                        await self._changed.wait()
-                except TimeoutError:
-                    continue
+                    await self._wakeup
+                finally:
+                    timer.cancel()
         finally:
             self.stop()
+
+    def _wake(self) -> None:
+        """Dispatch in the next turn of the event loop, with all that changes in this one."""
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
 
     def stop(self) -> None:
         """Fail all jobs with Draining, so that callers resume on another batcher."""
@@ -138,11 +141,24 @@ class Coalescer:
                 link.cancel(job)
             job.inbox.fail(_stopping())
 
+    def current_flushing(self, now: float) -> LiveFlushing:
+        """Return the flushers, adapted to the load if that was some time ago."""
+        if self._flushing.is_due(now):
+            rate = sum(link.rate.per_second(now) for link in self.pool)
+            self._flushing.update(now, streams=len(self.live), tokens_per_second=rate)
+        return self._flushing
+
     # The events of links, see `listener.LinkListener`.
 
     def changed(self) -> None:
         """See `LinkListener`."""
-        self._changed.set()
+        # Otherwise there is nothing to dispatch, to evict or to notice.
+        if self.queue or self._unready_since is not None or any(link.suspect for link in self.pool):
+            self._wake()
+
+    def stepped(self, now: float) -> None:
+        """See `LinkListener`."""
+        self.current_flushing(now)
 
     def ended(self, link: WorkerLink, job: Job, end: SequenceEnd) -> None:
         """See `LinkListener`."""
@@ -198,19 +214,17 @@ class Coalescer:
             job.inbox.end(SequenceEnd(pb.FINISH_REASON_LENGTH, pb.Usage(), pb.Timing()))
             return
         self.queue.put_back(job)
-        self._changed.set()
+        self._wake()
 
     def _pause(self, job: Job) -> None:
         """Keep an answer without a worker until its reader has caught up, or has been behind for too long."""
         self.paused.add(job)
         _paused.add(1, self._labels)
-        if job.reader_timeout is not None:
-            job.reader_timeout.reschedule(asyncio.get_running_loop().time() + self._max_unread_seconds)
+        job.pause_until(time.monotonic() + self._max_unread_seconds)
 
     def _unpause(self, job: Job) -> None:
         self.paused.discard(job)
-        if job.reader_timeout is not None:
-            job.reader_timeout.reschedule(None)
+        job.pause_until(None)
         if not job.inbox.closed:
             self._resume(job)
 
@@ -219,18 +233,21 @@ class Coalescer:
     def _dispatch(self, now: float) -> float:
         """Evict jobs from suspect workers and submit batches. Returns the seconds until the next call."""
         if self.pool.ready():
-            self._last_ready = now
-        elif now - self._last_ready > self._failover_seconds:
-            self._fail_waiting()
+            self._unready_since = None
+        else:
+            self._unready_since = now if self._unready_since is None else self._unready_since
+            if now - self._unready_since >= self._failover_seconds:
+                self._fail_waiting()
         self._evict(now)
         return min(self._dispatcher.dispatch(now), MAX_IDLE_SECONDS)
 
     def _evict(self, now: float) -> None:
         """Take sequences away from suspect workers, as far as other workers have free slots for them."""
+        suspects = [link for link in self.pool if link.suspect]
+        if not suspects:
+            return
         free = sum(link.free_slots(now) for link in self.pool) - len(self.queue.interrupted)
-        for link in self.pool:
-            if not link.suspect:
-                continue
+        for link in suspects:
             for job in link.in_flight.jobs()[: max(free, 0)]:
                 free -= 1
                 link.cancel(job)

@@ -41,7 +41,9 @@ class Job:
     span            the request's server span: the parent of the workers' spans
     generated       tokens of the answer from workers of this batcher; with `resume_ids` and the seed they are
                     all that another worker needs to resume
-    reader_timeout  ends the call of a reader that stays behind; armed while its answer is paused
+    model           the name of the model that answers
+    timeout         ends the call at its deadline, or earlier if its reader stays behind
+    unread_until    while its answer is paused: until when its reader may stay behind, time.monotonic()
     release_place   releases the place that the request has held since it arrived, for one in the queue or for
                     none; None: it holds no place yet
     """
@@ -66,7 +68,9 @@ class Job:
     queued: float = 0.0
     submitted: float | None = None
     generated: list[int] = field(default_factory=list)
-    reader_timeout: asyncio.Timeout | None = None
+    model: str = ""
+    timeout: asyncio.Timeout | None = None
+    unread_until: float | None = None
     release_place: Callable[[], None] | None = None
     history: History = field(default_factory=lambda: History())  # defined below
 
@@ -74,6 +78,24 @@ class Job:
     def response_deadline(self) -> Deadline:
         """When a response must be sent at the latest."""
         return response_deadline(self.deadline)
+
+    def pause_until(self, moment: float | None) -> None:
+        """Record until when the paused answer may stay unread; None: it is not paused any more."""
+        self.unread_until = moment
+        if self.timeout is not None and not self.timeout.expired():
+            deadline = self.response_deadline.timeout_at
+            given = [time for time in (deadline, moment) if time is not None]
+            self.timeout.reschedule(min(given, default=None))
+
+    def timeout_error(self) -> errors.HeadraceError:
+        """Return the error for a call that `timeout` ended."""
+        if self.unread_until is None or self.response_deadline.at <= self.unread_until:
+            return self.deadline_error()
+        return errors.SlowReader(
+            f"{self.inbox.unread} tokens have waited too long to be read, and no more are kept: read faster, "
+            "or continue with `resume` after the tokens received",
+            unread=self.inbox.unread,
+        )
 
     def fail(self, error: errors.HeadraceError) -> None:
         """End the job with *error*."""

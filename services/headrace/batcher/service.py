@@ -68,7 +68,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         await self._multiplexer.serve(request_iterator, context)
 
     async def _answer(self, incoming: Incoming, write: Write) -> None:
-        await self._answering.answer(incoming.request, incoming.time_remaining, write)
+        await self._answering.answer(incoming.request, incoming.time_remaining, write, framed=incoming.framed)
 
     async def ListTiers(
         self, request: routing.ListTiersRequest, context: grpc.aio.ServicerContext[object, object]

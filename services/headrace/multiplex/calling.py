@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import grpc
 
 from headrace import errors, statuses
+from headrace.flushing import Flusher
 from headrace.multiplex.call import Call
 from headrace.multiplex.limits import LARGE_BYTES
 from headrace.multiplex.shared_stream import SharedCall, SharedStream
@@ -55,15 +56,23 @@ class Caller:
         self._calls: set[Call] = set()
 
     def call(
-        self, request: pb.GenerateRequest, *, timeout: float | None, metadata: Sequence[tuple[str, str]]
+        self,
+        request: pb.GenerateRequest,
+        *,
+        timeout: float | None,
+        metadata: Sequence[tuple[str, str]],
+        flusher: Flusher | None = None,
     ) -> Call:
         """Start a call. Pass it to `ended` afterwards.
 
         timeout   seconds for the whole answer; None for no deadline
+        flusher   when tokens that were gathered on the shared stream are handed over; None: each at once
         """
         shared = self._multiplex if self._multiplex is not None else len(self._calls) >= FEW_CALLS
         if shared and time.monotonic() >= self._not_offered_until and request.ByteSize() <= LARGE_BYTES:
-            call: Call = self._shared_stream().open(request, timeout=timeout, metadata=metadata)
+            call: Call = self._shared_stream().open(
+                request, timeout=timeout, metadata=metadata, flusher=flusher
+            )
         else:
             call = self._own_call(request, timeout, metadata)
         self._calls.add(call)

@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import copy
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from headrace import errors, statuses
+from headrace.flushing import Flusher, chooses_flushing
 from headrace.multiplex.call import Call
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS, MESSAGE_BYTES
 from headrace.v1 import generation_pb2 as pb
@@ -41,11 +43,14 @@ class SharedCall:
 
     request, metadata   as it was started
     deadline            on the clock of time.monotonic; None if there is none
+    gathered_at         see `flushing.Gatherer`
+
+    flusher   when gathered tokens are handed over; None: each at once
     """
 
     __slots__ = (
-        "_arrived", "_credit_at", "_ended", "_error", "_gathers", "_handle", "_instead", "_received",
-        "_stream", "_waiter", "deadline", "metadata", "request",
+        "_arrived", "_credit_at", "_ended", "_error", "_flusher", "_gathers", "_handle", "_instead",
+        "_ready", "_received", "_stream", "_waiter", "deadline", "gathered_at", "metadata", "request",
     )  # fmt: skip
 
     def __init__(
@@ -55,23 +60,25 @@ class SharedCall:
         request: pb.GenerateRequest,
         deadline: float | None,
         metadata: Sequence[tuple[str, str]],
+        flusher: Flusher | None,
     ) -> None:
         self.request = request
         self.metadata = metadata
         self.deadline = deadline
+        self.gathered_at = -math.inf
         self._stream = stream
         self._handle = handle
+        self._flusher = flusher
         self._arrived: deque[pb.GenerateResponse] = deque()
         self._received = 0  # events
         self._credit_at = CREDIT // 2
+        self._ready = False  # whether `next` returns without waiting
         self._waiter: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
         self._ended = False
         self._instead: Call | None = None
         # A caller that chose how the answer is split receives it so.
-        self._gathers = not (
-            request.stream.HasField("flush_tokens") or request.stream.HasField("flush_interval")
-        )
+        self._gathers = not chooses_flushing(request)
 
     @property
     def seconds_left(self) -> float | None:
@@ -80,21 +87,22 @@ class SharedCall:
 
     async def next(self) -> pb.GenerateResponse | None:
         """See `call.Call`."""
-        while not self._arrived:
-            if self._instead is not None:
-                return await self._instead.next()
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                return None
+        if not self._ready:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        response = self._arrived.popleft()
-        read = self._received - len(self._arrived)
-        if read >= self._credit_at and not self._ended:
-            self._credit_at = read + CREDIT // 2
-            self._stream.grant(self._handle, read + CREDIT)
-        return response
+        if self._arrived:
+            response = self._arrived.popleft()
+            self._ready = bool(self._arrived) or self._ended
+            read = self._received - len(self._arrived)
+            if read >= self._credit_at and not self._ended:
+                self._credit_at = read + CREDIT // 2
+                self._stream.grant(self._handle, read + CREDIT)
+            return response
+        if self._instead is not None:
+            return await self._instead.next()
+        if self._error is not None:
+            raise self._error
+        return None
 
     def cancel(self) -> None:
         """See `call.Call`."""
@@ -103,7 +111,7 @@ class SharedCall:
         elif not self._ended:
             self._ended = True
             self._stream.cancel(self._handle)
-            self._wake()
+            self.flush()
 
     def fail(self, error: Exception) -> None:
         """See `call.Call`."""
@@ -121,10 +129,23 @@ class SharedCall:
         arrived = self._arrived
         if not (arrived and self._gathers and _joined(arrived[-1], response)):
             arrived.append(response)
-        if response.HasField("finish"):
-            self._ended = True
-        self._wake()
+        self._ended = response.HasField("finish")
+        if self._ready:
+            return self._ended
+        if self._flusher is None or self._ended or not self._may_wait(arrived[-1], self._flusher):
+            self.flush()
+        elif self.gathered_at < 0:
+            self._flusher.watch(self)
         return self._ended
+
+    def flush(self) -> None:
+        """Let the reader take what there is."""
+        self._ready = True
+        self.gathered_at = -math.inf
+        if (waiter := self._waiter) is not None:
+            self._waiter = None
+            if not waiter.done():  # its reader was cancelled
+                waiter.set_result(None)
 
     def lose(self, error: BaseException) -> None:
         """End with *error*, which the server sent or which ended the stream."""
@@ -134,18 +155,21 @@ class SharedCall:
     def replace(self, call: Call) -> None:
         """Continue with another call."""
         self._instead = call
-        self._wake()
+        self._ended = True
+        self.flush()
+
+    @staticmethod
+    def _may_wait(gathered: pb.GenerateResponse, flusher: Flusher) -> bool:
+        """Whether gathered tokens wait for more: the first token and other events never do."""
+        if not gathered.HasField("delta"):
+            return False
+        delta = gathered.delta
+        return delta.offset > 0 and 0 < delta.token_count < flusher.tokens
 
     def _end(self, error: BaseException) -> None:
         self._error = error
         self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if (waiter := self._waiter) is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+        self.flush()
 
 
 class SharedStream:
@@ -189,7 +213,12 @@ class SharedStream:
         self._when_ended.append(callback)
 
     def open(
-        self, request: pb.GenerateRequest, *, timeout: float | None, metadata: Sequence[tuple[str, str]]
+        self,
+        request: pb.GenerateRequest,
+        *,
+        timeout: float | None,
+        metadata: Sequence[tuple[str, str]],
+        flusher: Flusher | None = None,
     ) -> SharedCall:
         """Start a call. The arguments are those of `calling.Caller.call`."""
         self._handle = handle = self._handle + 1
@@ -197,7 +226,7 @@ class SharedStream:
             self.accepts_calls = False
         now = time.monotonic()
         deadline = None if timeout is None else now + timeout
-        call = self._calls[handle] = SharedCall(self, handle, request, deadline, metadata)
+        call = self._calls[handle] = SharedCall(self, handle, request, deadline, metadata, flusher)
         message = self._message()
         if len(message.open) >= MAX_OPENS or self._unsent_bytes >= MESSAGE_BYTES:
             message = self._next_message()

@@ -12,12 +12,14 @@ from opentelemetry import metrics, trace
 
 from headrace import attributes, errors
 from headrace.deadline import Deadline
+from headrace.flushing import chooses_flushing
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.quoting import quoted
 from headrace.router.answering.journey import Journey, routing_request, text_of
 from headrace.router.billing import bill_message, measure
 from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
+from headrace.router.own_calls import OwnCalls
 from headrace.router.siblings import Siblings
 from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
@@ -67,6 +69,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         failover_seconds: float = 10.0,
     ) -> None:
         self._multiplexer = Multiplexer(self.answer, calls)
+        self._own_calls = OwnCalls()
         self._tiers = tiers
         self._scorer = scorer
         self._chooser = chooser
@@ -83,7 +86,8 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> None:
         """Send the prompt to the tier that fits it, and stream its answer."""
         metadata = context.invocation_metadata() or ()
-        await self.answer(Incoming(request, context.time_remaining(), metadata), context.write)
+        with self._own_calls.counted(context.write) as write:
+            await self.answer(Incoming(request, context.time_remaining(), metadata), write)
 
     async def Multiplex(  # type: ignore[override] # as above
         self, request_iterator: AsyncIterator[multiplex_pb2.MultiplexRequest], context: _Context
@@ -101,6 +105,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             self._score(request),
             deadline=Deadline.after(self._default_deadline if left is None else left, time.monotonic()),
             hops=hops,
+            flusher=None if incoming.framed or chooses_flushing(request) else self._own_calls.flusher,
             failover_seconds=self._failover_seconds,
             tiers=self._tiers,
             chooser=self._chooser,

@@ -37,6 +37,7 @@ class GatedTokenizer(ByteTokenizer):
     """
 
     bound = None  # every prompt reaches `encode_text`
+    quick_text_bytes = quick_chat_bytes = 0  # on a thread
 
     def __init__(self, slow: Callable[[str], bool] = lambda text: True) -> None:
         self.texts: list[str] = []
@@ -108,6 +109,68 @@ async def test_a_burst_beyond_the_limit_is_rejected_before_anything_is_tokenised
         taken = [task for task in burst if task not in rejected]
         assert all(isinstance(outcome, Answer) for outcome in await results(taken))
         await eventually(lambda: not intake_of(tier).waiting)
+
+
+class QuickTokenizer(GatedTokenizer):
+    """Encodes texts of up to 100 bytes on the event loop; longer ones wait at the gate."""
+
+    quick_text_bytes = 100
+
+    def __init__(self) -> None:
+        super().__init__(lambda text: len(text) > 100)
+        self.on_the_loop: list[str] = []
+
+    def encode_text(self, text: str) -> list[int]:
+        if threading.current_thread() is threading.main_thread():
+            self.on_the_loop.append(text)
+        return super().encode_text(text)
+
+
+async def test_short_prompts_are_tokenised_on_the_event_loop_unless_others_wait() -> None:
+    tokenizer = QuickTokenizer()
+    async with gated(tokenizer) as tier:
+        long = "x" * 101
+        readers = [asking(tier, long)]
+        await eventually(lambda: intake_of(tier).waiting == 1)
+        assert (await asking(tier, "overtakes nobody")).tokens == 2
+        readers += [asking(tier, long) for _ in range(2)]
+        await eventually(lambda: intake_of(tier).waiting == 3)
+        readers.append(asking(tier, "waits for its turn"))
+        await eventually(lambda: intake_of(tier).waiting == 4)
+        tokenizer.open()
+        assert all(isinstance(outcome, Answer) for outcome in await results(readers))
+        await eventually(lambda: not intake_of(tier).waiting)
+
+    assert tokenizer.on_the_loop == ["overtakes nobody"]
+    assert "waits for its turn" in tokenizer.texts[-2:]  # two threads
+
+
+async def test_a_resumed_answer_holds_a_place_while_it_is_decoded() -> None:
+    tokenizer = QuickTokenizer()
+    async with gated(tokenizer) as tier:
+        asked = prompt("short", max_tokens=3)
+        asked.resume.token_ids.extend(b"s")
+        assert (await collect(tier.client, asked)).tokens == 2
+
+    assert tokenizer.on_the_loop == []
+
+
+async def test_short_prompts_beyond_the_limit_are_rejected_and_not_tokenised() -> None:
+    tokenizer = QuickTokenizer()
+    async with gated(tokenizer, EchoEngine(max_running=1, step_seconds=0.01), queue_limit=2) as tier:
+        coalescer = tier.batcher.coalescer
+        busy = prompt("x", max_tokens=1000, ignore_eos=True)
+        running = [asyncio.create_task(collect(tier.client, busy)) for _ in range(2)]
+        await eventually(lambda: len(coalescer.live) == 2 and not coalescer.queue)
+        running += [asyncio.create_task(collect(tier.client, busy)) for _ in range(2)]
+        await eventually(lambda: len(coalescer.queue) == 2)
+
+        with pytest.raises(errors.Overloaded):
+            await asking(tier, "late")
+        assert "late" not in tokenizer.texts
+        for task in running:
+            task.cancel()
+        await eventually(lambda: not coalescer.live)
 
 
 async def test_tenants_take_turns_at_the_tokenizer() -> None:

@@ -11,7 +11,7 @@ import pytest
 from opentelemetry import trace
 
 from headrace import errors, statuses
-from headrace.batcher.inbox import FlushPolicy, Inbox, SequenceEnd
+from headrace.batcher.inbox import Inbox, SequenceEnd
 from headrace.batcher.job import Job
 from headrace.batcher.links.breaker import BreakerState
 from headrace.batcher.links.link import WorkerLink
@@ -19,6 +19,7 @@ from headrace.batcher.links.receiver import Receiver
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import MAX_MESSAGE_BYTES
 from headrace.deadline import NEVER
+from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
@@ -37,7 +38,7 @@ def job(*, attempt: int = 0, max_unread_tokens: int = 1000, request_id: str = "r
         deadline=NEVER,
         priority=5,
         attempt=attempt,
-        inbox=Inbox(FlushPolicy(), limit=max_unread_tokens),
+        inbox=Inbox(Flusher(), limit=max_unread_tokens),
         span=trace.INVALID_SPAN,
     )
 
@@ -50,8 +51,12 @@ class Recorder:
         self.failures: list[tuple[Job, errors.HeadraceError]] = []
         self.stopped: list[Job] = []
         self.cached: list[tuple[Job, int]] = []
+        self.changes = 0
 
     def changed(self) -> None:
+        self.changes += 1
+
+    def stepped(self, now: float) -> None:
         pass
 
     def ended(self, link: WorkerLink, job: Job, end: SequenceEnd) -> None:
@@ -123,6 +128,21 @@ async def test_a_handle_is_reused_only_after_its_sequence_has_ended() -> None:
 
     assert link.in_flight.handle(three) == 0
     assert link.outstanding == 2
+
+
+async def test_steps_report_a_change_only_if_the_queue_may_wait_for_it() -> None:
+    one, listener = job(), Recorder()
+    link = connected(one, listener=listener)
+    at = listener.changes
+    delta(link, handle=0, offset=0, token_ids=[5])
+    assert listener.changes == at + 1, "its prompt is computed"
+    delta(link, handle=0, offset=1, token_ids=[6])
+    assert listener.changes == at + 1
+    link.suspect = True
+    delta(link, handle=0, offset=2, token_ids=[7])
+    assert listener.changes == at + 2, "the worker is ready again"
+    delta(link, handle=0, offset=3, finish=pb.FINISH_REASON_STOP)
+    assert listener.changes == at + 3, "a slot is free"
 
 
 async def test_only_the_newest_credit_counts() -> None:

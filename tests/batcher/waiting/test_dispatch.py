@@ -34,8 +34,8 @@ class Bench:
     def __init__(self, *links: WorkerLink) -> None:
         pool, prefixes = Pool(*links), PrefixIndex()
         self.queue = RequestQueue(9, tier="t")
-        admission = Admission(self.queue, pool, prefixes)
-        self.dispatcher = Dispatcher(self.queue, pool, Window(), prefixes, admission, {})
+        self.admission = Admission(self.queue, pool, prefixes)
+        self.dispatcher = Dispatcher(self.queue, pool, Window(), prefixes, self.admission, {})
 
     def interrupted(self, *, kind: str, tokens: int = 0) -> Job:
         """Queue an answer that was interrupted after *tokens* tokens."""
@@ -182,3 +182,37 @@ async def test_a_worker_with_a_half_open_breaker_gets_its_probe_while_others_wor
 
     assert [len(in_flight(recovering)), len(in_flight(working))] == [1, 1]
     assert len(bench.queue) == len(jobs) - 2
+
+
+async def test_a_batch_waits_until_its_oldest_job_has_lingered_while_no_worker_is_idle() -> None:
+    busy = link("busy")
+    busy.others_backlog = 10
+    bench = Bench(busy)
+    for moment in (0.999, 1.0):  # a thousand requests per second
+        bench.admission.arrivals.add(time.monotonic() + 100 + moment)
+    jobs = [bench.fresh(max_tokens=9) for _ in range(3)]
+    for one, arrived in zip(jobs, (5.0, 5.001, 5.002), strict=True):
+        one.arrived = arrived
+
+    assert bench.dispatcher.dispatch(5.003) == pytest.approx(0.002)
+    assert in_flight(busy) == []
+    bench.dispatcher.dispatch(5.006)
+    assert in_flight(busy) == jobs
+
+
+async def test_jobs_on_probation_are_not_sent_to_a_worker_that_runs_another_one() -> None:
+    only = link("only")
+    only.liveness.alive_at = only.liveness.pinged_at = 1e18  # it has responded since every loss
+    bench = Bench(only)
+    first, second = bench.interrupted(kind=""), bench.interrupted(kind="")
+    for one in (first, second):
+        one.history.killed, one.history.lost_at = [("other", 1)], time.monotonic()
+    for _ in range(2):
+        bench.dispatcher.dispatch(0.0)
+    assert in_flight(only) == [first]
+
+    only.receiver.handle(
+        wire.RunResponse(step=wire.Step(deltas=[wire.SequenceDelta(handle=0, token_ids=[5])]))
+    )
+    bench.dispatcher.dispatch(0.0)
+    assert in_flight(only) == [first, second], "its first token ends the probation"

@@ -54,15 +54,11 @@ def test_the_backlog_at_a_worker_is_bounded_by_its_prefill_rate(window: Window, 
     waiting=st.integers(1, 100),
     tokens=st.integers(1, 20_000),
     free_slots=st.integers(1, 100),
-    oldest=st.floats(0, 1e6),
-    linger=st.floats(0, 1),
+    idle=st.booleans(),
 )
-def test_a_batch_closes_now_if_full_or_if_a_worker_is_idle_and_otherwise_after_the_linger(
-    window: Window, waiting: int, tokens: int, free_slots: int, oldest: float, linger: float
+def test_a_batch_is_complete_if_it_is_full_or_if_a_worker_is_idle(
+    window: Window, waiting: int, tokens: int, free_slots: int, idle: bool
 ) -> None:
-    def closes(idle: bool) -> float:
-        return window.closes_at(waiting, tokens, free_slots, oldest=oldest, linger=linger, idle=idle)
-
-    assert closes(True) == 0, "an idle worker never waits"
     full = waiting >= min(window.size, free_slots) or tokens >= window.tokens
-    assert closes(False) == (0 if full else oldest + linger)
+
+    assert window.is_complete(waiting, tokens, free_slots, idle=idle) == (idle or full)

@@ -1,10 +1,12 @@
 """Turn requests into jobs: check, tokenise and clamp them. Bounded, and in the order of the queue.
 
 A request holds one of the batcher's `queue_limit` places from its arrival. It waits to be tokenised in the
-lane for its size (`lanes`), and then for a worker (`coalescer`). Requests that wait here are rejected, shed,
-timed out, cancelled and drained as those in the queue are. A prompt that cannot fit the context by its bytes
-alone is rejected before it is tokenised. Of a text that is many times longer than the context, only the head
-is tokenised. Prompts of `LONG_BYTES` and more are also bounded in bytes. `limits` decides what fits.
+lane for its size (`lanes`), and then for a worker (`coalescer`). One that the tokenizer encodes quickly is
+tokenised immediately, on the event loop, unless others wait in its lane. Requests that wait here are
+rejected, shed, timed out, cancelled and drained as those in the queue are. A prompt that cannot fit the
+context by its bytes alone is rejected before it is tokenised. Of a text that is many times longer than the
+context, only the head is tokenised. Prompts of `LONG_BYTES` and more are also bounded in bytes. `limits`
+decides what fits.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 
 from opentelemetry import trace
 
 from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.inbox import FlushPolicy, Inbox, flush_policy
+from headrace.batcher.inbox import Inbox
 from headrace.batcher.intake.lanes import Lane, PendingPrompt
 from headrace.batcher.intake.limits import RequestLimits
 from headrace.batcher.job import Job
@@ -29,6 +31,7 @@ from headrace.batcher.waiting.estimates import retry_after
 from headrace.batcher.waiting.prefixes import block_names
 from headrace.batcher.waiting.shedding import victims
 from headrace.deadline import Deadline
+from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request, seconds_of
 
@@ -110,10 +113,13 @@ class Intake:
         """Return how long the oldest request has waited to be tokenised, in seconds."""
         return max(lane.order.oldest_wait(now) for lane in self._lanes)
 
-    async def job(self, request: pb.GenerateRequest, arrived: float, deadline: Deadline) -> Job:
+    async def job(
+        self, request: pb.GenerateRequest, arrived: float, deadline: Deadline, *, framed: bool = False
+    ) -> Job:
         """Return the request as a job, which holds its place: call its `release_place` however the job ends.
 
         arrived   time.monotonic()
+        framed    as of `Answering.answer`
 
         Raises InvalidRequest, NoWorkers, Overloaded and TtftUnattainable immediately; Shed and
         DeadlineInQueue while the request waits.
@@ -135,24 +141,48 @@ class Intake:
             deadline=deadline,
         )
         lane = next(lane for lane in reversed(self._lanes) if size >= lane.smallest)
+        if size <= self._quick_bytes(request) and lane.empty:
+            return self._job_at_once(request, pending, limits, framed)
         self._enter(pending, lane, time.monotonic())
         try:
-            with _tracer.start_as_current_span(attributes.SPAN_TOKENIZE):
+            with _tokenize_span():
                 prompt_ids = await self._ids(pending)
-            job = self._job(request, pending, prompt_ids, limits)
+            job = self._job(request, pending, prompt_ids, limits, framed)
         except BaseException:
             lane.leave(pending, "left")
             raise
         job.release_place = partial(lane.leave, pending, "tokenized")
         return job
 
+    def _quick_bytes(self, request: pb.GenerateRequest) -> int:
+        """Return the size up to which the request is tokenised on the event loop; 0: never."""
+        if request.resume.token_ids:  # its answer waits to be decoded, and must hold a place meanwhile
+            return 0
+        tokenizer = self._tokenizer
+        return tokenizer.quick_chat_bytes if request.HasField("chat") else tokenizer.quick_text_bytes
+
+    def _job_at_once(
+        self, request: pb.GenerateRequest, pending: PendingPrompt, limits: RequestLimits, framed: bool
+    ) -> Job:
+        """Return a short request as a job. It enters the queue in this turn of the event loop."""
+        now = time.monotonic()
+        if pending.response_deadline.passed(now):
+            raise _deadline_passed()
+        self._admission.make_place(pending, now)  # before the work: an overloaded batcher rejects at low cost
+        with _tokenize_span():
+            prompt_ids = pending.encode()
+        job = self._job(request, pending, prompt_ids, limits, framed)
+        job.release_place = _nothing_held
+        return job
+
     def _enter(self, pending: PendingPrompt, lane: Lane, now: float) -> None:
         """Put the request into its lane, and shed others for it if need be."""
         if pending.deadline.exists:
-            left, needed = pending.response_deadline.left(now), lane.wait_seconds(pending)
+            left = pending.response_deadline.left(now)
             if left <= 0:
                 raise _deadline_passed()
-            if needed > TOLERANCE * left:
+            longest = TOLERANCE * left
+            if lane.longest_wait_seconds > longest and (needed := lane.wait_seconds(pending)) > longest:
                 raise errors.TtftUnattainable(
                     f"the deadline is in {left:.2f} s, but the prompt would be tokenised after {needed:.2f} s"
                     " at the earliest: allow more time or use another tier",
@@ -245,49 +275,64 @@ class Intake:
         pending: PendingPrompt,
         prompt_ids: list[int],
         limits: RequestLimits,
+        framed: bool,
     ) -> Job:
         limits.check_prompt(len(prompt_ids))
-        limits.check_resume(len(prompt_ids), len(request.resume.token_ids))
-        span = trace.get_current_span()
+        resume, span = request.resume, trace.get_current_span()
+        limits.check_resume(len(prompt_ids), len(resume.token_ids))
         job = Job(
             request_id=request.request_id or str(uuid.uuid4()),
             prompt_ids=prompt_ids,
-            resume_ids=list(request.resume.token_ids),
+            resume_ids=resume.token_ids[:],
             sampling=limits.sampling(request.sampling, len(prompt_ids), self._defaults),
             arrived=pending.arrived,
             deadline=pending.deadline,
             priority=pending.priority,
-            attempt=request.resume.attempt,
-            inbox=Inbox(self._flush_policy(request.stream), limit=self._max_unread_tokens),
+            attempt=resume.attempt,
+            inbox=Inbox(self._flusher(request.stream, framed), limit=self._max_unread_tokens),
             span=span,
             tenant=pending.tenant,
             blocks=block_names(prompt_ids),
             wants_route_changes=request.stream.include_route_changes,
+            model=limits.model,
         )
-        span.set_attributes(
-            {
-                attributes.REQUEST_ID: job.request_id,
-                attributes.TIER: self._tier,
-                attributes.ATTEMPT: job.attempt,
-                attributes.GEN_AI_OPERATION: "chat" if request.HasField("chat") else "text_completion",
-                attributes.GEN_AI_PROVIDER: "headrace",
-                attributes.GEN_AI_REQUEST_MODEL: limits.model,
-                attributes.GEN_AI_REQUEST_MAX_TOKENS: job.sampling.max_tokens,
-                attributes.GEN_AI_INPUT_TOKENS: len(prompt_ids),
-            }
-        )
+        if span.is_recording():
+            span.set_attributes(
+                {
+                    attributes.REQUEST_ID: job.request_id,
+                    attributes.TIER: self._tier,
+                    attributes.ATTEMPT: job.attempt,
+                    attributes.GEN_AI_OPERATION: "chat" if request.HasField("chat") else "text_completion",
+                    attributes.GEN_AI_PROVIDER: "headrace",
+                    attributes.GEN_AI_REQUEST_MODEL: limits.model,
+                    attributes.GEN_AI_REQUEST_MAX_TOKENS: job.sampling.max_tokens,
+                    attributes.GEN_AI_INPUT_TOKENS: len(prompt_ids),
+                }
+            )
         return job
 
-    def _flush_policy(self, stream: pb.StreamOptions) -> FlushPolicy:
-        now = time.monotonic()
-        rate = sum(link.rate.per_second(now) for link in self._coalescer.pool)
-        default = flush_policy(len(self._coalescer.live), rate)
-        return FlushPolicy(
-            stream.flush_tokens if stream.HasField("flush_tokens") else default.tokens,
-            seconds_of(stream.flush_interval, "stream.flush_interval")
-            if stream.HasField("flush_interval")
-            else default.seconds,
+    def _flusher(self, stream: pb.StreamOptions, framed: bool) -> Flusher:
+        """Return the flusher that follows the load, or one of its own for a request with flush options."""
+        live = self._coalescer.current_flushing(time.monotonic())
+        default = live.framed if framed else live.messages
+        own_tokens, own_interval = stream.HasField("flush_tokens"), stream.HasField("flush_interval")
+        if not (own_tokens or own_interval):
+            return default
+        return Flusher(
+            stream.flush_tokens if own_tokens else default.tokens,
+            seconds_of(stream.flush_interval, "stream.flush_interval") if own_interval else default.seconds,
         )
+
+
+def _tokenize_span() -> AbstractContextManager[object]:
+    """Return the span of tokenising if the request is traced."""
+    if trace.get_current_span().is_recording():
+        return _tracer.start_as_current_span(attributes.SPAN_TOKENIZE)
+    return nullcontext()
+
+
+def _nothing_held() -> None:
+    """Do nothing: a request that enters the queue in this turn of the event loop holds no place before."""
 
 
 def _deadline_passed() -> errors.DeadlineInQueue:

@@ -32,7 +32,7 @@ class PendingPrompt:
 
     encode   returns its tokens; called on a thread
     size     bytes of the request
-    ids      its tokens, or why there are none
+    ids      its tokens, or why there are none; set while it is in a lane
     """
 
     encode: Callable[[], list[int]]
@@ -41,7 +41,7 @@ class PendingPrompt:
     priority: int
     arrived: float
     deadline: Deadline
-    ids: asyncio.Future[list[int]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    ids: asyncio.Future[list[int]] = field(init=False)
 
     @property
     def cost(self) -> int:
@@ -96,19 +96,33 @@ class Lane:
         """The requests that hold a place here: until they enter the batcher's queue or leave."""
         return len(self._held)
 
+    @property
+    def empty(self) -> bool:
+        """Whether no request waits here for a thread; some may be on one."""
+        return not self.order
+
     def by_level(self) -> dict[int, list[PendingPrompt]]:
         """See `admission.WaitingPlace`: those that are not on a thread yet."""
         return self.order.by_level()
 
     def wait_seconds(self, newcomer: PendingPrompt) -> float:
         """Estimate how long *newcomer* would wait for its tokens, from previous ones; 0 while unknown."""
+        ahead, _ = self.order.ahead_of(newcomer)
+        return self._seconds_behind(ahead)
+
+    @property
+    def longest_wait_seconds(self) -> float:
+        """Estimate how long a newcomer waits if all others are ahead, which needs no search through them."""
+        return self._seconds_behind(len(self.order))
+
+    def _seconds_behind(self, ahead: int) -> float:
         if len(self._running) < self._threads:
             return 0.0
-        ahead, _ = self.order.ahead_of(newcomer)
         return (ahead + 1) / self._threads * self._seconds.value
 
     def put(self, prompt: PendingPrompt) -> None:
         """Queue *prompt*, whose tokens will be in `prompt.ids`. It holds a place until `leave` is called."""
+        prompt.ids = asyncio.get_running_loop().create_future()
         self._held.add(prompt)
         self.bytes += prompt.size
         queue_depth.add(1, self._labels)

@@ -7,7 +7,7 @@ correction.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from headrace import errors
@@ -61,17 +61,17 @@ class RequestLimits:
                 f"tier {self.tier!r} serves {self.model!r}, not {quoted(hints.model)}",
                 field="routing.model",
             )
-        self.check_resume(1, len(request.resume.token_ids))
-        given: dict[str, Iterable[int]] = {
-            "sampling.logit_bias": request.sampling.logit_bias,
-            "sampling.stop_token_ids": request.sampling.stop_token_ids,
-            "resume.token_ids": request.resume.token_ids,
-        }
-        for field, tokens in given.items():
-            if (token := max(tokens, default=0)) >= self.vocabulary:
-                raise errors.InvalidSampling(
-                    f"token id {token} is not in the model's vocabulary of {self.vocabulary}", field=field
-                )
+        resume_ids, sampling = request.resume.token_ids, request.sampling
+        self.check_resume(1, len(resume_ids))
+        self._check_ids("sampling.logit_bias", sampling.logit_bias)
+        self._check_ids("sampling.stop_token_ids", sampling.stop_token_ids)
+        self._check_ids("resume.token_ids", resume_ids)
+
+    def _check_ids(self, field: str, tokens: Collection[int]) -> None:
+        if tokens and (token := max(tokens)) >= self.vocabulary:
+            raise errors.InvalidSampling(
+                f"token id {token} is not in the model's vocabulary of {self.vocabulary}", field=field
+            )
 
     def check_min_prompt(self, tokens: int) -> None:
         """Check a prompt that is only known to have at least *tokens* tokens."""

@@ -22,6 +22,8 @@ class InFlightSequence:
     attempt     the attempt of the job that was sent
     offset      of the next token
     cost        tokens to compute for the first token
+    max_tokens  of the job's sampling
+    logprobs    whether the job wants a log-probability per token
     prefilled   whether a token has arrived, so the prompt is computed
     abandoned   the job was cancelled here; the entry stays until the worker confirms, which frees the handle
     """
@@ -30,6 +32,8 @@ class InFlightSequence:
     attempt: int
     offset: int
     cost: int
+    max_tokens: int
+    logprobs: bool
     prefilled: bool = False
     abandoned: bool = False
 
@@ -63,7 +67,10 @@ class InFlightSequences:
     def add(self, job: Job) -> int:
         """Add a job in its current state. Returns its handle."""
         handle = heapq.heappop(self._free) if self._free else len(self._sequences)
-        self._sequences[handle] = InFlightSequence(job, job.attempt, job.answer_length, job.uncached)
+        sampling = job.sampling
+        self._sequences[handle] = InFlightSequence(
+            job, job.attempt, job.answer_length, job.uncached, sampling.max_tokens, sampling.logprobs
+        )
         self._handles[job] = handle
         self.backlog += job.uncached
         return handle
@@ -88,11 +95,11 @@ class InFlightSequences:
             raise errors.WorkerLost(
                 f"the worker skipped tokens: offset {delta.offset}, expected {sequence.offset}"
             )
-        ids, logprobs = list(delta.token_ids[skip:]), list(delta.logprobs[skip:])
-        sequence.offset += len(ids)
+        ids = delta.token_ids[skip:]
         if ids:
+            sequence.offset += len(ids)
             self._mark_prefilled(sequence)
-        return sequence, ids, logprobs
+        return sequence, ids, delta.logprobs[skip:] if sequence.logprobs else []
 
     def remove(self, handle: int, attempt: int) -> InFlightSequence | None:
         """Remove a sequence that ended at the worker, and free its handle. None if the end does not count."""
@@ -119,12 +126,11 @@ def check_tokens(
 
     vocabulary   the size of its vocabulary; 0 while unknown
     """
-    sampling = sequence.job.sampling
-    if sequence.offset > sampling.max_tokens:
+    if sequence.offset > sequence.max_tokens:
         raise errors.WorkerLost(
-            f"the worker sent {sequence.offset} tokens of an answer of at most {sampling.max_tokens}"
+            f"the worker sent {sequence.offset} tokens of an answer of at most {sequence.max_tokens}"
         )
     if vocabulary and max(ids) >= vocabulary:
         raise errors.WorkerLost(f"the worker sent token {max(ids)}, but its vocabulary has {vocabulary}")
-    if sampling.logprobs and len(logprobs) != len(ids):
+    if sequence.logprobs and len(logprobs) != len(ids):
         raise errors.WorkerLost(f"the worker sent {len(logprobs)} log-probabilities for {len(ids)} tokens")

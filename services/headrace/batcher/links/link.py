@@ -55,6 +55,7 @@ class WorkerLink:
     epoch             the number of the current stream
     problem           why the worker is not ready, for people
     others_backlog    prompt tokens of other batchers that wait at the worker
+    step_seconds      mean time of an engine step; 0 while unknown
     """
 
     def __init__(self, target: str, *, fingerprint: str, batcher_id: str, listener: LinkListener) -> None:
@@ -64,6 +65,7 @@ class WorkerLink:
         self.incarnation = 0
         self.model: wire.ModelDescription | None = None
         self.load = wire.Load()
+        self.step_seconds = 0.0
         self.credit = wire.Credit()
         self.problem = "not connected yet"
         self.rate = RateMeter()
@@ -136,12 +138,12 @@ class WorkerLink:
         if not self.in_flight:
             self.liveness.became_busy(now)
         self.breaker.sent()
-        message, size = wire.Submit(batch_id=self._batches, batch_trace=_trace_context(batch_span)), 0
+        request, size = self._new_submit(batch_span), 0
         for job in batch:
             if size > _SUBMIT_BYTES:
-                self.send(wire.RunRequest(submit=message))
-                message, size = wire.Submit(batch_id=message.batch_id, batch_trace=message.batch_trace), 0
-            sequence = message.sequences.add(
+                self.send(request)
+                request, size = self._new_submit(batch_span), 0
+            sequence = request.submit.sequences.add(
                 handle=self.in_flight.add(job),
                 request_id=job.request_id,
                 attempt=job.attempt,
@@ -150,13 +152,19 @@ class WorkerLink:
                 prefix_scope=job.scope,
                 sampling=job.sampling,
                 priority=job.priority,
-                trace=_trace_context(job.span),
             )
+            _set_trace(sequence.trace, job.span)
             if job.deadline.exists:
                 sequence.ttl.FromNanoseconds(max(int(job.deadline.left(now) * 1e9), 0))
             size += sequence.ByteSize()
-        self.send(wire.RunRequest(submit=message))
+        self.send(request)
         return self._batches
+
+    def _new_submit(self, batch_span: trace.Span) -> wire.RunRequest:
+        request = wire.RunRequest()
+        request.submit.batch_id = self._batches
+        _set_trace(request.submit.batch_trace, batch_span)
+        return request
 
     def cancel(self, job: Job) -> bool:
         """Cancel a job. Returns False if it is not here. Its handle is free when the worker has confirmed."""
@@ -305,9 +313,9 @@ class WorkerLink:
         self._listener.changed()
 
 
-def _trace_context(span: trace.Span) -> wire.TraceContext:
-    traceparent, tracestate = to_w3c(span)
-    return wire.TraceContext(traceparent=traceparent, tracestate=tracestate)
+def _set_trace(context: wire.TraceContext, span: trace.Span) -> None:
+    if span.get_span_context().is_valid:
+        context.traceparent, context.tracestate = to_w3c(span)
 
 
 def _first(group: BaseExceptionGroup[grpc.aio.AioRpcError]) -> grpc.aio.AioRpcError:

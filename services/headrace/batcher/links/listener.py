@@ -19,6 +19,10 @@ class LinkListener(Protocol):
         """The free slots or the readiness of a worker may have changed."""
         ...
 
+    def stepped(self, now: float) -> None:
+        """A step frame has arrived, and its tokens are counted."""
+        ...
+
     def ended(self, link: WorkerLink, job: Job, end: SequenceEnd) -> None:
         """The worker has completed a job."""
         ...

@@ -42,7 +42,7 @@ class WorkerPool:
 
     def step_seconds(self) -> float:
         """Return the shortest step time of the ready workers, in seconds; 0 if none is ready."""
-        return min((link.load.step_time.ToNanoseconds() / 1e9 for link in self.ready()), default=0.0)
+        return min((link.step_seconds for link in self.ready()), default=0.0)
 
     @property
     def problem(self) -> str:

@@ -47,13 +47,18 @@ class Receiver:
         self._link = link
         self._listener = listener
         self._acked = 0
-        self._faulted: list[Job] = []  # by the message that is being handled
+        # By the message that is being handled.
+        self._changed = False  # free slots, the backlog, or the worker's readiness
+        self._tokens = 0
+        self._faulted: list[Job] = []
 
     def handle(self, response: wire.RunResponse) -> None:
         """Handle one message. Raises Mismatch, or WorkerLost for a message that no sound worker sends."""
         link, now = self._link, time.monotonic()
         link.liveness.received(now)
         kind = response.WhichOneof("message")
+        # Most steps and admissions change nothing that the queue waits for.
+        self._changed = kind not in ("step", "admission")
         if kind == "step":
             self._handle_step(response.step, now)
         elif kind == "admission":
@@ -65,6 +70,7 @@ class Receiver:
             self._handle_welcome(response.welcome)
         elif kind == "load":
             link.load = response.load
+            link.step_seconds = response.load.step_time.ToNanoseconds() / 1e9
             backlog = int(response.load.uncomputed_prompt_tokens)
             link.others_backlog = max(backlog - link.in_flight.backlog, 0)
         elif kind == "credit":
@@ -79,7 +85,8 @@ class Receiver:
             log.info("worker drains", extra={"target": link.target})
         if link.retiring and not link.in_flight:
             link.send(None)
-        self._listener.changed()
+        if self._changed:
+            self._listener.changed()
 
     def _handle_welcome(self, welcome: wire.Welcome) -> None:
         link, model = self._link, welcome.model
@@ -104,10 +111,18 @@ class Receiver:
         log.info("worker connected", extra={"target": link.target, "worker": link.worker_id})
 
     def _handle_step(self, step: wire.Step, now: float) -> None:
-        self._link.liveness.stepped(now)
-        self._link.suspect = False
+        link = self._link
+        link.liveness.stepped(now)
+        self._changed = link.suspect
+        link.suspect = False
+        self._tokens, backlog = 0, link.in_flight.backlog
+        vocabulary = link.model.vocabulary_size if link.model is not None else 0
         for delta in step.deltas:
-            self._handle_delta(delta, now)
+            self._handle_delta(delta, vocabulary)
+        if self._tokens:
+            link.rate.add(now, self._tokens)
+        self._changed |= link.in_flight.backlog != backlog
+        self._listener.stepped(now)
         self._record_faults(now)
         if step.frame - self._acked >= _ACK_EVERY:
             self._acked = step.frame
@@ -117,39 +132,40 @@ class Receiver:
         ack = wire.Ack(frame=self._acked, credit_generation=self._link.credit.generation)
         self._link.send(wire.RunRequest(ack=ack))
 
-    def _handle_delta(self, delta: wire.SequenceDelta, now: float) -> None:
+    def _handle_delta(self, delta: wire.SequenceDelta, vocabulary: int) -> None:
         link = self._link
         advanced = link.in_flight.advance(delta)
         if advanced is None:
             return
         sequence, ids, logprobs = advanced
         if ids:
-            vocabulary = link.model.vocabulary_size if link.model is not None else 0
             check_tokens(sequence, ids, logprobs, vocabulary=vocabulary)
-            link.rate.add(now, len(ids))
+            self._tokens += len(ids)
         if delta.HasField("cached_tokens"):
             self._listener.prefilled(link, sequence.job, delta.cached_tokens)
-        rejected = self._deliver(sequence, ids, logprobs)
+        rejected = self._deliver(sequence, ids, logprobs) if ids else 0
         if delta.HasField("error"):
             self._end(delta.handle, delta.attempt, statuses.from_status(delta.error))
             return
-        ended = delta.finish != pb.FINISH_REASON_UNSPECIFIED
-        if ended and delta.finish not in _FINISHES:
-            raise errors.WorkerLost(f"the worker ended a sequence with {delta.finish}, which is no reason")
-        if not sequence.abandoned and (rejected or (sequence.job.inbox.full and not ended)):
+        finish = delta.finish
+        ended = finish != pb.FINISH_REASON_UNSPECIFIED
+        if ended and finish not in _FINISHES:
+            raise errors.WorkerLost(f"the worker ended a sequence with {finish}, which is no reason")
+        if not sequence.abandoned and (rejected or (not ended and sequence.job.inbox.full)):
             self._listener.inbox_full(link, sequence.job)
         if ended:
-            end = SequenceEnd(delta.finish, delta.usage, delta.timing)
-            self._end(delta.handle, delta.attempt, end)
+            self._end(delta.handle, delta.attempt, SequenceEnd(finish, delta.usage, delta.timing))
 
     @staticmethod
     def _deliver(sequence: InFlightSequence, ids: list[int], logprobs: list[float]) -> int:
         """Put tokens into the job's inbox. Returns how many it rejected; those are dropped."""
         job = sequence.job
         accepted = 0 if sequence.abandoned else job.inbox.put(ids, logprobs)
-        job.generated += ids[:accepted]
-        job.history.wasted += len(ids) - accepted
-        return len(ids) - accepted
+        if rejected := len(ids) - accepted:
+            job.history.wasted += rejected
+            ids = ids[:accepted]
+        job.generated += ids
+        return rejected
 
     def _end(self, handle: int, attempt: int, end: SequenceEnd | errors.HeadraceError) -> None:
         """Remove a sequence that ended or failed at the worker, and report it unless it is abandoned."""
@@ -157,6 +173,7 @@ class Receiver:
         sequence = link.in_flight.remove(handle, attempt)
         if sequence is None:
             return
+        self._changed = True
         if isinstance(end, errors.HeadraceError) and is_worker_fault(end):
             self._faulted.append(sequence.job)
         elif isinstance(end, SequenceEnd) and end.reason != pb.FINISH_REASON_CANCELLED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from google.protobuf import duration_pb2
 from opentelemetry import metrics
 
 from headrace import attributes
@@ -34,8 +35,9 @@ _MAX_IDS = 1024  # per delta: the backlog of a slow reader is sent in several, s
 
 def record_unanswered(labels: dict[str, str], outcome: str, seconds: float) -> None:
     """Record a request that ended without an answer after *seconds*."""
-    _requests.add(1, {**labels, attributes.OUTCOME: outcome})
-    _duration.record(seconds, {**labels, attributes.OUTCOME: outcome})
+    labels = {**labels, attributes.OUTCOME: outcome}
+    _requests.add(1, labels)
+    _duration.record(seconds, labels)
 
 
 class AnswerEvents:
@@ -80,27 +82,27 @@ class AnswerEvents:
 
     def events_for(self, arrival: Arrival) -> Iterator[pb.GenerateResponse]:
         """Yield the events for an arrival."""
+        ids, end = arrival.ids, arrival.end
         if (change := arrival.change) is not None:
-            event = pb.RouteChange(
+            route = pb.RouteChange(
                 to=change.target, reason=change.reason, attempt=change.attempt, **{"from": change.origin}
             )
-            yield pb.GenerateResponse(route_change=event)
-        if arrival.ids:
-            now = time.monotonic()
+            yield pb.GenerateResponse(route_change=route)
+        if ids:
+            self._last = time.monotonic()
             if self._first is None:
-                self._first = now
-                self._first_tokens = len(arrival.ids)
-                self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
-            self._last = now
+                self._first = self._last
+                self._first_tokens = len(ids)
+                if self._job.span.is_recording():
+                    self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
         used, stopped = 0, None
-        while used < len(arrival.ids) and stopped is None:
-            piece = self._text.feed(arrival.ids[used : used + _MAX_IDS])
-            stopped = piece.stopped
-            yield self._delta(arrival, used, used + piece.used, piece.text)
-            used += piece.used
-        if stopped is not None or arrival.end is not None:
-            self._end = arrival.end
-            yield from self.final_events(stopped, wasted=len(arrival.ids) - used)
+        while used < len(ids) and stopped is None:
+            text, count, stopped = self._text.feed(ids[used : used + _MAX_IDS])
+            yield self._delta(arrival, used, used + count, text)
+            used += count
+        if stopped is not None or end is not None:
+            self._end = end
+            yield from self.final_events(stopped, wasted=len(ids) - used)
 
     def final_events(self, stopped: str | None = None, *, wasted: int = 0) -> Iterator[pb.GenerateResponse]:
         """Yield the last events: the text that was held back, if any, and the finish.
@@ -116,65 +118,70 @@ class AnswerEvents:
 
     def _finish(self, stopped: str | None, wasted: int) -> pb.GenerateResponse:
         self.done = True
-        finish = pb.Finish(
-            reason=pb.FINISH_REASON_STOP_SEQUENCE
-            if stopped is not None
-            else self._end.reason
-            if self._end is not None
-            else pb.FINISH_REASON_LENGTH,
-            stop_sequence=stopped or "",
-            usage=pb.Usage(
-                prompt_tokens=len(self._job.prompt_ids),
-                cached_tokens=self._job.history.cached,
-                completion_tokens=self._offset,
-                replayed_tokens=self._job.history.replayed or len(self._job.resume_ids),
-                wasted_tokens=self._job.history.wasted + wasted,
-            ),
-        )
+        job, now = self._job, time.monotonic()
+        response = pb.GenerateResponse()
+        finish = response.finish
+        if stopped is not None:
+            finish.reason = pb.FINISH_REASON_STOP_SEQUENCE
+            finish.stop_sequence = stopped
+        else:
+            finish.reason = self._end.reason if self._end is not None else pb.FINISH_REASON_LENGTH
+        usage, history = finish.usage, job.history
+        usage.prompt_tokens = len(job.prompt_ids)
+        usage.cached_tokens = history.cached
+        usage.completion_tokens = self._offset
+        usage.replayed_tokens = history.replayed or len(job.resume_ids)
+        usage.wasted_tokens = history.wasted + wasted
         timing = finish.timing
-        now = time.monotonic()
-        job = self._job
         if self._end is not None:
             timing.prefill.CopyFrom(self._end.timing.prefill)
         if job.submitted is not None:
-            timing.queue.FromNanoseconds(_nanoseconds(job.submitted - job.arrived))
+            _set_seconds(timing.queue, job.submitted - job.arrived)
         if self._first is not None and self._last is not None:
-            timing.first_token.FromNanoseconds(_nanoseconds(self._first - job.arrived))
-            timing.decode.FromNanoseconds(_nanoseconds(self._last - self._first))
-        timing.total.FromNanoseconds(_nanoseconds(now - job.arrived))
-        self.outcome = pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
-        return pb.GenerateResponse(finish=finish)
+            _set_seconds(timing.first_token, self._first - job.arrived)
+            _set_seconds(timing.decode, self._last - self._first)
+        _set_seconds(timing.total, now - job.arrived)
+        self.outcome = _OUTCOMES[finish.reason]
+        return response
 
     def record(self, outcome: str) -> None:
         """Record the request in metrics and on its span, however it ended."""
         job, now = self._job, time.monotonic()
+        labels = {**self._labels, attributes.OUTCOME: outcome}
         # Tokens that came with the request were generated earlier, in an unknown time.
         new_tokens = self._offset - len(job.resume_ids)
-        _requests.add(1, {**self._labels, attributes.OUTCOME: outcome})
+        _requests.add(1, labels)
         _tokens.add(new_tokens, self._labels)
-        _duration.record(now - job.arrived, {**self._labels, attributes.OUTCOME: outcome})
+        _duration.record(now - job.arrived, labels)
         if self._first is not None and self._last is not None:
             if not job.resume_ids:
                 _ttft.record(self._first - job.arrived, self._labels)
             if (later := new_tokens - self._first_tokens) > 0:
                 _tpot.record((self._last - self._first) / later, self._labels)
-        job.span.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: outcome})
-        job.span.set_attributes(
-            {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}
-        )
+        if job.span.is_recording():
+            job.span.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: outcome})
+            job.span.set_attributes(
+                {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}
+            )
 
     def _delta(self, arrival: Arrival, start: int, stop: int, text: str) -> pb.GenerateResponse:
-        delta = pb.Delta(
-            offset=self._offset,
-            token_count=stop - start,
-            text=text,
-            logprobs=arrival.logprobs[start:stop],
-        )
+        # Set field by field: a message that is passed to a constructor is copied.
+        response = pb.GenerateResponse()
+        delta = response.delta
+        delta.offset = self._offset
+        delta.token_count = stop - start
+        delta.text = text
+        if arrival.logprobs:
+            delta.logprobs.extend(arrival.logprobs[start:stop])
         if self._with_ids:
             delta.token_ids.extend(arrival.ids[start:stop])
         self._offset += stop - start
-        return pb.GenerateResponse(delta=delta)
+        return response
 
 
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)
+# Such as "length".
+_OUTCOMES = {reason: name.removeprefix("FINISH_REASON_").lower() for name, reason in pb.FinishReason.items()}
+
+
+def _set_seconds(duration: duration_pb2.Duration, seconds: float) -> None:
+    duration.seconds, duration.nanos = divmod(int(seconds * 1e9), 1_000_000_000)

@@ -9,14 +9,17 @@ depend on the number of tokens before.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # An error handler for `bytes.decode` that returns one U+FFFD per invalid byte, as SentencePiece does.
 # Python's own "replace" returns one per invalid character, as byte-level tokenizers do.
 EACH_BYTE = "headrace.each-byte"
+
+
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 def _each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -55,7 +58,7 @@ class Detokenizer:
     def __init__(self, spelling: Spelling, after: int | None = None) -> None:
         self._spelling = spelling
         self._after = after
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(spelling.decode_errors)
+        self._utf8 = _utf8_decoder(spelling.decode_errors)
 
     def feed(self, id: int) -> str:
         """Return the text that *id* completes; empty while a character is incomplete."""
@@ -141,8 +144,7 @@ class StopFinder:
         return len(text)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """The text released for some ids.
 
     text     valid UTF-8
@@ -162,14 +164,18 @@ class TextStream:
         self._detokenizer = detokenizer
         self._stops = stops or StopRules()
         self._finder = StopFinder(self._stops.texts)
+        self._never_stops = not (self._stops.texts or self._stops.ids)
         self._count = 0
 
     @property
     def _counts(self) -> bool:
         return self._count >= self._stops.min_tokens
 
-    def feed(self, ids: Iterable[int]) -> Piece:
+    def feed(self, ids: Sequence[int]) -> Piece:
         """Decode the next ids. Do not call it again after a piece with a stop text."""
+        decode = self._detokenizer.feed
+        if self._never_stops:
+            return Piece(decode(ids[0]) if len(ids) == 1 else "".join(map(decode, ids)), len(ids))
         texts = []
         used = 0
         for used, id in enumerate(ids, 1):
@@ -177,7 +183,7 @@ class TextStream:
             if self._counts and id in self._stops.ids:
                 texts.append(self._rest())
                 return Piece("".join(texts), used, self._stops.ids[id])
-            text, stopped = self._finder.feed(self._detokenizer.feed(id), counts=self._counts)
+            text, stopped = self._finder.feed(decode(id), counts=self._counts)
             texts.append(text)
             if stopped is not None:
                 return Piece("".join(texts), used, stopped)

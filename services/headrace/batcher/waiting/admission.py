@@ -58,14 +58,15 @@ class Admission:
 
         Raises NoWorkers, Overloaded, TtftUnattainable or DeadlineUnattainable.
         """
-        if not self._pool.ready():
+        ready = self._pool.ready()
+        if not ready:
             raise errors.NoWorkers(
                 f"no worker of this tier is ready ({self._pool.problem}); try again shortly", retry_after=1.0
             )
         self.arrivals.add(now)
         max_new = max(job.sampling.max_tokens - job.answer_length, 1)
         job.cost = job.prefill_tokens + min(max_new, int(self.answer_tokens.value) or max_new)
-        cached = max(self._prefixes.cached_tokens(job.blocks, link.target) for link in self._pool.ready())
+        cached = max(self._prefixes.cached_tokens(job.blocks, link.target) for link in ready)
         job.uncached = max(job.prefill_tokens - cached, 1)
         self._check_deadline(job, now)
         if job.release_place is None:
@@ -80,9 +81,16 @@ class Admission:
             return
         left = job.response_deadline.left(now)
         estimates = self.estimates(now)
+        decode = estimates.decode_seconds(job.min_answer_tokens - job.answer_length)
+        # With the whole queue ahead, which needs no search through it.
+        longest = estimates.first_token_seconds(
+            jobs=len(self._queue), ahead=self._queue.uncached, tokens=job.uncached
+        )
+        if longest + decode <= TOLERANCE * left:
+            return
         jobs, ahead = self._queue.ahead_of(job)
         first = estimates.first_token_seconds(jobs=jobs, ahead=ahead, tokens=job.uncached)
-        last = first + estimates.decode_seconds(job.min_answer_tokens - job.answer_length)
+        last = first + decode
         if first > TOLERANCE * left:
             raise errors.TtftUnattainable(
                 f"the deadline is in {left:.2f} s, but the first token would take at least {first:.2f} s, "
@@ -105,9 +113,11 @@ class Admission:
         The free slots of workers extend the limit: requests for them leave the queue at once.
         """
         queued, limit = sum(place.waiting for place in self.places), self._queue.limit
-        free = sum(max(link.free_slots(now), 0) for link in self._pool) - len(self._queue.interrupted)
-        full = queued >= limit + max(free, 0)
-        chosen = victims(self.places, newcomer, needed=int(full))
+        interrupted = len(self._queue) - self._queue.waiting
+        free = sum(link.free_slots(now) for link in self._pool) - interrupted
+        if queued < limit + max(free, 0):
+            return
+        chosen = victims(self.places, newcomer, needed=1)
         delay = retry_after(queued, self.drained.per_second(now))
         if chosen is None:
             raise errors.Overloaded(
@@ -135,11 +145,14 @@ class Admission:
 
     def estimates(self, now: float) -> Estimates:
         """Return the measured rates and the backlog of the tier."""
-        ready = self._pool.ready()
-        busy = not any(link.free_slots(now) for link in ready)
+        rate, backlog, busy = 0.0, 0, True
+        for link in self._pool.ready():
+            rate += link.load.prefill_tokens_per_second
+            backlog += link.backlog
+            busy = busy and not link.free_slots(now)
         return Estimates(
-            prefill_rate=sum(link.load.prefill_tokens_per_second for link in ready),
+            prefill_rate=rate,
             step_seconds=self._pool.step_seconds(),
-            backlog=sum(link.backlog for link in ready),
+            backlog=backlog,
             drain_rate=self.drained.per_second(now) if busy else 0.0,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from opentelemetry import metrics, trace
 
@@ -83,21 +82,16 @@ class Dispatcher:
     def _place(self, job: Job, candidates: dict[str, WorkerCandidate], batches: dict[str, list[Job]]) -> bool:
         """Move a job from the queue to the batch of the best worker. Returns False if the job has to wait."""
         probation = failover.on_probation(job)
-        suitable = {
-            link.target
-            for link in self._suitable(job)
-            if link.target in candidates and (not probation or link.responded_after(job.history.lost_at))
-        }
-        chosen = choose(
-            (
-                replace(one, cached=self._prefixes.cached_tokens(job.blocks, one.name))
-                for one in candidates.values()
-                if one.name in suitable
-            ),
-            job.prefill_tokens,
-            avoid=failover.avoided(job),
-            probation=probation,
-        )
+        suitable = []
+        for link in self._suitable(job):
+            candidate = candidates.get(link.target)
+            if candidate is None or (probation and not link.responded_after(job.history.lost_at)):
+                continue
+            candidate.cached = self._prefixes.cached_tokens(job.blocks, link.target)
+            if probation:
+                candidate.probation |= any(map(failover.on_probation, link.in_flight.jobs()))
+            suitable.append(candidate)
+        chosen = choose(suitable, job.prefill_tokens, avoid=failover.avoided(job), probation=probation)
         if chosen is None:
             return False
         self._queue.take(job)
@@ -106,17 +100,12 @@ class Dispatcher:
         job.uncached = max(job.prefill_tokens - chosen.cached, 1)
         if chosen.shares_prefixes:
             self._prefixes.expect(job.blocks, chosen.name)
-        if chosen.free_slots == 1 or len(batch) >= self._window.size:
+        chosen.free_slots -= 1
+        chosen.sequences += 1
+        chosen.backlog += job.uncached
+        chosen.probation |= probation
+        if not chosen.free_slots or len(batch) >= self._window.size:
             del candidates[chosen.name]
-        else:
-            candidates[chosen.name] = replace(
-                chosen,
-                free_slots=chosen.free_slots - 1,
-                sequences=chosen.sequences + 1,
-                backlog=chosen.backlog + job.uncached,
-                cached=0,
-                probation=chosen.probation or probation,
-            )
         return True
 
     def _suitable(self, job: Job) -> list[WorkerLink]:
@@ -125,6 +114,9 @@ class Dispatcher:
         The job waits for such a worker while it has no free slot, but not while its breaker is open. A rule
         that no working worker satisfies does not apply.
         """
+        suitable = list(self._pool)
+        if len(suitable) == 1:  # no rule applies
+            return suitable
         now, length = time.monotonic(), len(job.prompt_ids) + job.sampling.max_tokens
         kind, failed_by = job.history.kind, failover.failed_by(job)
         rules: tuple[Callable[[WorkerLink], bool], ...] = (
@@ -132,7 +124,6 @@ class Dispatcher:
             lambda link: not job.answer_length or link.kind == kind,
             lambda link: link.target != failed_by,
         )
-        suitable = list(self._pool)
         for satisfies in rules:
             fewer = [link for link in suitable if satisfies(link)]
             if any(link.ready and link.breaker.state(now) is BreakerState.CLOSED for link in fewer):
@@ -149,7 +140,6 @@ class Dispatcher:
                 budget=self._window.budget(link.load.prefill_tokens_per_second),
                 prefill_rate=link.load.prefill_tokens_per_second,
                 others_backlog=link.others_backlog,
-                probation=any(failover.on_probation(job) for job in link.in_flight.jobs()),
                 shares_prefixes=link.shared_block_tokens > 0,
             )
             for link in self._pool
@@ -157,18 +147,19 @@ class Dispatcher:
         }
 
     def _closes_at(self, candidates: dict[str, WorkerCandidate]) -> float:
-        waiting = list(self._queue)
-        now = time.monotonic()
-        return self._window.closes_at(
-            len(waiting),
-            sum(job.uncached for job in waiting),
-            sum(candidate.free_slots for candidate in candidates.values()),
-            oldest=min(job.arrived for job in waiting),
-            linger=self._window.linger_for(
-                arrivals=self._admission.arrivals.per_second(now), step_seconds=self._pool.step_seconds()
-            ),
-            idle=any(candidate.backlog == 0 for candidate in candidates.values()),
+        """Return when the next batch is complete, time.monotonic(); 0 means now."""
+        queue, window = self._queue, self._window
+        idle, free_slots = False, 0
+        for candidate in candidates.values():
+            idle = idle or candidate.backlog == 0
+            free_slots += candidate.free_slots
+        if window.is_complete(len(queue), queue.uncached, free_slots, idle=idle):
+            return 0.0
+        linger = window.linger_for(
+            arrivals=self._admission.arrivals.per_second(time.monotonic()),
+            step_seconds=self._pool.step_seconds(),
         )
+        return min(job.arrived for job in queue) + linger  # of fewer jobs than make a batch
 
     def _submit(self, link: WorkerLink, batch: list[Job], now: float) -> None:
         span = self._batch_span(link, batch)
@@ -183,21 +174,23 @@ class Dispatcher:
             history.incarnation = link.incarnation
             history.length_at_start = job.answer_length
             history.replayed += job.answer_length
-            job.span.add_link(span.get_span_context())
         self._admission.drained.add(now, len(batch))
         _batch_size.record(len(batch), self._labels)
-        span.set_attribute(attributes.BATCH_ID, link.submit(batch, span, now))
-        span.end()
+        batch_id = link.submit(batch, span, now)
+        if span.is_recording():
+            for job in batch:
+                job.span.add_link(span.get_span_context())
+            span.set_attribute(attributes.BATCH_ID, batch_id)
+            span.end()
 
     def _batch_span(self, link: WorkerLink, batch: list[Job]) -> trace.Span:
-        """Start a span for the batch if any member is sampled; otherwise it would be alone in a trace."""
-        members = [job.span.get_span_context() for job in batch]
-        if not any(member.trace_flags.sampled for member in members):
+        """Start a span for the batch if any member is recorded; otherwise it would be alone in a trace."""
+        if not any(job.span.is_recording() for job in batch):
             return trace.INVALID_SPAN
         return _tracer.start_span(
             attributes.SPAN_BATCH,
             context=trace.set_span_in_context(trace.INVALID_SPAN),  # a root span: it has many parents
-            links=[trace.Link(member) for member in members],
+            links=[trace.Link(job.span.get_span_context()) for job in batch],
             attributes={
                 attributes.BATCH_SIZE: len(batch),
                 attributes.BATCH_TOKENS: sum(job.prefill_tokens for job in batch),

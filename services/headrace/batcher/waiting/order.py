@@ -59,10 +59,11 @@ class _Tenant(Generic[J]):
 
 @dataclass(slots=True)
 class _Position:
-    """The level of a request, and the number of its heap entries at this level."""
+    """The level of a request, the number of its heap entries at this level, and its uncached tokens."""
 
     level: int
     number: int
+    uncached: int
 
 
 class FairOrder(Generic[J]):
@@ -70,16 +71,19 @@ class FairOrder(Generic[J]):
 
     ageing    seconds after which the priority of a request rises by one
     quantum   tokens that a tenant may take per turn; a smaller quantum is fairer over short times
+
+    uncached  the sum of all requests' `uncached`, as they were when each was added
     """
 
     def __init__(self, *, ageing: float = 10.0, quantum: int = 512) -> None:
         self._ageing = ageing
         self._quantum = quantum
         self._numbers = count()
-        self._interrupted: OrderedDict[J, None] = OrderedDict()
+        self._interrupted: OrderedDict[J, int] = OrderedDict()  # and its uncached tokens
         self._positions: dict[J, _Position] = {}
         self._levels: list[OrderedDict[str, _Tenant[J]]] = [OrderedDict() for _ in range(LEVELS)]
         self._rising: list[tuple[float, int, J]] = []
+        self.uncached = 0
 
     def __len__(self) -> int:
         return len(self._interrupted) + len(self._positions)
@@ -128,12 +132,13 @@ class FairOrder(Generic[J]):
 
     def put_back(self, job: J) -> None:
         """Add an interrupted answer."""
-        self._interrupted[job] = None
+        self._interrupted[job] = job.uncached
+        self.uncached += job.uncached
 
     def discard(self, job: J) -> bool:
         """Remove a request. Returns False if it does not wait here."""
         if job in self._interrupted:
-            del self._interrupted[job]
+            self.uncached -= self._interrupted.pop(job)
             return True
         if job not in self._positions:
             return False
@@ -204,7 +209,8 @@ class FairOrder(Generic[J]):
             heapq.heappop(tenant.jobs)
 
     def _enter(self, job: J, level: int, number: int) -> None:
-        self._positions[job] = _Position(level, number)
+        self._positions[job] = _Position(level, number, job.uncached)
+        self.uncached += job.uncached
         tenants = self._levels[level]
         if job.tenant not in tenants:
             tenants[job.tenant] = _Tenant()
@@ -214,6 +220,7 @@ class FairOrder(Generic[J]):
 
     def _leave(self, job: J) -> None:
         position = self._positions.pop(job)
+        self.uncached -= position.uncached
         tenants = self._levels[position.level]
         tenant = tenants[job.tenant]
         tenant.present -= 1

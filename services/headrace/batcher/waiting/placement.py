@@ -9,7 +9,7 @@ from dataclasses import dataclass
 SEQUENCE_TOKENS = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkerCandidate:
     """A worker that accepts work now.
 
@@ -53,6 +53,8 @@ def choose(
     probation   whether the job may have killed a worker: then no worker with another such job is chosen
     """
     able = [candidate for candidate in candidates if candidate.accepts(tokens)]
+    if len(able) == 1 and not probation:
+        return able[0]
     if probation:
         able = [candidate for candidate in able if not candidate.probation]
     if any(candidate.name != avoid for candidate in able):

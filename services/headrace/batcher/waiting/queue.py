@@ -62,12 +62,14 @@ class RequestQueue(FairOrder[Job]):
     def _record_entry(self, job: Job) -> None:
         queue_depth.add(1, self._labels)
         job.queued = time.monotonic()
-        job.queue_span = _tracer.start_span(
-            attributes.SPAN_QUEUE, context=trace.set_span_in_context(job.span)
-        )
+        if job.span.is_recording():
+            job.queue_span = _tracer.start_span(
+                attributes.SPAN_QUEUE, context=trace.set_span_in_context(job.span)
+            )
 
     def _record_exit(self, job: Job, outcome: str) -> None:
         queue_depth.add(-1, self._labels)
         queue_wait.record(time.monotonic() - job.queued, {**self._labels, attributes.OUTCOME: outcome})
-        job.queue_span.set_attribute(attributes.OUTCOME, outcome)
-        job.queue_span.end()
+        if job.queue_span.is_recording():
+            job.queue_span.set_attribute(attributes.OUTCOME, outcome)
+            job.queue_span.end()

@@ -47,16 +47,12 @@ class Window:
             return self.tokens
         return max(min(int(prefill_rate * HORIZON_SECONDS), self.tokens), 1)
 
-    def closes_at(
-        self, waiting: int, tokens: int, free_slots: int, *, oldest: float, linger: float, idle: bool
-    ) -> float:
-        """Return when the next batch is complete, on the clock of *oldest*; 0 means now.
+    def is_complete(self, waiting: int, tokens: int, free_slots: int, *, idle: bool) -> bool:
+        """Return whether a batch does not wait for more requests.
 
         waiting      the number of requests that wait
         tokens       the prompt tokens of those requests
         free_slots   the sequences that the workers accept now
-        oldest       when the oldest of the requests arrived
-        idle         whether a worker has no prompt to compute: then the batch is complete now
+        idle         whether a worker has no prompt to compute
         """
-        full = waiting >= min(self.size, free_slots) or tokens >= self.tokens
-        return 0.0 if idle or full else oldest + linger
+        return idle or waiting >= min(self.size, free_slots) or tokens >= self.tokens

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from headrace import attributes, errors
 from headrace.deadline import Deadline
+from headrace.flushing import Flusher
 from headrace.progress import route_change
 from headrace.router.answering.forwarded_answer import ForwardedAnswer
 from headrace.router.state.batcher_peer import BatcherPeer, Stalled
@@ -45,12 +46,14 @@ class Outgoing:
     deadline           of the whole answer
     failover_seconds   how long an answer that lost its batcher waits for another one
     hops               routers that the request has passed before this one
+    flusher            when tokens that are gathered for the caller are sent; None: none are gathered
     """
 
     request: pb.GenerateRequest
     deadline: Deadline
     failover_seconds: float
     hops: int = 0
+    flusher: Flusher | None = None
 
 
 class Routed(Protocol):
@@ -143,7 +146,11 @@ async def on_tier(
                 attributes.ATTEMPT: answer.attempt,
             }
             stream = batcher.generate(
-                answer.request(), deadline=outgoing.deadline, hops=outgoing.hops, **labels
+                answer.request(),
+                deadline=outgoing.deadline,
+                hops=outgoing.hops,
+                flusher=outgoing.flusher,
+                **labels,
             )
             async with aclosing(stream) as responses:
                 async for response in responses:

@@ -16,6 +16,7 @@ from opentelemetry import metrics, trace
 
 from headrace import attributes
 from headrace.deadline import Deadline
+from headrace.flushing import Flusher
 from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
 from headrace.router.answering.cascade import Draft, HoldBack, cascade
@@ -54,6 +55,7 @@ class Journey:
         *,
         deadline: Deadline,
         hops: int,
+        flusher: Flusher | None,
         failover_seconds: float,
         tiers: Tiers,
         chooser: Chooser,
@@ -65,7 +67,7 @@ class Journey:
         self._shows_logprobs = request.sampling.logprobs
         self._may_draft = chooser.rules.allow(self._facts)
         self.outgoing = Outgoing(
-            _outgoing(request, logprobs=self._may_draft), deadline, failover_seconds, hops
+            _outgoing(request, logprobs=self._may_draft), deadline, failover_seconds, hops, flusher
         )
         self.bill = bill
         self._tiers = tiers

@@ -15,6 +15,7 @@ from headrace import errors
 from headrace.channel import open_channel
 from headrace.client import Client
 from headrace.deadline import Deadline
+from headrace.flushing import Flusher
 from headrace.router.state.peer_reports import BadReply, read_tiers
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
@@ -74,11 +75,18 @@ class BatcherPeer:
         self._poll_now.set()
 
     async def generate(
-        self, request: pb.GenerateRequest, *, deadline: Deadline, hops: int = 0, **labels: str | int
+        self,
+        request: pb.GenerateRequest,
+        *,
+        deadline: Deadline,
+        hops: int = 0,
+        flusher: Flusher | None = None,
+        **labels: str | int,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Stream its answer. Raises the client's errors, and Stalled.
 
         hops     routers that the request has passed before this one
+        flusher  when gathered tokens are handed over; None: each at once
         labels   attributes of the call's span
         """
         self.in_flight += 1
@@ -87,6 +95,7 @@ class BatcherPeer:
             timeout=max(deadline.left(time.monotonic()), 0.0),
             metadata={HOPS: str(hops + 1)} if self.router else {},
             labels=labels,
+            flusher=flusher,
         )
         try:
             async with aclosing(stream) as responses:
