@@ -17,7 +17,8 @@ from headrace.worker.runner import (
     SequenceUpdate,
     StepReport,
 )
-from headrace.worker.stream import BatcherStream, SequenceKey
+from headrace.worker.sequences import SequenceKey
+from headrace.worker.stream import BatcherStream
 from headrace.worker.streams import BatcherStreams
 
 Report = StepReport[SequenceKey]
@@ -46,8 +47,8 @@ class ScriptedRunner:
     def start(self, report: Callable[[Report], None]) -> None:
         self.report = report
 
-    def submit(self, spec: SequenceSpec[SequenceKey]) -> None:
-        self.submitted.append(spec)
+    def submit(self, *specs: SequenceSpec[SequenceKey]) -> None:
+        self.submitted += specs
 
     def cancel(self, key: SequenceKey) -> None:
         self.cancelled.append(key)

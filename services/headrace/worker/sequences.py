@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from opentelemetry import trace
 
@@ -14,7 +15,9 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import check_sampling
 from headrace.worker.runner import FinishReason, ModelInfo, SamplingParams, SequenceSpec, SequenceUpdate
-from headrace.worker.stream import InFlightSequence, SequenceKey
+
+# Identifies a sequence to the runner: the number of its stream, and its handle there.
+SequenceKey = tuple[int, int]
 
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -30,6 +33,37 @@ MAX_PRIORITY = 9
 _MAX_TRACE = 4096
 
 _tracer = trace.get_tracer("headrace.worker")
+
+
+@dataclass(slots=True, eq=False)
+class InFlightSequence:
+    """A sequence that was submitted on a stream and whose last delta is unsent.
+
+    answered   number of answer tokens so far, resumed ones included
+    priority   as the batcher sent it
+    unsent     tokens of its unsent delta; the first one's position in the answer is `offset`
+    rare       fields of its unsent delta that few deltas have; None if it has none of them
+    """
+
+    spec: SequenceSpec[SequenceKey]
+    request_id: str
+    attempt: int
+    parent: trace.SpanContext
+    batch: trace.SpanContext
+    submitted_ns: int
+    answered: int = 0
+    priority: int = 5
+    cancelled_by: errors.HeadraceError | None = None
+    first_token_ns: int = 0
+    offset: int = 0
+    unsent: list[int] = field(default_factory=list)
+    rare: wire.SequenceDelta | None = None
+
+    def rare_fields(self) -> wire.SequenceDelta:
+        """Return `rare`, to set a field of it."""
+        if self.rare is None:
+            self.rare = wire.SequenceDelta()
+        return self.rare
 
 
 def sequence_spec(
@@ -90,11 +124,11 @@ def _check_sampling(message: wire.Sequence, vocabulary: int) -> None:
     # A batcher lowers max_tokens to its tier's limit, which may be below the caller's min_tokens.
     sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
     check_sampling(sampling)
-    for field, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+    for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
         if (highest := max(ids, default=0)) >= vocabulary:
             raise errors.InvalidSampling(
-                f"sampling.{field} contains token {highest}; the model's ids are below {vocabulary}",
-                field=f"sampling.{field}",
+                f"sampling.{name} contains token {highest}; the model's ids are below {vocabulary}",
+                field=f"sampling.{name}",
             )
 
 

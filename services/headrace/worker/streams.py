@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 from opentelemetry import metrics
 
@@ -20,10 +21,17 @@ from headrace.runtime.rate import RateMeter
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import MAX_REQUEST_ID
 from headrace.worker.credit import capacity, share
-from headrace.worker.runner import ModelInfo, Runner, SequenceSpec, SequenceUpdate, StepReport
-from headrace.worker.sequences import MAX_PRIORITY, conclude, relative_priority, sequence_spec, span_context
+from headrace.worker.runner import ModelInfo, Runner, SequenceSpec, StepReport
+from headrace.worker.sequences import (
+    MAX_PRIORITY,
+    InFlightSequence,
+    SequenceKey,
+    relative_priority,
+    sequence_spec,
+    span_context,
+)
 from headrace.worker.step_pace import StepPace
-from headrace.worker.stream import BatcherStream, InFlightSequence, SequenceKey
+from headrace.worker.stream import BatcherStream
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +78,8 @@ class BatcherStreams:
         self._opened = 0
         self._rate = RateMeter()
         self._last: StepReport[SequenceKey] = StepReport(kv_tokens_free=self.model.kv_tokens)
+        self._undelivered: deque[StepReport[SequenceKey]] = deque()
+        self._delivery_due = False  # whether `_deliver` is scheduled
         self._ran = 0  # sequences that had KV memory during the last step
         self._pace = StepPace(runner.step_tokens)
         runner.start(self._on_report)
@@ -258,76 +268,65 @@ class BatcherStreams:
         return sequence_spec((stream.number, message.handle), message, self.model, now, priority=priority)
 
     def _on_report(self, report: StepReport[SequenceKey]) -> None:
-        """Pass a report from the runner's thread to the event loop."""
-        with contextlib.suppress(RuntimeError):  # the event loop is closed
-            self._loop.call_soon_threadsafe(self._deliver, report)
+        """Pass a report from the runner's thread to the event loop.
 
-    def _deliver(self, report: StepReport[SequenceKey]) -> None:
-        now = time.monotonic()
-        self._measure(report, now)
-        for update in report.updates:
-            self._deliver_update(update, report)
-        if report.rows:
-            for stream in self:
-                stream.heartbeat(now)
-        ended = sum(update.finish is not None for update in report.updates)
-        self._ran = report.running + ended
+        While the loop is behind, reports wait to be delivered together.
+        """
+        self._undelivered.append(report)
+        # Appended before the test, and taken after `_deliver` has cleared it: no report is left behind.
+        if not self._delivery_due:
+            self._delivery_due = True
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        """Deliver all reports so far: a sequence's tokens of several steps become one delta."""
+        self._delivery_due = False
+        reports = [self._undelivered.popleft() for _ in range(len(self._undelivered))]
+        if not reports:
+            return
+        now, tokens, ended = time.monotonic(), 0, 0
+        for report in reports:
+            before = ended
+            for update in report.updates:
+                tokens += len(update.token_ids)
+                if update.finish is not None:
+                    ended += 1
+                    _ended.add(1, {attributes.OUTCOME: update.finish.value})
+                stream = self._streams.get(update.key[0])
+                if stream is None:
+                    continue  # it was closed, which cancelled the sequence
+                try:
+                    stream.add_update(update, report.ended)
+                except Exception as error:
+                    # A batcher that misses a delta would wait forever.
+                    stream.fail(_public(error))
+            self._ran = report.running + ended - before
+        stepped = any(report.rows for report in reports)
+        for stream in self:
+            stream.announce(now, stepped=stepped)
+        self._measure(reports, tokens, now)
         if ended:
             self.share_credit()
 
-    def _measure(self, report: StepReport[SequenceKey], now: float) -> None:
-        last, self._last = self._last, report
-        _kv_usage.set(1 - report.kv_tokens_free / self.model.kv_tokens)
-        if report.cached_tokens > last.cached_tokens:
-            _cached.add(report.cached_tokens - last.cached_tokens)
-        if report.preemptions > last.preemptions:
-            _preempted.add(report.preemptions - last.preemptions)
-        _running.set(report.running)
-        _waiting.set(report.waiting)
-        if report.rows:
-            _step_rows.record(report.rows)
-            _step_seconds.record(report.seconds)
-            self._pace.record_step(tokens=report.tokens, decodes=report.decodes, seconds=report.seconds)
-        new_tokens = sum(len(update.token_ids) for update in report.updates)
-        if new_tokens:
-            self._rate.add(now, new_tokens)
-
-    def _deliver_update(self, update: SequenceUpdate[SequenceKey], report: StepReport[SequenceKey]) -> None:
-        number, handle = update.key
-        stream = self._streams.get(number)
-        if update.finish is not None:
-            _ended.add(1, {attributes.OUTCOME: update.finish.value})
-        if stream is None:
-            return  # it was closed, which cancelled the sequence
-        try:
-            stream.send_delta(self._delta(stream, handle, update, report))
-        except Exception as error:
-            # A batcher that misses a delta would wait forever.
-            stream.fail(_public(error))
-
-    def _delta(
-        self,
-        stream: BatcherStream,
-        handle: int,
-        update: SequenceUpdate[SequenceKey],
-        report: StepReport[SequenceKey],
-    ) -> wire.SequenceDelta:
-        sequence = stream.in_flight[handle]
-        delta = wire.SequenceDelta(
-            handle=handle,
-            attempt=sequence.attempt,
-            offset=update.offset,
-            token_ids=update.token_ids,
-            logprobs=update.logprobs,
-        )
-        sequence.answered = update.offset + len(update.token_ids)
-        if update.token_ids and not sequence.first_token_ns:
-            sequence.first_token_ns = report.ended
-            delta.cached_tokens = update.cached
-        if update.finish is not None:
-            del stream.in_flight[handle]
-            conclude(delta, update, sequence, report.ended or time.time_ns())
-        return delta
+    def _measure(self, reports: Sequence[StepReport[SequenceKey]], tokens: int, now: float) -> None:
+        """Record reports that have *tokens* new tokens together."""
+        last, self._last = self._last, reports[-1]
+        newest = self._last
+        _kv_usage.set(1 - newest.kv_tokens_free / self.model.kv_tokens)
+        if newest.cached_tokens > last.cached_tokens:
+            _cached.add(newest.cached_tokens - last.cached_tokens)
+        if newest.preemptions > last.preemptions:
+            _preempted.add(newest.preemptions - last.preemptions)
+        _running.set(newest.running)
+        _waiting.set(newest.waiting)
+        for report in reports:
+            if report.rows:
+                _step_rows.record(report.rows)
+                _step_seconds.record(report.seconds)
+                self._pace.record_step(tokens=report.tokens, decodes=report.decodes, seconds=report.seconds)
+        if tokens:
+            self._rate.add(now, tokens)
 
 
 def _credit_exceeded(stream: BatcherStream, submitted: int) -> errors.InvalidRequest:
