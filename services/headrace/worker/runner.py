@@ -221,8 +221,8 @@ class Runner(Protocol[K]):
         """
         ...
 
-    def cancel(self, key: K) -> None:
-        """End a sequence before the next step; does not block. Ignores keys that are not in flight."""
+    def cancel(self, *keys: K) -> None:
+        """End sequences before the next step; does not block. Ignores keys that are not in flight."""
         ...
 
     def stop(self) -> None:

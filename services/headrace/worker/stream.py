@@ -49,6 +49,7 @@ class BatcherStream:
     half_closed     no more messages will come at all
     error           why the stream must end; set once, by `fail`
     pending         sequences with an unsent delta, by handle; updates of later steps are merged into it
+    priorities      sum of the priorities of the in-flight sequences
     others          unsent messages that are not steps
     frames, acked   step frames sent, and acknowledged
     sending         whether the writer is sending
@@ -68,6 +69,7 @@ class BatcherStream:
     error: errors.HeadraceError | None = None
     failed: asyncio.Event = field(default_factory=asyncio.Event)
     in_flight: dict[int, InFlightSequence] = field(default_factory=dict)
+    priorities: int = 0
     pending: dict[int, InFlightSequence] = field(default_factory=dict)
     others: list[wire.RunResponse] = field(default_factory=list)
     has_unsent: asyncio.Event = field(default_factory=asyncio.Event)
@@ -167,6 +169,11 @@ class BatcherStream:
             self._check_unread()
         self.has_unsent.set()
 
+    def add_sequence(self, handle: int, sequence: InFlightSequence) -> None:
+        """Add a submitted sequence."""
+        self.in_flight[handle] = sequence
+        self.priorities += sequence.priority
+
     def add_update(self, update: SequenceUpdate[SequenceKey], ended_ns: int) -> None:
         """Add an update to the sequence's unsent delta. Called for each token, and `announce` after a step's.
 
@@ -189,6 +196,7 @@ class BatcherStream:
             sequence.rare_fields().logprobs.extend(update.logprobs)
         if update.finish is not None:
             del self.in_flight[handle]
+            self.priorities -= sequence.priority
             self._ended.add(handle)
             rare = sequence.rare_fields()
             conclude(rare, update, sequence, ended_ns or time.time_ns())

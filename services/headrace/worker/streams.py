@@ -153,8 +153,7 @@ class BatcherStreams:
         """Remove a stream and cancel its sequences."""
         if self._streams.pop(stream.number, None) is None:
             return
-        for handle in stream.in_flight:
-            self._runner.cancel((stream.number, handle))
+        self._runner.cancel(*((stream.number, handle) for handle in stream.in_flight))
         self.share_credit()
 
     def submit(self, stream: BatcherStream, batch: wire.Submit) -> wire.RunResponse:
@@ -162,27 +161,28 @@ class BatcherStreams:
 
         Raises InvalidRequest if the stream exceeds its credit.
         """
-        now, now_ns = time.monotonic(), time.time_ns()
+        now, now_ns, limit = time.monotonic(), time.time_ns(), stream.credit_limit
         # Checked before the sequences are read, because the batcher chooses how many there are.
-        if len(batch.sequences) > stream.credit_limit + MOST_REFUSED:
+        if len(batch.sequences) > limit + MOST_REFUSED:
             raise _credit_exceeded(stream, len(batch.sequences))
         stream.last_submitted = now
         batch_span = span_context(batch.batch_trace)
+        relative = any(other.in_flight for other in self if other is not stream)
         busy = self._last.waiting > 0 or self._last.running >= self.model.max_running
-        verdicts = []
+        verdicts, specs = [], []
         for message in batch.sequences:
             verdict = wire.Verdict(handle=message.handle, attempt=message.attempt)
             verdicts.append(verdict)
             try:
-                spec = self._spec(stream, message, now)
+                spec = self._spec(stream, message, now, relative=relative)
             except Exception as error:
                 verdict.state = wire.ADMISSION_STATE_REFUSED
                 verdict.error.CopyFrom(statuses.to_status(_public(error)))
                 continue
-            if stream.held >= stream.credit_limit:
+            if stream.held >= limit:
                 raise _credit_exceeded(stream, len(batch.sequences))
             verdict.state = wire.ADMISSION_STATE_QUEUED if busy else wire.ADMISSION_STATE_ADMITTED
-            stream.in_flight[message.handle] = InFlightSequence(
+            sequence = InFlightSequence(
                 spec,
                 request_id=clipped(message.request_id, MAX_REQUEST_ID),
                 attempt=message.attempt,
@@ -190,18 +190,18 @@ class BatcherStreams:
                 batch=batch_span,
                 submitted_ns=now_ns,
                 answered=spec.resumed,
-                priority=message.priority,
+                priority=min(message.priority, MAX_PRIORITY),
             )
+            stream.add_sequence(message.handle, sequence)
             self._pace.record_submission(len(spec.ids))
-            self._runner.submit(spec)
+            specs.append(spec)
+        self._runner.submit(*specs)
         self.share_credit()
         return wire.RunResponse(admission=wire.Admission(verdicts=verdicts))
 
     def cancel(self, stream: BatcherStream, handles: Iterable[int]) -> None:
         """Cancel sequences; the last delta of each confirms it."""
-        for handle in handles:
-            if handle in stream.in_flight:
-                self._runner.cancel((stream.number, handle))
+        self._runner.cancel(*((stream.number, handle) for handle in handles if handle in stream.in_flight))
 
     def acknowledge(self, stream: BatcherStream, ack: wire.Ack) -> None:
         """Record what a batcher has processed: frames, and grants of credit."""
@@ -217,11 +217,11 @@ class BatcherStreams:
     def hand_off(self) -> None:
         """End all in-flight sequences, so that batchers resume them on other workers."""
         for stream in self:
-            for handle, sequence in stream.in_flight.items():
+            for sequence in stream.in_flight.values():
                 sequence.cancelled_by = errors.WorkerDraining(
                     "the worker is stopping; resume on another worker"
                 )
-                self._runner.cancel((stream.number, handle))
+            self.cancel(stream, stream.in_flight)
 
     def broadcast(self, response: wire.RunResponse) -> None:
         """Send a message on every stream."""
@@ -255,16 +255,16 @@ class BatcherStreams:
         for stream, credit in zip(streams, credits_, strict=True):
             stream.grant(credit)
 
-    def _spec(self, stream: BatcherStream, message: wire.Sequence, now: float) -> SequenceSpec[SequenceKey]:
+    def _spec(
+        self, stream: BatcherStream, message: wire.Sequence, now: float, *, relative: bool
+    ) -> SequenceSpec[SequenceKey]:
         if self.draining:
             raise errors.WorkerDraining("the worker is stopping; use another worker")
         if stream.in_use(message.handle):
             raise errors.InvalidRequest(f"handle {message.handle} is in use")
         priority: float = min(message.priority, MAX_PRIORITY)
-        if any(other.in_flight for other in self if other is not stream):
-            priority = relative_priority(
-                message.priority, [one.priority for one in stream.in_flight.values()]
-            )
+        if relative:
+            priority = relative_priority(message.priority, len(stream.in_flight), stream.priorities)
         return sequence_spec((stream.number, message.handle), message, self.model, now, priority=priority)
 
     def _on_report(self, report: StepReport[SequenceKey]) -> None:

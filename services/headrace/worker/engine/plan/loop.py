@@ -85,10 +85,10 @@ class EngineLoop(Generic[K]):
             self._commands.append(partial(self._add, specs))
             self._changed.notify()
 
-    def cancel(self, key: K) -> None:
-        """Let a sequence end before the next step."""
+    def cancel(self, *keys: K) -> None:
+        """Let sequences end before the next step."""
         with self._changed:
-            self._commands.append(partial(self._scheduler.cancel, key))
+            self._commands.append(partial(self._scheduler.cancel, keys))
             self._changed.notify()
 
     def _add(self, specs: Sequence[SequenceSpec[K]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -165,15 +165,15 @@ class Scheduler(Generic[K]):
         insort(self._waiting, sequence, key=_rank)
         return sequence
 
-    def cancel(self, key: K) -> None:
-        """Let a sequence end before the next step. Unknown keys are ignored."""
-        if key in self._keys:
-            self._leaving[key] = FinishReason.CANCELLED
+    def cancel(self, keys: Iterable[K]) -> None:
+        """Let sequences end before the next step. Unknown keys are ignored."""
+        for key in keys:
+            if key in self._keys:
+                self._leaving[key] = FinishReason.CANCELLED
 
     def cancel_all(self) -> None:
         """Let all sequences end before the next step."""
-        for key in self._keys:
-            self._leaving[key] = FinishReason.CANCELLED
+        self.cancel(self._keys)
 
     def remove_ended(self, now: float) -> list[SequenceUpdate[K]]:
         """Remove sequences that are cancelled or past their deadlines; called before each `plan`.
