@@ -37,14 +37,14 @@ class _Block:
 class _Known:
     """What the engine keeps of a sequence between its steps.
 
-    digests   of its ids up to the end of each full block
+    digests   of its ids up to the end of each block that was full when it was last computed
     faulty    whether its prompt contains FAULT_ID
     """
 
     __slots__ = ("digests", "faulty")
 
     def __init__(self, row: Row) -> None:
-        self.digests: list[int] = []
+        self.digests: list[int | None] = []
         self.faulty = FAULT_ID in row.ids[: row.prompt]
 
 
@@ -115,26 +115,31 @@ class EchoEngine:
         known: _Known | None = row.memo.kept
         if known is None:
             known = row.memo.kept = _Known(row)
-        size = self._model.block_tokens
-        full, rest = divmod(row.start, size)
-        own = known.digests
-        while len(own) < full:
-            begin = len(own) * size
-            own.append(_digest(own[-1] if own else _NOTHING, row.ids[begin : begin + size]))
-        # Equal digests mean equal ids up to that position. Every block is compared, not only the last one:
-        # a model reads all of them.
+        full, rest = divmod(row.start, self._model.block_tokens)
+        # Every block is compared, not only the last one: a model reads all of them.
         held = [*map(self._digests.get, row.blocks[:full])]
-        if held != own[:full]:
-            index = next(index for index in range(full) if held[index] != own[index])
-            raise RuntimeError(
-                f"block {row.blocks[index]} does not hold the ids of its row from {index * size}"
-            )
+        if held != known.digests:
+            self._verify_full(row, held, known)
         if rest:
             block = self._memory.get(row.blocks[full])
+            before = held[-1] if held else _NOTHING
             begin = row.start - rest
-            before = own[full - 1] if full else _NOTHING
             if block is None or block.before != before or block.ids[:rest] != row.ids[begin : row.start]:
                 raise _wrong(row.blocks[full], begin)
+
+    def _verify_full(self, row: Row, held: list[int | None], known: _Known) -> None:
+        """Raise RuntimeError unless full blocks with the digests *held* hold the ids of this row."""
+        size, before = self._model.block_tokens, _NOTHING
+        for index, digest in enumerate(held):
+            begin = index * size
+            if index < len(known.digests):
+                own = known.digests[index]
+            else:
+                own = _digest(before, row.ids[begin : begin + size])
+            if digest is None or digest != own:
+                raise _wrong(row.blocks[index], begin)
+            before = digest
+        known.digests = held
 
     def _write(self, row: Row) -> None:
         size, position = self._model.block_tokens, row.start
