@@ -33,6 +33,9 @@ PING_CHECKS = 4  # checks without a message, after which the stream is pinged
 # The server reports a missed deadline itself. If it does not, the call ends this much later.
 LATE_SECONDS = 0.25
 MAX_HANDLE = 2**32 - 1
+# The details of grpc.aio's own status, with code INTERNAL, if a stream ends while a message is being written:
+# the server's status is lost then.
+BROKE_IN_WRITE = "Internal error from Core"
 
 
 class SharedCall:
@@ -90,9 +93,10 @@ class SharedCall:
         if self._arrived:
             response = self._arrived.popleft()
             self._ready = bool(self._arrived) or self._ended
-            if self._received >= self._credit_at and not self._ended:
-                self._credit_at = self._received + CREDIT // 2
-                self._stream.grant(self._handle, self._received - len(self._arrived) + CREDIT)
+            read = self._received - len(self._arrived)
+            if read >= self._credit_at and not self._ended:
+                self._credit_at = read + CREDIT // 2
+                self._stream.grant(self._handle, read + CREDIT)
             return response
         if self._instead is not None:
             return await self._instead.next()
@@ -192,7 +196,7 @@ class SharedStream:
         self._instead = instead
         self._calls: dict[int, SharedCall] = {}
         self._handle = 0  # the last one in use
-        self._welcomed = False
+        self._welcomed = asyncio.Event()
         self._silent_checks = 0
         self._unsent: deque[wire.MultiplexRequest] = deque(
             [wire.MultiplexRequest(hello=wire.MultiplexHello(caller_id=caller_id, epoch=epoch))]
@@ -285,7 +289,7 @@ class SharedStream:
             self._rpc.cancel()  # has no effect after its end
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            if isinstance(error, errors.Unimplemented) and not self._welcomed:
+            if isinstance(error, errors.Unimplemented) and not self._welcomed.is_set():
                 call.replace(self._instead(call))
             else:
                 call.lose(error)
@@ -298,12 +302,12 @@ class SharedStream:
             self._silent_checks = 0
             if message is None:
                 raise errors.Unavailable("the server's message cannot be parsed: it is not a Headrace server")
-            if not self._welcomed:
+            if not self._welcomed.is_set():
                 if message.welcome.epoch != self._epoch:
                     raise errors.Unavailable(
                         f"the server welcomed stream {message.welcome.epoch}, but this is {self._epoch}"
                     )
-                self._welcomed = True
+                self._welcomed.set()
             for event in message.events:
                 call = calls.get(event.handle)
                 if call is None:
@@ -323,6 +327,8 @@ class SharedStream:
             self._has_unsent.clear()
             while self._unsent:
                 await self._rpc.write(self._unsent.popleft())
+                # Else the status of a server without Multiplex could arrive during a later write.
+                await self._welcomed.wait()
 
     async def _watch(self) -> None:
         """Ping a silent stream, end it if it stays silent, and end calls whose deadline has passed.
@@ -368,6 +374,8 @@ def _reason(raised: Exception) -> errors.HeadraceError:
         statuses_, _ = raised.split(grpc.aio.AioRpcError)
         raised = _first(statuses_ if statuses_ is not None else raised)
     if isinstance(raised, grpc.aio.AioRpcError):
+        if raised.details() == BROKE_IN_WRITE:
+            return errors.Unavailable("the stream to the server broke while a message was sent")
         return statuses.from_rpc_error(raised)
     if isinstance(raised, errors.HeadraceError):
         return raised
