@@ -1,0 +1,182 @@
+"""Measure token rate, time to the first token and evenness of many streams that start at the same time.
+
+Two step times are usual. With 10 ms, as a model would take, the table shows what the mesh adds. With 0 it
+shows the token rate at which the mesh saturates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from benchmarks.machine import Window
+from benchmarks.mesh.answers import Answer, at_once
+from benchmarks.mesh.engine import engine_alone
+from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems
+from benchmarks.mesh.tables import milliseconds, show_table
+from benchmarks.serving.figures import percentile
+from headrace.client import Client
+
+ENGINE = "engine"  # the engine alone, among the systems
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Rates:
+    """One run. Times in seconds, rates per second.
+
+    ttft        time to the first token of a stream, since all streams started
+    tpot        time per further token of a stream
+    gap_p99     between messages of a stream
+    others      cores that other processes of the machine used during the run
+    """
+
+    what: str
+    streams: int
+    step_seconds: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    messages_per_second: float
+    ttft_p50: float
+    ttft_max: float
+    tpot_p50: float
+    tpot_p99: float
+    gap_p99: float
+    others: float = 0.0
+
+
+def rates(what: str, step_seconds: float, answers: Sequence[Answer]) -> Rates:
+    """Summarize the streams of one run, which started at the same time."""
+    began, ended = min(answer.began for answer in answers), max(answer.ended for answer in answers)
+    tokens, seconds = sum(answer.tokens for answer in answers), ended - began
+    firsts = [answer.first - began for answer in answers]
+    tpots = [answer.tpot for answer in answers]
+    gaps = [gap for answer in answers for gap in answer.gaps]
+    return Rates(
+        what,
+        len(answers),
+        step_seconds,
+        tokens,
+        seconds,
+        tokens / seconds,
+        sum(answer.messages for answer in answers) / seconds,
+        statistics.median(firsts),
+        max(firsts),
+        statistics.median(tpots),
+        percentile(tpots, 99),
+        percentile(gaps, 99) if gaps else 0.0,
+    )
+
+
+def median_run(runs: Sequence[Rates]) -> Rates:
+    """Return the run with the median rate."""
+    return sorted(runs, key=lambda run: run.tokens_per_second)[len(runs) // 2]
+
+
+def max_running(streams: int) -> int:
+    """Return the sequences that an engine must run at a time, for this number of streams."""
+    return max(streams, 256)
+
+
+async def through_mesh(
+    client: Client, streams: int, tokens: int, step_seconds: float, what: str = "mesh"
+) -> Rates:
+    """Run *streams* requests at once through the mesh."""
+    return rates(what, step_seconds, await at_once(client, streams, tokens))
+
+
+async def measure(arguments: argparse.Namespace) -> list[Rates]:
+    """Return the median run of each system, for each step time and number of streams."""
+    kept: list[Rates] = []
+    for step_seconds in arguments.step_seconds:
+        # One engine runs as many sequences as its largest number of streams; a smaller one prefills
+        # a burst in more steps, so it is a different measurement.
+        for running, streams in groupby(sorted(arguments.streams), key=max_running):
+            engine = EngineSpec(step_seconds, running, arguments.step_tokens)
+            kept += await _measure(arguments, engine, list(streams))
+    return kept
+
+
+async def _measure(arguments: argparse.Namespace, engine: EngineSpec, counts: Iterable[int]) -> list[Rates]:
+    kept: list[Rates] = []
+    async with serving(systems(arguments.before), engine) as served:
+        with engine_alone(engine) as alone:
+
+            async def without_mesh(streams: int, tokens: int) -> Rates:
+                answers = await asyncio.to_thread(alone.ask, range(streams), tokens)
+                return rates(ENGINE, engine.step_seconds, answers)
+
+            def with_mesh(name: str) -> Callable[[int, int], Awaitable[Rates]]:
+                return lambda streams, tokens: through_mesh(
+                    served[name].client, streams, tokens, engine.step_seconds, name
+                )
+
+            run_on = {ENGINE: without_mesh, **{name: with_mesh(name) for name in served}}
+            pids = [process.pid for one in served.values() for process in one.processes.values()]
+            for streams in counts:
+                runs: dict[str, list[Rates]] = {name: [] for name in run_on}
+                for repetition in range(arguments.repeat):
+                    for name in in_turn(list(run_on), repetition):
+                        if not runs[name]:
+                            await run_on[name](streams, WARM_UP_TOKENS)
+                        window = Window(pids)
+                        window.open()
+                        run = await run_on[name](streams, arguments.tokens)
+                        window.close()
+                        runs[name].append(replace(run, others=window.others))
+                        progress(
+                            f"rates: steps of {engine.step_seconds * 1e3:g} ms, {streams} streams, run "
+                            f"{repetition + 1} of {arguments.repeat}, {name}: {run.tokens_per_second:,.0f} "
+                            "tokens/s"
+                        )
+                kept += [median_run(each) for each in runs.values()]
+    return kept
+
+
+def share(run: Rates, alone: Rates) -> float:
+    """Return the token rate as a share of that of the engine alone."""
+    return run.tokens_per_second / alone.tokens_per_second
+
+
+def slowest_in_steps(run: Rates, alone: Rates) -> float:
+    """Return the time per token of the slowest streams (p99), in steps of the engine alone."""
+    return run.tpot_p99 / alone.tpot_p50
+
+
+def show(kept: Sequence[Rates]) -> None:
+    """Print a table for each step time."""
+    for step_seconds in dict.fromkeys(run.step_seconds for run in kept):
+        runs = [run for run in kept if run.step_seconds == step_seconds]
+        alone = {run.streams: run for run in runs if run.what == ENGINE}
+        show_table(
+            f"streams that start at the same time, steps of {step_seconds * 1e3:g} ms",
+            (
+                *("streams", "what", "tokens/s", "of engine", "TTFT p50 ms", "added", "TPOT p50 ms"),
+                *("p99", "p99 in steps", "gap p99 ms", "messages/s", "others"),
+            ),
+            [_cells(run, alone) for run in runs],
+        )
+
+
+def _cells(run: Rates, engines: Mapping[int, Rates]) -> list[str]:
+    alone = engines[run.streams]
+    compared = run is not alone
+    return [
+        str(run.streams),
+        run.what,
+        f"{run.tokens_per_second:,.0f}",
+        f"{share(run, alone):.2f}" if compared else "",
+        milliseconds(run.ttft_p50),
+        f"{(run.ttft_p50 - alone.ttft_p50) * 1e3:+.1f}" if compared else "",
+        milliseconds(run.tpot_p50),
+        milliseconds(run.tpot_p99),
+        f"{slowest_in_steps(run, alone):.2f}" if run.step_seconds else "",
+        milliseconds(run.gap_p99),
+        f"{run.messages_per_second:,.0f}",
+        f"{run.others:.2f}",
+    ]
