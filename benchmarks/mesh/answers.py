@@ -21,7 +21,7 @@ class Answer:
 
     began      when the request was made
     arrivals   of each message with tokens: when it arrived, and its number of tokens
-    messages   all messages of the answer
+    messages   all messages of the answer; 0 if it was not sent in messages
     ended      when the answer was complete
     """
 
@@ -101,9 +101,9 @@ async def ask(client: Client, number: int, tokens: int, *, flush_tokens: int = 0
     return answer
 
 
-async def at_once(client: Client, streams: int, tokens: int) -> list[Answer]:
-    """Run *streams* requests that start at the same time."""
-    return list(await asyncio.gather(*(ask(client, number, tokens) for number in range(streams))))
+async def at_once(call: Callable[[int], Awaitable[Answer]], streams: int) -> list[Answer]:
+    """Make *streams* calls that start at the same time; *call* makes the one with a number."""
+    return list(await asyncio.gather(*(call(number) for number in range(streams))))
 
 
 async def closed_loop(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
+import itertools
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from benchmarks.mesh.answers import TIMEOUT, Answer, prompt
@@ -15,45 +16,36 @@ from headrace.worker.runner import SamplingParams, SequenceSpec, StepReport
 
 
 class EngineAlone:
-    """An engine that runs; use `engine_alone` to create it. Times are taken on the engine's thread."""
+    """An engine that runs; use `engine_alone` to create it. Tokens are timed on the engine's thread."""
 
     def __init__(self, spec: EngineSpec) -> None:
         engine = EchoEngine(max_running=spec.max_running, step_seconds=spec.step_seconds)
         self.loop: EngineLoop[int] = EngineLoop(engine, step_tokens=spec.step_tokens)
-        self._answers: dict[int, Answer] = {}
-        self._left = 0  # answers that are not complete
-        self._done = threading.Event()
-        self._steps = 0
+        self._keys = itertools.count()
+        self._waiting: dict[int, tuple[Answer, asyncio.Future[None]]] = {}
         self.loop.start(self._on_report)
 
-    def ask(self, numbers: Iterable[int], tokens: int) -> list[Answer]:
-        """Answer requests that start at the same time. Blocks."""
-        prompts = [(number, list(prompt(number).encode())) for number in numbers]
-        self._steps, self._left = 0, len(prompts)
-        self._done.clear()
-        began = time.perf_counter()
-        self._answers = {number: Answer(began) for number, _ in prompts}
-        for number, ids in prompts:
-            params = SamplingParams(seed=0, max_tokens=tokens, ignore_eos=True)
-            self.loop.submit(SequenceSpec(number, ids, len(ids), params, submitted=time.monotonic()))
-        if not self._done.wait(TIMEOUT):
-            raise TimeoutError(f"the engine alone did not answer within {TIMEOUT:g} s")
-        answers = list(self._answers.values())
-        answers[0].messages = self._steps  # one report carries the tokens of all sequences
-        return answers
+    async def ask(self, number: int, tokens: int) -> Answer:
+        """Answer one request, as `answers.ask` does through the mesh."""
+        ids, key, done = list(prompt(number).encode()), next(self._keys), asyncio.Future[None]()
+        answer = Answer(time.perf_counter())
+        self._waiting[key] = answer, done
+        params = SamplingParams(seed=0, max_tokens=tokens, ignore_eos=True)
+        self.loop.submit(SequenceSpec(key, ids, len(ids), params, submitted=time.monotonic()))
+        async with asyncio.timeout(TIMEOUT):
+            await done
+        return answer
 
     def _on_report(self, report: StepReport[int]) -> None:
-        self._steps += 1
         now = time.perf_counter()
         for update in report.updates:
-            answer = self._answers[update.key]
+            answer, done = self._waiting[update.key]
             if update.token_ids:
                 answer.arrivals.append((now, len(update.token_ids)))
             if update.finish is not None:
                 answer.ended = now
-                self._left -= 1
-        if not self._left:
-            self._done.set()
+                del self._waiting[update.key]
+                done.get_loop().call_soon_threadsafe(done.set_result, None)
 
 
 @contextmanager

@@ -7,16 +7,15 @@ whole mesh is a call to the router.
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.mesh.answers import Answer, ask
 from benchmarks.mesh.engine import engine_alone
 from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems
 from benchmarks.mesh.tables import show_table
 from benchmarks.serving.figures import percentile
-from headrace.client import Client
 
 TOKENS = 16
 WARM_UP_CALLS = 20
@@ -54,17 +53,12 @@ async def measure(arguments: argparse.Namespace) -> list[Latency]:
     engine = EngineSpec(step_seconds=0.0)
     async with serving(systems(arguments.before), engine) as served:
         with engine_alone(engine) as alone:
-
-            async def without_mesh(number: int) -> Answer:
-                return (await asyncio.to_thread(alone.ask, [number], TOKENS))[0]
-
-            def called(client: Client) -> Callable[[int], Awaitable[Answer]]:
-                return lambda number: ask(client, number, TOKENS)
-
-            call_on: dict[str, Callable[[int], Awaitable[Answer]]] = {ENGINE: without_mesh}
+            call_on: dict[str, Callable[[int], Awaitable[Answer]]] = {
+                ENGINE: partial(alone.ask, tokens=TOKENS)
+            }
             for name, one in served.items():
-                call_on[f"{name}: batcher, one hop"] = called(one.batcher)
-                call_on[f"{name}: router, whole mesh"] = called(one.client)
+                call_on[f"{name}: batcher, one hop"] = partial(ask, one.batcher, tokens=TOKENS)
+                call_on[f"{name}: router, whole mesh"] = partial(ask, one.client, tokens=TOKENS)
             progress(f"hops: {arguments.calls} calls of each system, in turn")
             answers: dict[str, list[Answer]] = {name: [] for name in call_on}
             for number in range(WARM_UP_CALLS + arguments.calls):

@@ -8,17 +8,18 @@ are more than two steps apart, or if it fails.
 from __future__ import annotations
 
 import argparse
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.mesh.answers import Answer, ask, closed_loop
 from benchmarks.mesh.engine import engine_alone
 from benchmarks.mesh.rates import ENGINE, max_running
-from benchmarks.mesh.systems import EngineSpec, Served, in_turn, progress, serving, systems
+from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems
 from benchmarks.mesh.tables import milliseconds, show_table
 from benchmarks.serving.figures import percentile
 from headrace import errors
+from headrace.client import Client
 
 TOKENS, STEP_SECONDS = 64, 0.02
 STALL_SECONDS = 2 * STEP_SECONDS
@@ -75,24 +76,25 @@ async def measure(arguments: argparse.Namespace) -> list[Pace]:
     engine = EngineSpec(STEP_SECONDS, max_running=running, step_tokens=2 * running)
     async with serving(systems(arguments.before), engine) as served:
         with engine_alone(engine) as alone:
+            call_on: dict[str, Callable[[int], Awaitable[Answer | None]]] = {
+                ENGINE: partial(alone.ask, tokens=TOKENS),
+                **{name: partial(_ask, one.client, arguments.flush_tokens) for name, one in served.items()},
+            }
             for position, streams in enumerate(sorted(arguments.paced)):
-                answers = await asyncio.to_thread(alone.ask, range(streams), TOKENS)
-                kept.append(pace(ENGINE, streams, answers))
-                for name in in_turn(list(served), position):
-                    kept.append(await _run(served[name], streams, arguments))
+                for name in in_turn(list(call_on), position):
+                    answers = await closed_loop(
+                        streams, arguments.seconds, call_on[name], spread=ANSWER_SECONDS
+                    )
+                    kept.append(pace(name, streams, answers))
                     progress(f"paced: {streams} streams, {name}: {kept[-1].untouched:.1%} untouched")
     return kept
 
 
-async def _run(served: Served, streams: int, arguments: argparse.Namespace) -> Pace:
-    async def call(number: int) -> Answer | None:
-        try:
-            return await ask(served.client, number, TOKENS, flush_tokens=arguments.flush_tokens)
-        except errors.HeadraceError:
-            return None
-
-    answers = await closed_loop(streams, arguments.seconds, call, spread=ANSWER_SECONDS)
-    return pace(served.name, streams, answers)
+async def _ask(client: Client, flush_tokens: int, number: int) -> Answer | None:
+    try:
+        return await ask(client, number, TOKENS, flush_tokens=flush_tokens)
+    except errors.HeadraceError:
+        return None
 
 
 def show(kept: Sequence[Pace]) -> None:

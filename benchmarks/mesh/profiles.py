@@ -1,8 +1,9 @@
 """Profile each service under load, and write its functions by their own time.
 
-py-spy, if it is installed, samples the processes and slows them little. Without it, cProfile measures the
-main thread of each: it slows small functions most, so its shares are only a rough guide, and its times
-include the waiting of the event loop.
+py-spy, if it is installed, samples the threads that hold the interpreter's lock, and slows them little. Work
+of gRPC's core outside of the lock is not counted; its work under the lock counts for the function that called
+it. Without py-spy, cProfile measures the main thread: it slows small functions most, so its shares are only a
+rough guide, and its times include the waiting of the event loop.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ TOP = 40
 OUT = Path("build/bench-mesh-profile")
 
 
-def own_times(stacks: Sequence[str]) -> list[tuple[str, float]]:
-    """Return the functions by their share of the samples in which they ran themselves, largest first.
+def own_samples(stacks: Sequence[str]) -> list[tuple[str, int]]:
+    """Return the functions and the number of samples in which they ran themselves, largest first.
 
     stacks   lines of py-spy's raw format: functions separated by semicolons, innermost last, and the number
              of samples
@@ -36,8 +37,7 @@ def own_times(stacks: Sequence[str]) -> list[tuple[str, float]]:
     for line in stacks:
         stack, _, samples = line.rpartition(" ")
         counts[stack.rpartition(";")[2]] += int(samples)
-    total = sum(counts.values())
-    return [(name, count / total) for name, count in counts.most_common()]
+    return counts.most_common()
 
 
 async def measure(arguments: argparse.Namespace) -> list[str]:
@@ -74,16 +74,21 @@ async def _sample(sampler: str, served: Served, kind: str, seconds: float) -> No
     raw, pid = OUT / f"{kind}.raw", served.processes[kind].pid
     child = await asyncio.create_subprocess_exec(
         *(sampler, "record", "--pid", str(pid), "--duration", str(round(seconds)), "--format", "raw"),
-        *("--rate", str(SAMPLES_PER_SECOND), "--function", "--output", str(raw)),
+        *("--rate", str(SAMPLES_PER_SECOND), "--function", "--gil", "--output", str(raw)),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
     _, error = await child.communicate()
     if child.returncode:
         raise SystemExit(f"py-spy failed, perhaps because it may not trace other processes: {error.decode()}")
-    lines = [f"{share:6.1%}  {name}" for name, share in own_times(raw.read_text().splitlines())[:TOP]]
+    counts = own_samples(raw.read_text().splitlines())
     raw.unlink()
-    title = f"{kind}, {STREAMS} streams: functions by their own share of {round(seconds)} s of samples"
+    total = sum(count for _, count in counts)
+    busy = total / (SAMPLES_PER_SECOND * round(seconds))
+    lines = [f"{count / total:6.1%}  {name}" for name, count in counts[:TOP]]
+    title = (
+        f"{kind}, {STREAMS} streams: held the lock for {busy:.0%} of {round(seconds)} s; own shares of it:"
+    )
     (OUT / f"{kind}.txt").write_text("\n".join([title, *lines, ""]))
 
 

@@ -7,14 +7,14 @@ shows the token rate at which the mesh saturates.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from benchmarks.machine import Window
-from benchmarks.mesh.answers import Answer, at_once
+from benchmarks.mesh.answers import Answer, ask, at_once
 from benchmarks.mesh.engine import engine_alone
 from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems
 from benchmarks.mesh.tables import milliseconds, show_table
@@ -47,10 +47,10 @@ class Rates:
     tpot_p50: float
     tpot_p99: float
     gap_p99: float
-    others: float = 0.0
+    others: float
 
 
-def rates(what: str, step_seconds: float, answers: Sequence[Answer]) -> Rates:
+def rates(what: str, step_seconds: float, answers: Sequence[Answer], *, others: float = 0.0) -> Rates:
     """Summarize the streams of one run, which started at the same time."""
     began, ended = min(answer.began for answer in answers), max(answer.ended for answer in answers)
     tokens, seconds = sum(answer.tokens for answer in answers), ended - began
@@ -70,6 +70,7 @@ def rates(what: str, step_seconds: float, answers: Sequence[Answer]) -> Rates:
         statistics.median(tpots),
         percentile(tpots, 99),
         percentile(gaps, 99) if gaps else 0.0,
+        others,
     )
 
 
@@ -86,8 +87,8 @@ def max_running(streams: int) -> int:
 async def through_mesh(
     client: Client, streams: int, tokens: int, step_seconds: float, what: str = "mesh"
 ) -> Rates:
-    """Run *streams* requests at once through the mesh."""
-    return rates(what, step_seconds, await at_once(client, streams, tokens))
+    """Run *streams* requests at once through the mesh, once."""
+    return rates(what, step_seconds, await at_once(partial(ask, client, tokens=tokens), streams))
 
 
 async def measure(arguments: argparse.Namespace) -> list[Rates]:
@@ -106,29 +107,23 @@ async def _measure(arguments: argparse.Namespace, engine: EngineSpec, counts: It
     kept: list[Rates] = []
     async with serving(systems(arguments.before), engine) as served:
         with engine_alone(engine) as alone:
-
-            async def without_mesh(streams: int, tokens: int) -> Rates:
-                answers = await asyncio.to_thread(alone.ask, range(streams), tokens)
-                return rates(ENGINE, engine.step_seconds, answers)
-
-            def with_mesh(name: str) -> Callable[[int, int], Awaitable[Rates]]:
-                return lambda streams, tokens: through_mesh(
-                    served[name].client, streams, tokens, engine.step_seconds, name
-                )
-
-            run_on = {ENGINE: without_mesh, **{name: with_mesh(name) for name in served}}
+            call_on: dict[str, Callable[..., Awaitable[Answer]]] = {
+                ENGINE: alone.ask,
+                **{name: partial(ask, one.client) for name, one in served.items()},
+            }
             pids = [process.pid for one in served.values() for process in one.processes.values()]
             for streams in counts:
-                runs: dict[str, list[Rates]] = {name: [] for name in run_on}
+                runs: dict[str, list[Rates]] = {name: [] for name in call_on}
                 for repetition in range(arguments.repeat):
-                    for name in in_turn(list(run_on), repetition):
+                    for name in in_turn(list(call_on), repetition):
                         if not runs[name]:
-                            await run_on[name](streams, WARM_UP_TOKENS)
+                            await at_once(partial(call_on[name], tokens=WARM_UP_TOKENS), streams)
                         window = Window(pids)
                         window.open()
-                        run = await run_on[name](streams, arguments.tokens)
+                        answers = await at_once(partial(call_on[name], tokens=arguments.tokens), streams)
                         window.close()
-                        runs[name].append(replace(run, others=window.others))
+                        run = rates(name, engine.step_seconds, answers, others=window.others)
+                        runs[name].append(run)
                         progress(
                             f"rates: steps of {engine.step_seconds * 1e3:g} ms, {streams} streams, run "
                             f"{repetition + 1} of {arguments.repeat}, {name}: {run.tokens_per_second:,.0f} "
@@ -177,6 +172,6 @@ def _cells(run: Rates, engines: Mapping[int, Rates]) -> list[str]:
         milliseconds(run.tpot_p99),
         f"{slowest_in_steps(run, alone):.2f}" if run.step_seconds else "",
         milliseconds(run.gap_p99),
-        f"{run.messages_per_second:,.0f}",
+        f"{run.messages_per_second:,.0f}" if compared else "",
         f"{run.others:.2f}",
     ]

@@ -13,12 +13,13 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 
-from benchmarks.mesh.answers import at_once
+from benchmarks.mesh.answers import ask, at_once
 from headrace.cli.launch.mesh import HOST, MeshSpec, TierSpec, mesh
 from headrace.client import Client, connect
 
@@ -112,7 +113,7 @@ async def serving(systems: Sequence[System], engine: EngineSpec) -> AsyncGenerat
                 {_kind(name): psutil.Process(pid) for name, pid in running.pids.items()},
             )
             for client in (one.client, one.batcher):
-                await at_once(client, 4, 32)
+                await at_once(partial(ask, client, tokens=32), 4)
         yield served
 
 
