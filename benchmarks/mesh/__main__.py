@@ -31,6 +31,11 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.mesh import cpu, hops, memory, paced, profiles, rates, stages
+from benchmarks.mesh.answers import WrongAnswer
+from benchmarks.mesh.stages import NoSuchProbe
+from headrace.cli.launch.mesh import BadSpec
+from headrace.cli.launch.processes import ChildDied
+from headrace.errors import HeadraceError
 
 # Each has `measure`, which returns its figures, and `show`, which prints them.
 PARTS: dict[str, ModuleType] = {
@@ -83,7 +88,10 @@ def main() -> None:
     written: dict[str, Any] = {"machine": machine.describe()}
     OUT.parent.mkdir(exist_ok=True)
     for name in dict.fromkeys(arguments.parts):
-        kept = asyncio.run(PARTS[name].measure(arguments))
+        try:
+            kept = asyncio.run(PARTS[name].measure(arguments))
+        except (BadSpec, ChildDied, HeadraceError, NoSuchProbe, WrongAnswer) as error:
+            raise SystemExit(f"{name}: {error}") from None
         PARTS[name].show(kept)
         written[name] = as_json(kept)
         OUT.write_text(json.dumps(written, indent=1))  # after each part: a later one may fail

@@ -26,8 +26,13 @@ from headrace.client import Client, connect
 T = TypeVar("T")
 
 TIER = "only"
-# Of each server: one connection may hold half of its calls.
-LIMITS = {"HEADRACE_MAX_CALLS": "8192", "HEADRACE_MAX_CONCURRENT_STREAMS": "4096"}
+# Of each server. One connection may hold half of the calls, and a quarter of the bytes while messages are not
+# complete: on a busy machine that is 2 MiB for each call that has just begun.
+LIMITS = {
+    "HEADRACE_MAX_CALLS": "8192",
+    "HEADRACE_MAX_CONCURRENT_STREAMS": "4096",
+    "HEADRACE_MAX_INFLIGHT_MEGABYTES": "16384",
+}
 
 
 @dataclass(frozen=True)

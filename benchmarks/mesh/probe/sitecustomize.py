@@ -127,7 +127,7 @@ def _profile_on(number: int, out: str) -> None:
     def write() -> None:
         profile.disable()
         with open(out, "w") as file:
-            pstats.Stats(profile, stream=file).sort_stats("tottime").print_stats(30)
+            pstats.Stats(profile, stream=file).strip_dirs().sort_stats("tottime").print_stats(30)
 
     signal.signal(number, start)
     atexit.register(write)
