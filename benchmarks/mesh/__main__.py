@@ -48,6 +48,7 @@ PARTS: dict[str, ModuleType] = {
     "profile": profiles,
 }
 DEFAULT_PARTS = ("rates", "cpu", "hops", "paced", "memory")
+PACED = [16, 32, 64, 128, 256, 512, 1024]
 OUT = Path("build/bench-mesh.json")
 
 
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--step-tokens", type=int, default=128, help="rates: most tokens of a step of the engine")
     add("--callers", type=int, default=16, help="cpu: callers, each of which makes one call after the other")
     add("--calls", type=int, default=500, help="hops: calls of each system")
-    add("--paced", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="paced: concurrent streams")
+    add("--paced", type=int, nargs="+", default=PACED, help="paced: concurrent streams")
     add("--flush-tokens", type=int, default=1, help="paced: tokens per message; 0 for the mesh's own policy")
     add("--open-streams", type=int, default=1024, help="memory: open streams")
     add("--requests", type=int, default=100, help="stages: requests")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from benchmarks.machine import Window
 from benchmarks.mesh.answers import ask, closed_loop
-from benchmarks.mesh.systems import EngineSpec, Served, in_turn, progress, serving, systems
+from benchmarks.mesh.systems import EngineSpec, Served, in_turn, pids_of, progress, serving, systems
 from benchmarks.mesh.tables import show_table
 
 TOKENS, STEP_SECONDS = 16, 0.01
@@ -52,11 +52,12 @@ async def measure(arguments: argparse.Namespace) -> list[Cost]:
     """Return the median run of each system."""
     runs: dict[str, list[Cost]] = {}
     async with serving(systems(arguments.before), EngineSpec(STEP_SECONDS)) as served:
+        pids = pids_of(served)
         for repetition in range(arguments.repeat):
             for name in in_turn(list(served), repetition):
                 if name not in runs:
-                    await _run(served[name], arguments.callers, WARM_UP_SECONDS)
-                run = await _run(served[name], arguments.callers, arguments.seconds)
+                    await _run(served[name], pids, arguments.callers, WARM_UP_SECONDS)
+                run = await _run(served[name], pids, arguments.callers, arguments.seconds)
                 runs.setdefault(name, []).append(run)
                 progress(
                     f"cpu: {name}, run {repetition + 1} of {arguments.repeat}: "
@@ -65,8 +66,8 @@ async def measure(arguments: argparse.Namespace) -> list[Cost]:
         return [median_cost(runs[name]) for name in served]
 
 
-async def _run(served: Served, callers: int, seconds: float) -> Cost:
-    window = Window([process.pid for process in served.processes.values()])
+async def _run(served: Served, pids: Sequence[int], callers: int, seconds: float) -> Cost:
+    window = Window(pids)
     window.open()
     began, before = time.perf_counter(), served.cpu_seconds()
     done = await closed_loop(callers, seconds, lambda number: ask(served.client, number, TOKENS))

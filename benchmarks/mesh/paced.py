@@ -2,7 +2,9 @@
 
 Each caller makes one call after the other; their first calls are spread over the length of an answer, so that
 streams begin and end all the time, as in operation. A stream is touched by a stall if two of its messages
-are more than two steps apart, or if it fails.
+are more than two steps apart, or if it fails. The engine's own work comes on top of its step time, so with
+many streams even the engine alone does not keep the pace: its rows show where that begins. A single pause of
+a busy machine touches all streams.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from benchmarks.machine import Window
 from benchmarks.mesh.answers import Answer, ask, closed_loop
 from benchmarks.mesh.engine import engine_alone
 from benchmarks.mesh.rates import ENGINE, max_running
-from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems
+from benchmarks.mesh.systems import EngineSpec, in_turn, pids_of, progress, serving, systems
 from benchmarks.mesh.tables import milliseconds, show_table
 from benchmarks.serving.figures import percentile
 from headrace import errors
@@ -34,6 +37,7 @@ class Pace:
     completed   streams that were run, failed ones included
     untouched   share of streams without a stall
     gap_p99     between messages of a stream, in seconds
+    others      cores that other processes of the machine used during the run
     """
 
     what: str
@@ -42,9 +46,10 @@ class Pace:
     failed: int
     untouched: float
     gap_p99: float
+    others: float
 
 
-def pace(what: str, streams: int, answers: Sequence[Answer | None]) -> Pace:
+def pace(what: str, streams: int, answers: Sequence[Answer | None], *, others: float = 0.0) -> Pace:
     """Summarize the streams of one run; None is a stream that failed."""
     whole = [answer for answer in answers if answer is not None]
     untouched = sum(max(answer.gaps, default=0.0) <= STALL_SECONDS for answer in whole)
@@ -56,6 +61,7 @@ def pace(what: str, streams: int, answers: Sequence[Answer | None]) -> Pace:
         len(answers) - len(whole),
         untouched / len(answers),
         percentile(gaps, 99) if gaps else 0.0,
+        others,
     )
 
 
@@ -82,10 +88,13 @@ async def measure(arguments: argparse.Namespace) -> list[Pace]:
             }
             for position, streams in enumerate(sorted(arguments.paced)):
                 for name in in_turn(list(call_on), position):
+                    window = Window(pids_of(served))
+                    window.open()
                     answers = await closed_loop(
                         streams, arguments.seconds, call_on[name], spread=ANSWER_SECONDS
                     )
-                    kept.append(pace(name, streams, answers))
+                    window.close()
+                    kept.append(pace(name, streams, answers, others=window.others))
                     progress(f"paced: {streams} streams, {name}: {kept[-1].untouched:.1%} untouched")
     return kept
 
@@ -103,7 +112,7 @@ def show(kept: Sequence[Pace]) -> None:
     show_table(
         f"streams of {TOKENS} tokens at {STEP_SECONDS * 1e3:g} ms, without a gap above "
         f"{STALL_SECONDS * 1e3:g} ms",
-        ("what", "streams", "completed", "failed", "untouched", "gap p99 ms"),
+        ("what", "streams", "completed", "failed", "untouched", "gap p99 ms", "others"),
         [
             [
                 one.what,
@@ -112,6 +121,7 @@ def show(kept: Sequence[Pace]) -> None:
                 str(one.failed),
                 f"{one.untouched:.1%}",
                 milliseconds(one.gap_p99),
+                f"{one.others:.2f}",
             ]
             for name in names
             for one in kept

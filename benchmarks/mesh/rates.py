@@ -16,7 +16,7 @@ from itertools import groupby
 from benchmarks.machine import Window
 from benchmarks.mesh.answers import Answer, ask, at_once
 from benchmarks.mesh.engine import engine_alone
-from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems
+from benchmarks.mesh.systems import EngineSpec, in_turn, pids_of, progress, serving, systems
 from benchmarks.mesh.tables import milliseconds, show_table
 from benchmarks.serving.figures import percentile
 from headrace.client import Client
@@ -111,14 +111,13 @@ async def _measure(arguments: argparse.Namespace, engine: EngineSpec, counts: It
                 ENGINE: alone.ask,
                 **{name: partial(ask, one.client) for name, one in served.items()},
             }
-            pids = [process.pid for one in served.values() for process in one.processes.values()]
             for streams in counts:
                 runs: dict[str, list[Rates]] = {name: [] for name in call_on}
                 for repetition in range(arguments.repeat):
                     for name in in_turn(list(call_on), repetition):
                         if not runs[name]:
                             await at_once(partial(call_on[name], tokens=WARM_UP_TOKENS), streams)
-                        window = Window(pids)
+                        window = Window(pids_of(served))
                         window.open()
                         answers = await at_once(partial(call_on[name], tokens=arguments.tokens), streams)
                         window.close()

@@ -1,8 +1,8 @@
 """Measure where the time to the first token of one request goes, stage by stage.
 
-The mesh is idle otherwise. Each service records when the functions of STAGES run; `probe/sitecustomize.py`
-wraps them, so the services contain no code for it. A stage lasts from the end of the stage before it until
-its own mark. All processes of a machine share one monotonic clock.
+The mesh is idle otherwise. Each process, this one as client included, records when the functions of STAGES
+run; `probe/sitecustomize.py` wraps them, so the services contain no code for it. A stage lasts from the end
+of the stage before it until its own mark. All processes of a machine share one monotonic clock.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.mesh.answers import TIMEOUT, request
+from benchmarks.mesh.probe import sitecustomize
 from benchmarks.mesh.systems import EngineSpec, System, progress, serving
 from benchmarks.mesh.tables import show_table
 from headrace.client import Client
@@ -41,7 +42,7 @@ class Stage:
     """A stage, which ends at a mark.
 
     name      what the time is used for
-    process   where the mark is
+    process   where the mark is: router, batcher, worker or client
     probe     the function of the mark, as MODULE:NAME, with its package's `headrace.` left out
     edge      whether the mark is the start of the call, or its end; of a generator, an item
     """
@@ -60,8 +61,9 @@ class Stage:
 # In the order in which a request passes them, and its first token on its way back. A function that is renamed
 # or moved must be changed here as well; tests/benchmarks/test_mesh.py finds those that do not exist.
 STAGES = (
+    Stage("client: prepare", "client", "client:Client._call", "in"),
     Stage(
-        "client: prepare, encode, send; router: accept",
+        "client: encode, send; router: accept",
         "router",
         "runtime.serving.interceptor:ServerInterceptor.intercept_service",
         "in",
@@ -157,8 +159,9 @@ STAGES = (
         "runtime.serving.servicer_context:StreamingContext.write",
         "in",
     ),
+    Stage("router: encode, send; client: receive, parse", "client", "progress:Progress.add", "in"),
 )
-LAST = "router: encode, send; client: receive, parse"
+LAST = "client: pass to the caller"
 
 
 @dataclass(frozen=True)
@@ -229,13 +232,15 @@ async def measure(arguments: argparse.Namespace) -> list[StageTime]:
             },
         )
         progress(f"stages: {arguments.requests} requests, one at a time")
+        for target in dict.fromkeys(stage.target for stage in STAGES if stage.process == "client"):
+            sitecustomize.wrap(importlib.import_module(target.partition(":")[0]), target)
         async with serving([system], EngineSpec(STEP_SECONDS)) as served:
             spans = []
             for number in range(arguments.requests):
                 spans.append(await _first_token(served[system.name].client, number))
                 await asyncio.sleep(PAUSE_SECONDS)
         # Each process has written its records at its end.
-        records = read_records(Path(folder))
+        records = {**read_records(Path(folder)), "client": sitecustomize.records}
     if missing := {stage.process for stage in STAGES} - records.keys():
         raise NoSuchProbe(f"no records of {', '.join(sorted(missing))}: {PROBE} was not imported there")
     each = [stage_times(records, began, ended) for began, ended in spans]

@@ -97,6 +97,11 @@ def in_turn(systems: Sequence[T], repetition: int) -> list[T]:
     return list(systems if repetition % 2 == 0 else reversed(systems))
 
 
+def pids_of(served: Mapping[str, Served]) -> list[int]:
+    """Return the ids of all processes of all systems."""
+    return [process.pid for one in served.values() for process in one.processes.values()]
+
+
 def progress(line: str) -> None:
     """Print what is being measured."""
     print(line, file=sys.stderr, flush=True)

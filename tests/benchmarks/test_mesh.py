@@ -97,7 +97,7 @@ def test_a_gap_of_more_than_two_steps_and_a_failure_touch_a_stream() -> None:
 
 def test_streams_are_carried_up_to_the_first_number_with_too_many_touched() -> None:
     paces = [
-        Pace("mesh", streams, 100, 0, untouched, 0.0)
+        Pace("mesh", streams, 100, 0, untouched, 0.0, 0.0)
         for streams, untouched in ((64, 1.0), (128, 0.99), (256, 0.5), (512, 1.0))
     ]
 
