@@ -14,7 +14,8 @@ parts:
 
 With --before, the services of another checkout are measured in turn with this checkout's, except by `stages`
 and `profile`. The client is always this checkout's. Every answer is checked against its prompt. The column
-`others` shows the cores that other processes of the machine used: repeat a run in which it is not near 0.
+`others` shows the cores that other processes of the machine used: a run in which it is not near 0 is not
+valid, and is shown only if there is no other one.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART", help="what to measure")
     add("--before", type=Path, help="another checkout, whose services are also measured")
     add("--repeat", type=int, default=3, help="runs of each system (rates, cpu); the median is shown")
+    add("--patience", type=float, default=10.0, help="seconds to wait for a quiet machine before each run")
     add("--seconds", type=float, default=6.0, help="length of a run (cpu, paced, profile)")
     add("--streams", type=int, nargs="+", default=[1, 8, 64, 256], help="rates: streams at once")
     add("--tokens", type=int, default=256, help="rates: tokens per answer")

@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from benchmarks.machine import Window
 from benchmarks.mesh.answers import ask, closed_loop
-from benchmarks.mesh.systems import EngineSpec, Served, in_turn, pids_of, progress, serving, systems
+from benchmarks.mesh.systems import (
+    EngineSpec,
+    Served,
+    in_turn,
+    median_run,
+    progress,
+    serving,
+    systems,
+    window,
+)
 from benchmarks.mesh.tables import show_table
 
 TOKENS, STEP_SECONDS = 16, 0.01
@@ -43,38 +51,31 @@ def per_request(before: Mapping[str, float], after: Mapping[str, float], request
     return {kind: (after[kind] - before[kind]) / requests for kind in before}
 
 
-def median_cost(runs: Sequence[Cost]) -> Cost:
-    """Return the run whose services took the median of CPU time."""
-    return sorted(runs, key=lambda run: run.services)[len(runs) // 2]
-
-
 async def measure(arguments: argparse.Namespace) -> list[Cost]:
     """Return the median run of each system."""
     runs: dict[str, list[Cost]] = {}
     async with serving(systems(arguments.before), EngineSpec(STEP_SECONDS)) as served:
-        pids = pids_of(served)
         for repetition in range(arguments.repeat):
             for name in in_turn(list(served), repetition):
                 if name not in runs:
-                    await _run(served[name], pids, arguments.callers, WARM_UP_SECONDS)
-                run = await _run(served[name], pids, arguments.callers, arguments.seconds)
+                    await _run(served[name], arguments.callers, WARM_UP_SECONDS)
+                async with window(served, arguments.patience) as measured:
+                    run = await _run(served[name], arguments.callers, arguments.seconds)
+                run = replace(run, others=measured.others)
                 runs.setdefault(name, []).append(run)
                 progress(
                     f"cpu: {name}, run {repetition + 1} of {arguments.repeat}: "
                     f"{run.services * 1e3:.2f} ms per request"
                 )
-        return [median_cost(runs[name]) for name in served]
+        return [median_run(runs[name], lambda run: run.services) for name in served]
 
 
-async def _run(served: Served, pids: Sequence[int], callers: int, seconds: float) -> Cost:
-    window = Window(pids)
-    window.open()
+async def _run(served: Served, callers: int, seconds: float) -> Cost:
     began, before = time.perf_counter(), served.cpu_seconds()
     done = await closed_loop(callers, seconds, lambda number: ask(served.client, number, TOKENS))
     took, after = time.perf_counter() - began, served.cpu_seconds()
-    window.close()
     each = per_request(before, after, len(done))
-    return Cost(served.name, callers, len(done), len(done) / took, each, window.others)
+    return Cost(served.name, callers, len(done), len(done) / took, each)
 
 
 def show(costs: Sequence[Cost]) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 
 from benchmarks.mesh.answers import Answer, ask
 from benchmarks.mesh.engine import engine_alone
-from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems
+from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems, window
 from benchmarks.mesh.tables import show_table
 from benchmarks.serving.figures import percentile
 
@@ -24,7 +24,10 @@ ENGINE = "engine"
 
 @dataclass(frozen=True)
 class Latency:
-    """The calls of one system, in seconds; `first` is the time to the first token, `whole` the answer's."""
+    """The calls of one system, in seconds; `first` is the time to the first token, `whole` the answer's.
+
+    others   cores that other processes of the machine used during all calls
+    """
 
     what: str
     calls: int
@@ -32,9 +35,10 @@ class Latency:
     first_p99: float
     whole_p50: float
     whole_p99: float
+    others: float
 
 
-def latency(what: str, answers: Sequence[Answer]) -> Latency:
+def latency(what: str, answers: Sequence[Answer], *, others: float = 0.0) -> Latency:
     """Summarize calls that were made one after the other."""
     firsts = [answer.first - answer.began for answer in answers]
     wholes = [answer.ended - answer.began for answer in answers]
@@ -45,6 +49,7 @@ def latency(what: str, answers: Sequence[Answer]) -> Latency:
         percentile(firsts, 99),
         percentile(wholes, 50),
         percentile(wholes, 99),
+        others,
     )
 
 
@@ -61,12 +66,13 @@ async def measure(arguments: argparse.Namespace) -> list[Latency]:
                 call_on[f"{name}: router, whole mesh"] = partial(ask, one.client, tokens=TOKENS)
             progress(f"hops: {arguments.calls} calls of each system, in turn")
             answers: dict[str, list[Answer]] = {name: [] for name in call_on}
-            for number in range(WARM_UP_CALLS + arguments.calls):
-                for name in in_turn(list(call_on), number):
-                    answer = await call_on[name](number)
-                    if number >= WARM_UP_CALLS:
-                        answers[name].append(answer)
-    return [latency(name, each) for name, each in answers.items()]
+            async with window(served, arguments.patience) as measured:
+                for number in range(WARM_UP_CALLS + arguments.calls):
+                    for name in in_turn(list(call_on), number):
+                        answer = await call_on[name](number)
+                        if number >= WARM_UP_CALLS:
+                            answers[name].append(answer)
+    return [latency(name, each, others=measured.others) for name, each in answers.items()]
 
 
 def show(kept: Sequence[Latency]) -> None:
@@ -79,12 +85,12 @@ def show(kept: Sequence[Latency]) -> None:
             seconds = getattr(one, name)
             added = f"{(seconds - getattr(alone, name)) * 1e3:+.2f}" if one is not alone else ""
             row += [f"{seconds * 1e3:.2f}", added]
-        rows.append(row)
+        rows.append([*row, f"{one.others:.2f}"])
     show_table(
         f"one request at a time, answers of {TOKENS} tokens, no pause between steps; ms",
         (
             *("what", "calls", "first token p50", "added", "p99", "added"),
-            *("whole answer p50", "added", "p99", "added"),
+            *("whole answer p50", "added", "p99", "added", "others"),
         ),
         rows,
     )

@@ -14,11 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.machine import Window
 from benchmarks.mesh.answers import Answer, ask, closed_loop
 from benchmarks.mesh.engine import engine_alone
 from benchmarks.mesh.rates import ENGINE, max_running
-from benchmarks.mesh.systems import EngineSpec, in_turn, pids_of, progress, serving, systems
+from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems, window
 from benchmarks.mesh.tables import milliseconds, show_table
 from benchmarks.serving.figures import percentile
 from headrace import errors
@@ -88,13 +87,11 @@ async def measure(arguments: argparse.Namespace) -> list[Pace]:
             }
             for position, streams in enumerate(sorted(arguments.paced)):
                 for name in in_turn(list(call_on), position):
-                    window = Window(pids_of(served))
-                    window.open()
-                    answers = await closed_loop(
-                        streams, arguments.seconds, call_on[name], spread=ANSWER_SECONDS
-                    )
-                    window.close()
-                    kept.append(pace(name, streams, answers, others=window.others))
+                    async with window(served, arguments.patience) as measured:
+                        answers = await closed_loop(
+                            streams, arguments.seconds, call_on[name], spread=ANSWER_SECONDS
+                        )
+                    kept.append(pace(name, streams, answers, others=measured.others))
                     progress(f"paced: {streams} streams, {name}: {kept[-1].untouched:.1%} untouched")
     return kept
 

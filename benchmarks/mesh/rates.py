@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-from benchmarks.machine import Window
 from benchmarks.mesh.answers import Answer, ask, at_once
 from benchmarks.mesh.engine import engine_alone
-from benchmarks.mesh.systems import EngineSpec, in_turn, pids_of, progress, serving, systems
+from benchmarks.mesh.systems import EngineSpec, in_turn, median_run, progress, serving, systems, window
 from benchmarks.mesh.tables import milliseconds, show_table
 from benchmarks.serving.figures import percentile
 from headrace.client import Client
@@ -74,11 +73,6 @@ def rates(what: str, step_seconds: float, answers: Sequence[Answer], *, others: 
     )
 
 
-def median_run(runs: Sequence[Rates]) -> Rates:
-    """Return the run with the median rate."""
-    return sorted(runs, key=lambda run: run.tokens_per_second)[len(runs) // 2]
-
-
 def max_running(streams: int) -> int:
     """Return the sequences that an engine must run at a time, for this number of streams."""
     return max(streams, 256)
@@ -117,18 +111,16 @@ async def _measure(arguments: argparse.Namespace, engine: EngineSpec, counts: It
                     for name in in_turn(list(call_on), repetition):
                         if not runs[name]:
                             await at_once(partial(call_on[name], tokens=WARM_UP_TOKENS), streams)
-                        window = Window(pids_of(served))
-                        window.open()
-                        answers = await at_once(partial(call_on[name], tokens=arguments.tokens), streams)
-                        window.close()
-                        run = rates(name, engine.step_seconds, answers, others=window.others)
+                        async with window(served, arguments.patience) as measured:
+                            answers = await at_once(partial(call_on[name], tokens=arguments.tokens), streams)
+                        run = rates(name, engine.step_seconds, answers, others=measured.others)
                         runs[name].append(run)
                         progress(
                             f"rates: steps of {engine.step_seconds * 1e3:g} ms, {streams} streams, run "
                             f"{repetition + 1} of {arguments.repeat}, {name}: {run.tokens_per_second:,.0f} "
                             "tokens/s"
                         )
-                kept += [median_run(each) for each in runs.values()]
+                kept += [median_run(each, lambda run: run.tokens_per_second) for each in runs.values()]
     return kept
 
 

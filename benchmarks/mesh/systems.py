@@ -10,15 +10,16 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import psutil
 
+from benchmarks.machine import QUIET, Window, until_quiet
 from benchmarks.mesh.answers import ask, at_once
 from headrace.cli.launch.mesh import HOST, MeshSpec, TierSpec, mesh
 from headrace.client import Client, connect
@@ -97,9 +98,31 @@ def in_turn(systems: Sequence[T], repetition: int) -> list[T]:
     return list(systems if repetition % 2 == 0 else reversed(systems))
 
 
-def pids_of(served: Mapping[str, Served]) -> list[int]:
-    """Return the ids of all processes of all systems."""
-    return [process.pid for one in served.values() for process in one.processes.values()]
+@asynccontextmanager
+async def window(served: Mapping[str, Served], patience: float) -> AsyncGenerator[Window, None]:
+    """Wait until other processes are quiet, at most *patience* seconds, and measure them during the block."""
+    pids = [process.pid for one in served.values() for process in one.processes.values()]
+    await until_quiet(patience, pids)
+    measured = Window(pids)
+    measured.open()
+    yield measured
+    measured.close()
+
+
+class Run(Protocol):
+    """The figures of one run; *others* is the number of cores that other processes used."""
+
+    @property
+    def others(self) -> float: ...
+
+
+R = TypeVar("R", bound=Run)
+
+
+def median_run(runs: Sequence[R], key: Callable[[R], float]) -> R:
+    """Return the run with the median of *key*, among those that others did not disturb if there are any."""
+    quiet = [run for run in runs if run.others <= QUIET] or runs
+    return sorted(quiet, key=key)[len(quiet) // 2]
 
 
 def progress(line: str) -> None:

@@ -18,9 +18,9 @@ from benchmarks.mesh.memory import Memory
 from benchmarks.mesh.paced import Pace, carried, pace
 from benchmarks.mesh.probe import sitecustomize
 from benchmarks.mesh.profiles import own_samples
-from benchmarks.mesh.rates import median_run, rates, share, slowest_in_steps
+from benchmarks.mesh.rates import rates, share, slowest_in_steps
 from benchmarks.mesh.stages import STAGES, NoSuchProbe, check_probes, stage_times
-from benchmarks.mesh.systems import EngineSpec, in_turn
+from benchmarks.mesh.systems import EngineSpec, in_turn, median_run
 
 
 def answer(*arrivals: tuple[float, int], began: float = 0.0) -> Answer:
@@ -57,10 +57,18 @@ def test_rates_are_compared_with_the_engine_alone() -> None:
     assert slowest_in_steps(mesh, alone) == pytest.approx(1.98), "two streams: almost the slower one"
 
 
-def test_the_run_with_the_median_rate_is_kept() -> None:
+def test_the_median_run_is_kept() -> None:
     runs = [rates("mesh", 1.0, [answer((1.0, tokens))]) for tokens in (9, 2, 5)]
 
-    assert median_run(runs).tokens == 5
+    assert median_run(runs, lambda run: run.tokens_per_second).tokens == 5
+
+
+def test_runs_that_others_disturbed_are_kept_only_if_there_are_no_others() -> None:
+    quiet = rates("mesh", 1.0, [answer((1.0, 9))])
+    disturbed = [rates("mesh", 1.0, [answer((1.0, tokens))], others=1.0) for tokens in (1, 2, 3)]
+
+    assert median_run([quiet, *disturbed], lambda run: run.tokens).tokens == 9
+    assert median_run(disturbed, lambda run: run.tokens).tokens == 2
 
 
 def test_each_system_is_measured_last_equally_often() -> None:
