@@ -139,14 +139,14 @@ async def serving(systems: Sequence[System], engine: EngineSpec) -> AsyncGenerat
         for system in systems:
             running = await stack.enter_async_context(mesh(_spec(system, engine, folder)))
             ports = {_kind(process.name): process.port for process in running.processes}
-            served[system.name] = one = Served(
-                system.name,
-                await stack.enter_async_context(connect(running.address)),
-                await stack.enter_async_context(connect(f"{HOST}:{ports['batcher']}")),
-                {_kind(name): psutil.Process(pid) for name, pid in running.pids.items()},
-            )
-            for client in (one.client, one.batcher):
+            clients = {
+                kind: await stack.enter_async_context(connect(f"{HOST}:{ports[kind]}"))
+                for kind in ("router", "batcher")
+            }
+            for client in clients.values():
                 await at_once(partial(ask, client, tokens=32), 4)
+            processes = {_kind(name): psutil.Process(pid) for name, pid in running.pids.items()}
+            served[system.name] = Served(system.name, clients["router"], clients["batcher"], processes)
         yield served
 
 
