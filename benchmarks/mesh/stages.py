@@ -61,21 +61,19 @@ class Stage:
 # In the order in which a request passes them, and its first token on its way back. A function that is renamed
 # or moved must be changed here as well; tests/benchmarks/test_mesh.py finds those that do not exist.
 STAGES = (
-    Stage("client: prepare", "client", "client:Client._call", "in"),
+    Stage("client: prepare", "client", "client:Client.attempt", "in"),
     Stage(
-        "client: encode, send; router: accept",
+        "client: encode, send; router: receive, parse",
         "router",
-        "runtime.serving.interceptor:ServerInterceptor.intercept_service",
+        "multiplex.serving:_Stream._start",
         "in",
     ),
     Stage(
-        "router: start the call, admit, start a span",
+        "router: start the request, admit, start a span",
         "router",
-        "runtime.serving.request_message:read_message",
+        "router.service:RouterServicer.answer",
         "in",
     ),
-    Stage("router: read the message", "router", "runtime.serving.request_message:read_message", "out"),
-    Stage("router: parse", "router", "router.service:RouterServicer.Generate", "in"),
     Stage("router: validate", "router", "validation:check_request", "out"),
     Stage("router: score", "router", "router.service:RouterServicer._score", "out"),
     Stage(
@@ -91,32 +89,25 @@ STAGES = (
         "router.state.batcher_peer:BatcherPeer.generate",
         "in",
     ),
-    Stage("router: forward, in its client", "router", "client:Client._call", "in"),
     Stage(
-        "router: start a span, encode, send; batcher: accept",
+        "router: start a span, join the stream", "router", "multiplex.shared_stream:SharedStream.open", "out"
+    ),
+    Stage(
+        "router: encode, send; batcher: receive, parse",
         "batcher",
-        "runtime.serving.interceptor:ServerInterceptor.intercept_service",
+        "multiplex.serving:_Stream._start",
         "in",
     ),
     Stage(
-        "batcher: start the call, admit, start a span",
+        "batcher: start the request, admit, start a span",
         "batcher",
-        "runtime.serving.request_message:read_message",
+        "batcher.answering:Answering.answer",
         "in",
     ),
-    Stage("batcher: read the message", "batcher", "runtime.serving.request_message:read_message", "out"),
-    Stage("batcher: parse", "batcher", "batcher.answering:Answering.answer", "in"),
     Stage("batcher: validate", "batcher", "validation:check_request", "out"),
-    Stage(
-        "batcher: enter the intake, wait for its thread",
-        "batcher",
-        "batcher.intake.intake:Intake._encode",
-        "in",
-    ),
+    Stage("batcher: enter the intake", "batcher", "batcher.intake.intake:Intake._encode", "in"),
     Stage("batcher: tokenise", "batcher", "batcher.intake.intake:Intake._encode", "out"),
-    Stage(
-        "batcher: return from the thread, make the job", "batcher", "batcher.intake.intake:Intake.job", "out"
-    ),
+    Stage("batcher: make the job", "batcher", "batcher.intake.intake:Intake.job", "out"),
     Stage("batcher: enter the queue", "batcher", "batcher.waiting.admission:Admission.admit", "out"),
     Stage("batcher: wait in the queue, dispatch", "batcher", "batcher.links.link:WorkerLink.submit", "in"),
     Stage("batcher: make the batch", "batcher", "batcher.links.link:WorkerLink.submit", "out"),
@@ -147,19 +138,23 @@ STAGES = (
     Stage("batcher: put into the inbox", "batcher", "batcher.links.receiver:Receiver._handle_step", "out"),
     Stage("batcher: resume the answer", "batcher", "batcher.text.answer:AnswerEvents.events_for", "in"),
     Stage(
-        "batcher: detokenise, make the event",
-        "batcher",
-        "runtime.serving.servicer_context:StreamingContext.write",
-        "in",
+        "batcher: detokenise, make the event", "batcher", "batcher.text.answer:AnswerEvents.events_for", "out"
     ),
-    Stage("batcher: encode, send; router: receive, parse", "router", "progress:Progress.add", "in"),
     Stage(
-        "router: record, and pass on",
+        "batcher: encode, send; router: receive, parse",
         "router",
-        "runtime.serving.servicer_context:StreamingContext.write",
+        "multiplex.shared_stream:SharedCall.receive",
         "in",
     ),
-    Stage("router: encode, send; client: receive, parse", "client", "progress:Progress.add", "in"),
+    Stage("router: resume the answer", "router", "progress:Progress.add", "in"),
+    Stage("router: record", "router", "progress:Progress.add", "out"),
+    Stage(
+        "router: pass on, encode, send; client: receive, parse",
+        "client",
+        "multiplex.shared_stream:SharedCall.receive",
+        "in",
+    ),
+    Stage("client: resume the caller", "client", "progress:Progress.add", "in"),
 )
 LAST = "client: pass to the caller"
 
@@ -230,6 +225,7 @@ async def measure(arguments: argparse.Namespace) -> list[StageTime]:
                 "HEADRACE_PROBE_OUT": f"{folder}/KIND.json",
                 "HEADRACE_PROBES": " ".join(dict.fromkeys(stage.target for stage in STAGES)),
             },
+            multiplex=True,
         )
         progress(f"stages: {arguments.requests} requests, one at a time")
         for target in dict.fromkeys(stage.target for stage in STAGES if stage.process == "client"):

@@ -56,11 +56,13 @@ class System:
 
     checkout      the checkout that contains them; None for this one
     environment   more variables for each process
+    multiplex     whether the client uses a shared stream, as `connect` takes it; older services have none
     """
 
     name: str
     checkout: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    multiplex: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Served:
 
 def systems(before: Path | None) -> list[System]:
     """Return the systems to measure: this checkout's services, and those of *before*."""
-    return [System("mesh"), *([System("before", before)] if before else [])]
+    return [System("mesh"), *([System("before", before, multiplex=False)] if before else [])]
 
 
 def in_turn(systems: Sequence[T], repetition: int) -> list[T]:
@@ -140,7 +142,9 @@ async def serving(systems: Sequence[System], engine: EngineSpec) -> AsyncGenerat
             running = await stack.enter_async_context(mesh(_spec(system, engine, folder)))
             ports = {_kind(process.name): process.port for process in running.processes}
             clients = {
-                kind: await stack.enter_async_context(connect(f"{HOST}:{ports[kind]}"))
+                kind: await stack.enter_async_context(
+                    connect(f"{HOST}:{ports[kind]}", multiplex=system.multiplex)
+                )
                 for kind in ("router", "batcher")
             }
             for client in clients.values():
@@ -161,6 +165,7 @@ def _spec(system: System, engine: EngineSpec, folder: Path) -> MeshSpec:
         log_dir=folder / system.name,
         tiers=[TierSpec(TIER)],
         fake=True,
+        processes=1,
         fake_step_seconds=engine.step_seconds,
         environment=environment,
         flags={
