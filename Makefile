@@ -57,8 +57,8 @@ bench: $(INSTALLED) ## measure mesh and engine beside the peers that `make bench
 	python -m benchmarks.scaling
 	python -m benchmarks.quality
 
-bench-mesh: $(INSTALLED) ## measure the overhead of the mesh with an engine that computes nothing (BEFORE=CHECKOUT: beside another version)
-	python -m benchmarks.mesh $(if $(BEFORE),--before $(BEFORE))
+bench-mesh: $(INSTALLED) ## measure the cost of the mesh with an engine that computes nothing (BEFORE=CHECKOUT: beside another version; PARTS="rates cpu")
+	python -m benchmarks.mesh $(if $(PARTS),--parts $(PARTS)) $(if $(BEFORE),--before $(BEFORE))
 
 bench-peers: $(INSTALLED) ## install the peers of the benchmarks: vLLM, OpenVINO, llama.cpp, transformers
 	headrace fetch

@@ -355,7 +355,8 @@ async def connect(
     credentials         for TLS; None for plaintext
     retries, patience   see `Client`
     multiplex           whether requests share one stream, which costs a fraction of the CPU time of one call
-                        each. None: they do while more than a few are in flight. Behind a load balancer that
+                        each. None: they do once more than a few are in flight at a time, until the client was
+                        idle for a minute. Behind a load balancer that
                         distributes calls, not connections, False keeps them distributed
     """
     channel = open_channel(target, credentials=credentials)

@@ -49,11 +49,13 @@ class ServerStream:
 
     messages   received so far
     opened     requests so far
+    half_closed   whether the caller sends no more, and the script was waiting for it
     """
 
     requests: AsyncIterator[wire.MultiplexRequest]
     context: Any
     messages: list[wire.MultiplexRequest] = field(default_factory=list)
+    half_closed: bool = False
 
     @property
     def opened(self) -> list[wire.OpenRequest]:
@@ -173,7 +175,7 @@ async def scripted(*scripts: Script | None) -> AsyncGenerator[Scripted, None]:
             async with asyncio.timeout(PATIENCE):
                 await script(stream)
         except StopAsyncIteration:
-            return
+            stream.half_closed = True
 
     server = grpc.aio.server()
     server.add_generic_rpc_handlers(

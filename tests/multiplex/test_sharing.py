@@ -11,8 +11,10 @@ import pytest
 
 from headrace import errors
 from headrace.client import Client
+from headrace.multiplex import calling
 from headrace.multiplex.calling import FEW_CALLS
 from headrace.multiplex.limits import LARGE_BYTES, MAX_OPENS, MESSAGE_BYTES
+from headrace.multiplex.shared_stream import WATCH_SECONDS
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import multiplex_pb2 as wire
 from tests.harness import PATIENCE, collect, eventually, prompt
@@ -75,7 +77,7 @@ async def test_a_large_request_is_a_call_of_its_own() -> None:
     assert [opened.request.prompt for opened in server.streams[0].opened] == [small]
 
 
-async def test_the_fifth_call_at_a_time_opens_the_stream() -> None:
+async def test_the_fifth_call_at_a_time_opens_the_stream_and_later_calls_use_it() -> None:
     async with scripted(echo) as server, server.client(multiplex=None) as client:
         waiting = [client.generate(prompt("wait"), timeout=PATIENCE) for _ in range(FEW_CALLS)]
         for stream in waiting:
@@ -88,8 +90,26 @@ async def test_the_fifth_call_at_a_time_opens_the_stream() -> None:
             await stream.aclose()
         assert await ask(client, "alone") == ["alone"]
 
-    assert [opened.request.prompt for opened in server.streams[0].opened] == ["fifth"]
-    assert server.calls[-1].prompt == "alone"
+    assert [opened.request.prompt for opened in server.streams[0].opened] == ["fifth", "alone"]
+
+
+async def test_an_idle_stream_is_closed_unless_the_caller_asked_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calling, "IDLE_SECONDS", WATCH_SECONDS)
+    async with scripted(echo) as server, server.client(multiplex=None) as client:
+        texts = [f"number {n}" for n in range(FEW_CALLS + 1)]
+        assert await ask(client, *texts) == texts
+        (stream,) = server.streams
+        await eventually(lambda: stream.half_closed)
+        before = len(server.calls)
+        assert await ask(client, "alone") == ["alone"]
+        assert len(server.calls) == before + 1
+
+    async with scripted(echo) as server, server.client(multiplex=True) as client:
+        await ask(client, "alone")
+        await asyncio.sleep(3 * WATCH_SECONDS)
+        assert not server.streams[0].half_closed
 
 
 async def test_multiplexing_can_be_switched_off() -> None:

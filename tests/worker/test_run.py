@@ -329,7 +329,7 @@ async def test_a_task_of_the_stream_that_fails_ends_it_with_a_status(monkeypatch
     for broken, name in (
         (BatcherStreams, "load"),
         (stream.BatcherStream, "take_messages"),
-        (BatcherStreams, "_delta"),
+        (stream.BatcherStream, "add_update"),
     ):
         async with running_worker(EchoEngine()) as worker, dialled(worker.server.port) as peer:
             with monkeypatch.context() as patch:

@@ -17,8 +17,10 @@ from headrace.worker.runner import (
     SequenceUpdate,
     StepReport,
 )
-from headrace.worker.stream import BatcherStream, SequenceKey
+from headrace.worker.sequences import SequenceKey
+from headrace.worker.stream import BatcherStream
 from headrace.worker.streams import BatcherStreams
+from tests.harness import PATIENCE
 
 Report = StepReport[SequenceKey]
 
@@ -46,11 +48,11 @@ class ScriptedRunner:
     def start(self, report: Callable[[Report], None]) -> None:
         self.report = report
 
-    def submit(self, spec: SequenceSpec[SequenceKey]) -> None:
-        self.submitted.append(spec)
+    def submit(self, *specs: SequenceSpec[SequenceKey]) -> None:
+        self.submitted += specs
 
-    def cancel(self, key: SequenceKey) -> None:
-        self.cancelled.append(key)
+    def cancel(self, *keys: SequenceKey) -> None:
+        self.cancelled += keys
 
     def stop(self) -> None:
         pass
@@ -105,3 +107,46 @@ async def test_a_closed_stream_cancels_its_sequences_and_ignores_their_updates()
 
     assert runner.cancelled == [(stream.number, 7)]
     assert len(streams) == 0
+
+
+async def test_steps_that_end_while_the_event_loop_is_busy_are_delivered_together() -> None:
+    runner = ScriptedRunner()
+    streams = BatcherStreams(runner)
+    stream = streams.open(wire.Hello(batcher_id="one", epoch=1))
+    submit(streams, stream, 7)
+    (spec,) = runner.submitted
+    for offset in range(3):
+        update = SequenceUpdate(spec.key, offset, (70 + offset,), cached=1)
+        runner.report(StepReport(updates=[update], rows=1, tokens=1, seconds=0.1, ended=1, running=1))
+    (delta,) = await deltas(stream)
+    assert (delta.offset, list(delta.token_ids), delta.cached_tokens) == (0, [70, 71, 72], 1)
+
+    last = SequenceUpdate(spec.key, 3, (73,), finish=FinishReason.STOP)
+    runner.report(StepReport(updates=[last], rows=1, tokens=1, seconds=0.1, ended=2))
+    (delta,) = await deltas(stream)
+    assert (delta.offset, list(delta.token_ids), delta.finish) == (3, [73], pb.FINISH_REASON_STOP)
+
+
+async def test_no_report_of_another_thread_is_lost() -> None:
+    """Whether the event loop is about to deliver, delivers or waits when a report arrives."""
+    runner = ScriptedRunner()
+    streams = BatcherStreams(runner)
+    stream = streams.open(wire.Hello(batcher_id="one", epoch=1))
+    submit(streams, stream, 7)
+    (spec,) = runner.submitted
+
+    def report_all() -> None:
+        for offset in range(5000):
+            update = SequenceUpdate(spec.key, offset, (offset,))
+            runner.report(StepReport(updates=[update], rows=1, tokens=1, seconds=0.1, ended=1, running=1))
+
+    reporting = asyncio.create_task(asyncio.to_thread(report_all))
+    received: list[int] = []
+    async with asyncio.timeout(PATIENCE):
+        while len(received) < 5000:
+            for delta in await deltas(stream):
+                assert delta.offset == len(received)
+                received += delta.token_ids
+    await reporting
+
+    assert received == list(range(5000))

@@ -20,8 +20,10 @@ from headrace.multiplex.shared_stream import SharedCall, SharedStream
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 
-# A caller that makes more calls than this at a time uses the shared stream, unless told otherwise.
+# A caller that makes more calls than this at a time opens the shared stream, unless it was told which to use.
 FEW_CALLS = 4
+# It then uses the stream for all calls, until there were none for so long.
+IDLE_SECONDS = 60.0
 STALL_SECONDS = 30.0
 NOT_HEADRACE = "the server's response cannot be parsed: it is not a Headrace server"
 # A server that does not offer the stream may be replaced by a newer one.
@@ -31,8 +33,8 @@ OFFERED_AGAIN_SECONDS = 60.0
 class Caller:
     """Makes the calls of one channel.
 
-    multiplex       whether calls use the shared stream; None: those that are made while more than `FEW_CALLS`
-                    are in flight
+    multiplex       whether calls use the shared stream; None: from the time when more than `FEW_CALLS` are in
+                    flight, until there were none for `IDLE_SECONDS`
     stall_seconds   a shared stream is lost if it is silent for so long while calls wait
     caller_id       identifies this caller in the server's logs
     """
@@ -68,8 +70,11 @@ class Caller:
         timeout   seconds for the whole answer; None for no deadline
         flusher   when tokens that were gathered on the shared stream are handed over; None: each at once
         """
-        shared = self._multiplex if self._multiplex is not None else len(self._calls) >= FEW_CALLS
-        if shared and time.monotonic() >= self._not_offered_until and request.ByteSize() <= LARGE_BYTES:
+        if (
+            self._shares()
+            and time.monotonic() >= self._not_offered_until
+            and request.ByteSize() <= LARGE_BYTES
+        ):
             call: Call = self._shared_stream().open(
                 request, timeout=timeout, metadata=metadata, flusher=flusher
             )
@@ -93,15 +98,26 @@ class Caller:
         for stream in list(self._streams):
             await stream.close()
 
+    def _shares(self) -> bool:
+        if self._multiplex is not None:
+            return self._multiplex
+        return self._open is not None or len(self._calls) >= FEW_CALLS
+
+    @property
+    def _open(self) -> SharedStream | None:
+        """The stream that accepts calls, if any."""
+        return self._stream if self._stream is not None and self._stream.accepts_calls else None
+
     def _shared_stream(self) -> SharedStream:
-        stream = self._stream
-        if stream is None or not stream.accepts_calls:
+        stream = self._open
+        if stream is None:
             self._epoch += 1
             stream = self._stream = SharedStream(
                 self._stub.Multiplex(),
                 epoch=self._epoch,
                 caller_id=self._caller_id,
                 stall_seconds=self._stall_seconds,
+                idle_seconds=IDLE_SECONDS if self._multiplex is None else None,
                 instead=self._instead,
             )
             self._streams.add(stream)

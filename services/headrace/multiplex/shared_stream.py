@@ -177,7 +177,9 @@ class SharedStream:
 
     accepts_calls   whether further calls may be opened on it
 
-    instead   makes a call of its own for one on a stream that the server does not offer
+    stall_seconds   it is lost if the server is silent for so long while calls wait
+    idle_seconds    it is closed when there were no calls for so long; None: never
+    instead         makes a call of its own for one on a stream that the server does not offer
     """
 
     def __init__(
@@ -187,12 +189,14 @@ class SharedStream:
         epoch: int,
         caller_id: str,
         stall_seconds: float,
+        idle_seconds: float | None,
         instead: Callable[[SharedCall], Call],
     ) -> None:
         self.accepts_calls = True
         self._rpc = rpc
         self._epoch = epoch
         self._stall_checks = max(round(stall_seconds / WATCH_SECONDS), PING_CHECKS + 1)
+        self._idle_checks = math.inf if idle_seconds is None else round(idle_seconds / WATCH_SECONDS)
         self._instead = instead
         self._calls: dict[int, SharedCall] = {}
         self._handle = 0  # the last one in use
@@ -331,15 +335,18 @@ class SharedStream:
                 await self._welcomed.wait()
 
     async def _watch(self) -> None:
-        """Ping a silent stream, end it if it stays silent, and end calls whose deadline has passed.
+        """Ping a silent stream, end it if it stays silent or idle, and end calls whose deadline has passed.
 
         It counts its own checks, not seconds, so that a delayed event loop is not taken for a silent server.
         """
-        while True:
+        idle_checks = 0
+        while idle_checks < self._idle_checks:
             await asyncio.sleep(WATCH_SECONDS)
             if not self._calls:
                 self._silent_checks = 0
+                idle_checks += 1
                 continue
+            idle_checks = 0
             self._silent_checks += 1
             if self._silent_checks >= self._stall_checks:
                 seconds = self._stall_checks * WATCH_SECONDS
@@ -350,6 +357,8 @@ class SharedStream:
             for call in list(self._calls.values()):
                 if call.deadline is not None and call.deadline < late:
                     call.fail(errors.DeadlineExceeded("the deadline passed before the answer was complete"))
+        self.accepts_calls = False
+        await self._rpc.done_writing()
 
 
 def _joined(before: pb.GenerateResponse, response: pb.GenerateResponse) -> bool:

@@ -31,9 +31,9 @@ from headrace.worker.engine.load.refusals import LoadingError
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.faults import FaultPlan, FaultyEngine
 from headrace.worker.runner import Runner
+from headrace.worker.sequences import SequenceKey
 from headrace.worker.service import RUN, SERVICES, WorkerServicer, described
 from headrace.worker.settings import Settings
-from headrace.worker.stream import SequenceKey
 from headrace.worker.streams import BatcherStreams
 
 log = logging.getLogger("headrace.worker")

@@ -13,7 +13,8 @@ from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
-from headrace.worker.stream import BatcherStream, InFlightSequence
+from headrace.worker.sequences import InFlightSequence
+from headrace.worker.stream import BatcherStream
 from headrace.worker.streams import BatcherStreams
 
 LISTED = 100

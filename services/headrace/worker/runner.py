@@ -214,12 +214,15 @@ class Runner(Protocol[K]):
         """Begin to run. *report* is called after each step, on any thread, never twice at a time."""
         ...
 
-    def submit(self, spec: SequenceSpec[K]) -> None:
-        """Queue a sequence; does not block. One that cannot be computed ends with FAULT."""
+    def submit(self, *specs: SequenceSpec[K]) -> None:
+        """Queue sequences, all of them before the next step; does not block.
+
+        One that cannot be computed ends with FAULT.
+        """
         ...
 
-    def cancel(self, key: K) -> None:
-        """End a sequence before the next step; does not block. Ignores keys that are not in flight."""
+    def cancel(self, *keys: K) -> None:
+        """End sequences before the next step; does not block. Ignores keys that are not in flight."""
         ...
 
     def stop(self) -> None:

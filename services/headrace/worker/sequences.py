@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from opentelemetry import trace
 
@@ -14,7 +14,9 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import check_sampling
 from headrace.worker.runner import FinishReason, ModelInfo, SamplingParams, SequenceSpec, SequenceUpdate
-from headrace.worker.stream import InFlightSequence, SequenceKey
+
+# Identifies a sequence to the runner: the number of its stream, and its handle there.
+SequenceKey = tuple[int, int]
 
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -30,6 +32,37 @@ MAX_PRIORITY = 9
 _MAX_TRACE = 4096
 
 _tracer = trace.get_tracer("headrace.worker")
+
+
+@dataclass(slots=True, eq=False)
+class InFlightSequence:
+    """A sequence that was submitted on a stream and whose last delta is unsent.
+
+    answered   number of answer tokens so far, resumed ones included
+    priority   as the batcher sent it, at most MAX_PRIORITY
+    unsent     tokens of its unsent delta; the first one's position in the answer is `offset`
+    rare       fields of its unsent delta that few deltas have; None if it has none of them
+    """
+
+    spec: SequenceSpec[SequenceKey]
+    request_id: str
+    attempt: int
+    parent: trace.SpanContext
+    batch: trace.SpanContext
+    submitted_ns: int
+    answered: int = 0
+    priority: int = 5
+    cancelled_by: errors.HeadraceError | None = None
+    first_token_ns: int = 0
+    offset: int = 0
+    unsent: list[int] = field(default_factory=list)
+    rare: wire.SequenceDelta | None = None
+
+    def rare_fields(self) -> wire.SequenceDelta:
+        """Return `rare`, to set a field of it."""
+        if self.rare is None:
+            self.rare = wire.SequenceDelta()
+        return self.rare
 
 
 def sequence_spec(
@@ -49,12 +82,12 @@ def sequence_spec(
     must not harm the sequences of others. Raises EmptyInput, ContextTooLong, InvalidRequest and
     InvalidSampling.
     """
-    _check_ids(message, model)
+    ids = _checked_ids(message, model)
     _check_sampling(message, model.vocabulary_size)
     ttl = message.ttl.ToNanoseconds() / 1e9 if message.HasField("ttl") else None
     return SequenceSpec(
         key=key,
-        ids=[*message.prompt_ids, *message.resume_ids],
+        ids=ids,
         prompt=len(message.prompt_ids),
         params=_params(message.sampling),
         deadline=Deadline.after(ttl, now),
@@ -64,7 +97,8 @@ def sequence_spec(
     )
 
 
-def _check_ids(message: wire.Sequence, model: ModelInfo) -> None:
+def _checked_ids(message: wire.Sequence, model: ModelInfo) -> list[int]:
+    """Return the ids of prompt and resumed answer, checked."""
     prompt, resume = message.prompt_ids, message.resume_ids
     if not prompt:
         raise errors.EmptyInput("the sequence has no prompt ids")
@@ -73,13 +107,15 @@ def _check_ids(message: wire.Sequence, model: ModelInfo) -> None:
             f"{len(prompt)} prompt and {len(resume)} resumed tokens leave no room in a context of "
             f"{model.context_length}"
         )
-    if max(prompt) >= model.vocabulary_size or max(resume, default=0) >= model.vocabulary_size:
+    ids = [*prompt, *resume]
+    if max(ids) >= model.vocabulary_size:
         raise errors.InvalidRequest(f"a token id is not below {model.vocabulary_size}")
     if len(message.prefix_scope) > MAX_PREFIX_SCOPE:
         raise errors.InvalidRequest(
             f"prefix_scope has {len(message.prefix_scope)} bytes; at most {MAX_PREFIX_SCOPE} are allowed",
             field="prefix_scope",
         )
+    return ids
 
 
 def _check_sampling(message: wire.Sequence, vocabulary: int) -> None:
@@ -88,28 +124,30 @@ def _check_sampling(message: wire.Sequence, vocabulary: int) -> None:
     if not sampling.HasField("max_tokens") or sampling.max_tokens <= len(resume):
         raise errors.InvalidSampling("sampling.max_tokens must be set and above the resumed tokens")
     # A batcher lowers max_tokens to its tier's limit, which may be below the caller's min_tokens.
-    sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
+    if sampling.min_tokens > sampling.max_tokens:
+        sampling.min_tokens = sampling.max_tokens
     check_sampling(sampling)
-    for field, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+    for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
         if (highest := max(ids, default=0)) >= vocabulary:
             raise errors.InvalidSampling(
-                f"sampling.{field} contains token {highest}; the model's ids are below {vocabulary}",
-                field=f"sampling.{field}",
+                f"sampling.{name} contains token {highest}; the model's ids are below {vocabulary}",
+                field=f"sampling.{name}",
             )
 
 
-def relative_priority(priority: int, others: Collection[int]) -> float:
+def relative_priority(priority: int, others: int, priorities: int) -> float:
     """Return a sequence's effective priority among those of all streams, 0 to 9.
 
-    priority   as the batcher sent it; above 9 counts as 9
-    others     the priorities of the stream's in-flight sequences, as the batcher sent them
+    priority     as the batcher sent it; above 9 counts as 9
+    others       number of the stream's in-flight sequences
+    priorities   sum of their priorities, each at most 9
 
     Priorities order the sequences of one batcher. A stream must not gain on others by calling everything
     urgent: the amount by which its mean exceeds the default priority is subtracted.
     """
-    given = [min(one, MAX_PRIORITY) for one in (priority, *others)]
-    excess = max(sum(given) / len(given) - _DEFAULT_PRIORITY, 0.0)
-    return max(given[0] - excess, 0.0)
+    given = min(priority, MAX_PRIORITY)
+    excess = max((given + priorities) / (1 + others) - _DEFAULT_PRIORITY, 0.0)
+    return max(given - excess, 0.0)
 
 
 def conclude(
@@ -196,6 +234,7 @@ def _params(sampling: pb.Sampling) -> SamplingParams:
 
 def span_context(carried: wire.TraceContext) -> trace.SpanContext:
     """Return the span that a message belongs to; an invalid one without a trace or with a malformed one."""
-    if not carried.traceparent or len(carried.traceparent) + len(carried.tracestate) > _MAX_TRACE:
+    parent, state = carried.traceparent, carried.tracestate
+    if not parent or len(parent) + len(state) > _MAX_TRACE:
         return trace.INVALID_SPAN_CONTEXT
-    return from_w3c(carried.traceparent, carried.tracestate)
+    return from_w3c(parent, state)

@@ -13,12 +13,11 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from opentelemetry import trace
-
 from headrace import errors
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.worker.credit import CreditState
-from headrace.worker.runner import SequenceSpec
+from headrace.worker.runner import SequenceUpdate
+from headrace.worker.sequences import InFlightSequence, SequenceKey, conclude
 
 # How often an empty step is sent while prompts are computed and there are no tokens to send.
 HEARTBEAT_SECONDS = 0.25
@@ -35,29 +34,6 @@ _DELTA_BYTES = 128  # of a delta, besides its tokens
 # A newer message of these kinds replaces an unsent one.
 _REPLACEABLE = frozenset({"credit", "load", "pong"})
 
-# Identifies a sequence to the runner: the number of its stream, and its handle there.
-SequenceKey = tuple[int, int]
-
-
-@dataclass(slots=True)
-class InFlightSequence:
-    """A sequence that was submitted on a stream and has not ended.
-
-    answered   number of answer tokens so far, resumed ones included
-    priority   as the batcher sent it
-    """
-
-    spec: SequenceSpec[SequenceKey]
-    request_id: str
-    attempt: int
-    parent: trace.SpanContext
-    batch: trace.SpanContext
-    submitted_ns: int
-    answered: int = 0
-    priority: int = 5
-    cancelled_by: errors.HeadraceError | None = None
-    first_token_ns: int = 0
-
 
 @dataclass(slots=True)
 class BatcherStream:
@@ -72,7 +48,8 @@ class BatcherStream:
     done            no more submits will come: the batcher has quiesced or half-closed
     half_closed     no more messages will come at all
     error           why the stream must end; set once, by `fail`
-    pending         unsent deltas by handle; deltas of later steps are merged into them
+    pending         sequences with an unsent delta, by handle; updates of later steps are merged into it
+    priorities      sum of the priorities of the in-flight sequences
     others          unsent messages that are not steps
     frames, acked   step frames sent, and acknowledged
     sending         whether the writer is sending
@@ -92,7 +69,8 @@ class BatcherStream:
     error: errors.HeadraceError | None = None
     failed: asyncio.Event = field(default_factory=asyncio.Event)
     in_flight: dict[int, InFlightSequence] = field(default_factory=dict)
-    pending: dict[int, wire.SequenceDelta] = field(default_factory=dict)
+    priorities: int = 0
+    pending: dict[int, InFlightSequence] = field(default_factory=dict)
     others: list[wire.RunResponse] = field(default_factory=list)
     has_unsent: asyncio.Event = field(default_factory=asyncio.Event)
     frames: int = 0
@@ -191,32 +169,55 @@ class BatcherStream:
             self._check_unread()
         self.has_unsent.set()
 
-    def send_delta(self, delta: wire.SequenceDelta) -> None:
-        """Send a delta in the next step frame, merged with the sequence's unsent one."""
-        self._pending_bytes += 4 * (len(delta.token_ids) + len(delta.logprobs))
-        unsent = self.pending.get(delta.handle)
-        if unsent is None:
-            self.pending[delta.handle] = delta
-            self._pending_bytes += _DELTA_BYTES
-        else:
-            delta.offset = unsent.offset
-            unsent.MergeFrom(delta)
-        if delta.finish or delta.HasField("error"):
-            self._pending_bytes += delta.error.ByteSize()
-            self._ended.add(delta.handle)
-        self._check_unread()
-        self.has_unsent.set()
+    def add_sequence(self, handle: int, sequence: InFlightSequence) -> None:
+        """Add a submitted sequence."""
+        self.in_flight[handle] = sequence
+        self.priorities += sequence.priority
 
-    def heartbeat(self, now: float) -> None:
-        """Send an empty step frame after a step, if no frame was sent for a while."""
-        if self.in_flight and not self.pending and now - self._last_frame >= HEARTBEAT_SECONDS:
+    def add_update(self, update: SequenceUpdate[SequenceKey], ended_ns: int) -> None:
+        """Add an update to the sequence's unsent delta. Called for each token, and `announce` after a step's.
+
+        ended_ns   time.time_ns() at the end of the step; 0 if the update is of no step
+        """
+        handle = update.key[1]
+        sequence = self.in_flight[handle]
+        if handle not in self.pending:
+            self.pending[handle] = sequence
+            sequence.offset = update.offset
+            self._pending_bytes += _DELTA_BYTES
+        token_ids = update.token_ids
+        sequence.unsent += token_ids
+        sequence.answered = update.offset + len(token_ids)
+        self._pending_bytes += 4 * (len(token_ids) + len(update.logprobs))
+        if token_ids and not sequence.first_token_ns:
+            sequence.first_token_ns = ended_ns
+            sequence.rare_fields().cached_tokens = update.cached
+        if update.logprobs:
+            sequence.rare_fields().logprobs.extend(update.logprobs)
+        if update.finish is not None:
+            del self.in_flight[handle]
+            self.priorities -= sequence.priority
+            self._ended.add(handle)
+            rare = sequence.rare_fields()
+            conclude(rare, update, sequence, ended_ns or time.time_ns())
+            self._pending_bytes += rare.error.ByteSize()
+
+    def announce(self, now: float, *, stepped: bool) -> None:
+        """Let the writer send what was added, or an empty frame after a step if none was sent for a while."""
+        if self.pending:
+            self._check_unread()
+        elif stepped and self.in_flight and now - self._last_frame >= HEARTBEAT_SECONDS:
             self._heartbeat_due = True
+        else:
+            return
+        if not self._window_full:
             self.has_unsent.set()
 
     def acknowledge_frames(self, frame: int) -> None:
         """Record that the batcher has processed all frames up to *frame*."""
         self.acked = max(self.acked, min(frame, self.frames))
-        self.has_unsent.set()
+        if self.pending or self._heartbeat_due:
+            self.has_unsent.set()
 
     def half_close(self) -> None:
         """Record that the batcher has half-closed: without further acks, the window no longer applies."""
@@ -248,15 +249,35 @@ class BatcherStream:
         responses, self.others = self.others, []
         self._others_bytes = 0
         self._places.clear()
-        full = self.window and self.frames - self.acked >= self.window
-        if (self.pending or self._heartbeat_due) and not full:
+        if (self.pending or self._heartbeat_due) and not self._window_full:
             self.frames += 1
             self._last_frame = now
             self._heartbeat_due = False
-            responses.append(
-                wire.RunResponse(step=wire.Step(frame=self.frames, deltas=self.pending.values()))
-            )
-            self.pending = {}
+            responses.append(self._frame())
+            self.pending.clear()
             self._pending_bytes = 0
             self._ended.clear()
         return responses
+
+    @property
+    def _window_full(self) -> bool:
+        return bool(self.window) and self.frames - self.acked >= self.window
+
+    def _frame(self) -> wire.RunResponse:
+        response = wire.RunResponse()
+        step = response.step
+        step.frame = self.frames
+        add = step.deltas.add
+        # Deltas are made in place, field by field: with keyword arguments, and copied, they take three times
+        # as long.
+        for handle, sequence in self.pending.items():
+            delta = add()
+            delta.handle = handle
+            delta.attempt = sequence.attempt
+            delta.offset = sequence.offset
+            delta.token_ids.extend(sequence.unsent)
+            sequence.unsent.clear()
+            if sequence.rare is not None:
+                delta.MergeFrom(sequence.rare)
+                sequence.rare = None
+        return response

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 from opentelemetry import metrics
 
@@ -20,10 +21,17 @@ from headrace.runtime.rate import RateMeter
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import MAX_REQUEST_ID
 from headrace.worker.credit import capacity, share
-from headrace.worker.runner import ModelInfo, Runner, SequenceSpec, SequenceUpdate, StepReport
-from headrace.worker.sequences import MAX_PRIORITY, conclude, relative_priority, sequence_spec, span_context
+from headrace.worker.runner import ModelInfo, Runner, SequenceSpec, StepReport
+from headrace.worker.sequences import (
+    MAX_PRIORITY,
+    InFlightSequence,
+    SequenceKey,
+    relative_priority,
+    sequence_spec,
+    span_context,
+)
 from headrace.worker.step_pace import StepPace
-from headrace.worker.stream import BatcherStream, InFlightSequence, SequenceKey
+from headrace.worker.stream import BatcherStream
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +78,8 @@ class BatcherStreams:
         self._opened = 0
         self._rate = RateMeter()
         self._last: StepReport[SequenceKey] = StepReport(kv_tokens_free=self.model.kv_tokens)
+        self._undelivered: deque[StepReport[SequenceKey]] = deque()
+        self._delivery_due = False  # whether `_deliver` is scheduled
         self._ran = 0  # sequences that had KV memory during the last step
         self._pace = StepPace(runner.step_tokens)
         runner.start(self._on_report)
@@ -143,8 +153,7 @@ class BatcherStreams:
         """Remove a stream and cancel its sequences."""
         if self._streams.pop(stream.number, None) is None:
             return
-        for handle in stream.in_flight:
-            self._runner.cancel((stream.number, handle))
+        self._runner.cancel(*((stream.number, handle) for handle in stream.in_flight))
         self.share_credit()
 
     def submit(self, stream: BatcherStream, batch: wire.Submit) -> wire.RunResponse:
@@ -152,27 +161,28 @@ class BatcherStreams:
 
         Raises InvalidRequest if the stream exceeds its credit.
         """
-        now, now_ns = time.monotonic(), time.time_ns()
+        now, now_ns, limit = time.monotonic(), time.time_ns(), stream.credit_limit
         # Checked before the sequences are read, because the batcher chooses how many there are.
-        if len(batch.sequences) > stream.credit_limit + MOST_REFUSED:
+        if len(batch.sequences) > limit + MOST_REFUSED:
             raise _credit_exceeded(stream, len(batch.sequences))
         stream.last_submitted = now
         batch_span = span_context(batch.batch_trace)
+        relative = any(other.in_flight for other in self if other is not stream)
         busy = self._last.waiting > 0 or self._last.running >= self.model.max_running
-        verdicts = []
+        verdicts, specs = [], []
         for message in batch.sequences:
             verdict = wire.Verdict(handle=message.handle, attempt=message.attempt)
             verdicts.append(verdict)
             try:
-                spec = self._spec(stream, message, now)
+                spec = self._spec(stream, message, now, relative=relative)
             except Exception as error:
                 verdict.state = wire.ADMISSION_STATE_REFUSED
                 verdict.error.CopyFrom(statuses.to_status(_public(error)))
                 continue
-            if stream.held >= stream.credit_limit:
+            if stream.held >= limit:
                 raise _credit_exceeded(stream, len(batch.sequences))
             verdict.state = wire.ADMISSION_STATE_QUEUED if busy else wire.ADMISSION_STATE_ADMITTED
-            stream.in_flight[message.handle] = InFlightSequence(
+            sequence = InFlightSequence(
                 spec,
                 request_id=clipped(message.request_id, MAX_REQUEST_ID),
                 attempt=message.attempt,
@@ -180,18 +190,18 @@ class BatcherStreams:
                 batch=batch_span,
                 submitted_ns=now_ns,
                 answered=spec.resumed,
-                priority=message.priority,
+                priority=min(message.priority, MAX_PRIORITY),
             )
+            stream.add_sequence(message.handle, sequence)
             self._pace.record_submission(len(spec.ids))
-            self._runner.submit(spec)
+            specs.append(spec)
+        self._runner.submit(*specs)
         self.share_credit()
         return wire.RunResponse(admission=wire.Admission(verdicts=verdicts))
 
     def cancel(self, stream: BatcherStream, handles: Iterable[int]) -> None:
         """Cancel sequences; the last delta of each confirms it."""
-        for handle in handles:
-            if handle in stream.in_flight:
-                self._runner.cancel((stream.number, handle))
+        self._runner.cancel(*((stream.number, handle) for handle in handles if handle in stream.in_flight))
 
     def acknowledge(self, stream: BatcherStream, ack: wire.Ack) -> None:
         """Record what a batcher has processed: frames, and grants of credit."""
@@ -207,11 +217,11 @@ class BatcherStreams:
     def hand_off(self) -> None:
         """End all in-flight sequences, so that batchers resume them on other workers."""
         for stream in self:
-            for handle, sequence in stream.in_flight.items():
+            for sequence in stream.in_flight.values():
                 sequence.cancelled_by = errors.WorkerDraining(
                     "the worker is stopping; resume on another worker"
                 )
-                self._runner.cancel((stream.number, handle))
+            self.cancel(stream, stream.in_flight)
 
     def broadcast(self, response: wire.RunResponse) -> None:
         """Send a message on every stream."""
@@ -245,89 +255,78 @@ class BatcherStreams:
         for stream, credit in zip(streams, credits_, strict=True):
             stream.grant(credit)
 
-    def _spec(self, stream: BatcherStream, message: wire.Sequence, now: float) -> SequenceSpec[SequenceKey]:
+    def _spec(
+        self, stream: BatcherStream, message: wire.Sequence, now: float, *, relative: bool
+    ) -> SequenceSpec[SequenceKey]:
         if self.draining:
             raise errors.WorkerDraining("the worker is stopping; use another worker")
         if stream.in_use(message.handle):
             raise errors.InvalidRequest(f"handle {message.handle} is in use")
         priority: float = min(message.priority, MAX_PRIORITY)
-        if any(other.in_flight for other in self if other is not stream):
-            priority = relative_priority(
-                message.priority, [one.priority for one in stream.in_flight.values()]
-            )
+        if relative:
+            priority = relative_priority(message.priority, len(stream.in_flight), stream.priorities)
         return sequence_spec((stream.number, message.handle), message, self.model, now, priority=priority)
 
     def _on_report(self, report: StepReport[SequenceKey]) -> None:
-        """Pass a report from the runner's thread to the event loop."""
-        with contextlib.suppress(RuntimeError):  # the event loop is closed
-            self._loop.call_soon_threadsafe(self._deliver, report)
+        """Pass a report from the runner's thread to the event loop.
 
-    def _deliver(self, report: StepReport[SequenceKey]) -> None:
-        now = time.monotonic()
-        self._measure(report, now)
-        for update in report.updates:
-            self._deliver_update(update, report)
-        if report.rows:
-            for stream in self:
-                stream.heartbeat(now)
-        ended = sum(update.finish is not None for update in report.updates)
-        self._ran = report.running + ended
+        While the loop is behind, reports wait to be delivered together.
+        """
+        self._undelivered.append(report)
+        # Appended before the test, and taken after `_deliver` has cleared it: no report is left behind.
+        if not self._delivery_due:
+            self._delivery_due = True
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        """Deliver all reports so far: a sequence's tokens of several steps become one delta."""
+        self._delivery_due = False
+        reports = [self._undelivered.popleft() for _ in range(len(self._undelivered))]
+        if not reports:
+            return
+        now, tokens, ended = time.monotonic(), 0, 0
+        for report in reports:
+            before = ended
+            for update in report.updates:
+                tokens += len(update.token_ids)
+                if update.finish is not None:
+                    ended += 1
+                    _ended.add(1, {attributes.OUTCOME: update.finish.value})
+                stream = self._streams.get(update.key[0])
+                if stream is None:
+                    continue  # it was closed, which cancelled the sequence
+                try:
+                    stream.add_update(update, report.ended)
+                except Exception as error:
+                    # A batcher that misses a delta would wait forever.
+                    stream.fail(_public(error))
+            self._ran = report.running + ended - before
+        stepped = any(report.rows for report in reports)
+        for stream in self:
+            stream.announce(now, stepped=stepped)
+        self._measure(reports, tokens, now)
         if ended:
             self.share_credit()
 
-    def _measure(self, report: StepReport[SequenceKey], now: float) -> None:
-        last, self._last = self._last, report
-        _kv_usage.set(1 - report.kv_tokens_free / self.model.kv_tokens)
-        if report.cached_tokens > last.cached_tokens:
-            _cached.add(report.cached_tokens - last.cached_tokens)
-        if report.preemptions > last.preemptions:
-            _preempted.add(report.preemptions - last.preemptions)
-        _running.set(report.running)
-        _waiting.set(report.waiting)
-        if report.rows:
-            _step_rows.record(report.rows)
-            _step_seconds.record(report.seconds)
-            self._pace.record_step(tokens=report.tokens, decodes=report.decodes, seconds=report.seconds)
-        new_tokens = sum(len(update.token_ids) for update in report.updates)
-        if new_tokens:
-            self._rate.add(now, new_tokens)
-
-    def _deliver_update(self, update: SequenceUpdate[SequenceKey], report: StepReport[SequenceKey]) -> None:
-        number, handle = update.key
-        stream = self._streams.get(number)
-        if update.finish is not None:
-            _ended.add(1, {attributes.OUTCOME: update.finish.value})
-        if stream is None:
-            return  # it was closed, which cancelled the sequence
-        try:
-            stream.send_delta(self._delta(stream, handle, update, report))
-        except Exception as error:
-            # A batcher that misses a delta would wait forever.
-            stream.fail(_public(error))
-
-    def _delta(
-        self,
-        stream: BatcherStream,
-        handle: int,
-        update: SequenceUpdate[SequenceKey],
-        report: StepReport[SequenceKey],
-    ) -> wire.SequenceDelta:
-        sequence = stream.in_flight[handle]
-        delta = wire.SequenceDelta(
-            handle=handle,
-            attempt=sequence.attempt,
-            offset=update.offset,
-            token_ids=update.token_ids,
-            logprobs=update.logprobs,
-        )
-        sequence.answered = update.offset + len(update.token_ids)
-        if update.token_ids and not sequence.first_token_ns:
-            sequence.first_token_ns = report.ended
-            delta.cached_tokens = update.cached
-        if update.finish is not None:
-            del stream.in_flight[handle]
-            conclude(delta, update, sequence, report.ended or time.time_ns())
-        return delta
+    def _measure(self, reports: Sequence[StepReport[SequenceKey]], tokens: int, now: float) -> None:
+        """Record reports that have *tokens* new tokens together."""
+        last, self._last = self._last, reports[-1]
+        newest = self._last
+        _kv_usage.set(1 - newest.kv_tokens_free / self.model.kv_tokens)
+        if newest.cached_tokens > last.cached_tokens:
+            _cached.add(newest.cached_tokens - last.cached_tokens)
+        if newest.preemptions > last.preemptions:
+            _preempted.add(newest.preemptions - last.preemptions)
+        _running.set(newest.running)
+        _waiting.set(newest.waiting)
+        for report in reports:
+            if report.rows:
+                _step_rows.record(report.rows)
+                _step_seconds.record(report.seconds)
+                self._pace.record_step(tokens=report.tokens, decodes=report.decodes, seconds=report.seconds)
+        if tokens:
+            self._rate.add(now, tokens)
 
 
 def _credit_exceeded(stream: BatcherStream, submitted: int) -> errors.InvalidRequest:

@@ -17,20 +17,35 @@ VOCABULARY_SIZE = 258
 EOS_ID = 256
 FAULT_ID = 257  # a prompt that contains this id fails when its first token is sampled
 
+_TOKENS = [Token(id, 0.0) for id in range(VOCABULARY_SIZE)]
+_NOTHING = 0  # the digest of no ids
+
 
 class _Block:
     """The contents of one block of KV memory.
 
     before   digest of all ids before the block, because keys and values depend on them as well
-    digest   `before` of the next block; set when the block is full
     """
 
-    __slots__ = ("before", "digest", "ids")
+    __slots__ = ("before", "ids")
 
     def __init__(self) -> None:
-        self.before = 0
-        self.digest = 0
+        self.before = _NOTHING
         self.ids: list[int] = []
+
+
+class _Known:
+    """What the engine keeps of a sequence between its steps.
+
+    digests   of its ids up to the end of each block that was full when it was last computed
+    faulty    whether its prompt contains FAULT_ID
+    """
+
+    __slots__ = ("digests", "faulty")
+
+    def __init__(self, row: Row) -> None:
+        self.digests: list[int | None] = []
+        self.faulty = FAULT_ID in row.ids[: row.prompt]
 
 
 class EchoEngine:
@@ -57,6 +72,8 @@ class EchoEngine:
         if kv_blocks is None:
             kv_blocks = max_running * -(-context_length // block_tokens)
         self._memory: dict[int, _Block] = {}
+        # Of each block that is full: the digest of its ids and of all ids before it.
+        self._digests: dict[int, int | None] = {}
         self._model = ModelInfo(
             name="echo",
             revision="1",
@@ -95,16 +112,34 @@ class EchoEngine:
 
     def _verify(self, row: Row) -> None:
         """Raise RuntimeError unless positions 0 to start - 1 were computed from the ids of this row."""
-        size, digest = self._model.block_tokens, 0
-        for begin in range(0, row.start, size):
-            number = row.blocks[begin // size]
-            block = self._memory.get(number)
-            held = min(row.start - begin, size)
-            if block is None or block.before != digest or block.ids[:held] != row.ids[begin : begin + held]:
-                raise RuntimeError(
-                    f"block {number} does not hold ids {begin} to {begin + held - 1} of its row"
-                )
-            digest = block.digest
+        known: _Known | None = row.memo.kept
+        if known is None:
+            known = row.memo.kept = _Known(row)
+        full, rest = divmod(row.start, self._model.block_tokens)
+        # Every block is compared, not only the last one: a model reads all of them.
+        held = [*map(self._digests.get, row.blocks[:full])]
+        if held != known.digests:
+            self._verify_full(row, held, known)
+        if rest:
+            block = self._memory.get(row.blocks[full])
+            before = held[-1] if held else _NOTHING
+            begin = row.start - rest
+            if block is None or block.before != before or block.ids[:rest] != row.ids[begin : row.start]:
+                raise _wrong(row.blocks[full], begin)
+
+    def _verify_full(self, row: Row, held: list[int | None], known: _Known) -> None:
+        """Raise RuntimeError unless full blocks with the digests *held* hold the ids of this row."""
+        size, before = self._model.block_tokens, _NOTHING
+        for index, digest in enumerate(held):
+            begin = index * size
+            if index < len(known.digests):
+                own = known.digests[index]
+            else:
+                own = _digest(before, row.ids[begin : begin + size])
+            if digest is None or digest != own:
+                raise _wrong(row.blocks[index], begin)
+            before = digest
+        known.digests = held
 
     def _write(self, row: Row) -> None:
         size, position = self._model.block_tokens, row.start
@@ -117,23 +152,35 @@ class EchoEngine:
             if block is None:
                 block = self._memory[number] = _Block()
             if offset == 0:
-                block.before = self._memory[row.blocks[index - 1]].digest if index else 0
-            ends = min(position - offset + size, row.stop)
-            block.ids[offset:] = row.ids[position:ends]
-            if len(block.ids) == size:
-                block.digest = hash((block.before, *block.ids))
-            position = ends
+                before = self._digests.get(row.blocks[index - 1]) if index else _NOTHING
+                assert before is not None, "the block before is full"
+                block.before = before
+            end = min(position - offset + size, row.stop)
+            block.ids[offset:] = row.ids[position:end]
+            full = len(block.ids) == size
+            self._digests[number] = _digest(block.before, block.ids) if full else None
+            position = end
+
+
+def _digest(before: int, ids: Sequence[int]) -> int:
+    """Return the digest of ids that follow those with the digest *before*."""
+    return hash((before, *ids))
+
+
+def _wrong(block: int, begin: int) -> RuntimeError:
+    return RuntimeError(f"block {block} does not hold the ids of its row from position {begin}")
 
 
 def _answer(row: Row) -> Token | Fault | None:
     if not row.sample:
         return None
-    if FAULT_ID in row.ids[: row.prompt]:
+    known: _Known = row.memo.kept
+    if known.faulty:
         return Fault("the prompt contains the id that makes the echo engine fail")
     answered = row.stop - row.prompt
     cycle = row.prompt + 1
     at_end = answered % cycle == row.prompt
     if at_end and not row.params.ignore_eos and answered >= row.params.min_tokens:
-        return Token(EOS_ID, 0.0)
+        return _TOKENS[EOS_ID]
     # After its end it starts over, without a gap that could not be decoded as text.
-    return Token(row.ids[answered % row.prompt], 0.0)
+    return _TOKENS[row.ids[answered % row.prompt]]

@@ -94,7 +94,8 @@ class Run:
         rows = self.scheduler.plan(now)
         assert bool(rows) != self.scheduler.idle, "there is work, but no step"
         assert len(rows) <= model.max_running
-        assert sum(row.stop - row.start for row in rows) <= max(self.step_tokens, model.max_running)
+        tokens = sum(row.stop - row.start for row in rows)
+        assert tokens == self.scheduler.tokens <= max(self.step_tokens, model.max_running)
         size = model.block_tokens
         writers = [b for row in rows for b in row.blocks[row.start // size : (row.stop - 1) // size + 1]]
         tables = Counter(b for row in rows for b in row.blocks[: -(-row.stop // size)])
@@ -102,7 +103,14 @@ class Run:
         if rows:
             self._record(self.scheduler.apply(rows, self.engine.step(rows), now))
         self.scheduler.check()
+        self._check_uncomputed()
         return rows
+
+    def _check_uncomputed(self) -> None:
+        live = [one for key, one in self.sequences.items() if key not in self.endings]
+        rests = [(len(one.ids) - one.computed, one.table is not None) for one in live]
+        expected = sum(rest for rest, runs in rests if rest > 1 or not runs)
+        assert self.scheduler.uncomputed_prompt_tokens == expected
 
     def finish(self, within: int) -> None:
         """Run until all sequences have ended."""

@@ -6,13 +6,16 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.deadline import NEVER, Deadline
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.engine.interface import Fault, Row, Token, nothing
+from headrace.worker.engine.plan import loop as loop_module
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, StepReport
 
@@ -78,14 +81,16 @@ def test_a_sequence_cancelled_during_a_step_is_not_in_the_next() -> None:
             engine.permits.put(None)
 
 
-def test_a_sequence_whose_deadline_passes_during_a_step_is_not_in_the_next() -> None:
+def test_a_sequence_whose_deadline_passes_during_a_step_is_not_in_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = GatedEngine()
     with running(engine) as (loop, reports):
-        urgent = sequence(1, deadline=Deadline.after(3600, time.monotonic()))
-        loop.submit(urgent)
+        loop.submit(sequence(1, deadline=Deadline.after(3600, time.monotonic())))
         engine.entered.get(timeout=SECONDS)
         # The deadline passes in this step, however busy the machine is.
-        object.__setattr__(urgent, "deadline", Deadline(time.monotonic()))
+        late = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600, time_ns=time.time_ns)
+        monkeypatch.setattr(loop_module, "time", late)
         engine.permits.put(None)
 
         reports.get(timeout=SECONDS)
@@ -112,6 +117,15 @@ def test_a_sequence_cancelled_during_prefill_or_while_it_waits_ends_too() -> Non
                 endings[update.key] = update.finish
         assert set(endings.values()) == {FinishReason.CANCELLED}
         assert engine.entered.empty(), "there was nothing left to compute"
+
+
+def test_sequences_that_are_submitted_together_are_in_the_same_step() -> None:
+    engine = GatedEngine()
+    with running(engine) as (loop, _):
+        loop.submit(*(sequence(key) for key in range(1, 5)))
+        assert engine.entered.get(timeout=SECONDS) == {1, 2, 3, 4}
+        for _ in range(60):
+            engine.permits.put(None)
 
 
 def test_a_cancel_that_comes_too_late_does_not_end_the_next_sequence_of_the_same_key() -> None:

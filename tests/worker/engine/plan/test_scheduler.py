@@ -58,7 +58,7 @@ def test_random_traffic_is_computed_exactly_and_ends_once(
             if arrival.at == step:
                 run.add(sequence(key, arrival))
             if arrival.cancelled_at == step:
-                run.scheduler.cancel(key)
+                run.scheduler.cancel([key])
         run.step()
     # The first running sequence in rank advances in every step and is never preempted.
     run.finish(within=sum(arrival.shared + arrival.own + arrival.max_tokens for arrival in arrivals))

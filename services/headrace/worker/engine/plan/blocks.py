@@ -169,9 +169,10 @@ class BlockTable:
              `BlockPool.need` returns how many must be available
     scope    within which its blocks are cached
     blocks   their numbers
+    end      position after the first block that is not cached
     """
 
-    __slots__ = ("_pool", "_prefix", "_published", "blocks")
+    __slots__ = ("_pool", "_prefix", "_published", "blocks", "end")
 
     def __init__(self, pool: BlockPool, ids: Sequence[int], found: Sequence[int], scope: bytes = b"") -> None:
         self._pool = pool
@@ -180,6 +181,7 @@ class BlockTable:
         own = -(-len(ids) // pool.block_tokens) - len(found)
         self.blocks = [*found, *pool.allocate(own)]
         self._published = len(found)  # how many of the blocks, from the first on, are cached
+        self.end = (self._published + 1) * pool.block_tokens
         # Precedes the next block.
         self._prefix: Prefix = pool.prefix(found[-1]) if found else scope
 
@@ -202,12 +204,12 @@ class BlockTable:
 
         Returns how many ids are computed afterwards. The last id stays uncomputed if it was.
         """
-        pool, size = self._pool, self._pool.block_tokens
+        pool = self._pool
         if not pool.prefix_cache:
             return computed
         while True:
-            ends = (self._published + 1) * size
-            if ends > computed and ends >= len(ids):
+            end = self.end
+            if end > computed and end >= len(ids):
                 return computed
             key = pool.key(self._prefix, ids, self._published)
             found = pool.find(key)
@@ -216,16 +218,17 @@ class BlockTable:
                 own, self.blocks[self._published] = self.blocks[self._published], found
                 pool.release([own])
                 self._prefix = pool.prefix(found)
-            elif ends <= computed:
+            elif end <= computed:
                 self._prefix = pool.cache(self.blocks[self._published], key)
             else:
                 return computed
             self._published += 1
-            computed = max(computed, ends)
+            self.end += pool.block_tokens
+            computed = max(computed, end)
 
     def next_key(self, ids: Sequence[int]) -> BlockKey | None:
         """Return the key of the first block that is not cached; None if it cannot be shared."""
-        if not self._pool.prefix_cache or (self._published + 1) * self._pool.block_tokens >= len(ids):
+        if not self._pool.prefix_cache or self.end >= len(ids):
             return None
         return self._pool.key(self._prefix, ids, self._published)
 

@@ -79,25 +79,26 @@ class EngineLoop(Generic[K]):
         if self._thread.is_alive():
             log.warning("engine step does not end, stopping without it", extra={"seconds": seconds})
 
-    def submit(self, spec: SequenceSpec[K]) -> None:
-        """Queue a sequence; its key must be new. One that the scheduler rejects ends with FAULT."""
+    def submit(self, *specs: SequenceSpec[K]) -> None:
+        """Queue sequences; their keys must be new. One that the scheduler rejects ends with FAULT."""
         with self._changed:
-            self._commands.append(partial(self._add, spec))
+            self._commands.append(partial(self._add, specs))
             self._changed.notify()
 
-    def cancel(self, key: K) -> None:
-        """Let a sequence end before the next step."""
+    def cancel(self, *keys: K) -> None:
+        """Let sequences end before the next step."""
         with self._changed:
-            self._commands.append(partial(self._scheduler.cancel, key))
+            self._commands.append(partial(self._scheduler.cancel, keys))
             self._changed.notify()
 
-    def _add(self, spec: SequenceSpec[K]) -> None:
-        try:
-            self._scheduler.add(spec)
-        except ValueError as error:
-            log.exception("a sequence cannot be scheduled")
-            update = SequenceUpdate(spec.key, spec.resumed, finish=FinishReason.FAULT, fault=str(error))
-            self._queue_report([update])
+    def _add(self, specs: Sequence[SequenceSpec[K]]) -> None:
+        for spec in specs:
+            try:
+                self._scheduler.add(spec)
+            except ValueError as error:
+                log.exception("a sequence cannot be scheduled")
+                update = SequenceUpdate(spec.key, spec.resumed, finish=FinishReason.FAULT, fault=str(error))
+                self._queue_report([update])
 
     def _main(self) -> None:
         try:
@@ -138,7 +139,7 @@ class EngineLoop(Generic[K]):
             self._queue_report(
                 scheduler.apply(rows, results, done),
                 rows=len(rows),
-                tokens=sum(row.stop - row.start for row in rows),
+                tokens=scheduler.tokens,
                 seconds=done - now,
                 started=started,
                 ended=ended,

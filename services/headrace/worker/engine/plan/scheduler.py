@@ -9,8 +9,9 @@ torch. `blocks` does the accounting of the blocks.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -29,6 +30,8 @@ class LiveSequence(Generic[K]):
 
     ids         prompt and answer so far; grows
     rank        the lowest goes first
+    length      number of ids at which it ends
+    ends        tokens that end it
     memo        the engine's
     table       its blocks while it runs
     computed    number of ids in KV memory
@@ -41,6 +44,8 @@ class LiveSequence(Generic[K]):
     spec: SequenceSpec[K]
     ids: list[int]
     rank: tuple[float, int]
+    length: int
+    ends: frozenset[int]
     memo: Memo = field(default_factory=Memo)
     table: BlockTable | None = None
     computed: int = 0
@@ -72,6 +77,7 @@ class Scheduler(Generic[K]):
     through exactly one update with a finish reason.
 
     step_tokens     as given, but at least max_running
+    tokens          ids that the last planned step computes
     decodes         tokens of the last step that continued an answer
     preemptions     since the start
     cached_tokens   ids that the prefix cache held, since the start
@@ -87,7 +93,11 @@ class Scheduler(Generic[K]):
         self._keys: set[K] = set()
         self._leaving: dict[K, FinishReason] = {}
         self._planned: list[LiveSequence[K]] = []
+        # Those of the running sequences that did not decode in the last step.
+        self._prefilling: list[LiveSequence[K]] = []
+        self._first_deadline = math.inf  # no sequence's deadline is earlier
         self._added = 0
+        self.tokens = 0
         self.decodes = 0
         self.preemptions = 0
         self.cached_tokens = 0
@@ -111,9 +121,9 @@ class Scheduler(Generic[K]):
     def uncomputed_prompt_tokens(self) -> int:
         """Tokens to compute before each sequence can sample its next one; plain decodes count as none."""
         missing = sum(len(s.ids) - s.computed for s in self._waiting)
-        for sequence in self._running:
+        for sequence in self._prefilling:
             rest = len(sequence.ids) - sequence.computed
-            if rest > 1:
+            if rest > 1 and sequence.table is not None:
                 missing += rest
         return missing
 
@@ -143,29 +153,40 @@ class Scheduler(Generic[K]):
             raise ValueError(f"a sequence's ids must be in 0 to {self._model.vocabulary_size - 1}")
         self._keys.add(spec.key)
         self._added += 1
-        rank = (spec.submitted - PRIORITY_SECONDS * spec.priority, self._added)
-        sequence = LiveSequence(spec, list(spec.ids), rank)
+        self._first_deadline = min(self._first_deadline, spec.deadline.at)
+        params = spec.params
+        sequence = LiveSequence(
+            spec,
+            list(spec.ids),
+            rank=(spec.submitted - PRIORITY_SECONDS * spec.priority, self._added),
+            length=min(spec.prompt + params.max_tokens, self._model.context_length),
+            ends=params.stop_ids if params.ignore_eos else params.stop_ids | self._model.eos_ids,
+        )
         insort(self._waiting, sequence, key=_rank)
         return sequence
 
-    def cancel(self, key: K) -> None:
-        """Let a sequence end before the next step. Unknown keys are ignored."""
-        if key in self._keys:
-            self._leaving[key] = FinishReason.CANCELLED
+    def cancel(self, keys: Iterable[K]) -> None:
+        """Let sequences end before the next step. Unknown keys are ignored."""
+        for key in keys:
+            if key in self._keys:
+                self._leaving[key] = FinishReason.CANCELLED
 
     def cancel_all(self) -> None:
         """Let all sequences end before the next step."""
-        for key in self._keys:
-            self._leaving[key] = FinishReason.CANCELLED
+        self.cancel(self._keys)
 
     def remove_ended(self, now: float) -> list[SequenceUpdate[K]]:
         """Remove sequences that are cancelled or past their deadlines; called before each `plan`.
 
         Returns their last updates.
         """
-        for sequence in (*self._running, *self._waiting):
-            if now >= sequence.spec.deadline.at:  # inlined `passed`: for each sequence, in each step
-                self._leaving.setdefault(sequence.spec.key, FinishReason.DEADLINE)
+        if now >= self._first_deadline:
+            self._first_deadline = math.inf
+            for sequence in (*self._running, *self._waiting):
+                if sequence.spec.deadline.passed(now):
+                    self._leaving.setdefault(sequence.spec.key, FinishReason.DEADLINE)
+                else:
+                    self._first_deadline = min(self._first_deadline, sequence.spec.deadline.at)
         if not self._leaving:
             return []
         leaving = [s for s in (*self._running, *self._waiting) if s.spec.key in self._leaving]
@@ -173,16 +194,21 @@ class Scheduler(Generic[K]):
 
     def plan(self, now: float) -> list[Row]:
         """Choose the rows of the next step; empty if there is nothing to compute."""
-        chosen = dict.fromkeys(self._decodes(), 1)
+        self._planned = planned = self._decodes()
         self._admit()
-        if len(chosen) < len(self._running):
-            prefilling = [sequence for sequence in self._running if sequence not in chosen]
-            for sequence, tokens in self._split(prefilling, self.step_tokens - len(chosen)):
-                chosen[sequence] = tokens
+        self.tokens = len(planned)
+        rows = [_row(sequence, 1) for sequence in planned]
+        self._prefilling = []
+        if len(planned) < len(self._running):
+            decoding = set(planned)
+            self._prefilling = [sequence for sequence in self._running if sequence not in decoding]
+            for sequence, tokens in self._split(self._prefilling, self.step_tokens - len(planned)):
                 if sequence.started is None:
                     sequence.started = now
-        self._planned = list(chosen)
-        return [_row(sequence, tokens) for sequence, tokens in chosen.items()]
+                planned.append(sequence)
+                rows.append(_row(sequence, tokens))
+                self.tokens += tokens
+        return rows
 
     def apply(
         self, rows: Sequence[Row], results: Sequence[Token | Fault | None], now: float
@@ -192,17 +218,17 @@ class Scheduler(Generic[K]):
         Returns one update per sequence that has a new token or has ended.
         """
         updates = []
-        size = self._pool.block_tokens
         self.decodes = 0
         for sequence, row, result in zip(self._planned, rows, results, strict=True):
-            table = _table(sequence)
+            table = sequence.table
+            assert table is not None
             if isinstance(result, Fault):
                 # The blocks may hold wrong keys: no other sequence may use them.
                 table.invalidate()
                 updates.append(self._finish(sequence, FinishReason.FAULT, fault=result.message))
                 continue
-            sequence.computed = row.stop
-            if row.stop >= table.published_tokens + size:
+            sequence.computed = stop = row.stop
+            if stop >= table.end:
                 self._publish(sequence)
             if result is not None:
                 updates.append(self._record(sequence, result, now))
@@ -218,14 +244,15 @@ class Scheduler(Generic[K]):
         size, running = self._pool.block_tokens, self._running
         decoding = []
         for sequence in running.copy():
-            if sequence.computed != len(sequence.ids) - 1 or sequence.table is None:
+            computed, table = sequence.computed, sequence.table
+            if computed != len(sequence.ids) - 1 or table is None:
                 continue
-            if sequence.computed == len(sequence.table.blocks) * size:
+            if computed == len(table.blocks) * size:
                 while not self._pool.available:
                     self._preempt(running[-1])
                 if sequence.table is None:
                     break  # it was the last itself
-                sequence.table.grow()
+                table.grow()
             decoding.append(sequence)
         return decoding
 
@@ -294,21 +321,20 @@ class Scheduler(Generic[K]):
                 self.cached_tokens += found
 
     def _record(self, sequence: LiveSequence[K], result: Token, now: float) -> SequenceUpdate[K]:
-        params = sequence.spec.params
+        spec, ids, token_ids = sequence.spec, sequence.ids, (result.id,)
         if sequence.first_token is None:
             sequence.first_token = now
         else:
             self.decodes += 1
         sequence.last_token = now
-        end_of_turn = result.id in self._model.eos_ids and not params.ignore_eos
-        if end_of_turn or result.id in params.stop_ids:
+        if result.id in sequence.ends:
             return self._finish(sequence, FinishReason.STOP)
-        offset = sequence.answered
-        sequence.ids.append(result.id)
-        logprobs = (result.logprob,) if params.logprobs and result.logprob is not None else ()
-        if offset + 1 >= params.max_tokens or len(sequence.ids) >= self._model.context_length:
-            return self._finish(sequence, FinishReason.LENGTH, (result.id,), logprobs)
-        return SequenceUpdate(sequence.spec.key, offset, (result.id,), logprobs, sequence.cached)
+        offset = len(ids) - spec.prompt
+        ids.append(result.id)
+        logprobs = (result.logprob,) if spec.params.logprobs and result.logprob is not None else ()
+        if len(ids) >= sequence.length:
+            return self._finish(sequence, FinishReason.LENGTH, token_ids, logprobs)
+        return SequenceUpdate(spec.key, offset, token_ids, logprobs, sequence.cached)
 
     def _finish(
         self,
@@ -358,15 +384,8 @@ def _table(sequence: LiveSequence[K]) -> BlockTable:
 
 
 def _row(sequence: LiveSequence[K], tokens: int) -> Row:
-    stop = sequence.computed + tokens
-    spec = sequence.spec
-    return Row(
-        blocks=_table(sequence).blocks,
-        start=sequence.computed,
-        stop=stop,
-        ids=sequence.ids,
-        prompt=spec.prompt,
-        sample=stop == len(sequence.ids),
-        params=spec.params,
-        memo=sequence.memo,
-    )
+    table, start, ids, spec = sequence.table, sequence.computed, sequence.ids, sequence.spec
+    assert table is not None
+    stop = start + tokens
+    # By position, because keyword arguments take twice as long; one is made per token.
+    return Row(table.blocks, start, stop, ids, spec.prompt, stop == len(ids), spec.params, sequence.memo)
