@@ -33,9 +33,9 @@ PING_CHECKS = 4  # checks without a message, after which the stream is pinged
 # The server reports a missed deadline itself. If it does not, the call ends this much later.
 LATE_SECONDS = 0.25
 MAX_HANDLE = 2**32 - 1
-# The details of grpc.aio's own status, with code INTERNAL, if a stream ends while a message is being written:
-# the server's status is lost then.
+# Details of grpc.aio's own status, INTERNAL, if a stream ends during a write; the server's status is lost.
 BROKE_IN_WRITE = "Internal error from Core"
+NOT_OFFERED = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)  # before the welcome
 
 
 class SharedCall:
@@ -291,12 +291,13 @@ class SharedStream:
         finally:
             self.accepts_calls = False
             self._rpc.cancel()  # has no effect after its end
+        offered = self._welcomed.is_set() or await self._rpc.code() not in NOT_OFFERED
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            if isinstance(error, errors.Unimplemented) and not self._welcomed.is_set():
-                call.replace(self._instead(call))
-            else:
+            if offered:
                 call.lose(error)
+            else:
+                call.replace(self._instead(call))
         for callback in self._when_ended:
             callback(self)
 
@@ -308,9 +309,7 @@ class SharedStream:
                 raise errors.Unavailable("the server's message cannot be parsed: it is not a Headrace server")
             if not self._welcomed.is_set():
                 if message.welcome.epoch != self._epoch:
-                    raise errors.Unavailable(
-                        f"the server welcomed stream {message.welcome.epoch}, but this is {self._epoch}"
-                    )
+                    raise errors.Unavailable(f"the welcome is for stream {message.welcome.epoch}")
                 self._welcomed.set()
             for event in message.events:
                 call = calls.get(event.handle)
