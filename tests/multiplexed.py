@@ -25,7 +25,7 @@ class MultiplexedServicer(GenerationServiceServicer):
     async def Multiplex(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
         if not self.multiplexes:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        await Multiplexer(self._answer, Calls()).serve(request_iterator, context)
+        await Multiplexer(self._answer, Calls()).serve(context)
 
     async def _answer(self, incoming: Incoming, write: Write) -> None:
         responses: Any = self.Generate(incoming.request, _Context(incoming))  # type: ignore[arg-type]

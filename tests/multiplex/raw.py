@@ -55,7 +55,7 @@ class EchoServicer(GenerationServiceServicer):
         self.written = 0
 
     async def Multiplex(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
-        await self._multiplexer.serve(request_iterator, context)
+        await self._multiplexer.serve(context)
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
         raise NotImplementedError

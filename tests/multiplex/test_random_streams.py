@@ -95,7 +95,7 @@ class Unreliable(GenerationServiceServicer):
 
     async def Multiplex(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # type: ignore[override]
         assert self.multiplexer is not None
-        task = asyncio.create_task(self.multiplexer.serve(request_iterator, context))
+        task = asyncio.create_task(self.multiplexer.serve(context))
         self.ending[task] = ""
         try:
             await asyncio.wait([task])

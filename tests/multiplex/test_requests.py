@@ -12,7 +12,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from headrace.multiplex import serving
-from headrace.multiplex.serving import STARTS_PER_TURN
+from headrace.multiplex.serving import TURN
 from headrace.router.state.batcher_peer import HOPS
 from headrace.runtime.serving.limits import Limits
 from tests.harness import eventually
@@ -50,7 +50,7 @@ async def test_cancelling_an_unknown_or_ended_request_has_no_effect(served: Serv
     assert caller.text[2] == "there"
 
 
-@pytest.mark.parametrize("count", [1, STARTS_PER_TURN, STARTS_PER_TURN + 1])
+@pytest.mark.parametrize("count", [1, TURN, TURN + 1])
 async def test_a_request_that_is_cancelled_in_its_own_message_ends(served: Server, count: int) -> None:
     handles = range(1, count + 1)
     async with served.stream(hello=False) as caller:
@@ -216,4 +216,4 @@ async def test_hundreds_of_requests_of_one_message_start_without_delaying_others
             await watching
 
     begun = [after - before for before, after in itertools.pairwise(turns)]
-    assert max(begun) <= 2 * STARTS_PER_TURN
+    assert max(begun) <= 2 * TURN

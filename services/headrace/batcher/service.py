@@ -65,7 +65,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         context: grpc.aio.ServicerContext[object, multiplex_pb2.MultiplexResponse],
     ) -> None:
         """Serve many requests on one stream."""
-        await self._multiplexer.serve(request_iterator, context)
+        await self._multiplexer.serve(context)
 
     async def _answer(self, incoming: Incoming, write: Write) -> None:
         await self._answering.answer(incoming.request, incoming.time_remaining, write, framed=incoming.framed)

@@ -10,25 +10,26 @@ import asyncio
 import contextvars
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from headrace import errors, statuses
 from headrace.deadline import NEVER, Deadline
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
+from headrace.runtime.serving.fair_semaphore import FairSemaphore
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import multiplex_pb2 as wire
 from headrace.validation import MAX_REQUEST_ID, seconds_of
 
 METHOD = "/headrace.v1.GenerationService/Multiplex"
 HELLO_SECONDS = 10.0  # for the first message of a stream to arrive
-# Requests of one message that start before other tasks of the event loop run: a message may open hundreds.
-STARTS_PER_TURN = 16
+# Requests that start, or are cancelled, before other tasks of the event loop run. A message may open
+# hundreds, so callers take turns.
+TURN = 16
 WATCH_SECONDS = 0.25  # between checks of deadlines
 # Unsent bytes of events, above which a stream's requests wait, and no further ones start: its caller does not
 # read.
@@ -36,6 +37,8 @@ MAX_UNSENT_BYTES = 1 << 20
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
 
+T = TypeVar("T")
+Context: TypeAlias = grpc.aio.ServicerContext[Any, wire.MultiplexResponse]
 Write: TypeAlias = Callable[[pb.GenerateResponse], Awaitable[None]]
 
 
@@ -65,29 +68,33 @@ class Multiplexer:
     def __init__(self, answer: Answer, calls: Calls) -> None:
         self._answer = answer
         self._calls = calls
+        self._turns = FairSemaphore(1)
 
-    async def serve(
-        self,
-        messages: AsyncIterator[wire.MultiplexRequest],
-        context: grpc.aio.ServicerContext[Any, wire.MultiplexResponse],
-    ) -> None:
+    async def serve(self, context: Context) -> None:
         """Serve one stream until its caller is done, or the server has drained.
+
+        It reads from the context, not from gRPC's iterator of requests, which holds the last message: an idle
+        stream must not hold megabytes.
 
         Raises InvalidRequest and InvalidText for messages that violate the contract.
         """
-        first = await _first(messages)
-        stream = _Stream(self._answer, self._calls, context.peer(), first.hello.epoch)
+        first = await _first(context)
+        stream = _Stream(self._answer, self._calls, self._turns, context.peer(), first.hello.epoch)
         try:
             # A task that fails ends the others, and the stream with its error as the status.
             async with asyncio.TaskGroup() as tasks:
                 others = [
-                    tasks.create_task(stream.read(first, messages)),
+                    tasks.create_task(stream.read(first, context)),
                     tasks.create_task(stream.announce_drain()),
                     tasks.create_task(stream.end_late_requests()),
                 ]
+                del first
                 await stream.write(context.write)
                 for task in others:
                     task.cancel()
+        except ExceptionGroup as group:
+            drop_frames(group)  # which hold a message, and the group itself
+            raise errors.unwrap(group) from None
         finally:
             await stream.cancel_all()
 
@@ -122,9 +129,10 @@ class _Request:
 class _Stream:
     """One Multiplex stream, as the server sees it."""
 
-    def __init__(self, answer: Answer, calls: Calls, peer: str, epoch: int) -> None:
+    def __init__(self, answer: Answer, calls: Calls, turns: FairSemaphore, peer: str, epoch: int) -> None:
         self._answer = answer
         self._calls = calls
+        self._turns = turns
         self._peer = peer
         self._requests: dict[int, _Request] = {}
         self._last_handle = 0
@@ -136,18 +144,14 @@ class _Stream:
         self._has_room = asyncio.Event()
         self._has_room.set()
 
-    async def read(
-        self, first: wire.MultiplexRequest, messages: AsyncIterator[wire.MultiplexRequest]
-    ) -> None:
-        """Handle the caller's messages until it half-closes."""
-        await self._handle(first)
-        try:
-            async for message in messages:
-                if message.HasField("hello"):
-                    raise errors.InvalidRequest("hello must be sent only once, first", field="hello")
-                await self._handle(message)
-        except DecodeError as error:
-            raise errors.InvalidText(f"a message of the stream cannot be parsed ({error})") from None
+    async def read(self, message: Any, context: Context) -> None:
+        """Handle the caller's messages, of which *message* is the first, until it half-closes."""
+        while message is not grpc.aio.EOF:
+            await self._handle(message)
+            del message  # not held while the next one is awaited
+            message = await context.read()
+            if message is not grpc.aio.EOF and message.HasField("hello"):
+                raise errors.InvalidRequest("hello must be sent only once, first", field="hello")
         for request in self._requests.values():
             request.grant(math.inf)  # no credit comes any more
         self._finish()
@@ -206,20 +210,32 @@ class _Stream:
         if message.ping:
             self._unsent.pong = message.ping
             self._has_unsent.set()
-        for started, opened in enumerate(message.open, 1):
+        for first in range(0, len(message.open), TURN):
             await self._until_room()  # requests that fail at once would fill the memory with errors
-            self._start(opened)
-            if started % STARTS_PER_TURN == 0:
-                await asyncio.sleep(0)
+            await self._in_turn(self._start, message.open[first : first + TURN])
         for credit in message.credit:
             if (request := self._requests.get(credit.handle)) is not None:
                 request.grant(credit.events)
-        if message.open and message.cancel:
-            # A task that is cancelled before it begins would not end its request on the stream.
+        running = [handle for handle in message.cancel if handle in self._requests]
+        for first in range(0, len(running), TURN):
+            await self._in_turn(self._cancel, running[first : first + TURN])
+
+    async def _in_turn(self, act: Callable[[T], None], items: Sequence[T]) -> None:
+        """Start or cancel at most TURN requests, and let all tasks run, before the next caller's turn.
+
+        So the task of a request has begun before it can be cancelled, and ends it on the stream.
+        """
+        permit = await self._turns.acquire(self._peer)
+        try:
+            for item in items:
+                act(item)
             await asyncio.sleep(0)
-        for handle in message.cancel:
-            if (request := self._requests.get(handle)) is not None and request.task is not None:
-                request.task.cancel()
+        finally:
+            permit.release()
+
+    def _cancel(self, handle: int) -> None:
+        if (request := self._requests.get(handle)) is not None and request.task is not None:
+            request.task.cancel()
 
     def _start(self, opened: wire.OpenRequest) -> None:
         handle = opened.handle
@@ -295,16 +311,14 @@ class _Stream:
         drop_frames(error)
 
 
-async def _first(messages: AsyncIterator[wire.MultiplexRequest]) -> wire.MultiplexRequest:
+async def _first(context: Context) -> Any:
     """Read the first message, within HELLO_SECONDS."""
     try:
         async with asyncio.timeout(HELLO_SECONDS):
-            first = await anext(aiter(messages), None)
+            first = await context.read()
     except TimeoutError:
         raise errors.InvalidRequest(f"no hello within {HELLO_SECONDS:g} s", field="hello") from None
-    except DecodeError as error:
-        raise errors.InvalidText(f"the first message of the stream cannot be parsed ({error})") from None
-    if first is None or not first.HasField("hello"):
+    if first is grpc.aio.EOF or not first.HasField("hello"):
         raise errors.InvalidRequest("the first message of a stream must contain hello", field="hello")
     if len(first.hello.caller_id) > MAX_REQUEST_ID:
         raise errors.InvalidRequest(

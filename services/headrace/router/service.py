@@ -93,7 +93,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self, request_iterator: AsyncIterator[multiplex_pb2.MultiplexRequest], context: _Context
     ) -> None:
         """Serve many requests on one stream."""
-        await self._multiplexer.serve(request_iterator, context)
+        await self._multiplexer.serve(context)
 
     async def answer(self, incoming: Incoming, write: Write) -> None:
         """Answer one request through *write*. Raises the error that ends it."""
