@@ -78,11 +78,13 @@ async def equal_handles(run: Attack) -> None:
 
 @attack
 async def too_many_opens(run: Attack) -> None:
-    """Send messages of two megabytes with 60,000 requests each."""
-    sent = wire.MultiplexRequest(open=[wire.OpenRequest(handle=n) for n in range(1, 1 << 20)][:300_000])
+    """Send messages of two megabytes, with 500,000 requests each."""
+    entry = wire.MultiplexRequest(open=[wire.OpenRequest(handle=1)]).SerializeToString()
+    sent = wire.MultiplexRequest(hello=HELLO).SerializeToString() + entry * 500_000
     async with attacker(run, reads=True) as one:
         while not run.over and not one.closed.is_set():
-            stream = await begin(one, sent)
+            stream = await one.call(headers(MULTIPLEX, timeout=""))
+            await one.body(stream, message(sent), end=False)
             await one.answered([stream])
             run.count(one, [stream])
 
@@ -92,7 +94,7 @@ async def credit_without_end(run: Attack) -> None:
     """Grant credit to requests that are paused, one event at a time, and to unknown ones."""
     async with attacker(run, reads=True) as one:
         stream = await begin(one)
-        paused = opens(range(1, 65), text="word " * 50, max_tokens=200)
+        paused = opens(range(1, 9), text="word " * 50, max_tokens=200)
         for opened in paused:
             opened.credit = 0
         await send(one, stream, wire.MultiplexRequest(open=paused))
@@ -103,7 +105,7 @@ async def credit_without_end(run: Attack) -> None:
             await send(one, stream, wire.MultiplexRequest(credit=grants))
             run.outcomes["sent"] += 1
             await asyncio.sleep(0)
-        await send(one, stream, wire.MultiplexRequest(cancel=range(1, 65)))
+        await send(one, stream, wire.MultiplexRequest(cancel=range(1, 9)))
         await one.body(stream, b"")
         await one.answered([stream], seconds=20)
         run.count(one, [stream])
@@ -147,12 +149,10 @@ async def unread_errors(run: Attack) -> None:
 
 @attack
 async def unread_answers(run: Attack) -> None:
-    """Open hundreds of requests with long answers, on streams that are not read."""
+    """Open requests with long answers, on streams that are not read."""
     async with attacker(run, reads=False) as one:
         streams = [
-            await begin(
-                one, wire.MultiplexRequest(open=opens(range(1, 65), text="word " * 200, max_tokens=900))
-            )
+            await begin(one, wire.MultiplexRequest(open=opens([1], text="word " * 200, max_tokens=900)))
             for _ in range(8)
         ]
         while not run.over and not one.closed.is_set():
