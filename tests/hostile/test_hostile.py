@@ -47,6 +47,16 @@ RUN: dict[str, set[str]] = {
     "run_out_of_order": {"OK", "INVALID_ARGUMENT"},
     "unread_pings": {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "open"},
 }
+MULTIPLEX: dict[str, set[str]] = {
+    "opens_and_cancels": {"sent", "OK"},
+    "equal_handles": {"INVALID_ARGUMENT"},
+    "too_many_opens": {"INVALID_ARGUMENT"},
+    "credit_without_end": {"sent", "OK"},
+    "pings_without_end": {"sent", "open"},
+    "unread_errors": {"sent"},
+    "unread_answers": {"open"},
+    "idle_streams": {"open", "RESOURCE_EXHAUSTED"} | CUT,
+}
 
 
 @pytest.mark.parametrize("name", FLOODS)
@@ -54,6 +64,16 @@ async def test_a_flood_at_the_router_does_not_affect_others(attack: Attack, name
     row = await attack("router", name, seconds=0.8)
 
     assert row.outcomes.keys() <= FLOODS[name]
+
+
+@pytest.mark.parametrize("service", ["router", "batcher"])
+@pytest.mark.parametrize("name", MULTIPLEX)
+async def test_abuse_of_a_shared_stream_does_not_affect_others(
+    attack: Attack, service: str, name: str
+) -> None:
+    row = await attack(service, name, seconds=1.0)
+
+    assert row.outcomes.keys() <= MULTIPLEX[name]
 
 
 @pytest.mark.parametrize("service", ["router", "batcher", "worker"])
