@@ -33,7 +33,11 @@ from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.inflight import InflightBudget
 from headrace.runtime.serving.interceptor import ServerInterceptor
 from headrace.runtime.serving.limits import raise_file_limit
-from headrace.runtime.serving.memory_reclaim import collect_less_often, freeze_loaded_objects, return_large_blocks
+from headrace.runtime.serving.memory_reclaim import (
+    collect_less_often,
+    freeze_loaded_objects,
+    return_large_blocks,
+)
 from headrace.runtime.serving.reflection import add_reflection
 
 log = logging.getLogger(__name__)
