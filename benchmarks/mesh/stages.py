@@ -143,7 +143,7 @@ STAGES = (
     Stage(
         "batcher: encode, send; router: receive, parse",
         "router",
-        "multiplex.shared_stream:SharedCall.receive",
+        "multiplex.shared_call:SharedCall.receive",
         "in",
     ),
     Stage("router: resume the answer", "router", "progress:Progress.add", "in"),
@@ -151,7 +151,7 @@ STAGES = (
     Stage(
         "router: pass on, encode, send; client: receive, parse",
         "client",
-        "multiplex.shared_stream:SharedCall.receive",
+        "multiplex.shared_call:SharedCall.receive",
         "in",
     ),
     Stage("client: resume the caller", "client", "progress:Progress.add", "in"),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.client import Client
-from headrace.multiplex.shared_stream import CREDIT, MAX_GATHERED
+from headrace.multiplex.shared_call import CREDIT, MAX_GATHERED
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, collect, prompt
 from tests.multiplex.scripted import ServerStream, answer, echoed, scripted

@@ -16,7 +16,8 @@ from headrace import errors, statuses
 from headrace.flushing import Flusher
 from headrace.multiplex.call import Call
 from headrace.multiplex.limits import LARGE_BYTES
-from headrace.multiplex.shared_stream import SharedCall, SharedStream
+from headrace.multiplex.shared_call import SharedCall
+from headrace.multiplex.shared_stream import SharedStream
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 

@@ -33,7 +33,11 @@ from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.inflight import InflightBudget
 from headrace.runtime.serving.interceptor import ServerInterceptor
 from headrace.runtime.serving.limits import raise_file_limit
-from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects, return_large_blocks
+from headrace.runtime.serving.memory_reclaim import (
+    collect_less_often,
+    freeze_loaded_objects,
+    return_large_blocks,
+)
 from headrace.runtime.serving.reflection import add_reflection
 
 log = logging.getLogger(__name__)
@@ -242,6 +246,7 @@ def run(main: Coroutine[object, object, None], *, texts: bool = False) -> None:
         log.critical(failure)
         raise SystemExit(1)
     raise_file_limit()
+    collect_less_often()
     if texts:
         return_large_blocks()
         freeze_loaded_objects()

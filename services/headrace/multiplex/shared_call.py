@@ -1,0 +1,183 @@
+"""Hand the events of one call on a shared stream to its reader, and bound what waits for it.
+
+Events of a reader that is behind are gathered: a delta joins the one before it. The credit of the call is
+raised as its reader takes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from headrace.flushing import Flusher, chooses_flushing
+from headrace.multiplex.call import Call
+from headrace.v1 import generation_pb2 as pb
+
+CREDIT = 64  # events that a server may send ahead of a call's reader
+MAX_GATHERED = 1024  # tokens of events that are gathered for a reader that is behind
+
+
+class Stream(Protocol):
+    """The stream of a call."""
+
+    def cancel(self, handle: int) -> None:
+        """Cancel a call."""
+        ...
+
+    def grant(self, handle: int, events: int) -> None:
+        """Let the server send *events* events of a call, counted from its start."""
+        ...
+
+
+class SharedCall:
+    """A call on a shared stream; see `call.Call`.
+
+    request, metadata   as it was started
+    deadline            on the clock of time.monotonic; None if there is none
+    gathered_at         see `flushing.Gatherer`
+
+    flusher   when gathered tokens are handed over; None: each at once
+    """
+
+    __slots__ = (
+        "_arrived", "_credit_at", "_ended", "_error", "_flusher", "_gathers", "_handle", "_instead",
+        "_ready", "_received", "_stream", "_waiter", "deadline", "gathered_at", "metadata", "request",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        stream: Stream,
+        handle: int,
+        request: pb.GenerateRequest,
+        deadline: float | None,
+        metadata: Sequence[tuple[str, str]],
+        flusher: Flusher | None,
+    ) -> None:
+        self.request = request
+        self.metadata = metadata
+        self.deadline = deadline
+        self.gathered_at = -math.inf
+        self._stream = stream
+        self._handle = handle
+        self._flusher = flusher
+        self._arrived: deque[pb.GenerateResponse] = deque()
+        self._received = 0  # events
+        self._credit_at = CREDIT // 2
+        self._ready = False  # whether `next` returns without waiting
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None
+        self._ended = False
+        self._instead: Call | None = None
+        # A caller that chose how the answer is split receives it so.
+        self._gathers = not chooses_flushing(request)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the deadline; None if there is none."""
+        return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
+
+    async def next(self) -> pb.GenerateResponse | None:
+        """See `call.Call`."""
+        if not self._ready:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._arrived:
+            response = self._arrived.popleft()
+            self._ready = bool(self._arrived) or self._ended
+            read = self._received - len(self._arrived)
+            if read >= self._credit_at and not self._ended:
+                self._credit_at = read + CREDIT // 2
+                self._stream.grant(self._handle, read + CREDIT)
+            return response
+        if self._instead is not None:
+            return await self._instead.next()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def cancel(self) -> None:
+        """See `call.Call`."""
+        if self._instead is not None:
+            self._instead.cancel()
+        elif not self._ended:
+            self._ended = True
+            self._stream.cancel(self._handle)
+            self.flush()
+
+    def fail(self, error: Exception) -> None:
+        """See `call.Call`."""
+        if self._instead is not None:
+            self._instead.fail(error)
+        elif not self._ended:
+            self._end(error)
+            self._stream.cancel(self._handle)
+
+    # For the stream.
+
+    def receive(self, response: pb.GenerateResponse) -> bool:
+        """Take the next event. Returns whether it is the last one."""
+        self._received += 1
+        arrived = self._arrived
+        if not (arrived and self._gathers and _joined(arrived[-1], response)):
+            arrived.append(response)
+        self._ended = response.HasField("finish")
+        if self._ready:
+            return self._ended
+        if self._flusher is None or self._ended or not self._may_wait(arrived[-1], self._flusher):
+            self.flush()
+        elif self.gathered_at < 0:
+            self._flusher.watch(self)
+        return self._ended
+
+    def flush(self) -> None:
+        """Let the reader take what there is."""
+        self._ready = True
+        self.gathered_at = -math.inf
+        if (waiter := self._waiter) is not None:
+            self._waiter = None
+            if not waiter.done():  # its reader was cancelled
+                waiter.set_result(None)
+
+    def lose(self, error: BaseException) -> None:
+        """End with *error*, which the server sent or which ended the stream."""
+        # A copy for each call: raising an exception attaches the stack of the one who raises it.
+        self._end(copy.copy(error))
+
+    def replace(self, call: Call) -> None:
+        """Continue with another call."""
+        self._instead = call
+        self._ended = True
+        self.flush()
+
+    @staticmethod
+    def _may_wait(gathered: pb.GenerateResponse, flusher: Flusher) -> bool:
+        """Whether gathered tokens wait for more: the first token and other events never do."""
+        if not gathered.HasField("delta"):
+            return False
+        delta = gathered.delta
+        return delta.offset > 0 and 0 < delta.token_count < flusher.tokens
+
+    def _end(self, error: BaseException) -> None:
+        self._error = error
+        self._ended = True
+        self.flush()
+
+
+def _joined(before: pb.GenerateResponse, response: pb.GenerateResponse) -> bool:
+    """Append a delta to the one before it, if both are deltas with tokens. Returns success."""
+    if not (before.HasField("delta") and response.HasField("delta")):
+        return False
+    delta, more = before.delta, response.delta
+    count, added = delta.token_count, more.token_count
+    if not count or not added or count + added > MAX_GATHERED or more.offset != delta.offset + count:
+        return False  # a delta without tokens contains the text that was held back until the end
+    delta.token_count = count + added
+    delta.text += more.text
+    delta.token_ids.extend(more.token_ids)
+    delta.logprobs.extend(more.logprobs)
+    return True
