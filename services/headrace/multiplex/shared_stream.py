@@ -11,6 +11,7 @@ import contextvars
 import logging
 import math
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -109,7 +110,7 @@ class SharedStream:
 
     def cancel(self, handle: int) -> None:
         """Cancel a call. The server confirms, but nothing more of it is delivered."""
-        if self._calls.pop(handle, None) is not None:
+        if self._calls.pop(handle, None) is not None and not self._unsend(handle):
             message = self._message()
             if len(message.cancel) >= MAX_HANDLES:
                 message = self._next_message()
@@ -126,6 +127,20 @@ class SharedStream:
         """End the stream, and all calls on it as cancelled."""
         self._running.cancel()
         await asyncio.wait([self._running])
+
+    def _unsend(self, handle: int) -> bool:
+        """Remove a request that has not been sent yet; return whether there was one.
+
+        Else the requests of callers that leave would pile up while the server does not read.
+        """
+        for message in self._unsent:
+            if message.open and message.open[-1].handle >= handle:
+                at = bisect_left(message.open, handle, key=lambda opened: opened.handle)
+                found = message.open[at].handle == handle
+                if found:
+                    del message.open[at]
+                return found
+        return False
 
     def _message(self) -> wire.MultiplexRequest:
         """Return the message that is being gathered."""
