@@ -213,6 +213,41 @@ async def test_a_request_that_is_cancelled_before_it_is_sent_ends_on_the_server(
         await eventually(lambda: len(server.streams[0].cancelled) == len(server.streams[0].opened))
 
 
+async def test_requests_that_were_cancelled_before_they_were_sent_are_not_sent() -> None:
+    """A caller may leave sooner than a server that does not read takes its request."""
+    reads_on = asyncio.Event()
+
+    async def script(stream: ServerStream) -> None:
+        await stream.welcome()
+        await reads_on.wait()
+        await stream.read_until(lambda: stream.opened[-1].request.prompt == "last")
+        await stream.hang()
+
+    async def leave_soon(client: Client) -> None:
+        task = asyncio.create_task(collect(client, prompt("x" * 50_000)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+
+    async with scripted(script) as server, server.client() as client:
+        waiting = asyncio.create_task(collect(client, prompt("first")))
+        await eventually(lambda: server.streams and server.streams[0].opened)
+        for _ in range(200):
+            await leave_soon(client)
+        last = asyncio.create_task(collect(client, prompt("last")))
+        await asyncio.sleep(0)
+        reads_on.set()
+        (stream,) = server.streams
+        await eventually(lambda: stream.opened[-1].request.prompt == "last")
+
+        assert len(stream.opened) < 100
+        assert len(stream.cancelled) <= len(stream.opened) - 2
+        waiting.cancel()
+        last.cancel()
+        await asyncio.wait([waiting, last])
+
+
 async def test_closing_the_client_ends_its_calls() -> None:
     async with scripted(hang) as server, server.client() as client:
         tasks = [asyncio.create_task(collect(client, prompt("abc"))) for _ in range(20)]
