@@ -197,7 +197,7 @@ class SharedStream:
                 if event.HasField("response"):
                     if call.receive(event.response):
                         del calls[event.handle]
-                else:
+                elif event.HasField("error"):  # a later version may send other events
                     del calls[event.handle]
                     call.lose(statuses.from_status(event.error))
             if message.draining:
