@@ -18,7 +18,8 @@ from tests.faults.tally import Row, mixed, visit
 
 # Field 111, which none of our messages defines, with the text "new".
 NEWS = bytes([0xFA, 0x06, 3]) + b"new"
-STREAMS = {"Generate", "Run"}  # methods whose messages are a oneof, which may get new members
+# Methods whose messages may all be of an unknown kind: a oneof may get new members, and others new fields.
+STREAMS = {"Generate", "Multiplex", "Run"}
 
 
 class Newer(grpc.GenericRpcHandler):
@@ -40,7 +41,7 @@ class Newer(grpc.GenericRpcHandler):
             async def sent() -> AsyncIterator[bytes]:
                 async for message in requests:
                     yield message + NEWS
-                    if method.endswith("/Run"):
+                    if method.endswith(("/Multiplex", "/Run")):
                         yield NEWS
 
             forward: Any = self._channel.stream_stream(method)

@@ -135,6 +135,20 @@ async def test_events_of_unknown_handles_are_ignored() -> None:
     assert answer.text == "abc"
 
 
+async def test_events_of_an_unknown_kind_are_ignored() -> None:
+    """A later version may send them."""
+
+    async def script(stream: ServerStream) -> None:
+        (opened,) = await stream.welcome()
+        unknown = wire.MultiplexEvent(handle=opened.handle)
+        for event in echoed(opened):
+            await stream.write(events=[unknown, event])
+        await stream.hang()
+
+    async with scripted(script) as server, server.client() as client:
+        assert (await collect(client, prompt("abc"))).text == "abc"
+
+
 async def test_an_error_ends_its_call_alone() -> None:
     async def script(stream: ServerStream) -> None:
         first, second = await stream.welcome(2)
