@@ -36,6 +36,7 @@ class EchoServicer(GenerationServiceServicer):
     """Echoes the prompt, a byte a token, unless the prompt asks for something else.
 
     "wait"   it sends `accepted` and waits until it is cancelled
+    "silent" it sends nothing and waits until it is cancelled
     "fill"   it sends deltas of 10,000 bytes without end
     "fail"   it raises an error with a message of 1,000 bytes
     "stop"   it returns without `finish`
@@ -78,6 +79,8 @@ class EchoServicer(GenerationServiceServicer):
 async def _answer(prompt: str) -> AsyncIterator[pb.GenerateResponse]:
     if prompt == "fail":
         raise errors.NoWorkers("x" * 1000)
+    if prompt == "silent":
+        await asyncio.Event().wait()
     yield pb.GenerateResponse(accepted=pb.Accepted(request_id="r"))
     if prompt == "stop":
         return

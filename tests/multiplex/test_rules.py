@@ -138,3 +138,25 @@ async def test_an_empty_message_has_no_effect(served: Server) -> None:
         await caller.answers(1)
 
     assert caller.text[1] == "hi"
+
+
+async def test_streams_that_violated_the_rules_do_not_keep_others_from_starting(served: Server) -> None:
+    for _ in range(serving.MAX_STARTING + 1):
+        async with served.stream() as caller:
+            await caller.send(open=[opened(1, "wait"), opened(1, "wait")])
+            assert isinstance(await caller.to_the_end(), errors.InvalidRequest)
+
+    async with served.stream() as caller:
+        await caller.open("hi")
+        await caller.answers(1)
+    assert caller.text[1] == "hi"
+
+
+async def test_requests_without_an_event_yet_delay_others_for_a_moment_only(served: Server) -> None:
+    async with served.stream() as slow, served.stream() as caller:
+        await slow.send(open=[opened(n, "silent") for n in range(1, serving.MAX_STARTING + 1)])
+        await caller.open("hi")
+        await caller.answers(1)
+
+        assert caller.text[1] == "hi"
+        assert not slow.events

@@ -20,7 +20,7 @@ from headrace import errors, statuses
 from headrace.deadline import NEVER, Deadline
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
-from headrace.runtime.serving.fair_semaphore import FairSemaphore
+from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import multiplex_pb2 as wire
 from headrace.validation import MAX_REQUEST_ID, seconds_of
@@ -30,6 +30,9 @@ HELLO_SECONDS = 10.0  # for the first message of a stream to arrive
 # Requests that start, or are cancelled, before other tasks of the event loop run. A message may open
 # hundreds, so callers take turns.
 TURN = 16
+# Requests of all callers that have started and have no event yet. Callers take turns here as well: one that
+# opens more, and cancels them, must not fill the queues of the services behind this one.
+MAX_STARTING = 64
 WATCH_SECONDS = 0.25  # between checks of deadlines
 # Unsent bytes of events, above which a stream's requests wait, and no further ones start: its caller does not
 # read.
@@ -68,6 +71,7 @@ class Multiplexer:
     def __init__(self, answer: Answer, calls: Calls) -> None:
         self._answer = answer
         self._calls = calls
+        self._starting = FairSemaphore(MAX_STARTING)
         self._turns = FairSemaphore(1)
 
     async def serve(self, context: Context) -> None:
@@ -79,7 +83,9 @@ class Multiplexer:
         Raises InvalidRequest and InvalidText for messages that violate the contract.
         """
         first = await _first(context)
-        stream = _Stream(self._answer, self._calls, self._turns, context.peer(), first.hello.epoch)
+        stream = _Stream(
+            self._answer, self._calls, self._starting, self._turns, context.peer(), first.hello.epoch
+        )
         try:
             # A task that fails ends the others, and the stream with its error as the status.
             async with asyncio.TaskGroup() as tasks:
@@ -106,12 +112,14 @@ class _Request:
     sent       events so far
     deadline   of the whole answer
     late       whether it was cancelled because its deadline has passed
+    starting   held until its first event
     """
 
-    __slots__ = ("credit", "deadline", "handle", "has_credit", "late", "sent", "task")
+    __slots__ = ("credit", "deadline", "handle", "has_credit", "late", "sent", "starting", "task")
 
-    def __init__(self, handle: int, credit: float) -> None:
+    def __init__(self, handle: int, credit: float, starting: Permit) -> None:
         self.handle = handle
+        self.starting = starting
         self.credit = credit
         self.deadline = NEVER
         self.late = False
@@ -129,9 +137,18 @@ class _Request:
 class _Stream:
     """One Multiplex stream, as the server sees it."""
 
-    def __init__(self, answer: Answer, calls: Calls, turns: FairSemaphore, peer: str, epoch: int) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        calls: Calls,
+        starting: FairSemaphore,
+        turns: FairSemaphore,
+        peer: str,
+        epoch: int,
+    ) -> None:
         self._answer = answer
         self._calls = calls
+        self._starting = starting
         self._turns = turns
         self._peer = peer
         self._requests: dict[int, _Request] = {}
@@ -175,10 +192,17 @@ class _Stream:
         self._finish()
 
     async def end_late_requests(self) -> None:
-        """End requests whose deadline has passed: the last resort, as gRPC is for a call."""
+        """End requests whose deadline has passed: the last resort, as gRPC is for a call.
+
+        It also lets others start in place of requests that have been starting since the check before.
+        """
+        starting: list[_Request] = []
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             latest = time.monotonic() - WATCH_SECONDS
+            for request in starting:
+                request.starting.release()
+            starting = [request for request in self._requests.values() if not request.sent]
             for request in self._requests.values():
                 if request.deadline.passed(latest) and request.task is not None and not request.late:
                     request.late = True
@@ -212,13 +236,24 @@ class _Stream:
             self._has_unsent.set()
         for first in range(0, len(message.open), TURN):
             await self._until_room()  # requests that fail at once would fill the memory with errors
-            await self._in_turn(self._start, message.open[first : first + TURN])
+            await self._start_all(message.open[first : first + TURN])
         for credit in message.credit:
             if (request := self._requests.get(credit.handle)) is not None:
                 request.grant(credit.events)
         running = [handle for handle in message.cancel if handle in self._requests]
         for first in range(0, len(running), TURN):
             await self._in_turn(self._cancel, running[first : first + TURN])
+
+    async def _start_all(self, opened: Sequence[wire.OpenRequest]) -> None:
+        permits: list[Permit] = []
+        try:
+            for _ in opened:
+                permits.append(await self._starting.acquire(self._peer))  # noqa: PERF401 - kept if cancelled
+            await self._in_turn(self._start, list(zip(opened, permits, strict=True)))
+        except BaseException:
+            for permit in permits:  # not all requests have begun, and the stream ends
+                permit.release()
+            raise
 
     async def _in_turn(self, act: Callable[[T], None], items: Sequence[T]) -> None:
         """Start or cancel at most TURN requests, and let all tasks run, before the next caller's turn.
@@ -237,7 +272,8 @@ class _Stream:
         if (request := self._requests.get(handle)) is not None and request.task is not None:
             request.task.cancel()
 
-    def _start(self, opened: wire.OpenRequest) -> None:
+    def _start(self, one: tuple[wire.OpenRequest, Permit]) -> None:
+        opened, starting = one
         handle = opened.handle
         if handle <= self._last_handle:
             raise errors.InvalidRequest(
@@ -245,7 +281,7 @@ class _Stream:
             )
         self._last_handle = handle
         credit = opened.credit if opened.HasField("credit") else math.inf
-        request = self._requests[handle] = _Request(handle, credit)
+        request = self._requests[handle] = _Request(handle, credit, starting)
         # Its own context: the requests of a stream share neither span nor baggage.
         request.task = asyncio.get_running_loop().create_task(
             self._run(request, opened), context=contextvars.Context()
@@ -264,6 +300,8 @@ class _Stream:
                 request.has_credit = asyncio.get_running_loop().create_future()
                 await request.has_credit
             await self._until_room()
+            if not request.sent:
+                request.starting.release()
             request.sent += 1
             finished = response.HasField("finish")
             event = self._unsent.events.add()
@@ -294,6 +332,7 @@ class _Stream:
         except Exception as raised:
             error = reported(raised, _GENERATE)
         del self._requests[request.handle]
+        request.starting.release()
         if not finished:
             self._end(request.handle, error or errors.Unavailable("the answer ended without a finish"))
         self._has_unsent.set()
