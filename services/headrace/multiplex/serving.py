@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -27,11 +27,10 @@ from headrace.validation import MAX_REQUEST_ID, seconds_of
 
 METHOD = "/headrace.v1.GenerationService/Multiplex"
 HELLO_SECONDS = 10.0  # for the first message of a stream to arrive
-# Requests that start, or are cancelled, before other tasks of the event loop run. A message may open
-# hundreds, so callers take turns.
+# Requests of a message that start, or are cancelled, before other tasks of the event loop run.
 TURN = 16
-# Requests of all callers that have started and have no event yet. Callers take turns here as well: one that
-# opens more, and cancels them, must not fill the queues of the services behind this one.
+# Requests of all callers that have started and have no event yet; callers take turns. One that opens hundreds
+# and cancels them must not fill the queues of the services behind this one.
 MAX_STARTING = 64
 WATCH_SECONDS = 0.25  # between checks of deadlines
 # Unsent bytes of events, above which a stream's requests wait, and no further ones start: its caller does not
@@ -40,7 +39,6 @@ MAX_UNSENT_BYTES = 1 << 20
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
 
-T = TypeVar("T")
 Context: TypeAlias = grpc.aio.ServicerContext[Any, wire.MultiplexResponse]
 Write: TypeAlias = Callable[[pb.GenerateResponse], Awaitable[None]]
 
@@ -242,38 +240,48 @@ class _Stream:
                 request.grant(credit.events)
         running = [handle for handle in message.cancel if handle in self._requests]
         for first in range(0, len(running), TURN):
-            await self._in_turn(self._cancel, running[first : first + TURN])
+            await self._cancel_in_turn(running[first : first + TURN])
 
     async def _start_all(self, opened: Sequence[wire.OpenRequest]) -> None:
-        permits: list[Permit] = []
-        try:
-            for _ in opened:
-                permits.append(await self._starting.acquire(self._peer))  # noqa: PERF401 - kept if cancelled
-            await self._in_turn(self._start, list(zip(opened, permits, strict=True)))
-        except BaseException:
-            for permit in permits:  # not all requests have begun, and the stream ends
+        """Start requests, at most TURN of them, before the next caller's turn."""
+        at = 0
+        while at < len(opened):
+            # Only the first permit is waited for: streams that held some and waited for more would wait for
+            # each other.
+            permit = await self._starting.acquire(self._peer)
+            try:
+                turn = await self._turns.acquire(self._peer)
+            except BaseException:
                 permit.release()
-            raise
+                raise
+            try:
+                next_permit: Permit | None = permit
+                while next_permit is not None and at < len(opened):
+                    self._start(opened[at], next_permit)
+                    at += 1
+                    next_permit = self._starting.acquire_free() if at < len(opened) else None
+            except errors.InvalidRequest:
+                if next_permit is not None:
+                    next_permit.release()
+                raise
+            finally:
+                # Their tasks begin before anything can cancel them, and so return permits and end on the
+                # stream.
+                await asyncio.sleep(0)
+                turn.release()
 
-    async def _in_turn(self, act: Callable[[T], None], items: Sequence[T]) -> None:
-        """Start or cancel at most TURN requests, and let all tasks run, before the next caller's turn.
-
-        So the task of a request has begun before it can be cancelled, and ends it on the stream.
-        """
+    async def _cancel_in_turn(self, handles: Sequence[int]) -> None:
+        """Cancel requests, and let all tasks run, before the next caller's turn."""
         permit = await self._turns.acquire(self._peer)
         try:
-            for item in items:
-                act(item)
+            for handle in handles:
+                if (request := self._requests.get(handle)) is not None and request.task is not None:
+                    request.task.cancel()
             await asyncio.sleep(0)
         finally:
             permit.release()
 
-    def _cancel(self, handle: int) -> None:
-        if (request := self._requests.get(handle)) is not None and request.task is not None:
-            request.task.cancel()
-
-    def _start(self, one: tuple[wire.OpenRequest, Permit]) -> None:
-        opened, starting = one
+    def _start(self, opened: wire.OpenRequest, starting: Permit) -> None:
         handle = opened.handle
         if handle <= self._last_handle:
             raise errors.InvalidRequest(

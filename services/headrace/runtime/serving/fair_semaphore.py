@@ -28,6 +28,13 @@ class FairSemaphore:
             raise
         return Permit(self)
 
+    def acquire_free(self) -> Permit | None:
+        """Return a permit if one is free; there are none while others wait."""
+        if not self._free:
+            return None
+        self._free -= 1
+        return Permit(self)
+
     def release(self) -> None:
         """Pass one permit to the key that was served least recently."""
         while self._waiting:
