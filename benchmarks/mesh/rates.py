@@ -109,9 +109,9 @@ async def _measure(arguments: argparse.Namespace, engine: EngineSpec, counts: It
                 runs: dict[str, list[Rates]] = {name: [] for name in call_on}
                 for repetition in range(arguments.repeat):
                     for name in in_turn(list(call_on), repetition):
-                        if not runs[name]:
-                            await at_once(partial(call_on[name], tokens=WARM_UP_TOKENS), streams)
                         async with window(served, arguments.patience) as measured:
+                            # After the wait for a quiet machine all code is cold, which would be measured.
+                            await at_once(partial(call_on[name], tokens=WARM_UP_TOKENS), streams)
                             answers = await at_once(partial(call_on[name], tokens=arguments.tokens), streams)
                         run = rates(name, engine.step_seconds, answers, others=measured.others)
                         runs[name].append(run)
