@@ -68,6 +68,7 @@ def headrace_mesh(dtype: str) -> Opener:
             log_dir=place.logs / f"headrace-mesh-{dtype}",
             tiers=[TierSpec("only", "" if fake else place.headrace_model)],
             fake=fake,
+            processes=1,
             fake_step_seconds=0.0,
             dtype="" if fake else dtype,
             threads=place.threads,
