@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -11,7 +12,7 @@ from headrace import errors
 from headrace.multiplex import serving
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
 from headrace.v1 import multiplex_pb2 as wire
-from tests.harness import eventually
+from tests.harness import PATIENCE, eventually
 from tests.multiplex.raw import HELLO, Server, opened, server
 
 
@@ -160,3 +161,20 @@ async def test_requests_without_an_event_yet_delay_others_for_a_moment_only(serv
 
         assert caller.text[1] == "hi"
         assert not slow.events
+
+
+async def test_streams_that_are_lost_while_requests_start_do_not_keep_others_from_starting(
+    served: Server,
+) -> None:
+    for turns in range(3 * serving.MAX_STARTING):
+        async with served.stream() as caller:
+            handles = range(1, 3 * serving.TURN)
+            await caller.send(open=[opened(n, "fail") for n in handles])
+            for _ in range(turns % 24):
+                await asyncio.sleep(0)
+            caller.call.cancel()
+
+    async with served.stream() as caller, asyncio.timeout(PATIENCE):
+        await caller.open("hi")
+        await caller.answers(1)
+    assert caller.text[1] == "hi"

@@ -265,10 +265,10 @@ class _Stream:
                     next_permit.release()
                 raise
             finally:
-                # Their tasks begin before anything can cancel them, and so return permits and end on the
-                # stream.
-                await asyncio.sleep(0)
-                turn.release()
+                try:
+                    await asyncio.sleep(0)  # their tasks begin before anything can cancel them
+                finally:
+                    turn.release()
 
     async def _cancel_in_turn(self, handles: Sequence[int]) -> None:
         """Cancel requests, and let all tasks run, before the next caller's turn."""
@@ -294,6 +294,7 @@ class _Stream:
         request.task = asyncio.get_running_loop().create_task(
             self._run(request, opened), context=contextvars.Context()
         )
+        request.task.add_done_callback(lambda _: starting.release())  # also of a task that never began
 
     async def _run(self, request: _Request, opened: wire.OpenRequest) -> None:
         """Answer one request, and end it on the stream."""
@@ -340,7 +341,6 @@ class _Stream:
         except Exception as raised:
             error = reported(raised, _GENERATE)
         del self._requests[request.handle]
-        request.starting.release()
         if not finished:
             self._end(request.handle, error or errors.Unavailable("the answer ended without a finish"))
         self._has_unsent.set()
