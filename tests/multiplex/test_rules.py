@@ -178,3 +178,15 @@ async def test_streams_that_are_lost_while_requests_start_do_not_keep_others_fro
         await caller.open("hi")
         await caller.answers(1)
     assert caller.text[1] == "hi"
+
+
+async def test_the_log_names_the_caller_of_a_stream(served: Server, caplog: pytest.LogCaptureFixture) -> None:
+    def logged() -> list[str]:
+        return [record.message for record in caplog.records if vars(record).get("caller") == "gateway-7"]
+
+    with caplog.at_level("INFO", logger="headrace.multiplex.serving"):
+        async with served.stream(hello=False) as caller:
+            await caller.send(hello=wire.MultiplexHello(caller_id="gateway-7"), open=[opened(1, "hi")])
+            await caller.answers(1)
+            assert logged() == ["shared stream opened"]
+        await eventually(lambda: logged() == ["shared stream opened", "shared stream ended"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 
 from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
@@ -17,9 +16,8 @@ from headrace.batcher.job import Job
 from headrace.batcher.text.answer import AnswerEvents, record_unanswered
 from headrace.batcher.text.tokens import Tokenizer
 from headrace.deadline import Deadline
+from headrace.multiplex.serving import Write
 from headrace.v1 import generation_pb2 as pb
-
-Write = Callable[[pb.GenerateResponse], Awaitable[None]]
 
 
 class Answering:

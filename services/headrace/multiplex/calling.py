@@ -120,9 +120,9 @@ class Caller:
                 stall_seconds=self._stall_seconds,
                 idle_seconds=IDLE_SECONDS if self._multiplex is None else None,
                 instead=self._instead,
+                on_end=self._streams.discard,
             )
             self._streams.add(stream)
-            stream.on_end(self._streams.discard)
         return stream
 
     def _instead(self, call: SharedCall) -> Call:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,6 +25,8 @@ from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import multiplex_pb2 as wire
 from headrace.validation import MAX_REQUEST_ID, seconds_of
+
+log = logging.getLogger(__name__)
 
 METHOD = "/headrace.v1.GenerationService/Multiplex"
 HELLO_SECONDS = 10.0  # for the first message of a stream to arrive
@@ -81,6 +84,8 @@ class Multiplexer:
         Raises InvalidRequest and InvalidText for messages that violate the contract.
         """
         first = await _first(context)
+        caller = {"caller": first.hello.caller_id, "epoch": first.hello.epoch}
+        log.info("shared stream opened", extra=caller)
         stream = _Stream(
             self._answer, self._calls, self._starting, self._turns, context.peer(), first.hello.epoch
         )
@@ -101,6 +106,7 @@ class Multiplexer:
             raise errors.unwrap(group) from None
         finally:
             await stream.cancel_all()
+            log.info("shared stream ended", extra=caller)
 
 
 class _Request:

@@ -45,6 +45,7 @@ class SharedStream:
     stall_seconds   it is lost if the server is silent for so long while calls wait
     idle_seconds    it is closed when there were no calls for so long; None: never
     instead         makes a call of its own for one on a stream that the server does not offer
+    on_end          called when the stream has ended
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class SharedStream:
         stall_seconds: float,
         idle_seconds: float | None,
         instead: Callable[[SharedCall], Call],
+        on_end: Callable[[SharedStream], None],
     ) -> None:
         self.accepts_calls = True
         self._rpc = rpc
@@ -63,6 +65,7 @@ class SharedStream:
         self._stall_checks = max(round(stall_seconds / WATCH_SECONDS), PING_CHECKS + 1)
         self._idle_checks = math.inf if idle_seconds is None else round(idle_seconds / WATCH_SECONDS)
         self._instead = instead
+        self._on_end = on_end
         self._calls: dict[int, SharedCall] = {}
         self._handle = 0  # the last one in use
         self._welcomed = asyncio.Event()
@@ -73,13 +76,8 @@ class SharedStream:
         self._unsent_bytes = 0  # of the requests in the last of them
         self._has_unsent = asyncio.Event()
         self._has_unsent.set()
-        self._when_ended: list[Callable[[SharedStream], None]] = []
         # Its own context: the stream belongs to no request, and so to no trace.
         self._running = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
-
-    def on_end(self, callback: Callable[[SharedStream], None]) -> None:
-        """Call *callback* when the stream has ended."""
-        self._when_ended.append(callback)
 
     def open(
         self,
@@ -177,8 +175,7 @@ class SharedStream:
                 call.lose(error)
             else:
                 call.replace(self._instead(call))
-        for callback in self._when_ended:
-            callback(self)
+        self._on_end(self)
 
     async def _read(self) -> None:
         calls = self._calls

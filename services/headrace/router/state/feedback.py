@@ -171,7 +171,7 @@ class Feedback:
 
     def _write(self, path: Path, line: bytes) -> None:
         while not self._append(path, line):
-            pass
+            pass  # the file was rotated, and an empty one has space: `_row` makes no longer row
 
     def _append(self, path: Path, line: bytes) -> bool:
         """Write the row, or rotate the file if it is full; return whether the row is in the file.
