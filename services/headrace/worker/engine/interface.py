@@ -8,7 +8,7 @@ does not know why a row is in the step, which caller it belongs to, or when to s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,6 +47,10 @@ class Row:
     sample   whether to sample the token at position `stop`: true for decodes and for the last chunk of a
              prompt, false for earlier chunks
     memo     the sequence's own, the same in all of its rows; a new one by default
+    pending  whether the row's only id, at position start, is the token that the sequence's row in the step
+             before samples, and not known yet: `ids` ends before it. Only for engines with `ahead`
+    version  identifies the contents of `blocks`: while it is unchanged, blocks are only appended. Unique
+             among all block tables
     """
 
     blocks: Sequence[int]
@@ -57,6 +61,8 @@ class Row:
     sample: bool
     params: SamplingParams
     memo: Memo = field(default_factory=Memo, compare=False)
+    pending: bool = False
+    version: int = 0
 
 
 @dataclass(slots=True)
@@ -74,35 +80,49 @@ class Fault:
     message: str
 
 
-def nothing() -> None:
-    """Do nothing: the default for `meanwhile`."""
+class EngineBroken(Exception):
+    """The device failed in a way that makes every later step fail too: the process must end."""
+
+
+class LaunchedStep(Protocol):
+    """A step that is being computed."""
+
+    def wait(self) -> list[Token | Fault | None]:
+        """Wait for the results: one entry per row, in order; None for a row that does not sample.
+
+        Called once, in the order of the launches. An engine that computes on the calling thread does so here.
+        Raises what the step raises; `EngineBroken` if later steps would fail too. If it raises, the contents
+        of the blocks that the rows write are undefined.
+        """
+        ...
 
 
 class Engine(Protocol):
-    """Computes steps. One thread calls `step`, never twice at a time."""
+    """Computes steps. One thread calls `launch` and `wait`, never twice at a time."""
 
     @property
     def model(self) -> ModelInfo:
         """The loaded model; constant."""
         ...
 
-    def step(
-        self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing
-    ) -> list[Token | Fault | None]:
-        """Compute all rows in one pass.
+    @property
+    def ahead(self) -> int:
+        """How many steps may be launched before the results of an earlier one are awaited: 0 or 1; constant.
 
-        rows        one to max_running rows of different sequences. No row writes a block that another row
-                    of the step reads or writes
-        meanwhile   called exactly once. An engine on an asynchronous device calls it after the launch and
-                    before it waits for the results, so that the caller's work overlaps with the device's.
-                    An engine that computes on the calling thread calls it before it computes
+        0 for an engine that computes on the calling thread.
+        """
+        ...
 
-        Writes the keys and values of positions start to stop - 1 of each row, and reads those of positions
-        0 to stop - 1 and nothing else. Other contents of a block are stale, so the scheduler never clears
-        a block.
+    def launch(self, rows: Sequence[Row]) -> LaunchedStep:
+        """Begin to compute all rows in one pass, without waiting for a device.
 
-        Returns one entry per row, in order: None if the row does not sample. A token depends on its row
-        alone (ids, params, position), never on the other rows. If the step raises, the contents of the
-        blocks that its rows write are undefined.
+        rows   one to max_running rows of different sequences. No row writes a block that another row of the
+               step reads or writes
+
+        Steps are computed in the order of their launches. Writes the keys and values of positions start to
+        stop - 1 of each row, and reads those of positions 0 to stop - 1 and nothing else. Other contents of a
+        block are stale, so the scheduler never clears a block.
+
+        A token depends on its row alone (ids, params, position), never on the other rows.
         """
         ...
