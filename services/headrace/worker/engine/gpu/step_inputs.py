@@ -59,6 +59,8 @@ class StepInputs:
     keys           [rows, 2] key of the sampling noise, see `noise.noise_key`
     tile_rows      [tiles] row of each query tile; UNUSED after the last tile
     tile_offsets   [tiles] index of each tile's first token; the tile ends with its row
+    table_places   [rows] where to write a row's new block in the flat block tables before the step
+    table_blocks   [rows] number of that block
 
     Padding tokens have id 0 and position 0, and are written to a block that nothing reads. Padding rows have the
     last slot, no tokens (stop 0) and no tile. Whatever is computed for padding is undefined and ignored; it does
@@ -79,6 +81,8 @@ class StepInputs:
     keys: Any
     tile_rows: Any
     tile_offsets: Any
+    table_places: Any
+    table_blocks: Any
 
     @classmethod
     def over(cls, packed: Any, shape: StepShape) -> StepInputs:
@@ -108,6 +112,7 @@ def _sizes(shape: StepShape) -> Iterator[int]:
     yield from (tokens, tokens, tokens, tokens)
     yield from (rows, rows + 1, rows, rows, rows, rows, 2 * rows)
     yield from (tiles, tiles)
+    yield from (rows, rows)
 
 
 def _padded(size: int) -> int:
