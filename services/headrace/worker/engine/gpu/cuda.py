@@ -1,16 +1,21 @@
-"""All operations that only CUDA supports: pinned copies, events, graphs, FlashAttention, memory statistics.
+"""All operations that only CUDA supports: pinned copies, events, graphs, errors and memory statistics.
 
-Each function is a few calls of torch. The logic around them is in modules that also run on a CPU. `to_device`
-and `Fetch` also work on a CPU, where they copy nothing.
+Each function is a few calls of torch. The logic around them is in modules that also run on a CPU. `to_device`,
+`HostBuffer` and `Fetch` also work on a CPU.
 """
 
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+from headrace.worker.engine.interface import EngineBroken
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -21,6 +26,31 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostBuffer:
+    """Pinned memory for int32 inputs, which is copied to the device again and again.
+
+    numbers   its size
+    """
+
+    def __init__(self, numbers: int, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._tensor = torch.zeros(numbers, dtype=torch.int32, pin_memory=self._cuda)
+        self._array: npt.NDArray[np.int32] = self._tensor.numpy()
+        self._copied: torch.cuda.Event | None = None
+
+    def array(self) -> npt.NDArray[np.int32]:
+        """Return the buffer to write to; waits until the last copy has read it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._array
+
+    def copy_to(self, tensor: torch.Tensor, numbers: int) -> None:
+        """Queue a copy of the first *numbers* to a tensor on the device."""
+        tensor[:numbers].copy_(self._tensor[:numbers], non_blocking=True)
+        if self._cuda:
+            self._copied = torch.cuda.current_stream(tensor.device).record_event()
 
 
 class Fetch:
@@ -45,8 +75,8 @@ class Fetch:
 class GraphPool:
     """Captures functions as CUDA graphs that share one memory pool for their temporary tensors.
 
-    Sharing is safe because graphs are replayed one after the other, and their outputs are outside the pool.
-    Capture the largest graph first: the smaller ones reuse its memory.
+    Sharing is safe because graphs are replayed one after the other, and nothing reads their temporary tensors
+    later. Capture the largest graph first: the smaller ones reuse its memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,7 +87,7 @@ class GraphPool:
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Capture the work that *run* queues, and return a function that queues it again in one launch.
 
-        Raises RuntimeError if *run* waits for the device, as the code of some models does.
+        Raises RuntimeError if *run* cannot be captured; `waits` finds the usual reason before.
         """
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
@@ -68,7 +98,7 @@ class GraphPool:
                 torch.cuda.set_stream(before)
 
     def _capture(self, run: Callable[[], None], before: torch.cuda.Stream) -> Callable[[], None]:
-        # The first calls load and tune kernels and allocate workspaces, which must not be captured.
+        # The first calls load and compile kernels and allocate workspaces, which must not be captured.
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
             for _ in range(2):
@@ -81,69 +111,41 @@ class GraphPool:
         return graph.replay
 
 
-def flash_unsupported_reason(
-    device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int
-) -> str | None:
-    """Return the reason why FlashAttention does not support heads of these dimensions, or None."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"compute capability {major}.{minor} is below 8.0"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"FlashAttention supports bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if key_dim != value_dim or key_dim % 8 or key_dim > 256:
-        return f"head dimensions {key_dim} and {value_dim} are not equal multiples of 8 up to 256"
-    return None
+def waits(run: Callable[[], None]) -> str:
+    """Return why *run* cannot be captured: what it waits for. Empty if it only queues work.
 
-
-def attend_varlen(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    offsets: torch.Tensor,
-    key_offsets: torch.Tensor,
-    key_counts: torch.Tensor,
-    tables: torch.Tensor,
-    max_query: int,
-    max_keys: int,
-    scale: float,
-    window: tuple[int, int],
-) -> torch.Tensor:
-    """Compute attention between ragged queries and paged keys and values, with torch's FlashAttention.
-
-    query          [tokens, heads, dim]
-    keys, values   [blocks, block_tokens, kv_heads, dim]
-    offsets        [rows + 1] int32, start of the queries of each row
-    key_offsets    [rows + 1] int32, running sum of `key_counts`; FlashAttention 2 requires it
-    key_counts     [rows] int32, number of keys of each row
-    tables         [rows, width] int32
-    max_query      most queries of a row
-    max_keys       an upper bound of the keys of a row
-    window         visible keys to the left and right of a query's own key; -1 for all
-
-    Returns [tokens, heads, dim].
+    A capture that fails cannot be undone: torch 2.11's allocator then stays in its capturing state, and the
+    next `empty_cache` raises (https://github.com/pytorch/pytorch/issues/ fixed later). So this is tried before.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    run()  # the first call may wait, to load kernels and allocate workspaces
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode is announced as a prototype
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return ""
 
-    # Always one split: with several, FlashAttention 2 writes wrong rows for paged keys
-    # (https://github.com/pytorch/pytorch/issues/194167), and the number of splits would depend on the batch.
-    out = varlen_attn(
-        query,
-        keys,
-        values,
-        offsets,
-        key_offsets,
-        max_query,
-        max_keys,
-        scale=scale,
-        window_size=window,
-        enable_gqa=query.shape[1] != keys.shape[2],
-        seqused_k=key_counts,
-        block_table=tables,
-        num_splits=1,
+
+def as_broken(error: Exception) -> Exception:
+    """Return *error*, as `EngineBroken` if the device cannot compute any more after it.
+
+    An illegal access, a failed assertion or an uncorrectable memory error makes every later call fail. Too little
+    memory does not: the cache of torch's allocator is emptied, so that the next step has what it held.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return error
+    # Triton and cuBLAS report such errors as RuntimeError.
+    sticky = isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in ("CUDA error", "[CUDA]"))
     )
-    assert isinstance(out, torch.Tensor)
-    return out
+    return EngineBroken(str(error).splitlines()[0]) if sticky else error
 
 
 def free_device_bytes(device: torch.device) -> int:

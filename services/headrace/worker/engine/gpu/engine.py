@@ -1,0 +1,193 @@
+"""The engine on a CUDA device: a step is one copy of its inputs, one launch, and one copy of its results.
+
+`launch` runs while the device computes the step before. What the host does not know yet, the tokens of that step,
+stays on the device: the next step reads it there. `forward` computes logits, `sampler` samples from them, `slots`
+keeps what belongs to a sequence. On a CPU, where tests run the same code, the step is called instead of replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from headrace.worker.engine.gpu import cuda
+from headrace.worker.engine.gpu.filling import fill
+from headrace.worker.engine.gpu.graphs import Ladder
+from headrace.worker.engine.gpu.kernels.embedding import resolve
+from headrace.worker.engine.gpu.kernels.tables import append_blocks
+from headrace.worker.engine.gpu.sampler import DeviceSampler
+from headrace.worker.engine.gpu.slots import Slot, Slots
+from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, packed_numbers
+from headrace.worker.engine.interface import EngineBroken, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.torch_engine import Computed
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+# Steps that can be in flight, and one whose inputs are being written.
+_BUFFERS = 3
+
+
+class DeviceForward(Protocol):
+    """Computes one model over its paged memory, without waiting for the device, so that it can be captured."""
+
+    def __call__(self, ids: torch.Tensor, step: StepInputs) -> torch.Tensor:
+        """Store the keys and values of a step's tokens, and compute logits.
+
+        ids   [tokens] int32, instead of those in *step*, of which the host does not know all
+
+        Returns [rows, vocabulary]: for each row the logits of its last token. Those of padding are undefined.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A step of one shape: where its inputs and results are, and what launches it."""
+
+    inputs: StepInputs
+    results: torch.Tensor
+    launch: Callable[[], None]
+
+
+class GpuEngine:
+    """Computes steps of one model on a device; see `Engine`.
+
+    forward       the model and its KV memory, over the tables of *slots*
+    model         its description
+    slots         model.max_running of them
+    step_tokens   most tokens of a step
+    tile          tokens of a query tile in steps with prompts
+    capture       converts a function that queues work to one that queues the same work again; None to queue
+                  it anew in each step
+    keep_logits   keep the logits of the latest step, for `compute`
+    """
+
+    ahead = 1
+
+    def __init__(
+        self,
+        forward: DeviceForward,
+        model: ModelInfo,
+        *,
+        slots: Slots,
+        step_tokens: int,
+        tile: int,
+        capture: Capture | None = None,
+        keep_logits: bool = False,
+    ) -> None:
+        self._forward = forward
+        self._model = model
+        self._slots = slots
+        self._device = device = slots.tables.device
+        self._sampler = DeviceSampler(slots.count, model.vocabulary_size, model.eos_ids, device)
+        self._ladder = Ladder(max_running=model.max_running, step_tokens=step_tokens, tile=tile)
+        self._capture = capture
+        numbers = max(packed_numbers(shape) for shape in self._ladder.shapes)
+        self._inputs = torch.zeros(numbers, dtype=torch.int32, device=device)
+        self._results = torch.zeros(3 * model.max_running, dtype=torch.int32, device=device)
+        self._host = [cuda.HostBuffer(numbers, device) for _ in range(_BUFFERS)]
+        self._steps = 0
+        self._logits: torch.Tensor | None = None
+        if keep_logits:
+            self._logits = torch.zeros(model.max_running, model.vocabulary_size, device=device)
+        self._prepared: dict[StepShape, _Prepared] = {}
+        if capture is not None:
+            with torch.inference_mode(), self._current_device():
+                for shape in self._ladder.shapes:
+                    self._prepared[shape] = self._prepare(shape, capture)
+
+    @property
+    def model(self) -> ModelInfo:
+        """The loaded model; constant."""
+        return self._model
+
+    def launch(self, rows: Sequence[Row]) -> GpuStep:
+        """Queue a step; see `Engine.launch`."""
+        with torch.inference_mode(), self._current_device():
+            placed = self._slots.begin_step(rows)
+            try:
+                self._assign(rows, placed)
+                prepared = self._fill(rows, placed)
+                prepared.launch()
+                return GpuStep(rows, placed, cuda.Fetch(prepared.results))
+            except Exception as error:
+                self._slots.forget(placed)
+                raise cuda.as_broken(error) from error
+
+    def compute(self, rows: Sequence[Row]) -> Computed:
+        """Compute a step, wait for it, and return its logits too. Only if logits are kept."""
+        assert self._logits is not None
+        results = self.launch(rows).wait()
+        sampling = [index for index, row in enumerate(rows) if row.sample]
+        tokens = [token for index in sampling if (token := results[index]) is not None]
+        return Computed(sampling, self._logits[sampling], tokens)
+
+    def _current_device(self) -> contextlib.AbstractContextManager[object]:
+        # Triton launches kernels on the thread's current device.
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+
+    def _assign(self, rows: Sequence[Row], placed: Sequence[Slot]) -> None:
+        """Upload the parameters of sequences that are new in their slots, and counts that are out of date."""
+        for row, slot in zip(rows, placed, strict=True):
+            if row.sample and slot.counted != row.stop:
+                self._sampler_assign(row, slot)
+            ...
+
+    def _fill(self, rows: Sequence[Row], placed: Sequence[Slot]) -> _Prepared:
+        """Copy the inputs of a step to the device, and return what computes it."""
+        tokens = sum([row.stop - row.start for row in rows])
+        if self._capture is None:
+            prepared = self._prepare(self._ladder.exact(len(rows), tokens), None)
+        else:
+            shape = self._ladder.choose(len(rows), tokens)
+            prepared = self._prepared.get(shape) or self._prepare(shape, None)
+        buffer = self._host[self._steps % _BUFFERS]
+        self._steps += 1
+        shape = prepared.inputs.shape
+        host = StepInputs.over(buffer.array(), shape)
+        fill(host, rows, placed, self._slots, self._model.block_tokens)
+        buffer.copy_to(self._inputs, packed_numbers(shape))
+        return prepared
+
+    def _prepare(self, shape: StepShape, capture: Capture | None) -> _Prepared:
+        inputs = StepInputs.over(self._inputs, shape)
+        results = self._results[: 3 * shape.rows].view(3, shape.rows)
+
+        def run() -> None:
+            append_blocks(self._slots.tables, inputs.table_places, inputs.table_blocks)
+            ids = resolve(inputs.ids, inputs.slot_of, self._sampler.latest)
+            logits = self._forward(ids, inputs)
+            self._sampler.draw(logits, inputs, results)
+            if self._logits is not None:
+                self._logits[: shape.rows].copy_(logits)
+
+        if capture is None:
+            return _Prepared(inputs, results, run)
+        # Capturing also computes: a step of padding alone.
+        host = StepInputs.over(self._host[0].array(), shape)
+        fill(host, [], [], self._slots, self._model.block_tokens)
+        self._host[0].copy_to(self._inputs, packed_numbers(shape))
+        return _Prepared(inputs, results, capture(run))
+
+
+class GpuStep:
+    """A step that a device computes; see `LaunchedStep`."""
+
+    def __init__(self, rows: Sequence[Row], placed: Sequence[Slot], results: cuda.Fetch) -> None:
+        self._rows = rows
+        self._placed = placed
+        self._results = results
+
+    def wait(self) -> list[Token | Fault | None]:
+        """See `LaunchedStep.wait`. A row whose logits are not finite gets a Fault."""
+        try:
+            table = self._results.wait()
+        except Exception as error:
+            raise cuda.as_broken(error) from error
+        ids, finite = table[:2].tolist()
+        logprobs = table[2].view(torch.float32).tolist()

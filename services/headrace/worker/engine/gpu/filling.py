@@ -1,0 +1,134 @@
+"""Fill the inputs of a device step from rows: plain numbers, on the host.
+
+This runs once per step, while the device computes the step before, so its time matters: arrays are filled by
+whole columns, and a step of decodes takes none of the detours that chunks of prompts need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.worker.engine.gpu.slots import Slot, Slots
+from headrace.worker.engine.gpu.step_inputs import LATEST, UNUSED, StepInputs
+from headrace.worker.engine.interface import Row
+
+Ints = npt.NDArray[np.int32]
+
+
+def fill(
+    inputs: StepInputs, rows: Sequence[Row], placed: Sequence[Slot], slots: Slots, block_tokens: int
+) -> None:
+    """Write a step into arrays on the host, padding included.
+
+    inputs   numpy arrays of a shape that holds the rows
+    placed   the slot of each row, from `Slots.begin_step`
+    """
+    count = len(rows)
+    indices = np.array([slot.index for slot in placed], np.int32)
+    stops = np.array([row.stop for row in rows], np.int32)
+    inputs.slots[:count] = indices
+    inputs.slots[count:] = slots.count
+    inputs.stops[:count] = stops
+    inputs.stops[count:] = 0
+    inputs.samples[:count] = [row.sample for row in rows]
+    inputs.samples[count:] = 0
+    inputs.keys[:count] = noise_keys(slots.seeds[indices], stops)
+    slots.update_tables(
+        rows, placed, inputs.table_places[:count], inputs.table_blocks[:count], block_tokens
+    )
+    inputs.table_places[count:] = slots.count * slots.width
+    inputs.table_blocks[count:] = slots.spare
+    if inputs.shape.decodes:
+        _fill_decodes(inputs, rows, indices, stops, slots, block_tokens)
+    else:
+        _fill_chunks(inputs, rows, indices, stops, slots, block_tokens)
+
+
+def _fill_decodes(
+    inputs: StepInputs, rows: Sequence[Row], indices: Ints, stops: Ints, slots: Slots, block_tokens: int
+) -> None:
+    """Fill a step in which every row is one token."""
+    count, size = len(rows), inputs.shape.rows
+    positions = stops - 1
+    ordered = np.arange(size, dtype=np.int32)
+    inputs.ids[:count] = [LATEST if row.pending else row.ids[row.start] for row in rows]
+    inputs.ids[count:] = 0
+    inputs.positions[:count] = inputs.starts[:count] = positions
+    inputs.positions[count:] = inputs.starts[count:] = 0
+    inputs.slot_of[:count] = indices
+    inputs.slot_of[count:] = slots.count
+    blocks = np.array([row.blocks[row.start // block_tokens] for row in rows], np.int32)
+    inputs.where[:count] = blocks * block_tokens + positions % block_tokens
+    inputs.where[count:] = slots.spare * block_tokens
+    inputs.offsets[:size] = ordered
+    inputs.offsets[size] = size
+    inputs.last[:] = ordered
+    inputs.tile_rows[:count] = ordered[:count]
+    inputs.tile_rows[count:] = UNUSED
+    inputs.tile_offsets[:] = ordered
+
+
+def _fill_chunks(
+    inputs: StepInputs, rows: Sequence[Row], indices: Ints, stops: Ints, slots: Slots, block_tokens: int
+) -> None:
+    """Fill a step in which rows have any number of tokens."""
+    count, tile = len(rows), inputs.shape.tile
+    starts = np.array([row.start for row in rows], np.int32)
+    counts = stops - starts
+    offsets = np.zeros(count + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    total = int(offsets[-1])
+    ids = chain.from_iterable(
+        (LATEST,) if row.pending else row.ids[row.start : row.stop] for row in rows
+    )
+    inputs.ids[:total] = np.fromiter(ids, np.int32, total)
+    inputs.ids[total:] = 0
+    positions = np.arange(total, dtype=np.int32) + np.repeat(starts - offsets[:-1], counts)
+    inputs.positions[:total] = positions
+    inputs.positions[total:] = 0
+    inputs.slot_of[:total] = np.repeat(indices, counts)
+    inputs.slot_of[total:] = slots.count
+    # The blocks that a row writes, one entry per block, then one per token.
+    first = starts // block_tokens
+    written = (stops - 1) // block_tokens + 1 - first
+    own = chain.from_iterable(
+        row.blocks[begin : begin + length]
+        for row, begin, length in zip(rows, first.tolist(), written.tolist(), strict=True)
+    )
+    blocks = np.fromiter(own, np.int32, int(written.sum()))
+    begins = np.cumsum(written) - written - first
+    places = positions // block_tokens + np.repeat(begins, counts)
+    inputs.where[:total] = blocks[places] * block_tokens + positions % block_tokens
+    inputs.where[total:] = slots.spare * block_tokens
+    inputs.offsets[: count + 1] = offsets
+    inputs.offsets[count + 1 :] = total
+    inputs.starts[:count] = starts
+    inputs.starts[count:] = 0
+    inputs.last[:count] = offsets[1:] - 1
+    inputs.last[count:] = 0
+    tiles = -(-counts // tile)
+    used = int(tiles.sum())
+    tile_rows = np.repeat(np.arange(count, dtype=np.int32), tiles)
+    inputs.tile_rows[:used] = tile_rows
+    inputs.tile_rows[used:] = UNUSED
+    within = np.arange(used, dtype=np.int32) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    inputs.tile_offsets[:used] = offsets[tile_rows] + within * tile
+    inputs.tile_offsets[used:] = 0
+
+
+def noise_keys(seeds: npt.NDArray[np.uint64], positions: Ints) -> Ints:
+    """Return `noise.noise_key` of each seed and position, [rows, 2]."""
+    mixed = _splitmix(_splitmix(seeds) ^ positions.astype(np.uint64))
+    return mixed.view(np.uint32).reshape(-1, 2)[:, ::-1].view(np.int32)
+
+
+def _splitmix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    # Unsigned arrays wrap around, as SplitMix64 needs.
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
