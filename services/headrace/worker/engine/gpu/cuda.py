@@ -57,9 +57,10 @@ class Fetch:
     """An asynchronous copy of a tensor to the host, queued after the work that computes it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._host = tensor
         self._copied: torch.cuda.Event | None = None
-        if tensor.is_cuda:
+        if not tensor.is_cuda:
+            self._host = tensor.clone()
+        else:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             # The stream of the tensor's device, which may not be the current device of this thread.
@@ -83,6 +84,25 @@ class GraphPool:
         self._device = device
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def waits(self, run: Callable[[], None]) -> str:
+        """Return why *run* cannot be captured: what it waits for. Empty if it only queues work.
+
+        A capture that fails cannot be undone: torch 2.11's allocator then stays in its capturing state, and the
+        next `empty_cache` raises (https://github.com/pytorch/pytorch/pull/180395). So this is tried before.
+        """
+        run()  # the first call may wait, to load kernels and allocate workspaces
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch announces the mode as a prototype
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            except RuntimeError as error:
+                return str(error).splitlines()[0]
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        return ""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Capture the work that *run* queues, and return a function that queues it again in one launch.
@@ -109,26 +129,6 @@ class GraphPool:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
-
-
-def waits(run: Callable[[], None]) -> str:
-    """Return why *run* cannot be captured: what it waits for. Empty if it only queues work.
-
-    A capture that fails cannot be undone: torch 2.11's allocator then stays in its capturing state, and the
-    next `empty_cache` raises (https://github.com/pytorch/pytorch/issues/ fixed later). So this is tried before.
-    """
-    run()  # the first call may wait, to load kernels and allocate workspaces
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode is announced as a prototype
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run()
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    return ""
 
 
 def as_broken(error: Exception) -> Exception:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from headrace.worker.engine.gpu import cuda
@@ -20,13 +19,24 @@ from headrace.worker.engine.gpu.filling import fill
 from headrace.worker.engine.gpu.graphs import Ladder
 from headrace.worker.engine.gpu.kernels.embedding import resolve
 from headrace.worker.engine.gpu.kernels.tables import append_blocks
-from headrace.worker.engine.gpu.sampler import DeviceSampler
+from headrace.worker.engine.gpu.sampler import DeviceSampler, counts_ids, read_tokens
 from headrace.worker.engine.gpu.slots import Slot, Slots
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, packed_numbers
-from headrace.worker.engine.interface import EngineBroken, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token
 from headrace.worker.engine.torch_engine import Computed
 
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+class Graphs(Protocol):
+    """Captures work, see `cuda.GraphPool`."""
+
+    def waits(self, run: Callable[[], None]) -> str:
+        """Return why *run* cannot be captured; empty if it can."""
+        ...
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that queues the work that *run* queues."""
+        ...
+
 
 # Steps that can be in flight, and one whose inputs are being written.
 _BUFFERS = 3
@@ -62,9 +72,10 @@ class GpuEngine:
     slots         model.max_running of them
     step_tokens   most tokens of a step
     tile          tokens of a query tile in steps with prompts
-    capture       converts a function that queues work to one that queues the same work again; None to queue
-                  it anew in each step
+    graphs        captures all shapes of steps; None to launch each kernel of each step
     keep_logits   keep the logits of the latest step, for `compute`
+
+    uncaptured   why steps are not captured although *graphs* was given; empty if they are
     """
 
     ahead = 1
@@ -77,7 +88,7 @@ class GpuEngine:
         slots: Slots,
         step_tokens: int,
         tile: int,
-        capture: Capture | None = None,
+        graphs: Graphs | None = None,
         keep_logits: bool = False,
     ) -> None:
         self._forward = forward
@@ -86,7 +97,6 @@ class GpuEngine:
         self._device = device = slots.tables.device
         self._sampler = DeviceSampler(slots.count, model.vocabulary_size, model.eos_ids, device)
         self._ladder = Ladder(max_running=model.max_running, step_tokens=step_tokens, tile=tile)
-        self._capture = capture
         numbers = max(packed_numbers(shape) for shape in self._ladder.shapes)
         self._inputs = torch.zeros(numbers, dtype=torch.int32, device=device)
         self._results = torch.zeros(3 * model.max_running, dtype=torch.int32, device=device)
@@ -96,10 +106,10 @@ class GpuEngine:
         if keep_logits:
             self._logits = torch.zeros(model.max_running, model.vocabulary_size, device=device)
         self._prepared: dict[StepShape, _Prepared] = {}
-        if capture is not None:
+        self.uncaptured = ""
+        if graphs is not None:
             with torch.inference_mode(), self._current_device():
-                for shape in self._ladder.shapes:
-                    self._prepared[shape] = self._prepare(shape, capture)
+                self._capture(graphs)
 
     @property
     def model(self) -> ModelInfo:
@@ -119,10 +129,14 @@ class GpuEngine:
                 self._slots.forget(placed)
                 raise cuda.as_broken(error) from error
 
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+        """Compute a step and wait for it."""
+        return self.launch(rows).wait()
+
     def compute(self, rows: Sequence[Row]) -> Computed:
         """Compute a step, wait for it, and return its logits too. Only if logits are kept."""
         assert self._logits is not None
-        results = self.launch(rows).wait()
+        results = self.step(rows)
         sampling = [index for index, row in enumerate(rows) if row.sample]
         tokens = [token for index in sampling if (token := results[index]) is not None]
         return Computed(sampling, self._logits[sampling], tokens)
@@ -132,33 +146,41 @@ class GpuEngine:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _assign(self, rows: Sequence[Row], placed: Sequence[Slot]) -> None:
-        """Upload the parameters of sequences that are new in their slots, and counts that are out of date."""
+        """Upload what the sampler needs of sequences that are new in their slots, or whose counts are not known."""
         for row, slot in zip(rows, placed, strict=True):
-            if row.sample and slot.counted != row.stop:
-                self._sampler_assign(row, slot)
-            ...
+            if slot.counted < 0:
+                slot.counts = counts_ids(row.params)
+            elif not (slot.counts and row.sample and slot.counted != row.stop):
+                if row.sample:
+                    slot.counted = row.stop + 1
+                continue
+            slot.fault = self._sampler.assign(slot.index, row)
+            slot.counted = len(row.ids) + row.sample
 
     def _fill(self, rows: Sequence[Row], placed: Sequence[Slot]) -> _Prepared:
         """Copy the inputs of a step to the device, and return what computes it."""
         tokens = sum([row.stop - row.start for row in rows])
-        if self._capture is None:
-            prepared = self._prepare(self._ladder.exact(len(rows), tokens), None)
-        else:
-            shape = self._ladder.choose(len(rows), tokens)
-            prepared = self._prepared.get(shape) or self._prepare(shape, None)
+        prepared = self._prepared.get(self._ladder.choose(len(rows), tokens))
+        if prepared is None:
+            prepared = self._prepare(self._ladder.exact(len(rows), tokens))
         buffer = self._host[self._steps % _BUFFERS]
         self._steps += 1
-        shape = prepared.inputs.shape
+        self._copy(prepared.inputs.shape, rows, placed, buffer)
+        return prepared
+
+    def _copy(
+        self, shape: StepShape, rows: Sequence[Row], placed: Sequence[Slot], buffer: cuda.HostBuffer
+    ) -> None:
         host = StepInputs.over(buffer.array(), shape)
         fill(host, rows, placed, self._slots, self._model.block_tokens)
         buffer.copy_to(self._inputs, packed_numbers(shape))
-        return prepared
 
-    def _prepare(self, shape: StepShape, capture: Capture | None) -> _Prepared:
+    def _prepare(self, shape: StepShape) -> _Prepared:
+        """Return a step that launches each of its kernels."""
         inputs = StepInputs.over(self._inputs, shape)
         results = self._results[: 3 * shape.rows].view(3, shape.rows)
 
-        def run() -> None:
+        def launch() -> None:
             append_blocks(self._slots.tables, inputs.table_places, inputs.table_blocks)
             ids = resolve(inputs.ids, inputs.slot_of, self._sampler.latest)
             logits = self._forward(ids, inputs)
@@ -166,13 +188,20 @@ class GpuEngine:
             if self._logits is not None:
                 self._logits[: shape.rows].copy_(logits)
 
-        if capture is None:
-            return _Prepared(inputs, results, run)
-        # Capturing also computes: a step of padding alone.
-        host = StepInputs.over(self._host[0].array(), shape)
-        fill(host, [], [], self._slots, self._model.block_tokens)
-        self._host[0].copy_to(self._inputs, packed_numbers(shape))
-        return _Prepared(inputs, results, capture(run))
+        return _Prepared(inputs, results, launch)
+
+    def _capture(self, graphs: Graphs) -> None:
+        """Capture all shapes, or find out why this model cannot be captured."""
+        for shape in self._ladder.shapes:
+            prepared = self._prepare(shape)
+            # Capturing also computes: a step of padding alone.
+            self._copy(shape, [], [], self._host[0])
+            if not self._prepared:
+                self.uncaptured = graphs.waits(prepared.launch)
+                if self.uncaptured:
+                    return
+            prepared.launch = graphs.capture(prepared.launch)
+            self._prepared[shape] = prepared
 
 
 class GpuStep:
@@ -180,7 +209,11 @@ class GpuStep:
 
     def __init__(self, rows: Sequence[Row], placed: Sequence[Slot], results: cuda.Fetch) -> None:
         self._rows = rows
-        self._placed = placed
+        self._faults = {
+            index: slot.fault
+            for index, (row, slot) in enumerate(zip(rows, placed, strict=True))
+            if row.sample and slot.fault is not None
+        }
         self._results = results
 
     def wait(self) -> list[Token | Fault | None]:
@@ -189,5 +222,7 @@ class GpuStep:
             table = self._results.wait()
         except Exception as error:
             raise cuda.as_broken(error) from error
-        ids, finite = table[:2].tolist()
-        logprobs = table[2].view(torch.float32).tolist()
+        tokens = read_tokens(table, self._rows)
+        for index, fault in self._faults.items():
+            tokens[index] = fault
+        return tokens

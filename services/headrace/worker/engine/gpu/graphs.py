@@ -30,7 +30,7 @@ class Ladder:
         self._decodes = [StepShape(rows, rows, 1) for rows in decode_sizes(max_running)]
         self._mixed = [
             StepShape(tokens, min(tokens, max_running), tile)
-            for tokens in mixed_sizes(step_tokens)
+            for tokens in mixed_sizes(max(step_tokens, max_running))
         ]
         self.shapes: Sequence[StepShape] = [*reversed(self._mixed), *reversed(self._decodes)]
 

@@ -28,18 +28,21 @@ class Slot:
     index      in the tensors on the device; NONE if it was taken away
     version    `Row.version` of the blocks in its table
     uploaded   number of entries of its table
-    counted    number of ids that the sampler has counted, the latest sampled token included
+    counted    number of ids that the sampler has counted, the latest sampled token included; -1 before
+               parameters are uploaded
+    counts     whether the parameters need these counts
     fault      why the parameters of the sequence cannot be applied; None if they can
     used       number of the last step that it was in
     """
 
-    __slots__ = ("counted", "fault", "index", "uploaded", "used", "version")
+    __slots__ = ("counted", "counts", "fault", "index", "uploaded", "used", "version")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.version = -1
         self.uploaded = 0
         self.counted = -1
+        self.counts = False
         self.fault: Fault | None = None
         self.used = 0
 
