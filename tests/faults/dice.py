@@ -12,7 +12,6 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
@@ -34,13 +33,13 @@ def draw(ids: Sequence[int], *, seed: int, greedy: bool, may_end: bool) -> int:
 class DiceEngine(EchoEngine):
     """The echo engine with other tokens. The checks of its KV memory apply here, too."""
 
-    def step(self, rows: Sequence[Row], *rest: Any, **named: Any) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
         """Compute all rows; see `Engine.step`."""
         if any(bytes(row.ids[: len(POISON)]) == POISON for row in rows):
             os._exit(13)  # as a fault of a driver ends a process: without a message
         return [
             _token(row) if isinstance(result, Token) else result
-            for row, result in zip(rows, super().step(rows, *rest, **named), strict=True)
+            for row, result in zip(rows, super().step(rows), strict=True)
         ]
 
 

@@ -8,7 +8,7 @@ does not know why a row is in the step, which caller it belongs to, or when to s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,6 +95,25 @@ class LaunchedStep(Protocol):
         of the blocks that the rows write are undefined.
         """
         ...
+
+
+class DeferredStep:
+    """A launched step of an engine that computes on the calling thread: `wait` computes it.
+
+    compute   computes all rows
+    """
+
+    __slots__ = ("_compute", "_rows")
+
+    def __init__(
+        self, compute: Callable[[Sequence[Row]], list[Token | Fault | None]], rows: Sequence[Row]
+    ) -> None:
+        self._compute = compute
+        self._rows = rows
+
+    def wait(self) -> list[Token | Fault | None]:
+        """See `LaunchedStep.wait`."""
+        return self._compute(self._rows)
 
 
 class Engine(Protocol):

@@ -91,17 +91,18 @@ class Run:
         now, model = float(self.steps), self.engine.model
         self.steps += 1
         self._record(self.scheduler.remove_ended(now))
-        rows = self.scheduler.plan(now)
+        step = self.scheduler.plan(now)
+        rows = step.rows
         assert bool(rows) != self.scheduler.idle, "there is work, but no step"
         assert len(rows) <= model.max_running
         tokens = sum(row.stop - row.start for row in rows)
-        assert tokens == self.scheduler.tokens <= max(self.step_tokens, model.max_running)
+        assert tokens == step.tokens <= max(self.step_tokens, model.max_running)
         size = model.block_tokens
         writers = [b for row in rows for b in row.blocks[row.start // size : (row.stop - 1) // size + 1]]
         tables = Counter(b for row in rows for b in row.blocks[: -(-row.stop // size)])
         assert all(tables[b] == 1 for b in writers), "a row writes to a block of another one"
         if rows:
-            self._record(self.scheduler.apply(rows, self.engine.step(rows), now))
+            self._record(self.scheduler.apply(step, self.engine.step(rows), now))
         self.scheduler.check()
         self._check_uncomputed()
         return rows
