@@ -43,7 +43,7 @@ class DeviceEngine:
     faulty     (step, row) of rows that cannot be sampled
     """
 
-    inner: HashEngine
+    inner: EchoEngine
     failing: frozenset[int] = frozenset()
     faulty: frozenset[tuple[int, int]] = frozenset()
     ahead: int = 1
@@ -109,6 +109,7 @@ class DeviceEngine:
         for row in rows:
             self.broken.add(row.memo)
             for block in row.blocks[row.start // size : (row.stop - 1) // size + 1]:
+                assert isinstance(self.inner, HashEngine)
                 self.inner.lose(block)
 
 

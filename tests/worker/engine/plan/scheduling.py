@@ -151,9 +151,8 @@ class Run:
                 break
             self.step()
         scheduler = self.scheduler
-        assert scheduler.idle and not self.in_flight, (
-            f"after {within} steps {scheduler.running} run, {scheduler.waiting} wait"
-        )
+        assert scheduler.idle, f"after {within} steps {scheduler.running} run, {scheduler.waiting} wait"
+        assert not self.in_flight
         assert (scheduler.running, scheduler.waiting, scheduler.uncomputed_prompt_tokens) == (0, 0, 0)
         assert scheduler.kv_tokens_free == self.engine.model.kv_tokens, "a block leaked"
 
