@@ -47,6 +47,8 @@ def _token(row: Row) -> Token:
     params = row.params
     may_end = not params.ignore_eos and row.stop - row.prompt >= params.min_tokens
     history = row.ids[: row.stop]
+    if history[-1] == EOS_ID:  # computed one step ahead of the end of the turn; nobody receives it
+        return Token(EOS_ID, 0.0)
     return Token(draw(history, seed=params.seed, greedy=params.temperature == 0, may_end=may_end), 0.0)
 
 
