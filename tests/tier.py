@@ -34,8 +34,8 @@ class OracleEngine(EchoEngine):
         super().__init__(**options)
         self.drew = drew
 
-    def step(self, rows: Sequence[Row], *rest: Any) -> list[Token | Fault | None]:
-        results = super().step(rows, *rest)
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+        results = super().step(rows)
         for row, result in zip(rows, results, strict=True):
             if self.drew is not None and result is not None:
                 self.drew(row.stop - row.prompt)

@@ -12,7 +12,6 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
@@ -34,13 +33,13 @@ def draw(ids: Sequence[int], *, seed: int, greedy: bool, may_end: bool) -> int:
 class DiceEngine(EchoEngine):
     """The echo engine with other tokens. The checks of its KV memory apply here, too."""
 
-    def step(self, rows: Sequence[Row], *rest: Any, **named: Any) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
         """Compute all rows; see `Engine.step`."""
         if any(bytes(row.ids[: len(POISON)]) == POISON for row in rows):
             os._exit(13)  # as a fault of a driver ends a process: without a message
         return [
             _token(row) if isinstance(result, Token) else result
-            for row, result in zip(rows, super().step(rows, *rest, **named), strict=True)
+            for row, result in zip(rows, super().step(rows), strict=True)
         ]
 
 
@@ -48,6 +47,8 @@ def _token(row: Row) -> Token:
     params = row.params
     may_end = not params.ignore_eos and row.stop - row.prompt >= params.min_tokens
     history = row.ids[: row.stop]
+    if history[-1] == EOS_ID:  # computed one step ahead of the end of the turn; nobody receives it
+        return Token(EOS_ID, 0.0)
     return Token(draw(history, seed=params.seed, greedy=params.temperature == 0, may_end=may_end), 0.0)
 
 

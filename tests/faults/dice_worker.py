@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 from headrace.runtime.serving.server import run, until_signal
 from headrace.runtime.telemetry import logs
@@ -14,14 +15,19 @@ from headrace.worker.settings import Settings
 from tests.faults.dice import DiceEngine
 
 
-async def main(settings: Settings) -> None:
-    """Serve until a signal arrives."""
+async def main(settings: Settings, wrap: Callable[[DiceEngine], Engine]) -> None:
+    """Serve until a signal arrives.
+
+    wrap   makes the worker's engine of a dice engine
+    """
 
     def load() -> Engine:
-        engine = DiceEngine(
-            context_length=settings.context_length or 4096,
-            max_running=settings.max_running,
-            step_seconds=settings.fake_step_seconds,
+        engine = wrap(
+            DiceEngine(
+                context_length=settings.context_length or 4096,
+                max_running=settings.max_running,
+                step_seconds=settings.fake_step_seconds,
+            )
         )
         return FaultyEngine(engine, FaultPlan.parse(settings.faults)) if settings.faults else engine
 
@@ -29,7 +35,12 @@ async def main(settings: Settings) -> None:
         await until_signal()
 
 
-if __name__ == "__main__":
-    settings = Settings.load(program="python -m tests.faults.dice_worker")
+def start(program: str, wrap: Callable[[DiceEngine], Engine]) -> None:
+    """Run a worker with the settings of the command line."""
+    settings = Settings.load(program=f"python -m {program}")
     logs.configure("worker", settings.log_level)
-    run(main(settings))
+    run(main(settings, wrap))
+
+
+if __name__ == "__main__":
+    start("tests.faults.dice_worker", lambda engine: engine)

@@ -34,6 +34,29 @@ async def test_a_row_that_cannot_be_sampled_affects_no_other(
     assert counted.outcomes["SEQUENCE_FAULT"] < counted.moved, "most of them were hidden"
 
 
+async def test_a_worker_whose_device_breaks_exits_and_its_answers_continue_elsewhere(
+    fleets: Fleets, row: Callable[[str], Row], rng: random.Random
+) -> None:
+    """Every later step of it would fail. Two steps are in flight when it breaks."""
+    counted = row("the device of a worker breaks under load")
+    async with (
+        fleets(replace(PLAN, worker_module="tests.faults.device_worker")) as few,
+        connect(few.target, retries=0) as client,
+    ):
+        bad = few.workers[1]
+        bad.flags = [*bad.flags, "--faults", "break_device_after_tokens=400"]
+        await bad.kill()
+        await few.heal()
+        asked = mixed(rng, 40, min_tokens=40, max_tokens=60)
+        counted.add(await asyncio.gather(*(visit(client, one) for one in asked)))
+        code = await bad.gone()
+
+    counted.check()
+    assert counted.moved > 0, "the fault affected answers"
+    assert code == 1
+    assert "the device failed" in bad.tail()
+
+
 async def test_the_breaker_of_a_failing_engine_opens_and_probes_with_one_request(
     fleets: Fleets, row: Callable[[str], Row], rng: random.Random
 ) -> None:

@@ -17,7 +17,6 @@ from headrace.client import chat, connect
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace.worker.engine.echo import FAULT_ID, EchoEngine
-from headrace.worker.engine.interface import nothing
 from tests.harness import Mesh, collect, eventually, prompt, running_mesh, until_healthy
 
 GENERATE = "/headrace.v1.GenerationService/Generate"
@@ -228,11 +227,11 @@ class _Exploding(EchoEngine):
         super().__init__()
         self.steps = 0
 
-    def step(self, rows, meanwhile=nothing):  # type: ignore[no-untyped-def]
+    def step(self, rows):  # type: ignore[no-untyped-def]
         self.steps += 1
         if self.steps == 3:
             raise RuntimeError("kernel panic")
-        return super().step(rows, meanwhile)
+        return super().step(rows)
 
 
 async def test_an_engine_that_raises_once_is_retried_transparently(caplog: pytest.LogCaptureFixture) -> None:

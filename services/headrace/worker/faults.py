@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from headrace.worker.engine.interface import Engine, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import (
+    Engine,
+    EngineBroken,
+    Fault,
+    LaunchedStep,
+    ModelInfo,
+    Row,
+    Token,
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +31,19 @@ log = logging.getLogger(__name__)
 class FaultPlan:
     """The faults to inject; 0 for never.
 
-    step_delay           seconds added to each step
-    crash_after_tokens   the process is killed by SIGKILL before it returns the token of this number
-    stall_after_tokens   the engine hangs before it returns the token of this number; the process runs on
-    raise_step           the step of this number, and of each multiple, raises
-    nan_row              the token of this number, and of each multiple, cannot be sampled
-    crash_on_id          the process is killed when it computes a prompt that contains this token id
+    step_delay                  seconds added to each step
+    crash_after_tokens          the process is killed by SIGKILL before it returns the token of this number
+    stall_after_tokens          the engine hangs before it returns the token of this number; the rest runs on
+    break_device_after_tokens   the device is lost before it returns the token of this number
+    raise_step                  the step of this number, and of each multiple, raises
+    nan_row                     the token of this number, and of each multiple, cannot be sampled
+    crash_on_id                 the process is killed when it computes a prompt that contains this token id
     """
 
     step_delay: float = 0.0
     crash_after_tokens: int = 0
     stall_after_tokens: int = 0
+    break_device_after_tokens: int = 0
     raise_step: int = 0
     nan_row: int = 0
     crash_on_id: int = 0
@@ -71,17 +81,26 @@ class FaultyEngine:
         """The model of the inner engine."""
         return self._inner.model
 
-    def step(self, rows: Sequence[Row], *rest: Any) -> list[Token | Fault | None]:
-        """See `Engine.step`."""
+    @property
+    def ahead(self) -> int:
+        """How far the inner engine runs ahead."""
+        return self._inner.ahead
+
+    def launch(self, rows: Sequence[Row]) -> FaultyStep:
+        """See `Engine.launch`."""
         plan = self._plan
         self._steps += 1
-        if plan.step_delay:
-            time.sleep(plan.step_delay)
         if plan.crash_on_id and any(plan.crash_on_id in row.ids[row.start : row.stop] for row in rows):
             _crash()
         if plan.raise_step and self._steps % plan.raise_step == 0:
             raise RuntimeError("this step fails on purpose (--faults)")
-        return [self._spoil(result) for result in self._inner.step(rows, *rest)]
+        return FaultyStep(self, self._inner.launch(rows))
+
+    def wait(self, step: LaunchedStep) -> list[Token | Fault | None]:
+        """Return the results of a step of the inner engine, with faults."""
+        if self._plan.step_delay:
+            time.sleep(self._plan.step_delay)
+        return [self._spoil(result) for result in step.wait()]
 
     def _spoil(self, result: Token | Fault | None) -> Token | Fault | None:
         if not isinstance(result, Token):
@@ -92,9 +111,23 @@ class FaultyEngine:
             _crash()
         if self._tokens == plan.stall_after_tokens:
             threading.Event().wait()
+        if self._tokens == plan.break_device_after_tokens:
+            raise EngineBroken("the device is lost on purpose (--faults)")
         if plan.nan_row and self._tokens % plan.nan_row == 0:
             return Fault("the logits are not finite, on purpose (--faults)")
         return result
+
+
+@dataclass(frozen=True, slots=True)
+class FaultyStep:
+    """A launched step of a faulty engine."""
+
+    engine: FaultyEngine
+    step: LaunchedStep
+
+    def wait(self) -> list[Token | Fault | None]:
+        """See `LaunchedStep.wait`."""
+        return self.engine.wait(self.step)
 
 
 def _crash() -> None:

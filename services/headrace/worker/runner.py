@@ -164,6 +164,7 @@ class StepReport(Generic[K]):
     rows, tokens, seconds      rows and ids that the step computed, and its wall time
     decodes                    how many of the tokens continued an answer; the others were prompt, or the
                                resumed part of an answer
+    dropped                    sampled tokens whose sequences had ended meanwhile; they are in no update
     started, ended             time.time_ns() before and after the step
     running, waiting           sequences, after the step
     kv_tokens_free             free capacity of KV memory in tokens, after the step
@@ -177,6 +178,7 @@ class StepReport(Generic[K]):
     rows: int = 0
     tokens: int = 0
     decodes: int = 0
+    dropped: int = 0
     seconds: float = 0.0
     started: int = 0
     ended: int = 0

@@ -233,12 +233,12 @@ async def test_a_prompt_that_kills_workers_stops_after_two_without_harming_other
     class Mortal(EchoEngine):
         """Appears dead from outside when it computes a prompt that starts with "poison"."""
 
-        def step(self, rows, *rest):  # type: ignore[no-untyped-def]
+        def step(self, rows):  # type: ignore[no-untyped-def]
             for row in rows:
                 if row.start == 0 and bytes(id for id in row.ids[:6] if id < 256) == b"poison":
                     loop.call_soon_threadsafe(wires[engines.index(self)].cut)
                     dead.wait(0.3)  # nothing of this step is received
-            return super().step(rows, *rest)
+            return super().step(rows)
 
     import threading
 
@@ -263,9 +263,9 @@ async def test_a_first_token_ends_probation_and_the_next_request_follows_immedia
     dead = threading.Event()
 
     class Mortal(EchoEngine):
-        def step(self, rows, *rest):  # type: ignore[no-untyped-def]
+        def step(self, rows):  # type: ignore[no-untyped-def]
             dead.wait(PATIENCE)
-            return super().step(rows, *rest)
+            return super().step(rows)
 
     async with running_tier([Mortal(), EchoEngine(step_seconds=0.01)]) as tier:
         pool = tier.batcher.coalescer.pool
@@ -292,11 +292,11 @@ class _Failing(EchoEngine):
         super().__init__()
         self.failures = failures
 
-    def step(self, rows, *rest):  # type: ignore[no-untyped-def]
+    def step(self, rows):  # type: ignore[no-untyped-def]
         if self.failures:
             self.failures -= 1
             raise RuntimeError("out of memory")
-        return super().step(rows, *rest)
+        return super().step(rows)
 
 
 async def test_a_request_with_an_engine_fault_is_retried_on_another_worker() -> None:

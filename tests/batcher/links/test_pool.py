@@ -36,9 +36,9 @@ async def test_work_is_spread_over_the_workers() -> None:
     class Blocked(EchoEngine):
         """Makes no step before it is released."""
 
-        def step(self, rows, *rest):  # type: ignore[no-untyped-def]
+        def step(self, rows):  # type: ignore[no-untyped-def]
             go.wait(PATIENCE)
-            return super().step(rows, *rest)
+            return super().step(rows)
 
     async with running_tier([Blocked(), Blocked(), Blocked()]) as tier:
         reading = [asyncio.create_task(collect(tier.client, prompt(f"n{n:02}" * 12))) for n in range(12)]

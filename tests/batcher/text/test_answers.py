@@ -37,10 +37,8 @@ class Script(EchoEngine):
     def model(self) -> ModelInfo:
         return replace(super().model, vocabulary_size=1000, eos_ids=frozenset({self._eos}))
 
-    def step(self, rows: Sequence[Row], *rest: Any) -> list[Token | Fault | None]:
-        return [
-            result and self._next(row) for row, result in zip(rows, super().step(rows, *rest), strict=True)
-        ]
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+        return [result and self._next(row) for row, result in zip(rows, super().step(rows), strict=True)]
 
     def _next(self, row: Row) -> Token:
         offset = row.stop - row.prompt

@@ -29,9 +29,9 @@ class Recording(EchoEngine):
 
     asked: SamplingParams | None = None
 
-    def step(self, rows: Sequence[Row], *rest: Any) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
         self.asked = rows[0].params
-        return super().step(rows, *rest)
+        return super().step(rows)
 
 
 async def test_fields_that_a_request_leaves_out_have_the_recommended_values() -> None:

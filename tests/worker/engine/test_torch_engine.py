@@ -3,6 +3,7 @@ from __future__ import annotations
 import queue
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,19 +232,14 @@ def test_a_step_in_which_no_row_samples_returns_no_tokens(tiny_engine: Engine) -
     assert engine.step(rows) == [None, None]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_meanwhile_is_called_once_in_every_step(fails: bool, tiny_engine: Engine) -> None:
+def test_a_launched_step_is_computed_when_it_is_awaited(tiny_engine: Engine) -> None:
     engine = tiny_engine()
-    calls: list[str] = []
-    row = Row([] if fails else blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, GREEDY)
+    row = Row(blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, GREEDY)
+    broken = engine.launch([replace(row, blocks=[])])
 
-    if fails:
-        with pytest.raises(ValueError, match="could not broadcast"):
-            engine.step([row], lambda: calls.append("call"))
-    else:
-        engine.step([row], lambda: calls.append("call"))
-
-    assert calls == ["call"]
+    assert engine.launch([row]).wait() == engine.step([row])
+    with pytest.raises(ValueError, match="could not broadcast"):
+        broken.wait()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])

@@ -8,9 +8,9 @@ needs neither torch nor weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token, nothing
+from headrace.worker.engine.interface import DeferredStep, Fault, ModelInfo, Row, Token
 
 # One id per byte of UTF-8, then the special ids, as in `batcher.text.tokens.ByteTokenizer`.
 VOCABULARY_SIZE = 258
@@ -96,11 +96,17 @@ class EchoEngine:
         """The description of a model that does not exist."""
         return self._model
 
-    def step(
-        self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing
-    ) -> list[Token | Fault | None]:
-        """Compute all rows; see `Engine.step`."""
-        meanwhile()
+    @property
+    def ahead(self) -> int:
+        """0: it computes on the calling thread."""
+        return 0
+
+    def launch(self, rows: Sequence[Row]) -> DeferredStep:
+        """See `Engine.launch`."""
+        return DeferredStep(self.step, rows)
+
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+        """Compute all rows now. Returns what `LaunchedStep.wait` does."""
         if self._step_seconds:
             time.sleep(self._step_seconds)
         # All reads precede all writes, so that a row that reads what another row writes is rejected too.

@@ -1,4 +1,4 @@
-"""Compute a step's logits: the interface of the engine to the model, and the transformers models."""
+"""Compute a step's logits on the CPU: the engine's interface to the model, and transformers' models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from headrace.worker.engine.flat_step import FlatStep
-from headrace.worker.engine.gpu import cuda
 from headrace.worker.engine.transformers_attention import StepAttention
 
 
@@ -19,8 +18,7 @@ class Forward(Protocol):
     def __call__(self, flat: FlatStep) -> torch.Tensor:
         """Store the step's keys and values and compute its logits.
 
-        Returns [sampling rows, vocabulary], in the order of `flat.sampling`; valid until the next call. On
-        CUDA the work is queued, without waiting for it.
+        Returns [sampling rows, vocabulary], in the order of `flat.sampling`; valid until the next call.
         """
         ...
 
@@ -47,12 +45,11 @@ class TransformersForward:
         kept = flat.last
         if len(kept):
             kept = np.pad(kept, (0, max(self._min_tokens - len(kept), 0)), mode="edge")
-        device = self._network.device
         outputs = self._network(
-            input_ids=cuda.to_device(torch.from_numpy(np.pad(flat.ids, padding)[None]), device),
-            position_ids=cuda.to_device(torch.from_numpy(np.pad(flat.positions, padding)[None]), device),
+            input_ids=torch.from_numpy(np.pad(flat.ids, padding)[None]),
+            position_ids=torch.from_numpy(np.pad(flat.positions, padding)[None]),
             use_cache=False,
-            logits_to_keep=cuda.to_device(torch.from_numpy(kept), device),
+            logits_to_keep=torch.from_numpy(kept),
             headrace_step=self._attention(flat),
         )
         logits: torch.Tensor = outputs.logits[0, : len(flat.last)]

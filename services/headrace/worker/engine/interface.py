@@ -8,7 +8,7 @@ does not know why a row is in the step, which caller it belongs to, or when to s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,18 +37,21 @@ class Row:
     """One sequence's part of one step: a chunk of its prompt, or its latest token. Never modified.
 
     blocks   the sequence's block table: block `blocks[p // block_tokens]` holds the key and value of
-             position p, at index `p % block_tokens`. Covers at least positions 0 to stop - 1. Valid for
-             this step only: it grows, and blocks of equal contents may be exchanged
+             position p, at index `p % block_tokens`. Covers at least positions 0 to stop - 1. It grows,
+             and blocks of equal contents may be exchanged, so an engine that runs ahead copies what it
+             needs at the launch
     start    position of the first id to compute. The blocks hold the keys and values of all positions
              before it, written in earlier steps by this sequence or by one with the same prefix
     stop     position after the last id to compute; the step computes `ids[start:stop]`
-    ids      prompt and answer so far: the whole history, not only the chunk. Grows between steps
+    ids      prompt and answer so far: the whole history, not only the chunk. Grows when tokens are known,
+             also while the step is in flight
     prompt   number of ids that are prompt; the rest is answer
     sample   whether to sample the token at position `stop`: true for decodes and for the last chunk of a
              prompt, false for earlier chunks
     memo     the sequence's own, the same in all of its rows; a new one by default
     pending  whether the row's only id, at position start, is the token that the sequence's row in the step
-             before samples, and not known yet: `ids` ends before it. Only for engines with `ahead`
+             before samples, and not known yet: at the launch `ids` ends before it. Only for engines with
+             `ahead`. If the row before fails, or its token ends the sequence, this row's result is ignored
     version  identifies the contents of `blocks`: while it is unchanged, blocks are only appended. Unique
              among all block tables
     """
@@ -95,6 +98,25 @@ class LaunchedStep(Protocol):
         of the blocks that the rows write are undefined.
         """
         ...
+
+
+class DeferredStep:
+    """A launched step of an engine that computes on the calling thread: `wait` computes it.
+
+    compute   computes all rows
+    """
+
+    __slots__ = ("_compute", "_rows")
+
+    def __init__(
+        self, compute: Callable[[Sequence[Row]], list[Token | Fault | None]], rows: Sequence[Row]
+    ) -> None:
+        self._compute = compute
+        self._rows = rows
+
+    def wait(self) -> list[Token | Fault | None]:
+        """See `LaunchedStep.wait`."""
+        return self._compute(self._rows)
 
 
 class Engine(Protocol):

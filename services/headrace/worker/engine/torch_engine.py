@@ -1,12 +1,12 @@
 """The engine with a model: a `Forward` computes logits over paged KV memory, `sampling` samples from them.
 
-`load.loading` makes these engines from files. Work of an asynchronous device is queued here, and awaited only
-after the caller's own work, so that scheduling overlaps with a GPU's computation.
+It computes on the calling thread, on the CPU; the engine of a GPU is `gpu.engine`. `load.loading` makes these
+engines from files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from headrace.worker.engine.cpu.decoder import Decoder
 from headrace.worker.engine.flat_step import flatten
 from headrace.worker.engine.forward import Forward
-from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token, nothing
+from headrace.worker.engine.interface import DeferredStep, Fault, ModelInfo, Row, Token
 from headrace.worker.engine.sampling import Sampler
 
 
@@ -42,43 +42,41 @@ class TorchEngine:
     def __init__(self, forward: Forward, model: ModelInfo) -> None:
         self._forward = forward
         self._model = model
-        device = torch.device(model.device)
-        self._overlaps = device.type != "cpu"  # the device computes while this thread runs on
-        self._sampler = Sampler(model.eos_ids, device)
+        self._sampler = Sampler(model.eos_ids, torch.device(model.device))
 
     @property
     def model(self) -> ModelInfo:
         """The loaded model; constant."""
         return self._model
 
-    def step(
-        self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing
-    ) -> list[Token | Fault | None]:
-        """Compute all rows; see `Engine.step`.
+    @property
+    def ahead(self) -> int:
+        """0: it computes on the calling thread."""
+        return 0
+
+    def launch(self, rows: Sequence[Row]) -> DeferredStep:
+        """See `Engine.launch`."""
+        return DeferredStep(self.step, rows)
+
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+        """Compute all rows now. Returns what `LaunchedStep.wait` does.
 
         A row whose logits are not finite gets a Fault. Other errors, such as too little memory, are raised.
         """
-        computed = self.compute(rows, meanwhile)
+        computed = self.compute(rows)
         results: list[Token | Fault | None] = [None] * len(rows)
         for index, token in zip(computed.sampling, computed.tokens, strict=True):
             results[index] = token
         return results
 
     @torch.inference_mode()
-    def compute(self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing) -> Computed:
+    def compute(self, rows: Sequence[Row]) -> Computed:
         """Compute all rows as `step` does, and return the logits too."""
-        calls = [meanwhile]  # called exactly once, even if the step fails
-        try:
-            flat = flatten(rows, self._model.block_tokens)
-            if not self._overlaps:
-                calls.pop()()
-            logits = self._forward(flat)
-            sampling: list[int] = flat.sampling.tolist()
-            drawing = self._sampler.start(logits, [rows[i] for i in sampling]) if sampling else None
-        finally:
-            if calls:
-                calls.pop()()
-        return Computed(sampling, logits, drawing.tokens() if drawing is not None else [])
+        flat = flatten(rows, self._model.block_tokens)
+        logits = self._forward(flat)
+        sampling: list[int] = flat.sampling.tolist()
+        tokens = self._sampler.start(logits, [rows[i] for i in sampling]).tokens() if sampling else []
+        return Computed(sampling, logits, tokens)
 
     @torch.inference_mode()
     def profile(self, rows: Sequence[Row]) -> Mapping[str, float]:

@@ -1,16 +1,18 @@
-"""Run a scheduler with an echo engine, with checks after each step."""
+"""Run a scheduler with an engine that checks its blocks, with further checks after each step."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from headrace.deadline import NEVER, Deadline
-from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.engine.interface import Row
-from headrace.worker.engine.plan.scheduler import LiveSequence, Scheduler
+from headrace.worker.engine.interface import Engine, Fault, LaunchedStep, Row, Token
+from headrace.worker.engine.plan.scheduler import Scheduler
+from headrace.worker.engine.plan.sequences import LiveSequence, PlannedStep
 from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, SequenceUpdate
+
+ON_PURPOSE = "on purpose"  # the message of errors that tests inject
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,26 @@ def sequence(key: int, arrival: Arrival) -> SequenceSpec[int]:
 
 @dataclass
 class Run:
-    """A scheduler with an echo engine; its accounting is checked after each step.
+    """A scheduler with an engine; its accounting is checked after each step.
 
     The engine rejects a row whose blocks do not hold exactly the ids that the row claims are computed: no
     sequence may use another one's keys.
+
+    failed    keys of the sequences whose rows were in a step that raised
+    dropped   tokens of sequences that had ended
     """
 
-    engine: EchoEngine
+    engine: Engine
     step_tokens: int = 512
     prefix_cache: bool = True
     steps: int = 0
+    dropped: int = 0
+    in_flight: deque[tuple[PlannedStep[int], LaunchedStep]] = field(default_factory=deque)
     answers: dict[int, list[int]] = field(default_factory=dict)
     endings: dict[int, FinishReason] = field(default_factory=dict)
     ended_at: dict[int, int] = field(default_factory=dict)
     sequences: dict[int, LiveSequence[int]] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.scheduler: Scheduler[int] = Scheduler(
@@ -91,20 +99,44 @@ class Run:
         now, model = float(self.steps), self.engine.model
         self.steps += 1
         self._record(self.scheduler.remove_ended(now))
-        rows = self.scheduler.plan(now)
-        assert bool(rows) != self.scheduler.idle, "there is work, but no step"
+        step = self.scheduler.plan(now)
+        rows = step.rows
+        assert not (rows and self.scheduler.idle), "a step for nothing"
+        assert rows or self.in_flight or self.scheduler.idle, "there is work, but no step"
         assert len(rows) <= model.max_running
         tokens = sum(row.stop - row.start for row in rows)
-        assert tokens == self.scheduler.tokens <= max(self.step_tokens, model.max_running)
+        assert tokens == step.tokens <= max(self.step_tokens, model.max_running)
         size = model.block_tokens
         writers = [b for row in rows for b in row.blocks[row.start // size : (row.stop - 1) // size + 1]]
         tables = Counter(b for row in rows for b in row.blocks[: -(-row.stop // size)])
         assert all(tables[b] == 1 for b in writers), "a row writes to a block of another one"
+        lengths = [one.length for one in step.sequences]
+        assert all(row.stop < length for row, length in zip(rows, lengths, strict=True)), "beyond its end"
         if rows:
-            self._record(self.scheduler.apply(rows, self.engine.step(rows), now))
+            self.in_flight.append((step, self.engine.launch(rows)))
+        while len(self.in_flight) > (self.engine.ahead if rows else 0):
+            self._land(now)
         self.scheduler.check()
         self._check_uncomputed()
         return rows
+
+    def _land(self, now: float) -> None:
+        """Apply the oldest launched step."""
+        step, launched = self.in_flight.popleft()
+        results: Sequence[Token | Fault | None]
+        try:
+            results = launched.wait()
+        except RuntimeError as error:
+            if str(error) != ON_PURPOSE:
+                raise
+            results = [Fault(ON_PURPOSE)] * len(step.rows)
+        self.failed |= {
+            one.spec.key
+            for one, result in zip(step.sequences, results, strict=True)
+            if isinstance(result, Fault)
+        }
+        self._record(self.scheduler.apply(step, results, now))
+        self.dropped += self.scheduler.dropped
 
     def _check_uncomputed(self) -> None:
         live = [one for key, one in self.sequences.items() if key not in self.endings]
@@ -115,11 +147,12 @@ class Run:
     def finish(self, within: int) -> None:
         """Run until all sequences have ended."""
         for _ in range(within):
-            if self.scheduler.idle:
+            if self.scheduler.idle and not self.in_flight:
                 break
             self.step()
         scheduler = self.scheduler
         assert scheduler.idle, f"after {within} steps {scheduler.running} run, {scheduler.waiting} wait"
+        assert not self.in_flight
         assert (scheduler.running, scheduler.waiting, scheduler.uncomputed_prompt_tokens) == (0, 0, 0)
         assert scheduler.kv_tokens_free == self.engine.model.kv_tokens, "a block leaked"
 

@@ -98,6 +98,21 @@ def test_a_sequence_continues_after_what_another_has_computed_meanwhile() -> Non
     pool.check([slow.blocks, fast.blocks])
 
 
+def test_the_version_of_a_table_changes_only_when_a_block_is_exchanged() -> None:
+    """An engine uploads a table again only then."""
+    pool = BlockPool(8, 4)
+    slow, fast = started(pool, IDS), started(pool, [*IDS[:10], 1])
+    versions = {slow.version, fast.version}
+    fast.grow()
+    fast.publish([*IDS[:10], 1], 11)
+    assert len(versions) == 2
+    assert fast.version in versions
+
+    slow.publish(IDS, 2)
+
+    assert slow.version not in versions
+
+
 def test_invalidated_blocks_and_their_continuations_are_no_longer_cached() -> None:
     pool = BlockPool(12, 4)
     broken = computed(pool, IDS[:8])

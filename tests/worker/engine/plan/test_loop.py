@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -14,34 +14,25 @@ from hypothesis import strategies as st
 
 from headrace.deadline import NEVER, Deadline
 from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.engine.interface import Fault, Row, Token, nothing
+from headrace.worker.engine.interface import DeferredStep, Engine, Fault, Row, Token
 from headrace.worker.engine.plan import loop as loop_module
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, StepReport
+from tests.worker.engine.plan.device import DeviceEngine
 
 SECONDS = 90  # longer than a step takes on any machine
 
 
 class GatedEngine(EchoEngine):
-    """Computes a step only when the test permits it, and shows which rows are in it.
+    """Computes a step only when the test permits it, and shows which rows are in it."""
 
-    asynchronous   whether it stands for an asynchronous device, which calls *meanwhile* after the launch
-    """
-
-    def __init__(self, *, asynchronous: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__(max_running=4)
-        self.asynchronous = asynchronous
         self.entered: queue.Queue[set[int]] = queue.Queue()
         self.permits: queue.Queue[None] = queue.Queue()
 
-    def step(
-        self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing
-    ) -> list[Token | Fault | None]:
-        if not self.asynchronous:
-            meanwhile()
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
         self.entered.put({row.ids[0] for row in rows})
-        if self.asynchronous:
-            meanwhile()
         self.permits.get(timeout=SECONDS)
         return super().step(rows)
 
@@ -53,7 +44,7 @@ def sequence(key: int, length: int = 3, *, deadline: Deadline = NEVER, tokens: i
 
 @contextmanager
 def running(
-    engine: EchoEngine, *, step_tokens: int = 512
+    engine: Engine, *, step_tokens: int = 512
 ) -> Iterator[tuple[EngineLoop[int], queue.Queue[StepReport[int]]]]:
     reports: queue.Queue[StepReport[int]] = queue.Queue()
     loop: EngineLoop[int] = EngineLoop(engine, step_tokens=step_tokens)
@@ -180,40 +171,49 @@ def test_stopping_does_not_wait_forever_for_a_step_that_hangs() -> None:
             engine.permits.put(None)
 
 
-def test_a_step_is_reported_while_a_device_computes_the_next_or_before_a_thread_does() -> None:
-    for asynchronous in (True, False):
-        engine = GatedEngine(asynchronous=asynchronous)
-        with running(engine) as (loop, reports):
-            loop.submit(sequence(1, tokens=2))
-            engine.entered.get(timeout=SECONDS)
-            assert reports.empty()
-            engine.permits.put(None)
-            engine.entered.get(timeout=SECONDS)
+def test_a_step_is_reported_before_the_thread_computes_the_next() -> None:
+    engine = GatedEngine()
+    with running(engine) as (loop, reports):
+        loop.submit(sequence(1, tokens=2))
+        engine.entered.get(timeout=SECONDS)
+        assert reports.empty()
+        engine.permits.put(None)
+        engine.entered.get(timeout=SECONDS)
 
-            first = reports.get(timeout=SECONDS)  # the second step is still being computed
-            assert [list(update.token_ids) for update in first.updates] == [[1]]
-            engine.permits.put(None)
+        first = reports.get(timeout=SECONDS)  # the second step is still being computed
+        assert [list(update.token_ids) for update in first.updates] == [[1]]
+        engine.permits.put(None)
 
-            last = reports.get(timeout=SECONDS)  # immediately, because no step follows
-            assert last.updates[0].finish is FinishReason.LENGTH
+        last = reports.get(timeout=SECONDS)  # immediately, because no step follows
+        assert last.updates[0].finish is FinishReason.LENGTH
 
 
 class FailingEngine(EchoEngine):
-    """Raises in its second step, before it calls *meanwhile*."""
+    """Fails in its second step.
 
-    steps = 0
+    at_launch   whether the launch raises, or the step
+    """
 
-    def step(
-        self, rows: Sequence[Row], meanwhile: Callable[[], None] = nothing
-    ) -> list[Token | Fault | None]:
+    def __init__(self, *, at_launch: bool) -> None:
+        super().__init__(block_tokens=2)
+        self.at_launch = at_launch
+        self.steps = 0
+
+    def launch(self, rows: Sequence[Row]) -> DeferredStep:
         self.steps += 1
+        if self.steps == 2 and self.at_launch:
+            raise RuntimeError("no memory")
+        return super().launch(rows)
+
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
         if self.steps == 2:
             raise RuntimeError("no memory")
-        return super().step(rows, meanwhile)
+        return super().step(rows)
 
 
-def test_a_step_that_raises_loses_no_report_and_caches_nothing() -> None:
-    engine = FailingEngine(block_tokens=2)
+@pytest.mark.parametrize("at_launch", [False, True])
+def test_a_step_that_raises_loses_no_report_and_caches_nothing(at_launch: bool) -> None:
+    engine = FailingEngine(at_launch=at_launch)
     ended: list[tuple[FinishReason, list[int], int]] = []
     with running(engine) as (loop, reports):
         for _ in range(2):  # equal prompts: the second would share what the first computed
@@ -233,13 +233,16 @@ def test_a_step_that_raises_loses_no_report_and_caches_nothing() -> None:
 
 
 @given(
-    plan=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20), st.booleans()), min_size=1, max_size=10)
+    ahead=st.booleans(),
+    plan=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20), st.booleans()), min_size=1, max_size=10),
 )
 @settings(max_examples=30, deadline=None)
 def test_random_arrivals_and_cancels_from_another_thread_end_exactly_once(
+    ahead: bool,
     plan: list[tuple[int, int, bool]],
 ) -> None:
-    engine = EchoEngine(max_running=3, context_length=64, block_tokens=4, kv_blocks=18)
+    echo = EchoEngine(max_running=3, context_length=64, block_tokens=4, kv_blocks=18)
+    engine = DeviceEngine(echo) if ahead else echo
     answers: dict[int, list[int]] = {key: [] for key in range(len(plan))}
     endings: dict[int, FinishReason] = {}
     with running(engine, step_tokens=7) as (loop, reports):

@@ -256,9 +256,9 @@ def test_a_fault_ends_only_its_row_and_its_keys_are_not_shared() -> None:
     scheduler.add(sequence(0, Arrival(30, 70, 5)))
     scheduler.apply(scheduler.plan(0.0), [None], 0.0)
     scheduler.add(sequence(1, Arrival(0, 1, 5)))
-    rows = scheduler.plan(0.0)
+    step = scheduler.plan(0.0)
 
-    updates = scheduler.apply(rows, [Fault("broken"), Token(7)], 0.0)
+    updates = scheduler.apply(step, [Fault("broken"), Token(7)], 0.0)
 
     assert [(update.finish, update.fault, update.token_ids) for update in updates] == [
         (FinishReason.FAULT, "broken", ()),
@@ -266,7 +266,7 @@ def test_a_fault_ends_only_its_row_and_its_keys_are_not_shared() -> None:
     ]
     scheduler.check()
     scheduler.add(sequence(2, Arrival(30, 70, 5)))
-    assert scheduler.plan(0.0)[-1].start == 0
+    assert scheduler.plan(0.0).rows[-1].start == 0
 
 
 def test_a_sequence_that_can_never_fit_is_refused_immediately() -> None:
@@ -292,9 +292,9 @@ def test_the_end_of_turn_token_is_not_part_of_the_answer_unless_ignored() -> Non
 def test_resumed_tokens_count_towards_max_tokens_and_offsets() -> None:
     scheduler: Scheduler[int] = Scheduler(EchoEngine().model)
     scheduler.add(sequence(0, Arrival(0, 3, 4, resumed=3)))
-    rows = scheduler.plan(0.0)
+    step = scheduler.plan(0.0)
 
-    (update,) = scheduler.apply(rows, [Token(8)], 0.0)
+    (update,) = scheduler.apply(step, [Token(8)], 0.0)
 
-    assert (rows[0].start, rows[0].stop) == (0, 6)
+    assert [(row.start, row.stop) for row in step.rows] == [(0, 6)]
     assert (update.offset, update.token_ids, update.finish) == (3, (8,), FinishReason.LENGTH)

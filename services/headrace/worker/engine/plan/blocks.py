@@ -46,6 +46,7 @@ class BlockPool:
         # Unreferenced but cached, least recently used first. A sequence that references a block references
         # those before it too, and releases the last one first: so no block is ahead of its continuations.
         self._evictable: dict[int, None] = {}
+        self._versions = 0
 
     @property
     def available(self) -> int:
@@ -143,6 +144,11 @@ class BlockPool:
             self._keys[block] = None
             self._prefixes[block] = _NO_PREFIX
 
+    def next_version(self) -> int:
+        """Return a number that identifies the contents of a block table, and no other's."""
+        self._versions += 1
+        return self._versions
+
     def check(self, used: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError if the accounting is wrong for sequences that use these blocks. For tests."""
         references = [0] * self.blocks
@@ -165,17 +171,19 @@ class BlockPool:
 class BlockTable:
     """The blocks of one sequence, in order.
 
-    found    cached blocks of its prefix, from `BlockPool.match`. The other ids get blocks of their own;
-             `BlockPool.need` returns how many must be available
-    scope    within which its blocks are cached
-    blocks   their numbers
-    end      position after the first block that is not cached
+    found     cached blocks of its prefix, from `BlockPool.match`. The other ids get blocks of their own;
+              `BlockPool.need` returns how many must be available
+    scope     within which its blocks are cached
+    blocks    their numbers
+    end       position after the first block that is not cached
+    version   see `Row`
     """
 
-    __slots__ = ("_pool", "_prefix", "_published", "blocks", "end")
+    __slots__ = ("_pool", "_prefix", "_published", "blocks", "end", "version")
 
     def __init__(self, pool: BlockPool, ids: Sequence[int], found: Sequence[int], scope: bytes = b"") -> None:
         self._pool = pool
+        self.version = pool.next_version()
         for block in found:
             pool.share(block)
         own = -(-len(ids) // pool.block_tokens) - len(found)
@@ -194,37 +202,39 @@ class BlockTable:
         """Number of ids in the cached blocks."""
         return self._published * self._pool.block_tokens
 
-    def publish(self, ids: Sequence[int], computed: int) -> int:
+    def publish(self, ids: Sequence[int], confirmed: int) -> int:
         """Add full blocks to the prefix cache, and adopt those that other sequences have cached since.
 
-        computed   how many of the ids are in KV memory
+        confirmed   how many of the ids are in KV memory, written by steps that have returned without a fault
 
         A block whose contents are cached already is exchanged for the cached one. So equal contents are kept
-        once, and a sequence that references a block references the cached ones before it.
+        once, and a sequence that references a block references the cached ones before it. The exchanged block
+        is free at once, even if a launched step still writes it: later steps are computed later.
 
-        Returns how many ids are computed afterwards. The last id stays uncomputed if it was.
+        Returns how many ids are confirmed afterwards. The last id stays uncomputed if it was.
         """
         pool = self._pool
         if not pool.prefix_cache:
-            return computed
+            return confirmed
         while True:
             end = self.end
-            if end > computed and end >= len(ids):
-                return computed
+            if end > confirmed and end >= len(ids):
+                return confirmed
             key = pool.key(self._prefix, ids, self._published)
             found = pool.find(key)
             if found is not None:
                 pool.share(found)
                 own, self.blocks[self._published] = self.blocks[self._published], found
                 pool.release([own])
+                self.version = pool.next_version()
                 self._prefix = pool.prefix(found)
-            elif end <= computed:
+            elif end <= confirmed:
                 self._prefix = pool.cache(self.blocks[self._published], key)
             else:
-                return computed
+                return confirmed
             self._published += 1
             self.end += pool.block_tokens
-            computed = max(computed, end)
+            confirmed = max(confirmed, end)
 
     def next_key(self, ids: Sequence[int]) -> BlockKey | None:
         """Return the key of the first block that is not cached; None if it cannot be shared."""

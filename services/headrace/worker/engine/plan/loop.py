@@ -2,8 +2,11 @@
 
 The thread owns engine and scheduler. Callers pass commands from any thread and receive a report of each step
 through one callback, called on the engine's thread: the worker turns it into one `call_soon_threadsafe` per
-step. An engine on an asynchronous device overlaps the callback with the next step. A running step cannot be
-interrupted, so a cancelled sequence ends before the next one.
+step. A running step cannot be interrupted, so a cancelled sequence ends before the next one.
+
+For an engine that runs ahead, step n + 1 is planned and launched before the results of step n are awaited,
+so that the device does not wait for this thread. Step n is reported after the launch of step n + 2, because
+the threads that handle the report compete with this one for Python's lock.
 """
 
 from __future__ import annotations
@@ -14,16 +17,33 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic
 
-from headrace.worker.engine.interface import Engine, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import Engine, EngineBroken, Fault, LaunchedStep, ModelInfo, Token
 from headrace.worker.engine.plan.scheduler import Scheduler
+from headrace.worker.engine.plan.sequences import PlannedStep
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceUpdate, StepReport
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0  # how long a running step may take to end when the process stops
+
+
+@dataclass(slots=True)
+class _Flight(Generic[K]):
+    """A launched step that is not applied yet.
+
+    launched   None if its launch failed
+    planned    seconds of time.monotonic() when it was planned
+    started    time.time_ns() at its launch
+    """
+
+    step: PlannedStep[K]
+    launched: LaunchedStep | None
+    planned: float
+    started: int
 
 
 class EngineLoop(Generic[K]):
@@ -40,6 +60,8 @@ class EngineLoop(Generic[K]):
         )
         self.shared_block_tokens = engine.model.block_tokens if prefix_cache else 0
         self._unreported: list[StepReport[K]] = []
+        self._in_flight: deque[_Flight[K]] = deque()
+        self._done, self._ended = 0.0, 0  # when the last step returned, in seconds and in time.time_ns()
         # One ordered queue for all commands: a cancel that comes too late for its sequence must not end the
         # next one of the same key, submitted after it.
         self._commands: deque[Callable[[], None]] = deque()
@@ -101,17 +123,21 @@ class EngineLoop(Generic[K]):
                 self._queue_report([update])
 
     def _main(self) -> None:
+        # A worker without its engine can only hang; a process that exits is noticed and replaced.
         try:
             self._run()
+        except EngineBroken as error:
+            log.error("the device failed, the worker exits", extra={"reason": str(error)})
+            os._exit(1)
         except BaseException:
-            # A worker without its engine can only hang; a process that exits is noticed and replaced.
             log.critical("the engine's thread died", exc_info=True)
             os._exit(1)
 
     def _run(self) -> None:
-        while True:
+        stopping = False
+        while not stopping:
             with self._changed:
-                while not (self._commands or self._stopping or not self._scheduler.idle):
+                while not (self._commands or self._stopping or self._in_flight or not self._scheduler.idle):
                     self._changed.wait()
                 commands, self._commands = self._commands, deque()
                 stopping = self._stopping
@@ -119,41 +145,68 @@ class EngineLoop(Generic[K]):
                 command()
             if stopping:
                 self._scheduler.cancel_all()
-            self._run_step()
-            if stopping:
-                return
+            self._advance()
+        assert not self._in_flight, "no step follows the last one, so it was awaited"
 
-    def _run_step(self) -> None:
-        """Remove sequences that must end, then compute one step."""
+    def _advance(self) -> None:
+        """Remove sequences that must end, launch a step, and await the results that are due."""
         scheduler = self._scheduler
         ended_early = scheduler.remove_ended(time.monotonic())
         if ended_early:
             self._queue_report(ended_early)
-        now = time.monotonic()
-        rows = scheduler.plan(now)
-        if rows:
-            started = time.time_ns()
-            results = self._compute(rows)
-            ended = time.time_ns()
-            done = time.monotonic()
-            self._queue_report(
-                scheduler.apply(rows, results, done),
-                rows=len(rows),
-                tokens=scheduler.tokens,
-                seconds=done - now,
-                started=started,
-                ended=ended,
-            )
+        planned = time.monotonic()
+        step = scheduler.plan(planned)
+        launched = self._launch(step, planned) if step.rows else False
+        if self._in_flight:
+            self._send_reports()  # an engine that computes on this thread has not begun yet
+        # After a failed launch, tokens that the next step would continue with will never be known.
+        while len(self._in_flight) > (self._engine.ahead if launched else 0):
+            self._land(self._in_flight.popleft())
         if scheduler.idle:
             self._send_reports()
 
-    def _compute(self, rows: list[Row]) -> list[Token | Fault | None]:
+    def _launch(self, step: PlannedStep[K], planned: float) -> bool:
+        """Launch a step. Returns whether that succeeded; it is in flight in any case."""
+        started, launched = time.time_ns(), None
         try:
-            return self._engine.step(rows, self._send_reports)
+            launched = self._engine.launch(step.rows)
+        except EngineBroken:
+            raise
         except Exception:
-            # The contents of the rows' blocks are unknown: all sequences of this step end, others continue.
-            log.exception("engine step failed", extra={"rows": len(rows)})
-            return [Fault("the engine failed in this step")] * len(rows)
+            log.exception("engine step cannot be launched", extra={"rows": len(step.rows)})
+        self._in_flight.append(_Flight(step, launched, planned, started))
+        return launched is not None
+
+    def _land(self, flight: _Flight[K]) -> None:
+        """Wait for the results of a step, record and report them."""
+        step, scheduler = flight.step, self._scheduler
+        results = self._results(flight)
+        ended, done = time.time_ns(), time.monotonic()
+        updates = scheduler.apply(step, results, done)
+        self._queue_report(
+            updates,
+            rows=len(step.rows),
+            tokens=step.tokens,
+            decodes=scheduler.decodes,
+            dropped=scheduler.dropped,
+            # A device begins with a step when it is done with the one before.
+            seconds=done - max(flight.planned, self._done),
+            started=max(flight.started, self._ended),
+            ended=ended,
+        )
+        self._done, self._ended = done, ended
+
+    def _results(self, flight: _Flight[K]) -> Sequence[Token | Fault | None]:
+        if flight.launched is not None:
+            try:
+                return flight.launched.wait()
+            except EngineBroken:
+                raise
+            except Exception:
+                log.exception("engine step failed", extra={"rows": len(flight.step.rows)})
+        # The contents of the rows' blocks are unknown: all sequences of this step end, others continue. Those
+        # of the step after it are dropped there. No other sequence uses these blocks, see `scheduler`.
+        return [Fault("the engine failed in this step")] * len(flight.step.rows)
 
     def _queue_report(
         self,
@@ -161,6 +214,8 @@ class EngineLoop(Generic[K]):
         *,
         rows: int = 0,
         tokens: int = 0,
+        decodes: int = 0,
+        dropped: int = 0,
         seconds: float = 0.0,
         started: int = 0,
         ended: int = 0,
@@ -172,7 +227,8 @@ class EngineLoop(Generic[K]):
                 updates=updates,
                 rows=rows,
                 tokens=tokens,
-                decodes=scheduler.decodes if rows else 0,
+                decodes=decodes,
+                dropped=dropped,
                 seconds=seconds,
                 started=started,
                 ended=ended,

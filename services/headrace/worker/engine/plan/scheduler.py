@@ -5,6 +5,12 @@ with decodes under a token budget (Sarathi-Serve, OSDI 2024), so that a long pro
 answers around it. KV memory is allocated in blocks; when it runs out, the sequence that came last is
 preempted and recomputed later (vLLM, SOSP 2023). Plain data and plain functions: no clock, no thread, no
 torch. `blocks` does the accounting of the blocks.
+
+A step may be planned before the results of the step before it are known. Steps are computed in the order in
+which they are planned, so a sequence continues after what a launched step writes for it, and a block that a
+launched step still uses may be given to another sequence. Whether that step succeeds is not known yet: only
+what a returned step has written is shared through the prefix cache. So if a step fails, its own sequences
+end, and no other sequence has read what it wrote.
 """
 
 from __future__ import annotations
@@ -12,54 +18,20 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic
 
-from headrace.worker.engine.interface import Fault, Memo, ModelInfo, Row, Token
+from headrace.worker.engine.interface import Fault, ModelInfo, Token
 from headrace.worker.engine.plan.blocks import BlockKey, BlockPool, BlockTable
+from headrace.worker.engine.plan.sequences import LiveSequence, PlannedStep
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceTimes, SequenceUpdate
 
 # One level of priority counts as an arrival this much earlier, as in the batcher's queue. So urgent
 # sequences go first, and no sequence starves behind those that arrive long after it.
 PRIORITY_SECONDS = 10.0
 
-
-@dataclass(slots=True, eq=False)
-class LiveSequence(Generic[K]):
-    """A sequence inside the scheduler.
-
-    ids         prompt and answer so far; grows
-    rank        the lowest goes first
-    length      number of ids at which it ends
-    ends        tokens that end it
-    memo        the engine's
-    table       its blocks while it runs
-    computed    number of ids in KV memory
-    cached      number of ids that the prefix cache held, computed for another sequence
-    preempted   number of times it was preempted
-    needs       available blocks that it would use up, when it was last considered; 0 before
-    started, first_token, last_token   see `SequenceTimes`
-    """
-
-    spec: SequenceSpec[K]
-    ids: list[int]
-    rank: tuple[float, int]
-    length: int
-    ends: frozenset[int]
-    memo: Memo = field(default_factory=Memo)
-    table: BlockTable | None = None
-    computed: int = 0
-    cached: int = 0
-    preempted: int = 0
-    needs: int = 0
-    started: float | None = None
-    first_token: float | None = None
-    last_token: float | None = None
-
-    @property
-    def answered(self) -> int:
-        """Number of answer tokens, including those of earlier attempts."""
-        return len(self.ids) - self.spec.prompt
+_rank = attrgetter("rank")
+_uncomputed = attrgetter("uncomputed")
 
 
 class Scheduler(Generic[K]):
@@ -76,9 +48,12 @@ class Scheduler(Generic[K]):
     a long prompt does not stall short ones, and short ones do not stall it. Every sequence added leaves
     through exactly one update with a finish reason.
 
+    Each planned step is launched and then applied, in order. At most one is not applied yet when the next one
+    is planned: then its sequences go on with tokens that are pending, except those that reach their length.
+
     step_tokens     as given, but at least max_running
-    tokens          ids that the last planned step computes
-    decodes         tokens of the last step that continued an answer
+    decodes         tokens of the last applied step that continued an answer
+    dropped         tokens of the last applied step whose sequence had ended meanwhile
     preemptions     since the start
     cached_tokens   ids that the prefix cache held, since the start
     """
@@ -92,13 +67,12 @@ class Scheduler(Generic[K]):
         self._running: list[LiveSequence[K]] = []
         self._keys: set[K] = set()
         self._leaving: dict[K, FinishReason] = {}
-        self._planned: list[LiveSequence[K]] = []
-        # Those of the running sequences that did not decode in the last step.
+        # Those of the running sequences that had uncomputed prompt when the last step was planned.
         self._prefilling: list[LiveSequence[K]] = []
         self._first_deadline = math.inf  # no sequence's deadline is earlier
         self._added = 0
-        self.tokens = 0
         self.decodes = 0
+        self.dropped = 0
         self.preemptions = 0
         self.cached_tokens = 0
 
@@ -120,9 +94,9 @@ class Scheduler(Generic[K]):
     @property
     def uncomputed_prompt_tokens(self) -> int:
         """Tokens to compute before each sequence can sample its next one; plain decodes count as none."""
-        missing = sum(len(s.ids) - s.computed for s in self._waiting)
+        missing = sum(s.uncomputed for s in self._waiting)
         for sequence in self._prefilling:
-            rest = len(sequence.ids) - sequence.computed
+            rest = sequence.uncomputed
             if rest > 1 and sequence.table is not None:
                 missing += rest
         return missing
@@ -192,60 +166,68 @@ class Scheduler(Generic[K]):
         leaving = [s for s in (*self._running, *self._waiting) if s.spec.key in self._leaving]
         return [self._finish(sequence, self._leaving[sequence.spec.key]) for sequence in leaving]
 
-    def plan(self, now: float) -> list[Row]:
-        """Choose the rows of the next step; empty if there is nothing to compute."""
-        self._planned = planned = self._decodes()
+    def plan(self, now: float) -> PlannedStep[K]:
+        """Choose the rows of the next step; none if there is nothing to compute now."""
+        step: PlannedStep[K] = PlannedStep()
+        self._add_decodes(step)
         self._admit()
-        self.tokens = len(planned)
-        rows = [_row(sequence, 1) for sequence in planned]
         self._prefilling = []
-        if len(planned) < len(self._running):
-            decoding = set(planned)
-            self._prefilling = [sequence for sequence in self._running if sequence not in decoding]
-            for sequence, tokens in self._split(self._prefilling, self.step_tokens - len(planned)):
+        if len(step.rows) < len(self._running):
+            decoding = set(step.sequences)
+            # A pending sequence without a decode waits for its last token.
+            self._prefilling = [s for s in self._running if s not in decoding and not s.pending]
+        if self._prefilling:
+            for sequence, tokens in self._split(self._prefilling, self.step_tokens - len(step.rows)):
                 if sequence.started is None:
                     sequence.started = now
-                planned.append(sequence)
-                rows.append(_row(sequence, tokens))
-                self.tokens += tokens
-        return rows
+                step.add(sequence, tokens)
+        return step
 
     def apply(
-        self, rows: Sequence[Row], results: Sequence[Token | Fault | None], now: float
+        self, step: PlannedStep[K], results: Sequence[Token | Fault | None], now: float
     ) -> list[SequenceUpdate[K]]:
-        """Record the engine's results for the planned rows.
+        """Record the engine's results for a planned step.
 
-        Returns one update per sequence that has a new token or has ended.
+        Returns one update per sequence that has a new token or has ended. A sequence that was preempted after
+        the step was planned keeps its token; the token of one that has ended is dropped.
         """
         updates = []
-        self.decodes = 0
-        for sequence, row, result in zip(self._planned, rows, results, strict=True):
+        self.decodes = self.dropped = 0
+        for sequence, row, result in zip(step.sequences, step.rows, results, strict=True):
+            if row.sample:
+                sequence.pending -= 1
+            if sequence.ended:
+                self.dropped += isinstance(result, Token)
+                continue
             table = sequence.table
-            assert table is not None
             if isinstance(result, Fault):
                 # The blocks may hold wrong keys: no other sequence may use them.
-                table.invalidate()
+                if table is not None:
+                    table.invalidate()
                 updates.append(self._finish(sequence, FinishReason.FAULT, fault=result.message))
                 continue
-            sequence.computed = stop = row.stop
-            if stop >= table.end:
-                self._publish(sequence)
+            # After a preemption, the blocks are others, or none.
+            if table is not None and table.blocks is row.blocks:
+                stop = row.stop
+                if stop > sequence.confirmed:  # else it has adopted cached blocks beyond
+                    sequence.confirmed = stop
+                if stop >= table.end:
+                    self._publish(sequence)
             if result is not None:
                 updates.append(self._record(sequence, result, now))
-        self._planned = []
         return updates
 
     def check(self) -> None:
         """Raise AssertionError if the accounting of KV memory is wrong. For tests."""
         self._pool.check([_table(sequence).blocks for sequence in self._running])
 
-    def _decodes(self) -> list[LiveSequence[K]]:
-        """Return the sequences that decode in this step, each with a block for it; preempts if needed."""
-        size, running = self._pool.block_tokens, self._running
-        decoding = []
+    def _add_decodes(self, step: PlannedStep[K]) -> None:
+        """Add the sequences that decode in this step, each with a block for it; preempts if needed."""
+        size, running, add = self._pool.block_tokens, self._running, step.add
         for sequence in running.copy():
             computed, table = sequence.computed, sequence.table
-            if computed != len(sequence.ids) - 1 or table is None:
+            known = len(sequence.ids) + sequence.pending
+            if computed != known - 1 or known >= sequence.length or table is None:
                 continue
             if computed == len(table.blocks) * size:
                 while not self._pool.available:
@@ -253,13 +235,12 @@ class Scheduler(Generic[K]):
                 if sequence.table is None:
                     break  # it was the last itself
                 table.grow()
-            decoding.append(sequence)
-        return decoding
+            add(sequence, 1)
 
     def _preempt(self, sequence: LiveSequence[K]) -> None:
-        """Return a running sequence to the waiting ones. Its tokens so far stay valid."""
+        """Return a running sequence to the waiting ones. Its tokens stay valid, a pending one too."""
         self._release(sequence)
-        sequence.computed = 0
+        sequence.computed = sequence.confirmed = 0
         sequence.needs = 0
         sequence.preempted += 1
         self.preemptions += 1
@@ -270,6 +251,8 @@ class Scheduler(Generic[K]):
         pool = self._pool
         while self._waiting and len(self._running) < self._model.max_running:
             sequence = self._waiting[0]
+            if sequence.pending:
+                return  # its last id is known before the next step is planned
             # Each running sequence will soon need a block: a new one must not be preempted immediately.
             spare = pool.available - min(len(self._running), pool.blocks // 16)
             if sequence.needs > spare:
@@ -279,7 +262,7 @@ class Scheduler(Generic[K]):
             if sequence.needs > spare:
                 return
             sequence.table = BlockTable(pool, sequence.ids, found, sequence.spec.scope)
-            self._advance(sequence, sequence.table.published_tokens)
+            self._confirm(sequence, sequence.table.published_tokens)
             del self._waiting[0]
             insort(self._running, sequence, key=_rank)
 
@@ -287,16 +270,23 @@ class Scheduler(Generic[K]):
         """Split a budget of tokens among sequences with uncomputed prompt, given by rank."""
         for sequence in prefilling:
             self._publish(sequence)
-        oldest = prefilling[0]
-        rest: dict[LiveSequence[K], int] = {}
-        computing: set[BlockKey] = set()
-        for sequence in (oldest, *sorted(prefilling[1:], key=_uncomputed)):
-            # Two sequences do not compute the same block: the second one finds it cached in the next step.
-            key = _table(sequence).next_key(sequence.ids)
-            if key is None or key not in computing:
-                rest[sequence] = _uncomputed(sequence)
+        # Two sequences do not compute the same block: the second one finds it cached in a later step. The
+        # first one's block is cached when the step that completes it has returned.
+        computing: dict[BlockKey, LiveSequence[K]] = {}
+        for sequence in self._running:
+            table = sequence.table
+            if table is not None and sequence.computed >= table.end > sequence.confirmed:
+                key = table.next_key(sequence.ids)
                 if key is not None:
-                    computing.add(key)
+                    computing.setdefault(key, sequence)
+        rest: dict[LiveSequence[K], int] = {}
+        for sequence in (prefilling[0], *sorted(prefilling[1:], key=_uncomputed)):
+            key = _table(sequence).next_key(sequence.ids)
+            if key is None or computing.setdefault(key, sequence) is sequence:
+                rest[sequence] = sequence.uncomputed
+        if not rest:
+            return []
+        oldest = next(iter(rest))
         chosen = {oldest: min(rest[oldest], (budget + 1) // 2)}
         budget -= chosen[oldest]
         rest[oldest] -= chosen[oldest]
@@ -309,13 +299,14 @@ class Scheduler(Generic[K]):
 
     def _publish(self, sequence: LiveSequence[K]) -> None:
         """Add what it has computed to the prefix cache, and skip what others have added."""
-        self._advance(sequence, _table(sequence).publish(sequence.ids, sequence.computed))
+        self._confirm(sequence, _table(sequence).publish(sequence.ids, sequence.confirmed))
 
-    def _advance(self, sequence: LiveSequence[K], computed: int) -> None:
+    def _confirm(self, sequence: LiveSequence[K], confirmed: int) -> None:
         """Record that this many of its ids are computed; those above its own count come from the cache."""
-        found = computed - sequence.computed
-        if found:
-            sequence.computed = computed
+        sequence.confirmed = confirmed
+        found = confirmed - sequence.computed
+        if found > 0:
+            sequence.computed = confirmed
             if not sequence.preempted:  # afterwards the cache holds what the sequence computed itself
                 sequence.cached += found
                 self.cached_tokens += found
@@ -345,6 +336,7 @@ class Scheduler(Generic[K]):
         fault: str = "",
     ) -> SequenceUpdate[K]:
         key = sequence.spec.key
+        sequence.ended = True
         self._keys.discard(key)
         self._leaving.pop(key, None)
         if sequence.table is None:
@@ -369,23 +361,7 @@ class Scheduler(Generic[K]):
         sequence.table = None
 
 
-def _rank(sequence: LiveSequence[K]) -> tuple[float, int]:
-    return sequence.rank
-
-
-def _uncomputed(sequence: LiveSequence[K]) -> int:
-    return len(sequence.ids) - sequence.computed
-
-
 def _table(sequence: LiveSequence[K]) -> BlockTable:
     """Return the blocks of a running sequence."""
     assert sequence.table is not None
     return sequence.table
-
-
-def _row(sequence: LiveSequence[K], tokens: int) -> Row:
-    table, start, ids, spec = sequence.table, sequence.computed, sequence.ids, sequence.spec
-    assert table is not None
-    stop = start + tokens
-    # By position, because keyword arguments take twice as long; one is made per token.
-    return Row(table.blocks, start, stop, ids, spec.prompt, stop == len(ids), spec.params, sequence.memo)
