@@ -1,6 +1,6 @@
 """Attention of a device step over paged memory, with the kernels of `kernels.attention`.
 
-Nothing here waits for the device or depends on the contents of a step, so a step can be captured as a graph.
+Nothing here waits for the device or depends on the contents of a step, so CUDA can capture it as a graph.
 """
 
 from __future__ import annotations

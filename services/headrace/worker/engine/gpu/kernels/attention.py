@@ -30,7 +30,7 @@ from headrace.worker.engine.gpu.kernels.variants import Variant
 from headrace.worker.engine.gpu.step_inputs import StepInputs
 from headrace.worker.engine.transformers_attention import Masking
 
-MERGED_AT_ONCE = 16  # segments that the merging kernel loads together
+MERGED_AT_ONCE = 16  # most segments that the merging kernel loads together
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def attend(
         merge_segments[(tiles, heads)](
             partials.memory, step.starts, step.offsets, step.tile_rows, step.tile_offsets,
             out, *out.stride(), partials.segments,
-            **_merging_constants(value_dim, masking),
+            **_merging_constants(value_dim, masking, partials.segments),
             num_warps=1, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -130,13 +130,13 @@ def _constants(
     }
 
 
-def _merging_constants(value_dim: int, masking: Masking) -> dict[str, Any]:
+def _merging_constants(value_dim: int, masking: Masking, segments: int) -> dict[str, Any]:
     return {
         "WINDOW": masking.window or 0,
         "VALUE_DIM": value_dim,
         "VALUE_WIDTH": power_of_2(value_dim),
         "SEGMENT_KEYS": SEGMENT,
-        "AT_ONCE": MERGED_AT_ONCE,
+        "AT_ONCE": min(power_of_2(segments), MERGED_AT_ONCE),
     }
 
 
@@ -192,7 +192,7 @@ def variants() -> list[Variant]:
                 name=f"merged segments, {model}",
                 kernel=merge_segments,
                 signature={name: kind for name, kind in _signature("*bf16").items() if name in _MERGED},
-                constants={"out_dim": 1, **_merging_constants(value_dim, masking)},
+                constants={"out_dim": 1, **_merging_constants(value_dim, masking, 512)},
                 num_warps=1,
                 num_stages=1,
                 fp_fusion=False,
