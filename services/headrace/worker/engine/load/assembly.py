@@ -77,7 +77,7 @@ class LoadedModel:
         On a GPU, which may not hold two copies, they may change the network.
         """
         if self.plan.target.gpu:
-            weights = gpu_assembly.prepare(self.network, self.plan, progress)
+            weights = gpu_assembly.prepare(self.network, self.layers, self.plan, progress)
             return self if weights is None else dataclasses.replace(self, network=None, decoder=weights)
         if self.precision.element_type is not None:
             progress("laying out weights")

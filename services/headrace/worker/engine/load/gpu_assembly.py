@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from headrace.worker.engine.attention_kinds import Layers
 from headrace.worker.engine.interface import ModelInfo
 from headrace.worker.engine.load.self_check import SEQUENCES, Sizes
 
@@ -21,7 +22,7 @@ _CHECKED_TOKENS = (17, 33, 64, 128, 257, 512)
 _FEWEST_CHECKED = 2 * SEQUENCES  # sequences that the engine of the check can run, whatever is served
 
 
-def prepare(network: Any, plan: Plan, progress: Callable[[str], None]) -> Any:
+def prepare(network: Any, layers: Layers, plan: Plan, progress: Callable[[str], None]) -> Any:
     """Lay out a network's weights for a `GpuDecoder`, and return them.
 
     Returns None if the code of transformers has to compute the network; in an exact engine, with linear
@@ -33,7 +34,7 @@ def prepare(network: Any, plan: Plan, progress: Callable[[str], None]) -> Any:
     reason = unsupported_reason(type(network).__name__, network.config)
     if not reason:
         progress("laying out weights")
-        return GpuDecoderWeights(network, positions=plan.positions)
+        return GpuDecoderWeights(network, layers, positions=plan.positions)
     progress(f"layers of transformers, which are slower: {reason}")
     if plan.exact:
         make_exact(network)
@@ -65,25 +66,34 @@ def build_gpu_engine(
     memory = loaded.kind.make_memory(loaded.layers, model.kv_blocks)  # and a spare block, the last
     width = -(-plan.positions // model.block_tokens)
     slots = Slots(model.max_running, width, spare=model.kv_blocks, device=device)
-    scratch = Scratch(loaded.layers, max_rows=model.max_running, positions=plan.positions, device=device)
+    scratch = Scratch(
+        loaded.layers,
+        max_rows=model.max_running,
+        positions=plan.positions,
+        device=device,
+        exact=plan.exact,
+    )
     forward: GpuDecoder | NetworkForward
     if loaded.decoder is not None:
         forward = GpuDecoder(loaded.decoder, memory, slots.tables, scratch, exact=plan.exact)
     else:
         forward = NetworkForward(loaded.network, memory, slots.tables, scratch)
-    capture = None
+    pool = None
     if graphs and device.type == "cuda":
         progress("capturing CUDA graphs")
-        capture = cuda.GraphPool(device).capture
-    return GpuEngine(
+        pool = cuda.GraphPool(device)
+    engine = GpuEngine(
         forward,
         model,
         slots=slots,
         step_tokens=plan.step_tokens,
-        tile=tile_tokens(loaded.layers, exact=plan.exact),
-        capture=capture,
+        tile=tile_tokens(loaded.layers, exact=plan.exact, dtype=loaded.precision.memory_dtype),
+        graphs=pool,
         keep_logits=keep_logits,
     )
+    if engine.uncaptured:
+        progress(f"steps are computed without CUDA graphs, which is slower: {engine.uncaptured}")
+    return engine
 
 
 def checked_rows(model: ModelInfo) -> int:

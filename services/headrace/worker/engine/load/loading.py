@@ -247,9 +247,13 @@ def _check_engine(
         context_length=context,
         kv_blocks=self_check.blocks_needed(model.block_tokens, context),
     )
+    # A step computes a whole prompt, and a chunk of each sequence.
+    steps = dataclasses.replace(plan, step_tokens=max(plan.step_tokens, context))
     exact = self_check.check_model(
         # The kernels of a step depend on its size after padding, which only steps with graphs have.
-        loaded.build_engine(checked, graphs=sizes is not None, keep_logits=True),
+        dataclasses.replace(loaded, plan=steps).build_engine(
+            checked, graphs=sizes is not None, keep_logits=True
+        ),
         cases,
         references,
         context=context,
