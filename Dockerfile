@@ -3,6 +3,7 @@
 #   docker build --build-arg SERVICE=batcher -t headrace-batcher .
 #   docker build --build-arg SERVICE=worker  -t headrace-worker .
 # PIP_ARGS is passed to pip, for example to select an index with CPU builds of torch.
+# PACKAGES are installed with apt. A worker on a GPU needs "gcc libc6-dev": Triton compiles what launches its kernels.
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build
@@ -22,6 +23,9 @@ ENV PATH=/opt/headrace/bin:$PATH \
     HEADRACE_HOST=0.0.0.0 \
     HEADRACE_CACHE=/var/cache/headrace \
     PYTHONUNBUFFERED=1
+ARG PACKAGES=
+RUN if [ -n "${PACKAGES}" ]; then apt-get update && apt-get install -y --no-install-recommends ${PACKAGES} \
+ && rm -rf /var/lib/apt/lists/*; fi
 RUN useradd --uid 10001 --create-home headrace && install -d -o headrace /var/cache/headrace
 COPY --from=build /opt/headrace /opt/headrace
 USER 10001

@@ -10,10 +10,14 @@ INSTALLED := $(VENV)/.installed
 # The models are fetched and the kernels are compiled while pip installs the rest.
 STARTABLE := $(SERVICES) $(VENV)/.models $(VENV)/.kernels
 MAKEFLAGS += --jobs=3
+# An environment with the oldest torch and transformers that are supported, as on many GPU machines. The interpreter
+# of triton 3.6 does not work with numpy 2.4.
+OLDEST := build/oldest
+OLDEST_VERSIONS := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check structure protos bench bench-mesh faults hostile bench-peers clean
+.PHONY: help demo up test test-oldest check structure protos bench bench-mesh faults hostile bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,6 +31,9 @@ up: $(STARTABLE) ## start a mesh on 127.0.0.1:50051; Ctrl-C stops it
 test: $(INSTALLED) ## run all tests, in one process more than there are cores; fetches the default models first
 	headrace fetch
 	pytest -p tests.flaky -n auto --durations=10
+
+test-oldest: $(OLDEST)/.installed ## run the engine's tests with the oldest supported torch, in an environment of its own (6 GB)
+	PYTHONPATH=services $(OLDEST)/bin/python -m pytest -n auto tests/worker/engine
 
 faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: ten minutes of soak)
 	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )pytest tests/faults
@@ -85,6 +92,16 @@ $(SERVICES): $(VENV)/.pip
 $(INSTALLED): $(SERVICES)
 	$(INSTALL) --editable '.[dev]'
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages have templates that do not compile
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(torch|transformers|triton|tokenizers|huggingface_hub|numpy|setuptools)==' constraints.txt \
+		> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=77,<82'
+	$(OLDEST)/bin/python -m pip install $(PIP_ARGS) --no-compile --no-build-isolation \
+		--constraint $(OLDEST)/constraints.txt --editable '.[router,batcher,worker,cli]' $(OLDEST_VERSIONS) \
+		pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis pyyaml
 	touch $@
 
 # What fails here is tried again by `headrace`, which reports it.

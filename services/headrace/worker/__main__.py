@@ -113,7 +113,7 @@ def _load(settings: Settings) -> Engine:
 
         return EchoEngine(
             context_length=settings.context_length or 4096,
-            max_running=settings.max_running,
+            max_running=settings.running_sequences,
             step_seconds=settings.fake_step_seconds,
         )
     # Imported here, because it takes seconds that `--help` and `--fake` do not need.
@@ -132,8 +132,9 @@ def _load(settings: Settings) -> Engine:
             dtype=settings.dtype,
             threads=settings.threads or None,
             context_length=settings.context_length or None,
-            max_running=settings.max_running,
+            max_running=settings.running_sequences,
             step_tokens=settings.tokens_per_step,
+            exact=settings.exact,
             kv_memory=settings.kv_memory or None,
             tokenizer_fingerprint=tokenizer_fingerprint(path),
             progress=lambda stage: log.info("loading", extra={"stage": stage, "model": settings.model}),

@@ -35,16 +35,26 @@ class Settings(ServiceSettings):
         default="",
         description="CPUs that the worker is bound to: a list such as 0-7,16 or a NUMA node such as node0",
     )
+    exact: bool = Field(
+        default=False,
+        description="on GPUs, compute each answer bit-identically alone, in a batch and resumed, which is "
+        "slower; CPUs do so anyway",
+    )
     kv_memory: float = Field(
         default=0,
         ge=0,
-        description="GiB of KV memory; 0 uses a quarter of free memory on CPUs, nine tenths on GPUs, and no "
-        "more than --max-running sequences can use",
+        description="GiB of KV memory; 0 uses nine tenths of free memory on GPUs, and on CPUs a quarter, but "
+        "no more than --max-running sequences can use",
     )
     context_length: int = Field(
         default=0, ge=0, description="most tokens of prompt and answer together; 0 for the model's own limit"
     )
-    max_running: int = Field(default=32, ge=1, le=1024, description="most sequences that run at a time")
+    max_running: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="most sequences that run at a time; 0 uses 32 on CPUs, 256 on GPUs",
+    )
     step_tokens: int = Field(
         default=0,
         ge=0,
@@ -76,6 +86,11 @@ class Settings(ServiceSettings):
     def tokens_per_step(self) -> int:
         """`step_tokens`, or the default of the device."""
         return self.step_tokens or (256 if self.device == "cpu" else 2048)
+
+    @property
+    def running_sequences(self) -> int:
+        """`max_running`, or the default of the device."""
+        return self.max_running or (32 if self.device == "cpu" else 256)
 
     @field_validator("cpus")
     @classmethod

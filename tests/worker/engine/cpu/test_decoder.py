@@ -32,7 +32,6 @@ from headrace.worker.engine.interface import Row, SamplingParams
 from headrace.worker.engine.load.precision import choose_precision
 from headrace.worker.engine.load.refusals import LoadingError, UnsupportedModel
 
-CPU = torch.device("cpu")
 PARAMS = SamplingParams(seed=0, max_tokens=1)
 POSITIONS = 160
 SIZES: dict[str, Any] = {
@@ -224,15 +223,16 @@ def test_a_model_that_int8_does_not_support_is_rejected_with_the_reason(
 
     assert reason in unsupported_reason("LlamaForCausalLM", config, ElementType.INT8)
     with pytest.raises(UnsupportedModel, match=r"use bfloat16, float32 or auto"):
-        choose_precision("int8", CPU, "LlamaForCausalLM", config)
+        choose_precision("int8", "LlamaForCausalLM", config, gpu=False)
 
 
 def test_other_architectures_use_the_code_of_transformers() -> None:
     config = GemmaConfig(**SIZES)
 
     for name in ("float32", "bfloat16"):
-        assert choose_precision(name, CPU, "GemmaForCausalLM", config).element_type is None
-    assert choose_precision("auto", CPU, "GemmaForCausalLM", config).name in ("float32", "bfloat16")
+        assert choose_precision(name, "GemmaForCausalLM", config, gpu=False).element_type is None
+    chosen = choose_precision("auto", "GemmaForCausalLM", config, gpu=False)
+    assert chosen.name in ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -246,13 +246,13 @@ def test_auto_is_the_format_that_the_cpu_multiplies_in_hardware(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: sixteen_bits)
 
-    precision = choose_precision("auto", CPU, "LlamaForCausalLM", LlamaConfig(**SIZES))
+    precision = choose_precision("auto", "LlamaForCausalLM", LlamaConfig(**SIZES), gpu=False)
 
     assert precision.name == chosen
     assert precision.element_type is not None
 
 
-@pytest.mark.parametrize(("name", "device"), [("int4", "cpu"), ("int8", "cuda")])
-def test_an_unsupported_precision_is_rejected(name: str, device: str) -> None:
+@pytest.mark.parametrize(("name", "gpu"), [("int4", False), ("int8", True)])
+def test_an_unsupported_precision_is_rejected(name: str, gpu: bool) -> None:
     with pytest.raises(LoadingError, match=r"bfloat16|float32"):
-        choose_precision(name, torch.device(device), "LlamaForCausalLM", LlamaConfig(**SIZES))
+        choose_precision(name, "LlamaForCausalLM", LlamaConfig(**SIZES), gpu=gpu)

@@ -1,4 +1,4 @@
-"""Build what computes a loaded model: weights in the layout of the device, KV memory, and a `Forward`."""
+"""Build what computes a loaded model: weights in the layout of the device, KV memory, and an engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,9 +16,12 @@ from headrace.worker.engine.attention_kinds import AttentionKind, Layers
 from headrace.worker.engine.cpu import packing
 from headrace.worker.engine.cpu.decoder import Decoder, DecoderWeights
 from headrace.worker.engine.forward import Forward, TransformersForward
-from headrace.worker.engine.gpu.varlen_forward import VarlenForward, with_cuda_graphs
-from headrace.worker.engine.interface import ModelInfo
+from headrace.worker.engine.interface import Engine, ModelInfo
+from headrace.worker.engine.load import gpu_assembly
+from headrace.worker.engine.load.devices import Target
 from headrace.worker.engine.load.precision import Precision
+from headrace.worker.engine.load.self_check import CheckedEngine
+from headrace.worker.engine.torch_engine import TorchEngine
 
 # Smaller steps are padded to this many tokens on the CPU if layers are not packed, because the plain matrix
 # kernels round differently below: measured bitwise with torch 2.13, the shapes of the two default models, and
@@ -30,12 +33,33 @@ def ignore(_: object) -> None:
     """Do nothing with a report or a result."""
 
 
+class ModelEngine(Engine, CheckedEngine, Protocol):
+    """An engine of a loaded model."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """How the engines of a model are built.
+
+    target        the device, and whether the kernels of GPUs are used
+    step_tokens   most tokens of a step
+    exact         whether a GPU computes batch-invariant results; a CPU does so anyway
+    positions     tokens of the longest sequence that is served or checked
+    """
+
+    target: Target
+    step_tokens: int
+    exact: bool
+    positions: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A loaded network, and the choices from which its engines are built.
 
-    network   None once the weights are copied to a decoder
-    decoder   weights laid out for a `Decoder`; None where the code of transformers computes
+    network   None once a decoder has its weights
+    decoder   weights laid out for a `Decoder` or, on a GPU, for a `GpuDecoder`; None where the code of
+              transformers computes
     packed    all linear layers are packed, so that smaller steps are batch-invariant; see `packing`
     """
 
@@ -43,68 +67,67 @@ class LoadedModel:
     layers: Layers
     kind: AttentionKind
     precision: Precision
-    decoder: DecoderWeights | None
-    packed: bool
+    plan: Plan
+    decoder: Any = None
+    packed: bool = False
 
-    @classmethod
-    def prepare(
-        cls,
-        network: Any,
-        layers: Layers,
-        kind: AttentionKind,
-        precision: Precision,
-        *,
-        positions: int,
-        progress: Callable[[str], None],
-    ) -> LoadedModel:
-        """Lay out the weights of a network for the kernels that read them.
+    def prepared(self, progress: Callable[[str], None]) -> LoadedModel:
+        """Lay out the weights of the network for the kernels that read them.
 
-        positions   tokens of the longest sequence that is served or checked
+        On a GPU, which may not hold two copies, they may change the network.
         """
-        decoder, packed = None, False
-        if precision.element_type is not None:
+        if self.plan.target.gpu:
+            weights = gpu_assembly.prepare(self.network, self.layers, self.plan, progress)
+            return self if weights is None else dataclasses.replace(self, network=None, decoder=weights)
+        if self.precision.element_type is not None:
             progress("laying out weights")
-            decoder = DecoderWeights(network, precision.element_type, positions=positions)
-        elif network.device.type == "cpu":
-            packed = packing.pack_linears(network)
-        return cls(network, layers, kind, precision, decoder, packed)
+            weights = DecoderWeights(self.network, self.precision.element_type, positions=self.plan.positions)
+            return dataclasses.replace(self, decoder=weights)
+        return dataclasses.replace(self, packed=packing.pack_linears(self.network))
 
     def without_network(self) -> LoadedModel:
-        """Return the model without its network, which a decoder does not need any more."""
-        return dataclasses.replace(self, network=None)
+        """Return the model without its network if a decoder has the weights."""
+        return self if self.decoder is None else dataclasses.replace(self, network=None)
 
     def with_one_layer(self) -> LoadedModel:
-        """Return the model without the layers of its decoder after the first; itself if it has no decoder."""
-        if self.decoder is None:
+        """Return the model with only the first layer of its decoder, if that one is for a CPU."""
+        if not isinstance(self.decoder, DecoderWeights):
             return self
         first = next(iter(self.layers))
         return dataclasses.replace(
             self, layers={first: self.layers[first]}, decoder=self.decoder.first_layer()
         )
 
-    def build_forward(
-        self, model: ModelInfo, progress: Callable[[str], None] = ignore, *, graphs: bool = True
-    ) -> Forward:
-        """Allocate KV memory for a model, and build the `Forward` that computes over it.
+    def build_engine(
+        self,
+        model: ModelInfo,
+        progress: Callable[[str], None] = ignore,
+        *,
+        graphs: bool = True,
+        keep_logits: bool = False,
+    ) -> ModelEngine:
+        """Allocate KV memory for a model, and build the engine that computes over it.
 
-        graphs   on CUDA, compute steps of decodes as CUDA graphs
+        graphs        on a GPU, compute steps as CUDA graphs
+        keep_logits   `compute` is called; a GPU then keeps the logits of each step
         """
-        if self.decoder is not None:
-            memory = self.kind.make_memory(self.layers, model.kv_blocks)
-            return Decoder(self.decoder, memory, threads=torch.get_num_threads())
-        if self.kind.name == "flash":
-            memory = self.kind.make_memory(self.layers, model.kv_blocks + 1)  # one block for padding
-            if not graphs:
-                return VarlenForward(self.network, memory)
-            return with_cuda_graphs(self.network, memory, model, progress)
-        memory = self.kind.make_memory(self.layers, model.kv_blocks)
-        return TransformersForward(
-            self.network, functools.partial(self.kind.begin, memory), min_tokens=self._min_tokens(model)
+        if not self.plan.target.gpu:
+            return TorchEngine(self.build_forward(model), model)
+        return gpu_assembly.build_gpu_engine(
+            self, model, progress=progress, graphs=graphs, keep_logits=keep_logits
         )
 
-    def _min_tokens(self, model: ModelInfo) -> int:
-        if torch.device(model.device).type != "cpu":
-            return 1
+    def build_forward(self, model: ModelInfo) -> Forward:
+        """Allocate KV memory for a model, and build the `Forward` that computes over it on a CPU."""
+        memory = self.kind.make_memory(self.layers, model.kv_blocks)
+        if self.decoder is not None:
+            return Decoder(self.decoder, memory, threads=torch.get_num_threads())
+        assert self.kind.begin is not None
+        return TransformersForward(
+            self.network, functools.partial(self.kind.begin, memory), min_tokens=self._min_tokens()
+        )
+
+    def _min_tokens(self) -> int:
         min_tokens = packing.MIN_TOKENS if self.packed else _MIN_PLAIN_TOKENS
         return min_tokens.get(self.precision.network_dtype, 1)
 

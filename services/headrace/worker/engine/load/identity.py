@@ -49,14 +49,17 @@ def read_eos_ids(
     return frozenset(ids.difference(beyond))
 
 
-def weights_fingerprint(folder: Path, digest: str, dtype: str) -> str:
-    """Return 16 hex digits, equal for equal weights computed in the same dtype.
+def weights_fingerprint(folder: Path, digest: str, dtype: str, kernels: str) -> str:
+    """Return 16 hex digits, equal for equal weights computed in the same dtype by the same kernels.
+
+    kernels   identifies what computes: a CPU and a GPU round differently, so an answer that moves from one to
+              the other is not continued bit-identically
 
     For a gguf file they depend on its digest. For a folder they depend on config.json and on the size, the
     header and the last kilobyte of each safetensors file: reading all weights would take as long as loading
     them.
     """
-    state = hashlib.sha256(f"{dtype} {digest}".encode())
+    state = hashlib.sha256(f"{kernels} {dtype} {digest}".encode())
     if not digest:
         state.update((folder / "config.json").read_bytes())
         for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):

@@ -6,25 +6,35 @@ logits and sampling. The memory that is available beyond that peak is divided in
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
+import dataclasses
+from collections.abc import Callable, Sequence
 
 from headrace.worker.engine.interface import Row, SamplingParams
+from headrace.worker.engine.load.devices import Target
 from headrace.worker.engine.load.free_memory import free_bytes, peak_bytes
 from headrace.worker.engine.load.refusals import LoadingError
 
 # The share of available memory that KV memory takes. On the CPU it leaves space for other workers of the
 # machine, whose KV memory counts as available until it is first written.
-SHARES = {"cpu": 0.25, "cuda": 0.9}
+_CPU_SHARE, _GPU_SHARE = 0.25, 0.9
 
 _PARAMS = SamplingParams(
     seed=1, max_tokens=1, temperature=1.0, top_p=0.9, frequency_penalty=0.1, logprobs=True, ignore_eos=True
 )
+_UNFILTERED = dataclasses.replace(_PARAMS, top_p=1.0)
 
 
-def largest_step(*, step_tokens: int, max_running: int, context_length: int, block_tokens: int) -> list[Row]:
+def largest_step(
+    *,
+    step_tokens: int,
+    max_running: int,
+    context_length: int,
+    block_tokens: int,
+    params: Sequence[SamplingParams] = (_PARAMS,),
+) -> list[Row]:
     """Make rows that take as much memory as any step can: all sequences sample, one is a long chunk.
+
+    params   of the rows in turn
 
     All sequences are at the end of their context and use only blocks 0 and 1, repeatedly. The results are
     meaningless, but take the same memory as real ones.
@@ -41,42 +51,71 @@ def largest_step(*, step_tokens: int, max_running: int, context_length: int, blo
             ids=ids,
             prompt=context_length - 1,
             sample=True,
-            params=_PARAMS,
+            params=params[index % len(params)],
         )
         for index in range(max_running)
     ]
 
 
+def largest_steps(
+    *, step_tokens: int, max_running: int, context_length: int, block_tokens: int
+) -> list[list[Row]]:
+    """Make steps of which one takes as much memory as any step can.
+
+    The sampler of the CPU has other temporary arrays for rows with a filter, for rows without, and for a
+    mixture. The first step also has most tokens; the others, whose sampling may take more, are decodes.
+    """
+    kinds = ((_PARAMS,), (_UNFILTERED,), (_PARAMS, _UNFILTERED))
+    return [
+        largest_step(
+            step_tokens=0 if index else step_tokens,
+            max_running=max_running,
+            context_length=context_length,
+            block_tokens=block_tokens,
+            params=params,
+        )
+        for index, params in enumerate(kinds)
+    ]
+
+
 def measure_blocks(
-    device: torch.device,
-    run_largest_step: Callable[[], None],
+    target: Target,
+    run_largest_steps: Callable[[], None],
     *,
     block_bytes: int,
     sequence_blocks: int,
     max_running: int,
     requested: int | None,
 ) -> int:
-    """Measure the peak memory of a step and the available memory, and choose the number of blocks.
+    """Measure the peak memory of steps and the available memory, and choose the number of blocks.
 
     block_bytes       bytes of one block in all layers
     sequence_blocks   blocks of one sequence with the whole context
     requested         bytes of KV memory by setting; None for a share of the available memory
     """
-    peak = peak_bytes(device, run_largest_step)
+    peak = peak_bytes(target.device, run_largest_steps)
     return choose_blocks(
-        free=free_bytes(device),
+        free=free_bytes(target.device),
         # CUDA graphs have their own pool, which takes at most as much as the step with the most rows.
-        peak=2 * peak if device.type == "cuda" else peak,
-        share=SHARES[device.type],
+        peak=2 * peak if target.gpu else peak,
+        share=_GPU_SHARE if target.gpu else _CPU_SHARE,
         block=block_bytes,
         fewest=sequence_blocks,
-        most=sequence_blocks * max_running,
+        # A GPU's memory has no other use: what running sequences do not need holds cached prefixes.
+        most=None if target.gpu else sequence_blocks * max_running,
         requested=requested,
     )
 
 
 def choose_blocks(
-    *, free: int, peak: int, share: float, block: int, fewest: int, most: int, requested: int | None = None
+    *,
+    free: int,
+    peak: int,
+    share: float,
+    block: int,
+    fewest: int,
+    most: int | None,
+    requested: int | None = None,
 ) -> int:
     """Decide how many blocks KV memory has.
 
@@ -85,7 +124,7 @@ def choose_blocks(
     share       of free - peak, for KV memory
     block       bytes of one block in all layers
     fewest      blocks of one sequence with the whole context
-    most        blocks of as many such sequences as can run at the same time
+    most        blocks of as many such sequences as can run at the same time; None for no limit
     requested   bytes of KV memory by setting; None to take *share*
 
     Raises LoadingError if not even one sequence fits, or more is requested than is available.
@@ -103,4 +142,4 @@ def choose_blocks(
             f"only {blocks * block / 2**20:.0f} MiB are available ({free / 2**20:.0f} MiB are free, of which "
             f"a step takes {peak / 2**20:.0f}); choose a shorter context, or provide more memory"
         )
-    return min(blocks, most) if requested is None else blocks
+    return blocks if requested is not None or most is None else min(blocks, most)

@@ -2,15 +2,15 @@
 
 Problems of the files, the device and the model are detected before the worker is ready, and end it with a
 message of one line (`refusals`). `model_config` reads config.json, `model_files` checks the files, `network`
-loads the weights with transformers, `gguf` unpacks .gguf files, `assembly` builds the engine, and
-`self_check` compares it with transformers. This module never accesses the internet.
+loads the weights with transformers, `gguf` unpacks .gguf files, `assembly` builds the engine (that of a GPU
+with `gpu_assembly`), and `self_check` compares it with transformers. This module never accesses the internet.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from headrace.models import file_digest
 from headrace.worker.engine.attention_kinds import choose_kind
 from headrace.worker.engine.cpu.kernels.compiling import compile_kernels
 from headrace.worker.engine.interface import ModelInfo
-from headrace.worker.engine.load import kv_sizing, self_check
-from headrace.worker.engine.load.assembly import LoadedModel, ignore, release_freed_memory
-from headrace.worker.engine.load.devices import choose_device
+from headrace.worker.engine.load import gpu_assembly, kv_sizing, self_check
+from headrace.worker.engine.load.assembly import LoadedModel, ModelEngine, Plan, ignore, release_freed_memory
+from headrace.worker.engine.load.devices import Target, choose_device, set_up
+from headrace.worker.engine.load.free_memory import free_bytes
 from headrace.worker.engine.load.gguf.weights import dequantised
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
 from headrace.worker.engine.load.model_config import (
@@ -34,6 +35,7 @@ from headrace.worker.engine.load.model_config import (
     longest_context,
     read_config,
 )
+from headrace.worker.engine.load.model_files import inspect, weight_numbers
 from headrace.worker.engine.load.network import read_network
 from headrace.worker.engine.load.precision import Precision, choose_precision
 from headrace.worker.engine.load.refusals import (
@@ -43,7 +45,6 @@ from headrace.worker.engine.load.refusals import (
     as_loading_error,
     one_line,
 )
-from headrace.worker.engine.torch_engine import TorchEngine
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observe_layers, paged_attention
 
 log = logging.getLogger(__name__)
@@ -63,10 +64,11 @@ def load_engine(
     context_length: int | None = None,
     max_running: int = 32,
     step_tokens: int = 512,
+    exact: bool = False,
     kv_memory: float | None = None,
     progress: Report = ignore,
     warn: Report = ignore,
-) -> TorchEngine:
+) -> ModelEngine:
     """Load a model, check it and warm it up.
 
     path                    a folder with config.json and safetensors, or a .gguf file
@@ -80,6 +82,7 @@ def load_engine(
                             `model_config.DEFAULT_CONTEXT`
     max_running             most sequences that run at the same time
     step_tokens             most tokens of a step; KV memory leaves space for such a step
+    exact                   on a GPU, compute batch-invariant results; on a CPU they are anyway
     kv_memory               GiB of KV memory; None for a share of the available memory, see `kv_sizing`
     progress                receives a short sentence before each step that takes time
     warn                    receives a sentence about each problem that does not prevent serving
@@ -88,26 +91,33 @@ def load_engine(
     message is one line; the traceback of an unexpected error is logged at level DEBUG.
     """
     with as_loading_error(f"cannot load {path}", f"{SEE_MODELS}; --log-level DEBUG logs the traceback"):
-        chosen = choose_device(device)
+        target = choose_device(device)
+        if target.gpu:
+            set_up(target, cache, exact=exact)
+        elif exact:
+            warn("--exact has no effect on a CPU, where the fast kernels are batch-invariant anyway")
         if threads is not None:
             torch.set_num_threads(threads)
         folder, digest = _model_folder(path, cache, progress)
         config = read_config(folder)
         architecture = str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)  # type: ignore[attr-defined]
         context = choose_context(config, context_length)
-        precision = choose_precision(dtype, chosen, architecture, config)
+        precision = choose_precision(dtype, architecture, config, gpu=target.gpu)
         # The self-check computes sequences of a fixed length, even if only shorter ones are served.
-        checked = min(self_check.CONTEXT, longest_context(config))
+        checked = min(self_check.GPU_CONTEXT if target.gpu else self_check.CONTEXT, longest_context(config))
+        # As the scheduler, which always has space for a decode of each sequence.
+        step_tokens = max(step_tokens, max_running)
+        plan = Plan(target, step_tokens, exact, positions=max(context, checked))
         progress(f"loading {name} in {precision.name}")
-        loaded = _load(folder, precision, chosen, max(context, checked), progress, warn)
+        loaded = _load(folder, precision, plan, progress, warn)
         vocabulary = int(loaded.network.get_output_embeddings().weight.shape[0])
         model = ModelInfo(
             name=name,
             revision=digest or (path.name if path.parent.name == "snapshots" else ""),
             dtype=precision.name,
-            device=str(chosen),
+            device=str(target.device),
             tokenizer_fingerprint=tokenizer_fingerprint,
-            weights_fingerprint=weights_fingerprint(folder, digest, precision.name),
+            weights_fingerprint=weights_fingerprint(folder, digest, precision.name, target.kernels),
             context_length=context,
             vocabulary_size=vocabulary,
             eos_ids=read_eos_ids(folder, loaded.network, vocabulary=vocabulary, warn=warn),
@@ -117,17 +127,24 @@ def load_engine(
             exact=False,
             features=("logprobs",),
         )
-        progress("comparing with transformers' own forward pass")
-        exact = _check_engine(loaded, model, checked)
-        if loaded.decoder is not None:
+        cases = self_check.make_cases(vocabulary, checked)
+        with _enough_memory(target, step_tokens=step_tokens, max_running=max_running):
+            network = loaded.network
+            with _as_unsupported(network, target):
+                references = self_check.make_references(network, cases, now=target.gpu)
+            loaded = loaded.prepared(progress)
+            progress("comparing with transformers' own forward pass")
+            with _as_unsupported(network, target):
+                exact = _check_engine(loaded, model, cases, references, checked)
             loaded = loaded.without_network()
+            del network, references
             release_freed_memory()
-        progress("measuring the memory of a step")
-        blocks = _size_kv_memory(loaded, model, step_tokens=step_tokens, requested=kv_memory)
-        model = dataclasses.replace(model, exact=exact, kv_blocks=blocks)
-        gib = blocks * loaded.kind.block_bytes(loaded.layers) / 2**30
-        progress(f"KV memory for {model.kv_tokens} tokens, {gib:.1f} GiB")
-        return TorchEngine(loaded.build_forward(model, progress), model)
+            progress("measuring the memory of a step")
+            blocks = _size_kv_memory(loaded, model, requested=kv_memory)
+            model = dataclasses.replace(model, exact=exact, kv_blocks=blocks)
+            gib = blocks * loaded.kind.block_bytes(loaded.layers) / 2**30
+            progress(f"KV memory for {model.kv_tokens} tokens, {gib:.1f} GiB")
+            return loaded.build_engine(model, progress)
 
 
 def _model_folder(path: Path, cache: Path, progress: Report) -> tuple[Path, str]:
@@ -138,25 +155,60 @@ def _model_folder(path: Path, cache: Path, progress: Report) -> tuple[Path, str]
     return dequantised(path, digest=digest, cache=cache, progress=progress), digest
 
 
-def _load(
-    folder: Path, precision: Precision, device: torch.device, positions: int, progress: Report, warn: Report
-) -> LoadedModel:
-    """Load the network, choose its attention, and lay out its weights for sequences of *positions* tokens."""
+def _load(folder: Path, precision: Precision, plan: Plan, progress: Report, warn: Report) -> LoadedModel:
+    """Load the network, and choose its attention."""
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    network = read_network(folder, precision.network_dtype, device, warn)
-    with _as_unsupported(network):
+    device = plan.target.device
+    with _enough_for_weights(folder, precision, device):
+        network = read_network(folder, precision.network_dtype, device, warn)
+    with _as_unsupported(network, plan.target):
         layers = observe_layers(network)
-    if device.type == "cpu":
+    if not plan.target.gpu:
         compile_kernels(progress)
-    kind = choose_kind(layers, device, precision.memory_dtype)
+    kind = choose_kind(layers, device, precision.memory_dtype, gpu=plan.target.gpu)
     if kind.reason:
         progress(f"attention in plain torch, which is slow: {kind.reason}")
-    return LoadedModel.prepare(network, layers, kind, precision, positions=positions, progress=progress)
+    return LoadedModel(network, layers, kind, precision, plan)
 
 
 @contextmanager
-def _as_unsupported(network: Any) -> Iterator[None]:
+def _enough_for_weights(folder: Path, precision: Precision, device: torch.device) -> Iterator[None]:
+    """Raise LoadingError if a GPU does not have enough memory for the weights that the block reads."""
+    if device.type != "cuda":
+        yield
+        return
+    inspect(folder)
+    needed = weight_numbers(folder) * precision.network_dtype.itemsize
+    free = free_bytes(device)
+    weights = f"{needed / 2**30:.1f} GiB of weights in {precision.name}" if needed else "the weights"
+    refused = LoadingError(
+        f"{device} has {free / 2**30:.1f} GiB of free memory, too little for {weights}; end other processes "
+        "on it, or choose a smaller model or a larger GPU"
+    )
+    if needed > free:
+        raise refused
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise refused from error
+
+
+@contextmanager
+def _enough_memory(target: Target, *, step_tokens: int, max_running: int) -> Iterator[None]:
+    """Convert an error of a GPU's allocator to LoadingError: the weights fit, but steps do not."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LoadingError(
+            f"{target.device} has too little memory for steps of {step_tokens} tokens and {max_running} "
+            "sequences besides the weights; choose smaller --step-tokens and --max-running, a smaller model, "
+            "or a larger GPU"
+        ) from error
+
+
+@contextmanager
+def _as_unsupported(network: Any, target: Target) -> Iterator[None]:
     """Convert an exception of a model's own code, which ragged batches can cause, to UnsupportedModel."""
     try:
         yield
@@ -164,52 +216,76 @@ def _as_unsupported(network: Any) -> Iterator[None]:
         raise
     except Exception as error:
         log.debug("the code of the model failed", exc_info=True)
+        device = ", or --device cpu" if target.gpu else ""
         raise UnsupportedModel(
             f"{type(network).__name__} does not support batches of sequences of different lengths as "
-            f"Headrace computes them: {one_line(error)}; serve it with transformers or vLLM, or choose "
-            f"another model: {SEE_MODELS}"
+            f"Headrace computes them: {one_line(error)}; serve it with transformers or vLLM{device}, or "
+            f"choose another model: {SEE_MODELS}"
         ) from error
 
 
-def _check_engine(loaded: LoadedModel, model: ModelInfo, context: int) -> bool:
+def _check_engine(
+    loaded: LoadedModel,
+    model: ModelInfo,
+    cases: Sequence[self_check.Case],
+    references: dict[int, self_check.Reference],
+    context: int,
+) -> bool:
     """Raise UnsupportedModel if the results are wrong, and return whether the engine is batch-invariant.
 
-    context   tokens of the longest sequence to try
+    context   tokens of the longest sequence of the cases
     """
+    plan = loaded.plan
+    # The fast kernels of GPUs are not batch-invariant, so only the results are checked.
+    invariant = plan.exact or not plan.target.gpu
+    sizes, running = None, self_check.SEQUENCES
+    if plan.target.gpu and invariant:
+        sizes, running = gpu_assembly.checked_sizes(model, plan.step_tokens), gpu_assembly.checked_rows(model)
     checked = dataclasses.replace(
         model,
-        max_running=self_check.SEQUENCES,
+        max_running=running,
         context_length=context,
         kv_blocks=self_check.blocks_needed(model.block_tokens, context),
     )
-    device, memory_dtype = torch.device(model.device), loaded.precision.memory_dtype
-    with _as_unsupported(loaded.network):
-        exact = self_check.check_model(
-            TorchEngine(loaded.build_forward(checked), checked),
-            loaded.network,
-            concurrent=loaded.decoder is not None,
-        )
-        return self_check.check_attention(loaded.kind, loaded.layers, device, memory_dtype) and exact
+    # A step computes a whole prompt, and a chunk of each sequence.
+    steps = dataclasses.replace(plan, step_tokens=max(plan.step_tokens, context))
+    exact = self_check.check_model(
+        # The kernels of a step depend on its size after padding, which only steps with graphs have.
+        dataclasses.replace(loaded, plan=steps).build_engine(
+            checked, graphs=sizes is not None, keep_logits=True
+        ),
+        cases,
+        references,
+        context=context,
+        sizes=sizes,
+        concurrent=loaded.decoder is not None and not plan.target.gpu,
+    )
+    if plan.target.gpu:
+        return exact and invariant
+    device, dtype = plan.target.device, loaded.precision.memory_dtype
+    return self_check.check_attention(loaded.kind, loaded.layers, device, dtype) and exact
 
 
-def _size_kv_memory(
-    loaded: LoadedModel, model: ModelInfo, *, step_tokens: int, requested: float | None
-) -> int:
-    """Run the largest possible step, and return the number of blocks that fit into the remaining memory."""
-    # The rows of this step use only two blocks, see `kv_sizing.largest_step`.
+def _size_kv_memory(loaded: LoadedModel, model: ModelInfo, *, requested: float | None) -> int:
+    """Run the largest possible steps, and return the number of blocks that fit into the remaining memory."""
+    # The rows of these steps use only two blocks, see `kv_sizing.largest_step`.
     two_blocks = dataclasses.replace(model, kv_blocks=2, context_length=2 * model.block_tokens)
-    # All layers of a decoder use the same buffers, so one layer has the same peak.
-    forward = loaded.with_one_layer().build_forward(two_blocks, graphs=False)
-    engine = TorchEngine(forward, two_blocks)
-    rows = kv_sizing.largest_step(
-        step_tokens=step_tokens,
+    steps = kv_sizing.largest_steps(
+        step_tokens=loaded.plan.step_tokens,
         max_running=model.max_running,
         context_length=model.context_length,
         block_tokens=model.block_tokens,
     )
+
+    def run() -> None:
+        # All layers of a decoder on a CPU use the same buffers, so one layer has the same peak.
+        engine = loaded.with_one_layer().build_engine(two_blocks, graphs=False)
+        for rows in steps:
+            engine.launch(rows).wait()
+
     return kv_sizing.measure_blocks(
-        torch.device(model.device),
-        lambda: ignore(engine.step(rows)),
+        loaded.plan.target,
+        run,
         block_bytes=loaded.kind.block_bytes(loaded.layers),
         sequence_blocks=-(-model.context_length // model.block_tokens),
         max_running=model.max_running,

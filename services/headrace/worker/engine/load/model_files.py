@@ -8,6 +8,7 @@ check the weights themselves.
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,19 @@ def weight_files(folder: Path) -> list[Path]:
             else "download them"
         )
     )
+
+
+def weight_numbers(folder: Path) -> int:
+    """Return how many numbers the weights of an inspected folder have; 0 if some are in other files."""
+    files = weight_files(folder)
+    if any(path.suffix != ".safetensors" for path in files):
+        return 0
+    total = 0
+    for path in files:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
 
 
 def _listed_files(index: Path) -> list[Path]:

@@ -47,7 +47,8 @@ _MAX_NAMES = 3  # in a message
 def read_network(folder: Path, dtype: torch.dtype, device: torch.device, warn: Callable[[str], None]) -> Any:
     """Load the network in evaluation mode, with Headrace's attention.
 
-    warn   receives a sentence about weights that are not used
+    device   where the weights are read to
+    warn     receives a sentence about weights that are not used
 
     Raises LoadingError if files are damaged or lack weights, UnsupportedModel if transformers would ignore
     weights that matter.
@@ -65,6 +66,8 @@ def read_network(folder: Path, dtype: torch.dtype, device: torch.device, warn: C
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
+            # Straight to a GPU: the memory of the machine may be smaller.
+            device_map=None if device.type == "cpu" else {"": device},
         )
     network, found = loaded
     account_for_weights(folder, found, warn)
@@ -72,7 +75,7 @@ def read_network(folder: Path, dtype: torch.dtype, device: torch.device, warn: C
         network.set_attn_implementation(IMPLEMENTATION)
     except (ValueError, KeyError) as error:
         raise unsupported_attention(network) from error
-    return network.to(device).eval()
+    return network.eval()
 
 
 @contextmanager

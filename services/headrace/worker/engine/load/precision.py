@@ -37,19 +37,20 @@ class Precision:
     element_type: ElementType | None
 
 
-def choose_precision(name: str, device: torch.device, architecture: str, config: Any) -> Precision:
+def choose_precision(name: str, architecture: str, config: Any, *, gpu: bool) -> Precision:
     """Convert the setting to a precision. Raises LoadingError if it is unknown or not supported.
 
     architecture   class of the model in transformers for *config*
+    gpu            whether the kernels of GPUs compute
 
-    "auto" is bfloat16 on CUDA. On CPUs it is int8 where `decoder` supports the model, else bfloat16 on CPUs
+    "auto" is bfloat16 on GPUs. On CPUs it is int8 where `decoder` supports the model, else bfloat16 on CPUs
     that multiply it in hardware (avx512_bf16 or AMX), else float32, because bfloat16 is slower there.
     """
     if name not in NAMES:
         raise LoadingError(f"dtype {name!r} is not one of {', '.join(NAMES)}")
-    if device.type == "cuda":
+    if gpu:
         if name == "int8":
-            raise LoadingError("int8 is supported only on CPUs; on CUDA use bfloat16, or auto")
+            raise LoadingError("int8 is supported only on CPUs; on GPUs use bfloat16, or auto")
         dtype = _DTYPES.get(name, torch.bfloat16)
         return Precision(str(dtype).removeprefix("torch."), dtype, dtype, None)
     no_int8 = decoder.unsupported_reason(architecture, config, ElementType.INT8)

@@ -122,6 +122,7 @@ def _unpack(path: Path, folder: Path) -> None:
             output_loading_info=True,
             trust_remote_code=False,
         )
+    found["mismatched_keys"] = {*(found.get("mismatched_keys") or ()), *_misshapen(network)}
     account_for_weights(path, found, lambda _: None)
     # The model is a plain one now. transformers does not save quantised models, so its marks are removed.
     network.config.__dict__.pop("quantization_config", None)
@@ -130,6 +131,18 @@ def _unpack(path: Path, folder: Path) -> None:
     network.generation_config.eos_token_id = sorted(_eos_ids(path, metadata)) or None
     network.save_pretrained(folder)
     seal(folder)
+
+
+def _misshapen(network: Any) -> Iterator[tuple[str, torch.Size, torch.Size]]:
+    """Yield the weights whose shape is not the one of the config: name, shape in the file, expected shape.
+
+    transformers 5.17 loads such weights from a .gguf file, and does not report them.
+    """
+    with torch.device("meta"):
+        expected = dict(type(network)(network.config).named_parameters())
+    for name, own in network.named_parameters():
+        if name in expected and own.shape != expected[name].shape:
+            yield name, own.shape, expected[name].shape
 
 
 def _open(path: Path) -> GGUFReader:
