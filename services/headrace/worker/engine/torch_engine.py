@@ -44,7 +44,7 @@ class TorchEngine:
         self._model = model
         device = torch.device(model.device)
         self._overlaps = device.type != "cpu"  # the device computes while this thread runs on
-        self._sampler = Sampler(model.eos_ids, device)
+        self._sampler = Sampler(model.eos_ids)
 
     @property
     def model(self) -> ModelInfo:
@@ -74,11 +74,11 @@ class TorchEngine:
                 calls.pop()()
             logits = self._forward(flat)
             sampling: list[int] = flat.sampling.tolist()
-            drawing = self._sampler.start(logits, [rows[i] for i in sampling]) if sampling else None
         finally:
             if calls:
                 calls.pop()()
-        return Computed(sampling, logits, drawing.tokens() if drawing is not None else [])
+        tokens = self._sampler.sample(logits.cpu(), [rows[i] for i in sampling]) if sampling else []
+        return Computed(sampling, logits, tokens)
 
     @torch.inference_mode()
     def profile(self, rows: Sequence[Row]) -> Mapping[str, float]:
