@@ -60,7 +60,9 @@ def gumbel(keys: npt.NDArray[np.int32], ids: npt.NDArray[np.int32]) -> npt.NDArr
 def gumbel_of_bits(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
     """Return the Gumbel noise of random words."""
     uniform = ((bits >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
-    return -fixed_math.log(-fixed_math.log(uniform))
+    # Subtracted from 0, because not every compiler's negation turns 0 into -0.
+    zero = np.float32(0)
+    return np.asarray(zero - fixed_math.log(np.asarray(zero - fixed_math.log(uniform))))
 
 
 def _mix(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:

@@ -159,14 +159,17 @@ def _table(rows: Sequence[Row]) -> npt.NDArray[Any]:
     table["temperature"] = [float(own.temperature) for own in params]
     table["top_k"] = [int(own.top_k) for own in params]
     table["top_p"] = [float(own.top_p) for own in params]
-    table["min_p_log"] = min_p_logs(np.array([float(own.min_p) for own in params], np.float32))
+    table["min_p_log"] = min_p_logs([float(own.min_p) for own in params])
     table["logprobs"] = [own.logprobs for own in params]
     keys = [noise_key(row.params.seed, row.stop) if row.params.temperature > 0 else (0, 0) for row in rows]
     table["key_first"], table["key_second"] = zip(*keys, strict=True)
     return table
 
 
-def min_p_logs(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def min_p_logs(min_ps: Sequence[float]) -> npt.NDArray[np.float32]:
     """Return the least score, relative to the likeliest token's, that each min_p keeps: its logarithm."""
+    values = np.array(min_ps, np.float32)
+    if not values.any():
+        return np.full_like(values, -np.inf)
     least = np.float32(np.finfo(np.float32).tiny)
     return np.where(values < least, np.float32(-np.inf), fixed_math.log(np.maximum(values, least)))

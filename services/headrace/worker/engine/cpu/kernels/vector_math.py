@@ -57,11 +57,8 @@ def gumbel(b: Any, ids: Any, key_first: Any, key_second: Any) -> Any:
     bits = _mix(b, b.xor(_mix(b, bits), key_second))
     number = b.sitofp(b.lshr(bits, m.ints(9)), m.FLOATS)
     uniform = b.fmul(b.fadd(number, m.floats(0.5)), m.floats(2.0**-23))
-    return _negated(b, log(b, _negated(b, log(b, uniform))))
-
-
-def _negated(b: Any, x: Any) -> Any:
-    return b.bitcast(b.xor(b.bitcast(x, m.INTS), m.ints(-(1 << 31))), m.FLOATS)
+    zero = m.floats(0.0)
+    return b.fsub(zero, log(b, b.fsub(zero, log(b, uniform))))
 
 
 def _mix(b: Any, bits: Any) -> Any:
