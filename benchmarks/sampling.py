@@ -29,7 +29,7 @@ def measure(params: dict[str, Any], rows: int) -> list[float]:
     """Return the seconds of each step."""
     dice = random.Random(1)
     logits = torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(1))
-    sampler = Sampler(frozenset({0}), torch.device("cpu"))
+    sampler = Sampler(frozenset({0}))
     histories = [[dice.randrange(VOCABULARY) for _ in range(IDS)] for _ in range(rows)]
     memos = [Memo() for _ in range(rows)]
     sampling = SamplingParams(seed=1, max_tokens=10**6, temperature=0.0, **params)

@@ -20,7 +20,7 @@ def row_of(ids: Sequence[int] = (1, 2, 3), *, prompt: int | None = None, seed: i
 
 
 def draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
-    return Sampler(frozenset({EOS}), torch.device("cpu")).sample(logits, rows)
+    return Sampler(frozenset({EOS})).sample(logits, rows)
 
 
 def ids_of(tokens: Sequence[Token | Fault]) -> list[int]:

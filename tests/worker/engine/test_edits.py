@@ -54,7 +54,7 @@ def test_the_memo_kept_between_steps_changes_no_bit(
     dice: random.Random, choices: list[dict[str, Any]], lengths: list[int]
 ) -> None:
     """A sequence samples the same tokens if the memo is lost (failover) or steps are skipped (preemption)."""
-    sampler = Sampler(frozenset({EOS}), torch.device("cpu"))
+    sampler = Sampler(frozenset({EOS}))
     histories = [[dice.randrange(50) for _ in range(length)] for length in lengths[: len(choices)]]
     prompts = [dice.randint(1, len(ids)) for ids in histories]
     memos = [Memo() for _ in choices]
@@ -92,7 +92,7 @@ class CountingList(list[int]):
 
 @pytest.mark.parametrize("params", PENALTIES, ids=str)
 def test_a_step_reads_only_the_new_ids(params: dict[str, Any]) -> None:
-    sampler = Sampler(frozenset({EOS}), torch.device("cpu"))
+    sampler = Sampler(frozenset({EOS}))
     logits, memo = random_logits(1, 50), Memo()
     ids = CountingList([1 + i % 49 for i in range(3000)])
     for _ in range(20):
@@ -138,7 +138,7 @@ def test_parameters_that_cannot_be_applied_end_only_their_row(invalid: dict[str,
 
 
 def test_end_ids_outside_the_vocabulary_are_ignored() -> None:
-    sampler = Sampler(frozenset({EOS, 50, 4_000_000_000, -1}), torch.device("cpu"))
+    sampler = Sampler(frozenset({EOS, 50, 4_000_000_000, -1}))
     logits = random_logits(3, 50)
     rows = [row_of(seed=i, min_tokens=9, stop_ids=frozenset({3, 99})) for i in range(2)]
     rows.append(row_of(seed=2))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -238,18 +239,15 @@ def test_the_noise_is_the_same_on_every_machine_and_in_every_release() -> None:
     """A newer worker may resume an answer, so these numbers must never change."""
     assert noise_key(0, 0) == (-1492722385, 1293516399)
     assert noise_key(2**64 - 1, 4096) == (-2071266700, -490840291)
-    noise = gumbel(
-        torch.tensor([(-1492722385, 1293516399)], dtype=torch.int32),
-        torch.tensor([[0, 1, 49151]], dtype=torch.int32),
-    )
-    assert noise[0].tolist() == pytest.approx([-0.283055, 1.121975, 0.076646], abs=1e-5)
+    noise = gumbel(np.array([(-1492722385, 1293516399)], np.int32), np.array([[0, 1, 49151]], np.int32))
+    assert noise[0].view(np.int32).tolist() == [-1097798495, 1066376414, 1033697463]
 
 
 def test_uniforms_fill_their_range_evenly_over_tokens_seeds_and_positions() -> None:
-    ids = torch.arange(256, dtype=torch.int32)[None]
+    ids = np.arange(256, dtype=np.int32)[None]
     keys = [noise_key(seed, position) for seed in range(32) for position in range(32)]
 
-    uniform = torch.exp(-torch.exp(-gumbel(torch.tensor(keys, dtype=torch.int32), ids)))
+    uniform = torch.exp(-torch.exp(-torch.from_numpy(gumbel(np.array(keys, np.int32), ids))))
 
     counts = torch.histc(uniform, 64, 0, 1)
     chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum().item()

@@ -76,7 +76,7 @@ def test_accepted_parameters_are_computed_by_the_real_sampler(
     ids = [3, 3, 5, 7, 3, 9]
     row = Row([0], 0, len(ids), ids, 3, True, params_of(sampling))
 
-    (token,) = Sampler(frozenset({0}), torch.device("cpu")).sample(logits * magnitude, [row])
+    (token,) = Sampler(frozenset({0})).sample(logits * magnitude, [row])
 
     assert isinstance(token, Token), token
     assert 0 <= token.id < VOCABULARY
@@ -92,6 +92,6 @@ def test_each_extreme_is_rejected_or_computed(name: str, value: float) -> None:
     row = Row([0], 0, 3, [1, 2, 3], 2, True, params_of(sampling))
     logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 20
 
-    (token,) = Sampler(frozenset({0}), torch.device("cpu")).sample(logits, [row])
+    (token,) = Sampler(frozenset({0})).sample(logits, [row])
 
     assert isinstance(token, Token), token

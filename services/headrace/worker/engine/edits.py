@@ -81,7 +81,7 @@ class Edits:
         self.known = 0
         self.bias_ids: Ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
         self.biases: Floats = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
-        self._check(params.logit_bias, "logit_bias")
+        check_ids(params.logit_bias, vocabulary, "logit_bias")
         endings = {*(() if params.ignore_eos else eos_ids), *params.stop_ids} if params.min_tokens else ()
         self.endings: Ids = np.array(sorted(id for id in endings if 0 <= id < vocabulary), np.int64)
         self.seen = Tally() if params.repetition_penalty != 1 else None
@@ -91,14 +91,16 @@ class Edits:
         """Count the new ids of *row*. Raises ValueError for an id outside the vocabulary."""
         if self.seen is not None:
             new = row.ids[self.known : row.stop]
-            self._check(new, "the sequence")
+            check_ids(new, self._vocabulary, "the sequence")
             self.seen.add(new)
         if self.answered is not None:
             new = row.ids[max(self.known, row.prompt) : row.stop]
-            self._check(new, "the sequence")
+            check_ids(new, self._vocabulary, "the sequence")
             self.answered.add(new)
         self.known = row.stop
 
-    def _check(self, ids: Collection[int], where: str) -> None:
-        if ids and not (min(ids) >= 0 and max(ids) < self._vocabulary):
-            raise ValueError(f"{where} contains a token id that is not below {self._vocabulary}")
+
+def check_ids(ids: Collection[int], vocabulary: int, where: str) -> None:
+    """Raise ValueError if an id is not one of the vocabulary; *where* is the subject of the message."""
+    if len(ids) and not (min(ids) >= 0 and max(ids) < vocabulary):
+        raise ValueError(f"{where} contains a token id that is not below {vocabulary}")

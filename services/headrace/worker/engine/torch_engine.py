@@ -42,7 +42,7 @@ class TorchEngine:
     def __init__(self, forward: Forward, model: ModelInfo) -> None:
         self._forward = forward
         self._model = model
-        self._sampler = Sampler(model.eos_ids, torch.device(model.device))
+        self._sampler = Sampler(model.eos_ids)
 
     @property
     def model(self) -> ModelInfo:
@@ -75,7 +75,7 @@ class TorchEngine:
         flat = flatten(rows, self._model.block_tokens)
         logits = self._forward(flat)
         sampling: list[int] = flat.sampling.tolist()
-        tokens = self._sampler.start(logits, [rows[i] for i in sampling]).tokens() if sampling else []
+        tokens = self._sampler.sample(logits, [rows[i] for i in sampling]) if sampling else []
         return Computed(sampling, logits, tokens)
 
     @torch.inference_mode()

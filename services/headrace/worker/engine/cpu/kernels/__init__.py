@@ -2,8 +2,9 @@
 
 `machine` emits vector instructions. `matmul`, `elementwise` and `attend` (with `kv_layout`, `block_products`
 and `softmax`) are the operations. `decoder_step` combines them into one step of a model, `paging` computes
-attention alone, and `team` runs both on the OpenMP threads of torch. `cache` keeps compiled code. This
-package does not import torch: tensors are passed as addresses.
+attention alone, `sampling` draws tokens with the arithmetic of `vector_math`, and `team` runs them on the
+OpenMP threads of torch. `cache` keeps compiled code. This package does not import torch: tensors are passed
+as addresses.
 
 The kernels replace torch's operators for two reasons. A step of a small model would be 400 calls with some
 microseconds of overhead each, and oneDNN's int8 product is half as fast as the same instructions here. Every

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from headrace.worker.engine.cpu.kernels import decoder_step, paging
+from headrace.worker.engine.cpu.kernels import decoder_step, paging, sampling
 from headrace.worker.engine.cpu.kernels.cache import is_compiled
+
+_ENTRY_POINTS = (paging.attend_on_thread, decoder_step.run_on_thread, sampling.sample_on_thread)
 
 
 def compile_kernels(progress: Callable[[str], None]) -> None:
@@ -13,10 +15,11 @@ def compile_kernels(progress: Callable[[str], None]) -> None:
 
     progress   receives a sentence if that takes long
     """
-    if not all(map(is_compiled, (paging.attend_on_thread, decoder_step.run_on_thread))):
+    if not all(map(is_compiled, _ENTRY_POINTS)):
         progress("compiling kernels: once per version, takes about half a minute")
     paging.attention_entry_point()
     decoder_step.step_entry_point()
+    sampling.sampling_entry_point()
 
 
 if __name__ == "__main__":
