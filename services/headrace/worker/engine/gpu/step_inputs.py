@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-LATEST = -1  # in `StepInputs.ids`: the token that the slot's previous row sampled, which the host may not know
+LATEST = (
+    -1
+)  # in `StepInputs.ids`: the token that the slot's previous row sampled, which the host may not know
 UNUSED = -1  # in `StepInputs.tile_rows`: a query tile without tokens
 
 

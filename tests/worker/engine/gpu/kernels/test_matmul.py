@@ -27,7 +27,7 @@ def operands(
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("rows", "columns", "depth"),
-    [(1, 1, 8), (1, 130, 64), (3, 40, 72), (65, 200, 128), (2, 24, SEGMENT + 8), (130, 30, 2 * SEGMENT + 64)],
+    [(1, 1, 8), (1, 130, 64), (3, 40, 72), (65, 200, 128), (2, 24, SEGMENT + 8), (70, 30, 2 * SEGMENT + 64)],
 )
 def test_products_are_those_of_double_precision(
     rows: int, columns: int, depth: int, biased: bool, dtype: torch.dtype
@@ -51,22 +51,23 @@ def test_the_result_is_written_where_requested() -> None:
 
 def test_rows_may_have_a_distance() -> None:
     x, weights, _ = operands(6, 40, 64, torch.float32)
+    view, own = x[::2, 8:40], weights[:, 8:40].contiguous()
 
-    assert torch.equal(
-        matmul(x[::2, 8:40], weights[:, 8:40].contiguous()),
-        matmul(x[:, 8:40].contiguous(), weights[:, 8:40].contiguous())[::2],
-    )
+    assert torch.equal(matmul(view, own), matmul(view.contiguous(), own))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("depth", [96, 2 * SEGMENT + 32])
-def test_a_row_has_the_same_bits_alone_among_many_and_in_any_place(depth: int, dtype: torch.dtype) -> None:
-    x, weights, bias = operands(600, 140, depth, dtype)
+@pytest.mark.parametrize("depth", [96, SEGMENT + 32])
+def test_a_row_has_the_same_bits_alone_among_many_and_in_any_place(
+    depth: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LARGE_FROM", 100)
+    x, weights, bias = operands(140, 30, depth, dtype)
     whole = matmul(x, weights, bias)
 
-    for rows in (1, 2, 17, 64, 65, 128):
+    for rows in (1, 17, 65):
         assert torch.equal(matmul(x[:rows], weights, bias), whole[:rows])
-    order = torch.randperm(600)
+    order = torch.randperm(140)
     assert torch.equal(matmul(x[order], weights, bias), whole[order])
 
 
@@ -74,7 +75,7 @@ def test_a_row_has_the_same_bits_alone_among_many_and_in_any_place(depth: int, d
 def test_segments_of_their_own_programs_change_no_bit(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, weights, bias = operands(20, 140, 3 * SEGMENT + 40, dtype)
+    x, weights, bias = operands(20, 40, 3 * SEGMENT + 40, dtype)
     split = matmul(x, weights, bias)
     monkeypatch.setattr(module, "_FEW_PROGRAMS", 0)
 
