@@ -21,7 +21,6 @@ import torch
 from headrace.worker.engine.gpu.kernels.attention_kernels import attend_tile, merge_segments
 from headrace.worker.engine.gpu.kernels.tiling import (
     SEGMENT,
-    SHARED_BYTES,
     Tiling,
     power_of_2,
     tile_for,
@@ -64,7 +63,7 @@ def attend(
     *,
     segmented: bool,
     partials: Partials | None = None,
-    shared_bytes: int = 0,
+    capability: int = 0,
 ) -> None:
     """Compute attention of all tokens of a step whose keys and values are stored.
 
@@ -74,7 +73,7 @@ def attend(
     out           [tokens, heads, value_dim], written; any strides. Padding tokens are left as they are
     segmented     whether the softmax is computed in segments
     partials      if given, several programs share the segments of a tile; only for segmented steps of decodes
-    shared_bytes  shared memory that a program may use, to choose the number of stages
+    capability    compute capability of the device, see `tiling`
 
     Memory beyond a row's keys is not read. Nothing depends on the other rows of the step.
     """
@@ -82,7 +81,7 @@ def attend(
     block_tokens, kv_heads, value_dim = value_pages.shape[1:]
     tile, tiles = step.shape.tile, len(step.tile_rows)
     assert partials is None or (segmented and tile == 1)
-    shape = tiling(tile, heads // kv_heads, key_dim, value_dim, query.itemsize, shared_bytes)
+    shape = tiling(tile, heads // kv_heads, key_dim, value_dim, query.itemsize, capability)
     constants = _constants(shape, tile, heads, kv_heads, key_dim, value_dim, masking, block_tokens)
     attend_tile[(tiles, kv_heads, partials.programs if partials else 1)](
         query, key_pages, value_pages, tables,
@@ -169,8 +168,8 @@ def variants() -> list[Variant]:
             if "mixed" in kind:
                 tile = tile_for(heads // kv_heads, key_dim, value_dim, itemsize, exact=exact)
             shapes: dict[Tiling, list[int]] = {}
-            for capability, shared in SHARED_BYTES.items():
-                shape = tiling(tile, heads // kv_heads, key_dim, value_dim, itemsize, shared)
+            for capability in (80, 86, 90):
+                shape = tiling(tile, heads // kv_heads, key_dim, value_dim, itemsize, capability)
                 shapes.setdefault(shape, []).append(capability)
             for shape, capabilities in shapes.items():
                 constants = _constants(shape, tile, heads, kv_heads, key_dim, value_dim, masking, 32)

@@ -20,7 +20,7 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _cap(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+def _cap(scores: tl.tensor, SCALE: tl.constexpr, SOFTCAP: tl.constexpr) -> tl.tensor:
     """Scale and bound products of queries and keys, for powers of 2 instead of e."""
     if SOFTCAP > 0.0:
         scores = scores * (SCALE / SOFTCAP)
@@ -34,13 +34,13 @@ def _cap(scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _finite(highest):
+def _finite(highest: tl.tensor) -> tl.tensor:
     """Replace the maximum of no scores, so that differences from it are defined."""
     return tl.where(highest == float("-inf"), 0.0, highest)
 
 
 @triton.jit
-def _weights(highest_a, highest_b):
+def _weights(highest_a: tl.tensor, highest_b: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return the common maximum of two softmaxes, and the factors of the sums of either."""
     highest = tl.maximum(highest_a, highest_b)
     return highest, tl.exp2(highest_a - _finite(highest)), tl.exp2(highest_b - _finite(highest))
@@ -48,13 +48,14 @@ def _weights(highest_a, highest_b):
 
 @triton.jit
 def _see_keys(
-    queries, highest, total, sums,
-    index, length, positions, table, key_pages, value_pages,
+    queries: tl.tensor, highest: tl.tensor, total: tl.tensor, sums: tl.tensor,
+    index: tl.tensor, length: tl.tensor, positions: tl.tensor, table: tl.tensor,
+    key_pages: tl.tensor, value_pages: tl.tensor,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, KEY_TILE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Add one key tile to a running softmax: its maximum, its total and its weighted sums of values.
 
     index    of the key tile
@@ -95,16 +96,18 @@ def _see_keys(
 
 @triton.jit(do_not_specialize=["table_width", "segments"])
 def attend_tile(
-    query, key_pages, value_pages, tables,
-    slots, offsets, starts, tile_rows, tile_offsets,
-    out, partials,
-    query_token, query_head, query_dim, out_token, out_head, out_dim, table_width, segments,
+    query: tl.tensor, key_pages: tl.tensor, value_pages: tl.tensor, tables: tl.tensor,
+    slots: tl.tensor, offsets: tl.tensor, starts: tl.tensor, tile_rows: tl.tensor,
+    tile_offsets: tl.tensor,
+    out: tl.tensor, partials: tl.tensor,
+    query_token: tl.tensor, query_head: tl.tensor, query_dim: tl.tensor, out_token: tl.tensor,
+    out_head: tl.tensor, out_dim: tl.tensor, table_width: tl.tensor, segments: tl.tensor,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr, LINES: tl.constexpr, KEY_TILE: tl.constexpr,
     SEGMENT_KEYS: tl.constexpr, SEGMENTED: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Compute a query tile of one key head; the program's indices: tile, key head, share of the segments."""
     # The last tiles of a long row have the most keys, so they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -217,11 +220,13 @@ def attend_tile(
 
 @triton.jit(do_not_specialize=["segments"])
 def merge_segments(
-    partials, starts, offsets, tile_rows, tile_offsets,
-    out, out_token, out_head, out_dim, segments,
+    partials: tl.tensor, starts: tl.tensor, offsets: tl.tensor, tile_rows: tl.tensor,
+    tile_offsets: tl.tensor,
+    out: tl.tensor, out_token: tl.tensor, out_head: tl.tensor, out_dim: tl.tensor,
+    segments: tl.tensor,
     WINDOW: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     SEGMENT_KEYS: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Merge the segments of one token and query head, in ascending order."""
     tile, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(tile_rows + tile)

@@ -49,11 +49,13 @@ def _constants(kv_heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
 
 @triton.jit
 def _store(
-    keys, values, key_pages, value_pages, where,
-    key_token, key_head, key_dim, value_token, value_head, value_dim,
+    keys: tl.tensor, values: tl.tensor, key_pages: tl.tensor, value_pages: tl.tensor,
+    where: tl.tensor,
+    key_token: tl.tensor, key_head: tl.tensor, key_dim: tl.tensor, value_token: tl.tensor,
+    value_head: tl.tensor, value_dim: tl.tensor,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Copy some heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     place = tl.load(where + token).to(tl.int64)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 SEGMENT = 256  # keys of a segment; a multiple of every key tile
 
-# Shared memory of a program by compute capability (CUDA C++ Programming Guide, technical specifications).
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
 FEWEST_LINES = 16  # of a query tile: the least that tensor cores multiply
+
+# Shared memory of a program by compute capability (CUDA C++ Programming Guide, technical specifications).
+_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
+_LEAST_SHARED_BYTES = 99 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a program is shaped. Bits depend on all but `num_stages`, so all others depend on the model only.
+    """How a program is shaped. Bits depend on all but `num_stages`.
 
     lines        lines of the query tile: one per token and query head
     key_tile     keys that are read at once
     num_warps    warps of the program
-    num_stages   key tiles that are in flight
+    num_stages   stages of the pipeline that loads key tiles
     """
 
     lines: int
@@ -28,13 +31,13 @@ class Tiling:
     num_stages: int
 
 
-def tiling(tile: int, group: int, key_dim: int, value_dim: int, itemsize: int, shared_bytes: int) -> Tiling:
+def tiling(tile: int, group: int, key_dim: int, value_dim: int, itemsize: int, capability: int) -> Tiling:
     """Choose the shape of a program.
 
-    tile           tokens of a query tile
-    group          query heads per key head
-    itemsize       bytes of a number of queries, keys and values: 2 or 4
-    shared_bytes   shared memory that a program may use
+    tile         tokens of a query tile
+    group        query heads per key head
+    itemsize     bytes of a number of queries, keys and values: 2 or 4
+    capability   compute capability of the device, such as 90
     """
     lines = max(power_of_2(tile * group), FEWEST_LINES)
     keys, values = power_of_2(key_dim), power_of_2(value_dim)
@@ -43,10 +46,15 @@ def tiling(tile: int, group: int, key_dim: int, value_dim: int, itemsize: int, s
         # Without tensor cores, all operands are in registers.
         return Tiling(lines, 16 if widest > 64 else 32, 4 if lines * widest <= 16 * 128 else 8, 1)
     key_tile = 64 if widest <= 128 else 32
-    # Small tiles are limited by bandwidth: several programs per multiprocessor hide its latency.
-    budget = shared_bytes // 2 if lines < 64 else shared_bytes - lines * keys * itemsize
-    fitting = budget // (key_tile * (keys + values) * itemsize)
-    return Tiling(lines, key_tile, 4 if lines <= 64 else 8, min(max(fitting, 2), 4))
+    if lines < 64:
+        # Limited by bandwidth: a key tile in flight, and several programs per multiprocessor. Triton spends
+        # two stages on a key tile in flight, because its keys are found through the block table.
+        return Tiling(lines, key_tile, 4, 3)
+    room = shared_bytes(capability)
+    if room < _SHARED_BYTES[90] and widest > 64:
+        key_tile //= 2  # without warpgroup products, scores and all operands are in registers too
+    needed = (lines * keys + 3 * key_tile * (keys + values)) * itemsize
+    return Tiling(lines, key_tile, 4 if lines == 64 else 8, 5 if needed < room - 4096 else 3)
 
 
 def tile_for(group: int, key_dim: int, value_dim: int, itemsize: int, *, exact: bool) -> int:
@@ -66,5 +74,13 @@ def power_of_2(number: int) -> int:
 
 
 def shared_bytes(capability: int) -> int:
-    """Return how much shared memory a program may use, given the compute capability, such as 90."""
-    return SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
+    """Return how much shared memory a program may use, given the compute capability."""
+    return _SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES)
+
+
+def capability_of(device: torch.device) -> int:
+    """Return the compute capability of a device, such as 90; 0 for the CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
