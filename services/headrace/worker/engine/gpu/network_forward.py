@@ -1,0 +1,81 @@
+"""Compute the steps of any network of transformers on CUDA: its own code, with our attention.
+
+`decoder` computes the common architectures, in a fifth of the kernel launches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from headrace.worker.engine.gpu.kernels.matmul import matmul
+from headrace.worker.engine.gpu.paged_attention import PagedAttention, Scratch
+from headrace.worker.engine.gpu.step_inputs import StepInputs
+from headrace.worker.engine.kv_memory import PagedMemory
+
+
+class NetworkForward:
+    """Computes steps of a network over its memory; see `DeviceForward`.
+
+    network   a causal language model in evaluation mode whose attention is
+              `transformers_attention.IMPLEMENTATION`
+    memory    keys and values of all layers
+    tables    [slots, width] int32, the blocks of each slot
+    scratch   memory of attention
+
+    The steps of some networks cannot be captured, because their code waits for the device.
+    """
+
+    def __init__(self, network: Any, memory: PagedMemory, tables: torch.Tensor, scratch: Scratch) -> None:
+        self._network = network
+        self._memory = memory
+        self._tables = tables
+        self._scratch = scratch
+
+    def __call__(self, ids: torch.Tensor, step: StepInputs) -> torch.Tensor:
+        """Store the keys and values of a step's tokens, and compute the logits of each row's last token.
+
+        ids   [tokens] int32
+
+        Returns [rows, vocabulary].
+        """
+        logits: torch.Tensor = self._network(
+            input_ids=ids[None].long(),
+            position_ids=step.positions[None].long(),
+            use_cache=False,
+            logits_to_keep=step.last.long(),
+            headrace_step=PagedAttention(self._memory, self._tables, step, self._scratch),
+        ).logits[0]
+        return logits
+
+
+class ExactLinear(torch.nn.Module):
+    """Replaces a linear layer by one whose rows have the same bits in every step; see `kernels.matmul`.
+
+    Shares the weights of the layer that it replaces.
+    """
+
+    def __init__(self, plain: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.weight, self.bias = plain.weight, plain.bias
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows @ weights + bias; rows [..., in_features]."""
+        flat = rows.reshape(-1, self.in_features)
+        return matmul(flat, self.weight, self.bias).view(*rows.shape[:-1], self.out_features)
+
+
+def make_exact(network: Any) -> bool:
+    """Replace the plain linear layers of a network by exact ones.
+
+    Returns whether all linear layers were replaced. Layers of a subclass are kept, because they may compute
+    something else, and so are those that do not have the dtype of the network.
+    """
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is torch.nn.Linear and layer.weight.dtype is network.dtype:
+                layer.weight.data = layer.weight.data.contiguous()
+                setattr(parent, name, ExactLinear(layer))
+    return not any(isinstance(module, torch.nn.Linear) for module in network.modules())
