@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.worker.engine.gpu.filling import fill, noise_keys
+from headrace.worker.engine.gpu.filling import fill
 from headrace.worker.engine.gpu.graphs import Ladder, decode_sizes, mixed_sizes
 from headrace.worker.engine.gpu.slots import NONE, Slots
 from headrace.worker.engine.gpu.step_inputs import (
@@ -163,14 +163,6 @@ def test_forgotten_slots_are_assigned_anew() -> None:
 
     assert slots.begin_step([row]) != placed
     assert slots.begin_step([row, Row([2], 0, 1, [5], 1, True, params())])[1].index != row.memo.kept.index
-
-
-@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**31 - 1)), min_size=1))
-def test_keys_of_the_noise_are_those_of_the_cpu(draws: list[tuple[int, int]]) -> None:
-    seeds = np.array([seed for seed, _ in draws], np.uint64)
-    positions = np.array([position for _, position in draws], np.int32)
-
-    assert [tuple(key) for key in noise_keys(seeds, positions).tolist()] == [noise_key(*own) for own in draws]
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 32, 64, 100, 256, 1024])

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from headrace.worker.engine.gpu.slots import Slot, Slots
 from headrace.worker.engine.gpu.step_inputs import LATEST, UNUSED, StepInputs
 from headrace.worker.engine.interface import Row
+from headrace.worker.engine.noise import noise_keys
 
 Ints = npt.NDArray[np.int32]
 
@@ -36,7 +37,7 @@ def fill(
     inputs.stops[count:] = 0
     inputs.samples[:count] = [row.sample for row in rows]
     inputs.samples[count:] = 0
-    inputs.keys[:count] = noise_keys(slots.seeds[indices], stops)
+    inputs.keys[:count] = noise_keys(slots.seeds[indices], stops.astype(np.uint64))
     slots.update_tables(
         rows, placed, inputs.table_places[:count], inputs.table_blocks[:count], block_tokens
     )
@@ -118,17 +119,3 @@ def _fill_chunks(
     within = np.arange(used, dtype=np.int32) - np.repeat(np.cumsum(tiles) - tiles, tiles)
     inputs.tile_offsets[:used] = offsets[tile_rows] + within * tile
     inputs.tile_offsets[used:] = 0
-
-
-def noise_keys(seeds: npt.NDArray[np.uint64], positions: Ints) -> Ints:
-    """Return `noise.noise_key` of each seed and position, [rows, 2]."""
-    mixed = _splitmix(_splitmix(seeds) ^ positions.astype(np.uint64))
-    return mixed.view(np.uint32).reshape(-1, 2)[:, ::-1].view(np.int32)
-
-
-def _splitmix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    # Unsigned arrays wrap around, as SplitMix64 needs.
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))

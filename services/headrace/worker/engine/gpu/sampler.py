@@ -20,7 +20,7 @@ from headrace.worker.engine.gpu.cuda import to_device
 from headrace.worker.engine.gpu.kernels.sampling import BLOCK, CANDIDATES, Layout, SamplingMemory, sample
 from headrace.worker.engine.gpu.kernels.sampling import parameters as column
 from headrace.worker.engine.gpu.step_inputs import StepInputs
-from headrace.worker.engine.interface import Fault, Row, Token
+from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
 from headrace.worker.engine.sampling import NOT_FINITE, min_p_logs
 
 _LARGEST = 2**31 - 1
@@ -144,6 +144,13 @@ class DeviceSampler:
 def _check_room(name: str, ids: Collection[int], room: int) -> None:
     if len(ids) > room:
         raise ValueError(f"{name} has {len(ids)} token ids, at most {room} are supported")
+
+
+def counts_ids(params: SamplingParams) -> bool:
+    """Return whether sampling with these parameters needs to know how often each token has occurred."""
+    return bool(
+        params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
+    )
 
 
 def read_tokens(results: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault | None]:

@@ -250,10 +250,7 @@ def _check_engine(
     # A step computes a whole prompt, and a chunk of each sequence.
     steps = dataclasses.replace(plan, step_tokens=max(plan.step_tokens, context))
     exact = self_check.check_model(
-        # The kernels of a step depend on its size after padding, which only steps with graphs have.
-        dataclasses.replace(loaded, plan=steps).build_engine(
-            checked, graphs=sizes is not None, keep_logits=True
-        ),
+        dataclasses.replace(loaded, plan=steps).build_engine(checked, keep_logits=True),
         cases,
         references,
         context=context,
