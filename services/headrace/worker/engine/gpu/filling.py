@@ -38,9 +38,7 @@ def fill(
     inputs.samples[:count] = [row.sample for row in rows]
     inputs.samples[count:] = 0
     inputs.keys[:count] = noise_keys(slots.seeds[indices], stops.astype(np.uint64))
-    slots.update_tables(
-        rows, placed, inputs.table_places[:count], inputs.table_blocks[:count], block_tokens
-    )
+    slots.update_tables(rows, placed, inputs.table_places[:count], inputs.table_blocks[:count], block_tokens)
     inputs.table_places[count:] = slots.count * slots.width
     inputs.table_blocks[count:] = slots.spare
     if inputs.shape.decodes:
@@ -83,9 +81,7 @@ def _fill_chunks(
     offsets = np.zeros(count + 1, np.int32)
     np.cumsum(counts, out=offsets[1:])
     total = int(offsets[-1])
-    ids = chain.from_iterable(
-        (LATEST,) if row.pending else row.ids[row.start : row.stop] for row in rows
-    )
+    ids = chain.from_iterable((LATEST,) if row.pending else row.ids[row.start : row.stop] for row in rows)
     inputs.ids[:total] = np.fromiter(ids, np.int32, total)
     inputs.ids[total:] = 0
     positions = np.arange(total, dtype=np.int32) + np.repeat(starts - offsets[:-1], counts)

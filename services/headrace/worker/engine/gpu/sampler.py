@@ -148,9 +148,7 @@ def _check_room(name: str, ids: Collection[int], room: int) -> None:
 
 def counts_ids(params: SamplingParams) -> bool:
     """Return whether sampling with these parameters needs to know how often each token has occurred."""
-    return bool(
-        params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
-    )
+    return bool(params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty)
 
 
 def read_tokens(results: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault | None]:
