@@ -40,8 +40,8 @@ from tests.worker.engine.test_torch_engine import (
 )
 
 CPU = torch.device("cpu")
-BLOCK = 32
-STEP_TOKENS = 48
+BLOCK = 8  # so that short sequences cross borders of blocks
+STEP_TOKENS = 16
 PENALISED = replace(WARM, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2)
 
 
@@ -69,7 +69,7 @@ class Graphs:
         return replay
 
 
-def model_info(*, max_running: int = 4, context: int = 128) -> ModelInfo:
+def model_info(*, max_running: int = 4, context: int = 32) -> ModelInfo:
     return ModelInfo(
         name="tiny",
         revision="",
@@ -163,10 +163,8 @@ def answers(
     [
         ("llama", True),
         ("qwen3", True),
-        ("mistral", True),
         ("qwen2", False),
         ("gemma2", False),
-        ("phi3", False),
     ],
 )
 def test_answers_are_those_of_generate(
@@ -174,34 +172,32 @@ def test_answers_are_those_of_generate(
 ) -> None:
     graphs = Graphs()
     engine, network = device_engine(architecture, fused=fused, graphs=graphs), tiny_network(architecture)
-    prompts = [prompt_of(length) for length in (1, 7, 33, 60)]
+    prompts = [prompt_of(length) for length in (1, 7, 20)]
 
-    found = answers(engine, prompts, 4, [GREEDY] * 4)
+    found = answers(engine, prompts, 4, [GREEDY] * 3)
 
     assert found == [generated(network, prompt, 4) for prompt in prompts]
-    assert graphs.captured == 4  # decodes of 1, 2 and 4 rows; 48 tokens
+    assert graphs.captured == 4  # decodes of 1, 2 and 4 rows; 16 tokens
     assert graphs.replayed
 
 
-@pytest.mark.parametrize("params", [WARM, PENALISED, GREEDY], ids=["filtered", "penalised", "greedy"])
-def test_an_exact_engine_answers_alike_alone_and_in_a_batch(
-    params: SamplingParams, device_engine: Callable[..., GpuEngine]
-) -> None:
+def test_an_exact_engine_answers_alike_alone_and_in_a_batch(device_engine: Callable[..., GpuEngine]) -> None:
     """The last tokens of a sequence are not known to the host when its next step is launched."""
     engine = device_engine(graphs=Graphs())
-    prompts = [prompt_of(length) for length in (3, 30, 40)]
-    alone = [answers(engine, [prompt], 6, [params])[0] for prompt in prompts]
+    prompts = [prompt_of(length) for length in (2, 5, 14)]
+    params = [PENALISED, WARM, GREEDY]
+    alone = [answers(engine, [prompt], 4, [own])[0] for prompt, own in zip(prompts, params, strict=True)]
 
-    assert answers(engine, prompts, 6, [params] * 3) == alone
+    assert answers(engine, prompts, 4, params) == alone
 
 
 def test_steps_without_graphs_have_the_same_results(device_engine: Callable[..., GpuEngine]) -> None:
     """Padding changes nothing."""
-    prompts = [prompt_of(length) for length in (3, 30, 40)]
+    prompts = [prompt_of(length) for length in (3, 14)]
 
-    launched = answers(device_engine(), prompts, 6, [WARM] * 3)
+    launched = answers(device_engine(), prompts, 4, [WARM] * 2)
 
-    assert answers(device_engine(graphs=Graphs()), prompts, 6, [WARM] * 3) == launched
+    assert answers(device_engine(graphs=Graphs()), prompts, 4, [WARM] * 2) == launched
 
 
 def test_a_model_that_waits_for_the_device_is_computed_without_graphs(
@@ -292,7 +288,7 @@ def test_an_error_of_the_device_breaks_the_engine(
 
 
 def test_padding_writes_only_to_the_spare_block(device_engine: Callable[..., GpuEngine]) -> None:
-    """Three rows run as four, and five tokens as 48."""
+    """Three rows run as four, and five tokens as 16."""
     engine = device_engine(graphs=Graphs())
     forward: Any = engine._forward
     keys, values = forward._memory[0]
