@@ -31,7 +31,8 @@ def test_attention_compiles_without_a_device_and_without_spills(target: str) -> 
 
 def test_a_program_that_does_not_fit_into_registers_is_refused() -> None:
     code = """
-import dataclasses, sys
+import dataclasses, os, sys
+os.environ.pop("TRITON_INTERPRET", None)
 from headrace.worker.engine.gpu.kernels import attention, report
 
 (fine,) = [v for v in attention.variants() if v.name == "fast mixed, Llama 3 8B" and 90 in v.targets]

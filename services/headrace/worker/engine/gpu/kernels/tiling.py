@@ -40,12 +40,12 @@ def tiling(tile: int, group: int, key_dim: int, value_dim: int, itemsize: int, c
     capability   compute capability of the device, such as 90
     """
     lines = max(power_of_2(tile * group), FEWEST_LINES)
-    keys, values = power_of_2(key_dim), power_of_2(value_dim)
+    keys, values = padded_dim(key_dim), padded_dim(value_dim)
     widest = max(keys, values)
     if itemsize == 4:
         # Without tensor cores, all operands are in registers.
         return Tiling(lines, 16 if widest > 64 else 32, 4 if lines * widest <= 16 * 128 else 8, 1)
-    key_tile = 64 if widest <= 128 else 32
+    key_tile = 64 if widest <= 128 else 8192 // widest
     if lines < 64:
         # Limited by bandwidth: a key tile in flight, and several programs per multiprocessor. Triton spends
         # two stages on a key tile in flight, because its keys are found through the block table.
@@ -62,10 +62,15 @@ def tile_for(group: int, key_dim: int, value_dim: int, itemsize: int, *, exact: 
 
     exact   use as few lines as decodes do, so that bits are the same
     """
-    lines = 128 if max(key_dim, value_dim) <= 128 else 64
+    lines = 128 if max(key_dim, value_dim) <= 128 else max(16384 // padded_dim(max(key_dim, value_dim)), 16)
     if exact or itemsize == 4:
         lines = FEWEST_LINES
     return max(lines // group, 1)
+
+
+def padded_dim(dim: int) -> int:
+    """Return the width of a tile that holds heads of this dimension: a power of two, at least 16."""
+    return max(power_of_2(dim), 16)
 
 
 def power_of_2(number: int) -> int:
