@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from headrace.worker.engine.gpu.network_forward import ExactLinear, NetworkForward, make_exact
-from headrace.worker.engine.gpu.paged_attention import BLOCK_TOKENS, Scratch, tile_tokens
+from headrace.worker.engine.gpu.paged_attention import Scratch, tile_tokens
 from headrace.worker.engine.gpu.step_inputs import StepShape
 from headrace.worker.engine.kv_memory import PagedMemory
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observe_layers, paged_attention
 from tests.worker.engine.gpu.model_steps import CPU, Part, step_of
 
-POSITIONS = 64
+POSITIONS = 16
 VOCABULARY = 90
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -72,7 +72,7 @@ def forward_of(network: Any) -> tuple[NetworkForward, PagedMemory, torch.Tensor,
     memory = PagedMemory(
         {index: layer.shape for index, layer in layers.items()},
         blocks=5,
-        block_tokens=BLOCK_TOKENS,
+        block_tokens=8,
         device=CPU,
         dtype=torch.float32,
     )
@@ -103,7 +103,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
 def test_logits_are_those_of_transformers(name: str) -> None:
-    ids, other = prompts(34, 9)
+    ids, other = prompts(14, 9)
     reference = network_of(name)
     reference.set_attn_implementation("eager")
     expected = torch.stack([reference(torch.tensor([each])).logits[0, -1] for each in (ids, other)])
@@ -111,9 +111,9 @@ def test_logits_are_those_of_transformers(name: str) -> None:
     seen = logits_of(
         network_of(name),
         [
-            [Part(0, ids, 0, 30)],
-            [Part(1, other, 0, 8), Part(0, ids, 30, 33)],
-            [Part(0, ids, 33, 34), Part(1, other, 8, 9)],
+            [Part(0, ids, 0, 10)],
+            [Part(1, other, 0, 8), Part(0, ids, 10, 13)],
+            [Part(0, ids, 13, 14), Part(1, other, 8, 9)],
         ],
         padding=2,
     )
