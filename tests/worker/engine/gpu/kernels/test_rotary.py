@@ -63,5 +63,5 @@ def test_queries_and_keys_are_rotated_and_keys_and_values_stored(
 
 def _split(qkv: torch.Tensor, heads: int, kv_heads: int, dim: int) -> list[torch.Tensor]:
     """Return queries, keys and values [tokens, heads, dim], as views."""
-    parts = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
-    return [part.unflatten(1, (-1, dim)) for part in parts]
+    parts = torch.split(qkv, [heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
+    return [part.view(len(qkv), -1, dim) for part in parts]

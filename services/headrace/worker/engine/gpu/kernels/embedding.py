@@ -14,7 +14,7 @@ _LATEST = tl.constexpr(LATEST)
 _RESOLVED = 256  # ids per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _resolve(
     ids: tl.tensor,
     slot_of: tl.tensor,

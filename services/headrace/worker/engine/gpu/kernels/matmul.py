@@ -65,7 +65,8 @@ _LARGE_FROM = 512  # rows
 _FLOAT32 = Tile(rows=64, columns=64, depth=16, warps=4, stages=3)
 
 
-@triton.jit
+# Numbers of rows differ from step to step: compile once for all of them.
+@triton.jit(do_not_specialize=["rows"])
 def _multiply(
     x: tl.tensor,
     weights: tl.tensor,
@@ -121,7 +122,7 @@ def _multiply(
     tl.store(out + places, total, mask=row_inside & column_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge(
     sums: tl.tensor,
     bias: tl.tensor,

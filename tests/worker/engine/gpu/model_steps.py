@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -24,8 +24,9 @@ class Part:
 
 
 def step_of(parts: Sequence[Part], shape: StepShape, memory: PagedMemory, tables: torch.Tensor) -> StepInputs:
-    """Return the inputs of a step; rows and tokens that are missing in *shape* are padding."""
+    """Return the inputs of a step, where the tables are; what is missing in *shape* is padding."""
     step = zeros(shape, CPU)
+    tables, device = tables.cpu(), tables.device
     spare_slot, spare_block = len(tables) - 1, memory.blocks - 1
     step.slot_of.fill_(spare_slot)
     step.where.fill_(spare_block * memory.block_tokens)
@@ -47,4 +48,7 @@ def step_of(parts: Sequence[Part], shape: StepShape, memory: PagedMemory, tables
             tile += 1
         begin = end
     step.offsets[len(parts) :] = begin
-    return step
+    moved = {
+        field.name: getattr(step, field.name).to(device) for field in fields(step) if field.name != "shape"
+    }
+    return StepInputs(shape, **moved)
