@@ -1,4 +1,4 @@
-"""Logarithm, exponential and noise have the same bits in numpy, in the CPU's kernels and in those of the GPU."""
+"""Logarithm, exponential and noise have the same bits in numpy and in the kernels of CPU and GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from llvmlite import ir
 from numba import types
 
 from headrace.worker.engine import fixed_math, noise
@@ -28,7 +29,7 @@ BLOCK = 1 << 18
 
 @machine.intrinsic([_i8, _i8, _i8, _i8])
 def _cpu_gumbel(b: Any, first: Any, second: Any, vectors: Any, out: Any) -> None:
-    lanes = machine.ir.Constant(machine.INTS, list(range(machine.LANES)))
+    lanes = ir.Constant(machine.INTS, list(range(machine.LANES)))
     keys = [machine.splat(b, b.trunc(key, machine.I32)) for key in (first, second)]
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
@@ -51,23 +52,23 @@ def _cpu_log_and_weight(b: Any, x: Any, vectors: Any, logs: Any, weights: Any) -
     machine.counted_loop(b, vectors, [], body)
 
 
-@machine.jit
+@machine.jit  # type: ignore[untyped-decorator]
 def _gumbel_on_cpu(first: int, second: int, vectors: int, out: int) -> None:
     _cpu_gumbel(first, second, vectors, out)
 
 
-@machine.jit
+@machine.jit  # type: ignore[untyped-decorator]
 def _log_and_weight_on_cpu(x: int, vectors: int, logs: int, weights: int) -> None:
     _cpu_log_and_weight(x, vectors, logs, weights)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _gumbel_on_device(out: tl.tensor, first: tl.tensor, second: tl.tensor, SIZE: tl.constexpr) -> None:  # noqa: N803
     ids = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     tl.store(out + ids, exact_math.gumbel(ids, tl.load(first), tl.load(second)))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _log_and_weight_on_device(
     x: tl.tensor, logs: tl.tensor, weights: tl.tensor, SIZE: tl.constexpr  # noqa: N803
 ) -> None:  # fmt: skip

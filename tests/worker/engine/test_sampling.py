@@ -10,7 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.worker.engine import sampling
+from headrace.worker.engine import fixed_math, sampling
 from headrace.worker.engine.interface import Fault, Row, Token
 from headrace.worker.engine.noise import gumbel, noise_key
 from tests.worker.engine.rows import EOS, draw, ids_of, random_logits, row_of
@@ -114,6 +114,63 @@ def test_examining_few_candidates_first_changes_no_token(
         whole = draw(logits, rows)
         patch.setattr(sampling, "CANDIDATES", 8)
         assert draw(logits, rows) == whole
+
+
+def token_by_definition(logits: torch.Tensor, row: Row) -> int:
+    """Return the token of a row without penalties and biases: the greatest sum of score and noise."""
+    params, x = row.params, logits.float().numpy()
+    scores = (x - x.max()) / np.float32(params.temperature)
+    weights = fixed_math.weight(scores)
+    kept = scores >= sampling.min_p_logs([params.min_p])[0]
+    if 0 < params.top_k < len(x):
+        kept &= scores >= np.sort(scores)[-params.top_k]
+        weights[scores < np.sort(scores)[-params.top_k]] = 0
+    if params.top_p < 1:
+        likelier = np.array([weights[scores > score].sum() for score in scores])
+        kept &= likelier < float(np.float32(params.top_p)) * float(weights.sum())
+    key = np.array([noise_key(params.seed, row.stop)], np.int32)
+    noisy = scores + gumbel(key, np.arange(len(x), dtype=np.int32)[None])[0]
+    return int(np.where(kept, noisy, -np.inf).argmax())
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    top_k=st.sampled_from([0, 1, 5, 33, 400]),
+    top_p=st.sampled_from([1e-6, 0.3, 0.9, 0.9999, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-40, 0.1, 1.0]),
+    temperature=st.sampled_from([1e-3, 0.8, 3.0]),
+    spread=st.sampled_from([0.0, 0.3, 3.0]),
+    vocabulary=st.sampled_from([1, 15, 16, 17, 300, 1500]),
+)
+@settings(max_examples=200)
+def test_tokens_follow_from_the_definition_in_every_bit(
+    seed: int, top_k: int, top_p: float, min_p: float, temperature: float, spread: float, vocabulary: int
+) -> None:
+    """Half precision makes ties: tokens as likely as the last one that a filter keeps are kept too."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = random_logits(3, vocabulary, seed=seed % 100, spread=spread).to(dtype)
+        rows = [
+            row_of(seed=seed + i, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+            for i in range(3)
+        ]
+
+        assert ids_of(draw(logits, rows)) == [
+            token_by_definition(own, row) for own, row in zip(logits, rows, strict=True)
+        ]
+
+
+def test_the_number_of_threads_changes_no_token() -> None:
+    logits = random_logits(40, 1500)
+    rows = [row_of(seed=seed, logprobs=True, **FILTERS[seed % len(FILTERS)]) for seed in range(40)]
+    before = torch.get_num_threads()
+
+    try:
+        torch.set_num_threads(1)
+        alone = draw(logits, rows)
+        torch.set_num_threads(4)
+        assert draw(logits, rows) == alone
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_greedy_takes_the_most_likely_token_whatever_the_seed() -> None:

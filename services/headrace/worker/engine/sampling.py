@@ -172,4 +172,4 @@ def min_p_logs(min_ps: Sequence[float]) -> npt.NDArray[np.float32]:
     if not values.any():
         return np.full_like(values, -np.inf)
     least = np.float32(np.finfo(np.float32).tiny)
-    return np.where(values < least, np.float32(-np.inf), fixed_math.log(np.maximum(values, least)))
+    return np.where(values < least, np.float32(-np.inf), fixed_math.log(np.clip(values, least, 1)))

@@ -107,7 +107,7 @@ class DeviceSampler:
         _check_room("stop_ids", edits.endings, layout.endings)
         columns = np.zeros(layout.width, np.int32)
         reals: npt.NDArray[Any] = columns.view(np.float32)
-        columns[column.TOP_K.value] = params.top_k if params.top_k < self._vocabulary else 0
+        columns[column.TOP_K.value] = params.top_k if 0 < params.top_k < self._vocabulary else 0
         columns[column.BAN_UNTIL.value] = min(row.prompt + params.min_tokens, _LARGEST)
         for place, value in (
             (column.TEMPERATURE, params.temperature),

@@ -42,7 +42,8 @@ ROW = np.dtype(
         ("largest", np.float32),  # of logits
         ("own", np.float32),  # the token's logit
         ("mass", np.int64),  # sum of `fixed_math.weight` of logits - largest
-    ]
+    ],
+    align=True,
 )
 
 _CALL = np.dtype(
@@ -312,7 +313,7 @@ def _sample_row(call: Any, row: Any, scratch: int) -> None:
     if not row.finite:
         return
     if row.temperature > 0:
-        top_k = row.top_k if row.top_k < vocabulary else 0
+        top_k = row.top_k if 0 < row.top_k < vocabulary else 0
         zero = np.float32(0)
         if top_k == 0 and row.top_p >= 1:
             _draw_all(

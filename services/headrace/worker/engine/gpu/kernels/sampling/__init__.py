@@ -29,7 +29,7 @@ from headrace.worker.engine.gpu.step_inputs import StepInputs
 BLOCK = 2048  # tokens of a program
 CANDIDATES = 4096  # likeliest tokens that filters examine first; a power of two
 
-_WARPS = {edit: 4, histogram: 4, collect: 4, threshold: 8, draw: 4, choose: 1}
+_WARPS = {edit: 4, histogram: 4, collect: 8, threshold: 8, draw: 4, choose: 1}
 
 
 @dataclass(frozen=True, slots=True)
