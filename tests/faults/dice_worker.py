@@ -20,7 +20,7 @@ async def main(settings: Settings) -> None:
     def load() -> Engine:
         engine = DiceEngine(
             context_length=settings.context_length or 4096,
-            max_running=settings.max_running,
+            max_running=settings.running_sequences,
             step_seconds=settings.fake_step_seconds,
         )
         return FaultyEngine(engine, FaultPlan.parse(settings.faults)) if settings.faults else engine
