@@ -243,7 +243,7 @@ def _size_kv_memory(loaded: LoadedModel, model: ModelInfo, *, requested: float |
         # All layers of a decoder on a CPU use the same buffers, so one layer has the same peak.
         engine = loaded.with_one_layer().build_engine(two_blocks, graphs=False)
         for rows in steps:
-            engine.launch(rows).wait()
+            engine.step(rows)
 
     return kv_sizing.measure_blocks(
         loaded.plan.target,
