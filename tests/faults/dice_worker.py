@@ -25,7 +25,7 @@ async def main(settings: Settings, wrap: Callable[[DiceEngine], Engine]) -> None
         engine = wrap(
             DiceEngine(
                 context_length=settings.context_length or 4096,
-                max_running=settings.max_running,
+                max_running=settings.running_sequences,
                 step_seconds=settings.fake_step_seconds,
             )
         )

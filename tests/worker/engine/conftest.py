@@ -109,9 +109,11 @@ def tiny_engine(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[
 
     def load(architecture: str = "llama", **options: Any) -> TorchEngine:
         settings: dict[str, Any] = {"dtype": "float32", "context_length": 1024, "max_running": 6, **options}
-        return load_engine(
+        engine = load_engine(
             tiny_folder(architecture), name="tiny", cache=tmp_path, tokenizer_fingerprint="tiny", **settings
         )
+        assert isinstance(engine, TorchEngine)
+        return engine
 
     return load
 

@@ -13,6 +13,7 @@ from headrace.worker.engine.attention_kinds import AttentionKind, choose_kind
 from headrace.worker.engine.flat_step import flatten
 from headrace.worker.engine.interface import Row, SamplingParams
 from headrace.worker.engine.kv_memory import LayerShape
+from headrace.worker.engine.load.refusals import UnsupportedModel
 from headrace.worker.engine.transformers_attention import LayerAttention, Masking
 
 CPU = torch.device("cpu")
@@ -110,36 +111,29 @@ def test_ragged_steps_give_the_attention_of_whole_sequences(
 def test_the_cpu_uses_kernels_for_the_dtypes_that_they_support() -> None:
     layers = {0: LAYERS["odd sizes"]}
 
-    assert choose_kind(layers, CPU, torch.float32).name == "kernels"
-    assert choose_kind(layers, CPU, torch.bfloat16).name == "kernels"
-    other = choose_kind(layers, CPU, torch.float16)
+    assert choose_kind(layers, CPU, torch.float32, gpu=False).name == "kernels"
+    assert choose_kind(layers, CPU, torch.bfloat16, gpu=False).name == "kernels"
+    other = choose_kind(layers, CPU, torch.float16, gpu=False)
     assert (other.name, other.reason) == ("plain", "our kernels hold float32 or bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("name", "capability", "dtype", "chosen", "reason"),
-    [
-        ("groups of three", (9, 0), torch.bfloat16, "flash", ""),
-        ("groups of seven", (8, 0), torch.float16, "flash", ""),
-        ("groups of three", (9, 0), torch.float32, "plain", "not float32"),
-        ("groups of three", (7, 5), torch.float16, "plain", "capability 7.5 is below 8.0"),
-        ("odd sizes", (9, 0), torch.bfloat16, "plain", "multiples of 8"),
-        ("values of another size", (9, 0), torch.bfloat16, "plain", "not equal multiples of 8"),
-        ("wide heads, soft cap, window", (9, 0), torch.bfloat16, "plain", "soft cap"),
-    ],
-)
-def test_cuda_uses_flash_attention_if_it_supports_all_layers(
-    name: str,
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    chosen: str,
-    reason: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    layers = {0: LAYERS["groups of three"], 1: LAYERS[name]}
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gpus_use_their_kernels_for_all_heads_up_to_256(name: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    layers = {0: LAYERS[name]}
 
-    kind = choose_kind(layers, torch.device("cuda", 0), dtype)
+    kind = choose_kind(layers, CPU, dtype, gpu=True)
 
-    assert kind.name == chosen
-    assert reason in kind.reason
+    assert (kind.name, kind.reason) == ("triton", "")
+    memory = kind.make_memory(layers, 5)
+    assert memory.blocks == 6  # padding is written to the last
+    assert memory[0][0].nbytes + memory[0][1].nbytes == 6 * kind.block_bytes(layers)
+
+
+def test_wider_heads_are_rejected_on_gpus() -> None:
+    pytest.importorskip("triton")
+    wide = LayerAttention(LayerShape(1, 64, 512), 2, Masking(0.06))
+
+    with pytest.raises(UnsupportedModel, match=r"heads have 512 dimensions.*use --device cpu"):
+        choose_kind({0: LAYERS["one head"], 1: wide}, CPU, torch.float16, gpu=True)

@@ -87,15 +87,15 @@ def triton(layers: Layers, device: torch.device, dtype: torch.dtype) -> Attentio
 
     Raises UnsupportedModel if the heads of the layers are too wide.
     """
-    # Imports Triton, which a worker on a CPU neither needs nor has.
-    from headrace.worker.engine.gpu.paged_attention import BLOCK_TOKENS
-
     widest = max((max(own.shape.key_dim, own.shape.value_dim) for own in layers.values()), default=0)
     if widest > _MAX_GPU_DIM:
         raise UnsupportedModel(
             f"its attention heads have {widest} dimensions, and on GPUs at most {_MAX_GPU_DIM} are "
             "supported; use --device cpu, or choose another model"
         )
+    # Imports Triton, which a worker on a CPU neither needs nor has.
+    from headrace.worker.engine.gpu.paged_attention import BLOCK_TOKENS
+
     return _over_tensors("triton", BLOCK_TOKENS, None, device, dtype, spare=1)
 
 

@@ -18,7 +18,9 @@ from headrace.worker.engine.torch_engine import TorchEngine
 def load(path: Path, cache: Path, **options: Any) -> TorchEngine:
     """Load a folder or file with a small engine."""
     settings = {"dtype": "float32", "max_running": 4, **options}
-    return load_engine(path, name="tiny", cache=cache, tokenizer_fingerprint="f00d", **settings)
+    engine = load_engine(path, name="tiny", cache=cache, tokenizer_fingerprint="f00d", **settings)
+    assert isinstance(engine, TorchEngine)
+    return engine
 
 
 def changed(folder: Path, tmp_path: Path, **config: Any) -> Path:

@@ -68,18 +68,19 @@ def test_end_of_turn_ids_beyond_the_vocabulary_are_ignored(tiny_folder: Folder, 
     assert isinstance(token, Token)
 
 
-def test_the_weights_fingerprint_depends_on_weights_config_and_dtype(
+def test_the_weights_fingerprint_depends_on_weights_config_dtype_and_kernels(
     tiny_folder: Folder, tmp_path: Path
 ) -> None:
     folder = changed(tiny_folder("llama"), tmp_path)
-    first = identity.weights_fingerprint(folder, "", "float32")
+    first = identity.weights_fingerprint(folder, "", "float32", "cpu-1")
 
-    assert first == identity.weights_fingerprint(folder, "", "float32")
+    assert first == identity.weights_fingerprint(folder, "", "float32", "cpu-1")
     assert len(first) == 16
-    others = {identity.weights_fingerprint(folder, "", "bfloat16")}
-    others.add(identity.weights_fingerprint(tiny_folder("qwen2"), "", "float32"))
+    others = {identity.weights_fingerprint(folder, "", "bfloat16", "cpu-1")}
+    others.add(identity.weights_fingerprint(folder, "", "float32", "gpu-1"))
+    others.add(identity.weights_fingerprint(tiny_folder("qwen2"), "", "float32", "cpu-1"))
     network: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     network.get_output_embeddings().weight.data[-1] += 1
     network.save_pretrained(folder)
-    others.add(identity.weights_fingerprint(folder, "", "float32"))
-    assert len(others | {first}) == 4
+    others.add(identity.weights_fingerprint(folder, "", "float32", "cpu-1"))
+    assert len(others | {first}) == 5

@@ -55,6 +55,22 @@ def test_more_than_is_available_is_rejected() -> None:
         )
 
 
+def test_without_a_limit_all_the_share_is_used() -> None:
+    """What running sequences do not need holds cached prefixes."""
+    blocks = kv_sizing.choose_blocks(free=90 * MiB, peak=10 * MiB, share=0.5, block=MiB, fewest=1, most=None)
+
+    assert blocks == 40
+
+
+def test_the_largest_steps_sample_with_filters_without_and_both() -> None:
+    """The sampler has other temporary arrays for each."""
+    steps = kv_sizing.largest_steps(step_tokens=50, max_running=4, context_length=100, block_tokens=32)
+
+    assert [{row.params.top_p < 1 for row in rows} for rows in steps] == [{True}, {False}, {True, False}]
+    assert [len(rows) for rows in steps] == [4, 4, 4]
+    assert max(sum(row.stop - row.start for row in rows) for rows in steps) == 50
+
+
 @given(
     step_tokens=st.integers(1, 200),
     max_running=st.integers(1, 40),

@@ -7,7 +7,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from headrace.worker.engine.attention_kinds import AttentionKind, Layers
 from headrace.worker.engine.cpu import packing
 from headrace.worker.engine.cpu.decoder import Decoder, DecoderWeights
 from headrace.worker.engine.forward import Forward, TransformersForward
-from headrace.worker.engine.interface import Engine, ModelInfo
+from headrace.worker.engine.interface import Engine, Fault, ModelInfo, Row, Token
 from headrace.worker.engine.load import gpu_assembly
 from headrace.worker.engine.load.devices import Target
 from headrace.worker.engine.load.precision import Precision
@@ -35,6 +35,10 @@ def ignore(_: object) -> None:
 
 class ModelEngine(Engine, CheckedEngine, Protocol):
     """An engine of a loaded model."""
+
+    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+        """Compute a step, and wait for it; see `Engine.launch`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,15 +1,17 @@
-"""Measure memory: how much can still be allocated, and how much a function takes at its peak."""
+"""Measure memory: how much can be allocated, how much a function takes, and whether there is enough."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from headrace.worker.engine.gpu import cuda
+from headrace.worker.engine.load.model_files import weight_numbers
+from headrace.worker.engine.load.refusals import LoadingError
 
 
 def free_bytes(device: torch.device) -> int:
@@ -30,6 +32,40 @@ def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
     before = _process_status("VmRSS")
     run()
     return max(_process_status("VmHWM") - before, 0)
+
+
+@contextlib.contextmanager
+def enough_for_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Raise LoadingError if a GPU does not have enough memory for the weights that the block reads."""
+    if device.type != "cuda":
+        yield
+        return
+    needed = weight_numbers(folder) * dtype.itemsize
+    free = free_bytes(device)
+    weights = f"{needed / 2**30:.1f} GiB of weights" if needed else "the weights"
+    refused = LoadingError(
+        f"{device} has {free / 2**30:.1f} GiB of free memory, too little for {weights}; end other processes "
+        "on it, or choose a smaller model or a larger GPU"
+    )
+    if needed > free:
+        raise refused
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise refused from error
+
+
+@contextlib.contextmanager
+def enough_for_steps(device: torch.device, *, step_tokens: int, max_running: int) -> Iterator[None]:
+    """Convert an error of a GPU's allocator to LoadingError: the weights fit, but steps do not."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LoadingError(
+            f"{device} has too little memory for steps of {step_tokens} tokens and {max_running} "
+            "sequences besides the weights; choose smaller --step-tokens and --max-running, a smaller model, "
+            "or a larger GPU"
+        ) from error
 
 
 def _process_status(name: str) -> int:

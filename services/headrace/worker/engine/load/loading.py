@@ -27,7 +27,7 @@ from headrace.worker.engine.interface import ModelInfo
 from headrace.worker.engine.load import gpu_assembly, kv_sizing, self_check
 from headrace.worker.engine.load.assembly import LoadedModel, ModelEngine, Plan, ignore, release_freed_memory
 from headrace.worker.engine.load.devices import Target, choose_device, set_up
-from headrace.worker.engine.load.free_memory import free_bytes
+from headrace.worker.engine.load.free_memory import enough_for_steps
 from headrace.worker.engine.load.gguf.weights import dequantised
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
 from headrace.worker.engine.load.model_config import (
@@ -35,7 +35,6 @@ from headrace.worker.engine.load.model_config import (
     longest_context,
     read_config,
 )
-from headrace.worker.engine.load.model_files import inspect, weight_numbers
 from headrace.worker.engine.load.network import read_network
 from headrace.worker.engine.load.precision import Precision, choose_precision
 from headrace.worker.engine.load.refusals import (
@@ -128,7 +127,7 @@ def load_engine(
             features=("logprobs",),
         )
         cases = self_check.make_cases(vocabulary, checked)
-        with _enough_memory(target, step_tokens=step_tokens, max_running=max_running):
+        with enough_for_steps(target.device, step_tokens=step_tokens, max_running=max_running):
             network = loaded.network
             with _as_unsupported(network, target):
                 references = self_check.make_references(network, cases, now=target.gpu)
@@ -160,8 +159,7 @@ def _load(folder: Path, precision: Precision, plan: Plan, progress: Report, warn
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = plan.target.device
-    with _enough_for_weights(folder, precision, device):
-        network = read_network(folder, precision.network_dtype, device, warn)
+    network = read_network(folder, precision.network_dtype, device, warn)
     with _as_unsupported(network, plan.target):
         layers = observe_layers(network)
     if not plan.target.gpu:
@@ -170,41 +168,6 @@ def _load(folder: Path, precision: Precision, plan: Plan, progress: Report, warn
     if kind.reason:
         progress(f"attention in plain torch, which is slow: {kind.reason}")
     return LoadedModel(network, layers, kind, precision, plan)
-
-
-@contextmanager
-def _enough_for_weights(folder: Path, precision: Precision, device: torch.device) -> Iterator[None]:
-    """Raise LoadingError if a GPU does not have enough memory for the weights that the block reads."""
-    if device.type != "cuda":
-        yield
-        return
-    inspect(folder)
-    needed = weight_numbers(folder) * precision.network_dtype.itemsize
-    free = free_bytes(device)
-    weights = f"{needed / 2**30:.1f} GiB of weights in {precision.name}" if needed else "the weights"
-    refused = LoadingError(
-        f"{device} has {free / 2**30:.1f} GiB of free memory, too little for {weights}; end other processes "
-        "on it, or choose a smaller model or a larger GPU"
-    )
-    if needed > free:
-        raise refused
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise refused from error
-
-
-@contextmanager
-def _enough_memory(target: Target, *, step_tokens: int, max_running: int) -> Iterator[None]:
-    """Convert an error of a GPU's allocator to LoadingError: the weights fit, but steps do not."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise LoadingError(
-            f"{target.device} has too little memory for steps of {step_tokens} tokens and {max_running} "
-            "sequences besides the weights; choose smaller --step-tokens and --max-running, a smaller model, "
-            "or a larger GPU"
-        ) from error
 
 
 @contextmanager
@@ -247,10 +210,11 @@ def _check_engine(
         context_length=context,
         kv_blocks=self_check.blocks_needed(model.block_tokens, context),
     )
-    # A step computes a whole prompt, and a chunk of each sequence.
-    steps = dataclasses.replace(plan, step_tokens=max(plan.step_tokens, context))
+    most = max(plan.step_tokens, self_check.step_tokens(context))
     exact = self_check.check_model(
-        dataclasses.replace(loaded, plan=steps).build_engine(checked, keep_logits=True),
+        dataclasses.replace(loaded, plan=dataclasses.replace(plan, step_tokens=most)).build_engine(
+            checked, keep_logits=True
+        ),
         cases,
         references,
         context=context,
@@ -278,7 +242,7 @@ def _size_kv_memory(loaded: LoadedModel, model: ModelInfo, *, requested: float |
         # All layers of a decoder on a CPU use the same buffers, so one layer has the same peak.
         engine = loaded.with_one_layer().build_engine(two_blocks, graphs=False)
         for rows in steps:
-            engine.launch(rows).wait()
+            engine.step(rows)
 
     return kv_sizing.measure_blocks(
         loaded.plan.target,

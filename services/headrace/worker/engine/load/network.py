@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from headrace.worker.engine.load.free_memory import enough_for_weights
 from headrace.worker.engine.load.model_files import inspect
 from headrace.worker.engine.load.refusals import (
     SEE_MODELS,
@@ -57,6 +58,7 @@ def read_network(folder: Path, dtype: torch.dtype, device: torch.device, warn: C
     with (
         quiet_transformers(),
         as_loading_error(f"cannot load the weights in {folder}", f"download them again, or {SEE_MODELS}"),
+        enough_for_weights(folder, dtype, device),
     ):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -135,6 +135,11 @@ def blocks_needed(block_tokens: int, context: int = CONTEXT) -> int:
     return SEQUENCES * -(-context // block_tokens)
 
 
+def step_tokens(context: int) -> int:
+    """Return the most tokens of a step of `check_model`: a whole prompt, or a chunk of each sequence."""
+    return max(context, SEQUENCES * _CHUNK)
+
+
 def make_cases(vocabulary: int, context: int) -> list[Case]:
     """Make SEQUENCES sequences of random ids; the first is the one under test.
 
