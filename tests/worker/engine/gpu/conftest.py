@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.worker.engine.gpu.device import HAS_CUDA
 
 # Triton has wheels for Linux only.
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["*"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests of this folder: with a GPU, they test its kernels and not only their algorithms."""
+    for item in items:
+        if HAS_CUDA and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cuda)

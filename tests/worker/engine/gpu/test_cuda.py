@@ -1,146 +1,80 @@
-"""Tests that need a CUDA device: the kernel, the graphs, and overlap with the device."""
+"""Tests that need a CUDA device: graphs, copies, overlap, memory, and whole engines."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from headrace.worker.engine import attention_kinds
-from headrace.worker.engine.flat_step import flatten
 from headrace.worker.engine.gpu import cuda
-from headrace.worker.engine.gpu.varlen_forward import VarlenForward
-from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
-from headrace.worker.engine.kv_memory import LayerShape
-from headrace.worker.engine.load import self_check
+from headrace.worker.engine.gpu.engine import GpuEngine
+from headrace.worker.engine.interface import Row, SamplingParams, Token
 from headrace.worker.engine.load.free_memory import free_bytes, peak_bytes
-from headrace.worker.engine.transformers_attention import LayerAttention, Masking
+from tests.worker.engine.gpu.device import DEVICE, HAS_CUDA
 from tests.worker.engine.test_torch_engine import (
     GREEDY,
+    WARM,
     Engine,
     Network,
     answer,
     answer_together,
     blocks_of,
-    embedding_of,
     prompt_of,
 )
 
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or a torch built without CUDA"),
+    pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device, or a torch built without CUDA"),
 ]
 
-DEVICE = torch.device("cuda", 0)
-ON_CUDA: dict[str, Any] = {"device": "cuda:0", "dtype": "bfloat16"}
+ON_CUDA: dict[str, Any] = {"device": "cuda:0", "dtype": "bfloat16", "step_tokens": 512}
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        LayerAttention(LayerShape(3, 64, 64), 9, Masking(0.125)),
-        LayerAttention(LayerShape(2, 128, 128), 14, Masking(0.09)),
-        LayerAttention(LayerShape(2, 72, 72), 2, Masking(0.1)),
-        LayerAttention(LayerShape(1, 256, 256), 4, Masking(0.06, window=300)),
-        LayerAttention(LayerShape(4, 16, 16), 4, Masking(0.25, window=24)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_over_blocks_computes_attention(layer: LayerAttention, dtype: torch.dtype) -> None:
-    """Long sequences in scattered blocks, chunks and decodes."""
-    assert cuda.flash_unsupported_reason(DEVICE, dtype, layer.shape.key_dim, layer.shape.value_dim) is None
-
-    # Raises if it is wrong; whether it is batch-invariant depends on the device.
-    self_check.check_attention(attention_kinds.flash(DEVICE, dtype), {0: layer}, DEVICE, dtype)
-
-
-def test_old_content_of_blocks_does_not_matter() -> None:
-    """FlashAttention must not read NaN after the last token of a sequence."""
-    layer = LayerAttention(LayerShape(2, 64, 64), 4, Masking(0.125))
-    kind = attention_kinds.flash(DEVICE, torch.bfloat16)
-    memory = kind.make_memory({0: layer}, 4)
-    for tensor in memory[0]:
-        tensor.fill_(float("nan"))
-    query, keys = (torch.randn(40, heads, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (4, 2))
-    rows = [Row([2, 1], 0, 40, [0] * 40, 40, True, GREEDY)]
-
-    out = kind.begin(memory, flatten(rows, kind.block_tokens))(0, query, keys, keys, layer.masking)
-
-    assert bool(torch.isfinite(out).all())
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "mistral", "phi3"])
-def test_an_engine_on_cuda_passes_the_self_check_and_uses_graphs(
-    architecture: str, tiny_engine: Engine
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3"])
+def test_an_engine_passes_its_self_check_and_uses_graphs(
+    architecture: str, exact: bool, tiny_engine: Engine
 ) -> None:
-    engine = tiny_engine(architecture, **ON_CUDA)
+    engine: Any = tiny_engine(architecture, exact=exact, **ON_CUDA)
 
-    forward = engine._forward
-    assert isinstance(forward, VarlenForward)
-    assert forward._decodes is not None
-    assert engine.model.block_tokens == 256
+    assert isinstance(engine, GpuEngine)
+    assert engine.uncaptured == ""
+    assert exact or not engine.model.exact
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_exact_engine_is_batch_invariant(architecture: str, dtype: str, tiny_engine: Engine) -> None:
+    """The self-check finds it so, and random schedules agree."""
+    engine = tiny_engine(architecture, exact=True, **{**ON_CUDA, "dtype": dtype})
+    prompts = [prompt_of(length) for length in (1, 7, 90, 255, 300)]
+    params = [GREEDY, WARM, WARM, GREEDY, WARM]
+    alone = [answer(engine, prompt, 10, params=own) for prompt, own in zip(prompts, params, strict=True)]
+
+    assert engine.model.exact
+    for seed in range(3):
+        assert answer_together(engine, prompts, 10, params=params, seed=seed) == alone
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "llama"])
-def test_float32_and_soft_caps_use_plain_torch(
+def test_float32_and_soft_caps_are_computed_by_the_kernels(
     architecture: str, tiny_engine: Engine, tiny_network: Network
 ) -> None:
-    engine, network = tiny_engine(architecture, device="cuda:0", dtype="float32"), tiny_network(architecture)
-    ids = prompt_of(300)
-    with torch.inference_mode():
-        expected = network(torch.tensor([ids])).logits[0, -1]
-
-    logits = engine.compute([Row(blocks_of(engine, 0), 0, 300, ids, 300, True, GREEDY)]).logits[0]
-
-    torch.testing.assert_close(logits.cpu(), expected, rtol=1e-2, atol=1e-2)
-
-
-def test_replayed_steps_compute_the_same_as_launched_ones(tiny_engine: Engine) -> None:
-    """Rows that pad a step do not affect the others."""
-    engine = tiny_engine("llama", **ON_CUDA)
-    forward: Any = engine._forward
-    ids = [prompt_of(n) for n in (3, 100, 300)]
-    engine.step(
-        [Row(blocks_of(engine, i), 0, len(own), own, len(own), True, GREEDY) for i, own in enumerate(ids)]
-    )
-    rows = [
-        Row(blocks_of(engine, i), len(own), len(own) + 1, [*own, 7], len(own), True, GREEDY)
-        for i, own in enumerate(ids)
+    options = {**ON_CUDA, "dtype": "float32"}
+    engine, network = tiny_engine(architecture, **options), tiny_network(architecture)
+    prompts = [prompt_of(length) for length in (5, 300)]
+    expected = [
+        network.generate(
+            torch.tensor([own]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        for own in prompts
     ]
 
-    replayed = engine.compute(rows).logits.float().clone()
-    forward._decodes = None
-    launched = engine.compute(rows).logits.float()
-
-    assert (replayed - launched).norm() <= 2e-2 * launched.norm()
-
-
-def test_random_schedules_give_equal_answers(tiny_engine: Engine) -> None:
-    engine = tiny_engine("llama", **ON_CUDA)
-    prompts = [prompt_of(length) for length in (1, 7, 90, 255, 300)]
-    params = [GREEDY] * 5
-    if not engine.model.exact:
-        pytest.skip("this device's kernels are not exact")
-    alone = [answer(engine, prompt, 10) for prompt in prompts]
-
-    assert answer_together(engine, prompts, 10, params=params) == alone
-
-
-def test_a_row_whose_logits_are_not_finite_fails_alone(tiny_engine: Engine) -> None:
-    engine = tiny_engine("llama", **ON_CUDA)
-    embedding_of(engine).weight.data[99] = float("nan")
-
-    results = engine.step(
-        [
-            Row(blocks_of(engine, 0), 0, 1, [99], 1, True, GREEDY),
-            Row(blocks_of(engine, 1), 0, 1, [5], 1, True, GREEDY),
-        ]
-    )
-
-    assert isinstance(results[0], Fault)
-    assert isinstance(results[1], Token)
+    for prompt, whole in zip(prompts, expected, strict=True):
+        assert answer(engine, prompt, 6) == whole[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("chunk", [1, 30])
@@ -150,47 +84,52 @@ def test_a_row_whose_logits_are_not_finite_fails_alone(tiny_engine: Engine) -> N
 def test_a_step_is_launched_without_waiting_for_the_device(
     chunk: int, filters: dict[str, Any], tiny_engine: Engine
 ) -> None:
-    """In torch's sync debug mode, any call that waits raises, until the callback of the step."""
-    engine = tiny_engine("llama", **ON_CUDA)
+    """In torch's sync debug mode, any call that waits raises."""
+    engine: Any = tiny_engine("llama", **ON_CUDA)
     params = SamplingParams(seed=1, max_tokens=9, temperature=1.0, ignore_eos=True, **filters)
     ids = prompt_of(chunk)
-    rows = [Row(blocks_of(engine, 0), 0, chunk, ids, chunk, True, params)]
-    engine.step(rows)  # allocates workspaces
+    row = Row(blocks_of(engine, 0), 0, chunk, ids, chunk, True, params)
+    engine.launch([row]).wait()  # allocates workspaces, uploads parameters
+    before = torch.cuda.get_sync_debug_mode()
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        (token,) = engine.step(rows, lambda: torch.cuda.set_sync_debug_mode("default"))
+        step = engine.launch([row])
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(before)
 
-    assert isinstance(token, Token)
+    assert isinstance(step.wait()[0], Token)
 
 
-def test_the_callback_overlaps_with_the_device(tiny_engine: Engine) -> None:
-    engine = tiny_engine("llama", **ON_CUDA)
-    done: list[bool] = []
-    forward = engine._forward
-    over: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+def test_a_launch_returns_before_the_device_has_computed(tiny_engine: Engine) -> None:
+    engine: Any = tiny_engine("llama", **ON_CUDA)
+    row = Row(blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, GREEDY)
+    expected = engine.launch([row]).wait()
+    torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]
 
-    def slow(flat: Any) -> torch.Tensor:
-        torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]
-        logits = forward(flat)
-        over.record()
-        return logits
+    step = engine.launch([row])
+    over = torch.cuda.current_stream(DEVICE).query()
 
-    engine._forward = slow
-
-    engine.step(
-        [Row(blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, GREEDY)], lambda: done.append(over.query())
-    )
-
-    assert done == [False]
+    assert not over
+    assert step.wait() == expected
 
 
 def test_a_fetch_returns_results_of_earlier_work() -> None:
     numbers = torch.ones(1 << 20, device=DEVICE).cumsum(0)
 
     assert cuda.Fetch(numbers).wait()[-1] == 1 << 20
+
+
+def test_a_host_buffer_is_not_overwritten_before_it_is_copied() -> None:
+    buffer = cuda.HostBuffer(1 << 20, DEVICE)
+    target = torch.zeros(1 << 20, dtype=torch.int32, device=DEVICE)
+    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+    buffer.array().fill(1)
+    buffer.copy_to(target, 1 << 20)
+
+    buffer.array().fill(2)
+
+    assert target.unique().tolist() == [1]
 
 
 def test_memory_is_measured_on_the_device() -> None:
@@ -203,21 +142,40 @@ def test_memory_is_measured_on_the_device() -> None:
     assert free_bytes(DEVICE) <= before + (1 << 20)
 
 
-def test_the_device_is_usable_after_a_failed_capture() -> None:
+def test_work_that_waits_is_recognised_before_it_is_captured() -> None:
     def waits() -> None:
         torch.ones(3, device=DEVICE).sum().item()
 
-    pool = cuda.GraphPool(DEVICE)
-    with pytest.raises(RuntimeError):
-        pool.capture(waits)
-
-    out = torch.zeros(3, device=DEVICE)
-    source = torch.ones(3, device=DEVICE)
+    out, source = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
 
     def doubles() -> None:
         out.copy_(source * 2)
 
-    replay = cuda.GraphPool(DEVICE).capture(doubles)
+    pool = cuda.GraphPool(DEVICE)
+
+    assert pool.waits(waits)
+    assert not pool.waits(doubles)
+    replay = pool.capture(doubles)
     source.fill_(21)
     replay()
     assert out.tolist() == [42, 42, 42]
+
+
+def test_an_illegal_access_is_recognised_as_the_end_of_the_device() -> None:
+    """In a process of its own, because the device of that process cannot be used afterwards."""
+    program = """
+import torch, triton, triton.language as tl
+from headrace.worker.engine.gpu.cuda import as_broken
+from headrace.worker.engine.interface import EngineBroken
+numbers = torch.zeros(4, device="cuda")
+try:
+    torch.zeros(4, device="cuda")[torch.tensor([1 << 40], device="cuda")].sum().item()
+except Exception as error:
+    assert isinstance(as_broken(error), EngineBroken), error
+    print("recognised")
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+
+    assert "recognised" in ran.stdout, ran.stderr
