@@ -296,7 +296,7 @@ def test_a_default_model_knows_the_capital_of_france_and_ends_its_turn(
 ) -> None:
     from headrace.worker.engine.load.loading import load_engine
 
-    engine = load_engine(
+    engine: Any = load_engine(
         default_model, name="m", cache=headrace_cache, tokenizer_fingerprint="t", max_running=2
     )
     tokenizer = transformers_tokenizer(default_model, headrace_cache)

@@ -90,13 +90,9 @@ def test_a_step_is_launched_without_waiting_for_the_device(
     ids = prompt_of(chunk)
     row = Row(blocks_of(engine, 0), 0, chunk, ids, chunk, True, params)
     engine.launch([row]).wait()  # allocates workspaces, uploads parameters
-    before = torch.cuda.get_sync_debug_mode()
 
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with cuda.waiting_forbidden():
         step = engine.launch([row])
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
     assert isinstance(step.wait()[0], Token)
 
@@ -129,7 +125,7 @@ def test_a_host_buffer_is_not_overwritten_before_it_is_copied() -> None:
 
     buffer.array().fill(2)
 
-    assert target.unique().tolist() == [1]
+    assert bool((target == 1).all())
 
 
 def test_memory_is_measured_on_the_device() -> None:
@@ -164,10 +160,9 @@ def test_work_that_waits_is_recognised_before_it_is_captured() -> None:
 def test_an_illegal_access_is_recognised_as_the_end_of_the_device() -> None:
     """In a process of its own, because the device of that process cannot be used afterwards."""
     program = """
-import torch, triton, triton.language as tl
+import torch
 from headrace.worker.engine.gpu.cuda import as_broken
 from headrace.worker.engine.interface import EngineBroken
-numbers = torch.zeros(4, device="cuda")
 try:
     torch.zeros(4, device="cuda")[torch.tensor([1 << 40], device="cuda")].sum().item()
 except Exception as error:

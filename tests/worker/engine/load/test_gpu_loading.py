@@ -91,11 +91,10 @@ def test_an_engine_that_computes_incorrectly_does_not_start(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from headrace.worker.engine.gpu import decoder
-
-    original = decoder.silu_multiply
+    from headrace.worker.engine.gpu.kernels.activation import silu_multiply
 
     def wrong(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-        original(gate_up, out)
+        silu_multiply(gate_up, out)
         out *= 1.2
 
     monkeypatch.setattr(decoder, "silu_multiply", wrong)

@@ -1,14 +1,15 @@
 """All operations that only CUDA supports: pinned copies, events, graphs, errors and memory statistics.
 
-Each function is a few calls of torch. The logic around them is in modules that also run on a CPU. `to_device`,
-`HostBuffer` and `Fetch` also work on a CPU.
+Each function is a few calls of torch. The logic around them is in modules that also run on a CPU.
+`to_device`, `HostBuffer` and `Fetch` also work on a CPU.
 """
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,19 @@ class Fetch:
         return self._host
 
 
+@contextmanager
+def waiting_forbidden() -> Iterator[None]:
+    """Let calls that wait for the device raise RuntimeError inside the block."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces the mode as a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 class GraphPool:
     """Captures functions as CUDA graphs that share one memory pool for their temporary tensors.
 
@@ -88,20 +102,16 @@ class GraphPool:
     def waits(self, run: Callable[[], None]) -> str:
         """Return why *run* cannot be captured: what it waits for. Empty if it only queues work.
 
-        A capture that fails cannot be undone: torch 2.11's allocator then stays in its capturing state, and the
-        next `empty_cache` raises (https://github.com/pytorch/pytorch/pull/180395). So this is tried before.
+        A capture that fails cannot be undone: torch 2.11's allocator then stays in its capturing state, and
+        the next `empty_cache` raises (https://github.com/pytorch/pytorch/pull/180395). So this is tried
+        before.
         """
         run()  # the first call may wait, to load kernels and allocate workspaces
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces the mode as a prototype
-            before = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+        try:
+            with waiting_forbidden():
                 run()
-            except RuntimeError as error:
-                return str(error).splitlines()[0]
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
         return ""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -134,12 +144,11 @@ class GraphPool:
 def as_broken(error: Exception) -> Exception:
     """Return *error*, as `EngineBroken` if the device cannot compute any more after it.
 
-    An illegal access, a failed assertion or an uncorrectable memory error makes every later call fail. Too little
-    memory does not: the cache of torch's allocator is emptied, so that the next step has what it held.
+    An illegal access, a failed assertion or an uncorrectable memory error makes every later call fail. Too
+    little memory does not: the cache of torch's allocator is emptied, so that the next step has what it held.
     """
     if isinstance(error, torch.OutOfMemoryError):
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing before CUDA is used
         return error
     # Triton and cuBLAS report such errors as RuntimeError.
     sticky = isinstance(error, torch.AcceleratorError) or (

@@ -1,8 +1,9 @@
 """The engine on a CUDA device: a step is one copy of its inputs, one launch, and one copy of its results.
 
-`launch` runs while the device computes the step before. What the host does not know yet, the tokens of that step,
-stays on the device: the next step reads it there. `forward` computes logits, `sampler` samples from them, `slots`
-keeps what belongs to a sequence. On a CPU, where tests run the same code, the step is called instead of replayed.
+`launch` runs while the device computes the step before. What the host does not know yet, the tokens of that
+step, stays on the device: the next step reads it there. `forward` computes logits, `sampler` samples from
+them, `slots` keeps what belongs to a sequence. On a CPU, where tests run the same code, the step is called
+instead of replayed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _BUFFERS = 3
 
 
 class DeviceForward(Protocol):
-    """Computes one model over its paged memory, without waiting for the device, so that it can be captured."""
+    """Computes one model over its paged memory. Never waits for the device, so it can be captured."""
 
     def __call__(self, ids: torch.Tensor, step: StepInputs) -> torch.Tensor:
         """Store the keys and values of a step's tokens, and compute logits.
@@ -146,7 +147,7 @@ class GpuEngine:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _assign(self, rows: Sequence[Row], placed: Sequence[Slot]) -> None:
-        """Upload what the sampler needs of sequences that are new in their slots, or whose counts are not known."""
+        """Upload what the sampler needs of sequences that are new in their slots or have lost their counts."""
         for row, slot in zip(rows, placed, strict=True):
             if slot.counted < 0:
                 slot.counts = counts_ids(row.params)

@@ -18,7 +18,8 @@ from headrace.worker.engine.transformers_attention import LayerAttention, Maskin
 
 BLOCK_TOKENS = 32
 
-# Fewer programs than this per multiprocessor do not keep the memory busy: then several share the keys of a row.
+# Fewer programs than this per multiprocessor do not keep the memory busy: then several share the keys of a
+# row.
 _FEWEST_PROGRAMS = 2
 _WANTED_PROGRAMS = 4
 _MOST_SCRATCH_BYTES = 256 << 20
@@ -119,7 +120,8 @@ class PagedAttention:
     ) -> torch.Tensor:
         """See `StepAttention`; any strides."""
         store(keys, values, *self._memory[layer], self._step.where)
-        # Zeros for padding: some networks, such as those with experts, must not compute with arbitrary numbers.
+        # Zeros for padding: some networks, such as those with experts, must not compute with arbitrary
+        # numbers.
         out = query.new_zeros(*query.shape[:2], values.shape[2])
         self.attend(layer, query, masking, out)
         return out

@@ -1,8 +1,8 @@
 """Slots: the state that a device keeps of each running sequence between its steps.
 
-A slot is an index into tensors on the device: the block tables here, tokens, parameters and counts in `sampler`.
-A sequence refers to its slot by `Row.memo`. A slot is taken from the sequence that was in no step for the longest
-time; if that one runs again, it gets another slot, and its state is uploaded anew.
+A slot is an index into tensors on the device: the block tables here, tokens, parameters and counts in
+`sampler`. A sequence refers to its slot by `Row.memo`. A slot is taken from the sequence that was in no step
+for the longest time; if that one runs again, it gets another slot, and its state is uploaded anew.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Slots:
     ) -> None:
         """Bring the block tables on the device up to date for a step.
 
-        places, blocks   [rows] `StepInputs.table_places` and `.table_blocks`: a sequence that grew by one block
-                         is updated by the step itself. This writes a no-op for all others
+        places, blocks   [rows] `StepInputs.table_places` and `.table_blocks`: a sequence that grew by one
+                         block is updated by the step itself. This writes a no-op for all others
 
         Whatever else changed is copied now; the device runs the copy before the step.
         """

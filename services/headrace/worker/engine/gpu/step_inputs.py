@@ -1,7 +1,8 @@
 """The inputs of a device step: arrays of fixed sizes in one packed buffer, filled by one copy from the host.
 
-Steps of equal `StepShape` differ only in these numbers, so CUDA can replay one as a captured graph. A step with
-fewer rows or tokens is padded. What changes rarely, such as block tables, is in tensors of its own, see `slots`.
+Steps of equal `StepShape` differ only in these numbers, so CUDA can replay one as a captured graph. A step
+with fewer rows or tokens is padded. What changes rarely, such as block tables, is in tensors of its own, see
+`slots`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class StepInputs:
     positions      [tokens] position of each token in its sequence
     slot_of        [tokens] slot of its row
     where          [tokens] place of its key and value: block x block_tokens + offset in the block
-    slots          [rows] slot of each row: index of the state that is kept for its sequence, such as its table
+    slots          [rows] slot of each row: index of the state kept for its sequence, such as its table
     offsets        [rows + 1] index of each row's first token, and finally the number of tokens
     starts         [rows] position of each row's first token
     stops          [rows] position after its last token: the number of keys which that token attends to
@@ -64,9 +65,9 @@ class StepInputs:
     table_places   [rows] where to write a row's new block in the flat block tables before the step
     table_blocks   [rows] number of that block
 
-    Padding tokens have id 0 and position 0, and are written to a block that nothing reads. Padding rows have the
-    last slot, no tokens (stop 0) and no tile. Whatever is computed for padding is undefined and ignored; it does
-    not affect other rows.
+    Padding tokens have id 0 and position 0, and are written to a block that nothing reads. Padding rows have
+    the last slot, no tokens (stop 0) and no tile. Whatever is computed for padding is undefined and ignored;
+    it does not affect other rows.
     """
 
     shape: StepShape
