@@ -104,7 +104,7 @@ def test_ragged_steps_give_the_attention_of_whole_sequences(
             begin += n
 
     for parts, own in zip(seen, sequences, strict=True):
-        wanted = expected(*own, layer.masking)  # type: ignore[call-arg,arg-type,misc]
+        wanted = expected(*own, layer.masking)  # type: ignore[call-arg,arg-type]
         assert (torch.cat(parts).double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
 
 

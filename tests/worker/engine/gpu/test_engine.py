@@ -31,6 +31,7 @@ from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observe_layers, paged_attention
 from headrace.worker.runner import SequenceSpec, StepReport
 from tests.worker.engine.conftest import VOCABULARY
+from tests.worker.engine.gpu.device import DEVICE
 from tests.worker.engine.test_torch_engine import (
     GREEDY,
     WARM,
@@ -39,7 +40,6 @@ from tests.worker.engine.test_torch_engine import (
     prompt_of,
 )
 
-CPU = torch.device("cpu")
 BLOCK = 8  # so that short sequences cross borders of blocks
 STEP_TOKENS = 16
 PENALISED = replace(WARM, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2)
@@ -74,7 +74,7 @@ def model_info(*, max_running: int = 4, context: int = 32) -> ModelInfo:
         name="tiny",
         revision="",
         dtype="float32",
-        device="cpu",
+        device=str(DEVICE),
         tokenizer_fingerprint="",
         weights_fingerprint="",
         context_length=context,
@@ -105,19 +105,19 @@ def device_engine(tiny_folder: Callable[[str], Path]) -> Callable[..., GpuEngine
         auto: Any = transformers.AutoModelForCausalLM
         network = auto.from_pretrained(
             tiny_folder(architecture), dtype=torch.float32, attn_implementation=IMPLEMENTATION
-        ).eval()
+        ).to(DEVICE).eval()
         layers = observe_layers(network)
         memory = PagedMemory(
             {index: layer.shape for index, layer in layers.items()},
             blocks=model.kv_blocks + 1,
             block_tokens=BLOCK,
-            device=CPU,
+            device=DEVICE,
             dtype=torch.float32,
         )
         width = -(-model.context_length // BLOCK)
-        slots = Slots(model.max_running, width, spare=model.kv_blocks, device=CPU)
+        slots = Slots(model.max_running, width, spare=model.kv_blocks, device=DEVICE)
         scratch = Scratch(
-            layers, max_rows=model.max_running, positions=model.context_length, device=CPU, exact=exact
+            layers, max_rows=model.max_running, positions=model.context_length, device=DEVICE, exact=exact
         )
         forward: DeviceForward
         if fused:
