@@ -1,10 +1,13 @@
-"""Measure what scheduler and engine loop cost the host per step, with a device that computes nothing.
+"""Measure what a step of decodes costs the host, with a device that computes nothing.
 
-    python -m benchmarks.host_time [--rows 256] [--steps 1000] [--ahead 0] [--profile]
+    python -m benchmarks.host_time [--rows 256] [--steps 1000] [--profile]
 
-All rows decode. The figures are the time of the engine's thread between the calls of the engine, per step: to
-plan, to record the results and to report them. What an engine costs the host itself, and what the receiver of
-the reports does on other threads, is not included.
+loop     scheduler and loop alone: to plan, to record the results and to report them
+engine   that, and what the engine of a GPU does on the host: fill the inputs of a step, copy them, launch the
+         step and read its results. Its graphs are empty, and on a machine without CUDA the copies are plain ones
+
+The figures are the time of the engine's thread per step. What the receiver of the reports does on other threads
+is not included.
 """
 
 from __future__ import annotations
@@ -15,92 +18,139 @@ import pstats
 import queue
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token
+import torch
+
+from headrace.worker.engine.interface import Engine, Fault, LaunchedStep, ModelInfo, Row, Token
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.runner import SamplingParams, SequenceSpec, StepReport
 
 PROMPT = 1024
 WARM_UP = 50  # steps
+STEP_TOKENS = 2048
+VOCABULARY = 1024
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Spent:
-    """Seconds of the engine's thread outside the engine: of its CPU time, and by the clock."""
+    """Seconds of the engine's thread: of its CPU time, and by the clock."""
 
     cpu: float
     wall: float
 
 
-class StubDevice:
-    """Answers each row with a token at once, and records the time between its calls."""
+def describe(rows: int, tokens: int) -> ModelInfo:
+    """Describe a model whose KV memory holds *rows* sequences of PROMPT and *tokens* more tokens."""
+    blocks = -(-(PROMPT + tokens + 1) // 32)
+    return ModelInfo(
+        name="stub",
+        revision="1",
+        dtype="none",
+        device="stub",
+        tokenizer_fingerprint="",
+        weights_fingerprint="",
+        context_length=PROMPT + tokens + 1,
+        vocabulary_size=VOCABULARY,
+        eos_ids=frozenset({0}),
+        max_running=rows,
+        block_tokens=32,
+        kv_blocks=rows * blocks + rows,
+        exact=True,
+    )
 
-    def __init__(self, rows: int, tokens: int, ahead: int) -> None:
-        self.ahead = ahead
-        self.steps: list[Spent] = []
-        blocks = -(-(PROMPT + tokens + 1) // 32)
-        self.model = ModelInfo(
-            name="stub",
-            revision="1",
-            dtype="none",
-            device="stub",
-            tokenizer_fingerprint="",
-            weights_fingerprint="",
-            context_length=PROMPT + tokens + 1,
-            vocabulary_size=1 << 17,
-            eos_ids=frozenset({0}),
-            max_running=rows,
-            block_tokens=32,
-            kv_blocks=rows * blocks + rows,
-            exact=True,
-        )
-        self._token = Token(7)
-        self._spent = Spent(0.0, 0.0)
-        self._left: Spent | None = None
+
+class StubDevice:
+    """Answers each row with a token at once."""
+
+    def __init__(self, model: ModelInfo, ahead: int = 1) -> None:
+        self.model, self.ahead = model, ahead
 
     def launch(self, rows: Sequence[Row]) -> StubStep:
         """Return a step that is computed already."""
-        self.enter()
-        if len(rows) == self.model.max_running == sum(row.sample for row in rows):
-            self.steps.append(self._spent)
-        self._spent = Spent(0.0, 0.0)
-        results: list[Token | Fault | None] = [self._token if row.sample else None for row in rows]
-        step = StubStep(self, results)
-        self.leave()
-        return step
-
-    def enter(self) -> None:
-        """Add up the time since the last call."""
-        if self._left is not None:
-            self._spent.cpu += time.thread_time() - self._left.cpu
-            self._spent.wall += time.perf_counter() - self._left.wall
-
-    def leave(self) -> None:
-        """Begin to measure again."""
-        self._left = Spent(time.thread_time(), time.perf_counter())
+        return StubStep([_TOKEN if row.sample else None for row in rows])
 
 
 class StubStep:
     """A step whose results are known."""
 
-    def __init__(self, device: StubDevice, results: list[Token | Fault | None]) -> None:
-        self._device = device
+    def __init__(self, results: list[Token | Fault | None]) -> None:
         self._results = results
 
     def wait(self) -> list[Token | Fault | None]:
         """Return the results."""
-        self._device.enter()
-        self._device.leave()
         return self._results
 
 
-def measure(rows: int, steps: int, *, ahead: int = 1, profile: bool = False) -> list[Spent]:
-    """Run *rows* sequences for *steps* decode steps. Returns what each step cost, after a warm-up."""
-    device = StubDevice(rows, steps + WARM_UP, ahead)
-    loop: EngineLoop[int] = EngineLoop(device, step_tokens=2048)
+_TOKEN = Token(7)
+
+
+class EmptyGraphs:
+    """Captures nothing, so that replaying costs nothing."""
+
+    def waits(self, run: Callable[[], None]) -> str:
+        """Return no reason."""
+        return ""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does nothing."""
+        return lambda: None
+
+
+def gpu_engine(model: ModelInfo) -> Engine:
+    """Make the engine of a GPU, on CUDA if there is a device, whose steps always have the same results."""
+    from headrace.worker.engine.gpu.engine import GpuEngine
+    from headrace.worker.engine.gpu.slots import Slots
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+    def forward(ids: torch.Tensor, step: object) -> torch.Tensor:
+        raise AssertionError("a step was launched that is not captured")
+
+    width = -(-model.context_length // model.block_tokens)
+    engine = GpuEngine(
+        forward,
+        model,
+        slots=Slots(model.max_running, width, spare=model.kv_blocks, device=device),
+        step_tokens=STEP_TOKENS,
+        tile=16,
+        graphs=EmptyGraphs(),
+    )
+    engine._results.fill_(1)  # ids, that logits are finite, and log-probabilities
+    return engine
+
+
+class Timed:
+    """Records when steps are launched that are decodes of all rows."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.model, self.ahead = engine.model, engine.ahead
+        self._launches: list[Spent | None] = []
+
+    def launch(self, rows: Sequence[Row]) -> LaunchedStep:
+        """See `Engine.launch`."""
+        whole = len(rows) == self.model.max_running == sum(row.stop - row.start for row in rows)
+        self._launches.append(Spent(time.thread_time(), time.perf_counter()) if whole else None)
+        return self._engine.launch(rows)
+
+    def steps(self) -> list[Spent]:
+        """Return the time from each launch to the next."""
+        return [
+            Spent(after.cpu - before.cpu, after.wall - before.wall)
+            for before, after in pairwise(self._launches)
+            if before is not None and after is not None
+        ]
+
+
+def measure(engine: Engine, steps: int, *, profile: bool = False) -> list[Spent]:
+    """Run as many sequences as the engine can for *steps* decode steps. Returns what each step cost."""
+    timed = Timed(engine)
+    loop: EngineLoop[int] = EngineLoop(timed, step_tokens=STEP_TOKENS)
     params = SamplingParams(seed=0, max_tokens=steps + WARM_UP, ignore_eos=True)
+    rows = engine.model.max_running
     # Prompts differ, so that no block is shared.
     loop.submit(*(SequenceSpec(key, [key + 1] * PROMPT, PROMPT, params) for key in range(rows)))
     reports: queue.SimpleQueue[StepReport[int]] = queue.SimpleQueue()
@@ -115,7 +165,7 @@ def measure(rows: int, steps: int, *, ahead: int = 1, profile: bool = False) -> 
     loop.stop()
     if profiler is not None:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(20)
-    return device.steps[WARM_UP:]
+    return timed.steps()[WARM_UP:]
 
 
 def main() -> None:
@@ -123,16 +173,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--ahead", type=int, choices=(0, 1), default=1)
-    parser.add_argument("--profile", action="store_true", help="print a profile; its figures are too high")
+    parser.add_argument("--profile", action="store_true", help="print profiles; their figures are too high")
     args = parser.parse_args()
-    seen = measure(args.rows, args.steps, ahead=args.ahead, profile=args.profile)
-    for name, values in (("cpu", [step.cpu for step in seen]), ("wall", [step.wall for step in seen])):
-        values.sort()
-        print(
-            f"{name:5}{args.rows} rows: median {statistics.median(values) * 1e3:.3f} ms per step,"
-            f" 90 % within {values[len(values) * 9 // 10] * 1e3:.3f} ms"
-        )
+    model = describe(args.rows, args.steps + WARM_UP)
+    for name, engine in (("loop", StubDevice(model)), ("engine", gpu_engine(model))):
+        seen = measure(engine, args.steps, profile=args.profile)
+        for kind, values in (("cpu", [step.cpu for step in seen]), ("wall", [step.wall for step in seen])):
+            values.sort()
+            print(
+                f"{name:7}{kind:5}{args.rows} rows: median {statistics.median(values) * 1e3:.3f} ms per step,"
+                f" 90 % within {values[len(values) * 9 // 10] * 1e3:.3f} ms"
+            )
 
 
 if __name__ == "__main__":

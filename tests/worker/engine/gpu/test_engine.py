@@ -103,9 +103,13 @@ def device_engine(tiny_folder: Callable[[str], Path]) -> Callable[..., GpuEngine
     ) -> GpuEngine:
         model = model or model_info()
         auto: Any = transformers.AutoModelForCausalLM
-        network = auto.from_pretrained(
-            tiny_folder(architecture), dtype=torch.float32, attn_implementation=IMPLEMENTATION
-        ).to(DEVICE).eval()
+        network = (
+            auto.from_pretrained(
+                tiny_folder(architecture), dtype=torch.float32, attn_implementation=IMPLEMENTATION
+            )
+            .to(DEVICE)
+            .eval()
+        )
         layers = observe_layers(network)
         memory = PagedMemory(
             {index: layer.shape for index, layer in layers.items()},

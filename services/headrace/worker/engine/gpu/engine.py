@@ -147,7 +147,7 @@ class GpuEngine:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _assign(self, rows: Sequence[Row], placed: Sequence[Slot]) -> None:
-        """Upload what the sampler needs of sequences that are new in their slots or have lost their counts."""
+        """Upload what the sampler needs of sequences that are new in their slots or lost their counts."""
         for row, slot in zip(rows, placed, strict=True):
             if slot.counted < 0:
                 slot.counts = counts_ids(row.params)
