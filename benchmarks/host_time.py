@@ -3,11 +3,11 @@
     python -m benchmarks.host_time [--rows 256] [--steps 1000] [--profile]
 
 loop     scheduler and loop alone: to plan, to record the results and to report them
-engine   that, and what the engine of a GPU does on the host: fill the inputs of a step, copy them, launch the
-         step and read its results. Its graphs are empty, and on a machine without CUDA the copies are plain ones
+engine   that, and what the engine of a GPU does on the host: fill the inputs of a step, copy them, launch
+         the step and read its results. Its graphs are empty; without CUDA the copies are plain ones
 
-The figures are the time of the engine's thread per step. What the receiver of the reports does on other threads
-is not included.
+The figures are the time of the engine's thread per step. What the receiver of the reports does on other
+threads is not included.
 """
 
 from __future__ import annotations
