@@ -72,9 +72,20 @@ def test_query_heads_share_the_keys_of_their_group(group: int, segmented: bool) 
 
 @pytest.mark.parametrize(
     ("key_dim", "value_dim"),
-    [(16, 16), (24, 24), (64, 64), (72, 72), (80, 80), (128, 128), (192, 128), (256, 256)],
+    [
+        (8, 8),
+        (16, 16),
+        (24, 24),
+        (64, 64),
+        (72, 72),
+        (80, 80),
+        (128, 128),
+        (192, 128),
+        (256, 256),
+        (512, 512),
+    ],
 )
-def test_heads_of_any_dimension_up_to_256_are_supported(key_dim: int, value_dim: int) -> None:
+def test_heads_of_any_dimension_up_to_512_are_supported(key_dim: int, value_dim: int) -> None:
     layer = layer_of(2, 1, key_dim, value_dim)
 
     for dtype in (torch.float32, torch.float16):
