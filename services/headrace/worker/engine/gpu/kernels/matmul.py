@@ -25,8 +25,8 @@ from headrace.worker.engine.gpu.kernels.variants import Variant
 
 SEGMENT = 1024
 
-# With fewer tiles than this, each segment gets its own program: to write the sums of segments and to read them
-# costs less than multiprocessors that do nothing. A large GPU has 132.
+# With fewer tiles than this, each segment gets its own program: to write and read the sums of segments costs
+# less than multiprocessors that do nothing. A large GPU has 132.
 _FEW_PROGRAMS = 96
 _MERGED = 1024  # numbers per program of the second kernel
 
