@@ -111,11 +111,6 @@ class GpuDecoderWeights:
         self.head = _join([network.lm_head])  # the embedding, if they are tied
         self.cosines, self.sines = _rotation(model.rotary_emb, positions or config.max_position_embeddings)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embedding.device
-
 
 def _decoder_layer(layer: Any, masking: Masking) -> DecoderLayer:
     attention, feed_forward = layer.self_attn, layer.mlp

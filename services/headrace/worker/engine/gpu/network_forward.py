@@ -70,8 +70,9 @@ class ExactLinear(torch.nn.Module):
 def make_exact(network: Any) -> bool:
     """Replace the plain linear layers of a network by exact ones.
 
-    Returns whether all linear layers were replaced. Layers of a subclass are kept, because they may compute
-    something else, and so are those that do not have the dtype of the network.
+    Returns whether all linear layers were replaced. What is not a `torch.nn.Linear` is not counted, so only
+    the self-check can show that a network is batch-invariant. Layers of a subclass are kept, because they may
+    compute something else, and so are those that do not have the dtype of the network.
     """
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):

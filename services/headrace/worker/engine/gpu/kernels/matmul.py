@@ -25,8 +25,9 @@ from headrace.worker.engine.gpu.kernels.variants import Variant
 
 SEGMENT = 1024
 
-# With fewer programs than this, each segment gets its own: about two for each multiprocessor of a large GPU.
-_FEW_PROGRAMS = 264
+# With fewer tiles than this, each segment gets its own program: to write and read the sums of segments costs
+# less than multiprocessors that do nothing. A large GPU has 132.
+_FEW_PROGRAMS = 96
 _MERGED = 1024  # numbers per program of the second kernel
 
 
