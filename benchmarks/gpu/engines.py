@@ -1,0 +1,273 @@
+"""Everything that the measurements need of Headrace's engine and kernels, in one place.
+
+An engine is loaded as a worker loads it, self-check included, except that the weights are made on the device.
+In a rehearsal the same engine runs on the CPU, with Triton's interpreter and without graphs.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu.report import Options
+from benchmarks.gpu.shapes import Shape, model_folder, random_network
+from headrace.worker.engine.interface import Engine, LaunchedStep, Memo, Row, SamplingParams, Token
+from headrace.worker.engine.load import loading
+from headrace.worker.engine.transformers_attention import IMPLEMENTATION
+
+MAX_RUNNING = 256
+STEP_TOKENS = 2048
+CONTEXT = 2304  # the longest request of the workload has 2,048 tokens
+# Of the rehearsal.
+TINY_RUNNING, TINY_STEP_TOKENS, TINY_CONTEXT, TINY_KV_GIB = 6, 64, 192, 0.002
+
+
+def limits(options: Options) -> dict[str, int]:
+    """Return max_running, step_tokens and context_length of the engines that are measured."""
+    if options.rehearse:
+        return dict(max_running=TINY_RUNNING, step_tokens=TINY_STEP_TOKENS, context_length=TINY_CONTEXT)
+    return dict(max_running=MAX_RUNNING, step_tokens=STEP_TOKENS, context_length=CONTEXT)
+
+
+def load(
+    shape: Shape,
+    folder: Path,
+    *,
+    device: str,
+    dtype: str,
+    exact: bool = False,
+    kv_memory: float | None = None,
+    tokenizer_fingerprint: str = "",
+    progress: Callable[[str], None],
+    **limits: int,
+) -> Engine:
+    """Load an engine for random weights, as a worker does.
+
+    folder   the model's folder, without weights
+    """
+
+    def random(_folder: Path, dtype: torch.dtype, device: torch.device, *_: object, **__: object) -> Any:
+        return random_network(shape, str(device), str(dtype).removeprefix("torch."), IMPLEMENTATION)
+
+    more: dict[str, Any] = {"exact": True} if exact else {}
+    with mock.patch.object(loading, "read_network", random):
+        return loading.load_engine(
+            folder,
+            name=shape.name,
+            cache=folder / "cache",
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            device=device,
+            dtype=dtype,
+            kv_memory=kv_memory,
+            progress=progress,
+            **limits,
+            **more,
+        )
+
+
+@dataclass
+class Held:
+    """The engine of this process: jobs of a group share it.
+
+    seconds      until it was ready
+    stages       what loading reported, with seconds since its begin
+    sequences    those that `prefill` has computed, if any
+    """
+
+    engine: Engine
+    exact: bool
+    seconds: float
+    stages: list[tuple[float, str]]
+    sequences: Sequences | None = None
+
+
+_held: dict[tuple[str, bool], Held] = {}
+
+
+def held(shape: Shape, options: Options, *, exact: bool = False) -> Held:
+    """Return this process's engine for a model; it is loaded by the first call."""
+    key = (shape.name, exact)
+    if key not in _held:
+        release()
+        folder = model_folder(shape, options.out / "models" / shape.name)
+        stages: list[tuple[float, str]] = []
+        began = time.perf_counter()
+        engine = load(
+            shape,
+            folder,
+            device=options.device,
+            dtype=options.dtype,
+            exact=exact,
+            kv_memory=TINY_KV_GIB if options.rehearse else None,
+            progress=lambda text: stages.append((time.perf_counter() - began, text)),
+            **limits(options),
+        )
+        _held[key] = Held(engine, exact, time.perf_counter() - began, stages)
+    return _held[key]
+
+
+def release() -> None:
+    """Give the memory of this process's engine back."""
+    _held.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class _Sequence:
+    ids: list[int]
+    blocks: range
+    version: int
+    memo: Memo = field(default_factory=Memo)
+
+
+class Sequences:
+    """Sequences with blocks of their own, which are computed step by step without a scheduler.
+
+    prompts   their ids
+    room      tokens that each may have after its prompt
+    params    of all of them
+
+    Only as many as KV memory holds are kept.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        *,
+        room: int,
+        params: SamplingParams | None = None,
+    ) -> None:
+        self._engine = engine
+        self._params = params or SamplingParams(seed=1, max_tokens=1 << 30, temperature=0.0, ignore_eos=True)
+        model = engine.model
+        each = -(-(max(map(len, prompts)) + room) // model.block_tokens)
+        count = min(len(prompts), model.kv_blocks // each, model.max_running)
+        self.all = [
+            _Sequence(list(prompts[index]), range(index * each, (index + 1) * each), index + 1)
+            for index in range(count)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def row(self, sequence: _Sequence, start: int, stop: int, *, pending: bool = False) -> Row:
+        """Return the row that computes a part of a sequence, and samples at its end."""
+        return Row(
+            blocks=sequence.blocks,
+            start=start,
+            stop=stop,
+            ids=sequence.ids,
+            prompt=1,
+            sample=True,
+            params=self._params,
+            memo=sequence.memo,
+            pending=pending,
+            version=sequence.version,
+        )
+
+    def prefill(self, step_tokens: int) -> float:
+        """Compute all prompts in steps of *step_tokens* tokens, and append a token to each. Returns seconds."""
+        began = time.perf_counter()
+        steps = list(self._chunks(step_tokens))
+        results = _launch_all(self._engine, iter([rows for _, rows in steps]))
+        for (sequences, _), tokens in zip(steps, results, strict=True):
+            for sequence, token in zip(sequences, tokens, strict=True):
+                if sequence is not None:
+                    sequence.ids.append(_id(token))
+        return time.perf_counter() - began
+
+    def _chunks(self, step_tokens: int) -> Iterator[tuple[list[_Sequence | None], list[Row]]]:
+        """Fill steps with prompts, cut where a step is full. A sequence is named where its prompt ends."""
+        named: list[_Sequence | None] = []
+        rows: list[Row] = []
+        left = step_tokens
+        for sequence in self.all:
+            start, length = 0, len(sequence.ids)
+            while start < length:
+                stop = min(start + left, length)
+                rows.append(self.row(sequence, start, stop))
+                named.append(sequence if stop == length else None)
+                left -= stop - start
+                start = stop
+                if left == 0:
+                    yield named, rows
+                    named, rows, left = [], [], step_tokens
+        if rows:
+            yield named, rows
+
+    def decode(self, count: int, steps: int) -> float:
+        """Compute *steps* tokens of the first *count* sequences. Returns seconds."""
+        chosen = self.all[:count]
+        ahead = self._engine.ahead
+        in_flight: deque[LaunchedStep] = deque()
+        began = time.perf_counter()
+        for _ in range(steps):
+            pending = bool(in_flight)
+            rows = []
+            for sequence in chosen:
+                length = len(sequence.ids) + pending
+                rows.append(self.row(sequence, length - 1, length, pending=pending))
+            in_flight.append(self._engine.launch(rows))
+            while len(in_flight) > ahead:
+                self._take(chosen, in_flight.popleft())
+        while in_flight:
+            self._take(chosen, in_flight.popleft())
+        return time.perf_counter() - began
+
+    def _take(self, chosen: Sequence[_Sequence], step: LaunchedStep) -> None:
+        for sequence, token in zip(chosen, step.wait(), strict=True):
+            sequence.ids.append(_id(token))
+
+    def forced(self, ids: Sequence[Sequence[int]], begins: Sequence[int]) -> list[list[Token]]:
+        """Compute given ids: each sequence to *begins* as a prompt, then one by one. Returns what was sampled.
+
+        ids   of each sequence, at least as long as its prompt
+        """
+        sampled: list[list[Token]] = [[] for _ in self.all]
+        for sequence, own in zip(self.all, ids, strict=True):
+            sequence.ids = list(own)
+        place = [0] * len(self.all)
+        while any(at < len(own) for at, own in zip(place, ids, strict=True)):
+            rows, named = [], []
+            for index, sequence in enumerate(self.all):
+                start = place[index]
+                if start < len(sequence.ids):
+                    place[index] = stop = begins[index] if start == 0 else start + 1
+                    rows.append(self.row(sequence, start, stop))
+                    named.append(index)
+            for index, token in zip(named, self._engine.launch(rows).wait(), strict=True):
+                assert isinstance(token, Token), token
+                sampled[index].append(token)
+        return sampled
+
+
+def _launch_all(engine: Engine, steps: Iterator[list[Row]]) -> list[list[Any]]:
+    """Compute steps that do not depend on each other's tokens, as far ahead as the engine allows."""
+    in_flight: deque[LaunchedStep] = deque()
+    results = []
+    for rows in steps:
+        in_flight.append(engine.launch(rows))
+        while len(in_flight) > engine.ahead:
+            results.append(in_flight.popleft().wait())
+    results += [step.wait() for step in in_flight]
+    return results
+
+
+def _id(token: object) -> int:
+    if not isinstance(token, Token):
+        raise RuntimeError(f"a row was not computed: {token}")
+    return token.id
+
+
