@@ -23,6 +23,9 @@ _FATAL = ("CUDA error", "device-side assert", "illegal memory access")
 
 def main() -> None:
     """Run the jobs."""
+    import transformers  # takes seconds, which this process uses to wait for its first job
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with os.fdopen(int(sys.argv[1]), "w") as events:
         for line in sys.stdin:
             if not _run(json.loads(line), events):

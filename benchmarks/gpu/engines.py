@@ -10,7 +10,6 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,27 @@ from headrace.worker.engine.interface import Engine, LaunchedStep, Memo, Row, Sa
 from headrace.worker.engine.load import loading
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION
 
-MAX_RUNNING = 256
-STEP_TOKENS = 2048
-CONTEXT = 2304  # the longest request of the workload has 2,048 tokens
-# Of the rehearsal.
-TINY_RUNNING, TINY_STEP_TOKENS, TINY_CONTEXT, TINY_KV_GIB = 6, 64, 192, 0.002
+
+@dataclass(frozen=True)
+class Sizes:
+    """Limits of an engine, as for a worker.
+
+    context   most tokens of prompt and answer
+    """
+
+    max_running: int
+    step_tokens: int
+    context: int
 
 
-def limits(options: Options) -> dict[str, int]:
-    """Return max_running, step_tokens and context_length of the engines that are measured."""
-    if options.rehearse:
-        return dict(max_running=TINY_RUNNING, step_tokens=TINY_STEP_TOKENS, context_length=TINY_CONTEXT)
-    return dict(max_running=MAX_RUNNING, step_tokens=STEP_TOKENS, context_length=CONTEXT)
+REAL = Sizes(max_running=256, step_tokens=2048, context=2304)  # the longest request has 2,048 tokens
+TINY = Sizes(max_running=6, step_tokens=64, context=192)  # of a rehearsal
+TINY_KV_GIB = 0.002
+
+
+def sizes(options: Options) -> Sizes:
+    """Return the limits of the engines that are measured."""
+    return TINY if options.rehearse else REAL
 
 
 def load(
@@ -44,11 +52,11 @@ def load(
     *,
     device: str,
     dtype: str,
+    sizes: Sizes,
     exact: bool = False,
     kv_memory: float | None = None,
     tokenizer_fingerprint: str = "",
     progress: Callable[[str], None],
-    **limits: int,
 ) -> Engine:
     """Load an engine for random weights, as a worker does.
 
@@ -69,7 +77,9 @@ def load(
             dtype=dtype,
             kv_memory=kv_memory,
             progress=progress,
-            **limits,
+            max_running=sizes.max_running,
+            step_tokens=sizes.step_tokens,
+            context_length=sizes.context,
             **more,
         )
 
@@ -106,10 +116,10 @@ def held(shape: Shape, options: Options, *, exact: bool = False) -> Held:
             folder,
             device=options.device,
             dtype=options.dtype,
+            sizes=sizes(options),
             exact=exact,
             kv_memory=TINY_KV_GIB if options.rehearse else None,
             progress=lambda text: stages.append((time.perf_counter() - began, text)),
-            **limits(options),
         )
         _held[key] = Held(engine, exact, time.perf_counter() - began, stages)
     return _held[key]
@@ -178,7 +188,10 @@ class Sequences:
         )
 
     def prefill(self, step_tokens: int) -> float:
-        """Compute all prompts in steps of *step_tokens* tokens, and append a token to each. Returns seconds."""
+        """Compute all prompts in steps of *step_tokens* tokens, and append a token to each.
+
+        Returns seconds.
+        """
         began = time.perf_counter()
         steps = list(self._chunks(step_tokens))
         results = _launch_all(self._engine, iter([rows for _, rows in steps]))
@@ -231,9 +244,11 @@ class Sequences:
             sequence.ids.append(_id(token))
 
     def forced(self, ids: Sequence[Sequence[int]], begins: Sequence[int]) -> list[list[Token]]:
-        """Compute given ids: each sequence to *begins* as a prompt, then one by one. Returns what was sampled.
+        """Compute given ids: each sequence to *begins* as a prompt, then one by one.
 
         ids   of each sequence, at least as long as its prompt
+
+        Returns what was sampled.
         """
         sampled: list[list[Token]] = [[] for _ in self.all]
         for sequence, own in zip(self.all, ids, strict=True):
@@ -269,5 +284,3 @@ def _id(token: object) -> int:
     if not isinstance(token, Token):
         raise RuntimeError(f"a row was not computed: {token}")
     return token.id
-
-

@@ -61,7 +61,7 @@ def plan(parts: Sequence[str], models: Sequence[str]) -> list[Job]:
 def _jobs(parts: Sequence[str], models: Sequence[str]) -> Iterator[Job]:
     for part in _ONCE:
         if part in parts:
-            yield _job(part, "", part)
+            yield _job(part, "", "device")
     for model in models:
         for part in _OF_AN_ENGINE:
             if part in parts:

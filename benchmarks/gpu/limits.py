@@ -60,9 +60,7 @@ def prefill_tokens_per_second(shape: Shape, ceilings: Ceilings) -> float:
     return ceilings.flops / (2 * shape.layers * shape.layer_weights)
 
 
-def workload_tokens_per_second(
-    shape: Shape, ceilings: Ceilings, lengths: Sequence[tuple[int, int]]
-) -> float:
+def workload_tokens_per_second(shape: Shape, ceilings: Ceilings, lengths: Sequence[tuple[int, int]]) -> float:
     """Return the highest possible rate of output tokens, if all requests run at the same time.
 
     lengths   tokens of prompt and answer of each request

@@ -1,4 +1,4 @@
-"""The workload of nano-vLLM's benchmark (GeeeekExplorer/nano-vllm, bench.py): the same numbers from seed 0."""
+"""The workload of nano-vLLM's benchmark (GeeeekExplorer/nano-vllm, bench.py): the same numbers, of seed 0."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Request:
 def workload(shape: Shape, share: float, *, tiny: bool = False) -> list[Request]:
     """Return a share of the requests, the first ones.
 
-    The ids are those of words, so that the same prompts can be written as text; nano-vLLM's are numbers from 0
-    to 10,000.
+    The ids are those of words, so that the same prompts can be written as text; nano-vLLM's are numbers from
+    0 to 10,000.
 
     tiny   few and short requests, for a rehearsal
     """

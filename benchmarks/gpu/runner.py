@@ -92,27 +92,32 @@ class Runner:
         self._ends = self._began + seconds
         self._child: Child | None = None
         self._group = ""
+        self._next: Child | None = None  # started before it is needed, because imports take seconds
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run all jobs for which time is left."""
         self._options.out.mkdir(parents=True, exist_ok=True)
         try:
-            for job in jobs:
+            for job, following in zip(jobs, [*jobs[1:], None], strict=True):
                 left = self._ends - self._clock() - _RESERVE
                 if left < job.least:
                     text = f"skipped: {max(left, 0):.0f} s are left, it needs at least {job.least:g}"
                     self._end(job, 0.0, skipped=text)
                 else:
-                    self._run(job, min(job.seconds, left))
+                    self._run(job, min(job.seconds, left), following)
         finally:
             self._stop()
+            if self._next is not None:
+                self._next.end()
 
-    def _run(self, job: Job, seconds: float) -> None:
+    def _run(self, job: Job, seconds: float, following: Job | None) -> None:
         if job.group != self._group:
             self._stop()
         if self._child is None:
-            self._child = Child(self._environment, self._log)
+            self._child, self._next = self._next or Child(self._environment, self._log), None
             self._group = job.group
+        if following is not None and following.group != job.group and self._next is None:
+            self._next = Child(self._environment, self._log)
         began = self._clock()
         self._say(f"{job.name}: at most {seconds:.0f} s")
         ask = {

@@ -1,8 +1,8 @@
 """The models that are measured: random weights of true shapes, and a tokenizer for them, all made in code.
 
-Speed depends on shapes, not on what a model has learned. Weights are random rather than zero, because a device
-multiplies zeros faster. The tokenizer is a byte-level BPE like those of Llama 3 and Qwen, over made-up words,
-so that a prompt can be given as ids to an engine and as text to the mesh.
+Speed depends on shapes, not on what a model has learned. Weights are random rather than zero, because a
+device multiplies zeros faster. The tokenizer is a byte-level BPE like those of Llama 3 and Qwen, over made-up
+words, so that a prompt can be given as ids to an engine and as text to the mesh.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ def random_network(shape: Shape, device: str, dtype: str, attention: str) -> Any
     torch.manual_seed(0)
     auto: Any = AutoModelForCausalLM
     with torch.device(device):
-        network = auto.from_config(
-            shape.config(), dtype=getattr(torch, dtype), attn_implementation=attention
-        )
+        network = auto.from_config(shape.config(), dtype=getattr(torch, dtype), attn_implementation=attention)
     return network.eval()
 
 

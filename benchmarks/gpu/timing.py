@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -48,14 +50,15 @@ def _between_events(work: Callable[[], object], device: torch.device, budget: fl
     torch.cuda.synchronize(device)
     once = max(time.perf_counter() - began, 1e-5)
     calls = max(min(int(budget / once), 100), 5)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    event: Any = torch.cuda.Event
+    marks = [event(enable_timing=True) for _ in range(calls + 1)]
     marks[0].record()
     for mark in marks[1:]:
         work()
         mark.record()
     torch.cuda.synchronize(device)
-    spans = [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
-    return statistics.median(spans)
+    spans = [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+    return float(statistics.median(spans))
 
 
 def _timed(work: Callable[[], object]) -> float:

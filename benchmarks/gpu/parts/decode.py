@@ -35,7 +35,7 @@ def rates(report: Report, shape: Shape, *, exact: bool) -> dict[int, float]:
             f"B = {rows}{', exact mode' if exact else ''}",
             rate,
             "tokens/s",
-            limit=ceilings and limits.decode_tokens_per_second(shape, ceilings, rows, CONTEXT),
+            limit=limits.decode_tokens_per_second(shape, ceilings, rows, CONTEXT) if ceilings else None,
             goal=None if exact else limits.DECODE.get((shape.name, rows)),
             note=f"{1e3 * seconds / steps:.3g} ms a step"
             + (f"; KV memory holds only {rows} sequences" if rows < wanted else ""),

@@ -18,10 +18,10 @@ def run(report: Report, shape: Shape | None) -> None:
     tokens = sum(len(sequence.ids) - 1 for sequence in sequences.all)
     ceilings = report.ceilings
     report.row(
-        f"steps of {engines.limits(report.options)['step_tokens']} tokens",
+        f"steps of {engines.sizes(report.options).step_tokens} tokens",
         tokens / seconds,
         "tokens/s",
-        limit=ceilings and limits.prefill_tokens_per_second(shape, ceilings),
+        limit=limits.prefill_tokens_per_second(shape, ceilings) if ceilings else None,
         goal=limits.PREFILL.get(shape.name),
         note=f"{len(sequences)} prompts, {tokens} tokens",
     )

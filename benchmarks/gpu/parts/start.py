@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from benchmarks.gpu import engines
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.shapes import Shape, random_network
-from headrace.worker.engine.interface import SamplingParams
+from headrace.worker.engine.interface import Engine, SamplingParams
 
 _DECODES = 8  # tokens of each sequence that are computed one by one
 _LENGTHS = (9, 40, 264, 700)
@@ -51,25 +52,24 @@ def _references(
     Both [_DECODES, vocabulary] per sequence, on the CPU.
     """
     network = random_network(shape, device, dtype, "sdpa")
-
-    def logprobs() -> list[torch.Tensor]:
-        found = []
-        for own in ids:
-            logits = network(input_ids=torch.tensor([own], device=device), use_cache=False).logits[0]
-            found.append(logits[-_DECODES:].float().log_softmax(-1).cpu())
-        return found
-
-    rounded = logprobs()
-    network.float()
-    expected = logprobs()
+    rounded = _logprobs(network, ids)
+    expected = _logprobs(network.float(), ids)
     del network
     engines.release()
     return expected, rounded
 
 
+def _logprobs(network: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    found = []
+    for own in ids:
+        logits = network(input_ids=torch.tensor([own], device=network.device), use_cache=False).logits[0]
+        found.append(logits[-_DECODES:].float().log_softmax(-1).cpu())
+    return found
+
+
 def _compare(
     report: Report,
-    engine: engines.Engine,
+    engine: Engine,
     ids: Sequence[Sequence[int]],
     expected: Sequence[torch.Tensor],
     rounded: Sequence[torch.Tensor],

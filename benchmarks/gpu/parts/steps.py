@@ -15,7 +15,7 @@ _TINY_CONTEXT, _TINY_ROOM = 24, 24
 def filled(
     shape: Shape, options: Options, *, exact: bool = False
 ) -> tuple[engines.Held, engines.Sequences, float]:
-    """Return the engine with as many sequences of CONTEXT tokens as run at a time, and the time of the prefill.
+    """Return the engine, as many sequences of CONTEXT tokens as run at a time, and the time of the prefill.
 
     The time is 0 if they were computed before.
     """
@@ -24,11 +24,11 @@ def filled(
         return held, held.sequences, 0.0
     context, room = (_TINY_CONTEXT, _TINY_ROOM) if options.rehearse else (CONTEXT, ROOM)
     drawn = random.Random(2)
-    limits = engines.limits(options)
+    sizes = engines.sizes(options)
     prompts = [
-        [drawn.randrange(shape.vocabulary - 1) for _ in range(context)] for _ in range(limits["max_running"])
+        [drawn.randrange(shape.vocabulary - 1) for _ in range(context)] for _ in range(sizes.max_running)
     ]
     # Another one first: what the first step does once is not part of the measurement.
-    engines.Sequences(held.engine, prompts[:2], room=room).prefill(limits["step_tokens"])
+    engines.Sequences(held.engine, prompts[:2], room=room).prefill(sizes.step_tokens)
     held.sequences = engines.Sequences(held.engine, prompts, room=room)
-    return held, held.sequences, held.sequences.prefill(limits["step_tokens"])
+    return held, held.sequences, held.sequences.prefill(sizes.step_tokens)

@@ -44,7 +44,7 @@ def run(report: Report, shape: Shape | None) -> None:
     assert shape is not None
     options = report.options
     engine = engines.held(shape, options).engine
-    step_tokens = engines.limits(options)["step_tokens"]
+    step_tokens = engines.sizes(options).step_tokens
     measure(engine, workload(shape, 0.02, tiny=options.rehearse), step_tokens, report.left)  # a warm-up
     for share in dict.fromkeys((options.share, options.peer_share)):
         if report.left < 3:
@@ -71,7 +71,7 @@ def show(report: Report, shape: Shape, what: str, requests: Sequence[Request], f
         f"{what}, {len(requests)} requests",
         found.rate,
         "tokens/s",
-        limit=ceilings and limits.workload_tokens_per_second(shape, ceilings, lengths),
+        limit=limits.workload_tokens_per_second(shape, ceilings, lengths) if ceilings else None,
         goal=limits.WORKLOAD.get(shape.name) if whole and found.complete else None,
         note=note,
     )
