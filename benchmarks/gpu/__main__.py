@@ -88,7 +88,8 @@ def main(given: Sequence[str] | None = None) -> int:
             environment=environment(Path(unpacked), rehearse=rehearse),
             echo=lambda line: print(line, flush=True),
         )
-        runner.run(jobs.plan(arguments.only, arguments.models or (shapes.TINY if rehearse else shapes.REAL)))
+        models = arguments.models or (shapes.TINY if rehearse else shapes.REAL)
+        runner.run(jobs.plan(arguments.only, models, models[:1] if rehearse else models))
     print(f"written to {options.out}/gpu.md and gpu.json")
     if results.failed:
         print(f"FAILED: {', '.join(results.failed)}")

@@ -36,29 +36,29 @@ class Job:
 # Seconds on one H100 as expected; a part that is done earlier leaves its time to later ones.
 _SECONDS = {
     "card": (20, 5),
-    "tests": (100, 30),
+    "tests": (90, 30),
     "exact": (40, 15),
     "kernels": (45, 15),
     "start": (60, 25),
     "prefill": (15, 5),
     "decode": (25, 8),
     "workload": (40, 12),
-    "mesh": (75, 40),
-    "peers": (60, 25),
+    "mesh": (70, 40),
+    "peers": (50, 25),
 }
-# Of the models of true size: what small models need is much less.
-_LARGE = {"start": 1.5, "mesh": 1.4}
+_LARGE = 1.4  # times as much for a model of 8B
 
 
-def plan(parts: Sequence[str], models: Sequence[str]) -> list[Job]:
-    """Return the jobs of *parts* for *models*, in order: first what other results build on.
+def plan(parts: Sequence[str], models: Sequence[str], compared: Sequence[str]) -> list[Job]:
+    """Return the jobs of *parts*, in order: first what other results build on, then what could be missed.
 
-    The engines come model by model, and after all of them what compares with others.
+    models     whose engines are measured
+    compared   those of them that are measured in the mesh and beside others, too
     """
-    return list(_jobs([part for part in PARTS if part in parts], models))
+    return list(_jobs(parts, models, compared))
 
 
-def _jobs(parts: Sequence[str], models: Sequence[str]) -> Iterator[Job]:
+def _jobs(parts: Sequence[str], models: Sequence[str], compared: Sequence[str]) -> Iterator[Job]:
     for part in _ONCE:
         if part in parts:
             yield _job(part, "", "device")
@@ -69,13 +69,13 @@ def _jobs(parts: Sequence[str], models: Sequence[str]) -> Iterator[Job]:
     if "exact" in parts:
         # Exact mode of a whole engine, in a process of its own: it is chosen before CUDA starts.
         yield Job("exact", models[0], "exact engine", 60, 30)
-    for part in ("mesh", "peers"):
-        for model in models:
+    for model in compared:
+        for part in ("mesh", "peers"):
             if part in parts:
                 yield _job(part, model, f"{part} {model}")
 
 
 def _job(part: str, model: str, group: str) -> Job:
     seconds, least = _SECONDS[part]
-    factor = _LARGE.get(part, 1.0) if model.endswith("8b") else 1.0
-    return Job(part, model, group, seconds * factor, least)
+    factor = _LARGE if model.endswith("8b") else 1.0
+    return Job(part, model, group, factor * seconds, factor * least)

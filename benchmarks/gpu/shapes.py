@@ -107,7 +107,7 @@ SHAPES = {
         Shape("tiny-llama", "Llama", 600, 32, 48, 2, 2, 1, 16, False, 1e4, 256),
     )
 }
-REAL = ("qwen3-0.6b", "qwen2.5-0.5b", "llama-3-8b")
+REAL = ("qwen3-0.6b", "llama-3-8b", "qwen2.5-0.5b")
 TINY = ("tiny-qwen3", "tiny-qwen2", "tiny-llama")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import sys
 import time
@@ -98,36 +97,36 @@ async def _services(report: Report, folder: Path, ports: Sequence[int]) -> Async
     batcher_flags = ["--tier", _TIER, "--workers", f"{HOST}:{worker}", "--model", str(folder)]
     batcher_flags += ["--cache", str(folder / "cache")]
     async with (
-        _service("benchmarks.gpu.worker", worker, worker_flags, report),
-        _service("headrace.batcher", batcher, batcher_flags, report),
-        _service("headrace.router", router, ["--tiers", f"{_TIER}={HOST}:{batcher}"], report),
+        _service("benchmarks.gpu.worker", worker, worker_flags, report) as starting_worker,
+        _service("headrace.batcher", batcher, batcher_flags, report) as starting_batcher,
+        _service(
+            "headrace.router", router, ["--tiers", f"{_TIER}={HOST}:{batcher}"], report
+        ) as starting_router,
     ):
+        for service in (starting_worker, starting_batcher, starting_router):
+            await _until_ready(service, max(report.left, 5.0))
         yield f"{HOST}:{router}"
 
 
+@dataclass(frozen=True)
+class _Service:
+    module: str
+    port: int
+    log: Path
+    process: asyncio.subprocess.Process
+
+
 @asynccontextmanager
-async def _service(module: str, port: int, flags: Sequence[str], report: Report) -> AsyncIterator[None]:
-    """Run one service; the block is entered when it is ready, and the next one is not started before."""
+async def _service(module: str, port: int, flags: Sequence[str], report: Report) -> AsyncIterator[_Service]:
+    """Run one service while the block runs; it may not be ready when the block is entered."""
     log = report.options.out / f"{module.rpartition('.')[2]}-{report.model}.log"
-    command = [
-        sys.executable,
-        "-m",
-        module,
-        "--host",
-        HOST,
-        "--port",
-        str(port),
-        "--drain-seconds",
-        "1",
-        *flags,
-    ]
+    command = [sys.executable, "-m", module, "--host", HOST, "--port", str(port), "--drain-seconds", "1"]
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out, env=dict(os.environ)
+            *command, *flags, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out
         )
     try:
-        await _until_ready(process, port, module, log, max(report.left, 5.0))
-        yield
+        yield _Service(module, port, log, process)
     finally:
         if process.returncode is None:
             process.terminate()
@@ -138,12 +137,11 @@ async def _service(module: str, port: int, flags: Sequence[str], report: Report)
             await process.wait()
 
 
-async def _until_ready(
-    process: asyncio.subprocess.Process, port: int, module: str, log: Path, seconds: float
-) -> None:
+async def _until_ready(service: _Service, seconds: float) -> None:
+    """Wait until a service is ready. Raises RuntimeError if it ends, or is not ready after *seconds*."""
     ends = time.monotonic() + seconds
     asked = health_pb2.HealthCheckRequest(service="readiness")
-    async with open_channel(f"{HOST}:{port}") as channel:
+    async with open_channel(f"{HOST}:{service.port}") as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         while True:
             try:
@@ -151,9 +149,9 @@ async def _until_ready(
                     return
             except grpc.aio.AioRpcError:
                 pass  # it does not listen yet
-            if process.returncode is not None or time.monotonic() > ends:
-                how = "is not ready in time" if process.returncode is None else "ended"
-                raise RuntimeError(f"{module} {how}: {_last_line(log)}; see {log}")
+            if service.process.returncode is not None or time.monotonic() > ends:
+                how = "is not ready in time" if service.process.returncode is None else "ended"
+                raise RuntimeError(f"{service.module} {how}: {_last_line(service.log)}; see {service.log}")
             await asyncio.sleep(0.1)
 
 
