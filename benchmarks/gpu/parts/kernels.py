@@ -1,4 +1,4 @@
-"""Measure attention and sampling beside what memory and matrix products allow, and beside torch's attention."""
+"""Measure attention and sampling beside what memory and matrix products allow, and beside SDPA of torch."""
 
 from __future__ import annotations
 
@@ -122,7 +122,8 @@ def _sampling(report: Report, shape: Shape, rows: int) -> None:
         step = make_step(shape, [(39, 40)] * rows, device, dtype, layers=1, params=params)
         sampler = DeviceSampler(rows, shape.vocabulary, frozenset({shape.vocabulary - 1}), device)
         for row in step.rows:
-            assert sampler.assign(row.memo.kept.index, row) is None
+            if fault := sampler.assign(row.memo.kept.index, row):
+                raise RuntimeError(fault.message)
         seconds = seconds_of(partial(sampler.draw, logits, step.inputs, results), device, budget=0.1)
         report.row(
             f"sampling, {name}, B = {rows}, {shape.vocabulary} tokens",
