@@ -52,7 +52,7 @@ def _run(ask: dict[str, Any], events: TextIO) -> bool:
         time.monotonic() + ask["seconds"],
     )
     try:
-        module = import_module(f"benchmarks.gpu.parts.{ask['part']}")
+        module = import_module(ask["module"])
         module.run(report, SHAPES.get(ask["model"]))
     except Exception as error:
         traceback.print_exc()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # What can be asked for by name, in the order of the tables.
 PARTS = ("card", "tests", "exact", "kernels", "start", "prefill", "decode", "workload", "mesh", "peers")
@@ -19,6 +19,7 @@ class Job:
     group     jobs of the same group run in one process, one after the other
     seconds   time limit; the process is ended shortly after it
     least     it is skipped if less time than this is left
+    module    that measures it; by default the one of the part
     """
 
     part: str
@@ -26,6 +27,7 @@ class Job:
     group: str
     seconds: float
     least: float
+    module: str = ""
 
     @property
     def name(self) -> str:
@@ -49,13 +51,19 @@ _SECONDS = {
 _LARGE = 1.4  # times as much for a model of 8B
 
 
-def plan(parts: Sequence[str], models: Sequence[str], compared: Sequence[str]) -> list[Job]:
+def plan(
+    parts: Sequence[str], models: Sequence[str], compared: Sequence[str], *, patience: float = 1.0
+) -> list[Job]:
     """Return the jobs of *parts*, in order: first what other results build on, then what could be missed.
 
     models     whose engines are measured
     compared   those of them that are measured in the mesh and beside others, too
+    patience   multiplies all time limits
     """
-    return list(_jobs(parts, models, compared))
+    return [
+        replace(job, seconds=patience * job.seconds, least=patience * job.least)
+        for job in _jobs(parts, models, compared)
+    ]
 
 
 def _jobs(parts: Sequence[str], models: Sequence[str], compared: Sequence[str]) -> Iterator[Job]:

@@ -121,6 +121,7 @@ class Runner:
         began = self._clock()
         self._say(f"{job.name}: at most {seconds:.0f} s")
         ask = {
+            "module": job.module or f"benchmarks.gpu.parts.{job.part}",
             "part": job.part,
             "model": job.model,
             "options": self._options.as_json(),
