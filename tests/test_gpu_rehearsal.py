@@ -1,4 +1,4 @@
-"""`make gpu-rehearsal` runs every part of the benchmark of GPU workers, so that it works when a GPU is there."""
+"""`make gpu-rehearsal` runs every part of the benchmark of GPU workers, so that it works with a GPU too."""
 
 from __future__ import annotations
 

@@ -89,6 +89,7 @@ def main(given: Sequence[str] | None = None) -> int:
             options,
             seconds=60 * (arguments.minutes or (_REHEARSAL_MINUTES if rehearse else _MINUTES)),
             environment=environment(Path(unpacked), rehearse=rehearse),
+            modules=("torch", "transformers"),  # takes seconds
             echo=lambda line: print(line, flush=True),
         )
         models = arguments.models or (shapes.TINY if rehearse else shapes.REAL)
@@ -110,6 +111,7 @@ def environment(unpacked: Path, *, rehearse: bool) -> dict[str, str]:
     }
     paths = [str(ROOT / "services"), str(ROOT), str(unpacked), inherited.get("PYTHONPATH", "")]
     made = {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    made["TRANSFORMERS_VERBOSITY"] = "error"
     made.pop("TRITON_INTERPRET", None)
     if rehearse:
         made |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -1,6 +1,6 @@
-"""A process that measures: `python -m benchmarks.gpu.child FD`.
+"""A process that measures: `python -m benchmarks.gpu.child FD MODULE...`.
 
-It reads one job per line from standard input, runs it, and writes events as lines of JSON to the file
+It imports the modules, reads one job per line from standard input, runs it, and writes events as lines of JSON to the file
 descriptor FD. Its standard output and error are a log. After an error that leaves CUDA unusable it ends, and
 the runner continues in a new process.
 """
@@ -23,10 +23,10 @@ _FATAL = ("CUDA error", "device-side assert", "illegal memory access")
 
 def main() -> None:
     """Run the jobs."""
-    import transformers  # takes seconds, which this process uses to wait for its first job
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    with os.fdopen(int(sys.argv[1]), "w") as events:
+    descriptor, *modules = sys.argv[1:]
+    for module in modules:  # before it has a job to do
+        import_module(module)
+    with os.fdopen(int(descriptor), "w") as events:
         for line in sys.stdin:
             if not _run(json.loads(line), events):
                 # Not through the interpreter's end, which may wait for threads and for a broken device.

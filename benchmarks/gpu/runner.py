@@ -24,14 +24,17 @@ _RESERVE = 3.0  # seconds for the end of the run
 
 
 class Child:
-    """A measuring process. `events` receives what it sends, and None when it has ended."""
+    """A measuring process. `events` receives what it sends, and None when it has ended.
 
-    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+    modules   what it imports while it waits for its first job
+    """
+
+    def __init__(self, environment: Mapping[str, str], log: Path, modules: Sequence[str]) -> None:
         reading, writing = os.pipe()
         with log.open("ab") as out:
             # A session of its own, so that the processes that it starts are ended together with it.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu.child", str(writing)],
+                [sys.executable, "-m", "benchmarks.gpu.child", str(writing), *modules],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
@@ -42,7 +45,8 @@ class Child:
             )
         os.close(writing)
         self.events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, args=(reading,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(reading,), daemon=True)
+        self._reader.start()
 
     def _read(self, reading: int) -> None:
         with os.fdopen(reading) as events:
@@ -61,6 +65,10 @@ class Child:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
+        self._reader.join()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
@@ -69,6 +77,7 @@ class Runner:
 
     seconds       for all jobs together
     environment   of the processes, and log, the file of their output
+    modules       are imported by each process before its first job
     echo          prints a line
     """
 
@@ -79,12 +88,14 @@ class Runner:
         *,
         seconds: float,
         environment: Mapping[str, str],
+        modules: Sequence[str] = (),
         echo: Callable[[str], None] = print,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._results = results
         self._options = options
         self._environment = environment
+        self._modules = modules
         self._log = options.out / "processes.log"
         self._echo = echo
         self._clock = clock
@@ -114,10 +125,10 @@ class Runner:
         if job.group != self._group:
             self._stop()
         if self._child is None:
-            self._child, self._next = self._next or Child(self._environment, self._log), None
+            self._child, self._next = self._next or self._new_child(), None
             self._group = job.group
         if following is not None and following.group != job.group and self._next is None:
-            self._next = Child(self._environment, self._log)
+            self._next = self._new_child()
         began = self._clock()
         self._say(f"{job.name}: at most {seconds:.0f} s")
         ask = {
@@ -135,6 +146,9 @@ class Runner:
         if not usable:
             error = f"{error} ({self._stop()}; see {self._log})"
         self._end(job, self._clock() - began, error=error)
+
+    def _new_child(self) -> Child:
+        return Child(self._environment, self._log, self._modules)
 
     def _follow(self, child: Child, until: float) -> tuple[str, bool]:
         """Take the events of one job. Returns its error, if any, and whether the process is still usable."""
