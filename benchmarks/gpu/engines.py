@@ -10,6 +10,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from benchmarks.gpu.report import Options
 from benchmarks.gpu.shapes import Shape, model_folder, random_network
 from headrace.worker.engine.interface import Engine, LaunchedStep, Memo, Row, SamplingParams, Token
-from headrace.worker.engine.load import loading
+from headrace.worker.engine.load import devices, loading
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION
 
 
@@ -58,20 +59,24 @@ def load(
     tokenizer_fingerprint: str = "",
     progress: Callable[[str], None],
 ) -> Engine:
-    """Load an engine for random weights, as a worker does.
+    """Load the engine of a GPU for random weights, as a worker does.
 
     folder   the model's folder, without weights
+    device   "cpu" for a rehearsal: the same engine in Triton's interpreter
     """
 
     def random(_folder: Path, dtype: torch.dtype, device: torch.device, *_: object, **__: object) -> Any:
         return random_network(shape, str(device), str(dtype).removeprefix("torch."), IMPLEMENTATION)
 
-    more: dict[str, Any] = {"exact": True} if exact else {}
-    with mock.patch.object(loading, "read_network", random):
+    with ExitStack() as replaced:
+        replaced.enter_context(mock.patch.object(loading, "read_network", random))
+        if device == "cpu":
+            target = devices.Target(torch.device("cpu"), gpu=True)
+            replaced.enter_context(mock.patch.object(loading, "choose_device", lambda _: target))
         return loading.load_engine(
             folder,
             name=shape.name,
-            cache=folder / "cache",
+            cache=folder.parent / "cache",  # the same for all models: compiled kernels are there too
             tokenizer_fingerprint=tokenizer_fingerprint,
             device=device,
             dtype=dtype,
@@ -80,7 +85,7 @@ def load(
             max_running=sizes.max_running,
             step_tokens=sizes.step_tokens,
             context_length=sizes.context,
-            **more,
+            exact=exact,
         )
 
 

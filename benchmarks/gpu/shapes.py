@@ -127,8 +127,9 @@ def random_network(shape: Shape, device: str, dtype: str, attention: str) -> Any
 
 
 def model_folder(shape: Shape, folder: Path) -> Path:
-    """Write a model folder without weights: its configuration and its tokenizer. Returns the folder."""
+    """Write a model folder: its configuration, its tokenizer, and a file without weights. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     shape.config().save_pretrained(folder)
     _tokenizer(shape.vocabulary).save(str(folder / "tokenizer.json"))
     settings = {
