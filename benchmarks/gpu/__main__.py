@@ -93,8 +93,8 @@ def main(given: Sequence[str] | None = None) -> int:
             echo=lambda line: print(line, flush=True),
         )
         models = arguments.models or (shapes.TINY if rehearse else shapes.REAL)
-        compared, patience = (models[:1], _REHEARSAL_PATIENCE) if rehearse else (models, 1.0)
-        runner.run(jobs.plan(arguments.only, models, compared, patience=patience))
+        patience = _REHEARSAL_PATIENCE if rehearse else 1.0
+        runner.run(jobs.plan(arguments.only, models, patience=patience))
     print(f"written to {options.out}/gpu.md and gpu.json")
     if results.failed:
         print(f"FAILED: {', '.join(results.failed)}")

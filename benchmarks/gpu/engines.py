@@ -21,7 +21,7 @@ import torch
 from benchmarks.gpu.report import Options
 from benchmarks.gpu.shapes import Shape, model_folder, random_network
 from headrace.worker.engine.interface import Engine, LaunchedStep, Memo, Row, SamplingParams, Token
-from headrace.worker.engine.load import devices, loading
+from headrace.worker.engine.load import devices, loading, self_check
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION
 
 
@@ -72,7 +72,9 @@ def load(
         replaced.enter_context(mock.patch.object(loading, "read_network", random))
         if device == "cpu":
             target = devices.Target(torch.device("cpu"), gpu=True)
-            replaced.enter_context(mock.patch.object(loading, "choose_device", lambda _: target))
+            replaced.enter_context(mock.patch.object(loading, "choose_device", return_value=target))
+            # The interpreter takes a second for some hundred tokens.
+            replaced.enter_context(mock.patch.object(self_check, "GPU_CONTEXT", self_check.SHORTEST))
         return loading.load_engine(
             folder,
             name=shape.name,

@@ -51,22 +51,18 @@ _SECONDS = {
 _LARGE = 1.4  # times as much for a model of 8B
 
 
-def plan(
-    parts: Sequence[str], models: Sequence[str], compared: Sequence[str], *, patience: float = 1.0
-) -> list[Job]:
+def plan(parts: Sequence[str], models: Sequence[str], *, patience: float = 1.0) -> list[Job]:
     """Return the jobs of *parts*, in order: first what other results build on, then what could be missed.
 
-    models     whose engines are measured
-    compared   those of them that are measured in the mesh and beside others, too
     patience   multiplies all time limits
     """
     return [
         replace(job, seconds=patience * job.seconds, least=patience * job.least)
-        for job in _jobs(parts, models, compared)
+        for job in _jobs(parts, models)
     ]
 
 
-def _jobs(parts: Sequence[str], models: Sequence[str], compared: Sequence[str]) -> Iterator[Job]:
+def _jobs(parts: Sequence[str], models: Sequence[str]) -> Iterator[Job]:
     for part in _ONCE:
         if part in parts:
             yield _job(part, "", "device")
@@ -77,7 +73,7 @@ def _jobs(parts: Sequence[str], models: Sequence[str], compared: Sequence[str]) 
     if "exact" in parts:
         # Exact mode of a whole engine, in a process of its own: it is chosen before CUDA starts.
         yield Job("exact", models[0], "exact engine", 60, 30)
-    for model in compared:
+    for model in models:
         for part in ("mesh", "peers"):
             if part in parts:
                 yield _job(part, model, f"{part} {model}")

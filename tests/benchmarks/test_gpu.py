@@ -89,20 +89,20 @@ def test_a_job_is_skipped_if_it_no_longer_fits(run: Callable[..., Results]) -> N
 
 
 def test_engines_are_measured_model_by_model_and_others_last() -> None:
-    planned = jobs.plan(jobs.PARTS, ["a", "b"], ["a"])
+    planned = jobs.plan(jobs.PARTS, ["a", "b"])
 
     assert [entry.name for entry in planned] == [
         *("card", "tests", "exact", "kernels"),
         *("start a", "prefill a", "decode a", "workload a"),
         *("start b", "prefill b", "decode b", "workload b"),
-        *("exact a", "mesh a", "peers a"),
+        *("exact a", "mesh a", "peers a", "mesh b", "peers b"),
     ]
     groups = [entry.group for entry in planned]
-    assert len(set(groups)) == 6, "each engine, the mesh and the others have processes of their own"
+    assert len(set(groups)) == 8, "each engine, the mesh and the others have processes of their own"
 
 
 def test_only_the_named_parts_are_planned() -> None:
-    planned = jobs.plan(["decode", "card"], ["a"], ["a"])
+    planned = jobs.plan(["decode", "card"], ["a"])
 
     assert [entry.name for entry in planned] == ["card", "decode a"]
 
