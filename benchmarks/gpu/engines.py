@@ -38,7 +38,7 @@ class Sizes:
 
 
 REAL = Sizes(max_running=256, step_tokens=2048, context=2304)  # the longest request has 2,048 tokens
-TINY = Sizes(max_running=6, step_tokens=64, context=192)  # of a rehearsal
+TINY = Sizes(max_running=3, step_tokens=32, context=96)  # of a rehearsal
 TINY_KV_GIB = 0.002
 
 

@@ -10,7 +10,7 @@ from benchmarks.gpu.shapes import FIRST_WORD, Shape
 COUNT = 256
 TEMPERATURE = 0.6
 _LENGTHS = (100, 1024)  # of prompts and answers: 142,827 and 133,966 tokens in all
-_TINY_COUNT, _TINY_LENGTHS = 8, (4, 12)
+_TINY_COUNT, _TINY_LENGTHS = 4, (3, 6)
 _IDS = 10_000
 
 

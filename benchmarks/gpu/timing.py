@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+_GRAPH_SECONDS = 1e-3
+
 
 def seconds_of(work: Callable[[], object], device: torch.device, *, budget: float = 0.5) -> float:
     """Return the median time of one call.
@@ -21,11 +23,15 @@ def seconds_of(work: Callable[[], object], device: torch.device, *, budget: floa
         return _timed(work)
     for _ in range(2):  # compiles and tunes
         work()
-    torch.cuda.synchronize(device)
+    # Several calls in a graph if they are short, because a replay takes some microseconds by itself.
+    calls = max(min(int(_GRAPH_SECONDS / _once(work, device)), 50), 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
-    return _replayed(graph, device, budget)
+        for _ in range(calls):
+            work()
+    seconds = _between_events(graph.replay, device, budget) / calls
+    graph.reset()
+    return seconds
 
 
 def seconds_of_launches(work: Callable[[], object], device: torch.device, *, budget: float = 0.5) -> float:
@@ -37,19 +43,18 @@ def seconds_of_launches(work: Callable[[], object], device: torch.device, *, bud
     return _between_events(work, device, budget)
 
 
-def _replayed(graph: torch.cuda.CUDAGraph, device: torch.device, budget: float) -> float:
-    seconds = _between_events(graph.replay, device, budget)
-    graph.reset()
-    return seconds
-
-
-def _between_events(work: Callable[[], object], device: torch.device, budget: float) -> float:
+def _once(work: Callable[[], object], device: torch.device) -> float:
+    """Return about how long a call takes, launches included."""
     torch.cuda.synchronize(device)
     began = time.perf_counter()
     work()
     torch.cuda.synchronize(device)
-    once = max(time.perf_counter() - began, 1e-5)
-    calls = max(min(int(budget / once), 100), 5)
+    return max(time.perf_counter() - began, 1e-5)
+
+
+def _between_events(work: Callable[[], object], device: torch.device, budget: float) -> float:
+    """Return the median time between the ends of two calls."""
+    calls = max(min(int(budget / _once(work, device)), 100), 5)
     event: Any = torch.cuda.Event
     marks = [event(enable_timing=True) for _ in range(calls + 1)]
     marks[0].record()

@@ -3,6 +3,7 @@ matrix products of a decode step alone, which no engine can undercut."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import signal
@@ -30,7 +31,10 @@ def run(report: Report, shape: Shape | None) -> None:
     options = report.options
     requests = workload(shape, options.peer_share, tiny=options.rehearse)
     ours = report.facts.get(f"workload {shape.name} {options.peer_share:g}")
-    for name, measure in (("transformers' continuous batching", _transformers), ("vLLM", _vllm)):
+    # vLLM first, because this process keeps memory after it has run transformers.
+    for name, measure in (("vLLM", _vllm), ("transformers' continuous batching", _transformers)):
+        gc.collect()
+        torch.cuda.empty_cache()
         try:
             rate, note = measure(report, shape, requests)
         except Exception as error:
@@ -142,7 +146,6 @@ def _vllm(report: Report, shape: Shape, requests: Sequence[Request]) -> tuple[fl
     folder = model_folder(shape, options.out / "models" / shape.name)
     ask = options.out / f"vllm-{shape.name}.json"
     ask.write_text(json.dumps([[list(request.ids), request.tokens] for request in requests]))
-    torch.cuda.empty_cache()
     command = [sys.executable, "-m", "benchmarks.gpu.vllm_host", str(folder), str(ask), options.dtype]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

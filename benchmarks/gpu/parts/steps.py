@@ -9,7 +9,7 @@ from benchmarks.gpu.report import Options
 from benchmarks.gpu.shapes import Shape
 
 CONTEXT, ROOM = 1024, 256
-_TINY_CONTEXT, _TINY_ROOM = 24, 24
+_TINY_CONTEXT, _TINY_ROOM = 16, 16
 
 
 def filled(

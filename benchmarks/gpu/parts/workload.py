@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.gpu import engines, limits
 from benchmarks.gpu.report import Report
@@ -45,7 +45,8 @@ def run(report: Report, shape: Shape | None) -> None:
     options = report.options
     engine = engines.held(shape, options).engine
     step_tokens = engines.sizes(options).step_tokens
-    measure(engine, workload(shape, 0.02, tiny=options.rehearse), step_tokens, report.left)  # a warm-up
+    warm_up = [replace(request, tokens=4) for request in workload(shape, 1.0, tiny=options.rehearse)[:4]]
+    measure(engine, warm_up, step_tokens, report.left)
     for share in dict.fromkeys((options.share, options.peer_share)):
         if report.left < 3:
             report.row(f"{share:g} of the requests", note="skipped: no time is left")
