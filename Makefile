@@ -17,7 +17,7 @@ OLDEST_VERSIONS := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-oldest check structure protos bench bench-mesh faults hostile bench-peers clean
+.PHONY: help demo up test test-oldest check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -70,6 +70,13 @@ bench-mesh: $(INSTALLED) ## measure the cost of the mesh with an engine that com
 bench-peers: $(INSTALLED) ## install the peers of the benchmarks: vLLM, OpenVINO, llama.cpp, transformers
 	headrace fetch
 	python -m benchmarks.serving.peers
+
+# Installs nothing: on a GPU machine the environment is there, and WHEELS is a folder with what it lacks.
+gpu: ## check and measure a GPU worker on this machine, in 8 minutes (WHEELS=DIR, PARTS="card decode"); see docs/gpu.md
+	$(PYTHON) -m benchmarks.gpu $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PARTS),--only $(PARTS))
+
+gpu-rehearsal: $(INSTALLED) ## run the same with tiny models on the CPU
+	python -m benchmarks.gpu --rehearse
 
 clean: ## remove the environment and all build results; keep fetched models
 	rm -rf $(VENV) build dist services/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

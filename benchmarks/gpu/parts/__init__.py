@@ -1,0 +1,1 @@
+"""What is measured, one module per part; each has `run(report, shape)`, which reports rows of figures."""

@@ -1,0 +1,52 @@
+"""Run the tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.shapes import Shape
+
+ROOT = Path(__file__).resolve().parents[3]
+_FOLDER = "tests/worker/engine"
+_PLUGINS = ("pytest_asyncio", "pytest_timeout", "xdist", "_hypothesis_pytestplugin")
+
+
+def run(report: Report, shape: Shape | None) -> None:
+    """Run pytest in a process. Raises RuntimeError if a test fails or if none has run."""
+    # Only the plugins that the tests need, and no cache: the checkout may be read-only.
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    command += [part for name in _PLUGINS for part in ("-p", name)]
+    log = report.options.out / "tests.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--durations=5", _FOLDER],
+            cwd=ROOT,
+            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            code: int | None = process.wait(max(report.left - 2, 1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # prints what has run
+            code = None
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    text = log.read_text()
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
+    report.row("passed", counts.get("passed", 0), "tests", note=f"{counts.get('skipped', 0)} were skipped")
+    for line in re.findall(r"^(?:FAILED|ERROR) (.*)$", text, re.MULTILINE)[:20]:
+        report.row("failed", note=line[:300])
+    if code is None:
+        raise RuntimeError(f"the tests did not end in time; see {log}")
+    if code not in (0, 5) or (not report.options.rehearse and not counts.get("passed")):
+        last = next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
+        raise RuntimeError(f"pytest ended with {code}: {last[:200]}; see {log}")

@@ -1,0 +1,49 @@
+"""A worker with random weights: `python -m benchmarks.gpu.worker --model FOLDER ...`, with a worker's flags.
+
+The name of FOLDER is that of a shape, and `shapes.model_folder` has written it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+from benchmarks.gpu.shapes import SHAPES
+from headrace.models import tokenizer_fingerprint
+from headrace.runtime.serving.server import run, until_signal
+from headrace.runtime.telemetry import logs
+from headrace.worker.__main__ import worker
+from headrace.worker.engine.interface import Engine
+from headrace.worker.settings import Settings
+
+log = logging.getLogger("headrace.worker")
+
+
+async def main(settings: Settings) -> None:
+    """Serve until a signal arrives."""
+
+    def load() -> Engine:
+        from benchmarks.gpu import engines  # takes seconds, during which the server already answers
+
+        folder = Path(settings.model)
+        return engines.load(
+            SHAPES[folder.name],
+            folder,
+            device=settings.device,
+            dtype=settings.dtype,
+            kv_memory=settings.kv_memory or None,
+            tokenizer_fingerprint=tokenizer_fingerprint(folder),
+            progress=lambda stage: log.info("loading", extra={"stage": stage}),
+            sizes=engines.Sizes(settings.max_running, settings.tokens_per_step, settings.context_length),
+        )
+
+    async with worker(settings, load, f"{socket.gethostname()}-{os.getpid()}"):
+        await until_signal()
+
+
+if __name__ == "__main__":
+    settings = Settings.load(program="python -m benchmarks.gpu.worker")
+    logs.configure("worker", settings.log_level)
+    run(main(settings))
