@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from benchmarks.gpu.shapes import Shape
 from headrace.worker.engine.gpu.filling import fill
 from headrace.worker.engine.gpu.paged_attention import BLOCK_TOKENS, PagedAttention, Scratch, tile_tokens
 from headrace.worker.engine.gpu.slots import Slots
-
-from benchmarks.gpu.shapes import Shape
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, packed_numbers
 from headrace.worker.engine.interface import Row, SamplingParams
 from headrace.worker.engine.kv_memory import LayerShape, PagedMemory

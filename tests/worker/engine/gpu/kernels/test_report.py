@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
-import pytest
+from headrace.worker.engine.gpu import kernels
+from headrace.worker.engine.gpu.kernels.report import MODULES
 
 
 def report(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -14,19 +17,28 @@ def report(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_attention_compiles_without_a_device_and_without_spills(target: str) -> None:
-    done = report(
-        "--target", target, "--module", "attention", "--only", "attention: split decode, Llama 3 8B"
-    )
+def test_all_kernels_compile_without_a_device_and_without_spills() -> None:
+    """Prints the table of registers if one does not."""
+    done = report("--target", "sm_80", "sm_90")
 
     assert done.returncode == 0, done.stdout + done.stderr
-    header, line = done.stdout.splitlines()
+    header, *lines = done.stdout.splitlines()
     assert header.split()[-3:] == ["registers", "spills", "shared"]
-    registers, spills, shared = map(int, line.split()[-3:])
+    assert {line.split(":")[0] for line in lines} == set(MODULES)
+    (split,) = (line for line in lines if "split decode, Llama 3 8B" in line and "sm_90" in line)
+    registers, _, shared = map(int, split.split()[-3:])
     assert 32 <= registers <= 255
-    assert spills == 0
     assert shared > 32 * 1024
+
+
+def test_every_module_with_kernels_is_in_the_report() -> None:
+    """What the interpreter accepts may not compile."""
+    found = {module.name for module in pkgutil.iter_modules(kernels.__path__)}
+    with_variants = {
+        name for name in found if hasattr(importlib.import_module(f"{kernels.__name__}.{name}"), "variants")
+    }
+
+    assert with_variants - {"report"} == set(MODULES)
 
 
 def test_a_program_that_does_not_fit_into_registers_is_refused() -> None:

@@ -24,7 +24,17 @@ from typing import Any
 from headrace.worker.engine.gpu.kernels.tiling import shared_bytes
 from headrace.worker.engine.gpu.kernels.variants import Variant
 
-MODULES = ("attention", "store", "norms", "rotary", "activation", "matmul", "sampling", "embedding")
+MODULES = (
+    "attention",
+    "store",
+    "norms",
+    "rotary",
+    "activation",
+    "matmul",
+    "sampling",
+    "embedding",
+    "tables",
+)
 TARGETS = ("sm_80", "sm_90")
 
 
