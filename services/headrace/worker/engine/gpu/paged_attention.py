@@ -18,7 +18,8 @@ from headrace.worker.engine.transformers_attention import LayerAttention, Maskin
 
 BLOCK_TOKENS = 32
 
-# Fewer programs than this per multiprocessor do not keep the memory busy: then several share a row.
+# Fewer programs than this per multiprocessor do not keep the memory busy: then several share the keys of a
+# row.
 _FEWEST_PROGRAMS = 2
 _WANTED_PROGRAMS = 4
 _MOST_SCRATCH_BYTES = 256 << 20
@@ -43,7 +44,7 @@ def tile_tokens(
 class Scratch:
     """What the attention of all steps shares: memory for split rows, and choices that depend on the device.
 
-    A step of few decodes has too few programs for the device, so several programs share a row's keys.
+    A step of few decodes has too few programs for the device, so several programs share the keys of each row.
     Whether they do depends on the shape of the step and never on the lengths of its rows.
 
     layers           the attention of each layer
@@ -119,7 +120,8 @@ class PagedAttention:
     ) -> torch.Tensor:
         """See `StepAttention`; any strides."""
         store(keys, values, *self._memory[layer], self._step.where)
-        # Zeros for padding: some networks, such as those with experts, cannot compute with any numbers.
+        # Zeros for padding: some networks, such as those with experts, must not compute with arbitrary
+        # numbers.
         out = query.new_zeros(*query.shape[:2], values.shape[2])
         self.attend(layer, query, masking, out)
         return out
