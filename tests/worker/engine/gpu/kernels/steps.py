@@ -11,8 +11,8 @@ from headrace.worker.engine import plain_attention
 from headrace.worker.engine.gpu.step_inputs import UNUSED, StepInputs, StepShape, zeros
 from headrace.worker.engine.kv_memory import LayerShape, PagedMemory
 from headrace.worker.engine.transformers_attention import LayerAttention, Masking
+from tests.worker.engine.gpu.device import DEVICE
 
-CPU = torch.device("cpu")
 BLOCK_TOKENS = 32
 _MOST = 600  # positions of a row
 
@@ -29,7 +29,7 @@ class Row:
         """Return random numbers for positions 0 to stop - 1: [stop, heads, dim]."""
         # Always as many, as the numbers that a generator returns depend on how many are requested.
         generator = torch.Generator().manual_seed(1000 * self.seed + purpose)
-        return torch.randn(_MOST, heads, dim, generator=generator)[: self.stop].to(dtype)
+        return torch.randn(_MOST, heads, dim, generator=generator)[: self.stop].to(DEVICE, dtype)
 
 
 class Step:
@@ -53,17 +53,19 @@ class Step:
         shape = layer.shape
         counts = [row.stop - row.start for row in rows]
         tokens = sum(counts)
-        self.inputs = zeros(StepShape(tokens + padding, len(rows) + padding, tile), CPU)
+        self.inputs = zeros(StepShape(tokens + padding, len(rows) + padding, tile), DEVICE)
         width = max(-(-row.stop // BLOCK_TOKENS) for row in rows)
         blocks = len(rows) * width + 1
         self.memory = PagedMemory(
-            {0: shape}, blocks=blocks, block_tokens=BLOCK_TOKENS, device=CPU, dtype=dtype
+            {0: shape}, blocks=blocks, block_tokens=BLOCK_TOKENS, device=DEVICE, dtype=dtype
         )
         for pages in self.memory[0]:
             pages.fill_(float("nan"))
-        self.tables = torch.full((len(rows) + 1, width), blocks - 1, dtype=torch.int32)
-        order = torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(0)).int()
-        self.query = torch.full((tokens + padding, layer.heads, shape.key_dim), float("nan"), dtype=dtype)
+        self.tables = torch.full((len(rows) + 1, width), blocks - 1, dtype=torch.int32, device=DEVICE)
+        order = torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+        self.query = torch.full(
+            (tokens + padding, layer.heads, shape.key_dim), float("nan"), dtype=dtype, device=DEVICE
+        )
         self.keys, self.values, queries = [], [], []
         for slot, row in enumerate(rows):
             # Slots are in another order than rows.
@@ -78,7 +80,7 @@ class Step:
 
     def store(self, row: int, start: int, stop: int) -> None:
         """Write keys and values of a row's positions."""
-        places = torch.tensor(self.places(row, start, stop))
+        places = torch.tensor(self.places(row, start, stop), device=DEVICE)
         self.memory.store(0, places, self.keys[row][start:stop], self.values[row][start:stop])
 
     def places(self, row: int, start: int, stop: int) -> list[int]:

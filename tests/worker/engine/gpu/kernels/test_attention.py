@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from headrace.worker.engine.gpu.kernels.attention import Partials, attend, partial_numbers
-from headrace.worker.engine.gpu.kernels.tiling import tile_for, tiling
+from headrace.worker.engine.gpu.kernels.tiling import capability_of, tile_for, tiling
 from headrace.worker.engine.transformers_attention import LayerAttention, Masking
+from tests.worker.engine.gpu.device import DEVICE, DTYPES
 from tests.worker.engine.gpu.kernels.steps import Row, Step, layer_of
 
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 
 BORDERS = [1, 2, 31, 32, 33, 64, 255, 256, 257, 513]
 DECODES = [Row(stop - 1, stop, seed) for seed, stop in enumerate(BORDERS)]
@@ -29,11 +30,11 @@ def compute(
     if programs:
         segments = 4
         numbers = partial_numbers(len(step.inputs.slots), layer.heads, value_dim, segments)
-        partials = Partials(torch.full((numbers,), float("nan")), segments, programs)
-    out = torch.full((len(step.query), layer.heads, value_dim), 7.0, dtype=step.query.dtype)
+        partials = Partials(torch.full((numbers,), float("nan"), device=DEVICE), segments, programs)
+    out = torch.full((len(step.query), layer.heads, value_dim), 7.0, dtype=step.query.dtype, device=DEVICE)
     attend(
         step.query, *step.memory[0], tables, step.inputs, masking or layer.masking, out,
-        segmented=segmented, partials=partials,
+        segmented=segmented, partials=partials, capability=capability_of(DEVICE),
     )  # fmt: skip
     tokens = int(step.inputs.offsets[-1])
     assert (out[tokens:] == 7.0).all(), "padding is not written"
@@ -48,13 +49,13 @@ def check(step: Step, masking: Masking | None = None, *, segmented: bool = True,
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("programs", [0, 2])
 def test_decodes_attend_to_all_keys_on_either_side_of_each_border(dtype: torch.dtype, programs: int) -> None:
     check(Step(DECODES, layer_of(2, 1, 16), padding=2, dtype=dtype), programs=programs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("tile", [5, 16])
 def test_chunks_of_rows_attend_to_earlier_tokens_only(dtype: torch.dtype, segmented: bool, tile: int) -> None:
@@ -88,7 +89,7 @@ def test_query_heads_share_the_keys_of_their_group(group: int, segmented: bool) 
 def test_heads_of_any_dimension_up_to_512_are_supported(key_dim: int, value_dim: int) -> None:
     layer = layer_of(2, 1, key_dim, value_dim)
 
-    for dtype in (torch.float32, torch.float16):
+    for dtype in DTYPES:
         check(Step([Row(0, 3), Row(66, 70)], layer, tile=4, dtype=dtype), segmented=False)
         check(Step([Row(69, 70), Row(299, 300)], layer, dtype=dtype))
     check(Step([Row(69, 70), Row(299, 300)], layer), programs=2)
@@ -132,7 +133,16 @@ def test_strided_queries_and_outputs_are_computed_in_place() -> None:
         back = [order.index(dim) for dim in range(3)]
         step.query = step.query.permute(order).contiguous().permute(back)
         out = torch.empty_like(step.query.permute(order).contiguous()).permute(back)
-        attend(step.query, *step.memory[0], step.tables, step.inputs, layer.masking, out, segmented=True)
+        attend(
+            step.query,
+            *step.memory[0],
+            step.tables,
+            step.inputs,
+            layer.masking,
+            out,
+            segmented=True,
+            capability=capability_of(DEVICE),
+        )
 
         assert torch.equal(out, expected)
 
@@ -146,11 +156,13 @@ def test_a_segmented_token_has_the_same_bits_alone_batched_split_and_in_a_chunk(
     layer: LayerAttention, window: int | None
 ) -> None:
     def bits(rows: Sequence[Row], *, programs: int = 0, **options: int) -> torch.Tensor:
-        return compute(Step(rows, layer, dtype=torch.float16, **options), masking, programs=programs)
+        return compute(Step(rows, layer, dtype=DTYPES[-1], **options), masking, programs=programs)
 
     masking = Masking(0.25, window=window)
     shape = layer.shape
-    tile = tile_for(layer.heads // shape.kv_heads, shape.key_dim, shape.value_dim, 2, exact=True)
+    tile = tile_for(
+        layer.heads // shape.kv_heads, shape.key_dim, shape.value_dim, DTYPES[-1].itemsize, exact=True
+    )
     rows = [Row(254, 258, 1), Row(31, 34, 2), Row(512, 514, 3)]
     decodes = [Row(at, at + 1, row.seed) for row in rows for at in range(row.start, row.stop)]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from headrace.worker.engine.gpu.kernels.store import store
+from tests.worker.engine.gpu.device import DEVICE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -18,14 +19,16 @@ def test_keys_and_values_of_any_strides_are_written_to_their_places_only(
 ) -> None:
     back = [order.index(dim) for dim in range(3)]
     keys, values = (
-        torch.randn(3, kv_heads, dim).to(dtype).permute(order).contiguous().permute(back)
+        torch.randn(3, kv_heads, dim).to(DEVICE, dtype).permute(order).contiguous().permute(back)
         for dim in (key_dim, value_dim)
     )
-    pages = [torch.full((2, 4, kv_heads, dim), 9.0, dtype=dtype) for dim in (key_dim, value_dim)]
+    pages = [
+        torch.full((2, 4, kv_heads, dim), 9.0, dtype=dtype, device=DEVICE) for dim in (key_dim, value_dim)
+    ]
     where = [6, 0, 3]
 
     key_pages, value_pages = pages
-    store(keys, values, key_pages, value_pages, torch.tensor(where, dtype=torch.int32))
+    store(keys, values, key_pages, value_pages, torch.tensor(where, dtype=torch.int32, device=DEVICE))
 
     for page, new in zip(pages, (keys, values), strict=True):
         expected = torch.full_like(page, 9.0)

@@ -1,14 +1,7 @@
-"""The kernels of attention.
+"""The kernels of attention; `attention` describes and launches them.
 
-A program computes one query tile of one key head: the tokens of the tile times the query heads that share the
-key head. It reads keys in tiles, through the block table of the tile's row, and keeps a running softmax
-(Milakov and Gimelshein, Online normalizer calculation for softmax, 2018).
-
-With `segmented`, the keys of a row are divided into segments of SEGMENT keys from position 0. Each segment
-has a softmax of its own, and segments are merged in ascending order. A program computes all segments of its
-tile, or several programs share them and a second kernel merges (Dao et al., Flash-Decoding for long-context
-inference, 2023). As the segments do not depend on the step and both kernels merge by the same arithmetic, a
-token has the same bits in both, in any batch, and in any query tile of the same number of lines.
+Names of lengths and indices count key tiles or keys; "lines" are the lines of a query tile, one per token and
+query head. Scores are powers of 2, as the device computes these faster than those of e.
 """
 
 from __future__ import annotations
