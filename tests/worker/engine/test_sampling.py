@@ -10,10 +10,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.worker.engine import fixed_math, sampling
+from headrace.worker.engine import sampling
 from headrace.worker.engine.interface import Fault, Row, Token
 from headrace.worker.engine.noise import gumbel, noise_key
-from tests.worker.engine.rows import EOS, draw, ids_of, random_logits, row_of
+from tests.worker.engine.rows import EOS, draw, ids_of, kept_by_definition, random_logits, row_of
 
 
 def transformers_distribution(logits: torch.Tensor, row: Row) -> torch.Tensor:
@@ -118,19 +118,11 @@ def test_examining_few_candidates_first_changes_no_token(
 
 def token_by_definition(logits: torch.Tensor, row: Row) -> int:
     """Return the token of a row without penalties and biases: the greatest sum of score and noise."""
-    params, x = row.params, logits.float().numpy()
-    scores = (x - x.max()) / np.float32(params.temperature)
-    weights = fixed_math.weight(scores)
-    kept = scores >= sampling.min_p_logs([params.min_p])[0]
-    if 0 < params.top_k < len(x):
-        kept &= scores >= np.sort(scores)[-params.top_k]
-        weights[scores < np.sort(scores)[-params.top_k]] = 0
-    if params.top_p < 1:
-        likelier = np.array([weights[scores > score].sum() for score in scores])
-        kept &= likelier < float(np.float32(params.top_p)) * float(weights.sum())
-    key = np.array([noise_key(params.seed, row.stop)], np.int32)
+    x = logits.float().numpy()
+    scores = (x - x.max()) / np.float32(row.params.temperature)
+    key = np.array([noise_key(row.params.seed, row.stop)], np.int32)
     noisy = scores + gumbel(key, np.arange(len(x), dtype=np.int32)[None])[0]
-    return int(np.where(kept, noisy, -np.inf).argmax())
+    return int(np.where(kept_by_definition(scores, row.params), noisy, -np.inf).argmax())
 
 
 @given(
