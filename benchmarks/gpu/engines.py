@@ -253,7 +253,7 @@ class Sequences:
     def forced(self, ids: Sequence[Sequence[int]], begins: Sequence[int]) -> list[list[Token]]:
         """Compute given ids: each sequence to *begins* as a prompt, then one by one.
 
-        ids   of each sequence, at least as long as its prompt
+        ids   of each sequence, at least as long as its prompt. All prompts together fit into a step
 
         Returns what was sampled.
         """

@@ -15,7 +15,7 @@ from headrace.worker.engine.interface import Engine, SamplingParams
 
 _DECODES = 8  # tokens of each sequence that are computed one by one
 _LENGTHS = (9, 40, 264, 700)
-_TINY_LENGTHS = (9, 40)
+_TINY_LENGTHS = (9, 24)
 
 
 def run(report: Report, shape: Shape | None) -> None:

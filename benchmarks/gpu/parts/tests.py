@@ -14,7 +14,7 @@ from benchmarks.gpu.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[3]
 _FOLDER = "tests/worker/engine"
-_PLUGINS = ("pytest_asyncio", "pytest_timeout", "xdist", "_hypothesis_pytestplugin")
+_PLUGINS = ("pytest_asyncio.plugin", "pytest_timeout", "xdist.plugin", "_hypothesis_pytestplugin")
 
 
 def run(report: Report, shape: Shape | None) -> None:
