@@ -90,14 +90,13 @@ def test_an_exact_engine_gives_the_same_results_in_steps_of_all_sizes(
 def test_an_engine_that_computes_incorrectly_does_not_start(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from headrace.worker.engine.gpu import decoder
     from headrace.worker.engine.gpu.kernels.activation import silu_multiply
 
     def wrong(gate_up: torch.Tensor, out: torch.Tensor) -> None:
         silu_multiply(gate_up, out)
         out *= 1.2
 
-    monkeypatch.setattr(decoder, "silu_multiply", wrong)
+    monkeypatch.setattr("headrace.worker.engine.gpu.decoder.silu_multiply", wrong)
 
     with pytest.raises(UnsupportedModel, match="differs from transformers: its logits have a relative error"):
         load("llama")

@@ -97,6 +97,7 @@ class GpuEngine:
         self._slots = slots
         self._device = device = slots.tables.device
         self._sampler = DeviceSampler(slots.count, model.vocabulary_size, model.eos_ids, device)
+        self._step_tokens = max(step_tokens, model.max_running)
         self._ladder = Ladder(max_running=model.max_running, step_tokens=step_tokens, tile=tile)
         numbers = max(packed_numbers(shape) for shape in self._ladder.shapes)
         self._inputs = torch.zeros(numbers, dtype=torch.int32, device=device)
@@ -163,6 +164,8 @@ class GpuEngine:
         tokens = sum([row.stop - row.start for row in rows])
         prepared = self._prepared.get(self._ladder.choose(len(rows), tokens))
         if prepared is None:
+            if tokens > self._step_tokens or len(rows) > self._model.max_running:
+                raise ValueError(f"a step has at most {self._step_tokens} tokens, not {tokens}")
             prepared = self._prepare(self._ladder.exact(len(rows), tokens))
         buffer = self._host[self._steps % _BUFFERS]
         self._steps += 1

@@ -41,7 +41,7 @@ def fill(
     slots.update_tables(rows, placed, inputs.table_places[:count], inputs.table_blocks[:count], block_tokens)
     inputs.table_places[count:] = slots.count * slots.width
     inputs.table_blocks[count:] = slots.spare
-    if inputs.shape.decodes:
+    if inputs.shape.decodes and int(stops.sum()) - sum([row.start for row in rows]) == count:
         _fill_decodes(inputs, rows, indices, stops, slots, block_tokens)
     else:
         _fill_chunks(inputs, rows, indices, stops, slots, block_tokens)

@@ -7,7 +7,6 @@ launches them at once, but its sizes are fixed: a smaller step is padded. `cuda.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 
 from headrace.worker.engine.gpu.step_inputs import StepShape
 
@@ -32,7 +31,8 @@ class Ladder:
             StepShape(tokens, min(tokens, max_running), tile)
             for tokens in mixed_sizes(max(step_tokens, max_running))
         ]
-        self.shapes: Sequence[StepShape] = [*reversed(self._mixed), *reversed(self._decodes)]
+        # A query tile of one token makes some of them equal.
+        self.shapes = list(dict.fromkeys([*reversed(self._mixed), *reversed(self._decodes)]))
 
     def choose(self, rows: int, tokens: int) -> StepShape:
         """Return the smallest shape that holds a step; exactly its own if none does."""

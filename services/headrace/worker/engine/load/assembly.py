@@ -18,7 +18,7 @@ from headrace.worker.engine.cpu.decoder import Decoder, DecoderWeights
 from headrace.worker.engine.forward import Forward, TransformersForward
 from headrace.worker.engine.interface import Engine, Fault, ModelInfo, Row, Token
 from headrace.worker.engine.load import gpu_assembly
-from headrace.worker.engine.load.devices import Target
+from headrace.worker.engine.load.devices import Plan
 from headrace.worker.engine.load.precision import Precision
 from headrace.worker.engine.load.self_check import CheckedEngine
 from headrace.worker.engine.torch_engine import TorchEngine
@@ -39,22 +39,6 @@ class ModelEngine(Engine, CheckedEngine, Protocol):
     def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
         """Compute a step, and wait for it; see `Engine.launch`."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """How the engines of a model are built.
-
-    target        the device, and whether the kernels of GPUs are used
-    step_tokens   most tokens of a step
-    exact         whether a GPU computes batch-invariant results; a CPU does so anyway
-    positions     tokens of the longest sequence that is served or checked
-    """
-
-    target: Target
-    step_tokens: int
-    exact: bool
-    positions: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,7 +102,16 @@ class LoadedModel:
         if not self.plan.target.gpu:
             return TorchEngine(self.build_forward(model), model)
         return gpu_assembly.build_gpu_engine(
-            self, model, progress=progress, graphs=graphs, keep_logits=keep_logits
+            model,
+            self.plan,
+            network=self.network,
+            weights=self.decoder,
+            layers=self.layers,
+            kind=self.kind,
+            dtype=self.precision.memory_dtype,
+            progress=progress,
+            graphs=graphs,
+            keep_logits=keep_logits,
         )
 
     def build_forward(self, model: ModelInfo) -> Forward:

@@ -41,6 +41,22 @@ class Target:
         return f"{compiled}-sm_{major}{minor}"
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the engines of a model are built.
+
+    target        the device, and whether the kernels of GPUs are used
+    step_tokens   most tokens of a step
+    exact         whether a GPU computes batch-invariant results; a CPU does so anyway
+    positions     tokens of the longest sequence that is served or checked
+    """
+
+    target: Target
+    step_tokens: int
+    exact: bool
+    positions: int
+
+
 # Raised by each change of kernels that changes their results.
 _KERNELS = {"cpu": 1, "gpu": 1}
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from headrace.worker.engine.attention_kinds import Layers
+import torch
+
+from headrace.worker.engine.attention_kinds import AttentionKind, Layers
 from headrace.worker.engine.interface import ModelInfo
+from headrace.worker.engine.load.devices import Plan
 from headrace.worker.engine.load.self_check import SEQUENCES, Sizes
 
 if TYPE_CHECKING:
     from headrace.worker.engine.gpu.engine import GpuEngine
-    from headrace.worker.engine.load.assembly import LoadedModel, Plan
 
 # Tokens of mixed steps in which an exact engine is compared with itself: below, at and above the sizes at
 # which matrix kernels change, and with a partial tile.
@@ -42,15 +44,24 @@ def prepare(network: Any, layers: Layers, plan: Plan, progress: Callable[[str], 
 
 
 def build_gpu_engine(
-    loaded: LoadedModel,
     model: ModelInfo,
+    plan: Plan,
     *,
+    network: Any,
+    weights: Any,
+    layers: Layers,
+    kind: AttentionKind,
+    dtype: torch.dtype,
     progress: Callable[[str], None],
     graphs: bool = True,
     keep_logits: bool = False,
 ) -> GpuEngine:
     """Allocate KV memory for a model, and build its engine.
 
+    network       computes if *weights* is None
+    weights       from `prepare`
+    layers        the attention of each layer, which *kind* computes
+    dtype         of keys and values
     graphs        compute steps as CUDA graphs, if the device is one of CUDA and the model can be captured
     keep_logits   keep the logits of each step for `GpuEngine.compute`
     """
@@ -61,23 +72,22 @@ def build_gpu_engine(
     from headrace.worker.engine.gpu.paged_attention import Scratch, tile_tokens
     from headrace.worker.engine.gpu.slots import Slots
 
-    plan = loaded.plan
     device = plan.target.device
-    memory = loaded.kind.make_memory(loaded.layers, model.kv_blocks)  # and a spare block, the last
+    memory = kind.make_memory(layers, model.kv_blocks)  # and a spare block, the last
     width = -(-plan.positions // model.block_tokens)
     slots = Slots(model.max_running, width, spare=model.kv_blocks, device=device)
     scratch = Scratch(
-        loaded.layers,
+        layers,
         max_rows=model.max_running,
         positions=plan.positions,
         device=device,
         exact=plan.exact,
     )
     forward: GpuDecoder | NetworkForward
-    if loaded.decoder is not None:
-        forward = GpuDecoder(loaded.decoder, memory, slots.tables, scratch, exact=plan.exact)
+    if weights is not None:
+        forward = GpuDecoder(weights, memory, slots.tables, scratch, exact=plan.exact)
     else:
-        forward = NetworkForward(loaded.network, memory, slots.tables, scratch)
+        forward = NetworkForward(network, memory, slots.tables, scratch)
     pool = None
     if graphs and device.type == "cuda":
         progress("capturing CUDA graphs")
@@ -87,7 +97,7 @@ def build_gpu_engine(
         model,
         slots=slots,
         step_tokens=plan.step_tokens,
-        tile=tile_tokens(loaded.layers, exact=plan.exact, dtype=loaded.precision.memory_dtype),
+        tile=tile_tokens(layers, exact=plan.exact, dtype=dtype),
         graphs=pool,
         keep_logits=keep_logits,
     )

@@ -25,8 +25,8 @@ from headrace.worker.engine.attention_kinds import choose_kind
 from headrace.worker.engine.cpu.kernels.compiling import compile_kernels
 from headrace.worker.engine.interface import ModelInfo
 from headrace.worker.engine.load import gpu_assembly, kv_sizing, self_check
-from headrace.worker.engine.load.assembly import LoadedModel, ModelEngine, Plan, ignore, release_freed_memory
-from headrace.worker.engine.load.devices import Target, choose_device, set_up
+from headrace.worker.engine.load.assembly import LoadedModel, ModelEngine, ignore, release_freed_memory
+from headrace.worker.engine.load.devices import Plan, Target, choose_device, set_up
 from headrace.worker.engine.load.free_memory import enough_for_steps
 from headrace.worker.engine.load.gguf.weights import dequantised
 from headrace.worker.engine.load.identity import read_eos_ids, weights_fingerprint
