@@ -81,6 +81,8 @@ def main(given: Sequence[str] | None = None) -> int:
     results = Results(
         command=shlex.join(["python", "-m", "benchmarks.gpu", *given]), date=time.strftime("%Y-%m-%d")
     )
+    # Compiled kernels: all processes use the same, and the next run on this machine, too.
+    kernels = {"TRITON_CACHE_DIR": str(options.out / "triton")}
     with tempfile.TemporaryDirectory(prefix="headrace-wheels-") as unpacked:
         if arguments.wheels is not None:
             wheels.unpack(arguments.wheels, Path(unpacked))
@@ -88,7 +90,7 @@ def main(given: Sequence[str] | None = None) -> int:
             results,
             options,
             seconds=60 * (arguments.minutes or (_REHEARSAL_MINUTES if rehearse else _MINUTES)),
-            environment=environment(Path(unpacked), rehearse=rehearse),
+            environment=environment(Path(unpacked), rehearse=rehearse) | kernels,
             modules=("torch", "transformers"),  # takes seconds
             echo=lambda line: print(line, flush=True),
         )

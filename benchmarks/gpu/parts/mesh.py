@@ -51,7 +51,7 @@ async def _run(report: Report, shape: Shape) -> None:
     with reserved_ports(3) as ports:
         async with _services(report, folder, ports) as target, connect(target) as client:
             report.row("time until all services are ready", time.perf_counter() - began, "s")
-            warm_up = [replace(request, tokens=4) for request in requests[:4]]
+            warm_up = [Request(request.ids, 4) for request in requests[:4]]
             await _ask_all(client, shape, warm_up, max(report.left, 5.0))
             began = time.perf_counter()
             answers = await _ask_all(client, shape, requests, max(report.left - _STOP_SECONDS, 5.0))

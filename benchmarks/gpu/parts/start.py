@@ -27,13 +27,15 @@ def run(report: Report, shape: Shape | None) -> None:
     ids = [[drawn.randrange(shape.vocabulary - 1) for _ in range(length)] for length in lengths]
     expected, rounded = _references(shape, ids, options.device, options.dtype)
     report.say("loading the engine")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats(options.device)
     held = engines.held(shape, options)
     model = held.engine.model
     report.row("time until ready", held.seconds, "s", note="; ".join(_stages(held.stages, held.seconds)))
     report.row("KV memory", model.kv_tokens, "tokens", note="exact" if model.exact else "not exact")
     if torch.device(options.device).type == "cuda":
         report.row("memory in use", torch.cuda.memory_reserved(options.device) / 2**30, "GiB")
-        report.row("peak memory", torch.cuda.max_memory_reserved(options.device) / 2**30, "GiB")
+        report.row("peak memory of the start", torch.cuda.max_memory_reserved(options.device) / 2**30, "GiB")
     _compare(report, held.engine, ids, expected, rounded)
 
 
