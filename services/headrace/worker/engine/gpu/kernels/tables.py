@@ -12,7 +12,9 @@ _BLOCK = 256  # rows per program
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _append(tables: tl.tensor, places: tl.tensor, blocks: tl.tensor, rows: tl.tensor, BLOCK: tl.constexpr):
+def _append(
+    tables: tl.tensor, places: tl.tensor, blocks: tl.tensor, rows: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = own < rows
     place = tl.load(places + own, mask=inside, other=0)
