@@ -184,8 +184,8 @@ def _as_unsupported(network: Any, target: Target) -> Iterator[None]:
             f"{name} cannot be computed on a GPU: {reason}; use --device cpu, serve it with transformers or "
             f"vLLM, or choose another model: {SEE_MODELS}"
             if target.gpu
-            else f"{name} does not support batches of sequences of different lengths as Headrace computes them: "
-            f"{reason}; serve it with transformers or vLLM, or choose another model: {SEE_MODELS}"
+            else f"{name} does not support batches of sequences of different lengths as Headrace computes "
+            f"them: {reason}; serve it with transformers or vLLM, or choose another model: {SEE_MODELS}"
         ) from error
 
 
