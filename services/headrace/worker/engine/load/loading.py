@@ -179,11 +179,13 @@ def _as_unsupported(network: Any, target: Target) -> Iterator[None]:
         raise
     except Exception as error:
         log.debug("the code of the model failed", exc_info=True)
-        device = ", or --device cpu" if target.gpu else ""
+        name, reason = type(network).__name__, one_line(error)
         raise UnsupportedModel(
-            f"{type(network).__name__} does not support batches of sequences of different lengths as "
-            f"Headrace computes them: {one_line(error)}; serve it with transformers or vLLM{device}, or "
-            f"choose another model: {SEE_MODELS}"
+            f"{name} cannot be computed on a GPU: {reason}; use --device cpu, serve it with transformers or "
+            f"vLLM, or choose another model: {SEE_MODELS}"
+            if target.gpu
+            else f"{name} does not support batches of sequences of different lengths as Headrace computes "
+            f"them: {reason}; serve it with transformers or vLLM, or choose another model: {SEE_MODELS}"
         ) from error
 
 
