@@ -3,7 +3,7 @@
 transformers calls a registered function for a model's attention. Ours receives the queries, keys and values
 of *all* tokens of a step, flattened into one row. It checks that the model needs nothing that we would have
 to ignore, and passes them to the step's `StepAttention`: `plain_attention`, `kernel_attention` on the CPU or
-`varlen` on CUDA. Nothing here depends on the model; layers may differ in heads and dimensions.
+`paged_attention` on a GPU. Nothing here depends on the model; layers may differ in heads and dimensions.
 """
 
 from __future__ import annotations
