@@ -96,7 +96,7 @@ async def _services(report: Report, folder: Path, ports: Sequence[int]) -> Async
     batcher_flags = ["--tier", _TIER, "--workers", f"{HOST}:{worker}", "--model", str(folder)]
     batcher_flags += ["--cache", str(folder / "cache")]
     async with (
-        _service("benchmarks.gpu.worker", worker, worker_flags, report) as starting_worker,
+        _service("benchmarks.gpu.processes.worker", worker, worker_flags, report) as starting_worker,
         _service("headrace.batcher", batcher, batcher_flags, report) as starting_batcher,
         _service(
             "headrace.router", router, ["--tiers", f"{_TIER}={HOST}:{batcher}"], report
