@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu.jobs import PARTS
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.timeout(1800)  # two minutes on two idle cores
 def test_the_rehearsal_measures_every_part(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

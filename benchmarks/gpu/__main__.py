@@ -113,7 +113,7 @@ def environment(unpacked: Path, *, rehearse: bool) -> dict[str, str]:
     }
     paths = [str(ROOT / "services"), str(ROOT), str(unpacked), inherited.get("PYTHONPATH", "")]
     made = {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    made["TRANSFORMERS_VERBOSITY"] = "error"
+    made |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     made.pop("TRITON_INTERPRET", None)
     if rehearse:
         made |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -39,8 +39,8 @@ class Job:
 _SECONDS = {
     "card": (20, 5),
     "tests": (90, 30),
-    "exact": (40, 15),
-    "kernels": (45, 15),
+    "exact": (75, 20),
+    "kernels": (60, 15),
     "start": (60, 25),
     "prefill": (15, 5),
     "decode": (25, 8),

@@ -34,7 +34,7 @@ class Child:
         with log.open("ab") as out:
             # A session of its own, so that the processes that it starts are ended together with it.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu.child", str(writing), *modules],
+                [sys.executable, "-m", "benchmarks.gpu.processes.child", str(writing), *modules],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,

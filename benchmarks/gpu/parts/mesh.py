@@ -26,6 +26,8 @@ from headrace.v1 import generation_pb2 as pb
 
 _TIER = "only"
 _STOP_SECONDS = 5.0
+# All requests arrive at once, and each reserves the size of the longest message until it is complete.
+_IN_FLIGHT = ("--max-inflight-megabytes", "1024")
 
 
 @dataclass
@@ -94,13 +96,12 @@ async def _services(report: Report, folder: Path, ports: Sequence[int]) -> Async
     if options.rehearse:
         worker_flags.append(f"--kv-memory={engines.TINY_KV_GIB}")
     batcher_flags = ["--tier", _TIER, "--workers", f"{HOST}:{worker}", "--model", str(folder)]
-    batcher_flags += ["--cache", str(folder / "cache")]
+    batcher_flags += ["--cache", str(folder / "cache"), *_IN_FLIGHT]
+    router_flags = ["--tiers", f"{_TIER}={HOST}:{batcher}", *_IN_FLIGHT]
     async with (
-        _service("benchmarks.gpu.worker", worker, worker_flags, report) as starting_worker,
+        _service("benchmarks.gpu.processes.worker", worker, worker_flags, report) as starting_worker,
         _service("headrace.batcher", batcher, batcher_flags, report) as starting_batcher,
-        _service(
-            "headrace.router", router, ["--tiers", f"{_TIER}={HOST}:{batcher}"], report
-        ) as starting_router,
+        _service("headrace.router", router, router_flags, report) as starting_router,
     ):
         for service in (starting_worker, starting_batcher, starting_router):
             await _until_ready(service, max(report.left, 5.0))

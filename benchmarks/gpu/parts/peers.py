@@ -99,9 +99,18 @@ def _transformers(report: Report, shape: Shape, requests: Sequence[Request]) -> 
             "max_requests_per_batch": 8,
             "use_cuda_graph": False,
         }
-    manager = network.init_continuous_batching(
-        generation_config=config, continuous_batching_config=ContinuousBatchingConfig(**sizes)
-    )
+
+    def prepare() -> Any:
+        return network.init_continuous_batching(
+            generation_config=config, continuous_batching_config=ContinuousBatchingConfig(**sizes)
+        )
+
+    try:
+        manager = prepare()
+    except Exception as error:  # FlashAttention that it expects, but cannot load without a network
+        report.say(f"transformers falls back to its SDPA: {type(error).__name__}: {error}")
+        network.set_attn_implementation("paged|sdpa")
+        manager = prepare()
     if hasattr(manager, "warmup") and not options.rehearse:
         manager.warmup()
     manager.start()
@@ -146,7 +155,14 @@ def _vllm(report: Report, shape: Shape, requests: Sequence[Request]) -> tuple[fl
     folder = model_folder(shape, options.out / "models" / shape.name)
     ask = options.out / f"vllm-{shape.name}.json"
     ask.write_text(json.dumps([[list(request.ids), request.tokens] for request in requests]))
-    command = [sys.executable, "-m", "benchmarks.gpu.vllm_host", str(folder), str(ask), options.dtype]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.processes.vllm_host",
+        str(folder),
+        str(ask),
+        options.dtype,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         printed, _ = process.communicate(timeout=report.left - 3)

@@ -1,6 +1,6 @@
-"""A worker with random weights: `python -m benchmarks.gpu.worker --model FOLDER ...`, with a worker's flags.
+"""A worker with random weights: `python -m benchmarks.gpu.processes.worker --model FOLDER ...`.
 
-The name of FOLDER is that of a shape, and `shapes.model_folder` has written it.
+It has the flags of a worker. The name of FOLDER is that of a shape, and `shapes.model_folder` has written it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,6 @@ async def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings = Settings.load(program="python -m benchmarks.gpu.worker")
+    settings = Settings.load(program="python -m benchmarks.gpu.processes.worker")
     logs.configure("worker", settings.log_level)
     run(main(settings))

@@ -1,4 +1,4 @@
-"""Run vLLM on the ids of a file: `python -m benchmarks.gpu.vllm_host FOLDER FILE DTYPE`.
+"""Run vLLM on the ids of a file: `python -m benchmarks.gpu.processes.vllm_host FOLDER FILE DTYPE`.
 
 Its weights are random like ours. Prints the number of output tokens and the time as one line of JSON.
 """

@@ -1,4 +1,4 @@
-"""A process that measures: `python -m benchmarks.gpu.child FD MODULE...`.
+"""A process that measures: `python -m benchmarks.gpu.processes.child FD MODULE...`.
 
 It imports the modules, reads one job per line from standard input, runs it, and writes events as lines of
 JSON to the file descriptor FD. Its standard output and error are a log. After an error that leaves CUDA
