@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from headrace.worker.engine import fixed_math
-from headrace.worker.engine.cpu.kernels.sampling import ROW, logprobs, sample_rows
+from headrace.worker.engine.cpu.kernels.sampling import ROW, sample_rows
 from headrace.worker.engine.edits import Edits, Ids
 from headrace.worker.engine.interface import Fault, Row, Token
 from headrace.worker.engine.noise import noise_key
@@ -73,7 +73,7 @@ class Sampler:
         starts = np.arange(len(rows)) * width
         table["scores"], table["logits"] = starts + scores.data_ptr(), starts + logits.data_ptr()
         sample_rows(table, logits.shape[1], candidates=CANDIDATES, threads=torch.get_num_threads())
-        own = logprobs(table).tolist() if table["logprobs"].any() else [None] * len(rows)
+        own = _logprobs(table).tolist() if table["logprobs"].any() else [None] * len(rows)
         return [
             faults[index]
             if index in faults
@@ -173,3 +173,12 @@ def min_p_logs(min_ps: Sequence[float]) -> npt.NDArray[np.float32]:
         return np.full_like(values, -np.inf)
     least = np.float32(np.finfo(np.float32).tiny)
     return np.where(values < least, np.float32(-np.inf), fixed_math.log(np.clip(values, least, 1)))
+
+
+def _logprobs(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return the log-probabilities of the sampled tokens; undefined for rows that did not ask for them."""
+    mass = np.maximum(rows["mass"], fixed_math.WEIGHT_ONE).astype(np.float32) * np.float32(
+        1 / fixed_math.WEIGHT_ONE
+    )
+    with np.errstate(all="ignore"):
+        return np.asarray((rows["own"] - rows["largest"]) - fixed_math.log(mass))

@@ -87,6 +87,19 @@ def test_an_exact_engine_gives_the_same_results_in_steps_of_all_sizes(
     assert load(kind, exact=True).model.exact
 
 
+def test_an_engine_that_is_not_exact_although_it_should_be_is_reported(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_check, "check_model", lambda *_, **__: False)
+    warned: list[str] = []
+
+    engine = load("llama", exact=True, warn=warned.append)
+
+    assert not engine.model.exact
+    assert len(warned) == 1
+    assert "not batch-invariant on this device, although --exact was requested" in warned[0]
+
+
 def test_an_engine_that_computes_incorrectly_does_not_start(
     load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import sysconfig
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -67,6 +69,11 @@ def triton_version() -> str:
 def compiler() -> str:
     """Return the C compiler that Triton uses to build what launches its kernels; empty if there is none."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
+
+
+def python_headers() -> bool:
+    """Return whether the headers of Python are installed, which that code includes."""
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 def round_once() -> None:

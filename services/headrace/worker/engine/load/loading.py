@@ -49,6 +49,7 @@ from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observ
 log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]  # receives one sentence
+ReadNetwork = Callable[[Path, torch.dtype, torch.device, Report], Any]  # see `read_network`
 
 
 def load_engine(
@@ -67,6 +68,7 @@ def load_engine(
     kv_memory: float | None = None,
     progress: Report = ignore,
     warn: Report = ignore,
+    read: ReadNetwork = read_network,
 ) -> ModelEngine:
     """Load a model, check it and warm it up.
 
@@ -85,6 +87,7 @@ def load_engine(
     kv_memory               GiB of KV memory; None for a share of the available memory, see `kv_sizing`
     progress                receives a short sentence before each step that takes time
     warn                    receives a sentence about each problem that does not prevent serving
+    read                    reads the network from the folder
 
     Raises LoadingError, or UnsupportedModel if this engine would not compute the model correctly. Each
     message is one line; the traceback of an unexpected error is logged at level DEBUG.
@@ -108,7 +111,7 @@ def load_engine(
         step_tokens = max(step_tokens, max_running)
         plan = Plan(target, step_tokens, exact, positions=max(context, checked))
         progress(f"loading {name} in {precision.name}")
-        loaded = _load(folder, precision, plan, progress, warn)
+        loaded = _load(folder, precision, plan, read, progress, warn)
         vocabulary = int(loaded.network.get_output_embeddings().weight.shape[0])
         model = ModelInfo(
             name=name,
@@ -134,13 +137,18 @@ def load_engine(
             loaded = loaded.prepared(progress)
             progress("comparing with transformers' own forward pass")
             with _as_unsupported(network, target):
-                exact = _check_engine(loaded, model, cases, references, checked)
+                invariant = _check_engine(loaded, model, cases, references, checked)
+            if exact and not invariant:
+                warn(
+                    f"{name} is not batch-invariant on this device, although --exact was requested: answers
+                    are " "announced as best effort"
+                )
             loaded = loaded.without_network()
             del network, references
             release_freed_memory()
             progress("measuring the memory of a step")
             blocks = _size_kv_memory(loaded, model, requested=kv_memory)
-            model = dataclasses.replace(model, exact=exact, kv_blocks=blocks)
+            model = dataclasses.replace(model, exact=invariant, kv_blocks=blocks)
             gib = blocks * loaded.kind.block_bytes(loaded.layers) / 2**30
             progress(f"KV memory for {model.kv_tokens} tokens, {gib:.1f} GiB")
             return loaded.build_engine(model, progress)
@@ -154,12 +162,14 @@ def _model_folder(path: Path, cache: Path, progress: Report) -> tuple[Path, str]
     return dequantised(path, digest=digest, cache=cache, progress=progress), digest
 
 
-def _load(folder: Path, precision: Precision, plan: Plan, progress: Report, warn: Report) -> LoadedModel:
+def _load(
+    folder: Path, precision: Precision, plan: Plan, read: ReadNetwork, progress: Report, warn: Report
+) -> LoadedModel:
     """Load the network, and choose its attention."""
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = plan.target.device
-    network = read_network(folder, precision.network_dtype, device, warn)
+    network = read(folder, precision.network_dtype, device, warn)
     with _as_unsupported(network, plan.target):
         layers = observe_layers(network)
     if not plan.target.gpu:

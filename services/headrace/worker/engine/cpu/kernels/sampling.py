@@ -21,7 +21,6 @@ from headrace.worker.engine.cpu.kernels import team, vector_math
 from headrace.worker.engine.cpu.kernels.cache import compile_entry_point
 from headrace.worker.engine.cpu.kernels.elementwise import pointer
 from headrace.worker.engine.cpu.kernels.machine import integer, offset
-from headrace.worker.engine.fixed_math import WEIGHT_ONE, log
 
 _i8, _f4 = types.int64, types.float32
 
@@ -73,8 +72,7 @@ def _largest(b: Any, x: Any, vectors: Any) -> Any:
     def body(i: Any, carried: list[Any]) -> list[Any]:
         return [larger(carried[0], m.load(b, offset(b, x, i, 64), m.FLOATS))]
 
-    (largest,) = m.counted_loop(b, vectors, [m.floats(float("-inf"))], body)
-    return m.reduce(b, largest, larger)
+    return m.reduce(b, *m.counted_loop(b, vectors, [m.floats(float("-inf"))], body), larger)
 
 
 @m.intrinsic([_i8, _i8, _f4, _f4, _i8])
@@ -101,8 +99,7 @@ def _mass(b: Any, x: Any, vectors: Any, largest: Any) -> Any:
         value = b.fsub(m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, largest))
         return [b.add(carried[0], vector_math.weight(b, value))]
 
-    (total,) = m.counted_loop(b, vectors, [_no_weights()], body)
-    return m.reduce(b, total, lambda left, right: b.add(left, right))
+    return m.reduce(b, *m.counted_loop(b, vectors, [_no_weights()], body), b.add)
 
 
 @m.intrinsic([_i8, _i8, _i8])
@@ -128,8 +125,7 @@ def _count_from(b: Any, x: Any, vectors: Any, least: Any) -> Any:
         within = b.fcmp_ordered(">=", m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, least))
         return [b.sub(carried[0], b.sext(within, m.INTS))]
 
-    (counts,) = m.counted_loop(b, vectors, [m.ints(0)], body)
-    return b.sext(m.reduce(b, counts, lambda left, right: b.add(left, right)), m.I64)
+    return b.sext(m.reduce(b, *m.counted_loop(b, vectors, [m.ints(0)], body), b.add), m.I64)
 
 
 @m.intrinsic([_i8, _i8, _i8, _f4], _i8)
@@ -141,8 +137,7 @@ def _mass_from(b: Any, x: Any, weights: Any, vectors: Any, least: Any) -> Any:
         weight = m.load(b, offset(b, weights, i, 128), vector_math.WEIGHTS, 8)
         return [b.add(carried[0], b.select(within, weight, _no_weights()))]
 
-    (total,) = m.counted_loop(b, vectors, [_no_weights()], body)
-    return m.reduce(b, total, lambda left, right: b.add(left, right))
+    return m.reduce(b, *m.counted_loop(b, vectors, [_no_weights()], body), b.add)
 
 
 def _draw(
@@ -204,10 +199,8 @@ def _least_of_mass(x: int, weights: int, vectors: int, target: float) -> Any:
     """Return the greatest score such that the scores which reach it have the mass *target*; all have it."""
     low = 0
     for bit in range(30, -1, -1):
-        if (
-            float(_mass_from(x, weights, vectors, _score_of(min(low + (1 << bit) - 1, _INFINITY_BITS))))
-            < target
-        ):
+        least = _score_of(min(low + (1 << bit) - 1, _INFINITY_BITS))
+        if float(_mass_from(x, weights, vectors, least)) < target:
             low += 1 << bit
     return _score_of(low)
 
@@ -317,16 +310,9 @@ def _sample_row(call: Any, row: Any, scratch: int) -> None:
         zero = np.float32(0)
         if top_k == 0 and row.top_p >= 1:
             _draw_all(
-                scores,
-                0,
-                vectors,
-                largest,
-                row.temperature,
-                row.min_p_log,
-                row.key_first,
-                row.key_second,
-                best,
-            )
+                scores, 0, vectors, largest, row.temperature, row.min_p_log,
+                row.key_first, row.key_second, best,
+            )  # fmt: skip
         else:
             _scale(scores, vectors, largest, row.temperature, scaled)
             total = 0 if top_k > 0 else _mass(scaled, vectors, zero)
@@ -359,9 +345,8 @@ def _best_of(best: int) -> Any:
     places = carray(pointer(best + 64), (m.LANES,), np.int32)
     chosen = 0
     for lane in range(1, m.LANES):
-        if values[lane] > values[chosen] or (
-            values[lane] == values[chosen] and places[lane] < places[chosen]
-        ):
+        first = values[lane] == values[chosen] and places[lane] < places[chosen]
+        if first or values[lane] > values[chosen]:
             chosen = lane
     return places[chosen]
 
@@ -412,10 +397,3 @@ def sample_rows(rows: npt.NDArray[Any], vocabulary: int, *, candidates: int, thr
     failures = team.FailureState(threads)
     call["failures"] = failures.address
     team.run(sampling_entry_point(), call.ctypes.data, threads, failures)
-
-
-def logprobs(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return the log-probabilities of the sampled tokens; undefined for rows that did not ask for them."""
-    mass = np.maximum(rows["mass"], WEIGHT_ONE).astype(np.float32) * np.float32(1 / WEIGHT_ONE)
-    with np.errstate(all="ignore"):
-        return np.asarray((rows["own"] - rows["largest"]) - log(mass))
