@@ -140,8 +140,8 @@ def load_engine(
                 invariant = _check_engine(loaded, model, cases, references, checked)
             if exact and not invariant:
                 warn(
-                    f"{name} is not batch-invariant on this device, although --exact was requested: answers
-                    are " "announced as best effort"
+                    f"{name} is not batch-invariant on this device, although --exact was requested: "
+                    "answers are announced as best effort"
                 )
             loaded = loaded.without_network()
             del network, references

@@ -72,7 +72,7 @@ def _largest(b: Any, x: Any, vectors: Any) -> Any:
     def body(i: Any, carried: list[Any]) -> list[Any]:
         return [larger(carried[0], m.load(b, offset(b, x, i, 64), m.FLOATS))]
 
-    return m.reduce(b, *m.counted_loop(b, vectors, [m.floats(float("-inf"))], body), larger)
+    return m.reduce(b, m.counted_loop(b, vectors, [m.floats(float("-inf"))], body)[0], larger)
 
 
 @m.intrinsic([_i8, _i8, _f4, _f4, _i8])
@@ -99,7 +99,7 @@ def _mass(b: Any, x: Any, vectors: Any, largest: Any) -> Any:
         value = b.fsub(m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, largest))
         return [b.add(carried[0], vector_math.weight(b, value))]
 
-    return m.reduce(b, *m.counted_loop(b, vectors, [_no_weights()], body), b.add)
+    return m.reduce(b, m.counted_loop(b, vectors, [_no_weights()], body)[0], b.add)
 
 
 @m.intrinsic([_i8, _i8, _i8])
@@ -125,7 +125,7 @@ def _count_from(b: Any, x: Any, vectors: Any, least: Any) -> Any:
         within = b.fcmp_ordered(">=", m.load(b, offset(b, x, i, 64), m.FLOATS), m.splat(b, least))
         return [b.sub(carried[0], b.sext(within, m.INTS))]
 
-    return b.sext(m.reduce(b, *m.counted_loop(b, vectors, [m.ints(0)], body), b.add), m.I64)
+    return b.sext(m.reduce(b, m.counted_loop(b, vectors, [m.ints(0)], body)[0], b.add), m.I64)
 
 
 @m.intrinsic([_i8, _i8, _i8, _f4], _i8)
@@ -137,7 +137,7 @@ def _mass_from(b: Any, x: Any, weights: Any, vectors: Any, least: Any) -> Any:
         weight = m.load(b, offset(b, weights, i, 128), vector_math.WEIGHTS, 8)
         return [b.add(carried[0], b.select(within, weight, _no_weights()))]
 
-    return m.reduce(b, *m.counted_loop(b, vectors, [_no_weights()], body), b.add)
+    return m.reduce(b, m.counted_loop(b, vectors, [_no_weights()], body)[0], b.add)
 
 
 def _draw(
