@@ -270,7 +270,7 @@ async def test_answers_wait_for_a_server_that_resumes_them() -> None:
 async def test_an_answer_that_no_server_resumes_fails_after_the_patience() -> None:
     servicer = Reciter(1)
     servicer.refuses = [errors.Overloaded("full", retry_after=0.01)] * 1_000
-    async with calling(servicer, patience=0.2) as client:
+    async with calling(servicer, patience=1.0) as client:
         with pytest.raises(errors.Overloaded):
             await collect(client, pb.GenerateRequest(prompt="abc"))
 

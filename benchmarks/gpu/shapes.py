@@ -122,7 +122,12 @@ def random_network(shape: Shape, device: str, dtype: str, attention: str) -> Any
     torch.manual_seed(0)
     auto: Any = AutoModelForCausalLM
     with torch.device(device):
-        network = auto.from_config(shape.config(), dtype=getattr(torch, dtype), attn_implementation=attention)
+        network = auto.from_config(
+            shape.config(),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=False,
+        )
     return network.eval()
 
 

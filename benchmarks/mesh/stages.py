@@ -116,10 +116,10 @@ STAGES = (
     Stage(
         "worker: resume the engine's thread, plan",
         "worker",
-        "worker.engine.plan.loop:EngineLoop._compute",
+        "worker.engine.plan.loop:EngineLoop._launch",
         "in",
     ),
-    Stage("worker: engine step", "worker", "worker.engine.plan.loop:EngineLoop._compute", "out"),
+    Stage("worker: engine step", "worker", "worker.engine.plan.loop:EngineLoop._results", "out"),
     Stage("worker: apply, start the next step", "worker", "worker.streams:BatcherStreams._on_report", "in"),
     Stage("worker: resume the event loop", "worker", "worker.streams:BatcherStreams._deliver", "in"),
     Stage("worker: make the deltas", "worker", "worker.streams:BatcherStreams._deliver", "out"),
