@@ -94,8 +94,9 @@ def network_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     network = NETWORKS[name]().eval()
     with torch.no_grad():
-        for parameter in network.parameters():  # norms and biases are initialised to ones and zeros
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for parameter in network.parameters():
+            if parameter.dim() == 1:  # norms and biases are initialised to ones and zeros
+                parameter.add_(torch.randn_like(parameter) * 0.1)
     return network.to(DEVICE, dtype)
 
 

@@ -133,9 +133,11 @@ def test_a_captured_step_computes_whatever_its_inputs_are_filled_with(exact: boo
     model(Part(1, other, 0, 38))
     captured = model.step(Part(1, other, 38, 39), padding=1)
     logits = model.decoder(captured.ids, captured)
-    pool = cuda.GraphPool(DEVICE)
 
-    replay = pool.capture(lambda: logits.copy_(model.decoder(captured.ids, captured)))
+    def compute() -> None:
+        logits.copy_(model.decoder(captured.ids, captured))
+
+    replay = cuda.GraphPool(DEVICE).capture(compute)
 
     for part in (Part(0, ids, 398, 399), Part(1, other, 39, 40), Part(0, ids, 399, 400)):
         step = model.step(part, padding=1)

@@ -25,7 +25,7 @@ def test_exact_logits_are_bit_identical_alone_in_a_batch_and_resumed(name: str, 
     """After a failover, another worker resumes the sequence: the answer must not change."""
     # The wide ones cross borders of segments of keys, and of tiles of matrix products.
     wide = "wide" in name
-    ids, *others = prompts(601, 90, 257, 5) if wide else prompts(18, 3, 5, 2)
+    ids, *others = prompts(601, 90, 257, 5) if wide else prompts(13, 3, 4, 2)
     last, chunk, padding = len(ids) - 1, len(ids) // 2, 60 if wide else 0
     network = network_of(name, dtype)
     alone = Model(network, exact=True)(Part(0, ids, 0, last + 1))

@@ -92,8 +92,8 @@ def test_all_kinds_of_parameters_sample_the_tokens_of_the_cpu(candidates: int, s
     )  # fmt: skip
 
 
-@given(dice=st.randoms(use_true_random=False), vocabulary=st.sampled_from([37, 300, 1100]))
-@settings(max_examples=8)
+@given(dice=st.randoms(use_true_random=False), vocabulary=st.sampled_from([37, 1100]))
+@settings(max_examples=6)
 def test_any_parameters_and_logits_sample_the_tokens_of_the_cpu(dice: random.Random, vocabulary: int) -> None:
     def params() -> dict[str, Any]:
         return {
@@ -121,7 +121,7 @@ def test_any_parameters_and_logits_sample_the_tokens_of_the_cpu(dice: random.Ran
     spread = dice.choice([0.0, 1e-3, 1.0, 30.0])
     steps = [random_logits(2, vocabulary, seed=dice.randrange(100), spread=spread) for _ in range(2)]
     # Equal logits occur often in half precision.
-    steps = [logits.to(dice.choice([torch.float32, torch.bfloat16, torch.float16])) for logits in steps]
+    steps = [logits.to(dice.choice([torch.float32, torch.bfloat16])) for logits in steps]
 
     check_steps(sampler_of(2, vocabulary, candidates=dice.choice([16, 256])), rows, steps)
 
@@ -129,7 +129,7 @@ def test_any_parameters_and_logits_sample_the_tokens_of_the_cpu(dice: random.Ran
 @pytest.mark.parametrize(("candidates", "ties"), [(4, False), (16, True), (64, True)])
 def test_filters_keep_the_tokens_of_their_definition(candidates: int, ties: bool) -> None:
     """Whether the likeliest tokens suffice for top-k, for top-p, for both or for neither."""
-    filters = [(k, p) for k in (0, 1, 6, 30, 36) for p in (1e-6, 0.5, 0.97, 1.0) if k or p < 1]
+    filters = [(k, p) for k in (0, 1, 6, 30, 36) for p in (1e-6, 0.6, 1.0) if k or p < 1]
     rows = [row_of(seed=1, top_k=k, top_p=p, min_p=1e-3) for k, p in filters]
     logits = random_logits(len(rows), 37, spread=1.0)
     if ties:
