@@ -20,11 +20,15 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from headrace.worker.engine.gpu.kernels.sampling import exact_math  # noqa: E402
+from tests.worker.engine.gpu.device import DEVICE, HAS_CUDA  # noqa: E402
+
+pytestmark = [pytest.mark.cuda] if HAS_CUDA else []
 
 _i8 = types.int64
 KEY = noise.noise_key(12345, 678)
 TOKENS = 1 << 22
-BLOCK = 1 << 18
+BLOCK = 1 << 18  # numbers that are compared at a time
+SIZE = 1 << 11 if HAS_CUDA else BLOCK  # numbers of a program
 
 
 @machine.intrinsic([_i8, _i8, _i8, _i8])
@@ -84,12 +88,12 @@ def test_noise_has_the_same_bits_everywhere() -> None:
 
     on_cpu = np.empty(TOKENS, np.float32)
     _gumbel_on_cpu(*KEY, TOKENS // machine.LANES, on_cpu.ctypes.data)
-    on_device = torch.empty(TOKENS)
-    words = torch.tensor(KEY, dtype=torch.int32)
-    _gumbel_on_device[(TOKENS // BLOCK,)](on_device, words[:1], words[1:], SIZE=BLOCK, enable_fp_fusion=False)
+    on_device = torch.empty(TOKENS, device=DEVICE)
+    words = torch.tensor(KEY, dtype=torch.int32, device=DEVICE)
+    _gumbel_on_device[(TOKENS // SIZE,)](on_device, words[:1], words[1:], SIZE=SIZE, enable_fp_fusion=False)
 
     assert same_bits(on_cpu, expected)
-    assert same_bits(on_device.numpy(), expected)
+    assert same_bits(on_device.cpu().numpy(), expected)
 
 
 def test_logarithm_and_weights_have_the_same_bits_everywhere() -> None:
@@ -105,15 +109,16 @@ def test_logarithm_and_weights_have_the_same_bits_everywhere() -> None:
     _log_and_weight_on_cpu(
         x.ctypes.data, BLOCK // machine.LANES, cpu_logs.ctypes.data, cpu_weights.ctypes.data
     )
-    device_logs, device_weights = torch.empty(BLOCK), torch.empty(BLOCK, dtype=torch.int64)
-    _log_and_weight_on_device[(1,)](
-        torch.from_numpy(x), device_logs, device_weights, SIZE=BLOCK, enable_fp_fusion=False
+    device_logs = torch.empty(BLOCK, device=DEVICE)
+    device_weights = torch.empty(BLOCK, dtype=torch.int64, device=DEVICE)
+    _log_and_weight_on_device[(BLOCK // SIZE,)](
+        torch.from_numpy(x).to(DEVICE), device_logs, device_weights, SIZE=SIZE, enable_fp_fusion=False
     )
 
     assert same_bits(cpu_logs[2:], logs)
-    assert same_bits(device_logs.numpy()[2:], logs)
+    assert same_bits(device_logs.cpu().numpy()[2:], logs)
     assert (cpu_weights == weights).all()
-    assert (device_weights.numpy() == weights).all()
+    assert (device_weights.cpu().numpy() == weights).all()
 
 
 def test_the_functions_are_accurate() -> None:

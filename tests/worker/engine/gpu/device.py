@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
 
-HAS_CUDA = torch.cuda.is_available()
+HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = torch.device("cuda", 0) if HAS_CUDA else torch.device("cpu")
 
 # The interpreter multiplies matrices of bfloat16 wrongly.
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if HAS_CUDA else ()))
+
+needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device, or a torch built without CUDA")
+
+if HAS_CUDA:
+    # Triton's own default. A loaded engine would set a folder that only its test has.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+else:
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -10,8 +10,6 @@ import torch
 from headrace.worker.engine.gpu.step_inputs import UNUSED, StepInputs, StepShape, zeros
 from headrace.worker.engine.kv_memory import PagedMemory
 
-CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -25,7 +23,7 @@ class Part:
 
 def step_of(parts: Sequence[Part], shape: StepShape, memory: PagedMemory, tables: torch.Tensor) -> StepInputs:
     """Return the inputs of a step, where the tables are; what is missing in *shape* is padding."""
-    step = zeros(shape, CPU)
+    step = zeros(shape, torch.device("cpu"))
     tables, device = tables.cpu(), tables.device
     spare_slot, spare_block = len(tables) - 1, memory.blocks - 1
     step.slot_of.fill_(spare_slot)

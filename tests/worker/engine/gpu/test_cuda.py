@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,43 +15,61 @@ from headrace.worker.engine.gpu import cuda
 from headrace.worker.engine.gpu.engine import GpuEngine
 from headrace.worker.engine.interface import Row, SamplingParams, Token
 from headrace.worker.engine.load.free_memory import free_bytes, peak_bytes
-from tests.worker.engine.gpu.device import DEVICE, HAS_CUDA
+from headrace.worker.engine.load.loading import load_engine
+from tests.worker.engine.gpu.decoder_cases import Model, network_of, prompts
+from tests.worker.engine.gpu.device import DEVICE, needs_cuda
+from tests.worker.engine.gpu.model_steps import Part
 from tests.worker.engine.test_torch_engine import (
     GREEDY,
     WARM,
-    Engine,
     Network,
     answer,
     answer_together,
     blocks_of,
+    generated,
     prompt_of,
 )
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device, or a torch built without CUDA"),
-]
+Engine = Callable[..., Any]
 
-ON_CUDA: dict[str, Any] = {"device": "cuda:0", "dtype": "bfloat16", "step_tokens": 512}
+pytestmark = [pytest.mark.cuda, needs_cuda]
+
+
+@pytest.fixture
+def cuda_engine(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any]:
+    """Load a tiny model into the engine of a GPU."""
+
+    def load(architecture: str, **options: Any) -> GpuEngine:
+        engine = load_engine(
+            tiny_folder(architecture),
+            name="tiny",
+            cache=tmp_path,
+            tokenizer_fingerprint="tiny",
+            device="cuda:0",
+            **{"dtype": "bfloat16", "context_length": 1024, "max_running": 6, "kv_memory": 1 / 64, **options},
+        )
+        assert isinstance(engine, GpuEngine)
+        return engine
+
+    return load
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3"])
 def test_an_engine_passes_its_self_check_and_uses_graphs(
-    architecture: str, exact: bool, tiny_engine: Engine
+    architecture: str, exact: bool, cuda_engine: Engine
 ) -> None:
-    engine: Any = tiny_engine(architecture, exact=exact, **ON_CUDA)
+    engine: Any = cuda_engine(architecture, exact=exact)
 
-    assert isinstance(engine, GpuEngine)
     assert engine.uncaptured == ""
     assert exact or not engine.model.exact
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_an_exact_engine_is_batch_invariant(architecture: str, dtype: str, tiny_engine: Engine) -> None:
+def test_an_exact_engine_is_batch_invariant(architecture: str, dtype: str, cuda_engine: Engine) -> None:
     """The self-check finds it so, and random schedules agree."""
-    engine = tiny_engine(architecture, exact=True, **{**ON_CUDA, "dtype": dtype})
+    engine = cuda_engine(architecture, exact=True, dtype=dtype)
     prompts = [prompt_of(length) for length in (1, 7, 90, 255, 300)]
     params = [GREEDY, WARM, WARM, GREEDY, WARM]
     alone = [answer(engine, prompt, 10, params=own) for prompt, own in zip(prompts, params, strict=True)]
@@ -61,20 +81,13 @@ def test_an_exact_engine_is_batch_invariant(architecture: str, dtype: str, tiny_
 
 @pytest.mark.parametrize("architecture", ["gemma2", "llama"])
 def test_float32_and_soft_caps_are_computed_by_the_kernels(
-    architecture: str, tiny_engine: Engine, tiny_network: Network
+    architecture: str, cuda_engine: Engine, tiny_network: Network
 ) -> None:
-    options = {**ON_CUDA, "dtype": "float32"}
-    engine, network = tiny_engine(architecture, **options), tiny_network(architecture)
+    engine, network = cuda_engine(architecture, dtype="float32"), tiny_network(architecture)
     prompts = [prompt_of(length) for length in (5, 300)]
-    expected = [
-        network.generate(
-            torch.tensor([own]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        for own in prompts
-    ]
 
-    for prompt, whole in zip(prompts, expected, strict=True):
-        assert answer(engine, prompt, 6) == whole[0, len(prompt) :].tolist()
+    for prompt in prompts:
+        assert answer(engine, prompt, 6) == generated(network, prompt, 6)
 
 
 @pytest.mark.parametrize("chunk", [1, 30])
@@ -82,10 +95,10 @@ def test_float32_and_soft_caps_are_computed_by_the_kernels(
     "filters", [{}, {"top_p": 0.9, "top_k": 20}, {"frequency_penalty": 1.0, "logprobs": True}]
 )
 def test_a_step_is_launched_without_waiting_for_the_device(
-    chunk: int, filters: dict[str, Any], tiny_engine: Engine
+    chunk: int, filters: dict[str, Any], cuda_engine: Engine
 ) -> None:
     """In torch's sync debug mode, any call that waits raises."""
-    engine: Any = tiny_engine("llama", **ON_CUDA)
+    engine: Any = cuda_engine("llama")
     params = SamplingParams(seed=1, max_tokens=9, temperature=1.0, ignore_eos=True, **filters)
     ids = prompt_of(chunk)
     row = Row(blocks_of(engine, 0), 0, chunk, ids, chunk, True, params)
@@ -97,8 +110,8 @@ def test_a_step_is_launched_without_waiting_for_the_device(
     assert isinstance(step.wait()[0], Token)
 
 
-def test_a_launch_returns_before_the_device_has_computed(tiny_engine: Engine) -> None:
-    engine: Any = tiny_engine("llama", **ON_CUDA)
+def test_a_launch_returns_before_the_device_has_computed(cuda_engine: Engine) -> None:
+    engine: Any = cuda_engine("llama")
     row = Row(blocks_of(engine, 0), 0, 3, [4, 5, 6], 3, True, GREEDY)
     expected = engine.launch([row]).wait()
     torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]
@@ -108,6 +121,30 @@ def test_a_launch_returns_before_the_device_has_computed(tiny_engine: Engine) ->
 
     assert not over
     assert step.wait() == expected
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@torch.inference_mode()
+def test_a_captured_step_computes_whatever_its_inputs_are_filled_with(exact: bool) -> None:
+    """Nothing in a step waits for the device, and nothing depends on the numbers in its inputs."""
+    ids, other = prompts(400, 40)
+    model = Model(network_of("wide qwen3", torch.bfloat16), exact=exact)
+    model(Part(0, ids, 0, 398))
+    model(Part(1, other, 0, 38))
+    captured = model.step(Part(1, other, 38, 39), padding=1)
+    logits = model.decoder(captured.ids, captured)
+
+    def compute() -> None:
+        logits.copy_(model.decoder(captured.ids, captured))
+
+    replay = cuda.GraphPool(DEVICE).capture(compute)
+
+    for part in (Part(0, ids, 398, 399), Part(1, other, 39, 40), Part(0, ids, 399, 400)):
+        step = model.step(part, padding=1)
+        for name in step.__slots__[1:]:
+            getattr(captured, name).copy_(getattr(step, name))
+        replay()
+        assert torch.equal(logits[0], model.decoder(step.ids, step)[0])
 
 
 def test_a_fetch_returns_results_of_earlier_work() -> None:
@@ -128,6 +165,7 @@ def test_a_host_buffer_is_not_overwritten_before_it_is_copied() -> None:
     assert bool((target == 1).all())
 
 
+@pytest.mark.quiet  # other processes of the run take memory of the device
 def test_memory_is_measured_on_the_device() -> None:
     def run() -> None:
         torch.ones(64 << 20, dtype=torch.uint8, device=DEVICE)

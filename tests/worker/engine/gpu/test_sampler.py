@@ -12,16 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.worker.engine.interface import Fault, Row, Token
-from headrace.worker.engine.noise import noise_key
-from tests.worker.engine.rows import EOS, draw, kept_by_definition, random_logits, row_of
-
-pytest.importorskip("triton")
-
 from headrace.worker.engine.gpu.sampler import DeviceSampler, read_tokens
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, zeros
-
-CPU = torch.device("cpu")
+from headrace.worker.engine.interface import Fault, Row, Token
+from headrace.worker.engine.noise import noise_key
+from tests.worker.engine.gpu.device import DEVICE
+from tests.worker.engine.rows import EOS, draw, kept_by_definition, random_logits, row_of
 
 PARAMS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -39,13 +35,13 @@ PARAMS: list[dict[str, Any]] = [
 
 def sampler_of(slots: int, vocabulary: int, *, candidates: int = 64, block: int = 0) -> DeviceSampler:
     block = block or (32 if vocabulary < 64 else 128 if vocabulary < 512 else 512)
-    return DeviceSampler(slots, vocabulary, frozenset({EOS}), CPU, block=block, candidates=candidates)
+    return DeviceSampler(slots, vocabulary, frozenset({EOS}), DEVICE, block=block, candidates=candidates)
 
 
 def step_of(rows: Sequence[Row], slots: Sequence[int], *, padding: int = 0, spare: int = 0) -> StepInputs:
     """Return the inputs of a step; only those that a sampler reads are set."""
     count = len(rows) + padding
-    step = zeros(StepShape(count, count, 1), CPU)
+    step = zeros(StepShape(count, count, 1), DEVICE)
     step.slots.fill_(spare)
     for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
         step.slots[index], step.stops[index], step.samples[index] = slot, row.stop, int(row.sample)
@@ -56,10 +52,11 @@ def step_of(rows: Sequence[Row], slots: Sequence[int], *, padding: int = 0, spar
 def draw_on_device(
     sampler: DeviceSampler, logits: torch.Tensor, rows: Sequence[Row], slots: Sequence[int] | None = None
 ) -> list[Token | Fault | None]:
-    """Sample the rows of sequences that were assigned before."""
-    results = torch.full((3, len(rows)), -7, dtype=torch.int32)
-    sampler.draw(logits, step_of(rows, range(len(rows)) if slots is None else slots), results)
-    return read_tokens(results, rows)
+    """Sample the rows of sequences that were assigned before; *logits* may be on the host."""
+    results = torch.full((3, len(rows)), -7, dtype=torch.int32, device=DEVICE)
+    step = step_of(rows, range(len(rows)) if slots is None else slots)
+    sampler.draw(logits.to(DEVICE), step, results)
+    return read_tokens(results.cpu(), rows)
 
 
 def begin(sampler: DeviceSampler, rows: Sequence[Row]) -> None:
@@ -84,19 +81,19 @@ def check_steps(sampler: DeviceSampler, rows: list[Row], steps: Sequence[torch.T
         rows = [following(row, token) for row, token in zip(rows, expected, strict=True)]
 
 
-@pytest.mark.parametrize("candidates", [8, 64])
-def test_all_kinds_of_parameters_sample_the_tokens_of_the_cpu_for_several_steps(candidates: int) -> None:
+@pytest.mark.parametrize(("candidates", "steps"), [(8, 1), (64, 3)])
+def test_all_kinds_of_parameters_sample_the_tokens_of_the_cpu(candidates: int, steps: int) -> None:
     """Whether the likeliest tokens that filters examine first suffice or not."""
     rows = [row_of((1, 2, 2, 4, 9), prompt=3, seed=seed, **own) for seed, own in enumerate(PARAMS)]
 
     check_steps(
         sampler_of(len(rows), 37, candidates=candidates), rows,
-        [random_logits(len(rows), 37, seed=seed, spread=1.5) for seed in range(3)],
+        [random_logits(len(rows), 37, seed=seed, spread=1.5) for seed in range(steps)],
     )  # fmt: skip
 
 
-@given(dice=st.randoms(use_true_random=False), vocabulary=st.sampled_from([37, 300, 1100]))
-@settings(max_examples=8)
+@given(dice=st.randoms(use_true_random=False), vocabulary=st.sampled_from([37, 1100]))
+@settings(max_examples=6)
 def test_any_parameters_and_logits_sample_the_tokens_of_the_cpu(dice: random.Random, vocabulary: int) -> None:
     def params() -> dict[str, Any]:
         return {
@@ -124,7 +121,7 @@ def test_any_parameters_and_logits_sample_the_tokens_of_the_cpu(dice: random.Ran
     spread = dice.choice([0.0, 1e-3, 1.0, 30.0])
     steps = [random_logits(2, vocabulary, seed=dice.randrange(100), spread=spread) for _ in range(2)]
     # Equal logits occur often in half precision.
-    steps = [logits.to(dice.choice([torch.float32, torch.bfloat16, torch.float16])) for logits in steps]
+    steps = [logits.to(dice.choice([torch.float32, torch.bfloat16])) for logits in steps]
 
     check_steps(sampler_of(2, vocabulary, candidates=dice.choice([16, 256])), rows, steps)
 
@@ -132,7 +129,7 @@ def test_any_parameters_and_logits_sample_the_tokens_of_the_cpu(dice: random.Ran
 @pytest.mark.parametrize(("candidates", "ties"), [(4, False), (16, True), (64, True)])
 def test_filters_keep_the_tokens_of_their_definition(candidates: int, ties: bool) -> None:
     """Whether the likeliest tokens suffice for top-k, for top-p, for both or for neither."""
-    filters = [(k, p) for k in (0, 1, 6, 30, 36) for p in (1e-6, 0.5, 0.97, 1.0) if k or p < 1]
+    filters = [(k, p) for k in (0, 1, 6, 30, 36) for p in (1e-6, 0.6, 1.0) if k or p < 1]
     rows = [row_of(seed=1, top_k=k, top_p=p, min_p=1e-3) for k, p in filters]
     logits = random_logits(len(rows), 37, spread=1.0)
     if ties:
@@ -143,7 +140,7 @@ def test_filters_keep_the_tokens_of_their_definition(candidates: int, ties: bool
     draw_on_device(sampler, logits, rows)
 
     scores = logits - logits.amax(-1, keepdim=True)
-    kept = scores >= sampler._memory.thresholds[:, None]
+    kept = scores >= sampler._memory.thresholds[:, None].cpu()
     for own, score, row in zip(kept, scores.numpy(), rows, strict=True):
         assert own.tolist() == kept_by_definition(score, row.params).tolist()
 
@@ -173,12 +170,12 @@ def test_rows_that_do_not_sample_and_padding_change_nothing() -> None:
     waiting = [rows[0], dataclasses.replace(rows[1], sample=False), rows[2]]
     logits = random_logits(5, 37)
     logits[[1, 3, 4]] = float("nan")
-    results = torch.full((3, 5), -7, dtype=torch.int32)
+    results = torch.full((3, 5), -7, dtype=torch.int32, device=DEVICE)
 
-    sampler.draw(logits, step_of(waiting, [0, 1, 2], padding=2, spare=5), results)
+    sampler.draw(logits.to(DEVICE), step_of(waiting, [0, 1, 2], padding=2, spare=5), results)
 
     expected = draw(logits[:3], rows)
-    assert read_tokens(results, waiting) == [expected[0], None, expected[2]]
+    assert read_tokens(results.cpu(), waiting) == [expected[0], None, expected[2]]
     assert results[:, [1, 3, 4]].eq(0).all()
     assert sampler.latest[[1, 3, 4, 5]].tolist() == [11] * 4
 
@@ -232,13 +229,13 @@ def test_extreme_temperatures_do_not_overflow(temperature: float) -> None:
 
 def test_logits_may_be_part_of_wider_rows_and_are_not_modified() -> None:
     rows = [row_of(seed=seed, repetition_penalty=1.3) for seed in range(2)]
-    wide = random_logits(2, 48)
-    before = wide.clone()
+    before = random_logits(2, 48)
+    wide = before.to(DEVICE, copy=True)
     sampler = sampler_of(2, 37)
     begin(sampler, rows)
 
-    assert draw_on_device(sampler, wide[:, :37], rows) == draw(wide[:, :37].contiguous(), rows)
-    assert torch.equal(wide, before)
+    assert draw_on_device(sampler, wide[:, :37], rows) == draw(before[:, :37].contiguous(), rows)
+    assert torch.equal(wide.cpu(), before)
 
 
 INVALID: list[dict[str, Any]] = [

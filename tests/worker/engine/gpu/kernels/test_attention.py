@@ -89,13 +89,14 @@ def test_query_heads_share_the_keys_of_their_group(group: int, segmented: bool) 
 def test_heads_of_any_dimension_up_to_512_are_supported(key_dim: int, value_dim: int) -> None:
     layer = layer_of(2, 1, key_dim, value_dim)
 
-    for dtype in DTYPES:
-        check(Step([Row(0, 3), Row(66, 70)], layer, tile=4, dtype=dtype), segmented=False)
-        check(Step([Row(69, 70), Row(299, 300)], layer, dtype=dtype))
-    check(Step([Row(69, 70), Row(299, 300)], layer), programs=2)
+    half = DTYPES[-1]
+    decodes = [Row(69, 70), Row(299, 300)]
+    check(Step([Row(0, 3), Row(66, 70)], layer, tile=4), segmented=False)
+    check(Step(decodes, layer, dtype=half))
+    check(Step(decodes, layer, dtype=half), programs=2)
 
 
-@pytest.mark.parametrize("window", [1, 33, 100, 257, 1000])
+@pytest.mark.parametrize("window", [1, 33, 257])
 def test_a_window_hides_the_keys_before_it(window: int) -> None:
     masking = Masking(0.25, window=window)
     layer = layer_of(2, 1, 16)
@@ -163,7 +164,7 @@ def test_a_segmented_token_has_the_same_bits_alone_batched_split_and_in_a_chunk(
     tile = tile_for(
         layer.heads // shape.kv_heads, shape.key_dim, shape.value_dim, DTYPES[-1].itemsize, exact=True
     )
-    rows = [Row(254, 258, 1), Row(31, 34, 2), Row(512, 514, 3)]
+    rows = [Row(255, 258, 1), Row(31, 33, 2), Row(512, 513, 3)]
     decodes = [Row(at, at + 1, row.seed) for row in rows for at in range(row.start, row.stop)]
 
     alone = torch.cat([bits([decode]) for decode in decodes])

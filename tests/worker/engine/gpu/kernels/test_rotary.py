@@ -7,12 +7,14 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from headrace.worker.engine.gpu.kernels.rotary import rotate_and_store
+from tests.worker.engine.gpu.device import DEVICE, DTYPES
+from tests.worker.engine.gpu.kernels.numbers import close
 
 EPSILON = 1e-6
 BLOCK_TOKENS = 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 24), (7, 1, 80)])
 @torch.inference_mode()
@@ -25,20 +27,20 @@ def test_queries_and_keys_are_rotated_and_keys_and_values_stored(
     angles = torch.randn(40, dim // 2)
     positions = torch.tensor([0, 39, 7, 8, 1], dtype=torch.int32)
     where = torch.tensor([3, 17, 8, 0, 23], dtype=torch.int32)
-    pages = [torch.full((6, BLOCK_TOKENS, kv_heads, dim), 9.0, dtype=dtype) for _ in range(2)]
+    pages = [torch.full((6, BLOCK_TOKENS, kv_heads, dim), 9.0, dtype=dtype, device=DEVICE) for _ in range(2)]
     norms = [Qwen3RMSNorm(dim, eps=EPSILON).to(dtype) for _ in range(2)]
     for norm in norms:
         norm.weight.data = torch.randn(dim).to(dtype)
     query, keys, values = (part.clone() for part in _split(qkv, heads, kv_heads, dim))
-    given = qkv.clone()
+    given = qkv.to(DEVICE, copy=True)
 
     rotate_and_store(
-        qkv,
-        positions,
-        where,
-        cosines=angles.cos(),
-        sines=angles.sin(),
-        norms=(norms[0].weight, norms[1].weight) if normed else None,
+        given,
+        positions.to(DEVICE),
+        where.to(DEVICE),
+        cosines=angles.cos().to(DEVICE),
+        sines=angles.sin().to(DEVICE),
+        norms=(norms[0].weight.to(DEVICE), norms[1].weight.to(DEVICE)) if normed else None,
         epsilon=EPSILON,
         key_pages=pages[0],
         value_pages=pages[1],
@@ -48,12 +50,12 @@ def test_queries_and_keys_are_rotated_and_keys_and_values_stored(
         query, keys = norms[0](query), norms[1](keys)
     whole = torch.cat([angles, angles], dim=1)[positions.long()]
     query, keys = apply_rotary_pos_emb(query.float(), keys.float(), whole.cos(), whole.sin())
-    seen, *unchanged = _split(qkv, heads, kv_heads, dim)
-    torch.testing.assert_close(seen, query.to(dtype))
-    for part, before in zip(unchanged, _split(given, heads, kv_heads, dim)[1:], strict=True):
+    seen, *unchanged = _split(given.cpu(), heads, kv_heads, dim)
+    assert close(seen, query.to(dtype))
+    for part, before in zip(unchanged, _split(qkv, heads, kv_heads, dim)[1:], strict=True):
         assert torch.equal(part, before)
-    stored_keys, stored_values = (memory.view(-1, kv_heads, dim) for memory in pages)
-    torch.testing.assert_close(stored_keys[where.long()], keys.to(dtype))
+    stored_keys, stored_values = (memory.cpu().view(-1, kv_heads, dim) for memory in pages)
+    assert close(stored_keys[where.long()], keys.to(dtype))
     assert torch.equal(stored_values[where.long()], values)
     others = torch.ones(len(stored_keys), dtype=torch.bool)
     others[where.long()] = False

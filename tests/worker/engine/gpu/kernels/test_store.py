@@ -8,12 +8,17 @@ import torch
 from headrace.worker.engine.gpu.kernels.store import store
 from tests.worker.engine.gpu.device import DEVICE
 
+_DIMS = [(1, 16, 16), (3, 24, 24), (2, 72, 80), (5, 192, 128), (40, 64, 64)]
+_ORDERS = [(0, 1, 2), (1, 0, 2), (2, 0, 1)]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
 @pytest.mark.parametrize(
-    ("kv_heads", "key_dim", "value_dim"), [(1, 16, 16), (3, 24, 24), (2, 72, 80), (5, 192, 128), (40, 64, 64)]
+    ("dtype", "kv_heads", "key_dim", "value_dim", "order"),
+    [
+        *((torch.bfloat16, *dims, _ORDERS[0]) for dims in _DIMS),
+        *((dtype, 3, 24, 40, order) for dtype in (torch.float32, torch.bfloat16) for order in _ORDERS),
+    ],
 )
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
 def test_keys_and_values_of_any_strides_are_written_to_their_places_only(
     dtype: torch.dtype, kv_heads: int, key_dim: int, value_dim: int, order: tuple[int, int, int]
 ) -> None:
