@@ -1,7 +1,7 @@
 """All operations that only CUDA supports: pinned copies, events, graphs, errors and memory statistics.
 
 Each function is a few calls of torch. The logic around them is in modules that also run on a CPU.
-`to_device`, `HostBuffer` and `Fetch` also work on a CPU.
+`current_device`, `to_device`, `HostBuffer` and `Fetch` also work on a CPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,11 @@ import numpy.typing as npt
 import torch
 
 from headrace.worker.engine.interface import EngineBroken
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one of this thread in a block: Triton launches kernels there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
