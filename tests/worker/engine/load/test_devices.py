@@ -31,6 +31,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "device_name": "NVIDIA H100 80GB HBM3",
             "triton_version": "3.6.0",
             "compiler": "/usr/bin/gcc",
+            "has_python_headers": True,
             **probed,
         }.items():
 
@@ -90,6 +91,7 @@ def test_a_cpu_needs_nothing_of_a_gpu(machine: Callable[..., None]) -> None:
         ),
         ({"triton_version": "3.5.1"}, "Triton 3.5.1 is older than 3.6", "pip install"),
         ({"compiler": ""}, "Triton needs a C compiler", "install gcc"),
+        ({"has_python_headers": False}, "Python.h is missing", "python3-dev"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )

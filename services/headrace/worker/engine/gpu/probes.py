@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import sysconfig
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -67,6 +69,14 @@ def triton_version() -> str:
 def compiler() -> str:
     """Return the C compiler that Triton uses to build what launches its kernels; empty if there is none."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
+
+
+def has_python_headers() -> bool:
+    """Return whether Python.h is there, which that compiler needs."""
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own Python installs packages to another place than its headers.
+    paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
+    return Path(paths["include"], "Python.h").is_file()
 
 
 def round_once() -> None:
