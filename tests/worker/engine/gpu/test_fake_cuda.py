@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from headrace.worker.engine import attention_kinds
 from headrace.worker.engine.gpu.engine import GpuEngine
 from headrace.worker.engine.interface import ModelInfo, Row, SamplingParams, Token
-from headrace.worker.engine.load import gpu_assembly
+from headrace.worker.engine.load import gpu_assembly, kv_sizing
 from headrace.worker.engine.load.devices import Plan, Target
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observe_layers, paged_attention
 from tests.worker.engine.conftest import ARCHITECTURES
@@ -143,6 +143,23 @@ def test_an_engine_without_graphs_launches_the_same_kernels(monkeypatch: pytest.
         compute(build(config, dtype=torch.bfloat16, exact=False, graphs=False))
 
     assert {launch.kernel for launch in recorder.unique} == {launch.kernel for launch in captured}
+
+
+def test_the_largest_steps_are_computed_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when KV memory is sized: all rows sample, and use two blocks again and again."""
+    sizes = Sizes(max_running=40, step_tokens=300)
+    with fake_cuda(monkeypatch) as recorder:
+        engine = build(ARCHITECTURES["qwen3"](), dtype=torch.bfloat16, exact=True, graphs=False, sizes=sizes)
+        assert not recorder.unique
+        for rows in kv_sizing.largest_steps(
+            step_tokens=sizes.step_tokens,
+            max_running=sizes.max_running,
+            context_length=sizes.context,
+            block_tokens=engine.model.block_tokens,
+        ):
+            engine.launch(rows)
+
+    assert recorder.unique
 
 
 def refused(recorder: Recorder, capability: int) -> str:
