@@ -17,8 +17,8 @@ _FOLDER = "tests/worker/engine"
 _PLUGINS = ("pytest_asyncio.plugin", "pytest_timeout", "xdist.plugin", "_hypothesis_pytestplugin")
 
 
-# Processes of tests: most of their time is that of Triton's compiler, on one core each.
-_PROCESSES = 6
+# Most processes that run tests: most of their time is that of Triton's compiler, on one core each.
+_PROCESSES = 12
 
 
 def run(report: Report, shape: Shape | None) -> None:
@@ -27,7 +27,7 @@ def run(report: Report, shape: Shape | None) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     command += [part for name in _PLUGINS for part in ("-p", name)]
     if not report.options.rehearse:
-        command += ["-n", str(max(min(_PROCESSES, (os.cpu_count() or 2) // 2), 1))]
+        command += ["-n", str(max(min(_PROCESSES, (os.cpu_count() or 2) - 1), 1))]
     log = report.options.out / "tests.log"
     with log.open("w") as out:
         process = subprocess.Popen(

@@ -28,6 +28,7 @@ def refusal(launch: dict[str, Any], capability: int) -> str:
         num_stages=options.get("num_stages", 3),
         fp_fusion=options["enable_fp_fusion"],
         aligned=frozenset(launch["aligned"]),
+        spills_allowed="`kernels.report` judges those of real models",
     )
     try:
         return compile_variant(variant, capability).refusal

@@ -141,7 +141,15 @@ class GraphPool:
         before.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device during the capture.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        inference = torch.is_inference_mode_enabled()
+        # The first capture allocates the state of torch's generator, which each capture writes. An inference
+        # tensor could not be written by captures outside of this mode.
+        with (
+            torch.inference_mode(False),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode),
+            torch.inference_mode(inference),
+        ):
             run()
         return graph.replay
 
