@@ -20,7 +20,7 @@ from headrace.worker.engine.load.devices import Plan, Target
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observe_layers, paged_attention
 from tests.worker.engine.conftest import ARCHITECTURES
 from tests.worker.engine.gpu.device import HAS_CUDA
-from tests.worker.engine.gpu.fake_cuda import CUDA, Recorder, fake_cuda, fake_network
+from tests.worker.engine.gpu.launches.fake_cuda import CUDA, Recorder, fake_cuda, fake_network
 
 pytestmark = pytest.mark.skipif(HAS_CUDA, reason="the other tests of this folder use the real device")
 
@@ -163,7 +163,7 @@ def test_the_largest_steps_are_computed_without_graphs(monkeypatch: pytest.Monke
 
 def refused(recorder: Recorder, capability: int) -> str:
     """Compile all recorded launches in a process; return those that are not acceptable."""
-    command = [sys.executable, "-m", "tests.worker.engine.gpu.compile_launches", f"sm_{capability}"]
+    command = [sys.executable, "-m", "tests.worker.engine.gpu.launches.compile_launches", f"sm_{capability}"]
     done = subprocess.run(command, input=recorder.as_json(), capture_output=True, text=True, check=False)
     assert done.returncode == 0 or done.stdout, done.stderr
     return done.stdout
