@@ -165,7 +165,7 @@ def test_a_host_buffer_is_not_overwritten_before_it_is_copied() -> None:
     assert bool((target == 1).all())
 
 
-@pytest.mark.quiet  # other processes of the run take memory of the device
+@pytest.mark.quiet  # other processes take memory of the device, too
 def test_memory_is_measured_on_the_device() -> None:
     def run() -> None:
         torch.ones(64 << 20, dtype=torch.uint8, device=DEVICE)

@@ -31,7 +31,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "device_name": "NVIDIA H100 80GB HBM3",
             "triton_version": "3.6.0",
             "compiler": "/usr/bin/gcc",
-            "python_headers": True,
+            "has_python_headers": True,
             **probed,
         }.items():
 
@@ -91,7 +91,7 @@ def test_a_cpu_needs_nothing_of_a_gpu(machine: Callable[..., None]) -> None:
         ),
         ({"triton_version": "3.5.1"}, "Triton 3.5.1 is older than 3.6", "pip install"),
         ({"compiler": ""}, "Triton needs a C compiler", "install gcc"),
-        ({"python_headers": False}, "needs the headers of Python", "install python3-dev"),
+        ({"has_python_headers": False}, "Python.h is missing", "python3-dev"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from headrace.worker.engine.load import kv_sizing
+from headrace.worker.engine.load.devices import Target
 from headrace.worker.engine.load.refusals import LoadingError
 
 MiB = 1 << 20
@@ -94,3 +96,20 @@ def test_the_largest_step_is_as_large_as_a_step_can_be(
     assert all(row.sample and row.stop == context_length for row in rows)
     assert all(len(row.blocks) * block_tokens >= row.stop for row in rows)
     assert {block for row in rows for block in row.blocks} <= {0, 1}
+
+
+def test_a_gpu_has_no_more_places_than_an_int32_can_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_sizing, "free_bytes", lambda _: 1 << 40)
+    monkeypatch.setattr(kv_sizing, "peak_bytes", lambda *_: 0)
+
+    blocks = kv_sizing.measure_blocks(
+        Target(torch.device("cuda", 0), gpu=True),
+        lambda: None,
+        block_bytes=64,
+        block_tokens=32,
+        sequence_blocks=4,
+        max_running=2,
+        requested=None,
+    )
+
+    assert 2**31 - 64 <= (blocks + 1) * 32 < 2**31

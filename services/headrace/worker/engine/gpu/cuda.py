@@ -1,7 +1,7 @@
 """All operations that only CUDA supports: pinned copies, events, graphs, errors and memory statistics.
 
 Each function is a few calls of torch. The logic around them is in modules that also run on a CPU.
-`to_device`, `HostBuffer` and `Fetch` also work on a CPU.
+`current_device`, `to_device`, `HostBuffer` and `Fetch` also work on a CPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,11 @@ import numpy.typing as npt
 import torch
 
 from headrace.worker.engine.interface import EngineBroken
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one of this thread in a block: Triton launches kernels there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -136,7 +141,15 @@ class GraphPool:
         before.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device during the capture.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        inference = torch.is_inference_mode_enabled()
+        # The first capture allocates the state of torch's generator, which each capture writes. An inference
+        # tensor could not be written by captures outside of this mode.
+        with (
+            torch.inference_mode(False),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode),
+            torch.inference_mode(inference),
+        ):
             run()
         return graph.replay
 

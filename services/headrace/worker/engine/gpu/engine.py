@@ -8,7 +8,6 @@ instead of replayed.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -110,7 +109,7 @@ class GpuEngine:
         self._prepared: dict[StepShape, _Prepared] = {}
         self.uncaptured = ""
         if graphs is not None:
-            with torch.inference_mode(), self._current_device():
+            with torch.inference_mode(), cuda.current_device(self._device):
                 self._capture(graphs)
 
     @property
@@ -120,7 +119,7 @@ class GpuEngine:
 
     def launch(self, rows: Sequence[Row]) -> GpuStep:
         """Queue a step; see `Engine.launch`."""
-        with torch.inference_mode(), self._current_device():
+        with torch.inference_mode(), cuda.current_device(self._device):
             placed = self._slots.begin_step(rows)
             try:
                 self._assign(rows, placed)
@@ -142,10 +141,6 @@ class GpuEngine:
         sampling = [index for index, row in enumerate(rows) if row.sample]
         tokens = [token for index in sampling if (token := results[index]) is not None]
         return Computed(sampling, self._logits[sampling], tokens)
-
-    def _current_device(self) -> contextlib.AbstractContextManager[object]:
-        # Triton launches kernels on the thread's current device.
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _assign(self, rows: Sequence[Row], placed: Sequence[Slot]) -> None:
         """Upload what the sampler needs of sequences that are new in their slots or lost their counts."""

@@ -69,7 +69,7 @@ class Scratch:
         self._segments = -(-positions // SEGMENT)
         if multiprocessors is None:
             multiprocessors = 1
-            if device.type == "cuda":
+            if device.type != "cpu":
                 multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._multiprocessors = multiprocessors
         shapes = {(layer.heads, layer.shape.kv_heads, layer.shape.value_dim) for layer in layers.values()}

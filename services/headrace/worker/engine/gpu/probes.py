@@ -71,9 +71,12 @@ def compiler() -> str:
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
 
 
-def python_headers() -> bool:
-    """Return whether the headers of Python are installed, which that code includes."""
-    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+def has_python_headers() -> bool:
+    """Return whether Python.h is there, which that compiler needs."""
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own Python installs packages to another place than its headers.
+    paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
+    return Path(paths["include"], "Python.h").is_file()
 
 
 def round_once() -> None:

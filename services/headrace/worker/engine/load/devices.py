@@ -148,8 +148,11 @@ def _triton_problem() -> str:
         return f"Triton {version} is older than 3.6; {install}"
     if not probes.compiler():
         return "Triton needs a C compiler to launch kernels; install gcc, or set CC"
-    if not probes.python_headers():
-        return "Triton needs the headers of Python to launch kernels; install python3-dev"
+    if not probes.has_python_headers():
+        return (
+            "Triton needs the headers of Python to launch kernels, and Python.h is missing; install them "
+            "(python3-dev on Debian and Ubuntu)"
+        )
     return ""
 
 

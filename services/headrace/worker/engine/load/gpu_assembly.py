@@ -89,7 +89,7 @@ def build_gpu_engine(
     else:
         forward = NetworkForward(network, memory, slots.tables, scratch)
     pool = None
-    if graphs and device.type == "cuda":
+    if graphs and device.type != "cpu":
         progress("capturing CUDA graphs")
         pool = cuda.GraphPool(device)
     engine = GpuEngine(

@@ -23,6 +23,10 @@ _PARAMS = SamplingParams(
 )
 _UNFILTERED = dataclasses.replace(_PARAMS, top_p=1.0)
 
+# Places of tokens in KV memory are int32 numbers in the inputs of a step. Only models of a few megabytes
+# could have more of them.
+_MOST_TOKENS = 2**31 - 1
+
 
 def largest_step(
     *,
@@ -83,6 +87,7 @@ def measure_blocks(
     run_largest_steps: Callable[[], None],
     *,
     block_bytes: int,
+    block_tokens: int,
     sequence_blocks: int,
     max_running: int,
     requested: int | None,
@@ -94,7 +99,7 @@ def measure_blocks(
     requested         bytes of KV memory by setting; None for a share of the available memory
     """
     peak = peak_bytes(target.device, run_largest_steps)
-    return choose_blocks(
+    blocks = choose_blocks(
         free=free_bytes(target.device),
         # CUDA graphs have their own pool, which takes at most as much as the step with the most rows.
         peak=2 * peak if target.gpu else peak,
@@ -105,6 +110,7 @@ def measure_blocks(
         most=None if target.gpu else sequence_blocks * max_running,
         requested=requested,
     )
+    return min(blocks, _MOST_TOKENS // block_tokens - 1)  # without the spare block of a GPU
 
 
 def choose_blocks(

@@ -260,6 +260,7 @@ def _size_kv_memory(loaded: LoadedModel, model: ModelInfo, *, requested: float |
         loaded.plan.target,
         run,
         block_bytes=loaded.kind.block_bytes(loaded.layers),
+        block_tokens=model.block_tokens,
         sequence_blocks=-(-model.context_length // model.block_tokens),
         max_running=model.max_running,
         requested=None if requested is None else int(requested * 2**30),

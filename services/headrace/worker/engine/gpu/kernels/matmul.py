@@ -212,7 +212,7 @@ def tile_of(rows: int, dtype: torch.dtype, major: int) -> Tile:
 @functools.cache
 def _major(device: torch.device) -> int:
     """Return the first number of the compute capability; the CPU interprets kernels as if for 9.0."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return torch.cuda.get_device_capability(device)[0] if device.type != "cpu" else 9
 
 
 def _tile_constants(tile: Tile) -> dict[str, int]:

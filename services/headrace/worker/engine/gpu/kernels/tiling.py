@@ -85,7 +85,7 @@ def shared_bytes(capability: int) -> int:
 
 def capability_of(device: torch.device) -> int:
     """Return the compute capability of a device, such as 90; 0 for the CPU."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
