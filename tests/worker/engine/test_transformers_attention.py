@@ -134,7 +134,7 @@ def test_gpus_use_their_kernels_for_all_heads_up_to_256(name: str, dtype: torch.
 
 def test_wider_heads_are_rejected_on_gpus() -> None:
     pytest.importorskip("triton")
-    wide = LayerAttention(LayerShape(1, 64, 512), 2, Masking(0.06))
+    wide = LayerAttention(LayerShape(1, 64, 520), 2, Masking(0.06))
 
-    with pytest.raises(UnsupportedModel, match=r"heads have 512 dimensions.*use --device cpu"):
+    with pytest.raises(UnsupportedModel, match=r"heads have 520 dimensions.*use --device cpu"):
         choose_kind({0: LAYERS["one head"], 1: wide}, CPU, torch.float16, gpu=True)

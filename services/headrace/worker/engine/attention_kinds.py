@@ -18,7 +18,7 @@ from headrace.worker.engine.transformers_attention import LayerAttention, StepAt
 
 Layers = Mapping[int, LayerAttention]
 
-_MAX_GPU_DIM = 256  # the longest keys and values of one head that the kernels of GPUs hold in registers
+_MAX_GPU_DIM = 512  # the longest keys and values of one head that the kernels of GPUs hold in registers
 
 
 @dataclass(frozen=True, slots=True)
