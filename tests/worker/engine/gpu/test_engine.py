@@ -175,7 +175,8 @@ def test_answers_are_those_of_generate(
     architecture: str, fused: bool, device_engine: Callable[..., GpuEngine], tiny_network: Network
 ) -> None:
     graphs = Graphs()
-    engine, network = device_engine(architecture, fused=fused, graphs=graphs), tiny_network(architecture)
+    engine = device_engine(architecture, fused=fused, graphs=graphs, exact=False)
+    network = tiny_network(architecture)
     prompts = [prompt_of(length) for length in (1, 5, 11)]
 
     found = answers(engine, prompts, 3, [GREEDY] * 3)
@@ -188,8 +189,8 @@ def test_answers_are_those_of_generate(
 def test_an_exact_engine_answers_alike_alone_and_in_a_batch(device_engine: Callable[..., GpuEngine]) -> None:
     """The last tokens of a sequence are not known to the host when its next step is launched."""
     engine = device_engine(graphs=Graphs())
-    prompts = [prompt_of(length) for length in (2, 5, 10)]
-    params = [PENALISED, WARM, GREEDY]
+    prompts = [prompt_of(length) for length in (2, 10)]
+    params = [PENALISED, WARM]
     alone = [answers(engine, [prompt], 3, [own])[0] for prompt, own in zip(prompts, params, strict=True)]
 
     assert answers(engine, prompts, 3, params) == alone
