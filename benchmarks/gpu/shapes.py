@@ -7,6 +7,7 @@ words, so that a prompt can be given as ids to an engine and as text to the mesh
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,6 +149,7 @@ def model_folder(shape: Shape, folder: Path) -> Path:
     return folder
 
 
+@functools.cache
 def words(vocabulary: int) -> list[str]:
     """Return the word of each token from id FIRST_WORD to vocabulary - 2, without the space before it."""
     count = vocabulary - 1 - FIRST_WORD

@@ -53,10 +53,11 @@ async def _run(report: Report, shape: Shape) -> None:
     with reserved_ports(3) as ports:
         async with _services(report, folder, ports) as target, connect(target) as client:
             report.row("time until all services are ready", time.perf_counter() - began, "s")
-            warm_up = [Request(request.ids, 4) for request in requests[:4]]
-            await _ask_all(client, shape, warm_up, max(report.left, 5.0))
+            warm_up = _messages(shape, [Request(request.ids, 4) for request in requests[:4]])
+            messages = _messages(shape, requests)
+            await _ask_all(client, warm_up, max(report.left, 5.0))
             began = time.perf_counter()
-            answers = await _ask_all(client, shape, requests, max(report.left - _STOP_SECONDS, 5.0))
+            answers = await _ask_all(client, messages, max(report.left - _STOP_SECONDS, 5.0))
             seconds = time.perf_counter() - began
     tokens = sum(answer.tokens for answer in answers)
     wrong = [
@@ -160,9 +161,8 @@ def _last_line(log: Path) -> str:
     return lines[-1][:300] if lines else "no output"
 
 
-async def _ask_all(client: Client, shape: Shape, requests: Sequence[Request], seconds: float) -> list[Answer]:
-    """Send all requests at once, and read the answers."""
-    messages = [
+def _messages(shape: Shape, requests: Sequence[Request]) -> list[pb.GenerateRequest]:
+    return [
         pb.GenerateRequest(
             prompt=text_of(request.ids, shape.vocabulary),
             sampling=pb.Sampling(
@@ -171,6 +171,10 @@ async def _ask_all(client: Client, shape: Shape, requests: Sequence[Request], se
         )
         for index, request in enumerate(requests)
     ]
+
+
+async def _ask_all(client: Client, messages: Sequence[pb.GenerateRequest], seconds: float) -> list[Answer]:
+    """Send all requests at once, and read the answers."""
     return list(await asyncio.gather(*(_ask(client, message, seconds) for message in messages)))
 
 
