@@ -65,7 +65,7 @@ def load(
     device   "cpu" for a rehearsal: the same engine in Triton's interpreter
     """
 
-    def random(_folder: Path, dtype: torch.dtype, device: torch.device, *_: object, **__: object) -> Any:
+    def random(_folder: Path, dtype: torch.dtype, device: torch.device, _warn: loading.Report) -> Any:
         return random_network(shape, str(device), str(dtype).removeprefix("torch."), IMPLEMENTATION)
 
     with ExitStack() as replaced:
@@ -87,6 +87,7 @@ def load(
             step_tokens=sizes.step_tokens,
             context_length=sizes.context,
             exact=exact,
+            read=random,
         )
 
 
