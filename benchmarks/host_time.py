@@ -24,6 +24,7 @@ from itertools import pairwise
 
 import torch
 
+from headrace.runtime.serving.memory_reclaim import collect_less_often
 from headrace.worker.engine.interface import Engine, Fault, LaunchedStep, ModelInfo, Row, Token
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.runner import SamplingParams, SequenceSpec, StepReport
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--profile", action="store_true", help="print profiles; their figures are too high")
     args = parser.parse_args()
+    collect_less_often()  # as a worker
     model = describe(args.rows, args.steps + WARM_UP)
     for name, engine in (("loop", StubDevice(model)), ("engine", gpu_engine(model))):
         seen = measure(engine, args.steps, profile=args.profile)

@@ -144,12 +144,14 @@ class GpuEngine:
 
     def _assign(self, rows: Sequence[Row], placed: Sequence[Slot]) -> None:
         """Upload what the sampler needs of sequences that are new in their slots or lost their counts."""
-        for row, slot in zip(rows, placed, strict=True):
+        for index in [index for index, slot in enumerate(placed) if slot.watched]:
+            row, slot = rows[index], placed[index]
             if slot.counted < 0:
-                slot.counts = counts_ids(row.params)
-            elif not (slot.counts and row.sample and slot.counted != row.stop):
-                if row.sample:
-                    slot.counted = row.stop + 1
+                slot.watched = counts_ids(row.params)
+            elif not row.sample:
+                continue
+            elif slot.counted == row.stop:
+                slot.counted += 1
                 continue
             slot.fault = self._sampler.assign(slot.index, row)
             slot.counted = len(row.ids) + row.sample

@@ -41,18 +41,18 @@ def fill(
     slots.update_tables(rows, placed, inputs.table_places[:count], inputs.table_blocks[:count], block_tokens)
     inputs.table_places[count:] = slots.count * slots.width
     inputs.table_blocks[count:] = slots.spare
-    if inputs.shape.decodes and int(stops.sum()) - sum([row.start for row in rows]) == count:
-        _fill_decodes(inputs, rows, indices, stops, slots, block_tokens)
+    starts = np.array([row.start for row in rows], np.int32)
+    if inputs.shape.decodes and np.array_equal(starts, stops - 1):
+        _fill_decodes(inputs, rows, indices, starts, slots, block_tokens)
     else:
-        _fill_chunks(inputs, rows, indices, stops, slots, block_tokens)
+        _fill_chunks(inputs, rows, indices, starts, stops, slots, block_tokens)
 
 
 def _fill_decodes(
-    inputs: StepInputs, rows: Sequence[Row], indices: Ints, stops: Ints, slots: Slots, block_tokens: int
+    inputs: StepInputs, rows: Sequence[Row], indices: Ints, positions: Ints, slots: Slots, block_tokens: int
 ) -> None:
     """Fill a step in which every row is one token."""
     count, size = len(rows), inputs.shape.rows
-    positions = stops - 1
     ordered = np.arange(size, dtype=np.int32)
     inputs.ids[:count] = [LATEST if row.pending else row.ids[row.start] for row in rows]
     inputs.ids[count:] = 0
@@ -60,7 +60,8 @@ def _fill_decodes(
     inputs.positions[count:] = inputs.starts[count:] = 0
     inputs.slot_of[:count] = indices
     inputs.slot_of[count:] = slots.count
-    blocks = np.array([row.blocks[row.start // block_tokens] for row in rows], np.int32)
+    written = (positions // block_tokens).tolist()
+    blocks = np.array([row.blocks[index] for row, index in zip(rows, written, strict=True)], np.int32)
     inputs.where[:count] = blocks * block_tokens + positions % block_tokens
     inputs.where[count:] = slots.spare * block_tokens
     inputs.offsets[:size] = ordered
@@ -72,11 +73,16 @@ def _fill_decodes(
 
 
 def _fill_chunks(
-    inputs: StepInputs, rows: Sequence[Row], indices: Ints, stops: Ints, slots: Slots, block_tokens: int
+    inputs: StepInputs,
+    rows: Sequence[Row],
+    indices: Ints,
+    starts: Ints,
+    stops: Ints,
+    slots: Slots,
+    block_tokens: int,
 ) -> None:
     """Fill a step in which rows have any number of tokens."""
     count, tile = len(rows), inputs.shape.tile
-    starts = np.array([row.start for row in rows], np.int32)
     counts = stops - starts
     offsets = np.zeros(count + 1, np.int32)
     np.cumsum(counts, out=offsets[1:])

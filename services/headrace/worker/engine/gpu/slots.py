@@ -30,19 +30,19 @@ class Slot:
     uploaded   number of entries of its table
     counted    number of ids that the sampler has counted, the latest sampled token included; -1 before
                parameters are uploaded
-    counts     whether the parameters need these counts
+    watched    whether parameters must be uploaded, or need these counts
     fault      why the parameters of the sequence cannot be applied; None if they can
     used       number of the last step that it was in
     """
 
-    __slots__ = ("counted", "counts", "fault", "index", "uploaded", "used", "version")
+    __slots__ = ("counted", "fault", "index", "uploaded", "used", "version", "watched")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.version = -1
         self.uploaded = 0
         self.counted = -1
-        self.counts = False
+        self.watched = True
         self.fault: Fault | None = None
         self.used = 0
 
@@ -101,12 +101,13 @@ class Slots:
         blocks.fill(self.spare)
         changed: list[tuple[int, Sequence[int]]] = []
         for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
-            needed = (row.stop - 1) // block_tokens + 1
             begin = slot.uploaded
-            if slot.version != row.version:
+            if slot.version == row.version:
+                if row.stop <= begin * block_tokens:
+                    continue
+            else:
                 begin, slot.version = 0, row.version
-            elif begin >= needed:
-                continue
+            needed = (row.stop - 1) // block_tokens + 1
             slot.uploaded = needed
             if needed == begin + 1:
                 places[index] = slot.index * width + begin
