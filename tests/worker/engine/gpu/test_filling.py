@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.worker.engine.gpu.filling import fill
+from headrace.worker.engine.gpu.filling import advance, fill
 from headrace.worker.engine.gpu.graphs import Ladder, decode_sizes, mixed_sizes
 from headrace.worker.engine.gpu.slots import NONE, Slots
 from headrace.worker.engine.gpu.step_inputs import (
@@ -116,6 +117,35 @@ def test_padding_touches_nothing_that_a_row_uses(rows: list[Row]) -> None:
     used = sum(-(-(row.stop - row.start) // shape.tile) for row in rows)
     assert set(inputs.tile_rows[used:]) <= {UNUSED}
     assert slots.tables[COUNT].tolist() == [SPARE] * WIDTH
+
+
+@given(st.lists(st.integers(1, BLOCK * 3), min_size=1, max_size=COUNT), st.integers(1, BLOCK + 2))
+def test_a_step_that_continues_the_one_before_is_filled_alike(stops: list[int], steps: int) -> None:
+    """Over borders of blocks."""
+    shape = LADDER.choose(len(stops), len(stops))
+    slots = Slots(COUNT, WIDTH, spare=SPARE, device=CPU)
+    rows = [
+        Row([7 * index + place for place in range(WIDTH)], stop - 1, stop, [5] * stop, 1, True, params(index))
+        for index, stop in enumerate(stops)
+    ]
+    packed = np.full(packed_numbers(shape), 12345, np.int32)
+    fill(StepInputs.over(packed, shape), rows, slots.begin_step(rows), slots, BLOCK)
+
+    for _ in range(steps):
+        rows = [replace(row, start=row.stop, stop=row.stop + 1, pending=True) for row in rows]
+        placed = slots.begin_step(rows)
+        advance(StepInputs.over(packed, shape), rows, placed, slots, BLOCK)
+
+        for slot in placed:
+            slot.version = -2  # everything is uploaded anew, to other places of the inputs
+        anew = np.full(packed_numbers(shape), 12345, np.int32)
+        expected = StepInputs.over(anew, shape)
+        fill(expected, rows, placed, slots, BLOCK)
+        found = StepInputs.over(packed, shape)
+        for name in ("ids", "positions", "slot_of", "where", "slots", "offsets", "starts", "stops"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+        for name in ("last", "samples", "keys", "tile_rows", "tile_offsets"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name)), name
 
 
 def test_a_table_follows_its_sequence_over_steps() -> None:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from headrace.worker.engine.gpu import cuda
-from headrace.worker.engine.gpu.filling import fill
+from headrace.worker.engine.gpu.filling import advance, fill
 from headrace.worker.engine.gpu.graphs import Ladder
 from headrace.worker.engine.gpu.kernels.embedding import resolve
 from headrace.worker.engine.gpu.kernels.tables import append_blocks
@@ -53,6 +55,15 @@ class DeviceForward(Protocol):
         Returns [rows, vocabulary]: for each row the logits of its last token. Those of padding are undefined.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """The latest step, if each of its rows was one token: its shape, slots, and inputs on the host."""
+
+    shape: StepShape
+    placed: Sequence[Slot]
+    array: npt.NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -103,6 +114,7 @@ class GpuEngine:
         self._results = torch.zeros(3 * model.max_running, dtype=torch.int32, device=device)
         self._host = [cuda.HostBuffer(numbers, device) for _ in range(_BUFFERS)]
         self._steps = 0
+        self._before: _Decodes | None = None
         self._logits: torch.Tensor | None = None
         if keep_logits:
             self._logits = torch.zeros(model.max_running, model.vocabulary_size, device=device)
@@ -128,6 +140,7 @@ class GpuEngine:
                 return GpuStep(rows, placed, cuda.Fetch(prepared.results))
             except Exception as error:
                 self._slots.forget(placed)
+                self._before = None
                 raise cuda.as_broken(error) from error
 
     def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
@@ -172,9 +185,23 @@ class GpuEngine:
     def _copy(
         self, shape: StepShape, rows: Sequence[Row], placed: Sequence[Slot], buffer: cuda.HostBuffer
     ) -> None:
-        host = StepInputs.over(buffer.array(), shape)
-        fill(host, rows, placed, self._slots, self._model.block_tokens)
-        buffer.copy_to(self._inputs, packed_numbers(shape))
+        numbers, block_tokens = packed_numbers(shape), self._model.block_tokens
+        array = buffer.array()[:numbers]
+        host = StepInputs.over(array, shape)
+        before, self._before = self._before, None  # until this one is complete
+        if (
+            before is not None
+            and before.shape == shape
+            and before.placed == placed
+            and all(map(_continues, rows, placed))
+        ):
+            array[:] = before.array
+            advance(host, rows, placed, self._slots, block_tokens)
+        else:
+            fill(host, rows, placed, self._slots, block_tokens)
+        buffer.copy_to(self._inputs, numbers)
+        if host.offsets[len(rows)] == len(rows):
+            self._before = _Decodes(shape, placed, array)
 
     def _prepare(self, shape: StepShape) -> _Prepared:
         """Return a step that launches each of its kernels."""
@@ -203,6 +230,11 @@ class GpuEngine:
                     return
             prepared.launch = graphs.capture(prepared.launch)
             self._prepared[shape] = prepared
+
+
+def _continues(row: Row, slot: Slot) -> bool:
+    """Return whether a row is the token that its slot sampled last, in the same blocks."""
+    return row.pending and row.version == slot.version
 
 
 class GpuStep:

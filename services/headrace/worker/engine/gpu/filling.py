@@ -48,6 +48,27 @@ def fill(
         _fill_chunks(inputs, rows, indices, starts, stops, slots, block_tokens)
 
 
+def advance(
+    inputs: StepInputs, rows: Sequence[Row], placed: Sequence[Slot], slots: Slots, block_tokens: int
+) -> None:
+    """Turn the inputs of a step of decodes into those of the next one, in place.
+
+    rows   all are pending, and continue the rows of that step in the same order, slots and blocks
+
+    Writes what `fill` does, in less time: most of it is known from the step before.
+    """
+    count = len(rows)
+    inputs.ids[:count] = LATEST
+    for array in (inputs.positions, inputs.starts, inputs.stops, inputs.where):
+        array[:count] += 1
+    positions = inputs.positions[:count]
+    for index in np.flatnonzero(positions % block_tokens == 0).tolist():
+        inputs.where[index] = rows[index].blocks[positions[index] // block_tokens] * block_tokens
+    seeds = slots.seeds[inputs.slots[:count]]
+    inputs.keys[:count] = noise_keys(seeds, inputs.stops[:count].astype(np.uint64))
+    slots.update_tables(rows, placed, inputs.table_places[:count], inputs.table_blocks[:count], block_tokens)
+
+
 def _fill_decodes(
     inputs: StepInputs, rows: Sequence[Row], indices: Ints, positions: Ints, slots: Slots, block_tokens: int
 ) -> None:
