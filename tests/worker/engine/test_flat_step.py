@@ -13,15 +13,15 @@ BLOCK = 4
 
 
 @st.composite
-def steps(draw: st.DrawFn, decodes: bool = False) -> list[Row]:
+def steps(draw: st.DrawFn) -> list[Row]:
     """Return rows of any start and length, with tables that may be longer than needed."""
     rows = []
     for number in range(draw(st.integers(1, 6))):
         stop = draw(st.integers(1, 30))
-        start = stop - 1 if decodes else draw(st.integers(0, stop - 1))
+        start = draw(st.integers(0, stop - 1))
         blocks = [100 * number + i for i in range(-(-stop // BLOCK) + draw(st.integers(0, 2)))]
         ids = [1000 * number + position for position in range(stop)]
-        sample = decodes or draw(st.booleans())
+        sample = draw(st.booleans())
         rows.append(Row(blocks[::-1], start, stop, ids, stop, sample, PARAMS))
     return rows
 
@@ -52,5 +52,3 @@ def test_the_last_token_of_each_row_that_samples_is_found(rows: list[Row]) -> No
 
     assert list(flat.sampling) == [number for number, row in enumerate(rows) if row.sample]
     assert list(flat.ids[flat.last]) == [row.ids[row.stop - 1] for row in rows if row.sample]
-    decodes = all(row.stop - row.start == 1 and row.sample for row in rows)
-    assert flat.decodes_only == decodes

@@ -56,11 +56,6 @@ class FlatStep:
         """Number of tokens."""
         return len(self.ids)
 
-    @property
-    def decodes_only(self) -> bool:
-        """Whether each row is one token that samples, as in most steps."""
-        return self.tokens == self.rows == len(self.sampling)
-
 
 def flatten(rows: Sequence[Row], block_tokens: int) -> FlatStep:
     """Flatten rows, in their order.
