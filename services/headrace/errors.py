@@ -6,8 +6,9 @@
     │   └── UnknownTier  UnknownModel  HintsConflict
     ├── UnknownRequest  AlreadyRated
     ├── MessageTooLarge
+    ├── CredentialsRequired  CredentialsInvalid  Forbidden
     ├── Overloaded              retry after the delay
-    │   └── Shed  SlowReader  Busy  FeedbackQuota
+    │   └── Shed  SlowReader  Busy  FeedbackQuota  TenantQuota
     ├── DeadlineExceeded
     │   └── DeadlineInQueue  DeadlineInDecode  TtftUnattainable  DeadlineUnattainable
     ├── RequestCancelled
@@ -135,6 +136,27 @@ class MessageTooLarge(HeadraceError):
     reason = "MESSAGE_TOO_LARGE"
 
 
+class CredentialsRequired(HeadraceError):
+    """The call has no credentials, and the server requires them. Send a token or use a client certificate."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "CREDENTIALS_REQUIRED"
+
+
+class CredentialsInvalid(HeadraceError):
+    """The credentials are unknown, expired or malformed. Obtain new ones."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "CREDENTIALS_INVALID"
+
+
+class Forbidden(HeadraceError):
+    """The caller is known but may not make this call. Ask the operator for the scope that is named."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "FORBIDDEN"
+
+
 class Overloaded(HeadraceError):
     """The batcher's queue is full. Retry after the delay; nothing was generated."""
 
@@ -164,6 +186,15 @@ class FeedbackQuota(Overloaded):
     """The tenant reached its limit of reported outcomes. Report this one after the delay."""
 
     reason = "FEEDBACK_QUOTA"
+
+
+class TenantQuota(Overloaded):
+    """The tenant reached its limit of requests, tokens, streams or cost. Retry after the delay.
+
+    The fields `subject` and `limit` name the tenant and the limit; they are sent as QuotaFailure.
+    """
+
+    reason = "TENANT_QUOTA"
 
 
 class DeadlineExceeded(HeadraceError):

@@ -20,6 +20,7 @@ import grpc
 from headrace import errors, statuses
 from headrace.deadline import NEVER, Deadline
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
+from headrace.runtime.security.identity import ANONYMOUS, Identity, current
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.v1 import generation_pb2 as pb
@@ -52,6 +53,7 @@ class Incoming:
 
     time_remaining   seconds until the deadline; None if there is none
     metadata         of the call
+    identity         who calls
     framed           whether its events travel in messages that it shares with other requests: then the number
                      of its events matters little
     """
@@ -59,6 +61,7 @@ class Incoming:
     request: pb.GenerateRequest
     time_remaining: float | None
     metadata: Metadata = ()
+    identity: Identity = ANONYMOUS
     framed: bool = False
 
 
@@ -155,6 +158,7 @@ class _Stream:
         self._starting = starting
         self._turns = turns
         self._peer = peer
+        self._identity = current()
         self._requests: dict[int, _Request] = {}
         self._last_handle = 0
         self._complete = False  # no further request comes
@@ -331,7 +335,7 @@ class _Stream:
                 seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
                 request.deadline = deadline = Deadline.after(seconds, time.monotonic())
                 metadata = list(opened.metadata.items())
-                incoming = Incoming(opened.request, seconds, metadata, framed=True)
+                incoming = Incoming(opened.request, seconds, metadata, self._identity, framed=True)
                 error = await self._calls.run(
                     _GENERATE,
                     metadata,

@@ -26,6 +26,7 @@ from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import Feedback
 from headrace.router.state.tiers import Tiers
 from headrace.routing.score import UNSCORED, Score, Scorer
+from headrace.runtime.security.identity import current
 from headrace.runtime.serving.calls import Calls, Metadata
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2, multiplex_pb2
@@ -87,7 +88,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         """Send the prompt to the tier that fits it, and stream its answer."""
         metadata = context.invocation_metadata() or ()
         with self._own_calls.counted(context.write) as write:
-            await self.answer(Incoming(request, context.time_remaining(), metadata), write)
+            await self.answer(Incoming(request, context.time_remaining(), metadata, current()), write)
 
     async def Multiplex(  # type: ignore[override] # as above
         self, request_iterator: AsyncIterator[multiplex_pb2.MultiplexRequest], context: _Context

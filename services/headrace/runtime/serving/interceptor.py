@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import grpc
 
 from headrace import errors, statuses
+from headrace.runtime.security.guard import Guard, OpenGuard, Peer
+from headrace.runtime.security.identity import acting_as
 from headrace.runtime.serving.calls import Calls, drop_frames, end_of_call, reported
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.runtime.serving.memory_reclaim import Reclaimer
@@ -45,10 +47,14 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
 
     untracked   full names of methods that are not requests: they have no spans and do not count as requests
                 in flight
+    guard       decides which calls are accepted
     """
 
-    def __init__(self, calls: Calls, *, untracked: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, calls: Calls, *, untracked: frozenset[str] = frozenset(), guard: Guard | None = None
+    ) -> None:
         self._calls = calls
+        self._guard = guard or OpenGuard()
         self._budget = calls.budget
         self._starting = FairSemaphore(MAX_STARTING)
         self._starting_long = FairSemaphore(1)
@@ -83,7 +89,10 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                 context = StreamingContext(context)
             peer = context.peer()
             try:
-                with self._budget.admit(peer, exempt=exempt) as reservation:
+                identity = await self._guard.identify(
+                    method, context.invocation_metadata() or (), Peer(peer, context.auth_context())
+                )
+                with self._budget.admit(peer, exempt=exempt) as reservation, acting_as(identity):
 
                     async def call() -> Any:
                         if handler.request_streaming:
@@ -104,7 +113,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                         return await around(method, context, call)
                     finally:
                         self._reclaimer.released(reservation.size)
-            except errors.Busy as error:  # from `admit`: `around` raises none
+            except errors.HeadraceError as error:  # from the guard or `admit`: `around` raises none
                 await _abort(context, error)
 
         async def answer(request: Any, context: Any, permit: Permit | None = None) -> Any:

@@ -26,6 +26,7 @@ from grpc_health.v1._async import HealthServicer
 
 from headrace import errors, propagation
 from headrace.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, join
+from headrace.runtime.security.guard import Guard
 from headrace.runtime.serving import accept_loop
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.bind_check import bind_error, explain
@@ -129,6 +130,7 @@ async def serving(
     drain_seconds: float,
     calls: Calls | None = None,
     untracked: frozenset[str] = frozenset(),
+    guard: Guard | None = None,
     ready: Callable[[], bool],
     drain: Callable[[], Coroutine[object, object, None]] | None = None,
 ) -> AsyncGenerator[Serving, None]:
@@ -144,6 +146,7 @@ async def serving(
     calls          runs the calls, within limits; by default one with default limits
     untracked      full names of methods that are not requests: streams that last as long as the connection,
                    and debug endpoints
+    guard          decides which calls are accepted; by default all are
     ready          whether the server accepts requests; polled ten times per second for health's readiness
     drain          awaited, for at most *drain_seconds*, once new requests are rejected: returns the service's
                    unfinished work
@@ -152,7 +155,7 @@ async def serving(
     """
     names = [service.full_name for service in services]
     health, calls = Health(names), calls or Calls()
-    interceptor = ServerInterceptor(calls, untracked=untracked)
+    interceptor = ServerInterceptor(calls, untracked=untracked, guard=guard)
     server = accept_loop.server(
         [interceptor], (*_OPTIONS, *calls.budget.limits.options(), ("grpc.so_reuseport", int(share_port)))
     )

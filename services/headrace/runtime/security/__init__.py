@@ -1,0 +1,1 @@
+"""Who calls a server, what they may do, and the certificates of TLS."""
