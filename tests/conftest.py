@@ -12,18 +12,19 @@ if not Path("/dev/nvidiactl").exists():
 
 import pytest
 from hypothesis import HealthCheck, settings
-from opentelemetry import metrics, trace
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry import trace
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from headrace.runtime.telemetry.collection import read_by
 from tests import parallel
 from tests.harness import Mesh, running_mesh
 from tests.tables import Tables
 
-# Global providers can be set once in a process, so all tests share these.
+# The global provider of spans can be set once in a process, so all tests share it.
 _spans = InMemorySpanExporter()
 _reader = InMemoryMetricReader()
 
@@ -41,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     tracers = TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(_spans))
     trace.set_tracer_provider(tracers)
-    metrics.set_meter_provider(MeterProvider(metric_readers=[_reader]))
+    read_by(_reader, Resource.get_empty())
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -28,6 +28,7 @@ from headrace import attributes, errors, statuses
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
+from headrace.metrics.catalogue import CLIENT_CALL_DURATION
 from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
 from headrace.progress import Progress, Responses, route_change
 from headrace.propagation import check_headers, inject
@@ -45,11 +46,22 @@ LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
 _EMPTY: Mapping[str, Any] = {}
 
 _tracer = trace.get_tracer("headrace.client")
+# For applications that use this library and export metrics; Headrace's own processes export the catalogue.
 _call_duration = metrics.get_meter("headrace.client").create_histogram(
-    attributes.METRIC_CLIENT_CALL_DURATION,
-    unit="s",
-    explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL,
+    CLIENT_CALL_DURATION.name,
+    unit=CLIENT_CALL_DURATION.unit,
+    explicit_bucket_boundaries_advisory=CLIENT_CALL_DURATION.bounds,
 )
+
+
+def _record_call(seconds: float, status: str, error: str) -> None:
+    CLIENT_CALL_DURATION.of(rpc_system="grpc", method=_GENERATE, status=status, error=error).record(seconds)
+    labels = {
+        attributes.RPC_SYSTEM: "grpc",
+        attributes.RPC_METHOD: _GENERATE,
+        attributes.RPC_STATUS_CODE: status,
+    }
+    _call_duration.record(seconds, {**labels, attributes.ERROR_TYPE: error} if error else labels)
 
 
 def chat(
@@ -262,7 +274,7 @@ class Client:
         )
         headers = inject(trace.set_span_in_context(span), metadata)
         began = time.monotonic()
-        code = grpc.StatusCode.CANCELLED  # if nothing below sets another one
+        code, failure = grpc.StatusCode.CANCELLED, ""  # if nothing below sets another one
         call = self._caller.call(request, timeout=timeout, metadata=headers, flusher=flusher)
         first = span.is_recording()
         try:
@@ -274,19 +286,18 @@ class Client:
             code = grpc.StatusCode.OK
             span.add_event(attributes.EVENT_FINISH)
         except errors.HeadraceError as error:
-            code = error.code
+            code, failure = error.code, error.reason
             self._advise(error)
-            span.set_attribute(attributes.ERROR_TYPE, error.reason)
+            span.set_attribute(attributes.ERROR_TYPE, failure)
             span.set_status(trace.StatusCode.ERROR, error.message)
             raise
         finally:
             self._caller.ended(call)
             span.set_attribute(attributes.RPC_STATUS_CODE, code.name)
             span.end()
-            _call_duration.record(
-                time.monotonic() - began,
-                {attributes.RPC_METHOD: _GENERATE, attributes.RPC_STATUS_CODE: code.name},
-            )
+            if code is not grpc.StatusCode.OK:
+                failure = failure or code.name
+            _record_call(time.monotonic() - began, code.name, failure)
 
     def fail_calls(self, error: Exception) -> None:
         """End all calls of Generate in flight with *error*."""

@@ -32,6 +32,7 @@ from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.scraping import scraping
 from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
@@ -120,7 +121,11 @@ async def main(settings: Settings) -> None:
     identity = f"{settings.tier}-{socket.gethostname()}-{os.getpid()}"
     log.info("loading", extra={"stage": "tokenizer", "model": settings.model or "echo"})
     tokenizer, defaults = await asyncio.to_thread(_load, settings)
-    async with telemetry("batcher", instance=identity), batcher(settings, tokenizer, identity, defaults):
+    async with (
+        telemetry("batcher", instance=identity),
+        scraping(settings.metrics_host, settings.metrics_port, "batcher", identity),
+        batcher(settings, tokenizer, identity, defaults),
+    ):
         await until_signal()
 
 

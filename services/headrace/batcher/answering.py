@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 
-from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
-from headrace.batcher.text.answer import AnswerEvents, record_unanswered
+from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.tokens import Tokenizer
 from headrace.deadline import Deadline
+from headrace.metrics.requests import CANCELLED, End, Timing, record
 from headrace.multiplex.serving import Write
+from headrace.runtime.security.identity import current
 from headrace.v1 import generation_pb2 as pb
 
 
@@ -28,7 +29,6 @@ class Answering:
         self._intake = intake
         self._tokenizer = tokenizer
         self._tier = tier
-        self._labels = {attributes.TIER: tier}
 
     async def answer(
         self, request: pb.GenerateRequest, remaining: float | None, write: Write, *, framed: bool = False
@@ -51,42 +51,49 @@ class Answering:
 
     async def _job(self, request: pb.GenerateRequest, remaining: float | None, framed: bool) -> Job:
         arrived = time.monotonic()
-        outcome = "cancelled"  # until it ends otherwise
+        end: End | None = CANCELLED  # until it ends otherwise
         try:
             deadline = Deadline.after(remaining, arrived)
             job = await self._intake.job(request, arrived, deadline, framed=framed)
-            outcome = ""
-        except errors.HeadraceError as error:
-            # A request that no tier can answer is not an outcome of this tier.
-            outcome = "" if isinstance(error, errors.InvalidRequest) else error.reason.lower()
+            end = None
+        except Exception as error:
+            end = End.by(error)
             raise
         finally:
-            if outcome:
-                record_unanswered(self._labels, outcome, time.monotonic() - arrived)
+            if end is not None:
+                record(
+                    end,
+                    Timing(arrived),
+                    time.monotonic(),
+                    tier=self._tier,
+                    model="",
+                    chat=request.HasField("chat"),
+                    tenant_class=current().quota,
+                )
         return job
 
     async def _run(self, job: Job, request: pb.GenerateRequest, write: Write) -> None:
-        answer = AnswerEvents(job, request, self._tokenizer, self._labels)
-        outcome = "cancelled"  # until it ends otherwise
+        answer = AnswerEvents(job, request, self._tokenizer, tier=self._tier)
+        end = CANCELLED  # until it ends otherwise
         try:
             # One timer for the whole call: a timeout around each wait would cost more than the token.
             async with asyncio.timeout_at(job.response_deadline.timeout_at) as job.timeout:
                 await self._write_events(job, answer, write)
-            outcome = answer.outcome
+            end = End.complete(answer.finish)
         except TimeoutError:
             if job.timeout is None or not job.timeout.expired():
                 raise
-            error = job.timeout_error()
-            outcome = error.reason.lower()
-            raise error from None
-        except errors.HeadraceError as error:
-            outcome = error.reason.lower()
+            failure = job.timeout_error()
+            end = End.by(failure)
+            raise failure from None
+        except Exception as error:
+            end = End.by(error)
             raise
         finally:
             # On a busy server gRPC may cancel the call for its deadline before the batcher has noticed it.
-            if outcome == "cancelled" and job.response_deadline.passed(time.monotonic()):
-                outcome = job.deadline_error().reason.lower()
-            answer.record(outcome)
+            if end is CANCELLED and job.response_deadline.passed(time.monotonic()):
+                end = End.by(job.deadline_error())
+            answer.record(end)
 
     async def _write_events(self, job: Job, answer: AnswerEvents, write: Write) -> None:
         if job.resume_ids:

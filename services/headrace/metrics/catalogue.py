@@ -88,8 +88,7 @@ REFUSED: Final = Counter(
     "headrace.requests.refused",
     "{request}",
     ("tier", "error", "tenant_class"),
-    "requests that were not admitted or were shed, by reason; those with outcome `refused`, and those refused "
-    "before they are read",
+    "requests that were not admitted or were shed, by reason",
     services=_ALL,
 )
 DELIVERED_TOKENS: Final = Counter(

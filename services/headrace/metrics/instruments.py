@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, Generic, Literal, TypeAlias, TypeVar
 
 from headrace.metrics.words import LABELS, OTHER
@@ -37,7 +37,10 @@ class _Number:
     @property
     def value(self) -> float:
         """The current value."""
-        return self._value if self._read is None else self._read()
+        if self._read is not None:
+            with suppress(RuntimeError):  # what it reads was changed meanwhile: the last value is good enough
+                self._value = self._read()
+        return self._value
 
     @contextmanager
     def reading(self, read: Callable[[], float]) -> Generator[None, None, None]:
@@ -147,10 +150,10 @@ class Metric(Generic[S]):
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[dict[str, str], S]]:
-        """Iterate over the series and their labels, with the names of OpenTelemetry."""
-        names = [LABELS[label] for label in self.labels]
+        """Iterate over the series and their labels, named as in OpenTelemetry, without empty ones."""
+        names = self.attribute_names
         for key, series in list(self._series.items()):
-            yield dict(zip(names, key, strict=True)), series
+            yield {name: value for name, value in zip(names, key, strict=True) if value}, series
 
     @property
     def attribute_names(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Define the labels of metrics and their values: one word for one thing, in all services.
 
-`outcome` turns the end of a request into its labels.
+`outcome_of` turns an error into one of them.
 """
 
 from __future__ import annotations
@@ -52,16 +52,6 @@ _REFUSED = (
     errors.NotReady,
 )
 _INVALID = (errors.InvalidRequest, errors.UnknownRequest, errors.AlreadyRated, errors.MessageTooLarge)
-
-
-def outcome(error: BaseException | None) -> tuple[Outcome, str]:
-    """Return the outcome and the `error.type` of a request that ended with *error*, or without one."""
-    if error is None:
-        return "ok", ""
-    error = errors.unwrap(error)
-    if not isinstance(error, errors.HeadraceError):
-        return "failed", type(error).__name__
-    return outcome_of(type(error)), error.reason
 
 
 def outcome_of(kind: type[errors.HeadraceError]) -> Outcome:

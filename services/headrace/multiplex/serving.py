@@ -19,6 +19,8 @@ import grpc
 
 from headrace import errors, statuses
 from headrace.deadline import NEVER, Deadline
+from headrace.metrics import catalogue
+from headrace.metrics.requests import record_refusal
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
 from headrace.runtime.security.identity import ANONYMOUS, Identity, current
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
@@ -315,6 +317,8 @@ class _Stream:
             nonlocal finished
             if finished:
                 return  # nothing follows the last event
+            if request.sent >= request.credit:
+                catalogue.CREDIT_STALLS.of(tier="", credit="reader").add()
             while request.sent >= request.credit:
                 request.has_credit = asyncio.get_running_loop().create_future()
                 await request.has_credit
@@ -350,6 +354,7 @@ class _Stream:
             )
         except Exception as raised:
             error = reported(raised, _GENERATE)
+            record_refusal(error, self._identity.quota)
         del self._requests[request.handle]
         if not finished:
             self._end(request.handle, error or errors.Unavailable("the answer ended without a finish"))

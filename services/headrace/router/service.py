@@ -8,16 +8,18 @@ from contextlib import aclosing
 from typing import Any, cast
 
 import grpc
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 
 from headrace import attributes, errors
 from headrace.deadline import Deadline
 from headrace.flushing import chooses_flushing
+from headrace.metrics import catalogue
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.quoting import quoted
 from headrace.router.answering.journey import Journey, routing_request, text_of
-from headrace.router.billing import bill_message, measure
+from headrace.router.billing import bill_message
 from headrace.router.chooser import Chooser
+from headrace.router.measuring import Measured, Measuring
 from headrace.router.optional import optional
 from headrace.router.own_calls import OwnCalls
 from headrace.router.siblings import Siblings
@@ -42,9 +44,6 @@ SERVICES = (
 MAX_HOPS = 4  # routers that a request may pass
 
 _tracer = trace.get_tracer("headrace.router")
-_feedback = metrics.get_meter("headrace.router").create_counter(
-    attributes.METRIC_FEEDBACK, description="outcomes that callers reported, by tier and outcome"
-)
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -55,6 +54,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     calls              the calls of the server, which requests on shared streams count among
     default_deadline   seconds for a request without a deadline
     failover_seconds   how long an answer that lost its batcher waits for another one of its tier
+    tenants            most tenants that metrics name
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         *,
         default_deadline: float,
         failover_seconds: float = 10.0,
+        tenants: int = 20,
     ) -> None:
+        self._measuring = Measuring(tenants)
         self._multiplexer = Multiplexer(self.answer, calls)
         self._own_calls = OwnCalls()
         self._tiers = tiers
@@ -98,10 +100,15 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     async def answer(self, incoming: Incoming, write: Write) -> None:
         """Answer one request through *write*. Raises the error that ends it."""
+        left = incoming.time_remaining
+        with self._measuring.request(incoming.request, incoming.identity, left) as measured:
+            await self._answer(incoming, write, measured)
+
+    async def _answer(self, incoming: Incoming, write: Write, measured: Measured) -> None:
         request, left = incoming.request, incoming.time_remaining
         check_request(request)
         hops = _hops(incoming.metadata)
-        journey = Journey(
+        journey = measured.journey = Journey(
             request,
             self._score(request),
             deadline=Deadline.after(self._default_deadline if left is None else left, time.monotonic()),
@@ -112,6 +119,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             chooser=self._chooser,
             feedback=self._feedback,
             bill=self._new_bill(),
+            timing=measured.timing,
         )
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
         try:
@@ -121,7 +129,6 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         finally:
             with optional("bill"):
                 self._total.add(journey.bill)
-                measure(journey.bill)
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Return the tier that a request would be sent to, and why."""
@@ -198,8 +205,8 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             request.request_id, request.tier or answer.tier, quality, tenant=request.tenant
         )
         if not rated_before:
-            outcome = "good" if quality >= 0.5 else "not_good"
-            _feedback.add(1, {attributes.TIER: answer.tier, attributes.OUTCOME: outcome})
+            verdict = "good" if quality >= 0.5 else "not_good"
+            catalogue.FEEDBACK.of(tier=answer.tier, verdict=verdict).add()
         return routing.FeedbackResponse(kept=kept, tier=answer.tier)
 
     def _score(self, request: pb.GenerateRequest) -> Score:

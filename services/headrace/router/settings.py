@@ -104,6 +104,12 @@ class Settings(ServiceSettings):
         "of the file; further ones are rejected with a retry delay",
     )
     max_concurrent_streams: ConcurrentStreams = 256
+    metrics_tenants: int = Field(
+        default=20,
+        ge=0,
+        le=300,
+        description="most tenants that metrics name; those that appear later are counted together, as other",
+    )
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests without a deadline"
     )

@@ -40,7 +40,7 @@ class Siblings:
     """
 
     def __init__(self, number: int = 0, inboxes: Inboxes = ()) -> None:
-        self._number = number
+        self.number = number
         self._inbox = inboxes[number][0] if inboxes else None
         self._outboxes = {place: send for place, (_, send) in enumerate(inboxes) if place != number}
         self._told: dict[str, Tell] = {}
@@ -79,7 +79,7 @@ class Siblings:
         question = self._questions[number] = _Question(enough)
         try:
             for place in self._outboxes:
-                question.missing += self._send(place, ("ask", topic, values, self._number, number))
+                question.missing += self._send(place, ("ask", topic, values, self.number, number))
             if question.missing:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ASK_SECONDS):

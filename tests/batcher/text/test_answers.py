@@ -151,7 +151,7 @@ async def test_the_backlog_of_a_slow_reader_is_sent_in_slices() -> None:
     """So that other calls can proceed in between."""
     one = job()
     one.sampling.max_tokens = 10_000
-    answer = AnswerEvents(one, pb.GenerateRequest(), ByteTokenizer(), {})
+    answer = AnswerEvents(one, pb.GenerateRequest(), ByteTokenizer(), tier="t")
     ids = list(b"abc" * 1500)
 
     events = [event.delta for event in answer.events_for(Arrival(ids, [0.5] * len(ids), None))]

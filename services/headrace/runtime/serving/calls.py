@@ -17,10 +17,11 @@ from typing import Literal, TypeAlias
 
 import grpc
 from opentelemetry import context as otel_context
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 from opentelemetry.context import Context
 
 from headrace import attributes, errors
+from headrace.metrics import catalogue
 from headrace.propagation import extract
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.inflight import InflightBudget
@@ -29,11 +30,6 @@ from headrace.runtime.serving.limits import Limits
 log = logging.getLogger(__name__)
 
 _tracer = trace.get_tracer("headrace.server")
-_call_duration = metrics.get_meter("headrace.server").create_histogram(
-    attributes.METRIC_SERVER_CALL_DURATION,
-    unit="s",
-    explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL,
-)
 
 # What is done with the trace context of callers: trust makes their spans the parents of ours, and their
 # sampling decides; link starts a new trace with a link to theirs; ignore does not read it.
@@ -83,7 +79,7 @@ class Calls:
         Raises gRPC's own errors if the caller has left, and CancelledError.
         """
         began = time.monotonic()
-        code = grpc.StatusCode.CANCELLED  # if nothing below sets another one
+        code, failure = grpc.StatusCode.CANCELLED, ""  # if nothing below sets another one
         parent, links = _parent(extract(metadata), self._trace_context)
         with (
             _attached(parent),  # with the caller's baggage
@@ -96,6 +92,8 @@ class Calls:
                 set_status_on_exception=False,
             ) as span,
         ):
+            in_flight = catalogue.CALLS_IN_FLIGHT.of()
+            in_flight.add(1)
             try:
                 with self.requests.track():
                     await call()
@@ -105,8 +103,8 @@ class Calls:
                 if (end := end_of_call(raised)) is not None:
                     raise end from None
                 error = reported(raised, method)
-                code = error.code
-                span.set_attribute(attributes.ERROR_TYPE, error.reason)
+                code, failure = error.code, error.reason
+                span.set_attribute(attributes.ERROR_TYPE, failure)
                 # By the conventions, an error of the caller is not an error of the server's span.
                 if code not in _CALLER_ERRORS:
                     span.set_status(trace.StatusCode.ERROR, error.message)
@@ -116,10 +114,12 @@ class Calls:
                 if code is grpc.StatusCode.CANCELLED and left is not None and left <= 0:
                     code = grpc.StatusCode.DEADLINE_EXCEEDED
                 span.set_attribute(attributes.RPC_STATUS_CODE, code.name)
-                _call_duration.record(
-                    time.monotonic() - began,
-                    {attributes.RPC_METHOD: method, attributes.RPC_STATUS_CODE: code.name},
-                )
+                in_flight.add(-1)
+                if code is not grpc.StatusCode.OK:
+                    failure = failure or code.name
+                catalogue.SERVER_CALL_DURATION.of(
+                    rpc_system="grpc", method=method, status=code.name, error=failure
+                ).record(time.monotonic() - began)
 
 
 def end_of_call(error: Exception) -> grpc.aio.BaseError | None:

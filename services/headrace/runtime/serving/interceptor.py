@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import grpc
 
 from headrace import errors, statuses
+from headrace.metrics.requests import record_refusal
 from headrace.runtime.security.guard import Guard, OpenGuard, Peer
-from headrace.runtime.security.identity import acting_as
+from headrace.runtime.security.identity import acting_as, current
 from headrace.runtime.serving.calls import Calls, drop_frames, end_of_call, reported
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.runtime.serving.memory_reclaim import Reclaimer
@@ -114,6 +115,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                     finally:
                         self._reclaimer.released(reservation.size)
             except errors.HeadraceError as error:  # from the guard or `admit`: `around` raises none
+                record_refusal(error, current().quota)
                 await _abort(context, error)
 
         async def answer(request: Any, context: Any, permit: Permit | None = None) -> Any:
