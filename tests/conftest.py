@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from headrace.metrics.words import LABELS
 from headrace.runtime.telemetry.collection import read_by
 from tests import parallel
 from tests.harness import Mesh, running_mesh
@@ -60,9 +61,9 @@ def spans() -> InMemorySpanExporter:
 
 @pytest.fixture
 def count() -> Callable[..., float]:
-    """Return a function that reads a metric by our own labels: count("headrace.requests", outcome="stop").
+    """Return a function that reads a metric by our own labels: count("headrace.requests", outcome="ok").
 
-    It returns the sum of a counter, the value of a gauge, and the number of recordings of a histogram.
+    The services of a mesh in this process record the same series. It returns the sum of a counter, the value of a gauge, and the number of recordings of a histogram.
     """
 
     def read(name: str, **labels: str) -> float:
@@ -75,7 +76,7 @@ def count() -> Callable[..., float]:
                         continue
                     for point in metric.data.data_points:
                         attributes = dict(point.attributes or {})
-                        if all(attributes.get(f"headrace.{key}") == value for key, value in labels.items()):
+                        if all(attributes.get(LABELS[key], "") == value for key, value in labels.items()):
                             total += point.count if hasattr(point, "count") else point.value
         return total
 

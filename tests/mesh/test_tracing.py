@@ -131,7 +131,8 @@ async def test_the_span_of_a_failed_or_cancelled_stream_has_its_status(spans: In
 
 async def test_the_core_metrics_are_recorded(count: Callable[..., float]) -> None:
     names = (
-        "headrace.generated_tokens",
+        "headrace.tokens.generated",
+        "headrace.tokens.delivered",
         "gen_ai.server.time_to_first_token",
         "gen_ai.server.time_per_output_token",
         "gen_ai.server.request.duration",
@@ -145,7 +146,9 @@ async def test_the_core_metrics_are_recorded(count: Callable[..., float]) -> Non
     async with running_mesh(engine=lambda: EchoEngine(step_seconds=0.005)) as mesh:
         answer = await collect(mesh.client, prompt("x" * 3000, max_tokens=300))
 
-    assert count("headrace.generated_tokens") - before["headrace.generated_tokens"] == answer.tokens == 300
+    assert count("headrace.tokens.generated") - before["headrace.tokens.generated"] == answer.tokens == 300
+    delivered = count("headrace.tokens.delivered") - before["headrace.tokens.delivered"]
+    assert delivered == 2 * 300, "by the batcher to the router, and by the router"
     await eventually(lambda: count("rpc.server.call.duration") > before["rpc.server.call.duration"])
     for name in names:
         assert count(name) > before[name], name

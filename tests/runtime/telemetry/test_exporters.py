@@ -187,7 +187,7 @@ async def test_a_mesh_exports_over_http_by_a_list_with_b3_between_its_processes(
                 return {span.name for span in receiver.spans}
 
             await until(lambda: {"worker.decode", "router.score", "batcher.tokenize"} <= names())
-            await until(lambda: "headrace.generated_tokens" in receiver.metrics)
+            await until(lambda: "headrace.tokens.delivered" in receiver.metrics)
 
     entries = [
         span
@@ -297,6 +297,6 @@ async def test_a_signal_may_have_its_own_endpoint_and_protocol(tmp_path: Path) -
         async with processes(spec) as running, connect(running.address) as client:
             await collect(client, chat("hello"))
             await sink.wait_for(lambda spans: any(span.name == "worker.decode" for span in spans), PATIENCE)
-            await until(lambda: "headrace.generated_tokens" in receiver.metrics)
+            await until(lambda: "headrace.tokens.delivered" in receiver.metrics)
 
     assert receiver.paths == {"/v1/metrics"}
