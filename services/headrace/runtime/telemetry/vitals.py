@@ -34,11 +34,11 @@ async def measuring() -> AsyncGenerator[None, None]:
 
 
 async def _tick() -> None:
-    lag, loop = catalogue.EVENT_LOOP_LAG.of(), asyncio.get_running_loop()
+    lag = catalogue.EVENT_LOOP_LAG.of()
     while True:
-        due = loop.time() + LAG_SECONDS
+        due = time.monotonic() + LAG_SECONDS  # the loop's own clock has milliseconds only
         await asyncio.sleep(LAG_SECONDS)
-        lag.record(max(loop.time() - due, 0.0))
+        lag.record(max(time.monotonic() - due, 0.0))
 
 
 def _resident_bytes() -> float:
