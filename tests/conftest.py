@@ -63,7 +63,8 @@ def spans() -> InMemorySpanExporter:
 def count() -> Callable[..., float]:
     """Return a function that reads a metric by our own labels: count("headrace.requests", outcome="ok").
 
-    The services of a mesh in this process record the same series. It returns the sum of a counter, the value of a gauge, and the number of recordings of a histogram.
+    The services of a mesh in this process record the same series. It returns the sum of a counter, the value
+    of a gauge, and the number of recordings of a histogram.
     """
 
     def read(name: str, **labels: str) -> float:
