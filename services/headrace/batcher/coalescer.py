@@ -202,7 +202,8 @@ class Coalescer:
         """See `LinkListener`."""
         cause = job.history.waste_cause
         if job in self.live:  # it continues elsewhere, or later
-            cause = "slow_reader" if job.inbox.full or job in self.paused else "failover"
+            slow = job.inbox.full or job.history.reason == errors.SlowReader.reason
+            cause = "slow_reader" if slow else "failover"
         catalogue.WASTED_TOKENS.of(tier=self._tier, cause=cause).add(tokens)
 
     def cache_lost(self, link: WorkerLink) -> None:

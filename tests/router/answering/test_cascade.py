@@ -61,6 +61,7 @@ async def test_cached_tokens_of_a_prompt_have_their_own_price_here_and_on_the_la
 
 async def test_a_bad_draft_is_replaced_and_billed_as_waste(count: Callable[..., float]) -> None:
     drafts = count("headrace.drafts", verdict="escalated")
+    discarded = count("headrace.tokens.wasted", tier="small", cause="draft")
     wasted = count("headrace.billed_tokens", tier="small")
     small, large = TextBatcher(text=BAD), TextBatcher()
     async with routed(CASCADE, small=small, large=large) as client:
@@ -76,6 +77,7 @@ async def test_a_bad_draft_is_replaced_and_billed_as_waste(count: Callable[..., 
     assert answer.finish.bill.cost == pytest.approx(cost), "the draft is on the bill"
     assert listed.bill.cost == pytest.approx(cost)
     assert count("headrace.drafts", verdict="escalated") == drafts + 1
+    assert count("headrace.tokens.wasted", tier="small", cause="draft") == discarded + words
     assert count("headrace.billed_tokens", tier="small") == wasted + 10 + words
 
 

@@ -6,7 +6,7 @@ import pytest
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.sdk.metrics import Counter as SdkCounter
 from opentelemetry.sdk.metrics import Histogram as SdkHistogram
-from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader, MetricsData
+from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader, MetricsData, Sum
 from opentelemetry.sdk.resources import Resource
 
 from headrace.metrics.instruments import Counter, Gauge, Histogram
@@ -84,6 +84,8 @@ def test_an_exporter_that_prefers_differences_gets_them(some: Metrics) -> None:
         "test.wait": [({}, ([0, 2, 0], 3.0))],
     }
     earlier, later = (data.resource_metrics[0].scope_metrics[0].metrics[0].data for data in (first, second))
+    assert isinstance(earlier, Sum)
+    assert isinstance(later, Sum)
     assert earlier.aggregation_temporality == DELTA
     assert later.data_points[0].start_time_unix_nano == earlier.data_points[0].time_unix_nano
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -195,7 +196,7 @@ async def test_more_connections_than_the_limit_are_closed_and_later_ones_served(
 
 async def test_frequent_scrapes_share_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(prometheus.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     text = Text(SERVICE, {})
     first = text.current()
     text._fresh_until = now + 1.0  # writing it has taken 50 ms

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from headrace.metrics.catalogue import EVENT_LOOP_LAG
 from headrace.runtime.telemetry import vitals
 from tests.harness import eventually
 
@@ -24,7 +25,7 @@ async def test_a_blocked_event_loop_is_measured(
     count: Callable[..., float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vitals, "LAG_SECONDS", 0.01)
-    series = vitals.catalogue.EVENT_LOOP_LAG.of()
+    series = EVENT_LOOP_LAG.of()
     before, late = count("headrace.event_loop.lag"), sum(series.counts[8:])  # above 0.2 seconds
     async with vitals.measuring():
         await eventually(lambda: count("headrace.event_loop.lag") > before)

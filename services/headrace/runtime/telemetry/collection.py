@@ -74,7 +74,9 @@ class Collection:
                 temporality = self._temporality["counter"]
                 data = Sum(self._sums(metric, now), temporality, is_monotonic=True)
             case _:
-                data = Gauge([NumberDataPoint(labels, 0, now, float(series.value)) for labels, series in metric])
+                data = Gauge(
+                    [NumberDataPoint(labels, 0, now, float(series.value)) for labels, series in metric]
+                )
         return Metric(metric.name, metric.description, metric.unit, data)
 
     def _sums(self, metric: ours.Counter, now: int) -> list[NumberDataPoint]:
