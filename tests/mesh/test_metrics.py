@@ -147,6 +147,24 @@ async def test_a_name_has_the_same_labels_from_each_service_and_only_declared_on
                 assert set(own) - OTHER_LABELS <= labels
 
 
+@pytest.mark.parametrize(
+    ("process", "name", "labels"),
+    [
+        ("router", "headrace_failovers_total", {"error_type": "BATCHER_LOST"}),
+        ("router", "headrace_requests_refused_total", {"error_type": "TENANT_QUOTA"}),
+        ("batcher-small", "headrace_failovers_total", {"error_type": "WORKER_LOST"}),
+        ("batcher-small", "headrace_requests_refused_total", {"error_type": "SHED"}),
+        ("worker-small", "headrace_sequences_ended_total", {"headrace_outcome": "failed"}),
+    ],
+)
+async def test_rare_events_have_a_series_before_the_first_one(
+    scraped: Scraped, process: str, name: str, labels: dict[str, str]
+) -> None:
+    found = (await scraped.scrape(process)).series[name]
+
+    assert next(value for own, value in found if labels.items() <= own.items()) == 0
+
+
 async def test_a_mistake_of_the_caller_is_no_failure(count: Callable[..., float]) -> None:
     invalid = count("headrace.requests", outcome="invalid", error="UNKNOWN_TIER")
     failed = count("headrace.requests", outcome="failed")

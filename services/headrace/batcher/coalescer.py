@@ -26,6 +26,7 @@ from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.flushing import LiveFlushing
 from headrace.metrics import catalogue
+from headrace.metrics.rare import create_for_batcher
 from headrace.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Coalescer:
         self._flushing = LiveFlushing()
         self.admission = Admission(queue, pool, self.prefixes)
         self._tier = tier
+        create_for_batcher(tier)
         self._dispatcher = Dispatcher(queue, pool, window, self.prefixes, self.admission, tier)
         self._failover_seconds = failover_seconds
         self._max_unread_seconds = max_unread_seconds

@@ -304,7 +304,7 @@ EVENT_LOOP_LAG: Final = Histogram(
 CPU_TIME: Final = Counter("process.cpu.time", "s", (), "CPU time of the process", services=_ALL)
 MEMORY: Final = Gauge("process.memory.usage", "By", (), "resident memory of the process", services=_ALL)
 OPEN_FILES: Final = Gauge(
-    "process.unix.file_descriptor.count",
+    "process.open_fds",
     "{file_descriptor}",
     (),
     "open files and connections of the process",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from headrace import errors
 from headrace.metrics import catalogue
 from headrace.metrics.instruments import Counter
+from headrace.metrics.rare import create_for_router
 from headrace.metrics.requests import CANCELLED, End, Timing, record
 from headrace.metrics.tenants import TenantNames
 from headrace.router.answering.journey import Journey
@@ -37,7 +38,8 @@ class Measuring:
     tenants   most tenants that metrics name
     """
 
-    def __init__(self, tenants: int) -> None:
+    def __init__(self, tiers: Iterable[str], *, tenants: int) -> None:
+        create_for_router(tiers)
         self._tenants = TenantNames(tenants)
 
     @contextmanager

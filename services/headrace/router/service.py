@@ -70,7 +70,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         failover_seconds: float = 10.0,
         tenants: int = 20,
     ) -> None:
-        self._measuring = Measuring(tenants)
+        self._measuring = Measuring((tier.name for tier in tiers.tiers), tenants=tenants)
         self._multiplexer = Multiplexer(self.answer, calls)
         self._own_calls = OwnCalls()
         self._tiers = tiers

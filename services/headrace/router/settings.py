@@ -142,6 +142,11 @@ class Settings(ServiceSettings):
         self.tier_prices()
         if self.processes > 1 and sys.platform != "linux":
             raise ValueError("HEADRACE_PROCESSES (or --processes) above 1 needs Linux: run several routers")
+        if self.metrics_port + self.processes > 65536:
+            raise ValueError(
+                f"HEADRACE_METRICS_PORT={self.metrics_port} (or --metrics-port) leaves no ports above it for "
+                f"the endpoints of {self.processes} processes"
+            )
         return self
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:

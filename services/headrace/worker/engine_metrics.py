@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headrace.metrics import catalogue
+from headrace.metrics.rare import create_for_worker
 from headrace.metrics.words import Outcome
 from headrace.worker.runner import FinishReason, ModelInfo, StepReport
 
@@ -42,6 +43,7 @@ class EngineMetrics:
         self._fill = catalogue.STEP_FILL.of(**labels)
         self._seconds = catalogue.STEP_DURATION.of(**labels)
         catalogue.KV_CAPACITY.of(**labels).set(model.kv_tokens)
+        create_for_worker(tier, model.name)
 
     def record_end(self, finish: FinishReason) -> None:
         """Record a sequence that ended."""

@@ -213,6 +213,20 @@ async def test_a_port_in_use_stops_the_start_with_the_setting_to_change() -> Non
                 pass
 
 
+async def test_the_attributes_of_the_process_are_labels_of_its_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=worker-0,1st/key=a%22b,service.name=mine")
+    with reserved_ports(1) as (port,):
+        async with scraping("127.0.0.1", port, "worker", "instance-1"):
+            _, body = await ask(port)
+
+    (labels,) = [labels for name, labels, _ in samples(body) if name == "target_info"]
+    assert labels["k8s_pod_name"] == "worker-0"
+    assert labels["_1st_key"] == 'a"b'
+    assert (labels["service_name"], labels["service_instance_id"]) == ("mine", "instance-1")
+
+
 async def test_without_a_port_nothing_is_served() -> None:
     async with scraping("256.0.0.1", 0, "test", ""):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -25,9 +26,9 @@ async def scraping(host: str, port: int, service: str, instance: str) -> AsyncGe
         yield
         return
     described = await asyncio.to_thread(resource, service, instance)
-    target = {
-        name.replace(".", "_").replace("-", "_"): str(value) for name, value in described.attributes.items()
-    }
+    # Names of attributes may begin with a digit and contain anything.
+    names = {name: re.sub(r"^(?=\d)|[^a-zA-Z0-9_]", "_", name) for name in described.attributes}
+    target = {names[name]: str(value) for name, value in described.attributes.items()}
     text = Text({"service_name": target.pop("service_name")}, target)
     problem: Exception | None = await asyncio.to_thread(bind_error, host, port)
     async with AsyncExitStack() as stack:
@@ -37,5 +38,6 @@ async def scraping(host: str, port: int, service: str, instance: str) -> AsyncGe
             except (OSError, UnicodeError) as error:  # in use since the check
                 problem = error
         if problem is not None:
-            raise StartFailed(explain(problem, host, port, settings="--metrics-")) from problem
+            reason = explain(problem, host, port, settings="--metrics-")
+            raise StartFailed(reason.replace("0 picks a free one", "0 for no endpoint")) from problem
         yield
