@@ -55,6 +55,15 @@ def test_a_gauge_reads_a_function_while_its_owner_lives() -> None:
     assert gauge.of().value == 0
 
 
+def test_a_counter_keeps_what_it_has_read() -> None:
+    """The last export comes after the end of what it reads."""
+    seconds = Counter("test.time", "s", (), "time", services=("batcher",))
+    with seconds.of().reading(lambda: 7.0):
+        pass
+
+    assert seconds.of().value == 7
+
+
 def test_a_gauge_keeps_its_value_while_what_it_reads_changes() -> None:
     gauge = Gauge("test.depth", "{request}", (), "depth", services=("batcher",))
     results = iter([3.0])

@@ -44,13 +44,20 @@ class _Number:
 
     @contextmanager
     def reading(self, read: Callable[[], float]) -> Generator[None, None, None]:
-        """Use *read* as the value while the block runs; it is called on other threads, and must be quick."""
+        """Use *read* as the value while the block runs; it is called on other threads, and must be quick.
+
+        Afterwards a counter keeps its last value, and a gauge is 0.
+        """
         self._read = read
         try:
             yield
         finally:
             if self._read is read:
-                self._read, self._value = None, 0.0
+                self._value = self._at_end(self.value)
+                self._read = None
+
+    def _at_end(self, last: float) -> float:
+        raise NotImplementedError
 
 
 class CounterSeries(_Number):
@@ -61,6 +68,9 @@ class CounterSeries(_Number):
     def add(self, amount: float = 1) -> None:
         """Add *amount*, at least 0."""
         self._value += amount
+
+    def _at_end(self, last: float) -> float:
+        return last
 
 
 class GaugeSeries(_Number):
@@ -75,6 +85,9 @@ class GaugeSeries(_Number):
     def add(self, amount: float) -> None:
         """Add *amount*, which may be negative."""
         self._value += amount
+
+    def _at_end(self, last: float) -> float:
+        return 0.0
 
 
 class HistogramSeries:

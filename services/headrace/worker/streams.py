@@ -135,6 +135,8 @@ class BatcherStreams:
             return
         self._runner.cancel(*((stream.number, handle) for handle in stream.in_flight))
         self.share_credit()
+        if not self._streams:
+            self._metrics.rate.set(0)  # nobody is left to ask for it
 
     def submit(self, stream: BatcherStream, batch: wire.Submit) -> wire.RunResponse:
         """Submit a batch. Returns the admission, to be sent before anything else about its sequences.
