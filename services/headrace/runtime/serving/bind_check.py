@@ -56,15 +56,9 @@ def _bind(family: int, where: tuple[object, ...], shared: bool) -> OSError | Non
     return None
 
 
-def explain(problem: Exception, host: str, port: int, *, settings: str = "--") -> str:
-    """Return the bind error as a message, with what to do about it.
-
-    settings   what the names of its settings begin with, such as "--metrics-"
-    """
-    cause = _cause(problem, host, port)
-    for name in ("host", "port"):
-        cause = cause.replace(f"--{name}", settings + name)
-    return f"cannot listen on {join(host, port)}: {cause}"
+def explain(problem: Exception, host: str, port: int) -> str:
+    """Return the bind error as a message, with what to do about it."""
+    return f"cannot listen on {join(host, port)}: {_cause(problem, host, port)}"
 
 
 def _cause(problem: Exception, host: str, port: int) -> str:

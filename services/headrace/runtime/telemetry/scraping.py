@@ -38,6 +38,11 @@ async def scraping(host: str, port: int, service: str, instance: str) -> AsyncGe
             except (OSError, UnicodeError) as error:  # in use since the check
                 problem = error
         if problem is not None:
-            reason = explain(problem, host, port, settings="--metrics-")
-            raise StartFailed(reason.replace("0 picks a free one", "0 for no endpoint")) from problem
+            raise StartFailed(_explained(problem, host, port)) from problem
         yield
+
+
+def _explained(problem: Exception, host: str, port: int) -> str:
+    """Return the bind error as a message, with the names of these settings."""
+    message = explain(problem, host, port).replace(" (0 picks a free one)", "")
+    return message.replace("--port", "--metrics-port").replace("--host", "--metrics-host")
