@@ -194,6 +194,19 @@ async def test_more_connections_than_the_limit_are_closed_and_later_ones_served(
                 await asyncio.sleep(0.01)
 
 
+async def test_a_failed_scrape_does_not_end_the_endpoint(caplog: pytest.LogCaptureFixture) -> None:
+    texts = iter([b"up 1\n"])
+
+    def text() -> bytes:
+        if "metrics cannot be served" not in caplog.text:
+            raise ZeroDivisionError
+        return next(texts)
+
+    async with endpoint("127.0.0.1", 0, text) as port:
+        assert await ask(port) == ("", "")
+        assert (await ask(port))[1] == "up 1\n"
+
+
 async def test_frequent_scrapes_share_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -1,8 +1,8 @@
 """Serve the metrics of this process to Prometheus, over plain HTTP on a port of its own.
 
-The server has a thread with an event loop of its own: a scraper that is slow, or many of them, cost the
-service no more than the time to write the text, which is bounded to a share of a core. The text is written
-here rather than by opentelemetry-exporter-prometheus, which is a pre-release and reads only the SDK's
+The server has a thread with an event loop of its own, so a slow scraper does not delay the service. However
+many there are, they take less than a tenth of a core: connections are accepted one after the other with
+pauses, and the text is not written again too soon. The text is written here rather than by opentelemetry-exporter-prometheus, which is a pre-release and reads only the SDK's
 instruments. The format is https://prometheus.io/docs/instrumenting/exposition_formats/, version 0.0.4, and
 names are translated as OpenTelemetry's compatibility specification says.
 """
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from itertools import accumulate
 from typing import Any
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PATH = "/metrics"
 MAX_CONNECTIONS = 16  # further ones are closed
+ACCEPT_SECONDS = 0.01  # between two connections: accepting as many as possible would cost most of a core
 EXCHANGE_SECONDS = 10.0  # from the connection to the end of the response
 REQUEST_BYTES = 16 * 1024
 _IDLE_SHARE = 19  # the text is kept for this many times the time that it took: scrapes take 5 % of a core
@@ -125,7 +127,7 @@ class _Server:
 
     def __init__(self, host: str, port: int, text: Callable[[], bytes]) -> None:
         self._host, self._port, self._text = host, port, text
-        self._connections = 0
+        self._exchanges: set[asyncio.Task[None]] = set()
         self._loop = asyncio.SelectorEventLoop()
         self._stopping = asyncio.Event()
         self._listening = threading.Event()
@@ -157,41 +159,62 @@ class _Server:
             self._loop.close()
 
     async def _serve(self) -> None:
-        host = None if self._host in _ALL_ADDRESSES else self._host  # of IPv4 and IPv6
-        server = await asyncio.start_server(
-            self._exchange, host, self._port, limit=REQUEST_BYTES, backlog=MAX_CONNECTIONS
-        )
-        self._port = server.sockets[0].getsockname()[1]
-        self._listening.set()
-        await self._stopping.wait()
-        server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-
-    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one request and close the connection."""
-        self._connections += 1
+        listening = _listen(self._host, self._port)
+        self._port = listening[0].getsockname()[1]
         try:
-            if self._connections > MAX_CONNECTIONS:
-                return
-            async with asyncio.timeout(EXCHANGE_SECONDS):
-                writer.transport.set_write_buffer_limits(0)  # so that `drain` waits for everything
-                request = await reader.readuntil(b"\r\n\r\n")
-                writer.writelines(_response(request, self._text))
-                await writer.drain()
-                writer.write_eof()
-        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # a scraper that is too slow, or none
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(self._accept(one, tasks)) for one in listening]
+                self._listening.set()
+                await self._stopping.wait()
+                for task in (*running, *self._exchanges):
+                    task.cancel()
         finally:
-            self._connections -= 1
-            if writer.transport.get_write_buffer_size():
-                writer.transport.abort()
-            writer.close()
+            for one in listening:
+                one.close()
+
+    async def _accept(self, listening: socket.socket, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            with suppress(OSError):  # the other end is gone already, or there are too many open files
+                connection, _ = await self._loop.sock_accept(listening)
+                if len(self._exchanges) < MAX_CONNECTIONS:
+                    task = tasks.create_task(self._exchange(connection))
+                    self._exchanges.add(task)
+                    task.add_done_callback(self._exchanges.discard)
+                else:
+                    connection.close()
+            await asyncio.sleep(ACCEPT_SECONDS)
+
+    async def _exchange(self, connection: socket.socket) -> None:
+        """Answer one request and close the connection, whatever the other end does."""
+        try:
+            with connection:
+                async with asyncio.timeout(EXCHANGE_SECONDS):
+                    request = b""
+                    while b"\r\n\r\n" not in request:
+                        read = await self._loop.sock_recv(connection, REQUEST_BYTES)
+                        request += read
+                        if not read or len(request) > REQUEST_BYTES:
+                            return
+                    await self._loop.sock_sendall(connection, _response(request, self._text))
+        except (TimeoutError, OSError):
+            pass
+        except Exception:  # later scrapes may succeed
+            log.exception("metrics cannot be served")
 
 
-def _response(request: bytes, text: Callable[[], bytes]) -> Iterable[bytes]:
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Listen on all addresses of *host*, an address or a name. Raises OSError and UnicodeError."""
+    if host in _ALL_ADDRESSES and socket.has_dualstack_ipv6():
+        listening = [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)]
+    else:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        listening = [socket.create_server(where[:2], family=family) for family, *_, where in found]
+    for one in listening:
+        one.setblocking(False)
+    return listening
+
+
+def _response(request: bytes, text: Callable[[], bytes]) -> bytes:
     method, _, rest = request.partition(b"\r\n")[0].partition(b" ")
     path = rest.partition(b" ")[0].partition(b"?")[0].decode("latin-1")
     status, kind, body = "200 OK", CONTENT_TYPE, b""
@@ -203,4 +226,4 @@ def _response(request: bytes, text: Callable[[], bytes]) -> Iterable[bytes]:
         body = text()
     fields = (f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body)}")
     head = "\r\n".join((*fields, "Connection: close", "", ""))
-    return [head.encode(), b"" if method == b"HEAD" else body]
+    return head.encode() + (b"" if method == b"HEAD" else body)
