@@ -2,9 +2,12 @@
 
 The server has a thread with an event loop of its own, so a slow scraper does not delay the service. However
 many there are, they take less than a tenth of a core: connections are accepted one after the other with
-pauses, and the text is not written again too soon. The text is written here rather than by opentelemetry-exporter-prometheus, which is a pre-release and reads only the SDK's
-instruments. The format is https://prometheus.io/docs/instrumenting/exposition_formats/, version 0.0.4, and
-names are translated as OpenTelemetry's compatibility specification says.
+pauses, and the text is not written again too soon.
+
+The text is written here rather than by opentelemetry-exporter-prometheus, which is a pre-release and reads
+only the SDK's instruments. The format is version 0.0.4 of
+https://prometheus.io/docs/instrumenting/exposition_formats/, and names are translated as OpenTelemetry's
+compatibility specification says.
 """
 
 from __future__ import annotations
