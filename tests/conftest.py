@@ -15,10 +15,14 @@ from hypothesis import HealthCheck, settings
 from opentelemetry import metrics, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import SpanLimits
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 
+from headrace.runtime.telemetry.span_sampler import LinkedRoots
+from headrace.runtime.telemetry.spans import ReadableExporter, Tracers
 from tests import parallel
 from tests.harness import Mesh, running_mesh
 from tests.tables import Tables
@@ -38,9 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
     parallel.take_part(config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Tables())
-    tracers = TracerProvider()
-    tracers.add_span_processor(SimpleSpanProcessor(_spans))
-    trace.set_tracer_provider(tracers)
+    exporter = ReadableExporter(_spans, Resource.create({}), SpanLimits())
+    trace.set_tracer_provider(Tracers(LinkedRoots(DEFAULT_ON), [SimpleSpanProcessor(exporter)]))
     metrics.set_meter_provider(MeterProvider(metric_readers=[_reader]))
 
 

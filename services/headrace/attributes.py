@@ -25,6 +25,8 @@ RPC_SYSTEM = "rpc.system.name"
 RPC_METHOD = "rpc.method"
 RPC_STATUS_CODE = "rpc.status_code"
 ERROR_TYPE = "error.type"
+SERVER_ADDRESS = "server.address"
+SERVER_PORT = "server.port"
 METRIC_SERVER_CALL_DURATION = "rpc.server.call.duration"
 METRIC_CLIENT_CALL_DURATION = "rpc.client.call.duration"
 

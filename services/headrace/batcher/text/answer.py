@@ -160,9 +160,9 @@ class AnswerEvents:
                 _tpot.record((self._last - self._first) / later, self._labels)
         if job.span.is_recording():
             job.span.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: outcome})
-            job.span.set_attributes(
-                {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}
-            )
+            job.span.set_attribute(attributes.GEN_AI_OUTPUT_TOKENS, self._offset)
+            if self.done:
+                job.span.set_attribute(attributes.GEN_AI_FINISH_REASONS, [self.outcome])
 
     def _delta(self, arrival: Arrival, start: int, stop: int, text: str) -> pb.GenerateResponse:
         # Set field by field: a message that is passed to a constructor is copied.

@@ -1,0 +1,111 @@
+"""Record the calls of a client: a span and the duration of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import grpc
+from opentelemetry import metrics, trace
+from opentelemetry.context import Context
+
+from headrace import attributes, errors
+from headrace.channel import server_address
+
+_tracer = trace.get_tracer("headrace.client")
+_call_duration = metrics.get_meter("headrace.client").create_histogram(
+    attributes.METRIC_CLIENT_CALL_DURATION,
+    unit="s",
+    explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL,
+)
+
+
+class Attempts:
+    """The attempts of one request. Without a caller's span they are one trace: the first one's.
+
+    context   with the span of the first attempt; None if there is none, or the caller has a span
+    """
+
+    def __init__(self) -> None:
+        self.context: Context | None = None
+
+    def begin(self, first: trace.Span) -> None:
+        """Make *first* the parent of the next attempts, unless the caller has a span."""
+        if not trace.get_current_span().get_span_context().is_valid:
+            self.context = trace.set_span_in_context(trace.NonRecordingSpan(first.get_span_context()))
+
+
+class ClientSpan:
+    """The span of one call, which also records the call in the metrics.
+
+    context     with the span, to be sent with the call
+    recording   whether the span is recorded
+    """
+
+    def __init__(
+        self, method: str, labels: Mapping[str, str | int], attempts: Attempts | None = None
+    ) -> None:
+        """Start the span.
+
+        method     its full name, such as "headrace.v1.GenerationService/Generate"
+        labels     further attributes of the span
+        attempts   those made for the same request
+        """
+        parent = attempts.context if attempts is not None else None
+        self._span = _tracer.start_span(
+            method,
+            parent,
+            trace.SpanKind.CLIENT,
+            {attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: method, **labels},
+        )
+        self.context = trace.set_span_in_context(self._span, parent)
+        self.recording = self._span.is_recording()
+        if attempts is not None and parent is None:
+            attempts.begin(self._span)
+        self._method = method
+        self._began = time.monotonic()
+        # Unless `succeed` or `fail` is called, the caller has left.
+        self._code, self._error_type, self._message = grpc.StatusCode.CANCELLED, "CANCELLED", ""
+
+    def add_event(self, name: str) -> None:
+        """Add an event to the span."""
+        self._span.add_event(name)
+
+    def succeed(self) -> None:
+        """Note that the call succeeded."""
+        self._code, self._error_type = grpc.StatusCode.OK, ""
+        if self.recording:
+            self._span.add_event(attributes.EVENT_FINISH)
+
+    def fail(self, error: Exception) -> None:
+        """Note the error of the call."""
+        if isinstance(error, errors.HeadraceError):
+            self._code, self._error_type, self._message = error.code, error.reason, error.message
+        else:
+            self._code, self._error_type = grpc.StatusCode.UNKNOWN, type(error).__qualname__
+
+    def end(self) -> None:
+        """End the span and record the call."""
+        span, kind = self._span, self._error_type
+        labels = {
+            attributes.RPC_SYSTEM: "grpc",
+            attributes.RPC_METHOD: self._method,
+            attributes.RPC_STATUS_CODE: self._code.name,
+        }
+        _call_duration.record(
+            time.monotonic() - self._began, {**labels, attributes.ERROR_TYPE: kind} if kind else labels
+        )
+        if self.recording:
+            span.set_attribute(attributes.RPC_STATUS_CODE, self._code.name)
+            if kind:  # by the RPC conventions, every status but OK is an error of a client's span
+                span.set_attribute(attributes.ERROR_TYPE, kind)
+                span.set_status(trace.StatusCode.ERROR, self._message or None)
+        span.end()
+
+
+def server_attributes(target: str) -> dict[str, str | int]:
+    """Return the attributes that name the server of a target; a list of addresses stays one."""
+    address = server_address(target)
+    if address is None:
+        return {attributes.SERVER_ADDRESS: target} if target else {}
+    return {attributes.SERVER_ADDRESS: address[0], attributes.SERVER_PORT: address[1]}
