@@ -132,6 +132,8 @@ class Calls:
 
 def error_type(code: grpc.StatusCode, reason: str) -> str:
     """Return the `error.type` of a call: the reason of its error, or its status; empty if it succeeded."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return reason or errors.DeadlineExceeded.reason  # gRPC cancels the call before we raise that
     return "" if code is grpc.StatusCode.OK else reason or code.name
 
 
