@@ -9,7 +9,7 @@ import grpc
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 
-from headrace import attributes, errors
+from headrace import attributes, errors, statuses
 from headrace.channel import server_address
 
 _tracer = trace.get_tracer("headrace.client")
@@ -80,7 +80,9 @@ class ClientSpan:
     def fail(self, error: Exception) -> None:
         """Note the error of the call."""
         if isinstance(error, errors.HeadraceError):
-            self._code, self._error_type, self._message = error.code, error.reason, error.message
+            self._code, self._error_type = error.code, error.reason
+            # Messages about the caller's mistakes may quote the request.
+            self._message = error.message if error.code in statuses.SERVER_ERRORS else ""
         else:
             self._code, self._error_type = grpc.StatusCode.UNKNOWN, type(error).__qualname__
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
+from opentelemetry.sdk.metrics.export import HistogramDataPoint
 
 from headrace.worker.engine.echo import EchoEngine
 from tests.conftest import _reader
@@ -38,9 +39,10 @@ def durations() -> Durations:
             for scope in resource.scope_metrics:
                 for metric in scope.metrics:
                     for point in metric.data.data_points if metric.name == name else ():
-                        labels = dict(point.attributes or {})
+                        labels: Any = point.attributes or {}
                         assert labels["rpc.system.name"] == "grpc"
                         key = (labels["rpc.method"], labels["rpc.status_code"], labels.get("error.type", ""))
+                        assert isinstance(point, HistogramDataPoint)
                         counts[key] += point.count
         return counts
 

@@ -211,6 +211,9 @@ class Scripted(generation.GenerationServiceServicer, routing_service_pb2_grpc.Ro
     async def Multiplex(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         await self._multiplexer.serve(context)
 
+    async def ListTiers(self, request: Any, context: Any) -> routing_service_pb2.ListTiersResponse:
+        return routing_service_pb2.ListTiersResponse()
+
     async def Explain(self, request: Any, context: Any) -> routing_service_pb2.ExplainResponse:
         await end(request.request.chat.messages[0].content, self.began)
         return routing_service_pb2.ExplainResponse()

@@ -19,7 +19,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 
-from headrace import attributes, errors
+from headrace import attributes, errors, statuses
 from headrace.propagation import extract
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.inflight import InflightBudget
@@ -40,18 +40,6 @@ TraceContext: TypeAlias = Literal["trust", "link", "ignore"]
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 _LIMITS = Limits()
-# By the RPC conventions, these are errors of the server. Others are the caller's, such as INVALID_ARGUMENT or
-# CANCELLED, or normal operation, such as RESOURCE_EXHAUSTED: they leave the status of a server's span unset.
-_SERVER_ERRORS = frozenset(
-    {
-        grpc.StatusCode.UNKNOWN,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DATA_LOSS,
-    }
-)
 
 
 class Calls:
@@ -115,7 +103,7 @@ class Calls:
                 span.set_attribute(attributes.RPC_STATUS_CODE, code.name)
                 if kind:
                     span.set_attribute(attributes.ERROR_TYPE, kind)
-                if code in _SERVER_ERRORS:
+                if code in statuses.SERVER_ERRORS:
                     span.set_status(trace.StatusCode.ERROR, message or None)
             otel_context.detach(token)
             span.end()
