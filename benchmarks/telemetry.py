@@ -3,10 +3,13 @@
     python -m benchmarks.telemetry [--before CHECKOUT]
 
 The echo mesh runs as real processes, once for each configuration: without telemetry, with all traces and
-metrics, with 1 % of the traces and metrics, and with metrics only. They export over OTLP to a collector in
-another process, which discards what it receives. All configurations are measured in turn, and the CPU time
-after a run counts until its last spans are exported. A figure is the median over the repetitions of the
-difference to the run without telemetry of the same repetition.
+metrics, with 1 % of the traces and metrics, and with each alone. They export over OTLP to a collector in
+another process, which discards what it receives.
+
+A repetition consists of turns of half a second, in which one mesh after the other is under load, so that
+all find the same machine. The CPU time of a mesh is that of its processes during the whole repetition, until
+their last spans are exported, without what they use when they are idle. What telemetry adds is the median,
+over the repetitions, of the difference to the mesh without telemetry.
 
 With --before, the services of another checkout are measured in turn with this checkout's. The column `others`
 shows the cores that other processes used; CPU time is little affected by them, tokens per second are.
@@ -20,7 +23,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent import futures
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -30,13 +33,15 @@ import grpc
 
 from benchmarks import machine
 from benchmarks.mesh.answers import ask, closed_loop
-from benchmarks.mesh.cpu import SERVICES, per_request
+from benchmarks.mesh.cpu import SERVICES
 from benchmarks.mesh.systems import EngineSpec, Served, System, in_turn, progress, serving, window
 from benchmarks.mesh.tables import show_table
 
 OFF = "off"
 WARM_UP_SECONDS = 2.0
-EXPORT_SECONDS = 1.0  # spans are exported at least this often
+TURN_SECONDS = 0.5
+IDLE_SECONDS = 5.0
+EXPORT_SECONDS = 5.0  # spans are exported at least this often, by default
 OUT = Path("build/bench-telemetry.json")
 
 _SAMPLED = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
@@ -81,24 +86,20 @@ async def measure(arguments: argparse.Namespace) -> dict[str, list[Cost]]:
         async with serving(systems, engine) as served:
             for one in served.values():
                 await _load(one, arguments, WARM_UP_SECONDS)
+            idle = await _idle(served)
             for repetition in range(arguments.repeat):
-                for name in in_turn(list(served), repetition):
-                    async with window(served, arguments.patience) as measured:
-                        run = await _run(served[name], arguments)
-                    cost = Cost(name, *run, others=measured.others)
+                costs = await _repetition(served, arguments, idle)
+                for name, cost in costs.items():
                     runs.setdefault(name, []).append(cost)
-                    progress(
-                        f"telemetry: run {repetition + 1} of {arguments.repeat}, {name}: "
-                        f"{cost.services * 1e3:.3f} ms per request"
-                    )
-            return {name: runs[name] for name in served}
+                figures = ", ".join(f"{name} {cost.services * 1e3:.3f}" for name, cost in costs.items())
+                progress(f"run {repetition + 1} of {arguments.repeat}, ms per request: {figures}")
+    return runs
 
 
 def _systems(arguments: argparse.Namespace, endpoint: str) -> list[System]:
     variables = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
         "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
-        "OTEL_BSP_SCHEDULE_DELAY": str(int(EXPORT_SECONDS * 1000)),
         "OTEL_METRIC_EXPORT_INTERVAL": "10000",
     }
     checkouts = [("", None), *([("before: ", arguments.before)] if arguments.before else [])]
@@ -116,13 +117,45 @@ async def _load(served: Served, arguments: argparse.Namespace, seconds: float) -
     return len(await closed_loop(arguments.callers, seconds, call))
 
 
-async def _run(served: Served, arguments: argparse.Namespace) -> tuple[int, float, dict[str, float]]:
-    began, before = time.perf_counter(), _cpu_seconds(served)
-    done = await _load(served, arguments, arguments.seconds)
+async def _idle(served: Mapping[str, Served]) -> dict[str, dict[str, float]]:
+    """Return the cores that each process uses without requests, such as for health checks."""
+    await asyncio.sleep(EXPORT_SECONDS + 1)
+    before, began = {name: _cpu_seconds(one) for name, one in served.items()}, time.perf_counter()
+    await asyncio.sleep(IDLE_SECONDS)
     took = time.perf_counter() - began
-    await asyncio.sleep(2 * EXPORT_SECONDS)  # until the last spans are exported
-    each = per_request(before, _cpu_seconds(served), done)
-    return done, done * arguments.tokens / took, each
+    return {
+        name: {kind: (used - before[name][kind]) / took for kind, used in _cpu_seconds(one).items()}
+        for name, one in served.items()
+    }
+
+
+async def _repetition(
+    served: Mapping[str, Served], arguments: argparse.Namespace, idle: Mapping[str, Mapping[str, float]]
+) -> dict[str, Cost]:
+    done, busy = dict.fromkeys(served, 0), dict.fromkeys(served, 0.0)
+    async with window(served, arguments.patience) as measured:
+        before, began = {name: _cpu_seconds(one) for name, one in served.items()}, time.perf_counter()
+        for turn in range(arguments.turns):
+            for name in in_turn(list(served), turn):
+                started = time.perf_counter()
+                done[name] += await _load(served[name], arguments, TURN_SECONDS)
+                busy[name] += time.perf_counter() - started
+        await asyncio.sleep(EXPORT_SECONDS + 1)  # until the last spans are exported
+        took = time.perf_counter() - began
+        after = {name: _cpu_seconds(one) for name, one in served.items()}
+    return {
+        name: Cost(
+            name,
+            done[name],
+            done[name] * arguments.tokens / busy[name],
+            {
+                kind: (after[name][kind] - before[name][kind] - cores * took) / done[name]
+                for kind, cores in idle[name].items()
+            },
+            measured.others,
+        )
+        for name in served
+    }
 
 
 def _cpu_seconds(served: Served) -> dict[str, float]:
@@ -201,12 +234,17 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--before", type=Path, help="another checkout, whose services are also measured")
     add("--only", nargs="+", choices=CONFIGURATIONS, metavar="CONFIGURATION", help="beside 'off'")
-    add("--repeat", type=int, default=5, help="runs of each configuration")
-    add("--seconds", type=float, default=5.0, help="length of a run")
+    add("--repeat", type=int, default=5, help="repetitions")
+    add("--turns", type=int, default=10, help="turns of each configuration in a repetition")
     add("--callers", type=int, default=16, help="callers, each of which makes one call after the other")
     add("--tokens", type=int, default=16, help="tokens per answer")
     add("--step-seconds", type=float, default=0.01, help="time of an engine step")
-    add("--patience", type=float, default=5.0, help="seconds to wait for a quiet machine before each run")
+    add(
+        "--patience",
+        type=float,
+        default=5.0,
+        help="seconds to wait for a quiet machine before each repetition",
+    )
     add("--collect", action="store_true", help=argparse.SUPPRESS)
     return made
 
