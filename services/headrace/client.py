@@ -273,7 +273,7 @@ class Client:
         """
         # The span is never the current one: a generator runs in the context of each caller that requests an
         # item.
-        span = ClientSpan(_GENERATE, {**self._server, **labels}, attempts)
+        span = ClientSpan(_GENERATE, self._server, labels, attempts)
         call = self._caller.call(
             request, timeout=timeout, metadata=inject(span.context, metadata), flusher=flusher
         )

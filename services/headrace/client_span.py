@@ -20,6 +20,9 @@ _call_duration = metrics.get_meter("headrace.client").create_histogram(
 )
 
 
+_EMPTY: Mapping[str, str | int] = {}
+
+
 class Attempts:
     """The attempts of one request. Without a caller's span they are one trace: the first one's.
 
@@ -43,23 +46,26 @@ class ClientSpan:
     """
 
     def __init__(
-        self, method: str, labels: Mapping[str, str | int], attempts: Attempts | None = None
+        self,
+        method: str,
+        server: Mapping[str, str | int],
+        labels: Mapping[str, str | int] = _EMPTY,
+        attempts: Attempts | None = None,
     ) -> None:
         """Start the span.
 
         method     its full name, such as "headrace.v1.GenerationService/Generate"
+        server     of `server_attributes`
         labels     further attributes of the span
         attempts   those made for the same request
         """
         parent = attempts.context if attempts is not None else None
-        self._span = _tracer.start_span(
-            method,
-            parent,
-            trace.SpanKind.CLIENT,
-            {attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: method, **labels},
-        )
+        self._span = _tracer.start_span(method, parent, trace.SpanKind.CLIENT, server)
         self.context = trace.set_span_in_context(self._span, parent)
         self.recording = self._span.is_recording()
+        if self.recording:
+            self._span.set_attribute(attributes.RPC_METHOD, method)
+            self._span.set_attributes(labels)
         if attempts is not None and parent is None:
             attempts.begin(self._span)
         self._method = method
@@ -106,8 +112,10 @@ class ClientSpan:
 
 
 def server_attributes(target: str) -> dict[str, str | int]:
-    """Return the attributes that name the server of a target; a list of addresses stays one."""
-    address = server_address(target)
-    if address is None:
-        return {attributes.SERVER_ADDRESS: target} if target else {}
-    return {attributes.SERVER_ADDRESS: address[0], attributes.SERVER_PORT: address[1]}
+    """Return the attributes of all calls to a target; a list of addresses stays one."""
+    made: dict[str, str | int] = {attributes.RPC_SYSTEM: "grpc"}
+    if (address := server_address(target)) is not None:
+        made[attributes.SERVER_ADDRESS], made[attributes.SERVER_PORT] = address
+    elif target:
+        made[attributes.SERVER_ADDRESS] = target
+    return made

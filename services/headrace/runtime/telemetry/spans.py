@@ -6,7 +6,8 @@ the SDK's: sampler, limits, resource, batching, and the transport of the exporte
 variables. `otlp_spans` encodes spans for OTLP; other exporters get the SDK's `ReadableSpan`.
 
 Unlike the SDK's, these spans do not check the types of attributes when they are set, and record an exception
-by its class alone: its message may contain text of a prompt.
+by its class alone: its message may contain text of a prompt. A span below one that is not sampled is the same
+one.
 """
 
 from __future__ import annotations
@@ -184,13 +185,16 @@ class Tracer(trace.Tracer):
         set_status_on_exception: bool = True,
     ) -> trace.Span:
         """Start a span; one that is not sampled records nothing."""
-        parent: SpanContext | None = trace.get_current_span(context).get_span_context()
+        above = trace.get_current_span(context)
+        parent: SpanContext | None = above.get_span_context()
         if parent is not None and parent.is_valid:
+            if self._follows_parents and not parent.trace_flags.sampled and not above.is_recording():
+                return above  # nobody will see either, so it needs no ids of its own
             trace_id, random = parent.trace_id, parent.trace_flags.random_trace_id
         else:
             parent, trace_id, random = None, getrandbits(128) or 1, True
         if parent is not None and self._follows_parents:
-            sampled, state = parent.trace_flags.sampled, parent.trace_state
+            sampled, state = True, parent.trace_state
         else:
             result = self._sampler.should_sample(context, trace_id, name, kind, attributes, links)
             sampled = result.decision is Decision.RECORD_AND_SAMPLE
