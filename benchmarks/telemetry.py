@@ -6,8 +6,9 @@ The echo mesh runs as real processes, once for each configuration: without telem
 metrics, with 1 % of the traces and metrics, and with each alone. They export over OTLP to a collector in
 another process, which discards what it receives.
 
-A repetition consists of turns of half a second, in which one mesh after the other is under load, so that
-all find the same machine. The CPU time of a mesh is that of its processes during the whole repetition, until
+Each repetition starts new processes: two of the same code differ by a few percent, as their memory is laid
+out differently. It consists of turns of half a second, in which one mesh after the other is under load, so
+that all find the same machine. The CPU time of a mesh is that of its processes during the repetition, until
 their last spans are exported, without what they use when they are idle. What telemetry adds is the median,
 over the repetitions, of the difference to the mesh without telemetry.
 
@@ -82,17 +83,15 @@ async def measure(arguments: argparse.Namespace) -> dict[str, list[Cost]]:
     runs: dict[str, list[Cost]] = {}
     async with collector() as endpoint:
         systems = _systems(arguments, endpoint)
-        engine = EngineSpec(arguments.step_seconds)
-        async with serving(systems, engine) as served:
-            for one in served.values():
-                await _load(one, arguments, WARM_UP_SECONDS)
-            idle = await _idle(served)
-            for repetition in range(arguments.repeat):
-                costs = await _repetition(served, arguments, idle)
-                for name, cost in costs.items():
-                    runs.setdefault(name, []).append(cost)
-                figures = ", ".join(f"{name} {cost.services * 1e3:.3f}" for name, cost in costs.items())
-                progress(f"run {repetition + 1} of {arguments.repeat}, ms per request: {figures}")
+        for repetition in range(arguments.repeat):
+            async with serving(in_turn(systems, repetition), EngineSpec(arguments.step_seconds)) as served:
+                for one in served.values():
+                    await _load(one, arguments, WARM_UP_SECONDS)
+                costs = await _repetition(served, arguments, await _idle(served))
+            for system in systems:
+                runs.setdefault(system.name, []).append(costs[system.name])
+            figures = ", ".join(f"{name} {cost.services * 1e3:.3f}" for name, cost in costs.items())
+            progress(f"run {repetition + 1} of {arguments.repeat}, ms per request: {figures}")
     return runs
 
 
@@ -104,7 +103,7 @@ def _systems(arguments: argparse.Namespace, endpoint: str) -> list[System]:
     }
     checkouts = [("", None), *([("before: ", arguments.before)] if arguments.before else [])]
     return [
-        System(f"{prefix}{name}", checkout, {**variables, **more})
+        System(f"{prefix}{name}", checkout, {**variables, **more, "PYTHONHASHSEED": "0"})
         for name, more in CONFIGURATIONS.items()
         for prefix, checkout in checkouts
         if name in (arguments.only or [*CONFIGURATIONS]) or name == OFF
@@ -234,8 +233,8 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--before", type=Path, help="another checkout, whose services are also measured")
     add("--only", nargs="+", choices=CONFIGURATIONS, metavar="CONFIGURATION", help="beside 'off'")
-    add("--repeat", type=int, default=5, help="repetitions")
-    add("--turns", type=int, default=10, help="turns of each configuration in a repetition")
+    add("--repeat", type=int, default=9, help="repetitions")
+    add("--turns", type=int, default=12, help="turns of each configuration in a repetition")
     add("--callers", type=int, default=16, help="callers, each of which makes one call after the other")
     add("--tokens", type=int, default=16, help="tokens per answer")
     add("--step-seconds", type=float, default=0.01, help="time of an engine step")

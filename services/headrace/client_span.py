@@ -80,8 +80,6 @@ class ClientSpan:
     def succeed(self) -> None:
         """Note that the call succeeded."""
         self._code, self._error_type = grpc.StatusCode.OK, ""
-        if self.recording:
-            self._span.add_event(attributes.EVENT_FINISH)
 
     def fail(self, error: Exception) -> None:
         """Note the error of the call."""
