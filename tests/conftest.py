@@ -15,12 +15,15 @@ from hypothesis import HealthCheck, settings
 from opentelemetry import trace
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanLimits
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 
 from headrace.metrics.words import LABELS
 from headrace.runtime.telemetry.collection import read_by
+from headrace.runtime.telemetry.span_sampler import LinkedRoots
+from headrace.runtime.telemetry.spans import ReadableExporter, Tracers
 from tests import parallel
 from tests.harness import Mesh, running_mesh
 from tests.tables import Tables
@@ -40,9 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     parallel.take_part(config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Tables())
-    tracers = TracerProvider()
-    tracers.add_span_processor(SimpleSpanProcessor(_spans))
-    trace.set_tracer_provider(tracers)
+    exporter = ReadableExporter(_spans, Resource.create({}), SpanLimits())
+    trace.set_tracer_provider(Tracers(LinkedRoots(DEFAULT_ON), [SimpleSpanProcessor(exporter)]))
     read_by(_reader, Resource.get_empty())
 
 

@@ -85,7 +85,9 @@ async def batcher(
         ageing=settings.ageing_seconds,
         defaults=defaults,
     ) as intake:
-        answering = Answering(coalescer, intake, tokenizer, tier=settings.tier)
+        answering = Answering(
+            coalescer, intake, tokenizer, tier=settings.tier, trace_content=settings.trace_content
+        )
         calls = Calls(settings.limits, trace_context=settings.trace_context)
         servicer = GenerationServicer(
             answering, coalescer, intake, calls, tier=settings.tier, max_tokens=settings.max_tokens

@@ -13,6 +13,7 @@ from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
 from headrace.batcher.text.answer import AnswerEvents
+from headrace.batcher.text.recorded_text import RecordedText
 from headrace.batcher.text.tokens import Tokenizer
 from headrace.deadline import Deadline
 from headrace.metrics.requests import CANCELLED, End, Timing, record
@@ -22,13 +23,25 @@ from headrace.v1 import generation_pb2 as pb
 
 
 class Answering:
-    """Answers the requests of one tier."""
+    """Answers the requests of one tier.
 
-    def __init__(self, coalescer: Coalescer, intake: Intake, tokenizer: Tokenizer, *, tier: str) -> None:
+    trace_content   whether spans contain prompts and answers
+    """
+
+    def __init__(
+        self,
+        coalescer: Coalescer,
+        intake: Intake,
+        tokenizer: Tokenizer,
+        *,
+        tier: str,
+        trace_content: bool = False,
+    ) -> None:
         self._coalescer = coalescer
         self._intake = intake
         self._tokenizer = tokenizer
         self._tier = tier
+        self._trace_content = trace_content
 
     async def answer(
         self, request: pb.GenerateRequest, remaining: float | None, write: Write, *, framed: bool = False
@@ -43,9 +56,15 @@ class Answering:
         Raises the error that ends the call.
         """
         job = await self._job(request, remaining, framed)
+        text: RecordedText | None = None
+        if self._trace_content and job.span.is_recording():
+            text = RecordedText(request, write)
+            write = text.write
         try:
             await self._run(job, request, write)
         finally:
+            if text is not None:
+                job.span.set_attributes(text.attributes())
             if job.release_place is not None:
                 job.release_place()
 

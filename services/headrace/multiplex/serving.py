@@ -333,19 +333,20 @@ class _Stream:
             self._unsent_bytes += event.ByteSize()
             self._has_unsent.set()
 
-        try:
+        async def answer() -> None:
             with self._calls.budget.admit(self._peer) as reservation:
                 reservation.resize(opened.ByteSize())
                 seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
-                request.deadline = deadline = Deadline.after(seconds, time.monotonic())
-                metadata = list(opened.metadata.items())
-                incoming = Incoming(opened.request, seconds, metadata, self._identity, framed=True)
-                error = await self._calls.run(
-                    _GENERATE,
-                    metadata,
-                    lambda: deadline.left(time.monotonic()) if deadline.exists else None,
-                    lambda: self._answer(incoming, write),
+                request.deadline = Deadline.after(seconds, time.monotonic())
+                await self._answer(
+                    Incoming(opened.request, seconds, metadata, self._identity, framed=True), write
                 )
+
+        metadata = list(opened.metadata.items())
+        try:
+            error = await self._calls.run(
+                _GENERATE, metadata, lambda: request.deadline.left(time.monotonic()), answer
+            )
         except asyncio.CancelledError:
             error = (
                 errors.DeadlineExceeded("the deadline passed before the answer was complete")

@@ -18,8 +18,6 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry import trace
-
 from headrace.runtime.telemetry import exporters
 from headrace.runtime.telemetry.vitals import measuring
 
@@ -111,24 +109,9 @@ def resource(service: str, instance: str) -> Resource:
 
 
 def _trace(made: Sequence[Any], service: str, instance: str) -> list[Callable[[], object]]:
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from headrace.runtime.telemetry.tracing import set_up
 
-    from headrace.runtime.telemetry.span_sampler import LinkedRoots
-
-    tracers = TracerProvider(resource=resource(service, instance), shutdown_on_exit=False)
-    tracers.sampler = LinkedRoots(tracers.sampler)
-    processors = [BatchSpanProcessor(exporter) for exporter in made]
-    for processor in processors:
-        tracers.add_span_processor(processor)
-    trace.set_tracer_provider(tracers)
-
-    def close(processor: Any) -> None:
-        processor.force_flush(int(_FLUSH_SECONDS * 1000))
-        processor.shutdown()
-
-    # Separately: an exporter whose collector is down does not delay the last spans of the others.
-    return [functools.partial(close, processor) for processor in processors]
+    return set_up(made, resource(service, instance), _FLUSH_SECONDS)
 
 
 def _measure(made: Sequence[Any], service: str, instance: str) -> list[Callable[[], object]]:
