@@ -25,8 +25,7 @@ SETTINGS: dict[str, type[ServiceSettings]] = {
     "worker": WorkerSettings,
 }
 BASE = K8S / "base"
-# What all services share, what a batcher and a worker of one tier share, and what the manifest derives from the
-# name of the tier.
+# What all services share, what batcher and worker of a tier share, and what follows from the tier's name.
 OF_THE_MESH = tuple(
     name
     for name, field in ServiceSettings.model_fields.items()

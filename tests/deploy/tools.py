@@ -143,7 +143,7 @@ PACKAGES: dict[str, Package] = {
 def find(name: str) -> Path:
     """Return the path of a program (`crds`: the folder of the schemas). Raises Missing.
 
-    `kubernetes-validate` is a Python interpreter that can import `kubernetes_validate`. Without the kubectl of
+    `kubernetes-validate` is a Python interpreter that can import `kubernetes_validate`. If kubectl is not in
     this folder, one on the PATH is returned.
     """
     package = next((each for each, known in PACKAGES.items() if name in known.programs), None)
