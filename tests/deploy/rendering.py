@@ -30,6 +30,8 @@ OF_OVERLAYS = (
     "mtls/tokens",
     "quotas",
     "gateway-api",
+    "gateway-api/tls",
+    "priority",
 )
 OF_TIERS = ("model-cache", "model-image", "autoscaling/tier")
 TRANSFORMERS = ("tier-name", "autoscaling/to-zero")
@@ -129,6 +131,8 @@ def _value(variable: Mapping[str, Any], deployment: Resource, defined: Mapping[s
     if "value" in variable:
         return re.sub(r"\$\((\w+)\)", lambda match: defined.get(match[1], match[0]), variable["value"])
     path = variable["valueFrom"]["fieldRef"]["fieldPath"]
+    if path in ("metadata.name", "metadata.namespace"):
+        return str(deployment["metadata"][path.removeprefix("metadata.")])
     match = re.fullmatch(r"metadata\.labels\['(.+)'\]", path)
     assert match, path
     label = deployment["spec"]["template"]["metadata"]["labels"][match[1]]

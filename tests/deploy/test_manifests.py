@@ -40,6 +40,8 @@ SEEN: dict[str, Callable[[list[Resource]], bool]] = {
     "mtls/tokens": lambda found: any(port["name"] == "mtls" for port in _ports(found, "router")),
     "quotas": lambda found: "quotas" in _volumes(found, "router"),
     "gateway-api": lambda found: "router" in of_kind(found, "GRPCRoute"),
+    "gateway-api/tls": lambda found: "router" in of_kind(found, "BackendTLSPolicy"),
+    "priority": lambda found: pod(of_kind(found, "Deployment")["router"])["priorityClassName"] == "headrace",
     "model-cache": lambda found: "models-small" in of_kind(found, "PersistentVolumeClaim"),
     "model-image": lambda found: "model" in _volumes(found, "worker-small"),
     "autoscaling/tier": lambda found: "worker-small" in of_kind(found, "ScaledObject"),
