@@ -131,7 +131,7 @@ def check_pods(found: list[Resource]) -> None:
 def check_probes(found: list[Resource], deployment: Resource) -> None:
     """Check that readiness and liveness are asked separately, on a port that serves health."""
     variables, box = environment(found, deployment), container(deployment)
-    port = int(variables.get("HEADRACE_HEALTH_PORT", variables["HEADRACE_PORT"]))
+    port = int(variables.get("HEADRACE_HEALTH_PORT", 0)) or int(variables["HEADRACE_PORT"])
     ports = {each["name"]: each["containerPort"] for each in box["ports"]}
     assert ports["grpc"] == int(variables["HEADRACE_PORT"])
     assert port in ports.values()
