@@ -245,15 +245,3 @@ def test_a_tier_is_a_file_of_a_few_lines() -> None:
         assert len(lines) <= 20, path
         assert f"nameSuffix: -{path.parent.name}" in lines
         assert f"  - pairs: {{headrace/tier: {path.parent.name}}}" in lines
-
-
-def test_autoscalers_query_their_tier(tmp_path: Path) -> None:
-    found = combined(tmp_path, [], ["autoscaling/tier"], TRANSFORMERS)
-    scaled = of_kind(found, "ScaledObject")["worker-small"]["spec"]
-    queries = [trigger["metadata"]["query"] for trigger in scaled["triggers"]]
-
-    assert scaled["minReplicaCount"] == 0
-    assert len(queries) == 3
-    for query in queries:
-        assert 'headrace_tier="small"' in query
-        assert "TIER" not in query
