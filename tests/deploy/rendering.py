@@ -33,7 +33,7 @@ OF_OVERLAYS = (
     "gateway-api/tls",
     "priority",
 )
-OF_TIERS = ("model-cache", "model-image", "autoscaling/tier")
+OF_TIERS = ("model-cache", "model-image", "tokenizer-image", "autoscaling/tier")
 TRANSFORMERS = ("tier-name", "autoscaling/to-zero")
 
 

@@ -44,6 +44,7 @@ SEEN: dict[str, Callable[[list[Resource]], bool]] = {
     "priority": lambda found: pod(of_kind(found, "Deployment")["router"])["priorityClassName"] == "headrace",
     "model-cache": lambda found: "models-small" in of_kind(found, "PersistentVolumeClaim"),
     "model-image": lambda found: "model" in _volumes(found, "worker-small"),
+    "tokenizer-image": lambda found: "tokenizer" in _volumes(found, "batcher-small"),
     "autoscaling/tier": lambda found: "worker-small" in of_kind(found, "ScaledObject"),
 }
 
