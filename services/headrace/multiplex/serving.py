@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -334,7 +335,12 @@ class _Stream:
             self._has_unsent.set()
 
         async def answer() -> None:
-            with self._calls.budget.admit(self._peer) as reservation:
+            with ExitStack() as stack:
+                try:
+                    reservation = stack.enter_context(self._calls.budget.admit(self._peer))
+                except errors.HeadraceError as refused:
+                    record_refusal(refused, self._identity.quota)
+                    raise
                 reservation.resize(opened.ByteSize())
                 seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
                 request.deadline = Deadline.after(seconds, time.monotonic())
@@ -355,7 +361,6 @@ class _Stream:
             )
         except Exception as raised:
             error = reported(raised, _GENERATE)
-            record_refusal(error, self._identity.quota)
         del self._requests[request.handle]
         if not finished:
             self._end(request.handle, error or errors.Unavailable("the answer ended without a finish"))
