@@ -29,7 +29,7 @@ _KINDS = {
 }
 _REMOTE_KNOWN = trace_pb2.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
 _REMOTE = _REMOTE_KNOWN | trace_pb2.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
-_CACHED_CHARACTERS = 64  # of a value; longer ones, and ids, would only displace others
+_CACHED_CHARACTERS = 64  # of a value; longer ones would fill the memory
 
 
 class Encoder:
@@ -103,22 +103,26 @@ class Encoder:
         if most is not None and len(attributes) > most:
             message.dropped_attributes_count = len(attributes) - most
             attributes = dict(list(attributes.items())[-most:] if most else ())
+        pairs = []
         for key, value in attributes.items():
             if longest is not None:
                 value = _shortened(value, longest)
-            if type(value) in (str, bool) and (value in (True, False) or len(value) <= _CACHED_CHARACTERS):
-                message.attributes.append(_pair(key, value))
+            kind = type(value)
+            if kind is int or kind is bool or (kind is str and len(value) <= _CACHED_CHARACTERS):
+                pairs.append(_pair(key, value))
             else:
-                pair = message.attributes.add()
-                pair.key = key
-                _set(pair.value, value)
+                pairs.append(_new_pair(key, value))
+        message.attributes.extend(pairs)
 
 
-@lru_cache(maxsize=4096)
-def _pair(key: str, value: str | bool) -> KeyValue:
+def _new_pair(key: str, value: Any) -> KeyValue:
     made = KeyValue(key=key)
     _set(made.value, value)
     return made
+
+
+# Typed, since 1 and True are equal.
+_pair = lru_cache(maxsize=4096, typed=True)(_new_pair)
 
 
 def _set(message: AnyValue, value: Any) -> None:
