@@ -1,11 +1,13 @@
 """Encode the spans of `spans` for OTLP, for the SDK's exporters.
 
-Messages are filled in place, which takes a fifth of the time of the SDK's encoder. The encoder runs on the
-exporter's thread, but holds the interpreter's lock, so that its time is taken from requests.
+The encoder joins the bytes of the fields of opentelemetry/proto/trace/v1/trace.proto. Most are the same in
+many spans, and encoded once. That takes a tenth of the time of the SDK's encoder. It runs on the exporter's
+thread, but holds the interpreter's lock, so that its time is taken from requests.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -27,9 +29,43 @@ _KINDS = {
     SpanKind.PRODUCER: trace_pb2.Span.SPAN_KIND_PRODUCER,
     SpanKind.CONSUMER: trace_pb2.Span.SPAN_KIND_CONSUMER,
 }
-_REMOTE_KNOWN = trace_pb2.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
-_REMOTE = _REMOTE_KNOWN | trace_pb2.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
-_CACHED_CHARACTERS = 64  # of a value; longer ones, and ids, would only displace others
+_CACHED_CHARACTERS = 64  # of a value; longer ones would fill the memory
+_FIXED64, _BYTES = 1, 2  # wire types
+_fixed64 = struct.Struct("<Q").pack
+
+
+@lru_cache(maxsize=4096)
+def _varint(number: int) -> bytes:
+    parts = bytearray()
+    while number >= 0x80:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*parts, number))
+
+
+def _tag(name: str, wire_type: int, message: Any = trace_pb2.Span) -> bytes:
+    return _varint(message.DESCRIPTOR.fields_by_name[name].number << 3 | wire_type)
+
+
+def _flags(message: Any) -> dict[bool, bytes]:
+    """Return the flags of a span or link as bytes, by whether its parent or the linked span is remote."""
+    known = trace_pb2.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
+    remote = known | trace_pb2.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
+    return {False: message(flags=known).SerializeToString(), True: message(flags=remote).SerializeToString()}
+
+
+_SPANS = _tag("spans", _BYTES, trace_pb2.ScopeSpans)
+_SCOPE_SPANS = _tag("scope_spans", _BYTES, trace_pb2.ResourceSpans)
+# The fields of ids have the same numbers in spans and links.
+_TRACE_ID, _SPAN_ID = _tag("trace_id", _BYTES) + b"\x10", _tag("span_id", _BYTES) + b"\x08"
+_PARENT_ID = _tag("parent_span_id", _BYTES) + b"\x08"
+_START, _END = _tag("start_time_unix_nano", _FIXED64), _tag("end_time_unix_nano", _FIXED64)
+_EVENT_TIME = _tag("time_unix_nano", _FIXED64, trace_pb2.Span.Event)
+_EVENTS, _LINKS = _tag("events", _BYTES), _tag("links", _BYTES)
+_ATTRIBUTES = _tag("attributes", _BYTES)
+_EVENT_ATTRIBUTES = _tag("attributes", _BYTES, trace_pb2.Span.Event)
+_LINK_ATTRIBUTES = _tag("attributes", _BYTES, trace_pb2.Span.Link)
+_FLAGS, _LINK_FLAGS = _flags(trace_pb2.Span), _flags(trace_pb2.Span.Link)
 
 
 class Encoder:
@@ -40,85 +76,140 @@ class Encoder:
         empty = ReadableSpan("", context=SpanContext(1, 1, False), resource=resource)
         (block,) = encode_spans([empty]).resource_spans
         del block.scope_spans[:]
-        self._block = block
+        self._resource = block.SerializeToString()
         self._limits = limits
 
     def encode(self, spans: Sequence[Span]) -> ExportTraceServiceRequest:
         """Return an export request with *spans*."""
         if spans and not isinstance(spans[0], Span):  # from an exporter that converted them
             return encode_spans(spans)
-        request = ExportTraceServiceRequest(resource_spans=[self._block])
-        block = request.resource_spans[0]
-        scopes: dict[Any, Any] = {}
+        scopes: dict[Any, list[bytes]] = {}
         for span in spans:
-            scope = scopes.get(span.scope)
-            if scope is None:
-                scope = scopes[span.scope] = block.scope_spans.add(schema_url=span.scope.schema_url or "")
-                scope.scope.name = span.scope.name
-                scope.scope.version = span.scope.version or ""
-            self._fill(scope.spans.add(), span)
+            parts = scopes.get(span.scope)
+            if parts is None:
+                parts = scopes[span.scope] = [_scope(span.scope)]
+            body = self._span(span)
+            parts += (_SPANS, _varint(len(body)), body)
+        blocks = [self._resource]
+        for parts in scopes.values():
+            body = b"".join(parts)
+            blocks += (_SCOPE_SPANS, _varint(len(body)), body)
+        request = ExportTraceServiceRequest()
+        request.resource_spans.add().MergeFromString(b"".join(blocks))
         return request
 
-    def _fill(self, message: trace_pb2.Span, span: Span) -> None:
-        limits, context, parent = self._limits, span.context, span.parent
-        message.trace_id = context.trace_id.to_bytes(16, "big")
-        message.span_id = context.span_id.to_bytes(8, "big")
-        if context.trace_state:
-            message.trace_state = context.trace_state.to_header()
-        if parent is not None:
-            message.parent_span_id = parent.span_id.to_bytes(8, "big")
-        message.flags = _flags(parent)
-        message.name = span.name
-        message.kind = _KINDS[span.kind]
-        message.start_time_unix_nano = span.start_time
-        message.end_time_unix_nano = span.end_time or span.start_time
-        self._add(message, span.attributes, limits.max_span_attributes)
-        events, most = span.events, limits.max_events
-        if most is not None and len(events) > most:
-            message.dropped_events_count = len(events) - most
-            events = events[-most:] if most else []
-        for event in events:
-            added = message.events.add()
-            added.name = event.name
-            added.time_unix_nano = event.timestamp
-            if event.attributes:
-                self._add(added, event.attributes, limits.max_event_attributes)
-        links, most = span.links, limits.max_links
-        if most is not None and len(links) > most:
-            message.dropped_links_count = len(links) - most
-            links = links[-most:] if most else []
-        for link in links:
-            to = message.links.add()
-            to.trace_id = link.context.trace_id.to_bytes(16, "big")
-            to.span_id = link.context.span_id.to_bytes(8, "big")
-            to.flags = _flags(link.context)
-            if link.attributes:
-                self._add(to, link.attributes, limits.max_link_attributes)
-        if span.status.status_code is not StatusCode.UNSET:
-            message.status.code = span.status.status_code.value
-            message.status.message = span.status.description or ""
+    def _span(self, span: Span) -> bytes:
+        limits, context, parent, status = self._limits, span.context, span.parent, span.status
+        parts = [
+            *(_TRACE_ID, context.trace_id.to_bytes(16, "big"), _SPAN_ID, context.span_id.to_bytes(8, "big")),
+            _name_and_kind(span.name, span.kind),
+            *(_START, _fixed64(span.start_time), _END, _fixed64(span.end_time or span.start_time)),
+        ]
+        if parent is None:
+            parts.append(_FLAGS[False])
+        else:
+            parts += (_FLAGS[parent.is_remote], _PARENT_ID, parent.span_id.to_bytes(8, "big"))
+        dropped = self._add(parts, _ATTRIBUTES, span.attributes, limits.max_span_attributes)
+        dropped_events = self._add_events(parts, span) if span.events else 0
+        dropped_links = self._add_links(parts, span) if span.links else 0
+        if (
+            context.trace_state
+            or status.status_code is not StatusCode.UNSET
+            or dropped
+            or dropped_events
+            or dropped_links
+        ):
+            # What few spans have, as a message of its own: messages are merged by joining their bytes.
+            rest = trace_pb2.Span(
+                trace_state=context.trace_state.to_header(),
+                dropped_attributes_count=dropped,
+                dropped_events_count=dropped_events,
+                dropped_links_count=dropped_links,
+            )
+            if status.status_code is not StatusCode.UNSET:
+                rest.status.code = status.status_code.value
+                rest.status.message = status.description or ""
+            parts.append(rest.SerializeToString())
+        return b"".join(parts)
 
-    def _add(self, message: Any, attributes: Mapping[str, Any], most: int | None) -> None:
-        longest = self._limits.max_span_attribute_length
+    def _add_events(self, parts: list[bytes], span: Span) -> int:
+        """Add the last events within the limit; return the number of others. So do the methods below."""
+        events, dropped = _last(span.events, self._limits.max_events)
+        for event in events:
+            made = [_EVENT_TIME, _fixed64(event.timestamp), _event_name(event.name)]
+            if event.attributes:
+                most = self._limits.max_event_attributes
+                if left := self._add(made, _EVENT_ATTRIBUTES, event.attributes, most):
+                    made.append(trace_pb2.Span.Event(dropped_attributes_count=left).SerializeToString())
+            body = b"".join(made)
+            parts += (_EVENTS, _varint(len(body)), body)
+        return dropped
+
+    def _add_links(self, parts: list[bytes], span: Span) -> int:
+        links, dropped = _last(span.links, self._limits.max_links)
+        for link in links:
+            to = link.context
+            made = [
+                *(_TRACE_ID, to.trace_id.to_bytes(16, "big"), _SPAN_ID, to.span_id.to_bytes(8, "big")),
+                _LINK_FLAGS[to.is_remote],
+            ]
+            if link.attributes:
+                most = self._limits.max_link_attributes
+                if left := self._add(made, _LINK_ATTRIBUTES, link.attributes, most):
+                    made.append(trace_pb2.Span.Link(dropped_attributes_count=left).SerializeToString())
+            body = b"".join(made)
+            parts += (_LINKS, _varint(len(body)), body)
+        return dropped
+
+    def _add(self, parts: list[bytes], tag: bytes, attributes: Mapping[str, Any], most: int | None) -> int:
+        pairs: Any = attributes.items()
+        dropped = 0
         if most is not None and len(attributes) > most:
-            message.dropped_attributes_count = len(attributes) - most
-            attributes = dict(list(attributes.items())[-most:] if most else ())
-        for key, value in attributes.items():
+            pairs, dropped = _last(list(pairs), most)
+        longest = self._limits.max_span_attribute_length
+        for key, value in pairs:
             if longest is not None:
                 value = _shortened(value, longest)
-            if type(value) in (str, bool) and (value in (True, False) or len(value) <= _CACHED_CHARACTERS):
-                message.attributes.append(_pair(key, value))
+            kind = type(value)
+            if kind is int or kind is bool or (kind is str and len(value) <= _CACHED_CHARACTERS):
+                parts.append(_attribute(tag, key, value))
             else:
-                pair = message.attributes.add()
-                pair.key = key
-                _set(pair.value, value)
+                parts.append(_new_attribute(tag, key, value))
+        return dropped
 
 
-@lru_cache(maxsize=4096)
-def _pair(key: str, value: str | bool) -> KeyValue:
+@lru_cache(maxsize=256)
+def _name_and_kind(name: str, kind: SpanKind) -> bytes:
+    return trace_pb2.Span(name=name, kind=_KINDS[kind]).SerializeToString()
+
+
+@lru_cache(maxsize=256)
+def _event_name(name: str) -> bytes:
+    return trace_pb2.Span.Event(name=name).SerializeToString()
+
+
+def _new_attribute(tag: bytes, key: str, value: Any) -> bytes:
     made = KeyValue(key=key)
     _set(made.value, value)
-    return made
+    body = made.SerializeToString()
+    return tag + _varint(len(body)) + body
+
+
+# Typed, since 1 and True are equal.
+_attribute = lru_cache(maxsize=4096, typed=True)(_new_attribute)
+
+
+def _scope(scope: Any) -> bytes:
+    made = trace_pb2.ScopeSpans(schema_url=scope.schema_url)
+    made.scope.name, made.scope.version = scope.name, scope.version or ""
+    return made.SerializeToString()
+
+
+def _last(items: Sequence[Any], most: int | None) -> tuple[Sequence[Any], int]:
+    """Return the last items, at most *most*, and the number of others."""
+    if most is None or len(items) <= most:
+        return items, 0
+    return items[len(items) - most :], len(items) - most
 
 
 def _set(message: AnyValue, value: Any) -> None:
@@ -154,7 +245,3 @@ def _shortened(value: Any, longest: int) -> Any:
     if isinstance(value, (list, tuple)):
         return [_shortened(each, longest) for each in value]
     return value
-
-
-def _flags(context: SpanContext | None) -> int:
-    return _REMOTE if context is not None and context.is_remote else _REMOTE_KNOWN

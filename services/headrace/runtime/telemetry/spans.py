@@ -1,7 +1,7 @@
 """Record spans by OpenTelemetry's API, with the SDK's sampler and processors, at a fifth of the SDK's cost.
 
 The SDK's own spans cost more CPU time than anything else that telemetry does: 31 us to record one, and 27 us
-to encode it. A request has eight. These cost 7 us and 6 us; see `benchmarks.telemetry`. Everything else is
+to encode it. A request has eight. These cost 7 us and 4 us; see `benchmarks.telemetry`. Everything else is
 the SDK's: sampler, limits, resource, batching, and the transport of the exporters, configured by the same
 variables. `otlp_spans` encodes spans for OTLP; other exporters get the SDK's `ReadableSpan`.
 
