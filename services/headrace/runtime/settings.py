@@ -13,8 +13,9 @@ import sys
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import CliApp, CliSettingsSource, SettingsConfigDict
 
+from headrace.runtime.security.settings import AuthSettings
 from headrace.runtime.serving.inflight import CONNECTION_SHARE, INCOMPLETE_SHARE
 from headrace.runtime.serving.limits import MIB, Limits
 
@@ -48,7 +49,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return super()._fill_text(inspect.cleandoc(text), width, indent)
 
 
-class ServiceSettings(BaseSettings):
+class ServiceSettings(AuthSettings):
     """The settings of every server; each service adds its own."""
 
     model_config = SettingsConfigDict(
