@@ -28,6 +28,7 @@ from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.runtime import process_info
+from headrace.runtime.security.setup import security
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
@@ -59,7 +60,13 @@ async def batcher(
     identity   the name of this batcher in its workers' logs
     defaults   values of sampling fields that a request leaves out
     """
-    pool = WorkerPool(settings.worker_targets, fingerprint=tokenizer.fingerprint, batcher_id=identity)
+    secured = security(settings, "batcher")
+    pool = WorkerPool(
+        settings.worker_targets,
+        fingerprint=tokenizer.fingerprint,
+        batcher_id=identity,
+        tls=secured.calls,
+    )
     coalescer = Coalescer(
         pool,
         RequestQueue(
@@ -104,9 +111,13 @@ async def batcher(
                     (*SERVICES, *process_info.SERVICES),
                     host=settings.host,
                     port=settings.port,
+                    health_port=settings.health_port,
+                    mtls_port=settings.mtls_port,
+                    tls=secured.server,
                     drain_seconds=settings.drain_seconds,
                     calls=calls,
                     untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
+                    guard=secured.guard,
                     ready=lambda: bool(pool.ready()),
                 ) as server:
                     yield RunningBatcher(server, coalescer, intake)

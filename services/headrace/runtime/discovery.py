@@ -67,6 +67,17 @@ class Discovery:
         """Resolve all targets now."""
         return frozenset().union(*[await self._resolve(target) for target in self._targets])
 
+    def server_name(self, address: str) -> str:
+        """Return the name that *address* was resolved from, which its certificate contains; else empty."""
+        return next(
+            (
+                name[0]
+                for target, found in self._found.items()
+                if address in found and (name := _name(target)) is not None
+            ),
+            "",
+        )
+
     async def _resolve(self, target: str) -> frozenset[str]:
         name = _name(target)
         if name is None:

@@ -27,13 +27,14 @@ from grpc_health.v1._async import HealthServicer
 from headrace import errors, propagation
 from headrace.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, join
 from headrace.runtime.security.guard import Guard
+from headrace.runtime.security.server_tls import ServerTls
 from headrace.runtime.serving import accept_loop
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.bind_check import bind_error, explain
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.inflight import InflightBudget
 from headrace.runtime.serving.interceptor import ServerInterceptor
-from headrace.runtime.serving.limits import raise_file_limit
+from headrace.runtime.serving.limits import Limits, raise_file_limit
 from headrace.runtime.serving.memory_reclaim import (
     collect_less_often,
     freeze_loaded_objects,
@@ -54,6 +55,7 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.enable_channelz", 1),
 )
+_PROBES = Limits(max_message_bytes=4096, max_concurrent_streams=16, max_connections=64)
 _FOLLOW_SECONDS = 0.1
 _EVICT_SECONDS = 2.0  # after the drain, until the remaining requests have ended, on a busy machine
 _FORCE_SECONDS = 0.5  # after that, until the status of calls that are still open was sent
@@ -126,7 +128,10 @@ async def serving(
     *,
     host: str,
     port: int,
+    mtls_port: int = 0,
+    health_port: int = 0,
     share_port: bool = False,
+    tls: ServerTls | None = None,
     drain_seconds: float,
     calls: Calls | None = None,
     untracked: frozenset[str] = frozenset(),
@@ -139,6 +144,9 @@ async def serving(
     register       adds the servicers
     services       descriptors of the services that it adds, for reflection and health
     port           0 picks a free one
+    mtls_port      a second port, whose clients need a certificate; 0: none
+    health_port    a third port, for health alone, without TLS; 0: none
+    tls            how the server speaks TLS; None: plaintext
     share_port     whether other servers may listen on it too; each connection then reaches one of them. By
                    default, another server on the port is an error
     drain_seconds  how long requests in flight may continue after the block exits; the rest then end with
@@ -170,11 +178,24 @@ async def serving(
             CHANNELZ.services_by_name["Channelz"].full_name,
         ],
     )
-    bound = await _listen(server, host, port, share_port)
+    add_port = server.add_insecure_port
+    if tls is not None:
+        credentials = tls.credentials(ask_certificates=tls.ask_certificates)
+        add_port = functools.partial(server.add_secure_port, server_credentials=credentials)
+    bound = await _listen(add_port, host, port, share_port)
+    if mtls_port and tls is not None:
+        mutual = tls.credentials(ask_certificates=True)
+        add_port = functools.partial(server.add_secure_port, server_credentials=mutual)
+        await _listen(add_port, host, mtls_port, share_port)
+    probes = _health_server(health, share_port) if health_port else None
+    if probes is not None:
+        await _listen(probes.add_insecure_port, host, health_port, share_port)
     await health.set_ready(False)
     await health.set_live()
     await server.start()
-    log.info("serving", extra={"host": host, "port": bound})
+    if probes is not None:
+        await probes.start()
+    log.info("serving", extra={"host": host, "port": bound, "tls": tls is not None})
     following = asyncio.create_task(health.follow(ready))
     try:
         yield Serving(bound, health, calls.budget, calls.requests)
@@ -183,6 +204,17 @@ async def serving(
         calls.requests.drain()
         await health.set_ready(False)
         await _drain(server, calls.requests, drain_seconds, drain)
+        if probes is not None:
+            await probes.stop(None)
+
+
+def _health_server(health: Health, shared: bool) -> grpc.aio.Server:
+    """Return a server for probes, which need neither TLS nor credentials. It holds little."""
+    server = accept_loop.server(
+        [], (*_OPTIONS, *_PROBES.options(), ("grpc.so_reuseport", int(shared)), ("grpc.enable_channelz", 0))
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    return server
 
 
 async def _drain(
@@ -215,12 +247,12 @@ async def _drain(
     log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
 
-async def _listen(server: grpc.aio.Server, host: str, port: int, shared: bool) -> int:
+async def _listen(add_port: Callable[[str], int], host: str, port: int, shared: bool) -> int:
     find = functools.partial(bind_error, host, port, shared=shared)
     problem: Exception | None = await asyncio.to_thread(find)
     if problem is None:
         try:
-            return server.add_insecure_port(join(host, port))
+            return add_port(join(host, port))
         except RuntimeError as error:  # in use since the check, or gRPC has another reason
             problem = await asyncio.to_thread(find) or error
     in_use = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE

@@ -1,0 +1,189 @@
+"""Find the role of a peer in the names of its certificate, and allow calls by role.
+
+A role is the last segment of a SPIFFE URI, as in `spiffe://cluster.local/ns/headrace/sa/batcher-small`, or
+the first label of a DNS name, as in `batcher-small.headrace.svc`. What surrounds it, the domain, must be the
+same as in the certificate of this process, or be one of `--tls-peers`: an authority that many teams share
+signs certificates for other teams' routers as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from headrace import errors
+from headrace.runtime.security.access import ServiceName, authorise, required_scope
+from headrace.runtime.security.guard import Metadata, Peer
+from headrace.runtime.security.identity import ALL_SCOPES, Identity, Scope
+from headrace.tls.files import Material, TlsReader
+
+Role: TypeAlias = Literal["router", "batcher", "worker", "admin"]
+
+# What a peer may call. A router calls batchers, and as a tier of another router that router.
+SCOPES: Mapping[Role, frozenset[Scope]] = {
+    "router": frozenset(("router", "generate")),
+    "batcher": frozenset(("batcher",)),
+    "worker": frozenset(),
+    "admin": ALL_SCOPES,
+}
+# Other certificates that are verified, and callers without one, may call what callers of a router need.
+CALLER_SCOPES: frozenset[Scope] = frozenset(("generate", "feedback"))
+
+# `batcher-small` is a batcher, but `admin-dashboard` is not an administrator.
+_ROLE = re.compile(r"(?:headrace-)?(?:(?P<role>router|batcher|worker)(?:-.+)?|(?P<admin>admin))")
+
+
+@dataclass(frozen=True)
+class Domains:
+    """What surrounds the role in the names of this mesh's certificates.
+
+    uris      what precedes it, such as "spiffe://cluster.local/ns/headrace/sa/"
+    suffixes  what follows it, such as ".headrace.svc"; not used if there are *uris*
+    """
+
+    uris: frozenset[str] = frozenset()
+    suffixes: frozenset[str] = frozenset()
+
+    @classmethod
+    def parse(cls, entries: Iterable[str]) -> Domains:
+        """Read `--tls-peers`. Raises ValueError."""
+        uris, suffixes = set(), set()
+        for entry in filter(None, (entry.strip() for entry in entries)):
+            if entry.startswith("spiffe://") and entry.count("/") > 2 and entry.endswith("/"):
+                uris.add(entry)
+            elif re.fullmatch(r"(\.[a-zA-Z0-9-]+)+", entry):
+                suffixes.add(entry.lower())
+            else:
+                raise ValueError(
+                    f"{entry!r} is neither the start of a SPIFFE URI, such as "
+                    "spiffe://cluster.local/ns/headrace/sa/, nor the end of a DNS name, such as .headrace.svc"
+                )
+        return cls(frozenset(uris), frozenset(suffixes))
+
+    @classmethod
+    def of(cls, certificate: bytes) -> Domains:
+        """Return the domains of a certificate in PEM format: those of its names that contain a role."""
+        # Imported here: it takes 10 MB, which processes without TLS do not need.
+        from cryptography import x509
+
+        try:
+            found = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(
+                x509.SubjectAlternativeName
+            )
+        except (ValueError, x509.ExtensionNotFound):
+            return cls()
+        uris = found.value.get_values_for_type(x509.UniformResourceIdentifier)
+        names = found.value.get_values_for_type(x509.DNSName)
+        return cls(
+            frozenset(before for before, role in map(_split_uri, uris) if role),
+            frozenset(after for role, after in map(_split_name, names) if role),
+        )
+
+    def role(self, uris: Iterable[str], names: Iterable[str]) -> Role | None:
+        """Return the role of a peer whose certificate has these names; None if it has none here."""
+        if self.uris:
+            return next(
+                (role for before, role in map(_split_uri, uris) if role and before in self.uris), None
+            )
+        return next(
+            (role for role, after in map(_split_name, names) if role and after in self.suffixes), None
+        )
+
+
+def _split_uri(uri: str) -> tuple[str, Role | None]:
+    if not uri.startswith("spiffe://"):
+        return "", None
+    before, slash, last = uri.rpartition("/")
+    return before + slash, _role(last) if before.count("/") > 1 else None
+
+
+def _split_name(name: str) -> tuple[Role | None, str]:
+    first, dot, rest = name.lower().partition(".")
+    return _role(first) if rest else None, dot + rest
+
+
+def _role(text: str) -> Role | None:
+    match = _ROLE.fullmatch(text)
+    if match is None:
+        return None
+    return "admin" if match["admin"] else match["role"]  # type: ignore[return-value] # the pattern's words
+
+
+def names_of(certificate: Mapping[str, tuple[bytes, ...]]) -> tuple[list[str], list[str]]:
+    """Return URIs and DNS names of a peer's verified certificate; both empty if it has none."""
+    return (
+        [uri.decode(errors="replace") for uri in certificate.get("peer_uri", ())],
+        [name.decode(errors="replace") for name in certificate.get("peer_dns", ())],
+    )
+
+
+def has_certificate(peer: Peer) -> bool:
+    """Return whether the peer has shown a certificate, which gRPC has verified."""
+    return "x509_pem_cert" in peer.certificate
+
+
+class Peers:
+    """The identities of peers by their certificates.
+
+    reader   reads the certificate of this process, whose domains are trusted
+    listed   domains that are trusted instead
+    """
+
+    def __init__(self, reader: TlsReader, listed: Domains | None = None) -> None:
+        self._reader = reader
+        self._listed = listed
+        self._material: Material | None = None
+        self._domains = listed or Domains()
+
+    def identity(self, peer: Peer) -> Identity | None:
+        """Return the identity of a peer; None if it has no certificate.
+
+        A certificate without a role is that of a caller: it may call routers.
+        """
+        if not has_certificate(peer):
+            return None
+        uris, names = names_of(peer.certificate)
+        role = self.domains().role(uris, names)
+        name = next(iter((*uris, *names, *_common_names(peer))), "a certificate without a name")
+        return Identity(name=name, scopes=CALLER_SCOPES if role is None else SCOPES[role])
+
+    def domains(self) -> Domains:
+        """Return the trusted domains."""
+        material = self._reader.current()
+        if self._listed is None and material is not self._material:
+            self._material = material
+            self._domains = Domains.of(material.cert or b"")
+        return self._domains
+
+
+def _common_names(peer: Peer) -> list[str]:
+    found = (name.decode(errors="replace") for name in peer.certificate.get("x509_common_name", ()))
+    return [name for name in found if name]
+
+
+class PeerGuard:
+    """Allows calls by the role in the caller's certificate; see `access.required_scope`.
+
+    service   the service that is guarded
+    peers     the identities of certificates
+
+    Callers without a certificate may call what callers of a router need, and nothing on other services.
+    """
+
+    def __init__(self, service: ServiceName, peers: Peers) -> None:
+        self._service = service
+        self._peers = peers
+        self._without = Identity(scopes=CALLER_SCOPES if service == "router" else frozenset())
+
+    async def identify(self, method: str, metadata: Metadata, peer: Peer) -> Identity:
+        """Return the caller's identity; see `guard.Guard`."""
+        identity = self._peers.identity(peer)
+        if identity is None:
+            scope = required_scope(self._service, method)
+            if scope is not None and scope not in self._without.scopes:
+                raise errors.CredentialsRequired(f"{method} requires a client certificate")
+            return self._without
+        authorise(identity, self._service, method)
+        return identity
