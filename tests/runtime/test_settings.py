@@ -151,7 +151,11 @@ def test_only_the_port_has_a_variable_name_that_kubernetes_uses(
     """For any Service name: headrace, headrace-cache..."""
     given = re.compile(r"(.*_)?(port|service_host|service_port(_\w+)?|port_\d+_\w+)")
 
-    assert {name for name in settings.model_fields if given.fullmatch(name)} == {"port"}
+    assert {name for name in settings.model_fields if given.fullmatch(name)} == {
+        "port",
+        "health_port",
+        "mtls_port",
+    }
 
 
 def test_other_variables_of_a_service_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.runtime import process_info
-from headrace.runtime.security.setup import security
+from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal

@@ -30,7 +30,7 @@ from headrace.routing.drafts.check import DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.score import Scorer, fingerprint
 from headrace.runtime import process_info
-from headrace.runtime.security.setup import security
+from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal

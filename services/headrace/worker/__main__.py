@@ -17,7 +17,7 @@ import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
 from headrace.runtime import process_info
-from headrace.runtime.security.setup import security
+from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
