@@ -92,7 +92,7 @@ async def batcher(
         defaults=defaults,
     ) as intake:
         answering = Answering(coalescer, intake, tokenizer, tier=settings.tier)
-        calls = Calls(settings.limits, trace_context=settings.trace_context)
+        calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
         servicer = GenerationServicer(
             answering, coalescer, intake, calls, tier=settings.tier, max_tokens=settings.max_tokens
         )
@@ -117,7 +117,6 @@ async def batcher(
                     drain_seconds=settings.drain_seconds,
                     calls=calls,
                     untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
-                    guard=secured.guard,
                     ready=lambda: bool(pool.ready()),
                 ) as server:
                     yield RunningBatcher(server, coalescer, intake)

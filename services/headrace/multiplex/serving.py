@@ -20,7 +20,8 @@ import grpc
 from headrace import errors, statuses
 from headrace.deadline import NEVER, Deadline
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
-from headrace.runtime.security.identity import ANONYMOUS, Identity, current
+from headrace.multiplex.request_identity import RequestIdentities
+from headrace.runtime.security.identity import ANONYMOUS, Identity
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.v1 import generation_pb2 as pb
@@ -90,7 +91,13 @@ class Multiplexer:
         caller = {"caller": first.hello.caller_id, "epoch": first.hello.epoch}
         log.info("shared stream opened", extra=caller)
         stream = _Stream(
-            self._answer, self._calls, self._starting, self._turns, context.peer(), first.hello.epoch
+            self._answer,
+            self._calls,
+            self._starting,
+            self._turns,
+            context.peer(),
+            first.hello.epoch,
+            RequestIdentities(self._calls.guard, context),
         )
         try:
             # A task that fails ends the others, and the stream with its error as the status.
@@ -152,13 +159,14 @@ class _Stream:
         turns: FairSemaphore,
         peer: str,
         epoch: int,
+        identities: RequestIdentities,
     ) -> None:
         self._answer = answer
         self._calls = calls
         self._starting = starting
         self._turns = turns
         self._peer = peer
-        self._identity = current()
+        self._identities = identities
         self._requests: dict[int, _Request] = {}
         self._last_handle = 0
         self._complete = False  # no further request comes
@@ -335,7 +343,8 @@ class _Stream:
                 seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
                 request.deadline = deadline = Deadline.after(seconds, time.monotonic())
                 metadata = list(opened.metadata.items())
-                incoming = Incoming(opened.request, seconds, metadata, self._identity, framed=True)
+                identity = await self._identities.of(metadata)
+                incoming = Incoming(opened.request, seconds, metadata, identity, framed=True)
                 error = await self._calls.run(
                     _GENERATE,
                     metadata,

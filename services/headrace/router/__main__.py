@@ -68,7 +68,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         conversations=conversations,
         rules=_cascade_rules(settings),
     )
-    calls = Calls(settings.limits, trace_context=settings.trace_context)
+    calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     servicer = RouterServicer(
         tiers,
         scores,
@@ -102,7 +102,6 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
             drain_seconds=settings.drain_seconds,
             calls=calls,
             untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
-            guard=secured.guard,
             ready=lambda: tiers.any_healthy,
         ) as server,
     ):

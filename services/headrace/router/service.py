@@ -20,6 +20,7 @@ from headrace.router.billing import bill_message, measure
 from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
 from headrace.router.own_calls import OwnCalls
+from headrace.router.permissions import permit, permitted_tenant
 from headrace.router.siblings import Siblings
 from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
@@ -100,6 +101,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         """Answer one request through *write*. Raises the error that ends it."""
         request, left = incoming.request, incoming.time_remaining
         check_request(request)
+        permit(request, incoming.identity)
         hops = _hops(incoming.metadata)
         journey = Journey(
             request,
@@ -126,6 +128,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Return the tier that a request would be sent to, and why."""
         check_request(request.request)
+        permit(request.request, current())
         score = self._score(request.request)
         facts = routing_request(request.request, score)
         now = time.monotonic()
@@ -169,6 +172,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     async def Feedback(self, request: routing.FeedbackRequest, context: _Context) -> routing.FeedbackResponse:
         """Record how good an answer was."""
         check_feedback(request)
+        request.tenant = permitted_tenant(request.tenant, current(), field="tenant")
         names = [tier.name for tier in self._tiers.tiers]
         if request.tier and request.tier not in names:
             raise errors.UnknownTier(

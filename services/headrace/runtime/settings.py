@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import CliApp, CliSettingsSource, SettingsConfigDict
 
-from headrace.runtime.security.settings import AuthSettings
 from headrace.runtime.security.peers import Domains
+from headrace.runtime.security.settings import AuthSettings
 from headrace.runtime.serving.inflight import CONNECTION_SHARE, INCOMPLETE_SHARE
 from headrace.runtime.serving.limits import MIB, Limits
 from headrace.tls.files import TlsFiles

@@ -60,7 +60,7 @@ async def worker(
     secured = security(settings, "worker")
     incarnation = secrets.randbits(63)
     servicer = WorkerServicer(identity, incarnation)
-    calls = Calls(settings.limits, trace_context=settings.trace_context)
+    calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     debug = AdminServicer(identity, incarnation, lambda: servicer.streams, described, calls.requests)
 
     def register(server: grpc.aio.Server) -> None:
@@ -79,7 +79,6 @@ async def worker(
         drain_seconds=settings.drain_seconds + 2,
         calls=calls,
         untracked=frozenset({RUN, process_info.INSPECT}),
-        guard=secured.guard,
         drain=lambda: servicer.drain(settings.drain_seconds),
         ready=lambda: servicer.ready,
     ) as server:

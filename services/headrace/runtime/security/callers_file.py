@@ -32,12 +32,17 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from headrace import errors
-from headrace.runtime.security.identity import ALL_SCOPES, MAX_PRIORITY, Identity, Scope
+from headrace.runtime.security.identity import (
+    ALL_SCOPES,
+    DEFAULT_PRIORITY,
+    MAX_PRIORITY,
+    Identity,
+    Scope,
+)
 from headrace.runtime.security.watched_file import BadFile
 
 ANY_TENANT = "*"
 DEFAULT_SCOPES: tuple[Scope, ...] = ("generate", "feedback")
-DEFAULT_PRIORITY = 5  # of requests that set none; higher ones are granted
 MAX_NAME = 256
 
 _TOKEN_PREFIX = "hr_"  # so that secret scanners can find tokens in code
@@ -60,6 +65,12 @@ class Grant:
         """Whether it must not be used any more."""
         return self.expires is not None and now >= self.expires
 
+    def valid(self, now: float, otherwise: str) -> Identity:
+        """Return the identity. Raises CredentialsInvalid, with the message *otherwise*, if it has expired."""
+        if self.expired(now):
+            raise errors.CredentialsInvalid(otherwise)
+        return self.identity
+
 
 @dataclass(frozen=True, slots=True)
 class CallersFile:
@@ -77,9 +88,7 @@ class CallersFile:
         grant = self.tokens.get(digest(token))
         if grant is None:
             raise errors.CredentialsInvalid("the bearer token is not known to this server")
-        if grant.expired(now):
-            raise errors.CredentialsInvalid("the bearer token has expired: obtain a new one")
-        return grant.identity
+        return grant.valid(now, "the bearer token has expired: obtain a new one")
 
 
 def parse(data: bytes) -> CallersFile:

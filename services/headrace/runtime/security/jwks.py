@@ -86,7 +86,7 @@ def _key(entry: object) -> Key | None:
 
 
 class KeySource:
-    """The current keys of a file or URL. Run `watch` as a task after `load`.
+    """The current keys of a file or URL. Call `load` at the start, and run `watch` as a task afterwards.
 
     generation   changes with the keys
     """
@@ -104,19 +104,20 @@ class KeySource:
         self._fetching = False
         self._waiting = 0
 
-    async def load(self) -> None:
-        """Read the keys at the start. Raises BadFile for a file; a URL may be unavailable for now."""
-        await (self._fetch() if self._url else self._file.load())
+    def load(self) -> None:
+        """Read the file, if the source is one. Raises BadFile."""
+        if not self._url:
+            self._file.load()
 
     async def watch(self) -> None:
         """Keep the keys up to date until cancelled."""
         if not self._url:
-            await self._file.watch()
+            await self._file.watch()  # which does not return
         while True:
+            await self._fetch()
             with suppress(TimeoutError):
                 async with asyncio.timeout(REFRESH_SECONDS if self._keys else RETRY_SECONDS):
                     await self._wanted.wait()
-            await self._fetch()
 
     async def find(self, kid: str | None, algorithm: str) -> Key:
         """Return the key that verifies a JWT; fetch the keys again if it is not known.
@@ -162,10 +163,11 @@ class KeySource:
         self._fetched_at, self._fetching = self._clock(), True
         try:
             self._set(await asyncio.to_thread(_download, self._url))
-        except BadFile as error:
+        except Exception as error:  # whatever it is, the next fetch is made
+            problem = str(error) if isinstance(error, BadFile) else type(error).__name__
             log.warning(
                 "keys of JWTs not fetched, keeping the last ones",
-                extra={"url": _place(self._url), "problem": str(error), "keys": len(self._keys)},
+                extra={"url": _place(self._url), "problem": problem, "keys": len(self._keys)},
             )
         finally:
             self._fetching = False

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 from headrace import errors
 from headrace.runtime.security.access import ServiceName, authorise, required_scope
 from headrace.runtime.security.guard import Metadata, Peer
-from headrace.runtime.security.identity import ALL_SCOPES, Identity, Scope
+from headrace.runtime.security.identity import ALL_SCOPES, DEFAULT_PRIORITY, Identity, Scope
 from headrace.tls.files import Material, TlsReader
 
 Role: TypeAlias = Literal["router", "batcher", "worker", "admin"]
@@ -140,14 +140,16 @@ class Peers:
     def identity(self, peer: Peer) -> Identity | None:
         """Return the identity of a peer; None if it has no certificate.
 
-        A certificate without a role is that of a caller: it may call routers.
+        A certificate without a role is that of a caller: it may call routers, as a tenant of its own name.
         """
         if not has_certificate(peer):
             return None
         uris, names = names_of(peer.certificate)
         role = self.domains().role(uris, names)
         name = next(iter((*uris, *names, *_common_names(peer))), "a certificate without a name")
-        return Identity(name=name, scopes=CALLER_SCOPES if role is None else SCOPES[role])
+        if role is None:
+            return Identity(name=name, scopes=CALLER_SCOPES, tenant=name, max_priority=DEFAULT_PRIORITY)
+        return Identity(name=name, scopes=SCOPES[role])
 
     def domains(self) -> Domains:
         """Return the trusted domains."""
@@ -187,3 +189,6 @@ class PeerGuard:
             return self._without
         authorise(identity, self._service, method)
         return identity
+
+    async def maintain(self) -> None:
+        """Return: the reader of the files keeps itself up to date."""

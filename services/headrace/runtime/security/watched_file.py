@@ -24,7 +24,7 @@ class BadFile(Exception):
 class WatchedFile:
     """A file whose content is passed to *use*, which raises BadFile if it is not usable.
 
-    Await `load` once, and run `watch` as a task afterwards.
+    Call `load` at the start, and run `watch` as a task afterwards.
     """
 
     def __init__(self, path: Path, use: Callable[[bytes], None]) -> None:
@@ -32,10 +32,10 @@ class WatchedFile:
         self._use = use
         self._stamp: tuple[int, int, int] | None = None
 
-    async def load(self) -> None:
+    def load(self) -> None:
         """Read the file. Raises BadFile."""
         self._stamp = _stamp(self._path)
-        self._use(await asyncio.to_thread(_read, self._path))
+        self._use(_read(self._path))
 
     async def watch(self) -> None:
         """Read the file whenever it changes, until cancelled."""
@@ -45,14 +45,17 @@ class WatchedFile:
 
     async def refresh(self) -> None:
         """Read the file if it has changed."""
-        if _stamp(self._path) == self._stamp:
+        stamp = await asyncio.to_thread(_stamp, self._path)
+        if stamp == self._stamp:
             return
+        self._stamp = stamp
         try:
-            await self.load()
-        except BadFile as error:
+            self._use(await asyncio.to_thread(_read, self._path))
+        except Exception as error:  # of others than BadFile, the text may contain values of the file
+            problem = str(error) if isinstance(error, BadFile) else type(error).__name__
             log.error(
                 "file not usable, keeping its last content",
-                extra={"file": str(self._path), "problem": str(error)},
+                extra={"file": str(self._path), "problem": problem},
             )
         else:
             log.info("file read again", extra={"file": str(self._path)})

@@ -1,8 +1,8 @@
 """Verify JWTs (RFC 7519) as bearer tokens, by the rules of RFC 8725.
 
-The algorithm must be an asymmetric one that the type of the key allows. So `none` and HMAC with a public key as
-the secret are refused, and keys that the JWT itself names or contains (`jku`, `x5u`, `jwk`) are not read. The
-claims `exp`, `iss`, `aud` and `sub` are required.
+The algorithm must be an asymmetric one that the type of the key allows. So `none` and HMAC with a public key
+as the secret are refused, and keys that the JWT itself names or contains (`jku`, `x5u`, `jwk`) are not read.
+The claims `exp`, `iss`, `aud` and `sub` are required.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, cast
 import jwt
 
 from headrace import errors
-from headrace.runtime.security.callers_file import DEFAULT_PRIORITY, DEFAULT_SCOPES, Grant, digest, is_name
-from headrace.runtime.security.identity import MAX_PRIORITY, Identity, Scope
+from headrace.runtime.security.callers_file import DEFAULT_SCOPES, Grant, digest, is_name
+from headrace.runtime.security.identity import DEFAULT_PRIORITY, MAX_PRIORITY, Identity, Scope
 from headrace.runtime.security.jwks import ALGORITHMS, KeySource
 
 log = logging.getLogger(__name__)

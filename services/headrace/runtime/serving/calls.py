@@ -22,6 +22,7 @@ from opentelemetry.context import Context
 
 from headrace import attributes, errors
 from headrace.propagation import extract
+from headrace.runtime.security.guard import Guard, OpenGuard
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.inflight import InflightBudget
 from headrace.runtime.serving.limits import Limits
@@ -60,12 +61,20 @@ class Calls:
 
     requests        those in flight
     budget          limits calls and bytes in flight
+    guard           decides which are accepted; by default all
     trace_context   what is done with the trace context of callers
     """
 
-    def __init__(self, limits: Limits = _LIMITS, *, trace_context: TraceContext = "trust") -> None:
+    def __init__(
+        self,
+        limits: Limits = _LIMITS,
+        *,
+        trace_context: TraceContext = "trust",
+        guard: Guard | None = None,
+    ) -> None:
         self.requests = ActiveRequests()
         self.budget = InflightBudget(limits)
+        self.guard = guard or OpenGuard()
         self._trace_context = trace_context
 
     async def run(

@@ -26,7 +26,6 @@ from grpc_health.v1._async import HealthServicer
 
 from headrace import errors, propagation
 from headrace.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, join
-from headrace.runtime.security.guard import Guard
 from headrace.runtime.security.server_tls import ServerTls
 from headrace.runtime.serving import accept_loop
 from headrace.runtime.serving.active_requests import ActiveRequests
@@ -135,7 +134,6 @@ async def serving(
     drain_seconds: float,
     calls: Calls | None = None,
     untracked: frozenset[str] = frozenset(),
-    guard: Guard | None = None,
     ready: Callable[[], bool],
     drain: Callable[[], Coroutine[object, object, None]] | None = None,
 ) -> AsyncGenerator[Serving, None]:
@@ -151,10 +149,10 @@ async def serving(
                    default, another server on the port is an error
     drain_seconds  how long requests in flight may continue after the block exits; the rest then end with
                    DRAINING, so that their callers resume them on another server
-    calls          runs the calls, within limits; by default one with default limits
+    calls          runs the calls, within limits, and decides which are accepted; by default all are, within
+                   default limits
     untracked      full names of methods that are not requests: streams that last as long as the connection,
                    and debug endpoints
-    guard          decides which calls are accepted; by default all are
     ready          whether the server accepts requests; polled ten times per second for health's readiness
     drain          awaited, for at most *drain_seconds*, once new requests are rejected: returns the service's
                    unfinished work
@@ -163,7 +161,7 @@ async def serving(
     """
     names = [service.full_name for service in services]
     health, calls = Health(names), calls or Calls()
-    interceptor = ServerInterceptor(calls, untracked=untracked, guard=guard)
+    interceptor = ServerInterceptor(calls, untracked=untracked)
     server = accept_loop.server(
         [interceptor], (*_OPTIONS, *calls.budget.limits.options(), ("grpc.so_reuseport", int(share_port)))
     )
@@ -197,6 +195,7 @@ async def serving(
         await probes.start()
     log.info("serving", extra={"host": host, "port": bound, "tls": tls is not None})
     following = asyncio.create_task(health.follow(ready))
+    maintaining = asyncio.create_task(calls.guard.maintain())
     try:
         yield Serving(bound, health, calls.budget, calls.requests)
     finally:
@@ -204,6 +203,7 @@ async def serving(
         calls.requests.drain()
         await health.set_ready(False)
         await _drain(server, calls.requests, drain_seconds, drain)
+        maintaining.cancel()
         if probes is not None:
             await probes.stop(None)
 
