@@ -19,6 +19,8 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -32,6 +34,7 @@ from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
 from headrace.progress import Progress, Responses, route_change
 from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
+from headrace.tls.files import TlsFiles, TlsReader
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2, routing_service_pb2_grpc
 
@@ -345,6 +348,11 @@ class _Answer(Progress):
 async def connect(
     target: str,
     *,
+    ca: str | PathLike[str] | None = None,
+    cert: str | PathLike[str] | None = None,
+    key: str | PathLike[str] | None = None,
+    tls: bool | None = None,
+    server_name: str = "",
     credentials: grpc.ChannelCredentials | None = None,
     retries: int = 2,
     patience: float = 30.0,
@@ -352,14 +360,24 @@ async def connect(
 ) -> AsyncGenerator[Client, None]:
     """Open a client for *target*, such as "127.0.0.1:50051", "[::1]:50051" or "dns:///router:50051".
 
-    credentials         for TLS; None for plaintext
+    ca                  file with the authorities that sign the server's certificate, for TLS; read again when
+                        it changes, as are *cert* and *key*
+    cert, key           files of the client's certificate and private key, for servers that require one
+    tls                 whether to use TLS; None: if there is a *ca* or *cert*. Without *ca*, public
+                        authorities are trusted
+    server_name         the name that the server's certificate must have; empty: the host of *target*
+    credentials         for TLS with credentials of gRPC instead
     retries, patience   see `Client`
     multiplex           whether requests share one stream, which costs a fraction of the CPU time of one call
                         each. None: they do once more than a few are in flight at a time, until the client was
                         idle for a minute. Behind a load balancer that
                         distributes calls, not connections, False keeps them distributed
+
+    Raises BadTls if the files cannot be used.
     """
-    channel = open_channel(target, credentials=credentials)
+    files = TlsFiles(*(Path(file) if file is not None else None for file in (ca, cert, key)))
+    reader = TlsReader(files) if tls or (tls is None and files != TlsFiles()) else None
+    channel = open_channel(target, credentials=credentials, tls=reader, server_name=server_name)
     advice = target_problem(target) if credentials is None else ""
     if not advice and (variable := proxy_variable(target)):
         advice = f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"

@@ -18,6 +18,7 @@ from headrace.cli.launch.mesh import BadSpec
 from headrace.cli.launch.processes import ChildDied
 from headrace.models import ModelUnavailable
 from headrace.routing.artifact import BadArtifact
+from headrace.tls.files import BadTls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,11 @@ def advice(error: errors.HeadraceError, target: str) -> str:
         )
     # gRPC itself raises Unavailable; the services of Headrace send its subclasses.
     if type(error) is errors.Unavailable:
+        if found := error.fields.get(errors.TLS_PROBLEM):
+            return (
+                f"no connection to {target}: {found}; see --tls-ca, --tls-cert, --tls-key and "
+                "--tls-server-name"
+            )
         if problem := target_problem(target):
             return problem
         if variable := proxy_variable(target):
@@ -77,7 +83,7 @@ def complaining(target: str = "") -> Iterator[None]:
     except errors.HeadraceError as error:
         complain(advice(error, target))
         raise typer.Exit(1) from None
-    except (BadSpec, BadRow, BadArtifact, ModelUnavailable) as error:
+    except (BadSpec, BadRow, BadArtifact, BadTls, ModelUnavailable) as error:
         complain(str(error))
         raise typer.Exit(2) from None
     except ChildDied as error:

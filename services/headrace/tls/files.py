@@ -73,7 +73,8 @@ class TlsReader:
         self._clock = clock
         self._lock = threading.Lock()
         self._checked = clock()
-        self._reported = ""
+        self._problem = ""
+        self._reported = False
         self._stamp = _stamp(files)
         self._material = _read(files)
 
@@ -88,12 +89,14 @@ class TlsReader:
                 if stamp != self._stamp:
                     self._material = _read(self.files)
                     self._stamp = stamp
-                    self._reported = ""
                     log.info("certificate files changed", extra={"cert": str(self.files.cert)})
+                self._problem, self._reported = "", False
             except BadTls as error:
-                if self._reported != str(error):
-                    self._reported = str(error)
+                # The first time, they may be in the middle of their replacement.
+                if str(error) == self._problem and not self._reported:
+                    self._reported = True
                     log.warning("new certificate files not used", extra={"problem": str(error)})
+                self._problem = str(error)
             return self._material
 
 
