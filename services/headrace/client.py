@@ -13,10 +13,8 @@ caller reads one uninterrupted stream.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from os import PathLike
@@ -27,11 +25,19 @@ import grpc
 from opentelemetry import metrics, trace
 
 from headrace import attributes, errors, statuses
+from headrace.bearer import (
+    Authorization,
+    Headers,
+    authorization_of,
+    authorized,
+    check_plaintext,
+    no_authorization,
+)
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
 from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
-from headrace.progress import Progress, Responses, route_change
+from headrace.progress import Answer
 from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
 from headrace.tls.files import TlsFiles, TlsReader
@@ -90,7 +96,7 @@ class Client:
     retries   most retries of a request that failed with UNAVAILABLE before any event
     patience  seconds for which an answer that has begun waits, within its deadline, for a server to resume it
     advice    added to the error message of calls that reach no server
-    multiplex, stall_seconds, caller_id   see `headrace.multiplex.calling.Caller`
+    multiplex, stall_seconds, caller_id, authorization   see `headrace.multiplex.calling.Caller`
     """
 
     def __init__(
@@ -103,11 +109,17 @@ class Client:
         multiplex: bool | None = None,
         stall_seconds: float = STALL_SECONDS,
         caller_id: str = "",
+        authorization: Authorization = no_authorization,
     ) -> None:
         self._channel = channel
         self._advice = advice
+        self._authorization = authorization
         self._caller = Caller(
-            channel, multiplex=multiplex, stall_seconds=stall_seconds, caller_id=caller_id or _caller_id()
+            channel,
+            multiplex=multiplex,
+            stall_seconds=stall_seconds,
+            caller_id=caller_id or _caller_id(),
+            authorization=authorization,
         )
         self._routing = routing_service_pb2_grpc.RoutingServiceStub(channel)
         self._retries = Retries(channel, most=retries, patience=patience)
@@ -149,7 +161,7 @@ class Client:
             )
         check_headers(metadata or {})
         deadline = Deadline.after(timeout, time.monotonic())
-        answer = _Answer(request) if resume else None
+        answer = Answer(request) if resume else None
         failures = 0  # consecutive ones that brought nothing
         since = 0.0  # time.monotonic() of the first of them
         while True:
@@ -192,7 +204,7 @@ class Client:
         """Return which tier the router would choose for *request*, and why. Nothing is generated."""
         return await self._unary(
             self._routing.Explain(
-                routing_service_pb2.ExplainRequest(request=request), timeout=timeout, metadata=inject()
+                routing_service_pb2.ExplainRequest(request=request), timeout=timeout, metadata=self._headers()
             )
         )
 
@@ -200,7 +212,7 @@ class Client:
         """Return the tiers with model, limits, health and load, smallest first."""
         return await self._unary(
             self._routing.ListTiers(
-                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=inject()
+                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=self._headers()
             )
         )
 
@@ -224,7 +236,10 @@ class Client:
             request.ok = ok
         if quality is not None:
             request.quality = quality
-        return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=inject()))
+        return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=self._headers()))
+
+    def _headers(self) -> Headers:
+        return authorized(inject(), self._authorization())
 
     async def _unary(self, call: Awaitable[T]) -> T:
         try:
@@ -296,54 +311,6 @@ class Client:
         self._caller.fail_all(error)
 
 
-class _Answer(Progress):
-    """An answer as the caller reads it: one stream, made of one or several streams from servers."""
-
-    def __init__(self, request: pb.GenerateRequest) -> None:
-        complete = pb.GenerateRequest()
-        complete.CopyFrom(request)
-        # A seed or id that a server draws is lost with it.
-        if not complete.sampling.HasField("seed"):
-            complete.sampling.seed = secrets.randbits(64)
-        complete.request_id = complete.request_id or str(uuid.uuid4())
-        super().__init__(complete)
-        self._lost: errors.HeadraceError | None = None
-
-    @property
-    def position(self) -> tuple[bool, int]:
-        """How much of the answer is there: it changes with each stream that brings something."""
-        return self.accepted is not None, len(self.ids)
-
-    def request(self) -> pb.GenerateRequest:
-        """Return the request for the answer, or for the rest of it."""
-        request = super().request()
-        if self.accepted is not None:
-            # The token ids so far belong to this model.
-            request.routing.tier = self.accepted.tier
-            request.routing.model = self.accepted.model
-        return request
-
-    def take(self, response: pb.GenerateResponse) -> Responses:
-        """Process an event and return what the caller receives. Raises the errors of `Progress`."""
-        event = response.WhichOneof("event")
-        if event == "delta":
-            return self.add(response)
-        if event == "finish":
-            return self.finish(response)
-        if event == "route_change":
-            self.attempt = max(self.attempt, response.route_change.attempt)
-        elif event == "accepted" and not self.accept(response.accepted):
-            if not self._asked.stream.include_route_changes or self._lost is None:
-                return ()
-            return (route_change("", "", self._lost.reason, self.attempt),)
-        return (response,)
-
-    def lose(self, error: errors.HeadraceError) -> None:
-        """Prepare for the next stream after *error* ended this one."""
-        self.restart()
-        self._lost = error
-
-
 @asynccontextmanager
 async def connect(
     target: str,
@@ -354,6 +321,9 @@ async def connect(
     tls: bool | None = None,
     server_name: str = "",
     credentials: grpc.ChannelCredentials | None = None,
+    token: str = "",
+    token_file: str | PathLike[str] | None = None,
+    plaintext_token: bool = False,
     retries: int = 2,
     patience: float = 30.0,
     multiplex: bool | None = None,
@@ -367,22 +337,33 @@ async def connect(
                         authorities are trusted
     server_name         the name that the server's certificate must have; empty: the host of *target*
     credentials         for TLS with credentials of gRPC instead
+    token               bearer token that proves who calls
+    token_file          file that contains it; read again when it changes
+    plaintext_token     whether to send it without TLS to another machine, where others may read it
     retries, patience   see `Client`
     multiplex           whether requests share one stream, which costs a fraction of the CPU time of one call
                         each. None: they do once more than a few are in flight at a time, until the client was
                         idle for a minute. Behind a load balancer that
                         distributes calls, not connections, False keeps them distributed
 
-    Raises BadTls if the files cannot be used.
+    Raises BadTls and BadToken if the files cannot be used.
     """
+    authorization = authorization_of(token, token_file)
     files = TlsFiles(*(Path(file) if file is not None else None for file in (ca, cert, key)))
     reader = TlsReader(files) if tls or (tls is None and files != TlsFiles()) else None
+    if authorization is not no_authorization and credentials is None and reader is None:
+        check_plaintext(target, allowed=plaintext_token)
     channel = open_channel(target, credentials=credentials, tls=reader, server_name=server_name)
     advice = target_problem(target) if credentials is None else ""
     if not advice and (variable := proxy_variable(target)):
         advice = f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"
     async with Client(
-        channel, retries=retries, patience=patience, advice=advice, multiplex=multiplex
+        channel,
+        retries=retries,
+        patience=patience,
+        advice=advice,
+        multiplex=multiplex,
+        authorization=authorization,
     ) as client:
         yield client
 

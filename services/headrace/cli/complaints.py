@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from headrace import errors
+from headrace.bearer import BadToken
 from headrace.channel import proxy_variable, target_problem
 from headrace.cli.files.rows import BadRow
 from headrace.cli.launch.mesh import BadSpec
@@ -63,6 +64,8 @@ _HINTS: list[tuple[type[errors.HeadraceError], str]] = [
     (errors.DeadlineExceeded, "increase --timeout, or reduce --max-tokens"),
     (errors.Overloaded, "try again in a moment"),
     (errors.Unimplemented, "the server at --target does not support this; call a router"),
+    (errors.CredentialsRequired, "give a token with --token-file, or a certificate with --tls-cert"),
+    (errors.CredentialsInvalid, "check the file of --token-file"),
     (
         errors.Unauthenticated,
         "a proxy or the server at --target requires credentials",
@@ -83,7 +86,7 @@ def complaining(target: str = "") -> Iterator[None]:
     except errors.HeadraceError as error:
         complain(advice(error, target))
         raise typer.Exit(1) from None
-    except (BadSpec, BadRow, BadArtifact, BadTls, ModelUnavailable) as error:
+    except (BadSpec, BadRow, BadArtifact, BadTls, ModelUnavailable, BadToken) as error:
         complain(str(error))
         raise typer.Exit(2) from None
     except ChildDied as error:

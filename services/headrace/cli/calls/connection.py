@@ -29,6 +29,8 @@ class Connection:
     ca, cert, key   files of TLS
     server_name     the name that the server's certificate must have; empty: the host of *target*
     tls             whether to use TLS although no file is given: with public authorities
+    token_file      file with a bearer token
+    plaintext_token whether to send it without TLS to another machine
     """
 
     target: str
@@ -37,9 +39,11 @@ class Connection:
     key: Path | None = None
     server_name: str = ""
     tls: bool = False
+    token_file: Path | None = None
+    plaintext_token: bool = False
 
     def open(self) -> AbstractAsyncContextManager[Client]:
-        """Open a client. Raises BadTls."""
+        """Open a client. Raises BadTls and BadToken."""
         return connect(
             self.target,
             ca=self.ca,
@@ -47,11 +51,14 @@ class Connection:
             key=self.key,
             server_name=self.server_name,
             tls=self.tls or None,
+            token_file=self.token_file,
+            plaintext_token=self.plaintext_token,
         )
 
     def completed(self, cache: Path | None = None) -> Connection:
         """Return the connection with the files of a mesh of `headrace up --tls` at the target, if any."""
-        if self != Connection(target=self.target) or not is_local(self.target):
+        chosen = replace(self, token_file=None, plaintext_token=False)
+        if chosen != Connection(target=self.target) or not is_local(self.target):
             return self
         folder = shared_folder(cache or models.cache_folder(), self.target)
         if not (folder / CA).is_file():

@@ -78,6 +78,24 @@ DrainSeconds = Annotated[
 _TlsFile = functools.partial(typer.Option, metavar="FILE", rich_help_panel="TLS")
 _ConnectionFlags = {
     "target": (Target, DEFAULT_TARGET),
+    "token_file": (
+        Annotated[
+            Path | None,
+            typer.Option(
+                metavar="FILE", envvar="HEADRACE_TOKEN_FILE", help="File with the bearer token of the caller."
+            ),
+        ],
+        None,
+    ),
+    "plaintext_token": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--plaintext-token", help="Send the token without TLS also to another machine, unencrypted."
+            ),
+        ],
+        False,
+    ),
     "tls_ca": (
         Annotated[
             Path | None,
@@ -140,6 +158,8 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
             key=given["tls_key"],
             server_name=given["tls_server_name"],
             tls=given["tls"],
+            token_file=given["token_file"],
+            plaintext_token=given["plaintext_token"],
         )
         command(connection=connection.completed(), **options)
 
