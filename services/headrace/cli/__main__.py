@@ -11,6 +11,7 @@ from headrace import propagation
 from headrace.cli.commands.asking import chat, explain, feedback, tiers, top
 from headrace.cli.commands.fitting import calibrate, check, train
 from headrace.cli.commands.running import certs, demo, fetch, up
+from headrace.cli.commands.tokens import token
 from headrace.cli.complaints import complain
 
 
@@ -50,6 +51,8 @@ for panel, commands in (
 ):
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+
+app.add_typer(token, name="token", rich_help_panel="Run a mesh")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from headrace.cli.launch.mesh import BadSpec
 from headrace.cli.launch.processes import ChildDied
 from headrace.models import ModelUnavailable
 from headrace.routing.artifact import BadArtifact
+from headrace.runtime.security.watched_file import BadFile
 from headrace.tls.files import BadTls
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def complaining(target: str = "") -> Iterator[None]:
     except errors.HeadraceError as error:
         complain(advice(error, target))
         raise typer.Exit(1) from None
-    except (BadSpec, BadRow, BadArtifact, BadTls, ModelUnavailable, BadToken) as error:
+    except (BadSpec, BadRow, BadArtifact, BadTls, ModelUnavailable, BadToken, BadFile) as error:
         complain(str(error))
         raise typer.Exit(2) from None
     except ChildDied as error:
