@@ -79,7 +79,8 @@ async def verdict(
     Whatever else happens to a call that is permitted does not matter.
     """
     # Not a stream of requests: the status of one that ends during a write is lost.
-    call: Any = channel.unary_stream(method)(message, metadata=tuple(metadata), timeout=PATIENCE)
+    start: Any = channel.unary_stream(method)
+    call = start(message, metadata=tuple(metadata), timeout=PATIENCE)
     try:
         with suppress(grpc.aio.AioRpcError):
             if await call.read() is not grpc.aio.EOF:
