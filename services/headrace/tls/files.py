@@ -55,7 +55,7 @@ class Material:
 class TlsReader:
     """The current contents of the files; safe to use on several threads.
 
-    check_seconds   how often the files are looked at, at most
+    check_seconds   how often the files are looked at, at most; None: `CHECK_SECONDS`
     clock           returns the time in seconds
 
     Raises BadTls if the files cannot be used at the start.
@@ -65,11 +65,11 @@ class TlsReader:
         self,
         files: TlsFiles,
         *,
-        check_seconds: float = CHECK_SECONDS,
+        check_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.files = files
-        self.check_seconds = check_seconds
+        self.check_seconds = CHECK_SECONDS if check_seconds is None else check_seconds
         self._clock = clock
         self._lock = threading.Lock()
         self._checked = clock()
