@@ -16,6 +16,7 @@ _HEALTH = "/grpc.health.v1.Health/"
 _FEEDBACK = "/headrace.v1.RoutingService/Feedback"
 _CALLS = ("/headrace.v1.GenerationService/", "/headrace.v1.RoutingService/")
 _WORKER = "/headrace.v1.WorkerService/"
+_QUOTAS = "/headrace.v1.QuotaService/"  # between routers
 
 
 def required_scope(service: ServiceName, method: str) -> Scope | None:
@@ -30,6 +31,8 @@ def required_scope(service: ServiceName, method: str) -> Scope | None:
         return None
     if service == "router" and method.startswith(_CALLS):
         return "feedback" if method == _FEEDBACK else "generate"
+    if service == "router" and method.startswith(_QUOTAS):
+        return "router"
     if service == "batcher" and method.startswith(_CALLS):
         return "router"
     if service == "worker" and method.startswith(_WORKER):
