@@ -160,7 +160,7 @@ def is_name(value: object) -> bool:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text)  # a string of JSON is one of TOML
+    return json.dumps(text, ensure_ascii=False)  # a string of JSON is one of TOML, but for surrogate pairs
 
 
 def _entries(content: Mapping[str, Any], table: str) -> list[tuple[str, Mapping[str, Any]]]:
