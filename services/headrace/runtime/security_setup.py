@@ -39,8 +39,10 @@ def security(settings: ServiceSettings, service: ServiceName) -> Security:
     if files.ca is None:
         return Security(server=ServerTls(reader, ask_certificates=False))
     listed = Domains.parse(settings.tls_peers.split(",")) if settings.tls_peers.strip() else None
+    peers = Peers(reader, listed)
+    peers.domains()  # logs the certificate, and warns if nobody has a role
     return Security(
-        guard=PeerGuard(service, Peers(reader, listed)),
+        guard=PeerGuard(service, peers),
         server=ServerTls(reader, ask_certificates=settings.tls_client_certificates == "required"),
         calls=reader,
     )

@@ -13,7 +13,7 @@ from headrace.cli.launch.certificates import cert_file, issue
 from headrace.runtime.security.access import required_scope
 from headrace.runtime.security.guard import Peer
 from headrace.runtime.security.identity import ALL_SCOPES
-from headrace.runtime.security.peers import CALLER_SCOPES, SCOPES, Domains, PeerGuard, Peers
+from headrace.runtime.security.peers import CALLER_SCOPES, SCOPES, Domains, OwnCertificate, PeerGuard, Peers
 from headrace.tls.files import TlsFiles, TlsReader
 from tests.certificates import Certificates, issued
 
@@ -89,11 +89,23 @@ def test_the_own_certificate_names_the_trusted_domains(tmp_path: Path) -> None:
         tmp_path, ["batcher-small", "caller"], domain=MESH, hosts=["batcher-small.headrace.svc", "10.0.0.7"]
     )
 
-    own = Domains.of(cert_file(tmp_path, "batcher-small").read_bytes())
+    own = OwnCertificate.read(cert_file(tmp_path, "batcher-small").read_bytes())
+    caller = OwnCertificate.read(cert_file(tmp_path, "caller").read_bytes())
 
-    assert own == Domains(uris=frozenset({MESH}), suffixes=frozenset({".headrace.svc"}))
-    assert Domains.of(cert_file(tmp_path, "caller").read_bytes()).uris == frozenset()
-    assert Domains.of(b"no certificate") == Domains()
+    assert Domains.around(own.uris, own.names) == Domains(
+        uris=frozenset({MESH}), suffixes=frozenset({".headrace.svc"})
+    )
+    assert Domains.around(caller.uris, caller.names).uris == frozenset()
+    assert OwnCertificate.read(b"no certificate") == OwnCertificate()
+
+
+def test_a_certificate_without_role_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise nobody would know why all peers are refused."""
+    reader = TlsReader(TlsFiles(**issued(tmp_path, ["edge"]).client("edge")))
+
+    Peers(reader).domains()
+
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["no peer has a role"]
 
 
 def test_listed_domains_are_read_and_others_refused() -> None:
