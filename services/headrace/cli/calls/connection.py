@@ -38,8 +38,8 @@ class Connection:
     server_name: str = ""
     tls: bool = False
 
-    def open(self) -> AbstractAsyncContextManager[Client]:
-        """Open a client. Raises BadTls."""
+    def open(self, *, multiplex: bool | None = None) -> AbstractAsyncContextManager[Client]:
+        """Open a client; *multiplex* as in `connect`. Raises BadTls."""
         return connect(
             self.target,
             ca=self.ca,
@@ -47,6 +47,7 @@ class Connection:
             key=self.key,
             server_name=self.server_name,
             tls=self.tls or None,
+            multiplex=multiplex,
         )
 
     def completed(self, cache: Path | None = None) -> Connection:
@@ -54,6 +55,10 @@ class Connection:
         if self != Connection(target=self.target) or not is_local(self.target):
             return self
         folder = shared_folder(cache or models.cache_folder(), self.target)
-        if not (folder / CA).is_file():
+        return self.secured(folder if (folder / CA).is_file() else None)
+
+    def secured(self, folder: Path | None) -> Connection:
+        """Return the connection with the certificates in a folder of `headrace up --tls`, if there is one."""
+        if folder is None:
             return self
         return replace(self, ca=folder / CA, cert=cert_file(folder, CLIENT), key=key_file(folder, CLIENT))
