@@ -21,8 +21,9 @@ import psutil
 
 from benchmarks.machine import QUIET, Window, until_quiet
 from benchmarks.mesh.answers import ask, at_once
+from headrace.cli.calls.connection import Connection
 from headrace.cli.launch.mesh import HOST, MeshSpec, TierSpec, mesh
-from headrace.client import Client, connect
+from headrace.client import Client
 
 T = TypeVar("T")
 
@@ -57,19 +58,25 @@ class System:
     checkout      the checkout that contains them; None for this one
     environment   more variables for each process
     multiplex     whether the client uses a shared stream, as `connect` takes it; older services have none
+    tls           whether all connections use TLS, with client certificates
     """
 
     name: str
     checkout: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     multiplex: bool | None = None
+    tls: bool = False
 
 
 @dataclass(frozen=True)
 class Served:
-    """Running services: a client of the router, one of the batcher, and the processes by kind."""
+    """Running services: a client of the router, one of the batcher, and the processes by kind.
+
+    connection   how a command connects to the router
+    """
 
     name: str
+    connection: Connection
     client: Client
     batcher: Client
     processes: Mapping[str, psutil.Process]
@@ -141,16 +148,20 @@ async def serving(systems: Sequence[System], engine: EngineSpec) -> AsyncGenerat
         for system in systems:
             running = await stack.enter_async_context(mesh(_spec(system, engine, folder)))
             ports = {_kind(process.name): process.port for process in running.processes}
-            clients = {
-                kind: await stack.enter_async_context(
-                    connect(f"{HOST}:{ports[kind]}", multiplex=system.multiplex)
-                )
+            connections = {
+                kind: Connection(target=f"{HOST}:{ports[kind]}").secured(running.certificates)
                 for kind in ("router", "batcher")
+            }
+            clients = {
+                kind: await stack.enter_async_context(connection.open(multiplex=system.multiplex))
+                for kind, connection in connections.items()
             }
             for client in clients.values():
                 await at_once(partial(ask, client, tokens=32), 4)
             processes = {_kind(name): psutil.Process(pid) for name, pid in running.pids.items()}
-            served[system.name] = Served(system.name, clients["router"], clients["batcher"], processes)
+            served[system.name] = Served(
+                system.name, connections["router"], clients["router"], clients["batcher"], processes
+            )
         yield served
 
 
@@ -166,6 +177,7 @@ def _spec(system: System, engine: EngineSpec, folder: Path) -> MeshSpec:
         tiers=[TierSpec(TIER)],
         fake=True,
         processes=1,
+        tls=system.tls,
         fake_step_seconds=engine.step_seconds,
         environment=environment,
         flags={

@@ -19,9 +19,11 @@ from headrace.router.settings import Settings as RouterSettings
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
+from tests.issuer import AUDIENCE, ISSUER, SigningKey, jwks
 from tests.security import RPCS, Callers, bearer, verdict, verdicts
 
 HEALTH = "/grpc.health.v1.Health/"
+LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
 FEEDBACK = "/headrace.v1.RoutingService/Feedback"
 CALLS = ("/headrace.v1.GenerationService/", "/headrace.v1.RoutingService/")
 WORKER = "/headrace.v1.WorkerService/"
@@ -181,7 +183,7 @@ async def test_an_authorization_that_is_no_bearer_token_is_refused(
     mesh: Mesh, metadata: list[tuple[str, str]]
 ) -> None:
     async with open_channel(f"127.0.0.1:{mesh.port}") as channel:
-        error = await verdict(channel, "/headrace.v1.RoutingService/ListTiers", metadata=metadata)
+        error = await verdict(channel, LIST_TIERS, metadata=metadata)
 
     assert isinstance(error, errors.CredentialsInvalid)
 
@@ -189,7 +191,7 @@ async def test_an_authorization_that_is_no_bearer_token_is_refused(
 async def test_two_authorizations_are_refused_even_if_both_are_right(mesh: Mesh, callers: Callers) -> None:
     twice = bearer(callers.tokens["caller"]) * 2
     async with open_channel(f"127.0.0.1:{mesh.port}") as channel:
-        error = await verdict(channel, "/headrace.v1.RoutingService/ListTiers", metadata=twice)
+        error = await verdict(channel, LIST_TIERS, metadata=twice)
 
     assert isinstance(error, errors.CredentialsInvalid)
 
@@ -247,6 +249,34 @@ async def test_a_token_works_without_a_restart_and_is_withdrawn_without_one(
                     await asyncio.sleep(0.05)
         with pytest.raises(errors.CredentialsInvalid):
             await collect(early, prompt("two"))
+
+
+async def test_jwts_are_accepted_and_end_with_the_key_that_signed_them(mesh: Mesh, tmp_path: Path) -> None:
+    """Also on a stream that was opened before."""
+    key, next_key = SigningKey("one"), SigningKey("two")
+    path = tmp_path / "jwks.json"
+    path.write_bytes(jwks(key))
+    settings = {"auth_jwks": str(path), "auth_issuer": ISSUER, "auth_audience": AUDIENCE}
+    batcher = f"127.0.0.1:{port_of(mesh, 'batcher')}"
+    async with (
+        running_router(tiers=f"only={batcher}", **settings) as port,
+        connect(f"127.0.0.1:{port}", token=key.token(tenant="jwt"), multiplex=True) as client,
+    ):
+        assert await seen_by_batcher(mesh, client, request(priority=9)) == ("jwt", 5)
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            for token, reason in (
+                (key.token(aud="other"), "CREDENTIALS_INVALID"),
+                (next_key.token(), "CREDENTIALS_INVALID"),
+                ("hr_opaque", "CREDENTIALS_INVALID"),
+                (key.token(scope="openid"), "FORBIDDEN"),
+            ):
+                error = await verdict(channel, LIST_TIERS, metadata=bearer(token))
+                assert error is not None
+                assert error.reason == reason
+        path.write_bytes(jwks(next_key))
+        async with asyncio.timeout(PATIENCE):
+            while not await refused(client):
+                await asyncio.sleep(0.05)
 
 
 async def test_a_client_sends_its_new_token_on_an_open_stream(mesh: Mesh, tmp_path: Path) -> None:

@@ -64,8 +64,10 @@ def security(settings: ServiceSettings, service: ServiceName) -> Security:
         server = ServerTls(reader, ask_certificates=False)
         return Security(guard=_guard(settings, service, None), server=server)
     listed = Domains.parse(settings.tls_peers.split(",")) if settings.tls_peers.strip() else None
+    peers = Peers(reader, listed)
+    peers.domains()  # logs the certificate, and warns if nobody has a role
     return Security(
-        guard=_guard(settings, service, Peers(reader, listed)),
+        guard=_guard(settings, service, peers),
         server=ServerTls(reader, ask_certificates=settings.tls_client_certificates == "required"),
         calls=reader,
     )

@@ -14,6 +14,8 @@ import grpc
 
 from headrace.tls.files import Material, TlsReader
 
+_LEAST_WAIT_SECONDS = 0.05
+
 
 def channel_credentials(material: Material) -> grpc.ChannelCredentials:
     """Return the credentials of a client."""
@@ -79,7 +81,7 @@ class RotatingChannel(grpc.aio.Channel):
         """Wait until the channel for new calls is connected, possibly with files that are yet to come."""
         while True:
             try:
-                async with asyncio.timeout(self._reader.check_seconds):
+                async with asyncio.timeout(max(self._reader.check_seconds, _LEAST_WAIT_SECONDS)):
                     return await self.fresh().channel.channel_ready()
             except TimeoutError:
                 continue

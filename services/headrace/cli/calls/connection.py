@@ -42,8 +42,8 @@ class Connection:
     token_file: Path | None = None
     plaintext_token: bool = False
 
-    def open(self) -> AbstractAsyncContextManager[Client]:
-        """Open a client. Raises BadTls and BadToken."""
+    def open(self, *, multiplex: bool | None = None) -> AbstractAsyncContextManager[Client]:
+        """Open a client; *multiplex* as in `connect`. Raises BadTls and BadToken."""
         return connect(
             self.target,
             ca=self.ca,
@@ -53,6 +53,7 @@ class Connection:
             tls=self.tls or None,
             token_file=self.token_file,
             plaintext_token=self.plaintext_token,
+            multiplex=multiplex,
         )
 
     def completed(self, cache: Path | None = None) -> Connection:
@@ -61,6 +62,10 @@ class Connection:
         if chosen != Connection(target=self.target) or not is_local(self.target):
             return self
         folder = shared_folder(cache or models.cache_folder(), self.target)
-        if not (folder / CA).is_file():
+        return self.secured(folder if (folder / CA).is_file() else None)
+
+    def secured(self, folder: Path | None) -> Connection:
+        """Return the connection with the certificates in a folder of `headrace up --tls`, if there is one."""
+        if folder is None:
             return self
         return replace(self, ca=folder / CA, cert=cert_file(folder, CLIENT), key=key_file(folder, CLIENT))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from headrace import errors
-from headrace.runtime.security.identity import Identity, Scope
+from headrace.runtime.security.identity import Scope
 
 ServiceName: TypeAlias = Literal["router", "batcher", "worker"]
 
@@ -38,12 +37,3 @@ def required_scope(service: ServiceName, method: str) -> Scope | None:
     if service == "worker" and method.startswith(_WORKER):
         return "batcher"
     return "admin"
-
-
-def authorise(identity: Identity, service: ServiceName, method: str) -> None:
-    """Raise Forbidden if *identity* may not call *method*."""
-    scope = required_scope(service, method)
-    if scope is not None and scope not in identity.scopes:
-        raise errors.Forbidden(
-            f"{identity.name} may not call {method}: it requires the scope {scope}", scope=scope
-        )

@@ -1,4 +1,4 @@
-"""Find the role of a peer in the names of its certificate, and allow calls by role.
+"""Find the role of a peer in the names of its certificate, and what it permits.
 
 A role is the last segment of a SPIFFE URI, as in `spiffe://cluster.local/ns/headrace/sa/batcher-small`, or
 the first label of a DNS name, as in `batcher-small.headrace.svc`. What surrounds it, the domain, must be the
@@ -8,16 +8,18 @@ signs certificates for other teams' routers as well.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, TypeAlias
 
-from headrace import errors
-from headrace.runtime.security.access import ServiceName, authorise, required_scope
-from headrace.runtime.security.guard import Metadata, Peer
+from headrace.runtime.security.guard import Peer
 from headrace.runtime.security.identity import ALL_SCOPES, DEFAULT_PRIORITY, Identity, Scope
 from headrace.tls.files import Material, TlsReader
+
+log = logging.getLogger(__name__)
 
 Role: TypeAlias = Literal["router", "batcher", "worker", "admin"]
 
@@ -63,19 +65,8 @@ class Domains:
         return cls(frozenset(uris), frozenset(suffixes))
 
     @classmethod
-    def of(cls, certificate: bytes) -> Domains:
-        """Return the domains of a certificate in PEM format: those of its names that contain a role."""
-        # Imported here: it takes 10 MB, which processes without TLS do not need.
-        from cryptography import x509
-
-        try:
-            found = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(
-                x509.SubjectAlternativeName
-            )
-        except (ValueError, x509.ExtensionNotFound):
-            return cls()
-        uris = found.value.get_values_for_type(x509.UniformResourceIdentifier)
-        names = found.value.get_values_for_type(x509.DNSName)
+    def around(cls, uris: Iterable[str], names: Iterable[str]) -> Domains:
+        """Return the domains of those names of a certificate that contain a role."""
         return cls(
             frozenset(before for before, role in map(_split_uri, uris) if role),
             frozenset(after for role, after in map(_split_name, names) if role),
@@ -124,6 +115,32 @@ def has_certificate(peer: Peer) -> bool:
     return "x509_pem_cert" in peer.certificate
 
 
+@dataclass(frozen=True)
+class OwnCertificate:
+    """What a process needs to know of its own certificate: its names, and when it expires."""
+
+    uris: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    expires: datetime | None = None
+
+    @classmethod
+    def read(cls, certificate: bytes) -> OwnCertificate:
+        """Read a certificate in PEM format."""
+        # Imported here: it takes 10 MB, which processes without TLS do not need.
+        from cryptography import x509
+
+        try:
+            read = x509.load_pem_x509_certificate(certificate)
+            found = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except (ValueError, x509.ExtensionNotFound):
+            return cls()
+        return cls(
+            tuple(found.get_values_for_type(x509.UniformResourceIdentifier)),
+            tuple(found.get_values_for_type(x509.DNSName)),
+            read.not_valid_after_utc,
+        )
+
+
 class Peers:
     """The identities of peers by their certificates.
 
@@ -135,7 +152,7 @@ class Peers:
         self._reader = reader
         self._listed = listed
         self._material: Material | None = None
-        self._domains = listed or Domains()
+        self._domains = Domains()
 
     def identity(self, peer: Peer) -> Identity | None:
         """Return the identity of a peer; None if it has no certificate.
@@ -154,41 +171,25 @@ class Peers:
     def domains(self) -> Domains:
         """Return the trusted domains."""
         material = self._reader.current()
-        if self._listed is None and material is not self._material:
+        if material is not self._material:
             self._material = material
-            self._domains = Domains.of(material.cert or b"")
+            own = OwnCertificate.read(material.cert or b"")
+            self._domains = self._listed or Domains.around(own.uris, own.names)
+            log.info(
+                "certificate in use",
+                extra={
+                    "names": [*own.uris, *own.names],
+                    "expires": own.expires.isoformat() if own.expires else "",
+                    "peers": [*sorted(self._domains.uris), *sorted(self._domains.suffixes)],
+                },
+            )
+            if self._domains == Domains():
+                log.warning(
+                    "no peer has a role: no name of this certificate contains one, and --tls-peers is not set"
+                )
         return self._domains
 
 
 def _common_names(peer: Peer) -> list[str]:
     found = (name.decode(errors="replace") for name in peer.certificate.get("x509_common_name", ()))
     return [name for name in found if name]
-
-
-class PeerGuard:
-    """Allows calls by the role in the caller's certificate; see `access.required_scope`.
-
-    service   the service that is guarded
-    peers     the identities of certificates
-
-    Callers without a certificate may call what callers of a router need, and nothing on other services.
-    """
-
-    def __init__(self, service: ServiceName, peers: Peers) -> None:
-        self._service = service
-        self._peers = peers
-        self._without = Identity(scopes=CALLER_SCOPES if service == "router" else frozenset())
-
-    async def identify(self, method: str, metadata: Metadata, peer: Peer) -> Identity:
-        """Return the caller's identity; see `guard.Guard`."""
-        identity = self._peers.identity(peer)
-        if identity is None:
-            scope = required_scope(self._service, method)
-            if scope is not None and scope not in self._without.scopes:
-                raise errors.CredentialsRequired(f"{method} requires a client certificate")
-            return self._without
-        authorise(identity, self._service, method)
-        return identity
-
-    async def maintain(self) -> None:
-        """Return: the reader of the files keeps itself up to date."""

@@ -49,5 +49,5 @@ class ServerTls:
 
 def _configuration(material: Material) -> Any:
     return grpc.ssl_server_certificate_configuration(
-        [(material.key, material.cert)], root_certificates=material.ca
+        [(material.key or b"", material.cert or b"")], root_certificates=material.ca
     )

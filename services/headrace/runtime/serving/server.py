@@ -184,10 +184,10 @@ async def serving(
     if mtls_port and tls is not None:
         mutual = tls.credentials(ask_certificates=True)
         add_port = functools.partial(server.add_secure_port, server_credentials=mutual)
-        await _listen(add_port, host, mtls_port, share_port)
+        await _listen(add_port, host, mtls_port, share_port, "--mtls-port")
     probes = _health_server(health, share_port) if health_port else None
     if probes is not None:
-        await _listen(probes.add_insecure_port, host, health_port, share_port)
+        await _listen(probes.add_insecure_port, host, health_port, share_port, "--health-port")
     await health.set_ready(False)
     await health.set_live()
     await server.start()
@@ -247,7 +247,9 @@ async def _drain(
     log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
 
-async def _listen(add_port: Callable[[str], int], host: str, port: int, shared: bool) -> int:
+async def _listen(
+    add_port: Callable[[str], int], host: str, port: int, shared: bool, setting: str = "--port"
+) -> int:
     find = functools.partial(bind_error, host, port, shared=shared)
     problem: Exception | None = await asyncio.to_thread(find)
     if problem is None:
@@ -256,7 +258,7 @@ async def _listen(add_port: Callable[[str], int], host: str, port: int, shared: 
         except RuntimeError as error:  # in use since the check, or gRPC has another reason
             problem = await asyncio.to_thread(find) or error
     in_use = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
-    raise (PortInUse if in_use else CannotListen)(explain(problem, host, port)) from problem
+    raise (PortInUse if in_use else CannotListen)(explain(problem, host, port, setting)) from problem
 
 
 async def until_signal() -> None:
