@@ -132,7 +132,7 @@ async def test_several_processes_of_a_router_share_all_ports(tmp_path: Path) -> 
     with reserved_ports(3) as (port, mutual, health):
         command = [sys.executable, "-m", "headrace.router", "--processes", "2", "--tiers", "a=127.0.0.1:1"]
         command += ["--port", str(port), "--mtls-port", str(mutual), "--health-port", str(health)]
-        command += ["--tls-client-certificates", "none", "--drain-seconds", "1"]
+        command += ["--tls-client-certificates", "none", "--auth-anonymous", "allow", "--drain-seconds", "1"]
         for name, path in certificates.settings("router").items():
             command += [f"--{name.replace('_', '-')}", str(path)]
         log = tmp_path / "log"

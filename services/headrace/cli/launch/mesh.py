@@ -217,6 +217,8 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
         # HEADRACE_TRACE_CONTEXT is for external callers, which call the router. It is not a flag, because
         # benchmarks also start older versions, which do not have the flag.
         trust = {} if kind == "router" else {"HEADRACE_TRACE_CONTEXT": "trust"}
+        # So are HEADRACE_AUTH_* variables: the services behind the router have no tokens.
+        own = {name for name in inherited if kind != "router" and name.startswith("HEADRACE_AUTH_")}
         return Process(
             name=name,
             command=[
@@ -228,7 +230,7 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
                 *spec.flags.get(kind, ()),
             ],
             log=spec.log_dir / f"{name}.log",
-            environment={**inherited, **trust},
+            environment={name: value for name, value in inherited.items() if name not in own} | trust,
             port=port,
         )
 
