@@ -96,7 +96,9 @@ def test_the_own_certificate_names_the_trusted_domains(tmp_path: Path) -> None:
     assert Domains.around(own.uris, own.names) == Domains(
         uris=frozenset({MESH}), suffixes=frozenset({".headrace.svc"})
     )
-    assert Domains.around(caller.uris, caller.names).uris == frozenset()
+    assert caller.uris == (MESH + "caller",)
+    assert not caller.names, "a caller's certificate is of no use to a server"
+    assert Domains.around(caller.uris, caller.names) == Domains()
     assert OwnCertificate.read(b"no certificate") == OwnCertificate()
 
 

@@ -40,15 +40,16 @@ async def serving(certificates: Certificates, **settings: Any) -> AsyncGenerator
         yield running
 
 
-def negotiated(port: int, certificates: Certificates, version: ssl.TLSVersion) -> str:
-    """Offer one version of TLS, by OpenSSL; return the negotiated one, or "" if the server refuses."""
+def negotiated(port: int, certificates: Certificates, version: ssl.TLSVersion | None = None) -> str:
+    """Offer *version* of TLS, or all, by OpenSSL; return the negotiated one, "" if the server refuses."""
     context = ssl.create_default_context(cafile=str(certificates.ca))
     context.load_cert_chain(certificates.client()["cert"], certificates.client()["key"])
     context.set_alpn_protocols(["h2"])
     context.set_ciphers("ALL:@SECLEVEL=0")  # otherwise OpenSSL itself refuses versions before 1.2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        context.minimum_version = context.maximum_version = version
+        if version is not None:
+            context.minimum_version = context.maximum_version = version
     try:
         with (
             socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as plain,
@@ -59,7 +60,7 @@ def negotiated(port: int, certificates: Certificates, version: ssl.TLSVersion) -
         return ""
 
 
-async def test_versions_before_1_2_are_refused(certificates: Certificates) -> None:
+async def test_versions_before_1_2_are_refused_and_1_3_is_preferred(certificates: Certificates) -> None:
     async with serving(certificates) as running:
         seen = {
             version.name: await asyncio.to_thread(negotiated, running.port, certificates, version)
@@ -68,7 +69,9 @@ async def test_versions_before_1_2_are_refused(certificates: Certificates) -> No
                 *(ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3),
             )
         }
+        best = await asyncio.to_thread(negotiated, running.port, certificates)
 
+    assert best == "TLSv1.3"
     assert seen == {"TLSv1": "", "TLSv1_1": "", "TLSv1_2": "TLSv1.2", "TLSv1_3": "TLSv1.3"}
 
 
@@ -194,3 +197,14 @@ def test_grpc_for_python_still_cannot_ask_for_a_certificate_without_requiring_it
 
     assert parameters["require_client_authentication"].default is False
     assert len(parameters) == 3
+
+
+async def test_a_server_with_the_certificate_of_a_caller_is_not_trusted(tmp_path: Path) -> None:
+    """So that a caller of the mesh cannot pose as a part of it."""
+    certificates = issued(tmp_path)
+    async with (
+        serving(certificates, **certificates.settings("caller")) as running,
+        connect(f"127.0.0.1:{running.port}", retries=0, **certificates.client()) as client,
+    ):
+        with pytest.raises(errors.Unavailable, match="certificate"):
+            await client.list_tiers()

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headrace.channel import split
+from headrace.runtime.security.peers import role_in
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,8 +43,8 @@ def key_file(folder: Path, name: str) -> Path:
 
 
 def shared_folder(cache: Path, target: str) -> Path:
-    """Return where the certificates of a mesh at *target* are found while it runs."""
-    return cache / "tls" / target.rpartition(":")[2]
+    """Return where the certificates of a mesh at *target*, on this machine, are found while it runs."""
+    return cache / "tls" / (split(target)[1] or "none")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def issue(
     """Write a certificate and a key for each of *names*, and the authority's; return the certificates.
 
     names            each a role, or a role and a suffix, such as batcher-small
-    hosts            names and IP addresses at which the servers are called
+    hosts            names and IP addresses at which the servers are called. Only the certificates of routers,
+                     batchers and workers contain them: no other one can be used by a server
     days             until the certificates expire
     domain           what precedes the name in the certificate's URI
     keep_authority   whether the authority's key is kept, or used if it is there, so that later calls issue
@@ -120,11 +124,15 @@ def _sign(
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
     key = ec.generate_private_key(ec.SECP256R1())
-    uses = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    names = [x509.UniformResourceIdentifier(uri), *map(_host_name, hosts)]
+    name = uri.rpartition("/")[2]
+    uses = [ExtendedKeyUsageOID.CLIENT_AUTH]
+    names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri)]
+    if role_in(name) in ("router", "batcher", "worker"):
+        uses.append(ExtendedKeyUsageOID.SERVER_AUTH)
+        names += map(_host_name, hosts)
     certificate = (
         _builder(days)
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, uri.rpartition("/")[2][:64])]))
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])]))
         .issuer_name(authority.certificate.subject)
         .serial_number(x509.random_serial_number())
         .public_key(key.public_key())

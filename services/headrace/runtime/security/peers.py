@@ -87,15 +87,16 @@ def _split_uri(uri: str) -> tuple[str, Role | None]:
     if not uri.startswith("spiffe://"):
         return "", None
     before, slash, last = uri.rpartition("/")
-    return before + slash, _role(last) if before.count("/") > 1 else None
+    return before + slash, role_in(last) if before.count("/") > 1 else None
 
 
 def _split_name(name: str) -> tuple[Role | None, str]:
     first, dot, rest = name.lower().partition(".")
-    return _role(first) if rest else None, dot + rest
+    return role_in(first) if rest else None, dot + rest
 
 
-def _role(text: str) -> Role | None:
+def role_in(text: str) -> Role | None:
+    """Return the role that a segment or a label names, such as worker-small."""
     match = _ROLE.fullmatch(text)
     if match is None:
         return None
