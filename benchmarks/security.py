@@ -1,8 +1,8 @@
-"""Measure what mutual TLS on all connections of a mesh costs.
+"""Measure what mutual TLS on all connections of a mesh costs, and what bearer tokens of callers cost.
 
     python -m benchmarks.security [--streams 1 8 64] [--seconds 8] [--repeat 5] [--json FILE]
 
-Two meshes of real processes with echo engines run beside each other, one without TLS and one with it, and are
+Meshes of real processes with echo engines run beside each other, without security and with it, and are
 measured in turns. Each has a client, a router, a batcher and a worker, so a token passes three connections.
 
 ttft        from the request to the first token, on a connection that is open
@@ -29,7 +29,12 @@ from benchmarks.mesh.tables import show_table
 
 TOKENS = 64
 CONNECTIONS = 20  # of each repetition
-SYSTEMS = (System("plaintext"), System("mutual TLS", tls=True))
+SYSTEMS = (
+    System("plaintext"),
+    System("tokens", tokens=True),
+    System("mutual TLS", tls=True),
+    System("mutual TLS and tokens", tls=True, tokens=True),
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def _median(runs: Sequence[Run]) -> Run:
 def show(runs: Sequence[Run], connects: dict[str, float]) -> None:
     """Print the figures as tables."""
     show_table(
-        f"cost of TLS: answers of {TOKENS} tokens",
+        f"cost of TLS and tokens: answers of {TOKENS} tokens",
         ("streams", "what", "ttft ms", "p99", "tokens/s", "CPU ms/1000", "client CPU"),
         [
             [

@@ -24,6 +24,7 @@ from benchmarks.mesh.answers import ask, at_once
 from headrace.cli.calls.connection import Connection
 from headrace.cli.launch.mesh import HOST, MeshSpec, TierSpec, mesh
 from headrace.client import Client
+from headrace.runtime.security.callers_file import entry_for, new_token
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ class System:
     environment   more variables for each process
     multiplex     whether the client uses a shared stream, as `connect` takes it; older services have none
     tls           whether all connections use TLS, with client certificates
+    tokens        whether the router asks callers for bearer tokens
     """
 
     name: str
@@ -66,6 +68,7 @@ class System:
     environment: Mapping[str, str] = field(default_factory=dict)
     multiplex: bool | None = None
     tls: bool = False
+    tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,10 +149,14 @@ async def serving(systems: Sequence[System], engine: EngineSpec) -> AsyncGenerat
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         served: dict[str, Served] = {}
         for system in systems:
-            running = await stack.enter_async_context(mesh(_spec(system, engine, folder)))
+            callers = _callers(folder / f"{system.name} callers") if system.tokens else None
+            running = await stack.enter_async_context(mesh(_spec(system, engine, folder, callers)))
             ports = {_kind(process.name): process.port for process in running.processes}
             connections = {
-                kind: Connection(target=f"{HOST}:{ports[kind]}").secured(running.certificates)
+                kind: Connection(
+                    target=f"{HOST}:{ports[kind]}",
+                    token_file=callers.token if callers is not None and kind == "router" else None,
+                ).secured(running.certificates)
                 for kind in ("router", "batcher")
             }
             clients = {
@@ -165,7 +172,28 @@ async def serving(systems: Sequence[System], engine: EngineSpec) -> AsyncGenerat
         yield served
 
 
-def _spec(system: System, engine: EngineSpec, folder: Path) -> MeshSpec:
+@dataclass(frozen=True)
+class _Callers:
+    """A file of callers for a router, and a file with the token of one of them."""
+
+    file: Path
+    token: Path
+
+
+def _callers(folder: Path) -> _Callers:
+    """List as many callers as a company may have."""
+    folder.mkdir()
+    made = _Callers(folder / "callers.toml", folder / "token")
+    tokens = [new_token() for _ in range(1000)]
+    names = [f"caller {number}" for number in range(len(tokens))]
+    made.file.write_text(
+        "\n".join(entry_for(token, name=name, tenant=name) for token, name in zip(tokens, names, strict=True))
+    )
+    made.token.write_text(tokens[0])
+    return made
+
+
+def _spec(system: System, engine: EngineSpec, folder: Path, callers: _Callers | None) -> MeshSpec:
     environment = {**LIMITS, **system.environment}
     # The first folder that contains a module provides it.
     services = str(system.checkout / "services") if system.checkout else os.environ.get("PYTHONPATH", "")
@@ -186,6 +214,7 @@ def _spec(system: System, engine: EngineSpec, folder: Path) -> MeshSpec:
                 *("--step-tokens", str(engine.step_tokens)),
             ],
             "batcher": ["--queue-limit", str(2 * engine.max_running)],
+            "router": ["--auth-tokens", str(callers.file)] if callers is not None else [],
         },
     )
 
