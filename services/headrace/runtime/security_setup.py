@@ -168,22 +168,20 @@ def listens_on_loopback(host: str) -> bool:
 
 
 def _log_access(host: str, configured: list[str], *, anonymous: bool) -> None:
-    """Log what is open, once at the start."""
-    facts = {"host": host, "credentials": configured, "anonymous": "allow" if anonymous else "deny"}
+    """Log what is open to callers without credentials, once at the start."""
+    open_to_all = "health checks"
+    if anonymous:
+        open_to_all = "requests, as the tenant anonymous" if configured else "everything"
+    facts = {
+        "host": host,
+        "credentials": configured,
+        "anonymous": "allow" if anonymous else "deny",
+        "open": open_to_all,
+    }
     if not anonymous and not configured:
-        log.warning(
-            "no caller is served: credentials are required, and none are configured",
-            extra={
-                **facts,
-                "advice": "set --auth-tokens, --auth-jwks or --tls-ca, or --auth-anonymous allow",
-            },
-        )
+        facts["advice"] = "set --auth-tokens, --auth-jwks or --tls-ca, or --auth-anonymous allow"
+        log.warning("no caller is served: credentials are required, and none are configured", extra=facts)
     elif anonymous and not listens_on_loopback(host):
-        what = (
-            "requests, as the tenant anonymous"
-            if configured
-            else "everything, Inspect and reflection included"
-        )
-        log.warning("callers without credentials are served", extra={**facts, "open": what})
+        log.warning("callers without credentials are served", extra=facts)
     else:
         log.info("access to the server", extra=facts)
