@@ -190,6 +190,14 @@ class Paced(EchoEngine):
         return super().step(rows)
 
 
+async def test_several_addresses_are_verified_by_the_first_ones_host(
+    mesh: Mesh, certificates: Certificates
+) -> None:
+    target = f"ipv4:127.0.0.1:{mesh.port},127.0.0.1:{mesh.port}"
+    async with connect(target, retries=0, **certificates.client()) as client:
+        assert [tier.name for tier in (await client.list_tiers()).tiers] == ["small"]
+
+
 async def test_certificates_and_authority_are_replaced_under_a_running_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
