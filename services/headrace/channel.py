@@ -60,13 +60,16 @@ def open_channel(
 
     tls           for TLS with these files, which are read again when they change
     credentials   for TLS with credentials of gRPC instead; None, without *tls*: plaintext
-    server_name   the name that the server's certificate must have; empty: the host of *target*
+    server_name   the name that the server's certificate must have; empty: the host of *target*, of the first
+                  address if it has several
     direct        do not use an HTTP proxy, as between processes of one mesh. Targets on this machine never
                   use one; for others gRPC reads http_proxy and similar variables by default
     """
     options: tuple[tuple[str, int | str], ...] = CHANNEL_OPTIONS
     if direct or is_local(target):
         options = (*options, NO_PROXY)
+    if not server_name and len(addresses := _addresses(target)) > 1:
+        server_name = split(addresses[0])[0]  # gRPC would verify the whole list as one name
     if server_name:
         options = (*options, ("grpc.ssl_target_name_override", server_name))
     if tls is not None:

@@ -335,7 +335,8 @@ async def connect(
     cert, key           files of the client's certificate and private key, for servers that require one
     tls                 whether to use TLS; None: if there is a *ca* or *cert*. Without *ca*, public
                         authorities are trusted
-    server_name         the name that the server's certificate must have; empty: the host of *target*
+    server_name         the name that the server's certificate must have; empty: the host of *target*, of the
+                        first address if it has several
     credentials         for TLS with credentials of gRPC instead
     token               bearer token that proves who calls
     token_file          file that contains it; read again when it changes

@@ -69,14 +69,8 @@ class Discovery:
 
     def server_name(self, address: str) -> str:
         """Return the name that *address* was resolved from, which its certificate contains; else empty."""
-        return next(
-            (
-                name[0]
-                for target, found in self._found.items()
-                if address in found and (name := _name(target)) is not None
-            ),
-            "",
-        )
+        names = (target for target, found in self._found.items() if address in found)
+        return split(next(names, "").removeprefix("dns:").rpartition("/")[2])[0]
 
     async def _resolve(self, target: str) -> frozenset[str]:
         name = _name(target)
