@@ -77,8 +77,14 @@ async def running_mesh(
     batcher_settings: Mapping[str, Any] | None = None,
     router_settings: Mapping[str, Any] | None = None,
     worker_settings: Mapping[str, Any] | None = None,
+    client_options: Mapping[str, Any] | None = None,
+    host: str = "127.0.0.1",
 ) -> AsyncGenerator[Mesh, None]:
-    """Run a mesh with tiers of these *names*, smallest first; by default "small" and "large"."""
+    """Run a mesh with tiers of these *names*, smallest first; by default "small" and "large".
+
+    client_options   arguments of `connect` for its client
+    host             by which its services call each other
+    """
     names = names or ("small", "large")
     async with AsyncExitStack() as stack:
         tiers: dict[str, TierParts] = {}
@@ -90,7 +96,7 @@ async def running_mesh(
                     BatcherSettings(
                         port=0,
                         tier=name,
-                        workers=f"127.0.0.1:{running.server.port}",
+                        workers=f"{host}:{running.server.port}",
                         fake=True,
                         **{"drain_seconds": 2.0, **(batcher_settings or {})},
                     ),
@@ -104,13 +110,15 @@ async def running_mesh(
                 RouterSettings(
                     port=0,
                     tiers=",".join(
-                        f"{name}=127.0.0.1:{parts.batcher.server.port}" for name, parts in tiers.items()
+                        f"{name}={host}:{parts.batcher.server.port}" for name, parts in tiers.items()
                     ),
                     **{"drain_seconds": 2.0, "poll_seconds": 0.1, **(router_settings or {})},
                 )
             )
         )
-        client = await stack.enter_async_context(connect(f"127.0.0.1:{gateway.port}"))
+        client = await stack.enter_async_context(
+            connect(f"127.0.0.1:{gateway.port}", **(client_options or {}))
+        )
         mesh = Mesh(client, gateway.port, tiers)
         await eventually(lambda: gateway.health.ready)
         await eventually(lambda: all(parts.batcher.server.health.ready for parts in tiers.values()))

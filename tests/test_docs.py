@@ -9,10 +9,12 @@ import sys
 from collections.abc import AsyncGenerator, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.descriptor import Descriptor
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from headrace import attributes, errors
@@ -85,7 +87,13 @@ def flag(name: str) -> str:
 
 @cache
 def cli_help(command: str) -> str:
-    return CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    """The help of a command, with that of its sub-commands."""
+    found: Any = get_command(app)
+    names = list(getattr(found.commands.get(command), "commands", ()))
+    return "".join(
+        CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"}).output
+        for words in ([command], *([command, name] for name in names))
+    )
 
 
 @cache

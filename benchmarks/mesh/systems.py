@@ -21,8 +21,10 @@ import psutil
 
 from benchmarks.machine import QUIET, Window, until_quiet
 from benchmarks.mesh.answers import ask, at_once
+from headrace.cli.calls.connection import Connection
 from headrace.cli.launch.mesh import HOST, MeshSpec, TierSpec, mesh
-from headrace.client import Client, connect
+from headrace.client import Client
+from headrace.runtime.security.callers_file import entry_for, new_token
 
 T = TypeVar("T")
 
@@ -57,19 +59,27 @@ class System:
     checkout      the checkout that contains them; None for this one
     environment   more variables for each process
     multiplex     whether the client uses a shared stream, as `connect` takes it; older services have none
+    tls           whether all connections use TLS, with client certificates
+    tokens        whether the router asks callers for bearer tokens
     """
 
     name: str
     checkout: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     multiplex: bool | None = None
+    tls: bool = False
+    tokens: bool = False
 
 
 @dataclass(frozen=True)
 class Served:
-    """Running services: a client of the router, one of the batcher, and the processes by kind."""
+    """Running services: a client of the router, one of the batcher, and the processes by kind.
+
+    connection   how a command connects to the router
+    """
 
     name: str
+    connection: Connection
     client: Client
     batcher: Client
     processes: Mapping[str, psutil.Process]
@@ -139,22 +149,51 @@ async def serving(systems: Sequence[System], engine: EngineSpec) -> AsyncGenerat
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         served: dict[str, Served] = {}
         for system in systems:
-            running = await stack.enter_async_context(mesh(_spec(system, engine, folder)))
+            callers = _callers(folder / f"{system.name} callers") if system.tokens else None
+            running = await stack.enter_async_context(mesh(_spec(system, engine, folder, callers)))
             ports = {_kind(process.name): process.port for process in running.processes}
-            clients = {
-                kind: await stack.enter_async_context(
-                    connect(f"{HOST}:{ports[kind]}", multiplex=system.multiplex)
-                )
+            connections = {
+                kind: Connection(
+                    target=f"{HOST}:{ports[kind]}",
+                    token_file=callers.token if callers is not None and kind == "router" else None,
+                ).secured(running.certificates)
                 for kind in ("router", "batcher")
+            }
+            clients = {
+                kind: await stack.enter_async_context(connection.open(multiplex=system.multiplex))
+                for kind, connection in connections.items()
             }
             for client in clients.values():
                 await at_once(partial(ask, client, tokens=32), 4)
             processes = {_kind(name): psutil.Process(pid) for name, pid in running.pids.items()}
-            served[system.name] = Served(system.name, clients["router"], clients["batcher"], processes)
+            served[system.name] = Served(
+                system.name, connections["router"], clients["router"], clients["batcher"], processes
+            )
         yield served
 
 
-def _spec(system: System, engine: EngineSpec, folder: Path) -> MeshSpec:
+@dataclass(frozen=True)
+class _Callers:
+    """A file of callers for a router, and a file with the token of one of them."""
+
+    file: Path
+    token: Path
+
+
+def _callers(folder: Path) -> _Callers:
+    """List as many callers as a company may have."""
+    folder.mkdir()
+    made = _Callers(folder / "callers.toml", folder / "token")
+    tokens = [new_token() for _ in range(1000)]
+    names = [f"caller {number}" for number in range(len(tokens))]
+    made.file.write_text(
+        "\n".join(entry_for(token, name=name, tenant=name) for token, name in zip(tokens, names, strict=True))
+    )
+    made.token.write_text(tokens[0])
+    return made
+
+
+def _spec(system: System, engine: EngineSpec, folder: Path, callers: _Callers | None) -> MeshSpec:
     environment = {**LIMITS, **system.environment}
     # The first folder that contains a module provides it.
     services = str(system.checkout / "services") if system.checkout else os.environ.get("PYTHONPATH", "")
@@ -166,6 +205,7 @@ def _spec(system: System, engine: EngineSpec, folder: Path) -> MeshSpec:
         tiers=[TierSpec(TIER)],
         fake=True,
         processes=1,
+        tls=system.tls,
         fake_step_seconds=engine.step_seconds,
         environment=environment,
         flags={
@@ -174,6 +214,7 @@ def _spec(system: System, engine: EngineSpec, folder: Path) -> MeshSpec:
                 *("--step-tokens", str(engine.step_tokens)),
             ],
             "batcher": ["--queue-limit", str(2 * engine.max_running)],
+            "router": ["--auth-tokens", str(callers.file)] if callers is not None else [],
         },
     )
 

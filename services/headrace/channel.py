@@ -17,6 +17,9 @@ from urllib.parse import urlsplit
 
 import grpc
 
+from headrace.tls.channel import RotatingChannel
+from headrace.tls.files import TlsReader
+
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # in both directions, on every hop
 # Clients and servers detect within 30 s that a peer is gone without closing its connection.
 KEEPALIVE_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -46,15 +49,31 @@ _LOCAL_SCHEMES = ("unix", "unix-abstract", "vsock")
 
 
 def open_channel(
-    target: str, *, credentials: grpc.ChannelCredentials | None = None, direct: bool = False
+    target: str,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    tls: TlsReader | None = None,
+    server_name: str = "",
+    direct: bool = False,
 ) -> grpc.aio.Channel:
     """Open a channel with the options of this module.
 
-    credentials   for TLS; None for plaintext
+    tls           for TLS with these files, which are read again when they change
+    credentials   for TLS with credentials of gRPC instead; None, without *tls*: plaintext
+    server_name   the name that the server's certificate must have; empty: the host of *target*, of the first
+                  address if it has several
     direct        do not use an HTTP proxy, as between processes of one mesh. Targets on this machine never
                   use one; for others gRPC reads http_proxy and similar variables by default
     """
-    options = (*CHANNEL_OPTIONS, NO_PROXY) if direct or is_local(target) else CHANNEL_OPTIONS
+    options: tuple[tuple[str, int | str], ...] = CHANNEL_OPTIONS
+    if direct or is_local(target):
+        options = (*options, NO_PROXY)
+    if not server_name and len(addresses := _addresses(target)) > 1:
+        server_name = split(addresses[0])[0]  # gRPC would verify the whole list as one name
+    if server_name:
+        options = (*options, ("grpc.ssl_target_name_override", server_name))
+    if tls is not None:
+        return RotatingChannel(tls, lambda now: grpc.aio.secure_channel(target, now, options=options))
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, credentials, options=options)

@@ -13,25 +13,35 @@ caller reads one uninterrupted stream.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import grpc
+from opentelemetry.context import Context
 
 from headrace import attributes, errors, statuses
+from headrace.bearer import (
+    Authorization,
+    Headers,
+    authorization_of,
+    authorized,
+    check_plaintext,
+    no_authorization,
+)
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
 from headrace.client_span import Attempts, ClientSpan, server_attributes
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
 from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
-from headrace.progress import Progress, Responses, route_change
+from headrace.progress import Answer
 from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
+from headrace.tls.files import TlsFiles, TlsReader
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2, routing_service_pb2_grpc
 
@@ -83,7 +93,7 @@ class Client:
     patience  seconds for which an answer that has begun waits, within its deadline, for a server to resume it
     advice    added to the error message of calls that reach no server
     target    what the channel connects to, for spans
-    multiplex, stall_seconds, caller_id   see `headrace.multiplex.calling.Caller`
+    multiplex, stall_seconds, caller_id, authorization   see `headrace.multiplex.calling.Caller`
     """
 
     def __init__(
@@ -97,12 +107,18 @@ class Client:
         multiplex: bool | None = None,
         stall_seconds: float = STALL_SECONDS,
         caller_id: str = "",
+        authorization: Authorization = no_authorization,
     ) -> None:
         self._channel = channel
         self._advice = advice
         self._server = server_attributes(target)
+        self._authorization = authorization
         self._caller = Caller(
-            channel, multiplex=multiplex, stall_seconds=stall_seconds, caller_id=caller_id or _caller_id()
+            channel,
+            multiplex=multiplex,
+            stall_seconds=stall_seconds,
+            caller_id=caller_id or _caller_id(),
+            authorization=authorization,
         )
         self._routing = routing_service_pb2_grpc.RoutingServiceStub(channel)
         self._retries = Retries(channel, most=retries, patience=patience)
@@ -144,7 +160,7 @@ class Client:
             )
         check_headers(metadata or {})
         deadline = Deadline.after(timeout, time.monotonic())
-        answer = _Answer(request) if resume else None
+        answer = Answer(request) if resume else None
         attempts = Attempts()
         failures = 0  # consecutive ones that brought nothing
         since = 0.0  # time.monotonic() of the first of them
@@ -198,7 +214,7 @@ class Client:
         """Return the tiers with model, limits, health and load, smallest first."""
         return await self._unary(
             self._routing.ListTiers(
-                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=inject()
+                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=self._headers(None)
             )
         )
 
@@ -225,12 +241,15 @@ class Client:
         with self._span(_FEEDBACK) as headers:
             return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=headers))
 
+    def _headers(self, context: Context | None) -> Headers:
+        return authorized(inject(context), self._authorization())
+
     @contextmanager
-    def _span(self, method: str) -> Generator[list[tuple[str, str]], None, None]:
+    def _span(self, method: str) -> Generator[Headers, None, None]:
         """Make the call in the block a client span; yield the metadata to send with it."""
         span = ClientSpan(method, self._server)
         try:
-            yield inject(span.context)
+            yield self._headers(span.context)
             span.succeed()
         except Exception as error:
             span.fail(error)
@@ -299,78 +318,61 @@ class Client:
         self._caller.fail_all(error)
 
 
-class _Answer(Progress):
-    """An answer as the caller reads it: one stream, made of one or several streams from servers."""
-
-    def __init__(self, request: pb.GenerateRequest) -> None:
-        complete = pb.GenerateRequest()
-        complete.CopyFrom(request)
-        # A seed or id that a server draws is lost with it.
-        if not complete.sampling.HasField("seed"):
-            complete.sampling.seed = secrets.randbits(64)
-        complete.request_id = complete.request_id or str(uuid.uuid4())
-        super().__init__(complete)
-        self._lost: errors.HeadraceError | None = None
-
-    @property
-    def position(self) -> tuple[bool, int]:
-        """How much of the answer is there: it changes with each stream that brings something."""
-        return self.accepted is not None, len(self.ids)
-
-    def request(self) -> pb.GenerateRequest:
-        """Return the request for the answer, or for the rest of it."""
-        request = super().request()
-        if self.accepted is not None:
-            # The token ids so far belong to this model.
-            request.routing.tier = self.accepted.tier
-            request.routing.model = self.accepted.model
-        return request
-
-    def take(self, response: pb.GenerateResponse) -> Responses:
-        """Process an event and return what the caller receives. Raises the errors of `Progress`."""
-        event = response.WhichOneof("event")
-        if event == "delta":
-            return self.add(response)
-        if event == "finish":
-            return self.finish(response)
-        if event == "route_change":
-            self.attempt = max(self.attempt, response.route_change.attempt)
-        elif event == "accepted" and not self.accept(response.accepted):
-            if not self._asked.stream.include_route_changes or self._lost is None:
-                return ()
-            return (route_change("", "", self._lost.reason, self.attempt),)
-        return (response,)
-
-    def lose(self, error: errors.HeadraceError) -> None:
-        """Prepare for the next stream after *error* ended this one."""
-        self.restart()
-        self._lost = error
-
-
 @asynccontextmanager
 async def connect(
     target: str,
     *,
+    ca: str | PathLike[str] | None = None,
+    cert: str | PathLike[str] | None = None,
+    key: str | PathLike[str] | None = None,
+    tls: bool | None = None,
+    server_name: str = "",
     credentials: grpc.ChannelCredentials | None = None,
+    token: str = "",
+    token_file: str | PathLike[str] | None = None,
+    plaintext_token: bool = False,
     retries: int = 2,
     patience: float = 30.0,
     multiplex: bool | None = None,
 ) -> AsyncGenerator[Client, None]:
     """Open a client for *target*, such as "127.0.0.1:50051", "[::1]:50051" or "dns:///router:50051".
 
-    credentials         for TLS; None for plaintext
+    ca                  file with the authorities that sign the server's certificate, for TLS; read again when
+                        it changes, as are *cert* and *key*
+    cert, key           files of the client's certificate and private key, for servers that require one
+    tls                 whether to use TLS; None: if there is a *ca* or *cert*. Without *ca*, public
+                        authorities are trusted
+    server_name         the name that the server's certificate must have; empty: the host of *target*, of the
+                        first address if it has several
+    credentials         for TLS with credentials of gRPC instead
+    token               bearer token that proves who calls
+    token_file          file that contains it; read again when it changes
+    plaintext_token     whether to send it without TLS to another machine, where others may read it
     retries, patience   see `Client`
     multiplex           whether requests share one stream, which costs a fraction of the CPU time of one call
                         each. None: they do once more than a few are in flight at a time, until the client was
                         idle for a minute. Behind a load balancer that
                         distributes calls, not connections, False keeps them distributed
+
+    Raises BadTls and BadToken if the files cannot be used.
     """
-    channel = open_channel(target, credentials=credentials)
+    authorization = authorization_of(token, token_file)
+    files = TlsFiles(*(Path(file) if file is not None else None for file in (ca, cert, key)))
+    reader = TlsReader(files) if tls or (tls is None and files != TlsFiles()) else None
+    if authorization is not no_authorization and credentials is None and reader is None:
+        check_plaintext(target, allowed=plaintext_token)
+    channel = open_channel(target, credentials=credentials, tls=reader, server_name=server_name)
     advice = target_problem(target) if credentials is None else ""
     if not advice and (variable := proxy_variable(target)):
         advice = f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"
     async with Client(
-        channel, retries=retries, patience=patience, advice=advice, target=target, multiplex=multiplex
+        channel,
+        retries=retries,
+        patience=patience,
+        advice=advice,
+        target=target,
+        multiplex=multiplex,
+        authorization=authorization,
     ) as client:
         yield client
 

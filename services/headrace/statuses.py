@@ -14,6 +14,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from headrace import errors
 from headrace.quoting import clipped
+from headrace.tls.hints import hint
 
 DOMAIN = "headrace"
 # By the RPC conventions, these are errors of the server. Others are the caller's, such as INVALID_ARGUMENT or
@@ -128,6 +129,10 @@ def from_rpc_error(error: grpc.RpcError) -> errors.HeadraceError:
         # gRPC reports a lost transport in this form; only the text contains the cause.
         late = "deadline exceeded" in details.lower()
         code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.UNAVAILABLE
+    if code is grpc.StatusCode.UNAVAILABLE and (advice := hint(details)):
+        translated = from_status(status_pb2.Status(code=code.value[0], message=f"{advice} ({details})"))
+        translated.fields[errors.TLS_PROBLEM] = advice
+        return translated
     found = _HTTP_RESPONSE.search(details)
     if found is None:
         return from_status(status_pb2.Status(code=code.value[0], message=details))

@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from headrace.channel import open_channel
 from headrace.cli.launch.mesh import reserved_ports
-from headrace.client import connect
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
+from tests.faults import secured
+from tests.faults.secured import connect, open_channel
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0  # generous, for busy machines
@@ -60,6 +60,7 @@ class Child:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "headrace.cli.launch.child", str(os.getpid()), self.module),
                 *("--host", HOST, "--port", str(self.port), *self.flags),
+                *secured.flags(self.name.rstrip("0123456789")),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

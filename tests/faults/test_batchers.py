@@ -7,8 +7,8 @@ import random
 import signal
 from collections.abc import Callable
 
-from headrace.client import connect
 from tests.faults.fleet import Fleet
+from tests.faults.secured import connect
 from tests.faults.tally import Row, Streams, mixed, until_affected, visit
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
-from headrace.client import connect
 from tests.faults.fleet import Fleet, Plan
+from tests.faults.secured import connect
 from tests.faults.tally import Row, mixed, visit
 
 Fleets = Callable[[Plan], AbstractAsyncContextManager[Fleet]]

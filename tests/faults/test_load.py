@@ -10,13 +10,13 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 
-import grpc
 import pytest
 
-from headrace.client import Client, connect
+from headrace.client import Client
 from headrace.v1 import generation_pb2 as pb
 from tests.faults.dice import expected
 from tests.faults.fleet import Fleet, Plan
+from tests.faults.secured import channel_with, connect
 from tests.faults.tally import Row, Visit, mixed, request, visit
 
 Fleets = Callable[[Plan], AbstractAsyncContextManager[Fleet]]
@@ -152,7 +152,7 @@ async def test_callers_that_do_not_read_do_not_block_others(
     # A channel with a small receive buffer; else it would hold much of an answer.
     narrow = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
     async with fleets(plan) as few, connect(few.batchers[0].address, retries=0) as client:
-        channel = grpc.aio.insecure_channel(few.batchers[0].address, options=narrow)
+        channel = channel_with(few.batchers[0].address, narrow)
         async with Client(channel, retries=0) as slow:
             long = [request(rng, n, min_tokens=2500, max_tokens=3000) for n in range(8)]
             for one in long:

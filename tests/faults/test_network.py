@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 
 from headrace.cli.launch.mesh import reserved_ports
-from headrace.client import connect
 from tests.faults.fleet import HOST, Fleet, Plan, fleet
 from tests.faults.proxy import Proxy
+from tests.faults.secured import connect
 from tests.faults.tally import Row, Streams, mixed, until_affected, visit
 
 

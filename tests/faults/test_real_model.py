@@ -9,10 +9,11 @@ from contextlib import AbstractAsyncContextManager
 import pytest
 
 from headrace import models
-from headrace.client import chat, connect
+from headrace.client import chat
 from headrace.v1 import generation_pb2 as pb
 from tests.faults.dice import Expected
 from tests.faults.fleet import Fleet, Plan
+from tests.faults.secured import connect
 from tests.faults.tally import Row, until_affected, visit
 from tests.harness import Answer, collect
 

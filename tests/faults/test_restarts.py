@@ -9,8 +9,9 @@ from collections.abc import AsyncGenerator, Callable
 
 import pytest
 
-from headrace.client import Client, connect
+from headrace.client import Client
 from tests.faults.fleet import Fleet, Plan, fleet
+from tests.faults.secured import connect
 from tests.faults.tally import Row, Visit, request, visit
 
 

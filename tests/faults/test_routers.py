@@ -6,8 +6,8 @@ import asyncio
 import random
 from collections.abc import Callable
 
-from headrace.client import connect
 from tests.faults.fleet import START_SECONDS, Fleet
+from tests.faults.secured import connect
 from tests.faults.tally import Row, Streams, mixed, until_affected, visit
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
-from headrace.client import Client, connect
+from headrace.client import Client
 from headrace.v1 import admin_service_pb2 as admin
 from tests.faults.fleet import Child, Fleet
+from tests.faults.secured import connect
 from tests.faults.tally import PATIENT_SECONDS, Row, Visit, request, visit
 from tests.faults.test_load import DEADLINES
 

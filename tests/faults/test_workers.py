@@ -10,9 +10,9 @@ from contextlib import AbstractAsyncContextManager
 
 import pytest
 
-from headrace.client import connect
 from headrace.v1 import generation_pb2 as pb
 from tests.faults.fleet import Fleet, Plan
+from tests.faults.secured import connect
 from tests.faults.tally import Row, Streams, mixed, request, until_affected, visit
 
 TOKENS = 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -243,8 +244,8 @@ async def test_two_routers_on_one_port_are_refused(mesh: Mesh, tmp_path: Path) -
 async def test_port_0_is_one_port_for_all_processes(mesh: Mesh, tmp_path: Path) -> None:
     async with routers(mesh, tmp_path, "--port", "0") as running:
         lines = [line for line in running.log.read_text().splitlines() if '"serving"' in line]
-        port = lines[0].partition('"port": ')[2].rstrip("}")
-        async with open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(PATIENCE):
+        ports = [json.loads(line)["port"] for line in lines]
+        async with open_channel(f"127.0.0.1:{ports[0]}") as channel, asyncio.timeout(PATIENCE):
             await channel.channel_ready()
 
-    assert [line.partition('"port": ')[2].rstrip("}") for line in lines] == [port, port]
+    assert ports == [ports[0]] * 2

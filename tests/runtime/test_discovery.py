@@ -66,3 +66,13 @@ async def test_a_name_with_both_families_is_one_replica_per_host() -> None:
 async def test_an_invalid_name_has_no_address() -> None:
     for name in ("dns:///a..b:5", f"dns:///{'x' * 70}.test:5"):
         assert await Discovery([name]).addresses() == frozenset()
+
+
+async def test_each_address_keeps_the_name_that_its_certificate_contains() -> None:
+    names = Names({"10.0.0.1:5", "10.0.0.2:5"})
+    for target, name in (("dns:///pods.svc:5", "pods.svc"), ("dns:pods:5", "pods")):
+        discovery = Discovery([target, "10.0.0.3:5"], lookup=names)
+
+        assert await discovery.addresses() == {"10.0.0.1:5", "10.0.0.2:5", "10.0.0.3:5"}
+        assert discovery.server_name("10.0.0.1:5") == discovery.server_name("10.0.0.2:5") == name
+        assert discovery.server_name("10.0.0.3:5") == ""

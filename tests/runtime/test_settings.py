@@ -151,7 +151,12 @@ def test_only_ports_have_a_variable_name_that_kubernetes_uses(
     """For any Service name: headrace, headrace-cache..."""
     given = re.compile(r"(.*_)?(port|service_host|service_port(_\w+)?|port_\d+_\w+)")
 
-    assert {name for name in settings.model_fields if given.fullmatch(name)} == {"port", "metrics_port"}
+    assert {name for name in settings.model_fields if given.fullmatch(name)} == {
+        "port",
+        "metrics_port",
+        "health_port",
+        "mtls_port",
+    }
 
 
 def test_a_service_named_headrace_metrics_is_explained_too(

@@ -28,6 +28,7 @@ from headrace.client import LIST_TIERS
 from headrace.models import ModelUnavailable, cache_folder, resolve
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.runtime import process_info
+from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
@@ -60,7 +61,13 @@ async def batcher(
     identity   the name of this batcher in its workers' logs
     defaults   values of sampling fields that a request leaves out
     """
-    pool = WorkerPool(settings.worker_targets, fingerprint=tokenizer.fingerprint, batcher_id=identity)
+    secured = security(settings, "batcher")
+    pool = WorkerPool(
+        settings.worker_targets,
+        fingerprint=tokenizer.fingerprint,
+        batcher_id=identity,
+        tls=secured.calls,
+    )
     coalescer = Coalescer(
         pool,
         RequestQueue(
@@ -88,7 +95,7 @@ async def batcher(
         answering = Answering(
             coalescer, intake, tokenizer, tier=settings.tier, trace_content=settings.trace_content
         )
-        calls = Calls(settings.limits, trace_context=settings.trace_context)
+        calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
         servicer = GenerationServicer(
             answering, coalescer, intake, calls, tier=settings.tier, max_tokens=settings.max_tokens
         )
@@ -107,6 +114,9 @@ async def batcher(
                     (*SERVICES, *process_info.SERVICES),
                     host=settings.host,
                     port=settings.port,
+                    health_port=settings.health_port,
+                    mtls_port=settings.mtls_port,
+                    tls=secured.server,
                     drain_seconds=settings.drain_seconds,
                     calls=calls,
                     untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 
+from headrace.runtime import grpc_verbosity as grpc_verbosity  # before grpc is imported
+
 
 def main() -> None:
     """Run `headrace`, or print what to install if only the bare package is installed."""

@@ -10,7 +10,8 @@ import typer
 from headrace import propagation
 from headrace.cli.commands.asking import chat, explain, feedback, tiers, top
 from headrace.cli.commands.fitting import calibrate, check, train
-from headrace.cli.commands.running import demo, fetch, up
+from headrace.cli.commands.running import certs, demo, fetch, up
+from headrace.cli.commands.tokens import token
 from headrace.cli.complaints import complain
 
 
@@ -44,12 +45,14 @@ def options(
 
 
 for panel, commands in (
-    ("Run a mesh", (up, demo, fetch)),
+    ("Run a mesh", (up, demo, fetch, certs)),
     ("Send requests to a mesh", (chat, explain, tiers, top, feedback)),
     ("Fit the routing to your traffic", (calibrate, train, check)),
 ):
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+
+app.add_typer(token, name="token", rich_help_panel="Run a mesh")
 
 
 def main() -> None:

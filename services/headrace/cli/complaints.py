@@ -12,12 +12,15 @@ import typer
 from rich.console import Console
 
 from headrace import errors
+from headrace.bearer import BadToken
 from headrace.channel import proxy_variable, target_problem
 from headrace.cli.files.rows import BadRow
 from headrace.cli.launch.mesh import BadSpec
 from headrace.cli.launch.processes import ChildDied
 from headrace.models import ModelUnavailable
 from headrace.routing.artifact import BadArtifact
+from headrace.runtime.security.watched_file import BadFile
+from headrace.tls.files import BadTls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +40,11 @@ def advice(error: errors.HeadraceError, target: str) -> str:
         )
     # gRPC itself raises Unavailable; the services of Headrace send its subclasses.
     if type(error) is errors.Unavailable:
+        if found := error.fields.get(errors.TLS_PROBLEM):
+            return (
+                f"no connection to {target}: {found}; see --tls-ca, --tls-cert, --tls-key and "
+                "--tls-server-name"
+            )
         if problem := target_problem(target):
             return problem
         if variable := proxy_variable(target):
@@ -57,6 +65,8 @@ _HINTS: list[tuple[type[errors.HeadraceError], str]] = [
     (errors.DeadlineExceeded, "increase --timeout, or reduce --max-tokens"),
     (errors.Overloaded, "try again in a moment"),
     (errors.Unimplemented, "the server at --target does not support this; call a router"),
+    (errors.CredentialsRequired, "give a token with --token-file, or a certificate with --tls-cert"),
+    (errors.CredentialsInvalid, "check the file of --token-file"),
     (
         errors.Unauthenticated,
         "a proxy or the server at --target requires credentials",
@@ -77,7 +87,7 @@ def complaining(target: str = "") -> Iterator[None]:
     except errors.HeadraceError as error:
         complain(advice(error, target))
         raise typer.Exit(1) from None
-    except (BadSpec, BadRow, BadArtifact, ModelUnavailable) as error:
+    except (BadSpec, BadRow, BadArtifact, BadTls, ModelUnavailable, BadToken, BadFile) as error:
         complain(str(error))
         raise typer.Exit(2) from None
     except ChildDied as error:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import grpc
 
 from headrace import errors, statuses
+from headrace.bearer import Authorization, Headers, authorized, no_authorization
 from headrace.flushing import Flusher
 from headrace.multiplex.call import Call
 from headrace.multiplex.limits import LARGE_BYTES
@@ -38,6 +39,7 @@ class Caller:
                     flight, until there were none for `IDLE_SECONDS`
     stall_seconds   a shared stream is lost if it is silent for so long while calls wait
     caller_id       identifies this caller in the server's logs
+    authorization   returns the headers that prove who calls
     """
 
     def __init__(
@@ -47,7 +49,10 @@ class Caller:
         multiplex: bool | None = None,
         stall_seconds: float = STALL_SECONDS,
         caller_id: str = "",
+        authorization: Authorization = no_authorization,
     ) -> None:
+        self._authorization = authorization
+        self._sent_authorization: Headers = ()  # when the shared stream was opened
         self._stub = GenerationServiceStub(channel)
         self._multiplex = multiplex
         self._stall_seconds = stall_seconds
@@ -76,9 +81,10 @@ class Caller:
             and time.monotonic() >= self._not_offered_until
             and request.ByteSize() <= LARGE_BYTES
         ):
-            call: Call = self._shared_stream().open(
-                request, timeout=timeout, metadata=metadata, flusher=flusher
-            )
+            stream, authorization = self._shared_stream(), self._authorization()
+            if authorization != self._sent_authorization:  # the token was replaced since
+                metadata = authorized(metadata, authorization)
+            call: Call = stream.open(request, timeout=timeout, metadata=metadata, flusher=flusher)
         else:
             call = self._own_call(request, timeout, metadata)
         self._calls.add(call)
@@ -113,8 +119,9 @@ class Caller:
         stream = self._open
         if stream is None:
             self._epoch += 1
+            self._sent_authorization = self._authorization()
             stream = self._stream = SharedStream(
-                self._stub.Multiplex(),
+                self._stub.Multiplex(metadata=self._sent_authorization or None),
                 epoch=self._epoch,
                 caller_id=self._caller_id,
                 stall_seconds=self._stall_seconds,
@@ -133,6 +140,7 @@ class Caller:
     def _own_call(
         self, request: pb.GenerateRequest, timeout: float | None, metadata: Sequence[tuple[str, str]]
     ) -> Call:
+        metadata = authorized(metadata, self._authorization())
         return _OwnCall(self._stub.Generate(request, timeout=timeout, metadata=metadata))
 
 

@@ -19,11 +19,13 @@ from typing import Any, TypeAlias
 import grpc
 
 from headrace import errors, statuses
-from headrace.deadline import NEVER, Deadline
+from headrace.deadline import Deadline
 from headrace.metrics import catalogue
 from headrace.metrics.requests import record_refusal
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
-from headrace.runtime.security.identity import ANONYMOUS, Identity, current
+from headrace.multiplex.request_identity import RequestIdentities
+from headrace.multiplex.stream_request import StreamRequest
+from headrace.runtime.security.identity import ANONYMOUS, Identity
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.v1 import generation_pb2 as pb
@@ -93,7 +95,13 @@ class Multiplexer:
         caller = {"caller": first.hello.caller_id, "epoch": first.hello.epoch}
         log.info("shared stream opened", extra=caller)
         stream = _Stream(
-            self._answer, self._calls, self._starting, self._turns, context.peer(), first.hello.epoch
+            self._answer,
+            self._calls,
+            self._starting,
+            self._turns,
+            context.peer(),
+            first.hello.epoch,
+            RequestIdentities(self._calls.guard, context),
         )
         try:
             # A task that fails ends the others, and the stream with its error as the status.
@@ -115,35 +123,6 @@ class Multiplexer:
             log.info("shared stream ended", extra=caller)
 
 
-class _Request:
-    """A request of a stream.
-
-    credit     events that may be sent in all; infinity for no limit
-    sent       events so far
-    deadline   of the whole answer
-    late       whether it was cancelled because its deadline has passed
-    starting   held until its first event
-    """
-
-    __slots__ = ("credit", "deadline", "handle", "has_credit", "late", "sent", "starting", "task")
-
-    def __init__(self, handle: int, credit: float, starting: Permit) -> None:
-        self.handle = handle
-        self.starting = starting
-        self.credit = credit
-        self.deadline = NEVER
-        self.late = False
-        self.sent = 0
-        self.has_credit: asyncio.Future[None] | None = None
-        self.task: asyncio.Task[None] | None = None
-
-    def grant(self, events: float) -> None:
-        """Raise the credit to *events*."""
-        self.credit = max(self.credit, events)
-        if self.has_credit is not None and not self.has_credit.done():
-            self.has_credit.set_result(None)
-
-
 class _Stream:
     """One Multiplex stream, as the server sees it."""
 
@@ -155,14 +134,15 @@ class _Stream:
         turns: FairSemaphore,
         peer: str,
         epoch: int,
+        identities: RequestIdentities,
     ) -> None:
         self._answer = answer
         self._calls = calls
         self._starting = starting
         self._turns = turns
         self._peer = peer
-        self._identity = current()
-        self._requests: dict[int, _Request] = {}
+        self._identities = identities
+        self._requests: dict[int, StreamRequest] = {}
         self._last_handle = 0
         self._complete = False  # no further request comes
         self._unsent = wire.MultiplexResponse(welcome=wire.MultiplexWelcome(epoch=epoch))
@@ -207,7 +187,7 @@ class _Stream:
 
         It also lets others start in place of requests that have been starting since the check before.
         """
-        starting: list[_Request] = []
+        starting: list[StreamRequest] = []
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             latest = time.monotonic() - WATCH_SECONDS
@@ -302,14 +282,14 @@ class _Stream:
             )
         self._last_handle = handle
         credit = opened.credit if opened.HasField("credit") else math.inf
-        request = self._requests[handle] = _Request(handle, credit, starting)
+        request = self._requests[handle] = StreamRequest(handle, credit, starting)
         # Its own context: the requests of a stream share neither span nor baggage.
         request.task = asyncio.get_running_loop().create_task(
             self._run(request, opened), context=contextvars.Context()
         )
         request.task.add_done_callback(lambda _: starting.release())  # also of a task that never began
 
-    async def _run(self, request: _Request, opened: wire.OpenRequest) -> None:
+    async def _run(self, request: StreamRequest, opened: wire.OpenRequest) -> None:
         """Answer one request, and end it on the stream."""
         error: errors.HeadraceError | None
         finished = False
@@ -339,14 +319,13 @@ class _Stream:
                 try:
                     reservation = stack.enter_context(self._calls.budget.admit(self._peer))
                 except errors.HeadraceError as refused:
-                    record_refusal(refused, self._identity.quota)
+                    record_refusal(refused)
                     raise
                 reservation.resize(opened.ByteSize())
                 seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
                 request.deadline = Deadline.after(seconds, time.monotonic())
-                await self._answer(
-                    Incoming(opened.request, seconds, metadata, self._identity, framed=True), write
-                )
+                identity = await self._identities.of(metadata)
+                await self._answer(Incoming(opened.request, seconds, metadata, identity, framed=True), write)
 
         metadata = list(opened.metadata.items())
         try:

@@ -30,6 +30,7 @@ from headrace.routing.drafts.check import DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.score import Scorer, fingerprint
 from headrace.runtime import process_info
+from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
@@ -50,11 +51,13 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     siblings   the other processes that listen on the port of *settings*; by default there are none
     """
     siblings = siblings or Siblings()
+    secured = security(settings, "router")
     tiers = Tiers(
         settings.tier_targets(),
         poll_seconds=settings.poll_seconds,
         stall_seconds=settings.stall_seconds,
         wait_seconds=settings.tier_wait_seconds,
+        tls=secured.calls,
     )
     scores, checker, thresholds = _load_models(settings, [tier.name for tier in tiers.tiers])
     conversations = SharedConversations(siblings, idle_seconds=settings.session_idle_seconds)
@@ -66,7 +69,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         conversations=conversations,
         rules=_cascade_rules(settings),
     )
-    calls = Calls(settings.limits, trace_context=settings.trace_context)
+    calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     servicer = RouterServicer(
         tiers,
         scores,
@@ -94,6 +97,9 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
             (*SERVICES, *process_info.SERVICES),
             host=settings.host,
             port=settings.port,
+            health_port=settings.health_port,
+            mtls_port=settings.mtls_port,
+            tls=secured.server,
             share_port=settings.processes > 1,
             drain_seconds=settings.drain_seconds,
             calls=calls,

@@ -22,6 +22,7 @@ from headrace.router.chooser import Chooser
 from headrace.router.measuring import Measured, Measuring
 from headrace.router.optional import optional
 from headrace.router.own_calls import OwnCalls
+from headrace.router.permissions import permit, permitted_tenant
 from headrace.router.siblings import Siblings
 from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
@@ -107,6 +108,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     async def _answer(self, incoming: Incoming, write: Write, measured: Measured) -> None:
         request, left = incoming.request, incoming.time_remaining
         check_request(request)
+        permit(request, incoming.identity)
         hops = _hops(incoming.metadata)
         journey = measured.journey = Journey(
             request,
@@ -133,6 +135,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Return the tier that a request would be sent to, and why."""
         check_request(request.request)
+        permit(request.request, current())
         score = self._score(request.request)
         facts = routing_request(request.request, score)
         now = time.monotonic()
@@ -176,6 +179,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     async def Feedback(self, request: routing.FeedbackRequest, context: _Context) -> routing.FeedbackResponse:
         """Record how good an answer was."""
         check_feedback(request)
+        request.tenant = permitted_tenant(request.tenant, current(), field="tenant")
         names = [tier.name for tier in self._tiers.tiers]
         if request.tier and request.tier not in names:
             raise errors.UnknownTier(

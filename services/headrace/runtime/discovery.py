@@ -67,6 +67,11 @@ class Discovery:
         """Resolve all targets now."""
         return frozenset().union(*[await self._resolve(target) for target in self._targets])
 
+    def server_name(self, address: str) -> str:
+        """Return the name that *address* was resolved from, which its certificate contains; else empty."""
+        names = (target for target, found in self._found.items() if address in found)
+        return split(next(names, "").removeprefix("dns:").rpartition("/")[2])[0]
+
     async def _resolve(self, target: str) -> frozenset[str]:
         name = _name(target)
         if name is None:

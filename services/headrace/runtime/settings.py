@@ -10,13 +10,17 @@ import argparse
 import inspect
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import CliApp, CliSettingsSource, SettingsConfigDict
 
+from headrace.runtime.security.peers import Domains
+from headrace.runtime.security.settings import AuthSettings
 from headrace.runtime.serving.inflight import CONNECTION_SHARE, INCOMPLETE_SHARE
 from headrace.runtime.serving.limits import MIB, Limits
+from headrace.tls.files import TlsFiles
 
 PREFIX = "HEADRACE_"
 
@@ -48,7 +52,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return super()._fill_text(inspect.cleandoc(text), width, indent)
 
 
-class ServiceSettings(BaseSettings):
+class ServiceSettings(AuthSettings):
     """The settings of every server; each service adds its own."""
 
     model_config = SettingsConfigDict(
@@ -69,6 +73,41 @@ class ServiceSettings(BaseSettings):
         description="address to listen on, such as ::1; 0.0.0.0 or :: for all addresses, of IPv4 and IPv6",
     )
     port: Port = 0
+    health_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="port for health checks alone, without TLS and credentials, for probes that "
+        "support neither; 0: none",
+    )
+    tls_cert: Path | None = Field(
+        default=None,
+        description="certificate of this process, with intermediate ones, in PEM format: the server then "
+        "requires TLS. Files of TLS are read again when they change",
+    )
+    tls_key: Path | None = Field(default=None, description="private key of --tls-cert, in PEM format")
+    tls_ca: Path | None = Field(
+        default=None,
+        description="certificates of the authorities that sign the mesh's certificates. With it, clients "
+        "must have a certificate, and other services are called over TLS",
+    )
+    tls_client_certificates: Literal["required", "none"] = Field(
+        default="required",
+        description="with --tls-ca, whether clients on --port must have a certificate; none: they are not "
+        "asked for one, as on a router whose callers have tokens",
+    )
+    tls_peers: str = Field(
+        default="",
+        description="what surrounds the role in the names of the mesh's certificates, separated by commas, "
+        "such as spiffe://cluster.local/ns/headrace/sa/ or .headrace.svc; empty: the same as in --tls-cert",
+    )
+    mtls_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="a second port, where clients must have a certificate whatever "
+        "--tls-client-certificates is; 0: none",
+    )
     drain_seconds: float = Field(
         default=25.0,
         ge=0,
@@ -120,6 +159,31 @@ class ServiceSettings(BaseSettings):
                 f"--max-inflight-megabytes) must be at least {least:g}, four times --max-message-megabytes"
             )
         return self
+
+    @field_validator("tls_peers")
+    @classmethod
+    def _is_domains(cls, peers: str) -> str:
+        Domains.parse(peers.split(","))
+        return peers
+
+    @model_validator(mode="after")
+    def _has_all_of_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError(
+                "HEADRACE_TLS_CERT (or --tls-cert) and HEADRACE_TLS_KEY (or --tls-key) need each other"
+            )
+        if self.tls_ca is not None and self.tls_cert is None:
+            raise ValueError("HEADRACE_TLS_CA (or --tls-ca) needs --tls-cert and --tls-key")
+        if self.mtls_port and self.tls_ca is None:
+            raise ValueError("HEADRACE_MTLS_PORT (or --mtls-port) needs --tls-ca")
+        return self
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        """The files of TLS; None if the process uses none."""
+        if self.tls_cert is None:
+            return None
+        return TlsFiles(ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key)
 
     @property
     def limits(self) -> Limits:

@@ -399,9 +399,13 @@ class Routing(_message.Message):
     a while. At most 256 characters. Empty: none.
     """
     priority: _builtins.int
-    """From 0, the least urgent, to 9, the most urgent. Default 5."""
+    """From 0, the least urgent, to 9, the most urgent. Default 5. A router lowers it to the highest one that the caller's
+    credentials permit.
+    """
     tenant: _builtins.str
-    """The tenant that the request is accounted to. At most 256 characters. Empty: the anonymous tenant."""
+    """The tenant that the request is accounted to. At most 256 characters. Empty: the tenant of the caller's credentials;
+    without credentials, the anonymous tenant. Credentials of one tenant cannot name another.
+    """
     cascade: _builtins.bool
     """Whether a smaller tier's answer may be held back and judged, and discarded for a larger tier's answer if it is not
     good enough. Nothing is delivered before it is judged, and nothing that was delivered is replaced.

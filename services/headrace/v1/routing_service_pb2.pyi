@@ -42,7 +42,9 @@ class FeedbackRequest(_message.Message):
     quality: _builtins.float
     """The quality, from 0 (useless) to 1 (perfect)."""
     tenant: _builtins.str
-    """The tenant of the request, as in `Routing.tenant`. At most 256 characters. Empty: the anonymous tenant."""
+    """The tenant of the request, as in `Routing.tenant`. At most 256 characters. Empty: the tenant of the caller's
+    credentials; without credentials, the anonymous tenant.
+    """
     def __init__(
         self,
         *,

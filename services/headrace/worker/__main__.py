@@ -17,6 +17,7 @@ import grpc
 
 from headrace.models import ModelUnavailable, cache_folder, resolve, tokenizer_fingerprint
 from headrace.runtime import process_info
+from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
@@ -57,9 +58,10 @@ async def worker(
     load       makes the engine, on a thread; meanwhile the server's health is not ready
     identity   identifies this worker in its batchers' logs
     """
+    secured = security(settings, "worker")
     incarnation = secrets.randbits(63)
     servicer = WorkerServicer(identity, incarnation)
-    calls = Calls(settings.limits, trace_context=settings.trace_context)
+    calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     debug = AdminServicer(identity, incarnation, lambda: servicer.streams, described, calls.requests)
 
     def register(server: grpc.aio.Server) -> None:
@@ -71,6 +73,9 @@ async def worker(
         (*SERVICES, *process_info.SERVICES),
         host=settings.host,
         port=settings.port,
+        health_port=settings.health_port,
+        mtls_port=settings.mtls_port,
+        tls=secured.server,
         # Sequences that are handed off at the end of the drain must be sent as well.
         drain_seconds=settings.drain_seconds + 2,
         calls=calls,

@@ -6,6 +6,7 @@ import pytest
 
 from headrace.cli.calls import conversation
 from headrace.cli.calls.chat import ChatOptions
+from headrace.cli.calls.connection import Connection
 
 
 @pytest.mark.parametrize("interrupted", range(4))
@@ -36,7 +37,7 @@ def test_control_c_during_output_does_not_end_the_conversation(
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(conversation, "_note", note)
 
-    conversation.conversation(ChatOptions(target="127.0.0.1:1"))
+    conversation.conversation(ChatOptions(connection=Connection(target="127.0.0.1:1")))
 
     assert pressed
     assert said[-1] == "", "it ended by Ctrl-D"

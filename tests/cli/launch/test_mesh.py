@@ -152,6 +152,17 @@ def test_only_the_router_of_a_mesh_has_untrusted_callers(spec: MeshSpec) -> None
     assert router.environment.get("HEADRACE_TRACE_CONTEXT") != "trust"
 
 
+def test_only_the_router_asks_callers_for_credentials(
+    spec: MeshSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The services behind it have no tokens to call each other with."""
+    monkeypatch.setenv("HEADRACE_AUTH_TOKENS", "callers.toml")
+    workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)
+
+    assert router.environment["HEADRACE_AUTH_TOKENS"] == "callers.toml"
+    assert not any("HEADRACE_AUTH_TOKENS" in process.environment for process in (*workers, *batchers))
+
+
 def test_children_inherit_the_environment_less_what_the_flags_say(spec: MeshSpec) -> None:
     inherited = {"PATH": "/bin", "HEADRACE_PORT": "1", "HEADRACE_MODEL": "x", "HEADRACE_LINGER": "0.1"}
 

@@ -148,7 +148,7 @@ async def test_a_mesh_uses_ipv6_on_every_hop() -> None:
         await eventually(lambda: middle.server.health.ready)
         tiers = f"only=[::1]:{middle.server.port}"
         gate = await stack.enter_async_context(
-            router(RouterSettings(host="::", port=0, tiers=tiers, drain_seconds=2))
+            router(RouterSettings(host="::", port=0, tiers=tiers, drain_seconds=2, auth_anonymous="allow"))
         )
         for target in (f"[::1]:{gate.port}", f"ipv6:[::1]:{gate.port}", f"127.0.0.1:{gate.port}"):
             client = await stack.enter_async_context(connect(target))

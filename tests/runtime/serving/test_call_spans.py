@@ -131,7 +131,8 @@ async def running(calls: Calls) -> AsyncGenerator[tuple[grpc.aio.Channel, asynci
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         for name in ENDINGS:
             handlers[f"{kind}_{name}"] = make(behaviour(kind, name, began), request_deserializer=bytes)
-    server = grpc.aio.server(interceptors=[ServerInterceptor(calls, guard=Doorman())])
+    calls.guard = Doorman()
+    server = grpc.aio.server(interceptors=[ServerInterceptor(calls)])
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -225,9 +226,8 @@ class Scripted(generation.GenerationServiceServicer, routing_service_pb2_grpc.Ro
 
 @asynccontextmanager
 async def scripted(calls: Calls) -> AsyncGenerator[tuple[int, Scripted], None]:
-    server = grpc.aio.server(
-        interceptors=[ServerInterceptor(calls, untracked=frozenset({MULTIPLEX}), guard=Doorman())]
-    )
+    calls.guard = Doorman()
+    server = grpc.aio.server(interceptors=[ServerInterceptor(calls, untracked=frozenset({MULTIPLEX}))])
     servicer = Scripted(calls)
     generation.add_GenerationServiceServicer_to_server(servicer, server)
     routing_service_pb2_grpc.add_RoutingServiceServicer_to_server(servicer, server)

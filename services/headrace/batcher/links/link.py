@@ -27,6 +27,7 @@ from headrace.batcher.links.receiver import FRAME_WINDOW, Mismatch, Receiver
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel
 from headrace.propagation import to_w3c
 from headrace.runtime.rate import RateMeter
+from headrace.tls.files import TlsReader
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.v1.worker_service_pb2_grpc import WorkerServiceStub
 
@@ -47,6 +48,8 @@ class WorkerLink:
 
     target        its gRPC name
     fingerprint   of the batcher's tokenizer; a worker with another one is rejected
+    tls           for a stream over TLS; None: plaintext
+    server_name   the name in the worker's certificate; empty: the host of *target*
 
     connected         whether the worker has welcomed the current stream
     draining          whether the worker reports that it drains
@@ -58,7 +61,16 @@ class WorkerLink:
     step_seconds      mean time of an engine step; 0 while unknown
     """
 
-    def __init__(self, target: str, *, fingerprint: str, batcher_id: str, listener: LinkListener) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        fingerprint: str,
+        batcher_id: str,
+        listener: LinkListener,
+        tls: TlsReader | None = None,
+        server_name: str = "",
+    ) -> None:
         self.target = target
         self.fingerprint = fingerprint
         self.worker_id = ""
@@ -80,6 +92,8 @@ class WorkerLink:
         self.epoch = 0
         self.receiver = Receiver(self, listener)
         self._batcher_id = batcher_id
+        self._tls = tls
+        self._server_name = server_name
         self._listener = listener
         self._batches = 0
         self._outgoing: asyncio.Queue[wire.RunRequest | None] = asyncio.Queue()
@@ -187,7 +201,9 @@ class WorkerLink:
     async def run(self) -> None:
         """Keep the stream open, and reconnect when it breaks, until cancelled or retired."""
         pause, logged = RECONNECT_SECONDS[0], ""
-        async with open_channel(self.target, direct=True) as channel:
+        async with open_channel(
+            self.target, tls=self._tls, server_name=self._server_name, direct=True
+        ) as channel:
             stub = WorkerServiceStub(channel)
             while not self.retiring:
                 was_connected, unexpected = False, None

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from headrace.batcher.links.link import WorkerLink
 from headrace.batcher.links.listener import LinkListener
 from headrace.runtime.discovery import Discovery
+from headrace.tls.files import TlsReader
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +20,17 @@ class WorkerPool:
 
     targets       gRPC names; `dns:///host:port` stands for all addresses of the host
     fingerprint   of the batcher's tokenizer
+    tls           for calls over TLS; None: plaintext
     """
 
-    def __init__(self, targets: Sequence[str], *, fingerprint: str, batcher_id: str) -> None:
+    def __init__(
+        self, targets: Sequence[str], *, fingerprint: str, batcher_id: str, tls: TlsReader | None = None
+    ) -> None:
         self._targets = targets
         self._discovery = Discovery(targets)
         self._fingerprint = fingerprint
         self._batcher_id = batcher_id
+        self._tls = tls
         self._links: dict[str, WorkerLink] = {}
         self._wanted: frozenset[str] = frozenset()
         self._kept: set[str] = set()
@@ -71,7 +76,12 @@ class WorkerPool:
         while target in self._wanted:
             log.info("worker found", extra={"target": target})
             link = self._links[target] = WorkerLink(
-                target, fingerprint=self._fingerprint, batcher_id=self._batcher_id, listener=listener
+                target,
+                fingerprint=self._fingerprint,
+                batcher_id=self._batcher_id,
+                listener=listener,
+                tls=self._tls,
+                server_name=self._discovery.server_name(target),
             )
             try:
                 await link.run()

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from headrace.cli.answers import Answer, printable
-from headrace.client import Client, chat, connect
+from headrace.client import Client, chat
 from headrace.runtime.telemetry.setup import telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from headrace.cli.calls.connection import Connection
     from headrace.v1 import generation_pb2 as pb
 
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 class ChatOptions:
     """The flags of `headrace chat`."""
 
-    target: str
+    connection: Connection
     timeout: float = 120.0  # seconds for a whole answer
     temperature: float | None = None
     max_tokens: int | None = None
@@ -99,7 +100,7 @@ async def ask_once(prompt: str, options: ChatOptions) -> None:
     """
     answer = Answer()
     try:
-        async with telemetry("client"), connect(options.target) as client:
+        async with telemetry("client"), options.connection.open() as client:
             await print_answer(client, request_for([("user", prompt)], options), options, answer)
     finally:
         if answer.request_id:

@@ -14,11 +14,11 @@ from headrace.cli.answers import Answer, printable
 from headrace.cli.calls.chat import print_answer, request_for, stderr_console
 from headrace.cli.calls.routing import feedback_result
 from headrace.cli.complaints import advice, complain
-from headrace.client import connect
 from headrace.runtime.telemetry.setup import telemetry
 
 if TYPE_CHECKING:
     from headrace.cli.calls.chat import ChatOptions
+    from headrace.cli.calls.connection import Connection
     from headrace.client import Client
 
 HELP = "/good or /bad rates the last answer, /new starts over; Ctrl-C cancels an answer, Ctrl-D exits."
@@ -31,7 +31,7 @@ def conversation(options: ChatOptions) -> None:
     _note(HELP)
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
-        conversation = _Conversation(runner, runner.run(_open(stack, options.target)), options)
+        conversation = _Conversation(runner, runner.run(_open(stack, options.connection)), options)
         interrupted = False
         try:
             while True:
@@ -51,9 +51,9 @@ def conversation(options: ChatOptions) -> None:
             runner.run(stack.aclose())
 
 
-async def _open(stack: AsyncExitStack, target: str) -> Client:
+async def _open(stack: AsyncExitStack, connection: Connection) -> Client:
     await stack.enter_async_context(telemetry("client"))
-    return await stack.enter_async_context(connect(target))
+    return await stack.enter_async_context(connection.open())
 
 
 class _Conversation:
@@ -121,7 +121,7 @@ class _Conversation:
             _note(f"request {printable(answer.request_id)}, {feedback_result(response)}")
 
     def _complain(self, error: errors.HeadraceError, answer: Answer) -> None:
-        complain(advice(error, self._options.target))
+        complain(advice(error, self._options.connection.target))
         if answer.request_id:
             _note(f"request {printable(answer.request_id)}")
 

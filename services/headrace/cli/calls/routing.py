@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from headrace.client import chat, connect
+from headrace.client import chat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,26 +17,27 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
     from rich.console import RenderableType
 
+    from headrace.cli.calls.connection import Connection
     from headrace.v1 import routing_service_pb2 as pb
 
 
-async def call_explain(target: str, prompt: str) -> pb.ExplainResponse:
-    """Ask the router at *target* for the tier of *prompt*. Raises a HeadraceError."""
-    async with connect(target) as client:
+async def call_explain(connection: Connection, prompt: str) -> pb.ExplainResponse:
+    """Ask a router for the tier of *prompt*. Raises a HeadraceError."""
+    async with connection.open() as client:
         return await client.explain(chat(prompt))
 
 
-async def call_list_tiers(target: str) -> pb.ListTiersResponse:
-    """Ask *target* for its tiers. Raises a HeadraceError."""
-    async with connect(target) as client:
+async def call_list_tiers(connection: Connection) -> pb.ListTiersResponse:
+    """Ask the server for its tiers. Raises a HeadraceError."""
+    async with connection.open() as client:
         return await client.list_tiers()
 
 
 async def send_feedback(
-    target: str, request_id: str, *, ok: bool | None, quality: float | None, tier: str, tenant: str
+    connection: Connection, request_id: str, *, ok: bool | None, quality: float | None, tier: str, tenant: str
 ) -> pb.FeedbackResponse:
-    """Send the quality of an answer to the router at *target*. Raises a HeadraceError."""
-    async with connect(target) as client:
+    """Send the quality of an answer to a router. Raises a HeadraceError."""
+    async with connection.open() as client:
         return await client.feedback(request_id, ok=ok, quality=quality, tier=tier, tenant=tenant)
 
 

@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace import errors
-from headrace.client import connect
 from headrace.v1 import generation_pb2 as generation
 
 if TYPE_CHECKING:
@@ -21,15 +20,16 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
+    from headrace.cli.calls.connection import Connection
     from headrace.v1 import routing_service_pb2 as pb
 
 
-async def top(target: str, console: Console, *, interval: float, once: bool) -> None:
-    """Show the mesh behind the router at *target* every *interval* seconds until cancelled.
+async def top(connection: Connection, console: Console, *, interval: float, once: bool) -> None:
+    """Show the mesh behind a router every *interval* seconds until cancelled.
 
     Keeps polling if the router becomes unavailable. Raises a HeadraceError if the first call fails.
     """
-    async with connect(target) as client:
+    async with connection.open() as client:
         before, then = await client.list_tiers(), time.monotonic()
         if once:
             console.print(screen(before, None, 0.0))

@@ -7,17 +7,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from headrace.cli.commands.flags import Artifact, Target
+from headrace.cli.calls.connection import Connection
+from headrace.cli.commands.flags import Artifact, with_connection
 from headrace.cli.complaints import complain, complaining
-from headrace.cli.launch.up import DEFAULT_TARGET
 
 
+@with_connection
 def chat(
+    *,
     prompt: Annotated[
         str | None,
         typer.Argument(help="The prompt. Default: standard input, or a conversation if that is a terminal."),
     ] = None,
-    target: Target = DEFAULT_TARGET,
+    connection: Connection,
     tier: Annotated[str, typer.Option(help="Answer on this tier only.")] = "",
     min_tier: Annotated[str, typer.Option(help="The smallest tier that may answer.")] = "",
     max_tier: Annotated[str, typer.Option(help="The largest tier that may answer.")] = "",
@@ -46,7 +48,7 @@ def chat(
     from headrace.cli.calls.conversation import conversation
 
     options = ChatOptions(
-        target=target,
+        connection=connection,
         timeout=timeout,
         temperature=temperature,
         max_tokens=max_tokens,
@@ -56,7 +58,7 @@ def chat(
         min_tier=min_tier,
         max_tier=max_tier,
     )
-    with complaining(target):
+    with complaining(connection.target):
         if prompt is None and sys.stdin.isatty():
             conversation(options)
             return
@@ -68,9 +70,11 @@ def chat(
         asyncio.run(ask_once(text, options))
 
 
+@with_connection
 def explain(
+    *,
     prompt: Annotated[str | None, typer.Argument(help="The prompt to explain.")] = None,
-    target: Target = DEFAULT_TARGET,
+    connection: Connection,
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON.")] = False,
     jsonl: Annotated[
         str,
@@ -108,8 +112,8 @@ def explain(
 
     from headrace.cli.calls.routing import as_dict, call_explain, explanation
 
-    with complaining(target):
-        response = asyncio.run(call_explain(target, prompt or ""))
+    with complaining(connection.target):
+        response = asyncio.run(call_explain(connection, prompt or ""))
     if as_json:
         print(json.dumps(as_dict(response), indent=2, ensure_ascii=False))
         return
@@ -118,8 +122,10 @@ def explain(
         console.print(part)
 
 
+@with_connection
 def tiers(
-    target: Target = DEFAULT_TARGET,
+    *,
+    connection: Connection,
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON.")] = False,
 ) -> None:
     """List the tiers with their models, health and load.
@@ -130,16 +136,18 @@ def tiers(
 
     from headrace.cli.calls.routing import as_dict, call_list_tiers, tiers_table
 
-    with complaining(target):
-        response = asyncio.run(call_list_tiers(target))
+    with complaining(connection.target):
+        response = asyncio.run(call_list_tiers(connection))
     if as_json:
         print(json.dumps(as_dict(response), indent=2, ensure_ascii=False))
     else:
         Console().print(tiers_table(response.tiers))
 
 
+@with_connection
 def top(
-    target: Target = DEFAULT_TARGET,
+    *,
+    connection: Connection,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
 ) -> None:
@@ -153,11 +161,13 @@ def top(
     from headrace.cli.launch.up import run_until_signal
 
     console = Console()
-    with complaining(target):
-        run_until_signal(run(target, console, interval=interval, once=once), lambda: None)
+    with complaining(connection.target):
+        run_until_signal(run(connection, console, interval=interval, once=once), lambda: None)
 
 
+@with_connection
 def feedback(
+    *,
     request_id: Annotated[str, typer.Argument(help="Id of the request, as `headrace chat` prints it.")],
     ok: Annotated[
         bool | None, typer.Option("--ok/--not-ok", help="Whether the answer was good enough.")
@@ -168,7 +178,7 @@ def feedback(
     ] = None,
     tier: Annotated[str, typer.Option(help="The tier that answered; a mismatch is rejected.")] = "",
     tenant: Annotated[str, typer.Option(help="Tenant of the request, if it had one.")] = "",
-    target: Target = DEFAULT_TARGET,
+    connection: Connection,
 ) -> None:
     """Send the quality of an answer to the router, which keeps it if it was started with --feedback FILE.
 
@@ -183,8 +193,8 @@ def feedback(
     if (ok is None) == (quality is None):
         complain("give one of --ok, --not-ok and --quality")
         raise typer.Exit(2)
-    with complaining(target):
+    with complaining(connection.target):
         response = asyncio.run(
-            send_feedback(target, request_id, ok=ok, quality=quality, tier=tier, tenant=tenant)
+            send_feedback(connection, request_id, ok=ok, quality=quality, tier=tier, tenant=tenant)
         )
     Console().print(feedback_result(response), highlight=False, markup=False)

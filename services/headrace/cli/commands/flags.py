@@ -1,11 +1,16 @@
 """Flags that several commands have."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from headrace.cli.calls.connection import Connection
 from headrace.cli.launch.mesh import DEFAULT_TIERS
+from headrace.cli.launch.up import DEFAULT_TARGET
 
 Target = Annotated[
     str, typer.Option(envvar="HEADRACE_TARGET", help="Router or batcher to call, as a gRPC target.")
@@ -68,3 +73,102 @@ DrainSeconds = Annotated[
         metavar="SECONDS", min=0, help="Time for requests in flight to complete when the mesh stops."
     ),
 ]
+
+
+_TlsFile = functools.partial(typer.Option, metavar="FILE", rich_help_panel="TLS")
+_ConnectionFlags = {
+    "target": (Target, DEFAULT_TARGET),
+    "token_file": (
+        Annotated[
+            Path | None,
+            typer.Option(
+                metavar="FILE", envvar="HEADRACE_TOKEN_FILE", help="File with the bearer token of the caller."
+            ),
+        ],
+        None,
+    ),
+    "plaintext_token": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--plaintext-token", help="Send the token without TLS also to another machine, unencrypted."
+            ),
+        ],
+        False,
+    ),
+    "tls_ca": (
+        Annotated[
+            Path | None,
+            _TlsFile(
+                envvar="HEADRACE_TLS_CA",
+                help="Authorities that sign the server's certificate; the server is then called over TLS. A "
+                "mesh that `headrace up --tls` runs on this machine needs none of these options.",
+            ),
+        ],
+        None,
+    ),
+    "tls_cert": (
+        Annotated[
+            Path | None,
+            _TlsFile(envvar="HEADRACE_TLS_CERT", help="Client certificate, if the server requires one."),
+        ],
+        None,
+    ),
+    "tls_key": (
+        Annotated[
+            Path | None,
+            _TlsFile(envvar="HEADRACE_TLS_KEY", help="Private key of the client certificate."),
+        ],
+        None,
+    ),
+    "tls_server_name": (
+        Annotated[
+            str,
+            typer.Option(
+                envvar="HEADRACE_TLS_SERVER_NAME",
+                metavar="NAME",
+                rich_help_panel="TLS",
+                help="The name in the server's certificate. Default: the host of --target.",
+            ),
+        ],
+        "",
+    ),
+    "tls": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--tls", rich_help_panel="TLS", help="Use TLS with public authorities, without --tls-ca."
+            ),
+        ],
+        False,
+    ),
+}
+
+
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a connection, in place of its parameter `connection: Connection`."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        given = {name: options.pop(name) for name in _ConnectionFlags}
+        connection = Connection(
+            target=given["target"],
+            ca=given["tls_ca"],
+            cert=given["tls_cert"],
+            key=given["tls_key"],
+            server_name=given["tls_server_name"],
+            tls=given["tls"],
+            token_file=given["token_file"],
+            plaintext_token=given["plaintext_token"],
+        )
+        command(connection=connection.completed(), **options)
+
+    own = [one for name, one in inspect.signature(command).parameters.items() if name != "connection"]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in _ConnectionFlags.items()
+    ]
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own] + added
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # inspect reads it
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run

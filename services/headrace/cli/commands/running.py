@@ -1,5 +1,6 @@
 """Commands that run a mesh on this machine."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +18,8 @@ from headrace.cli.commands.flags import (
     Threads,
     Tiers,
 )
-from headrace.cli.complaints import complaining
+from headrace.cli.complaints import complain, complaining
+from headrace.cli.launch.certificates import CA, DOMAIN, HOSTS, ROLES, issue
 from headrace.cli.launch.mesh import MeshSpec, parse_tiers
 from headrace.cli.launch.processes import log_folder
 from headrace.cli.launch.up import DEFAULT_PORT
@@ -46,6 +48,14 @@ def up(
     log_dir: LogDir = None,
     cache: Cache = None,
     drain_seconds: DrainSeconds = 10.0,
+    tls: Annotated[
+        bool,
+        typer.Option(
+            "--tls",
+            help="Use TLS for all connections, with client certificates. Their authority is made at the "
+            "start and thrown away; commands on this machine find their certificate by themselves.",
+        ),
+    ] = False,
 ) -> None:
     """Start a mesh on this machine: per tier a worker and batchers, and the router. Ctrl-C stops it.
 
@@ -74,9 +84,50 @@ def up(
             threads=threads,
             processes=processes,
             drain_seconds=drain_seconds,
+            tls=tls,
         )
         prepare(spec, console)
         run_until_signal(run(spec, console), lambda: console.print("stopping..."))
+
+
+def certs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files are written.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Roles, each with a suffix where there are several: router, batcher-small, worker-small, "
+            "admin. Other names are callers of the router. Default: router, batcher, worker and admin.",
+        ),
+    ] = None,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Name or IP address at which the servers are called; repeat the flag for more. Default: "
+            "this machine.",
+        ),
+    ] = None,
+    days: Annotated[float, typer.Option(min=0.001, help="Days until the certificates expire.")] = 7.0,
+    domain: Annotated[
+        str, typer.Option(metavar="URI", help="What precedes the name in a certificate's SPIFFE URI.")
+    ] = DOMAIN,
+) -> None:
+    """Issue certificates for a mesh, by an authority in FOLDER, which is made if there is none.
+
+    Running the command again replaces the certificates; services that run read the new ones.
+
+    Example:  headrace certs tls router batcher-small worker-small --host router.internal --host 10.0.0.7
+    """
+    console = Console()
+    with complaining():
+        try:
+            written = issue(folder, names or ROLES, hosts=host or HOSTS, days=days, domain=domain)
+        except ValueError as error:
+            complain(str(error))
+            raise typer.Exit(2) from None
+    for path in (folder / CA, *written):
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 def demo(

@@ -21,13 +21,13 @@ from rich.rule import Rule
 from headrace import attributes
 from headrace.cli.answers import Answer, printable
 from headrace.cli.calls.chat import ChatOptions, follow, request_for
+from headrace.cli.calls.connection import Connection
 from headrace.cli.complaints import advice
 from headrace.cli.demo.otlp_receiver import is_complete, otlp_receiver
 from headrace.cli.demo.summary import Outcome, summarise, summary_table
 from headrace.cli.demo.trace_tree import busiest, trace_tree
 from headrace.cli.launch.boards import StartBoard
 from headrace.cli.launch.mesh import mesh
-from headrace.client import connect
 from headrace.errors import HeadraceError
 from headrace.runtime.telemetry.setup import telemetry
 
@@ -71,8 +71,9 @@ async def demo(spec: MeshSpec, console: Console) -> bool:
                 board.finish()
                 since = time.perf_counter() - began
                 console.print(f"mesh of {len(running.processes)} processes is ready after {since:.1f} s\n")
-                options = ChatOptions(target=running.address, temperature=0.0)
-                async with telemetry("client"), connect(running.address) as client:
+                connection = Connection(target=running.address)
+                options = ChatOptions(connection=connection, temperature=0.0)
+                async with telemetry("client"), connection.open() as client:
                     return await _tour(_Guide(client, options, console), prompts(), receiver, console)
 
 
@@ -157,7 +158,7 @@ class _Guide:
             try:
                 await follow(self._client, request, answer, timeout=self._options.timeout, write=write)
             except HeadraceError as error:
-                return Outcome(prompt.kind, answer, advice(error, self._options.target))
+                return Outcome(prompt.kind, answer, advice(error, self._options.connection.target))
             finally:
                 if answer.tokens:
                     self.answered.add(trace_id)

@@ -25,9 +25,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace import models
 from headrace.channel import open_channel
 from headrace.cli.launch import child
+from headrace.cli.launch.certificates import CA, CLIENT, cert_file, issue, key_file
 from headrace.cli.launch.cores import cores, parallel_processes, worker_threads
 from headrace.cli.launch.processes import ChildDied, Crew, Process, crew, notices_of, stage_of
 from headrace.runtime.serving.bind_check import bind_error, explain
+from headrace.tls.files import TlsFiles, TlsReader
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
@@ -41,8 +43,10 @@ _STOP_SECONDS = 12.0  # after the drain, to return unfinished work, flush teleme
 _PLANNED = {
     f"HEADRACE_{name}"
     for name in (
-        *("HOST", "PORT", "METRICS_PORT", "PROCESSES"),
+        *("HOST", "PORT", "METRICS_PORT", "MTLS_PORT", "HEALTH_PORT", "PROCESSES"),
         *("TIER", "TIERS", "WORKERS", "MODEL", "FAKE", "THREADS"),
+        # HEADRACE_TLS_CA, _CERT and _KEY are also the caller's.
+        *("TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_CLIENT_CERTIFICATES", "TLS_PEERS"),
     )
 }
 
@@ -78,6 +82,7 @@ class MeshSpec:
     threads: int = 0  # per worker; 0 divides the cores between the workers
     processes: int = 0  # of the router, and batchers per tier; 0 for as many as the cores allow
     drain_seconds: float = 10.0
+    tls: bool = False  # whether all connections use TLS, with certificates of a throw-away authority
     environment: Mapping[str, str] = field(default_factory=dict)  # for every process
     # Additional flags, by "worker", "batcher" and "router".
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -98,6 +103,7 @@ class Running:
     """A mesh that is ready."""
 
     address: str  # of the router
+    certificates: Path | None  # the folder of the certificates, if it uses TLS
     processes: Sequence[Process]
     pids: Mapping[str, int]
 
@@ -203,11 +209,14 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
 
     def process(kind: str, name: str, port: int, *flags: str, tier: str = "") -> Process:
         common = ["--host", HOST, "--port", str(port), "--drain-seconds", str(spec.drain_seconds)]
+        common += _tls_flags(spec, kind)
         # HEADRACE_TRACE_CONTEXT is for external callers, which call the router. Variables rather than flags,
         # because benchmarks also start older versions, which do not have the flags.
         own = {} if kind == "router" else {"HEADRACE_TRACE_CONTEXT": "trust", "HEADRACE_TIER": tier}
         if spec.metrics_port:
             own["HEADRACE_METRICS_PORT"] = str(spec.metrics_port if kind == "router" else next(metrics_ports))
+        # So are HEADRACE_AUTH_* variables: the services behind the router have no tokens.
+        not_own = {name for name in inherited if kind != "router" and name.startswith("HEADRACE_AUTH_")}
         return Process(
             name=name,
             command=[
@@ -219,7 +228,7 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
                 *spec.flags.get(kind, ()),
             ],
             log=spec.log_dir / f"{name}.log",
-            environment={**inherited, **own},
+            environment={name: value for name, value in inherited.items() if name not in not_own} | own,
             port=port,
         )
 
@@ -258,6 +267,22 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
     ]
 
 
+def certificates_of(spec: MeshSpec) -> Path | None:
+    """Return the folder of the mesh's certificates; None if it uses no TLS."""
+    return spec.log_dir / "tls" if spec.tls else None
+
+
+def _tls_flags(spec: MeshSpec, kind: str) -> list[str]:
+    if (folder := certificates_of(spec)) is None:
+        return []
+    files = {
+        "--tls-ca": folder / CA,
+        "--tls-cert": cert_file(folder, kind),
+        "--tls-key": key_file(folder, kind),
+    }
+    return [str(word) for pair in files.items() for word in pair]
+
+
 def _threads(spec: MeshSpec, cores: int) -> int:
     return spec.threads or worker_threads(cores, len(spec.tiers))
 
@@ -282,6 +307,10 @@ async def mesh(
         spec.log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadSpec(f"cannot write logs to {spec.log_dir}: {error.strerror}; see --log-dir") from error
+    reader = None
+    if (folder := certificates_of(spec)) is not None:
+        issue(folder, keep_authority=False)  # nobody can issue more certificates
+        reader = TlsReader(TlsFiles(folder / CA, cert_file(folder, CLIENT), key_file(folder, CLIENT)))
     available = cores()
     with reserved_ports(ports_needed(spec, available)) as ports:
         stages = plan_processes(spec, ports, cores=available)
@@ -290,12 +319,12 @@ async def mesh(
                 async with asyncio.TaskGroup() as tasks:
                     watch = tasks.create_task(running.watch())
                     processes = [process for stage in stages for process in stage]
-                    await _until_ready(processes, on_states)
+                    await _until_ready(processes, on_states, reader)
                     for process in processes:
                         for notice in notices_of(process.log):
                             notify(f"{process.name}: {notice}")
                     router = processes[-1]
-                    yield Running(f"{HOST}:{router.port}", processes, running.pids)
+                    yield Running(f"{HOST}:{router.port}", folder, processes, running.pids)
                     watch.cancel()
             except Exception as error:
                 raise _root_cause(error, running) from error
@@ -313,14 +342,16 @@ def _root_cause(error: Exception, running: Crew) -> Exception:
 
 
 async def _until_ready(
-    processes: Sequence[Process], on_states: Callable[[Sequence[StartState]], None]
+    processes: Sequence[Process],
+    on_states: Callable[[Sequence[StartState]], None],
+    tls: TlsReader | None,
 ) -> None:
     """Poll the health of each process until all are ready, and report it to *on_states*."""
     began = time.monotonic()
     states = {process.name: StartState(process, "starting", "", 0.0) for process in processes}
 
     async def follow(process: Process) -> None:
-        async with open_channel(f"{HOST}:{process.port}", direct=True) as channel:
+        async with open_channel(f"{HOST}:{process.port}", tls=tls, direct=True) as channel:
             phase = "starting"
             while phase != "ready":
                 # A busy process may answer too late; its phase does not go back.

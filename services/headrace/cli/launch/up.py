@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from headrace import models
 from headrace.cli.launch.boards import FetchBoard, StartBoard
+from headrace.cli.launch.certificates import CA, CLIENT, cert_file, key_file, shared_folder
 from headrace.cli.launch.mesh import mesh, require_free
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -47,14 +49,34 @@ async def up(spec: MeshSpec, console: Console) -> None:
 
     with StartBoard(console) as board:
         async with mesh(spec, on_states=board, notify=notify) as running:
-            board.finish()
-            console.print(_processes(spec, running))
-            console.print(
-                f"Headrace is up at [bold]{running.address}[/] (Ctrl-C stops it). Try:\n", highlight=False
-            )
-            for line in examples(running.address):
-                console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-            await asyncio.Event().wait()
+            with shared_certificates(spec.cache, running):
+                await _serve(spec, board, running, console)
+
+
+async def _serve(spec: MeshSpec, board: StartBoard, running: Running, console: Console) -> None:
+    """Describe the mesh, and wait until cancelled."""
+    board.finish()
+    console.print(_processes(spec, running))
+    console.print(f"Headrace is up at [bold]{running.address}[/] (Ctrl-C stops it). Try:\n", highlight=False)
+    for line in examples(running.address, running.certificates):
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    await asyncio.Event().wait()
+
+
+@contextmanager
+def shared_certificates(cache: Path, running: Running) -> Iterator[None]:
+    """Let commands on this machine find the mesh's certificates by its port while the block runs."""
+    link = shared_folder(cache, running.address)
+    link.unlink(missing_ok=True)  # of a mesh that was killed
+    if running.certificates is None:
+        yield
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(running.certificates.resolve())
+    try:
+        yield
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], None]) -> bool:
@@ -90,16 +112,23 @@ def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], No
     return signalled is not None
 
 
-def examples(address: str) -> list[str]:
-    """Return example commands for a router at *address*."""
+def examples(address: str, certificates: Path | None = None) -> list[str]:
+    """Return example commands for a router at *address*.
+
+    certificates   the folder of its certificates, if it uses TLS; our own commands find them by themselves
+    """
     target = "" if address == DEFAULT_TARGET else f" --target {address}"
     chat = '{"chat": {"messages": [{"role": "user", "content": "Hello!"}]}, "sampling": {"max_tokens": 32}}'
+    security = "-plaintext"
+    if certificates is not None:
+        cert, key = cert_file(certificates, CLIENT), key_file(certificates, CLIENT)
+        security = f"-cacert {certificates / CA} -cert {cert} -key {key}"
     return [
         f'headrace chat{target} "Why is the sky blue?"',
         f'headrace explain{target} "Prove that there are infinitely many primes."',
         f"headrace tiers{target}",
-        f"grpcurl -plaintext {address} list",
-        f"grpcurl -plaintext -d '{chat}' {address} headrace.v1.GenerationService/Generate",
+        f"grpcurl {security} {address} list",
+        f"grpcurl {security} -d '{chat}' {address} headrace.v1.GenerationService/Generate",
     ]
 
 

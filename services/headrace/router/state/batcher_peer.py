@@ -17,6 +17,7 @@ from headrace.client import Client
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
 from headrace.router.state.peer_reports import BadReply, read_tiers
+from headrace.tls.files import TlsReader
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 
@@ -42,9 +43,13 @@ class BatcherPeer:
     in_flight  answers that it streams to this router
 
     stall_seconds   it is lost if it sends nothing for so long, neither to polls nor on any stream
+    tls             for calls over TLS; None: plaintext
+    server_name     the name in its certificate; empty: the host of *address*
     """
 
-    def __init__(self, address: str, *, stall_seconds: float) -> None:
+    def __init__(
+        self, address: str, *, stall_seconds: float, tls: TlsReader | None = None, server_name: str = ""
+    ) -> None:
         self.address = address
         self.reported = routing.Tier(unhealthy_reason="not polled yet")
         self.models: frozenset[str] = frozenset()
@@ -54,9 +59,8 @@ class BatcherPeer:
         self.in_flight = 0
         self._in_flight_at_poll = 0
         self._stall_seconds = stall_seconds
-        self._client = Client(
-            open_channel(address, direct=True), target=address, multiplex=True, stall_seconds=stall_seconds
-        )
+        channel = open_channel(address, tls=tls, server_name=server_name, direct=True)
+        self._client = Client(channel, target=address, multiplex=True, stall_seconds=stall_seconds)
         self._last_message = time.monotonic()
         self._poll_now = asyncio.Event()
 

@@ -19,6 +19,7 @@ from headrace.metrics.catalogue import BATCHERS
 from headrace.router.state.batcher_peer import BatcherPeer
 from headrace.router.state.peer_reports import combined
 from headrace.runtime.discovery import Discovery
+from headrace.tls.files import TlsReader
 from headrace.v1 import routing_service_pb2 as routing
 
 FIRST_POLL_SECONDS = 5.0  # the longest that a router waits for the first polls before it opens its port
@@ -34,6 +35,7 @@ class Tier:
     healthy_at   time.monotonic() at which it was last healthy
 
     targets      gRPC targets of its batchers; a dns:/// name resolves to one batcher per address
+    tls          for calls over TLS; None: plaintext
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Tier:
         *,
         poll_seconds: float = 1.0,
         stall_seconds: float = 5.0,
+        tls: TlsReader | None = None,
     ) -> None:
         self.name = name
         self.reported = routing.Tier(name=name, unhealthy_reason="not polled yet")
@@ -51,6 +54,7 @@ class Tier:
         self._discovery = Discovery(targets)
         self._poll_seconds = poll_seconds
         self._stall_seconds = stall_seconds
+        self._tls = tls
         self._batchers: dict[str, BatcherPeer] = {}
         self._changed = asyncio.Event()
 
@@ -106,7 +110,12 @@ class Tier:
                     # Its streams continue: it may be draining.
                     group.create_task(_retire(self._batchers.pop(address), tasks.pop(address)))
                 added = [
-                    BatcherPeer(address, stall_seconds=self._stall_seconds)
+                    BatcherPeer(
+                        address,
+                        stall_seconds=self._stall_seconds,
+                        tls=self._tls,
+                        server_name=self._discovery.server_name(address),
+                    )
                     for address in sorted(addresses - self._batchers.keys())
                 ]
                 await asyncio.gather(*(self._poll(batcher) for batcher in added))
@@ -156,6 +165,7 @@ class Tiers:
     poll_seconds    pause between polls of a healthy batcher
     stall_seconds   how long a batcher may send nothing before it is lost
     wait_seconds    how long a request waits for a tier that has just lost its last batcher or worker
+    tls             for calls over TLS; None: plaintext
     """
 
     def __init__(
@@ -165,10 +175,11 @@ class Tiers:
         poll_seconds: float = 1.0,
         stall_seconds: float = 5.0,
         wait_seconds: float = 3.0,
+        tls: TlsReader | None = None,
     ) -> None:
         self._wait_seconds = wait_seconds
         self.tiers = [
-            Tier(name, addresses, poll_seconds=poll_seconds, stall_seconds=stall_seconds)
+            Tier(name, addresses, poll_seconds=poll_seconds, stall_seconds=stall_seconds, tls=tls)
             for name, addresses in targets
         ]
         self._by_name = {tier.name: tier for tier in self.tiers}

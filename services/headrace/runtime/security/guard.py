@@ -8,6 +8,8 @@ from typing import Protocol, TypeAlias
 
 from headrace.runtime.security.identity import ANONYMOUS, Identity
 
+AUTHORIZATION = "authorization"  # the key of a bearer token in metadata
+
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 
@@ -34,6 +36,9 @@ class Guard(Protocol):
         read, so it must be fast and must not trust anything but the arguments.
         """
 
+    async def maintain(self) -> None:
+        """Keep what the guard reads up to date. The server runs it, and cancels it at its end."""
+
 
 class OpenGuard:
     """Accepts every call, anonymously."""
@@ -41,3 +46,6 @@ class OpenGuard:
     async def identify(self, method: str, metadata: Metadata, peer: Peer) -> Identity:
         """Return the anonymous identity, which may call everything."""
         return ANONYMOUS
+
+    async def maintain(self) -> None:
+        """Return: there is nothing to keep up to date."""

@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 Scope: TypeAlias = Literal["generate", "feedback", "admin", "router", "batcher"]
 ALL_SCOPES: frozenset[Scope] = frozenset(("generate", "feedback", "admin", "router", "batcher"))
 MAX_PRIORITY = 9
+DEFAULT_PRIORITY = 5  # of requests that set none; higher ones are granted
 
 
 @dataclass(frozen=True, slots=True)

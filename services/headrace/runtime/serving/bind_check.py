@@ -56,23 +56,24 @@ def _bind(family: int, where: tuple[object, ...], shared: bool) -> OSError | Non
     return None
 
 
-def explain(problem: Exception, host: str, port: int) -> str:
-    """Return the bind error as a message, with what to do about it."""
-    return f"cannot listen on {join(host, port)}: {_cause(problem, host, port)}"
+def explain(problem: Exception, host: str, port: int, setting: str = "--port") -> str:
+    """Return the bind error as a message, with what to do about it; *setting* is that of the port."""
+    return f"cannot listen on {join(host, port)}: {_cause(problem, host, port, setting)}"
 
 
-def _cause(problem: Exception, host: str, port: int) -> str:
+def _cause(problem: Exception, host: str, port: int, setting: str) -> str:
     if isinstance(problem, (socket.gaierror, UnicodeError)):
         return f"{host!r} does not resolve ({problem}); --host must be an address of this machine or its name"
     number = problem.errno if isinstance(problem, OSError) else None
     if number == errno.EADDRINUSE:
-        return "the port is in use by another process; stop it or set another --port (0 picks a free one)"
+        advice = "the port is in use by another process; stop it or set another"
+        return f"{advice} {setting}" + (" (0 picks a free one)" if setting == "--port" else "")
     if number == errno.EADDRNOTAVAIL:
         return "this machine does not have this address; use --host 0.0.0.0 for all its addresses"
     if number in (errno.EACCES, errno.EPERM) and port < _PRIVILEGED_BELOW:
         return (
             f"ports below {_PRIVILEGED_BELOW} need root or the capability NET_BIND_SERVICE; set another "
-            "--port"
+            f"{setting}"
         )
     if number == errno.EAFNOSUPPORT:
         return "this machine has no IPv6; set --host to an IPv4 address, such as 127.0.0.1 or 0.0.0.0"

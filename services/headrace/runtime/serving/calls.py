@@ -22,6 +22,7 @@ from opentelemetry.context import Context
 from headrace import attributes, errors, statuses
 from headrace.metrics import catalogue
 from headrace.propagation import extract
+from headrace.runtime.security.guard import Guard, OpenGuard
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.inflight import InflightBudget
 from headrace.runtime.serving.limits import Limits
@@ -43,14 +44,22 @@ class Calls:
 
     requests        those in flight
     budget          limits calls and bytes in flight
+    guard           decides which are accepted; by default all
     trace_context   what is done with the trace context of callers
     address         host and port of the server, for spans
     """
 
-    def __init__(self, limits: Limits = _LIMITS, *, trace_context: TraceContext = "trust") -> None:
+    def __init__(
+        self,
+        limits: Limits = _LIMITS,
+        *,
+        trace_context: TraceContext = "trust",
+        guard: Guard | None = None,
+    ) -> None:
         self.requests = ActiveRequests()
         self.budget = InflightBudget(limits)
         self.address: tuple[str, int] | None = None
+        self.guard = guard or OpenGuard()
         self._trace_context = trace_context
         self._attributes: dict[str, dict[str, str | int]] = {}  # of spans, by method
 

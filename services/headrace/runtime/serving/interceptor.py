@@ -17,7 +17,7 @@ import grpc
 
 from headrace import errors, statuses
 from headrace.metrics.requests import record_refusal
-from headrace.runtime.security.guard import Guard, OpenGuard, Peer
+from headrace.runtime.security.guard import Peer
 from headrace.runtime.security.identity import acting_as
 from headrace.runtime.serving.calls import Calls, drop_frames, end_of_call, reported
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
@@ -48,14 +48,11 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
 
     untracked   full names of methods that are not requests: they have no spans and do not count as requests
                 in flight
-    guard       decides which calls are accepted
     """
 
-    def __init__(
-        self, calls: Calls, *, untracked: frozenset[str] = frozenset(), guard: Guard | None = None
-    ) -> None:
+    def __init__(self, calls: Calls, *, untracked: frozenset[str] = frozenset()) -> None:
         self._calls = calls
-        self._guard = guard or OpenGuard()
+        self._guard = calls.guard
         self._budget = calls.budget
         self._starting = FairSemaphore(MAX_STARTING)
         self._starting_long = FairSemaphore(1)

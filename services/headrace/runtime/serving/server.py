@@ -27,14 +27,14 @@ from grpc_health.v1._async import HealthServicer
 
 from headrace import errors, propagation
 from headrace.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, join
-from headrace.runtime.security.guard import Guard
+from headrace.runtime.security.server_tls import ServerTls
 from headrace.runtime.serving import accept_loop
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.bind_check import bind_error, explain
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.inflight import InflightBudget
 from headrace.runtime.serving.interceptor import ServerInterceptor
-from headrace.runtime.serving.limits import raise_file_limit
+from headrace.runtime.serving.limits import Limits, raise_file_limit
 from headrace.runtime.serving.memory_reclaim import (
     collect_less_often,
     freeze_loaded_objects,
@@ -55,6 +55,7 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.enable_channelz", 1),
 )
+_PROBES = Limits(max_message_bytes=4096, max_concurrent_streams=16, max_connections=64)
 _FOLLOW_SECONDS = 0.1
 _EVICT_SECONDS = 2.0  # after the drain, until the remaining requests have ended, on a busy machine
 _FORCE_SECONDS = 0.5  # after that, until the status of calls that are still open was sent
@@ -127,11 +128,13 @@ async def serving(
     *,
     host: str,
     port: int,
+    mtls_port: int = 0,
+    health_port: int = 0,
     share_port: bool = False,
+    tls: ServerTls | None = None,
     drain_seconds: float,
     calls: Calls | None = None,
     untracked: frozenset[str] = frozenset(),
-    guard: Guard | None = None,
     ready: Callable[[], bool],
     drain: Callable[[], Coroutine[object, object, None]] | None = None,
 ) -> AsyncGenerator[Serving, None]:
@@ -140,14 +143,17 @@ async def serving(
     register       adds the servicers
     services       descriptors of the services that it adds, for reflection and health
     port           0 picks a free one
+    mtls_port      a second port, whose clients need a certificate; 0: none
+    health_port    a third port, for health alone, without TLS; 0: none
+    tls            how the server speaks TLS; None: plaintext
     share_port     whether other servers may listen on it too; each connection then reaches one of them. By
                    default, another server on the port is an error
     drain_seconds  how long requests in flight may continue after the block exits; the rest then end with
                    DRAINING, so that their callers resume them on another server
-    calls          runs the calls, within limits; by default one with default limits
+    calls          runs the calls, within limits, and decides which are accepted; by default all are, within
+                   default limits
     untracked      full names of methods that are not requests: streams that last as long as the connection,
                    and debug endpoints
-    guard          decides which calls are accepted; by default all are
     ready          whether the server accepts requests; polled ten times per second for health's readiness
     drain          awaited, for at most *drain_seconds*, once new requests are rejected: returns the service's
                    unfinished work
@@ -156,7 +162,7 @@ async def serving(
     """
     names = [service.full_name for service in services]
     health, calls = Health(names), calls or Calls()
-    interceptor = ServerInterceptor(calls, untracked=untracked, guard=guard)
+    interceptor = ServerInterceptor(calls, untracked=untracked)
     server = accept_loop.server(
         [interceptor], (*_OPTIONS, *calls.budget.limits.options(), ("grpc.so_reuseport", int(share_port)))
     )
@@ -171,14 +177,28 @@ async def serving(
             CHANNELZ.services_by_name["Channelz"].full_name,
         ],
     )
-    bound = await _listen(server, host, port, share_port)
+    add_port = server.add_insecure_port
+    if tls is not None:
+        credentials = tls.credentials(ask_certificates=tls.ask_certificates)
+        add_port = functools.partial(server.add_secure_port, server_credentials=credentials)
+    bound = await _listen(add_port, host, port, share_port)
     # Spans name the pod rather than "0.0.0.0".
     calls.address = (socket.gethostname() if host in ("", "0.0.0.0", "::") else host, bound)
+    if mtls_port and tls is not None:
+        mutual = tls.credentials(ask_certificates=True)
+        add_port = functools.partial(server.add_secure_port, server_credentials=mutual)
+        await _listen(add_port, host, mtls_port, share_port, "--mtls-port")
+    probes = _health_server(health, share_port) if health_port else None
+    if probes is not None:
+        await _listen(probes.add_insecure_port, host, health_port, share_port, "--health-port")
     await health.set_ready(False)
     await health.set_live()
     await server.start()
-    log.info("serving", extra={"host": host, "port": bound})
+    if probes is not None:
+        await probes.start()
+    log.info("serving", extra={"host": host, "port": bound, "tls": tls is not None})
     following = asyncio.create_task(health.follow(ready))
+    maintaining = asyncio.create_task(calls.guard.maintain())
     try:
         yield Serving(bound, health, calls.budget, calls.requests)
     finally:
@@ -186,6 +206,18 @@ async def serving(
         calls.requests.drain()
         await health.set_ready(False)
         await _drain(server, calls.requests, drain_seconds, drain)
+        maintaining.cancel()
+        if probes is not None:
+            await probes.stop(None)
+
+
+def _health_server(health: Health, shared: bool) -> grpc.aio.Server:
+    """Return a server for probes, which need neither TLS nor credentials. It holds little."""
+    server = accept_loop.server(
+        [], (*_OPTIONS, *_PROBES.options(), ("grpc.so_reuseport", int(shared)), ("grpc.enable_channelz", 0))
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    return server
 
 
 async def _drain(
@@ -218,16 +250,18 @@ async def _drain(
     log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
 
-async def _listen(server: grpc.aio.Server, host: str, port: int, shared: bool) -> int:
+async def _listen(
+    add_port: Callable[[str], int], host: str, port: int, shared: bool, setting: str = "--port"
+) -> int:
     find = functools.partial(bind_error, host, port, shared=shared)
     problem: Exception | None = await asyncio.to_thread(find)
     if problem is None:
         try:
-            return server.add_insecure_port(join(host, port))
+            return add_port(join(host, port))
         except RuntimeError as error:  # in use since the check, or gRPC has another reason
             problem = await asyncio.to_thread(find) or error
     in_use = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
-    raise (PortInUse if in_use else CannotListen)(explain(problem, host, port)) from problem
+    raise (PortInUse if in_use else CannotListen)(explain(problem, host, port, setting)) from problem
 
 
 async def until_signal() -> None:

@@ -1,0 +1,40 @@
+"""Apply what an identity may do to a request: its tenant, and its priority.
+
+A tenant that the request leaves out is the identity's; another one than the identity's is refused. A priority
+above the identity's limit is lowered to it, because a priority is a wish: the request is served as any other
+of its tenant.
+"""
+
+from __future__ import annotations
+
+from headrace import errors
+from headrace.quoting import quoted
+from headrace.runtime.security.identity import DEFAULT_PRIORITY, MAX_PRIORITY, Identity
+from headrace.v1 import generation_pb2 as pb
+
+
+def permit(request: pb.GenerateRequest, identity: Identity) -> None:
+    """Set tenant and priority of *request* as the identity allows. Raises Forbidden."""
+    if identity.tenant is not None:
+        request.routing.tenant = permitted_tenant(request.routing.tenant, identity, field="routing.tenant")
+    if identity.max_priority < MAX_PRIORITY:
+        routing = request.routing
+        wanted = routing.priority if routing.HasField("priority") else DEFAULT_PRIORITY
+        if wanted > identity.max_priority:
+            routing.priority = identity.max_priority
+
+
+def permitted_tenant(named: str, identity: Identity, *, field: str) -> str:
+    """Return the tenant of a request that names the tenant *named*, or none. Raises Forbidden.
+
+    field   the request's field, for the error
+    """
+    if identity.tenant is None or named == identity.tenant:
+        return named
+    if named:
+        raise errors.Forbidden(
+            f"{identity.name} may not act for the tenant {quoted(named)}: leave {field} out, or use the "
+            "credentials of that tenant",
+            field=field,
+        )
+    return identity.tenant
