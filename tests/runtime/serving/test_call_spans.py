@@ -79,6 +79,8 @@ class Doorman:
             raise errors.CredentialsInvalid("unknown")
         return ANONYMOUS
 
+    async def maintain(self) -> None: ...
+
 
 async def end(name: str, began: asyncio.Event, context: Any = None) -> None:
     """End a call as *name* says."""
