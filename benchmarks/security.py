@@ -19,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.mesh.answers import Answer, ask, closed_loop
@@ -36,7 +36,9 @@ SYSTEMS = (System("plaintext"), System("mutual TLS", tls=True))
 class Run:
     """One run; times in seconds.
 
-    cpu   of all services, per token
+    cpu             of all services, per token
+    cpu_ratio       that, to the first system's in the same repetition: the machine's load changes more between
+                    repetitions than within one
     """
 
     what: str
@@ -46,6 +48,7 @@ class Run:
     tokens_per_second: float
     cpu: float
     client_cpu: float
+    cpu_ratio: float = 1.0
 
 
 async def measure(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, float]]:
@@ -55,11 +58,14 @@ async def measure(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, f
     async with serving(SYSTEMS, EngineSpec(arguments.step_seconds)) as served:
         for streams in arguments.streams:
             for repetition in range(arguments.repeat + 1):
-                for name in in_turn(list(served), repetition):
-                    run = await _run(served[name], streams, arguments.seconds)
-                    if repetition:  # the first one warms up
-                        runs.setdefault((streams, name), []).append(run)
-                        progress(f"{name}, {streams} streams: {run.tokens_per_second:.0f} tokens/s")
+                turn = {
+                    name: await _run(served[name], streams, arguments.seconds)
+                    for name in in_turn(list(served), repetition)
+                }
+                progress(f"{streams} streams, repetition {repetition} of {arguments.repeat}")
+                for name, run in turn.items() if repetition else ():  # the first one warms up
+                    ratio = run.cpu / turn[SYSTEMS[0].name].cpu
+                    runs.setdefault((streams, name), []).append(replace(run, cpu_ratio=ratio))
         for repetition in range(arguments.repeat):
             for name in in_turn(list(served), repetition):
                 for _ in range(CONNECTIONS):
@@ -98,7 +104,7 @@ async def _connect(served: Served) -> float:
 
 def _median(runs: Sequence[Run]) -> Run:
     """Return the medians of the figures of equal runs, each on its own."""
-    names = ("ttft", "ttft_p99", "tokens_per_second", "cpu", "client_cpu")
+    names = ("ttft", "ttft_p99", "tokens_per_second", "cpu", "client_cpu", "cpu_ratio")
     return Run(
         runs[0].what,
         runs[0].streams,
@@ -123,6 +129,11 @@ def show(runs: Sequence[Run], connects: dict[str, float]) -> None:
             ]
             for run in runs
         ],
+    )
+    show_table(
+        f"CPU of the services against {SYSTEMS[0].name}",
+        ("streams", "what", "%"),
+        [[str(run.streams), run.what, f"{(run.cpu_ratio - 1) * 100:+.0f}"] for run in runs],
     )
     show_table(
         "first token over a new connection",
