@@ -37,8 +37,8 @@ class Run:
     """One run; times in seconds.
 
     cpu             of all services, per token
-    cpu_ratio       that, to the first system's in the same repetition: the machine's load changes more between
-                    repetitions than within one
+    cpu_ratio       that, to the first system's in the same repetition: the machine's load changes more
+                    between repetitions than within one
     """
 
     what: str
