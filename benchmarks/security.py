@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ async def _run(served: Served, streams: int, seconds: float) -> Run:
         served.name,
         streams,
         statistics.median(waits),
-        waits[int(0.99 * (len(waits) - 1))],
+        waits[math.ceil(0.99 * len(waits)) - 1],
         tokens / took,
         sum(cpu[kind] for kind in SERVICES),
         cpu["client"],
