@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.mesh.answers import Answer, ask, closed_loop
@@ -41,7 +42,9 @@ SYSTEMS = (
 class Run:
     """One run; times in seconds.
 
-    cpu   of all services, per token
+    cpu             of all services, per token
+    cpu_ratio       that, to the first system's in the same repetition: the machine's load changes more
+                    between repetitions than within one
     """
 
     what: str
@@ -51,6 +54,7 @@ class Run:
     tokens_per_second: float
     cpu: float
     client_cpu: float
+    cpu_ratio: float = 1.0
 
 
 async def measure(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, float]]:
@@ -60,11 +64,14 @@ async def measure(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, f
     async with serving(SYSTEMS, EngineSpec(arguments.step_seconds)) as served:
         for streams in arguments.streams:
             for repetition in range(arguments.repeat + 1):
-                for name in in_turn(list(served), repetition):
-                    run = await _run(served[name], streams, arguments.seconds)
-                    if repetition:  # the first one warms up
-                        runs.setdefault((streams, name), []).append(run)
-                        progress(f"{name}, {streams} streams: {run.tokens_per_second:.0f} tokens/s")
+                turn = {
+                    name: await _run(served[name], streams, arguments.seconds)
+                    for name in in_turn(list(served), repetition)
+                }
+                progress(f"{streams} streams, repetition {repetition} of {arguments.repeat}")
+                for name, run in turn.items() if repetition else ():  # the first one warms up
+                    ratio = run.cpu / turn[SYSTEMS[0].name].cpu
+                    runs.setdefault((streams, name), []).append(replace(run, cpu_ratio=ratio))
         for repetition in range(arguments.repeat):
             for name in in_turn(list(served), repetition):
                 for _ in range(CONNECTIONS):
@@ -87,7 +94,7 @@ async def _run(served: Served, streams: int, seconds: float) -> Run:
         served.name,
         streams,
         statistics.median(waits),
-        waits[int(0.99 * (len(waits) - 1))],
+        waits[math.ceil(0.99 * len(waits)) - 1],
         tokens / took,
         sum(cpu[kind] for kind in SERVICES),
         cpu["client"],
@@ -103,7 +110,7 @@ async def _connect(served: Served) -> float:
 
 def _median(runs: Sequence[Run]) -> Run:
     """Return the medians of the figures of equal runs, each on its own."""
-    names = ("ttft", "ttft_p99", "tokens_per_second", "cpu", "client_cpu")
+    names = ("ttft", "ttft_p99", "tokens_per_second", "cpu", "client_cpu", "cpu_ratio")
     return Run(
         runs[0].what,
         runs[0].streams,
@@ -128,6 +135,11 @@ def show(runs: Sequence[Run], connects: dict[str, float]) -> None:
             ]
             for run in runs
         ],
+    )
+    show_table(
+        f"CPU of the services against {SYSTEMS[0].name}",
+        ("streams", "what", "%"),
+        [[str(run.streams), run.what, f"{(run.cpu_ratio - 1) * 100:+.0f}"] for run in runs],
     )
     show_table(
         "first token over a new connection",

@@ -131,8 +131,8 @@ async def test_a_forged_token_is_refused(verifier: WebTokenVerifier, forgery: st
         ({"aud": "another"}, "another audience"),
         ({"aud": f"{AUDIENCE} "}, "another audience"),
         ({"iss": f"{ISSUER}/"}, "another issuer"),
-        ({"nbf": int(time.time()) + 3600}, "not valid yet"),
-        ({"iat": int(time.time()) + 3600}, "not valid yet"),
+        ({"nbf": 4_000_000_000}, "not valid yet"),
+        ({"iat": 4_000_000_000}, "not valid yet"),
         ({"tenant": ""}, "tenant"),
         ({"tenant": ["search"]}, "tenant"),
         ({"tenant": "a\nb"}, "tenant"),
@@ -154,8 +154,10 @@ async def test_a_token_with_wrong_claims_is_refused_with_the_reason(
         await verifier.identify(KEY.token(**changes))
 
 
-@pytest.mark.parametrize("late", [{"exp": int(time.time()) - 20}, {"nbf": int(time.time()) + 20}])
-async def test_clocks_may_differ_by_a_minute(verifier: WebTokenVerifier, late: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("claim", "offset"), [("exp", -20), ("nbf", 40), ("iat", 40)])
+async def test_clocks_may_differ_by_a_minute(verifier: WebTokenVerifier, claim: str, offset: int) -> None:
+    late: dict[str, Any] = {claim: int(time.time()) + offset}
+
     assert (await verifier.identify(KEY.token(**late))).name == "alice"
 
 
