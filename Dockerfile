@@ -6,9 +6,10 @@
 # Packages are installed by hash, from k8s/images/*.txt. The images have no shell and no other program than Python;
 # `kubectl debug --image` adds a container with tools to a pod. `make images` builds and tries them.
 
-# A tag of the official image and the digest of its index for all platforms. To update both:
+# The official image python:3.12.15-slim-trixie, by the digest of its index for all platforms. For a newer one:
 #   docker buildx imagetools inspect python:3.12-slim-trixie
-ARG PYTHON_IMAGE=docker.io/library/python:3.12.15-slim-trixie@sha256:05cda9777409a9c3ffddd94a4c476b79f0769a0b4857f0c7ed9226b6800b0d6f
+# There is no tag in the name, because podman and buildah before 2024 refuse a name with both.
+ARG PYTHON_IMAGE=docker.io/library/python@sha256:05cda9777409a9c3ffddd94a4c476b79f0769a0b4857f0c7ed9226b6800b0d6f
 # More arguments of pip, such as an index; the CPU builds of torch come from this one.
 ARG PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 

@@ -1,9 +1,9 @@
-"""Install a service and its packages for an image: `python packages.py LOCK WHEEL SERVICE [arguments of pip]`.
+"""Install a service and its packages for an image: `python packages.py LOCK WHEEL SERVICE [options of pip]`.
 
-Packages go to /opt/headrace/packages and Headrace to /opt/headrace/app, which are on PYTHONPATH. Then this removes
-what services do not read at run time, and compiles the modules that the service imports at its start, those of
-the standard library too, to /opt/headrace/bytecode, which is PYTHONPYCACHEPREFIX. The bytecode is valid whatever
-the times of the files are.
+Packages go to /opt/headrace/packages and Headrace to /opt/headrace/app, which are on PYTHONPATH. Then this
+removes what services do not read at run time, and compiles the modules that the service imports at its
+start, those of the standard library too, to /opt/headrace/bytecode, which is PYTHONPYCACHEPREFIX. The
+bytecode is valid whatever the times of the files are.
 """
 
 from __future__ import annotations
@@ -81,11 +81,17 @@ def _compile(modules: tuple[str, ...]) -> None:
     script += "    if (getattr(m, '__file__', None) or '').endswith('.py'): print(m.__file__)"
     environment = os.environ | {"PYTHONPATH": f"{APP}:{PACKAGES}", "PYTHONDONTWRITEBYTECODE": "1"}
     found = subprocess.run(
-        [sys.executable, "-c", script, *modules], check=True, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *modules],
+        check=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     sys.pycache_prefix = str(BYTECODE)
     for name in sorted(set(found.stdout.split())):
-        compileall.compile_file(name, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        compileall.compile_file(
+            name, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+        )
 
 
 if __name__ == "__main__":

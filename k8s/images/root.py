@@ -1,9 +1,9 @@
 """Copy what a service needs of this system to an empty root: `python root.py FOLDER`.
 
-That is the interpreter, the part of the standard library that services can use, the shared libraries of these and
-those that wheels expect of every system, certificates, and users. There is no shell, no package manager and no
-other program in it. The packages of Debian that files come from are recorded as in distroless images, so that
-scanners find them.
+That is the interpreter, the part of the standard library that services can use, the shared libraries of
+these and those that wheels expect of every system, certificates, and users. There is no shell, no package
+manager and no other program in it. The packages of Debian that files come from are recorded as in
+distroless images, so that scanners find them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 UID = 10001
-_ABSENT = ("test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "pydoc_data", "__pycache__")
+_ABSENT = (
+    "test",
+    "tests",
+    "idlelib",
+    "tkinter",
+    "turtledemo",
+    "ensurepip",
+    "lib2to3",
+    "pydoc_data",
+    "__pycache__",
+)
 _ABSENT += ("site-packages", "dist-packages", "turtle.py")
 # Modules for terminals, old databases and NIS would need a dozen packages of Debian, Kerberos among them.
 _ABSENT_MODULES = ("_test", "_xxtest", "_xxsub", "_tkinter", "_curses", "_dbm", "_gdbm", "nis.", "readline.")
@@ -27,7 +37,13 @@ _ABSENT_MODULES += ("ossaudiodev", "spwd", "_crypt", "_ctypes_test")
 _EXPECTED = ("libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1")
 _EXPECTED += ("libutil.so.1", "libresolv.so.2", "libnss_dns.so.2", "libnss_files.so.2", "libz.so.1")
 _FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/openssl.cnf", "/usr/lib/ssl/openssl.cnf")
-_FILES += ("/etc/os-release", "/etc/debian_version", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/nsswitch.conf")
+_FILES += (
+    "/etc/os-release",
+    "/etc/debian_version",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/nsswitch.conf",
+)
 _FILES += ("/etc/gai.conf", "/etc/host.conf", "/etc/protocols", "/etc/services")
 
 
@@ -122,7 +138,9 @@ def _record_packages(files: list[Path], root: Path) -> None:
 
 def _output(*command: object, fails: bool = False) -> str:
     """Return the output of a program. *fails*: it fails for some of its arguments, and reports the others."""
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     if done.returncode and not fails:
         raise SystemExit(f"{command[0]} failed")
     return done.stdout

@@ -1,7 +1,7 @@
 """Print a software bill of materials in CycloneDX's JSON: `python sbom.py SERVICE ROOT FOLDER...`.
 
-It has the packages of Python in the folders and the packages of Debian that files in the root come from. Equal
-contents give an equal document: it has neither a time nor a random number.
+It has the packages of Python in the folders and the packages of Debian that files in the root come from.
+Equal contents give an equal document: it has neither a time nor a random number.
 """
 
 from __future__ import annotations
@@ -45,7 +45,13 @@ def main(service: str, root: str, *folders: str) -> None:
 
 def _component(kind: str, name: str, version: str, licence: str | None) -> dict[str, Any]:
     purl = f"pkg:{kind}/{name.lower().replace('_', '-')}@{version.replace('+', '%2B').replace(':', '%3A')}"
-    component: dict[str, Any] = {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
+    component: dict[str, Any] = {
+        "type": "library",
+        "bom-ref": purl,
+        "name": name,
+        "version": version,
+        "purl": purl,
+    }
     if licence:
         component["licenses"] = [{"license": {"name": licence}}]
     return component

@@ -1,8 +1,9 @@
 """Read the tokenizer of a .gguf file without torch.
 
-transformers builds the tokenizer from the file's metadata. Its own reader of that metadata imports torch, for the
-weights: a batcher has neither. This module reads the metadata, and calls what transformers does after that.
-The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+transformers builds the tokenizer from the file's metadata. Its own reader of that metadata imports torch,
+which a batcher does not need otherwise. This module reads the metadata, and calls what transformers does
+after that. The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and
+3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # Architectures that transformers has under another name.
-_MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "gpt-oss": "gpt_oss"}
+_MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
