@@ -124,21 +124,24 @@ def _mesh(
         "worker": (),
     }
     checks: list[Check] = []
+    started: dict[str, float] = {}
     try:
         for service in reversed(SERVICES):
             address = ("--host", "127.0.0.1", "--port", str(ports[service]))
             words = (*address, *targets[service], *arguments[service])
+            started[service] = time.monotonic()
             engine.start(service, images[service].name, words, {} if service == "router" else volumes)
         for service in reversed(SERVICES):
-            seconds = _until_ready(engine, service, ports[service])
+            _until_ready(engine, service, ports[service])
+            seconds = time.monotonic() - started[service]
             checks.append(Check(service, "becomes ready, read-only and restricted", True, f"{seconds:.1f} s"))
         yield ports, checks
     finally:
         engine.podman("rm", "--all", "--force", "--time", "0")
 
 
-def _until_ready(engine: Engine, service: str, port: int) -> float:
-    """Wait until a service reports readiness, and return how long this took since now. Raises Failed."""
+def _until_ready(engine: Engine, service: str, port: int) -> None:
+    """Wait until a service reports readiness. Raises Failed."""
     started = time.monotonic()
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -146,7 +149,7 @@ def _until_ready(engine: Engine, service: str, port: int) -> float:
             try:
                 status = stub.Check(health_pb2.HealthCheckRequest(service="readiness"), timeout=2).status
                 if status == health_pb2.HealthCheckResponse.SERVING:
-                    return time.monotonic() - started
+                    return
             except grpc.RpcError:
                 pass
             if engine.podman("inspect", "--format", "{{.State.Status}}", service).strip() != "running":
