@@ -17,7 +17,7 @@ OLDEST_VERSIONS := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-oldest tools check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
+.PHONY: help demo up test test-oldest tools images locks check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,12 @@ tools: ## install what the tests of manifests and telemetry run, in build/tools:
 
 test-oldest: $(OLDEST)/.installed ## run the engine's tests with the oldest supported torch, in an environment of its own (6 GB)
 	PYTHONPATH=services $(OLDEST)/bin/python -m pytest -n auto tests/worker/engine
+
+images: $(INSTALLED) ## build the images and try them as a cluster would, as root with buildah and podman (KEEP=1: keep them; 10 minutes)
+	python -m tests.deploy.images $(if $(KEEP),--keep)
+
+locks: $(INSTALLED) ## write the hashes of what the images install, after a change of pyproject.toml or constraints.txt
+	k8s/images/lock
 
 faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: ten minutes of soak)
 	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )pytest tests/faults

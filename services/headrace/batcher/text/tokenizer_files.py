@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from headrace.batcher.text import tokenizer_cache
+from headrace.batcher.text import gguf_tokenizer, tokenizer_cache
 from headrace.models import ModelUnavailable, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,11 @@ def _runs_code(path: Path) -> ModelUnavailable:
 
 def _from_gguf(path: Path) -> Any:
     from transformers import AutoTokenizer
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
 
+    if hasattr(gguf_tokenizer_mapping, "convert_gguf_tokenizer"):
+        return gguf_tokenizer.from_gguf(path)
+    # transformers 5.17 has this elsewhere, and needs the packages `torch` and `gguf` for it.
     return AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True
     )
