@@ -58,6 +58,9 @@ BATCHER = "headrace.batcher.address"
 ATTEMPT = "headrace.attempt"
 OUTCOME = "headrace.outcome"
 QUEUE_STAGE = "headrace.queue.stage"
+TENANT_CLASS = "headrace.tenant.class"
+QUOTA_LIMIT = "headrace.quota.limit"
+QUOTA_MODE = "headrace.quota.mode"
 METRIC_TOKENS = "headrace.generated_tokens"
 METRIC_TOKEN_RATE = "headrace.tokens_per_second"
 METRIC_REQUESTS = "headrace.requests"
@@ -80,6 +83,7 @@ METRIC_BILLED_TOKENS = "headrace.billed_tokens"
 METRIC_COST = "headrace.cost"
 METRIC_LARGEST_COST = "headrace.largest_tier_cost"
 METRIC_FEEDBACK = "headrace.feedback"
+METRIC_QUOTA_REFUSALS = "headrace.quota.refusals"
 
 # Bucket boundaries from the conventions, in seconds, except for BUCKETS_SIZE.
 BUCKETS_CALL = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)

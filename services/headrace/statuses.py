@@ -51,7 +51,7 @@ _HTTP_RESPONSE = re.compile(
 
 
 def to_status(error: errors.HeadraceError) -> status_pb2.Status:
-    """Return *error* as a status with ErrorInfo, and RetryInfo, BadRequest and QuotaFailure where they apply."""
+    """Return *error* as a status with ErrorInfo, and the other details of google.rpc where they apply."""
     status = status_pb2.Status(code=error.code.value[0], message=clipped(error.message, MAX_MESSAGE))
 
     def attach(detail: message.Message) -> None:

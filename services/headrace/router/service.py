@@ -20,6 +20,7 @@ from headrace.router.billing import bill_message, measure
 from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
 from headrace.router.own_calls import OwnCalls
+from headrace.router.quotas.admission import Quotas
 from headrace.router.siblings import Siblings
 from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
@@ -55,6 +56,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     calls              the calls of the server, which requests on shared streams count among
     default_deadline   seconds for a request without a deadline
     failover_seconds   how long an answer that lost its batcher waits for another one of its tier
+    quotas             the limits of tenants; None: there are none
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         *,
         default_deadline: float,
         failover_seconds: float = 10.0,
+        quotas: Quotas | None = None,
     ) -> None:
         self._multiplexer = Multiplexer(self.answer, calls)
         self._own_calls = OwnCalls()
@@ -78,6 +81,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._siblings = siblings
         self._default_deadline = default_deadline
         self._failover_seconds = failover_seconds
+        self._quotas = quotas
         self._total = self._new_bill()
         siblings.on_ask("feedback", self._rate_if_known)
         siblings.on_ask("bill", self._bill)
@@ -98,9 +102,22 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     async def answer(self, incoming: Incoming, write: Write) -> None:
         """Answer one request through *write*. Raises the error that ends it."""
-        request, left = incoming.request, incoming.time_remaining
+        request = incoming.request
         check_request(request)
         hops = _hops(incoming.metadata)
+        admission = None
+        if self._quotas is not None:
+            admission = await self._quotas.admit(incoming.identity, request)
+        bill = self._new_bill()
+        try:
+            await self._forward(incoming, hops, bill, write)
+        finally:
+            if admission is not None:
+                admission.end(bill)
+
+    async def _forward(self, incoming: Incoming, hops: int, bill: Bill, write: Write) -> None:
+        """Send an admitted request to a tier and its answer to *write*. Adds what it used to *bill*."""
+        request, left = incoming.request, incoming.time_remaining
         journey = Journey(
             request,
             self._score(request),
@@ -111,7 +128,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             tiers=self._tiers,
             chooser=self._chooser,
             feedback=self._feedback,
-            bill=self._new_bill(),
+            bill=bill,
         )
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
         try:
@@ -120,12 +137,14 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                     await write(response)
         finally:
             with optional("bill"):
-                self._total.add(journey.bill)
-                measure(journey.bill)
+                self._total.add(bill)
+                measure(bill)
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Return the tier that a request would be sent to, and why."""
         check_request(request.request)
+        if self._quotas is not None:
+            await self._quotas.admit_dry_run(current(), request.request)
         score = self._score(request.request)
         facts = routing_request(request.request, score)
         now = time.monotonic()

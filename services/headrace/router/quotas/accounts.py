@@ -1,0 +1,270 @@
+"""Keep the budget of each tenant: levels that refill over time, and what was spent today.
+
+An account belongs to a tenant under one class of limits. The levels of requests and tokens are the amounts
+that may be taken at once. They refill continuously, from empty to full in a minute, and are below zero after
+a request that used more than was estimated. Cost is counted by the day in UTC. The caller passes the time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from headrace.router.quotas.amounts import Amounts, Refusal
+from headrace.router.quotas.limits import Limits
+
+MINUTE = 60.0
+DAY = 86_400.0
+MAX_ACCOUNTS = 10_000
+STREAM_RETRY_SECONDS = 1.0  # advised to a caller beyond its streams: it is not known when one ends
+SWEEP_SECONDS = 10.0  # between searches for idle accounts of a full table
+# The account of all tenants that find no space. Tenants of requests have no control characters.
+OTHERS = "\0others"
+
+Key: TypeAlias = tuple[str, str]  # tenant, class
+
+
+@dataclass(slots=True)
+class Held:
+    """What another process has of an account of this one.
+
+    serial     of its own account
+    used       what it has reported as used since its account exists
+    slice      what it was granted and has not reported as used; its streams are free places
+    streams    that it runs
+    away       whether it has not reported for a while
+    """
+
+    serial: int
+    used: Amounts
+    slice: Amounts = field(default_factory=Amounts)
+    streams: int = 0
+    away: bool = False
+
+
+@dataclass(slots=True)
+class Leased:
+    """The slice of an account that this process has leased.
+
+    left       what it may still take; streams are free places
+    taken      in the current period
+    before     in the period before
+    reported   of `Account.used`, with the last lease
+    refusal    of the last request that the lease was too small for
+    refused    what that request needed
+    until      the time until which similar requests are refused without asking the keeper again
+    """
+
+    left: Amounts = field(default_factory=Amounts)
+    taken: Amounts = field(default_factory=Amounts)
+    before: Amounts = field(default_factory=Amounts)
+    reported: Amounts = field(default_factory=Amounts)
+    refusal: Refusal | None = None
+    refused: Amounts = field(default_factory=Amounts)
+    until: float = 0.0
+
+
+@dataclass(slots=True)
+class Account:
+    """The budget of a tenant, and what this process uses of it.
+
+    serial     differs from that of an earlier account of the tenant in this process
+    requests   level
+    tokens     level
+    spent      cost on *day*
+    day        days since 1970 in UTC
+    then       time of the levels
+    held       what other processes have, by incarnation
+    used       what requests of this process have taken in all, corrected when they end
+    streams    that this process runs
+    leased     what this process has leased; None if it leases nothing of this account
+    """
+
+    key: Key
+    serial: int
+    limits: Limits
+    requests: float
+    tokens: float
+    spent: float
+    day: int
+    then: float
+    held: dict[int, Held] = field(default_factory=dict)
+    used: Amounts = field(default_factory=Amounts)
+    streams: int = 0
+    leased: Leased | None = None
+
+    @property
+    def all_streams(self) -> int:
+        """Streams of all processes, and the free places that others hold."""
+        return self.streams + sum(held.streams + held.slice.streams for held in self.held.values())
+
+    def refill(self, now: float, day: int, share: float) -> None:
+        """Refill the levels with *share* of what the limits allow since the last time."""
+        limits, seconds = self.limits, now - self.then
+        if self.requests < limits.requests_per_minute:
+            gained = seconds / MINUTE * limits.requests_per_minute * share
+            self.requests = min(self.requests + gained, limits.requests_per_minute)
+        if self.tokens < limits.tokens_per_minute:
+            gained = seconds / MINUTE * limits.tokens_per_minute * share
+            self.tokens = min(self.tokens + gained, limits.tokens_per_minute)
+        if day > self.day:
+            self.day, self.spent = day, 0.0
+        self.then = now
+
+    def available(self, share: float) -> Amounts:
+        """Return what a process that may give out *share* of the budget has to give.
+
+        At least one request and one stream if the budget has them: limits may be smaller than the number of
+        routers.
+        """
+        limits = self.limits
+        most = limits.concurrent_streams
+        streams = most if most == math.inf else max(math.floor(most * share), min(most, 1))
+        return Amounts(
+            max(self.requests * share, min(self.requests, 1.0)),
+            self.tokens * share,
+            (limits.cost_per_day - self.spent) * share,
+            MANY if streams == math.inf else int(streams) - self.all_streams,
+        )
+
+    def shortage(self, need: Amounts, have: Amounts, share: float, day_left: float) -> Refusal | None:
+        """Return why *have* is not enough for *need*; None if it is.
+
+        day_left   seconds until the next day
+
+        A need of tokens or cost above the limit is met by a full budget. Without a need of a kind, its budget
+        does not matter.
+        """
+        limits = self.limits
+        if need.cost and (have.cost <= 0 or have.cost < min(need.cost, limits.cost_per_day * share)):
+            return Refusal("cost_per_day", limits.cost_per_day, day_left if limits.cost_per_day else None)
+        if have.requests < need.requests:
+            seconds = _until(need.requests / share, self.requests, limits.requests_per_minute, share)
+            return Refusal("requests_per_minute", limits.requests_per_minute, seconds)
+        tokens = min(need.tokens, limits.tokens_per_minute * share)
+        if need.tokens and (have.tokens <= 0 or have.tokens < tokens):
+            seconds = _until(tokens / share, self.tokens, limits.tokens_per_minute, share)
+            return Refusal("tokens_per_minute", limits.tokens_per_minute, seconds)
+        if need.streams and have.streams < need.streams:
+            most = limits.concurrent_streams
+            return Refusal("concurrent_streams", most, STREAM_RETRY_SECONDS if most else None)
+        return None
+
+    def take(self, need: Amounts) -> None:
+        """Take *need*, of finite amounts, from the budget; negative amounts are given back."""
+        self.requests = min(self.requests - need.requests, self.limits.requests_per_minute)
+        self.tokens = min(self.tokens - need.tokens, self.limits.tokens_per_minute)
+        if self.limits.cost_per_day != math.inf:
+            self.spent = max(self.spent + need.cost, 0.0)
+
+    def limit(self, limits: Limits) -> None:
+        """Apply other limits."""
+        old, self.limits = self.limits, limits
+        self.requests = _within(self.requests, old.requests_per_minute, limits.requests_per_minute)
+        self.tokens = _within(self.tokens, old.tokens_per_minute, limits.tokens_per_minute)
+
+    def idle(self, now: float, day: int, share: float) -> bool:
+        """Return whether it is as a new account would be."""
+        self.refill(now, day, share)
+        limits = self.limits
+        full = self.requests >= limits.requests_per_minute and self.tokens >= limits.tokens_per_minute
+        return full and not (self.spent or self.all_streams or self.leased)
+
+
+class Calendar:
+    """Converts a time on the monotonic clock to a day in UTC."""
+
+    def __init__(self) -> None:
+        self.sync()
+
+    def sync(self, offset: float | None = None) -> None:
+        """Read the clock of the system, which may have been set; *offset* is its lead, for tests."""
+        self._offset = time.time() - time.monotonic() if offset is None else offset
+
+    def day(self, now: float) -> int:
+        """Return the number of days since 1970."""
+        return int((now + self._offset) // DAY)
+
+    def left(self, now: float) -> float:
+        """Return the seconds until the next day."""
+        return DAY - (now + self._offset) % DAY
+
+
+class Accounts:
+    """The accounts of all tenants, at most *most*: further tenants share one.
+
+    limits   returns the limits of a tenant and class
+    share    of the limits that refills the accounts
+
+    A table without a bound could be filled by a caller that names a new tenant with each request, and a table
+    that forgets accounts would give them a new budget.
+    """
+
+    def __init__(self, limits: Callable[[str, str], Limits], *, most: int = MAX_ACCOUNTS) -> None:
+        self._limits = limits
+        self._most = most
+        self._accounts: dict[Key, Account] = {}
+        self._serials = itertools.count(1)
+        self._swept = -math.inf
+        self.share = 1.0
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def __iter__(self) -> Iterator[Account]:
+        return iter(self._accounts.values())
+
+    def of(self, keys: Iterable[Key]) -> list[Account]:
+        """Return the accounts of *keys* that exist."""
+        return [account for key in keys if (account := self._accounts.get(key)) is not None]
+
+    def get(self, key: Key, now: float, day: int) -> Account:
+        """Return the account of a tenant and class, which is new if there is none."""
+        if (account := self._accounts.get(key)) is not None:
+            return account
+        if len(self._accounts) >= self._most and key[0] != OTHERS:
+            self._sweep(now, day)
+            if len(self._accounts) >= self._most:
+                return self.get((OTHERS, key[1]), now, day)
+        limits = self._limits(*key)
+        account = self._accounts[key] = Account(
+            key,
+            next(self._serials),
+            limits,
+            limits.requests_per_minute,
+            limits.tokens_per_minute,
+            0.0,
+            day,
+            now,
+        )
+        return account
+
+    def refresh(self) -> None:
+        """Apply limits that have changed."""
+        for key, account in self._accounts.items():
+            account.limit(self._limits(*key))
+
+    def _sweep(self, now: float, day: int) -> None:
+        if now - self._swept >= SWEEP_SECONDS:
+            self._swept = now
+            for key in [key for key, account in self._accounts.items() if account.idle(now, day, self.share)]:
+                del self._accounts[key]
+
+
+MANY = 1 << 30  # streams, where they are not limited
+
+
+def _until(need: float, level: float, per_minute: float, share: float) -> float | None:
+    """Return the seconds until a level reaches *need*; None if it never does."""
+    if per_minute <= 0:
+        return None
+    return max(min(need, per_minute) - level, 0.0) / (per_minute / MINUTE * share)
+
+
+def _within(level: float, old: float, new: float) -> float:
+    """Return a level under another limit. It was full if the old limit did not apply."""
+    return min(level, new) if old != math.inf and new != math.inf else new
