@@ -70,7 +70,10 @@ class Holder:
         return refusal
 
     def asks(self, waiting: Mapping[Key, tuple[Account, Amounts]], now: float) -> list[tuple[Account, Ask]]:
-        """Return what to report and ask for: accounts that requests wait for first, then others in turn."""
+        """Return what to report and ask for: accounts that requests wait for first, then others in turn.
+
+        This gives the slices of these accounts back: until `grant`, there is nothing to take.
+        """
         if now - self._period >= PERIOD_SECONDS:
             self._period = now
             for account in self._active.values():
@@ -88,7 +91,7 @@ class Holder:
         return asks
 
     def grant(self, account: Account, ask: Ask, granted: Amounts) -> None:
-        """Take the slice that the keeper has granted; what was used since *ask* was made is part of it."""
+        """Take the slice that the keeper has granted. Corrections since *ask* was made are part of it."""
         leased, used = self._lease_of(account), account.used
         leased.left = Amounts(
             granted.requests - (used.requests - ask.used.requests),
@@ -129,4 +132,5 @@ class Holder:
             max(before.cost, taken.cost),
             int(max(before.requests, taken.requests)),
         )
+        leased.left = Amounts()
         return Ask(account.key, account.serial, replace(account.used), account.streams, must, extra)

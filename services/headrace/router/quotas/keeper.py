@@ -140,7 +140,7 @@ class Keeper:
         have, must, extra = account.available(self.share), ask.must, ask.extra
         parts = 2 * max(self._here, 1)
         granted = Amounts(
-            _granted(must.requests, extra.requests, have.requests, parts),
+            _whole(_granted(must.requests, extra.requests, have.requests, parts)),
             _granted(must.tokens, extra.tokens, have.tokens, parts),
             _granted(must.cost, extra.cost, have.cost, parts),
             MANY if have.streams >= MANY else int(_granted(must.streams, extra.streams, have.streams, parts)),
@@ -238,6 +238,11 @@ def _granted(must: float, extra: float, have: float, parts: int) -> float:
         return math.inf
     first = max(min(must, have), 0.0)
     return first + max(min(extra, (have - first) / parts), 0.0)
+
+
+def _whole(requests: float) -> float:
+    """Return a number of requests without its fraction, which would be of no use to anybody."""
+    return requests if requests == math.inf else math.floor(requests)
 
 
 def _finite(granted: Amounts) -> Amounts:

@@ -82,6 +82,7 @@ class Sharing:
         self._keeper_incarnation = 0
         self._version = 0
         self._to_bring: list[Key] = []  # accounts whose states it has not received
+        self._reported = 0.0
         self._waiting: list[_Waiter] = []
         self._kick = asyncio.Event()
         self._search = asyncio.Event()
@@ -108,8 +109,7 @@ class Sharing:
         elif (refusal := self._holder.refused(account, need, now)) is None:
             return await self._wait_for_lease(account, need)
         if refusal is None:
-            account.used.add(need)
-            account.streams += need.streams
+            self._count(account, need)
         return refusal
 
     def settle(self, account: Account, correction: Amounts, streams: int) -> None:
@@ -183,6 +183,10 @@ class Sharing:
         waiting, self._waiting = self._waiting, []
         link = self._link
         try:
+            waiting = [one for one in waiting if not self._decide_early(one)]
+            if not waiting and time.monotonic() - self._reported < REPORT_SECONDS / 2:
+                return
+            self._reported = time.monotonic()
             if link is not None:
                 waiting = await self._lease(link, waiting)
         except errors.HeadraceError as error:
@@ -190,7 +194,10 @@ class Sharing:
         except Exception as error:
             log.exception("lease of quotas failed")
             self._lose(link, type(error).__name__)
-        finally:
+        if self._link is not link and self._link is not None:  # meanwhile, another keeper was found
+            self._waiting += waiting
+            self._kick.set()
+        else:
             self._answer_waiting(waiting)
 
     async def _lease(self, link: Link, waiting: list[_Waiter]) -> list[_Waiter]:
@@ -247,6 +254,19 @@ class Sharing:
             if not waiter.result.done():
                 waiter.result.set_result(self._decide(waiter.account, waiter.need, now))
 
+    def _decide_early(self, waiter: _Waiter) -> bool:
+        """Admit a request whose slice is enough since the last lease; return whether it is decided."""
+        if not waiter.result.done() and self._link is not None:
+            if not self._holder.take(waiter.account, waiter.need):
+                return False
+            self._count(waiter.account, waiter.need)
+            waiter.result.set_result(None)
+        return waiter.result.done()
+
+    def _count(self, account: Account, need: Amounts) -> None:
+        account.used.add(need)
+        account.streams += need.streams
+
     def _decide(self, account: Account, need: Amounts, now: float) -> Refusal | None:
         if self._link is None:
             refusal = self._keeper.take(account, need, now)
@@ -255,8 +275,7 @@ class Sharing:
         else:
             refusal = self._holder.refuse(account, need, now, self._calendar.left(now))
         if refusal is None:
-            account.used.add(need)
-            account.streams += need.streams
+            self._count(account, need)
         return refusal
 
     # The keeper.
