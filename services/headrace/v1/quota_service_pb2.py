@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fheadrace/v1/quota_service.proto\x12\x0bheadrace.v1\"\x92\x01\n\x0cLeaseRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0e\n\x06keeper\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12#\n\x04\x61sks\x18\x04 \x03(\x0b\x32\x15.headrace.v1.QuotaAsk\x12\'\n\x06states\x18\x05 \x03(\x0b\x32\x17.headrace.v1.QuotaState\"\x98\x01\n\rLeaseResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05share\x18\x03 \x01(\x01\x12)\n\x06grants\x18\x04 \x03(\x0b\x32\x19.headrace.v1.QuotaAmounts\x12\'\n\x06states\x18\x05 \x03(\x0b\x32\x17.headrace.v1.QuotaState\"O\n\x0cQuotaAmounts\x12\x10\n\x08requests\x18\x01 \x01(\x01\x12\x0e\n\x06tokens\x18\x02 \x01(\x01\x12\x0c\n\x04\x63ost\x18\x03 \x01(\x01\x12\x0f\n\x07streams\x18\x04 \x01(\r\"\xbb\x01\n\x08QuotaAsk\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x0bquota_class\x18\x02 \x01(\t\x12\x0e\n\x06serial\x18\x03 \x01(\x04\x12\'\n\x04used\x18\x04 \x01(\x0b\x32\x19.headrace.v1.QuotaAmounts\x12\'\n\x04must\x18\x05 \x01(\x0b\x32\x19.headrace.v1.QuotaAmounts\x12(\n\x05\x65xtra\x18\x06 \x01(\x0b\x32\x19.headrace.v1.QuotaAmounts\"o\n\nQuotaState\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x0bquota_class\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x01(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\x01\x12\r\n\x05spent\x18\x05 \x01(\x01\x12\x0b\n\x03\x64\x61y\x18\x06 \x01(\r2N\n\x0cQuotaService\x12>\n\x05Lease\x12\x19.headrace.v1.LeaseRequest\x1a\x1a.headrace.v1.LeaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fheadrace/v1/quota_service.proto\x12\x0bheadrace.v1\"\xa3\x01\n\x0cLeaseRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0e\n\x06keeper\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12#\n\x04\x61sks\x18\x04 \x03(\x0b\x32\x15.headrace.v1.QuotaAsk\x12\'\n\x06states\x18\x05 \x03(\x0b\x32\x17.headrace.v1.QuotaState\x12\x0f\n\x07leaving\x18\x06 \x01(\x08\"\x98\x01\n\rLeaseResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05share\x18\x03 \x01(\x01\x12)\n\x06grants\x18\x04 \x03(\x0b\x32\x19.headrace.v1.QuotaAmounts\x12\'\n\x06states\x18\x05 \x03(\x0b\x32\x17.headrace.v1.QuotaState\"O\n\x0cQuotaAmounts\x12\x10\n\x08requests\x18\x01 \x01(\x01\x12\x0e\n\x06tokens\x18\x02 \x01(\x01\x12\x0c\n\x04\x63ost\x18\x03 \x01(\x01\x12\x0f\n\x07streams\x18\x04 \x01(\r\"\xbb\x01\n\x08QuotaAsk\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x0bquota_class\x18\x02 \x01(\t\x12\x0e\n\x06serial\x18\x03 \x01(\x04\x12\'\n\x04used\x18\x04 \x01(\x0b\x32\x19.headrace.v1.QuotaAmounts\x12\'\n\x04must\x18\x05 \x01(\x0b\x32\x19.headrace.v1.QuotaAmounts\x12(\n\x05\x65xtra\x18\x06 \x01(\x0b\x32\x19.headrace.v1.QuotaAmounts\"}\n\nQuotaState\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x13\n\x0bquota_class\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x01(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\x01\x12\x0c\n\x04\x63ost\x18\x05 \x01(\x01\x12\r\n\x05spent\x18\x06 \x01(\x01\x12\x0b\n\x03\x64\x61y\x18\x07 \x01(\r2N\n\x0cQuotaService\x12>\n\x05Lease\x12\x19.headrace.v1.LeaseRequest\x1a\x1a.headrace.v1.LeaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,15 +32,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.quota_service_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEASEREQUEST']._serialized_start=49
-  _globals['_LEASEREQUEST']._serialized_end=195
-  _globals['_LEASERESPONSE']._serialized_start=198
-  _globals['_LEASERESPONSE']._serialized_end=350
-  _globals['_QUOTAAMOUNTS']._serialized_start=352
-  _globals['_QUOTAAMOUNTS']._serialized_end=431
-  _globals['_QUOTAASK']._serialized_start=434
-  _globals['_QUOTAASK']._serialized_end=621
-  _globals['_QUOTASTATE']._serialized_start=623
-  _globals['_QUOTASTATE']._serialized_end=734
-  _globals['_QUOTASERVICE']._serialized_start=736
-  _globals['_QUOTASERVICE']._serialized_end=814
+  _globals['_LEASEREQUEST']._serialized_end=212
+  _globals['_LEASERESPONSE']._serialized_start=215
+  _globals['_LEASERESPONSE']._serialized_end=367
+  _globals['_QUOTAAMOUNTS']._serialized_start=369
+  _globals['_QUOTAAMOUNTS']._serialized_end=448
+  _globals['_QUOTAASK']._serialized_start=451
+  _globals['_QUOTAASK']._serialized_end=638
+  _globals['_QUOTASTATE']._serialized_start=640
+  _globals['_QUOTASTATE']._serialized_end=765
+  _globals['_QUOTASERVICE']._serialized_start=767
+  _globals['_QUOTASERVICE']._serialized_end=845
 # @@protoc_insertion_point(module_scope)

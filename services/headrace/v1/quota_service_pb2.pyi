@@ -29,6 +29,7 @@ class LeaseRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ASKS_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     """Identifies the calling process."""
     keeper: _builtins.int
@@ -37,13 +38,15 @@ class LeaseRequest(_message.Message):
     """
     version: _builtins.int
     """As in the keeper's last response. 0: none so far."""
+    leaving: _builtins.bool
+    """Whether the caller stops: this is its last report."""
     @_builtins.property
     def asks(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaAsk]:
         """The accounts that the caller uses."""
 
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaState]:
-        """What the caller knows from its keeper before. It sends all of it before its first `asks`."""
+        """What the caller has left of the budgets that it gave out itself. It sends all of it before its first `asks`."""
 
     def __init__(
         self,
@@ -53,10 +56,11 @@ class LeaseRequest(_message.Message):
         version: _builtins.int = ...,
         asks: _abc.Iterable[Global___QuotaAsk] | None = ...,
         states: _abc.Iterable[Global___QuotaState] | None = ...,
+        leaving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asks", b"asks", "incarnation", b"incarnation", "keeper", b"keeper", "states", b"states", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asks", b"asks", "incarnation", b"incarnation", "keeper", b"keeper", "leaving", b"leaving", "states", b"states", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -85,7 +89,7 @@ class LeaseResponse(_message.Message):
 
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuotaState]:
-        """Budgets that changed since `version`: what the caller starts with if it is the next keeper."""
+        """Budgets that changed since `version`. The caller takes its part of them if it loses the keeper."""
 
     def __init__(
         self,
@@ -196,6 +200,7 @@ class QuotaState(_message.Message):
     QUOTA_CLASS_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     SPENT_FIELD_NUMBER: _builtins.int
     DAY_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
@@ -203,11 +208,13 @@ class QuotaState(_message.Message):
     quota_class: _builtins.str
     """The class of its limits."""
     requests: _builtins.float
-    """Requests that may be sent at once. Infinite without a limit."""
+    """Requests that may be sent at once. All amounts are infinite without a limit."""
     tokens: _builtins.float
     """Tokens that may be used at once; below 0 after requests that used more than was estimated."""
+    cost: _builtins.float
+    """Cost that is left of the budget of `day`."""
     spent: _builtins.float
-    """Cost on `day`."""
+    """Cost on `day`, of all routers as far as is known."""
     day: _builtins.int
     """Days since 1970, in UTC."""
     def __init__(
@@ -217,12 +224,13 @@ class QuotaState(_message.Message):
         quota_class: _builtins.str = ...,
         requests: _builtins.float = ...,
         tokens: _builtins.float = ...,
+        cost: _builtins.float = ...,
         spent: _builtins.float = ...,
         day: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["day", b"day", "quota_class", b"quota_class", "requests", b"requests", "spent", b"spent", "tenant", b"tenant", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "day", b"day", "quota_class", b"quota_class", "requests", b"requests", "spent", b"spent", "tenant", b"tenant", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,7 +18,7 @@ from headrace.router.settings import Settings
 from headrace.runtime.serving.server import StartFailed
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
-from tests.harness import PATIENCE, collect, eventually
+from tests.harness import PATIENCE, collect
 from tests.router.fake_batchers import FakeBatcher, routed, routing_port
 
 HELLO = "hello there"

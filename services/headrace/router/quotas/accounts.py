@@ -54,6 +54,7 @@ class Leased:
     taken      in the current period
     before     in the period before
     reported   of `Account.used`, with the last lease
+    level      of the budget at the keeper, as last reported
     refusal    of the last request that the lease was too small for
     refused    what that request needed
     until      the time until which similar requests are refused without asking the keeper again
@@ -63,6 +64,7 @@ class Leased:
     taken: Amounts = field(default_factory=Amounts)
     before: Amounts = field(default_factory=Amounts)
     reported: Amounts = field(default_factory=Amounts)
+    level: Amounts = field(default_factory=Amounts)
     refusal: Refusal | None = None
     refused: Amounts = field(default_factory=Amounts)
     until: float = 0.0
@@ -73,9 +75,11 @@ class Account:
     """The budget of a tenant, and what this process uses of it.
 
     serial     differs from that of an earlier account of the tenant in this process
-    requests   level
-    tokens     level
-    spent      cost on *day*
+    share      of the limits that this process gives out
+    requests   level, at most this share of the limit
+    tokens     level, at most this share of the limit
+    cost       what is left of this share of the day's budget
+    spent      cost on *day*, of all processes as far as is known
     day        days since 1970 in UTC
     then       time of the levels
     held       what other processes have, by incarnation
@@ -87,11 +91,13 @@ class Account:
     key: Key
     serial: int
     limits: Limits
-    requests: float
-    tokens: float
-    spent: float
+    share: float
     day: int
     then: float
+    requests: float = 0.0
+    tokens: float = 0.0
+    cost: float = 0.0
+    spent: float = 0.0
     held: dict[int, Held] = field(default_factory=dict)
     used: Amounts = field(default_factory=Amounts)
     streams: int = 0
@@ -102,77 +108,115 @@ class Account:
         """Streams of all processes, and the free places that others hold."""
         return self.streams + sum(held.streams + held.slice.streams for held in self.held.values())
 
-    def refill(self, now: float, day: int, share: float) -> None:
-        """Refill the levels with *share* of what the limits allow since the last time."""
-        limits, seconds = self.limits, now - self.then
-        if self.requests < limits.requests_per_minute:
-            gained = seconds / MINUTE * limits.requests_per_minute * share
-            self.requests = min(self.requests + gained, limits.requests_per_minute)
-        if self.tokens < limits.tokens_per_minute:
-            gained = seconds / MINUTE * limits.tokens_per_minute * share
-            self.tokens = min(self.tokens + gained, limits.tokens_per_minute)
+    @property
+    def most_requests(self) -> float:
+        """The level of a full budget: one request at least, as there may be more processes than requests."""
+        limit = self.limits.requests_per_minute
+        return max(limit * self.share, min(limit, 1.0))
+
+    @property
+    def most_tokens(self) -> float:
+        """The level of a full budget."""
+        return self.limits.tokens_per_minute * self.share
+
+    def fill(self) -> None:
+        """Fill the levels."""
+        self.requests, self.tokens = self.most_requests, self.most_tokens
+        self.cost = self.limits.cost_per_day * self.share - self.spent
+
+    def refill(self, now: float, day: int) -> None:
+        """Refill the levels by what the limits allow since the last time."""
+        minutes = (now - self.then) / MINUTE
+        if self.requests < (most := self.most_requests):
+            self.requests = min(self.requests + minutes * self.limits.requests_per_minute * self.share, most)
+        if self.tokens < (most := self.most_tokens):
+            self.tokens = min(self.tokens + minutes * self.limits.tokens_per_minute * self.share, most)
         if day > self.day:
             self.day, self.spent = day, 0.0
+            self.cost = self.limits.cost_per_day * self.share
         self.then = now
 
-    def available(self, share: float) -> Amounts:
-        """Return what a process that may give out *share* of the budget has to give.
+    def give_out(self, share: float) -> None:
+        """Give out another share of the limits; a smaller one leaves the rest of the budget to others."""
+        if share < self.share:
+            self.scale(share / self.share)
+        self.share = share
+        if share >= 1.0:
+            self.balance()
 
-        At least one request and one stream if the budget has them: limits may be smaller than the number of
-        routers.
-        """
-        limits = self.limits
-        most = limits.concurrent_streams
-        streams = most if most == math.inf else max(math.floor(most * share), min(most, 1))
-        return Amounts(
-            max(self.requests * share, min(self.requests, 1.0)),
-            self.tokens * share,
-            (limits.cost_per_day - self.spent) * share,
-            MANY if streams == math.inf else int(streams) - self.all_streams,
-        )
+    def scale(self, factor: float) -> None:
+        """Keep a part of the budget, above 0."""
+        self.requests *= factor
+        self.tokens *= factor
+        self.cost *= factor
 
-    def shortage(self, need: Amounts, have: Amounts, share: float, day_left: float) -> Refusal | None:
-        """Return why *have* is not enough for *need*; None if it is.
+    def balance(self) -> None:
+        """Give out all of the day's budget that is left, unless others may have spent some of it."""
+        if self.share >= 1.0 and not any(held.away for held in self.held.values()):
+            self.cost = self.limits.cost_per_day - self.spent
 
-        day_left   seconds until the next day
-
-        A need of tokens or cost above the limit is met by a full budget. Without a need of a kind, its budget
-        does not matter.
-        """
-        limits = self.limits
-        if need.cost and (have.cost <= 0 or have.cost < min(need.cost, limits.cost_per_day * share)):
-            return Refusal("cost_per_day", limits.cost_per_day, day_left if limits.cost_per_day else None)
-        if have.requests < need.requests:
-            seconds = _until(need.requests / share, self.requests, limits.requests_per_minute, share)
-            return Refusal("requests_per_minute", limits.requests_per_minute, seconds)
-        tokens = min(need.tokens, limits.tokens_per_minute * share)
-        if need.tokens and (have.tokens <= 0 or have.tokens < tokens):
-            seconds = _until(tokens / share, self.tokens, limits.tokens_per_minute, share)
-            return Refusal("tokens_per_minute", limits.tokens_per_minute, seconds)
-        if need.streams and have.streams < need.streams:
-            most = limits.concurrent_streams
-            return Refusal("concurrent_streams", most, STREAM_RETRY_SECONDS if most else None)
-        return None
+    def available(self) -> Amounts:
+        """Return what there is to give out."""
+        most = self.limits.concurrent_streams
+        if most == math.inf:
+            return Amounts(self.requests, self.tokens, self.cost, MANY)
+        streams = max(math.floor(most * self.share), min(int(most), 1)) - self.all_streams
+        return Amounts(self.requests, self.tokens, self.cost, streams)
 
     def take(self, need: Amounts) -> None:
         """Take *need*, of finite amounts, from the budget; negative amounts are given back."""
         self.requests = min(self.requests - need.requests, self.limits.requests_per_minute)
         self.tokens = min(self.tokens - need.tokens, self.limits.tokens_per_minute)
+        self.cost -= need.cost
+        self.spend(need.cost)
+
+    def spend(self, cost: float) -> None:
+        """Count cost, without taking it from what is left."""
         if self.limits.cost_per_day != math.inf:
-            self.spent = max(self.spent + need.cost, 0.0)
+            self.spent = max(self.spent + cost, 0.0)
 
     def limit(self, limits: Limits) -> None:
         """Apply other limits."""
         old, self.limits = self.limits, limits
-        self.requests = _within(self.requests, old.requests_per_minute, limits.requests_per_minute)
-        self.tokens = _within(self.tokens, old.tokens_per_minute, limits.tokens_per_minute)
+        self.requests = _within(self.requests, old.requests_per_minute, self.most_requests)
+        self.tokens = _within(self.tokens, old.tokens_per_minute, self.most_tokens)
+        if math.inf in (old.cost_per_day, limits.cost_per_day):
+            self.cost, self.spent = limits.cost_per_day * self.share, 0.0
+        else:
+            self.cost += (limits.cost_per_day - old.cost_per_day) * self.share
 
-    def idle(self, now: float, day: int, share: float) -> bool:
+    def idle(self, now: float, day: int) -> bool:
         """Return whether it is as a new account would be."""
-        self.refill(now, day, share)
-        limits = self.limits
-        full = self.requests >= limits.requests_per_minute and self.tokens >= limits.tokens_per_minute
+        self.refill(now, day)
+        full = self.requests >= self.most_requests and self.tokens >= self.most_tokens
         return full and not (self.spent or self.all_streams or self.leased)
+
+
+def shortage(
+    limits: Limits, need: Amounts, have: Amounts, *, level: Amounts, share: float, day_left: float
+) -> Refusal | None:
+    """Return why *have* is not enough for *need*; None if it is.
+
+    level      of the budget that *have* is taken from, which says how long the caller should wait
+    share      of the limits that this budget gives out
+    day_left   seconds until the next day
+
+    A need of tokens or cost above the limit is met by a full budget. Without a need of a kind, its budget
+    does not matter.
+    """
+    if need.cost and (have.cost <= 0 or have.cost < min(need.cost, limits.cost_per_day * share)):
+        return Refusal("cost_per_day", limits.cost_per_day, day_left if limits.cost_per_day else None)
+    if have.requests < need.requests:
+        seconds = _until(need.requests, level.requests, limits.requests_per_minute * share)
+        return Refusal("requests_per_minute", limits.requests_per_minute, seconds)
+    tokens = min(need.tokens, limits.tokens_per_minute * share)
+    if need.tokens and (have.tokens <= 0 or have.tokens < tokens):
+        seconds = _until(tokens, level.tokens, limits.tokens_per_minute * share)
+        return Refusal("tokens_per_minute", limits.tokens_per_minute, seconds)
+    if need.streams and have.streams < need.streams:
+        most = limits.concurrent_streams
+        return Refusal("concurrent_streams", most, STREAM_RETRY_SECONDS if most else None)
+    return None
 
 
 class Calendar:
@@ -198,7 +242,7 @@ class Accounts:
     """The accounts of all tenants, at most *most*: further tenants share one.
 
     limits   returns the limits of a tenant and class
-    share    of the limits that refills the accounts
+    share    of the limits that new accounts give out
 
     A table without a bound could be filled by a caller that names a new tenant with each request, and a table
     that forgets accounts would give them a new budget.
@@ -230,17 +274,9 @@ class Accounts:
             self._sweep(now, day)
             if len(self._accounts) >= self._most:
                 return self.get((OTHERS, key[1]), now, day)
-        limits = self._limits(*key)
-        account = self._accounts[key] = Account(
-            key,
-            next(self._serials),
-            limits,
-            limits.requests_per_minute,
-            limits.tokens_per_minute,
-            0.0,
-            day,
-            now,
-        )
+        account = Account(key, next(self._serials), self._limits(*key), self.share, day, now)
+        account.fill()
+        self._accounts[key] = account
         return account
 
     def refresh(self) -> None:
@@ -251,20 +287,18 @@ class Accounts:
     def _sweep(self, now: float, day: int) -> None:
         if now - self._swept >= SWEEP_SECONDS:
             self._swept = now
-            for key in [key for key, account in self._accounts.items() if account.idle(now, day, self.share)]:
+            for key in [key for key, account in self._accounts.items() if account.idle(now, day)]:
                 del self._accounts[key]
 
 
 MANY = 1 << 30  # streams, where they are not limited
 
 
-def _until(need: float, level: float, per_minute: float, share: float) -> float | None:
+def _until(need: float, level: float, per_minute: float) -> float | None:
     """Return the seconds until a level reaches *need*; None if it never does."""
-    if per_minute <= 0:
-        return None
-    return max(min(need, per_minute) - level, 0.0) / (per_minute / MINUTE * share)
+    return max(need - level, 0.0) / per_minute * MINUTE if per_minute > 0 else None
 
 
-def _within(level: float, old: float, new: float) -> float:
-    """Return a level under another limit. It was full if the old limit did not apply."""
-    return min(level, new) if old != math.inf and new != math.inf else new
+def _within(level: float, old: float, most: float) -> float:
+    """Return a level under another limit. It was full if the *old* limit did not apply."""
+    return min(level, most) if old != math.inf and most != math.inf else most

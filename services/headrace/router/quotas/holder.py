@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from headrace.router.quotas.accounts import Account, Key, Leased
+from headrace.router.quotas.accounts import Account, Key, Leased, shortage
 from headrace.router.quotas.amounts import Amounts, Refusal
 from headrace.router.quotas.keeper import MAX_BYTES, Ask, message_bytes
 
@@ -31,7 +31,7 @@ class Holder:
     def take(self, account: Account, need: Amounts) -> bool:
         """Take what a request needs from the slice of its account; return whether it was enough."""
         leased = account.leased
-        if leased is None or account.shortage(need, leased.left, self.share, 1.0) is not None:
+        if leased is None or self._shortage(account, leased, need) is not None:
             return False
         self.charge(account, need)
         leased.left.streams -= need.streams
@@ -61,8 +61,7 @@ class Holder:
     def refuse(self, account: Account, need: Amounts, now: float, day_left: float) -> Refusal:
         """Return why the keeper granted too little for a request."""
         leased = self._lease_of(account)
-        # The delay follows from the budget that the keeper has just reported; others may hold some of it.
-        refusal = account.shortage(need, leased.left, self.share, day_left)
+        refusal = self._shortage(account, leased, need, day_left)
         assert refusal is not None, "it was not enough"
         if refusal.retry_after is not None:
             refusal = replace(refusal, retry_after=max(refusal.retry_after, MIN_RETRY_SECONDS))
@@ -116,6 +115,13 @@ class Holder:
     def follow(self, account: Account) -> None:
         """Report an account to the keeper."""
         self._lease_of(account)
+
+    def _shortage(
+        self, account: Account, leased: Leased, need: Amounts, day_left: float = 0.0
+    ) -> Refusal | None:
+        return shortage(
+            account.limits, need, leased.left, level=leased.level, share=self.share, day_left=day_left
+        )
 
     def _lease_of(self, account: Account) -> Leased:
         if account.leased is None:

@@ -1,9 +1,11 @@
 """Take from the budgets of tenants, for requests of this process and for other processes that lease slices.
 
-Any process can be the keeper of others. A keeper gives out no more than its share of each budget: the part of
-all known processes that lease from it, itself included if it does not lease elsewhere. So processes that
-cannot reach each other admit no more together than the limits allow. Everything that is uncertain counts as
-used: slices of a process that does not return, reports that arrive twice. The caller passes the time.
+Any process can be the keeper of others. A keeper gives out its share of each budget: the part of all known
+processes that lease from it, itself included if it does not lease elsewhere. So processes that cannot reach
+each other admit no more together than the limits allow: when some are lost, the keeper sets their part of
+what is left aside, and they take the same part as what they begin with; when they return, they bring what
+they have left. Everything that is uncertain counts as used, such as slices of a process that does not return.
+The caller passes the time.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from headrace.router.quotas.accounts import MANY, Account, Accounts, Calendar, Held, Key
+from headrace.router.quotas.accounts import MANY, Account, Accounts, Calendar, Held, Key, shortage
 from headrace.router.quotas.amounts import Amounts, Refusal
 
 MEMBER_SECONDS = 3.0  # without a report, after which a process is away
-FORGET_SECONDS = 3600.0  # after which the reports of a process that is away are forgotten
+FORGET_SECONDS = 600.0  # after which the reports of a process that is away are forgotten
 MAX_BYTES = 24_000  # of the states, and of the asks, of one message: both fit into one datagram
 
 
@@ -45,6 +47,7 @@ class State(NamedTuple):
     key: Key
     requests: float
     tokens: float
+    cost: float
     spent: float
     day: int
 
@@ -61,17 +64,13 @@ class _Member:
 
 
 class Keeper:
-    """The budgets of this process.
-
-    known     number of processes that share the limits, as far as is known
-    leasing   whether this process leases from another one
-    """
+    """The budgets of this process."""
 
     def __init__(self, accounts: Accounts, calendar: Calendar) -> None:
-        self.known = 1
-        self.leasing = False
         self._accounts = accounts
         self._calendar = calendar
+        self._known = 1  # processes that share the limits
+        self._leasing = False  # whether this process leases from another one
         self._members: dict[int, _Member] = {}
         self._here = 0  # members that are not away
         self._version = 0
@@ -79,17 +78,29 @@ class Keeper:
 
     @property
     def share(self) -> float:
-        """The part of the limits that this process gives out: 1 unless known processes are missing."""
-        if self.known <= 1:
-            return 1.0
-        # Others may still believe in it although it leases elsewhere: then it counts for that keeper.
-        return min(max(self._here + (not self.leasing), 1) / self.known, 1.0)
+        """The part of the limits that this process gives out: 1 unless known processes are missing.
+
+        If it gives out nothing, because it leases from another one, it is the part that it would begin with.
+        """
+        return min(max(self._here + (not self._leasing), 1) / self._known, 1.0)
+
+    def know(self, processes: int, now: float) -> None:
+        """Set the number of processes that share the limits."""
+        self._known = processes
+        self._count(now)
 
     def take(self, account: Account, need: Amounts, now: float) -> Refusal | None:
         """Take what a request of this process needs; return why it may not be admitted, if so."""
-        share = self.share
-        account.refill(now, self._calendar.day(now), share)
-        refusal = account.shortage(need, account.available(share), share, self._calendar.left(now))
+        account.refill(now, self._calendar.day(now))
+        have = account.available()
+        refusal = shortage(
+            account.limits,
+            need,
+            have,
+            level=have,
+            share=account.share,
+            day_left=self._calendar.left(now),
+        )
         if refusal is None:
             self.charge(account, need)
         return refusal
@@ -108,36 +119,42 @@ class Keeper:
         self._see(member, now)
         return [self._lease(member, ask, now) for ask in asks]
 
+    def leave(self, member: int, asks: Sequence[Ask], now: float) -> None:
+        """Take the last report of another process, which stops."""
+        self.lease(member, [ask._replace(must=Amounts(), extra=Amounts()) for ask in asks], now)
+        self._forget(member)
+        self._count(now)
+
     def _lease(self, member: int, ask: Ask, now: float) -> Amounts:
-        share, day = self.share, self._calendar.day(now)
+        day = self._calendar.day(now)
         account = self._accounts.get(ask.key, now, day)
-        account.refill(now, day, share)
+        account.refill(now, day)
         if account.key != ask.key:  # of all tenants that find no space here: nothing is taken back
             return self._grant(account, ask)
-        held = account.held.get(member)
-        if held is None:  # what it used before is in the states that it brings
+        if (held := account.held.get(member)) is None:
             held = account.held[member] = Held(ask.serial, ask.used)
         elif held.serial != ask.serial:
             held.serial, held.used = ask.serial, Amounts()
-        least = (min(account.requests, 0.0), min(account.tokens, 0.0))
-        account.take(
-            Amounts(
-                ask.used.requests - held.used.requests - held.slice.requests,
-                ask.used.tokens - held.used.tokens - held.slice.tokens,
-                ask.used.cost - held.used.cost - held.slice.cost,
+        used, before, slice = ask.used, held.used, held.slice
+        if held.away:  # it took from what was set aside, and has brought what is left of that
+            account.spend(used.cost - before.cost - slice.cost)
+        else:
+            account.take(
+                Amounts(
+                    used.requests - before.requests - slice.requests,
+                    used.tokens - before.tokens - slice.tokens,
+                    used.cost - before.cost - slice.cost,
+                )
             )
-        )
-        if held.away:
-            # It was limited to its own share meanwhile, much of it long ago: only cost is not forgotten.
-            account.requests, account.tokens = max(account.requests, least[0]), max(account.tokens, least[1])
-        held.used, held.streams, held.slice, held.away = ask.used, ask.streams, Amounts(), False
+        held.used, held.streams, held.slice, held.away = used, ask.streams, Amounts(), False
+        account.balance()
         granted = self._grant(account, ask)
         held.slice = _finite(granted)
         return granted
 
     def _grant(self, account: Account, ask: Ask) -> Amounts:
         """Take a slice from the budget."""
-        have, must, extra = account.available(self.share), ask.must, ask.extra
+        have, must, extra = account.available(), ask.must, ask.extra
         parts = 2 * max(self._here, 1)
         granted = Amounts(
             _whole(_granted(must.requests, extra.requests, have.requests, parts)),
@@ -149,29 +166,66 @@ class Keeper:
         self._mark(account)
         return granted
 
-    # States: how the next keeper learns what this one knows.
+    # How budgets move from keeper to keeper.
+
+    def lease_elsewhere(self, leasing: bool, now: float) -> list[State]:
+        """Begin to lease from another process, or from none; return what to bring to it.
+
+        It is taken out of the budgets here, except for the part of the members that still lease here.
+        """
+        brought = []
+        its_own = not self._leasing or not self._here  # whether any part is its own
+        self._leasing = leasing
+        if leasing and its_own:
+            others, day = self._here / (self._here + 1), self._calendar.day(now)
+            for account in self._accounts:
+                account.refill(now, day)
+                before = self._state(account)
+                account.requests, account.tokens, account.cost = (
+                    level if level == math.inf else level * others
+                    for level in (account.requests, account.tokens, account.cost)
+                )
+                brought.append(
+                    before._replace(
+                        requests=_rest(before.requests, account.requests),
+                        tokens=_rest(before.tokens, account.tokens),
+                        cost=_rest(before.cost, account.cost),
+                    )
+                )
+                account.share = self.share
+        self._count(now)
+        return brought
 
     def merge(self, member: int, states: Iterable[State], now: float) -> None:
-        """Take the states that a process brings from its keeper before, of accounts new to this one."""
+        """Take what a process brings. Called before its first lease."""
+        known = self._members.get(member)
+        if known is not None and not known.away:
+            return  # nothing was set aside for it: its next report says what it has used
         day = self._calendar.day(now)
         for state in states:
             account = self._accounts.get(state.key, now, day)
-            if member not in account.held:
-                account.refill(now, day, self.share)
-                account.requests = min(account.requests, state.requests)
-                account.tokens = min(account.tokens, state.tokens)
-                if state.day == account.day:
-                    account.spent = max(account.spent, state.spent)
-                self._mark(account)
+            account.refill(now, day)
+            account.requests = min(account.requests + state.requests, account.limits.requests_per_minute)
+            account.tokens = min(account.tokens + state.tokens, account.limits.tokens_per_minute)
+            if state.day == account.day:
+                account.cost = min(account.cost + state.cost, account.limits.cost_per_day)
+                if member not in account.held:
+                    account.spend(max(state.spent - account.spent, 0.0))
+            self._mark(account)
 
-    def adopt(self, states: Iterable[State], now: float) -> None:
-        """Take the states of the keeper of this process, in case that it is the next one."""
-        if self._here:
-            return  # others lease here: this process cannot reach their keeper, or not for long
+    def adopt(self, states: Iterable[State], share: float, now: float) -> None:
+        """Take the part of this process of the budgets of its keeper, in case that it is lost.
+
+        share   of the limits that the keeper gives out
+        """
         for state in states:
             account = self._accounts.get(state.key, now, state.day)
-            account.requests = min(state.requests, account.limits.requests_per_minute)
-            account.tokens = min(state.tokens, account.limits.tokens_per_minute)
+            if account.leased is not None:
+                account.leased.level = Amounts(state.requests, state.tokens, state.cost)
+            if self._here:
+                continue  # others lease here, and take from what is here
+            account.requests, account.tokens, account.cost = state.requests, state.tokens, state.cost
+            account.scale(min(account.share / share, 1.0))
             account.spent, account.day, account.then = state.spent, state.day, now
 
     def changes(self, since: int, now: float) -> tuple[int, list[State]]:
@@ -194,8 +248,8 @@ class Keeper:
         """Return the states of accounts."""
         found = self._accounts.of(keys)
         for account in found:
-            account.refill(now, self._calendar.day(now), self.share)
-        return [State(one.key, one.requests, one.tokens, one.spent, one.day) for one in found]
+            account.refill(now, self._calendar.day(now))
+        return [self._state(account) for account in found]
 
     def tick(self, now: float) -> None:
         """Notice processes that do not report any more: their streams are free for others."""
@@ -207,10 +261,17 @@ class Keeper:
                     if (held := account.held.get(incarnation)) is not None:
                         held.away, held.streams, held.slice.streams = True, 0, 0
             if now - member.seen > FORGET_SECONDS:
-                del self._members[incarnation]
-                for account in self._accounts:
-                    account.held.pop(incarnation, None)
-        self._count()
+                self._forget(incarnation)
+        self._count(now)
+
+    def _state(self, account: Account) -> State:
+        return State(account.key, account.requests, account.tokens, account.cost, account.spent, account.day)
+
+    def _forget(self, incarnation: int) -> None:
+        del self._members[incarnation]
+        for account in self._accounts:
+            account.held.pop(incarnation, None)
+            account.balance()
 
     def _see(self, incarnation: int, now: float) -> None:
         if not self._here:
@@ -218,13 +279,19 @@ class Keeper:
             for account in self._accounts:
                 self._mark(account)
         self._members[incarnation] = _Member(now)
-        self._count()
+        self._count(now)
 
-    def _count(self) -> None:
+    def _count(self, now: float) -> None:
+        """Give out the share that follows from the processes that are here."""
         self._here = sum(not member.away for member in self._members.values())
-        self._accounts.share = self.share
         if not self._here:
             self._versions.clear()
+        if (share := self.share) != self._accounts.share:
+            self._accounts.share = share
+            day = self._calendar.day(now)
+            for account in self._accounts:
+                account.refill(now, day)
+                account.give_out(share)
 
     def _mark(self, account: Account) -> None:
         self._version += 1
@@ -238,6 +305,10 @@ def _granted(must: float, extra: float, have: float, parts: int) -> float:
         return math.inf
     first = max(min(must, have), 0.0)
     return first + max(min(extra, (have - first) / parts), 0.0)
+
+
+def _rest(before: float, after: float) -> float:
+    return before if before == math.inf else before - after
 
 
 def _whole(requests: float) -> float:

@@ -66,13 +66,14 @@ def states_of(message: pb.LeaseRequest | pb.LeaseResponse) -> list[State]:
     if len(message.states) > MAX_ENTRIES:
         raise errors.InvalidRequest(f"states has {len(message.states)} entries, the most is {MAX_ENTRIES}")
     for state in message.states:
-        if any(math.isnan(value) for value in (state.requests, state.tokens, state.spent)):
+        if any(math.isnan(value) for value in (state.requests, state.tokens, state.cost, state.spent)):
             raise errors.InvalidRequest("a state has an amount that is not a number")
     return [
         State(
             _key(state.tenant, state.quota_class),
             state.requests,
             state.tokens,
+            state.cost,
             max(state.spent, 0.0),
             state.day,
         )
@@ -92,6 +93,7 @@ def _state(state: State) -> pb.QuotaState:
         quota_class=state.key[1],
         requests=state.requests,
         tokens=state.tokens,
+        cost=state.cost,
         spent=state.spent,
         day=state.day,
     )

@@ -22,7 +22,7 @@ from headrace.router.quotas import messages
 from headrace.router.quotas.accounts import Account, Accounts, Calendar, Key
 from headrace.router.quotas.amounts import Amounts, Refusal
 from headrace.router.quotas.holder import Holder
-from headrace.router.quotas.keeper import MAX_BYTES, Keeper, message_bytes
+from headrace.router.quotas.keeper import MAX_BYTES, Keeper, State, message_bytes
 from headrace.router.quotas.links import KEEP, KEEPING, LEASE, Link, OpenChannel, RouterLink, SiblingLink
 from headrace.router.siblings import Siblings
 from headrace.runtime.discovery import Discovery
@@ -72,7 +72,7 @@ class Sharing:
         self._siblings = siblings
         self._open_channel = open_channel
         self._keeper = Keeper(accounts, calendar)
-        self._keeper.known = processes
+        self._keeper.know(processes, time.monotonic())
         self._holder = Holder()
         self._addresses: list[str] = []
         self._own_address = ""
@@ -81,7 +81,7 @@ class Sharing:
         self._link: Link | None = None
         self._keeper_incarnation = 0
         self._version = 0
-        self._to_bring: list[Key] = []  # accounts whose states it has not received
+        self._to_bring: list[State] = []  # what it has not received
         self._reported = 0.0
         self._waiting: list[_Waiter] = []
         self._kick = asyncio.Event()
@@ -148,6 +148,7 @@ class Sharing:
                 for task in running:
                     task.cancel()
         finally:
+            await self._leave()
             self._switch(None, self.incarnation)
             self._answer_waiting(self._waiting)
             for link in self._links.values():
@@ -203,11 +204,10 @@ class Sharing:
     async def _lease(self, link: Link, waiting: list[_Waiter]) -> list[_Waiter]:
         """Lease for requests that wait; return those that can be decided now."""
         while self._to_bring:
-            keys, size = [], 0
+            states, size = [], 0
             while self._to_bring and size < MAX_BYTES:
-                keys.append(key := self._to_bring.pop())
-                size += message_bytes(key)
-            states = self._keeper.states(keys, time.monotonic())
+                states.append(state := self._to_bring.pop())
+                size += message_bytes(state.key)
             await self._call(link, messages.fill_request(self._request(), (), states))
         needs: dict[Key, tuple[Account, Amounts]] = {}
         for waiter in waiting:
@@ -227,7 +227,7 @@ class Sharing:
         )
         grants, states = messages.grants_of(response, len(asks)), messages.states_of(response)
         self._holder.share, self._version = response.share, response.version
-        self._keeper.adopt(states, time.monotonic())
+        self._keeper.adopt(states, response.share, time.monotonic())
         for (account, ask), granted in zip(asks, grants, strict=True):
             self._holder.grant(account, ask, granted)
         asked = {ask.key for _, ask in asks}
@@ -236,6 +236,15 @@ class Sharing:
             self._waiting += later
             self._kick.set()
         return [waiter for waiter in waiting if waiter.account.key in asked]
+
+    async def _leave(self) -> None:
+        """Report to the keeper for the last time, if it answers."""
+        if self._link is not None:
+            request = self._request()
+            request.leaving = True
+            asks = self._holder.asks({}, time.monotonic())
+            with suppress(errors.HeadraceError):
+                await self._link.lease(messages.fill_request(request, (ask for _, ask in asks), ()))
 
     def _request(self) -> pb.LeaseRequest:
         return pb.LeaseRequest(
@@ -298,7 +307,7 @@ class Sharing:
     def _know(self, addresses: frozenset[str]) -> None:
         self._addresses = sorted(addresses)
         routers = len(addresses) + (self._own_address not in addresses if self._own_address else 0)
-        self._keeper.known = max(routers, 1) * self._processes
+        self._keeper.know(max(routers, 1) * self._processes, time.monotonic())
 
     async def _find_keeper(self) -> None:
         """Find the router with the lowest address that answers, unless it is the current keeper."""
@@ -352,9 +361,8 @@ class Sharing:
         if link is self._link and (link is None or incarnation == self._keeper_incarnation):
             return
         self._link, self._keeper_incarnation, self._version = link, incarnation, 0
-        self._keeper.leasing = link is not None
         self._holder.restart([one for one in self._accounts if one.used.requests] if link is not None else ())
-        self._to_bring = [one.key for one in self._accounts] if link is not None else []
+        self._to_bring = self._keeper.lease_elsewhere(link is not None, time.monotonic())
         log.info("quota keeper", extra={"keeper": "this process" if link is None else link.address})
 
     # Other processes.
@@ -366,6 +374,11 @@ class Sharing:
             return response
         asks, states, now = messages.asks_of(request), messages.states_of(request), time.monotonic()
         self._keeper.merge(request.incarnation, states, now)
+        if request.leaving:
+            self._keeper.leave(request.incarnation, asks, now)
+            return response
+        if not asks and states:
+            return response  # more of them follow, before the first lease
         grants = self._keeper.lease(request.incarnation, asks, now)
         response.share = self._keeper.share
         response.version, changed = self._keeper.changes(request.version, now)
