@@ -156,12 +156,14 @@ async def test_a_priority_above_the_ceiling_is_lowered(tmp_path: Path) -> None:
 
 
 async def test_shadow_mode_counts_and_admits(tmp_path: Path, count: Callable[..., float]) -> None:
+    fake, quotas = FakeBatcher(), "[default]\nrequests_per_minute = 1\nmax_priority = 3"
     before = count(attributes.METRIC_QUOTA_REFUSALS)
-    async with limited(tmp_path, "[default]\nrequests_per_minute = 1", quotas_shadow=True) as client:
+    async with limited(tmp_path, quotas, fake, quotas_shadow=True) as client:
         for _ in range(4):
             await collect(client, ask())
 
     assert count(attributes.METRIC_QUOTA_REFUSALS) - before == 3
+    assert not any(request.routing.priority for request in fake.requests), "nothing is lowered"
 
 
 async def test_limits_that_change_apply_to_requests_that_follow(tmp_path: Path) -> None:

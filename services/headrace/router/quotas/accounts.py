@@ -21,6 +21,7 @@ MINUTE = 60.0
 DAY = 86_400.0
 MAX_ACCOUNTS = 10_000
 STREAM_RETRY_SECONDS = 1.0  # advised to a caller beyond its streams: it is not known when one ends
+REFILL_SECONDS = 0.001  # between refills of one budget
 SWEEP_SECONDS = 10.0  # between searches for idle accounts of a full table
 # The account of all tenants that find no space. Tenants of requests have no control characters.
 OTHERS = "\0others"
@@ -82,6 +83,8 @@ class Account:
     spent      cost on *day*, of all processes as far as is known
     day        days since 1970 in UTC
     then       time of the levels
+    most_requests   the level of a full budget: one at least, as there may be more processes than requests
+    most_tokens     the level of a full budget
     held       what other processes have, by incarnation
     used       what requests of this process have taken in all, corrected when they end
     streams    that this process runs
@@ -98,6 +101,8 @@ class Account:
     tokens: float = 0.0
     cost: float = 0.0
     spent: float = 0.0
+    most_requests: float = 0.0
+    most_tokens: float = 0.0
     held: dict[int, Held] = field(default_factory=dict)
     used: Amounts = field(default_factory=Amounts)
     streams: int = 0
@@ -106,26 +111,26 @@ class Account:
     @property
     def all_streams(self) -> int:
         """Streams of all processes, and the free places that others hold."""
+        if not self.held:
+            return self.streams
         return self.streams + sum(held.streams + held.slice.streams for held in self.held.values())
 
-    @property
-    def most_requests(self) -> float:
-        """The level of a full budget: one request at least, as there may be more processes than requests."""
+    def measure(self) -> None:
+        """Determine the levels of a full budget, after limits or share have changed."""
         limit = self.limits.requests_per_minute
-        return max(limit * self.share, min(limit, 1.0))
-
-    @property
-    def most_tokens(self) -> float:
-        """The level of a full budget."""
-        return self.limits.tokens_per_minute * self.share
+        self.most_requests = max(limit * self.share, min(limit, 1.0))
+        self.most_tokens = self.limits.tokens_per_minute * self.share
 
     def fill(self) -> None:
         """Fill the levels."""
+        self.measure()
         self.requests, self.tokens = self.most_requests, self.most_tokens
         self.cost = self.limits.cost_per_day * self.share - self.spent
 
     def refill(self, now: float, day: int) -> None:
         """Refill the levels by what the limits allow since the last time."""
+        if now - self.then < REFILL_SECONDS and day == self.day:
+            return
         minutes = (now - self.then) / MINUTE
         if self.requests < (most := self.most_requests):
             self.requests = min(self.requests + minutes * self.limits.requests_per_minute * self.share, most)
@@ -141,8 +146,8 @@ class Account:
         if share < self.share:
             self.scale(share / self.share)
         self.share = share
-        if share >= 1.0:
-            self.balance()
+        self.measure()
+        self.balance()
 
     def scale(self, factor: float) -> None:
         """Keep a part of the budget, above 0."""
@@ -178,6 +183,7 @@ class Account:
     def limit(self, limits: Limits) -> None:
         """Apply other limits."""
         old, self.limits = self.limits, limits
+        self.measure()
         self.requests = _within(self.requests, old.requests_per_minute, self.most_requests)
         self.tokens = _within(self.tokens, old.tokens_per_minute, self.most_tokens)
         if math.inf in (old.cost_per_day, limits.cost_per_day):

@@ -120,7 +120,7 @@ class Quotas:
         """
         tenant = _tenant(identity, request)
         limits = self._rules.limits(tenant, identity.quota)
-        if limits.max_priority < MAX_PRIORITY:
+        if limits.max_priority < MAX_PRIORITY and not self._shadow:
             _lower_priority(request, limits.max_priority)
         if not limits.apply:
             return None

@@ -193,6 +193,7 @@ class Keeper:
                     )
                 )
                 account.share = self.share
+                account.measure()
         self._count(now)
         return brought
 

@@ -27,7 +27,7 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class BadQuotas(Exception):
 class Limits:
     """The limits of one tenant; infinity for those that do not apply.
 
-    name   of the class
+    name    of the class
+    apply   whether any of them limits the use; the priority does not
     """
 
     name: str = DEFAULT
@@ -57,11 +58,11 @@ class Limits:
     concurrent_streams: float = math.inf
     cost_per_day: float = math.inf
     max_priority: int = MAX_PRIORITY
+    apply: bool = field(init=False)
 
-    @property
-    def apply(self) -> bool:
-        """Whether any of them limits the use; the priority does not."""
-        return any(getattr(self, name) != math.inf for name in _NUMBERS)
+    def __post_init__(self) -> None:
+        # Every request asks for it.
+        object.__setattr__(self, "apply", any(getattr(self, name) != math.inf for name in _NUMBERS))
 
 
 class Rules:
