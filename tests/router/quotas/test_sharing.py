@@ -115,6 +115,28 @@ async def test_a_partition_does_not_multiply_the_limits_and_costs_are_added_up_a
         assert not members[2].quotas.sharing.keeps
 
 
+@pytest.mark.parametrize("cut_off", [[0], [2]], ids=["with the keeper", "with another"])
+async def test_at_the_moment_of_a_split_those_cut_off_from_the_keeper_add_at_most_their_share(
+    path: Path, cut_off: list[int]
+) -> None:
+    """The keeper is not aware of the split yet, and the others do not know what it has just admitted."""
+    async with group(path) as routers:
+        await routers.settled(1, 1, 1)
+        burst = await routers.members[0].admit_many(60)
+        await routers.split(cut_off, [place for place in range(3) if place not in cut_off])
+        counts = [0, 0, 0]
+        for _ in range(200):
+            for place, member in enumerate(routers.members):
+                counts[place] += await member.admit()
+            await asyncio.sleep(0.01)
+        lost = 2 if cut_off == [0] else 1  # routers that cannot reach the keeper
+        most = 60 * (1 + lost / 3) + 60 * routers.minutes * (1 + lost / 3)
+
+    assert burst == 60
+    assert sum(counts) > 0
+    assert burst + sum(counts) <= most
+
+
 async def test_a_router_that_reaches_nobody_admits_its_share(path: Path) -> None:
     async with group(path) as routers:
         await routers.split([0], [1], [2])

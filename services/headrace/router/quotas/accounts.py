@@ -129,9 +129,10 @@ class Account:
 
     def refill(self, now: float, day: int) -> None:
         """Refill the levels by what the limits allow since the last time."""
-        if now - self.then < REFILL_SECONDS and day == self.day:
+        seconds = now - self.then
+        if seconds < REFILL_SECONDS and day == self.day:
             return
-        minutes = (now - self.then) / MINUTE
+        minutes = seconds / MINUTE
         if self.requests < (most := self.most_requests):
             self.requests = min(self.requests + minutes * self.limits.requests_per_minute * self.share, most)
         if self.tokens < (most := self.most_tokens):
@@ -168,12 +169,29 @@ class Account:
         streams = max(math.floor(most * self.share), min(int(most), 1)) - self.all_streams
         return Amounts(self.requests, self.tokens, self.cost, streams)
 
+    def fits(self, need: Amounts) -> bool:
+        """Return whether there is certainly enough for a request: the same as `shortage`, in less time."""
+        return (
+            self.requests >= need.requests
+            and self.tokens >= need.tokens
+            and self.cost >= need.cost
+            and self.streams + need.streams <= self.limits.concurrent_streams
+            and not self.held
+            and self.share == 1.0
+        )
+
     def take(self, need: Amounts) -> None:
         """Take *need*, of finite amounts, from the budget; negative amounts are given back."""
-        self.requests = min(self.requests - need.requests, self.limits.requests_per_minute)
-        self.tokens = min(self.tokens - need.tokens, self.limits.tokens_per_minute)
-        self.cost -= need.cost
-        self.spend(need.cost)
+        limits = self.limits
+        self.requests -= need.requests
+        self.tokens -= need.tokens
+        if need.requests < 0 and self.requests > limits.requests_per_minute:
+            self.requests = limits.requests_per_minute
+        if need.tokens < 0 and self.tokens > limits.tokens_per_minute:
+            self.tokens = limits.tokens_per_minute
+        if need.cost:
+            self.cost -= need.cost
+            self.spend(need.cost)
 
     def spend(self, cost: float) -> None:
         """Count cost, without taking it from what is left."""
@@ -234,10 +252,14 @@ class Calendar:
     def sync(self, offset: float | None = None) -> None:
         """Read the clock of the system, which may have been set; *offset* is its lead, for tests."""
         self._offset = time.time() - time.monotonic() if offset is None else offset
+        self._day, self._began = 0, math.inf  # of the day that was asked for last
 
     def day(self, now: float) -> int:
         """Return the number of days since 1970."""
-        return int((now + self._offset) // DAY)
+        if not self._began <= now < self._began + DAY:
+            self._day = int((now + self._offset) // DAY)
+            self._began = self._day * DAY - self._offset
+        return self._day
 
     def left(self, now: float) -> float:
         """Return the seconds until the next day."""
@@ -271,6 +293,10 @@ class Accounts:
     def of(self, keys: Iterable[Key]) -> list[Account]:
         """Return the accounts of *keys* that exist."""
         return [account for key in keys if (account := self._accounts.get(key)) is not None]
+
+    def find(self, key: Key) -> Account | None:
+        """Return the account of a tenant and class; None if there is none."""
+        return self._accounts.get(key)
 
     def get(self, key: Key, now: float, day: int) -> Account:
         """Return the account of a tenant and class, which is new if there is none."""

@@ -62,12 +62,11 @@ class Admission:
 
     def end(self, bill: Bill) -> None:
         """Account for what the request has used."""
-        correction = Amounts()
+        correction, need = Amounts(), self._need
         with optional("quotas"):
-            limits, need = self._account.limits, self._need
-            if limits.tokens_per_minute != math.inf:
+            if need.tokens:
                 correction.tokens = bill.answer_tokens - need.tokens
-            if limits.cost_per_day != math.inf:
+            if need.cost:
                 correction.cost = bill.known_cost - need.cost
         self._sharing.settle(self._account, correction, self._need.streams)
 
@@ -144,9 +143,9 @@ class Quotas:
                 watching.cancel()
 
     async def _take(self, tenant: str, limits: Limits, need: Amounts) -> Admission | None:
-        now = time.monotonic()
-        account = self._accounts.get((tenant, limits.name), now, self._calendar.day(now))
-        if (refusal := await self.sharing.take(account, need)) is None:
+        now, key = time.monotonic(), (tenant, limits.name)
+        account = self._accounts.find(key) or self._accounts.get(key, now, self._calendar.day(now))
+        if (refusal := await self.sharing.take(account, need, now)) is None:
             return Admission(self.sharing, account, need)
         mode = "shadow" if self._shadow else "enforced"
         _refusals.add(

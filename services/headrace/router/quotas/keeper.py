@@ -92,6 +92,9 @@ class Keeper:
     def take(self, account: Account, need: Amounts, now: float) -> Refusal | None:
         """Take what a request of this process needs; return why it may not be admitted, if so."""
         account.refill(now, self._calendar.day(now))
+        if account.fits(need):
+            self.charge(account, need)
+            return None
         have = account.available()
         refusal = shortage(
             account.limits,

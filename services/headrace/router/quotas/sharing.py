@@ -99,9 +99,8 @@ class Sharing:
         """The part of the limits that the keeper of this process gives out."""
         return self._keeper.share if self._link is None else self._holder.share
 
-    async def take(self, account: Account, need: Amounts) -> Refusal | None:
+    async def take(self, account: Account, need: Amounts, now: float) -> Refusal | None:
         """Take what a request needs; return why it is not admitted, if so."""
-        now = time.monotonic()
         if self._link is None:
             refusal = self._keeper.take(account, need, now)
         elif self._holder.take(account, need):
@@ -114,8 +113,9 @@ class Sharing:
 
     def settle(self, account: Account, correction: Amounts, streams: int) -> None:
         """Correct what a request has taken, and end its *streams*."""
-        account.used.add(correction)
         account.streams -= streams
+        if self._shared:
+            account.used.add(correction)
         if self._link is None:
             self._keeper.charge(account, correction)
         else:
@@ -273,8 +273,9 @@ class Sharing:
         return waiter.result.done()
 
     def _count(self, account: Account, need: Amounts) -> None:
-        account.used.add(need)
         account.streams += need.streams
+        if self._shared:
+            account.used.add(need)
 
     def _decide(self, account: Account, need: Amounts, now: float) -> Refusal | None:
         if self._link is None:
