@@ -181,6 +181,25 @@ async def test_a_router_with_a_lower_address_takes_over_with_what_was_used(path:
     assert admitted + sum(counts) <= most
 
 
+async def test_more_tenants_than_fit_into_a_message_are_shared_too(path: Path) -> None:
+    async with group(path) as routers:
+        await routers.settled(1, 1, 1)
+        keeper, second, third = routers.members
+        tenants = [f"tenant {number}" for number in range(300)]
+        for each in tenants:
+            assert await keeper.admit_many(20, each) == 20
+            assert await third.admit(each)
+        await eventually(lambda: all(0 < second.account(each).requests < 20 for each in tenants))
+        await routers.split([0], [1, 2])
+        await routers.settled(1 / 3, 2 / 3, 2 / 3)
+        assert await second.admit_many(60, tenants[0]) + await third.admit_many(60, tenants[0]) <= 56
+        for member in routers.members:
+            member.end()
+        await routers.split([0, 1, 2])
+        await routers.settled(1, 1, 1)
+        await eventually(lambda: not any(keeper.account(each).all_streams for each in tenants))
+
+
 async def test_a_router_that_stops_leaves_the_whole_budget_of_the_day_to_the_others(path: Path) -> None:
     """As each router does in a rolling restart; the next keeper is told what was spent."""
     async with group(path) as routers:

@@ -68,6 +68,17 @@ class Holder:
         leased.refusal, leased.refused, leased.until = refusal, need, now + REFUSE_SECONDS
         return refusal
 
+    def sums(self, waiting: Iterable[tuple[Account, Amounts]]) -> dict[Key, tuple[Account, Amounts]]:
+        """Return what requests that wait need together, by account; of each, no more than a full budget."""
+        needs: dict[Key, tuple[Account, Amounts]] = {}
+        for account, need in waiting:
+            limits = account.limits
+            tokens = min(need.tokens, limits.tokens_per_minute * self.share)
+            cost = min(need.cost, limits.cost_per_day * self.share)
+            _, total = needs.setdefault(account.key, (account, Amounts()))
+            total.add(Amounts(need.requests, tokens, cost, need.streams))
+        return needs
+
     def asks(self, waiting: Mapping[Key, tuple[Account, Amounts]], now: float) -> list[tuple[Account, Ask]]:
         """Return what to report and ask for: accounts that requests wait for first, then others in turn.
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from headrace import errors
 from headrace.router.optional import optional
 from headrace.router.quotas import messages
-from headrace.router.quotas.accounts import Account, Accounts, Calendar, Key
+from headrace.router.quotas.accounts import Account, Accounts, Calendar
 from headrace.router.quotas.amounts import Amounts, Refusal
 from headrace.router.quotas.holder import Holder
 from headrace.router.quotas.keeper import MAX_BYTES, Keeper, State, message_bytes
@@ -30,6 +30,7 @@ from headrace.v1 import quota_service_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+CATCH_UP_CALLS = 10  # between two reports
 REPORT_SECONDS = 1.0  # between reports to the keeper, and between searches for one with a lower address
 
 
@@ -70,6 +71,7 @@ class Sharing:
         self._discovery = Discovery(targets)
         self._processes = processes
         self._siblings = siblings
+        self._first_process = SiblingLink(siblings, LEASE)
         self._open_channel = open_channel
         self._keeper = Keeper(accounts, calendar)
         self._keeper.know(processes, time.monotonic())
@@ -83,6 +85,7 @@ class Sharing:
         self._version = 0
         self._to_bring: list[State] = []  # what it has not received
         self._reported = 0.0
+        self._is_behind = False
         self._waiting: list[_Waiter] = []
         self._kick = asyncio.Event()
         self._search = asyncio.Event()
@@ -200,6 +203,8 @@ class Sharing:
             self._kick.set()
         else:
             self._answer_waiting(waiting)
+        with optional("quotas"), suppress(errors.HeadraceError):
+            await self._catch_up()
 
     async def _lease(self, link: Link, waiting: list[_Waiter]) -> list[_Waiter]:
         """Lease for requests that wait; return those that can be decided now."""
@@ -209,25 +214,13 @@ class Sharing:
                 states.append(state := self._to_bring.pop())
                 size += message_bytes(state.key)
             await self._call(link, messages.fill_request(self._request(), (), states))
-        needs: dict[Key, tuple[Account, Amounts]] = {}
-        for waiter in waiting:
-            limits, need = waiter.account.limits, waiter.need
-            _, sum_of_needs = needs.setdefault(waiter.account.key, (waiter.account, Amounts()))
-            sum_of_needs.add(
-                Amounts(
-                    need.requests,
-                    min(need.tokens, limits.tokens_per_minute * self._holder.share),
-                    min(need.cost, limits.cost_per_day * self._holder.share),
-                    need.streams,
-                )
-            )
-        asks = self._holder.asks(needs, time.monotonic())
+        waiters = ((waiter.account, waiter.need) for waiter in waiting)
+        asks = self._holder.asks(self._holder.sums(waiters), time.monotonic())
         response = await self._call(
             link, messages.fill_request(self._request(), (ask for _, ask in asks), ())
         )
         grants, states = messages.grants_of(response, len(asks)), messages.states_of(response)
-        self._holder.share, self._version = response.share, response.version
-        self._keeper.adopt(states, response.share, time.monotonic())
+        self._adopt(response, states)
         for (account, ask), granted in zip(asks, grants, strict=True):
             self._holder.grant(account, ask, granted)
         asked = {ask.key for _, ask in asks}
@@ -236,6 +229,20 @@ class Sharing:
             self._waiting += later
             self._kick.set()
         return [waiter for waiter in waiting if waiter.account.key in asked]
+
+    def _adopt(self, response: pb.LeaseResponse, states: list[State]) -> None:
+        self._holder.share, self._version = response.share, response.version
+        self._keeper.adopt(states, response.share, time.monotonic())
+        self._is_behind = sum(message_bytes(state.key) for state in states) >= MAX_BYTES
+
+    async def _catch_up(self) -> None:
+        """Receive changes that did not fit into one response."""
+        for _ in range(CATCH_UP_CALLS):
+            if (link := self._link) is None or not self._is_behind or self._waiting:
+                return
+            response = await self._call(link, self._request())
+            messages.grants_of(response, 0)
+            self._adopt(response, messages.states_of(response))
 
     async def _leave(self) -> None:
         """Report to the keeper for the last time, if it answers."""
@@ -313,8 +320,8 @@ class Sharing:
     async def _find_keeper(self) -> None:
         """Find the router with the lowest address that answers, unless it is the current keeper."""
         if self._siblings.number != KEEPING:
-            if self._link is None:
-                await self._try(SiblingLink(self._siblings, LEASE))
+            if self._link is None and (incarnation := await self._probe(self._first_process)):
+                self._switch(self._first_process, incarnation)
             return
         current = self._own_address if self._link is None else self._link.address
         candidates = (
@@ -335,10 +342,6 @@ class Sharing:
         for address in self._links.keys() - set(self._addresses):
             if self._links[address] is not self._link:
                 await self._links.pop(address).close()
-
-    async def _try(self, link: Link) -> None:
-        if incarnation := await self._probe(link):
-            self._switch(link, incarnation)
 
     async def _probe(self, link: Link) -> int:
         """Return the incarnation of the process that answers; 0 if there is none."""
