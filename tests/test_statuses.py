@@ -25,6 +25,31 @@ def test_every_error_survives_the_round_trip(cls: type[errors.HeadraceError]) ->
     )
 
 
+def test_a_tenant_over_its_limit_receives_a_quota_failure_that_any_client_can_read() -> None:
+    error = errors.TenantQuota("too many", retry_after=2.0, subject="tenant:acme", limit="tokens_per_minute")
+
+    details = statuses.to_status(error).details
+    quota = error_details_pb2.QuotaFailure()
+
+    assert any(detail.Unpack(quota) for detail in details)
+    assert [(each.subject, each.description, each.quota_id) for each in quota.violations] == [
+        ("tenant:acme", "too many", "tokens_per_minute")
+    ]
+    assert any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in details)
+
+
+def test_a_quota_failure_of_a_proxy_is_read_without_our_error_info() -> None:
+    status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="over quota")
+    quota = error_details_pb2.QuotaFailure()
+    quota.violations.add(subject="project:x", quota_id="per day")
+    status.details.add().Pack(quota)
+
+    error = statuses.from_status(status)
+
+    assert type(error) is errors.TenantQuota
+    assert error.fields == {"subject": "project:x", "limit": "per day"}
+
+
 @pytest.mark.parametrize("seconds", [-(2**62), -1, 2**62])
 def test_an_invalid_delay_is_forwarded_as_a_valid_one(seconds: int) -> None:
     """A router forwards the delay of a batcher."""

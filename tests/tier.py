@@ -60,12 +60,13 @@ def oracle(row: Row) -> Token:
 class Wire:
     """A TCP wire to a port on this machine, which can be cut and joined again.
 
+    target   the port that it leads to
     port   where to connect; outside of the system's ephemeral ports, so that no other process can get it
            while the wire is cut
     """
 
     def __init__(self, target: int, port: int) -> None:
-        self._target = target
+        self.target = target
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._flowing = asyncio.Event()
@@ -99,7 +100,7 @@ class Wire:
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
             writer.transport.abort()
             return

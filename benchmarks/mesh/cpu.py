@@ -58,9 +58,9 @@ async def measure(arguments: argparse.Namespace) -> list[Cost]:
         for repetition in range(arguments.repeat):
             for name in in_turn(list(served), repetition):
                 if name not in runs:
-                    await _run(served[name], arguments.callers, WARM_UP_SECONDS)
+                    await run_once(served[name], arguments.callers, WARM_UP_SECONDS)
                 async with window(served, arguments.patience) as measured:
-                    run = await _run(served[name], arguments.callers, arguments.seconds)
+                    run = await run_once(served[name], arguments.callers, arguments.seconds)
                 run = replace(run, others=measured.others)
                 runs.setdefault(name, []).append(run)
                 progress(
@@ -70,7 +70,8 @@ async def measure(arguments: argparse.Namespace) -> list[Cost]:
         return [median_run(runs[name], lambda run: run.services) for name in served]
 
 
-async def _run(served: Served, callers: int, seconds: float) -> Cost:
+async def run_once(served: Served, callers: int, seconds: float) -> Cost:
+    """Return the cost of the requests that *callers* send within *seconds*, each one after the other."""
     began, before = time.perf_counter(), served.cpu_seconds()
     done = await closed_loop(callers, seconds, lambda number: ask(served.client, number, TOKENS))
     took, after = time.perf_counter() - began, served.cpu_seconds()

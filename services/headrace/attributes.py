@@ -66,6 +66,8 @@ CREDIT_KIND = "headrace.credit.kind"
 STATE = "headrace.state"
 TENANT = "headrace.tenant"
 TENANT_CLASS = "headrace.tenant.class"
+QUOTA_LIMIT = "headrace.quota.limit"
+QUOTA_MODE = "headrace.quota.mode"
 
 # Metrics are declared in `metrics.catalogue`. Bucket boundaries from the conventions, in seconds, except for
 # BUCKETS_SIZE and BUCKETS_SHARE.

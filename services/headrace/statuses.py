@@ -65,7 +65,7 @@ _HTTP_RESPONSE = re.compile(
 
 
 def to_status(error: errors.HeadraceError) -> status_pb2.Status:
-    """Return *error* as a status with ErrorInfo, and with RetryInfo and BadRequest where they apply."""
+    """Return *error* as a status with ErrorInfo, and the other details of google.rpc where they apply."""
     status = status_pb2.Status(code=error.code.value[0], message=clipped(error.message, MAX_MESSAGE))
 
     def attach(detail: message.Message) -> None:
@@ -81,6 +81,12 @@ def to_status(error: errors.HeadraceError) -> status_pb2.Status:
         bad = error_details_pb2.BadRequest()
         bad.field_violations.add(field=error.field, description=status.message, reason=error.reason)
         attach(bad)
+    if isinstance(error, errors.TenantQuota):
+        quota = error_details_pb2.QuotaFailure()
+        quota.violations.add(
+            subject=fields.get("subject", ""), description=status.message, quota_id=fields.get("limit", "")
+        )
+        attach(quota)
     return status
 
 
@@ -89,6 +95,7 @@ def from_status(status: status_pb2.Status) -> errors.HeadraceError:
     info = error_details_pb2.ErrorInfo()
     retry = error_details_pb2.RetryInfo()
     bad = error_details_pb2.BadRequest()
+    quota = error_details_pb2.QuotaFailure()
     retry_after = None
     field = ""
     for detail in status.details:
@@ -99,8 +106,14 @@ def from_status(status: status_pb2.Status) -> errors.HeadraceError:
             retry_after = min(max(retry.retry_delay.ToNanoseconds() / 1e9, 0.0), MAX_RETRY_SECONDS)
         elif detail.Unpack(bad) and bad.field_violations:
             field = bad.field_violations[0].field
+        else:
+            detail.Unpack(quota)
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
     cls = _BY_REASON.get(info.reason) if info.domain == DOMAIN else None
+    fields = dict(info.metadata)
+    if cls is None and quota.violations and code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # of a proxy
+        cls = errors.TenantQuota
+        fields = {"subject": quota.violations[0].subject, "limit": quota.violations[0].quota_id}
     if cls is None:
         cls = (
             errors.MessageTooLarge
@@ -109,7 +122,7 @@ def from_status(status: status_pb2.Status) -> errors.HeadraceError:
         )
         if info.domain == DOMAIN and issubclass(cls, errors.Foreign):
             cls = errors.InternalError  # from a newer server, with a reason that this version does not know
-    return errors.rebuild(cls, status.message, retry_after, field, dict(info.metadata))
+    return errors.rebuild(cls, status.message, retry_after, field, fields)
 
 
 def from_rpc_error(error: grpc.RpcError) -> errors.HeadraceError:

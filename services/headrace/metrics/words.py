@@ -28,6 +28,8 @@ LABELS: Final = {
     "state": attributes.STATE,
     "tenant": attributes.TENANT,
     "tenant_class": attributes.TENANT_CLASS,
+    "limit": attributes.QUOTA_LIMIT,
+    "mode": attributes.QUOTA_MODE,
     "rpc_system": attributes.RPC_SYSTEM,
     "method": attributes.RPC_METHOD,
     "status": attributes.RPC_STATUS_CODE,

@@ -7,15 +7,20 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 import grpc
 
+from headrace.channel import open_channel
 from headrace.client import LIST_TIERS
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
 from headrace.router.chooser import Chooser
 from headrace.router.processes import prefork
+from headrace.router.quotas.admission import Quotas
+from headrace.router.quotas.limits import BadQuotas, Rules
+from headrace.router.quotas.service import LEASE, QuotaServicer
+from headrace.router.quotas.service import SERVICES as QUOTA_SERVICES
 from headrace.router.service import SERVICES, RouterServicer
 from headrace.router.settings import Settings
 from headrace.router.siblings import SharedConversations, Siblings, inboxes
@@ -37,8 +42,10 @@ from headrace.runtime.serving.server import Serving, StartFailed, run, serving, 
 from headrace.runtime.telemetry import logs
 from headrace.runtime.telemetry.scraping import scraping
 from headrace.runtime.telemetry.setup import telemetry
+from headrace.tls.files import TlsReader
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
+from headrace.v1.quota_service_pb2_grpc import add_QuotaServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
 
 log = logging.getLogger(__name__)
@@ -69,6 +76,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         conversations=conversations,
         rules=_cascade_rules(settings),
     )
+    quotas = _load_quotas(settings, tiers, siblings, secured.calls)
     calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     servicer = RouterServicer(
         tiers,
@@ -80,6 +88,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
         tenants=settings.metrics_tenants,
+        quotas=quotas,
     )
     admin = AdminServicer(tiers, conversations, calls.requests)
 
@@ -87,14 +96,17 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         add_GenerationServiceServicer_to_server(servicer, server)
         add_RoutingServiceServicer_to_server(servicer, server)
         add_AdminServiceServicer_to_server(admin, server)
+        if quotas is not None and settings.quota_peers:
+            add_QuotaServiceServicer_to_server(QuotaServicer(quotas.sharing), server)
 
     async with (
         tiers.watching(),
         siblings.listening(),
+        quotas.running(settings.poll_seconds) if quotas is not None else nullcontext(),
         asyncio.TaskGroup() as tasks,
         serving(
             register,
-            (*SERVICES, *process_info.SERVICES),
+            (*SERVICES, *process_info.SERVICES, *(QUOTA_SERVICES if settings.quota_peers else ())),
             host=settings.host,
             port=settings.port,
             health_port=settings.health_port,
@@ -103,7 +115,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
             share_port=settings.processes > 1,
             drain_seconds=settings.drain_seconds,
             calls=calls,
-            untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
+            untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS, LEASE}),
             ready=lambda: tiers.any_healthy,
         ) as server,
     ):
@@ -143,6 +155,28 @@ def _open_feedback(settings: Settings) -> Feedback:
         )
     except OSError as error:
         raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
+
+
+def _load_quotas(
+    settings: Settings, tiers: Tiers, siblings: Siblings, tls: TlsReader | None
+) -> Quotas | None:
+    """Load the limits of tenants. Raises StartFailed."""
+    if settings.quotas is None:
+        return None
+    try:
+        rules = Rules(settings.quotas)
+    except BadQuotas as error:
+        raise StartFailed(str(error)) from error
+    return Quotas(
+        rules,
+        shadow=settings.quotas_shadow,
+        prices=settings.tier_prices().values(),
+        most_tokens=lambda: max(tier.reported.limits.max_tokens for tier in tiers.tiers),
+        targets=settings.quota_targets(),
+        processes=settings.processes,
+        siblings=siblings,
+        open_channel=lambda address, name: open_channel(address, tls=tls, server_name=name, direct=True),
+    )
 
 
 def _cascade_rules(settings: Settings) -> CascadeRules:

@@ -23,6 +23,7 @@ from headrace.router.measuring import Measured, Measuring
 from headrace.router.optional import optional
 from headrace.router.own_calls import OwnCalls
 from headrace.router.permissions import permit, permitted_tenant
+from headrace.router.quotas.admission import Quotas
 from headrace.router.siblings import Siblings
 from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
@@ -56,6 +57,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     default_deadline   seconds for a request without a deadline
     failover_seconds   how long an answer that lost its batcher waits for another one of its tier
     tenants            most tenants that metrics name
+    quotas             the limits of tenants; None: there are none
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         default_deadline: float,
         failover_seconds: float = 10.0,
         tenants: int = 20,
+        quotas: Quotas | None = None,
     ) -> None:
         self._measuring = Measuring((tier.name for tier in tiers.tiers), tenants=tenants)
         self._multiplexer = Multiplexer(self.answer, calls)
@@ -81,6 +84,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._siblings = siblings
         self._default_deadline = default_deadline
         self._failover_seconds = failover_seconds
+        self._quotas = quotas
         self._total = self._new_bill()
         siblings.on_ask("feedback", self._rate_if_known)
         siblings.on_ask("bill", self._bill)
@@ -103,13 +107,28 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         """Answer one request through *write*. Raises the error that ends it."""
         left = incoming.time_remaining
         with self._measuring.request(incoming.request, incoming.identity, left) as measured:
-            await self._answer(incoming, write, measured)
+            await self._admit(incoming, write, measured)
 
-    async def _answer(self, incoming: Incoming, write: Write, measured: Measured) -> None:
-        request, left = incoming.request, incoming.time_remaining
+    async def _admit(self, incoming: Incoming, write: Write, measured: Measured) -> None:
+        """Check a request, and answer it within the limits of its tenant."""
+        request = incoming.request
         check_request(request)
         permit(request, incoming.identity)
         hops = _hops(incoming.metadata)
+        admission, bill = None, self._new_bill()
+        if self._quotas is not None:
+            admission = await self._quotas.admit(incoming.identity, request)
+        try:
+            await self._forward(incoming, hops, bill, write, measured)
+        finally:
+            if admission is not None:
+                admission.end(bill)
+
+    async def _forward(
+        self, incoming: Incoming, hops: int, bill: Bill, write: Write, measured: Measured
+    ) -> None:
+        """Send an admitted request to a tier and its answer to *write*. Adds what it used to *bill*."""
+        request, left = incoming.request, incoming.time_remaining
         journey = measured.journey = Journey(
             request,
             self._score(request),
@@ -120,7 +139,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             tiers=self._tiers,
             chooser=self._chooser,
             feedback=self._feedback,
-            bill=self._new_bill(),
+            bill=bill,
             timing=measured.timing,
         )
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
@@ -130,12 +149,14 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
                     await write(response)
         finally:
             with optional("bill"):
-                self._total.add(journey.bill)
+                self._total.add(bill)
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Return the tier that a request would be sent to, and why."""
         check_request(request.request)
         permit(request.request, current())
+        if self._quotas is not None:
+            await self._quotas.admit_dry_run(current(), request.request)
         score = self._score(request.request)
         facts = routing_request(request.request, score)
         now = time.monotonic()

@@ -103,6 +103,20 @@ class Settings(ServiceSettings):
         description="outcomes that one tenant may report per minute, and per hour as many as fill a quarter "
         "of the file; further ones are rejected with a retry delay",
     )
+    quotas: Path | None = Field(
+        default=None,
+        description="file of limits per tenant, in TOML or JSON, which is read again when it changes: "
+        "requests and tokens per minute, concurrent streams, cost per day, highest priority",
+    )
+    quotas_shadow: bool = Field(
+        default=False,
+        description="admit requests over a limit of --quotas, and only count and log them",
+    )
+    quota_peers: str = Field(
+        default="",
+        description="targets of all routers that share the limits of --quotas, this one included, separated "
+        "by commas, such as dns:///router:50051; by default each router applies them alone",
+    )
     max_concurrent_streams: ConcurrentStreams = 256
     metrics_tenants: int = Field(
         default=20,
@@ -140,6 +154,11 @@ class Settings(ServiceSettings):
         self.tier_thresholds()
         self.tier_shares()
         self.tier_prices()
+        if self.quotas is None and (self.quota_peers.strip() or self.quotas_shadow):
+            raise ValueError(
+                "HEADRACE_QUOTA_PEERS and HEADRACE_QUOTAS_SHADOW need HEADRACE_QUOTAS (or --quotas)"
+            )
+        self.quota_targets()
         if self.processes > 1 and sys.platform != "linux":
             raise ValueError("HEADRACE_PROCESSES (or --processes) above 1 needs Linux: run several routers")
         if self.metrics_port + self.processes > 65536:
@@ -163,6 +182,13 @@ class Settings(ServiceSettings):
         if not pairs:
             raise ValueError("HEADRACE_TIERS (or --tiers) names no tier")
         return pairs
+
+    def quota_targets(self) -> list[str]:
+        """Return the targets of the routers that share the limits. Raises ValueError."""
+        targets = [part.strip() for part in self.quota_peers.split(",") if part.strip()]
+        if problem := next(filter(None, map(target_problem, targets)), ""):
+            raise ValueError(f"HEADRACE_QUOTA_PEERS (or --quota-peers): {problem}")
+        return targets
 
     def tier_thresholds(self) -> list[float]:
         """Return the threshold of each tier; the first is 0. Raises ValueError."""

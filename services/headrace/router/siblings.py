@@ -14,7 +14,7 @@ import itertools
 import logging
 import pickle
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Self
 
@@ -35,7 +35,7 @@ Inboxes = tuple[tuple[socket.socket, socket.socket], ...]
 class Siblings:
     """The other processes of this router, as one of them sees them; none for a router of one process.
 
-    number    of this process
+    number    of this process, from 0
     inboxes   of all processes: where each receives, and where the others send
     """
 
@@ -73,12 +73,22 @@ class Siblings:
         """Return the answers of all siblings that answer in time and not with None."""
         return await self._ask(topic, values, enough=len(self._outboxes))
 
-    async def _ask(self, topic: str, values: tuple[object, ...], *, enough: int) -> list[Any]:
-        """Wait for *enough* answers that are not None, at most until all siblings have answered."""
+    async def ask_one(self, number: int, topic: str, *values: object) -> Any:
+        """Return the answer of the sibling with that number; None if there is none in time.
+
+        Raises the HeadraceError with which it answers.
+        """
+        answers = await self._ask(topic, values, enough=1, of=(number,))
+        return answers[0] if answers else None
+
+    async def _ask(
+        self, topic: str, values: tuple[object, ...], *, enough: int, of: Collection[int] | None = None
+    ) -> list[Any]:
+        """Wait for *enough* answers that are not None, at most until all have answered, or those *of*."""
         number = next(self._ids)
         question = self._questions[number] = _Question(enough)
         try:
-            for place in self._outboxes:
+            for place in self._outboxes if of is None else of:
                 question.missing += self._send(place, ("ask", topic, values, self.number, number))
             if question.missing:
                 with suppress(TimeoutError):

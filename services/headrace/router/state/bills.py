@@ -108,6 +108,16 @@ class Bill:
         return None if price is None else self._charges[tier].cost(price)
 
     @property
+    def answer_tokens(self) -> int:
+        """Tokens of prompts and answers as callers see them."""
+        return self._prompt_tokens + self._completion_tokens
+
+    @property
+    def known_cost(self) -> float:
+        """The cost of the tiers that have a price."""
+        return sum(self.cost_of(tier) or 0.0 for tier, _ in self.charges)
+
+    @property
     def cost(self) -> float | None:
         """The cost of all charges; None if a tier has no price."""
         costs = [self.cost_of(tier) for tier, _ in self.charges]
