@@ -46,15 +46,24 @@ _LOCAL_SCHEMES = ("unix", "unix-abstract", "vsock")
 
 
 def open_channel(
-    target: str, *, credentials: grpc.ChannelCredentials | None = None, direct: bool = False
+    target: str,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    direct: bool = False,
+    server_name: str = "",
 ) -> grpc.aio.Channel:
     """Open a channel with the options of this module.
 
     credentials   for TLS; None for plaintext
     direct        do not use an HTTP proxy, as between processes of one mesh. Targets on this machine never
                   use one; for others gRPC reads http_proxy and similar variables by default
+    server_name   the name that the server's certificate must have; empty: the host of *target*
     """
-    options = (*CHANNEL_OPTIONS, NO_PROXY) if direct or is_local(target) else CHANNEL_OPTIONS
+    options: tuple[tuple[str, int | str], ...] = CHANNEL_OPTIONS
+    if direct or is_local(target):
+        options = (*options, NO_PROXY)
+    if server_name:
+        options = (*options, ("grpc.ssl_target_name_override", server_name))
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, credentials, options=options)

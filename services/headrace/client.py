@@ -12,11 +12,11 @@ caller reads one uninterrupted stream.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
-import secrets
 import socket
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, Self, TypeVar
@@ -27,13 +27,17 @@ from headrace import attributes, errors, statuses
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
 from headrace.client_span import Attempts, ClientSpan, server_attributes
 from headrace.deadline import Deadline
+from headrace.endpoints.endpoint import Endpoint
+from headrace.endpoints.endpoints import Endpoints, Spread, servers_of
+from headrace.endpoints.resolving import replicated_name
 from headrace.flushing import Flusher
+from headrace.multiplex.call import Call
 from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
-from headrace.progress import Progress, Responses, route_change
+from headrace.progress import Answer
 from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1 import routing_service_pb2, routing_service_pb2_grpc
+from headrace.v1 import routing_service_pb2
 
 T = TypeVar("T")
 
@@ -77,8 +81,11 @@ def chat(
 
 
 class Client:
-    """Calls one target over one channel; use `connect` to create it.
+    """Calls one target; use `connect` to create it.
 
+    channel   to the target
+    spread    how the servers behind the target are found, over which calls are spread; None: all calls use
+              *channel*. See `endpoints`
     retries   most retries of a request that failed with UNAVAILABLE before any event
     patience  seconds for which an answer that has begun waits, within its deadline, for a server to resume it
     advice    added to the error message of calls that reach no server
@@ -90,6 +97,7 @@ class Client:
         self,
         channel: grpc.aio.Channel,
         *,
+        spread: Spread | None = None,
         retries: int = 2,
         patience: float = 30.0,
         advice: str = "",
@@ -98,14 +106,13 @@ class Client:
         stall_seconds: float = STALL_SECONDS,
         caller_id: str = "",
     ) -> None:
-        self._channel = channel
         self._advice = advice
         self._server = server_attributes(target)
-        self._caller = Caller(
-            channel, multiplex=multiplex, stall_seconds=stall_seconds, caller_id=caller_id or _caller_id()
+        calling = functools.partial(
+            Caller, multiplex=multiplex, stall_seconds=stall_seconds, caller_id=caller_id or _caller_id()
         )
-        self._routing = routing_service_pb2_grpc.RoutingServiceStub(channel)
-        self._retries = Retries(channel, most=retries, patience=patience)
+        self._endpoints = Endpoints(channel, calling, spread)
+        self._retries = Retries(self._endpoints.reconnected, most=retries, patience=patience)
 
     async def __aenter__(self) -> Self:
         return self
@@ -114,9 +121,8 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel all calls and close the channel."""
-        await self._caller.close()
-        await self._channel.close()
+        """Cancel all calls and close all channels."""
+        await self._endpoints.close()
 
     async def generate(
         self,
@@ -144,7 +150,7 @@ class Client:
             )
         check_headers(metadata or {})
         deadline = Deadline.after(timeout, time.monotonic())
-        answer = _Answer(request) if resume else None
+        answer = Answer(request) if resume else None
         attempts = Attempts()
         failures = 0  # consecutive ones that brought nothing
         since = 0.0  # time.monotonic() of the first of them
@@ -192,12 +198,14 @@ class Client:
         """Return which tier the router would choose for *request*, and why. Nothing is generated."""
         asked = routing_service_pb2.ExplainRequest(request=request)
         with self._span(_EXPLAIN) as headers:
-            return await self._unary(self._routing.Explain(asked, timeout=timeout, metadata=headers))
+            routing = (await self._endpoint(timeout, request.routing.session_id)).routing
+            return await self._unary(routing.Explain(asked, timeout=timeout, metadata=headers))
 
     async def list_tiers(self, *, timeout: float = 5.0) -> routing_service_pb2.ListTiersResponse:
         """Return the tiers with model, limits, health and load, smallest first."""
+        endpoint = await self._endpoint(timeout)
         return await self._unary(
-            self._routing.ListTiers(
+            endpoint.routing.ListTiers(
                 routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=inject()
             )
         )
@@ -223,7 +231,8 @@ class Client:
         if quality is not None:
             request.quality = quality
         with self._span(_FEEDBACK) as headers:
-            return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=headers))
+            routing = (self._endpoints.of(request_id) or await self._endpoint(timeout)).routing
+            return await self._unary(routing.Feedback(request, timeout=timeout, metadata=headers))
 
     @contextmanager
     def _span(self, method: str) -> Generator[list[tuple[str, str]], None, None]:
@@ -237,6 +246,18 @@ class Client:
             raise
         finally:
             span.end()
+
+    async def _endpoint(self, timeout: float | None, session: str = "") -> Endpoint:
+        """Return the endpoint for the next call, within *timeout*."""
+        if (endpoint := self._endpoints.pick(session)) is not None:
+            return endpoint
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._endpoints.wait(session)
+        except TimeoutError:
+            error = errors.DeadlineExceeded("the deadline passed before the server's address was known")
+            self._advise(error)
+            raise error from None
 
     async def _unary(self, call: Awaitable[T]) -> T:
         try:
@@ -274,77 +295,39 @@ class Client:
         # The span is never the current one: a generator runs in the context of each caller that requests an
         # item.
         span = ClientSpan(_GENERATE, self._server, labels, attempts)
-        call = self._caller.call(
-            request, timeout=timeout, metadata=inject(span.context, metadata), flusher=flusher
-        )
+        headers = inject(span.context, metadata)
+        began = time.monotonic()
         first = span.recording
+        endpoint: Endpoint | None = None
+        call: Call | None = None
         try:
+            endpoint = await self._endpoint(timeout, request.routing.session_id)
+            if timeout is not None:
+                timeout = max(timeout - (time.monotonic() - began), 0.0)
+            call = endpoint.start(request, timeout=timeout, metadata=headers, flusher=flusher)
             while (response := await call.next()) is not None:
                 if first and response.HasField("delta"):
                     first = False
                     span.add_event(attributes.EVENT_FIRST_TOKEN)
+                elif response.HasField("accepted"):
+                    self._endpoints.remember(response.accepted.request_id, endpoint)
                 yield response
             span.succeed()
         except Exception as error:
             if isinstance(error, errors.HeadraceError):
                 self._advise(error)
+                if endpoint is not None:
+                    endpoint.fail(error)
             span.fail(error)
             raise
         finally:
-            self._caller.ended(call)
+            if endpoint is not None and call is not None:
+                self._endpoints.end(endpoint, call)
             span.end()
 
     def fail_calls(self, error: Exception) -> None:
         """End all calls of Generate in flight with *error*."""
-        self._caller.fail_all(error)
-
-
-class _Answer(Progress):
-    """An answer as the caller reads it: one stream, made of one or several streams from servers."""
-
-    def __init__(self, request: pb.GenerateRequest) -> None:
-        complete = pb.GenerateRequest()
-        complete.CopyFrom(request)
-        # A seed or id that a server draws is lost with it.
-        if not complete.sampling.HasField("seed"):
-            complete.sampling.seed = secrets.randbits(64)
-        complete.request_id = complete.request_id or str(uuid.uuid4())
-        super().__init__(complete)
-        self._lost: errors.HeadraceError | None = None
-
-    @property
-    def position(self) -> tuple[bool, int]:
-        """How much of the answer is there: it changes with each stream that brings something."""
-        return self.accepted is not None, len(self.ids)
-
-    def request(self) -> pb.GenerateRequest:
-        """Return the request for the answer, or for the rest of it."""
-        request = super().request()
-        if self.accepted is not None:
-            # The token ids so far belong to this model.
-            request.routing.tier = self.accepted.tier
-            request.routing.model = self.accepted.model
-        return request
-
-    def take(self, response: pb.GenerateResponse) -> Responses:
-        """Process an event and return what the caller receives. Raises the errors of `Progress`."""
-        event = response.WhichOneof("event")
-        if event == "delta":
-            return self.add(response)
-        if event == "finish":
-            return self.finish(response)
-        if event == "route_change":
-            self.attempt = max(self.attempt, response.route_change.attempt)
-        elif event == "accepted" and not self.accept(response.accepted):
-            if not self._asked.stream.include_route_changes or self._lost is None:
-                return ()
-            return (route_change("", "", self._lost.reason, self.attempt),)
-        return (response,)
-
-    def lose(self, error: errors.HeadraceError) -> None:
-        """Prepare for the next stream after *error* ended this one."""
-        self.restart()
-        self._lost = error
+        self._endpoints.fail_all(error)
 
 
 @asynccontextmanager
@@ -358,6 +341,8 @@ async def connect(
 ) -> AsyncGenerator[Client, None]:
     """Open a client for *target*, such as "127.0.0.1:50051", "[::1]:50051" or "dns:///router:50051".
 
+    If a DNS name has several addresses, calls are spread over them; see `endpoints`.
+
     credentials         for TLS; None for plaintext
     retries, patience   see `Client`
     multiplex           whether requests share one stream, which costs a fraction of the CPU time of one call
@@ -367,10 +352,21 @@ async def connect(
     """
     channel = open_channel(target, credentials=credentials)
     advice = target_problem(target) if credentials is None else ""
-    if not advice and (variable := proxy_variable(target)):
-        advice = f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"
+    spread = None
+    if variable := proxy_variable(target):
+        advice = (
+            advice or f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"
+        )
+    elif (name := replicated_name(target)) is not None:
+        spread = servers_of(*name, credentials)
     async with Client(
-        channel, retries=retries, patience=patience, advice=advice, target=target, multiplex=multiplex
+        channel,
+        spread=spread,
+        retries=retries,
+        patience=patience,
+        advice=advice,
+        target=target,
+        multiplex=multiplex,
     ) as client:
         yield client
 

@@ -6,6 +6,8 @@ model, prompt, seed and the tokens so far, so a request for the rest contains th
 
 from __future__ import annotations
 
+import secrets
+import uuid
 from typing import TypeAlias
 
 from headrace import errors
@@ -95,3 +97,51 @@ def route_change(origin: str, target: str, reason: str, attempt: int) -> pb.Gene
     change = pb.RouteChange(to=target, reason=reason, attempt=attempt)
     setattr(change, "from", origin)  # `from` is a keyword in Python
     return pb.GenerateResponse(route_change=change)
+
+
+class Answer(Progress):
+    """An answer as the caller reads it: one stream, made of one or several streams from servers."""
+
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        complete = pb.GenerateRequest()
+        complete.CopyFrom(request)
+        # A seed or id that a server draws is lost with it.
+        if not complete.sampling.HasField("seed"):
+            complete.sampling.seed = secrets.randbits(64)
+        complete.request_id = complete.request_id or str(uuid.uuid4())
+        super().__init__(complete)
+        self._lost: errors.HeadraceError | None = None
+
+    @property
+    def position(self) -> tuple[bool, int]:
+        """How much of the answer is there: it changes with each stream that brings something."""
+        return self.accepted is not None, len(self.ids)
+
+    def request(self) -> pb.GenerateRequest:
+        """Return the request for the answer, or for the rest of it."""
+        request = super().request()
+        if self.accepted is not None:
+            # The token ids so far belong to this model.
+            request.routing.tier = self.accepted.tier
+            request.routing.model = self.accepted.model
+        return request
+
+    def take(self, response: pb.GenerateResponse) -> Responses:
+        """Process an event and return what the caller receives. Raises the errors of `Progress`."""
+        event = response.WhichOneof("event")
+        if event == "delta":
+            return self.add(response)
+        if event == "finish":
+            return self.finish(response)
+        if event == "route_change":
+            self.attempt = max(self.attempt, response.route_change.attempt)
+        elif event == "accepted" and not self.accept(response.accepted):
+            if not self._asked.stream.include_route_changes or self._lost is None:
+                return ()
+            return (route_change("", "", self._lost.reason, self.attempt),)
+        return (response,)
+
+    def lose(self, error: errors.HeadraceError) -> None:
+        """Prepare for the next stream after *error* ended this one."""
+        self.restart()
+        self._lost = error
