@@ -49,12 +49,14 @@ MAX_ANSWERS = 4096  # whose servers are remembered for feedback
 class Spread:
     """How the servers behind a name are found and connected.
 
-    find   returns the current addresses; empty if the target is left to gRPC. Raises OSError
-    open   opens a channel to an address
+    find              returns the current addresses; empty if the target is left to gRPC. Raises OSError
+    open              opens a channel to an address
+    resolve_seconds   between two calls of *find*, while calls are made
     """
 
     find: Callable[[], Awaitable[Iterable[str]]]
     open: Callable[[str], grpc.aio.Channel]
+    resolve_seconds: float = RESOLVE_SECONDS
 
 
 class Endpoints:
@@ -70,13 +72,10 @@ class Endpoints:
         home: grpc.aio.Channel,
         calling: Callable[[grpc.aio.Channel], Caller],
         spread: Spread | None = None,
-        *,
-        resolve_seconds: float = RESOLVE_SECONDS,
     ) -> None:
         self._home = Endpoint("", home, calling(home))
         self._calling = calling
         self._spread = spread
-        self._resolve_seconds = resolve_seconds
         self._current: dict[str, Endpoint] = {}  # empty: the home alone
         self._retired: set[Endpoint] = set()
         self._resolved_at = -math.inf
@@ -86,11 +85,6 @@ class Endpoints:
         self._closing: set[asyncio.Task[None]] = set()
         self._answered: OrderedDict[str, Endpoint] = OrderedDict()
         self._salt = secrets.token_bytes(8)
-
-    @property
-    def addresses(self) -> frozenset[str]:
-        """The addresses that get calls; empty if the target is left to gRPC."""
-        return frozenset(self._current)
 
     def fail_all(self, error: Exception) -> None:
         """End all calls of Generate in flight with *error*."""
@@ -104,7 +98,7 @@ class Endpoints:
         """
         if self._spread is None:
             return self._home
-        self._resolve_if_due(self._resolve_seconds)
+        self._resolve_if_due(self._spread.resolve_seconds)
         if not self._current:
             return None if self._resolved_at < 0 else self._home
         if len(self._current) == 1:
