@@ -312,6 +312,7 @@ class Client:
                 elif response.HasField("accepted"):
                     self._endpoints.remember(response.accepted.request_id, endpoint)
                 yield response
+            endpoint.succeed()
             span.succeed()
         except Exception as error:
             if isinstance(error, errors.HeadraceError):

@@ -18,8 +18,9 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1.routing_service_pb2_grpc import RoutingServiceStub
 
 # An address is avoided for so long after a call failed there: it may reject calls faster than others answer
-# them.
+# them. The time doubles with each further failure, up to the longest.
 AVOID_SECONDS = 1.0
+LONGEST_AVOID_SECONDS = 30.0
 
 READY = grpc.ChannelConnectivity.READY
 CONNECTED_OR_FAILED = (READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
@@ -38,20 +39,30 @@ class Endpoint:
         self.routing = RoutingServiceStub(channel)
         self.in_flight = 0
         self.retired = False
-        self._failed_at = self._lost_at = -math.inf
+        self._lost_at = self._avoided_until = -math.inf
+        self._failures = 0  # consecutive ones
 
     def fail(self, error: errors.HeadraceError) -> None:
         """Avoid it for a while if *error* is one of the server or its connection."""
         now = time.monotonic()
         if isinstance(error, errors.Unavailable | errors.RequestCancelled | errors.Overloaded):
-            self._failed_at = now
+            if not self.avoided:  # calls that fail together count once
+                self._failures = min(self._failures + 1, 10)
+            avoided = min(AVOID_SECONDS * 2 ** (self._failures - 1), LONGEST_AVOID_SECONDS)
+            self._avoided_until = max(self._avoided_until, now + avoided)
         if is_lost_connection(error):
             self._lost_at = now
+
+    def succeed(self) -> None:
+        """Forget earlier failures."""
+        if self._failures:
+            self._failures = 0
+            self._avoided_until = -math.inf
 
     @property
     def avoided(self) -> bool:
         """Whether a call failed here a moment ago."""
-        return time.monotonic() - self._failed_at < AVOID_SECONDS
+        return time.monotonic() < self._avoided_until
 
     @property
     def ready(self) -> bool:

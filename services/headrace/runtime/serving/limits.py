@@ -55,12 +55,14 @@ class Limits:
 
     def options(self) -> tuple[tuple[str, int], ...]:
         """Return the limits as options of a gRPC server; see grpc/impl/channel_arg_names.h."""
-        ages = {
-            "grpc.max_connection_age_ms": self.max_connection_age,
-            "grpc.max_connection_age_grace_ms": self.max_connection_age_grace,
-        }
+        ages: tuple[tuple[str, int], ...] = ()
+        if self.max_connection_age is not None:
+            ages = (
+                ("grpc.max_connection_age_ms", int(self.max_connection_age * 1000)),
+                ("grpc.max_connection_age_grace_ms", int(self.max_connection_age_grace * 1000)),
+            )
         return (
-            *((name, int(seconds * 1000)) for name, seconds in ages.items() if seconds is not None),
+            *ages,
             ("grpc.max_receive_message_length", self.max_message_bytes),
             # Core decompresses a message before any code here can count it, so compressed calls end as
             # UNIMPLEMENTED before their message is read. 1 is the bit of "identity".
