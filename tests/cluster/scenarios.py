@@ -1,0 +1,178 @@
+"""What is tried on the cluster. `scenarios NAME PID FOLDER` runs one, on the caller's host.
+
+PID is the process that made the network. The last line of the output has figures, as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc
+
+from headrace.v1 import generation_pb2 as pb
+from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
+from tests.cluster.network import NAME_SERVER, Network, network_of
+from tests.cluster.policies import ALLOWED, enforce, lift, matrix
+from tests.cluster.services import PATIENCE, ROUTER, cluster, target_of, traffic
+
+SERVERS = ("router0", "router1", "router2", "batcher0", "batcher1", "worker0", "worker1")
+HOSTS = ("caller", "outsider", *SERVERS)
+ONE_OF_EACH = ("worker0", "batcher0", "router0")
+TWO_OF_EACH = (*ONE_OF_EACH, "worker1", "batcher1", "router1")
+
+Figures = dict[str, object]
+
+
+async def scale_up(network: Network, folder: Path) -> Figures:
+    """An added server of each kind gets requests while callers continue, and none of them is lost."""
+    figures: Figures = {}
+    async with cluster(network, folder, *ONE_OF_EACH) as servers, traffic() as counted:
+        for name in ("worker1", "batcher1", "router1"):
+            await servers.start(name)
+            began = time.monotonic()
+            await servers.servers[name].gets_requests()
+            figures[name] = round(time.monotonic() - began, 1)
+            await counted.continues()
+        # The routers are used evenly: each has half of the callers.
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                shares = [await servers.servers[name].requests() for name in ("router0", "router1")]
+                if min(shares) >= 6:
+                    break
+                await asyncio.sleep(0.1)
+        figures["router_requests"] = shares
+    return {**figures, "answers": counted.answers, "tokens": counted.tokens}
+
+
+async def scale_down(network: Network, folder: Path) -> Figures:
+    """A server of each kind is withdrawn and stopped. It drains, and no request is lost."""
+    figures: Figures = {}
+    async with cluster(network, folder, *TWO_OF_EACH) as servers, traffic() as counted:
+        for name in ("router0", "batcher0", "worker0"):
+            await servers.servers[name].gets_requests()
+            began = time.monotonic()
+            code = await servers.stop(name)
+            figures[name] = round(time.monotonic() - began, 1)
+            assert code == 0, f"{name} ended with {code}"
+            await counted.continues()
+    return {**figures, "answers": counted.answers, "tokens": counted.tokens}
+
+
+async def roll_routers(network: Network, folder: Path) -> Figures:
+    """All routers are replaced, one after the other; the name never has an address in common with before."""
+    async with cluster(network, folder, *ONE_OF_EACH, "router1") as servers, traffic() as counted:
+        for old, new in (("router0", "router2"), ("router1", "router0"), ("router2", "router1")):
+            await servers.start(new)
+            assert await servers.stop(old) == 0
+            await servers.servers[new].gets_requests()
+            await counted.continues()
+    return {"answers": counted.answers, "tokens": counted.tokens}
+
+
+async def other_clients(network: Network, folder: Path) -> Figures:
+    """Clients that only have gRPC, which keeps a connection, reach an added router by the age of theirs."""
+    async with cluster(network, folder, *ONE_OF_EACH) as servers, AsyncExitStack() as stack:
+        problems: list[str] = []
+        for _ in range(8):
+            await stack.enter_async_context(_plain_client(problems))
+        await servers.start("router1")
+        began = time.monotonic()
+        shares: list[int] = []
+        async with asyncio.timeout(PATIENCE):
+            while not shares or min(shares) < 2:
+                await asyncio.sleep(0.1)
+                shares = [await servers.servers[name].requests() for name in ("router0", "router1")]
+        seconds = time.monotonic() - began
+    assert not problems, f"{len(problems)}: {problems[:3]}"
+    return {"seconds": round(seconds, 1), "router_requests": shares}
+
+
+async def partitions(network: Network, folder: Path) -> Figures:
+    """A server of each kind, and then the name server, is cut off for a while; all answers are right."""
+    figures: Figures = {}
+    async with cluster(network, folder, *TWO_OF_EACH) as servers, traffic() as counted:
+        for name, seconds in (("worker0", 5.0), ("batcher0", 5.0), ("router0", 3.0)):
+            server = servers.servers[name]
+            await server.gets_requests()
+            server.host.cut()
+            await asyncio.sleep(seconds)
+            server.host.mend()
+            figures[name] = round(await server.gets_requests(), 1)
+            await counted.continues()
+        network[NAME_SERVER].cut()
+        await asyncio.sleep(8.0)  # longer than a name is trusted: the known addresses remain in use
+        await counted.continues()
+        network[NAME_SERVER].mend()
+    return {**figures, "answers": counted.answers, "tokens": counted.tokens}
+
+
+async def forbidden_paths(network: Network, folder: Path) -> Figures:
+    """With packet filters like the NetworkPolicies, each server is reached by its callers only."""
+    sources = ("caller", "outsider", "router1", "batcher1", "worker1")
+    async with cluster(network, folder, *ONE_OF_EACH) as servers:
+        before = await matrix(network, sources)
+        assert all(before.values()), f"without filters all paths are open: {before}"
+        enforce(network)
+        try:
+            after = await matrix(network, sources)
+            async with traffic() as counted:
+                await servers.start("worker1", "batcher1", "router1")
+                for name in ("worker1", "batcher1", "router1"):
+                    await servers.servers[name].gets_requests()
+        finally:
+            lift(network)
+    expected = {(source, target): source in ALLOWED[target] for source, target in after}
+    assert after == expected, f"{after}, expected {expected}"
+    reached = [f"{source} -> {target}" for (source, target), open_ in after.items() if open_]
+    return {"open": reached, "closed": len(after) - len(reached), "answers": counted.answers}
+
+
+@asynccontextmanager
+async def _plain_client(problems: list[str]) -> AsyncGenerator[None, None]:
+    """Call the routers without our library, one call after the other, while the block runs."""
+    options = (
+        ("grpc.use_local_subchannel_pool", 1),  # a connection of its own, as in a process of its own
+        ("grpc.dns_min_time_between_resolutions_ms", 500),
+    )
+    stop = asyncio.Event()
+    begun = asyncio.Event()
+
+    async def call_on() -> None:
+        while not stop.is_set():
+            request = pb.GenerateRequest(prompt="0123456789" * 3)
+            received = ""
+            try:
+                async for response in stub.Generate(request, timeout=PATIENCE):
+                    received += response.delta.text
+                    begun.set()
+                if received != request.prompt:
+                    problems.append(f"received {received!r}")
+            except grpc.aio.AioRpcError as error:
+                problems.append(f"{error.code().name}: {error.details()}")
+                await asyncio.sleep(0.1)
+
+    async with grpc.aio.insecure_channel(target_of(ROUTER), options=options) as channel:
+        stub = GenerationServiceStub(channel)
+        calling = asyncio.create_task(call_on())
+        try:
+            await asyncio.wait_for(begun.wait(), PATIENCE)
+            yield
+        finally:
+            stop.set()
+            await calling
+
+
+SCENARIOS: dict[str, Callable[[Network, Path], Coroutine[object, object, Figures]]] = {
+    scenario.__name__: scenario
+    for scenario in (scale_up, scale_down, roll_routers, other_clients, partitions, forbidden_paths)
+}
+
+if __name__ == "__main__":
+    _, chosen, owner, where = sys.argv
+    print(json.dumps(asyncio.run(SCENARIOS[chosen](network_of(int(owner), HOSTS), Path(where)))))
