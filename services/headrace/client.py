@@ -359,7 +359,11 @@ async def connect(
             advice or f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"
         )
     elif (name := replicated_name(target)) is not None:
-        spread = servers_of(*name, credentials)
+        # No proxy for the addresses either: the variables that exempt the name may not exempt them.
+        open_address = functools.partial(
+            open_channel, credentials=credentials, server_name=name[0], direct=True
+        )
+        spread = servers_of(*name, open_address)
     async with Client(
         channel,
         spread=spread,

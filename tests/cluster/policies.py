@@ -1,7 +1,7 @@
 """Imitate NetworkPolicies by packet filters on the hosts.
 
-A NetworkPolicy allows a pod's incoming connections from named peers to named ports, drops all others, and
-lets replies through. On a host, that is a chain for incoming packets with the policy `drop`.
+A NetworkPolicy allows a pod's connections from and to named peers and ports, drops all others, and lets
+replies through. On a host, that is a chain for incoming and one for outgoing packets with the policy `drop`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from tests.cluster.network import NAME_SERVER, Host, Network
 from tests.cluster.services import BATCHER, PORTS, ROUTER, WORKER
 
-# Who may call whom: the intent of the NetworkPolicies in k8s/components/network-policies.
-ALLOWED: Mapping[str, Sequence[str]] = {ROUTER: ("caller",), BATCHER: (ROUTER,), WORKER: (BATCHER,)}
+# Which roles may call a role: the intent of the NetworkPolicies in k8s/components/network-policies. Routers
+# share the quotas of tenants.
+ALLOWED: Mapping[str, Sequence[str]] = {ROUTER: ("caller", ROUTER), BATCHER: (ROUTER,), WORKER: (BATCHER,)}
+UNUSED_PORT = 443  # nothing listens there
 PROBE_SECONDS = 2.0
 # Exits with 0 if a connection is accepted, or refused because nobody listens: the packets passed.
 _PROBE = """
@@ -35,12 +37,20 @@ def role_of(name: str) -> str:
     return name.rstrip("0123456789")
 
 
-def enforce(network: Network, allowed: Mapping[str, Sequence[str]] = ALLOWED) -> None:
-    """Let each server be called only by the roles in *allowed*."""
+def enforce(network: Network) -> None:
+    """Let each server be called by the roles in `ALLOWED` only, and call only the name server and these."""
     for name, host in network.hosts.items():
-        if (callers := allowed.get(role_of(name))) is not None:
-            peers = [one.address for other, one in network.hosts.items() if role_of(other) in callers]
-            host.filter(_rules(peers, PORTS[role_of(name)]))
+        if (callers := ALLOWED.get(role_of(name))) is not None:
+            incoming = [_from(one, PORTS[role_of(name)]) for one in _hosts(network, callers)]
+            outgoing = [
+                _to(one, PORTS[role])
+                for role, allowed in ALLOWED.items()
+                if role_of(name) in allowed
+                for one in _hosts(network, (role,))
+            ]
+            host.filter(
+                _rules(incoming, [*outgoing, f"ip daddr {network[NAME_SERVER].address} udp dport 53"])
+            )
 
 
 def lift(network: Network) -> None:
@@ -49,17 +59,29 @@ def lift(network: Network) -> None:
         host.filter("")
 
 
-def _rules(peers: Iterable[str], port: int) -> str:
-    return f"""
-table inet policy {{
-  chain input {{
-    type filter hook input priority 0; policy drop;
+def _hosts(network: Network, roles: Sequence[str]) -> list[Host]:
+    return [host for name, host in network.hosts.items() if role_of(name) in roles]
+
+
+def _from(peer: Host, port: int) -> str:
+    return f"ip saddr {peer.address} tcp dport {port}"
+
+
+def _to(peer: Host, port: int) -> str:
+    return f"ip daddr {peer.address} tcp dport {port}"
+
+
+def _rules(incoming: Iterable[str], outgoing: Iterable[str]) -> str:
+    chains = "".join(
+        f"""
+  chain {hook} {{
+    type filter hook {hook} priority 0; policy drop;
     ct state established,related accept
-    iif "lo" accept
-    ip saddr {{ {", ".join(peers)} }} tcp dport {port} accept
-  }}
-}}
-"""
+    {"".join(f"{rule} accept; " for rule in accepted)}
+  }}"""
+        for hook, accepted in (("input", incoming), ("output", outgoing))
+    )
+    return f"table inet guard {{{chains}\n}}\n"
 
 
 async def reaches(source: Host, target: Host, port: int) -> bool:
@@ -73,15 +95,11 @@ async def reaches(source: Host, target: Host, port: int) -> bool:
 
 
 async def matrix(network: Network, sources: Iterable[str]) -> dict[tuple[str, str], bool]:
-    """Return which role reaches the port of which other role, from one host of each in *sources*."""
-    pairs = [
-        (source, target)
-        for source in sources
-        for target in (f"{ROUTER}0", f"{BATCHER}0", f"{WORKER}0")
-        if source != target and source != NAME_SERVER
-    ]
+    """Return which role reaches which other one, from each host in *sources* to the first of a role."""
+    ports = {f"{role}0": port for role, port in PORTS.items()} | {"outsider": UNUSED_PORT}
+    pairs = [(source, target) for source in sources for target in ports if source != target]
     found = await asyncio.gather(
-        *(reaches(network[source], network[target], PORTS[role_of(target)]) for source, target in pairs)
+        *(reaches(network[source], network[target], ports[target]) for source, target in pairs)
     )
     return {
         (role_of(source), role_of(target)): reached

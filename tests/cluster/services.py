@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,10 +82,14 @@ class Server:
                     raise AssertionError(f"{self.name} ended: {self.log.read_text()[-2000:]}")
                 await asyncio.sleep(0.05)
 
+    async def inspect(self) -> admin.InspectResponse:
+        """Return its state."""
+        async with open_channel(self.address) as channel:
+            return await AdminServiceStub(channel).Inspect(admin.InspectRequest(), timeout=PATIENCE)
+
     async def requests(self) -> int:
         """Return how many requests it holds; for a worker, sequences."""
-        async with open_channel(self.address) as channel:
-            state = await AdminServiceStub(channel).Inspect(admin.InspectRequest(), timeout=PATIENCE)
+        state = await self.inspect()
         return state.worker.in_flight if self.role == WORKER else state.process_state.requests
 
     async def gets_requests(self) -> float:
@@ -105,6 +109,12 @@ class Cluster:
     folder: Path
     servers: dict[str, Server] = field(default_factory=dict)
     published: set[str] = field(default_factory=set)
+
+    async def launch(self, *names: str) -> None:
+        """Start servers and publish them. Their callers find out when they are ready."""
+        await asyncio.gather(*(self._run(name) for name in names))
+        self.published |= set(names)
+        self.publish()
 
     async def start(self, *names: str) -> None:
         """Start servers, wait until all are ready, and publish them."""
@@ -232,10 +242,3 @@ async def traffic(callers: int = 16) -> AsyncGenerator[Traffic, None]:
             counted.stopping = True
             await asyncio.gather(*tasks)
     assert not counted.problems, f"{len(counted.problems)} of {counted.answers}: {counted.problems[:3]}"
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until *condition* holds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.02)

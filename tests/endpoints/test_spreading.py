@@ -223,7 +223,7 @@ async def test_each_server_counts_once(
 
     monkeypatch.setattr(socket, "getaddrinfo", addresses)
 
-    assert await servers_of("router", "50051", None).find() == used
+    assert await servers_of("router", "50051", open_channel).find() == used
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from headrace.channel import open_channel, reconnected
+from headrace.channel import reconnected
 from headrace.endpoints.endpoint import Endpoint
 from headrace.endpoints.resolving import resolve
 from headrace.multiplex.call import Call
@@ -225,8 +225,8 @@ class Endpoints:
                 task.cancel()
 
 
-def servers_of(host: str, port: str, credentials: grpc.ChannelCredentials | None) -> Spread:
-    """Return how the servers behind a DNS name are found and connected."""
+def servers_of(host: str, port: str, connect: Callable[[str], grpc.aio.Channel]) -> Spread:
+    """Return how the servers behind a DNS name are found; *connect* opens a channel to one of them."""
 
     async def find() -> frozenset[str]:
         v4, v6 = await resolve(host, port)
@@ -234,7 +234,7 @@ def servers_of(host: str, port: str, credentials: grpc.ChannelCredentials | None
         # lead to the same ones.
         return frozenset() if len(v4) == len(v6) == 1 else v4 or v6
 
-    return Spread(find, lambda address: open_channel(address, credentials=credentials, server_name=host))
+    return Spread(find, connect)
 
 
 def _best(endpoints: Iterable[Endpoint], session: str) -> Endpoint:

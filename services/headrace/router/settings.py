@@ -110,7 +110,9 @@ class Settings(CalledServiceSettings):
         le=300,
         description="most tenants that metrics name; those that appear later are counted together, as other",
     )
-    max_connection_age: ConnectionAge = 30.0
+    # gRPC clients resolve a name at most every 30 s, and use the result for their next connection but one. So
+    # they have evened out over a changed set of routers within two ages: within a minute.
+    max_connection_age: ConnectionAge = 25.0
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests without a deadline"
     )

@@ -91,7 +91,7 @@ def test_connections_age_at_routers_and_never_at_workers() -> None:
         return {name: value for name, value in limits.options() if "connection_age" in name}
 
     assert ages(RouterSettings(tiers="only=127.0.0.1:1").limits) == {
-        "grpc.max_connection_age_ms": 30_000,
+        "grpc.max_connection_age_ms": 25_000,
         "grpc.max_connection_age_grace_ms": 600_000,
     }
     assert ages(RouterSettings(tiers="only=127.0.0.1:1", max_connection_age=0).limits) == {}
