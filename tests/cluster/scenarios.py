@@ -30,50 +30,45 @@ TWO_OF_EACH = (*ONE_OF_EACH, "worker1", "batcher1", "router1")
 Figures = dict[str, object]
 
 
-async def scale_up(network: Network, folder: Path) -> Figures:
-    """An added server of each kind gets requests while callers continue, and none of them is lost."""
+async def scale(network: Network, folder: Path) -> Figures:
+    """A server of each kind is added and gets requests; then the first of each is withdrawn and drains."""
     figures: Figures = {}
     async with cluster(network, folder, *ONE_OF_EACH) as servers, traffic() as counted:
         for name in ("worker1", "batcher1", "router1"):
             await servers.start(name)
-            began = time.monotonic()
-            await servers.servers[name].gets_requests()
-            figures[name] = round(time.monotonic() - began, 1)
+            figures[f"{name} used after"] = round(await servers.servers[name].gets_requests(), 1)
             await counted.continues()
         # The routers are used evenly: each has half of the callers.
+        shares: list[int] = []
         async with asyncio.timeout(PATIENCE):
-            while True:
-                shares = [await servers.servers[name].requests() for name in ("router0", "router1")]
-                if min(shares) >= 6:
-                    break
+            while not shares or min(shares) < 6:
                 await asyncio.sleep(0.1)
-        figures["router_requests"] = shares
-    return {**figures, "answers": counted.answers, "tokens": counted.tokens}
-
-
-async def scale_down(network: Network, folder: Path) -> Figures:
-    """A server of each kind is withdrawn and stopped. It drains, and no request is lost."""
-    figures: Figures = {}
-    async with cluster(network, folder, *TWO_OF_EACH) as servers, traffic() as counted:
+                shares = [await servers.servers[name].requests() for name in ("router0", "router1")]
+        figures["requests of the routers"] = shares
         for name in ("router0", "batcher0", "worker0"):
             await servers.servers[name].gets_requests()
-            began = time.monotonic()
-            code = await servers.stop(name)
-            figures[name] = round(time.monotonic() - began, 1)
-            assert code == 0, f"{name} ended with {code}"
+            figures[f"{name} drained in"] = round(await _stop(servers, name), 1)
             await counted.continues()
     return {**figures, "answers": counted.answers, "tokens": counted.tokens}
 
 
 async def roll_routers(network: Network, folder: Path) -> Figures:
-    """All routers are replaced, one after the other; the name never has an address in common with before."""
-    async with cluster(network, folder, *ONE_OF_EACH, "router1") as servers, traffic() as counted:
-        for old, new in (("router0", "router2"), ("router1", "router0"), ("router2", "router1")):
+    """The only router is replaced, twice: the name never has an address in common with before."""
+    async with cluster(network, folder, *ONE_OF_EACH) as servers, traffic() as counted:
+        for old, new in (("router0", "router1"), ("router1", "router2")):
             await servers.start(new)
-            assert await servers.stop(old) == 0
+            await _stop(servers, old)
             await servers.servers[new].gets_requests()
             await counted.continues()
     return {"answers": counted.answers, "tokens": counted.tokens}
+
+
+async def _stop(servers: Cluster, name: str) -> float:
+    """Stop a server. Returns the seconds until it had drained."""
+    began = time.monotonic()
+    code = await servers.stop(name)
+    assert code == 0, f"{name} ended with {code}"
+    return time.monotonic() - began
 
 
 async def other_clients(network: Network, folder: Path) -> Figures:
@@ -91,7 +86,7 @@ async def other_clients(network: Network, folder: Path) -> Figures:
                 shares = [await servers.servers[name].requests() for name in ("router0", "router1")]
         seconds = time.monotonic() - began
     assert not problems, f"{len(problems)}: {problems[:3]}"
-    return {"seconds": round(seconds, 1), "router_requests": shares}
+    return {"two of eight moved after": round(seconds, 1), "requests of the routers": shares}
 
 
 async def partitions(network: Network, folder: Path) -> Figures:
@@ -104,7 +99,7 @@ async def partitions(network: Network, folder: Path) -> Figures:
             server.host.cut()
             await asyncio.sleep(seconds)
             server.host.mend()
-            figures[name] = round(await server.gets_requests(), 1)
+            figures[f"{name} used after"] = round(await server.gets_requests(), 1)
             await counted.continues()
         network[NAME_SERVER].cut()
         await asyncio.sleep(8.0)  # longer than a name is trusted: the known addresses remain in use
@@ -146,11 +141,11 @@ async def _replace_all(servers: Cluster) -> None:
     async with asyncio.timeout(PATIENCE), connect(router.address) as client:
         while sum(seen.ready for seen in (await router.inspect()).router.batchers) < 2:
             await asyncio.sleep(0.1)
-        await servers.stop("router0")
-        await servers.stop("batcher0")
+        await _stop(servers, "router0")
+        await _stop(servers, "batcher0")
         while (await client.list_tiers()).tiers[0].load.workers < 2:
             await asyncio.sleep(0.1)
-        await servers.stop("worker0")
+        await _stop(servers, "worker0")
 
 
 @asynccontextmanager
@@ -190,7 +185,7 @@ async def _plain_client(problems: list[str]) -> AsyncGenerator[None, None]:
 
 SCENARIOS: dict[str, Callable[[Network, Path], Coroutine[object, object, Figures]]] = {
     scenario.__name__: scenario
-    for scenario in (scale_up, scale_down, roll_routers, other_clients, partitions, forbidden_paths)
+    for scenario in (scale, roll_routers, other_clients, partitions, forbidden_paths)
 }
 
 if __name__ == "__main__":
