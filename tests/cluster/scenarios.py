@@ -93,19 +93,54 @@ async def partitions(network: Network, folder: Path) -> Figures:
     """A server of each kind, and then the name server, is cut off for a while; all answers are right."""
     figures: Figures = {}
     async with cluster(network, folder, *TWO_OF_EACH) as servers, traffic() as counted:
-        for name, seconds in (("worker0", 5.0), ("batcher0", 5.0), ("router0", 3.0)):
+        # The callers of worker and batcher notice the silence and continue elsewhere.
+        for name, caller in (("worker0", "batcher1"), ("batcher0", "router1")):
             server = servers.servers[name]
-            await server.gets_requests()
+            await _used(servers, name, caller)
             server.host.cut()
-            await asyncio.sleep(seconds)
-            server.host.mend()
-            figures[f"{name} used after"] = round(await server.gets_requests(), 1)
+            began = time.monotonic()
+            await _lost(servers, name, caller)
+            figures[f"{name} lost after"] = round(time.monotonic() - began, 1)
             await counted.continues()
+            server.host.mend()
+            began = time.monotonic()
+            await _used(servers, name, caller)
+            figures[f"{name} used after"] = round(time.monotonic() - began, 1)
+        # Answers of the router are delayed.
+        await servers.servers["router0"].gets_requests()
+        network["router0"].cut()
+        await asyncio.sleep(3.0)
+        network["router0"].mend()
+        await counted.continues()
         network[NAME_SERVER].cut()
-        await asyncio.sleep(8.0)  # longer than a name is trusted: the known addresses remain in use
+        await asyncio.sleep(8.0)  # longer than any result is kept: the known addresses remain in use
         await counted.continues()
         network[NAME_SERVER].mend()
     return {**figures, "answers": counted.answers, "tokens": counted.tokens}
+
+
+async def _seen(servers: Cluster, name: str, caller: str) -> tuple[bool, int]:
+    """Return whether a server is ready, as one of its callers sees it, and this caller's requests there."""
+    address, state = servers.servers[name].address, await servers.servers[caller].inspect()
+    for batcher in state.router.batchers:
+        if batcher.address == address:
+            return batcher.ready, batcher.in_flight
+    for worker in state.batcher.workers:
+        if worker.target == address:
+            return worker.state == "ready", worker.outstanding
+    return False, 0
+
+
+async def _used(servers: Cluster, name: str, caller: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not all(await _seen(servers, name, caller)):
+            await asyncio.sleep(0.05)
+
+
+async def _lost(servers: Cluster, name: str, caller: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while (await _seen(servers, name, caller))[0]:
+            await asyncio.sleep(0.05)
 
 
 async def forbidden_paths(network: Network, folder: Path) -> Figures:
