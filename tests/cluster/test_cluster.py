@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.network import Network, network, problem
+from tests.cluster.policies import ALLOWED
 from tests.cluster.scenarios import HOSTS, SCENARIOS
+from tests.cluster.services import BATCHER, PORTS, ROUTER, WORKER
+from tests.deploy import test_network_policies as evaluated
+from tests.deploy.rendering import OF_OVERLAYS, combined, of_kind
 from tests.tables import Row, add_row
 
 SECONDS = 300  # the longest that a scenario may take, on a busy machine
@@ -48,3 +52,22 @@ def test_no_request_is_lost(
     text = ", ".join(f"{key} {value}" for key, value in figures.items())
     head = ("scenario", "seconds", "figures")
     add_row(request.node, Row("cluster", "hosts of a cluster", head, (scenario, seconds, text), figures))
+
+
+def test_the_packet_filters_are_those_of_the_network_policies(tmp_path: Path) -> None:
+    """Both come from one intent: who may call whom."""
+    policies = list(of_kind(combined(tmp_path, OF_OVERLAYS), "NetworkPolicy").values())
+    pods = {
+        ROUTER: evaluated.ROUTER,
+        BATCHER: evaluated.BATCHER,
+        WORKER: evaluated.WORKER,
+        "caller": evaluated.INNER_CALLER,
+        "outsider": evaluated.NEIGHBOUR,
+    }
+    allowed = {
+        (source, target): evaluated.allows(policies, pods[source], pods[target], PORTS[target])
+        for source in pods
+        for target in PORTS
+    }
+
+    assert allowed == {(source, target): source in ALLOWED[target] for source, target in allowed}

@@ -198,10 +198,7 @@ class _Stream:
             self._has_room.set()
 
     async def announce_drain(self) -> None:
-        """Tell the caller to use another stream, and end this one when its requests have ended.
-
-        That is once the server drains, or the connection has reached its age.
-        """
+        """Once the server drains, or the connection is old, have the caller use another stream; end this."""
         drain_began = self._calls.requests.drain_began.wait
         with suppress(TimeoutError):
             await asyncio.wait_for(drain_began(), self._calls.budget.limits.max_stream_age)
