@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-
-import grpc
+from collections.abc import Awaitable, Callable
 
 from headrace import errors
-from headrace.channel import reconnected
 from headrace.deadline import Deadline
 
 BACKOFF_DOUBLINGS = 5  # of the delay before the next try, which starts at 50 to 100 ms
@@ -44,14 +42,15 @@ class RetryBudget:
 
 
 class Retries:
-    """The retries of all calls over one channel.
+    """The retries of all calls of one client.
 
-    most       most retries of a request without an answer
-    patience   seconds for which an answer that has begun waits for a server to resume it
+    reconnected   waits until a call whose connection was lost can be made again
+    most          most retries of a request without an answer
+    patience      seconds for which an answer that has begun waits for a server to resume it
     """
 
-    def __init__(self, channel: grpc.aio.Channel, *, most: int, patience: float) -> None:
-        self._channel = channel
+    def __init__(self, reconnected: Callable[[], Awaitable[None]], *, most: int, patience: float) -> None:
+        self._reconnected = reconnected
         self._most = most
         self._patience = patience
         self._budget = RetryBudget()
@@ -68,7 +67,7 @@ class Retries:
         The first retry after a lost connection is free: all calls that lost it wait together for one new
         connection. The others draw from the budget.
         """
-        lost = _is_lost_connection(error)
+        lost = is_lost_connection(error)
         free = lost and failures == 1
         if not (lost or isinstance(error, errors.Unavailable)) or failures > self._most:
             return False
@@ -114,8 +113,8 @@ class Retries:
         try:
             async with asyncio.timeout(seconds):
                 await asyncio.sleep(delay)
-                if _is_lost_connection(error):
-                    await reconnected(self._channel)
+                if is_lost_connection(error):
+                    await self._reconnected()
         except TimeoutError:
             return False
         return True
@@ -135,7 +134,7 @@ def _is_resumable(error: errors.HeadraceError, *, again: bool) -> bool:
     return again and isinstance(error, errors.Overloaded)
 
 
-def _is_lost_connection(error: errors.HeadraceError) -> bool:
+def is_lost_connection(error: errors.HeadraceError) -> bool:
     """Return whether the connection was lost, or a server or proxy cancelled the call.
 
     If the caller cancels, CancelledError is raised instead.

@@ -23,11 +23,12 @@ from opentelemetry.propagators.textmap import (
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from headrace import client_span, errors
+from headrace import errors
 from headrace.cli.demo.otlp_receiver import Span, is_complete, otlp_receiver
 from headrace.cli.launch.mesh import MeshSpec
 from headrace.cli.launch.mesh import mesh as processes
 from headrace.client import chat, connect
+from headrace.client import span as client_span
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 

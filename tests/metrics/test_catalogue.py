@@ -17,10 +17,10 @@ NAMES = {id(value): name for name, value in vars(catalogue).items()}
 # What every service runs, and what router and batcher share.
 EVERYWHERE = [PACKAGE / "runtime"]
 SHARED = {
-    "router": [PACKAGE / "metrics", PACKAGE / "multiplex", PACKAGE / "client_span.py"],
+    "router": [PACKAGE / "metrics", PACKAGE / "multiplex", PACKAGE / "client" / "span.py"],
     "batcher": [PACKAGE / "metrics", PACKAGE / "multiplex"],
     "worker": [],
-    "client": [PACKAGE / "client_span.py"],
+    "client": [PACKAGE / "client" / "span.py"],
 }
 
 

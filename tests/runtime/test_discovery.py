@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 from contextlib import aclosing
 
-from headrace.runtime.discovery import Discovery, lookup
+from headrace.endpoints.resolving import lookup
+from headrace.runtime.discovery import Discovery
 
 
 class Names:

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from headrace.channel import target_problem
-from headrace.runtime.settings import MessageMegabytes, Port, ServiceSettings, one_of
+from headrace.runtime.settings import CalledServiceSettings, MessageMegabytes, Port, one_of
 
 
-class Settings(ServiceSettings):
+class Settings(CalledServiceSettings):
     """The batcher of one tier: coalesces requests into batches for its workers.
 
     Each flag can also be given as a variable: HEADRACE_WORKERS is --workers. Flags take precedence.

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -42,6 +42,7 @@ TURN = 16
 # and cancels them must not fill the queues of the services behind this one.
 MAX_STARTING = 64
 WATCH_SECONDS = 0.25  # between checks of deadlines
+CROSSING_SECONDS = 2.0  # for requests to arrive that crossed with the announcement that their stream ends
 # Unsent bytes of events, above which a stream's requests wait, and no further ones start: its caller does not
 # read.
 MAX_UNSENT_BYTES = 1 << 20
@@ -177,9 +178,15 @@ class _Stream:
             self._has_room.set()
 
     async def announce_drain(self) -> None:
-        """Once the server drains, tell the caller, and end the stream when its requests have ended."""
-        await self._calls.requests.drain_began.wait()
+        """Once the server drains, or the connection is old, have the caller use another stream; end this."""
+        drain_began = self._calls.requests.drain_began.wait
+        with suppress(TimeoutError):
+            await asyncio.wait_for(drain_began(), self._calls.budget.limits.max_stream_age)
         self._unsent.draining = True
+        self._has_unsent.set()
+        # Requests that were sent before the caller reads this are answered, unless the server drains.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(drain_began(), CROSSING_SECONDS)
         self._finish()
 
     async def end_late_requests(self) -> None:

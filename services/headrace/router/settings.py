@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from headrace.channel import target_problem
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.tier_view import Price, even_thresholds
-from headrace.runtime.settings import ConcurrentStreams, Port, ServiceSettings
+from headrace.runtime.settings import CalledServiceSettings, ConcurrentStreams, ConnectionAge, Port
 
 
-class Settings(ServiceSettings):
+class Settings(CalledServiceSettings):
     """The router: scores each prompt and sends it to the smallest tier that will answer it well.
 
     Each flag can also be given as a variable: HEADRACE_TIERS is --tiers. Flags take precedence.
@@ -124,6 +124,9 @@ class Settings(ServiceSettings):
         le=300,
         description="most tenants that metrics name; those that appear later are counted together, as other",
     )
+    # gRPC clients resolve a name at most every 30 s, and use the result for their next connection but one. So
+    # they have evened out over a changed set of routers within two ages: within a minute.
+    max_connection_age: ConnectionAge = 25.0
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests without a deadline"
     )

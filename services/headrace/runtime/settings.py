@@ -10,6 +10,7 @@ import argparse
 import inspect
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -39,6 +40,15 @@ InflightMegabytes = Annotated[
 ]
 ConcurrentStreams = Annotated[
     int, Field(ge=16, description="limit of open calls per connection; clients queue further ones")
+]
+ConnectionAge = Annotated[
+    float,
+    Field(
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds after which a connection accepts no further calls, give or take a tenth, so "
+        "that its caller resolves the name of this service again; 0 for no limit",
+    ),
 ]
 
 
@@ -210,6 +220,28 @@ class ServiceSettings(AuthSettings):
         except ValidationError as error:
             print(complaint(error), file=sys.stderr)
             raise SystemExit(2) from None
+
+
+class CalledServiceSettings(ServiceSettings):
+    """The settings of servers that callers choose by a name, of which more may be added: all but workers."""
+
+    max_connection_age: ConnectionAge = 0.0
+    max_connection_age_grace: float = Field(
+        default=600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds for which calls in flight on a connection may continue after "
+        "--max-connection-age; longer than the longest answer",
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the server."""
+        return replace(
+            super().limits,
+            max_connection_age=self.max_connection_age or None,
+            max_connection_age_grace=self.max_connection_age_grace,
+        )
 
 
 def one_of(first: str, is_first: object, second: str, is_second: object) -> None:

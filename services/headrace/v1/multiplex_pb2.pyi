@@ -209,8 +209,8 @@ class MultiplexResponse(_message.Message):
     pong: _builtins.int
     """Replies to the last ping. 0: no reply."""
     draining: _builtins.bool
-    """The server is stopping: it rejects further requests on this stream, continues with the others for a while, and ends
-    the stream when none is left.
+    """Further requests belong on another stream: the server is stopping, and rejects them here, or the connection has
+    reached its age. The server continues with the others for a while, and ends the stream when none is left.
     """
     @_builtins.property
     def welcome(self) -> Global___MultiplexWelcome:

@@ -377,7 +377,8 @@ async def test_rows_are_written_one_by_one_even_if_a_caller_leaves(
 async def test_grpc_callers_must_give_an_outcome() -> None:
     async with routed(small=FakeBatcher(), large=FakeBatcher()) as client:
         with pytest.raises(errors.InvalidRequest, match="no outcome"):
-            await client._unary(client._routing.Feedback(routing.FeedbackRequest(request_id="a"), timeout=5))
+            stub = (await client._endpoint(5)).routing
+            await client._unary(stub.Feedback(routing.FeedbackRequest(request_id="a"), timeout=5))
 
 
 async def test_a_router_does_not_start_with_an_unwritable_feedback_file(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ PENDING_CALLS = 8192
 HEADERS_SOFT_BYTES = 8 * 1024
 HEADERS_HARD_BYTES = 16 * 1024
 HANDSHAKE_SECONDS = 10
+AGE_JITTER = 0.1  # by which core varies the age of a connection, so that not all of them end at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class Limits:
     max_calls               calls in flight; see `inflight`
     max_connections         open connections; further ones are closed immediately. Not limited per peer: core
                             does not report connections
+    max_connection_age      seconds after which a connection accepts no further calls, so that its caller
+                            resolves the server's name again, and may reach another server; None: no limit
+    max_connection_age_grace   seconds for which calls in flight may continue after that
     """
 
     max_message_bytes: int = 2 * MIB
@@ -37,10 +41,28 @@ class Limits:
     max_concurrent_streams: int = 2048
     max_calls: int = 4096
     max_connections: int = 4096
+    max_connection_age: float | None = None
+    max_connection_age_grace: float = 600.0
+
+    @property
+    def max_stream_age(self) -> float | None:
+        """Seconds after which a stream that outlasts calls accepts no further requests; None: no limit.
+
+        The connection of the stream, which began before it, has reached its age by then: the caller's next
+        stream is opened on a new connection.
+        """
+        return None if self.max_connection_age is None else self.max_connection_age * (1 + AGE_JITTER) + 1.0
 
     def options(self) -> tuple[tuple[str, int], ...]:
         """Return the limits as options of a gRPC server; see grpc/impl/channel_arg_names.h."""
+        ages: tuple[tuple[str, int], ...] = ()
+        if self.max_connection_age is not None:
+            ages = (
+                ("grpc.max_connection_age_ms", int(self.max_connection_age * 1000)),
+                ("grpc.max_connection_age_grace_ms", int(self.max_connection_age_grace * 1000)),
+            )
         return (
+            *ages,
             ("grpc.max_receive_message_length", self.max_message_bytes),
             # Core decompresses a message before any code here can count it, so compressed calls end as
             # UNIMPLEMENTED before their message is read. 1 is the bit of "identity".

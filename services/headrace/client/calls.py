@@ -1,24 +1,14 @@
-"""Call a Headrace server: a router, or a batcher with the same API.
-
-    async with connect("127.0.0.1:50051") as client:
-        async with aclosing(client.generate(chat("Why is the sky blue?"), timeout=30)) as stream:
-            async for response in stream:
-                print(response.delta.text, end="")
-
-Closing the stream cancels the call, and every failure is an exception of `headrace.errors`. A request that
-the server could not accept is retried, and an answer whose stream was lost is resumed at the next token: the
-caller reads one uninterrupted stream.
-"""
+"""The calls of a client: a request is retried or resumed until its answer is complete."""
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
-from os import PathLike
-from pathlib import Path
+from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -28,22 +18,22 @@ from headrace import attributes, errors, statuses
 from headrace.bearer import (
     Authorization,
     Headers,
-    authorization_of,
     authorized,
-    check_plaintext,
     no_authorization,
 )
-from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
-from headrace.client_span import Attempts, ClientSpan, server_attributes
+from headrace.channel import MAX_MESSAGE_BYTES
+from headrace.client.span import Attempts, ClientSpan, server_attributes
 from headrace.deadline import Deadline
+from headrace.endpoints.endpoint import Endpoint
+from headrace.endpoints.endpoints import Endpoints, Spread
 from headrace.flushing import Flusher
+from headrace.multiplex.call import Call
 from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
 from headrace.progress import Answer
 from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
-from headrace.tls.files import TlsFiles, TlsReader
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1 import routing_service_pb2, routing_service_pb2_grpc
+from headrace.v1 import routing_service_pb2
 
 T = TypeVar("T")
 
@@ -57,38 +47,12 @@ LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
 _EMPTY: Mapping[str, Any] = {}
 
 
-def chat(
-    text: str | Sequence[tuple[str, str]],
-    *,
-    system: str = "",
-    continue_final_message: bool = False,
-    **sampling: object,
-) -> pb.GenerateRequest:
-    """Return a request for the answer to *text*, or to a conversation of (role, content) pairs.
-
-    continue_final_message   whether the answer continues the last message, which must be the assistant's
-    sampling                 fields of `headrace.v1.Sampling`, such as temperature=0, max_tokens=64,
-                             stop=["\\n"]
-
-    Raises InvalidText for text with lone surrogates, which result from decoding bytes of another encoding.
-    """
-    turns = [("user", text)] if isinstance(text, str) else list(text)
-    if system:
-        turns.insert(0, ("system", system))
-    request = pb.GenerateRequest(sampling=pb.Sampling(**sampling))  # type: ignore[arg-type]
-    for role, content in turns:
-        try:
-            request.chat.messages.add(role=role, content=content)
-        except UnicodeEncodeError as error:
-            raise errors.InvalidText(f"the text is not valid UTF-8 from character {error.start} on") from None
-    if continue_final_message:
-        request.chat.continue_final_message = True
-    return request
-
-
 class Client:
-    """Calls one target over one channel; use `connect` to create it.
+    """Calls one target; use `connect` to create it.
 
+    channel   to the target
+    spread    how the servers behind the target are found, over which calls are spread; None: all calls use
+              *channel*. See `endpoints`
     retries   most retries of a request that failed with UNAVAILABLE before any event
     patience  seconds for which an answer that has begun waits, within its deadline, for a server to resume it
     advice    added to the error message of calls that reach no server
@@ -100,6 +64,7 @@ class Client:
         self,
         channel: grpc.aio.Channel,
         *,
+        spread: Spread | None = None,
         retries: int = 2,
         patience: float = 30.0,
         advice: str = "",
@@ -109,19 +74,18 @@ class Client:
         caller_id: str = "",
         authorization: Authorization = no_authorization,
     ) -> None:
-        self._channel = channel
         self._advice = advice
         self._server = server_attributes(target)
         self._authorization = authorization
-        self._caller = Caller(
-            channel,
+        calling = functools.partial(
+            Caller,
             multiplex=multiplex,
             stall_seconds=stall_seconds,
             caller_id=caller_id or _caller_id(),
             authorization=authorization,
         )
-        self._routing = routing_service_pb2_grpc.RoutingServiceStub(channel)
-        self._retries = Retries(channel, most=retries, patience=patience)
+        self._endpoints = Endpoints(channel, calling, spread)
+        self._retries = Retries(self._endpoints.reconnected, most=retries, patience=patience)
 
     async def __aenter__(self) -> Self:
         return self
@@ -130,9 +94,8 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel all calls and close the channel."""
-        await self._caller.close()
-        await self._channel.close()
+        """Cancel all calls and close all channels."""
+        await self._endpoints.close()
 
     async def generate(
         self,
@@ -208,12 +171,14 @@ class Client:
         """Return which tier the router would choose for *request*, and why. Nothing is generated."""
         asked = routing_service_pb2.ExplainRequest(request=request)
         with self._span(_EXPLAIN) as headers:
-            return await self._unary(self._routing.Explain(asked, timeout=timeout, metadata=headers))
+            routing = (await self._endpoint(timeout, request.routing.session_id)).routing
+            return await self._unary(routing.Explain(asked, timeout=timeout, metadata=headers))
 
     async def list_tiers(self, *, timeout: float = 5.0) -> routing_service_pb2.ListTiersResponse:
         """Return the tiers with model, limits, health and load, smallest first."""
+        endpoint = await self._endpoint(timeout)
         return await self._unary(
-            self._routing.ListTiers(
+            endpoint.routing.ListTiers(
                 routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=self._headers(None)
             )
         )
@@ -239,7 +204,8 @@ class Client:
         if quality is not None:
             request.quality = quality
         with self._span(_FEEDBACK) as headers:
-            return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=headers))
+            routing = (self._endpoints.of(request_id) or await self._endpoint(timeout)).routing
+            return await self._unary(routing.Feedback(request, timeout=timeout, metadata=headers))
 
     def _headers(self, context: Context | None) -> Headers:
         return authorized(inject(context), self._authorization())
@@ -256,6 +222,18 @@ class Client:
             raise
         finally:
             span.end()
+
+    async def _endpoint(self, timeout: float | None, session: str = "") -> Endpoint:
+        """Return the endpoint for the next call, within *timeout*."""
+        if (endpoint := self._endpoints.pick(session)) is not None:
+            return endpoint
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._endpoints.wait(session)
+        except TimeoutError:
+            error = errors.DeadlineExceeded("the deadline passed before the server's address was known")
+            self._advise(error)
+            raise error from None
 
     async def _unary(self, call: Awaitable[T]) -> T:
         try:
@@ -293,88 +271,40 @@ class Client:
         # The span is never the current one: a generator runs in the context of each caller that requests an
         # item.
         span = ClientSpan(_GENERATE, self._server, labels, attempts)
-        call = self._caller.call(
-            request, timeout=timeout, metadata=inject(span.context, metadata), flusher=flusher
-        )
+        headers = inject(span.context, metadata)
+        began = time.monotonic()
         first = span.recording
+        endpoint: Endpoint | None = None
+        call: Call | None = None
         try:
+            endpoint = await self._endpoint(timeout, request.routing.session_id)
+            if timeout is not None:
+                timeout = max(timeout - (time.monotonic() - began), 0.0)
+            call = endpoint.start(request, timeout=timeout, metadata=headers, flusher=flusher)
             while (response := await call.next()) is not None:
                 if first and response.HasField("delta"):
                     first = False
                     span.add_event(attributes.EVENT_FIRST_TOKEN)
+                elif response.HasField("accepted"):
+                    self._endpoints.remember(response.accepted.request_id, endpoint)
                 yield response
+            endpoint.succeed()
             span.succeed()
         except Exception as error:
             if isinstance(error, errors.HeadraceError):
                 self._advise(error)
+                if endpoint is not None:
+                    endpoint.fail(error)
             span.fail(error)
             raise
         finally:
-            self._caller.ended(call)
+            if endpoint is not None and call is not None:
+                self._endpoints.end(endpoint, call)
             span.end()
 
     def fail_calls(self, error: Exception) -> None:
         """End all calls of Generate in flight with *error*."""
-        self._caller.fail_all(error)
-
-
-@asynccontextmanager
-async def connect(
-    target: str,
-    *,
-    ca: str | PathLike[str] | None = None,
-    cert: str | PathLike[str] | None = None,
-    key: str | PathLike[str] | None = None,
-    tls: bool | None = None,
-    server_name: str = "",
-    credentials: grpc.ChannelCredentials | None = None,
-    token: str = "",
-    token_file: str | PathLike[str] | None = None,
-    plaintext_token: bool = False,
-    retries: int = 2,
-    patience: float = 30.0,
-    multiplex: bool | None = None,
-) -> AsyncGenerator[Client, None]:
-    """Open a client for *target*, such as "127.0.0.1:50051", "[::1]:50051" or "dns:///router:50051".
-
-    ca                  file with the authorities that sign the server's certificate, for TLS; read again when
-                        it changes, as are *cert* and *key*
-    cert, key           files of the client's certificate and private key, for servers that require one
-    tls                 whether to use TLS; None: if there is a *ca* or *cert*. Without *ca*, public
-                        authorities are trusted
-    server_name         the name that the server's certificate must have; empty: the host of *target*, of the
-                        first address if it has several
-    credentials         for TLS with credentials of gRPC instead
-    token               bearer token that proves who calls
-    token_file          file that contains it; read again when it changes
-    plaintext_token     whether to send it without TLS to another machine, where others may read it
-    retries, patience   see `Client`
-    multiplex           whether requests share one stream, which costs a fraction of the CPU time of one call
-                        each. None: they do once more than a few are in flight at a time, until the client was
-                        idle for a minute. Behind a load balancer that
-                        distributes calls, not connections, False keeps them distributed
-
-    Raises BadTls and BadToken if the files cannot be used.
-    """
-    authorization = authorization_of(token, token_file)
-    files = TlsFiles(*(Path(file) if file is not None else None for file in (ca, cert, key)))
-    reader = TlsReader(files) if tls or (tls is None and files != TlsFiles()) else None
-    if authorization is not no_authorization and credentials is None and reader is None:
-        check_plaintext(target, allowed=plaintext_token)
-    channel = open_channel(target, credentials=credentials, tls=reader, server_name=server_name)
-    advice = target_problem(target) if credentials is None else ""
-    if not advice and (variable := proxy_variable(target)):
-        advice = f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"
-    async with Client(
-        channel,
-        retries=retries,
-        patience=patience,
-        advice=advice,
-        target=target,
-        multiplex=multiplex,
-        authorization=authorization,
-    ) as client:
-        yield client
+        self._endpoints.fail_all(error)
 
 
 def _caller_id() -> str:
