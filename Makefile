@@ -17,7 +17,7 @@ OLDEST_VERSIONS := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-oldest check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
+.PHONY: help demo up test test-oldest tools check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -28,9 +28,12 @@ demo: $(STARTABLE) ## install, start a mesh with two models, send it mixed promp
 up: $(STARTABLE) ## start a mesh on 127.0.0.1:50051; Ctrl-C stops it
 	headrace up
 
-test: $(INSTALLED) ## run all tests, in one process more than there are cores; fetches the default models first
+test: $(INSTALLED) tools ## run all tests, in one process more than there are cores; fetches the default models first
 	headrace fetch
 	pytest -p tests.flaky -n auto --durations=10
+
+tools: ## install what the tests of manifests and telemetry run, in build/tools: kubectl, checkov, Prometheus, ... (30 s)
+	@$(PYTHON) -m tests.deploy.tools
 
 test-oldest: $(OLDEST)/.installed ## run the engine's tests with the oldest supported torch, in an environment of its own (6 GB)
 	PYTHONPATH=services $(OLDEST)/bin/python -m pytest -n auto tests/worker/engine

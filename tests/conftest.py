@@ -12,18 +12,23 @@ if not Path("/dev/nvidiactl").exists():
 
 import pytest
 from hypothesis import HealthCheck, settings
-from opentelemetry import metrics, trace
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry import trace
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import SpanLimits
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 
+from headrace.metrics.words import LABELS
+from headrace.runtime.telemetry.collection import read_by
+from headrace.runtime.telemetry.span_sampler import LinkedRoots
+from headrace.runtime.telemetry.spans import ReadableExporter, Tracers
 from tests import parallel
 from tests.harness import Mesh, running_mesh
 from tests.tables import Tables
 
-# Global providers can be set once in a process, so all tests share these.
+# The global provider of spans can be set once in a process, so all tests share it.
 _spans = InMemorySpanExporter()
 _reader = InMemoryMetricReader()
 
@@ -38,10 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     parallel.take_part(config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Tables())
-    tracers = TracerProvider()
-    tracers.add_span_processor(SimpleSpanProcessor(_spans))
-    trace.set_tracer_provider(tracers)
-    metrics.set_meter_provider(MeterProvider(metric_readers=[_reader]))
+    exporter = ReadableExporter(_spans, Resource.create({}), SpanLimits())
+    trace.set_tracer_provider(Tracers(LinkedRoots(DEFAULT_ON), [SimpleSpanProcessor(exporter)]))
+    read_by(_reader, Resource.get_empty())
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -59,9 +63,10 @@ def spans() -> InMemorySpanExporter:
 
 @pytest.fixture
 def count() -> Callable[..., float]:
-    """Return a function that reads a metric by our own labels: count("headrace.requests", outcome="stop").
+    """Return a function that reads a metric by our own labels: count("headrace.requests", outcome="ok").
 
-    It returns the sum of a counter, the value of a gauge, and the number of recordings of a histogram.
+    The services of a mesh in this process record the same series. It returns the sum of a counter, the value
+    of a gauge, and the number of recordings of a histogram.
     """
 
     def read(name: str, **labels: str) -> float:
@@ -74,7 +79,7 @@ def count() -> Callable[..., float]:
                         continue
                     for point in metric.data.data_points:
                         attributes = dict(point.attributes or {})
-                        if all(attributes.get(f"headrace.{key}") == value for key, value in labels.items()):
+                        if all(attributes.get(LABELS[key], "") == value for key, value in labels.items()):
                             total += point.count if hasattr(point, "count") else point.value
         return total
 

@@ -19,6 +19,7 @@ from headrace import attributes, errors
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.cli.__main__ import app
 from headrace.cli.launch.mesh import MeshSpec, Running, mesh
+from headrace.metrics.catalogue import METRICS
 from headrace.multiplex import limits
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.settings import PREFIX, ServiceSettings
@@ -34,6 +35,7 @@ PAGES = {
 }
 EVERYTHING = "\n".join(PAGES.values())
 README, CONTRACT, OPERATING = (PAGES[name] for name in ("README.md", "docs/contract.md", "docs/operating.md"))
+METRICS_PAGE = PAGES["docs/metrics.md"]
 SETTINGS: dict[str, type[ServiceSettings]] = {
     "router": RouterSettings,
     "batcher": BatcherSettings,
@@ -168,7 +170,7 @@ def test_every_command_of_ours_parses() -> None:
 
 def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for line in commands(EVERYTHING) if "python -m headrace." in line]
-    assert len(shown) == 4
+    assert len(shown) == 5
     for line in shown:
         with monkeypatch.context() as environment:
             words = shlex.split(line)
@@ -283,6 +285,7 @@ def test_the_limits_of_a_stream_are_those_of_the_table() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_span_metric_and_module_is_one(page: str) -> None:
     known = {value for value in vars(attributes).values() if isinstance(value, str)}
+    known |= {metric.name for metric in METRICS}
     for name in re.findall(r"`((?:headrace|gen_ai|rpc|router|batcher|worker)\.[a-z_.]+)`", PAGES[page]):
         module = PACKAGE.parent / name.replace(".", "/")
         assert name in known or module.with_suffix(".py").exists(), name
@@ -293,7 +296,47 @@ def test_every_metric_to_watch_is_one() -> None:
     named = set(re.findall(r"`([a-z_.]+)`", table))
 
     assert len(named) > 15
-    assert named <= {value for name, value in vars(attributes).items() if name.startswith("METRIC_")}
+    assert named <= {metric.name for metric in METRICS}
+
+
+def test_the_table_of_metrics_is_the_catalogue() -> None:
+    listed = list(rows(METRICS_PAGE, "## All metrics"))
+
+    assert listed == [
+        [
+            f"`{metric.name}`",
+            f"`{metric.prometheus_name}`",
+            metric.kind,
+            metric.unit,
+            ", ".join(f"`{_label(name)}`" for name in metric.attribute_names) or "-",
+            ", ".join(metric.services),
+            metric.description,
+        ]
+        for metric in METRICS
+    ]
+
+
+def test_every_label_of_a_metric_is_explained() -> None:
+    explained = {
+        name for names, _ in rows(METRICS_PAGE, "## Labels") for name in re.findall(r"`([a-z_]+)`", names)
+    }
+
+    assert explained == {_label(name) for metric in METRICS for name in metric.attribute_names}
+
+
+def test_every_query_is_of_metrics_that_exist() -> None:
+    known = {metric.prometheus_name for metric in METRICS}
+    labels = {_label(name) for metric in METRICS for name in metric.attribute_names}
+    known |= {f"{metric.prometheus_name}_bucket" for metric in METRICS if metric.kind == "histogram"}
+    queries = [query for _, query in rows(METRICS_PAGE, "## Queries")]
+
+    assert len(queries) > 5
+    for name in re.findall(r"\b(?:headrace|gen_ai|rpc|process)_\w+", " ".join(queries)):
+        assert name in known | labels, name
+
+
+def _label(name: str) -> str:
+    return name.replace(".", "_")
 
 
 def test_every_message_to_troubleshoot_is_one() -> None:

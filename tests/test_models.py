@@ -426,3 +426,14 @@ def test_importing_models_is_cheap() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert out.stdout.strip() == "[]"
+
+
+def test_the_command_fetches_the_models_that_it_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from headrace.models.__main__ import main
+
+    with pytest.raises(SystemExit, match="'unheard-of' is not a known model"):
+        main([str(tmp_path), "unheard-of", models.LARGE])
+
+    assert capsys.readouterr().out.splitlines() == [f"fetching {tmp_path}", "fetching unheard-of"]

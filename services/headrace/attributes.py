@@ -25,8 +25,8 @@ RPC_SYSTEM = "rpc.system.name"
 RPC_METHOD = "rpc.method"
 RPC_STATUS_CODE = "rpc.status_code"
 ERROR_TYPE = "error.type"
-METRIC_SERVER_CALL_DURATION = "rpc.server.call.duration"
-METRIC_CLIENT_CALL_DURATION = "rpc.client.call.duration"
+SERVER_ADDRESS = "server.address"
+SERVER_PORT = "server.port"
 
 # GenAI semantic conventions (development).
 GEN_AI_OPERATION = "gen_ai.operation.name"
@@ -35,12 +35,11 @@ GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
 GEN_AI_REQUEST_MAX_TOKENS = "gen_ai.request.max_tokens"
 GEN_AI_REQUEST_TEMPERATURE = "gen_ai.request.temperature"
 GEN_AI_FINISH_REASONS = "gen_ai.response.finish_reasons"
+GEN_AI_INPUT_MESSAGES = "gen_ai.input.messages"
+GEN_AI_OUTPUT_MESSAGES = "gen_ai.output.messages"
 GEN_AI_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 GEN_AI_CACHE_READ_TOKENS = "gen_ai.usage.cache_read.input_tokens"
 GEN_AI_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
-METRIC_TTFT = "gen_ai.server.time_to_first_token"
-METRIC_TPOT = "gen_ai.server.time_per_output_token"
-METRIC_REQUEST_DURATION = "gen_ai.server.request.duration"
 
 # Headrace.
 REQUEST_ID = "headrace.request.id"
@@ -58,35 +57,24 @@ BATCHER = "headrace.batcher.address"
 ATTEMPT = "headrace.attempt"
 OUTCOME = "headrace.outcome"
 QUEUE_STAGE = "headrace.queue.stage"
+FINISH_REASON = "headrace.finish_reason"
+WASTE_CAUSE = "headrace.waste.cause"
+ROUTE_CAUSE = "headrace.route.cause"
+VERDICT = "headrace.verdict"
+TOKEN_SOURCE = "headrace.token.source"
+CREDIT_KIND = "headrace.credit.kind"
+STATE = "headrace.state"
+TENANT = "headrace.tenant"
 TENANT_CLASS = "headrace.tenant.class"
 QUOTA_LIMIT = "headrace.quota.limit"
 QUOTA_MODE = "headrace.quota.mode"
-METRIC_TOKENS = "headrace.generated_tokens"
-METRIC_TOKEN_RATE = "headrace.tokens_per_second"
-METRIC_REQUESTS = "headrace.requests"
-METRIC_QUEUE_DEPTH = "headrace.queue.depth"
-METRIC_QUEUE_WAIT = "headrace.queue.wait"
-METRIC_BATCH_SIZE = "headrace.batch.size"
-METRIC_RUNNING = "headrace.sequences.running"
-METRIC_WAITING = "headrace.sequences.waiting"
-METRIC_ENDED = "headrace.sequences.ended"
-METRIC_PAUSED = "headrace.sequences.paused"
-METRIC_PREEMPTIONS = "headrace.sequences.preempted"
-METRIC_KV_USAGE = "headrace.kv.usage"
-METRIC_CACHED_TOKENS = "headrace.kv.cached_tokens"
-METRIC_STEP_ROWS = "headrace.step.rows"
-METRIC_STEP_SECONDS = "headrace.step.duration"
-METRIC_FAILOVERS = "headrace.failovers"
-METRIC_ROUTED = "headrace.routed"
-METRIC_DRAFTS = "headrace.drafts"
-METRIC_BILLED_TOKENS = "headrace.billed_tokens"
-METRIC_COST = "headrace.cost"
-METRIC_LARGEST_COST = "headrace.largest_tier_cost"
-METRIC_FEEDBACK = "headrace.feedback"
-METRIC_QUOTA_REFUSALS = "headrace.quota.refusals"
 
-# Bucket boundaries from the conventions, in seconds, except for BUCKETS_SIZE.
+# Metrics are declared in `metrics.catalogue`. Bucket boundaries from the conventions, in seconds, except for
+# BUCKETS_SIZE and BUCKETS_SHARE.
 BUCKETS_CALL = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 BUCKETS_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 BUCKETS_TPOT = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+BUCKETS_DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 BUCKETS_SIZE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BUCKETS_SHARE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+BUCKETS_LAG = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)

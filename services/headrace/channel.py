@@ -113,6 +113,16 @@ def target_problem(target: str) -> str:
     return ""
 
 
+def server_address(target: str) -> tuple[str, int] | None:
+    """Return host and port of a target; None if it has several addresses, or none with a port."""
+    scheme = _SCHEME.match(target)
+    if scheme and scheme[1].lower() in _LOCAL_SCHEMES:
+        return None
+    addresses = _addresses(target)
+    host, port = split(addresses[0])
+    return (host, int(port)) if len(addresses) == 1 and port.isascii() and port.isdigit() else None
+
+
 def is_local(target: str) -> bool:
     """Return whether all addresses of a target are on this machine. Names are not resolved."""
     scheme = _SCHEME.match(target)

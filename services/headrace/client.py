@@ -17,15 +17,15 @@ import secrets
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, Self, TypeVar
 
 import grpc
-from opentelemetry import metrics, trace
 
 from headrace import attributes, errors, statuses
 from headrace.channel import MAX_MESSAGE_BYTES, open_channel, proxy_variable, target_problem
+from headrace.client_span import Attempts, ClientSpan, server_attributes
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
 from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
@@ -40,16 +40,11 @@ T = TypeVar("T")
 LONGEST_SECONDS = 1e8  # three years: gRPC treats deadlines of centuries, or infinity, as expired
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
+_EXPLAIN = "headrace.v1.RoutingService/Explain"
+_FEEDBACK = "headrace.v1.RoutingService/Feedback"
 LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
 
 _EMPTY: Mapping[str, Any] = {}
-
-_tracer = trace.get_tracer("headrace.client")
-_call_duration = metrics.get_meter("headrace.client").create_histogram(
-    attributes.METRIC_CLIENT_CALL_DURATION,
-    unit="s",
-    explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL,
-)
 
 
 def chat(
@@ -87,6 +82,7 @@ class Client:
     retries   most retries of a request that failed with UNAVAILABLE before any event
     patience  seconds for which an answer that has begun waits, within its deadline, for a server to resume it
     advice    added to the error message of calls that reach no server
+    target    what the channel connects to, for spans
     multiplex, stall_seconds, caller_id   see `headrace.multiplex.calling.Caller`
     """
 
@@ -97,12 +93,14 @@ class Client:
         retries: int = 2,
         patience: float = 30.0,
         advice: str = "",
+        target: str = "",
         multiplex: bool | None = None,
         stall_seconds: float = STALL_SECONDS,
         caller_id: str = "",
     ) -> None:
         self._channel = channel
         self._advice = advice
+        self._server = server_attributes(target)
         self._caller = Caller(
             channel, multiplex=multiplex, stall_seconds=stall_seconds, caller_id=caller_id or _caller_id()
         )
@@ -147,6 +145,7 @@ class Client:
         check_headers(metadata or {})
         deadline = Deadline.after(timeout, time.monotonic())
         answer = _Answer(request) if resume else None
+        attempts = Attempts()
         failures = 0  # consecutive ones that brought nothing
         since = 0.0  # time.monotonic() of the first of them
         while True:
@@ -157,7 +156,11 @@ class Client:
                     left = min(max(deadline.left(time.monotonic()), 0.0), LONGEST_SECONDS)
                 outgoing = request if answer is None else answer.request()
                 stream = self.attempt(
-                    outgoing, timeout=left, metadata=metadata or _EMPTY, labels=labels or _EMPTY
+                    outgoing,
+                    timeout=left,
+                    metadata=metadata or _EMPTY,
+                    labels=labels or _EMPTY,
+                    attempts=attempts,
                 )
                 async with aclosing(stream) as responses:
                     async for response in responses:
@@ -187,11 +190,9 @@ class Client:
         self, request: pb.GenerateRequest, *, timeout: float = 5.0
     ) -> routing_service_pb2.ExplainResponse:
         """Return which tier the router would choose for *request*, and why. Nothing is generated."""
-        return await self._unary(
-            self._routing.Explain(
-                routing_service_pb2.ExplainRequest(request=request), timeout=timeout, metadata=inject()
-            )
-        )
+        asked = routing_service_pb2.ExplainRequest(request=request)
+        with self._span(_EXPLAIN) as headers:
+            return await self._unary(self._routing.Explain(asked, timeout=timeout, metadata=headers))
 
     async def list_tiers(self, *, timeout: float = 5.0) -> routing_service_pb2.ListTiersResponse:
         """Return the tiers with model, limits, health and load, smallest first."""
@@ -221,7 +222,21 @@ class Client:
             request.ok = ok
         if quality is not None:
             request.quality = quality
-        return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=inject()))
+        with self._span(_FEEDBACK) as headers:
+            return await self._unary(self._routing.Feedback(request, timeout=timeout, metadata=headers))
+
+    @contextmanager
+    def _span(self, method: str) -> Generator[list[tuple[str, str]], None, None]:
+        """Make the call in the block a client span; yield the metadata to send with it."""
+        span = ClientSpan(method, self._server)
+        try:
+            yield inject(span.context)
+            span.succeed()
+        except Exception as error:
+            span.fail(error)
+            raise
+        finally:
+            span.end()
 
     async def _unary(self, call: Awaitable[T]) -> T:
         try:
@@ -247,46 +262,37 @@ class Client:
         metadata: Mapping[str, str] = _EMPTY,
         labels: Mapping[str, str | int] = _EMPTY,
         flusher: Flusher | None = None,
+        attempts: Attempts | None = None,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Make one call, in a client span with events for the first token and the end, and stream its events.
 
         flusher   when tokens that were gathered on the shared stream are handed over; None: each at once
+        attempts  those made for the same request
 
         The other arguments are those of `generate`, which makes further attempts if this one fails.
         """
-        # Not `start_as_current_span`: a generator runs in the context of each caller that requests an item.
-        span = _tracer.start_span(
-            _GENERATE,
-            kind=trace.SpanKind.CLIENT,
-            attributes={attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: _GENERATE, **labels},
+        # The span is never the current one: a generator runs in the context of each caller that requests an
+        # item.
+        span = ClientSpan(_GENERATE, self._server, labels, attempts)
+        call = self._caller.call(
+            request, timeout=timeout, metadata=inject(span.context, metadata), flusher=flusher
         )
-        headers = inject(trace.set_span_in_context(span), metadata)
-        began = time.monotonic()
-        code = grpc.StatusCode.CANCELLED  # if nothing below sets another one
-        call = self._caller.call(request, timeout=timeout, metadata=headers, flusher=flusher)
-        first = span.is_recording()
+        first = span.recording
         try:
             while (response := await call.next()) is not None:
                 if first and response.HasField("delta"):
                     first = False
                     span.add_event(attributes.EVENT_FIRST_TOKEN)
                 yield response
-            code = grpc.StatusCode.OK
-            span.add_event(attributes.EVENT_FINISH)
-        except errors.HeadraceError as error:
-            code = error.code
-            self._advise(error)
-            span.set_attribute(attributes.ERROR_TYPE, error.reason)
-            span.set_status(trace.StatusCode.ERROR, error.message)
+            span.succeed()
+        except Exception as error:
+            if isinstance(error, errors.HeadraceError):
+                self._advise(error)
+            span.fail(error)
             raise
         finally:
             self._caller.ended(call)
-            span.set_attribute(attributes.RPC_STATUS_CODE, code.name)
             span.end()
-            _call_duration.record(
-                time.monotonic() - began,
-                {attributes.RPC_METHOD: _GENERATE, attributes.RPC_STATUS_CODE: code.name},
-            )
 
     def fail_calls(self, error: Exception) -> None:
         """End all calls of Generate in flight with *error*."""
@@ -364,7 +370,7 @@ async def connect(
     if not advice and (variable := proxy_variable(target)):
         advice = f"connections to {target} use the proxy that {variable} sets; no_proxy exempts hosts"
     async with Client(
-        channel, retries=retries, patience=patience, advice=advice, multiplex=multiplex
+        channel, retries=retries, patience=patience, advice=advice, target=target, multiplex=multiplex
     ) as client:
         yield client
 

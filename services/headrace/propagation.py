@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache, lru_cache
 from importlib.metadata import entry_points
+from typing import Any
 
-from opentelemetry import trace
+from opentelemetry import baggage, trace
 from opentelemetry.context import Context
-from opentelemetry.propagators.textmap import Getter
+from opentelemetry.propagators.textmap import Getter, TextMapPropagator
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from headrace import errors
@@ -21,6 +23,10 @@ from headrace import errors
 _KEY = re.compile(r"(?!grpc-)[a-z0-9._-]+")
 _VALUE = re.compile(r"[ -~]*")
 
+# The usual traceparent is parsed and written here: OpenTelemetry's propagators take four times as long.
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+
+_FLAGS = [trace.TraceFlags(flags) for flags in range(256)]
 _w3c = TraceContextTextMapPropagator()
 
 
@@ -35,6 +41,9 @@ class _Headers(Getter[Mapping[str, str]]):
         return list(carrier)
 
 
+_HEADERS = _Headers()
+
+
 def check_headers(headers: Mapping[str, str]) -> None:
     """Raise InvalidRequest for headers that gRPC cannot send."""
     for key, value in headers.items():
@@ -47,20 +56,42 @@ def check_headers(headers: Mapping[str, str]) -> None:
 
 def inject(context: Context | None = None, headers: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
     """Return metadata with *headers* and the propagated *context*, by default the current one."""
-    # Imported here: the import raises if OTEL_PROPAGATORS names one that is not installed; see `problem`.
-    from opentelemetry import propagate
-
+    textmap = _api().get_global_textmap()
+    if _is_standard(textmap) and not baggage.get_all(context):
+        made = list(headers.items()) if headers else []
+        traceparent, tracestate = to_w3c(trace.get_current_span(context))
+        made += [("traceparent", traceparent)] if traceparent else ()
+        made += [("tracestate", tracestate)] if tracestate else ()
+        return made
     carrier = dict(headers or {})
-    propagate.inject(carrier, context=context)
+    textmap.inject(carrier, context=context)
     return [(key.lower(), value) for key, value in carrier.items()]
 
 
 def extract(metadata: Iterable[tuple[str, str | bytes]]) -> Context:
     """Return the context that a caller sent."""
+    textmap = _api().get_global_textmap()
+    carrier = {key: value for key, value in metadata if isinstance(value, str)}
+    if _is_standard(textmap) and "tracestate" not in carrier and "baggage" not in carrier:
+        match = _TRACEPARENT.fullmatch(carrier.get("traceparent", ""))
+        if match is not None:
+            return trace.set_span_in_context(trace.NonRecordingSpan(_parsed(match)), Context())
+    context: Context = textmap.extract(carrier, getter=_HEADERS)
+    return context
+
+
+@cache
+def _api() -> Any:
+    # Imported late: the import raises if OTEL_PROPAGATORS names one that is not installed; see `problem`.
     from opentelemetry import propagate
 
-    carrier = {key: value for key, value in metadata if isinstance(value, str)}
-    return propagate.extract(carrier, getter=_Headers())
+    return propagate
+
+
+@lru_cache(maxsize=2)
+def _is_standard(textmap: TextMapPropagator) -> bool:
+    """Return whether the propagators are W3C's for trace context and baggage, which is the default."""
+    return textmap.fields == {"traceparent", "tracestate", "baggage"}
 
 
 def problem() -> str:
@@ -81,12 +112,21 @@ def problem() -> str:
 
 def to_w3c(span: trace.Span) -> tuple[str, str]:
     """Return traceparent and tracestate of a span; empty if it is invalid."""
-    carrier: dict[str, str] = {}
-    _w3c.inject(carrier, context=trace.set_span_in_context(span))
-    return carrier.get("traceparent", ""), carrier.get("tracestate", "")
+    context = span.get_span_context()
+    if not context.is_valid:
+        return "", ""
+    parent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+    return parent, context.trace_state.to_header() if context.trace_state else ""
 
 
 def from_w3c(traceparent: str, tracestate: str) -> trace.SpanContext:
     """Return the span context of traceparent and tracestate; invalid if they are."""
+    if not tracestate and (match := _TRACEPARENT.fullmatch(traceparent)) is not None:
+        return _parsed(match)
     context = _w3c.extract({"traceparent": traceparent, "tracestate": tracestate})
     return trace.get_current_span(context).get_span_context()
+
+
+def _parsed(match: re.Match[str]) -> trace.SpanContext:
+    trace_id, span_id, flags = match.groups()
+    return trace.SpanContext(int(trace_id, 16), int(span_id, 16), True, _FLAGS[int(flags, 16)])

@@ -16,6 +16,19 @@ from headrace import errors
 from headrace.quoting import clipped
 
 DOMAIN = "headrace"
+# By the RPC conventions, these are errors of the server. Others are the caller's, such as INVALID_ARGUMENT or
+# CANCELLED, or normal operation, such as RESOURCE_EXHAUSTED: they leave the status of a server's span unset.
+SERVER_ERRORS = frozenset(
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
+
 DETAILS_KEY = "grpc-status-details-bin"  # where gRPC carries a google.rpc.Status
 # Most bytes of a message on the wire. A status travels in headers, which peers limit to 8 KiB in all, and its
 # message is there up to three times, escaped.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
@@ -161,7 +161,13 @@ async def paused(tier: Tier) -> admin.BatcherState:
             last = now
 
 
-async def test_an_answer_paused_for_its_reader_holds_no_slot_and_is_completed_later() -> None:
+async def test_an_answer_paused_for_its_reader_holds_no_slot_and_is_completed_later(
+    count: Callable[..., float],
+) -> None:
+    paused_before, wasted = (
+        count("headrace.sequences.paused"),
+        count("headrace.tokens.wasted", cause="slow_reader"),
+    )
     async with running_tier(
         [EchoEngine(max_running=1)], max_unread_tokens=200, max_unread_seconds=600, max_tokens=LONG
     ) as tier:
@@ -184,6 +190,8 @@ async def test_an_answer_paused_for_its_reader_holds_no_slot_and_is_completed_la
     assert bytes(ids) == (b"abcdefg " * LONG)[:LONG]
     assert finish.reason == pb.FINISH_REASON_LENGTH
     assert finish.usage.replayed_tokens > 0
+    assert count("headrace.sequences.paused") > paused_before
+    assert count("headrace.tokens.wasted", cause="slow_reader") - wasted == finish.usage.wasted_tokens
 
 
 async def test_a_caller_that_never_reads_receives_slow_reader_and_can_resume() -> None:

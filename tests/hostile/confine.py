@@ -20,13 +20,11 @@ UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
 def manifest_limit(service: str) -> int:
-    """Return the memory limit in bytes of a pod of *service*; of its tiers, the least."""
-    limits = []
-    for found in yaml.safe_load_all((BASE / f"{service}.yaml").read_text()):
-        if found["kind"] == "Deployment":
-            (container,) = found["spec"]["template"]["spec"]["containers"]
-            limits.append(parsed(container["resources"]["limits"]["memory"]))
-    return min(limits)
+    """Return the memory limit in bytes of a pod of *service*; of a tier, that of the base."""
+    (file,) = BASE.rglob(f"{service}.yaml")
+    (found,) = (each for each in yaml.safe_load_all(file.read_text()) if each["kind"] == "Deployment")
+    (container,) = found["spec"]["template"]["spec"]["containers"]
+    return parsed(container["resources"]["limits"]["memory"])
 
 
 def parsed(quantity: str) -> int:

@@ -19,7 +19,7 @@ SYSTEM = "You are a helpful assistant who answers with what was asked. "
 async def test_the_cached_prefix_of_a_prompt_is_reported(
     count: Callable[..., float], spans: InMemorySpanExporter
 ) -> None:
-    before = count("headrace.kv.cached_tokens")
+    before = count("headrace.prefix.tokens", source="cached")
     async with running_mesh("only", engine=lambda: EchoEngine(block_tokens=8)) as mesh:
         first = await collect(mesh.client, prompt(SYSTEM + "Who?"))
         second = await collect(mesh.client, prompt(SYSTEM + "And where was it?"))
@@ -28,7 +28,7 @@ async def test_the_cached_prefix_of_a_prompt_is_reported(
     assert len(SYSTEM) == 61
     assert (first.finish.usage.cached_tokens, second.finish.usage.cached_tokens) == (0, 56)
     assert second.text == SYSTEM + "And where was it?"
-    assert count("headrace.kv.cached_tokens") - before == 56
+    assert count("headrace.prefix.tokens", source="cached") - before == 56
     prefills = [span.attributes or {} for span in spans.get_finished_spans() if span.name == "worker.prefill"]
     assert [attributes["gen_ai.usage.cache_read.input_tokens"] for attributes in prefills] == [0, 56]
 

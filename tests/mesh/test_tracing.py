@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,7 +23,7 @@ from opentelemetry.propagators.textmap import (
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from headrace import errors
+from headrace import client_span, errors
 from headrace.cli.demo.otlp_receiver import Span, is_complete, otlp_receiver
 from headrace.cli.launch.mesh import MeshSpec
 from headrace.cli.launch.mesh import mesh as processes
@@ -131,7 +131,8 @@ async def test_the_span_of_a_failed_or_cancelled_stream_has_its_status(spans: In
 
 async def test_the_core_metrics_are_recorded(count: Callable[..., float]) -> None:
     names = (
-        "headrace.generated_tokens",
+        "headrace.tokens.generated",
+        "headrace.tokens.delivered",
         "gen_ai.server.time_to_first_token",
         "gen_ai.server.time_per_output_token",
         "gen_ai.server.request.duration",
@@ -145,7 +146,9 @@ async def test_the_core_metrics_are_recorded(count: Callable[..., float]) -> Non
     async with running_mesh(engine=lambda: EchoEngine(step_seconds=0.005)) as mesh:
         answer = await collect(mesh.client, prompt("x" * 3000, max_tokens=300))
 
-    assert count("headrace.generated_tokens") - before["headrace.generated_tokens"] == answer.tokens == 300
+    assert count("headrace.tokens.generated") - before["headrace.tokens.generated"] == answer.tokens == 300
+    delivered = count("headrace.tokens.delivered") - before["headrace.tokens.delivered"]
+    assert delivered == 2 * 300, "by the batcher to the router, and by the router"
     await eventually(lambda: count("rpc.server.call.duration") > before["rpc.server.call.duration"])
     for name in names:
         assert count(name) > before[name], name
@@ -282,6 +285,68 @@ async def test_the_context_of_a_caller_can_be_ignored(spans: InMemorySpanExporte
     (entry,) = [s for s in spans.get_finished_spans() if s.kind.name == "SERVER" and s.parent is None]
     assert not entry.links
     assert entry.context.trace_id != 0x1234
+
+
+@pytest.mark.parametrize("sampler", ["parentbased_traceidratio", "traceidratio"])
+async def test_a_sampled_request_is_recorded_at_all_hops_and_another_at_none(
+    sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the requests. A batch is recorded if one of its requests is, and links to all of them."""
+    requests = 40
+    monkeypatch.setattr(client_span, "_tracer", trace.NoOpTracer())  # a caller that traces nothing
+    async with otlp_receiver() as sink:
+        variables = {
+            **sink.environment,
+            "OTEL_TRACES_SAMPLER": sampler,
+            "OTEL_TRACES_SAMPLER_ARG": "0.5",
+        }
+        spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", fake=True, environment=variables)
+        async with processes(spec) as running, connect(running.address) as client:
+            await asyncio.gather(*(collect(client, chat(f"hello {number}")) for number in range(requests)))
+    # All processes have ended, and so exported what they had.
+    batches = [span for span in sink.spans if span.name == "batcher.batch"]
+    of_request: dict[str, list[Span]] = {}
+    for span in sink.spans:
+        if span.name != "batcher.batch":
+            of_request.setdefault(span.trace_id, []).append(span)
+
+    assert 5 <= len(of_request) <= 35
+    whole = sorted(
+        [GENERATE] * 3  # router, router's client, batcher
+        + ["router.score", "batcher.tokenize", "batcher.queue", "worker.prefill", "worker.decode"]
+    )
+    for spans in of_request.values():
+        assert sorted(span.name for span in spans) == whole
+    recorded = {span.span_id for spans in of_request.values() for span in spans}
+    for batch in batches:
+        assert recorded & set(batch.links), "a batch without a recorded request"
+    members = {link for batch in batches for link in batch.links}
+    entries = {span.span_id for span in sink.spans if span.service == "headrace-batcher"}
+    assert len(members & entries) == len(of_request), "each recorded request has its batch"
+    assert all(link in recorded | {batch.span_id for batch in batches} for link in links_of(of_request))
+
+
+def links_of(of_request: Mapping[str, Sequence[Span]]) -> list[str]:
+    return [link for spans in of_request.values() for span in spans for link in span.links]
+
+
+async def test_an_answer_that_the_client_resumes_is_one_trace(spans: InMemorySpanExporter) -> None:
+    """Also without a span of the caller. Otherwise the rest of a sampled answer might not be."""
+    async with running_mesh("only", engine=lambda: EchoEngine(step_seconds=0.01)) as mesh:
+        reading = asyncio.create_task(collect(mesh.client, prompt("x" * 50, max_tokens=50)))
+        await eventually(lambda: mesh.tiers["only"].worker.streams.in_flight)
+        mesh.client.fail_calls(errors.Unavailable("the connection broke"))
+        assert (await reading).tokens == 50
+        await eventually(lambda: not mesh.left_behind)
+
+    attempts = [
+        span
+        for span in by_name(spans.get_finished_spans(), GENERATE)
+        if span.kind.name == "CLIENT" and (span.parent is None or not span.parent.is_remote)
+    ]
+    entries = [s for s in by_name(spans.get_finished_spans(), GENERATE) if s.kind.name == "SERVER"]
+    assert len(entries) == 4, "two attempts at two hops"
+    assert len({span.context.trace_id for span in [*attempts, *entries]}) == 1
 
 
 class Noting(TextMapPropagator):

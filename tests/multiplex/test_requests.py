@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -165,12 +165,14 @@ async def test_requests_count_as_calls_and_bytes_in_flight() -> None:
         assert (served.serving.budget.calls, served.serving.budget.bytes) == (1, 0)
 
 
-async def test_a_busy_server_rejects_the_one_request() -> None:
+async def test_a_busy_server_rejects_the_one_request(count: Callable[..., float]) -> None:
+    refused = count("headrace.requests.refused", error="SERVER_BUSY")
     async with server(Limits(max_calls=8)) as served, served.stream() as caller:
         await caller.open(*["wait"] * 6)
         await caller.answers(4, 5, 6)
 
         assert {caller.reason(n) for n in (4, 5, 6)} == {"SERVER_BUSY"}
+        assert count("headrace.requests.refused", error="SERVER_BUSY") == refused + 3
         assert caller.ends[4].retry_after
         await caller.send(cancel=[1])
         await caller.answers(1)

@@ -96,11 +96,11 @@ async def test_a_draft_is_checked_without_a_sample_that_cannot_be_requested(
 async def test_a_draft_that_cannot_be_checked_is_released(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, count: Callable[..., float]
 ) -> None:
-    before = count("headrace.drafts", outcome="unchecked")
+    before = count("headrace.drafts", verdict="unchecked")
     answer = await answered_without(monkeypatch, DraftChecker, "check")
 
     assert answer.accepted.tier == "small"
-    assert count("headrace.drafts", outcome="unchecked") == before + 2
+    assert count("headrace.drafts", verdict="unchecked") == before + 2
     record = next(record for record in caplog.records if record.message.startswith("optional step failed"))
     assert (vars(record)["step"], vars(record)["error"]) == ("draft check", "ValueError")
 

@@ -188,6 +188,28 @@ def test_the_reason_names_score_bound_and_health() -> None:
     assert "'small' cannot serve" in why(decide(0.2, Hints(), two(small=False)))
 
 
+@pytest.mark.parametrize(
+    ("decision", "cause"),
+    [
+        (decide(0.2, Hints(), two()), "score"),
+        (decide(0.2, Hints(tier="small"), two()), "score"),  # the hint changes nothing
+        (decide(0.2, Hints(), two(), floor="large"), "conversation"),
+        (decide(0.2, Hints(min_tier="large"), two()), "hint"),
+        (decide(0.2, Hints(), two(small=False)), "health"),
+        (decide(0.2, Hints(), two(), exclude=["small"]), "health"),
+        (decide(0.1, Hints(), [TierView("s", 0.0, saturated=True), TierView("l", 0.5)]), "load"),
+        (
+            decide(
+                0.1, Hints(), [TierView("s", 0, price=Price(2, 2)), TierView("l", 0.5, price=Price(1, 1))]
+            ),
+            "price",
+        ),
+    ],
+)
+def test_the_cause_of_a_decision_is_one_of_few_words(decision: Decision, cause: str) -> None:
+    assert decision.cause == cause
+
+
 def test_a_full_tier_is_replaced_by_the_next() -> None:
     full = [TierView("small", 0.0, saturated=True), TierView("large", 0.5)]
 

@@ -145,13 +145,28 @@ def test_a_variable_that_kubernetes_set_for_a_service_is_explained(
 
 
 @pytest.mark.parametrize("settings", [BatcherSettings, RouterSettings, WorkerSettings])
-def test_only_the_port_has_a_variable_name_that_kubernetes_uses(
+def test_only_ports_have_a_variable_name_that_kubernetes_uses(
     settings: type[BatcherSettings | RouterSettings | WorkerSettings],
 ) -> None:
     """For any Service name: headrace, headrace-cache..."""
     given = re.compile(r"(.*_)?(port|service_host|service_port(_\w+)?|port_\d+_\w+)")
 
-    assert {name for name in settings.model_fields if given.fullmatch(name)} == {"port"}
+    assert {name for name in settings.model_fields if given.fullmatch(name)} == {"port", "metrics_port"}
+
+
+def test_a_service_named_headrace_metrics_is_explained_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_METRICS_PORT", "tcp://10.0.0.1:9464")
+
+    assert "a Service named 'headrace-metrics'" in complaint_of(WorkerSettings, ["--fake"], capsys)
+
+
+def test_each_process_of_a_router_needs_a_port_for_its_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tiers", "s=a:1", "--processes", "4", "--metrics-port"]
+
+    assert RouterSettings.load([*flags, "65532"]).metrics_port == 65532
+    assert "HEADRACE_METRICS_PORT=65533" in complaint_of(RouterSettings, [*flags, "65533"], capsys)
 
 
 def test_other_variables_of_a_service_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.scraping import scraping
 from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
@@ -84,7 +85,9 @@ async def batcher(
         ageing=settings.ageing_seconds,
         defaults=defaults,
     ) as intake:
-        answering = Answering(coalescer, intake, tokenizer, tier=settings.tier)
+        answering = Answering(
+            coalescer, intake, tokenizer, tier=settings.tier, trace_content=settings.trace_content
+        )
         calls = Calls(settings.limits, trace_context=settings.trace_context)
         servicer = GenerationServicer(
             answering, coalescer, intake, calls, tier=settings.tier, max_tokens=settings.max_tokens
@@ -120,7 +123,11 @@ async def main(settings: Settings) -> None:
     identity = f"{settings.tier}-{socket.gethostname()}-{os.getpid()}"
     log.info("loading", extra={"stage": "tokenizer", "model": settings.model or "echo"})
     tokenizer, defaults = await asyncio.to_thread(_load, settings)
-    async with telemetry("batcher", instance=identity), batcher(settings, tokenizer, identity, defaults):
+    async with (
+        telemetry("batcher", instance=identity),
+        scraping(settings.metrics_host, settings.metrics_port, "batcher", identity),
+        batcher(settings, tokenizer, identity, defaults),
+    ):
         await until_signal()
 
 

@@ -9,26 +9,39 @@ from __future__ import annotations
 import asyncio
 import time
 
-from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
-from headrace.batcher.text.answer import AnswerEvents, record_unanswered
+from headrace.batcher.text.answer import AnswerEvents
+from headrace.batcher.text.recorded_text import RecordedText
 from headrace.batcher.text.tokens import Tokenizer
 from headrace.deadline import Deadline
+from headrace.metrics.requests import CANCELLED, End, Timing, record
 from headrace.multiplex.serving import Write
+from headrace.runtime.security.identity import current
 from headrace.v1 import generation_pb2 as pb
 
 
 class Answering:
-    """Answers the requests of one tier."""
+    """Answers the requests of one tier.
 
-    def __init__(self, coalescer: Coalescer, intake: Intake, tokenizer: Tokenizer, *, tier: str) -> None:
+    trace_content   whether spans contain prompts and answers
+    """
+
+    def __init__(
+        self,
+        coalescer: Coalescer,
+        intake: Intake,
+        tokenizer: Tokenizer,
+        *,
+        tier: str,
+        trace_content: bool = False,
+    ) -> None:
         self._coalescer = coalescer
         self._intake = intake
         self._tokenizer = tokenizer
         self._tier = tier
-        self._labels = {attributes.TIER: tier}
+        self._trace_content = trace_content
 
     async def answer(
         self, request: pb.GenerateRequest, remaining: float | None, write: Write, *, framed: bool = False
@@ -43,50 +56,63 @@ class Answering:
         Raises the error that ends the call.
         """
         job = await self._job(request, remaining, framed)
+        text: RecordedText | None = None
+        if self._trace_content and job.span.is_recording():
+            text = RecordedText(request, write)
+            write = text.write
         try:
             await self._run(job, request, write)
         finally:
+            if text is not None:
+                job.span.set_attributes(text.attributes())
             if job.release_place is not None:
                 job.release_place()
 
     async def _job(self, request: pb.GenerateRequest, remaining: float | None, framed: bool) -> Job:
         arrived = time.monotonic()
-        outcome = "cancelled"  # until it ends otherwise
+        end: End | None = CANCELLED  # until it ends otherwise
         try:
             deadline = Deadline.after(remaining, arrived)
             job = await self._intake.job(request, arrived, deadline, framed=framed)
-            outcome = ""
-        except errors.HeadraceError as error:
-            # A request that no tier can answer is not an outcome of this tier.
-            outcome = "" if isinstance(error, errors.InvalidRequest) else error.reason.lower()
+            end = None
+        except Exception as error:
+            end = End.by(error)
             raise
         finally:
-            if outcome:
-                record_unanswered(self._labels, outcome, time.monotonic() - arrived)
+            if end is not None:
+                record(
+                    end,
+                    Timing(arrived),
+                    time.monotonic(),
+                    tier=self._tier,
+                    model="",
+                    chat=request.HasField("chat"),
+                    tenant_class=current().quota,
+                )
         return job
 
     async def _run(self, job: Job, request: pb.GenerateRequest, write: Write) -> None:
-        answer = AnswerEvents(job, request, self._tokenizer, self._labels)
-        outcome = "cancelled"  # until it ends otherwise
+        answer = AnswerEvents(job, request, self._tokenizer, tier=self._tier)
+        end = CANCELLED  # until it ends otherwise
         try:
             # One timer for the whole call: a timeout around each wait would cost more than the token.
             async with asyncio.timeout_at(job.response_deadline.timeout_at) as job.timeout:
                 await self._write_events(job, answer, write)
-            outcome = answer.outcome
+            end = End.complete(answer.finish)
         except TimeoutError:
             if job.timeout is None or not job.timeout.expired():
                 raise
-            error = job.timeout_error()
-            outcome = error.reason.lower()
-            raise error from None
-        except errors.HeadraceError as error:
-            outcome = error.reason.lower()
+            failure = job.timeout_error()
+            end = End.by(failure)
+            raise failure from None
+        except Exception as error:
+            end = End.by(error)
             raise
         finally:
             # On a busy server gRPC may cancel the call for its deadline before the batcher has noticed it.
-            if outcome == "cancelled" and job.response_deadline.passed(time.monotonic()):
-                outcome = job.deadline_error().reason.lower()
-            answer.record(outcome)
+            if end is CANCELLED and job.response_deadline.passed(time.monotonic()):
+                end = End.by(job.deadline_error())
+            answer.record(end)
 
     async def _write_events(self, job: Job, answer: AnswerEvents, write: Write) -> None:
         if job.resume_ids:

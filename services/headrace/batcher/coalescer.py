@@ -13,9 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from opentelemetry import metrics
-
-from headrace import attributes, errors
+from headrace import errors
 from headrace.batcher.inbox import Arrival, SequenceEnd
 from headrace.batcher.job import Job
 from headrace.batcher.links.failover import check_retry
@@ -27,17 +25,11 @@ from headrace.batcher.waiting.prefixes import PrefixIndex, scope_of, scoped
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.flushing import LiveFlushing
+from headrace.metrics import catalogue
+from headrace.metrics.rare import create_for_batcher
 from headrace.v1 import generation_pb2 as pb
 
 log = logging.getLogger(__name__)
-
-_meter = metrics.get_meter("headrace.batcher")
-_failovers = _meter.create_counter(
-    attributes.METRIC_FAILOVERS, description="answers resumed on another worker, by the reason"
-)
-_paused = _meter.create_counter(
-    attributes.METRIC_PAUSED, description="answers paused until a slow reader caught up"
-)
 
 
 class Coalescer:
@@ -70,8 +62,9 @@ class Coalescer:
         self.paused: set[Job] = set()
         self._flushing = LiveFlushing()
         self.admission = Admission(queue, pool, self.prefixes)
-        self._labels = {attributes.TIER: tier}
-        self._dispatcher = Dispatcher(queue, pool, window, self.prefixes, self.admission, self._labels)
+        self._tier = tier
+        create_for_batcher(tier)
+        self._dispatcher = Dispatcher(queue, pool, window, self.prefixes, self.admission, tier)
         self._failover_seconds = failover_seconds
         self._max_unread_seconds = max_unread_seconds
         self._share_prefixes = share_prefixes
@@ -98,7 +91,7 @@ class Coalescer:
         finally:
             self.live.discard(job)
             self.paused.discard(job)
-            if not self.queue.remove(job, "left"):
+            if not self.queue.remove(job, "cancelled"):
                 any(link.cancel(job) for link in self.pool)
 
     async def take(self, job: Job) -> Arrival:
@@ -115,15 +108,21 @@ class Coalescer:
 
     async def run(self) -> None:
         """Form batches until cancelled; then fail every job that is left."""
-        loop = asyncio.get_running_loop()
+        loop, pool = asyncio.get_running_loop(), self.pool
+        ready = catalogue.WORKERS.of(tier=self._tier, state="ready")
+        others = catalogue.WORKERS.of(tier=self._tier, state="not_ready")
         try:
-            while True:
-                self._wakeup = loop.create_future()
-                timer = loop.call_later(self._dispatch(time.monotonic()), self._wake)
-                try:
-                    await self._wakeup
-                finally:
-                    timer.cancel()
+            with (
+                ready.reading(lambda: len(pool.ready())),
+                others.reading(lambda: len(pool) - len(pool.ready())),
+            ):
+                while True:
+                    self._wakeup = loop.create_future()
+                    timer = loop.call_later(self._dispatch(time.monotonic()), self._wake)
+                    try:
+                        await self._wakeup
+                    finally:
+                        timer.cancel()
         finally:
             self.stop()
 
@@ -183,7 +182,7 @@ class Coalescer:
             job.inbox.fail(final)
             return
         log.info("answer will be resumed", extra={"reason": error.reason, "tokens": job.answer_length})
-        _failovers.add(1, {**self._labels, attributes.ERROR_TYPE: error.reason})
+        catalogue.FAILOVERS.of(tier=self._tier, error=error.reason).add()
         if job.inbox.full:
             self._pause(job)
         else:
@@ -200,6 +199,14 @@ class Coalescer:
         link.cancel(job)
         job.history.reason = errors.SlowReader.reason
         self._pause(job)
+
+    def dropped(self, job: Job, tokens: int) -> None:
+        """See `LinkListener`."""
+        cause = job.history.waste_cause
+        if job in self.live:  # it continues elsewhere, or later
+            slow = job.inbox.full or job.history.reason == errors.SlowReader.reason
+            cause = "slow_reader" if slow else "failover"
+        catalogue.WASTED_TOKENS.of(tier=self._tier, cause=cause).add(tokens)
 
     def cache_lost(self, link: WorkerLink) -> None:
         """See `LinkListener`."""
@@ -219,7 +226,7 @@ class Coalescer:
     def _pause(self, job: Job) -> None:
         """Keep an answer without a worker until its reader has caught up, or has been behind for too long."""
         self.paused.add(job)
-        _paused.add(1, self._labels)
+        catalogue.PAUSED.of(tier=self._tier).add()
         job.pause_until(time.monotonic() + self._max_unread_seconds)
 
     def _unpause(self, job: Job) -> None:
@@ -256,7 +263,7 @@ class Coalescer:
     def _fail_waiting(self) -> None:
         """Fail all jobs in the queue, because no worker came back in time."""
         for job in list(self.queue):
-            self.queue.remove(job, "no workers")
+            self.queue.remove(job, "failed")
             error = errors.WorkerLost if job.started else errors.NoWorkers
             job.inbox.fail(
                 error(

@@ -153,6 +153,7 @@ class History:
     cached             prompt tokens that the latest worker to compute the prompt had cached
     replayed           answer tokens that attempts had to compute again
     wasted             tokens from attempts that had been abandoned
+    waste_cause        why tokens that arrive after the end of the answer are wasted, for metrics
     """
 
     worker: str = ""
@@ -168,3 +169,4 @@ class History:
     cached: int = 0
     replayed: int = 0
     wasted: int = 0
+    waste_cause: str = "cancel"

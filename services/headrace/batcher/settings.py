@@ -89,6 +89,11 @@ class Settings(ServiceSettings):
         "none: the defaults of the contract. Use the same for all batchers of a tier",
     )
     max_tokens: int = Field(default=1024, ge=1, description="most tokens of an answer")
+    trace_content: bool = Field(
+        default=False,
+        description="record prompts and answers in traces, at most 8192 characters of each; by default they "
+        "contain neither",
+    )
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> Settings:

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from headrace.models.defaults import DEFAULTS, LARGE, SMALL, Part, PinnedModel
-from headrace.models.digests import file_digest, tokenizer_fingerprint
+from headrace.models.digests import FINGERPRINT_FILE, file_digest, tokenizer_fingerprint
 from headrace.models.fetching import cache_folder, fetch
 from headrace.models.hub import from_hub
 from headrace.models.reports import (
@@ -32,6 +32,7 @@ from headrace.models.wheels import pip_download
 
 __all__ = [
     "DEFAULTS",
+    "FINGERPRINT_FILE",
     "LARGE",
     "SMALL",
     "FetchProgress",

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from headrace.models.reports import ALTERNATIVES, ModelUnavailable
 
 _CHUNK = 16 << 20
+# In a folder with the tokenizer alone: the fingerprint of the model that it was taken from.
+FINGERPRINT_FILE = "tokenizer.fingerprint"
 
 
 def file_digest(path: Path) -> str:
@@ -33,11 +36,17 @@ def tokenizer_fingerprint(path: Path) -> str:
     """Return 16 hex digits that are equal for equal tokenizers, on every machine.
 
     They are the start of a SHA-256: of tokenizer.json or tokenizer.model in a folder, of vocab.json and
-    merges.txt together, or of a whole .gguf file, which includes its tokenizer. Raises ModelUnavailable if
+    merges.txt together, or of a whole .gguf file, which includes its tokenizer. A folder into which the
+    tokenizer of a .gguf file was exported states the fingerprint of that file. Raises ModelUnavailable if
     *path* has none of these.
     """
     if path.is_file():
         return file_digest(path)[:16]
+    if (stated := path / FINGERPRINT_FILE).is_file():
+        fingerprint = stated.read_text(errors="replace").strip()
+        if re.fullmatch(r"[0-9a-f]{16}", fingerprint):
+            return fingerprint
+        raise ModelUnavailable(f"{stated} is damaged: export the tokenizer again")
     for file in (path / "tokenizer.json", path / "tokenizer.model"):
         if file.is_file():
             return sha256(file)[:16]

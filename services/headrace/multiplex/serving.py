@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,6 +20,8 @@ import grpc
 
 from headrace import errors, statuses
 from headrace.deadline import NEVER, Deadline
+from headrace.metrics import catalogue
+from headrace.metrics.requests import record_refusal
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
 from headrace.runtime.security.identity import ANONYMOUS, Identity, current
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
@@ -315,6 +318,8 @@ class _Stream:
             nonlocal finished
             if finished:
                 return  # nothing follows the last event
+            if request.sent >= request.credit:
+                catalogue.CREDIT_STALLS.of(tier="", credit="reader").add()
             while request.sent >= request.credit:
                 request.has_credit = asyncio.get_running_loop().create_future()
                 await request.has_credit
@@ -329,19 +334,25 @@ class _Stream:
             self._unsent_bytes += event.ByteSize()
             self._has_unsent.set()
 
-        try:
-            with self._calls.budget.admit(self._peer) as reservation:
+        async def answer() -> None:
+            with ExitStack() as stack:
+                try:
+                    reservation = stack.enter_context(self._calls.budget.admit(self._peer))
+                except errors.HeadraceError as refused:
+                    record_refusal(refused, self._identity.quota)
+                    raise
                 reservation.resize(opened.ByteSize())
                 seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
-                request.deadline = deadline = Deadline.after(seconds, time.monotonic())
-                metadata = list(opened.metadata.items())
-                incoming = Incoming(opened.request, seconds, metadata, self._identity, framed=True)
-                error = await self._calls.run(
-                    _GENERATE,
-                    metadata,
-                    lambda: deadline.left(time.monotonic()) if deadline.exists else None,
-                    lambda: self._answer(incoming, write),
+                request.deadline = Deadline.after(seconds, time.monotonic())
+                await self._answer(
+                    Incoming(opened.request, seconds, metadata, self._identity, framed=True), write
                 )
+
+        metadata = list(opened.metadata.items())
+        try:
+            error = await self._calls.run(
+                _GENERATE, metadata, lambda: request.deadline.left(time.monotonic()), answer
+            )
         except asyncio.CancelledError:
             error = (
                 errors.DeadlineExceeded("the deadline passed before the answer was complete")

@@ -40,6 +40,7 @@ from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.scraping import scraping
 from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -84,6 +85,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
         quotas=quotas,
+        tenants=settings.metrics_tenants,
     )
     admin = AdminServicer(tiers, conversations, calls.requests)
 
@@ -181,8 +183,12 @@ def _cascade_rules(settings: Settings) -> CascadeRules:
 
 async def main(settings: Settings, siblings: Siblings | None = None) -> None:
     """Serve until a signal is received."""
+    identity = f"{socket.gethostname()}-{os.getpid()}"
+    # Each of several processes has an endpoint of its own, because each has metrics of its own.
+    port = settings.metrics_port and settings.metrics_port + (siblings.number if siblings is not None else 0)
     async with (
-        telemetry("router", instance=f"{socket.gethostname()}-{os.getpid()}"),
+        telemetry("router", instance=identity),
+        scraping(settings.metrics_host, port, "router", identity),
         router(settings, siblings),
     ):
         await until_signal()

@@ -8,16 +8,18 @@ from contextlib import aclosing
 from typing import Any, cast
 
 import grpc
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 
 from headrace import attributes, errors
 from headrace.deadline import Deadline
 from headrace.flushing import chooses_flushing
+from headrace.metrics import catalogue
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.quoting import quoted
 from headrace.router.answering.journey import Journey, routing_request, text_of
-from headrace.router.billing import bill_message, measure
+from headrace.router.billing import bill_message
 from headrace.router.chooser import Chooser
+from headrace.router.measuring import Measured, Measuring
 from headrace.router.optional import optional
 from headrace.router.own_calls import OwnCalls
 from headrace.router.quotas.admission import Quotas
@@ -43,9 +45,6 @@ SERVICES = (
 MAX_HOPS = 4  # routers that a request may pass
 
 _tracer = trace.get_tracer("headrace.router")
-_feedback = metrics.get_meter("headrace.router").create_counter(
-    attributes.METRIC_FEEDBACK, description="outcomes that callers reported, by tier and outcome"
-)
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -56,6 +55,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     calls              the calls of the server, which requests on shared streams count among
     default_deadline   seconds for a request without a deadline
     failover_seconds   how long an answer that lost its batcher waits for another one of its tier
+    tenants            most tenants that metrics name
     quotas             the limits of tenants; None: there are none
     """
 
@@ -70,8 +70,10 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         *,
         default_deadline: float,
         failover_seconds: float = 10.0,
+        tenants: int = 20,
         quotas: Quotas | None = None,
     ) -> None:
+        self._measuring = Measuring((tier.name for tier in tiers.tiers), tenants=tenants)
         self._multiplexer = Multiplexer(self.answer, calls)
         self._own_calls = OwnCalls()
         self._tiers = tiers
@@ -102,23 +104,30 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     async def answer(self, incoming: Incoming, write: Write) -> None:
         """Answer one request through *write*. Raises the error that ends it."""
-        request = incoming.request
-        check_request(request)
+        left = incoming.time_remaining
+        with self._measuring.request(incoming.request, incoming.identity, left) as measured:
+            await self._answer(incoming, write, measured)
+
+    async def _answer(self, incoming: Incoming, write: Write, measured: Measured) -> None:
+        """Answer a request within the limits of its tenant."""
+        check_request(incoming.request)
         hops = _hops(incoming.metadata)
         admission = None
         if self._quotas is not None:
-            admission = await self._quotas.admit(incoming.identity, request)
+            admission = await self._quotas.admit(incoming.identity, incoming.request)
         bill = self._new_bill()
         try:
-            await self._forward(incoming, hops, bill, write)
+            await self._forward(incoming, hops, bill, write, measured)
         finally:
             if admission is not None:
                 admission.end(bill)
 
-    async def _forward(self, incoming: Incoming, hops: int, bill: Bill, write: Write) -> None:
+    async def _forward(
+        self, incoming: Incoming, hops: int, bill: Bill, write: Write, measured: Measured
+    ) -> None:
         """Send an admitted request to a tier and its answer to *write*. Adds what it used to *bill*."""
         request, left = incoming.request, incoming.time_remaining
-        journey = Journey(
+        journey = measured.journey = Journey(
             request,
             self._score(request),
             deadline=Deadline.after(self._default_deadline if left is None else left, time.monotonic()),
@@ -129,6 +138,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             chooser=self._chooser,
             feedback=self._feedback,
             bill=bill,
+            timing=measured.timing,
         )
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
         try:
@@ -138,7 +148,6 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         finally:
             with optional("bill"):
                 self._total.add(bill)
-                measure(bill)
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Return the tier that a request would be sent to, and why."""
@@ -217,8 +226,8 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             request.request_id, request.tier or answer.tier, quality, tenant=request.tenant
         )
         if not rated_before:
-            outcome = "good" if quality >= 0.5 else "not_good"
-            _feedback.add(1, {attributes.TIER: answer.tier, attributes.OUTCOME: outcome})
+            verdict = "good" if quality >= 0.5 else "not_good"
+            catalogue.FEEDBACK.of(tier=answer.tier, verdict=verdict).add()
         return routing.FeedbackResponse(kept=kept, tier=answer.tier)
 
     def _score(self, request: pb.GenerateRequest) -> Score:

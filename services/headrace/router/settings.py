@@ -118,6 +118,12 @@ class Settings(ServiceSettings):
         "by commas, such as dns:///router:50051; by default each router applies them alone",
     )
     max_concurrent_streams: ConcurrentStreams = 256
+    metrics_tenants: int = Field(
+        default=20,
+        ge=0,
+        le=300,
+        description="most tenants that metrics name; those that appear later are counted together, as other",
+    )
     default_deadline: float = Field(
         default=120.0, gt=0, description="seconds for requests without a deadline"
     )
@@ -155,6 +161,11 @@ class Settings(ServiceSettings):
         self.quota_targets()
         if self.processes > 1 and sys.platform != "linux":
             raise ValueError("HEADRACE_PROCESSES (or --processes) above 1 needs Linux: run several routers")
+        if self.metrics_port + self.processes > 65536:
+            raise ValueError(
+                f"HEADRACE_METRICS_PORT={self.metrics_port} (or --metrics-port) leaves no ports above it for "
+                f"the endpoints of {self.processes} processes"
+            )
         return self
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:

@@ -77,6 +77,13 @@ class Decision:
         return _why(self.considered)
 
     @property
+    def cause(self) -> str:
+        """What decided: "score", "conversation", "hint", or what kept the tier from serving it: "health",
+        "load" or "price".
+        """
+        return _cause(self.considered)
+
+    @property
     def candidates(self) -> tuple[Candidate, ...]:
         """Every tier, and the reason for or against it."""
         tiers = enumerate(self.considered.tiers)
@@ -248,6 +255,17 @@ def _why(considered: Considered) -> str:
     if considered.chosen != considered.ideal:
         why += f"; {ideal.name!r} {_problem(ideal, considered)}, so it goes to {chosen.name!r}"
     return why
+
+
+def _cause(considered: Considered) -> str:
+    if considered.chosen != considered.ideal:
+        ideal = considered.tiers[considered.ideal]
+        if not ideal.healthy or ideal.name in considered.exclude:
+            return "health"
+        return "load" if any(_trouble(ideal, considered.seconds_left)) else "price"
+    if considered.ideal != considered.reached:
+        return "hint"
+    return "score" if considered.reached == considered.wanted else "conversation"
 
 
 def _log_odds(probability: float) -> float:

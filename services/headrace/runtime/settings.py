@@ -93,11 +93,20 @@ class ServiceSettings(BaseSettings):
     max_connections: int = Field(
         default=4096, ge=16, description="limit of open connections; further ones are closed"
     )
+    metrics_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="port of the endpoint for Prometheus, /metrics over HTTP; 0 for none",
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1", min_length=1, description="address of the endpoint for Prometheus, as --host"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="lowest level of log lines"
     )
 
-    @field_validator("host")
+    @field_validator("host", "metrics_host")
     @classmethod
     def _without_brackets(cls, host: str) -> str:
         return host.strip().removeprefix("[").removesuffix("]")

@@ -21,6 +21,7 @@ from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import collection_paused
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
+from headrace.runtime.telemetry.scraping import scraping
 from headrace.runtime.telemetry.setup import telemetry
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
@@ -82,7 +83,7 @@ async def worker(
             step_tokens=settings.tokens_per_step,
             prefix_cache=settings.prefix_cache,
         )
-        streams = BatcherStreams(runner, max_streams=settings.max_batcher_streams)
+        streams = BatcherStreams(runner, max_streams=settings.max_batcher_streams, tier=settings.tier)
         servicer.open(streams)
         log.info("ready", extra={"model": runner.model.name, "device": runner.model.device})
         yield Worker(server, streams)
@@ -97,6 +98,7 @@ async def main(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, os._exit, 0)
     async with (
         telemetry("worker", instance=identity),
+        scraping(settings.metrics_host, settings.metrics_port, "worker", identity),
         worker(settings, lambda: _with_faults(_load(settings), settings.faults), identity),
     ):
         await until_signal()

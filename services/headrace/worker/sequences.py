@@ -183,11 +183,15 @@ def _record_spans(
     sequence: InFlightSequence, update: SequenceUpdate[SequenceKey], started_ns: int, ended_ns: int
 ) -> None:
     """Record the sequence's prefill and decode as spans: children of the request, linked to the batch."""
-    spec = sequence.spec
-    context = trace.set_span_in_context(trace.NonRecordingSpan(sequence.parent))
+    spec, parent = sequence.spec, sequence.parent
+    if not parent.is_valid:
+        return  # a trace of these spans alone would not be a request's
+    context = trace.set_span_in_context(trace.NonRecordingSpan(parent))
     links = [trace.Link(sequence.batch)] if sequence.batch.is_valid else []
+    prefill = _tracer.start_span(attributes.SPAN_PREFILL, context, links=links, start_time=started_ns)
+    if not prefill.is_recording():
+        return
     outcome = {attributes.OUTCOME: update.finish.value if update.finish else ""}
-    prefill = _tracer.start_span(attributes.SPAN_PREFILL, context=context, links=links, start_time=started_ns)
     prefill.set_attribute(attributes.GEN_AI_INPUT_TOKENS, len(spec.ids))
     prefill.set_attribute(attributes.GEN_AI_CACHE_READ_TOKENS, update.cached)
     if not sequence.first_token_ns:
@@ -197,7 +201,7 @@ def _record_spans(
     prefill.add_event(attributes.EVENT_FIRST_TOKEN, timestamp=sequence.first_token_ns)
     prefill.end(sequence.first_token_ns)
     decode = _tracer.start_span(
-        attributes.SPAN_DECODE, context=context, links=links, start_time=sequence.first_token_ns
+        attributes.SPAN_DECODE, context, links=links, start_time=sequence.first_token_ns
     )
     generated = update.offset + len(update.token_ids) - spec.resumed
     decode.set_attribute(attributes.GEN_AI_OUTPUT_TOKENS, generated)

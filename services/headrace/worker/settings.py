@@ -23,6 +23,9 @@ class Settings(ServiceSettings):
     model: str = Field(
         default="", description="model to run: a default model's name, a folder, a .gguf file or a hub id"
     )
+    tier: str = Field(
+        default="default", min_length=1, description="name of the tier that it works for, for its metrics"
+    )
     cache: str = Field(default="", description="folder for fetched models; ~/.cache/headrace by default")
     device: str = Field(default="cpu", description="where to run: cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(

@@ -13,14 +13,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from opentelemetry import metrics
-
-from headrace import attributes, errors, statuses
+from headrace import errors, statuses
 from headrace.quoting import clipped
 from headrace.runtime.rate import RateMeter
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import MAX_REQUEST_ID
 from headrace.worker.credit import capacity, share
+from headrace.worker.engine_metrics import EngineMetrics
 from headrace.worker.runner import ModelInfo, Runner, SequenceSpec, StepReport
 from headrace.worker.sequences import (
     MAX_PRIORITY,
@@ -39,35 +38,15 @@ log = logging.getLogger(__name__)
 # credit, but each gets a verdict.
 MOST_REFUSED = 64
 
-_meter = metrics.get_meter("headrace.worker")
-_running = _meter.create_gauge(attributes.METRIC_RUNNING, description="sequences in the engine's steps")
-_waiting = _meter.create_gauge(attributes.METRIC_WAITING, description="sequences that wait for KV memory")
-_kv_usage = _meter.create_gauge(attributes.METRIC_KV_USAGE, unit="1", description="share of KV memory in use")
-_cached = _meter.create_counter(
-    attributes.METRIC_CACHED_TOKENS, unit="{token}", description="prefix cache hits, in tokens"
-)
-_preempted = _meter.create_counter(
-    attributes.METRIC_PREEMPTIONS, description="sequences preempted to free KV memory"
-)
-_rate = _meter.create_gauge(attributes.METRIC_TOKEN_RATE, unit="{token}/s")
-_ended = _meter.create_counter(attributes.METRIC_ENDED, description="sequences, by finish reason")
-_step_rows = _meter.create_histogram(
-    attributes.METRIC_STEP_ROWS,
-    description="sequences per engine step",
-    explicit_bucket_boundaries_advisory=attributes.BUCKETS_SIZE,
-)
-_step_seconds = _meter.create_histogram(
-    attributes.METRIC_STEP_SECONDS, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TTFT
-)
-
 
 class BatcherStreams:
     """All batchers' streams of one worker, over one runner. Iterates over the open streams.
 
     max_streams   most streams that are open at a time
+    tier          that it works for, for metrics
     """
 
-    def __init__(self, runner: Runner[SequenceKey], *, max_streams: int = 32) -> None:
+    def __init__(self, runner: Runner[SequenceKey], *, max_streams: int = 32, tier: str = "default") -> None:
         self.max_streams = max_streams
         self.model: ModelInfo = runner.model
         self.shared_block_tokens = runner.shared_block_tokens
@@ -82,6 +61,7 @@ class BatcherStreams:
         self._delivery_due = False  # whether `_deliver` is scheduled
         self._ran = 0  # sequences that had KV memory during the last step
         self._pace = StepPace(runner.step_tokens)
+        self._metrics = EngineMetrics(self.model, tier)
         runner.start(self._on_report)
 
     def __iter__(self) -> Iterator[BatcherStream]:
@@ -155,6 +135,8 @@ class BatcherStreams:
             return
         self._runner.cancel(*((stream.number, handle) for handle in stream.in_flight))
         self.share_credit()
+        if not self._streams:
+            self._metrics.rate.set(0)  # nobody is left to ask for it
 
     def submit(self, stream: BatcherStream, batch: wire.Submit) -> wire.RunResponse:
         """Submit a batch. Returns the admission, to be sent before anything else about its sequences.
@@ -242,7 +224,7 @@ class BatcherStreams:
         )
         load.step_time.FromNanoseconds(int(self._pace.seconds * 1e9))
         load.oldest_wait.FromNanoseconds(int(last.oldest_wait * 1e9))
-        _rate.set(load.tokens_per_second)
+        self._metrics.rate.set(load.tokens_per_second)
         return load
 
     def share_credit(self) -> None:
@@ -292,7 +274,7 @@ class BatcherStreams:
                 tokens += len(update.token_ids)
                 if update.finish is not None:
                     ended += 1
-                    _ended.add(1, {attributes.OUTCOME: update.finish.value})
+                    self._metrics.record_end(update.finish)
                 stream = self._streams.get(update.key[0])
                 if stream is None:
                     continue  # it was closed, which cancelled the sequence
@@ -312,18 +294,9 @@ class BatcherStreams:
     def _measure(self, reports: Sequence[StepReport[SequenceKey]], tokens: int, now: float) -> None:
         """Record reports that have *tokens* new tokens together."""
         last, self._last = self._last, reports[-1]
-        newest = self._last
-        _kv_usage.set(1 - newest.kv_tokens_free / self.model.kv_tokens)
-        if newest.cached_tokens > last.cached_tokens:
-            _cached.add(newest.cached_tokens - last.cached_tokens)
-        if newest.preemptions > last.preemptions:
-            _preempted.add(newest.preemptions - last.preemptions)
-        _running.set(newest.running)
-        _waiting.set(newest.waiting)
+        self._metrics.record(reports, last, tokens)
         for report in reports:
             if report.rows:
-                _step_rows.record(report.rows)
-                _step_seconds.record(report.seconds)
                 self._pace.record_step(tokens=report.tokens, decodes=report.decodes, seconds=report.seconds)
         if tokens:
             self._rate.add(now, tokens)

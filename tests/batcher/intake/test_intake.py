@@ -210,7 +210,7 @@ async def test_prompts_are_tokenised_by_priority_and_then_by_deadline() -> None:
 async def test_a_request_whose_deadline_passes_fails_then_and_is_not_tokenised(
     count: Callable[..., float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = count("headrace.requests", outcome="deadline_queue")
+    before = count("headrace.requests", error="DEADLINE_QUEUE")
     tokenizer = GatedTokenizer()
     async with gated(tokenizer) as tier:
         readers = await block_threads(tier, tokenizer)
@@ -221,7 +221,7 @@ async def test_a_request_whose_deadline_passes_fails_then_and_is_not_tokenised(
 
         assert "late" not in tokenizer.texts
         assert intake_of(tier).waiting == THREADS
-        assert count("headrace.requests", outcome="deadline_queue") == before + 1
+        assert count("headrace.requests", error="DEADLINE_QUEUE") == before + 1
         tokenizer.open()
         assert all(isinstance(outcome, Answer) for outcome in await results(readers))
     assert "late" not in tokenizer.texts
@@ -426,15 +426,15 @@ async def test_resume_ids_are_checked_before_the_prompt_is_tokenised() -> None:
 async def test_requests_at_the_intake_are_in_metrics_and_the_debug_endpoint(
     count: Callable[..., float],
 ) -> None:
-    before = count("headrace.queue.depth", tier="t", **{"queue.stage": "tokenizer"})
-    waited = count("headrace.queue.wait", tier="t", outcome="tokenized")
+    before = count("headrace.queue.depth", tier="t", stage="tokenizer")
+    waited = count("headrace.queue.wait", tier="t", stage="tokenizer", outcome="ok")
     tokenizer = GatedTokenizer()
     async with gated(tokenizer) as tier:
         readers = await block_threads(tier, tokenizer)
         readers.append(asking(tier, "third"))
         await eventually(lambda: intake_of(tier).waiting == 3)
 
-        assert count("headrace.queue.depth", tier="t", **{"queue.stage": "tokenizer"}) == before + 3
+        assert count("headrace.queue.depth", tier="t", stage="tokenizer") == before + 3
         (listed,) = (await tier.client.list_tiers()).tiers
         assert listed.load.queued == 3
         async with open_channel(f"127.0.0.1:{tier.batcher.server.port}") as channel:
@@ -444,8 +444,8 @@ async def test_requests_at_the_intake_are_in_metrics_and_the_debug_endpoint(
         tokenizer.open()
         await results(readers)
         await eventually(lambda: not intake_of(tier).waiting)
-    assert count("headrace.queue.depth", tier="t", **{"queue.stage": "tokenizer"}) == before
-    assert count("headrace.queue.wait", tier="t", outcome="tokenized") == waited + 3
+    assert count("headrace.queue.depth", tier="t", stage="tokenizer") == before
+    assert count("headrace.queue.wait", tier="t", stage="tokenizer", outcome="ok") == waited + 3
 
 
 async def test_a_draining_batcher_completes_requests_at_the_intake() -> None:

@@ -72,6 +72,9 @@ class Recorder:
         link.cancel(job)
         self.stopped.append(job)
 
+    def dropped(self, job: Job, tokens: int) -> None:
+        pass
+
     def cache_lost(self, link: WorkerLink) -> None:
         pass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -245,7 +245,11 @@ async def test_a_rolling_restart_of_workers_is_invisible_to_callers(ports: list[
         await up.__aexit__(None, None, None)
 
 
-async def test_a_full_queue_sheds_the_lowest_priority_and_serves_the_rest_in_order() -> None:
+async def test_a_full_queue_sheds_the_lowest_priority_and_serves_the_rest_in_order(
+    count: Callable[..., float],
+) -> None:
+    before = {reason: count("headrace.requests.refused", error=reason) for reason in ("SHED", "QUEUE_FULL")}
+    stalls = count("headrace.credit.stalls", credit="worker")
     trap = Trap(2)
     async with running_tier([OracleEngine(max_running=1, drew=trap)], queue_limit=2) as tier:
 
@@ -275,6 +279,10 @@ async def test_a_full_queue_sheds_the_lowest_priority_and_serves_the_rest_in_ord
 
         for reading in (*running, middle, high):
             assert (await reading).tokens == 4
+    assert {reason: count("headrace.requests.refused", error=reason) for reason in before} == {
+        reason: value + 1 for reason, value in before.items()
+    }
+    assert count("headrace.credit.stalls", credit="worker") == stalls + 1, "until the first one ended"
 
 
 async def test_a_deadline_that_cannot_be_met_is_rejected_immediately(monkeypatch: pytest.MonkeyPatch) -> None:

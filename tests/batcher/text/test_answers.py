@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.templates import ChatTemplate
 from headrace.batcher.text.tokens import ByteTokenizer, TransformersTokenizer
 from headrace.client import chat
+from headrace.metrics.requests import CANCELLED, End
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
 from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token
@@ -147,11 +148,36 @@ async def test_tokens_that_come_with_a_request_are_decoded_off_the_event_loop() 
     assert threading.get_ident() not in tokenizer.threads
 
 
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [
+        (End.complete("stop_sequence"), "over_generation"),
+        (CANCELLED, "cancel"),
+        (End.by(errors.DeadlineInDecode("late")), "deadline"),
+        (End.by(errors.SlowReader("slow")), "slow_reader"),
+        (End.by(errors.WorkerLost("lost")), "failover"),
+    ],
+)
+def test_tokens_that_were_not_delivered_are_wasted(count: Callable[..., float], end: End, cause: str) -> None:
+    one = job()
+    one.sampling.max_tokens = 100
+    one.sampling.stop.append("c")
+    answer = AnswerEvents(one, pb.GenerateRequest(), ByteTokenizer(), tier="wasteful")
+    one.generated = list(b"abcdefgh")
+    before = count("headrace.tokens.wasted", tier="wasteful", cause=cause)
+    list(answer.events_for(Arrival(one.generated, [], None)))
+
+    answer.record(end)
+
+    assert count("headrace.tokens.wasted", tier="wasteful", cause=cause) == before + 5, "abc was delivered"
+    assert one.history.waste_cause == cause, "of tokens that are still to come"
+
+
 async def test_the_backlog_of_a_slow_reader_is_sent_in_slices() -> None:
     """So that other calls can proceed in between."""
     one = job()
     one.sampling.max_tokens = 10_000
-    answer = AnswerEvents(one, pb.GenerateRequest(), ByteTokenizer(), {})
+    answer = AnswerEvents(one, pb.GenerateRequest(), ByteTokenizer(), tier="t")
     ids = list(b"abc" * 1500)
 
     events = [event.delta for event in answer.events_for(Arrival(ids, [0.5] * len(ids), None))]

@@ -35,7 +35,7 @@ class Bench:
         pool, prefixes = Pool(*links), PrefixIndex()
         self.queue = RequestQueue(9, tier="t")
         self.admission = Admission(self.queue, pool, prefixes)
-        self.dispatcher = Dispatcher(self.queue, pool, Window(), prefixes, self.admission, {})
+        self.dispatcher = Dispatcher(self.queue, pool, Window(), prefixes, self.admission, "t")
 
     def interrupted(self, *, kind: str, tokens: int = 0) -> Job:
         """Queue an answer that was interrupted after *tokens* tokens."""

@@ -131,6 +131,18 @@ def test_a_fake_mesh_has_no_models(tmp_path: Path) -> None:
     assert router.port == 5
 
 
+def test_every_process_gets_an_endpoint_of_its_own_and_the_routers_are_first(tmp_path: Path) -> None:
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, fake=True, processes=3, metrics_port=9464)
+    ports = list(range(1, mesh.ports_needed(spec, 2) + 1))
+
+    workers, batchers, (router,) = plan_processes(spec, ports, cores=2)
+
+    assert router.environment["HEADRACE_METRICS_PORT"] == "9464", "and the next two, of its other processes"
+    others = [process.environment["HEADRACE_METRICS_PORT"] for process in (*workers, *batchers)]
+    assert others == [str(port) for port in range(9467, 9467 + 8)]
+    assert [process.environment["HEADRACE_TIER"] for process in workers] == ["small", "large"]
+
+
 def test_only_the_router_of_a_mesh_has_untrusted_callers(spec: MeshSpec) -> None:
     """If all processes inherited HEADRACE_TRACE_CONTEXT, it would break a trace at each hop."""
     workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)

@@ -60,7 +60,8 @@ async def test_cached_tokens_of_a_prompt_have_their_own_price_here_and_on_the_la
 
 
 async def test_a_bad_draft_is_replaced_and_billed_as_waste(count: Callable[..., float]) -> None:
-    drafts = count("headrace.drafts", outcome="escalated")
+    drafts = count("headrace.drafts", verdict="escalated")
+    discarded = count("headrace.tokens.wasted", tier="small", cause="draft")
     wasted = count("headrace.billed_tokens", tier="small")
     small, large = TextBatcher(text=BAD), TextBatcher()
     async with routed(CASCADE, small=small, large=large) as client:
@@ -75,7 +76,8 @@ async def test_a_bad_draft_is_replaced_and_billed_as_waste(count: Callable[..., 
     cost = (10 * 1 + words * 2 + 10 * 10 + 6 * 20) / 1e6
     assert answer.finish.bill.cost == pytest.approx(cost), "the draft is on the bill"
     assert listed.bill.cost == pytest.approx(cost)
-    assert count("headrace.drafts", outcome="escalated") == drafts + 1
+    assert count("headrace.drafts", verdict="escalated") == drafts + 1
+    assert count("headrace.tokens.wasted", tier="small", cause="draft") == discarded + words
     assert count("headrace.billed_tokens", tier="small") == wasted + 10 + words
 
 
@@ -327,7 +329,7 @@ async def test_draft_check_and_answer_are_spans_of_one_trace(spans: InMemorySpan
     ]
     assert [(span.attributes or {})["headrace.tier"] for span in attempts] == ["small", "large"]
     assert {span.context.trace_id for span in attempts} == {check.context.trace_id}
-    assert (check.attributes or {})["headrace.outcome"] == "escalated"
+    assert (check.attributes or {})["headrace.verdict"] == "escalated"
     assert (check.attributes or {})["headrace.check.good"] < 0.5  # type: ignore[operator]
     said = " ".join(str(value) for span in finished for value in (span.attributes or {}).values())
     assert "sorry" not in said, "answers are not in spans"

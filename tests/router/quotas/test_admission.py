@@ -12,7 +12,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from headrace import attributes, errors, statuses
+from headrace import errors, statuses
 from headrace.client import Client, chat, connect
 from headrace.router.settings import Settings
 from headrace.runtime.serving.server import StartFailed
@@ -157,12 +157,12 @@ async def test_a_priority_above_the_ceiling_is_lowered(tmp_path: Path) -> None:
 
 async def test_shadow_mode_counts_and_admits(tmp_path: Path, count: Callable[..., float]) -> None:
     fake, quotas = FakeBatcher(), "[default]\nrequests_per_minute = 1\nmax_priority = 3"
-    before = count(attributes.METRIC_QUOTA_REFUSALS)
+    before = count("headrace.quota.refusals")
     async with limited(tmp_path, quotas, fake, quotas_shadow=True) as client:
         for _ in range(4):
             await collect(client, ask())
 
-    assert count(attributes.METRIC_QUOTA_REFUSALS) - before == 3
+    assert count("headrace.quota.refusals") - before == 3
     assert not any(request.routing.priority for request in fake.requests), "nothing is lowered"
 
 

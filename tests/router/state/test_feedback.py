@@ -260,7 +260,7 @@ def test_a_quota_allows_its_rate_and_its_delay_suffices(
 async def test_feedback_writes_prompt_and_outcome_to_the_file(
     tmp_path: Path, count: Callable[..., float]
 ) -> None:
-    before = count("headrace.feedback", tier="small", outcome="good")
+    before = count("headrace.feedback", tier="small", verdict="good")
     path = tmp_path / "feedback.jsonl"
     settings = {"feedback": path, "thresholds": "0.4"}
     async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
@@ -284,7 +284,7 @@ async def test_feedback_writes_prompt_and_outcome_to_the_file(
     assert [row["prompt"] for row in rows] == [EASY, HARD]
     assert (rows[0]["small_ok"], rows[1]["large_ok"]) == (1.0, 0.25)
     assert path.stat().st_mode & 0o077 == 0, "only the owner may read prompts"
-    assert count("headrace.feedback", tier="small", outcome="good") == before + 1
+    assert count("headrace.feedback", tier="small", verdict="good") == before + 1
 
 
 async def test_without_a_file_no_prompt_is_stored() -> None:

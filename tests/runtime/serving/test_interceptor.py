@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
@@ -25,7 +25,10 @@ def endless() -> Any:
     return prompt("x", max_tokens=2000, ignore_eos=True)
 
 
-async def test_a_connection_with_too_many_calls_is_rejected_and_another_is_not(small: Mesh) -> None:
+async def test_a_connection_with_too_many_calls_is_rejected_and_another_is_not(
+    small: Mesh, count: Callable[..., float]
+) -> None:
+    refused = count("headrace.requests.refused", error="SERVER_BUSY")
     async with AsyncExitStack() as stack:
         # Channels of one process to one target share a connection, unless their options differ.
         alone = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
@@ -38,6 +41,7 @@ async def test_a_connection_with_too_many_calls_is_rejected_and_another_is_not(s
         with pytest.raises(errors.Busy, match="this connection") as caught:
             await collect(greedy, prompt("one more"))
         assert caught.value.retry_after
+        assert count("headrace.requests.refused", error="SERVER_BUSY") == refused + 1
         assert (await collect(small.client, prompt("another"))).text == "another"
         async with open_channel(f"127.0.0.1:{small.port}") as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)

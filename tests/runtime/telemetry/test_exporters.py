@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import sys
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 
 from headrace.cli.demo.otlp_receiver import Span, otlp_receiver, spans_of
 from headrace.cli.launch.mesh import MeshSpec
@@ -120,9 +130,13 @@ class Receiver:
     spans: list[Span] = field(default_factory=list)
     metrics: set[str] = field(default_factory=set)
     paths: set[str] = field(default_factory=set)
+    headers: dict[str, str] = field(default_factory=dict)
 
-    def take(self, path: str, body: bytes) -> None:
+    def take(self, path: str, headers: dict[str, str], body: bytes) -> None:
         self.paths.add(path)
+        self.headers = headers
+        if headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
         if path == "/v1/traces":
             self.spans += spans_of(ExportTraceServiceRequest.FromString(body))
         elif path == "/v1/metrics":
@@ -143,7 +157,7 @@ async def http_receiver() -> AsyncGenerator[Receiver, None]:
                 headers[name.lower()] = value.strip()
             body = await reader.readexactly(int(headers.get("content-length", "0")))
             assert headers["content-type"] == "application/x-protobuf"
-            receiver.take(path, body)
+            receiver.take(path, headers, body)
             writer.write(
                 b"HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nContent-Length: 0\r\n\r\n"
             )
@@ -187,7 +201,7 @@ async def test_a_mesh_exports_over_http_by_a_list_with_b3_between_its_processes(
                 return {span.name for span in receiver.spans}
 
             await until(lambda: {"worker.decode", "router.score", "batcher.tokenize"} <= names())
-            await until(lambda: "headrace.generated_tokens" in receiver.metrics)
+            await until(lambda: "headrace.tokens.delivered" in receiver.metrics)
 
     entries = [
         span
@@ -297,6 +311,56 @@ async def test_a_signal_may_have_its_own_endpoint_and_protocol(tmp_path: Path) -
         async with processes(spec) as running, connect(running.address) as client:
             await collect(client, chat("hello"))
             await sink.wait_for(lambda spans: any(span.name == "worker.decode" for span in spans), PATIENCE)
-            await until(lambda: "headrace.generated_tokens" in receiver.metrics)
+            await until(lambda: "headrace.tokens.delivered" in receiver.metrics)
 
     assert receiver.paths == {"/v1/metrics"}
+
+
+@asynccontextmanager
+async def grpc_receiver() -> AsyncGenerator[Receiver, None]:
+    """A collector for OTLP over gRPC that keeps the headers."""
+    receiver = Receiver()
+
+    class Servicer(TraceServiceServicer):
+        async def Export(self, request: Any, context: Any) -> Any:
+            receiver.headers = dict(context.invocation_metadata())
+            receiver.spans += spans_of(request)
+            return ExportTraceServiceResponse()
+
+    server = grpc.aio.server()
+    add_TraceServiceServicer_to_server(Servicer(), server)  # type: ignore[no-untyped-call]
+    receiver.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        yield receiver
+    finally:
+        await server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "running_receiver"), [("grpc", grpc_receiver), ("http/protobuf", http_receiver)]
+)
+async def test_headers_compression_and_the_resource_are_as_the_variables_say(
+    protocol: str, running_receiver: Callable[[], AbstractAsyncContextManager[Receiver]], tmp_path: Path
+) -> None:
+    async with running_receiver() as receiver:
+        variables = {
+            "OTEL_TRACES_EXPORTER": "otlp",
+            "OTEL_METRICS_EXPORTER": "none",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "OTEL_EXPORTER_OTLP_HEADERS": "api-key=known,tenant=us%20two",
+            "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION": "gzip",
+            "OTEL_SPAN_EVENT_COUNT_LIMIT": "1",
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+        }
+        spec = MeshSpec(cache=tmp_path, log_dir=tmp_path / "logs", fake=True, environment=variables)
+        async with processes(spec) as running, connect(running.address) as client:
+            await collect(client, chat("hello"))
+            await until(lambda: any(span.name == "worker.decode" for span in receiver.spans))
+
+    assert receiver.headers["api-key"] == "known"
+    assert receiver.headers["tenant"] == "us two"
+    if protocol != "grpc":  # gRPC does not show its encoding
+        assert receiver.headers["content-encoding"] == "gzip"
+    assert max(len(span.events) for span in receiver.spans) == 1

@@ -32,6 +32,7 @@ from headrace.batcher.waiting.prefixes import block_names
 from headrace.batcher.waiting.shedding import victims
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
+from headrace.metrics.words import Outcome, outcome_of
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request, seconds_of
 
@@ -84,8 +85,7 @@ class Intake:
         self._max_bytes = max_bytes
         self._defaults = defaults or pb.Sampling()
         self._lanes = [
-            Lane(smallest=smallest, threads=threads, ageing=ageing, labels={attributes.TIER: tier})
-            for smallest, threads in _LANES
+            Lane(smallest=smallest, threads=threads, ageing=ageing, tier=tier) for smallest, threads in _LANES
         ]
         self._long = self._lanes[1:]
         self._admission.places += self._lanes
@@ -148,10 +148,10 @@ class Intake:
             with _tokenize_span():
                 prompt_ids = await self._ids(pending)
             job = self._job(request, pending, prompt_ids, limits, framed)
-        except BaseException:
-            lane.leave(pending, "left")
+        except BaseException as error:
+            lane.leave(pending, _outcome(error))
             raise
-        job.release_place = partial(lane.leave, pending, "tokenized")
+        job.release_place = partial(lane.leave, pending, "ok")
         return job
 
     def _quick_bytes(self, request: pb.GenerateRequest) -> int:
@@ -339,3 +339,10 @@ def _deadline_passed() -> errors.DeadlineInQueue:
     return errors.DeadlineInQueue(
         "the deadline passed before the prompt was tokenised; nothing was generated"
     )
+
+
+def _outcome(error: BaseException) -> Outcome:
+    """Return how the wait of a request ended that left with *error*."""
+    if isinstance(error, errors.HeadraceError):
+        return outcome_of(type(error))
+    return "failed" if isinstance(error, Exception) else "cancelled"

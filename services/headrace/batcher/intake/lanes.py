@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from headrace import attributes, errors
+from headrace import errors
 from headrace.batcher import job as jobs
 from headrace.batcher.waiting.estimates import RunningMean
 from headrace.batcher.waiting.order import FairOrder
-from headrace.batcher.waiting.queue import queue_depth, queue_wait
 from headrace.deadline import Deadline
+from headrace.metrics import catalogue
+from headrace.metrics.words import Outcome
 
 _BYTES_PER_TOKEN = 4  # of ordinary text
 # The fixed cost of a request, as tokens: half a millisecond, the time of a kilobyte of a long prompt.
@@ -68,10 +69,10 @@ class Lane:
     """Tokenises requests of at least *smallest* bytes, *threads* at a time. Use as a context manager.
 
     ageing   as of `order.FairOrder`
-    labels   attributes of metrics
+    tier     its name, for metrics
     """
 
-    def __init__(self, *, smallest: int, threads: int, ageing: float, labels: dict[str, str]) -> None:
+    def __init__(self, *, smallest: int, threads: int, ageing: float, tier: str) -> None:
         # The quantum covers one of the shortest prompts of the lane, or a few tiny ones. A prompt that is n
         # times longer takes n rounds, which must be few.
         quantum = max(smallest // _BYTES_PER_TOKEN, 4 * _FIXED_COST)
@@ -79,7 +80,8 @@ class Lane:
         self.smallest = smallest
         self.bytes = 0
         self._threads = threads
-        self._labels = {**labels, attributes.QUEUE_STAGE: "tokenizer"}
+        self._tier = tier
+        self._depth = catalogue.QUEUE_DEPTH.of(tier=tier, stage="tokenizer")
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._held: set[PendingPrompt] = set()
         self._running: dict[PendingPrompt, float] = {}  # and when each started
@@ -125,18 +127,18 @@ class Lane:
         prompt.ids = asyncio.get_running_loop().create_future()
         self._held.add(prompt)
         self.bytes += prompt.size
-        queue_depth.add(1, self._labels)
+        self._depth.add(1)
         self.order.put(prompt)
         self._fill()
 
-    def remove(self, waiting: PendingPrompt, outcome: str) -> bool:
+    def remove(self, waiting: PendingPrompt, outcome: Outcome) -> bool:
         """See `admission.WaitingPlace`."""
         if waiting not in self.order:
             return False
         self.leave(waiting, outcome)
         return True
 
-    def leave(self, prompt: PendingPrompt, outcome: str) -> None:
+    def leave(self, prompt: PendingPrompt, outcome: Outcome) -> None:
         """Release the place of *prompt*, waiting or running. Further calls have no effect."""
         if prompt not in self._held:
             return
@@ -144,8 +146,9 @@ class Lane:
         self.order.discard(prompt)
         if prompt not in self._running:
             self.bytes -= prompt.size
-        queue_depth.add(-1, self._labels)
-        queue_wait.record(time.monotonic() - prompt.arrived, {**self._labels, attributes.OUTCOME: outcome})
+        self._depth.add(-1)
+        wait = catalogue.QUEUE_WAIT.of(tier=self._tier, stage="tokenizer", outcome=outcome)
+        wait.record(time.monotonic() - prompt.arrived)
 
     def _fill(self) -> None:
         """Start the next prompts on free threads."""

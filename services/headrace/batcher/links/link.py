@@ -314,7 +314,8 @@ class WorkerLink:
 
 
 def _set_trace(context: wire.TraceContext, span: trace.Span) -> None:
-    if span.get_span_context().is_valid:
+    # A worker records no span of a request without a trace.
+    if span.get_span_context().trace_flags.sampled:
         context.traceparent, context.tracestate = to_w3c(span)
 
 

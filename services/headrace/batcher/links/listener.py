@@ -39,6 +39,10 @@ class LinkListener(Protocol):
         """The job's reader is too slow: its inbox accepts no more tokens, while the worker generates more."""
         ...
 
+    def dropped(self, job: Job, tokens: int) -> None:
+        """Tokens of a job are not kept: it was cancelled at the worker, or its inbox is full."""
+        ...
+
     def cache_lost(self, link: WorkerLink) -> None:
         """The worker has restarted or left, and its prefix cache is gone."""
         ...

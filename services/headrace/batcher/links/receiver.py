@@ -144,6 +144,8 @@ class Receiver:
         if delta.HasField("cached_tokens"):
             self._listener.prefilled(link, sequence.job, delta.cached_tokens)
         rejected = self._deliver(sequence, ids, logprobs) if ids else 0
+        if rejected:
+            self._listener.dropped(sequence.job, rejected)
         if delta.HasField("error"):
             self._end(delta.handle, delta.attempt, statuses.from_status(delta.error))
             return

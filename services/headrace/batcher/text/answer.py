@@ -6,38 +6,23 @@ import time
 from collections.abc import Iterator
 
 from google.protobuf import duration_pb2
-from opentelemetry import metrics
 
-from headrace import attributes
+from headrace import attributes, errors
 from headrace.batcher.inbox import Arrival, SequenceEnd
 from headrace.batcher.job import Job
 from headrace.batcher.text.detokenizer import Detokenizer, Piece, StopRules, TextStream, last_with_text
 from headrace.batcher.text.tokens import Tokenizer, stop_ids
+from headrace.metrics import catalogue
+from headrace.metrics.requests import End, Timing, finish_name, record
+from headrace.metrics.words import Outcome
+from headrace.runtime.security.identity import current
 from headrace.v1 import generation_pb2 as pb
-
-_meter = metrics.get_meter("headrace.batcher")
-_requests = _meter.create_counter(attributes.METRIC_REQUESTS, description="requests, by outcome")
-_tokens = _meter.create_counter(
-    attributes.METRIC_TOKENS, unit="{token}", description="tokens delivered to callers"
-)
-_ttft = _meter.create_histogram(
-    attributes.METRIC_TTFT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TTFT
-)
-_tpot = _meter.create_histogram(
-    attributes.METRIC_TPOT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TPOT
-)
-_duration = _meter.create_histogram(
-    attributes.METRIC_REQUEST_DURATION, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL
-)
 
 _MAX_IDS = 1024  # per delta: the backlog of a slow reader is sent in several, so that other calls can proceed
 
 
-def record_unanswered(labels: dict[str, str], outcome: str, seconds: float) -> None:
-    """Record a request that ended without an answer after *seconds*."""
-    labels = {**labels, attributes.OUTCOME: outcome}
-    _requests.add(1, labels)
-    _duration.record(seconds, labels)
+# Why tokens that no caller received were wasted, by how the request ended.
+_WASTE_CAUSES: dict[Outcome, str] = {"ok": "over_generation", "cancelled": "cancel", "deadline": "deadline"}
 
 
 class AnswerEvents:
@@ -46,11 +31,10 @@ class AnswerEvents:
     Raises InvalidSampling for stop texts that it could not find.
     """
 
-    def __init__(
-        self, job: Job, request: pb.GenerateRequest, tokenizer: Tokenizer, labels: dict[str, str]
-    ) -> None:
+    def __init__(self, job: Job, request: pb.GenerateRequest, tokenizer: Tokenizer, *, tier: str) -> None:
         self._job = job
-        self._labels = labels
+        self._tier = tier
+        self._chat = request.HasField("chat")
         self._with_ids = request.stream.include_token_ids
         sampling = job.sampling
         stops = StopRules(
@@ -63,12 +47,10 @@ class AnswerEvents:
         before = last_with_text(tokenizer, job.prompt_ids)
         self._text = TextStream(Detokenizer(tokenizer, before), stops)
         self._offset = len(job.resume_ids)
-        self._first: float | None = None
-        self._first_tokens = 0  # that arrived together with the first
-        self._last: float | None = None
+        self._timing = Timing(job.arrived)
         self._end: SequenceEnd | None = None
         self.done = False
-        self.outcome = "unfinished"
+        self.finish = ""
         self._replayed = Piece("", 0)
 
     def replay(self) -> None:
@@ -89,12 +71,9 @@ class AnswerEvents:
             )
             yield pb.GenerateResponse(route_change=route)
         if ids:
-            self._last = time.monotonic()
-            if self._first is None:
-                self._first = self._last
-                self._first_tokens = len(ids)
-                if self._job.span.is_recording():
-                    self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
+            if self._timing.first is None and self._job.span.is_recording():
+                self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
+            self._timing.add(len(ids), time.monotonic())
         used, stopped = 0, None
         while used < len(ids) and stopped is None:
             text, count, stopped = self._text.feed(ids[used : used + _MAX_IDS])
@@ -137,32 +116,37 @@ class AnswerEvents:
             timing.prefill.CopyFrom(self._end.timing.prefill)
         if job.submitted is not None:
             _set_seconds(timing.queue, job.submitted - job.arrived)
-        if self._first is not None and self._last is not None:
-            _set_seconds(timing.first_token, self._first - job.arrived)
-            _set_seconds(timing.decode, self._last - self._first)
+        if (first := self._timing.first) is not None and (last := self._timing.last) is not None:
+            _set_seconds(timing.first_token, first - job.arrived)
+            _set_seconds(timing.decode, last - first)
         _set_seconds(timing.total, now - job.arrived)
-        self.outcome = _OUTCOMES[finish.reason]
+        self.finish = finish_name(finish.reason)
         return response
 
-    def record(self, outcome: str) -> None:
+    def record(self, end: End) -> None:
         """Record the request in metrics and on its span, however it ended."""
-        job, now = self._job, time.monotonic()
-        labels = {**self._labels, attributes.OUTCOME: outcome}
+        job, timing = self._job, self._timing
         # Tokens that came with the request were generated earlier, in an unknown time.
-        new_tokens = self._offset - len(job.resume_ids)
-        _requests.add(1, labels)
-        _tokens.add(new_tokens, self._labels)
-        _duration.record(now - job.arrived, labels)
-        if self._first is not None and self._last is not None:
-            if not job.resume_ids:
-                _ttft.record(self._first - job.arrived, self._labels)
-            if (later := new_tokens - self._first_tokens) > 0:
-                _tpot.record((self._last - self._first) / later, self._labels)
+        timing.tokens = self._offset - len(job.resume_ids)
+        record(
+            end,
+            timing,
+            time.monotonic(),
+            tier=self._tier,
+            model=job.model,
+            chat=self._chat,
+            resumed=bool(job.resume_ids),
+            tenant_class=current().quota,
+        )
+        cause = _WASTE_CAUSES.get(end.outcome, "failover")
+        job.history.waste_cause = "slow_reader" if end.error == errors.SlowReader.reason else cause
+        if undelivered := len(job.generated) - timing.tokens:
+            catalogue.WASTED_TOKENS.of(tier=self._tier, cause=job.history.waste_cause).add(undelivered)
         if job.span.is_recording():
-            job.span.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: outcome})
-            job.span.set_attributes(
-                {attributes.GEN_AI_OUTPUT_TOKENS: self._offset, attributes.GEN_AI_FINISH_REASONS: [outcome]}
-            )
+            job.span.add_event(attributes.EVENT_FINISH, {attributes.OUTCOME: end.outcome})
+            job.span.set_attribute(attributes.GEN_AI_OUTPUT_TOKENS, self._offset)
+            if end.finish:
+                job.span.set_attribute(attributes.GEN_AI_FINISH_REASONS, [end.finish])
 
     def _delta(self, arrival: Arrival, start: int, stop: int, text: str) -> pb.GenerateResponse:
         # Set field by field: a message that is passed to a constructor is copied.
@@ -177,10 +161,6 @@ class AnswerEvents:
             delta.token_ids.extend(arrival.ids[start:stop])
         self._offset += stop - start
         return response
-
-
-# Such as "length".
-_OUTCOMES = {reason: name.removeprefix("FINISH_REASON_").lower() for name, reason in pb.FinishReason.items()}
 
 
 def _set_seconds(duration: duration_pb2.Duration, seconds: float) -> None:

@@ -15,6 +15,7 @@ from headrace.batcher.waiting.order import Waiting
 from headrace.batcher.waiting.prefixes import PrefixIndex
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.shedding import Sheddable, victims
+from headrace.metrics.words import Outcome
 from headrace.runtime.rate import RateMeter
 
 # Measurements taken during a fault, such as the loss of a worker, are pessimistic. A request is rejected only
@@ -30,7 +31,7 @@ class WaitingPlace(Sheddable, Protocol):
         """The number of requests that count against the batcher's `queue_limit`."""
         ...
 
-    def remove(self, waiting: Any, outcome: str) -> bool:
+    def remove(self, waiting: Any, outcome: Outcome) -> bool:
         """Remove a request. Returns False if it does not wait here."""
         ...
 
@@ -140,7 +141,7 @@ class Admission:
 
     def shed(self, victim: Any, error: errors.Shed) -> None:
         """Remove a waiting request from its place, and fail it with *error*."""
-        any(place.remove(victim, "shed") for place in self.places)
+        any(place.remove(victim, "refused") for place in self.places)
         victim.fail(error)
 
     def estimates(self, now: float) -> Estimates:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 
 from headrace import attributes
 from headrace.batcher.inbox import WorkerChange
@@ -23,22 +23,18 @@ from headrace.batcher.waiting.placement import WorkerCandidate, choose
 from headrace.batcher.waiting.prefixes import PrefixIndex
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
+from headrace.metrics import catalogue
 
 # The longest time between two dispatches: breakers close, deadlines pass, and workers may stay away.
 MAX_IDLE_SECONDS = 1.0
 
 _tracer = trace.get_tracer("headrace.batcher")
-_batch_size = metrics.get_meter("headrace.batcher").create_histogram(
-    attributes.METRIC_BATCH_SIZE,
-    description="sequences per batch",
-    explicit_bucket_boundaries_advisory=attributes.BUCKETS_SIZE,
-)
 
 
 class Dispatcher:
     """Takes jobs out of the queue and submits them to workers.
 
-    labels   attributes of spans and metrics
+    tier     its name, for spans and metrics
     """
 
     def __init__(
@@ -48,20 +44,26 @@ class Dispatcher:
         window: Window,
         prefixes: PrefixIndex,
         admission: Admission,
-        labels: dict[str, str],
+        tier: str,
     ) -> None:
         self._queue = queue
         self._pool = pool
         self._window = window
         self._prefixes = prefixes
         self._admission = admission
-        self._labels = labels
+        self._tier = tier
+        self._size = catalogue.BATCH_SIZE.of(tier=tier)
+        self._fill = catalogue.BATCH_FILL.of(tier=tier)
+        self._stalls = catalogue.CREDIT_STALLS.of(tier=tier, credit="worker")
+        self._stalled = False  # requests wait because no worker has a free slot
 
     def dispatch(self, now: float) -> float:
         """Submit every batch that is complete. Returns the seconds until the next one is."""
-        if not self._queue:
-            return MAX_IDLE_SECONDS
-        candidates = self._candidates(now)
+        candidates = self._candidates(now) if self._queue else {}
+        stalled = bool(self._queue) and not candidates
+        if stalled and not self._stalled:
+            self._stalls.add()
+        self._stalled = stalled
         if not candidates:
             return MAX_IDLE_SECONDS
         interrupted = self._queue.interrupted
@@ -175,7 +177,8 @@ class Dispatcher:
             history.length_at_start = job.answer_length
             history.replayed += job.answer_length
         self._admission.drained.add(now, len(batch))
-        _batch_size.record(len(batch), self._labels)
+        self._size.record(len(batch))
+        self._fill.record(len(batch) / self._window.size)
         batch_id = link.submit(batch, span, now)
         if span.is_recording():
             for job in batch:
@@ -195,6 +198,6 @@ class Dispatcher:
                 attributes.BATCH_SIZE: len(batch),
                 attributes.BATCH_TOKENS: sum(job.prefill_tokens for job in batch),
                 attributes.WORKER: link.worker_id,
-                **self._labels,
+                attributes.TIER: self._tier,
             },
         )

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import time
 
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 
 from headrace import attributes
 from headrace.batcher.job import Job
 from headrace.batcher.waiting.order import FairOrder
+from headrace.metrics import catalogue
+from headrace.metrics.words import Outcome
 
 _tracer = trace.get_tracer("headrace.batcher")
-_meter = metrics.get_meter("headrace.batcher")
-queue_depth = _meter.create_up_down_counter(
-    attributes.METRIC_QUEUE_DEPTH, description="requests that wait to be tokenised or for a worker"
-)
-queue_wait = _meter.create_histogram(
-    attributes.METRIC_QUEUE_WAIT, unit="s", explicit_bucket_boundaries_advisory=attributes.BUCKETS_TTFT
-)
 
 
 class RequestQueue(FairOrder[Job]):
@@ -35,7 +30,8 @@ class RequestQueue(FairOrder[Job]):
     def __init__(self, limit: int, *, tier: str, ageing: float = 10.0, quantum: int = 512) -> None:
         super().__init__(ageing=ageing, quantum=quantum)
         self.limit = limit
-        self._labels = {attributes.TIER: tier, attributes.QUEUE_STAGE: "worker"}
+        self._tier = tier
+        self._depth = catalogue.QUEUE_DEPTH.of(tier=tier, stage="worker")
 
     def put(self, job: Job) -> None:
         """Add a new request. Admission keeps the limit."""
@@ -50,26 +46,27 @@ class RequestQueue(FairOrder[Job]):
     def take(self, job: Job) -> None:
         """Remove *job* to submit it to a worker, and charge its cost to its tenant."""
         super().take(job)
-        self._record_exit(job, "submitted")
+        self._record_exit(job, "ok")
 
-    def remove(self, job: Job, outcome: str) -> bool:
-        """Remove a request for another reason, *outcome*. Returns False if it does not wait here."""
+    def remove(self, job: Job, outcome: Outcome) -> bool:
+        """Remove a request that ends here with *outcome*. Returns False if it does not wait here."""
         if not self.discard(job):
             return False
         self._record_exit(job, outcome)
         return True
 
     def _record_entry(self, job: Job) -> None:
-        queue_depth.add(1, self._labels)
+        self._depth.add(1)
         job.queued = time.monotonic()
         if job.span.is_recording():
             job.queue_span = _tracer.start_span(
                 attributes.SPAN_QUEUE, context=trace.set_span_in_context(job.span)
             )
 
-    def _record_exit(self, job: Job, outcome: str) -> None:
-        queue_depth.add(-1, self._labels)
-        queue_wait.record(time.monotonic() - job.queued, {**self._labels, attributes.OUTCOME: outcome})
+    def _record_exit(self, job: Job, outcome: Outcome) -> None:
+        self._depth.add(-1)
+        wait = catalogue.QUEUE_WAIT.of(tier=self._tier, stage="worker", outcome=outcome)
+        wait.record(time.monotonic() - job.queued)
         if job.queue_span.is_recording():
             job.queue_span.set_attribute(attributes.OUTCOME, outcome)
             job.queue_span.end()

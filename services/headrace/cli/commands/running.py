@@ -29,6 +29,16 @@ def up(
     port: Annotated[
         int, typer.Option(metavar="PORT", min=0, max=65535, help="Port of the router; 0 for a free one.")
     ] = (DEFAULT_PORT),
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            metavar="PORT",
+            min=0,
+            max=65000,
+            envvar="HEADRACE_METRICS_PORT",
+            help="Serve metrics to Prometheus: the router on this port, the others on the ports after it.",
+        ),
+    ] = 0,
     device: Device = "",
     dtype: Dtype = "auto",
     threads: Threads = 0,
@@ -58,6 +68,7 @@ def up(
             tiers=parse_tiers(tier or [], fake=fake),
             fake=fake,
             port=port,
+            metrics_port=metrics_port,
             device=device,
             dtype=dtype,
             threads=threads,

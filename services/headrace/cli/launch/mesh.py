@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import random
 import re
@@ -39,7 +40,10 @@ _STOP_SECONDS = 12.0  # after the drain, to return unfinished work, flush teleme
 # `plan_processes` sets these for each process; inherited values would reach the wrong ones.
 _PLANNED = {
     f"HEADRACE_{name}"
-    for name in ("HOST", "PORT", "PROCESSES", "TIER", "TIERS", "WORKERS", "MODEL", "FAKE", "THREADS")
+    for name in (
+        *("HOST", "PORT", "METRICS_PORT", "PROCESSES"),
+        *("TIER", "TIERS", "WORKERS", "MODEL", "FAKE", "THREADS"),
+    )
 }
 
 
@@ -68,6 +72,7 @@ class MeshSpec:
     fake: bool = False  # echo engines instead of models
     fake_step_seconds: float = 0.02  # of a step of an echo engine; 0 for no delay
     port: int = 0  # of the router; 0 for a free one
+    metrics_port: int = 0  # of the first endpoint for Prometheus; the next ports are the others'. 0 for none
     device: str = ""  # empty: the worker's default
     dtype: str = ""  # empty: the worker's default
     threads: int = 0  # per worker; 0 divides the cores between the workers
@@ -192,14 +197,17 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
     """
     inherited = environment(spec, os.environ)
     parallel = processes_of(spec, cores)
+    metrics_ports = itertools.count(spec.metrics_port + parallel)  # after those of the router's processes
     workers, rest = ports[: len(spec.tiers)], ports[len(spec.tiers) :]
     batchers = [rest[place * parallel :][:parallel] for place in range(len(spec.tiers))]
 
-    def process(kind: str, name: str, port: int, *flags: str) -> Process:
+    def process(kind: str, name: str, port: int, *flags: str, tier: str = "") -> Process:
         common = ["--host", HOST, "--port", str(port), "--drain-seconds", str(spec.drain_seconds)]
-        # HEADRACE_TRACE_CONTEXT is for external callers, which call the router. It is not a flag, because
-        # benchmarks also start older versions, which do not have the flag.
-        trust = {} if kind == "router" else {"HEADRACE_TRACE_CONTEXT": "trust"}
+        # HEADRACE_TRACE_CONTEXT is for external callers, which call the router. Variables rather than flags,
+        # because benchmarks also start older versions, which do not have the flags.
+        own = {} if kind == "router" else {"HEADRACE_TRACE_CONTEXT": "trust", "HEADRACE_TIER": tier}
+        if spec.metrics_port:
+            own["HEADRACE_METRICS_PORT"] = str(spec.metrics_port if kind == "router" else next(metrics_ports))
         return Process(
             name=name,
             command=[
@@ -211,7 +219,7 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
                 *spec.flags.get(kind, ()),
             ],
             log=spec.log_dir / f"{name}.log",
-            environment={**inherited, **trust},
+            environment={**inherited, **own},
             port=port,
         )
 
@@ -228,13 +236,14 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
     )
     return [
         [
-            process("worker", f"worker-{tier.name}", port, *engine(tier), *compute)
+            process("worker", f"worker-{tier.name}", port, *engine(tier), *compute, tier=tier.name)
             for tier, port in zip(spec.tiers, workers, strict=True)
         ],
         [
             process(
                 *("batcher", f"batcher{number if number > 1 else ''}-{tier.name}", port),
                 *("--tier", tier.name, "--workers", f"{HOST}:{worker}", *engine(tier)),
+                tier=tier.name,
             )
             for tier, own, worker in zip(spec.tiers, batchers, workers, strict=True)
             for number, port in enumerate(own, start=1)

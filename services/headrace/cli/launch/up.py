@@ -108,7 +108,10 @@ def _processes(spec: MeshSpec, running: Running) -> Table:
     table = Table("process", "model")
     table.add_column("port", justify="right")
     table.add_column("pid", justify="right")
+    if spec.metrics_port:
+        table.add_column("metrics", justify="right")
     for process in running.processes:
         model = models_by_name.get(process.name.partition("-")[2], "")
-        table.add_row(process.name, model, str(process.port), str(running.pids[process.name]))
+        metrics = [process.environment["HEADRACE_METRICS_PORT"]] if spec.metrics_port else []
+        table.add_row(process.name, model, str(process.port), str(running.pids[process.name]), *metrics)
     return table

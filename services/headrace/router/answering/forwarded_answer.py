@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 import time
 
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 
 from headrace import attributes, errors
+from headrace.metrics import catalogue
 from headrace.progress import Progress, Responses, route_change
 from headrace.router.answering import replies
 from headrace.router.state.batcher_peer import BatcherPeer
 from headrace.router.state.peer_reports import total
 from headrace.v1 import generation_pb2 as pb
-
-_failovers = metrics.get_meter("headrace.router").create_counter(
-    attributes.METRIC_FAILOVERS, description="answers that resumed on another batcher, by tier and reason"
-)
 
 
 class ForwardedAnswer(Progress):
@@ -122,7 +119,7 @@ class ForwardedAnswer(Progress):
         if first or self.lost is None:
             return (response,)
         reason = self.lost.reason
-        _failovers.add(1, {attributes.TIER: self._tier, attributes.ERROR_TYPE: reason})
+        catalogue.FAILOVERS.of(tier=self._tier, error=reason).add()
         trace.get_current_span().add_event(
             attributes.EVENT_FAILOVER, {attributes.ERROR_TYPE: reason, attributes.BATCHER: self._batcher}
         )

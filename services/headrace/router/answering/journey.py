@@ -12,11 +12,13 @@ import uuid
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 
 from headrace import attributes
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
+from headrace.metrics import catalogue
+from headrace.metrics.requests import Timing, finish_name
 from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
 from headrace.router.answering.cascade import Draft, HoldBack, cascade
@@ -34,11 +36,6 @@ from headrace.v1 import generation_pb2 as pb
 _NO_HINTS = Hints()
 
 _tracer = trace.get_tracer("headrace.router")
-_meter = metrics.get_meter("headrace.router")
-_routed = _meter.create_counter(attributes.METRIC_ROUTED, description="requests sent to a tier, by tier")
-_drafts = _meter.create_counter(
-    attributes.METRIC_DRAFTS, description="drafts that were checked, by tier and outcome"
-)
 
 
 class Journey:
@@ -46,6 +43,8 @@ class Journey:
 
     outgoing  the request as it is sent to batchers
     bill      what it used so far
+    finish    why its answer is complete, such as "stop"; empty until it is
+    timing    of the answer, as the caller receives it
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class Journey:
         chooser: Chooser,
         feedback: Feedback,
         bill: Bill,
+        timing: Timing,
     ) -> None:
         self._text = text_of(request)
         self._facts = routing_request(request, score)
@@ -70,6 +70,8 @@ class Journey:
             _outgoing(request, logprobs=self._may_draft), deadline, failover_seconds, hops, flusher
         )
         self.bill = bill
+        self.finish = ""
+        self._timing = timing
         self._tiers = tiers
         self._chooser = chooser
         self._feedback = feedback
@@ -78,6 +80,16 @@ class Journey:
         self._accepted: pb.Accepted | None = None
         self._delivered = 0  # tokens
         self._billed = False
+
+    @property
+    def tier(self) -> str:
+        """The tier that answers, or where the request is now."""
+        return self._tier
+
+    @property
+    def model(self) -> str:
+        """The model that answers; empty until one does."""
+        return self._accepted.model if self._accepted is not None else ""
 
     async def answer(self) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Stream the answer as the caller receives it."""
@@ -115,7 +127,7 @@ class Journey:
                     attributes.ROUTE_REASON: decision.why,
                 }
             )
-        _routed.add(1, {attributes.TIER: decision.tier})
+        catalogue.ROUTED.of(tier=decision.tier, route="draft" if rejected else decision.cause).add()
         return self._tiers[decision.tier]
 
     def count_attempt(self, tier: str) -> None:
@@ -142,7 +154,7 @@ class Journey:
 
     def releases(self, draft: Draft) -> bool:
         """See `cascade.Cascaded`. A draft that cannot be checked is released."""
-        outcome = "unchecked"
+        verdict = "unchecked"
         with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span, optional("draft check"):
             text, finished = draft.text_to_check()
             released, check = self._chooser.check_draft(
@@ -153,17 +165,17 @@ class Journey:
                 quality_preference=self._facts.hints.quality_preference,
                 samples=draft.samples,
             )
-            outcome = "released" if released else "escalated"
+            verdict = "released" if released else "escalated"
             span.set_attributes(
                 {
                     attributes.TIER: draft.tier,
                     attributes.CHECK_GOOD: check.good,
                     attributes.CHECK_REASONS: list(check.reasons),
-                    attributes.OUTCOME: outcome,
+                    attributes.VERDICT: verdict,
                 }
             )
-        _drafts.add(1, {attributes.TIER: draft.tier, attributes.OUTCOME: outcome})
-        return outcome != "escalated"
+        catalogue.DRAFTS.of(tier=draft.tier, verdict=verdict).add()
+        return verdict != "escalated"
 
     def discard(self, draft: Draft, replaced_by: str = "") -> None:
         """See `cascade.Cascaded`."""
@@ -175,6 +187,7 @@ class Journey:
                 tokens=draft.tokens,
                 cached_tokens=draft.cached_tokens,
             )
+        catalogue.WASTED_TOKENS.of(tier=draft.tier, cause="draft").add(draft.tokens)
         if replaced_by:
             with optional("thresholds"):
                 self._chooser.record_escalation(self._facts, draft.tier, replaced_by)
@@ -187,6 +200,8 @@ class Journey:
         if event == "delta":
             delta = response.delta
             self._delivered += delta.token_count
+            if delta.token_count:
+                self._timing.add(delta.token_count, time.monotonic())
             if not self._shows_logprobs:
                 delta.ClearField("logprobs")
         elif event == "accepted":
@@ -213,6 +228,7 @@ class Journey:
     def _finish(self, finish: pb.Finish) -> None:
         """Bill the answer; the bill of all tiers replaces the bill of a router behind this one."""
         usage = finish.usage
+        self.finish = finish_name(finish.reason)
         with optional("bill"):
             # The waste of discarded drafts is billed to their own tiers.
             discarded = sum(charge.wasted_tokens for _, charge in self.bill.charges)

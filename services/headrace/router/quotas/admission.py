@@ -14,9 +14,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
-from opentelemetry import metrics
-
-from headrace import attributes, errors
+from headrace import errors
+from headrace.metrics import catalogue
 from headrace.router.optional import optional
 from headrace.router.quotas.accounts import Account, Accounts, Calendar
 from headrace.router.quotas.amounts import Amounts, Refusal
@@ -37,11 +36,6 @@ ANSWER_TOKENS = 256  # of an answer without max_tokens
 DEFAULT_PRIORITY = 5
 LEAST_COST = 1e-9  # so that a request without a price still needs a budget that is not spent
 
-_refusals = metrics.get_meter("headrace.router").create_counter(
-    attributes.METRIC_QUOTA_REFUSALS,
-    unit="{request}",
-    description="requests over a limit of their tenant; with --quotas-shadow they are admitted",
-)
 _PER = {
     "requests_per_minute": "requests per minute",
     "tokens_per_minute": "tokens per minute",
@@ -148,14 +142,7 @@ class Quotas:
         if (refusal := await self.sharing.take(account, need, now)) is None:
             return Admission(self.sharing, account, need)
         mode = "shadow" if self._shadow else "enforced"
-        _refusals.add(
-            1,
-            {
-                attributes.TENANT_CLASS: limits.name,
-                attributes.QUOTA_LIMIT: refusal.limit,
-                attributes.QUOTA_MODE: mode,
-            },
-        )
+        catalogue.QUOTA_REFUSALS.of(tenant_class=limits.name, limit=refusal.limit, mode=mode).add()
         log.info("request over quota", extra={"tenant": tenant, "limit": refusal.limit, "mode": mode})
         if self._shadow:
             return None

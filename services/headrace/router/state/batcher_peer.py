@@ -54,7 +54,9 @@ class BatcherPeer:
         self.in_flight = 0
         self._in_flight_at_poll = 0
         self._stall_seconds = stall_seconds
-        self._client = Client(open_channel(address, direct=True), multiplex=True, stall_seconds=stall_seconds)
+        self._client = Client(
+            open_channel(address, direct=True), target=address, multiplex=True, stall_seconds=stall_seconds
+        )
         self._last_message = time.monotonic()
         self._poll_now = asyncio.Event()
 

@@ -15,6 +15,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Self
 
 from headrace.deadline import Deadline
+from headrace.metrics.catalogue import BATCHERS
 from headrace.router.state.batcher_peer import BatcherPeer
 from headrace.router.state.peer_reports import combined
 from headrace.runtime.discovery import Discovery
@@ -90,6 +91,14 @@ class Tier:
 
         polled   set when each batcher of the first addresses has been polled
         """
+        ready, waiting = (BATCHERS.of(tier=self.name, state=state) for state in ("ready", "not_ready"))
+        with (
+            ready.reading(lambda: sum(batcher.ready for batcher in self.batchers)),
+            waiting.reading(lambda: sum(not batcher.ready for batcher in self.batchers)),
+        ):
+            await self._follow(polled)
+
+    async def _follow(self, polled: asyncio.Event) -> None:
         tasks: dict[str, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as group, aclosing(self._discovery.changes()) as changes:
             async for addresses in changes:

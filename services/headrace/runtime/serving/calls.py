@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Literal, TypeAlias
 
 import grpc
 from opentelemetry import context as otel_context
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 from opentelemetry.context import Context
 
-from headrace import attributes, errors
+from headrace import attributes, errors, statuses
+from headrace.metrics import catalogue
 from headrace.propagation import extract
 from headrace.runtime.serving.active_requests import ActiveRequests
 from headrace.runtime.serving.inflight import InflightBudget
@@ -29,11 +29,6 @@ from headrace.runtime.serving.limits import Limits
 log = logging.getLogger(__name__)
 
 _tracer = trace.get_tracer("headrace.server")
-_call_duration = metrics.get_meter("headrace.server").create_histogram(
-    attributes.METRIC_SERVER_CALL_DURATION,
-    unit="s",
-    explicit_bucket_boundaries_advisory=attributes.BUCKETS_CALL,
-)
 
 # What is done with the trace context of callers: trust makes their spans the parents of ours, and their
 # sampling decides; link starts a new trace with a link to theirs; ignore does not read it.
@@ -41,18 +36,6 @@ TraceContext: TypeAlias = Literal["trust", "link", "ignore"]
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 _LIMITS = Limits()
-_CALLER_ERRORS = frozenset(
-    {
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.NOT_FOUND,
-        grpc.StatusCode.ALREADY_EXISTS,
-        grpc.StatusCode.UNAUTHENTICATED,
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.FAILED_PRECONDITION,
-        grpc.StatusCode.OUT_OF_RANGE,
-    }
-)
 
 
 class Calls:
@@ -61,12 +44,15 @@ class Calls:
     requests        those in flight
     budget          limits calls and bytes in flight
     trace_context   what is done with the trace context of callers
+    address         host and port of the server, for spans
     """
 
     def __init__(self, limits: Limits = _LIMITS, *, trace_context: TraceContext = "trust") -> None:
         self.requests = ActiveRequests()
         self.budget = InflightBudget(limits)
+        self.address: tuple[str, int] | None = None
         self._trace_context = trace_context
+        self._attributes: dict[str, dict[str, str | int]] = {}  # of spans, by method
 
     async def run(
         self,
@@ -74,56 +60,76 @@ class Calls:
         metadata: Metadata,
         time_remaining: Callable[[], float | None],
         call: Callable[[], Awaitable[object]],
+        *,
+        status: Callable[[], grpc.StatusCode | None] = lambda: None,
     ) -> errors.HeadraceError | None:
         """Run *call* as a request in flight, in a server span. Returns the error to end it with, if any.
 
         method           its full name, such as "headrace.v1.GenerationService/Generate"
         time_remaining   returns the seconds until the caller's deadline; None if there is none
+        status           returns the status that the call has set itself; None if it has set none
 
-        Raises gRPC's own errors if the caller has left, and CancelledError.
+        Raises gRPC's own errors if the caller has left or the call has ended itself, and CancelledError.
         """
         began = time.monotonic()
-        code = grpc.StatusCode.CANCELLED  # if nothing below sets another one
         parent, links = _parent(extract(metadata), self._trace_context)
-        with (
-            _attached(parent),  # with the caller's baggage
-            _tracer.start_as_current_span(
-                method,
-                kind=trace.SpanKind.SERVER,
-                attributes={attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: method},
-                links=links,
-                record_exception=False,
-                set_status_on_exception=False,
-            ) as span,
-        ):
-            try:
-                with self.requests.track():
-                    await call()
-                code = grpc.StatusCode.OK
-                return None
-            except Exception as raised:
-                if (end := end_of_call(raised)) is not None:
-                    raise end from None
-                error = reported(raised, method)
-                code = error.code
-                span.set_attribute(attributes.ERROR_TYPE, error.reason)
-                # By the conventions, an error of the caller is not an error of the server's span.
-                if code not in _CALLER_ERRORS:
-                    span.set_status(trace.StatusCode.ERROR, error.message)
-                return error
-            finally:
-                left = time_remaining()
-                if code is grpc.StatusCode.CANCELLED and left is not None and left <= 0:
-                    code = grpc.StatusCode.DEADLINE_EXCEEDED
+        span = _tracer.start_span(method, parent, trace.SpanKind.SERVER, self._attributes_of(method), links)
+        # With the caller's baggage. Attached by hand: a context manager would add to the cost of each call.
+        token = otel_context.attach(trace.set_span_in_context(span, parent))
+        code, reason, message = grpc.StatusCode.CANCELLED, "", ""  # if nothing below sets another one
+        in_flight = catalogue.CALLS_IN_FLIGHT.of()
+        in_flight.add(1)
+        try:
+            with self.requests.track():
+                await call()
+            code = status() or grpc.StatusCode.OK
+            return None
+        except Exception as raised:
+            if (end := end_of_call(raised)) is not None:
+                code = status() or code
+                raise end from None
+            error = reported(raised, method)
+            code, reason, message = error.code, error.reason, error.message
+            return error
+        finally:
+            left = time_remaining()
+            if code is grpc.StatusCode.CANCELLED and left is not None and left <= 0:
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+            kind = error_type(code, reason)
+            in_flight.add(-1)
+            catalogue.SERVER_CALL_DURATION.of(
+                rpc_system="grpc", method=method, status=code.name, error=kind
+            ).record(time.monotonic() - began)
+            if span.is_recording():
                 span.set_attribute(attributes.RPC_STATUS_CODE, code.name)
-                _call_duration.record(
-                    time.monotonic() - began,
-                    {attributes.RPC_METHOD: method, attributes.RPC_STATUS_CODE: code.name},
-                )
+                if kind:
+                    span.set_attribute(attributes.ERROR_TYPE, kind)
+                if code in statuses.SERVER_ERRORS:
+                    span.set_status(trace.StatusCode.ERROR, message or None)
+            otel_context.detach(token)
+            span.end()
+
+    def _attributes_of(self, method: str) -> dict[str, str | int]:
+        made = self._attributes.get(method)
+        if made is None:
+            made = self._attributes[method] = {attributes.RPC_SYSTEM: "grpc", attributes.RPC_METHOD: method}
+            if self.address is not None:
+                host, port = self.address
+                made |= {attributes.SERVER_ADDRESS: host, attributes.SERVER_PORT: port}
+        return made
+
+
+def error_type(code: grpc.StatusCode, reason: str) -> str:
+    """Return the `error.type` of a call: the reason of its error, or its status; empty if it succeeded."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return reason or errors.DeadlineExceeded.reason  # gRPC cancels the call before we raise that
+    return "" if code is grpc.StatusCode.OK else reason or code.name
 
 
 def end_of_call(error: Exception) -> grpc.aio.BaseError | None:
-    """Return gRPC's own error if the caller left during a write or the server stopped; gRPC handles it."""
+    """Return gRPC's own error, which gRPC handles: the caller left during a write, the server stopped, or the
+    call was aborted.
+    """
     inner = errors.unwrap(error)
     if isinstance(inner, grpc.aio.UsageError):  # a bug of ours
         return None
@@ -154,12 +160,3 @@ def _parent(received: Context, policy: TraceContext) -> tuple[Context, list[trac
         return received, []
     caller = trace.get_current_span(received).get_span_context()
     return Context(), [trace.Link(caller)] if policy == "link" and caller.is_valid else []
-
-
-@contextmanager
-def _attached(context: Context) -> Generator[None, None, None]:
-    token = otel_context.attach(context)
-    try:
-        yield
-    finally:
-        otel_context.detach(token)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any, TypeAlias
 
 import grpc
 
 from headrace import errors, statuses
+from headrace.metrics.requests import record_refusal
 from headrace.runtime.security.guard import Guard, OpenGuard, Peer
 from headrace.runtime.security.identity import acting_as
 from headrace.runtime.serving.calls import Calls, drop_frames, end_of_call, reported
@@ -87,34 +88,37 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         async def respond(requests: Any, context: Any) -> Any:
             if handler.response_streaming:
                 context = StreamingContext(context)
-            peer = context.peer()
-            try:
-                identity = await self._guard.identify(
-                    method, context.invocation_metadata() or (), Peer(peer, context.auth_context())
-                )
-                with self._budget.admit(peer, exempt=exempt) as reservation, acting_as(identity):
+            return await around(method, context, lambda: admitted(requests, context))
 
-                    async def call() -> Any:
-                        if handler.request_streaming:
-                            return await answer(requests, context)
-                        permit = await self._starting.acquire(peer)
-                        try:
-                            data = await read_message(context, reservation, limit, permit)
-                            if len(data) >= LONG_BYTES:
-                                permit.release()
-                                permit = await self._starting_long.acquire(peer)
-                            request = parse(data)
-                            asyncio.get_running_loop().call_later(START_SECONDS, permit.release)
-                            return await answer(request, context, permit)
-                        finally:
-                            permit.release()
-
+        async def admitted(requests: Any, context: Any) -> Any:
+            peer, tenant_class = context.peer(), ""
+            with ExitStack() as stack:
+                try:
+                    identity = await self._guard.identify(
+                        method, context.invocation_metadata() or (), Peer(peer, context.auth_context())
+                    )
+                    tenant_class = identity.quota
+                    reservation = stack.enter_context(self._budget.admit(peer, exempt=exempt))
+                except errors.HeadraceError as error:
+                    record_refusal(error, tenant_class)
+                    raise
+                stack.enter_context(acting_as(identity))
+                try:
+                    if handler.request_streaming:
+                        return await answer(requests, context)
+                    permit = await self._starting.acquire(peer)
                     try:
-                        return await around(method, context, call)
+                        data = await read_message(context, reservation, limit, permit)
+                        if len(data) >= LONG_BYTES:
+                            permit.release()
+                            permit = await self._starting_long.acquire(peer)
+                        request = parse(data)
+                        asyncio.get_running_loop().call_later(START_SECONDS, permit.release)
+                        return await answer(request, context, permit)
                     finally:
-                        self._reclaimer.released(reservation.size)
-            except errors.HeadraceError as error:  # from the guard or `admit`: `around` raises none
-                await _abort(context, error)
+                        permit.release()
+                finally:
+                    self._reclaimer.released(reservation.size)
 
         async def answer(request: Any, context: Any, permit: Permit | None = None) -> Any:
             if not handler.response_streaming:
@@ -159,7 +163,11 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             result = await call()
 
         error = await self._calls.run(
-            method.lstrip("/"), context.invocation_metadata() or (), context.time_remaining, keep_result
+            method.lstrip("/"),
+            context.invocation_metadata() or (),
+            context.time_remaining,
+            keep_result,
+            status=context.code,
         )
         if error is not None:
             await _abort(context, error)

@@ -1,6 +1,6 @@
 """Define what a server accepts from its callers at most: bytes, calls, connections, streams and headers.
 
-The memory limits in `k8s/base` follow from these numbers; tests/test_deployment.py compares them.
+The memory limits in `k8s/base` follow from these numbers; tests/deploy/test_settings.py compares them.
 """
 
 from __future__ import annotations

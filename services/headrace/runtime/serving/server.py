@@ -12,6 +12,7 @@ import errno
 import functools
 import logging
 import signal
+import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
@@ -171,6 +172,8 @@ async def serving(
         ],
     )
     bound = await _listen(server, host, port, share_port)
+    # Spans name the pod rather than "0.0.0.0".
+    calls.address = (socket.gethostname() if host in ("", "0.0.0.0", "::") else host, bound)
     await health.set_ready(False)
     await health.set_live()
     await server.start()

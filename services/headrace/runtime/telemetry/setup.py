@@ -15,11 +15,11 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry import metrics, trace
-
 from headrace.runtime.telemetry import exporters
+from headrace.runtime.telemetry.vitals import measuring
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
@@ -45,7 +45,8 @@ async def telemetry(service: str, *, instance: str = "") -> AsyncGenerator[None,
     """
     closing = _start(service, instance)
     try:
-        yield
+        async with measuring():
+            yield
     finally:
         if closing:
             await _within(_FLUSH_SECONDS, closing)
@@ -96,48 +97,35 @@ def _start(service: str, instance: str) -> list[Callable[[], object]]:
 # The SDK is imported inside the functions below: a process that exports nothing does not load it.
 
 
-def _resource(service: str, instance: str) -> Resource:
+def resource(service: str, instance: str) -> Resource:
+    """Return the resource that describes this process; OTEL_* variables take precedence."""
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
-    names = {"service.name": f"headrace-{service}"} | ({"service.instance.id": instance} if instance else {})
+    names = {"service.name": f"headrace-{service}", "service.version": version("headrace")}
+    if instance:
+        names["service.instance.id"] = instance
     # Resource.create prefers its argument to OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES.
     return Resource.create({**names, **OTELResourceDetector().detect().attributes})
 
 
 def _trace(made: Sequence[Any], service: str, instance: str) -> list[Callable[[], object]]:
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from headrace.runtime.telemetry.tracing import set_up
 
-    from headrace.runtime.telemetry.span_sampler import LinkedRoots
-
-    tracers = TracerProvider(resource=_resource(service, instance), shutdown_on_exit=False)
-    tracers.sampler = LinkedRoots(tracers.sampler)
-    processors = [BatchSpanProcessor(exporter) for exporter in made]
-    for processor in processors:
-        tracers.add_span_processor(processor)
-    trace.set_tracer_provider(tracers)
-
-    def close(processor: Any) -> None:
-        processor.force_flush(int(_FLUSH_SECONDS * 1000))
-        processor.shutdown()
-
-    # Separately: an exporter whose collector is down does not delay the last spans of the others.
-    return [functools.partial(close, processor) for processor in processors]
+    return set_up(made, resource(service, instance), _FLUSH_SECONDS)
 
 
 def _measure(made: Sequence[Any], service: str, instance: str) -> list[Callable[[], object]]:
-    from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 
-    readers: list[Any] = [
-        one if isinstance(one, MetricReader) else PeriodicExportingMetricReader(one) for one in made
-    ]
-    meters = MeterProvider(
-        resource=_resource(service, instance), metric_readers=readers, shutdown_on_exit=False
-    )
-    metrics.set_meter_provider(meters)
-    milliseconds = _FLUSH_SECONDS * 1000
-    return [functools.partial(reader.shutdown, timeout_millis=milliseconds) for reader in readers]
+    from headrace.runtime.telemetry.collection import read_by
+
+    described, closing = resource(service, instance), list[Callable[[], object]]()
+    for one in made:
+        preferences = getattr(one, "_preferred_temporality", None)
+        reader = one if isinstance(one, MetricReader) else PeriodicExportingMetricReader(one)
+        read_by(reader, described, preferences=preferences)
+        closing.append(functools.partial(reader.shutdown, timeout_millis=_FLUSH_SECONDS * 1000))
+    return closing
 
 
 _SIGNALS: dict[exporters.Signal, Callable[[Sequence[Any], str, str], list[Callable[[], object]]]] = {

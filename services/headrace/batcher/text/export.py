@@ -1,0 +1,47 @@
+"""Copy the tokenizer of a .gguf file: `python -m headrace.batcher.text.export MODEL FOLDER`.
+
+A batcher whose model is FOLDER starts without the weights. The folder states the fingerprint of MODEL, so
+that the batcher and workers with the whole model recognise each other. The tokenizer of any other model is
+in files of its own: copy those.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from headrace.batcher.text.tokenizer_files import read_tokenizer
+from headrace.models import FINGERPRINT_FILE, ModelUnavailable, resolve
+
+
+def export(path: Path, folder: Path) -> None:
+    """Write the tokenizer of the .gguf file *path* into *folder*, which is made.
+
+    Raises ModelUnavailable if it cannot be read, and FileExistsError if *folder* exists.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        fingerprint = read_tokenizer(path, Path(cache)).fingerprint
+        shutil.copytree(Path(cache, "tokenizers", fingerprint), folder)
+    folder.chmod(0o755)  # other users read it: that of a container
+    (folder / FINGERPRINT_FILE).write_text(f"{fingerprint}\n")
+
+
+def main(arguments: list[str]) -> None:
+    """Export a tokenizer, or exit with the reason why not."""
+    if len(arguments) != 2:
+        raise SystemExit("usage: python -m headrace.batcher.text.export MODEL FOLDER")
+    model, folder = arguments[0], Path(arguments[1])
+    try:
+        path = resolve(model, weights=False)
+        if path.is_dir():
+            raise SystemExit(f"{path} has a tokenizer in files of its own: copy them")
+        export(path, folder)
+    except (ModelUnavailable, FileExistsError) as error:
+        raise SystemExit(str(error)) from error
+    print(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

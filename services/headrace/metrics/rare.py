@@ -1,0 +1,57 @@
+"""Make the series of rare events exist from the start.
+
+Prometheus computes no increase from the first value of a series. If a series appeared with its first event,
+alerts would miss that event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from headrace import errors
+from headrace.metrics import catalogue
+
+_REFUSALS = (
+    errors.Overloaded,
+    errors.Shed,
+    errors.TtftUnattainable,
+    errors.DeadlineUnattainable,
+)
+_LOST_WORKERS = (errors.WorkerLost, errors.WorkerDraining, errors.SequenceFault)
+_LOST_BATCHERS = (errors.BatcherLost, errors.Draining, errors.WorkerLost)
+_WASTE = ("cancel", "deadline", "failover", "over_generation", "slow_reader")
+
+
+def create_for_router(tiers: Iterable[str]) -> None:
+    """Create the series of a router."""
+    _create_refusals("", (errors.Busy, errors.TenantQuota))
+    for tier in tiers:
+        _create_refusals(tier, _REFUSALS)
+        _create_failovers(tier, _LOST_BATCHERS)
+        catalogue.WASTED_TOKENS.of(tier=tier, cause="draft")
+
+
+def create_for_batcher(tier: str) -> None:
+    """Create the series of a batcher."""
+    _create_refusals("", (errors.Busy,))
+    _create_refusals(tier, _REFUSALS)
+    _create_failovers(tier, _LOST_WORKERS)
+    catalogue.PAUSED.of(tier=tier)
+    for cause in _WASTE:
+        catalogue.WASTED_TOKENS.of(tier=tier, cause=cause)
+
+
+def create_for_worker(tier: str, model: str) -> None:
+    """Create the series of a worker."""
+    for outcome in ("deadline", "failed"):
+        catalogue.ENDED.of(tier=tier, model=model, outcome=outcome, finish="")
+
+
+def _create_refusals(tier: str, kinds: Iterable[type[errors.HeadraceError]]) -> None:
+    for kind in kinds:
+        catalogue.REFUSED.of(tier=tier, error=kind.reason, tenant_class="")
+
+
+def _create_failovers(tier: str, kinds: Iterable[type[errors.HeadraceError]]) -> None:
+    for kind in kinds:
+        catalogue.FAILOVERS.of(tier=tier, error=kind.reason)

@@ -1,0 +1,247 @@
+"""Encode the spans of `spans` for OTLP, for the SDK's exporters.
+
+The encoder joins the bytes of the fields of opentelemetry/proto/trace/v1/trace.proto. Most are the same in
+many spans, and encoded once. That takes a tenth of the time of the SDK's encoder. It runs on the exporter's
+thread, but holds the interpreter's lock, so that its time is taken from requests.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits
+from opentelemetry.trace import SpanContext, SpanKind, StatusCode
+
+from headrace.runtime.telemetry.spans import Span
+
+_KINDS = {
+    SpanKind.INTERNAL: trace_pb2.Span.SPAN_KIND_INTERNAL,
+    SpanKind.SERVER: trace_pb2.Span.SPAN_KIND_SERVER,
+    SpanKind.CLIENT: trace_pb2.Span.SPAN_KIND_CLIENT,
+    SpanKind.PRODUCER: trace_pb2.Span.SPAN_KIND_PRODUCER,
+    SpanKind.CONSUMER: trace_pb2.Span.SPAN_KIND_CONSUMER,
+}
+_CACHED_CHARACTERS = 64  # of a value; longer ones would fill the memory
+_FIXED64, _BYTES = 1, 2  # wire types
+_fixed64 = struct.Struct("<Q").pack
+
+
+@lru_cache(maxsize=4096)
+def _varint(number: int) -> bytes:
+    parts = bytearray()
+    while number >= 0x80:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*parts, number))
+
+
+def _tag(name: str, wire_type: int, message: Any = trace_pb2.Span) -> bytes:
+    return _varint(message.DESCRIPTOR.fields_by_name[name].number << 3 | wire_type)
+
+
+def _flags(message: Any) -> dict[bool, bytes]:
+    """Return the flags of a span or link as bytes, by whether its parent or the linked span is remote."""
+    known = trace_pb2.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
+    remote = known | trace_pb2.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
+    return {False: message(flags=known).SerializeToString(), True: message(flags=remote).SerializeToString()}
+
+
+_SPANS = _tag("spans", _BYTES, trace_pb2.ScopeSpans)
+_SCOPE_SPANS = _tag("scope_spans", _BYTES, trace_pb2.ResourceSpans)
+# The fields of ids have the same numbers in spans and links.
+_TRACE_ID, _SPAN_ID = _tag("trace_id", _BYTES) + b"\x10", _tag("span_id", _BYTES) + b"\x08"
+_PARENT_ID = _tag("parent_span_id", _BYTES) + b"\x08"
+_START, _END = _tag("start_time_unix_nano", _FIXED64), _tag("end_time_unix_nano", _FIXED64)
+_EVENT_TIME = _tag("time_unix_nano", _FIXED64, trace_pb2.Span.Event)
+_EVENTS, _LINKS = _tag("events", _BYTES), _tag("links", _BYTES)
+_ATTRIBUTES = _tag("attributes", _BYTES)
+_EVENT_ATTRIBUTES = _tag("attributes", _BYTES, trace_pb2.Span.Event)
+_LINK_ATTRIBUTES = _tag("attributes", _BYTES, trace_pb2.Span.Link)
+_FLAGS, _LINK_FLAGS = _flags(trace_pb2.Span), _flags(trace_pb2.Span.Link)
+
+
+class Encoder:
+    """Encodes spans of one resource, within the SDK's limits."""
+
+    def __init__(self, resource: Resource, limits: SpanLimits) -> None:
+        # The SDK encodes the resource, once: a request without spans would have none.
+        empty = ReadableSpan("", context=SpanContext(1, 1, False), resource=resource)
+        (block,) = encode_spans([empty]).resource_spans
+        del block.scope_spans[:]
+        self._resource = block.SerializeToString()
+        self._limits = limits
+
+    def encode(self, spans: Sequence[Span]) -> ExportTraceServiceRequest:
+        """Return an export request with *spans*."""
+        if spans and not isinstance(spans[0], Span):  # from an exporter that converted them
+            return encode_spans(spans)
+        scopes: dict[Any, list[bytes]] = {}
+        for span in spans:
+            parts = scopes.get(span.scope)
+            if parts is None:
+                parts = scopes[span.scope] = [_scope(span.scope)]
+            body = self._span(span)
+            parts += (_SPANS, _varint(len(body)), body)
+        blocks = [self._resource]
+        for parts in scopes.values():
+            body = b"".join(parts)
+            blocks += (_SCOPE_SPANS, _varint(len(body)), body)
+        request = ExportTraceServiceRequest()
+        request.resource_spans.add().MergeFromString(b"".join(blocks))
+        return request
+
+    def _span(self, span: Span) -> bytes:
+        limits, context, parent, status = self._limits, span.context, span.parent, span.status
+        parts = [
+            *(_TRACE_ID, context.trace_id.to_bytes(16, "big"), _SPAN_ID, context.span_id.to_bytes(8, "big")),
+            _name_and_kind(span.name, span.kind),
+            *(_START, _fixed64(span.start_time), _END, _fixed64(span.end_time or span.start_time)),
+        ]
+        if parent is None:
+            parts.append(_FLAGS[False])
+        else:
+            parts += (_FLAGS[parent.is_remote], _PARENT_ID, parent.span_id.to_bytes(8, "big"))
+        dropped = self._add(parts, _ATTRIBUTES, span.attributes, limits.max_span_attributes)
+        dropped_events = self._add_events(parts, span) if span.events else 0
+        dropped_links = self._add_links(parts, span) if span.links else 0
+        if (
+            context.trace_state
+            or status.status_code is not StatusCode.UNSET
+            or dropped
+            or dropped_events
+            or dropped_links
+        ):
+            # What few spans have, as a message of its own: messages are merged by joining their bytes.
+            rest = trace_pb2.Span(
+                trace_state=context.trace_state.to_header(),
+                dropped_attributes_count=dropped,
+                dropped_events_count=dropped_events,
+                dropped_links_count=dropped_links,
+            )
+            if status.status_code is not StatusCode.UNSET:
+                rest.status.code = status.status_code.value
+                rest.status.message = status.description or ""
+            parts.append(rest.SerializeToString())
+        return b"".join(parts)
+
+    def _add_events(self, parts: list[bytes], span: Span) -> int:
+        """Add the last events within the limit; return the number of others. So do the methods below."""
+        events, dropped = _last(span.events, self._limits.max_events)
+        for event in events:
+            made = [_EVENT_TIME, _fixed64(event.timestamp), _event_name(event.name)]
+            if event.attributes:
+                most = self._limits.max_event_attributes
+                if left := self._add(made, _EVENT_ATTRIBUTES, event.attributes, most):
+                    made.append(trace_pb2.Span.Event(dropped_attributes_count=left).SerializeToString())
+            body = b"".join(made)
+            parts += (_EVENTS, _varint(len(body)), body)
+        return dropped
+
+    def _add_links(self, parts: list[bytes], span: Span) -> int:
+        links, dropped = _last(span.links, self._limits.max_links)
+        for link in links:
+            to = link.context
+            made = [
+                *(_TRACE_ID, to.trace_id.to_bytes(16, "big"), _SPAN_ID, to.span_id.to_bytes(8, "big")),
+                _LINK_FLAGS[to.is_remote],
+            ]
+            if link.attributes:
+                most = self._limits.max_link_attributes
+                if left := self._add(made, _LINK_ATTRIBUTES, link.attributes, most):
+                    made.append(trace_pb2.Span.Link(dropped_attributes_count=left).SerializeToString())
+            body = b"".join(made)
+            parts += (_LINKS, _varint(len(body)), body)
+        return dropped
+
+    def _add(self, parts: list[bytes], tag: bytes, attributes: Mapping[str, Any], most: int | None) -> int:
+        pairs: Any = attributes.items()
+        dropped = 0
+        if most is not None and len(attributes) > most:
+            pairs, dropped = _last(list(pairs), most)
+        longest = self._limits.max_span_attribute_length
+        for key, value in pairs:
+            if longest is not None:
+                value = _shortened(value, longest)
+            kind = type(value)
+            if kind is int or kind is bool or (kind is str and len(value) <= _CACHED_CHARACTERS):
+                parts.append(_attribute(tag, key, value))
+            else:
+                parts.append(_new_attribute(tag, key, value))
+        return dropped
+
+
+@lru_cache(maxsize=256)
+def _name_and_kind(name: str, kind: SpanKind) -> bytes:
+    return trace_pb2.Span(name=name, kind=_KINDS[kind]).SerializeToString()
+
+
+@lru_cache(maxsize=256)
+def _event_name(name: str) -> bytes:
+    return trace_pb2.Span.Event(name=name).SerializeToString()
+
+
+def _new_attribute(tag: bytes, key: str, value: Any) -> bytes:
+    made = KeyValue(key=key)
+    _set(made.value, value)
+    body = made.SerializeToString()
+    return tag + _varint(len(body)) + body
+
+
+# Typed, since 1 and True are equal.
+_attribute = lru_cache(maxsize=4096, typed=True)(_new_attribute)
+
+
+def _scope(scope: Any) -> bytes:
+    made = trace_pb2.ScopeSpans(schema_url=scope.schema_url)
+    made.scope.name, made.scope.version = scope.name, scope.version or ""
+    return made.SerializeToString()
+
+
+def _last(items: Sequence[Any], most: int | None) -> tuple[Sequence[Any], int]:
+    """Return the last items, at most *most*, and the number of others."""
+    if most is None or len(items) <= most:
+        return items, 0
+    return items[len(items) - most :], len(items) - most
+
+
+def _set(message: AnyValue, value: Any) -> None:
+    match value:
+        case str():
+            message.string_value = value
+        case bool():
+            message.bool_value = value
+        case int():
+            message.int_value = value
+        case float():
+            message.double_value = value
+        case bytes():
+            message.bytes_value = value
+        case None:
+            pass
+        case Mapping():
+            for key, each in value.items():
+                pair = message.kvlist_value.values.add()
+                pair.key = str(key)
+                _set(pair.value, each)
+        case Sequence():
+            message.array_value.SetInParent()
+            for each in value:
+                _set(message.array_value.values.add(), each)
+        case _:
+            message.string_value = str(value)
+
+
+def _shortened(value: Any, longest: int) -> Any:
+    if isinstance(value, str):
+        return value[:longest]
+    if isinstance(value, (list, tuple)):
+        return [_shortened(each, longest) for each in value]
+    return value

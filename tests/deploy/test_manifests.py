@@ -1,0 +1,248 @@
+"""Every overlay and combination of components renders, into pods that survive drains and are locked down."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.runtime.serving.server import LIVENESS, READINESS
+from tests.deploy.rendering import (
+    OF_OVERLAYS,
+    OF_TIERS,
+    OVERLAYS,
+    TRANSFORMERS,
+    Resource,
+    combined,
+    container,
+    environment,
+    of_kind,
+    overlay,
+    pod,
+    services,
+)
+from tests.deploy.settings_files import K8S, SETTINGS
+
+VERSION = tomllib.loads((K8S.parent / "pyproject.toml").read_text())["project"]["version"]
+# What each component adds or changes, so that one that renders to nothing is found.
+SEEN: dict[str, Callable[[list[Resource]], bool]] = {
+    "anonymous": lambda found: "HEADRACE_AUTH_ANONYMOUS" in _mesh(found),
+    "callers": lambda found: "callers" in _volumes(found, "router"),
+    "gpu": lambda found: "nvidia.com/gpu" in _worker(found)["resources"]["limits"],
+    "autoscaling/routers": lambda found: "router" in of_kind(found, "HorizontalPodAutoscaler"),
+    "telemetry": lambda found: "headrace" in of_kind(found, "PodMonitor"),
+    "network-policies": lambda found: "deny" in of_kind(found, "NetworkPolicy"),
+    "mtls": lambda found: "tls" in _volumes(found, "worker-small"),
+    "mtls/tokens": lambda found: any(port["name"] == "mtls" for port in _ports(found, "router")),
+    "quotas": lambda found: "quotas" in _volumes(found, "router"),
+    "gateway-api": lambda found: "router" in of_kind(found, "GRPCRoute"),
+    "gateway-api/tls": lambda found: "router" in of_kind(found, "BackendTLSPolicy"),
+    "priority": lambda found: pod(of_kind(found, "Deployment")["router"])["priorityClassName"] == "headrace",
+    "model-cache": lambda found: "models-small" in of_kind(found, "PersistentVolumeClaim"),
+    "model-image": lambda found: "model" in _volumes(found, "worker-small"),
+    "tokenizer-image": lambda found: "tokenizer" in _volumes(found, "batcher-small"),
+    "autoscaling/tier": lambda found: "worker-small" in of_kind(found, "ScaledObject"),
+}
+
+
+def _mesh(found: list[Resource]) -> dict[str, str]:
+    (mesh,) = (each for name, each in of_kind(found, "ConfigMap").items() if name.startswith("mesh-"))
+    data: dict[str, str] = mesh["data"]
+    return data
+
+
+def _worker(found: list[Resource]) -> Resource:
+    return container(of_kind(found, "Deployment")["worker-small"])
+
+
+def _volumes(found: list[Resource], name: str) -> set[str]:
+    return {volume["name"] for volume in pod(of_kind(found, "Deployment")[name])["volumes"]}
+
+
+def _ports(found: list[Resource], name: str) -> list[dict[str, Any]]:
+    ports: list[dict[str, Any]] = container(of_kind(found, "Deployment")[name])["ports"]
+    return ports
+
+
+def test_every_component_is_tested() -> None:
+    found = {
+        str(path.parent.relative_to(K8S / "components"))
+        for path in K8S.rglob("components/**/kustomization.yaml")
+    }
+
+    nested = {"telemetry/rules", "telemetry/dashboards"}  # of the component telemetry
+    assert found == {*OF_OVERLAYS, *OF_TIERS, *TRANSFORMERS, *nested}
+    assert set(SEEN) == {*OF_OVERLAYS, *OF_TIERS}
+
+
+@pytest.mark.parametrize("name", OF_OVERLAYS)
+def test_a_component_of_overlays_renders_alone(name: str, tmp_path: Path) -> None:
+    found = combined(tmp_path, [name])
+
+    assert SEEN[name](found)
+    check_pods(found)
+
+
+@pytest.mark.parametrize("name", OF_TIERS)
+def test_a_component_of_tiers_renders_alone(name: str, tmp_path: Path) -> None:
+    found = combined(tmp_path, [], [name], ["tier-name"] if name == "autoscaling/tier" else [])
+
+    assert SEEN[name](found)
+    check_pods(found)
+
+
+def test_the_order_of_components_does_not_matter(tmp_path: Path) -> None:
+    found = combined(tmp_path, OF_OVERLAYS[::-1], OF_TIERS[::-1], TRANSFORMERS)
+
+    assert all(seen(found) for seen in SEEN.values())
+    check_pods(found)
+
+
+def test_all_components_render_together(tmp_path: Path) -> None:
+    found = combined(tmp_path, OF_OVERLAYS, OF_TIERS, TRANSFORMERS)
+
+    assert all(seen(found) for seen in SEEN.values())
+    check_pods(found)
+    check_names(found)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_renders_pods_that_survive_drains_and_are_locked_down(name: str) -> None:
+    check_pods(list(overlay(name)))
+    check_names(list(overlay(name)))
+
+
+def check_pods(found: list[Resource]) -> None:
+    """Check what holds for every pod of the mesh, whatever the components."""
+    deployments = services(found)
+    assert {container(each)["name"] for each in deployments.values()} == set(SETTINGS)
+    for each in deployments.values():
+        check_probes(found, each)
+        check_drain(found, each)
+    workloads = [each for each in found if each["kind"] in ("Deployment", "Job")]
+    for each in workloads:
+        check_security(each)
+        assert each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "headrace"
+
+
+def check_probes(found: list[Resource], deployment: Resource) -> None:
+    """Check that readiness and liveness are asked separately, on a port that serves health."""
+    variables, box = environment(found, deployment), container(deployment)
+    port = int(variables.get("HEADRACE_HEALTH_PORT", 0)) or int(variables["HEADRACE_PORT"])
+    ports = {each["name"]: each["containerPort"] for each in box["ports"]}
+    assert ports["grpc"] == int(variables["HEADRACE_PORT"])
+    assert port in ports.values()
+    for probe, service in (
+        ("startupProbe", LIVENESS),
+        ("livenessProbe", LIVENESS),
+        ("readinessProbe", READINESS),
+    ):
+        assert box[probe]["grpc"] == {"port": port, "service": service}
+
+
+def check_drain(found: list[Resource], deployment: Resource) -> None:
+    """Check that a pod that is stopped has the time to finish the longest generation."""
+    variables, spec = environment(found, deployment), pod(deployment)
+    before = container(deployment)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    drain = float(variables["HEADRACE_DRAIN_SECONDS"])
+    deadline = float(variables.get("HEADRACE_DEFAULT_DEADLINE", 120))
+
+    assert drain > deadline
+    # After the drain, a worker hands off what is unfinished in two seconds; a server sends it in three.
+    assert spec["terminationGracePeriodSeconds"] >= before + drain + 5
+    labels = deployment["spec"]["selector"]["matchLabels"]
+    budgets = of_kind(found, "PodDisruptionBudget").values()
+    assert [
+        each["spec"]["maxUnavailable"]
+        for each in budgets
+        if each["spec"]["selector"]["matchLabels"] == labels
+    ] == [1]
+    spreads = spec["topologySpreadConstraints"]
+    assert {each["topologyKey"] for each in spreads} == {
+        "kubernetes.io/hostname",
+        "topology.kubernetes.io/zone",
+    }
+    assert all(each["labelSelector"]["matchLabels"] == labels for each in spreads)
+
+
+def check_security(workload: Resource) -> None:
+    """Check that a pod meets the restricted standard, and what it does not ask for."""
+    spec, box = pod(workload), container(workload)
+    assert spec["enableServiceLinks"] is False  # else a Service named `headrace` would set HEADRACE_PORT
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["serviceAccountName"] != "default"
+    context = spec["securityContext"]
+    assert context["runAsNonRoot"] is True
+    assert context["runAsUser"] == context["runAsGroup"] == 10001
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert box["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    for kind in ("memory", "ephemeral-storage"):
+        assert kind in box["resources"]["requests"]
+        assert kind in box["resources"]["limits"]
+    for volume in spec.get("volumes", ()):
+        assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"]
+    mounted = {mount["name"] for mount in box["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["volumes"]}
+
+
+def check_names(found: list[Resource]) -> None:
+    """Check that all that a resource refers to exists, with the suffix of its tier."""
+    accounts, maps = of_kind(found, "ServiceAccount"), of_kind(found, "ConfigMap")
+    claims, workloads = of_kind(found, "PersistentVolumeClaim"), of_kind(found, "Deployment")
+    for each in (each for each in found if each["kind"] in ("Deployment", "Job")):
+        spec = pod(each)
+        assert spec["serviceAccountName"] in accounts
+        assert {source["configMapRef"]["name"] for source in container(each).get("envFrom", ())} <= set(maps)
+        for volume in spec["volumes"]:
+            assert volume.get("configMap", {}).get("name", next(iter(maps))) in maps
+            if claim := volume.get("persistentVolumeClaim"):
+                assert claim["claimName"] in claims
+    for each in of_kind(found, "Service").values():
+        assert any(
+            each["spec"]["selector"].items() <= workload["spec"]["template"]["metadata"]["labels"].items()
+            for workload in workloads.values()
+        )
+    for kind in ("HorizontalPodAutoscaler", "ScaledObject"):
+        for each in of_kind(found, kind).values():
+            target = workloads[each["spec"]["scaleTargetRef"]["name"]]
+            assert "replicas" not in target["spec"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_images_and_labels_have_the_version_of_the_project(name: str) -> None:
+    for each in services(overlay(name)).values():
+        assert container(each)["image"].endswith(f":{VERSION}")
+        for labels in (each["metadata"]["labels"], each["spec"]["template"]["metadata"]["labels"]):
+            assert labels["app.kubernetes.io/version"] == VERSION
+            assert labels["app.kubernetes.io/instance"] == "headrace"
+
+
+@pytest.mark.parametrize("name", sorted(set(OVERLAYS) - {"local"}))
+def test_no_node_holds_all_pods_of_a_service(name: str) -> None:
+    """A drained node is then not an outage; `local` is one node."""
+    for each in services(overlay(name)).values():
+        assert each["spec"].get("replicas", 2) >= 2
+
+
+def test_the_namespace_admits_restricted_pods_only() -> None:
+    labels = of_kind(overlay("local"), "Namespace")["headrace"]["metadata"]["labels"]
+
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert re.fullmatch(r"v1\.\d+", labels["pod-security.kubernetes.io/enforce-version"])
+
+
+def test_a_tier_is_a_file_of_a_few_lines() -> None:
+    for path in K8S.glob("overlays/*/*/kustomization.yaml"):
+        lines = path.read_text().split("patches:")[0].splitlines()
+
+        assert len(lines) <= 20, path
+        assert f"nameSuffix: -{path.parent.name}" in lines
+        assert f"  - pairs: {{headrace/tier: {path.parent.name}}}" in lines

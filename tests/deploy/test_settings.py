@@ -1,0 +1,174 @@
+"""ConfigMaps have every setting, and services accept what their pods are given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import pytest
+
+from headrace.batcher.settings import Settings as BatcherSettings
+from headrace.router.settings import Settings as RouterSettings
+from headrace.runtime.serving.interceptor import MAX_STARTING
+from headrace.runtime.serving.limits import MIB
+from headrace.runtime.settings import PREFIX, ServiceSettings
+from headrace.validation import MAX_RESUME_TOKENS
+from tests.deploy.rendering import OVERLAYS, Resource, container, environment, of_kind, overlay, services
+from tests.deploy.settings_files import (
+    FILES,
+    FROM_THE_NAME,
+    K8S,
+    SETTINGS,
+    SettingsFile,
+    completed,
+    default_of,
+    written,
+)
+from tests.hostile.confine import parsed
+
+# Variables that are not settings of a service: the Dockerfile's own.
+OTHERS = {f"{PREFIX}SERVICE"}
+# Settings of components that the services do not have yet.
+PENDING = {
+    f"{PREFIX}{name}"
+    for name in (
+        "AUTH_ANONYMOUS",
+        "AUTH_TOKENS",
+        "HEALTH_PORT",
+        "METRICS_HOST",
+        "METRICS_PORT",
+        "MTLS_PORT",
+        "QUOTAS",
+        "QUOTA_PEERS",
+        "TIER",
+        "TLS_CA",
+        "TLS_CERT",
+        "TLS_CLIENT_CERTIFICATES",
+        "TLS_KEY",
+    )
+}
+# What the base sets otherwise than the services' defaults, and why.
+CHANGED = {
+    "host": "pods listen on their address",
+    "drain_seconds": "longer than the longest generation, so that a stopped pod need not hand requests over",
+    "cache": "the volume",
+}
+
+
+def settings_of(found: Iterable[Resource], deployment: Resource) -> ServiceSettings:
+    """Return the settings that a pod's service reads; all of its variables are settings."""
+    kind = SETTINGS[container(deployment)["name"]]
+    variables = environment(tuple(found), deployment)
+    known = {f"{PREFIX}{name.upper()}" for name in kind.model_fields} | OTHERS | PENDING
+    unknown = {name for name in variables if name.startswith(PREFIX)} - known
+    assert not unknown
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        return kind.load([])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.path.name)
+def test_a_file_of_settings_is_complete(file: SettingsFile) -> None:
+    """`python -m tests.deploy.settings_files` adds what is missing."""
+    assert set(written(file.path)) == set(file.fields)
+    assert file.path.read_text() == completed(file)
+
+
+def test_every_setting_of_a_service_is_in_a_file_or_follows_from_the_tier() -> None:
+    for service, kind in SETTINGS.items():
+        names = {file.path.stem for file in FILES} - (set(SETTINGS) - {service})
+        present = {name for file in FILES if file.path.stem in names for name in file.fields}
+
+        assert set(kind.model_fields) - present <= set(FROM_THE_NAME)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.path.name)
+def test_the_base_has_the_defaults_of_the_services_but_for_a_few(file: SettingsFile) -> None:
+    different = {name for name, value in written(file.path).items() if value != default_of(file.kind, name)}
+
+    assert different <= set(CHANGED)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_services_accept_the_settings_of_their_pods(name: str) -> None:
+    found = overlay(name)
+    for deployment in services(found).values():
+        settings = settings_of(found, deployment)
+
+        assert settings.host == "0.0.0.0"
+        assert settings.port in {port["containerPort"] for port in container(deployment)["ports"]}
+
+
+# Memory of an idle process, and the most memory per byte of a request in flight: the message, its parsed
+# form, the forwarded message, and the text for the score. Measured by tests/hostile.
+BASE_BYTES = {"router": 100 * MIB, "batcher": 600 * MIB}
+BYTES_PER_BYTE = 8
+BYTES_PER_CALL = 64 * 1024
+RUN_STREAMS = 64  # whose messages arrive at the same time
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_memory_limit_of_a_pod_covers_what_its_settings_admit(name: str) -> None:
+    found = overlay(name)
+    for deployment in services(found).values():
+        box, limits = container(deployment), settings_of(found, deployment).limits
+        memory = parsed(box["resources"]["limits"]["memory"])
+
+        assert parsed(box["resources"]["requests"]["memory"]) <= memory
+        if box["name"] == "worker":  # the model bounds it; requests are token ids
+            assert limits.max_inflight_bytes + RUN_STREAMS * limits.max_message_bytes < memory
+            continue
+        requests = BYTES_PER_BYTE * limits.max_inflight_bytes + MAX_STARTING * limits.max_message_bytes
+        assert BASE_BYTES[box["name"]] + requests + BYTES_PER_CALL * limits.max_calls <= memory
+
+
+def test_what_a_router_admits_fits_its_batchers_with_an_answer_to_resume() -> None:
+    """Else the longest prompts would be admitted, and lost with the first batcher."""
+    found = overlay("cpu")
+    limits = {
+        name: settings_of(found, each).limits.max_message_bytes for name, each in services(found).items()
+    }
+    resumed = MAX_RESUME_TOKENS * 3  # bytes of an id below two million
+
+    for name in ("batcher-small", "batcher-large"):
+        assert limits["router"] + resumed + 4096 <= limits[name]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_router_batchers_and_workers_agree_on_names_and_models(name: str) -> None:
+    """The router names the tiers' Services, a batcher its workers, and both of a tier the same model."""
+    found = overlay(name)
+    served = {
+        f"dns:///{each}:{port['port']}"
+        for each, service in of_kind(found, "Service").items()
+        for port in service["spec"]["ports"]
+    }
+    tiers = {}
+    for each, deployment in services(found).items():
+        settings = settings_of(found, deployment)
+        if isinstance(settings, BatcherSettings):
+            assert each == f"batcher-{settings.tier}"
+            assert settings.worker_targets == [f"dns:///worker-{settings.tier}:50053"]
+            assert set(settings.worker_targets) < served
+            variables = environment(found, services(found)[f"worker-{settings.tier}"])
+            assert variables.get(f"{PREFIX}MODEL", "") == settings.model
+            tiers[settings.tier] = f"dns:///{each}:{settings.port}"
+    (router,) = (
+        settings_of(found, each) for each in services(found).values() if container(each)["name"] == "router"
+    )
+    assert isinstance(router, RouterSettings)
+
+    assert dict(router.tier_targets()) == {tier: [target] for tier, target in tiers.items()}
+    assert set(tiers.values()) < served
+
+
+def test_settings_in_the_comments_and_the_readme_of_k8s_exist() -> None:
+    fields = {name for kind in SETTINGS.values() for name in kind.model_fields}
+    known = {f"{PREFIX}{name.upper()}" for name in fields} | OTHERS | PENDING
+    texts = [path for path in K8S.rglob("*") if path.suffix in (".yaml", ".md", ".env")]
+
+    assert len(texts) > 30
+    for path in texts:
+        named = set(re.findall(rf"{PREFIX}[A-Z_]+[A-Z]", path.read_text()))
+        assert named <= known, path
