@@ -19,7 +19,7 @@ from headrace.metrics import catalogue
 from headrace.router.optional import optional
 from headrace.router.quotas.accounts import Account, Accounts, Calendar
 from headrace.router.quotas.amounts import Amounts, Refusal
-from headrace.router.quotas.limits import MAX_PRIORITY, Limits, Rules
+from headrace.router.quotas.limits import DEFAULT, MAX_PRIORITY, Limits, Rules
 from headrace.router.quotas.links import OpenChannel
 from headrace.router.quotas.sharing import Sharing
 from headrace.router.siblings import Siblings
@@ -142,7 +142,8 @@ class Quotas:
         if (refusal := await self.sharing.take(account, need, now)) is None:
             return Admission(self.sharing, account, need)
         mode = "shadow" if self._shadow else "enforced"
-        catalogue.QUOTA_REFUSALS.of(tenant_class=limits.name, limit=refusal.limit, mode=mode).add()
+        tenant_class = "" if limits.name == DEFAULT else limits.name
+        catalogue.QUOTA_REFUSALS.of(tenant_class=tenant_class, limit=refusal.limit, mode=mode).add()
         log.info("request over quota", extra={"tenant": tenant, "limit": refusal.limit, "mode": mode})
         if self._shadow:
             return None
