@@ -29,24 +29,6 @@ from tests.hostile.confine import parsed
 # Variables that are not settings of a service: the Dockerfile's own.
 OTHERS = {f"{PREFIX}SERVICE"}
 # Settings of components that the services do not have yet.
-PENDING = {
-    f"{PREFIX}{name}"
-    for name in (
-        "AUTH_ANONYMOUS",
-        "AUTH_TOKENS",
-        "HEALTH_PORT",
-        "METRICS_HOST",
-        "METRICS_PORT",
-        "MTLS_PORT",
-        "QUOTAS",
-        "QUOTA_PEERS",
-        "TIER",
-        "TLS_CA",
-        "TLS_CERT",
-        "TLS_CLIENT_CERTIFICATES",
-        "TLS_KEY",
-    )
-}
 # What the base sets otherwise than the services' defaults, and why.
 CHANGED = {
     "host": "pods listen on their address",
@@ -59,7 +41,7 @@ def settings_of(found: Iterable[Resource], deployment: Resource) -> ServiceSetti
     """Return the settings that a pod's service reads; all of its variables are settings."""
     kind = SETTINGS[container(deployment)["name"]]
     variables = environment(tuple(found), deployment)
-    known = {f"{PREFIX}{name.upper()}" for name in kind.model_fields} | OTHERS | PENDING
+    known = {f"{PREFIX}{name.upper()}" for name in kind.model_fields} | OTHERS
     unknown = {name for name in variables if name.startswith(PREFIX)} - known
     assert not unknown
     with pytest.MonkeyPatch.context() as patch:
@@ -165,7 +147,7 @@ def test_router_batchers_and_workers_agree_on_names_and_models(name: str) -> Non
 
 def test_settings_in_the_comments_and_the_readme_of_k8s_exist() -> None:
     fields = {name for kind in SETTINGS.values() for name in kind.model_fields}
-    known = {f"{PREFIX}{name.upper()}" for name in fields} | OTHERS | PENDING
+    known = {f"{PREFIX}{name.upper()}" for name in fields} | OTHERS
     texts = [path for path in K8S.rglob("*") if path.suffix in (".yaml", ".md", ".env")]
 
     assert len(texts) > 30

@@ -150,13 +150,6 @@ FEEDBACK: Final = Counter(
     "answers that callers rated",
     services=(ROUTER,),
 )
-QUOTA_REFUSALS: Final = Counter(
-    "headrace.quota.refusals",
-    "{request}",
-    ("tenant_class", "limit", "mode"),
-    "requests over a limit of their tenant; with --quotas-shadow they are admitted",
-    services=(ROUTER,),
-)
 BILLED_TOKENS: Final = Counter(
     "headrace.billed_tokens", "{token}", ("tier", "kind"), "tokens on bills", services=(ROUTER,)
 )
