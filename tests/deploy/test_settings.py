@@ -28,7 +28,6 @@ from tests.hostile.confine import parsed
 
 # Variables that are not settings of a service: the Dockerfile's own.
 OTHERS = {f"{PREFIX}SERVICE"}
-# Settings of components that the services do not have yet.
 # What the base sets otherwise than the services' defaults, and why.
 CHANGED = {
     "host": "pods listen on their address",
