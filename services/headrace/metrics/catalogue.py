@@ -124,13 +124,6 @@ TENANT_COST: Final = Counter(
     "cost at the configured prices, by tenant",
     services=(ROUTER,),
 )
-QUOTA_REFUSALS: Final = Counter(
-    "headrace.quota.refusals",
-    "{request}",
-    ("tenant_class", "limit", "mode"),
-    "requests over a limit of their tenant; with --quotas-shadow they are admitted",
-    services=(ROUTER,),
-)
 
 # Routing and cost.
 ROUTED: Final = Counter(
@@ -148,6 +141,13 @@ FEEDBACK: Final = Counter(
     "{answer}",
     ("tier", "verdict"),
     "answers that callers rated",
+    services=(ROUTER,),
+)
+QUOTA_REFUSALS: Final = Counter(
+    "headrace.quota.refusals",
+    "{request}",
+    ("tenant_class", "limit", "mode"),
+    "requests over a limit of their tenant; with --quotas-shadow they are admitted",
     services=(ROUTER,),
 )
 BILLED_TOKENS: Final = Counter(
