@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.deploy import tools
+
 PREFIX = "headrace"
 NETWORK = "10.231.77"  # each namespace has its own routes, so that it may exist elsewhere
 NAME_SERVER = "names"
@@ -47,7 +49,8 @@ class Host:
 
     def filter(self, rules: str) -> None:
         """Replace its packet filter by these rules of nftables."""
-        subprocess.run(self.command("nft", "-f", "-"), input=f"flush ruleset\n{rules}", text=True, check=True)
+        nft = str(tools.find("nft"))
+        subprocess.run(self.command(nft, "-f", "-"), input=f"flush ruleset\n{rules}", text=True, check=True)
 
 
 @dataclass(frozen=True)

