@@ -37,7 +37,7 @@ PAGES = {
 }
 EVERYTHING = "\n".join(PAGES.values())
 README, CONTRACT, OPERATING = (PAGES[name] for name in ("README.md", "docs/contract.md", "docs/operating.md"))
-METRICS_PAGE = PAGES["docs/metrics.md"]
+METRICS_PAGE, TELEMETRY = PAGES["docs/metrics.md"], PAGES["docs/telemetry.md"]
 SETTINGS: dict[str, type[ServiceSettings]] = {
     "router": RouterSettings,
     "batcher": BatcherSettings,
@@ -45,10 +45,25 @@ SETTINGS: dict[str, type[ServiceSettings]] = {
 }
 ADDRESS = "127.0.0.1:50051"
 BATCHER = "127.0.0.1:50052"
-# Of other tools: docker, kubectl, pip, llama.cpp.
-OTHER_FLAGS = {"--build-arg", "--replicas", "--extra-index-url", "--merge"}
+# Of other tools: docker, buildah, kubectl, pip, apt-get, llama.cpp.
+OTHER_FLAGS = {
+    "--build-arg",
+    "--replicas",
+    "--extra-index-url",
+    "--merge",
+    "--timestamp",
+    "--no-install-recommends",
+    "--image",
+}
 # In capitals, besides reasons, statuses and variables.
-OTHER_NAMES = {"BEST_EFFORT", "CACHED_PROMPT", "PIP_ARGS"}
+OTHER_NAMES = {
+    "BEST_EFFORT",
+    "CACHED_PROMPT",
+    "PIP_ARGS",
+    "PYTHON_IMAGE",
+    "SOURCE_DATE_EPOCH",
+    "TOOLS_FOLDER",
+}
 MESSAGES: dict[str, Descriptor] = {
     "chat": pb.Chat.DESCRIPTOR,
     "sampling": pb.Sampling.DESCRIPTOR,
@@ -178,7 +193,7 @@ def test_every_command_of_ours_parses() -> None:
 
 def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for line in commands(EVERYTHING) if "python -m headrace." in line]
-    assert len(shown) == 5
+    assert len(shown) == 9
     for line in shown:
         with monkeypatch.context() as environment:
             words = shlex.split(line)
@@ -300,7 +315,7 @@ def test_every_span_metric_and_module_is_one(page: str) -> None:
 
 
 def test_every_metric_to_watch_is_one() -> None:
-    table = OPERATING.partition("| to watch | metrics |")[2].partition("\n\n")[0]
+    table = TELEMETRY.partition("| to watch | metrics |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`([a-z_.]+)`", table))
 
     assert len(named) > 15

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from headrace import errors
+from headrace import errors, statuses
 from headrace.bearer import BadToken
 from headrace.channel import open_channel
 from headrace.client import Client, chat, connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings as RouterSettings
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import multiplex_pb2 as wire
+from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 from tests.issuer import AUDIENCE, ISSUER, SigningKey, jwks
@@ -304,6 +306,40 @@ async def test_a_stream_may_carry_the_requests_of_several_callers(mesh: Mesh, ca
         assert await seen_by_batcher(mesh, client, prompt("x")) == ("caller", 5)
         with pytest.raises(errors.CredentialsInvalid):
             await seen_by_batcher(mesh, client, prompt("x"), {"authorization": "Bearer wrong"})
+
+
+async def test_credentials_of_a_request_on_a_stream_count_in_any_spelling(
+    mesh: Mesh, callers: Callers
+) -> None:
+    """Else a caller whose key has upper-case letters would act as the owner of the stream."""
+    hello = wire.MultiplexHello(caller_id="test", epoch=1)
+    metadata = {"Authorization": "Bearer wrong"}
+    opened = wire.OpenRequest(handle=1, request=prompt("x"), metadata=metadata)
+    async with open_channel(f"127.0.0.1:{mesh.port}") as channel:
+        stream = GenerationServiceStub(channel).Multiplex(metadata=bearer(callers.tokens["caller"]))
+        await stream.write(wire.MultiplexRequest(hello=hello, open=[opened]))
+        events: list[wire.MultiplexEvent] = []
+        async with asyncio.timeout(PATIENCE):
+            while not events:
+                events += (await stream.read()).events
+        stream.cancel()
+
+    assert isinstance(statuses.from_status(events[0].error), errors.CredentialsInvalid)
+
+
+@pytest.mark.parametrize("multiplex", [False, True])
+async def test_a_request_with_wrong_credentials_is_counted_as_refused(
+    mesh: Mesh, callers: Callers, count: Callable[..., float], multiplex: bool
+) -> None:
+    wrong = {"authorization": "Bearer wrong"}
+    before = count("headrace.requests.refused", error="CREDENTIALS_INVALID")
+    async with connect(
+        f"127.0.0.1:{mesh.port}", token=callers.tokens["caller"], multiplex=multiplex
+    ) as client:
+        with pytest.raises(errors.CredentialsInvalid):
+            await seen_by_batcher(mesh, client, prompt("x"), wrong)
+
+    assert count("headrace.requests.refused", error="CREDENTIALS_INVALID") == before + 1
 
 
 async def test_a_token_is_not_sent_to_another_machine_without_tls() -> None:

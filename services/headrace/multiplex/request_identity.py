@@ -27,4 +27,6 @@ class RequestIdentities:
 
 
 def _credentials(metadata: Metadata) -> list[tuple[str, str | bytes]]:
-    return [(key, value) for key, value in metadata if key == AUTHORIZATION]
+    # Unlike gRPC, a map does not lower its keys. Under another spelling, a caller's credentials would be ignored
+    # and its request would be the stream's owner's.
+    return [(AUTHORIZATION, value) for key, value in metadata if key.lower() == AUTHORIZATION]

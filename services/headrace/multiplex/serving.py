@@ -322,16 +322,17 @@ class _Stream:
             self._has_unsent.set()
 
         async def answer() -> None:
+            seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
+            request.deadline = Deadline.after(seconds, time.monotonic())
             with ExitStack() as stack:
                 try:
+                    # Unlike the message of a call of its own, this one is in memory already.
                     reservation = stack.enter_context(self._calls.budget.admit(self._peer))
+                    reservation.resize(opened.ByteSize())
+                    identity = await self._identities.of(metadata)
                 except errors.HeadraceError as refused:
                     record_refusal(refused)
                     raise
-                reservation.resize(opened.ByteSize())
-                seconds = seconds_of(opened.ttl, "open.ttl") if opened.HasField("ttl") else None
-                request.deadline = Deadline.after(seconds, time.monotonic())
-                identity = await self._identities.of(metadata)
                 await self._answer(Incoming(opened.request, seconds, metadata, identity, framed=True), write)
 
         metadata = list(opened.metadata.items())
