@@ -15,6 +15,7 @@ from headrace.runtime.security.callers_file import entry_for, new_token
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import multiplex_pb2 as multiplex
+from headrace.v1 import quota_service_pb2 as quotas
 from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1 import worker_service_pb2 as worker
 from tests.harness import PATIENCE
@@ -31,6 +32,7 @@ RPCS: dict[str, bytes] = {
     f"{_ROUTING}/Explain": routing.ExplainRequest(request=_PROMPT).SerializeToString(),
     f"{_ROUTING}/ListTiers": b"",
     f"{_ROUTING}/Feedback": routing.FeedbackRequest(request_id="none", ok=True).SerializeToString(),
+    "/headrace.v1.QuotaService/Lease": quotas.LeaseRequest().SerializeToString(),
     "/headrace.v1.AdminService/Inspect": admin.InspectRequest().SerializeToString(),
     "/headrace.v1.WorkerService/Run": worker.RunRequest().SerializeToString(),
     "/headrace.v1.WorkerService/GetModel": b"",

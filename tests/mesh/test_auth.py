@@ -29,6 +29,7 @@ LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
 FEEDBACK = "/headrace.v1.RoutingService/Feedback"
 CALLS = ("/headrace.v1.GenerationService/", "/headrace.v1.RoutingService/")
 WORKER = "/headrace.v1.WorkerService/"
+QUOTAS = "/headrace.v1.QuotaService/"  # offered by routers with --quota-peers
 OPERATIONS = ("/headrace.v1.AdminService/", "/grpc.reflection.", "/grpc.channelz.")
 
 SCOPES = {
@@ -78,6 +79,8 @@ def needed(service: str, method: str) -> str:
         return ""
     if method.startswith(OPERATIONS):
         return "admin"
+    if method.startswith(QUOTAS):
+        return "-"
     if service == "worker":
         return "batcher" if method.startswith(WORKER) else "-"
     if method.startswith(WORKER):
@@ -140,7 +143,7 @@ async def test_a_server_beyond_loopback_without_credentials_serves_health_only(m
     assert {rpc for rpc, found in seen.items() if found == "ok"} == {
         rpc for rpc in RPCS if rpc.startswith(HEALTH)
     }
-    assert {found for rpc, found in seen.items() if not rpc.startswith((HEALTH, WORKER))} == {
+    assert {found for rpc, found in seen.items() if not rpc.startswith((HEALTH, WORKER, QUOTAS))} == {
         "CREDENTIALS_REQUIRED"
     }
 
