@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from headrace import errors, statuses
-from headrace.bearer import BadToken
+from headrace.bearer import MAX_TOKEN, BadToken
 from headrace.channel import open_channel
 from headrace.client import Client, chat, connect
 from headrace.router.__main__ import router
@@ -177,7 +177,7 @@ async def test_the_error_names_the_missing_scope_and_not_the_token(mesh: Mesh, c
         [("authorization", "Bearer")],
         [("authorization", "Bearer ")],
         [("authorization", "Bearer a b")],
-        [("authorization", "Bearer " + "x" * 9000)],
+        [("authorization", "Bearer " + "x" * (MAX_TOKEN + 1))],
         [("authorization", "")],
     ],
 )
