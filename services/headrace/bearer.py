@@ -18,8 +18,7 @@ log = logging.getLogger(__name__)
 
 AUTHORIZATION = "authorization"
 CHECK_SECONDS = 1.0  # between two looks at the file
-# Characters. Servers reject a call with over 8 KiB of metadata now and then, and with 16 KiB always. This leaves
-# 2 KiB for the rest.
+# Characters. Servers reject a call with over 8 KiB of metadata now and then, and with 16 KiB always.
 MAX_TOKEN = 6144
 
 Headers: TypeAlias = Sequence[tuple[str, str]]

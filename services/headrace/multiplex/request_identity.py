@@ -28,6 +28,6 @@ class RequestIdentities:
 
 
 def _credentials(metadata: Metadata) -> list[tuple[str, str | bytes]]:
-    # Unlike gRPC's metadata, a map does not lower its keys. In another spelling, credentials would be ignored,
+    # Unlike gRPC's metadata, a map does not lower its keys. Credentials in another spelling would be ignored,
     # and the request would be one of the stream's owner.
     return [(AUTHORIZATION, value) for key, value in metadata if key.lower() == AUTHORIZATION]
