@@ -13,8 +13,10 @@ import pytest
 from headrace import errors
 from headrace.channel import open_channel
 from headrace.client import Client, connect
+from headrace.endpoints import endpoints
 from headrace.endpoints.endpoints import Spread, servers_of
 from headrace.endpoints.resolving import dns_name, replicated_name
+from headrace.multiplex.calling import Caller
 from headrace.v1 import generation_pb2 as pb
 from tests.endpoints.routers import Router, routers
 from tests.harness import PATIENCE, collect, eventually, prompt
@@ -175,6 +177,30 @@ async def test_while_the_name_server_is_down_the_known_addresses_are_used() -> N
         asked = made.lookups
         while made.lookups < asked + 3:
             assert (await collect(client, prompt("hello"))).text == "hello"
+
+
+async def test_a_call_waits_for_no_address_of_a_name_that_is_left_to_grpc(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as a name whose servers were replaced by one with an address of each family."""
+    monkeypatch.setattr(endpoints, "URGENT_SECONDS", 0.01)
+    published = ["127.0.0.1:1", "127.0.0.2:1"]  # nothing listens there
+
+    async def find() -> list[str]:
+        return list(published)
+
+    found = endpoints.Endpoints(open_channel("127.0.0.1:1"), Caller, Spread(find, open_channel, 0.01))
+    try:
+        await found.wait()
+        waiting = asyncio.create_task(found.reconnected())
+        await asyncio.sleep(0)
+        published.clear()
+
+        async with asyncio.timeout(PATIENCE):
+            await waiting
+        assert (await found.wait()).address == "", "the channel that gRPC resolves"
+    finally:
+        await found.close()
 
 
 async def test_an_idle_client_does_not_resolve() -> None:

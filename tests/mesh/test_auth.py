@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from headrace import errors, statuses
-from headrace.bearer import BadToken
+from headrace.bearer import MAX_TOKEN, BadToken
 from headrace.channel import open_channel
 from headrace.client import Client, chat, connect
 from headrace.router.__main__ import router
@@ -180,7 +180,7 @@ async def test_the_error_names_the_missing_scope_and_not_the_token(mesh: Mesh, c
         [("authorization", "Bearer")],
         [("authorization", "Bearer ")],
         [("authorization", "Bearer a b")],
-        [("authorization", "Bearer " + "x" * 9000)],
+        [("authorization", "Bearer " + "x" * (MAX_TOKEN + 1))],
         [("authorization", "")],
     ],
 )
@@ -203,16 +203,21 @@ async def test_two_authorizations_are_refused_even_if_both_are_right(mesh: Mesh,
 
 @pytest.mark.parametrize("multiplex", [False, True])
 async def test_a_request_is_accounted_to_the_tenant_of_its_caller(
-    mesh: Mesh, callers: Callers, multiplex: bool
+    mesh: Mesh, callers: Callers, count: Callable[..., float], multiplex: bool
 ) -> None:
+    refused_before = count("headrace.tenant.requests", tenant="search", outcome="refused")
     options: dict[str, Any] = {"token": callers.tokens["search"], "multiplex": multiplex}
     async with connect(f"127.0.0.1:{mesh.port}", **options) as client:
         assert await seen_by_batcher(mesh, client, prompt("x")) == ("search", 3), "5 is above its limit"
         assert await seen_by_batcher(mesh, client, request(tenant="search", priority=9)) == ("search", 3)
         assert await seen_by_batcher(mesh, client, request(priority=1)) == ("search", 1)
-        with pytest.raises(errors.Forbidden, match="'other'") as caught:
-            await collect(client, request(tenant="other"))
+        with pytest.raises(errors.Forbidden, match="'stranger'") as caught:
+            await collect(client, request(tenant="stranger"))
         assert caught.value.field == "routing.tenant"
+        assert count("headrace.tenant.requests", tenant="stranger") == 0, (
+            "nobody can count against another one"
+        )
+        assert count("headrace.tenant.requests", tenant="search", outcome="refused") > refused_before
     async with connect(f"127.0.0.1:{mesh.port}", token=callers.tokens["gateway"]) as client:
         assert await seen_by_batcher(mesh, client, request(tenant="other", priority=9)) == ("other", 9)
 

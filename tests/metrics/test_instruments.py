@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,14 +66,18 @@ def test_a_counter_keeps_what_it_has_read() -> None:
     assert seconds.of().value == 7
 
 
-def test_a_gauge_keeps_its_value_while_what_it_reads_changes() -> None:
+@pytest.mark.parametrize(
+    "problem",
+    [RuntimeError("dictionary changed size during iteration"), OSError(errno.EMFILE, "too many open files")],
+)
+def test_a_gauge_keeps_its_value_while_it_cannot_be_read(problem: Exception) -> None:
     gauge = Gauge("test.depth", "{request}", (), "depth", services=("batcher",))
     results = iter([3.0])
 
     def read() -> float:
         for result in results:
             return result
-        raise RuntimeError("dictionary changed size during iteration")
+        raise problem
 
     with gauge.of().reading(read):
         assert [gauge.of().value, gauge.of().value] == [3, 3]

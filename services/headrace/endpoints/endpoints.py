@@ -202,9 +202,9 @@ class Endpoints:
         closing.add_done_callback(self._closing.discard)
 
     async def _recover(self) -> None:
-        """Wait until an address is connected."""
+        """Wait until an address is connected, or the target is left to gRPC."""
         try:
-            while not any(endpoint.ready for endpoint in self._current.values()):
+            while self._current and not any(endpoint.ready for endpoint in self._current.values()):
                 self._resolve_if_due(URGENT_SECONDS)
                 await asyncio.sleep(CHECK_SECONDS)
         finally:

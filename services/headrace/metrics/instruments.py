@@ -38,7 +38,9 @@ class _Number:
     def value(self) -> float:
         """The current value."""
         if self._read is not None:
-            with suppress(RuntimeError):  # what it reads was changed meanwhile: the last value is good enough
+            # What it reads was changed meanwhile, or no file can be opened to read it. The last value is good
+            # enough; an error would hide all other metrics as well.
+            with suppress(Exception):
                 self._value = self._read()
         return self._value
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.runtime.security.guard import AUTHORIZATION, Guard, Metadata, Peer
+from headrace.bearer import AUTHORIZATION
+from headrace.runtime.security.guard import Guard, Metadata, Peer
 from headrace.runtime.security.identity import Identity
 
 _GENERATE = "/headrace.v1.GenerationService/Generate"
@@ -27,6 +28,6 @@ class RequestIdentities:
 
 
 def _credentials(metadata: Metadata) -> list[tuple[str, str | bytes]]:
-    # Unlike gRPC, a map does not lower its keys. Under another spelling, a caller's credentials would be ignored
-    # and its request would be the stream's owner's.
+    # Unlike gRPC's metadata, a map does not lower its keys. Credentials in another spelling would be ignored,
+    # and the request would be one of the stream's owner.
     return [(AUTHORIZATION, value) for key, value in metadata if key.lower() == AUTHORIZATION]

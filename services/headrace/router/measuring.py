@@ -15,6 +15,7 @@ from headrace.metrics.requests import CANCELLED, End, Timing, record
 from headrace.metrics.tenants import TenantNames
 from headrace.router.answering.journey import Journey
 from headrace.router.optional import optional
+from headrace.router.permissions import tenant_of
 from headrace.router.state.bills import Bill, Charge
 from headrace.runtime.security.identity import Identity
 from headrace.v1 import generation_pb2 as pb
@@ -83,7 +84,7 @@ class Measuring:
             resumed=bool(request.resume.token_ids),
             tenant_class=identity.quota,
         )
-        tenant = self._tenants.name(request.routing.tenant)
+        tenant = self._tenants.name(tenant_of(request, identity))
         labels = {"tenant": tenant, "tenant_class": identity.quota}
         catalogue.TENANT_REQUESTS.of(**labels, outcome=end.outcome).add()
         if journey is not None:

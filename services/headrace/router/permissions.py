@@ -13,6 +13,11 @@ from headrace.runtime.security.identity import DEFAULT_PRIORITY, MAX_PRIORITY, I
 from headrace.v1 import generation_pb2 as pb
 
 
+def tenant_of(request: pb.GenerateRequest, identity: Identity) -> str:
+    """Return the tenant that a request is accounted to, also if it names another one, which is refused."""
+    return request.routing.tenant if identity.tenant is None else identity.tenant
+
+
 def permit(request: pb.GenerateRequest, identity: Identity) -> None:
     """Set tenant and priority of *request* as the identity allows. Raises Forbidden."""
     if identity.tenant is not None:

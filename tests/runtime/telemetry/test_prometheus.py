@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import sys
 import time
@@ -107,12 +108,13 @@ def test_a_histogram_is_cumulative_and_complete() -> None:
     }
 
 
-def test_gauges_may_be_negative_and_have_fractions() -> None:
+@pytest.mark.parametrize("value", [-0.25, math.inf, -math.inf, math.nan])
+def test_gauges_may_be_negative_have_fractions_and_be_no_finite_number(value: float) -> None:
     level = Gauge("test.level", "1", (), "level", services=())
-    level.of().set(-0.25)
+    level.of().set(value)
 
-    ((name, _, value),) = samples("".join(prometheus._metric_lines(level, {})))
-    assert (name, value) == ("test_level_ratio", -0.25)
+    ((name, _, read),) = samples("".join(prometheus._metric_lines(level, {})))
+    assert (name, read) == ("test_level_ratio", pytest.approx(value, nan_ok=True))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from headrace import errors
 from headrace.metrics import catalogue
 from headrace.router.optional import optional
+from headrace.router.permissions import tenant_of
 from headrace.router.quotas.accounts import Account, Accounts, Calendar
 from headrace.router.quotas.amounts import Amounts, Refusal
 from headrace.router.quotas.limits import DEFAULT, MAX_PRIORITY, Limits, Rules
@@ -111,7 +112,7 @@ class Quotas:
 
         Raises TenantQuota.
         """
-        tenant = _tenant(identity, request)
+        tenant = tenant_of(request, identity)
         limits = self._rules.limits(tenant, identity.quota)
         if limits.max_priority < MAX_PRIORITY and not self._shadow:
             _lower_priority(request, limits.max_priority)
@@ -121,7 +122,7 @@ class Quotas:
 
     async def admit_dry_run(self, identity: Identity, request: pb.GenerateRequest) -> None:
         """Count a request that generates nothing: as a request only. Raises TenantQuota."""
-        tenant = _tenant(identity, request)
+        tenant = tenant_of(request, identity)
         limits = self._rules.limits(tenant, identity.quota)
         if limits.apply:
             await self._take(tenant, limits, Amounts(requests=1.0))
@@ -177,10 +178,6 @@ class Quotas:
             with optional("quotas"):
                 if self._rules.refresh():
                     self._accounts.refresh()
-
-
-def _tenant(identity: Identity, request: pb.GenerateRequest) -> str:
-    return request.routing.tenant if identity.tenant is None else identity.tenant
 
 
 def _lower_priority(request: pb.GenerateRequest, most: int) -> None:

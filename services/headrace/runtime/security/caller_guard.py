@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headrace import errors
+from headrace.bearer import AUTHORIZATION, MAX_TOKEN, is_token
 from headrace.runtime.security.access import ServiceName, required_scope
 from headrace.runtime.security.callers_file import CallersFile
-from headrace.runtime.security.guard import AUTHORIZATION, Metadata, Peer
+from headrace.runtime.security.guard import Metadata, Peer
 from headrace.runtime.security.identity import ANONYMOUS, Identity, Scope
 from headrace.runtime.security.peers import CALLER_SCOPES, Peers, has_certificate, names_of
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # JWTs need PyJWT, which not every process has
 
 log = logging.getLogger(__name__)
 
-MAX_TOKEN = 8192  # characters
 REFLECTION = ("/grpc.reflection.v1.ServerReflection/", "/grpc.reflection.v1alpha.ServerReflection/")
 
 _BEARER = "bearer "
@@ -166,7 +166,7 @@ def _bearer(sent: list[str | bytes]) -> str:
     if len(sent) > 1 or not isinstance(value, str) or value[: len(_BEARER)].lower() != _BEARER:
         raise errors.CredentialsInvalid("the metadata must contain `authorization: Bearer TOKEN` once")
     token = value[len(_BEARER) :].strip(" ")
-    if not token or len(token) > MAX_TOKEN or not (token.isascii() and token.isprintable()) or " " in token:
+    if not is_token(token):
         raise errors.CredentialsInvalid(
             f"a bearer token has 1 to {MAX_TOKEN} characters, which are printable ASCII without spaces"
         )

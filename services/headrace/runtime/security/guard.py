@@ -8,8 +8,6 @@ from typing import Protocol, TypeAlias
 
 from headrace.runtime.security.identity import ANONYMOUS, Identity
 
-AUTHORIZATION = "authorization"  # the key of a bearer token in metadata
-
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 

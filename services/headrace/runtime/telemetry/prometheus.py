@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import threading
 import time
@@ -56,7 +57,7 @@ class Text:
         """Return the text."""
         now = time.monotonic()
         if now >= self._fresh_until:
-            self._kept = "".join(self._lines()).encode()
+            self._kept = "".join(self._lines()).encode(errors="replace")
             done = time.monotonic()
             self._fresh_until = done + _IDLE_SHARE * (done - now)
         return self._kept
@@ -88,6 +89,8 @@ def _metric_lines(metric: instruments.Metric[Any], common: Mapping[str, str]) ->
 
 
 def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
 
 
