@@ -17,7 +17,7 @@ OLDEST_VERSIONS := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-oldest tools images locks check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
+.PHONY: help demo up test test-oldest tools images verify-deploy locks check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -41,11 +41,15 @@ test-oldest: $(OLDEST)/.installed ## run the engine's tests with the oldest supp
 images: $(INSTALLED) ## build the images and try them as a cluster would, as root with buildah and podman (KEEP=1: keep them; 10 minutes)
 	python -m tests.deploy.images $(if $(KEEP),--keep)
 
+verify-deploy: $(INSTALLED) tools ## verify telemetry, images, manifests, a cluster's network, access and a foreign client; prints one table (PARTS="access node")
+	headrace fetch
+	python -m tests.deploy.verify $(PARTS)
+
 locks: $(INSTALLED) ## write the hashes of what the images install, after a change of pyproject.toml or constraints.txt
 	k8s/images/lock
 
-faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: ten minutes of soak)
-	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )pytest tests/faults
+faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was lost (LONG=1: ten minutes of soak; TLS=1: over mutual TLS)
+	$(if $(LONG),HEADRACE_FAULTS_LONG=1 )$(if $(TLS),HEADRACE_FAULTS_TLS=1 )pytest tests/faults
 
 hostile: $(INSTALLED) ## flood, fuzz and abuse real processes; prints the latency of an honest caller beside each attack
 	pytest tests/hostile

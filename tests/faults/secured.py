@@ -51,3 +51,16 @@ def channel_with(target: str, options: Sequence[tuple[str, int]]) -> grpc.aio.Ch
         return grpc.aio.insecure_channel(target, options=options)
     material = TlsReader(TlsFiles(**_certificates()[0].client())).current()
     return grpc.aio.secure_channel(target, channel_credentials(material), options=options)
+
+
+def listen(server: grpc.aio.Server, host: str) -> int:
+    """Have a server of the tests listen as the services do. Returns its port."""
+    if not TLS:
+        return server.add_insecure_port(f"{host}:0")
+    material = TlsReader(TlsFiles(**_certificates()[0].client("router"))).current()
+    assert material.key
+    assert material.cert
+    credentials = grpc.ssl_server_credentials(
+        [(material.key, material.cert)], root_certificates=material.ca, require_client_auth=True
+    )
+    return server.add_secure_port(f"{host}:0", credentials)

@@ -10,11 +10,9 @@ from typing import Any
 import grpc
 import pytest
 
-from headrace.channel import open_channel
 from headrace.cli.launch.mesh import reserved_ports
-from headrace.client import connect
 from tests.faults.fleet import HOST, Plan, fleet
-from tests.faults.secured import TLS
+from tests.faults.secured import connect, listen, open_channel
 from tests.faults.tally import Row, mixed, visit
 
 # Field 111, which none of our messages defines, with the text "new".
@@ -79,7 +77,7 @@ async def newer(target: str) -> AsyncGenerator[tuple[str, Newer], None]:
     handler = Newer(target)
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((handler,))
-    port = server.add_insecure_port(f"{HOST}:0")
+    port = listen(server, HOST)
     await server.start()
     try:
         yield f"{HOST}:{port}", handler
@@ -88,7 +86,6 @@ async def newer(target: str) -> AsyncGenerator[tuple[str, Newer], None]:
         await handler.close()
 
 
-@pytest.mark.skipif(TLS, reason="the proxy speaks no TLS")
 @pytest.mark.parametrize("service", ["worker", "batcher", "router"])
 async def test_a_service_of_a_later_version(
     row: Callable[[str], Row], rng: random.Random, tmp_path_factory: pytest.TempPathFactory, service: str

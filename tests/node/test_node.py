@@ -1,4 +1,4 @@
-"""A program in another language uses Multiplex from the .proto files alone: the example in Node.js."""
+"""Programs in another language use Headrace from the .proto files alone: the examples in Node.js."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from tests.harness import PATIENCE, Mesh, eventually
+from headrace.worker.engine.echo import EchoEngine
+from tests.certificates import Certificates, issued
+from tests.harness import PATIENCE, Mesh, eventually, running_mesh
+from tests.security import Callers
 
 HERE = Path(__file__).parent
 INSTALLED = HERE.parent.parent / "build" / "node"
@@ -61,13 +65,13 @@ def install(folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-async def run(target: str, packages: Path) -> tuple[int | None, dict[int, Any], dict[str, Any]]:
-    """Run the example. Returns its exit status, what it printed of each request, and of the stream."""
+async def node(
+    packages: Path, script: str, *arguments: str | Path
+) -> tuple[int | None, list[dict[str, Any]]]:
+    """Run an example. Returns its exit status, and the lines that it printed."""
     process = await asyncio.create_subprocess_exec(
-        "node",
-        HERE / "multiplex.js",
-        target,
-        env=os.environ | {"NODE_PATH": str(packages), "no_grpc_proxy": "127.0.0.1"},
+        *("node", HERE / script, *arguments),
+        env=os.environ | {"NODE_PATH": str(packages), "no_grpc_proxy": "127.0.0.1,localhost"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -78,10 +82,15 @@ async def run(target: str, packages: Path) -> tuple[int | None, dict[int, Any], 
             process.kill()
             await process.wait()
     assert complaints == b"", complaints.decode()
-    *requests, stream = [json.loads(line) for line in printed.splitlines()]
+    return process.returncode, [json.loads(line) for line in printed.splitlines()]
+
+
+async def run(target: str, packages: Path) -> tuple[int | None, dict[int, Any], dict[str, Any]]:
+    """Run multiplex.js. Returns its exit status, what it printed of each request, and of the stream."""
+    status, (*requests, stream) = await node(packages, "multiplex.js", target)
     answers = {request.pop("handle"): request for request in requests}
     assert len(answers) == len(requests), "a request ended twice"
-    return process.returncode, answers, stream
+    return status, answers, stream
 
 
 async def test_a_program_in_node_gets_every_answer_on_one_stream(
@@ -119,3 +128,86 @@ async def test_a_program_in_node_knows_what_it_lost_with_the_stream(packages: Pa
     assert stream["status"] == "UNAVAILABLE"
     assert stream["lost"] == [*QUESTIONS, INVALID, CANCELLED]
     assert status == 1
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    return issued(tmp_path / "tls")
+
+
+@pytest.fixture
+def callers(tmp_path: Path) -> Callers:
+    made = Callers(tmp_path / "callers.toml")
+    made.add("search")
+    (tmp_path / "token").write_text(made.tokens["search"] + "\n")
+    return made
+
+
+@pytest.fixture
+async def secured(certificates: Certificates, callers: Callers) -> AsyncGenerator[Mesh, None]:
+    """A mesh over mutual TLS, whose router also reads tokens."""
+    settings = certificates.mesh()
+    settings["router_settings"] |= {"auth_tokens": callers.path}
+    async with running_mesh("only", engine=lambda: EchoEngine(step_seconds=0.002), **settings) as running:
+        yield running
+
+
+async def call_secured(
+    mesh: Mesh, packages: Path, certificates: Certificates, name: str, token: Path
+) -> dict[str, dict[str, Any]]:
+    """Run secured.js with the certificate of *name*. Returns what it printed of each call."""
+    files = certificates.client(name)
+    target = f"localhost:{mesh.port}"  # Node has no server names that are addresses
+    status, lines = await node(
+        packages, "secured.js", target, files["ca"], files["cert"], files["key"], token
+    )
+    assert status == 0
+    return {line.pop("name"): line for line in lines}
+
+
+async def test_a_program_in_node_streams_and_cancels_through_mutual_tls_with_a_token(
+    secured: Mesh, packages: Path, certificates: Certificates, tmp_path: Path
+) -> None:
+    calls = await call_secured(secured, packages, certificates, "caller", tmp_path / "token")
+
+    answer = calls["answer"]
+    assert answer.pop("deltas") > 1
+    assert answer == {
+        "text": "Hello over TLS.",
+        "tier": "only",
+        "finish": "FINISH_REASON_STOP",
+        "status": "OK",
+    }
+    assert calls["cancelled"] == {"status": "CANCELLED"}
+    await eventually(lambda: not secured.left_behind)
+    # The reason is in the ErrorInfo: a program need not read the message.
+    inspect = calls["inspect"]
+    assert "search may not call" in inspect.pop("message")
+    assert inspect == {"status": "PERMISSION_DENIED", "reason": "FORBIDDEN", "fields": {"scope": "admin"}}
+
+
+async def test_a_program_in_node_reads_why_its_token_is_refused(
+    secured: Mesh, packages: Path, certificates: Certificates, tmp_path: Path
+) -> None:
+    """Although its certificate is one of an administrator: a token decides."""
+    token = tmp_path / "wrong"
+    token.write_text("hr_wrong\n")
+    calls = await call_secured(secured, packages, certificates, "admin", token)
+
+    assert {name: call["status"] for name, call in calls.items()} == {
+        "answer": "UNAUTHENTICATED",
+        "cancelled": "UNAUTHENTICATED",
+        "inspect": "UNAUTHENTICATED",
+    }
+    assert calls["answer"]["reason"] == calls["inspect"]["reason"] == "CREDENTIALS_INVALID"
+
+
+async def test_a_program_in_node_without_a_certificate_is_not_connected(
+    secured: Mesh, packages: Path, certificates: Certificates, tmp_path: Path
+) -> None:
+    status, lines = await node(
+        packages, "secured.js", f"localhost:{secured.port}", certificates.ca, "", "", tmp_path / "token"
+    )
+
+    assert [line["status"] for line in lines] == ["UNAVAILABLE"] * 3
+    assert status == 0
