@@ -54,6 +54,7 @@ OTHER_FLAGS = {
     "--timestamp",
     "--no-install-recommends",
     "--image",
+    "--previous",
 }
 # In capitals, besides reasons, statuses and variables.
 OTHER_NAMES = {

@@ -21,9 +21,7 @@ FIRST_TOKEN = (
     "gen_ai_server_time_to_first_token_seconds_bucket"
     '{{headrace_tier="small",service_name="headrace-batcher",le="{}"}}'
 )
-REFUSED = (
-    'headrace_requests_refused_total{service_name="headrace-router",headrace_tier="",error_type="NO_WORKERS"}'
-)
+MISSED = 'headrace_requests_total{service_name="headrace-router",headrace_tier="",error_type="NO_WORKERS"}'
 ROUTED = 'headrace_routed_total{service_name="headrace-router",headrace_route_cause="health"}'
 
 
@@ -79,9 +77,9 @@ def test_the_time_to_first_token_is_zero_without_traffic(scaled: dict[str, Any],
 
 
 def test_requests_that_no_worker_could_serve_wake_a_tier(scaled: dict[str, Any], tmp_path: Path) -> None:
-    check(tmp_path, query(scaled, "missed"), {REFUSED: "0+60x10"}, 1)
+    check(tmp_path, query(scaled, "missed"), {MISSED: "0+60x10"}, 1)
     check(tmp_path, query(scaled, "missed"), {ROUTED: "0+120x10"}, 2)
-    check(tmp_path, query(scaled, "missed"), {REFUSED: "4x10"}, 0)
+    check(tmp_path, query(scaled, "missed"), {MISSED: "4x10"}, 0)
     check(tmp_path, query(scaled, "missed"), {}, 0)
 
 

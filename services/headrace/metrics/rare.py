@@ -25,7 +25,10 @@ _WASTE = ("cancel", "deadline", "failover", "over_generation", "slow_reader")
 def create_for_router(tiers: Iterable[str]) -> None:
     """Create the series of a router."""
     _create_refusals("", (errors.Busy, errors.TenantQuota))
+    # They start the first worker of a tier that has none: k8s/components/autoscaling/to-zero.
+    catalogue.REQUESTS.of(tier="", model="", outcome="failed", error=errors.NoWorkers.reason, finish="")
     for tier in tiers:
+        catalogue.ROUTED.of(tier=tier, route="health")
         _create_refusals(tier, _REFUSALS)
         _create_failovers(tier, _LOST_BATCHERS)
         catalogue.WASTED_TOKENS.of(tier=tier, cause="draft")
