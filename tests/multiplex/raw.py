@@ -15,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from headrace import errors, statuses
 from headrace.channel import open_channel
 from headrace.multiplex.serving import METHOD, Incoming, Multiplexer, Write
+from headrace.runtime.security.identity import current
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.limits import Limits
 from headrace.runtime.serving.server import Serving, serving
@@ -63,6 +64,7 @@ class EchoServicer(GenerationServiceServicer):
         yield
 
     async def _answer(self, incoming: Incoming, write: Write) -> None:
+        assert current() is incoming.identity, "as for a call of Generate"
         self.received.append(incoming)
         self.running += 1
         try:

@@ -18,7 +18,6 @@ from headrace.batcher.text.tokens import Tokenizer
 from headrace.deadline import Deadline
 from headrace.metrics.requests import CANCELLED, End, Timing, record
 from headrace.multiplex.serving import Write
-from headrace.runtime.security.identity import current
 from headrace.v1 import generation_pb2 as pb
 
 
@@ -87,7 +86,6 @@ class Answering:
                     tier=self._tier,
                     model="",
                     chat=request.HasField("chat"),
-                    tenant_class=current().quota,
                 )
         return job
 

@@ -12,6 +12,7 @@ from headrace.batcher.answering import Answering
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
+from headrace.runtime.security.identity import current
 from headrace.runtime.serving.calls import Calls
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2, multiplex_pb2
@@ -57,7 +58,7 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
         A coroutine that writes, not a generator, so that it can end while a caller that does not read blocks
         a write.
         """
-        await self._answer(Incoming(request, context.time_remaining()), context.write)
+        await self._answer(Incoming(request, context.time_remaining(), current()), context.write)
 
     async def Multiplex(  # type: ignore[override] # as above
         self,

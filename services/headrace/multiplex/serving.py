@@ -25,7 +25,7 @@ from headrace.metrics.requests import record_refusal
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
 from headrace.multiplex.request_identity import RequestIdentities
 from headrace.multiplex.stream_request import StreamRequest
-from headrace.runtime.security.identity import ANONYMOUS, Identity
+from headrace.runtime.security.identity import Identity, acting_as
 from headrace.runtime.serving.calls import Calls, Metadata, drop_frames, reported
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
 from headrace.v1 import generation_pb2 as pb
@@ -58,16 +58,16 @@ class Incoming:
     """One request, however it arrived.
 
     time_remaining   seconds until the deadline; None if there is none
-    metadata         of the call
     identity         who calls
+    metadata         of the call
     framed           whether its events travel in messages that it shares with other requests: then the number
                      of its events matters little
     """
 
     request: pb.GenerateRequest
     time_remaining: float | None
+    identity: Identity
     metadata: Metadata = ()
-    identity: Identity = ANONYMOUS
     framed: bool = False
 
 
@@ -333,7 +333,8 @@ class _Stream:
                 except errors.HeadraceError as refused:
                     record_refusal(refused)
                     raise
-                await self._answer(Incoming(opened.request, seconds, metadata, identity, framed=True), write)
+                stack.enter_context(acting_as(identity))
+                await self._answer(Incoming(opened.request, seconds, identity, metadata, framed=True), write)
 
         metadata = list(opened.metadata.items())
         try:

@@ -95,7 +95,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         """Send the prompt to the tier that fits it, and stream its answer."""
         metadata = context.invocation_metadata() or ()
         with self._own_calls.counted(context.write) as write:
-            await self.answer(Incoming(request, context.time_remaining(), metadata, current()), write)
+            await self.answer(Incoming(request, context.time_remaining(), current(), metadata), write)
 
     async def Multiplex(  # type: ignore[override] # as above
         self, request_iterator: AsyncIterator[multiplex_pb2.MultiplexRequest], context: _Context

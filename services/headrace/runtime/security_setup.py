@@ -154,7 +154,9 @@ def _anonymous(service: ServiceName) -> Identity:
     It has a tenant of its own: without credentials, nobody can use the name and the limits of another one.
     """
     tenant = ANONYMOUS_TENANT if service == "router" else None
-    return Identity(scopes=_ANONYMOUS_SCOPES[service], tenant=tenant, max_priority=DEFAULT_PRIORITY)
+    return Identity(
+        name="anonymous", scopes=_ANONYMOUS_SCOPES[service], tenant=tenant, max_priority=DEFAULT_PRIORITY
+    )
 
 
 def listens_on_loopback(host: str) -> bool:

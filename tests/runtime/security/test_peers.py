@@ -167,6 +167,21 @@ async def test_other_certificates_may_only_call_routers(certificates: Certificat
         await guard(certificates, "batcher").identify(GENERATE, (), other)
 
 
+@pytest.mark.parametrize("unfit", ["spiffe://elsewhere/" + "x" * 300, "two\nlines", "\0others"])
+async def test_a_tenant_is_a_name_of_the_certificate_that_is_fit_for_one(
+    certificates: Certificates, unfit: str
+) -> None:
+    """Batchers refuse longer names, and the names that quotas use themselves are not printable."""
+    named = peer(unfit)
+    with_another = Peer(named.address, {**named.certificate, "x509_common_name": (b"search",)})
+
+    found = [
+        (await guard(certificates, "router").identify(GENERATE, (), one)) for one in (named, with_another)
+    ]
+
+    assert [one.tenant for one in found] == ["a certificate without a name", "search"]
+
+
 async def test_callers_without_a_certificate_are_served_health_only(certificates: Certificates) -> None:
     nobody = Peer("ipv4:10.0.0.7:1")
     for service in ("router", "batcher", "worker"):

@@ -25,7 +25,7 @@ from headrace.client import Client, chat, connect
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.runtime.security.guard import Peer
-from headrace.runtime.security.identity import ANONYMOUS, Identity
+from headrace.runtime.security.identity import ANONYMOUS, Identity, current
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.interceptor import ServerInterceptor
 from headrace.runtime.serving.limits import Limits
@@ -209,7 +209,7 @@ class Scripted(generation.GenerationServiceServicer, routing_service_pb2_grpc.Ro
         await write(pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_STOP)))
 
     async def Generate(self, request: Any, context: Any) -> None:  # type: ignore[override]
-        await self._answer(Incoming(request, context.time_remaining()), context.write)
+        await self._answer(Incoming(request, context.time_remaining(), current()), context.write)
 
     async def Multiplex(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         await self._multiplexer.serve(context)

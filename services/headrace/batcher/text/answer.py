@@ -15,7 +15,6 @@ from headrace.batcher.text.tokens import Tokenizer, stop_ids
 from headrace.metrics import catalogue
 from headrace.metrics.requests import End, Timing, finish_name, record
 from headrace.metrics.words import Outcome
-from headrace.runtime.security.identity import current
 from headrace.v1 import generation_pb2 as pb
 
 _MAX_IDS = 1024  # per delta: the backlog of a slow reader is sent in several, so that other calls can proceed
@@ -136,7 +135,6 @@ class AnswerEvents:
             model=job.model,
             chat=self._chat,
             resumed=bool(job.resume_ids),
-            tenant_class=current().quota,
         )
         cause = _WASTE_CAUSES.get(end.outcome, "failover")
         job.history.waste_cause = "slow_reader" if end.error == errors.SlowReader.reason else cause

@@ -18,7 +18,7 @@ from headrace.bearer import AUTHORIZATION, MAX_TOKEN, is_token
 from headrace.runtime.security.access import ServiceName, required_scope
 from headrace.runtime.security.callers_file import CallersFile
 from headrace.runtime.security.guard import Metadata, Peer
-from headrace.runtime.security.identity import ANONYMOUS, Identity, Scope
+from headrace.runtime.security.identity import Identity, Scope
 from headrace.runtime.security.peers import CALLER_SCOPES, Peers, has_certificate, names_of
 
 if TYPE_CHECKING:  # JWTs need PyJWT, which not every process has
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 REFLECTION = ("/grpc.reflection.v1.ServerReflection/", "/grpc.reflection.v1alpha.ServerReflection/")
 
 _BEARER = "bearer "
+_ANYBODY = Identity(name="anonymous", scopes=frozenset())  # where no scope is needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class CallerGuard:
         """See `guard.Guard`."""
         scope = required_scope(self._service, method)
         if scope is None:
-            return ANONYMOUS
+            return _ANYBODY
         if self._reflection_open and method.startswith(REFLECTION):
             scope = None
         identity: Identity | None = None

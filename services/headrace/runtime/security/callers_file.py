@@ -35,15 +35,16 @@ from headrace import errors
 from headrace.runtime.security.identity import (
     ALL_SCOPES,
     DEFAULT_PRIORITY,
+    MAX_NAME,
     MAX_PRIORITY,
     Identity,
     Scope,
+    is_name,
 )
 from headrace.runtime.security.watched_file import BadFile
 
 ANY_TENANT = "*"
 DEFAULT_SCOPES: tuple[Scope, ...] = ("generate", "feedback")
-MAX_NAME = 256
 
 _TOKEN_PREFIX = "hr_"  # so that secret scanners can find tokens in code
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -152,11 +153,6 @@ def entry_for(
     entry = "\n".join(lines) + "\n"
     parse(entry.encode())
     return entry
-
-
-def is_name(value: object) -> bool:
-    """Return whether a value can be the name of a caller, tenant or quota: printable and not too long."""
-    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
 
 
 def _quoted(text: str) -> str:

@@ -17,10 +17,11 @@ from typing import Literal, TypeAlias
 Scope: TypeAlias = Literal["generate", "feedback", "admin", "router", "batcher"]
 ALL_SCOPES: frozenset[Scope] = frozenset(("generate", "feedback", "admin", "router", "batcher"))
 MAX_PRIORITY = 9
+MAX_NAME = 256  # characters
 DEFAULT_PRIORITY = 5  # of requests that set none; higher ones are granted
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """The identity behind a call.
 
@@ -31,19 +32,28 @@ class Identity:
     quota         the name of the limits that apply to its tenant; empty: the default ones
     """
 
-    name: str = "anonymous"
-    scopes: frozenset[Scope] = ALL_SCOPES
+    name: str
+    scopes: frozenset[Scope]
     tenant: str | None = None
     max_priority: int = MAX_PRIORITY
     quota: str = ""
 
 
-ANONYMOUS = Identity()
-_current: ContextVar[Identity] = ContextVar("headrace_identity", default=ANONYMOUS)
+# Of every caller of a server that asks for no credentials.
+ANONYMOUS = Identity(name="anonymous", scopes=ALL_SCOPES)
+_current: ContextVar[Identity] = ContextVar("headrace_identity")
+
+
+def is_name(value: object) -> bool:
+    """Return whether a value can be the name of a caller, tenant or quota: printable and not too long."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
 
 
 def current() -> Identity:
-    """Return the identity behind the call that the current task serves."""
+    """Return the identity behind the call that the current task serves.
+
+    Raises LookupError outside a call: whoever forgets to pass an identity on gives nobody any rights.
+    """
     return _current.get()
 
 

@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Literal, TypeAlias
 
 from headrace.runtime.security.guard import Peer
-from headrace.runtime.security.identity import ALL_SCOPES, DEFAULT_PRIORITY, Identity, Scope
+from headrace.runtime.security.identity import ALL_SCOPES, DEFAULT_PRIORITY, Identity, Scope, is_name
 from headrace.tls.files import Material, TlsReader
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,8 @@ class Peers:
             return None
         uris, names = names_of(peer.certificate)
         role = self.domains().role(uris, names)
-        name = next(iter((*uris, *names, *_common_names(peer))), "a certificate without a name")
+        # What else a certificate may contain is not fit for logs, nor as a tenant.
+        name = next(filter(is_name, (*uris, *names, *_common_names(peer))), "a certificate without a name")
         if role is None:
             return Identity(name=name, scopes=CALLER_SCOPES, tenant=name, max_priority=DEFAULT_PRIORITY)
         return Identity(name=name, scopes=SCOPES[role])

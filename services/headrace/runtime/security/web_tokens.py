@@ -17,8 +17,8 @@ from typing import Any, cast
 import jwt
 
 from headrace import errors
-from headrace.runtime.security.callers_file import DEFAULT_SCOPES, Grant, digest, is_name
-from headrace.runtime.security.identity import DEFAULT_PRIORITY, MAX_PRIORITY, Identity, Scope
+from headrace.runtime.security.callers_file import DEFAULT_SCOPES, Grant, digest
+from headrace.runtime.security.identity import DEFAULT_PRIORITY, MAX_PRIORITY, Identity, Scope, is_name
 from headrace.runtime.security.jwks import ALGORITHMS, KeySource
 
 log = logging.getLogger(__name__)
