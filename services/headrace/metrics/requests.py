@@ -104,10 +104,13 @@ def record(
         catalogue.TIME_PER_OUTPUT_TOKEN.of(**labels).record((timing.last - timing.first) / later)
 
 
-def record_refusal(error: errors.HeadraceError, tenant_class: str = "") -> None:
-    """Record a request that was refused before it was read; any other error is ignored."""
+def record_refusal(error: errors.HeadraceError) -> None:
+    """Record a request that was refused before it was read; any other error is ignored.
+
+    Its tenant is not known yet, nor is its class: credentials may name any, and any number of them.
+    """
     if outcome_of(type(error)) == "refused":
-        catalogue.REFUSED.of(tier="", error=error.reason, tenant_class=tenant_class).add()
+        catalogue.REFUSED.of(tier="", error=error.reason, tenant_class="").add()
 
 
 def finish_name(reason: pb.FinishReason.ValueType) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,12 +36,17 @@ class Measured:
 class Measuring:
     """Records the requests of one router.
 
-    tenants   most tenants that metrics name
+    tenants    most tenants that metrics name
+    class_of   returns the class of a tenant from its name and the class that its credentials have; None:
+               there are no classes
     """
 
-    def __init__(self, tiers: Iterable[str], *, tenants: int) -> None:
+    def __init__(
+        self, tiers: Iterable[str], *, tenants: int, class_of: Callable[[str, str], str] | None = None
+    ) -> None:
         create_for_router(tiers)
         self._tenants = TenantNames(tenants)
+        self._class_of = class_of
 
     @contextmanager
     def request(
@@ -74,6 +79,8 @@ class Measuring:
         # gRPC cancels a call for its deadline, often before the router has noticed it.
         if end is CANCELLED and seconds is not None and now - measured.timing.arrived >= seconds:
             end = End("deadline", errors.DeadlineExceeded.reason)
+        tenant = tenant_of(request, identity)
+        tenant_class = "" if self._class_of is None else self._class_of(tenant, identity.quota)
         record(
             end,
             measured.timing,
@@ -82,10 +89,9 @@ class Measuring:
             model=journey.model if journey is not None else "",
             chat=request.HasField("chat"),
             resumed=bool(request.resume.token_ids),
-            tenant_class=identity.quota,
+            tenant_class=tenant_class,
         )
-        tenant = self._tenants.name(tenant_of(request, identity))
-        labels = {"tenant": tenant, "tenant_class": identity.quota}
+        labels = {"tenant": self._tenants.name(tenant), "tenant_class": tenant_class}
         catalogue.TENANT_REQUESTS.of(**labels, outcome=end.outcome).add()
         if journey is not None:
             _record_bill(journey.bill, labels)

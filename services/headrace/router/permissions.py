@@ -22,11 +22,15 @@ def permit(request: pb.GenerateRequest, identity: Identity) -> None:
     """Set tenant and priority of *request* as the identity allows. Raises Forbidden."""
     if identity.tenant is not None:
         request.routing.tenant = permitted_tenant(request.routing.tenant, identity, field="routing.tenant")
-    if identity.max_priority < MAX_PRIORITY:
+    lower_priority(request, identity.max_priority)
+
+
+def lower_priority(request: pb.GenerateRequest, most: int) -> None:
+    """Lower the priority of a request to *most*, if it is higher."""
+    if most < MAX_PRIORITY:  # else the message is not touched
         routing = request.routing
-        wanted = routing.priority if routing.HasField("priority") else DEFAULT_PRIORITY
-        if wanted > identity.max_priority:
-            routing.priority = identity.max_priority
+        if (routing.priority if routing.HasField("priority") else DEFAULT_PRIORITY) > most:
+            routing.priority = most
 
 
 def permitted_tenant(named: str, identity: Identity, *, field: str) -> str:

@@ -74,7 +74,11 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         tenants: int = 20,
         quotas: Quotas | None = None,
     ) -> None:
-        self._measuring = Measuring((tier.name for tier in tiers.tiers), tenants=tenants)
+        self._measuring = Measuring(
+            (tier.name for tier in tiers.tiers),
+            tenants=tenants,
+            class_of=None if quotas is None else quotas.tenant_class,
+        )
         self._multiplexer = Multiplexer(self.answer, calls)
         self._own_calls = OwnCalls()
         self._tiers = tiers

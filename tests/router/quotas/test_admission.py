@@ -63,6 +63,18 @@ async def test_a_tenant_over_its_requests_is_refused_and_others_are_not(tmp_path
     assert "tenant 'acme' reached the limit of 3 requests per minute" in error.message
 
 
+async def test_metrics_name_the_class_whose_limits_apply(tmp_path: Path, count: Callable[..., float]) -> None:
+    gold = {"tenant_class": "gold"}
+    quotas = '[classes.gold]\nrequests_per_minute = 1\n[tenants.acme]\nclass = "gold"'
+    before = count("headrace.requests.refused", error="TENANT_QUOTA", **gold)
+    async with limited(tmp_path, quotas) as client:
+        await collect(client, ask())
+        await refused(client, ask())
+
+    assert count("headrace.requests.refused", error="TENANT_QUOTA", **gold) == before + 1
+    assert count("headrace.tenant.requests", tenant="acme", outcome="ok", **gold) == 1
+
+
 async def test_the_status_has_the_details_that_any_client_can_read(tmp_path: Path) -> None:
     path = tmp_path / "quotas.toml"
     path.write_text("[default]\nrequests_per_minute = 0")

@@ -50,6 +50,18 @@ def test_a_tenant_has_its_own_limits_or_those_of_its_class_or_the_default_ones(p
     assert rules.limits("", "").requests_per_minute == 5
 
 
+def test_a_class_of_credentials_that_is_not_listed_is_reported_once(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as a misspelled one, whose tenants would have other limits than intended without a word."""
+    rules = Rules(path)
+    for tenant in ("one", "two"):
+        assert rules.limits(tenant, "glod").requests_per_minute == 60
+    rules.limits("one", "gold"), rules.limits("one", "")
+
+    assert [record.__dict__["class"] for record in caplog.records] == ["glod"]
+
+
 def test_json_has_the_same_names(tmp_path: Path) -> None:
     path = tmp_path / "quotas.json"
     path.write_text(json.dumps({"default": {"cost_per_day": 1}, "tenants": {"a": {"concurrent_streams": 0}}}))

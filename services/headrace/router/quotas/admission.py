@@ -17,10 +17,10 @@ from contextlib import asynccontextmanager
 from headrace import errors
 from headrace.metrics import catalogue
 from headrace.router.optional import optional
-from headrace.router.permissions import tenant_of
+from headrace.router.permissions import lower_priority, tenant_of
 from headrace.router.quotas.accounts import Account, Accounts, Calendar
 from headrace.router.quotas.amounts import Amounts, Refusal
-from headrace.router.quotas.limits import DEFAULT, MAX_PRIORITY, Limits, Rules
+from headrace.router.quotas.limits import Limits, Rules
 from headrace.router.quotas.links import OpenChannel
 from headrace.router.quotas.sharing import Sharing
 from headrace.router.siblings import Siblings
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 TOKEN_CHARACTERS = 4  # of a prompt, per token, as is usual for English
 MESSAGE_TOKENS = 8  # of the chat template, per message
 ANSWER_TOKENS = 256  # of an answer without max_tokens
-DEFAULT_PRIORITY = 5
 LEAST_COST = 1e-9  # so that a request without a price still needs a budget that is not spent
 
 _PER = {
@@ -114,8 +113,8 @@ class Quotas:
         """
         tenant = tenant_of(request, identity)
         limits = self._rules.limits(tenant, identity.quota)
-        if limits.max_priority < MAX_PRIORITY and not self._shadow:
-            _lower_priority(request, limits.max_priority)
+        if not self._shadow:
+            lower_priority(request, limits.max_priority)
         if not limits.apply:
             return None
         return await self._take(tenant, limits, self._need(limits, request))
@@ -126,6 +125,10 @@ class Quotas:
         limits = self._rules.limits(tenant, identity.quota)
         if limits.apply:
             await self._take(tenant, limits, Amounts(requests=1.0))
+
+    def tenant_class(self, tenant: str, quota: str) -> str:
+        """Return the class of a tenant whose credentials have the class *quota*, for metrics."""
+        return self._rules.limits(tenant, quota).tenant_class
 
     @asynccontextmanager
     async def running(self, poll_seconds: float) -> AsyncGenerator[None, None]:
@@ -143,8 +146,7 @@ class Quotas:
         if (refusal := await self.sharing.take(account, need, now)) is None:
             return Admission(self.sharing, account, need)
         mode = "shadow" if self._shadow else "enforced"
-        tenant_class = "" if limits.name == DEFAULT else limits.name
-        catalogue.QUOTA_REFUSALS.of(tenant_class=tenant_class, limit=refusal.limit, mode=mode).add()
+        catalogue.QUOTA_REFUSALS.of(tenant_class=limits.tenant_class, limit=refusal.limit, mode=mode).add()
         log.info("request over quota", extra={"tenant": tenant, "limit": refusal.limit, "mode": mode})
         if self._shadow:
             return None
@@ -178,13 +180,6 @@ class Quotas:
             with optional("quotas"):
                 if self._rules.refresh():
                     self._accounts.refresh()
-
-
-def _lower_priority(request: pb.GenerateRequest, most: int) -> None:
-    routing = request.routing
-    priority = routing.priority if routing.HasField("priority") else DEFAULT_PRIORITY
-    if priority > most:
-        routing.priority = most
 
 
 def _error(tenant: str, refusal: Refusal) -> errors.TenantQuota:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,11 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from headrace.quoting import quoted
+from headrace.runtime.security.identity import MAX_PRIORITY
+from headrace.runtime.security.watched_file import stamp_of
 
 log = logging.getLogger(__name__)
 
 DEFAULT = "default"
-MAX_PRIORITY = 9
+MAX_REPORTED = 100  # classes that are not listed; issuers of JWTs may name any
 _NUMBERS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams", "cost_per_day")
 
 
@@ -64,6 +65,11 @@ class Limits:
         # Every request asks for it.
         object.__setattr__(self, "apply", any(getattr(self, name) != math.inf for name in _NUMBERS))
 
+    @property
+    def tenant_class(self) -> str:
+        """The class as metrics name it."""
+        return "" if self.name == DEFAULT else self.name
+
 
 class Rules:
     """The limits of all tenants.
@@ -77,13 +83,23 @@ class Rules:
         self._default = Limits()
         self._classes: dict[str, Limits] = {}
         self._tenants: dict[str, Limits] = {}
+        self._unknown: set[str] = set()  # classes that were reported
         if path is not None:
-            self._stamp = _stamp(path)
+            self._stamp = stamp_of(path)
             self._read(path)
 
     def limits(self, tenant: str, quota: str) -> Limits:
         """Return the limits of a tenant: its own, or those of the class *quota*, or the default ones."""
-        return self._tenants.get(tenant) or self._classes.get(quota) or self._default
+        found = self._tenants.get(tenant) or self._classes.get(quota)
+        if found is None and quota and self._path is not None:
+            self._report(quota)
+        return found or self._default
+
+    def _report(self, quota: str) -> None:
+        """Log that credentials have a class that is not listed; once for each, and not for any number."""
+        if quota not in self._unknown and len(self._unknown) < MAX_REPORTED:
+            self._unknown.add(quota)
+            log.warning("class of quotas not listed, the default limits apply", extra={"class": quota})
 
     @property
     def limit_cost(self) -> bool:
@@ -96,7 +112,7 @@ class Rules:
 
         A file that is not usable is logged and changes nothing.
         """
-        if self._path is None or (stamp := _stamp(self._path)) == self._stamp:
+        if self._path is None or (stamp := stamp_of(self._path)) == self._stamp:
             return False
         self._stamp = stamp
         try:
@@ -128,6 +144,7 @@ class Rules:
         if problems:
             raise BadQuotas(f"{path}: {'; '.join(problems)}")
         self._default, self._classes, self._tenants = default, classes, tenants
+        self._unknown.clear()
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -165,12 +182,3 @@ def _limits(value: object, base: Limits, place: str, problems: list[str]) -> Lim
             problems.append(f"{place}: {name} is {quoted(repr(number))}, not a number that is allowed")
         found[name] = number
     return replace(base, **found)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return a value that changes with the file; a file that replaces it has another inode."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino

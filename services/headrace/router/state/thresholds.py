@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from headrace.router.optional import optional
 from headrace.routing import calibration
 from headrace.routing.calibration import BadCalibration, Calibration
 from headrace.routing.share import ShareKeeper
+from headrace.runtime.security.watched_file import stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Thresholds:
         self._stamp: tuple[int, int, int] | None = None
         seen: tuple[float, ...] = ()
         if path is not None:
-            self._stamp = _stamp(path)
+            self._stamp = stamp_of(path)
             made = self._read(path)
             self._now, seen = list(made.thresholds), made.quantiles
         self._keeper = ShareKeeper(shares, seen=_shuffled(seen)) if shares else None
@@ -80,7 +80,7 @@ class Thresholds:
 
     def refresh(self) -> None:
         """Read the file again if it has changed."""
-        if self._path is None or (stamp := _stamp(self._path)) == self._stamp:
+        if self._path is None or (stamp := stamp_of(self._path)) == self._stamp:
             return
         self._stamp = stamp
         try:
@@ -110,15 +110,6 @@ class Thresholds:
                 f"{path} was made with another scorer, so its thresholds are not valid: calibrate again"
             )
         return made
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return a value that changes with the file; a file that replaces it has another inode."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _shuffled(quantiles: Sequence[float]) -> list[float]:

@@ -34,7 +34,7 @@ class WatchedFile:
 
     def load(self) -> None:
         """Read the file. Raises BadFile."""
-        self._stamp = _stamp(self._path)
+        self._stamp = stamp_of(self._path)
         self._use(_read(self._path))
 
     async def watch(self) -> None:
@@ -45,7 +45,7 @@ class WatchedFile:
 
     async def refresh(self) -> None:
         """Read the file if it has changed."""
-        stamp = await asyncio.to_thread(_stamp, self._path)
+        stamp = await asyncio.to_thread(stamp_of, self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -61,7 +61,8 @@ class WatchedFile:
             log.info("file read again", extra={"file": str(self._path)})
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def stamp_of(path: Path) -> tuple[int, int, int] | None:
+    """Return a value that changes with the file; a file that replaces it has another inode. None: no file."""
     try:
         found = os.stat(path)
     except OSError:

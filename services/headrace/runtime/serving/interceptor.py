@@ -88,16 +88,15 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             return await around(method, context, lambda: admitted(requests, context))
 
         async def admitted(requests: Any, context: Any) -> Any:
-            peer, tenant_class = context.peer(), ""
+            peer = context.peer()
             with ExitStack() as stack:
                 try:
                     identity = await self._guard.identify(
                         method, context.invocation_metadata() or (), Peer(peer, context.auth_context())
                     )
-                    tenant_class = identity.quota
                     reservation = stack.enter_context(self._budget.admit(peer, exempt=exempt))
                 except errors.HeadraceError as error:
-                    record_refusal(error, tenant_class)
+                    record_refusal(error)
                     raise
                 stack.enter_context(acting_as(identity))
                 try:
