@@ -13,7 +13,8 @@ from headrace.router.settings import Settings
 from headrace.runtime.security.callers_file import entry_for, new_token
 from headrace.runtime.security.guard import Guard, OpenGuard, Peer
 from headrace.runtime.security.identity import ALL_SCOPES, Identity
-from headrace.runtime.security_setup import listens_on_loopback, security
+from headrace.runtime.security.settings import is_loopback
+from headrace.runtime.security_setup import security
 from headrace.runtime.serving.server import StartFailed
 
 LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
@@ -126,8 +127,8 @@ def test_settings_that_would_accept_too_much_are_refused(changed: dict[str, str]
 
 def test_an_address_without_a_route_is_not_loopback() -> None:
     """0.0.0.0 as a target is this machine, as an address to listen on it is every one."""
-    assert not listens_on_loopback("0.0.0.0")
-    assert not listens_on_loopback("::")
+    assert not is_loopback("0.0.0.0")
+    assert not is_loopback("::")
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str]]:

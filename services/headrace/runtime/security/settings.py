@@ -78,13 +78,17 @@ def _url_problem(source: str) -> str:
         return "the URL contains credentials; keys that verify JWTs are public"
     if parts.scheme == "https" and host:
         return ""
-    if parts.scheme == "http" and _is_this_machine(host):
+    if parts.scheme == "http" and is_loopback(host):
         return ""
     return "the URL must start with https://; http:// is accepted for loopback addresses only"
 
 
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
+def is_loopback(host: str) -> bool:
+    """Return whether only processes of this machine reach a server on *host*. Names are not resolved.
+
+    Stricter than `headrace.channel.is_loopback`, for which 0.0.0.0 is this machine, as it is for a caller.
+    """
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
