@@ -18,7 +18,7 @@ import pytest
 from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import Client, chat, connect
 from headrace.errors import CredentialsRequired
-from headrace.runtime.settings import PREFIX, ServiceSettings
+from headrace.runtime.settings import PREFIX
 from tests.deploy import certificates
 from tests.deploy.rendering import (
     Resource,
@@ -149,10 +149,6 @@ async def test_pods_of_the_local_overlay_answer_and_drain(tmp_path: Path) -> Non
                 assert await pods[name].gone() == 0
 
 
-@pytest.mark.skipif(
-    not {"tls_cert", "auth_tokens"} <= set(ServiceSettings.model_fields),
-    reason="the services have no TLS and no tokens yet",
-)
 async def test_pods_with_certificates_and_tokens_answer_callers_with_a_token(tmp_path: Path) -> None:
     """The certificates have the names that the volumes of the pods ask cert-manager for."""
     components = ["mtls", "callers", "mtls/tokens", "quotas"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import pkgutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from headrace import errors, statuses
+from headrace import errors, statuses, v1
 from headrace.bearer import MAX_TOKEN, BadToken
 from headrace.channel import open_channel
 from headrace.client import Client, chat, connect
@@ -95,6 +97,21 @@ def expected(service: str, method: str, scopes: tuple[str, ...], refusal: str) -
     if scope == "-":
         return "UNIMPLEMENTED"
     return "ok" if not scope or scope in scopes else refusal
+
+
+def test_every_rpc_of_headrace_is_called() -> None:
+    """So that a new one is not forgotten."""
+    modules = [import_module(f"headrace.v1.{found.name}") for found in pkgutil.iter_modules(v1.__path__)]
+    services = [
+        service
+        for module in modules
+        if module.__name__.endswith("_pb2")
+        for service in module.DESCRIPTOR.services_by_name.values()
+    ]
+
+    assert {rpc for rpc in RPCS if rpc.startswith("/headrace.")} == {
+        f"/{service.full_name}/{method.name}" for service in services for method in service.methods
+    }
 
 
 @pytest.mark.parametrize("service", ["router", "batcher", "worker"])
