@@ -1,4 +1,4 @@
-"""Measure what mutual TLS on all connections of a mesh costs, and what bearer tokens of callers cost.
+"""Measure what mutual TLS on all connections of a mesh costs, and bearer tokens and limits of callers.
 
     python -m benchmarks.security [--streams 1 8 64] [--seconds 8] [--repeat 5] [--json FILE]
 
@@ -18,8 +18,10 @@ import asyncio
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,15 +29,11 @@ from benchmarks.mesh.answers import Answer, ask, closed_loop
 from benchmarks.mesh.cpu import SERVICES, per_request
 from benchmarks.mesh.systems import EngineSpec, Served, System, in_turn, progress, serving
 from benchmarks.mesh.tables import show_table
+from benchmarks.quotas import QUOTAS
 
 TOKENS = 64
 CONNECTIONS = 20  # of each repetition
-SYSTEMS = (
-    System("plaintext"),
-    System("tokens", tokens=True),
-    System("mutual TLS", tls=True),
-    System("mutual TLS and tokens", tls=True, tokens=True),
-)
+PLAINTEXT = "plaintext"
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,27 @@ class Run:
     cpu_ratio: float = 1.0
 
 
+def systems(folder: Path) -> list[System]:
+    """Return the systems that are measured. A file of limits is written to *folder*."""
+    quotas = folder / "quotas.toml"
+    quotas.write_text(QUOTAS)
+    limited = {"HEADRACE_QUOTAS": str(quotas)}
+    return [
+        System(PLAINTEXT),
+        System("tokens", tokens=True),
+        System("mutual TLS", tls=True),
+        System("mutual TLS, tokens", tls=True, tokens=True),
+        System("mutual TLS, tokens, limits", tls=True, tokens=True, environment=limited),
+    ]
+
+
 async def measure(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, float]]:
     """Return the medians of all repetitions: by system and streams, and of new connections by system."""
     runs: dict[tuple[int, str], list[Run]] = {}
     connects: dict[str, list[float]] = {}
-    async with serving(SYSTEMS, EngineSpec(arguments.step_seconds)) as served:
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        served = await stack.enter_async_context(serving(systems(folder), EngineSpec(arguments.step_seconds)))
         for streams in arguments.streams:
             for repetition in range(arguments.repeat + 1):
                 turn = {
@@ -70,15 +84,15 @@ async def measure(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, f
                 }
                 progress(f"{streams} streams, repetition {repetition} of {arguments.repeat}")
                 for name, run in turn.items() if repetition else ():  # the first one warms up
-                    ratio = run.cpu / turn[SYSTEMS[0].name].cpu
+                    ratio = run.cpu / turn[PLAINTEXT].cpu
                     runs.setdefault((streams, name), []).append(replace(run, cpu_ratio=ratio))
         for repetition in range(arguments.repeat):
             for name in in_turn(list(served), repetition):
                 for _ in range(CONNECTIONS):
                     connects.setdefault(name, []).append(await _connect(served[name]))
     return (
-        [_median(runs[streams, system.name]) for streams in arguments.streams for system in SYSTEMS],
-        {system.name: statistics.median(connects[system.name]) for system in SYSTEMS},
+        [_median(runs[streams, name]) for streams in arguments.streams for name in connects],
+        {name: statistics.median(connects[name]) for name in connects},
     )
 
 
@@ -121,7 +135,7 @@ def _median(runs: Sequence[Run]) -> Run:
 def show(runs: Sequence[Run], connects: dict[str, float]) -> None:
     """Print the figures as tables."""
     show_table(
-        f"cost of TLS and tokens: answers of {TOKENS} tokens",
+        f"cost of TLS, tokens and limits: answers of {TOKENS} tokens",
         ("streams", "what", "ttft ms", "p99", "tokens/s", "CPU ms/1000", "client CPU"),
         [
             [
@@ -137,7 +151,7 @@ def show(runs: Sequence[Run], connects: dict[str, float]) -> None:
         ],
     )
     show_table(
-        f"CPU of the services against {SYSTEMS[0].name}",
+        f"CPU of the services against {PLAINTEXT}",
         ("streams", "what", "%"),
         [[str(run.streams), run.what, f"{(run.cpu_ratio - 1) * 100:+.0f}"] for run in runs],
     )

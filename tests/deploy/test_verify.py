@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.deploy.verify import PARTS, ROOT, Result, of_tests, table
+from tests.deploy.tools import ROOT
+from tests.deploy.verify import PARTS, Result, of_tests, table
 
 TESTS = """
 import pytest

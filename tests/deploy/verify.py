@@ -39,20 +39,20 @@ class Part:
     module: str = ""
 
 
+_ACCESS = "tests/deploy/test_access.py"
+_TELEMETRY = ("tests/deploy/test_observability.py", "tests/deploy/test_observed_mesh.py")
 PARTS = {
     "access": Part(
         "each RPC with each kind of credentials",
-        ("tests/deploy/test_access.py", "tests/mesh/test_auth.py", "tests/mesh/test_auth_over_tls.py"),
+        (_ACCESS, "tests/mesh/test_auth.py", "tests/mesh/test_auth_over_tls.py"),
     ),
     "tls": Part("mutual TLS, roles and new certificates", ("tests/mesh/test_tls.py", "tests/tls")),
     "node": Part("a client in Node, over mutual TLS with a token", ("tests/node",)),
-    "telemetry": Part(
-        "Prometheus, a collector, dashboards and alerts", ("tests/deploy/test_observability.py",)
-    ),
+    "telemetry": Part("Prometheus, a collector, dashboards and alerts", _TELEMETRY),
     "manifests": Part(
         "what kustomize renders, and the services started with it",
         ("tests/deploy",),
-        without=("tests/deploy/test_access.py", "tests/deploy/test_observability.py"),
+        without=(_ACCESS, *_TELEMETRY),
     ),
     "cluster": Part("services on hosts of their own", ("tests/cluster",)),
     "images": Part("images built, and run as a cluster would", module="tests.deploy.images"),

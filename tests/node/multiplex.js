@@ -40,14 +40,15 @@ for (let handle = 1; handle <= QUESTIONS; handle += 1) {
   open(first, handle, { prompt: `This is question ${handle}.`, stream: { flush_tokens: 1 } });
 }
 open(first, invalid, { prompt: 'This is too hot.', sampling: { temperature: 99 } });
-open(first, endless, { prompt: 'This is cancelled.', sampling: { ignore_eos: true, max_tokens: 1000 } });
+// With credit for `accepted` alone it is still unfinished when it is cancelled.
+open(first, endless, { prompt: 'This is cancelled.', sampling: { ignore_eos: true, max_tokens: 1000 } }, 1);
 stream.write(first);
 
-function open(message, handle, request) {
-  pending.set(handle, { text: '', received: 0, credit: CREDIT });
+function open(message, handle, request, credit = CREDIT) {
+  pending.set(handle, { text: '', received: 0, credit });
   // The server continues the caller's trace: this is the metadata that OpenTelemetry's propagator would add.
   const traceparent = `00-${String(handle).padStart(32, '0')}-00f067aa0ba902b7-01`;
-  message.open.push({ handle, request, ttl: { seconds: 60 }, credit: CREDIT, metadata: { traceparent } });
+  message.open.push({ handle, request, ttl: { seconds: 60 }, credit, metadata: { traceparent } });
 }
 
 let silentSeconds = 0;
