@@ -95,6 +95,10 @@ def test_a_dashboard_is_laid_out_and_explained(path: Path) -> None:
     board: dict[str, Any] = json.loads(path.read_text())
     taken: dict[tuple[int, int], str] = {}
     variables = {f"${{{each['name']}}}" for each in board["templating"]["list"]}
+    for variable in board["templating"]["list"][1:]:
+        asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"])
+        assert asked is not None
+        assert problems(f"sum by ({asked[2]}) ({asked[1]})") == []
     for panel in board["panels"]:
         at = panel["gridPos"]
         assert at["x"] + at["w"] <= 24
