@@ -23,7 +23,9 @@ from headrace.cli.__main__ import app
 from headrace.cli.launch.mesh import MeshSpec, Running, mesh
 from headrace.metrics.catalogue import METRICS
 from headrace.multiplex import limits
+from headrace.router.quotas.limits import Rules
 from headrace.router.settings import Settings as RouterSettings
+from headrace.runtime.security import callers_file
 from headrace.runtime.settings import PREFIX, ServiceSettings
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.settings import Settings as WorkerSettings
@@ -202,6 +204,27 @@ def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.Mo
             for setting in words[: words.index("python")]:
                 environment.setenv(*setting.split("=", 1))
             SETTINGS[module.rpartition(".")[2]].load(words[words.index(module) + 1 :])
+
+
+def test_the_file_of_callers_is_accepted() -> None:
+    (shown,) = blocks("toml", PAGES["docs/security.md"])
+
+    found = callers_file.parse(shown.encode())
+
+    assert {grant.identity.tenant for grant in found.tokens.values()} == {"search"}
+    assert set(found.certificates) == {"spiffe://example.org/search"}
+
+
+def test_the_file_of_quotas_is_accepted(tmp_path: Path) -> None:
+    (shown,) = blocks("toml", PAGES["docs/quotas.md"])
+    path = tmp_path / "quotas.toml"
+    path.write_text(shown)
+
+    rules = Rules(path)
+
+    assert rules.limits("acme", "").concurrent_streams == 128
+    assert rules.limits("another", "gold").concurrent_streams == 64
+    assert rules.limits("another", "").requests_per_minute == 600
 
 
 @pytest.mark.parametrize("page", PAGES)
