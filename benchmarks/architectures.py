@@ -235,7 +235,7 @@ def _adapted(folder: Path) -> None:
 FORMATS: dict[str, Callable[[Path], None]] = {
     "safetensors, one file": _tiny_llama,
     "safetensors, several files with an index": lambda folder: _tiny_llama(folder, max_shard_size="40KB"),
-    "pytorch_model.bin (a local folder only)": _pickled,
+    "pytorch_model.bin, without --allow-pickle": _pickled,
     **{
         f"{method} ({field})": _with_config(quantization_config={"quant_method": field})
         for method, field in (

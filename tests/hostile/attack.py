@@ -57,7 +57,7 @@ def attack(run: Run) -> Run:
 
 async def main(name: str, port: int, seed: int, seconds: float) -> None:
     """Run one attack and print its outcomes."""
-    for module in ("floods", "fuzz", "multiplexers", "peers"):
+    for module in ("contents", "floods", "fuzz", "multiplexers", "peers"):
         importlib.import_module(f"tests.hostile.{module}")
     # The registry of the imported module; this one is `__main__`.
     from tests.hostile.attack import ATTACKS, Attack

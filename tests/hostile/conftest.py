@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from headrace.v1 import admin_service_pb2 as admin
 from tests import tables
 from tests.faults.fleet import Child, Fleet, Plan, fleet
 from tests.hostile.honest import HANG_SECONDS, Seen, ask_for, ask_until, percentile
@@ -29,6 +31,13 @@ CALM_SECONDS = 0.5
 TRIES = 3  # an attack is repeated if the honest caller was late: the machine itself may have stalled
 RELEASE_SECONDS = 10.0
 RETAINED_BYTES = 96 * 2**20  # memory that an allocator may keep
+RETAINED_COUNT = 10  # tasks and open files by which an idle process may differ, such as those of its polls
+QUOTAS = """
+[tenants.fuzz]
+requests_per_minute = 100000
+tokens_per_minute = 100000000
+"""
+UNPRINTABLE = {*range(32), 127} - {ord("\n")}
 PLAN = Plan(
     workers=1,
     batchers=1,
@@ -118,7 +127,10 @@ def attack(target: Target, request: pytest.FixtureRequest) -> Attack:
 @pytest.fixture(scope="package")
 async def mesh(few_files: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Fleet, None]:
     """Run one of each service, warmed up, with the echo engine."""
-    async with fleet(PLAN, tmp_path_factory.mktemp("hostile")) as running:
+    folder = tmp_path_factory.mktemp("hostile")
+    (quotas := folder / "quotas.toml").write_text(QUOTAS)
+    plan = dataclasses.replace(PLAN, router_flags=("--quotas", str(quotas)))
+    async with fleet(plan, folder) as running:
         await ask_for(running.target, 2)
         yield running
 
@@ -208,7 +220,7 @@ class Target:
         service did not write, or memory is not released.
         """
         running, normal, busy = self.running, self.before.seen, self.before.busy
-        memory = {child.name: child.memory for child in running.children}
+        held = {child.name: (await child.inspect()).process_state for child in running.children}
         logged = {child.name: child.log.stat().st_size for child in running.children}
         over = asyncio.Event()
         watching = asyncio.create_task(_peaks(running, over))
@@ -239,7 +251,7 @@ class Target:
         late = slowest > (HANG_SECONDS if busy or not prompt else 3 * usual)
         for child in running.children:
             judge_log(child, logged[child.name])
-            await _memory_is_released(child, memory[child.name])
+            await _all_is_released(child, held[child.name])
         return row, slowest if late else 0.0
 
 
@@ -249,18 +261,35 @@ def judge_log(child: Child, begin: int) -> None:
         log.seek(begin)
         text = log.read()
     assert len(text) < 200_000
+    # Whatever the text of a caller contains, it cannot begin a line or reach a terminal.
+    assert text.isascii()
+    assert not set(text) & UNPRINTABLE
     for line in text.decode().splitlines():
         logged = json.loads(line)
         assert logged["service"] in child.name
+        assert logged["message"] != "forged"
         # gRPC logs some calls that their callers broke as errors, in one short line.
         assert logged["level"] in ("INFO", "WARNING") or logged["logger"].startswith("grpc"), line
         assert "Traceback" not in line
 
 
-async def _memory_is_released(child: Child, before: int) -> None:
+async def _all_is_released(child: Child, before: admin.ProcessState) -> None:
+    """Wait until a process holds about as much as before: requests, tasks, open files, memory."""
+    most = admin.ProcessState(
+        requests=before.requests,
+        tasks=before.tasks + RETAINED_COUNT,
+        files=before.files + RETAINED_COUNT,
+        memory_bytes=before.memory_bytes + RETAINED_BYTES,
+    )
     ends = asyncio.get_running_loop().time() + RELEASE_SECONDS
-    while child.memory > before + RETAINED_BYTES:
-        assert asyncio.get_running_loop().time() < ends, (
-            f"{child.name} has {(child.memory - before) >> 20} MiB more than before"
-        )
+    while True:
+        now = (await child.inspect()).process_state
+        kept = [
+            f"{getattr(now, name):,} {name}, at most {getattr(most, name):,}"
+            for name in ("requests", "tasks", "files", "memory_bytes")
+            if getattr(now, name) > getattr(most, name)
+        ]
+        if not kept:
+            return
+        assert asyncio.get_running_loop().time() < ends, f"{child.name} keeps {'; '.join(kept)}"
         await asyncio.sleep(0.1)

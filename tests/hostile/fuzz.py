@@ -14,7 +14,13 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from headrace.client import chat
 from headrace.runtime.serving.reflection import REFLECTION_V1
-from headrace.v1 import admin_service_pb2, generation_service_pb2, routing_service_pb2, worker_service_pb2
+from headrace.v1 import (
+    admin_service_pb2,
+    generation_service_pb2,
+    quota_service_pb2,
+    routing_service_pb2,
+    worker_service_pb2,
+)
 from headrace.v1 import generation_pb2 as pb
 from tests.hostile.attack import Attack, attack
 from tests.hostile.wire import (
@@ -35,6 +41,7 @@ FILES = (
     routing_service_pb2.DESCRIPTOR,
     admin_service_pb2.DESCRIPTOR,
     worker_service_pb2.DESCRIPTOR,
+    quota_service_pb2.DESCRIPTOR,
     health_pb2.DESCRIPTOR,
     reflection_pb2.DESCRIPTOR,
     CHANNELZ,
@@ -161,7 +168,8 @@ async def odd_calls(run: Attack) -> None:
     mores += [
         [("traceparent", "00-" + "f" * 300)], [("traceparent", b"\xff\xfe")], [("tracestate", "=,;" * 200)],
         [("x-bin", "!!not base64!!")], [("x-note", b"\xff\xfe")], [("grpc-status", "0")], [("X-Upper", "v")],
-        [("te", "gzip")], [("grpc-trace-bin", "AAAA")], [("x-empty", "")], [("content-length", "-5")],
+        [("te", "gzip")], [("grpc-trace-bin", "AAAA")], [("x-empty", "")], [("user-agent", "\x1b[31mred")],
+        [("x-request-id", "a\nb")], [("authorization", b"Bearer \xff")], [("content-length", "-5")],
     ]  # fmt: skip
     bodies: list[bytes | None] = [
         b"", b"\0", valid[:3], valid[:-1], valid * 3, valid + b"\0\0", b"\x02" + valid[1:],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import struct
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 
@@ -12,11 +11,9 @@ from headrace.client import chat
 from headrace.multiplex.limits import MAX_HANDLES, MAX_OPENS
 from headrace.v1 import multiplex_pb2 as wire
 from tests.hostile.attack import Attack, attack
-from tests.hostile.wire import INITIAL_WINDOW_SIZE, Peer, headers, message, peer
+from tests.hostile.wire import READS_ALL, Peer, headers, message, peer
 
 MULTIPLEX = "/headrace.v1.GenerationService/Multiplex"
-# A peer enlarges no window of a stream: without this one it reads 64 KiB of each.
-READS_ALL = struct.pack(">HI", INITIAL_WINDOW_SIZE, 2**31 - 1)
 HELLO = wire.MultiplexHello(caller_id="hostile", epoch=1)
 
 

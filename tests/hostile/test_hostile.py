@@ -35,6 +35,8 @@ FLOODS: dict[str, set[str]] = {
     "feedback_without_end": {"NOT_FOUND", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"},
 }
 FUZZ: dict[str, set[str]] = {
+    "any_contents_to_every_method": {"OK", "open"} | REFUSED,
+    "nested_messages": {"OK"} | REFUSED,  # 50 levels are few enough
     "any_bytes_to_every_method": {"OK", "open"} | REFUSED,
     "almost_valid_requests": {"OK"} | REFUSED,
     "any_frames": {"sent"},

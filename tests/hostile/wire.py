@@ -18,6 +18,8 @@ DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH, PING, GOAWAY, WINDOW_UPDATE
 END_STREAM, ACK, END_HEADERS, PADDED = 1, 1, 4, 8
 FRAME_BYTES = 16_384
 INITIAL_WINDOW_SIZE = 4
+# A peer enlarges no window of a stream: without these settings it reads 64 KiB of each.
+READS_ALL = struct.pack(">HI", INITIAL_WINDOW_SIZE, 2**31 - 1)
 STATUSES = {str(code.value[0]): code.name for code in grpc.StatusCode}
 GENERATE = "/headrace.v1.GenerationService/Generate"
 

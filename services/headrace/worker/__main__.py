@@ -142,6 +142,7 @@ def _load(settings: Settings) -> Engine:
             max_running=settings.running_sequences,
             step_tokens=settings.tokens_per_step,
             exact=settings.exact,
+            allow_pickle=settings.allow_pickle,
             kv_memory=settings.kv_memory or None,
             tokenizer_fingerprint=tokenizer_fingerprint(path),
             progress=lambda stage: log.info("loading", extra={"stage": stage, "model": settings.model}),

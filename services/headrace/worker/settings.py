@@ -43,6 +43,11 @@ class Settings(ServiceSettings):
         description="on GPUs, compute each answer bit-identically alone, in a batch and resumed, which is "
         "slower; CPUs do so anyway",
     )
+    allow_pickle: bool = Field(
+        default=False,
+        description="load weights from pytorch_model.bin, a pickle: for folders that you trust, because the "
+        "format can hold code",
+    )
     kv_memory: float = Field(
         default=0,
         ge=0,

@@ -37,10 +37,10 @@ def start(folder: Path, **options: Any) -> ModelInfo:
     return load(folder, folder.parent, **{"context_length": 300, **options}).model
 
 
-def refusal(folder: Path) -> str:
+def refusal(folder: Path, **options: Any) -> str:
     """Load a folder that cannot be served, and return the message, which is one line."""
     with pytest.raises(LoadingError) as refused:
-        start(folder)
+        start(folder, **options)
     message = str(refused.value)
     assert "\n" not in message
     return message

@@ -58,7 +58,7 @@ def test_damaged_weights_are_reported_with_file_and_reason(
         path = sharded(folder) if which == "a part" else pickled(folder)
     path.write_bytes(damage(path.read_bytes()))
 
-    message = refusal(folder)
+    message = refusal(folder, allow_pickle=True)
 
     assert str(path) in message
     assert reason in message
@@ -84,10 +84,46 @@ def test_a_damaged_header_is_reported(damage: Callable[[bytes], bytes], reason: 
     assert reason in message
 
 
-def test_intact_pickled_weights_are_served(folder: Path) -> None:
-    pickled(folder)
+def test_pickled_weights_are_served_on_request_only(folder: Path) -> None:
+    path = pickled(folder)
 
-    assert start(folder).vocabulary_size == 131
+    assert f"{path} is a pickle, a format that can hold code, and is not loaded" in refusal(folder)
+    assert start(folder, allow_pickle=True).vocabulary_size == 131
+
+
+class Touching:
+    """When it is unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_no_code_in_a_pickle_is_run(listed: bool, allow_pickle: bool, folder: Path, tmp_path: Path) -> None:
+    """Not even where pickles are allowed: only tensors are read from them."""
+    (folder / "model.safetensors").unlink()
+    ran = tmp_path / "ran"
+    torch.save({"lm_head.weight": torch.zeros(2), "x": Touching(ran)}, folder / "pytorch_model.bin")
+    if listed:
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    refusal(folder, allow_pickle=allow_pickle)
+
+    assert not ran.exists()
+
+
+def test_a_config_cannot_name_other_weights(folder: Path, tmp_path: Path) -> None:
+    torch.save({"x": Touching(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "pytorch_model.bin"}))
+
+    assert "names its own file of weights" in refusal(folder, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_pickle_with_corrupt_bytes_is_rejected(folder: Path) -> None:
@@ -97,7 +133,7 @@ def test_a_pickle_with_corrupt_bytes_is_rejected(folder: Path) -> None:
     data[at : at + 40] = b"\xff" * 40
     path.write_bytes(data)
 
-    assert f"cannot load the weights in {folder}" in refusal(folder)
+    assert f"cannot load the weights in {folder}" in refusal(folder, allow_pickle=True)
 
 
 def test_a_missing_part_is_reported(folder: Path) -> None:

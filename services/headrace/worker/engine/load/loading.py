@@ -9,6 +9,7 @@ with `gpu_assembly`), and `self_check` compares it with transformers. This modul
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,10 +66,11 @@ def load_engine(
     max_running: int = 32,
     step_tokens: int = 512,
     exact: bool = False,
+    allow_pickle: bool = False,
     kv_memory: float | None = None,
     progress: Report = ignore,
     warn: Report = ignore,
-    read: ReadNetwork = read_network,
+    read: ReadNetwork | None = None,
 ) -> ModelEngine:
     """Load a model, check it and warm it up.
 
@@ -84,10 +86,11 @@ def load_engine(
     max_running             most sequences that run at the same time
     step_tokens             most tokens of a step; KV memory leaves space for such a step
     exact                   on a GPU, compute batch-invariant results; on a CPU they are anyway
+    allow_pickle            whether weights may be pickles, which can hold code
     kv_memory               GiB of KV memory; None for a share of the available memory, see `kv_sizing`
     progress                receives a short sentence before each step that takes time
     warn                    receives a sentence about each problem that does not prevent serving
-    read                    reads the network from the folder
+    read                    reads the network from the folder; by default `read_network`
 
     Raises LoadingError, or UnsupportedModel if this engine would not compute the model correctly. Each
     message is one line; the traceback of an unexpected error is logged at level DEBUG.
@@ -111,6 +114,7 @@ def load_engine(
         step_tokens = max(step_tokens, max_running)
         plan = Plan(target, step_tokens, exact, positions=max(context, checked))
         progress(f"loading {name} in {precision.name}")
+        read = read or functools.partial(read_network, allow_pickle=allow_pickle)
         loaded = _load(folder, precision, plan, read, progress, warn)
         vocabulary = int(loaded.network.get_output_embeddings().weight.shape[0])
         model = ModelInfo(

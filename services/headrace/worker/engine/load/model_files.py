@@ -20,6 +20,8 @@ _AGAIN = "download it again"
 _MAX_HEADER = 100 << 20  # bytes; the limit of safetensors
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ADAPTER = "adapter_config.json"
+# A key of config.json by which transformers reads another file of the folder, of any format.
+_OTHER_WEIGHTS = "transformers_weights"
 
 
 def first_bytes(path: Path, size: int) -> bytes:
@@ -55,8 +57,10 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     return value
 
 
-def inspect(folder: Path) -> None:
+def inspect(folder: Path, *, allow_pickle: bool = False) -> None:
     """Check each file with weights in a folder.
+
+    allow_pickle   whether weights may be pickles, such as pytorch_model.bin
 
     Raises LoadingError for damaged files, and UnsupportedModel for weights that would be misread.
     """
@@ -66,11 +70,22 @@ def inspect(folder: Path) -> None:
             "base (peft: merge_and_unload, then save_pretrained), or remove the adapter's files to serve the "
             "base"
         )
+    if _OTHER_WEIGHTS in read_json(folder / "config.json", optional=True):
+        raise UnsupportedModel(
+            f"{folder / 'config.json'} names its own file of weights ({_OTHER_WEIGHTS}), which is not read; "
+            "rename the file to model.safetensors and remove the key"
+        )
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             _inspect_safetensors(path)
-        else:
+        elif allow_pickle:
             _inspect_pickle(path)
+        else:
+            raise UnsupportedModel(
+                f"{path} is a pickle, a format that can hold code, and is not loaded; convert the model to "
+                "safetensors (save_pretrained of transformers does), or set --allow-pickle if you trust the "
+                "file"
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -45,16 +45,24 @@ _QUANTISED = re.compile(
 _MAX_NAMES = 3  # in a message
 
 
-def read_network(folder: Path, dtype: torch.dtype, device: torch.device, warn: Callable[[str], None]) -> Any:
+def read_network(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    warn: Callable[[str], None],
+    *,
+    allow_pickle: bool = False,
+) -> Any:
     """Load the network in evaluation mode, with Headrace's attention.
 
-    device   where the weights are read to
-    warn     receives a sentence about weights that are not used
+    device         where the weights are read to
+    warn           receives a sentence about weights that are not used
+    allow_pickle   whether weights may be pickles
 
     Raises LoadingError if files are damaged or lack weights, UnsupportedModel if transformers would ignore
     weights that matter.
     """
-    inspect(folder)
+    inspect(folder, allow_pickle=allow_pickle)
     with (
         quiet_transformers(),
         as_loading_error(f"cannot load the weights in {folder}", f"download them again, or {SEE_MODELS}"),
@@ -66,6 +74,9 @@ def read_network(folder: Path, dtype: torch.dtype, device: torch.device, warn: C
             attn_implementation="eager",
             local_files_only=True,
             trust_remote_code=False,
+            # None: safetensors if there are any. A pickle is read without the classes that it names.
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
             # Straight to a GPU: the memory of the machine may be smaller.
