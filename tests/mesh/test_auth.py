@@ -50,6 +50,7 @@ def callers(tmp_path_factory: pytest.TempPathFactory) -> Callers:
         made.add(name, scopes=scopes)
     made.add("search", max_priority=3)
     made.add("gateway", tenant="*", max_priority=9)
+    made.add("operator", scopes=("generate", "admin"))
     return made
 
 
@@ -254,6 +255,17 @@ async def test_explain_and_feedback_are_of_the_caller_s_tenant(mesh: Mesh, calle
             await rater.feedback(request_id, ok=True, tenant="search")
         assert (await client.feedback(request_id, ok=True)).tier == "only"
         assert (await client.feedback(request_id, ok=True, tenant="search")).tier == "only"
+
+
+@pytest.mark.parametrize(("caller", "seen"), [("search", False), ("gateway", True), ("operator", True)])
+async def test_a_tenant_does_not_see_what_others_have_used(
+    mesh: Mesh, callers: Callers, caller: str, seen: bool
+) -> None:
+    async with connect(f"127.0.0.1:{mesh.port}", token=callers.tokens[caller]) as client:
+        listed = await client.list_tiers(timeout=PATIENCE)
+
+    assert [tier.name for tier in listed.tiers] == ["only"]
+    assert listed.HasField("bill") is seen
 
 
 async def test_a_token_works_without_a_restart_and_is_withdrawn_without_one(

@@ -47,3 +47,8 @@ def permitted_tenant(named: str, identity: Identity, *, field: str) -> str:
             field=field,
         )
     return identity.tenant
+
+
+def sees_all_tenants(identity: Identity) -> bool:
+    """Return whether a caller may know what all tenants together have used."""
+    return identity.tenant is None or "admin" in identity.scopes

@@ -22,7 +22,7 @@ from headrace.router.chooser import Chooser
 from headrace.router.measuring import Measured, Measuring
 from headrace.router.optional import optional
 from headrace.router.own_calls import OwnCalls
-from headrace.router.permissions import permit, permitted_tenant
+from headrace.router.permissions import permit, permitted_tenant, sees_all_tenants
 from headrace.router.quotas.admission import Quotas
 from headrace.router.siblings import Siblings
 from headrace.router.state.batcher_peer import HOPS
@@ -190,12 +190,13 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self, request: routing.ListTiersRequest, context: _Context
     ) -> routing.ListTiersResponse:
         """Return all tiers, smallest first, as last polled, and the bill of all requests."""
-        total = self._new_bill()
-        for bill in (self._total, *await self._siblings.ask_all("bill")):
-            total.add(bill)
-        return routing.ListTiersResponse(
-            tiers=[self._tier(tier.name) for tier in self._tiers.tiers], bill=bill_message(total)
-        )
+        response = routing.ListTiersResponse(tiers=[self._tier(tier.name) for tier in self._tiers.tiers])
+        if sees_all_tenants(current()):
+            total = self._new_bill()
+            for bill in (self._total, *await self._siblings.ask_all("bill")):
+                total.add(bill)
+            response.bill.CopyFrom(bill_message(total))
+        return response
 
     async def _bill(self) -> Bill:
         """Return the bill of all requests of this process."""

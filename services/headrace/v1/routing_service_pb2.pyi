@@ -261,7 +261,9 @@ class ListTiersResponse(_message.Message):
 
     @_builtins.property
     def bill(self) -> _generation_pb2.Bill:
-        """The bill for all answers since the router started. Absent from a batcher."""
+        """The bill for all answers since the router started. Absent from a batcher, and for callers whose credentials are of
+        one tenant, unless they are an administrator's.
+        """
 
     def __init__(
         self,

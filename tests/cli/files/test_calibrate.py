@@ -225,6 +225,18 @@ def test_top_shows_shares_waste_and_what_was_saved() -> None:
     assert "unhealthy" in printed
 
 
+def test_top_shows_the_load_to_callers_that_may_not_see_the_bill() -> None:
+    now = routing.ListTiersResponse(tiers=[routing.Tier(name="small", healthy=True)])
+
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(screen(now, None, 0.0))
+    shown = console.export_text()
+
+    assert "small" in shown
+    assert "administrators" in shown
+    assert "cost" not in shown, "no figures of nothing"
+
+
 def test_small_sums_keep_their_digits() -> None:
     assert [money(amount) for amount in (0, 12.3, 0.0042, 0.0000012)] == [
         "0.00",

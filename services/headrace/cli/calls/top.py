@@ -49,6 +49,8 @@ async def top(connection: Connection, console: Console, *, interval: float, once
 
 def screen(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elapsed: float) -> RenderableType:
     """Return the load, and the bill since the start; rates are since *before*, *elapsed* seconds ago."""
+    if not now.HasField("bill"):
+        return Group(load_table(now.tiers), Text("no bill: a router shows it to administrators only", "dim"))
     return Group(load_table(now.tiers), bill_table(now, before, elapsed), savings(now))
 
 
