@@ -353,7 +353,7 @@ async def test_credentials_of_a_request_on_a_stream_count_in_any_spelling(
     metadata = {"Authorization": "Bearer wrong"}
     opened = wire.OpenRequest(handle=1, request=prompt("x"), metadata=metadata)
     async with open_channel(f"127.0.0.1:{mesh.port}") as channel:
-        stream = GenerationServiceStub(channel).Multiplex(metadata=bearer(callers.tokens["caller"]))
+        stream: Any = GenerationServiceStub(channel).Multiplex(metadata=bearer(callers.tokens["caller"]))
         await stream.write(wire.MultiplexRequest(hello=hello, open=[opened]))
         events: list[wire.MultiplexEvent] = []
         async with asyncio.timeout(PATIENCE):
