@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 import grpc
 
 from headrace import errors
+from headrace.attributes import TIER
 from headrace.batcher.answering import Answering
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.intake import Intake
+from headrace.metrics.catalogue import BATCH_FILL, FAILOVERS
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.runtime.security.identity import current
 from headrace.runtime.serving.calls import Calls
@@ -92,6 +94,10 @@ class GenerationServicer(GenerationServiceServicer, RoutingServiceServicer):
             ),
         )
         tier.load.oldest_wait.FromNanoseconds(int(oldest * 1e9))
+        fill = BATCH_FILL.of(tier=self._tier)
+        tier.figures.batches, tier.figures.batch_fill = sum(fill.counts), fill.total
+        failovers = (series.value for labels, series in FAILOVERS if labels.get(TIER) == self._tier)
+        tier.figures.failovers = int(sum(failovers))
         models = [link.model for link in workers if link.model is not None]
         if models:
             tier.model = models[0].name

@@ -32,8 +32,8 @@ from headrace.multiplex.calling import NOT_HEADRACE, STALL_SECONDS, Caller
 from headrace.progress import Answer
 from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
+from headrace.v1 import admin_service_pb2, routing_service_pb2
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1 import routing_service_pb2
 
 T = TypeVar("T")
 
@@ -181,6 +181,14 @@ class Client:
             endpoint.routing.ListTiers(
                 routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=self._headers(None)
             )
+        )
+
+    async def inspect(self, *, timeout: float = 5.0) -> admin_service_pb2.InspectResponse:
+        """Return the state of the server's process. It may need the scope admin."""
+        endpoint = await self._endpoint(timeout)
+        request = admin_service_pb2.InspectRequest(max_sequences=1)
+        return await self._unary(
+            endpoint.admin.Inspect(request, timeout=timeout, metadata=self._headers(None))
         )
 
     async def feedback(

@@ -15,6 +15,7 @@ from headrace.multiplex.call import Call
 from headrace.multiplex.calling import Caller
 from headrace.retries import is_lost_connection
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from headrace.v1.routing_service_pb2_grpc import RoutingServiceStub
 
 # An address is avoided for so long after a call failed there: it may reject calls faster than others answer
@@ -37,6 +38,7 @@ class Endpoint:
         self.channel = channel
         self.caller = caller
         self.routing = RoutingServiceStub(channel)
+        self.admin = AdminServiceStub(channel)
         self.in_flight = 0
         self.retired = False
         self._lost_at = self._avoided_until = -math.inf

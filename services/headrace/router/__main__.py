@@ -16,6 +16,7 @@ from headrace.client import LIST_TIERS
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
 from headrace.router.chooser import Chooser
+from headrace.router.figures import Figures
 from headrace.router.processes import prefork
 from headrace.router.quotas.admission import Quotas
 from headrace.router.quotas.limits import BadQuotas, Rules
@@ -78,6 +79,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     )
     quotas = _load_quotas(settings, tiers, siblings, secured.calls)
     calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
+    figures = Figures([tier.name for tier in tiers.tiers], siblings)
     servicer = RouterServicer(
         tiers,
         scores,
@@ -85,12 +87,13 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         _open_feedback(settings),
         calls,
         siblings,
+        figures,
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
         tenants=settings.metrics_tenants,
         quotas=quotas,
     )
-    admin = AdminServicer(tiers, conversations, calls.requests)
+    admin = AdminServicer(tiers, conversations, calls.requests, figures)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)

@@ -1,9 +1,10 @@
-"""Serve the debug endpoint of the router: the batchers of each tier, and what the router keeps."""
+"""Serve the debug endpoint of the router: the batchers of each tier, tenants, and what the router keeps."""
 
 from __future__ import annotations
 
 import grpc
 
+from headrace.router.figures import Figures
 from headrace.router.state.conversations import Conversations
 from headrace.router.state.tiers import Tiers
 from headrace.runtime.process_info import process_state
@@ -15,10 +16,13 @@ from headrace.v1.admin_service_pb2_grpc import AdminServiceServicer
 class AdminServicer(AdminServiceServicer):
     """Reports the state of the router to operators."""
 
-    def __init__(self, tiers: Tiers, conversations: Conversations, requests: ActiveRequests) -> None:
+    def __init__(
+        self, tiers: Tiers, conversations: Conversations, requests: ActiveRequests, figures: Figures
+    ) -> None:
         self._tiers = tiers
         self._conversations = conversations
         self._requests = requests
+        self._figures = figures
 
     async def Inspect(
         self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
@@ -37,5 +41,6 @@ class AdminServicer(AdminServiceServicer):
                 for batcher in tier.batchers
             ],
             conversations=len(self._conversations),
+            tenants=await self._figures.of_tenants(),
         )
         return admin.InspectResponse(router=state, process_state=process_state(self._requests))

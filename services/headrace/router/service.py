@@ -19,6 +19,8 @@ from headrace.quoting import quoted
 from headrace.router.answering.journey import Journey, routing_request, text_of
 from headrace.router.billing import bill_message
 from headrace.router.chooser import Chooser
+from headrace.router.figures import Figures
+from headrace.router.figures import add as add_figures
 from headrace.router.measuring import Measured, Measuring
 from headrace.router.optional import optional
 from headrace.router.own_calls import OwnCalls
@@ -68,6 +70,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         feedback: Feedback,
         calls: Calls,
         siblings: Siblings,
+        figures: Figures,
         *,
         default_deadline: float,
         failover_seconds: float = 10.0,
@@ -86,6 +89,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._chooser = chooser
         self._feedback = feedback
         self._siblings = siblings
+        self._figures = figures
         self._default_deadline = default_deadline
         self._failover_seconds = failover_seconds
         self._quotas = quotas
@@ -190,7 +194,11 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self, request: routing.ListTiersRequest, context: _Context
     ) -> routing.ListTiersResponse:
         """Return all tiers, smallest first, as last polled, and the bill of all requests."""
-        response = routing.ListTiersResponse(tiers=[self._tier(tier.name) for tier in self._tiers.tiers])
+        tiers = [self._tier(tier.name) for tier in self._tiers.tiers]
+        measured = await self._figures.of_tiers()
+        for tier in tiers:
+            add_figures(tier.figures, measured[tier.name])
+        response = routing.ListTiersResponse(tiers=tiers)
         if sees_all_tenants(current()):
             total = self._new_bill()
             for bill in (self._total, *await self._siblings.ask_all("bill")):

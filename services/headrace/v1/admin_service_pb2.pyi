@@ -132,25 +132,71 @@ class RouterState(_message.Message):
 
     BATCHERS_FIELD_NUMBER: _builtins.int
     CONVERSATIONS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     conversations: _builtins.int
     """Conversations whose tier is recorded."""
     @_builtins.property
     def batchers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatcherLinkState]:
         """Its batchers, by tier, smallest first."""
 
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantUse]:
+        """What tenants used since the router started, those with most requests first; at most 100."""
+
     def __init__(
         self,
         *,
         batchers: _abc.Iterable[Global___BatcherLinkState] | None = ...,
         conversations: _builtins.int = ...,
+        tenants: _abc.Iterable[Global___TenantUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batchers", b"batchers", "conversations", b"conversations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batchers", b"batchers", "conversations", b"conversations", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RouterState: _TypeAlias = RouterState  # noqa: Y015
+
+@_typing.final
+class TenantUse(_message.Message):
+    """What one tenant used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Its name. Empty: callers without a tenant. "other": all beyond the number that metrics name."""
+    requests: _builtins.int
+    """Requests that ended."""
+    prompt_tokens: _builtins.int
+    """Prompt tokens on its bills."""
+    completion_tokens: _builtins.int
+    """Answer tokens on its bills."""
+    cost: _builtins.float
+    """Its cost at the configured prices. Absent without prices."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        cost: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "cost", b"cost"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "completion_tokens", b"completion_tokens", "cost", b"cost", "prompt_tokens", b"prompt_tokens", "requests", b"requests", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
+    _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost) -> _WhichOneofReturnType__cost | None: ...
+
+Global___TenantUse: _TypeAlias = TenantUse  # noqa: Y015
 
 @_typing.final
 class BatcherLinkState(_message.Message):

@@ -292,6 +292,7 @@ class Tier(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     PRICE_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, as used in `Routing`."""
     model: _builtins.str
@@ -312,6 +313,10 @@ class Tier(_message.Message):
     def price(self) -> Global___Price:
         """The price of its tokens. Absent if no price is set, and from a batcher."""
 
+    @_builtins.property
+    def figures(self) -> Global___TierFigures:
+        """What its requests experienced."""
+
     def __init__(
         self,
         *,
@@ -322,14 +327,89 @@ class Tier(_message.Message):
         limits: Global___TierLimits | None = ...,
         load: Global___TierLoad | None = ...,
         price: Global___Price | None = ...,
+        figures: Global___TierFigures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "price", b"price"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures", "limits", b"limits", "load", b"load", "price", b"price"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["healthy", b"healthy", "limits", b"limits", "load", b"load", "model", b"model", "name", b"name", "price", b"price", "unhealthy_reason", b"unhealthy_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures", "healthy", b"healthy", "limits", b"limits", "load", b"load", "model", b"model", "name", b"name", "price", b"price", "unhealthy_reason", b"unhealthy_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tier: _TypeAlias = Tier  # noqa: Y015
+
+@_typing.final
+class TierFigures(_message.Message):
+    """What the requests to a tier experienced. All figures grow from the start of a process on: those of a period are the
+    difference of two responses. A figure becomes smaller when a process restarts.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    TIME_PER_OUTPUT_TOKEN_FIELD_NUMBER: _builtins.int
+    FAILOVERS_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
+    BATCH_FILL_FIELD_NUMBER: _builtins.int
+    failovers: _builtins.int
+    """Answers that were resumed on another worker or batcher."""
+    batches: _builtins.int
+    """Batches that were sent to workers."""
+    batch_fill: _builtins.float
+    """The sum over all batches of their fill: requests as a share of the batcher's limit. Divide it by `batches`."""
+    @_builtins.property
+    def time_to_first_token(self) -> Global___Distribution:
+        """Time from the arrival of a request to its first token, in seconds. Router only."""
+
+    @_builtins.property
+    def time_per_output_token(self) -> Global___Distribution:
+        """Mean time per token after the first, of one answer, in seconds. Router only."""
+
+    def __init__(
+        self,
+        *,
+        time_to_first_token: Global___Distribution | None = ...,
+        time_per_output_token: Global___Distribution | None = ...,
+        failovers: _builtins.int = ...,
+        batches: _builtins.int = ...,
+        batch_fill: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_fill", b"batch_fill", "batches", b"batches", "failovers", b"failovers", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierFigures: _TypeAlias = TierFigures  # noqa: Y015
+
+@_typing.final
+class Distribution(_message.Message):
+    """A distribution of values, as the number of values in each bucket."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUNDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Upper bounds of the buckets but the last, ascending."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Values up to the first bound, up to the second one, and so on; the last number counts those above all bounds."""
+
+    def __init__(
+        self,
+        *,
+        bounds: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds", "counts", b"counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Distribution: _TypeAlias = Distribution  # noqa: Y015
 
 @_typing.final
 class Price(_message.Message):

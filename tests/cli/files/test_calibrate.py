@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from headrace.cli.calls.top import money, screen
+from headrace.cli.calls.top import Snapshot, money, screen
 from headrace.cli.files.calibrate import read_traffic
 from headrace.client import chat
 from headrace.routing import calibration, scorer
@@ -215,7 +215,7 @@ def test_top_shows_shares_waste_and_what_was_saved() -> None:
     before.CopyFrom(now)
     before.bill.charges[0].answers = 1
     console = Console(file=io.StringIO(), width=80, record=True)
-    console.print(screen(now, before, 2.0))
+    console.print(screen(Snapshot(2.0, now), Snapshot(0.0, before)))
     printed = console.export_text()
 
     lines = [line.split() for line in printed.splitlines()]

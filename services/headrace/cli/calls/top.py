@@ -1,9 +1,12 @@
-"""`headrace top`: the load of a mesh, and its cost since the router started."""
+"""`headrace top`: the load of a mesh, what its requests experience, and its cost since the router started."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -13,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace import errors
+from headrace.cli.answers import printable
 from headrace.v1 import generation_pb2 as generation
+from headrace.v1 import routing_service_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +26,11 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from headrace.cli.calls.connection import Connection
-    from headrace.v1 import routing_service_pb2 as pb
+    from headrace.client import Client
+    from headrace.v1.admin_service_pb2 import TenantUse
+
+WINDOW_SECONDS = 60.0  # of percentiles and batch fill
+MAX_TENANTS = 10  # that are shown
 
 
 async def top(connection: Connection, console: Console, *, interval: float, once: bool) -> None:
@@ -30,28 +39,68 @@ async def top(connection: Connection, console: Console, *, interval: float, once
     Keeps polling if the router becomes unavailable. Raises a HeadraceError if the first call fails.
     """
     async with connection.open() as client:
-        before, then = await client.list_tiers(), time.monotonic()
+        first = await _poll(client)
         if once:
-            console.print(screen(before, None, 0.0))
+            console.print(screen(first))
             return
-        with Live(screen(before, None, 0.0), console=console, auto_refresh=False) as live:
+        recent = deque([first])
+        with Live(screen(first), console=console, auto_refresh=False) as live:
             while True:
                 await asyncio.sleep(interval)
                 try:
-                    now = await client.list_tiers()
+                    now = await _poll(client)
                 except errors.Unavailable as error:
                     live.update(Text(f"{error.message}; polling until it is back", "red"), refresh=True)
                     continue
-                elapsed = time.monotonic() - then
-                live.update(screen(now, before, elapsed), refresh=True)
-                before, then = now, time.monotonic()
+                while len(recent) > 1 and now.at - recent[1].at > WINDOW_SECONDS:
+                    recent.popleft()
+                live.update(screen(now, recent[-1], recent[0]), refresh=True)
+                recent.append(now)
 
 
-def screen(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, elapsed: float) -> RenderableType:
-    """Return the load, and the bill since the start; rates are since *before*, *elapsed* seconds ago."""
-    if not now.HasField("bill"):
-        return Group(load_table(now.tiers), Text("no bill: a router shows it to administrators only", "dim"))
-    return Group(load_table(now.tiers), bill_table(now, before, elapsed), savings(now))
+@dataclass(frozen=True)
+class Snapshot:
+    """What a router reported at a time.
+
+    tenants   what tenants used; None if the caller may not see it, or the server is no router
+    """
+
+    at: float
+    listed: pb.ListTiersResponse
+    tenants: Sequence[TenantUse] | None = None
+
+
+async def _poll(client: Client) -> Snapshot:
+    listed, tenants = await client.list_tiers(), None
+    with suppress(errors.CredentialsRequired, errors.Forbidden, errors.Unimplemented):
+        state = await client.inspect()
+        if state.HasField("router"):
+            tenants = state.router.tenants
+    return Snapshot(time.monotonic(), listed, tenants)
+
+
+def screen(now: Snapshot, before: Snapshot | None = None, oldest: Snapshot | None = None) -> RenderableType:
+    """Return load, figures, bill and tenants.
+
+    Rates are since *before*; percentiles and fill are since *oldest*, by default the start of the router.
+    """
+    listed = now.listed
+    earlier, elapsed = (before.listed, now.at - before.at) if before is not None else (None, 0.0)
+    parts: list[RenderableType] = [
+        load_table(listed.tiers),
+        figures_table(listed.tiers, oldest.listed.tiers if oldest is not None else ()),
+    ]
+    if listed.HasField("bill"):
+        parts.append(bill_table(listed, earlier, elapsed))
+    if now.tenants:
+        parts.append(tenants_table(now.tenants, before.tenants or () if before is not None else (), elapsed))
+    elif now.tenants is None:
+        parts.append(Text("no tenants: they are shown to callers with the scope admin", "dim"))
+    if listed.HasField("bill"):
+        parts.append(savings(listed))
+    else:
+        parts.append(Text("no bill: a router shows it to administrators only", "dim"))
+    return Group(*parts)
 
 
 def load_table(tiers: Sequence[pb.Tier]) -> Table:
@@ -93,9 +142,69 @@ def bill_table(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, e
     return table
 
 
-def _table(*left: str, right: Sequence[str]) -> Table:
+def figures_table(tiers: Sequence[pb.Tier], before: Sequence[pb.Tier]) -> Table:
+    """Return what requests experienced since *before*, or since the start: times in milliseconds."""
+    times = ("95 %", "99 %")
+    headings = ("first token ms", *times, "per token ms", *times, "batch fill", "failovers")
+    table = _table(right=headings)
+    earlier = {tier.name: tier.figures for tier in before}
+    for tier in tiers:
+        now, then = tier.figures, earlier.get(tier.name, pb.TierFigures())
+        batches, fill = now.batches - then.batches, now.batch_fill - then.batch_fill
+        table.add_row(
+            Text(tier.name),
+            *_quantiles(now.time_to_first_token, then.time_to_first_token),
+            *_quantiles(now.time_per_output_token, then.time_per_output_token),
+            f"{fill / batches:.0%}" if batches > 0 and fill >= 0 else "-",
+            str(now.failovers),
+        )
+    return table
+
+
+def _quantiles(now: pb.Distribution, before: pb.Distribution) -> list[str]:
+    """Return median, 95th and 99th percentile of what was counted between two distributions."""
+    counts = list(now.counts)
+    if before.bounds == now.bounds:
+        counts = [max(late - early, 0) for late, early in zip(now.counts, before.counts, strict=True)]
+    values = [quantile(now.bounds, counts, share) for share in (0.5, 0.95, 0.99)]
+    return ["-" if value is None else f"{value * 1000:,.0f}" for value in values]
+
+
+def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
+    """Return a quantile of values counted in buckets, as Prometheus estimates it; None without values.
+
+    It is interpolated within its bucket, and at most the largest bound.
+    """
+    rank, lower = share * sum(counts), 0.0
+    if rank <= 0:
+        return None
+    for bound, count in zip(bounds, counts, strict=False):
+        if count >= rank:
+            return lower + (bound - lower) * rank / count
+        rank, lower = rank - count, bound
+    return lower
+
+
+def tenants_table(now: Sequence[TenantUse], before: Sequence[TenantUse], elapsed: float) -> Table:
+    """Return what the tenants with most requests used since the router started."""
+    table = _table(first="tenant", right=("requests", "per s", "prompts", "tokens", "cost"))
+    earlier = {use.tenant: use.requests for use in before}
+    for use in now[:MAX_TENANTS]:
+        rate = max(use.requests - earlier.get(use.tenant, 0), 0) / elapsed if elapsed > 0 else None
+        table.add_row(
+            Text(printable(use.tenant)) if use.tenant else Text("none", "dim"),
+            f"{use.requests:,}",
+            "-" if rate is None else f"{rate:.1f}",
+            f"{use.prompt_tokens:,}",
+            f"{use.completion_tokens:,}",
+            money(use.cost) if use.HasField("cost") else "-",
+        )
+    return table
+
+
+def _table(*left: str, right: Sequence[str], first: str = "tier") -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("tier", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     for heading in left:
         table.add_column(heading, overflow="fold")
     for heading in right:

@@ -151,7 +151,10 @@ def top(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
 ) -> None:
-    """Show the load of a mesh, and shares, waste, cost and savings per tier, updated continuously.
+    """Show load, times, batch fill, failovers and cost per tier, and tenants, updated continuously.
+
+    Percentiles and batch fill are of the last minute, with --once since the start. Tenants are shown to
+    callers with the scope admin.
 
     Costs need prices:  HEADRACE_PRICES=small=0.05/0.10,large=0.50/1.50 headrace up
 

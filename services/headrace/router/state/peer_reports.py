@@ -15,6 +15,7 @@ from headrace.validation import MAX_NAME
 
 _MAX_COUNT = 2**32 - 1
 _MAX_NANOSECONDS = 10**18  # three decades
+_MAX_FIGURE = 10**15  # of what a peer has counted
 _MAX_REASON = 500  # characters of a peer's reason for being unhealthy
 
 
@@ -61,6 +62,12 @@ def _checked(tier: routing.Tier) -> routing.Tier:
         checked.load.tokens_per_second = 0.0
     if tier.load.HasField("oldest_wait") and not plausible(tier.load.oldest_wait.ToNanoseconds()):
         checked.load.ClearField("oldest_wait")
+    checked.ClearField("figures")
+    figures = tier.figures
+    if all(0 <= value <= _MAX_FIGURE for value in (figures.failovers, figures.batches, figures.batch_fill)):
+        # The router measures times itself.
+        checked.figures.failovers, checked.figures.batches = figures.failovers, figures.batches
+        checked.figures.batch_fill = figures.batch_fill
     return checked
 
 
@@ -124,6 +131,10 @@ def combined(name: str, reports: Sequence[routing.Tier]) -> routing.Tier:
         tier.load.tokens_per_second += load.tokens_per_second
         if load.oldest_wait.ToNanoseconds() > tier.load.oldest_wait.ToNanoseconds():
             tier.load.oldest_wait.CopyFrom(load.oldest_wait)
+    for one in reports:
+        tier.figures.failovers += one.figures.failovers
+        tier.figures.batches += one.figures.batches
+        tier.figures.batch_fill += one.figures.batch_fill
     return tier
 
 
