@@ -17,7 +17,7 @@ OLDEST_VERSIONS := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-oldest tools images verify-deploy locks check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
+.PHONY: help demo up test test-oldest tools images verify-deploy locks audit check structure protos bench bench-mesh faults hostile bench-peers gpu gpu-rehearsal clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -54,7 +54,11 @@ faults: $(INSTALLED) ## kill, stall and overload real processes; prints what was
 hostile: $(INSTALLED) ## flood, fuzz and abuse real processes; prints the latency of an honest caller beside each attack
 	pytest tests/hostile
 
-check: $(INSTALLED) ## ruff, mypy, buf lint, stub drift, import rules, links
+audit: $(INSTALLED) ## look up all pinned dependencies in PyPI's advisories (HEADRACE_AUDIT=required: fail if they cannot be read)
+	@$(PYTHON) -m tests.deploy.tools audit
+	@python -m tests.deploy.audit
+
+check: $(INSTALLED) audit ## ruff, mypy, buf lint, stub drift, import rules, links, advisories
 	ruff check .
 	ruff format --check .
 	mypy
