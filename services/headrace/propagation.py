@@ -73,8 +73,9 @@ def extract(metadata: Iterable[tuple[str, str | bytes]]) -> Context:
     textmap = _api().get_global_textmap()
     carrier = {key: value for key, value in metadata if isinstance(value, str)}
     if _is_standard(textmap) and "tracestate" not in carrier and "baggage" not in carrier:
-        match = _TRACEPARENT.fullmatch(carrier.get("traceparent", ""))
-        if match is not None:
+        if (traceparent := carrier.get("traceparent")) is None:
+            return Context()
+        if (match := _TRACEPARENT.fullmatch(traceparent)) is not None:
             return trace.set_span_in_context(trace.NonRecordingSpan(_parsed(match)), Context())
     context: Context = textmap.extract(carrier, getter=_HEADERS)
     return context

@@ -182,7 +182,7 @@ def conclude(
 def _record_spans(
     sequence: InFlightSequence, update: SequenceUpdate[SequenceKey], started_ns: int, ended_ns: int
 ) -> None:
-    """Record the sequence's prefill and decode as spans: children of the request, linked to the batch."""
+    """Record the sequence's prefill, linked to the batch, and its decode: children of the request."""
     spec, parent = sequence.spec, sequence.parent
     if not parent.is_valid:
         return  # a trace of these spans alone would not be a request's
@@ -191,22 +191,16 @@ def _record_spans(
     prefill = _tracer.start_span(attributes.SPAN_PREFILL, context, links=links, start_time=started_ns)
     if not prefill.is_recording():
         return
-    outcome = {attributes.OUTCOME: update.finish.value if update.finish else ""}
     prefill.set_attribute(attributes.GEN_AI_INPUT_TOKENS, len(spec.ids))
     prefill.set_attribute(attributes.GEN_AI_CACHE_READ_TOKENS, update.cached)
-    if not sequence.first_token_ns:
-        prefill.add_event(attributes.EVENT_FINISH, outcome, timestamp=ended_ns)
-        prefill.end(ended_ns)
-        return
-    prefill.add_event(attributes.EVENT_FIRST_TOKEN, timestamp=sequence.first_token_ns)
-    prefill.end(sequence.first_token_ns)
-    decode = _tracer.start_span(
-        attributes.SPAN_DECODE, context, links=links, start_time=sequence.first_token_ns
-    )
-    generated = update.offset + len(update.token_ids) - spec.resumed
-    decode.set_attribute(attributes.GEN_AI_OUTPUT_TOKENS, generated)
-    decode.add_event(attributes.EVENT_FINISH, outcome, timestamp=ended_ns)
-    decode.end(ended_ns)
+    last = prefill
+    if sequence.first_token_ns:
+        prefill.end(sequence.first_token_ns)
+        last = _tracer.start_span(attributes.SPAN_DECODE, context, start_time=sequence.first_token_ns)
+        generated = update.offset + len(update.token_ids) - spec.resumed
+        last.set_attribute(attributes.GEN_AI_OUTPUT_TOKENS, generated)
+    last.set_attribute(attributes.OUTCOME, update.finish.value if update.finish else "")
+    last.end(ended_ns)
 
 
 def _params(sampling: pb.Sampling) -> SamplingParams:

@@ -55,6 +55,12 @@ def theirs(sampler: sampling.Sampler, limits: SpanLimits) -> tuple[trace.Tracer,
     return provider.get_tracer("scope", "1.0"), kept.spans
 
 
+def encoded(spans: list[Any], limits: SpanLimits) -> ExportTraceServiceRequest:
+    encoder = Encoder(RESOURCE, limits)
+    request = encoder.request([encoder.span(span) for span in spans])
+    return ExportTraceServiceRequest.FromString(request.SerializeToString())
+
+
 def exported(act: Act, limits: SpanLimits | None = None) -> list[ExportTraceServiceRequest]:
     """Return what is exported of our spans and of the SDK's, with the same ids."""
     limits = limits or SpanLimits()
@@ -62,7 +68,7 @@ def exported(act: Act, limits: SpanLimits | None = None) -> list[ExportTraceServ
     act(tracer)
     sdk_tracer, sdk_spans = theirs(sampling.DEFAULT_ON, limits)
     act(sdk_tracer)
-    requests = [Encoder(RESOURCE, limits).encode(spans), encode_spans(sdk_spans)]
+    requests = [encoded(spans, limits), encode_spans(sdk_spans)]
     for request in requests:
         for number, span in enumerate(request.resource_spans[0].scope_spans[0].spans):
             assert len(span.trace_id) == 16
@@ -168,7 +174,7 @@ def test_spans_of_several_tracers_are_grouped_by_them() -> None:
     for scope in ("one", "two", "one"):
         provider.get_tracer(scope).start_span("span").end()
 
-    (block,) = Encoder(RESOURCE, SpanLimits()).encode(kept.spans).resource_spans
+    (block,) = encoded(kept.spans, SpanLimits()).resource_spans
     assert [(each.scope.name, len(each.spans)) for each in block.scope_spans] == [("one", 2), ("two", 1)]
     assert {pair.key: pair.value.string_value for pair in block.resource.attributes}[
         "service.name"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 
 from opentelemetry import trace
@@ -145,7 +145,7 @@ class Intake:
             return self._job_at_once(request, pending, limits, framed)
         self._enter(pending, lane, time.monotonic())
         try:
-            with _tokenize_span():
+            with _TokenizeSpan():
                 prompt_ids = await self._ids(pending)
             job = self._job(request, pending, prompt_ids, limits, framed)
         except BaseException as error:
@@ -169,7 +169,7 @@ class Intake:
         if pending.response_deadline.passed(now):
             raise _deadline_passed()
         self._admission.make_place(pending, now)  # before the work: an overloaded batcher rejects at low cost
-        with _tokenize_span():
+        with _TokenizeSpan():
             prompt_ids = pending.encode()
         job = self._job(request, pending, prompt_ids, limits, framed)
         job.release_place = _nothing_held
@@ -324,11 +324,19 @@ class Intake:
         )
 
 
-def _tokenize_span() -> AbstractContextManager[object]:
-    """Return the span of tokenising if the request is traced."""
-    if trace.get_current_span().is_recording():
-        return _tracer.start_as_current_span(attributes.SPAN_TOKENIZE)
-    return nullcontext()
+class _TokenizeSpan:
+    """The span of tokenising, if the request is traced; not the current one: nothing below starts a span."""
+
+    def __enter__(self) -> None:
+        current = trace.get_current_span()
+        self._span = _tracer.start_span(attributes.SPAN_TOKENIZE) if current.is_recording() else None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._span is not None:
+            if isinstance(error, Exception):
+                self._span.record_exception(error)
+                self._span.set_status(trace.StatusCode.ERROR, type(error).__qualname__)
+            self._span.end()
 
 
 def _nothing_held() -> None:

@@ -142,7 +142,6 @@ async def on_tier(
         try:
             labels: dict[str, str | int] = {
                 attributes.TIER: tier.name,
-                attributes.BATCHER: batcher.address,
                 attributes.ATTEMPT: answer.attempt,
             }
             stream = batcher.generate(

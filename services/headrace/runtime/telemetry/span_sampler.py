@@ -33,10 +33,10 @@ class LinkedRoots(Sampler):
         trace_state: TraceState | None = None,
     ) -> SamplingResult:
         """Decide on one span; see opentelemetry.sdk.trace.sampling.Sampler."""
-        root = not trace.get_current_span(parent_context).get_span_context().is_valid
-        linked = (link.context for link in links or ())
-        if root and any(one.trace_flags.sampled and not one.is_remote for one in linked):
-            return SamplingResult(Decision.RECORD_AND_SAMPLE, attributes, trace_state)
+        if links and not trace.get_current_span(parent_context).get_span_context().is_valid:
+            linked = (link.context for link in links)
+            if any(one.trace_flags.sampled and not one.is_remote for one in linked):
+                return SamplingResult(Decision.RECORD_AND_SAMPLE, attributes, trace_state)
         return self._inner.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
 
     def get_description(self) -> str:

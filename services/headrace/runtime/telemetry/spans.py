@@ -28,7 +28,7 @@ from opentelemetry.sdk.trace import Event, ReadableSpan, SpanLimits, SpanProcess
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import Decision, Sampler
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 from opentelemetry.util.types import Attributes
 
 _RANDOM = TraceFlags.RANDOM_TRACE_ID
@@ -56,44 +56,57 @@ class SpanEvent:
 class Span(trace.Span):
     """A span that is recorded. Other threads may read it once it has ended.
 
-    Methods: see `opentelemetry.trace.Span`. Times are in nanoseconds since 1970.
+    Methods: see `opentelemetry.trace.Span`. Times are in nanoseconds since 1970. The span above is one of
+    this process, or the context that a caller sent; None for a root.
     """
 
+    is_remote = False  # as a parent
+
     __slots__ = (
+        "_context",
         "_processors",
+        "above",
         "attributes",
-        "context",
         "end_time",
         "events",
         "kind",
         "links",
         "name",
-        "parent",
         "scope",
+        "span_id",
         "start_time",
         "status",
+        "trace_flags",
+        "trace_id",
+        "trace_state",
     )
 
     def __init__(
         self,
         name: str,
-        context: SpanContext,
-        parent: SpanContext | None,
+        trace_id: int,
+        above: Span | SpanContext | None,
+        trace_flags: TraceFlags,
+        trace_state: TraceState,
         kind: SpanKind,
         attributes: Attributes,
-        links: Sequence[Link],
-        start_time: int,
+        links: Sequence[Link] | None,
+        start_time: int | None,
         scope: InstrumentationScope,
         processors: Sequence[SpanProcessor],
     ) -> None:
         self.name = name
-        self.context = context
-        self.parent = parent
+        self.trace_id = trace_id
+        self.span_id = getrandbits(64) or 1
+        self.trace_flags = trace_flags
+        self.trace_state = trace_state
+        self._context: SpanContext | None = None
+        self.above = above
         self.kind = kind
         self.attributes: dict[str, Any] = dict(attributes) if attributes else {}
         self.events: list[SpanEvent] = []
-        self.links = list(links)
-        self.start_time = start_time
+        self.links = list(links) if links else []
+        self.start_time = time.time_ns() if start_time is None else start_time
         self.end_time: int | None = None
         self.status = _UNSET
         self.scope = scope
@@ -108,7 +121,21 @@ class Span(trace.Span):
 
     def get_span_context(self) -> SpanContext:
         """Return the ids of the span."""
-        return self.context
+        if self._context is None:  # most spans have no children, and none is made
+            self._context = SpanContext(
+                self.trace_id, self.span_id, False, self.trace_flags, self.trace_state
+            )
+        return self._context
+
+    @property
+    def context(self) -> SpanContext:
+        """The ids of the span."""
+        return self.get_span_context()
+
+    @property
+    def parent(self) -> SpanContext | None:
+        """The ids of the span above."""
+        return self.above.context if isinstance(self.above, Span) else self.above
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Set attributes."""
@@ -186,6 +213,20 @@ class Tracer(trace.Tracer):
     ) -> trace.Span:
         """Start a span; one that is not sampled records nothing."""
         above = trace.get_current_span(context)
+        if type(above) is Span and self._follows_parents:  # nothing to decide
+            return Span(
+                name,
+                above.trace_id,
+                above,
+                above.trace_flags,
+                above.trace_state,
+                kind,
+                attributes,
+                links,
+                start_time,
+                self._scope,
+                self._processors,
+            )
         parent: SpanContext | None = above.get_span_context()
         if parent is not None and parent.is_valid:
             if self._follows_parents and not parent.trace_flags.sampled and not above.is_recording():
@@ -200,11 +241,22 @@ class Tracer(trace.Tracer):
             sampled = result.decision is Decision.RECORD_AND_SAMPLE
             state, attributes = result.trace_state or trace.DEFAULT_TRACE_STATE, result.attributes
         flags = (_SAMPLED_FLAGS if sampled else _OTHER_FLAGS)[random]
-        own = SpanContext(trace_id, getrandbits(64) or 1, False, flags, state)
         if not sampled:
+            own = SpanContext(trace_id, getrandbits(64) or 1, False, flags, state)
             return trace.NonRecordingSpan(own)
-        began = time.time_ns() if start_time is None else start_time
-        return Span(name, own, parent, kind, attributes, links or (), began, self._scope, self._processors)
+        return Span(
+            name,
+            trace_id,
+            parent,
+            flags,
+            state,
+            kind,
+            attributes,
+            links,
+            start_time,
+            self._scope,
+            self._processors,
+        )
 
     @contextmanager
     def start_as_current_span(  # type: ignore[override] # the API's also decorates functions

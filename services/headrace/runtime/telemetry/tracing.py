@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import grpc
 from opentelemetry import trace
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
@@ -15,6 +18,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from headrace.runtime.telemetry.otlp_spans import Encoder
 from headrace.runtime.telemetry.span_sampler import LinkedRoots
 from headrace.runtime.telemetry.spans import ReadableExporter, Tracers
+
+log = logging.getLogger(__name__)
 
 
 def set_up(
@@ -24,8 +29,8 @@ def set_up(
     # The SDK's provider is used for nothing but the sampler of OTEL_TRACES_SAMPLER.
     sampler = LinkedRoots(TracerProvider(resource=resource, shutdown_on_exit=False).sampler)
     limits = SpanLimits()
-    encode = Encoder(resource, limits).encode
-    processors = [BatchSpanProcessor(_adapted(one, encode, resource, limits)) for one in exporters]
+    encoder = Encoder(resource, limits)
+    processors = [_processor(one, encoder, resource, limits) for one in exporters]
     trace.set_tracer_provider(Tracers(sampler, processors))
 
     def close(processor: BatchSpanProcessor) -> None:
@@ -36,13 +41,43 @@ def set_up(
     return [functools.partial(close, processor) for processor in processors]
 
 
-def _adapted(
-    exporter: SpanExporter, encode: Callable[..., Any], resource: Resource, limits: SpanLimits
-) -> SpanExporter:
-    """Return an exporter for our spans that sends them as *exporter* does."""
+class _Stub:
+    """A stub of OTLP's service that sends requests which are serialized already."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.Export: Any = channel.unary_unary(
+            "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
+            request_serializer=lambda request: request.SerializeToString(),
+            response_deserializer=ExportTraceServiceResponse.FromString,
+        )
+
+
+class _Encoding(BatchSpanProcessor):
+    """Encodes spans as they end; its exporter gets what the encoder returns."""
+
+    def __init__(self, exporter: SpanExporter, encoder: Encoder) -> None:
+        super().__init__(exporter)
+        self._encode = encoder.span
+
+    def on_end(self, span: Any) -> None:
+        """Encode a span. An invalid attribute must not fail the request."""
+        try:
+            self._batch_processor.emit(self._encode(span))  # type: ignore[arg-type]
+        except Exception as error:
+            log.error("span cannot be exported", extra={"span": span.name, "error": type(error).__name__})
+
+
+def _processor(
+    exporter: SpanExporter, encoder: Encoder, resource: Resource, limits: SpanLimits
+) -> BatchSpanProcessor:
+    """Return a processor that sends our spans as *exporter* does."""
     # The SDK's exporters for OTLP have no parameter for the encoder, but all find it by this name.
     module: Any = sys.modules[type(exporter).__module__]
     if hasattr(module, "encode_spans"):
-        module.encode_spans = encode
-        return exporter
-    return ReadableExporter(exporter, resource, limits)
+        module.encode_spans = encoder.request
+        if hasattr(exporter, "_stub"):  # of gRPC
+            sender: Any = exporter
+            sender._stub = _Stub
+            sender._client = _Stub(sender._channel)
+        return _Encoding(exporter, encoder)
+    return BatchSpanProcessor(ReadableExporter(exporter, resource, limits))
