@@ -229,7 +229,7 @@ def test_top_shows_the_load_to_callers_that_may_not_see_the_bill() -> None:
     now = routing.ListTiersResponse(tiers=[routing.Tier(name="small", healthy=True)])
 
     console = Console(file=io.StringIO(), width=80, record=True)
-    console.print(screen(now, None, 0.0))
+    console.print(screen(Snapshot(0.0, now)))
     shown = console.export_text()
 
     assert "small" in shown

@@ -14,11 +14,10 @@ from headrace.runtime.security.callers_file import (
     DEFAULT_SCOPES,
     digest,
     entry_for,
-    is_name,
     new_token,
     parse,
 )
-from headrace.runtime.security.identity import ALL_SCOPES, Identity
+from headrace.runtime.security.identity import ALL_SCOPES, Identity, is_name
 from headrace.runtime.security.watched_file import BadFile
 
 HASH = "ab" * 32

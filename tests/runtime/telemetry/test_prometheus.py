@@ -114,7 +114,8 @@ def test_gauges_may_be_negative_have_fractions_and_be_no_finite_number(value: fl
     level.of().set(value)
 
     ((name, _, read),) = samples("".join(prometheus._metric_lines(level, {})))
-    assert (name, read) == ("test_level_ratio", pytest.approx(value, nan_ok=True))
+    assert name == "test_level_ratio"
+    assert read == pytest.approx(value, nan_ok=True)
 
 
 @pytest.mark.parametrize(
