@@ -16,9 +16,10 @@ from jwt.utils import base64url_decode
 
 from headrace import errors
 from headrace.batcher.text.gguf_tokenizer import read_metadata
+from headrace.bearer import AUTHORIZATION
 from headrace.runtime.security.caller_guard import Accepted, CallerGuard
 from headrace.runtime.security.callers_file import parse
-from headrace.runtime.security.guard import AUTHORIZATION, Peer
+from headrace.runtime.security.guard import Peer
 from headrace.runtime.security.jwks import KeySource
 from headrace.runtime.security.watched_file import BadFile
 from headrace.runtime.security.web_tokens import WebTokens, WebTokenVerifier

@@ -87,7 +87,8 @@ async def edge(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[tuple
 async def answers(port: int) -> bool:
     """Return whether a request to *port* is answered."""
     async with open_channel(f"127.0.0.1:{port}") as channel:
-        call: Any = channel.unary_stream(GENERATE)(chat("x", max_tokens=1).SerializeToString(), timeout=10)
+        start: Any = channel.unary_stream(GENERATE)
+        call = start(chat("x", max_tokens=1).SerializeToString(), timeout=10)
         try:
             return bool([response async for response in call])
         except grpc.aio.AioRpcError:
