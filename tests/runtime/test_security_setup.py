@@ -13,7 +13,7 @@ from headrace.router.settings import Settings
 from headrace.runtime.security.callers_file import entry_for, new_token
 from headrace.runtime.security.guard import Guard, OpenGuard, Peer
 from headrace.runtime.security.identity import ALL_SCOPES, Identity
-from headrace.runtime.security.settings import is_loopback
+from headrace.runtime.security.settings import only_loopback
 from headrace.runtime.security_setup import security
 from headrace.runtime.serving.server import StartFailed
 
@@ -127,8 +127,8 @@ def test_settings_that_would_accept_too_much_are_refused(changed: dict[str, str]
 
 def test_an_address_without_a_route_is_not_loopback() -> None:
     """0.0.0.0 as a target is this machine, as an address to listen on it is every one."""
-    assert not is_loopback("0.0.0.0")
-    assert not is_loopback("::")
+    assert not only_loopback("0.0.0.0")
+    assert not only_loopback("::")
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ from headrace.runtime.security.guard import Guard, OpenGuard
 from headrace.runtime.security.identity import DEFAULT_PRIORITY, Identity, Scope
 from headrace.runtime.security.peers import CALLER_SCOPES, Domains, Peers
 from headrace.runtime.security.server_tls import ServerTls
-from headrace.runtime.security.settings import is_loopback
+from headrace.runtime.security.settings import only_loopback
 from headrace.runtime.security.watched_file import BadFile, WatchedFile
 from headrace.runtime.serving.server import StartFailed
 from headrace.runtime.settings import ServiceSettings
@@ -82,7 +82,7 @@ def _guard(settings: ServiceSettings, service: ServiceName, peers: Peers | None)
     }
     configured = [kind for kind, given in kinds.items() if given]
     anonymous = settings.auth_anonymous == "allow" or (
-        settings.auth_anonymous == "auto" and not configured and is_loopback(settings.host)
+        settings.auth_anonymous == "auto" and not configured and only_loopback(settings.host)
     )
     _log_access(settings.host, configured, anonymous=anonymous)
     if anonymous and not configured:
@@ -173,7 +173,7 @@ def _log_access(host: str, configured: list[str], *, anonymous: bool) -> None:
     if not anonymous and not configured:
         facts["advice"] = "set --auth-tokens, --auth-jwks or --tls-ca, or --auth-anonymous allow"
         log.warning("no caller is served: credentials are required, and none are configured", extra=facts)
-    elif anonymous and not is_loopback(host):
+    elif anonymous and not only_loopback(host):
         log.warning("callers without credentials are served", extra=facts)
     else:
         log.info("access to the server", extra=facts)

@@ -78,12 +78,12 @@ def _url_problem(source: str) -> str:
         return "the URL contains credentials; keys that verify JWTs are public"
     if parts.scheme == "https" and host:
         return ""
-    if parts.scheme == "http" and is_loopback(host):
+    if parts.scheme == "http" and only_loopback(host):
         return ""
     return "the URL must start with https://; http:// is accepted for loopback addresses only"
 
 
-def is_loopback(host: str) -> bool:
+def only_loopback(host: str) -> bool:
     """Return whether only processes of this machine reach a server on *host*. Names are not resolved.
 
     Stricter than `headrace.channel.is_loopback`, for which 0.0.0.0 is this machine, as it is for a caller.
