@@ -218,7 +218,7 @@ async def test_all_attempts_are_one_trace(spans: InMemorySpanExporter) -> None:
             for span in spans.get_finished_spans()
             if span.context is not None
             and span.context.trace_id == ours
-            and "headrace.batcher.address" in (span.attributes or {})
+            and "headrace.attempt" in (span.attributes or {})
         ]
 
     await eventually(lambda: len(attempts()) == 2)
