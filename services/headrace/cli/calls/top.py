@@ -99,7 +99,7 @@ def screen(now: Snapshot, before: Snapshot | None = None, oldest: Snapshot | Non
     if listed.HasField("bill"):
         parts.append(savings(listed))
     else:
-        parts.append(Text("no bill: a router shows it to administrators only", "dim"))
+        parts.append(Text("no bill: it is shown to callers of any tenant and to administrators", "dim"))
     return Group(*parts)
 
 
