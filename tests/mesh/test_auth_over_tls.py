@@ -66,7 +66,7 @@ async def mutual(certificates: Certificates, callers: Callers) -> AsyncGenerator
 
 async def tenant_of(mesh: Mesh, client: Client, tenant: str = "") -> str:
     """Send a request, and return the tenant with which it reaches the batcher."""
-    asked = prompt("x", max_tokens=1000, ignore_eos=True)
+    asked = prompt("x", max_tokens=100, ignore_eos=True)
     asked.routing.tenant = tenant
     live = mesh.tiers["only"].batcher.coalescer.live
     async with aclosing(client.generate(asked, timeout=PATIENCE)) as stream:

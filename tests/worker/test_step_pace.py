@@ -71,3 +71,14 @@ def test_prompt_length_and_step_time_are_running_means() -> None:
     pace.record_step(tokens=1, decodes=1, seconds=1.0)
 
     assert (pace.prompt_tokens, pace.seconds) == (190, 1.0)
+
+
+def test_one_stall_hardly_changes_the_step_time_and_slower_steps_do() -> None:
+    pace = StepPace(64)
+    for seconds in (0.01, 0.01, 60.0):
+        pace.record_step(tokens=1, decodes=1, seconds=seconds)
+    assert pace.seconds < 0.02
+
+    for _ in range(60):
+        pace.record_step(tokens=1, decodes=1, seconds=1.0)
+    assert pace.seconds > 0.9

@@ -8,7 +8,7 @@ import grpc
 
 from headrace import errors
 from headrace.metrics import catalogue
-from headrace.metrics.words import PROVIDER, Outcome, outcome_of
+from headrace.metrics.words import OTHER, PROVIDER, Outcome, outcome_of
 from headrace.v1 import generation_pb2 as pb
 
 
@@ -114,8 +114,8 @@ def record_refusal(error: errors.HeadraceError) -> None:
 
 
 def finish_name(reason: pb.FinishReason.ValueType) -> str:
-    """Return the value of headrace.finish_reason, such as "length"."""
-    return _FINISH_NAMES[reason]
+    """Return the value of headrace.finish_reason, such as "length"; "other" for an unknown one."""
+    return _FINISH_NAMES.get(reason, OTHER)
 
 
 _FINISH_NAMES = {

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 _WEIGHT = 0.1  # of the newest value in a running mean
+# A step counts as at most this many times the mean. After one stall, such as a compilation, the batcher would
+# otherwise reject requests, and so prevent the steps that would correct the mean.
+_LONGEST = 4.0
 
 
 class StepPace:
     """Running means over steps.
 
     step_tokens     most tokens that one step computes
-    seconds         mean time of a step
+    seconds         mean time of a step; one long step among others counts little
     prompt_tokens   mean number of submitted ids of a sequence, resumed answer included; 0 if unknown
     """
 
@@ -43,7 +46,10 @@ class StepPace:
         their time is mostly overhead, and a rate taken from them would reject prompts that can be computed
         in time.
         """
-        self.seconds += (_WEIGHT if self.seconds else 1.0) * (seconds - self.seconds)
+        if self.seconds:
+            self.seconds += _WEIGHT * (min(seconds, _LONGEST * self.seconds) - self.seconds)
+        else:
+            self.seconds = seconds
         self._decodes = decodes
         if 2 * (tokens - decodes) < self.step_tokens or seconds <= 0:
             return

@@ -71,7 +71,7 @@ EVENTS = st.one_of(
                 timing=timing,
             )
         ),
-        st.integers(0, 9),
+        st.integers(0, 9),  # unknown ones, too, as a newer batcher may send
         COUNTS,
         NAMES,
         timings(),

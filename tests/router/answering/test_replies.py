@@ -194,6 +194,16 @@ async def test_events_after_the_finish_are_ignored(more: list[pb.GenerateRespons
     assert answer.text == "a"
 
 
+async def test_a_finish_reason_of_a_newer_batcher_reaches_the_caller() -> None:
+    unknown = max(pb.FinishReason.values()) + 1
+    finish = pb.Finish(reason=unknown)  # type: ignore[arg-type] # not of this version
+    script = [ACCEPTED, delta(0), event(finish=finish)]
+    async with routed(only=InvalidBatcher(script=script)) as client:
+        answer = await collect(client, prompt("a"))
+
+    assert (answer.text, answer.finish.reason) == ("a", unknown)
+
+
 async def test_implausible_numbers_do_not_change_the_bill() -> None:
     most = 2**32 - 1
     finish = pb.Finish(

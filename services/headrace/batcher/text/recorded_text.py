@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from headrace import attributes
+from headrace.metrics.requests import finish_name
 from headrace.v1 import generation_pb2 as pb
 
 MAX_CHARACTERS = 8192  # of all messages of an attribute
@@ -36,14 +37,14 @@ class RecordedText:
             self._answer.append(text if len(text) <= self._room else text[: self._room] + OMITTED)
             self._room -= len(text)
         elif response.HasField("finish"):
-            self._finish = pb.FinishReason.Name(response.finish.reason)
+            self._finish = finish_name(response.finish.reason)
         await self._write(response)
 
     def attributes(self) -> dict[str, str]:
         """Return the attributes of the span."""
         answer = _message("assistant", "".join(self._answer))
         if self._finish:
-            answer["finish_reason"] = self._finish.removeprefix("FINISH_REASON_").lower()
+            answer["finish_reason"] = self._finish
         return {
             attributes.GEN_AI_INPUT_MESSAGES: json.dumps(_asked(self._request), ensure_ascii=False),
             attributes.GEN_AI_OUTPUT_MESSAGES: json.dumps([answer], ensure_ascii=False),
