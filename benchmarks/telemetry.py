@@ -2,18 +2,20 @@
 
     python -m benchmarks.telemetry [--before CHECKOUT]
 
-The echo mesh runs as real processes, once for each configuration: without telemetry, with all traces and
-metrics, with 1 % of the traces and metrics, and with each alone. They export over OTLP to a collector in
-another process, which discards what it receives.
+The echo mesh runs as real processes with each configuration of telemetry: with all traces and metrics, with
+1 % of the traces and metrics, and with each alone. They export over OTLP to a collector in another process,
+which discards what it receives. Beside each runs a mesh without telemetry, under the same load at the same
+time, so that both find the same machine: from one minute to the next its speed may differ by more than
+telemetry costs.
 
 Each repetition starts new processes: two of the same code differ by a few percent, as their memory is laid
-out differently. It consists of turns of half a second, in which one mesh after the other is under load, so
-that all find the same machine. The CPU time of a mesh is that of its processes during the repetition, until
-their last spans are exported, without what they use when they are idle. What telemetry adds is the median,
-over the repetitions, of the difference to the mesh without telemetry.
+out differently. The CPU time is that of the processes under steady load, in which spans are exported as fast
+as they end; so it contains what they use when they are idle, too. What telemetry adds is the mean, over the
+repetitions, of the difference to the mesh beside it. Of two meshes, the one that starts first uses about 1.5 %
+more; so they take turns, and the number of repetitions should be even.
 
 With --before, the services of another checkout are measured in turn with this checkout's. The column `others`
-shows the cores that other processes used; CPU time is little affected by them, tokens per second are.
+shows the cores that other processes used.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent import futures
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -38,17 +40,12 @@ from benchmarks.mesh.cpu import SERVICES
 from benchmarks.mesh.systems import EngineSpec, Served, System, in_turn, progress, serving, window
 from benchmarks.mesh.tables import show_table
 
-OFF = "off"
-WARM_UP_SECONDS = 2.0
-TURN_SECONDS = 0.5
-IDLE_SECONDS = 5.0
-EXPORT_SECONDS = 5.0  # spans are exported at least this often, by default
+WARM_UP_SECONDS = 6.0  # spans are exported every five seconds or more often
 OUT = Path("build/bench-telemetry.json")
 
 _SAMPLED = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
-# The configurations by name, as variables beside those of `_exporting`.
+# The configurations by name, as variables beside those of `_pairs`.
 CONFIGURATIONS = {
-    OFF: {"OTEL_SDK_DISABLED": "true"},
     "all traces, metrics": {},
     "1 % of traces, metrics": _SAMPLED,
     "all traces": {"OTEL_METRICS_EXPORTER": "none"},
@@ -73,88 +70,69 @@ class Cost:
         return sum(self.seconds_per_request[kind] for kind in SERVICES)
 
 
-def added(cost: Sequence[Cost], off: Sequence[Cost]) -> float:
-    """Return the median share of CPU time that is added to the run without telemetry of each repetition."""
-    return statistics.median(one.services / base.services - 1 for one, base in zip(cost, off, strict=True))
+@dataclass(frozen=True)
+class Pair:
+    """A mesh with telemetry, and the one without that ran beside it."""
+
+    on: Cost
+    off: Cost
+
+    @property
+    def added(self) -> float:
+        """The share of CPU time that telemetry adds."""
+        return self.on.services / self.off.services - 1
 
 
-async def measure(arguments: argparse.Namespace) -> dict[str, list[Cost]]:
-    """Return the runs of each configuration, in the order of the repetitions."""
-    runs: dict[str, list[Cost]] = {}
+async def measure(arguments: argparse.Namespace) -> dict[str, list[Pair]]:
+    """Return the pairs of each configuration, in the order of the repetitions."""
     async with collector() as endpoint:
-        systems = _systems(arguments, endpoint)
+        pairs = _pairs(arguments, endpoint)
+        runs: dict[str, list[Pair]] = {on.name: [] for on, _ in pairs}
         for repetition in range(arguments.repeat):
-            async with serving(in_turn(systems, repetition), EngineSpec(arguments.step_seconds)) as served:
-                for one in served.values():
-                    await _load(one, arguments, WARM_UP_SECONDS)
-                costs = await _repetition(served, arguments, await _idle(served))
-            for system in systems:
-                runs.setdefault(system.name, []).append(costs[system.name])
-            figures = ", ".join(f"{name} {cost.services * 1e3:.3f}" for name, cost in costs.items())
-            progress(f"run {repetition + 1} of {arguments.repeat}, ms per request: {figures}")
+            for on, off in in_turn(pairs, repetition):
+                both = in_turn([on, off], repetition)
+                async with serving(both, EngineSpec(arguments.step_seconds)) as served:
+                    costs = await _costs(served, arguments)
+                runs[on.name].append(Pair(costs[on.name], costs[off.name]))
+            figures = ", ".join(f"{name} {each[-1].added:+.1%}" for name, each in runs.items())
+            progress(f"run {repetition + 1} of {arguments.repeat}: {figures}")
     return runs
 
 
-def _systems(arguments: argparse.Namespace, endpoint: str) -> list[System]:
+def _pairs(arguments: argparse.Namespace, endpoint: str) -> list[tuple[System, System]]:
+    """Return the systems with telemetry, each with the one without."""
     variables = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
         "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
         "OTEL_METRIC_EXPORT_INTERVAL": "10000",
+        "PYTHONHASHSEED": "0",
     }
     checkouts = [("", None), *([("before: ", arguments.before)] if arguments.before else [])]
     return [
-        System(f"{prefix}{name}", checkout, {**variables, **more, "PYTHONHASHSEED": "0"})
-        for name, more in CONFIGURATIONS.items()
+        (
+            System(f"{prefix}{name}", checkout, {**variables, **CONFIGURATIONS[name]}),
+            System(f"{prefix}off", checkout, {**variables, "OTEL_SDK_DISABLED": "true"}),
+        )
+        for name in arguments.only or CONFIGURATIONS
         for prefix, checkout in checkouts
-        if name in (arguments.only or [*CONFIGURATIONS]) or name == OFF
     ]
 
 
-async def _load(served: Served, arguments: argparse.Namespace, seconds: float) -> int:
-    """Return the number of requests that were answered."""
-    call = lambda number: ask(served.client, number, arguments.tokens)  # noqa: E731
-    return len(await closed_loop(arguments.callers, seconds, call))
+async def _costs(served: Mapping[str, Served], arguments: argparse.Namespace) -> dict[str, Cost]:
+    """Return the cost of each mesh; all are under load at the same time."""
 
+    async def load(one: Served, seconds: float) -> Cost:
+        call = lambda number: ask(one.client, number, arguments.tokens)  # noqa: E731
+        before, began = _cpu_seconds(one), time.perf_counter()
+        done = len(await closed_loop(arguments.callers, seconds, call))
+        took, after = time.perf_counter() - began, _cpu_seconds(one)
+        used = {kind: (after[kind] - before[kind]) / done for kind in before}
+        return Cost(one.name, done, done * arguments.tokens / took, used, 0.0)
 
-async def _idle(served: Mapping[str, Served]) -> dict[str, dict[str, float]]:
-    """Return the cores that each process uses without requests, such as for health checks."""
-    await asyncio.sleep(EXPORT_SECONDS + 1)
-    before, began = {name: _cpu_seconds(one) for name, one in served.items()}, time.perf_counter()
-    await asyncio.sleep(IDLE_SECONDS)
-    took = time.perf_counter() - began
-    return {
-        name: {kind: (used - before[name][kind]) / took for kind, used in _cpu_seconds(one).items()}
-        for name, one in served.items()
-    }
-
-
-async def _repetition(
-    served: Mapping[str, Served], arguments: argparse.Namespace, idle: Mapping[str, Mapping[str, float]]
-) -> dict[str, Cost]:
-    done, busy = dict.fromkeys(served, 0), dict.fromkeys(served, 0.0)
+    await asyncio.gather(*(load(one, WARM_UP_SECONDS) for one in served.values()))
     async with window(served, arguments.patience) as measured:
-        before, began = {name: _cpu_seconds(one) for name, one in served.items()}, time.perf_counter()
-        for turn in range(arguments.turns):
-            for name in in_turn(list(served), turn):
-                started = time.perf_counter()
-                done[name] += await _load(served[name], arguments, TURN_SECONDS)
-                busy[name] += time.perf_counter() - started
-        await asyncio.sleep(EXPORT_SECONDS + 1)  # until the last spans are exported
-        took = time.perf_counter() - began
-        after = {name: _cpu_seconds(one) for name, one in served.items()}
-    return {
-        name: Cost(
-            name,
-            done[name],
-            done[name] * arguments.tokens / busy[name],
-            {
-                kind: (after[name][kind] - before[name][kind] - cores * took) / done[name]
-                for kind, cores in idle[name].items()
-            },
-            measured.others,
-        )
-        for name in served
-    }
+        costs = await asyncio.gather(*(load(one, arguments.seconds) for one in served.values()))
+    return {cost.what: replace(cost, others=measured.others) for cost in costs}
 
 
 def _cpu_seconds(served: Served) -> dict[str, float]:
@@ -197,30 +175,34 @@ def collect() -> None:
     server.wait_for_termination()
 
 
-def show(runs: dict[str, list[Cost]]) -> None:
+def show(runs: dict[str, list[Pair]]) -> None:
     """Print a row for each configuration."""
     rows = []
-    for name, each in runs.items():
-        before = name.startswith("before: ")
-        off = runs["before: " + OFF if before else OFF]
-        median = sorted(each, key=lambda run: run.services)[len(each) // 2]
-        rates = statistics.median(run.tokens_per_second for run in each)
+    for name, pairs in runs.items():
+        shares = sorted(pair.added for pair in pairs)
+        off, on = (_medians([getattr(pair, side) for pair in pairs]) for side in ("off", "on"))
         rows.append(
             [
                 name,
-                f"{median.services * 1e3:.3f}",
-                "" if each is off else f"{added(each, off):+.1%}",
-                *(f"{median.seconds_per_request[kind] * 1e3:.3f}" for kind in SERVICES),
-                f"{rates:,.0f}",
-                str(sum(run.requests for run in each)),
-                f"{statistics.median(run.others for run in each):.2f}",
+                f"{sum(off) * 1e3:.3f}",
+                f"{sum(on) * 1e3:.3f}",
+                *(f"{more * 1e3:.3f}" for more in on),
+                f"{statistics.mean(shares):+.1%}",
+                f"{shares[0]:+.1%} ... {shares[-1]:+.1%}",
+                str(sum(pair.on.requests for pair in pairs)),
+                f"{statistics.median(pair.on.others for pair in pairs):.2f}",
             ]
         )
     show_table(
-        "CPU ms per request, medians",
-        ("telemetry", "services", "added", *SERVICES, "tokens/s", "requests", "others"),
+        "CPU ms per request, medians; what is added is a mean",
+        ("telemetry", "without", "with", *SERVICES, "added", "least ... most", "requests", "others"),
         rows,
     )
+
+
+def _medians(costs: Sequence[Cost]) -> list[float]:
+    """Return the CPU seconds per request of each service."""
+    return [statistics.median(cost.seconds_per_request[kind] for cost in costs) for kind in SERVICES]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -232,9 +214,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--before", type=Path, help="another checkout, whose services are also measured")
-    add("--only", nargs="+", choices=CONFIGURATIONS, metavar="CONFIGURATION", help="beside 'off'")
-    add("--repeat", type=int, default=9, help="repetitions")
-    add("--turns", type=int, default=12, help="turns of each configuration in a repetition")
+    add("--only", nargs="+", choices=CONFIGURATIONS, metavar="CONFIGURATION", help="by default all")
+    add("--repeat", type=int, default=6, help="repetitions, an even number")
+    add("--seconds", type=float, default=10.0, help="how long each configuration is measured in a repetition")
     add("--callers", type=int, default=16, help="callers, each of which makes one call after the other")
     add("--tokens", type=int, default=16, help="tokens per answer")
     add("--step-seconds", type=float, default=0.01, help="time of an engine step")

@@ -57,7 +57,7 @@ def theirs(sampler: sampling.Sampler, limits: SpanLimits) -> tuple[trace.Tracer,
 
 def encoded(spans: list[Any], limits: SpanLimits) -> ExportTraceServiceRequest:
     encoder = Encoder(RESOURCE, limits)
-    request = encoder.request([encoder.span(span) for span in spans])
+    request = encoder.request(spans)
     return ExportTraceServiceRequest.FromString(request.SerializeToString())
 
 

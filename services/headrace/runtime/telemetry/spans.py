@@ -16,9 +16,8 @@ import re
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from random import getrandbits
-from typing import Any
+from typing import Any, NamedTuple
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -34,7 +33,7 @@ from opentelemetry.util.types import Attributes
 _RANDOM = TraceFlags.RANDOM_TRACE_ID
 _SAMPLED_FLAGS = {random: TraceFlags(TraceFlags.SAMPLED | (_RANDOM * random)) for random in (False, True)}
 _OTHER_FLAGS = {random: TraceFlags(_RANDOM * random) for random in (False, True)}
-_UNSET = Status(StatusCode.UNSET)
+UNSET = Status(StatusCode.UNSET)
 _NO_ATTRIBUTES: Mapping[str, Any] = {}
 
 # The description of a sampler that decides on roots only, as all `parentbased_*` samplers of the SDK.
@@ -44,8 +43,7 @@ _FOLLOWS_PARENTS = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SpanEvent:
+class SpanEvent(NamedTuple):
     """An event of a span; *timestamp* in nanoseconds since 1970."""
 
     name: str
@@ -108,7 +106,7 @@ class Span(trace.Span):
         self.links = list(links) if links else []
         self.start_time = time.time_ns() if start_time is None else start_time
         self.end_time: int | None = None
-        self.status = _UNSET
+        self.status = UNSET
         self.scope = scope
         self._processors = processors
 

@@ -52,19 +52,12 @@ class _Stub:
         )
 
 
-class _Encoding(BatchSpanProcessor):
-    """Encodes spans as they end; its exporter gets what the encoder returns."""
-
-    def __init__(self, exporter: SpanExporter, encoder: Encoder) -> None:
-        super().__init__(exporter)
-        self._encode = encoder.span
+class _Processor(BatchSpanProcessor):
+    """Queues spans without asking first whether they are sampled: those that are not never end."""
 
     def on_end(self, span: Any) -> None:
-        """Encode a span. An invalid attribute must not fail the request."""
-        try:
-            self._batch_processor.emit(self._encode(span))  # type: ignore[arg-type]
-        except Exception as error:
-            log.error("span cannot be exported", extra={"span": span.name, "error": type(error).__name__})
+        """Queue a span for the exporter's thread."""
+        self._batch_processor.emit(span)
 
 
 def _processor(
@@ -79,5 +72,5 @@ def _processor(
             sender: Any = exporter
             sender._stub = _Stub
             sender._client = _Stub(sender._channel)
-        return _Encoding(exporter, encoder)
-    return BatchSpanProcessor(ReadableExporter(exporter, resource, limits))
+        return _Processor(exporter)
+    return _Processor(ReadableExporter(exporter, resource, limits))
