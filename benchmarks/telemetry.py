@@ -11,8 +11,8 @@ telemetry costs.
 Each repetition starts new processes: two of the same code differ by a few percent, as their memory is laid
 out differently. The CPU time is that of the processes under steady load, in which spans are exported as fast
 as they end; so it contains what they use when they are idle, too. What telemetry adds is the mean, over the
-repetitions, of the difference to the mesh beside it. Of two meshes, the one that starts first uses about 1.5 %
-more; so they take turns, and the number of repetitions should be even.
+repetitions, of the difference to the mesh beside it. Of two meshes, the one that starts first uses about
+1.5 % more; so they take turns, and the number of repetitions should be even.
 
 With --before, the services of another checkout are measured in turn with this checkout's. The column `others`
 shows the cores that other processes used.

@@ -181,6 +181,20 @@ def test_spans_of_several_tracers_are_grouped_by_them() -> None:
     ] == "headrace-test"
 
 
+def test_a_span_that_cannot_be_encoded_is_dropped_alone(caplog: pytest.LogCaptureFixture) -> None:
+    tracer, spans = ours()
+    for number in range(200):  # more than are encoded in a row
+        span = tracer.start_span(f"span {number}")
+        if number == 100:
+            span.set_attribute(5, "a key that is no text")  # type: ignore[arg-type]
+        span.end()
+
+    (block,) = encoded(spans, SpanLimits()).resource_spans
+    names = [span.name for span in block.scope_spans[0].spans]
+    assert names == [f"span {number}" for number in range(200) if number != 100]
+    assert [record.getMessage() for record in caplog.records] == ["span cannot be exported"]
+
+
 SAMPLERS = {
     "always_on": sampling.ALWAYS_ON,
     "always_off": sampling.ALWAYS_OFF,
