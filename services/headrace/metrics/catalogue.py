@@ -77,6 +77,14 @@ TIME_PER_OUTPUT_TOKEN: Final = Histogram(
     services=_SERVERS,
     bounds=attributes.BUCKETS_TPOT,
 )
+INTER_TOKEN_LATENCY: Final = Histogram(
+    "headrace.inter_token_latency",
+    "s",
+    _MODEL,
+    "time between tokens of an answer; tokens that arrive together count as one",
+    services=_SERVERS,
+    bounds=attributes.BUCKETS_ITL,
+)
 REQUESTS: Final = Counter(
     "headrace.requests",
     "{request}",

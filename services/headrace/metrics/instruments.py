@@ -13,6 +13,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from operator import add
 from typing import Final, Generic, Literal, TypeAlias, TypeVar
 
 from headrace.metrics.words import LABELS, OTHER
@@ -110,6 +111,11 @@ class HistogramSeries:
         """Record one value."""
         self.counts[bisect_left(self._bounds, value)] += 1
         self.total += value
+
+    def merge(self, other: HistogramSeries) -> None:
+        """Record all values of a series with the same buckets."""
+        self.counts[:] = map(add, self.counts, other.counts)
+        self.total += other.total
 
 
 class Metric(Generic[S]):

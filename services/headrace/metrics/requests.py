@@ -8,6 +8,7 @@ import grpc
 
 from headrace import errors
 from headrace.metrics import catalogue
+from headrace.metrics.instruments import HistogramSeries
 from headrace.metrics.words import OTHER, PROVIDER, Outcome, outcome_of
 from headrace.v1 import generation_pb2 as pb
 
@@ -51,6 +52,7 @@ class Timing:
     first, last   the first and the latest token
     together      tokens that arrived together with the first
     tokens        all new tokens; those of a resumed answer are not among them
+    gaps          the times between tokens
     """
 
     arrived: float
@@ -58,12 +60,17 @@ class Timing:
     last: float | None = None
     together: int = 0
     tokens: int = 0
+    gaps: HistogramSeries | None = None
 
     def add(self, tokens: int, now: float) -> None:
         """Add tokens that arrived."""
-        self.last = now
-        if self.first is None:
+        if self.last is None:
             self.first, self.together = now, tokens
+        else:
+            if self.gaps is None:
+                self.gaps = HistogramSeries(catalogue.INTER_TOKEN_LATENCY.bounds)
+            self.gaps.record(now - self.last)
+        self.last = now
         self.tokens += tokens
 
 
@@ -100,6 +107,8 @@ def record(
     labels = {"operation": operation, "provider": PROVIDER, "model": model, "tier": tier}
     if not resumed:
         catalogue.TIME_TO_FIRST_TOKEN.of(**labels).record(timing.first - timing.arrived)
+    if timing.gaps is not None:
+        catalogue.INTER_TOKEN_LATENCY.of(tier=tier, model=model).merge(timing.gaps)
     if (later := timing.tokens - timing.together) > 0:
         catalogue.TIME_PER_OUTPUT_TOKEN.of(**labels).record((timing.last - timing.first) / later)
 

@@ -57,7 +57,7 @@ class Figures:
         return {
             name: routing.TierFigures(
                 time_to_first_token=_distribution(catalogue.TIME_TO_FIRST_TOKEN, name),
-                time_per_output_token=_distribution(catalogue.TIME_PER_OUTPUT_TOKEN, name),
+                inter_token_latency=_distribution(catalogue.INTER_TOKEN_LATENCY, name),
                 failovers=_count(catalogue.FAILOVERS, name),
             ).SerializeToString()
             for name in self._tiers
@@ -85,7 +85,7 @@ class Figures:
 
 def add(total: routing.TierFigures, more: routing.TierFigures) -> None:
     """Add the figures of another process."""
-    for name in ("time_to_first_token", "time_per_output_token"):
+    for name in ("time_to_first_token", "inter_token_latency"):
         one, other = getattr(total, name), getattr(more, name)
         if not one.bounds:
             one.CopyFrom(other)

@@ -346,7 +346,7 @@ class TierFigures(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
-    TIME_PER_OUTPUT_TOKEN_FIELD_NUMBER: _builtins.int
+    INTER_TOKEN_LATENCY_FIELD_NUMBER: _builtins.int
     FAILOVERS_FIELD_NUMBER: _builtins.int
     BATCHES_FIELD_NUMBER: _builtins.int
     BATCH_FILL_FIELD_NUMBER: _builtins.int
@@ -361,21 +361,21 @@ class TierFigures(_message.Message):
         """Time from the arrival of a request to its first token, in seconds. Router only."""
 
     @_builtins.property
-    def time_per_output_token(self) -> Global___Distribution:
-        """Mean time per token after the first, of one answer, in seconds. Router only."""
+    def inter_token_latency(self) -> Global___Distribution:
+        """Time between tokens of an answer, in seconds; tokens that arrive together count as one. Router only."""
 
     def __init__(
         self,
         *,
         time_to_first_token: Global___Distribution | None = ...,
-        time_per_output_token: Global___Distribution | None = ...,
+        inter_token_latency: Global___Distribution | None = ...,
         failovers: _builtins.int = ...,
         batches: _builtins.int = ...,
         batch_fill: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inter_token_latency", b"inter_token_latency", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_fill", b"batch_fill", "batches", b"batches", "failovers", b"failovers", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_fill", b"batch_fill", "batches", b"batches", "failovers", b"failovers", "inter_token_latency", b"inter_token_latency", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

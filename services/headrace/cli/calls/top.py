@@ -145,7 +145,7 @@ def bill_table(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, e
 def figures_table(tiers: Sequence[pb.Tier], before: Sequence[pb.Tier]) -> Table:
     """Return what requests experienced since *before*, or since the start: times in milliseconds."""
     times = ("95 %", "99 %")
-    headings = ("first token ms", *times, "per token ms", *times, "batch fill", "failovers")
+    headings = ("first token ms", *times, "between tokens ms", *times, "batch fill", "failovers")
     table = _table(right=headings)
     earlier = {tier.name: tier.figures for tier in before}
     for tier in tiers:
@@ -154,7 +154,7 @@ def figures_table(tiers: Sequence[pb.Tier], before: Sequence[pb.Tier]) -> Table:
         table.add_row(
             Text(tier.name),
             *_quantiles(now.time_to_first_token, then.time_to_first_token),
-            *_quantiles(now.time_per_output_token, then.time_per_output_token),
+            *_quantiles(now.inter_token_latency, then.inter_token_latency),
             f"{fill / batches:.0%}" if batches > 0 and fill >= 0 else "-",
             str(now.failovers),
         )
