@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, settings
 from opentelemetry import trace
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import SpanLimits
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON
@@ -43,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     parallel.take_part(config)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Tables())
-    exporter = ReadableExporter(_spans, Resource.create({}), SpanLimits())
+    exporter = ReadableExporter(_spans, Resource.create({}))
     trace.set_tracer_provider(Tracers(LinkedRoots(DEFAULT_ON), [SimpleSpanProcessor(exporter)]))
     read_by(_reader, Resource.get_empty())
 

@@ -121,7 +121,7 @@ class Settings(CalledServiceSettings):
     metrics_tenants: int = Field(
         default=20,
         ge=0,
-        le=300,
+        le=150,
         description="most tenants that metrics name; those that appear later are counted together, as other",
     )
     # gRPC clients resolve a name at most every 30 s, and use the result for their next connection but one. So

@@ -24,6 +24,7 @@ from headrace.router.state.conversations import Conversations
 log = logging.getLogger(__name__)
 
 ASK_SECONDS = 0.5
+RESEND_SECONDS = 0.01  # after which a question is sent again to a sibling whose inbox was full
 _MAX_BYTES = 64 * 1024  # of a datagram
 _PER_WAKE = 64  # datagrams that are read before other tasks continue
 
@@ -88,8 +89,12 @@ class Siblings:
         number = next(self._ids)
         question = self._questions[number] = _Question(enough)
         try:
-            for place in self._outboxes if of is None else of:
-                question.missing += self._send(place, ("ask", topic, values, self.number, number))
+            message = ("ask", topic, values, self.number, number)
+            places = list(self._outboxes if of is None else of)
+            question.missing = len(places)
+            if full := [place for place in places if not self._send(place, message)]:
+                await asyncio.sleep(RESEND_SECONDS)
+                question.missing -= sum(not self._send(place, message) for place in full)
             if question.missing:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ASK_SECONDS):

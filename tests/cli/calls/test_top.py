@@ -57,6 +57,17 @@ def test_percentiles_and_fill_are_those_of_the_last_minute() -> None:
     assert ["small", "56", "150", "190", "56", "150", "190", "16%", "2"] in printed(now)
 
 
+def test_after_a_restart_percentiles_are_those_since_then() -> None:
+    before = Snapshot(0.0, pb.ListTiersResponse(tiers=[tier((90, 1, 1, 0), batches=90, fill=9.0)]))
+    now = Snapshot(1.0, pb.ListTiersResponse(tiers=[tier((50, 2, 5, 0), batches=1, fill=0.5)]))
+    now.listed.bill.charges.add(tier="small", answers=10)
+    before.listed.bill.charges.add(tier="small", answers=5000)
+    lines = printed(now, before, before)
+
+    assert ["small", "57", "286", "377", "57", "286", "377", "-", "0"] in lines
+    assert ["small", "10", "0.0"] in [line[:3] for line in lines]
+
+
 def test_the_restart_of_a_process_is_no_negative_figure() -> None:
     before = Snapshot(0.0, pb.ListTiersResponse(tiers=[tier((90, 0, 0, 0), batches=90, fill=9.0)]))
     now = Snapshot(1.0, pb.ListTiersResponse(tiers=[tier((0, 1, 0, 0), batches=1, fill=0.5)]))

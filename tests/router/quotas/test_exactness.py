@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from headrace.router.quotas.accounts import Account, Accounts, Calendar
+from headrace import errors
+from headrace.router.quotas.accounts import OTHERS, Account, Accounts, Calendar
 from headrace.router.quotas.amounts import Amounts
 from headrace.router.quotas.holder import Holder
-from headrace.router.quotas.keeper import MEMBER_SECONDS, Ask, Keeper
+from headrace.router.quotas.keeper import MAX_MEMBERS, MEMBER_SECONDS, Ask, Keeper
 from headrace.router.quotas.limits import Limits
 
 KEY = ("acme", "default")
@@ -181,6 +183,42 @@ def test_cost_starts_anew_each_day_and_requests_refill_within_a_minute() -> None
     assert (refusal := keeper.take(account, Amounts(1.0), 86_400.0)) is not None
     assert refusal.retry_after is not None
     assert keeper.take(account, Amounts(1.0), 86_400.0 + refusal.retry_after + 0.001) is None
+
+
+def test_a_clock_that_was_a_year_ahead_costs_no_more_than_the_days_that_it_skipped() -> None:
+    accounts = Accounts(lambda tenant, quota: Limits(cost_per_day=10))
+    account = accounts.get(KEY, 0.0, 365)
+    account.take(Amounts(cost=10.0))
+
+    account.refill(60.0, 2)
+    assert account.cost == 10.0
+    account.take(Amounts(cost=10.0))
+    account.refill(120.0, 1)
+    assert account.cost == 0.0, "a step back over midnight grants nothing twice"
+
+
+def test_what_was_taken_yesterday_is_not_given_back_today() -> None:
+    accounts = Accounts(lambda tenant, quota: Limits(cost_per_day=20))
+    account = accounts.get(KEY, 0.0, 0)
+    account.take(Amounts(cost=10.0))
+    account.refill(86_400.0, 1)
+    account.take(Amounts(cost=3.0))
+    account.take(Amounts(cost=-9.0))
+
+    assert (account.cost, account.spent) == (20.0, 0.0)
+
+
+def test_what_other_processes_name_takes_no_more_memory_than_a_full_table() -> None:
+    accounts = Accounts(lambda tenant, quota: LIMITS, most=10)
+    keeper = Keeper(accounts, calendar())
+    nothing = Amounts()
+    for member in range(MAX_MEMBERS):
+        keeper.lease(member, [Ask((OTHERS, f"class {member}"), 1, nothing, 0, nothing, nothing)], 0.0)
+    with pytest.raises(errors.Overloaded):
+        keeper.lease(MAX_MEMBERS, [], 0.0)
+
+    assert len(accounts) == 1
+    keeper.lease(0, [], 1.0)
 
 
 def test_a_need_above_the_limit_is_met_by_a_full_budget_and_leaves_a_debt() -> None:

@@ -87,8 +87,13 @@ def test_all_problems_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
         tokens_per_minute = "many"
         concurrent_streams = true
         rate = 3
+        [classes.c]
+        requests_per_minute = 0.5
+        cost_per_day = 1e300
         [tenants.t]
         class = "b"
+        [tenants.u]
+        class = ["a"]
         """
     )
     with pytest.raises(BadQuotas) as caught:
@@ -101,7 +106,10 @@ def test_all_problems_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
         "classes.a: tokens_per_minute is",
         "classes.a: concurrent_streams is 'True'",
         "classes.a: 'rate' is not a limit",
+        "classes.c: requests_per_minute is '0.5'",
+        "classes.c: cost_per_day is",
         "tenants.t: there is no class 'b'",
+        "tenants.u: there is no class",
     ):
         assert problem in str(caught.value)
 

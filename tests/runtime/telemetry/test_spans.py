@@ -262,7 +262,7 @@ def test_a_block_makes_its_span_the_current_one() -> None:
 
 def test_other_exporters_get_spans_of_the_sdk() -> None:
     out = io.StringIO()
-    exporter = ReadableExporter(ConsoleSpanExporter(out=out), RESOURCE, SpanLimits())
+    exporter = ReadableExporter(ConsoleSpanExporter(out=out), RESOURCE)
     tracer = Tracers(sampling.ALWAYS_ON, [SimpleSpanProcessor(exporter)]).get_tracer("scope")
     with tracer.start_as_current_span("step", attributes={"rows": 3}) as span:
         span.add_event("finish", {"outcome": "stop"})

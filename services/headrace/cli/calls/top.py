@@ -49,7 +49,7 @@ async def top(connection: Connection, console: Console, *, interval: float, once
                 await asyncio.sleep(interval)
                 try:
                     now = await _poll(client)
-                except errors.Unavailable as error:
+                except (errors.Unavailable, errors.DeadlineExceeded) as error:
                     live.update(Text(f"{error.message}; polling until it is back", "red"), refresh=True)
                     continue
                 while len(recent) > 1 and now.at - recent[1].at > WINDOW_SECONDS:
@@ -127,7 +127,7 @@ def bill_table(now: pb.ListTiersResponse, before: pb.ListTiersResponse | None, e
     table = _table(right=figures)
     for tier in now.tiers:
         charge = charges.get(tier.name, generation.Charge())
-        rate = (charge.answers - earlier.get(tier.name, 0)) / elapsed if elapsed > 0 else None
+        rate = max(charge.answers - earlier.get(tier.name, 0), 0) / elapsed if elapsed > 0 else None
         table.add_row(
             Text(tier.name),
             f"{charge.answers:,}",
@@ -162,10 +162,14 @@ def figures_table(tiers: Sequence[pb.Tier], before: Sequence[pb.Tier]) -> Table:
 
 
 def _quantiles(now: pb.Distribution, before: pb.Distribution) -> list[str]:
-    """Return median, 95th and 99th percentile of what was counted between two distributions."""
+    """Return median, 95th and 99th percentile of what was counted between two distributions.
+
+    If a process has restarted in between, they are those since then.
+    """
     counts = list(now.counts)
     if before.bounds == now.bounds:
-        counts = [max(late - early, 0) for late, early in zip(now.counts, before.counts, strict=True)]
+        grown = [late - early for late, early in zip(now.counts, before.counts, strict=True)]
+        counts = grown if min(grown, default=0) >= 0 else counts
     values = [quantile(now.bounds, counts, share) for share in (0.5, 0.95, 0.99)]
     return ["-" if value is None else f"{value * 1000:,.0f}" for value in values]
 

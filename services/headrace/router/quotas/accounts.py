@@ -137,7 +137,7 @@ class Account:
             self.requests = min(self.requests + minutes * self.limits.requests_per_minute * self.share, most)
         if self.tokens < (most := self.most_tokens):
             self.tokens = min(self.tokens + minutes * self.limits.tokens_per_minute * self.share, most)
-        if day > self.day:
+        if day > self.day or day < self.day - 1:  # not after a small step back over midnight
             self.day, self.spent = day, 0.0
             self.cost = self.limits.cost_per_day * self.share
         self.then = now
@@ -190,8 +190,9 @@ class Account:
         if need.tokens < 0 and self.tokens > limits.tokens_per_minute:
             self.tokens = limits.tokens_per_minute
         if need.cost:
-            self.cost -= need.cost
-            self.spend(need.cost)
+            cost = max(need.cost, -self.spent)  # of what was taken yesterday, nothing is given back today
+            self.cost -= cost
+            self.spend(cost)
 
     def spend(self, cost: float) -> None:
         """Count cost, without taking it from what is left."""
@@ -302,7 +303,11 @@ class Accounts:
         """Return the account of a tenant and class, which is new if there is none."""
         if (account := self._accounts.get(key)) is not None:
             return account
-        if len(self._accounts) >= self._most and key[0] != OTHERS:
+        if key[0] == OTHERS:
+            key = (OTHERS, self._limits(*key).name)  # one for each class that exists
+            if (account := self._accounts.get(key)) is not None:
+                return account
+        elif len(self._accounts) >= self._most:
             self._sweep(now, day)
             if len(self._accounts) >= self._most:
                 return self.get((OTHERS, key[1]), now, day)

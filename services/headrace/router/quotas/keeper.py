@@ -15,10 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from headrace import errors
 from headrace.router.quotas.accounts import MANY, Account, Accounts, Calendar, Held, Key, shortage
 from headrace.router.quotas.amounts import Amounts, Refusal
 
 MEMBER_SECONDS = 3.0  # without a report, after which a process is away
+MAX_MEMBERS = 256  # processes that are known at a time
 FORGET_SECONDS = 600.0  # after which the reports of a process that is away are forgotten
 MAX_BYTES = 24_000  # of the states, and of the asks, of one message: both fit into one datagram
 
@@ -118,7 +120,14 @@ class Keeper:
         """Take the report of another process, and return its new slices: one for each of *asks*.
 
         The new slice of an account replaces the one before. Infinite amounts are not limited.
+
+        Raises Overloaded if there are too many processes.
         """
+        if member not in self._members and len(self._members) >= MAX_MEMBERS:
+            raise errors.Overloaded(
+                f"{MAX_MEMBERS} processes of routers share quotas, the most that are allowed",
+                retry_after=FORGET_SECONDS,
+            )
         self._see(member, now)
         return [self._lease(member, ask, now) for ask in asks]
 

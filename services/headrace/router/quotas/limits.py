@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT = "default"
 MAX_REPORTED = 100  # classes that are not listed; issuers of JWTs may name any
+MAX_LIMIT = 1e15
+_WHOLE = ("requests_per_minute", "concurrent_streams")
 _NUMBERS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams", "cost_per_day")
 
 
@@ -136,7 +138,7 @@ class Rules:
         for name, table in _table(found.pop("tenants", {}), "tenants", problems).items():
             own = dict(_table(table, f"tenants.{name}", problems))
             base = own.pop("class", DEFAULT)
-            if base not in classes:
+            if not isinstance(base, str) or base not in classes:
                 problems.append(f"tenants.{name}: there is no class {quoted(str(base))}")
                 continue
             tenants[str(name)] = _limits(own, classes[base], f"tenants.{name}", problems)
@@ -174,7 +176,9 @@ def _limits(value: object, base: Limits, place: str, problems: list[str]) -> Lim
         if name == "max_priority":
             valid = type(number) is int and 0 <= number <= MAX_PRIORITY
         elif name in _NUMBERS:
-            valid = type(number) in (int, float) and 0 <= number < math.inf
+            valid = type(number) in (int, float) and 0 <= number <= MAX_LIMIT
+            # Less than one would admit nothing, as 0 does, but tell callers to try again.
+            valid = valid and not (0 < number < 1 and name in _WHOLE)
         else:
             problems.append(f"{place}: {quoted(str(name))} is not a limit")
             continue

@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
 
 from opentelemetry import trace
@@ -46,7 +47,8 @@ class _Rate(logging.Filter):
         # Kinds are kept in the order of their last line; the oldest is removed first.
         self._kinds[kind] = (began, lines + 1, 0) if passes else (began, lines, dropped + 1)
         if len(self._kinds) > _MAX_KINDS:
-            del self._kinds[next(iter(self._kinds))]
+            with suppress(KeyError, RuntimeError):  # another thread does the same
+                del self._kinds[next(iter(self._kinds))]
         return passes
 
 

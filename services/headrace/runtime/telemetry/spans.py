@@ -3,7 +3,7 @@
 The SDK's own spans cost more CPU time than anything else that telemetry does: 31 us to record one, and 27 us
 to encode it. A request has eight. These cost 7 us and 4 us; see `benchmarks.telemetry`. Everything else is
 the SDK's: sampler, limits, resource, batching, and the transport of the exporters, configured by the same
-variables. `otlp_spans` encodes spans for OTLP; other exporters get the SDK's `ReadableSpan`.
+variables. `otlp_spans` encodes spans for OTLP; other exporters get the SDK's `ReadableSpan`, without limits.
 
 Unlike the SDK's, these spans do not check the types of attributes when they are set, and record an exception
 by its class alone: its message may contain text of a prompt. A span below one that is not sampled is the same
@@ -23,7 +23,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan, SpanLimits, SpanProcessor
+from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import Decision, Sampler
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
@@ -310,10 +310,9 @@ class Tracers(trace.TracerProvider):
 class ReadableExporter(SpanExporter):
     """Exports spans by an exporter that expects the SDK's, such as the console's."""
 
-    def __init__(self, inner: SpanExporter, resource: Resource, limits: SpanLimits) -> None:
+    def __init__(self, inner: SpanExporter, resource: Resource) -> None:
         self._inner = inner
         self._resource = resource
-        self._limits = limits
 
     def export(self, spans: Sequence[Any]) -> SpanExportResult:
         """Export spans of this module."""

@@ -30,7 +30,7 @@ def set_up(
     sampler = LinkedRoots(TracerProvider(resource=resource, shutdown_on_exit=False).sampler)
     limits = SpanLimits()
     encoder = Encoder(resource, limits)
-    processors = [_processor(one, encoder, resource, limits) for one in exporters]
+    processors = [_processor(one, encoder, resource) for one in exporters]
     trace.set_tracer_provider(Tracers(sampler, processors))
 
     def close(processor: BatchSpanProcessor) -> None:
@@ -60,9 +60,7 @@ class _Processor(BatchSpanProcessor):
         self._batch_processor.emit(span)
 
 
-def _processor(
-    exporter: SpanExporter, encoder: Encoder, resource: Resource, limits: SpanLimits
-) -> BatchSpanProcessor:
+def _processor(exporter: SpanExporter, encoder: Encoder, resource: Resource) -> BatchSpanProcessor:
     """Return a processor that sends our spans as *exporter* does."""
     # The SDK's exporters for OTLP have no parameter for the encoder, but all find it by this name.
     module: Any = sys.modules[type(exporter).__module__]
@@ -73,4 +71,4 @@ def _processor(
             sender._stub = _Stub
             sender._client = _Stub(sender._channel)
         return _Processor(exporter)
-    return _Processor(ReadableExporter(exporter, resource, limits))
+    return _Processor(ReadableExporter(exporter, resource))
