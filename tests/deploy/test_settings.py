@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 import pytest
+import yaml
 
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.router.settings import Settings as RouterSettings
@@ -142,6 +143,31 @@ def test_router_batchers_and_workers_agree_on_names_and_models(name: str) -> Non
 
     assert dict(router.tier_targets()) == {tier: [target] for tier, target in tiers.items()}
     assert set(tiers.values()) < served
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_no_component_replaces_what_an_overlay_sets(name: str) -> None:
+    maps = {
+        each.partition("-")[0]: found["data"] for each, found in of_kind(overlay(name), "ConfigMap").items()
+    }
+    written = yaml.safe_load((K8S / "overlays" / name / "kustomization.yaml").read_text())
+    for generator in written.get("configMapGenerator", ()):
+        for literal in generator.get("literals", ()):
+            key, _, value = literal.partition("=")
+            assert maps[generator["name"]][key] == value
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_routers_share_quotas_on_the_port_where_they_show_certificates(name: str) -> None:
+    (router,) = (
+        settings_of(overlay(name), each)
+        for each in services(overlay(name)).values()
+        if container(each)["name"] == "router"
+    )
+    assert isinstance(router, RouterSettings)
+
+    port = router.mtls_port or router.port
+    assert all(peer.endswith(f":{port}") for peer in filter(None, router.quota_peers.split(",")))
 
 
 def test_settings_in_the_comments_and_the_readme_of_k8s_exist() -> None:
