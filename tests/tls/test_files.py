@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
+from headrace.cli.launch.certificates import AUTHORITY_DAYS, CA, issue
 from headrace.tls.files import BadTls, TlsFiles, TlsReader
 from tests.certificates import Certificates, issued, replace
 
@@ -116,6 +118,8 @@ def broken(certificates: Certificates, how: str) -> TlsFiles:
             return files_of(certificates, ca=certificates.folder / "none.pem")
         case "no authority":
             certificates.ca.write_text("nothing")
+        case "not ASCII":
+            certificates.ca.write_bytes("Főtanúsítvány".encode())
         case "no key":
             return files_of(certificates, key=None)
         case "no certificate":
@@ -142,6 +146,7 @@ def encrypted(key: bytes) -> bytes:
     [
         ("missing", "cannot read .*none.pem: No such file"),
         ("no authority", "ca.pem contains no certificates in PEM format"),
+        ("not ASCII", "ca.pem contains no certificates in PEM format"),
         ("no key", "a certificate needs its private key"),
         ("no certificate", "router.pem and .*router.key cannot be used: .*not in PEM format"),
         ("other key", "the key is not that of the certificate"),
@@ -153,6 +158,23 @@ def test_files_that_cannot_be_used_are_named_with_the_cause(
 ) -> None:
     with pytest.raises(BadTls, match=message):
         TlsReader(broken(certificates, how))
+
+
+def test_the_authority_of_a_folder_outlives_what_it_issues(tmp_path: Path) -> None:
+    issue(tmp_path, ["router"], days=1)
+    issue(tmp_path, ["router"], days=30)
+    ca, cert = (x509.load_pem_x509_certificate((tmp_path / name).read_bytes()) for name in (CA, "router.pem"))
+
+    assert ca.not_valid_after_utc > cert.not_valid_after_utc
+    with pytest.raises(ValueError, match="expires in"):
+        issue(tmp_path, ["router"], days=2 * AUTHORITY_DAYS)
+
+
+def test_authorities_may_have_comments_in_any_language(certificates: Certificates) -> None:
+    data = "# Főtanúsítvány\n".encode() + certificates.ca.read_bytes()
+    certificates.ca.write_bytes(data)
+
+    assert TlsReader(files_of(certificates)).current().ca == data
 
 
 def test_keys_are_readable_for_their_owner_only(certificates: Certificates) -> None:

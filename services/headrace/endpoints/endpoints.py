@@ -82,6 +82,7 @@ class Endpoints:
         self._resolving: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._recovering: asyncio.Task[None] | None = None
+        self._waiting = 0  # calls that wait for it
         self._closing: set[asyncio.Task[None]] = set()
         self._answered: OrderedDict[str, Endpoint] = OrderedDict()
         self._salt = secrets.token_bytes(8)
@@ -126,9 +127,16 @@ class Endpoints:
         if self._spread is None or not self._current:
             await reconnected(self._home.channel)
             return
-        if self._recovering is None:  # one for all calls that wait
-            self._recovering = _background(self._recover())
-        await asyncio.shield(self._recovering)
+        if self._recovering is None or self._recovering.done():
+            self._recovering = _background(self._recover())  # one for all calls that wait
+        self._waiting += 1
+        try:
+            await asyncio.shield(self._recovering)
+        finally:
+            self._waiting -= 1
+            if not self._waiting and self._recovering is not None:
+                self._recovering.cancel()
+                self._recovering = None
 
     def remember(self, request_id: str, endpoint: Endpoint) -> None:
         """Remember which server gives the answer to a request."""
@@ -203,12 +211,9 @@ class Endpoints:
 
     async def _recover(self) -> None:
         """Wait until an address is connected, or the target is left to gRPC."""
-        try:
-            while self._current and not any(endpoint.ready for endpoint in self._current.values()):
-                self._resolve_if_due(URGENT_SECONDS)
-                await asyncio.sleep(CHECK_SECONDS)
-        finally:
-            self._recovering = None
+        while self._current and not any(endpoint.ready for endpoint in self._current.values()):
+            self._resolve_if_due(URGENT_SECONDS)
+            await asyncio.sleep(CHECK_SECONDS)
 
     async def _connect_any(self) -> None:
         """Wait until an address is connected, all have failed, or CONNECT_SECONDS have passed."""

@@ -80,11 +80,16 @@ class RotatingChannel(grpc.aio.Channel):
     async def channel_ready(self) -> None:
         """Wait until the channel for new calls is connected, possibly with files that are yet to come."""
         while True:
+            generation = self.fresh()
             try:
                 async with asyncio.timeout(max(self._reader.check_seconds, _LEAST_WAIT_SECONDS)):
-                    return await self.fresh().channel.channel_ready()
+                    return await generation.channel.channel_ready()
             except TimeoutError:
                 continue
+            except grpc.aio.UsageError:
+                if generation is self._current:
+                    raise
+                # Another task has replaced the channel, which closed this one.
 
     def unary_unary(self, *args: Any, **options: Any) -> Any:
         """See grpc.aio.Channel."""

@@ -134,8 +134,8 @@ def _verify(files: TlsFiles, ca: bytes | None) -> None:
         raise BadTls("a certificate needs its private key, and a key its certificate")
     if ca is not None:
         try:
-            context.load_verify_locations(cadata=ca.decode("latin-1"))
-        except (ssl.SSLError, ValueError) as error:
+            context.load_verify_locations(cafile=files.ca)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise BadTls(f"{files.ca} contains no certificates in PEM format") from error
     if files.cert is not None:
         try:

@@ -157,6 +157,24 @@ async def test_tokens_of_an_unknown_key_that_arrive_together_cause_one_fetch() -
             assert server.fetches == 2
 
 
+async def test_tokens_that_arrive_during_a_fetch_cause_no_other_one() -> None:
+    clock = Clock()
+    with published(jwks(FIRST)) as server:
+        async with watched(server.url, clock=clock) as keys:
+            await eventually(lambda: keys.generation == 1)
+            clock.now += module.RETRY_SECONDS
+            server.go.clear()
+            waiting = [asyncio.create_task(knows(keys, SECOND))]
+            await eventually(lambda: server.fetches == 2)
+            waiting += [asyncio.create_task(knows(keys, SECOND)) for _ in range(3)]
+            await asyncio.sleep(0)
+            server.go.set()
+            assert await asyncio.gather(*waiting) == [False] * 4
+            clock.now += module.RETRY_SECONDS
+            assert not await knows(keys, SECOND)
+            assert server.fetches == 3
+
+
 @pytest.mark.parametrize("body", [None, b"no keys", b'{"keys": []}', b" " * (module.MAX_BYTES + 1)])
 async def test_an_outage_of_the_server_keeps_the_last_keys(body: bytes | None) -> None:
     clock = Clock()

@@ -29,6 +29,7 @@ CLIENT = "admin"  # the role of the person who runs the mesh
 ROLES = ("router", "batcher", "worker", CLIENT)
 DOMAIN = "spiffe://headrace/"
 HOSTS = ("localhost", "127.0.0.1", "::1")
+AUTHORITY_DAYS = 3650.0  # of an authority that is kept
 _EARLIER = datetime.timedelta(hours=1)  # for clocks that are late
 
 
@@ -77,9 +78,10 @@ def issue(
     Raises OSError, and ValueError for an authority that cannot be used.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    authority = _read_authority(folder) if keep_authority else None
+    authority = _read_authority(folder, days) if keep_authority else None
     if authority is None:
-        authority = _new_authority(days)
+        # One that is kept signs further certificates, so it outlives the first ones.
+        authority = _new_authority(max(days, AUTHORITY_DAYS) if keep_authority else days)
         _write(folder / CA, _pem(authority.certificate))
         if keep_authority:
             _write_key(folder / _CA_KEY, authority.key)
@@ -184,7 +186,7 @@ def _host_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _read_authority(folder: Path) -> Authority | None:
+def _read_authority(folder: Path, days: float) -> Authority | None:
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -196,6 +198,12 @@ def _read_authority(folder: Path) -> Authority | None:
         return None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
         raise ValueError(f"{folder / _CA_KEY} is not the key of {folder / CA}")
+    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    if left < datetime.timedelta(days=days):
+        raise ValueError(
+            f"the authority in {folder / CA} expires in {left.days} days, before its certificates: issue "
+            "certificates with a new one in another folder, and add it to the files that services trust"
+        )
     return Authority(certificate, key)
 
 

@@ -46,7 +46,7 @@ class Thresholds:
         self._scorer = scorer
         self._path = path
         self._now = list(fixed)
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None
         seen: tuple[float, ...] = ()
         if path is not None:
             self._stamp = stamp_of(path)

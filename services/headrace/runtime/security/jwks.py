@@ -152,7 +152,8 @@ class KeySource:
 
     async def _next_fetch(self) -> None:
         ended = self._fetched
-        self._wanted.set()
+        if not self._fetching:
+            self._wanted.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(2 * FETCH_SECONDS):
                 await ended.wait()

@@ -24,13 +24,15 @@ class BadFile(Exception):
 class WatchedFile:
     """A file whose content is passed to *use*, which raises BadFile if it is not usable.
 
+    *use* is called at the start, and later on another thread: a large file takes long to parse.
+
     Call `load` at the start, and run `watch` as a task afterwards.
     """
 
     def __init__(self, path: Path, use: Callable[[bytes], None]) -> None:
         self._path = path
         self._use = use
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None
 
     def load(self) -> None:
         """Read the file. Raises BadFile."""
@@ -45,12 +47,12 @@ class WatchedFile:
 
     async def refresh(self) -> None:
         """Read the file if it has changed."""
-        stamp = await asyncio.to_thread(stamp_of, self._path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
         try:
-            self._use(await asyncio.to_thread(_read, self._path))
+            stamp = await asyncio.to_thread(stamp_of, self._path)
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            await asyncio.to_thread(lambda: self._use(_read(self._path)))
         except Exception as error:  # of others than BadFile, the text may contain values of the file
             problem = str(error) if isinstance(error, BadFile) else type(error).__name__
             log.error(
@@ -61,13 +63,14 @@ class WatchedFile:
             log.info("file read again", extra={"file": str(self._path)})
 
 
-def stamp_of(path: Path) -> tuple[int, int, int] | None:
+def stamp_of(path: Path) -> tuple[int, ...] | None:
     """Return a value that changes with the file; a file that replaces it has another inode. None: no file."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    # The time of the last change also changes with the permissions, which may have prevented reading.
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _read(path: Path) -> bytes:

@@ -11,6 +11,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, aclosing
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import grpc
@@ -21,6 +22,7 @@ from headrace.runtime.security.guard import Peer
 from headrace.runtime.security.identity import acting_as
 from headrace.runtime.serving.calls import Calls, drop_frames, end_of_call, reported
 from headrace.runtime.serving.fair_semaphore import FairSemaphore, Permit
+from headrace.runtime.serving.inflight import InflightBudget
 from headrace.runtime.serving.memory_reclaim import Reclaimer
 from headrace.runtime.serving.request_message import parser, read_message
 from headrace.runtime.serving.servicer_context import StreamingContext
@@ -29,6 +31,9 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 HEADRACE_METHODS = "/headrace."  # prefix
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+# The part of the calls that may watch the health, beside all others: anybody may, and for any time.
+WATCH_SHARE = 0.25
 
 # Calls start in a fair order, and a few at a time. A call is starting from its admission until its first
 # response, or until START_SECONDS after its message was read. Hundreds of calls that one caller opens at once
@@ -54,7 +59,11 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         self._calls = calls
         self._guard = calls.guard
         self._budget = calls.budget
+        limits = calls.budget.limits
+        self._watches = InflightBudget(replace(limits, max_calls=int(limits.max_calls * WATCH_SHARE)))
         self._starting = FairSemaphore(MAX_STARTING)
+        # Of what needs no credentials, so that it delays no request.
+        self._starting_untracked = FairSemaphore(MAX_STARTING)
         self._starting_long = FairSemaphore(1)
         self._reclaimer = Reclaimer()
         self._untracked = untracked
@@ -80,6 +89,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         around = self._translated if untracked else self._traced
         limit = SMALL_BYTES if untracked else self._budget.limits.max_message_bytes
         # Probes are exempt: if they were rejected under load, the server would be taken for dead.
+        starting = self._starting_untracked if untracked else self._starting
+        budget = self._watches if method == HEALTH_WATCH else self._budget
         exempt = method == HEALTH_CHECK or (untracked and headrace and not handler.request_streaming)
 
         async def respond(requests: Any, context: Any) -> Any:
@@ -94,7 +105,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                     identity = await self._guard.identify(
                         method, context.invocation_metadata() or (), Peer(peer, context.auth_context())
                     )
-                    reservation = stack.enter_context(self._budget.admit(peer, exempt=exempt))
+                    reservation = stack.enter_context(budget.admit(peer, exempt=exempt))
                 except errors.HeadraceError as error:
                     record_refusal(error)
                     raise
@@ -102,7 +113,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                 try:
                     if handler.request_streaming:
                         return await answer(requests, context)
-                    permit = await self._starting.acquire(peer)
+                    permit = await starting.acquire(peer)
                     try:
                         data = await read_message(context, reservation, limit, permit)
                         if len(data) >= LONG_BYTES:

@@ -1,0 +1,67 @@
+"""A file that is read again when it changes, whatever prevented reading it before."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from headrace.runtime.security import watched_file
+from headrace.runtime.security.watched_file import BadFile, WatchedFile
+
+
+async def test_a_file_whose_permissions_are_corrected_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "file", list[bytes]()
+    path.write_bytes(b"old")
+    file = WatchedFile(path, seen.append)
+    file.load()
+    path.write_bytes(b"new")
+    with monkeypatch.context() as patched:
+        patched.setattr(watched_file, "_read", _unreadable)  # tests may run as root, who reads everything
+        path.chmod(0o000)
+        await file.refresh()
+    assert seen == [b"old"]
+
+    path.chmod(0o600)
+    await file.refresh()
+    assert seen == [b"old", b"new"]
+
+
+async def test_a_changed_file_is_parsed_beside_the_event_loop(tmp_path: Path) -> None:
+    path, threads = tmp_path / "file", list[int]()
+    path.write_bytes(b"old")
+    file = WatchedFile(path, lambda data: threads.append(threading.get_ident()))
+    file.load()
+    path.write_bytes(b"longer")
+    await file.refresh()
+
+    assert len(threads) == 2
+    assert threads[1] != threading.get_ident()
+
+
+async def test_a_machine_without_threads_does_not_end_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "file", list[bytes]()
+    path.write_bytes(b"old")
+    file = WatchedFile(path, seen.append)
+    file.load()
+    path.write_bytes(b"longer")
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio, "to_thread", _no_thread)
+        await file.refresh()
+    await file.refresh()
+
+    assert seen == [b"old", b"longer"]
+
+
+def _unreadable(path: Path) -> bytes:
+    raise BadFile("it cannot be read: Permission denied")
+
+
+async def _no_thread(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
