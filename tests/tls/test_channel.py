@@ -162,3 +162,21 @@ async def test_waiting_for_a_connection_ends_when_files_that_the_server_trusts_a
         async with asyncio.timeout(10):
             await waiting
         assert await channel.unary_unary("/t/Once")(b"1") == b"1"
+
+
+async def test_those_who_wait_for_a_connection_go_on_when_the_files_change(
+    certificates: Certificates, tmp_path: Path
+) -> None:
+    right = certificates.ca.read_bytes()
+    async with echo(certificates) as (_, channel, opened):
+        replace(certificates.ca, issued(tmp_path / "other").ca.read_bytes())
+        waiting = [asyncio.create_task(channel.channel_ready()) for _ in range(3)]
+        await eventually(lambda: len(opened) > 1)
+        for number in range(2, 5):  # one of them opens a channel, which closes the one of the others
+            replace(certificates.ca, issued(tmp_path / f"other {number}").ca.read_bytes())
+            await eventually(lambda number=number: len(opened) > number)  # type: ignore[misc]
+        assert not any(task.done() for task in waiting)
+
+        replace(certificates.ca, right)
+        async with asyncio.timeout(10):
+            await asyncio.gather(*waiting)
