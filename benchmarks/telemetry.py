@@ -1,4 +1,4 @@
-"""Measure what telemetry costs: CPU time of a request in each service, and tokens per second.
+"""Measure what telemetry costs: CPU time of a request in each service.
 
     python -m benchmarks.telemetry [--before CHECKOUT]
 
@@ -25,11 +25,10 @@ import asyncio
 import json
 import statistics
 import sys
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent import futures
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import grpc
@@ -56,13 +55,10 @@ CONFIGURATIONS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """One run; `seconds_per_request` is CPU time by process."""
+    """Of one mesh; `seconds_per_request` is CPU time by process."""
 
-    what: str
     requests: int
-    tokens_per_second: float
     seconds_per_request: dict[str, float]
-    others: float
 
     @property
     def services(self) -> float:
@@ -72,10 +68,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Pair:
-    """A mesh with telemetry, and the one without that ran beside it."""
+    """A mesh with telemetry, and the one without that ran beside it; others: the cores of other processes."""
 
     on: Cost
     off: Cost
+    others: float
 
     @property
     def added(self) -> float:
@@ -92,8 +89,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, list[Pair]]:
             for on, off in in_turn(pairs, repetition):
                 both = in_turn([on, off], repetition)
                 async with serving(both, EngineSpec(arguments.step_seconds)) as served:
-                    costs = await _costs(served, arguments)
-                runs[on.name].append(Pair(costs[on.name], costs[off.name]))
+                    runs[on.name].append(await _pair(served, on.name, off.name, arguments))
             figures = ", ".join(f"{name} {each[-1].added:+.1%}" for name, each in runs.items())
             progress(f"run {repetition + 1} of {arguments.repeat}: {figures}")
     return runs
@@ -118,21 +114,21 @@ def _pairs(arguments: argparse.Namespace, endpoint: str) -> list[tuple[System, S
     ]
 
 
-async def _costs(served: Mapping[str, Served], arguments: argparse.Namespace) -> dict[str, Cost]:
-    """Return the cost of each mesh; all are under load at the same time."""
+async def _pair(served: Mapping[str, Served], on: str, off: str, arguments: argparse.Namespace) -> Pair:
+    """Put both meshes under load at the same time, and return the cost of each."""
 
-    async def load(one: Served, seconds: float) -> Cost:
+    async def load(name: str, seconds: float) -> Cost:
+        one = served[name]
         call = lambda number: ask(one.client, number, arguments.tokens)  # noqa: E731
-        before, began = _cpu_seconds(one), time.perf_counter()
+        before = _cpu_seconds(one)
         done = len(await closed_loop(arguments.callers, seconds, call))
-        took, after = time.perf_counter() - began, _cpu_seconds(one)
-        used = {kind: (after[kind] - before[kind]) / done for kind in before}
-        return Cost(one.name, done, done * arguments.tokens / took, used, 0.0)
+        after = _cpu_seconds(one)
+        return Cost(done, {kind: (after[kind] - before[kind]) / done for kind in before})
 
-    await asyncio.gather(*(load(one, WARM_UP_SECONDS) for one in served.values()))
+    await asyncio.gather(load(on, WARM_UP_SECONDS), load(off, WARM_UP_SECONDS))
     async with window(served, arguments.patience) as measured:
-        costs = await asyncio.gather(*(load(one, arguments.seconds) for one in served.values()))
-    return {cost.what: replace(cost, others=measured.others) for cost in costs}
+        costs = await asyncio.gather(load(on, arguments.seconds), load(off, arguments.seconds))
+    return Pair(*costs, measured.others)
 
 
 def _cpu_seconds(served: Served) -> dict[str, float]:
@@ -190,7 +186,7 @@ def show(runs: dict[str, list[Pair]]) -> None:
                 f"{statistics.mean(shares):+.1%}",
                 f"{shares[0]:+.1%} ... {shares[-1]:+.1%}",
                 str(sum(pair.on.requests for pair in pairs)),
-                f"{statistics.median(pair.on.others for pair in pairs):.2f}",
+                f"{statistics.median(pair.others for pair in pairs):.2f}",
             ]
         )
     show_table(

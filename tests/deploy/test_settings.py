@@ -50,6 +50,14 @@ def settings_of(found: Iterable[Resource], deployment: Resource) -> ServiceSetti
         return kind.load([])
 
 
+def router_settings(found: Iterable[Resource]) -> RouterSettings:
+    """Return the settings that the routers read."""
+    (router,) = (each for each in services(found).values() if container(each)["name"] == "router")
+    settings = settings_of(found, router)
+    assert isinstance(settings, RouterSettings)
+    return settings
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.path.name)
 def test_a_file_of_settings_is_complete(file: SettingsFile) -> None:
     """`python -m tests.deploy.settings_files` adds what is missing."""
@@ -101,7 +109,9 @@ def test_the_memory_limit_of_a_pod_covers_what_its_settings_admit(name: str) -> 
         if box["name"] == "worker":  # the model bounds it; requests are token ids
             assert limits.max_inflight_bytes + RUN_STREAMS * limits.max_message_bytes < memory
             continue
-        requests = BYTES_PER_BYTE * limits.max_inflight_bytes + MAX_STARTING * limits.max_message_bytes
+        # Requests, and as many calls of other methods, start at a time.
+        starting = 2 * MAX_STARTING * limits.max_message_bytes
+        requests = BYTES_PER_BYTE * limits.max_inflight_bytes + starting
         assert BASE_BYTES[box["name"]] + requests + BYTES_PER_CALL * limits.max_calls <= memory
 
 
@@ -136,10 +146,7 @@ def test_router_batchers_and_workers_agree_on_names_and_models(name: str) -> Non
             variables = environment(found, services(found)[f"worker-{settings.tier}"])
             assert variables.get(f"{PREFIX}MODEL", "") == settings.model
             tiers[settings.tier] = f"dns:///{each}:{settings.port}"
-    (router,) = (
-        settings_of(found, each) for each in services(found).values() if container(each)["name"] == "router"
-    )
-    assert isinstance(router, RouterSettings)
+    router = router_settings(found)
 
     assert dict(router.tier_targets()) == {tier: [target] for tier, target in tiers.items()}
     assert set(tiers.values()) < served
@@ -159,12 +166,7 @@ def test_no_component_replaces_what_an_overlay_sets(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_routers_share_quotas_on_the_port_where_they_show_certificates(name: str) -> None:
-    (router,) = (
-        settings_of(overlay(name), each)
-        for each in services(overlay(name)).values()
-        if container(each)["name"] == "router"
-    )
-    assert isinstance(router, RouterSettings)
+    router = router_settings(overlay(name))
 
     port = router.mtls_port or router.port
     assert all(peer.endswith(f":{port}") for peer in filter(None, router.quota_peers.split(",")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,20 @@ from headrace.runtime.security import watched_file
 from headrace.runtime.security.watched_file import BadFile, WatchedFile
 
 
+def loaded(folder: Path, use: Callable[[bytes], None]) -> tuple[Path, WatchedFile]:
+    """Return a file that was loaded, whose content is b"old"."""
+    path = folder / "file"
+    path.write_bytes(b"old")
+    file = WatchedFile(path, use)
+    file.load()
+    return path, file
+
+
 async def test_a_file_whose_permissions_are_corrected_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, seen = tmp_path / "file", list[bytes]()
-    path.write_bytes(b"old")
-    file = WatchedFile(path, seen.append)
-    file.load()
+    seen = list[bytes]()
+    path, file = loaded(tmp_path, seen.append)
     path.write_bytes(b"newer")
     with monkeypatch.context() as patched:
         patched.setattr(watched_file, "_read", _unreadable)  # tests may run as root, who reads everything
@@ -34,10 +42,8 @@ async def test_a_file_whose_permissions_are_corrected_is_read(
 
 
 async def test_a_changed_file_is_parsed_beside_the_event_loop(tmp_path: Path) -> None:
-    path, threads = tmp_path / "file", list[int]()
-    path.write_bytes(b"old")
-    file = WatchedFile(path, lambda data: threads.append(threading.get_ident()))
-    file.load()
+    threads = list[int]()
+    path, file = loaded(tmp_path, lambda data: threads.append(threading.get_ident()))
     path.write_bytes(b"longer")
     await file.refresh()
 
@@ -48,10 +54,8 @@ async def test_a_changed_file_is_parsed_beside_the_event_loop(tmp_path: Path) ->
 async def test_a_machine_without_threads_does_not_end_the_watch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, seen = tmp_path / "file", list[bytes]()
-    path.write_bytes(b"old")
-    file = WatchedFile(path, seen.append)
-    file.load()
+    seen = list[bytes]()
+    path, file = loaded(tmp_path, seen.append)
     path.write_bytes(b"longer")
     with monkeypatch.context() as patched:
         patched.setattr(asyncio, "to_thread", _no_thread)

@@ -28,8 +28,7 @@ def set_up(
     """Export spans by all *exporters*; return the functions that close them, within *flush_seconds* each."""
     # The SDK's provider is used for nothing but the sampler of OTEL_TRACES_SAMPLER.
     sampler = LinkedRoots(TracerProvider(resource=resource, shutdown_on_exit=False).sampler)
-    limits = SpanLimits()
-    encoder = Encoder(resource, limits)
+    encoder = Encoder(resource, SpanLimits())
     processors = [_processor(one, encoder, resource) for one in exporters]
     trace.set_tracer_provider(Tracers(sampler, processors))
 
@@ -53,7 +52,9 @@ class _Stub:
 
 
 class _Processor(BatchSpanProcessor):
-    """Queues spans without asking first whether they are sampled: those that are not never end."""
+    """Queues every span that ends. The SDK's asks each for its context first, to leave out those that are not
+    sampled; `spans` records none of them.
+    """
 
     def on_end(self, span: Any) -> None:
         """Queue a span for the exporter's thread."""
