@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.routing import scorer
+from headrace.routing.scoring import scorer
 
 Array = NDArray[np.float64]
 

@@ -33,7 +33,7 @@ from benchmarks.routing.templates import HELD_OUT, questions
 from headrace.routing.drafts import check as draft_check
 from headrace.routing.drafts.check import EVIDENCE, Weights
 from headrace.routing.drafts.features import FEATURES, measure
-from headrace.routing.tradeoff import quality
+from headrace.routing.learning.tradeoff import quality
 
 Array = NDArray[np.float64]
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from benchmarks.routing.data import Family, families
 from benchmarks.routing.train import fit
-from headrace.routing import scorer
-from headrace.routing.fitting import refit
-from headrace.routing.tradeoff import folds, quality
+from headrace.routing.learning.fitting import refit
+from headrace.routing.learning.tradeoff import folds, quality
+from headrace.routing.scoring import scorer
 
 Array = NDArray[np.float64]
 

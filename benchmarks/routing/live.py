@@ -33,8 +33,8 @@ from headrace.models import cache_folder
 from headrace.routing import calibration
 from headrace.routing.calibration import ScoredPrompt
 from headrace.routing.drafts.rules import CascadeRules
-from headrace.routing.score import fingerprint
-from headrace.routing.scorer import load as load_scorer
+from headrace.routing.scoring.score import fingerprint
+from headrace.routing.scoring.scorer import load as load_scorer
 from headrace.v1 import generation_pb2 as pb
 
 HERE = Path(__file__).parent

@@ -22,7 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
 
-from headrace.routing.scorer import load as load_scorer
+from headrace.routing.scoring.scorer import load as load_scorer
 from headrace.routing.share import ShareKeeper
 
 # Of each tier after the first.

@@ -26,8 +26,8 @@ from benchmarks.routing.kinds import (
     open_prompts,
     puzzles,
 )
-from headrace.routing import prompt_features, scorer
-from headrace.routing.fitting import ridge, softmax
+from headrace.routing.learning.fitting import ridge, softmax
+from headrace.routing.scoring import prompt_features, scorer
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.routing.data import Family, families
 from benchmarks.routing.train import fit
-from headrace.routing import scorer
+from headrace.routing.scoring import scorer
 
 
 def asked(about: str, number: int) -> str:

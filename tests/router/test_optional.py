@@ -21,7 +21,7 @@ from headrace.routing import calibration
 from headrace.routing.drafts import arithmetic
 from headrace.routing.drafts import features as draft_features
 from headrace.routing.drafts.check import DraftChecker
-from headrace.routing.scorer import LearnedScorer
+from headrace.routing.scoring.scorer import LearnedScorer
 from headrace.routing.share import ShareKeeper
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, Answer, collect

@@ -28,13 +28,13 @@ from headrace.router.siblings import SharedConversations, Siblings, inboxes
 from headrace.router.state.feedback import TENANT_SHARE, Feedback
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers
-from headrace.routing import scorer
 from headrace.routing.artifact import BadArtifact
 from headrace.routing.calibration import BadCalibration
 from headrace.routing.drafts import check as draft_check
 from headrace.routing.drafts.check import DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
-from headrace.routing.score import Scorer, fingerprint
+from headrace.routing.scoring import scorer
+from headrace.routing.scoring.score import Scorer, fingerprint
 from headrace.runtime import process_info
 from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls

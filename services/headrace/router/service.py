@@ -16,7 +16,7 @@ from headrace.flushing import chooses_flushing
 from headrace.metrics import catalogue
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.quoting import quoted
-from headrace.router.answering.journey import Journey, routing_request, text_of
+from headrace.router.answering.journey import Journey, routing_request, turns_of
 from headrace.router.billing import bill_message
 from headrace.router.chooser import Chooser
 from headrace.router.figures import Figures
@@ -31,7 +31,7 @@ from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import Feedback
 from headrace.router.state.tiers import Tiers
-from headrace.routing.score import UNSCORED, Score, Scorer
+from headrace.routing.scoring.score import UNSCORED, Score, Scorer
 from headrace.runtime.security.identity import current
 from headrace.runtime.serving.calls import Calls, Metadata
 from headrace.v1 import generation_pb2 as pb
@@ -252,7 +252,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         span = _tracer.start_span(attributes.SPAN_SCORE)  # not the current one: nothing below starts a span
         try:
             with optional("scorer"):
-                score = self._scorer.score(text_of(request))
+                score = self._scorer.score_turns(turns_of(request))
                 if not 0 <= score.value <= 1:  # also true of NaN
                     raise ValueError("the score is not between 0 and 1")
                 span.set_attribute(attributes.SCORE, score.value)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from headrace.routing.no_route import NoTierAvailable
 from headrace.routing.request import Hints, allowed_places
-from headrace.routing.score import sigmoid
+from headrace.routing.scoring.score import sigmoid
 from headrace.routing.tier_view import TierView
 
 

@@ -14,8 +14,9 @@ from rich.console import Console
 from headrace.cli.calls.top import Snapshot, money, screen
 from headrace.cli.files.calibrate import read_traffic
 from headrace.client import chat
-from headrace.routing import calibration, scorer
-from headrace.routing.score import fingerprint
+from headrace.routing import calibration
+from headrace.routing.scoring import scorer
+from headrace.routing.scoring.score import fingerprint
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import collect, running_mesh

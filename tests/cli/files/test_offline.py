@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from headrace.cli.__main__ import app
 from headrace.routing.drafts.check import DraftChecker
-from headrace.routing.scorer import LearnedScorer
+from headrace.routing.scoring.scorer import LearnedScorer
 
 runner = CliRunner()
 

@@ -13,9 +13,10 @@ import pytest
 from headrace.client import Client, chat
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings
-from headrace.routing import calibration, scorer
+from headrace.routing import calibration
 from headrace.routing.calibration import Calibration
-from headrace.routing.score import fingerprint
+from headrace.routing.scoring import scorer
+from headrace.routing.scoring.score import fingerprint
 from headrace.runtime.serving.server import StartFailed
 from tests.harness import PATIENCE, collect
 from tests.router.drafts import EASY

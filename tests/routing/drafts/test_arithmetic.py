@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from headrace.routing.drafts.agreement import agreement
 from headrace.routing.drafts.arithmetic import equations, final_answers, numbers, plain
 from headrace.routing.drafts.features import measure
-from headrace.routing.prompt_features import measure as measure_prompt
+from headrace.routing.scoring.prompt_features import measure as measure_prompt
 
 
 @pytest.mark.parametrize(

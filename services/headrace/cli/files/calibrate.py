@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from headrace.routing import calibration, scorer
+from headrace.routing import calibration
 from headrace.routing.calibration import BadCalibration, Point, ScoredPrompt
-from headrace.routing.score import Scorer, fingerprint
+from headrace.routing.scoring import scorer
+from headrace.routing.scoring.score import Scorer, fingerprint
 
 _LINES = 21  # of the table; the trade-off has more points
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headrace.cli.files.rows import BadRow, read_rows
-from headrace.routing import fitting, scorer
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.drafts import check as draft_check
+from headrace.routing.learning import fitting
 from headrace.routing.policy import decide
 from headrace.routing.request import Hints
-from headrace.routing.score import UNSCORED
+from headrace.routing.scoring import scorer
+from headrace.routing.scoring.score import UNSCORED
 from headrace.routing.tier_view import TierView, even_thresholds
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from headrace.routing.score import Score
+    from headrace.routing.scoring.score import Score
 
 _FEATURES = 3  # in a reason
 

@@ -30,7 +30,8 @@ from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.tiers import Tier, Tiers
 from headrace.routing.policy import Decision
 from headrace.routing.request import Hints, RoutingRequest
-from headrace.routing.score import UNSCORED, Score
+from headrace.routing.scoring.conversation import Turn
+from headrace.routing.scoring.score import UNSCORED, Score
 from headrace.v1 import generation_pb2 as pb
 
 _NO_HINTS = Hints()
@@ -272,12 +273,15 @@ def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequ
     return outgoing
 
 
-def text_of(request: pb.GenerateRequest) -> str:
-    """Return the text to score: the raw prompt, or the user's last message.
+def turns_of(request: pb.GenerateRequest) -> list[Turn]:
+    """Return the turns to score: those of the chat, or the raw prompt."""
+    if request.HasField("chat"):
+        return [Turn(message.role, message.content) for message in request.chat.messages]
+    return [Turn("user", request.prompt)]
 
-    The system prompt and earlier turns are the same for many requests. They describe the application more
-    than the question.
-    """
+
+def text_of(request: pb.GenerateRequest) -> str:
+    """Return the text that a draft answers: the raw prompt, or the user's last message."""
     if request.HasField("chat"):
         messages = request.chat.messages
         for turn in reversed(messages):

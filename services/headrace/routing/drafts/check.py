@@ -21,7 +21,7 @@ from typing import Any
 
 from headrace.routing.artifact import BadArtifact
 from headrace.routing.drafts.features import FEATURES, measure
-from headrace.routing.score import Feature, sigmoid
+from headrace.routing.scoring.score import Feature, sigmoid
 
 FORMAT = 2  # of the weights' file
 SHIPPED = Path(__file__).parent.parent / "artifacts" / "draft_check.json"

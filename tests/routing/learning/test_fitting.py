@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headrace.routing import prompt_features, scorer
-from headrace.routing.fitting import refit, ridge, softmax
-from headrace.routing.tradeoff import Array, quality
+from headrace.routing.learning.fitting import refit, ridge, softmax
+from headrace.routing.learning.tradeoff import Array, quality
+from headrace.routing.scoring import prompt_features, scorer
 
 shipped = scorer.load().model
 FEATURES = len(prompt_features.NAMES)

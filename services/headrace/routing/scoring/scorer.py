@@ -9,21 +9,23 @@ needs only numpy. `fitting.py` fits and refits the models.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.routing import prompt_features
 from headrace.routing.artifact import BadArtifact
-from headrace.routing.score import Score, sigmoid
+from headrace.routing.scoring import prompt_features
+from headrace.routing.scoring.conversation import Earlier, Turn
+from headrace.routing.scoring.score import Score, sigmoid
 
 Array = NDArray[np.float64]
 
 FORMAT = 1  # of the artifact's file
 KIND = "scorer"
-SHIPPED = Path(__file__).parent / "artifacts" / "scorer.json"
+SHIPPED = Path(__file__).parents[1] / "artifacts" / "scorer.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,11 @@ class LearnedScorer:
         return Score(
             sigmoid(bias + sum(log_odds)), bias, self._names, (*kinds.tolist(), *features.tolist()), log_odds
         )
+
+    def score_turns(self, turns: Sequence[Turn], earlier: Earlier | None = None) -> Score:
+        """See `Scorer.score_turns`."""
+        users = [turn for turn in turns if turn.role == "user"]
+        return self.score((users or turns)[-1].text)
 
 
 def read(text: str) -> Array:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from headrace.routing.scoring.conversation import Earlier, Turn
+from headrace.routing.success.estimate import Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,8 @@ class Score:
     """A score and its explanation: ln(value / (1 - value)) is bias plus the sum of all log_odds.
 
     names, values, log_odds   of each feature, as in `Feature`; `features` has those that are present
+    continues   how much the last turn depends on earlier ones, from 0 (not at all) to 1 ("yes, go on")
+    estimates   by tier; empty unless the scorer was fitted to outcomes of tiers
     """
 
     value: float
@@ -37,6 +43,8 @@ class Score:
     names: tuple[str, ...] = ()
     values: tuple[float, ...] = ()
     log_odds: tuple[float, ...] = ()
+    continues: float = 0.0
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -54,6 +62,14 @@ class Scorer(Protocol):
 
     def score(self, text: str) -> Score:
         """Score the text of a prompt of any length."""
+        ...
+
+    def score_turns(self, turns: Sequence[Turn], earlier: Earlier | None = None) -> Score:
+        """Score the last turn of the user, in the light of the turns that it refers to.
+
+        turns     oldest first, at least one
+        earlier   what the router remembers of the conversation; None: nothing
+        """
         ...
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from headrace.routing import lexicon
+from headrace.routing.scoring import lexicon
 
 _HEAD, _TAIL = 3_000, 1_000  # characters that are read of a long prompt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from headrace.routing.tradeoff import quality, recovered
+from headrace.routing.learning.tradeoff import quality, recovered
 
 RNG = np.random.default_rng(0)
 WEAK = (RNG.random(4000) < 0.6).astype(float)

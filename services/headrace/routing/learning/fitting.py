@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.routing.scorer import Model
-from headrace.routing.tradeoff import Quality, folds, quality
+from headrace.routing.learning.tradeoff import Quality, folds, quality
+from headrace.routing.scoring.scorer import Model
 
 Array = NDArray[np.float64]
 

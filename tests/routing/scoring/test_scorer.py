@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.routing import prompt_features, scorer
 from headrace.routing.artifact import BadArtifact
+from headrace.routing.scoring import prompt_features, scorer
 
 shipped = scorer.load()
 
@@ -242,7 +242,7 @@ def test_lists_and_initials_are_not_choices() -> None:
 
 def test_no_network_model_or_gpu_library_is_loaded_to_score() -> None:
     code = (
-        "import sys; from headrace.routing import scorer; "
+        "import sys; from headrace.routing.scoring import scorer; "
         "from headrace.routing.drafts import check as draft_check; "
         "scorer.load().score('Hi'); draft_check.load().check('a', 'b'); "
         "print(sorted({'torch', 'transformers', 'grpc', 'sklearn'} & set(sys.modules)))"

@@ -1,0 +1,1 @@
+"""Fits scorers to outcomes, and measures how well a score routes."""

@@ -1,0 +1,1 @@
+"""Scores prompts and conversations."""
