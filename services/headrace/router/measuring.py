@@ -95,6 +95,7 @@ class Measuring:
         catalogue.TENANT_REQUESTS.of(**labels, outcome=end.outcome).add()
         if journey is not None:
             _record_bill(journey.bill, labels)
+            journey.ended(end.outcome, now - measured.timing.arrived)
 
 
 def _record_bill(bill: Bill, labels: dict[str, str]) -> None:

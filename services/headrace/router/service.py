@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.quoting import quoted
 from headrace.router.answering.journey import Journey, routing_request, turns_of
 from headrace.router.billing import bill_message
+from headrace.router.changes.answered import Rating, Watchers
 from headrace.router.chooser import Chooser
 from headrace.router.figures import Figures
 from headrace.router.figures import add as add_figures
@@ -31,6 +32,7 @@ from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import Feedback
 from headrace.router.state.tiers import Tiers
+from headrace.routing.scoring.conversation import Turn
 from headrace.routing.scoring.score import UNSCORED, Score, Scorer
 from headrace.runtime.security.identity import current
 from headrace.runtime.serving.calls import Calls, Metadata
@@ -60,6 +62,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     failover_seconds   how long an answer that lost its batcher waits for another one of its tier
     tenants            most tenants that metrics name
     quotas             the limits of tenants; None: there are none
+    watchers           of decisions and their outcomes; None: nobody watches
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         failover_seconds: float = 10.0,
         tenants: int = 20,
         quotas: Quotas | None = None,
+        watchers: Watchers | None = None,
     ) -> None:
+        self._watchers = Watchers() if watchers is None else watchers
         self._measuring = Measuring(
             (tier.name for tier in tiers.tiers),
             tenants=tenants,
@@ -137,9 +142,10 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> None:
         """Send an admitted request to a tier and its answer to *write*. Adds what it used to *bill*."""
         request, left = incoming.request, incoming.time_remaining
+        turns = turns_of(request)
         journey = measured.journey = Journey(
             request,
-            self._score(request),
+            self._score(turns),
             deadline=Deadline.after(self._default_deadline if left is None else left, time.monotonic()),
             hops=hops,
             flusher=None if incoming.framed or chooses_flushing(request) else self._own_calls.flusher,
@@ -149,6 +155,8 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             feedback=self._feedback,
             bill=bill,
             timing=measured.timing,
+            turns=turns,
+            watchers=self._watchers,
         )
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
         try:
@@ -165,7 +173,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         permit(request.request, current())
         if self._quotas is not None:
             await self._quotas.admit_dry_run(current(), request.request)
-        score = self._score(request.request)
+        score = self._score(turns_of(request.request))
         facts = routing_request(request.request, score)
         now = time.monotonic()
         decision = self._chooser.choose(facts, now)
@@ -245,14 +253,15 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         if not rated_before:
             verdict = "good" if quality >= 0.5 else "not_good"
             catalogue.FEEDBACK.of(tier=answer.tier, verdict=verdict).add()
+            self._watchers.rated(Rating(request.tenant, request.request_id, answer.tier, quality))
         return routing.FeedbackResponse(kept=kept, tier=answer.tier)
 
-    def _score(self, request: pb.GenerateRequest) -> Score:
-        """Score the prompt; return `UNSCORED` if the scorer fails."""
+    def _score(self, turns: Sequence[Turn]) -> Score:
+        """Score a prompt or a conversation; return `UNSCORED` if the scorer fails."""
         span = _tracer.start_span(attributes.SPAN_SCORE)  # not the current one: nothing below starts a span
         try:
             with optional("scorer"):
-                score = self._scorer.score_turns(turns_of(request))
+                score = self._scorer.score_turns(turns)
                 if not 0 <= score.value <= 1:  # also true of NaN
                     raise ValueError("the score is not between 0 and 1")
                 span.set_attribute(attributes.SCORE, score.value)

@@ -62,6 +62,7 @@ class Decision:
     wanted       place of the tier that the score asks for, before hints and the tiers' state
     place        place of the chosen tier
     escalations  names of the larger tiers that may replace it, nearest first
+    propensity   probability with which this tier was chosen, 0 to 1: below 1 if chance decided
     considered   for `why` and `candidates`, which are made when they are read: few decisions are explained
     """
 
@@ -70,6 +71,7 @@ class Decision:
     place: int
     escalations: tuple[str, ...]
     considered: Considered
+    propensity: float = 1.0
 
     @property
     def why(self) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from headrace.quoting import quoted
 from headrace.routing.no_route import ConflictingHints, NoSuchModel, NoSuchTier, NoTierAvailable
+from headrace.routing.success.estimate import Estimate
 from headrace.routing.tier_view import TierView
 
 
@@ -35,6 +36,9 @@ class RoutingRequest:
     max_tokens  the most tokens that its answer may have; None if it does not say
     cascade     whether its answer may be held back and checked; None: as the router is configured
     resumes     it continues an answer that one model has begun
+    continues   how much it depends on earlier turns, 0 to 1; see `Score`
+    estimates   by tier; empty unless the scorer was fitted to outcomes of tiers
+    arm         the scorer that scored it: empty for the one in use, "canary" for a candidate
     """
 
     score: float
@@ -45,6 +49,9 @@ class RoutingRequest:
     cascade: bool | None = None
     resumes: bool = False
     scored: bool = True
+    continues: float = 0.0
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    arm: str = ""
 
     @property
     def counts(self) -> bool:
@@ -77,11 +84,11 @@ def allowed_places(hints: Hints, tiers: Sequence[TierView]) -> tuple[list[int], 
 def _bounded(hints: Hints, tiers: Sequence[TierView]) -> list[int]:
     """Return the places from min_tier to max_tier."""
     places = {tier.name: place for place, tier in enumerate(tiers)}
-    for field in ("tier", "min_tier", "max_tier"):
-        name = getattr(hints, field)
+    for hint in ("tier", "min_tier", "max_tier"):
+        name = getattr(hints, hint)
         if name and name not in places:
             raise NoSuchTier(
-                f"routing.{field} is {quoted(name)}; the tiers are {', '.join(places)}", f"routing.{field}"
+                f"routing.{hint} is {quoted(name)}; the tiers are {', '.join(places)}", f"routing.{hint}"
             )
     low = places[hints.min_tier] if hints.min_tier else 0
     high = places[hints.max_tier] if hints.max_tier else len(tiers) - 1

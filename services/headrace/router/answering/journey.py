@@ -23,6 +23,7 @@ from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
 from headrace.router.answering.cascade import Draft, HoldBack, cascade
 from headrace.router.billing import bill_message
+from headrace.router.changes.answered import MAX_TEXT, Answered, Watchers
 from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
 from headrace.router.state.bills import Bill
@@ -62,8 +63,11 @@ class Journey:
         feedback: Feedback,
         bill: Bill,
         timing: Timing,
+        turns: Sequence[Turn],
+        watchers: Watchers,
     ) -> None:
         self._text = text_of(request)
+        self._turns, self._score = turns, score
         self._facts = routing_request(request, score)
         self._shows_logprobs = request.sampling.logprobs
         self._may_draft = chooser.rules.allow(self._facts)
@@ -72,6 +76,9 @@ class Journey:
         )
         self.bill = bill
         self.finish = ""
+        self._watchers = watchers
+        self._watched = _Text() if watchers.wants_text(self.outgoing.request, self._facts) else None
+        self._first_decision: Decision | None = None
         self._timing = timing
         self._tiers = tiers
         self._chooser = chooser
@@ -103,6 +110,28 @@ class Journey:
         finally:
             self._bill_partial_answer()
 
+    def ended(self, outcome: str, seconds: float) -> None:
+        """Report to the watchers that the request has ended.
+
+        outcome   "ok", or the class of the error
+        seconds   since the request arrived
+        """
+        self._watchers.answered(
+            Answered(
+                request=self.outgoing.request,
+                turns=self._turns,
+                score=self._score,
+                facts=self._facts,
+                decision=self._first_decision,
+                tier=self._tier,
+                finish=self.finish,
+                outcome=outcome,
+                text=self._watched.text if self._watched is not None else "",
+                bill=self.bill,
+                seconds=seconds,
+            )
+        )
+
     # For `attempts`.
 
     def choose(self, rejected: Sequence[str], failed: Collection[str]) -> Tier:
@@ -115,6 +144,7 @@ class Journey:
             rejected=rejected,
         )
         if self._decision is None:
+            self._first_decision = decision
             with optional("thresholds"):
                 self._chooser.record_decision(self._facts, decision)
         self._decision = decision
@@ -203,6 +233,8 @@ class Journey:
             self._delivered += delta.token_count
             if delta.token_count:
                 self._timing.add(delta.token_count, time.monotonic())
+            if self._watched is not None:
+                self._watched.add(delta.text)
             if not self._shows_logprobs:
                 delta.ClearField("logprobs")
         elif event == "accepted":
@@ -260,6 +292,23 @@ class Journey:
         )
 
 
+class _Text:
+    """The beginning of an answer."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._left = MAX_TEXT
+
+    @property
+    def text(self) -> str:
+        return "".join(self._parts)
+
+    def add(self, text: str) -> None:
+        if self._left > 0:
+            self._parts.append(text[: self._left])
+            self._left -= len(text)
+
+
 def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequest:
     """Return the request for batchers: with id and seed, and with *logprobs* if drafts may be checked."""
     outgoing = pb.GenerateRequest()
@@ -297,6 +346,8 @@ def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest
     return RoutingRequest(
         score=score.value,
         scored=score is not UNSCORED,
+        continues=score.continues,
+        estimates=score.estimates,
         hints=_hints(hints) if request.HasField("routing") else _NO_HINTS,
         tenant=hints.tenant,
         session=hints.session_id,

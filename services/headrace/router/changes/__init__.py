@@ -1,0 +1,1 @@
+"""Watches decisions and their outcomes, and changes the scorer safely: log, shadow, judge and canary."""
