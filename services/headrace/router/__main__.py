@@ -15,6 +15,8 @@ from headrace.channel import open_channel
 from headrace.client import LIST_TIERS
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
+from headrace.router.changes.answered import Watchers
+from headrace.router.changes.decision_log import DecisionLog
 from headrace.router.chooser import Chooser
 from headrace.router.figures import Figures
 from headrace.router.processes import prefork
@@ -81,6 +83,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     quotas = _load_quotas(settings, tiers, siblings, secured.calls)
     calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     figures = Figures([tier.name for tier in tiers.tiers], siblings)
+    decisions = _open_decision_log(settings, fingerprint(scores))
     servicer = RouterServicer(
         tiers,
         scores,
@@ -93,6 +96,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         failover_seconds=settings.failover_seconds,
         tenants=settings.metrics_tenants,
         quotas=quotas,
+        watchers=Watchers([decisions] if decisions is not None else []),
     )
     admin = AdminServicer(tiers, conversations, calls.requests, figures)
 
@@ -107,6 +111,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         tiers.watching(),
         siblings.listening(),
         quotas.running(settings.poll_seconds) if quotas is not None else nullcontext(),
+        decisions.running() if decisions is not None else nullcontext(),
         asyncio.TaskGroup() as tasks,
         serving(
             register,
@@ -159,6 +164,23 @@ def _open_feedback(settings: Settings) -> Feedback:
         )
     except OSError as error:
         raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
+
+
+def _open_decision_log(settings: Settings, scorer: str) -> DecisionLog | None:
+    """Open the file of decisions. Raises StartFailed."""
+    if settings.decision_log is None:
+        return None
+    try:
+        return DecisionLog(
+            settings.decision_log,
+            max_bytes=int(settings.decision_log_megabytes * 1e6),
+            text=settings.decision_log_text,
+            scorer_of=lambda arm: scorer,
+        )
+    except OSError as error:
+        raise StartFailed(
+            f"--decision-log {settings.decision_log} cannot be written: {error.strerror}"
+        ) from error
 
 
 def _load_quotas(

@@ -184,6 +184,10 @@ class Settings(CalledServiceSettings):
         self.quota_targets()
         if self.decision_log is None and self.decision_log_text:
             raise ValueError("HEADRACE_DECISION_LOG_TEXT needs HEADRACE_DECISION_LOG (or --decision-log)")
+        if self.decision_log is not None and self.decision_log == self.feedback:
+            raise ValueError(
+                "HEADRACE_DECISION_LOG (or --decision-log) and HEADRACE_FEEDBACK are the same file: use two"
+            )
         if self.processes > 1 and sys.platform != "linux":
             raise ValueError("HEADRACE_PROCESSES (or --processes) above 1 needs Linux: run several routers")
         if self.metrics_port + self.processes > 65536:

@@ -19,7 +19,7 @@ from headrace.routing.tier_view import Price, TierView
 from tests.routing.test_policy import hints_for, seconds, tier_lists
 
 SMALL, LARGE = TierView("small", 0.0), TierView("large", 0.5)
-STEPS = 4000  # of a grid of draws
+STEPS = 400  # of a grid of draws
 
 
 @given(data=st.data(), tiers=tier_lists(), score=st.floats(0, 1), left=seconds, share=st.floats(0.01, 1))
