@@ -83,7 +83,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     quotas = _load_quotas(settings, tiers, siblings, secured.calls)
     calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     figures = Figures([tier.name for tier in tiers.tiers], siblings)
-    decisions = _open_decision_log(settings, fingerprint(scores))
+    decisions = _open_decision_log(settings)
     servicer = RouterServicer(
         tiers,
         scores,
@@ -166,7 +166,7 @@ def _open_feedback(settings: Settings) -> Feedback:
         raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
 
 
-def _open_decision_log(settings: Settings, scorer: str) -> DecisionLog | None:
+def _open_decision_log(settings: Settings) -> DecisionLog | None:
     """Open the file of decisions. Raises StartFailed."""
     if settings.decision_log is None:
         return None
@@ -175,7 +175,6 @@ def _open_decision_log(settings: Settings, scorer: str) -> DecisionLog | None:
             settings.decision_log,
             max_bytes=int(settings.decision_log_megabytes * 1e6),
             text=settings.decision_log_text,
-            scorer_of=lambda arm: scorer,
         )
     except OSError as error:
         raise StartFailed(

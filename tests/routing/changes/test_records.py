@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -148,6 +149,16 @@ def test_a_rating_is_about_the_tenants_last_request_before_it() -> None:
     assert first.qualities == {("caller", "small"): 0.0}
     assert second.qualities == {("caller", "small"): 1.0, ("judge", "large"): 0.5}
     assert other.qualities == {}
+
+
+def test_a_rating_that_names_its_answer_is_about_no_other() -> None:
+    first, second, third = (
+        replace(at(time), answer=name) for time, name in ((1.0, "a"), (2.0, "b"), (3.0, ""))
+    )
+    join([first, second, third, Rated(9.0, "", "q1", "small", 0.5, "caller", "a")])
+    join([first, second, third, Rated(9.0, "", "q1", "small", 0.5, "caller", "unknown")])
+
+    assert [one.qualities for one in (first, second, third)] == [{("caller", "small"): 0.5}, {}, {}]
 
 
 def test_of_two_ratings_by_one_source_the_last_counts() -> None:

@@ -64,10 +64,11 @@ class Journey:
         bill: Bill,
         timing: Timing,
         turns: Sequence[Turn],
+        scorer: str,
         watchers: Watchers,
     ) -> None:
         self._text = text_of(request)
-        self._turns, self._score = turns, score
+        self._turns, self._score, self._scorer = turns, score, scorer
         self._facts = routing_request(request, score)
         self._shows_logprobs = request.sampling.logprobs
         self._may_draft = chooser.rules.allow(self._facts)
@@ -129,6 +130,8 @@ class Journey:
                 text=self._watched.text if self._watched is not None else "",
                 bill=self.bill,
                 seconds=seconds,
+                answer_id=self._accepted.answer_id if self._accepted is not None else "",
+                scorer=self._scorer,
             )
         )
 
@@ -247,16 +250,23 @@ class Journey:
     def _accept(self, accepted: pb.Accepted) -> None:
         if self._facts.scored:
             accepted.score = self._facts.score
+        accepted.answer_id = uuid.uuid4().hex
         self._accepted = accepted
         # If a rejected draft is released, its tier is not the one that was chosen last.
         self._tier = accepted.tier or self._tier
         with optional("conversations"):
             self._chooser.record_answer(self._facts, self._tier, time.monotonic())
         with optional("feedback"):
-            score = self._facts.score if self._facts.scored else None
             self._feedback.remember(
-                self.outgoing.request.request_id,
-                AnswerRecord(self._tier, score, self._text),
+                AnswerRecord(
+                    accepted.answer_id,
+                    self.outgoing.request.request_id,
+                    self._tier,
+                    self._facts.score if self._facts.scored else None,
+                    self._turns,
+                    self._scorer,
+                    self._facts.arm,
+                ),
                 tenant=self._facts.tenant,
             )
 

@@ -48,7 +48,6 @@ class DecisionLog:
     """The file of decisions. It implements `answered.Watcher`.
 
     text        whether prompts and conversations are written, up to `MAX_TEXT` characters of a request
-    scorer_of   returns the fingerprint of the scorer of an arm
     clock       returns the time, in seconds since 1970
 
     Raises OSError if the file cannot be written.
@@ -60,12 +59,10 @@ class DecisionLog:
         *,
         max_bytes: int,
         text: bool = False,
-        scorer_of: Callable[[str], str] = lambda arm: "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._file = RowFile(path, max_bytes=max_bytes)
         self._text = text
-        self._scorer_of = scorer_of
         self._clock = clock
         self._rows: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
         # Each is changed by one thread alone: rows and characters put, by the loop; taken, by the writer.
@@ -89,8 +86,9 @@ class DecisionLog:
             "time": round(self._clock() - answered.seconds, 3),
             **({"tenant": facts.tenant} if facts.tenant else {}),
             "request": request.request_id,
+            **({"answer": answered.answer_id} if answered.answer_id else {}),
             **({"session": facts.session} if facts.session else {}),
-            "scorer": self._scorer_of(facts.arm),
+            "scorer": answered.scorer,
             **records.of_decision(facts, answered.score, answered.decision),
             "tier": answered.tier,
             "outcome": answered.outcome,
@@ -122,6 +120,7 @@ class DecisionLog:
                     "time": round(self._clock(), 3),
                     **({"tenant": rating.tenant} if rating.tenant else {}),
                     "request": rating.request_id,
+                    **({"answer": rating.answer_id} if rating.answer_id else {}),
                     "tier": rating.tier,
                     "quality": rating.quality,
                     "source": rating.source,

@@ -37,6 +37,7 @@ class Logged:
     id          made by the router, and unique
     time        when it arrived, in seconds since 1970
     request     its request id, which callers may choose and use again
+    answer      id of its answer, made by the router; empty if it has none
     scorer      fingerprint of the scorer; arm: see `RoutingRequest`
     scored, resumes, continues, estimates   see `RoutingRequest`
     reads       digest of the names of the features; see `digest`
@@ -56,6 +57,7 @@ class Logged:
     time: float
     tenant: str
     request: str
+    answer: str
     session: str
     scorer: str
     arm: str
@@ -92,6 +94,7 @@ class Rated:
     tier: str
     quality: float
     source: str
+    answer: str = ""
 
 
 def digest(names: Sequence[str]) -> str:
@@ -156,8 +159,8 @@ def parse(row: Mapping[str, Any]) -> Logged | Rated:
 def join(records: Iterable[Logged | Rated]) -> list[Logged]:
     """Return the requests in the order of their arrival, with their ratings, in any order of *records*.
 
-    A rating is about the tenant's last request of that id before it. Of several ratings of an answer by one
-    source, the last one counts.
+    A rating names its answer. One that does not is about the tenant's last request of that id before it. Of
+    several ratings of an answer by one source, the last one counts.
     """
     requests: list[Logged] = []
     ratings: list[Rated] = []
@@ -167,13 +170,17 @@ def join(records: Iterable[Logged | Rated]) -> list[Logged]:
         else:
             ratings.append(record)
     requests.sort(key=lambda one: one.time)
-    by_key: dict[tuple[str, str], list[Logged]] = {}
+    by_answer = {one.answer: one for one in requests if one.answer}
+    by_request: dict[tuple[str, str], list[Logged]] = {}
     for one in requests:
-        by_key.setdefault((one.tenant, one.request), []).append(one)
+        by_request.setdefault((one.tenant, one.request), []).append(one)
     for rating in sorted(ratings, key=lambda one: one.time):
-        earlier = [one for one in by_key.get((rating.tenant, rating.request), ()) if one.time <= rating.time]
-        if earlier:
-            earlier[-1].qualities[rating.source, rating.tier] = rating.quality
+        rated = by_answer.get(rating.answer)
+        if not rating.answer:
+            namesakes = by_request.get((rating.tenant, rating.request), ())
+            rated = next((one for one in reversed(namesakes) if one.time <= rating.time), None)
+        if rated is not None:
+            rated.qualities[rating.source, rating.tier] = rating.quality
     return requests
 
 
@@ -216,6 +223,7 @@ def _parse_decision(row: Mapping[str, Any]) -> Logged:
         time=float(row["time"]),
         tenant=str(row.get("tenant", "")),
         request=str(row["request"]),
+        answer=str(row.get("answer", "")),
         session=str(row.get("session", "")),
         scorer=str(row.get("scorer", "")),
         arm=str(row.get("arm", "")),
@@ -276,4 +284,5 @@ def _parse_rating(row: Mapping[str, Any]) -> Rated:
         str(row["tier"]),
         quality,
         str(row["source"]),
+        str(row.get("answer", "")),
     )
