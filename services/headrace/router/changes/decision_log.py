@@ -80,6 +80,7 @@ class DecisionLog:
         facts, request = answered.facts, answered.request
         charges = [charge for _, charge in answered.bill.charges]
         cost = answered.bill.cost
+        size = sum(len(turn.text) for turn in answered.turns)
         fields: dict[str, Any] = {
             "kind": records.DECISION,
             "id": uuid.uuid4().hex,
@@ -93,6 +94,7 @@ class DecisionLog:
             "tier": answered.tier,
             "outcome": answered.outcome,
             "finish": answered.finish,
+            "characters": size,
             "tokens": {
                 "prompt": sum(charge.prompt_tokens for charge in charges),
                 "cached": sum(charge.cached_tokens for charge in charges),
@@ -105,7 +107,6 @@ class DecisionLog:
         if not self._text:
             self._add(_Row(fields))
             return
-        size = sum(len(turn.text) for turn in answered.turns)
         if size > MAX_TEXT:
             self._add(_Row({**fields, "text": "too long"}))
         else:

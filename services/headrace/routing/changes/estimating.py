@@ -109,12 +109,10 @@ def compare(sample: Sample, *, bounded: bool = False) -> Comparison:
 
     at_logged = predicted[rows, sample.choice] + seen * error
     at_candidate = predicted[rows, sample.candidate] + weight * seen * error
-    # Few results of one value would otherwise look certain: two results in the middle of the range are added.
-    doubt = _doubt(weight * seen, agrees & known, sample, bounded=bounded)
     unsupported = float((sample.chances[rows, sample.candidate] <= 0).mean())
-    usual = sample.chances.argmax(axis=1)
-    differs = sample.candidate != usual
-    evidence = int((differs & agrees & known).sum())
+    differs = sample.candidate != sample.chances.argmax(axis=1)
+    evidence = differs & agrees & known
+    doubt = _doubt(weight * seen, evidence, sample, bounded=bounded)
     weighted = weight * seen * np.where(known, result, 0.0)
     total = float((weight * seen).sum())
     mean = float(weighted.sum()) / total if total else math.nan
@@ -125,15 +123,15 @@ def compare(sample: Sample, *, bounded: bool = False) -> Comparison:
         rows=len(rows),
         known=int(known.sum()),
         differ=float(differs.mean()),
-        evidence=evidence,
+        evidence=int(evidence.sum()),
         unsupported=unsupported,
         effective_rows=float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else 0.0,
-        logged=_interval(at_logged, sample.clusters),
+        logged=_clip(_interval(at_logged, sample.clusters), bounded=bounded),
         ips=_interval(weighted, sample.clusters, doubt, wider),
         snips=_interval(mean + scale * (weighted - weight * seen * mean), sample.clusters, doubt, wider),
-        dr=_interval(at_candidate, sample.clusters, doubt, wider),
+        dr=_clip(_interval(at_candidate, sample.clusters, doubt, wider), bounded=bounded),
         difference=_interval(at_candidate - at_logged, sample.clusters, doubt, wider),
-        problem=_problem(float(differs.mean()), evidence, unsupported),
+        problem=_problem(float(differs.mean()), int(evidence.sum()), unsupported),
     )
 
 
@@ -160,21 +158,16 @@ def _known_shares(choice: Places, known: NDArray[np.bool_], tiers: int) -> Array
     return np.where(found > 0, found / np.maximum(asked, 1), 1.0)
 
 
-def _doubt(weights: Array, matched: NDArray[np.bool_], sample: Sample, *, bounded: bool) -> float:
+def _doubt(weights: Array, evidence: NDArray[np.bool_], sample: Sample, *, bounded: bool) -> float:
     """Return a variance to add to that of the sum, as of two results per tier that are off by half the range.
 
     This is the idea of Agresti & Coull (1998): without it, an interval from 10 equal results has no width.
     """
     if not bounded:
         return 0.0
-    tiers = np.unique(sample.candidate[matched])
-    usual = sample.chances.argmax(axis=1) == sample.choice
-    doubt = 0.0
-    for tier in tiers:
-        for chosen in (usual, ~usual):
-            at = weights[matched & (sample.choice == tier) & chosen]
-            doubt += 2 * 0.25 * float((at**2).mean()) if len(at) else 0.0
-    return doubt
+    tiers = np.unique(sample.choice[evidence])
+    squares = (weights[evidence & (sample.choice == tier)] ** 2 for tier in tiers)
+    return sum(2 * 0.25 * float(one.mean()) for one in squares)
 
 
 def _interval(values: Array, clusters: Places, doubt: float = 0.0, wider: float = 0.0) -> Interval:
@@ -198,6 +191,12 @@ def _interval(values: Array, clusters: Places, doubt: float = 0.0, wider: float 
     freedom = min(3 * total**2 / float((squares**2).sum()), count - 1) if total else count - 1
     half = _quantile(freedom) * math.sqrt(variance) + wider
     return Interval(mean, mean - half, mean + half)
+
+
+def _clip(interval: Interval, *, bounded: bool) -> Interval:
+    if not bounded:
+        return interval
+    return Interval(*(min(max(value, 0.0), 1.0) for value in (interval.value, interval.low, interval.high)))
 
 
 def _quantile(freedom: float) -> float:

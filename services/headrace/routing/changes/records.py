@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -47,6 +48,7 @@ class Logged:
     chances     the probability of each tier with which it could be chosen; others could not
     choice      the tier of the first decision; empty if there was none
     tier        that answered, or where the request was last
+    characters  of the turns that were scored
     tokens      of prompt, cached prompt, completion and waste, on all tiers
     cost        None without prices
     turns       None unless the log has text
@@ -77,6 +79,7 @@ class Logged:
     cause: str
     outcome: str
     finish: str
+    characters: int
     tokens: tuple[int, int, int, int]
     cost: float | None
     seconds: float
@@ -210,7 +213,7 @@ def _tier(tier: TierView, seconds_left: float) -> dict[str, Any]:
 
 def _parse_decision(row: Mapping[str, Any]) -> Logged:
     score, seconds = float(row["score"]), float(row["seconds"])
-    chances = {str(tier): float(chance) for tier, chance in row["chances"].items()}
+    chances = {sys.intern(str(tier)): float(chance) for tier, chance in row["chances"].items()}
     tiers = [_parse_tier(str(name), state) for name, state in row["tiers"].items()]
     choice = str(row["choice"])
     if not (0 <= score <= 1 and math.isfinite(seconds)):
@@ -231,7 +234,7 @@ def _parse_decision(row: Mapping[str, Any]) -> Logged:
         score=score,
         scored=bool(row.get("scored", True)),
         resumes=bool(row.get("resumes", False)),
-        features={str(name): float(value) for name, value in row["features"].items()},
+        features={sys.intern(str(name)): float(value) for name, value in row["features"].items()},
         continues=float(row.get("continues", 0.0)),
         estimates={
             str(tier): (float(one["good"]), None if one["tokens"] is None else float(one["tokens"]))
@@ -246,6 +249,7 @@ def _parse_decision(row: Mapping[str, Any]) -> Logged:
         cause=str(row.get("cause", "")),
         outcome=str(row["outcome"]),
         finish=str(row.get("finish", "")),
+        characters=int(row.get("characters", 0)),
         tokens=tuple(int(tokens[kind]) for kind in TOKEN_KINDS),  # type: ignore[arg-type] # it has four
         cost=None if row["cost"] is None else float(row["cost"]),
         seconds=seconds,
