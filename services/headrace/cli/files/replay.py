@@ -64,9 +64,15 @@ def read_log(paths: Sequence[str], last: int) -> list[Logged]:
 
 
 def candidate_of(
-    artifact: Path | None, calibrated: Path | None, share: str, thresholds: str, tiers: Sequence[str]
+    artifact: Path | None, calibrated: Path | None, share: str, thresholds: str, last: Logged
 ) -> Candidate:
-    """Return the candidate of these options; see `headrace replay`. Raises BadRow and BadArtifact."""
+    """Return the candidate of these options; see `headrace replay`.
+
+    last   the last request with a decision
+
+    Raises BadRow and BadArtifact.
+    """
+    tiers = [tier.name for tier in last.tiers]
     loaded = None if artifact is None else scorer.load(artifact)
     if sum(bool(one) for one in (calibrated, share, thresholds)) > 1:
         raise BadRow("give one of --calibration, --share and --thresholds")
@@ -81,8 +87,9 @@ def candidate_of(
             raise BadRow(
                 f"{calibrated} is for the tiers {', '.join(made.tiers)}, the log has {', '.join(tiers)}"
             )
-        if loaded is not None and made.scorer != fingerprint(loaded):
-            raise BadRow(f"{calibrated} was made with another scorer than {artifact}: calibrate again")
+        if made.scorer != (last.scorer if loaded is None else fingerprint(loaded)):
+            other = "the log" if artifact is None else str(artifact)
+            raise BadRow(f"{calibrated} was made with another scorer than that of {other}: calibrate again")
         return Candidate(loaded, made.thresholds)
     if thresholds:
         marks = [0.0, *_numbers("--thresholds", thresholds)]
@@ -113,8 +120,10 @@ def run(
 ) -> None:
     """Print what the candidate would have achieved. Raises BadRow and BadArtifact."""
     requests = read_log(paths, last)
-    tiers = next((one.tiers for one in reversed(requests) if one.choice), ())
-    candidate = candidate_of(artifact, calibrated, share, thresholds, [tier.name for tier in tiers])
+    decided = [one for one in requests if one.choice]
+    if not decided:
+        raise BadRow(f"{', '.join(paths)}: no tier was chosen for any request")
+    candidate = candidate_of(artifact, calibrated, share, thresholds, decided[-1])
 
     def progress(every: Iterable[Logged]) -> Iterable[Logged]:
         shown = console.is_terminal and not as_json
