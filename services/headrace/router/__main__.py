@@ -76,6 +76,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         prices=settings.tier_prices(),
         conversations=conversations,
         rules=_cascade_rules(settings),
+        explore=settings.explore,
     )
     quotas = _load_quotas(settings, tiers, siblings, secured.calls)
     calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)

@@ -6,7 +6,8 @@ the tier that each conversation has reached. Time is an argument; nothing here w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from headrace import errors
 from headrace.deadline import NEVER, Deadline
@@ -15,6 +16,7 @@ from headrace.router.state.conversations import Conversations
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tier_pace import TierPace
 from headrace.router.state.tiers import Tiers
+from headrace.routing.changes import exploring
 from headrace.routing.drafts.check import Check, DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.no_route import ConflictingHints, NoRoute, NoSuchModel, NoSuchTier
@@ -33,7 +35,11 @@ _ERRORS: dict[type[NoRoute], type[errors.HeadraceError]] = {
 
 
 class Chooser:
-    """Chooses tiers for requests, and records the results that later decisions depend on."""
+    """Chooses tiers for requests, and records the results that later decisions depend on.
+
+    explore   share of requests without pins whose tier is drawn at random
+    draw      returns the random numbers for that, uniform in [0, 1)
+    """
 
     def __init__(
         self,
@@ -44,6 +50,8 @@ class Chooser:
         prices: Mapping[str, Price] | None = None,
         conversations: Conversations | None = None,
         rules: CascadeRules | None = None,
+        explore: float = 0.0,
+        draw: Callable[[], float] = random.random,
     ) -> None:
         self._tiers = tiers
         self._thresholds = thresholds
@@ -53,6 +61,8 @@ class Chooser:
         self._names = [tier.name for tier in tiers.tiers]
         self.prices = dict(prices or {})
         self.rules = CascadeRules() if rules is None else rules
+        self._explore = explore
+        self._draw = draw
 
     def choose(
         self,
@@ -86,10 +96,17 @@ class Chooser:
         except NoRoute as error:
             raise _as_error(error) from None
 
+    def explore(self, request: RoutingRequest, decision: Decision) -> Decision:
+        """Return the first decision about a request after chance, which may choose another tier."""
+        if not self._explore or not exploring.may_explore(request):
+            return decision
+        return exploring.explore(decision, self._explore, self._draw())
+
     def record_decision(self, request: RoutingRequest, decision: Decision) -> None:
         """Record the first decision about a request for the tiers' shares."""
         if request.counts:
-            self._thresholds.record(request.score, decision.wanted)
+            place = decision.place if decision.explored else decision.wanted
+            self._thresholds.record(request.score, place)
 
     def record_escalation(self, request: RoutingRequest, before: str, after: str) -> None:
         """Record that tier *after* answered a request whose draft by tier *before* was discarded."""

@@ -48,6 +48,26 @@ class Settings(CalledServiceSettings):
         description="share of calls, 0 to 1, of each tier after the first, such as 0.3: the thresholds are "
         "adapted to the traffic to keep it; a --calibration beside it provides the initial scores",
     )
+    explore: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of requests without pins, 0 to 1, such as 0.01, whose tier is drawn at random, so "
+        "that `headrace replay` can estimate the results of other decisions",
+    )
+    decision_log: Path | None = Field(
+        default=None,
+        description="file for one row per request: score, features, tier and its probability, outcome and "
+        "cost, for `headrace replay`; ratings are rows of their own",
+    )
+    decision_log_megabytes: float = Field(
+        default=256.0, gt=0, description="size at which that file is rotated; one older file is kept"
+    )
+    decision_log_text: bool = Field(
+        default=False,
+        description="store prompts and conversations in --decision-log, so that `headrace replay` can "
+        "score them with scorers that read other features",
+    )
     prices: str = Field(
         default="",
         description="price of a million tokens per tier, as NAME=PROMPT/COMPLETION[/CACHED_PROMPT] separated "
@@ -162,6 +182,8 @@ class Settings(CalledServiceSettings):
                 "HEADRACE_QUOTA_PEERS and HEADRACE_QUOTAS_SHADOW need HEADRACE_QUOTAS (or --quotas)"
             )
         self.quota_targets()
+        if self.decision_log is None and self.decision_log_text:
+            raise ValueError("HEADRACE_DECISION_LOG_TEXT needs HEADRACE_DECISION_LOG (or --decision-log)")
         if self.processes > 1 and sys.platform != "linux":
             raise ValueError("HEADRACE_PROCESSES (or --processes) above 1 needs Linux: run several routers")
         if self.metrics_port + self.processes > 65536:

@@ -34,6 +34,7 @@ class Considered:
     """What a decision was made from, which explains it.
 
     shifted   the score after the quality preference
+    floor     place of the tier that the conversation has reached; 0 without one
     wanted, reached, ideal, chosen   places of the tier for the score, after the conversation, after the
               hints, and after the tiers' state
     deciding  name of the hint that decided
@@ -44,6 +45,7 @@ class Considered:
     score: float
     shifted: float
     tiers: Sequence[TierView]
+    floor: int
     wanted: int
     reached: int
     ideal: int
@@ -60,9 +62,10 @@ class Decision:
     """The tier of a request.
 
     wanted       place of the tier that the score asks for, before hints and the tiers' state
-    place        place of the chosen tier
+    place        place of the tier
     escalations  names of the larger tiers that may replace it, nearest first
     propensity   probability with which this tier was chosen, 0 to 1: below 1 if chance decided
+    chances      probability of each place that chance could choose; empty if chance had no part
     considered   for `why` and `candidates`, which are made when they are read: few decisions are explained
     """
 
@@ -72,18 +75,25 @@ class Decision:
     escalations: tuple[str, ...]
     considered: Considered
     propensity: float = 1.0
+    chances: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def explored(self) -> bool:
+        """Whether chance chose another tier than the policy."""
+        return self.place != self.considered.chosen
 
     @property
     def why(self) -> str:
         """The reason in one sentence."""
-        return _why(self.considered)
+        why = _why(self.considered)
+        return f"{why}; --explore sent it to {self.tier!r}" if self.explored else why
 
     @property
     def cause(self) -> str:
-        """What decided: "score", "conversation", "hint", or what kept the tier from serving it: "health",
-        "load" or "price".
+        """What decided: "score", "conversation", "hint", "explored" (chance), or what kept the tier from
+        serving it: "health", "load" or "price".
         """
-        return _cause(self.considered)
+        return "explored" if self.explored else _cause(self.considered)
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -127,7 +137,8 @@ def decide(
     allowed, deciding = allowed_places(hints, tiers)
     shifted = shift(score, hints.quality_preference)
     wanted = _wanted(shifted, hints.quality_preference, tiers)
-    reached = max(wanted, _place(floor, tiers))
+    lowest = _place(floor, tiers)
+    reached = max(wanted, lowest)
     ideal = _at_or_above(reached, allowed)
     # Without escalation there is no second choice.
     choices = allowed if hints.allow_escalation else [ideal]
@@ -135,10 +146,10 @@ def decide(
     if not serving:
         raise _none_available(choices, tiers)
     # First those that will be in time; of those, the ones whose queue is not full.
-    troubles = [_trouble(tiers[place], seconds_left) for place in serving]
+    troubles = [trouble(tiers[place], seconds_left) for place in serving]
     best = min(troubles)
-    fit = [place for place, trouble in zip(serving, troubles, strict=True) if trouble == best]
-    chosen = _cheapest_from(_at_or_above(ideal, fit), fit, tiers)
+    fit = [place for place, found in zip(serving, troubles, strict=True) if found == best]
+    chosen = cheapest_from(_at_or_above(ideal, fit), fit, tiers)
     return Decision(
         tier=tiers[chosen].name,
         wanted=wanted,
@@ -148,6 +159,7 @@ def decide(
             score=score,
             shifted=shifted,
             tiers=tiers,
+            floor=lowest,
             wanted=wanted,
             reached=reached,
             ideal=ideal,
@@ -176,7 +188,7 @@ def _at_or_above(place: int, places: Sequence[int]) -> int:
     return places[-1]
 
 
-def _cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView]) -> int:
+def cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView]) -> int:
     """Return the cheapest of *places* from *place* upwards: nobody pays more for a smaller model.
 
     Prompt and completion prices count alike. Tiers without a price are not compared.
@@ -192,7 +204,8 @@ def _cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView])
     return min(priced)[1]
 
 
-def _trouble(tier: TierView, seconds_left: float) -> tuple[bool, bool]:
+def trouble(tier: TierView, seconds_left: float) -> tuple[bool, bool]:
+    """Return whether the tier would be too late, and whether its queue is full."""
     return tier.answer_seconds > seconds_left, tier.saturated
 
 
@@ -223,7 +236,7 @@ def _verdict(place: int, tier: TierView, considered: Considered) -> tuple[bool, 
     if place == considered.chosen:
         return True, "chosen"
     chosen, seconds_left = considered.tiers[considered.chosen], considered.seconds_left
-    if _trouble(tier, seconds_left) > _trouble(chosen, seconds_left):
+    if trouble(tier, seconds_left) > trouble(chosen, seconds_left):
         return True, _problem(tier, considered)
     if place > considered.chosen:
         return True, "larger than needed"
@@ -264,7 +277,7 @@ def _cause(considered: Considered) -> str:
         ideal = considered.tiers[considered.ideal]
         if not ideal.healthy or ideal.name in considered.exclude:
             return "health"
-        return "load" if any(_trouble(ideal, considered.seconds_left)) else "price"
+        return "load" if any(trouble(ideal, considered.seconds_left)) else "price"
     if considered.ideal != considered.reached:
         return "hint"
     return "score" if considered.reached == considered.wanted else "conversation"

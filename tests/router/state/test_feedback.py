@@ -7,7 +7,6 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -388,19 +387,3 @@ async def test_a_router_does_not_start_with_an_unwritable_feedback_file(tmp_path
     with pytest.raises(StartFailed, match=f"{nowhere} cannot be written: No such file"):
         async with router(Settings(port=0, tiers="small=127.0.0.1:1", feedback=nowhere)):
             pass
-
-
-def test_processes_that_write_one_file_lose_no_row_when_it_is_rotated(tmp_path: Path) -> None:
-    """Two processes of a router may find the file full at the same time; only one of them may rotate it."""
-    path, lines, row = tmp_path / "feedback.jsonl", 200, b"x" * 99 + b"\n"
-    writers = [Feedback(path, max_bytes=len(row) * lines * 2 // 3) for _ in range(2)]
-
-    def write(writer: Feedback) -> None:
-        for _ in range(lines // 2):
-            writer._write(path, row)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(write, writers))
-
-    kept = path.read_bytes() + path.with_name("feedback.jsonl.1").read_bytes()
-    assert kept == row * lines

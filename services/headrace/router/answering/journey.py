@@ -144,6 +144,8 @@ class Journey:
             rejected=rejected,
         )
         if self._decision is None:
+            with optional("exploration"):
+                decision = self._chooser.explore(self._facts, decision)
             self._first_decision = decision
             with optional("thresholds"):
                 self._chooser.record_decision(self._facts, decision)

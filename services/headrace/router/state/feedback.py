@@ -8,11 +8,8 @@ the rows of the file.
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
-import os
-import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +19,8 @@ from pathlib import Path
 from headrace import errors
 from headrace.quoting import quoted
 from headrace.router.state.quota import Quota
+from headrace.router.state.row_file import RowFile
 from headrace.router.state.tenant_memory import TenantMemory
-
-if sys.platform != "win32":
-    import fcntl
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +49,8 @@ class AnswerRecord:
 class Feedback:
     """The most recent answers, and the file of outcomes.
 
-    path        of the file, one JSON object per line; None: no file
-    max_bytes   of the file. A full file is renamed to PATH.1, which replaces an older one, so the disk usage
-                is at most twice this
+    path        of the file, a `RowFile`; None: no file
+    max_bytes   of the file
     remembered  number of answers that may still be rated; fewer if their prompts have more than *max_bytes*
                 characters in total. Beyond either limit, the tenant with the most loses its oldest
     per_minute  outcomes that one tenant may report
@@ -74,9 +68,7 @@ class Feedback:
         per_minute: int = 600,
         share: float | None = None,
     ) -> None:
-        if path is not None:
-            os.close(_open(path))
-        self._path = path
+        self._file = None if path is None else RowFile(path, max_bytes=max_bytes)
         self._max_bytes = max_bytes
         self._remembered = remembered
         self._answers: TenantMemory[AnswerRecord] = TenantMemory(remembered, weight=max_bytes)
@@ -87,7 +79,7 @@ class Feedback:
 
     def remember(self, request_id: str, answer: AnswerRecord, *, tenant: str = "") -> None:
         """Store an answer to *tenant*'s request; it replaces an older one of the same id."""
-        if self._path is None or len(answer.prompt) > self._max_bytes:
+        if self._file is None or len(answer.prompt) > self._max_bytes:
             answer.prompt = ""
         before = self._answers.get(tenant, request_id)
         if not tenant and before is not None and before.quality is None:
@@ -128,14 +120,14 @@ class Feedback:
         data = self._row(request_id, tenant, answer, quality)
         self._charge(tenant, len(data))
         answer.quality = quality
-        if not data or self._path is None:
+        if not data or self._file is None:
             return False
         answer.kept = True
         try:
-            await asyncio.get_running_loop().run_in_executor(self._writer, self._write, self._path, data)
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._file.append, data)
         except OSError as error:
             answer.quality, answer.kept = None, False
-            log.error("feedback not written", extra={"file": str(self._path), "problem": str(error)})
+            log.error("feedback not written", extra={"file": str(self._file.path), "problem": str(error)})
             raise errors.InternalError(
                 f"the router cannot write its feedback file ({error.strerror or error}); nothing was recorded"
             ) from error
@@ -143,7 +135,7 @@ class Feedback:
 
     def _row(self, request_id: str, tenant: str, answer: AnswerRecord, quality: float) -> bytes:
         """Return the row for the file; empty without a file or prompt, or if it is too long for the file."""
-        if self._path is None or not answer.prompt:
+        if self._file is None or not answer.prompt:
             return b""
         row = {
             "id": request_id,
@@ -169,32 +161,6 @@ class Feedback:
         for quota, amount in quotas:
             quota.take(tenant, amount, now)
 
-    def _write(self, path: Path, line: bytes) -> None:
-        while not self._append(path, line):
-            pass  # the file was rotated, and an empty one has space: `_row` makes no longer row
-
-    def _append(self, path: Path, line: bytes) -> bool:
-        """Write the row, or rotate the file if it is full; return whether the row is in the file.
-
-        The file is locked: other processes of the router may write to it and rotate it.
-        """
-        handle = _open(path)
-        try:
-            _lock(handle)
-            if not _is_at(path, handle):
-                return False  # another process has rotated it
-            size = os.fstat(handle).st_size
-            if size + len(line) > self._max_bytes:
-                os.replace(path, path.with_name(path.name + ".1"))
-                return False
-            if os.write(handle, line) < len(line):
-                # A partial row would also corrupt the next one.
-                os.ftruncate(handle, size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return True
-        finally:
-            os.close(handle)
-
 
 def _check_rated(request_id: str, tier: str, answer: AnswerRecord) -> None:
     """Raise InvalidRequest if another tier gave the answer, or if several answers have this id."""
@@ -213,22 +179,3 @@ def _check_rated(request_id: str, tier: str, answer: AnswerRecord) -> None:
 
 def _named(tenant: str) -> str:
     return f"tenant {tenant!r}" if tenant else "callers without a tenant"
-
-
-def _open(path: Path) -> int:
-    # Readable by its owner only, because it contains callers' prompts.
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-
-
-def _lock(handle: int) -> None:
-    """Wait until no other process has locked the file, and lock it until it is closed."""
-    if sys.platform != "win32":  # where a router has one process
-        fcntl.flock(handle, fcntl.LOCK_EX)
-
-
-def _is_at(path: Path, handle: int) -> bool:
-    """Return whether an open file is still the one at *path*."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
