@@ -102,7 +102,7 @@ def train(
         typer.Option(
             min=0.01, help="Age, before the newest row, at which an outcome with a time counts half."
         ),
-    ] = 90.0,
+    ] = 30.0,
     most_per_tenant: Annotated[
         float,
         typer.Option(

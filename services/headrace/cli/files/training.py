@@ -33,7 +33,7 @@ class Weighting:
     most_per_tenant   share of a tier's outcomes that one tenant's may count for
     """
 
-    half_life_days: float = 90.0
+    half_life_days: float = 30.0
     most_per_tenant: float = 0.2
 
 

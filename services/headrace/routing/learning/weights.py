@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 MOST_SHARE = 0.2  # of all weight, that one reporter may have
-ENOUGH = 50.0  # weight that any reporter may have, whatever share that is
+_ENOUGH = 50.0  # weight of all others together from which on a reporter's is bounded
+_FEW = 5.0  # weight below which a reporter does not count as one
 
 
 def recency(ages: Array, half_life: float) -> Array:
@@ -22,16 +23,17 @@ def recency(ages: Array, half_life: float) -> Array:
 def bounded(weights: Array, reporters: Sequence[str], *, most: float = MOST_SHARE) -> Array:
     """Return *weights*, those of each reporter scaled down to at most the share *most* of the new total.
 
-    If fewer than 1 / *most* reporters have `ENOUGH`, each of these may have an equal share. A reporter always
-    keeps `ENOUGH`: with that little, it would be pointless to discard what is known.
+    If there are fewer than 1 / *most* reporters, each may have an equal share. Nothing is scaled down if all
+    others together report hardly anything: that would discard what is known.
     """
     if not len(weights):
         return weights
     names, places = np.unique(np.array(reporters, dtype=object), return_inverse=True)
     totals = np.bincount(places, weights, len(names)).astype(np.float64)
-    large = int((totals >= ENOUGH).sum())
-    limit = max(_limit(totals, max(most, 1 / max(large, 1))), ENOUGH)
-    scaled: Array = weights * np.minimum(1.0, limit / np.maximum(totals, 1e-9))[places]
+    if totals.sum() - totals.max() < _ENOUGH:
+        return weights
+    share = max(most, 1 / int((totals >= _FEW).sum()))
+    scaled: Array = weights * np.minimum(1.0, _limit(totals, share) / np.maximum(totals, 1e-9))[places]
     return scaled
 
 
