@@ -286,6 +286,9 @@ class Journey:
             finish.bill.CopyFrom(bill_message(self.bill))
         with optional("pace"):
             self._chooser.record_speed(self._tier, finish, self._delivered, time.monotonic())
+        if self._decision is not None:
+            with optional("usage"):
+                self._chooser.record_usage(self._facts, self._decision, self._tier, usage)
 
     def _bill_partial_answer(self) -> None:
         """Bill what was delivered of an answer that did not finish."""
@@ -360,6 +363,8 @@ def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest
         scored=score is not UNSCORED,
         continues=score.continues,
         estimates=score.estimates,
+        # It is computed in full each time: 0.3 ms for 200 kB.
+        prompt_bytes=request.ByteSize() if score.estimates else 0,
         hints=_hints(hints) if request.HasField("routing") else _NO_HINTS,
         tenant=hints.tenant,
         session=hints.session_id,

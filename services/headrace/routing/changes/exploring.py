@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from headrace.routing.policy import Considered, Decision, cheapest_from, trouble
+from headrace.routing.policy import Considered, Decision, cheapest_from, escalations, trouble
 from headrace.routing.request import RoutingRequest
 
 
@@ -40,6 +40,8 @@ def explorable(considered: Considered) -> list[int]:
         and tiers[place].name not in considered.exclude
         and not any(trouble(tiers[place], considered.seconds_left))
     ]
+    if considered.weighed is not None:
+        return list(considered.weighed.not_below(usable))
     lowest = min(considered.floor, chosen)
     return [place for place in usable if place >= lowest and cheapest_from(place, usable, tiers) == place]
 
@@ -63,9 +65,14 @@ def explore(decision: Decision, share: float, draw: float) -> Decision:
     if place == considered.chosen:
         return moved
     tiers = considered.tiers
-    larger = tuple(
-        tiers[other].name
+    serving = [
+        other
         for other in considered.choices
-        if other > place and tiers[other].healthy and tiers[other].name not in considered.exclude
+        if tiers[other].healthy and tiers[other].name not in considered.exclude
+    ]
+    return replace(
+        moved,
+        tier=tiers[place].name,
+        place=place,
+        escalations=escalations(place, serving, tiers, considered.weighed),
     )
-    return replace(moved, tier=tiers[place].name, place=place, escalations=larger)
