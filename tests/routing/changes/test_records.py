@@ -28,6 +28,7 @@ from headrace.routing.request import Hints, RoutingRequest
 from headrace.routing.scoring import scorer
 from headrace.routing.scoring.conversation import Turn
 from headrace.routing.scoring.score import Score
+from headrace.routing.success.choosing import Weighed
 from headrace.routing.success.estimate import Estimate
 from headrace.routing.tier_view import TierView
 from tests.routing.test_policy import hints_for, seconds, tier_lists
@@ -61,19 +62,28 @@ def test_the_row_of_a_decision_is_decided_the_same_way_again(
     floor = data.draw(st.sampled_from(["", *names]))
     score = round(score, 6)  # as it is in the row
     tiers = [_rounded(tier) for tier in tiers]
+    weighed = data.draw(st.none() | weighed_for(len(tiers)))
     try:
-        decision = decide(score, hints, tiers, floor=floor, seconds_left=left)
+        decision = decide(score, hints, tiers, floor=floor, seconds_left=left, weighed=weighed)
     except NoRoute:
         assume(False)
     chosen = explore(decision, 0.2, data.draw(st.floats(0, 0.999)))
 
     row = logged({**RESULT, **of_decision(RoutingRequest(score, hints), Score(score, 0.0), chosen)})
 
-    again = decide(row.score, row.hints, row.tiers, floor=row.floor, seconds_left=SECONDS_LEFT)
+    again = decide(
+        row.score, row.hints, row.tiers, floor=row.floor, seconds_left=SECONDS_LEFT, weighed=row.weighed
+    )
     assert again.place == decision.place
     assert row.choice == chosen.tier
     assert row.chances[row.choice] == pytest.approx(chosen.propensity, abs=1e-6)
     assert sum(row.chances.values()) == pytest.approx(1, abs=1e-5)
+
+
+def weighed_for(tiers: int) -> st.SearchStrategy[Weighed]:
+    """Draw expected qualities and costs as a row has them."""
+    numbers = st.tuples(*[st.integers(0, 1000).map(lambda one: one / 1000)] * tiers)
+    return st.builds(Weighed, numbers, numbers, st.sampled_from([0.0, 0.5, 2.0, math.inf]))
 
 
 def _rounded(tier: TierView) -> TierView:
@@ -122,6 +132,8 @@ def test_thresholds_that_no_score_reaches_and_estimates_survive_the_file() -> No
         {"prompt": "Hi", "small_ok": 1},
         {**RESULT, "score": "high", "features": {}, "hints": {}, "tiers": {}, "choice": "", "chances": {}},
         {**RESULT, "score": 1, "features": {}, "hints": {}, "tiers": {}, "choice": "small", "chances": {}},
+        {**RESULT, "score": 1, "features": {}, "hints": {}, "tiers": {}, "choice": "", "chances": {}}
+        | {"weighed": {"good": [0.5], "cost": [], "weight": 1}},
         {**RESULT, "score": 1, "features": [], "hints": {}, "tiers": {}, "choice": "", "chances": {}},
     ],
 )

@@ -15,9 +15,11 @@ from headrace.routing.changes.records import DECISION, Logged, of_decision, pars
 from headrace.routing.changes.replay import Candidate, clusters, quality, replay, sample
 from headrace.routing.policy import decide
 from headrace.routing.request import Hints, RoutingRequest
-from headrace.routing.scoring import scorer
+from headrace.routing.scoring import prompt_features, scorer
 from headrace.routing.scoring.conversation import Turn
 from headrace.routing.scoring.score import fingerprint
+from headrace.routing.success.choosing import Weighed
+from headrace.routing.success.heads import Heads
 from headrace.routing.tier_view import TierView
 
 PROMPTS = (
@@ -138,6 +140,27 @@ def test_without_thresholds_the_candidate_gets_the_shares_of_the_log() -> None:
     assert replayed.shares is not None
     assert list(replayed.shares) == [pytest.approx(share)]
     assert abs(tiers_of(replayed).count("large") / 200 - share) <= 0.05
+
+
+def test_a_log_of_choices_by_expected_quality_is_decided_by_the_candidates_estimates() -> None:
+    """At the costs that the router expected, and with what each request's weight of cost was."""
+    weighed = Weighed((0.9, 0.2), (0.1, 0.2), 1.0)
+    requests = [replace(one, weighed=weighed) for one in log()]
+    heads = Heads(
+        ("small", "large"),
+        np.zeros((2, len(prompt_features.NAMES) + len(shipped.model.kinds))),
+        np.array([-3.0, 3.0]),
+        np.zeros((2, len(shipped.model.kinds))),
+        (1, 1),
+    )
+    candidate = scorer.LearnedScorer(replace(shipped.model, tiers=heads))
+    replayed = replay(requests, Candidate(candidate))
+
+    assert replayed.weighed == len(requests)
+    assert set(tiers_of(replayed)) == {"large"}
+    assert replay(requests, Candidate(candidate, [0.0, 1.0])).weighed == 0, "thresholds are of the score"
+    assert replay(log(), Candidate(candidate)).weighed == 0, "the log has no expected costs"
+    assert replay(requests, Candidate(other)).weighed == 0, "it has no estimates"
 
 
 def test_requests_without_a_decision_or_of_other_tiers_are_left_out() -> None:

@@ -171,6 +171,8 @@ def _print_requests(replayed: Replayed, console: Console) -> None:
             style="yellow",
             soft_wrap=True,
         )
+    if replayed.weighed:
+        console.print(f"{replayed.weighed} are chosen by the candidate's P(good) and the expected cost")
     if replayed.left_out:
         console.print(
             f"{replayed.left_out} left out: no tier was chosen, or the tiers were others", style="yellow"
@@ -257,6 +259,7 @@ def _summary(replayed: Replayed, compared: dict[str, Comparison]) -> dict[str, A
         "requests": len(replayed.requests),
         "unscored": replayed.unscored,
         "left_out": replayed.left_out,
+        "chosen_by_success": replayed.weighed,
         "tiers": {
             tier: dict(zip(("logged", "candidate"), _shares(replayed, place), strict=True))
             for place, tier in enumerate(replayed.tiers)

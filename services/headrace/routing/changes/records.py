@@ -19,6 +19,7 @@ from headrace.routing.policy import Decision, trouble
 from headrace.routing.request import Hints, RoutingRequest
 from headrace.routing.scoring.conversation import Turn, turns_of_row
 from headrace.routing.scoring.score import Score
+from headrace.routing.success.choosing import Weighed
 from headrace.routing.tier_view import Price, TierView
 
 DECISION, RATING = "decision", "rating"  # kinds of rows
@@ -43,6 +44,7 @@ class Logged:
     scored, resumes, continues, estimates   see `RoutingRequest`
     reads       digest of the names of the features; see `digest`
     features    those that are present, and their values
+    weighed     by which it was decided, as it was before the conversation; None: by score
     floor       the tier that its conversation has reached; empty without one
     tiers       smallest first, as they were when it was decided
     chances     the probability of each tier with which it could be chosen; others could not
@@ -71,6 +73,7 @@ class Logged:
     continues: float
     estimates: Mapping[str, tuple[float, float | None]]
     hints: Hints
+    weighed: Weighed | None
     floor: str
     tiers: Sequence[TierView]
     chances: Mapping[str, float]
@@ -135,10 +138,14 @@ def of_decision(request: RoutingRequest, score: Score, decision: Decision | None
         return {**fields, "tiers": {}, "choice": "", "cause": "", "chances": {}}
     considered = decision.considered
     names = [tier.name for tier in considered.tiers]
+    weighed, floor = considered.weighed, names[considered.floor] if considered.floor else ""
+    if weighed is not None:
+        floor = names[weighed.reached] if weighed.reached >= 0 else ""
     chances = decision.chances or ((decision.place, 1.0),)
     return {
         **fields,
-        "floor": names[considered.floor] if considered.floor else "",
+        **({} if weighed is None else {"weighed": _weighed(weighed)}),
+        "floor": floor,
         "tiers": {tier.name: _tier(tier, considered.seconds_left) for tier in considered.tiers},
         "choice": decision.tier,
         "cause": decision.cause,
@@ -197,6 +204,15 @@ def _hints(hints: Hints) -> dict[str, Any]:
 _NO_HINTS = Hints()
 
 
+def _weighed(weighed: Weighed) -> dict[str, Any]:
+    """Return what a tier was chosen by. The weight is infinite if cost alone counts, which JSON lacks."""
+    return {
+        "good": [round(one, 6) for one in weighed.good],
+        "cost": [float(f"{one:.6g}") for one in weighed.cost],
+        "weight": float(f"{weighed.weight:.6g}") if math.isfinite(weighed.weight) else None,
+    }
+
+
 def _tier(tier: TierView, seconds_left: float) -> dict[str, Any]:
     # Thresholds are infinite if no request is meant for the tier, which JSON cannot express.
     threshold = round(tier.threshold, 6) if math.isfinite(tier.threshold) else None
@@ -241,6 +257,7 @@ def _parse_decision(row: Mapping[str, Any]) -> Logged:
             for tier, one in row.get("estimates", {}).items()
         },
         hints=_parse_hints(row["hints"]),
+        weighed=_parse_weighed(row["weighed"], len(tiers)) if "weighed" in row else None,
         floor=str(row.get("floor", "")),
         tiers=tiers,
         chances=chances,
@@ -263,6 +280,13 @@ def _parse_hints(row: Mapping[str, Any]) -> Hints:
         quality_preference=float(row.get("quality_preference", 0.5)),
         allow_escalation=bool(row.get("allow_escalation", True)),
     )
+
+
+def _parse_weighed(row: Mapping[str, Any], tiers: int) -> Weighed:
+    good, cost = (tuple(float(one) for one in row[name]) for name in ("good", "cost"))
+    if not len(good) == len(cost) == tiers:
+        raise ValueError("field 'weighed' must have a number per tier")
+    return Weighed(good, cost, math.inf if row["weight"] is None else float(row["weight"]))
 
 
 def _parse_tier(name: str, state: Mapping[str, Any]) -> TierView:

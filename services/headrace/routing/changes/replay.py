@@ -19,8 +19,9 @@ from headrace.routing.policy import decide
 from headrace.routing.scoring import prompt_features
 from headrace.routing.scoring.conversation import Earlier
 from headrace.routing.scoring.score import fingerprint, sigmoid
-from headrace.routing.scoring.scorer import LearnedScorer
+from headrace.routing.scoring.scorer import LearnedScorer, Model
 from headrace.routing.share import ShareKeeper
+from headrace.routing.success.choosing import Weighed
 
 FAILURES = ("failed", "deadline", "refused")  # outcomes that count as errors of the router
 _SEEN = 128  # scores that a share starts with
@@ -36,6 +37,9 @@ class Candidate:
     scorer       None: the scores of the log
     thresholds   of each tier, ascending from 0; None: adapted to *shares*
     shares       of calls of each tier after the first; None, without thresholds: as logged
+
+    Without thresholds and shares, a request that was chosen by expected quality and cost is chosen by these
+    again, with the candidate's estimates of quality, if it has them.
     """
 
     scorer: LearnedScorer | None = None
@@ -54,6 +58,7 @@ class Replayed:
     unscored    number of requests that were left out because the candidate cannot score them
     left_out    number of other requests that were left out: without a decision, or of other tiers
     shares      that the thresholds were adapted to; None with fixed ones
+    weighed     number of requests that the candidate chooses by expected quality and cost
     """
 
     requests: Sequence[Logged]
@@ -63,6 +68,15 @@ class Replayed:
     unscored: int
     left_out: int
     shares: Sequence[float] | None
+    weighed: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A candidate's score of a request, and its P(good) of each tier that it has estimates of."""
+
+    value: float
+    good: Mapping[str, float]
 
 
 def replay(
@@ -84,6 +98,7 @@ def replay(
     score_of = _Rescoring(candidate.scorer)
     found = [(one, score_of(one)) for one in progress(same)]
     scored = [(one, score) for one, score in found if score is not None]
+    by_score = candidate.thresholds is not None or candidate.shares is not None
     if not scored:
         raise ValueError(
             "the candidate cannot score the requests of the log, which has no text and other features: run "
@@ -101,19 +116,21 @@ def replay(
         _check_count(shares, len(tiers) - 1, "shares, one per tier after the first")
     keeper = None
     if shares is not None:
-        keeper = ShareKeeper(shares, seen=[score for one, score in scored if _counts(one)][:_SEEN])
-    chosen = [
-        _choose(one, score, tiers, place, candidate.thresholds, keeper)
-        for (one, score), place in zip(scored, usual, strict=True)
-    ]
+        keeper = ShareKeeper(shares, seen=[score.value for one, score in scored if _counts(one)][:_SEEN])
+    chosen, weighed = [], 0
+    for (one, score), place in zip(scored, usual, strict=True):
+        expected = None if by_score else _weighed(one, score, tiers)
+        weighed += expected is not None
+        chosen.append(_choose(one, score, place, candidate.thresholds, keeper, expected))
     return Replayed(
         requests=[one for one, _ in scored],
         tiers=tiers,
         chosen=chosen,
-        features=_features([one for one, _ in scored], [score for _, score in scored]),
+        features=_features([one for one, _ in scored], [score.value for _, score in scored]),
         unscored=len(found) - len(scored),
         left_out=len(requests) - len(same),
         shares=shares,
+        weighed=weighed,
     )
 
 
@@ -201,37 +218,49 @@ class _Rescoring:
         self._reads = "" if scorer is None else digest(prompt_features.NAMES)
         self._earlier: dict[tuple[str, str], tuple[float, Earlier]] = {}
 
-    def __call__(self, request: Logged) -> float | None:
+    def __call__(self, request: Logged) -> _Scored | None:
         """Return the score of a request; None if the candidate cannot score it."""
         if self._scorer is None or not request.scored or request.scorer == self._fingerprint:
-            return request.score
+            return _Scored(request.score, {tier: good for tier, (good, _) in request.estimates.items()})
         if request.turns:
             key = (request.tenant, request.session)
             then, earlier = self._earlier.get(key, (0.0, None))
             if request.time - then > _IDLE_SECONDS:
                 earlier = None
-            value = self._scorer.score_turns(request.turns, earlier).value
+            score = self._scorer.score_turns(request.turns, earlier)
             if request.session:
-                self._earlier[key] = (request.time, Earlier(value, request.tier))
-            return value
-        return self._from_features(request, self._scorer)
+                self._earlier[key] = (request.time, Earlier(score.value, request.tier))
+            return _Scored(score.value, {tier: one.good for tier, one in score.estimates.items()})
+        return self._from_features(request, self._scorer.model)
 
-    def _from_features(self, request: Logged, scorer: LearnedScorer) -> float | None:
+    def _from_features(self, request: Logged, model: Model) -> _Scored | None:
         """Return the score from the features in the row, if they are those that the candidate reads."""
         if request.reads != self._reads or any(name.startswith("turn:") for name in request.features):
             return None
-        features = np.array([[request.features.get(name, 0.0) for name in prompt_features.NAMES]])
-        model = scorer.model
-        return sigmoid(model.steepness * (float(model.gains(features)[0]) - model.centre))
+        features = np.array([request.features.get(name, 0.0) for name in prompt_features.NAMES])
+        gain = float(model.gains(features[None])[0])
+        tiers = model.tiers
+        estimates = {} if tiers is None else tiers.estimates(features, model.kinds_of(features))
+        return _Scored(
+            sigmoid(model.steepness * (gain - model.centre)),
+            {tier: one.good for tier, one in estimates.items()},
+        )
+
+
+def _weighed(request: Logged, score: _Scored, tiers: Sequence[str]) -> Weighed | None:
+    """Return what the candidate expects of each tier: its quality, at the cost that the router expected."""
+    if request.weighed is None or not all(tier in score.good for tier in tiers):
+        return None
+    return replace(request.weighed, good=tuple(score.good[tier] for tier in tiers))
 
 
 def _choose(
     request: Logged,
-    score: float,
-    tiers: Sequence[str],
+    score: _Scored,
     usual: int,
     thresholds: Sequence[float] | None,
     keeper: ShareKeeper | None,
+    weighed: Weighed | None,
 ) -> int:
     """Return the place of the candidate's choice."""
     hints = request.hints
@@ -240,11 +269,13 @@ def _choose(
     marks = keeper.thresholds() if keeper is not None else thresholds or ()
     views = [replace(tier, threshold=mark) for tier, mark in zip(request.tiers, marks, strict=True)]
     try:
-        decision = decide(score, hints, views, floor=request.floor, seconds_left=SECONDS_LEFT)
+        decision = decide(
+            score.value, hints, views, floor=request.floor, seconds_left=SECONDS_LEFT, weighed=weighed
+        )
     except NoRoute:
         return usual
-    if keeper is not None and _counts(request):
-        keeper.record(score, decision.wanted)
+    if keeper is not None and weighed is None and _counts(request):
+        keeper.record(score.value, decision.wanted)
     return decision.place
 
 
