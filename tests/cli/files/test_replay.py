@@ -65,7 +65,7 @@ async def test_a_log_without_exploration_cannot_tell(tmp_path: Path) -> None:
 
     assert status == 0
     assert "quality: the log cannot tell" in printed
-    assert "run the router with --explore" in printed
+    assert "--explore or --shadow-tier" in printed
 
 
 async def test_a_candidate_scorer_is_read_and_the_rotated_file_too(tmp_path: Path) -> None:

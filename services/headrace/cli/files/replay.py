@@ -25,10 +25,11 @@ from headrace.routing.changes.replay import Candidate, Replayed
 from headrace.routing.scoring import scorer
 from headrace.routing.scoring.score import fingerprint
 
-SOURCES = ("caller", "judge")  # of ratings, the most trusted one first
 # What is compared, whether more is better, and the results that are from 0 to 1.
 _MEASURES: dict[str, tuple[Callable[[Logged, str], float | None], bool, bool]] = {
-    "quality": (partial(replaying.quality, sources=SOURCES), True, True),
+    "quality": (partial(replaying.quality, source="caller"), True, True),
+    # A judge compares two answers, so its outcomes are not on the scale of the callers.
+    "judged": (partial(replaying.quality, source="judge"), True, True),
     "cost": (replaying.cost, False, False),
     "errors": (replaying.failed, False, True),
     "seconds": (replaying.seconds, False, False),
@@ -149,8 +150,7 @@ def run(
         console.print(f"{name}: {_verdict(name, comparison)}", soft_wrap=True, highlight=False)
     if "quality" not in compared:
         console.print(
-            "quality: the log cannot tell: no answer has a rating. Report outcomes with `headrace feedback`, "
-            "or let a judge rate shadow requests",
+            "quality: the log cannot tell: no answer has a rating. Report outcomes with `headrace feedback`",
             soft_wrap=True,
             highlight=False,
         )
