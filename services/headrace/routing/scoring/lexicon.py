@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, compress, pairwise
 
+from headrace.routing.scoring import languages
+from headrace.routing.scoring.framing import is_known
+
 # Words that change the tone alone.
 FILLERS = frozenset(
     ("please", "kindly", "just", "really", "actually", "basically", "simply", "literally", "um", "uh", "well")
@@ -170,6 +173,8 @@ def _lookup() -> dict[str, tuple[str, ...]]:
             for form in forms:
                 if name not in table.get(form, ()):
                     table[form] = (*table.get(form, ()), name)
+    for word, names in languages.IN_ASCII.items():
+        table[word] = tuple(dict.fromkeys((*table.get(word, ()), *names)))
     return table
 
 
@@ -177,11 +182,17 @@ _FEATURES_OF = _lookup()
 _FIRST_OF_PAIR = frozenset(entry.partition("_")[0] for entry in _FEATURES_OF if "_" in entry)
 
 
-def counts(words: Sequence[str]) -> Counter[str]:
+def counts(words: Sequence[str], text: str) -> Counter[str]:
     """Return the number of words, and of pairs of neighbours, that point to each feature.
 
-    words   of a text, in order and in lower case
+    words   of *text*, in order and folded
     """
     begins_pair = map(_FIRST_OF_PAIR.__contains__, words)
     pairs = map("_".join, compress(pairwise(words), begins_pair))
-    return Counter(chain.from_iterable(filter(None, map(_FEATURES_OF.get, chain(words, pairs)))))
+    found = Counter(chain.from_iterable(filter(None, map(_FEATURES_OF.get, chain(words, pairs)))))
+    return found if text.isascii() else found + languages.counts(words, text)
+
+
+def known(word: str) -> bool:
+    """Return whether *word*, folded, is known in any language."""
+    return word in _FEATURES_OF or is_known(word) or languages.known(word)
