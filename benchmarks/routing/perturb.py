@@ -95,9 +95,7 @@ def main() -> None:
     parts = {"seen": SEEN} if arguments.seen_only else {"seen": SEEN, "unseen": UNSEEN}
     for part, rewritings in parts.items():
         rows = table(scored, prompts, rewritings, part)
-        print(
-            f"\n| {part} | changed | flips at 30 % | at 50 % | mean shift of the score |\n|---|---|---|---|---|"
-        )
+        print(f"\n| {part} | changed | flips at 30 % | at 50 % | mean shift |\n|---|---|---|---|---|")
         for name, changed, (third, half), shift in rows:
             print(f"| {name} | {changed} | {third:.1%} | {half:.1%} | {shift:.3f} |")
         means = np.mean([row[2] for row in rows], axis=0)

@@ -195,4 +195,4 @@ def counts(words: Sequence[str], text: str) -> Counter[str]:
 
 def known(word: str) -> bool:
     """Return whether *word*, folded, is known in any language."""
-    return word in _FEATURES_OF or is_known(word) or languages.known(word)
+    return word in _FEATURES_OF or is_known(word) or languages.is_known(word)

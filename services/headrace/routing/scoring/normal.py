@@ -47,6 +47,7 @@ _LABEL = re.compile(
     r"task|exercise|user|human|title)(?: ?#?\d{1,3})?[:.)]|1[.)] |#+ |-{2,}|[-*>] )\s*"
 )
 _CLOSING = re.compile(r"\s*(?:\b(?:a|solution|output)\s*:|\[/inst\]|-{3,}|[:;=]-?[()dp])\s*\Z")
+_CLOSES = ":])(pd-"  # the last characters of `_CLOSING`
 _PREAMBLE = re.compile(
     r"(?:the following (?:is|are) (?:a )?(?:multiple[- ]choice )?questions?\b|answer the following\b|"
     r"answer (?:the|this|with)\b|solve the following\b|you are an? (?:helpful|expert)\b|"
@@ -73,6 +74,7 @@ _FENCE = re.compile(r"(`{3,}|~{3,}|\"{3}|-{3,})(?:[ \w+-]{0,20}\n|(?<=\"))\s*(.*
 _BOLD = re.compile(r"(?<![\w*])(\*{1,3}|_{1,3})(?=[^\s*_])([^*\n]{1,200}?)(?<=[^\s*_])\1(?![\w*])")
 _EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})(?=[^\s*_])(.*[^\s*_])\1\Z", re.DOTALL)
 _SENTENCE = re.compile(r"[^.?!:\n]*(?:[.?!:]+(?=\s|\Z)|\n)\s*")
+_END = re.compile(r"(?:[.?!:]+(?=\s|\Z)|\n)\s*")
 _CLAUSE = re.compile(r"[^.?!:,\n]*,\s*")
 
 
@@ -174,9 +176,9 @@ def _without_closing(text: str) -> str:
     """Return *text* without the last piece of framing behind its question, if there is one."""
     start = max(len(text) - _FRAME, 0)
     tail = text[start:]
-    if match := _CLOSING.search(tail):
+    if tail[-1:] in _CLOSES and (match := _CLOSING.search(tail, max(len(tail) - 20, 0))):
         return text[: start + match.start()]
-    ends = [match.end() for match in _SENTENCE.finditer(tail) if match.end() < len(tail)]
+    ends = [match.end() for match in _END.finditer(tail) if match.end() < len(tail)]
     if ends and is_framing(words_of(tail[ends[-1] :])):
         return text[: start + ends[-1]].rstrip()
     if ends and (
