@@ -1,8 +1,8 @@
 """Compare the order of prompts across languages: `python -m benchmarks.routing.languages`.
 
-`parallel.jsonl` has the same prompts in thirteen languages, translated by hand and ranked by what they ask for:
-0 greeting, thanks and fact; 1 translation and summary; 2 mathematics, code, proof and reasoning. The words of
-`scoring/languages.py` were corrected with the part `seen`; the part `unseen` only measures.
+`parallel.jsonl` has the same prompts in thirteen languages, translated by hand and ranked by what they ask
+for: 0 greeting, thanks and fact; 1 translation and summary; 2 mathematics, code, proof and reasoning. The words
+of `scoring/languages.py` were chosen without these prompts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def main() -> None:
     parser.add_argument("--scores", action="store_true", help="print each score")
     arguments = parser.parse_args()
     scored = scorer.load(arguments.artifact)
-    print("| language | seen: AUC | tau | unseen: AUC | tau | mean of easy | of hard |\n|---|---|---|---|---|---|---|")
+    print("| language | seen: AUC | tau | unseen: AUC | tau | mean of easy | of hard |")
+    print("|---|---|---|---|---|---|---|")
     for language in LANGUAGES:
         cells = []
         for part in ("seen", "unseen"):

@@ -232,8 +232,8 @@ def test_text_that_applications_put_around_a_question_does_not_change_its_score(
 )
 def test_choices_are_found_in_any_layout(text: str) -> None:
     assert len(prompt_features.options(normal.question(text))) >= 2
-    kinds = {share.name: share.value for share in shipped.score(text).features}
-    assert kinds["kind:choices"] > 0.5
+    kinds = {share.name: share.value for share in shipped.score(text).features if "kind:" in share.name}
+    assert max(kinds, key=lambda kind: kinds[kind]) == "kind:choices"
 
 
 def test_lists_and_initials_are_not_choices() -> None:
