@@ -16,7 +16,7 @@ gate is fitted to them.
 
 from __future__ import annotations
 
-KINDS = ("choices", "word_problem", "mathematics", "code", "reasoning", "fact", "passage", "open")
+KINDS = ("choices", "word_problem", "mathematics", "code", "reasoning", "fact", "passage", "open", "unclear")
 
 # The typical gain of each kind.
 TYPICAL = {
@@ -28,7 +28,11 @@ TYPICAL = {
     "fact": 0.07,
     "passage": 0.14,
     "open": 0.20,
+    "unclear": 0.17,  # the middle of the traffic
 }
+
+# Gain per feature at full strength where the language is not known: length and structure are left.
+UNCLEAR = {"length": 0.1, "numbers": 0.04, "latex": 0.06, "symbols": 0.04, "syntax": 0.06}
 
 # Longer prompts gain more: that held in nearly every measured family. This is the gain per unit of the
 # feature, which grows by one from 5 to 500 words. Every head starts from it, and few labels change it.

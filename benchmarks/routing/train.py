@@ -22,6 +22,7 @@ from benchmarks.routing.kinds import (
     LONGER_LITTLE,
     OPEN,
     TYPICAL,
+    UNCLEAR,
     mathematics,
     open_prompts,
     puzzles,
@@ -69,6 +70,7 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
         "fact": _named(LONGER | ASKS_MORE),
         "passage": _named(LONGER | ASKS_MORE),
         "open": _named(OPEN),
+        "unclear": _named(UNCLEAR),
     }
     if "steps" in usable:  # features that make word problems hard; length covers the rest
         features = usable["steps"].features
@@ -126,6 +128,9 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
     choices = KINDS.index("choices")
     if choices not in present:  # its form alone decides
         gate[choices], gate_bias[choices] = _named({"options": 16.0}), -8.0
+    unclear = KINDS.index("unclear")  # has no prompts: the doubt about the language alone decides
+    gate[:, prompt_features.NAMES.index("doubt")] = 0.0
+    gate[unclear], gate_bias[unclear] = _named({"doubt": 16.0}), -8.0
     return gate, gate_bias
 
 
@@ -147,6 +152,8 @@ def _mean(usable: Mapping[str, Family], kind: str, count: int) -> Array:
     if kind == "open":
         found = [np.array([scorer.read(prompt) for prompt in open_prompts()])]
         found += [usable["arenahard"].features] if "arenahard" in usable else []
+    if kind == "unclear":
+        found = [_named({"length": 0.4})[None, :]]
     means: Array = np.mean([family.mean(axis=0) for family in found], axis=0) if found else np.zeros(count)
     return means
 
