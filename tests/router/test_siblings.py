@@ -132,6 +132,20 @@ async def test_feedback_reaches_the_process_that_answered() -> None:
                 await client.feedback("who", ok=True)
 
 
+async def test_an_answer_id_is_known_to_all_processes_and_a_request_id_is_ambiguous_in_each() -> None:
+    async with processes(3) as clients:
+        request = chat(EASY)
+        request.request_id = "q1"
+        answers = [(await collect(client, request)).accepted.answer_id for client in clients[:2]]
+        for client in clients:
+            with pytest.raises(errors.InvalidRequest, match="answer_id"):
+                await client.feedback("q1", ok=True)
+        assert (await clients[2].feedback(answer_id=answers[0], ok=True)).tier == "small"
+        assert (await clients[2].feedback("q1", ok=True)).tier == "small", "the other one has no outcome yet"
+        with pytest.raises(errors.AlreadyRated):
+            await clients[0].feedback(answer_id=answers[1], ok=False)
+
+
 async def test_each_process_reports_the_bill_of_all() -> None:
     async with processes() as (first, second):
         await collect(first, chat(EASY))

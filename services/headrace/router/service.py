@@ -30,11 +30,11 @@ from headrace.router.quotas.admission import Quotas
 from headrace.router.siblings import Siblings
 from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
-from headrace.router.state.feedback import Feedback
+from headrace.router.state.feedback import Feedback, ambiguous
 from headrace.router.state.tiers import Tiers
 from headrace.routing.scoring.conversation import Turn
-from headrace.routing.scoring.score import UNSCORED, Score, Scorer
-from headrace.runtime.security.identity import current
+from headrace.routing.scoring.score import UNSCORED, Score, Scorer, fingerprint
+from headrace.runtime.security.identity import Identity, current
 from headrace.runtime.serving.calls import Calls, Metadata
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2, multiplex_pb2
@@ -91,6 +91,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._own_calls = OwnCalls()
         self._tiers = tiers
         self._scorer = scorer
+        self._fingerprint = fingerprint(scorer)
         self._chooser = chooser
         self._feedback = feedback
         self._siblings = siblings
@@ -100,6 +101,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._quotas = quotas
         self._total = self._new_bill()
         siblings.on_ask("feedback", self._rate_if_known)
+        siblings.on_ask("unrated", self._has_unrated)
         siblings.on_ask("bill", self._bill)
 
     async def Generate(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
@@ -156,6 +158,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             bill=bill,
             timing=measured.timing,
             turns=turns,
+            scorer=self._fingerprint,
             watchers=self._watchers,
         )
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
@@ -227,33 +230,51 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             raise errors.UnknownTier(
                 f"tier is {quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
             )
+        if not request.answer_id:
+            await self._check_unambiguous(request.request_id, request.tenant)
         try:
-            return await self._rate(request)
+            return await self._rate(request, current())
         except errors.UnknownRequest:
             # The answer may have been given by another process of this router.
-            if (response := await self._siblings.ask("feedback", request)) is None:
+            if (response := await self._siblings.ask("feedback", request, current())) is None:
                 raise
             return cast("routing.FeedbackResponse", response)
 
-    async def _rate_if_known(self, request: routing.FeedbackRequest) -> routing.FeedbackResponse | None:
+    async def _check_unambiguous(self, request_id: str, tenant: str) -> None:
+        """Raise InvalidRequest if processes of this router have different answers to one request id."""
+        others = await self._siblings.ask_all("unrated", request_id, tenant)
+        if len(others) + self._feedback.has_unrated(request_id, tenant) > 1:
+            raise ambiguous(request_id, tenant)
+
+    async def _has_unrated(self, request_id: str, tenant: str) -> bool | None:
+        """Whether this process has an answer to a request id without an outcome; None if it has not."""
+        return self._feedback.has_unrated(request_id, tenant) or None
+
+    async def _rate_if_known(
+        self, request: routing.FeedbackRequest, rater: Identity
+    ) -> routing.FeedbackResponse | None:
         """Record feedback that a sibling received; return None if the answer was not given here."""
         try:
-            return await self._rate(request)
+            return await self._rate(request, rater)
         except errors.UnknownRequest:
             return None
 
-    async def _rate(self, request: routing.FeedbackRequest) -> routing.FeedbackResponse:
+    async def _rate(self, request: routing.FeedbackRequest, rater: Identity) -> routing.FeedbackResponse:
         """Record how good an answer of this process was."""
         quality = float(request.ok) if request.HasField("ok") else request.quality
-        answer = self._feedback.recall(request.request_id, tenant=request.tenant)
+        tenant = request.tenant
+        answer = self._feedback.recall(
+            answer_id=request.answer_id, request_id=request.request_id, tenant=tenant
+        )
         rated_before = answer.quality is not None
         kept = await self._feedback.rate(
-            request.request_id, request.tier or answer.tier, quality, tenant=request.tenant
+            answer, request.tier or answer.tier, quality, tenant=tenant, rater=rater
         )
         if not rated_before:
             verdict = "good" if quality >= 0.5 else "not_good"
             catalogue.FEEDBACK.of(tier=answer.tier, verdict=verdict).add()
-            self._watchers.rated(Rating(request.tenant, request.request_id, answer.tier, quality))
+            rating = Rating(tenant, answer.request_id, answer.tier, quality, answer_id=answer.answer_id)
+            self._watchers.rated(rating)
         return routing.FeedbackResponse(kept=kept, tier=answer.tier)
 
     def _score(self, turns: Sequence[Turn]) -> Score:

@@ -34,6 +34,8 @@ class Answered:
     outcome    "ok", or the class of the error, as the metrics name it
     text       of the answer, at most `MAX_TEXT` characters; empty unless a watcher wanted it
     seconds    from its arrival to its end
+    answer_id  made by the router; empty if no tier accepted the request
+    scorer     fingerprint of the scorer that scored it
     """
 
     request: pb.GenerateRequest
@@ -47,14 +49,18 @@ class Answered:
     text: str
     bill: Bill
     seconds: float
+    answer_id: str = ""
+    scorer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Rating:
     """The outcome of an answer.
 
-    quality   0 to 1
-    source    who rated it: "caller", "judge"
+    request_id  as the caller chose it: other answers may have the same
+    quality     0 to 1
+    source      who rated it: "caller", "judge"
+    answer_id   made by the router
     """
 
     tenant: str
@@ -62,6 +68,7 @@ class Rating:
     tier: str
     quality: float
     source: str = "caller"
+    answer_id: str = ""
 
 
 class Watcher(Protocol):

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from headrace.routing.artifact import BadArtifact
 from headrace.routing.scoring import normal, prompt_features
 from headrace.routing.scoring.conversation import Earlier, Turn
 from headrace.routing.scoring.score import Score, sigmoid
+from headrace.routing.success import heads
+from headrace.routing.success.heads import Heads
 
 Array = NDArray[np.float64]
 
@@ -39,6 +42,7 @@ class Model:
     steepness    log-odds of the score per unit of gain
     centre       the gain at which the score is 0.5
     made         how the model was made, for people
+    tiers        the chance of success of each tier; None unless it was fitted to outcomes of tiers
     """
 
     kinds: tuple[str, ...]
@@ -49,6 +53,7 @@ class Model:
     steepness: float
     centre: float
     made: str = ""
+    tiers: Heads | None = None
 
     def kinds_of(self, features: Array) -> Array:
         """Return the probability of each kind, [..., K], for *features* [..., F]."""
@@ -81,7 +86,12 @@ class LearnedScorer:
         log_odds = (*by_kind.tolist(), *by_feature.tolist())
         bias = -model.steepness * model.centre
         return Score(
-            sigmoid(bias + sum(log_odds)), bias, self._names, (*kinds.tolist(), *features.tolist()), log_odds
+            sigmoid(bias + sum(log_odds)),
+            bias,
+            self._names,
+            (*kinds.tolist(), *features.tolist()),
+            log_odds,
+            estimates=model.tiers.estimates(features, kinds) if model.tiers is not None else {},
         )
 
     def score_turns(self, turns: Sequence[Turn], earlier: Earlier | None = None) -> Score:
@@ -116,7 +126,7 @@ def _dump(model: Model) -> str:
     def rounded(values: Array) -> list[float]:
         return [round(float(value), 5) for value in values]
 
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "kind": KIND,
         "made": model.made,
@@ -133,6 +143,8 @@ def _dump(model: Model) -> str:
             for place, name in enumerate(model.kinds)
         },
     }
+    if model.tiers is not None:
+        content["tiers"] = heads.dump(model.tiers)
     return json.dumps(content, indent=1) + "\n"
 
 
@@ -143,6 +155,7 @@ def _parse(text: str) -> Model:
     if tuple(content["features"]) != prompt_features.NAMES:
         raise ValueError("it was made for other features; fit it again")
     kinds = content["kinds"]
+    tiers = content.get("tiers")
 
     def stacked(name: str) -> Array:
         return np.array([part[name] for part in kinds.values()], dtype=np.float64)
@@ -156,6 +169,9 @@ def _parse(text: str) -> Model:
         steepness=float(content["steepness"]),
         centre=float(content["centre"]),
         made=str(content["made"]),
+        tiers=None
+        if tiers is None
+        else heads.parse(tiers, features=len(prompt_features.NAMES), kinds=len(kinds)),
     )
     shape = (len(kinds), len(prompt_features.NAMES))
     rest = np.array([model.steepness, model.centre])
