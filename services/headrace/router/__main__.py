@@ -15,6 +15,9 @@ from headrace.channel import open_channel
 from headrace.client import LIST_TIERS
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
+from headrace.router.changes.answered import Watchers
+from headrace.router.changes.shadow import Shadow
+from headrace.router.changes.shadow_setup import create_shadow
 from headrace.router.chooser import Chooser
 from headrace.router.figures import Figures
 from headrace.router.processes import prefork
@@ -80,11 +83,13 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     quotas = _load_quotas(settings, tiers, siblings, secured.calls)
     calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     figures = Figures([tier.name for tier in tiers.tiers], siblings)
+    feedback, watchers = _open_feedback(settings), Watchers()
+    shadow = _load_shadow(settings, tiers, scores, checker, feedback, watchers)
     servicer = RouterServicer(
         tiers,
         scores,
         chooser,
-        _open_feedback(settings),
+        feedback,
         calls,
         siblings,
         figures,
@@ -92,6 +97,8 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         failover_seconds=settings.failover_seconds,
         tenants=settings.metrics_tenants,
         quotas=quotas,
+        watchers=watchers,
+        shadow_bill=None if shadow is None else shadow.own.total,
     )
     admin = AdminServicer(tiers, conversations, calls.requests, figures)
 
@@ -121,6 +128,8 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
             untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS, LEASE}),
             ready=lambda: tiers.any_healthy,
         ) as server,
+        # Left first: a drain does not wait for answers that nobody receives.
+        shadow.running() if shadow is not None else nullcontext(),
     ):
         watching = tasks.create_task(thresholds.watch(settings.poll_seconds))
         try:
@@ -158,6 +167,21 @@ def _open_feedback(settings: Settings) -> Feedback:
         )
     except OSError as error:
         raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
+
+
+def _load_shadow(
+    settings: Settings,
+    tiers: Tiers,
+    scores: Scorer,
+    checker: DraftChecker,
+    feedback: Feedback,
+    watchers: Watchers,
+) -> Shadow | None:
+    """Create the shadow, if there is one. Raises StartFailed."""
+    try:
+        return create_shadow(settings, tiers, scores, checker, feedback, watchers)
+    except (BadArtifact, BadCalibration) as error:
+        raise StartFailed(str(error)) from error
 
 
 def _load_quotas(

@@ -63,6 +63,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     tenants            most tenants that metrics name
     quotas             the limits of tenants; None: there are none
     watchers           of decisions and their outcomes; None: nobody watches
+    shadow_bill        of the router's own requests; None: it sends none
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         tenants: int = 20,
         quotas: Quotas | None = None,
         watchers: Watchers | None = None,
+        shadow_bill: Bill | None = None,
     ) -> None:
         self._watchers = Watchers() if watchers is None else watchers
         self._measuring = Measuring(
@@ -99,10 +101,11 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._default_deadline = default_deadline
         self._failover_seconds = failover_seconds
         self._quotas = quotas
-        self._total = self._new_bill()
+        self._total, self._shadow_total = self._new_bill(), shadow_bill
         siblings.on_ask("feedback", self._rate_if_known)
         siblings.on_ask("unrated", self._has_unrated)
         siblings.on_ask("bill", self._bill)
+        siblings.on_ask("shadow_bill", self._shadow_bill)
 
     async def Generate(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
         self, request: pb.GenerateRequest, context: _Context
@@ -211,11 +214,21 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             add_figures(tier.figures, measured[tier.name])
         response = routing.ListTiersResponse(tiers=tiers)
         if sees_all_tenants(current()):
-            total = self._new_bill()
-            for bill in (self._total, *await self._siblings.ask_all("bill")):
-                total.add(bill)
-            response.bill.CopyFrom(bill_message(total))
+            response.bill.CopyFrom(await self._total_bill(self._total, "bill"))
+            if self._shadow_total is not None:
+                response.shadow_bill.CopyFrom(await self._total_bill(self._shadow_total, "shadow_bill"))
         return response
+
+    async def _total_bill(self, own: Bill, topic: str) -> pb.Bill:
+        """Return a bill of this process and the same of the others."""
+        total = self._new_bill()
+        for bill in (own, *await self._siblings.ask_all(topic)):
+            total.add(bill)
+        return bill_message(total)
+
+    async def _shadow_bill(self) -> Bill | None:
+        """Return the bill of the own requests of this process."""
+        return self._shadow_total
 
     async def _bill(self) -> Bill:
         """Return the bill of all requests of this process."""
