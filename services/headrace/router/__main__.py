@@ -16,8 +16,6 @@ from headrace.client import LIST_TIERS
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
 from headrace.router.changes.answered import Watchers
-from headrace.router.changes.shadow import Shadow
-from headrace.router.changes.shadow_setup import create_shadow
 from headrace.router.chooser import Chooser
 from headrace.router.figures import Figures
 from headrace.router.processes import prefork
@@ -27,6 +25,8 @@ from headrace.router.quotas.service import LEASE, QuotaServicer
 from headrace.router.quotas.service import SERVICES as QUOTA_SERVICES
 from headrace.router.service import SERVICES, RouterServicer
 from headrace.router.settings import Settings
+from headrace.router.shadow.setup import create_shadow
+from headrace.router.shadow.shadow import Shadow
 from headrace.router.siblings import SharedConversations, Siblings, inboxes
 from headrace.router.state.feedback import TENANT_SHARE, Feedback
 from headrace.router.state.thresholds import Thresholds

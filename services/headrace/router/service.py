@@ -243,30 +243,43 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             raise errors.UnknownTier(
                 f"tier is {quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
             )
-        if not request.answer_id:
-            await self._check_unambiguous(request.request_id, request.tenant)
-        try:
-            return await self._rate(request, current())
-        except errors.UnknownRequest:
-            # The answer may have been given by another process of this router.
-            if (response := await self._siblings.ask("feedback", request, current())) is None:
-                raise
-            return cast("routing.FeedbackResponse", response)
+        elsewhere = not request.answer_id and await self._is_unrated_elsewhere(request)
+        unknown: errors.UnknownRequest | None = None
+        if not elsewhere:
+            try:
+                return await self._rate(request, current())
+            except errors.UnknownRequest as error:
+                unknown = error
+        # The answer may have been given by another process of this router.
+        response = await self._siblings.ask("feedback", request, current(), elsewhere)
+        if response is None:
+            raise unknown or errors.UnknownRequest("the process that gave the answer has ended")
+        return cast("routing.FeedbackResponse", response)
 
-    async def _check_unambiguous(self, request_id: str, tenant: str) -> None:
-        """Raise InvalidRequest if processes of this router have different answers to one request id."""
-        others = await self._siblings.ask_all("unrated", request_id, tenant)
-        if len(others) + self._feedback.has_unrated(request_id, tenant) > 1:
-            raise ambiguous(request_id, tenant)
+    async def _is_unrated_elsewhere(self, request: routing.FeedbackRequest) -> bool:
+        """Whether another process has the one answer to a request id that has no outcome.
+
+        Raises InvalidRequest if several processes have one.
+        """
+        id, tenant = request.request_id, request.tenant
+        others = await self._siblings.ask_all("unrated", id, tenant)
+        if len(others) + self._feedback.has_unrated(id, tenant) > 1:
+            raise ambiguous(id, tenant)
+        return bool(others)
 
     async def _has_unrated(self, request_id: str, tenant: str) -> bool | None:
         """Whether this process has an answer to a request id without an outcome; None if it has not."""
         return self._feedback.has_unrated(request_id, tenant) or None
 
     async def _rate_if_known(
-        self, request: routing.FeedbackRequest, rater: Identity
+        self, request: routing.FeedbackRequest, rater: Identity, only_unrated: bool
     ) -> routing.FeedbackResponse | None:
-        """Record feedback that a sibling received; return None if the answer was not given here."""
+        """Record feedback that a sibling received; return None if it is not about an answer of this process.
+
+        only_unrated   answers that have an outcome are not meant
+        """
+        if only_unrated and not self._feedback.has_unrated(request.request_id, request.tenant):
+            return None
         try:
             return await self._rate(request, rater)
         except errors.UnknownRequest:

@@ -17,7 +17,7 @@ def allowed(decision: Decision) -> list[str]:
 
 
 def would_choose(decision: Decision, score: float, hints: Hints, thresholds: Sequence[float]) -> str:
-    """Return the tier for *score* and *thresholds*, with the tiers as at *decision*; empty if there is none."""
+    """Return the tier for *score* and *thresholds*, with the tiers as at *decision*; empty without one."""
     considered = decision.considered
     tiers = [
         replace(tier, threshold=threshold)

@@ -1,7 +1,7 @@
 """Compare two answers to one request: by rules, by their results, or with the words of a judge model.
 
 The first answer is the one that the caller has, the second one is the shadow answer. Pure functions;
-`headrace.router.changes.judge` calls the judge model.
+`headrace.router.shadow.judge` calls the judge model.
 
 A judge model prefers answers by their position, so it is asked twice with the answers swapped, and two
 different verdicts are a tie (Zheng et al., Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena,

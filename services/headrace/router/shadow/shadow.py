@@ -21,10 +21,10 @@ from headrace import errors
 from headrace.metrics import changes
 from headrace.metrics.requests import CANCELLED, End
 from headrace.router.changes.answered import Answered, Rating, Watchers
-from headrace.router.changes.bounds import Bounds
-from headrace.router.changes.judge import Judge
-from headrace.router.changes.own_requests import OwnAnswer, OwnRequests, shadow_request
 from headrace.router.optional import optional
+from headrace.router.shadow.bounds import Bounds
+from headrace.router.shadow.judge import Judge
+from headrace.router.shadow.own_requests import OwnAnswer, OwnRequests, shadow_request
 from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.thresholds import Thresholds

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from typing import Protocol
 
-from headrace.router.changes.own_requests import OwnRequests, judge_request
+from headrace.router.shadow.own_requests import OwnRequests, judge_request
 from headrace.router.state.bills import Bill
 from headrace.routing.changes import judging
 from headrace.routing.changes.judging import Pair, Verdict

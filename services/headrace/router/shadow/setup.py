@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from headrace.router.changes.answered import Watchers
-from headrace.router.changes.bounds import Bounds
-from headrace.router.changes.judge import judge_named
-from headrace.router.changes.own_requests import OwnRequests
-from headrace.router.changes.shadow import Candidate, Choice, FixedTier, Shadow
 from headrace.router.settings import Settings
+from headrace.router.shadow.bounds import Bounds
+from headrace.router.shadow.judge import judge_named
+from headrace.router.shadow.own_requests import OwnRequests
+from headrace.router.shadow.shadow import Candidate, Choice, FixedTier, Shadow
 from headrace.router.state.feedback import Feedback
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers

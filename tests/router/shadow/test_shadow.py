@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from headrace import errors
 from headrace.client import chat
 from headrace.router.__main__ import router
-from headrace.router.changes.bounds import DAY_SECONDS, Bounds
 from headrace.router.settings import Settings
+from headrace.router.shadow.bounds import DAY_SECONDS, Bounds
 from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.routing.calibration import Calibration, save
 from headrace.routing.scoring.conversation import Turn
