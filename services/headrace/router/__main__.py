@@ -28,6 +28,8 @@ from headrace.router.quotas.service import LEASE, QuotaServicer
 from headrace.router.quotas.service import SERVICES as QUOTA_SERVICES
 from headrace.router.service import SERVICES, RouterServicer
 from headrace.router.settings import Settings
+from headrace.router.shadow.setup import create_shadow
+from headrace.router.shadow.shadow import Shadow
 from headrace.router.siblings import SharedConversations, Siblings, inboxes
 from headrace.router.state.feedback import TENANT_SHARE, Feedback
 from headrace.router.state.thresholds import Thresholds
@@ -89,11 +91,14 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     figures = Figures([tier.name for tier in tiers.tiers], siblings)
     decisions = _open_decision_log(settings)
     spending = Spending(weighing.spend) if weighing is not None else None
+    feedback = _open_feedback(settings)
+    watchers = Watchers([watcher for watcher in (decisions, spending) if watcher is not None])
+    shadow = _load_shadow(settings, tiers, scores, checker, feedback, watchers)
     servicer = RouterServicer(
         tiers,
         scores,
         chooser,
-        _open_feedback(settings),
+        feedback,
         calls,
         siblings,
         figures,
@@ -101,7 +106,8 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         failover_seconds=settings.failover_seconds,
         tenants=settings.metrics_tenants,
         quotas=quotas,
-        watchers=Watchers([watcher for watcher in (decisions, spending) if watcher is not None]),
+        watchers=watchers,
+        shadow_bill=None if shadow is None else shadow.own.total,
     )
     admin = AdminServicer(tiers, conversations, calls.requests, figures)
 
@@ -132,6 +138,8 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
             untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS, LEASE}),
             ready=lambda: tiers.any_healthy,
         ) as server,
+        # Left first: a drain does not wait for answers that nobody receives.
+        shadow.running() if shadow is not None else nullcontext(),
     ):
         watching = tasks.create_task(thresholds.watch(settings.poll_seconds))
         try:
@@ -211,6 +219,21 @@ def _open_decision_log(settings: Settings) -> DecisionLog | None:
         raise StartFailed(
             f"--decision-log {settings.decision_log} cannot be written: {error.strerror}"
         ) from error
+
+
+def _load_shadow(
+    settings: Settings,
+    tiers: Tiers,
+    scores: Scorer,
+    checker: DraftChecker,
+    feedback: Feedback,
+    watchers: Watchers,
+) -> Shadow | None:
+    """Create the shadow, if there is one. Raises StartFailed."""
+    try:
+        return create_shadow(settings, tiers, scores, checker, feedback, watchers)
+    except (BadArtifact, BadCalibration) as error:
+        raise StartFailed(str(error)) from error
 
 
 def _load_quotas(

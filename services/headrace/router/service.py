@@ -63,6 +63,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     tenants            most tenants that metrics name
     quotas             the limits of tenants; None: there are none
     watchers           of decisions and their outcomes; None: nobody watches
+    shadow_bill        of the router's own requests; None: it sends none
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         tenants: int = 20,
         quotas: Quotas | None = None,
         watchers: Watchers | None = None,
+        shadow_bill: Bill | None = None,
     ) -> None:
         self._watchers = Watchers() if watchers is None else watchers
         self._measuring = Measuring(
@@ -99,10 +101,11 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._default_deadline = default_deadline
         self._failover_seconds = failover_seconds
         self._quotas = quotas
-        self._total = self._new_bill()
+        self._total, self._shadow_total = self._new_bill(), shadow_bill
         siblings.on_ask("feedback", self._rate_if_known)
         siblings.on_ask("unrated", self._has_unrated)
         siblings.on_ask("bill", self._bill)
+        siblings.on_ask("shadow_bill", self._shadow_bill)
 
     async def Generate(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
         self, request: pb.GenerateRequest, context: _Context
@@ -211,11 +214,21 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             add_figures(tier.figures, measured[tier.name])
         response = routing.ListTiersResponse(tiers=tiers)
         if sees_all_tenants(current()):
-            total = self._new_bill()
-            for bill in (self._total, *await self._siblings.ask_all("bill")):
-                total.add(bill)
-            response.bill.CopyFrom(bill_message(total))
+            response.bill.CopyFrom(await self._total_bill(self._total, "bill"))
+            if self._shadow_total is not None:
+                response.shadow_bill.CopyFrom(await self._total_bill(self._shadow_total, "shadow_bill"))
         return response
+
+    async def _total_bill(self, own: Bill, topic: str) -> pb.Bill:
+        """Return a bill of this process and the same of the others."""
+        total = self._new_bill()
+        for bill in (own, *await self._siblings.ask_all(topic)):
+            total.add(bill)
+        return bill_message(total)
+
+    async def _shadow_bill(self) -> Bill | None:
+        """Return the bill of the own requests of this process."""
+        return self._shadow_total
 
     async def _bill(self) -> Bill:
         """Return the bill of all requests of this process."""
@@ -230,30 +243,43 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             raise errors.UnknownTier(
                 f"tier is {quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
             )
-        if not request.answer_id:
-            await self._check_unambiguous(request.request_id, request.tenant)
-        try:
-            return await self._rate(request, current())
-        except errors.UnknownRequest:
-            # The answer may have been given by another process of this router.
-            if (response := await self._siblings.ask("feedback", request, current())) is None:
-                raise
-            return cast("routing.FeedbackResponse", response)
+        elsewhere = not request.answer_id and await self._is_unrated_elsewhere(request)
+        unknown: errors.UnknownRequest | None = None
+        if not elsewhere:
+            try:
+                return await self._rate(request, current())
+            except errors.UnknownRequest as error:
+                unknown = error
+        # The answer may have been given by another process of this router.
+        response = await self._siblings.ask("feedback", request, current(), elsewhere)
+        if response is None:
+            raise unknown or errors.UnknownRequest("the process that gave the answer has ended")
+        return cast("routing.FeedbackResponse", response)
 
-    async def _check_unambiguous(self, request_id: str, tenant: str) -> None:
-        """Raise InvalidRequest if processes of this router have different answers to one request id."""
-        others = await self._siblings.ask_all("unrated", request_id, tenant)
-        if len(others) + self._feedback.has_unrated(request_id, tenant) > 1:
-            raise ambiguous(request_id, tenant)
+    async def _is_unrated_elsewhere(self, request: routing.FeedbackRequest) -> bool:
+        """Whether another process has the one answer to a request id that has no outcome.
+
+        Raises InvalidRequest if several processes have one.
+        """
+        id, tenant = request.request_id, request.tenant
+        others = await self._siblings.ask_all("unrated", id, tenant)
+        if len(others) + self._feedback.has_unrated(id, tenant) > 1:
+            raise ambiguous(id, tenant)
+        return bool(others)
 
     async def _has_unrated(self, request_id: str, tenant: str) -> bool | None:
         """Whether this process has an answer to a request id without an outcome; None if it has not."""
         return self._feedback.has_unrated(request_id, tenant) or None
 
     async def _rate_if_known(
-        self, request: routing.FeedbackRequest, rater: Identity
+        self, request: routing.FeedbackRequest, rater: Identity, only_unrated: bool
     ) -> routing.FeedbackResponse | None:
-        """Record feedback that a sibling received; return None if the answer was not given here."""
+        """Record feedback that a sibling received; return None if it is not about an answer of this process.
+
+        only_unrated   answers that have an outcome are not meant
+        """
+        if only_unrated and not self._feedback.has_unrated(request.request_id, request.tenant):
+            return None
         try:
             return await self._rate(request, rater)
         except errors.UnknownRequest:
