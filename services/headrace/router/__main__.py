@@ -15,6 +15,11 @@ from headrace.channel import open_channel
 from headrace.client import LIST_TIERS
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
+from headrace.router.changes.answered import Watchers
+from headrace.router.changes.canary import Canary
+from headrace.router.changes.scorer_files import ScorerFiles
+from headrace.router.changes.scorers import Scorers
+from headrace.router.changes.status import Status
 from headrace.router.chooser import Chooser
 from headrace.router.figures import Figures
 from headrace.router.processes import prefork
@@ -33,8 +38,6 @@ from headrace.routing.calibration import BadCalibration
 from headrace.routing.drafts import check as draft_check
 from headrace.routing.drafts.check import DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
-from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import Scorer, fingerprint
 from headrace.runtime import process_info
 from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
@@ -67,7 +70,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         wait_seconds=settings.tier_wait_seconds,
         tls=secured.calls,
     )
-    scores, checker, thresholds = _load_models(settings, [tier.name for tier in tiers.tiers])
+    checker, thresholds, scorers, canary = _load_models(settings, siblings)
     conversations = SharedConversations(siblings, idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,
@@ -80,20 +83,23 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     quotas = _load_quotas(settings, tiers, siblings, secured.calls)
     calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     figures = Figures([tier.name for tier in tiers.tiers], siblings)
+    status = Status(scorers, canary, siblings)
     servicer = RouterServicer(
         tiers,
-        scores,
+        scorers,
         chooser,
         _open_feedback(settings),
         calls,
         siblings,
         figures,
+        status,
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
         tenants=settings.metrics_tenants,
         quotas=quotas,
+        watchers=Watchers([canary] if canary is not None else []),
     )
-    admin = AdminServicer(tiers, conversations, calls.requests, figures)
+    admin = AdminServicer(tiers, conversations, calls.requests, figures, status)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
@@ -122,29 +128,36 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
             ready=lambda: tiers.any_healthy,
         ) as server,
     ):
-        watching = tasks.create_task(thresholds.watch(settings.poll_seconds))
+        watching = [tasks.create_task(scorers.watch(settings.poll_seconds))]
+        if canary is not None:
+            watching.append(tasks.create_task(canary.watch(settings.poll_seconds)))
         try:
             yield server
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
 
 
-def _load_models(settings: Settings, tiers: list[str]) -> tuple[Scorer, DraftChecker, Thresholds]:
-    """Load scorer, draft check and thresholds. Raises StartFailed."""
+def _load_models(
+    settings: Settings, siblings: Siblings
+) -> tuple[DraftChecker, Thresholds, Scorers, Canary | None]:
+    """Load draft check, scorers and calibrations. Raises StartFailed."""
     if settings.thresholds.strip() and (settings.calibration is not None or settings.tier_shares()):
         log.warning("--thresholds is ignored: --calibration or --share sets them")
+    names = [name for name, _ in settings.tier_targets()]
+    shares = settings.tier_shares()
+    candidate = canary = None
     try:
-        scores, checker = scorer.load(settings.scorer), draft_check.load(settings.draft_check)
-        thresholds = Thresholds(
-            tiers,
-            settings.tier_thresholds(),
-            path=settings.calibration,
-            scorer=fingerprint(scores),
-            shares=settings.tier_shares(),
-        )
+        checker = draft_check.load(settings.draft_check)
+        control = ScorerFiles(settings.scorer, settings.calibration, tiers=names, shares=bool(shares))
+        if (wanted := settings.canary_scorer()) is not None:
+            path, share = wanted
+            candidate = ScorerFiles(path, settings.canary_calibration, tiers=names, shares=bool(shares))
+            canary = Canary(share, siblings, cost_limit=settings.canary_cost)
     except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error
-    return scores, checker, thresholds
+    thresholds = Thresholds(settings.tier_thresholds(), shares=shares)
+    return checker, thresholds, Scorers(control, thresholds, candidate=candidate, canary=canary), canary
 
 
 def _open_feedback(settings: Settings) -> Feedback:

@@ -55,7 +55,26 @@ class Settings(CalledServiceSettings):
         "cached prompt tokens, which otherwise cost as much as other prompt tokens",
     )
     scorer: Path | None = Field(
-        default=None, description="scorer that `headrace train` wrote; the shipped one by default"
+        default=None,
+        description="scorer that `headrace train` wrote, in place of the shipped one; it is read again when "
+        "it changes",
+    )
+    canary: str = Field(
+        default="",
+        description="candidate scorer and the share of requests that it scores, above 0 and below 1, such as "
+        "scorer.json:0.1; it is rolled back when its answers are rated worse, fail more often or cost more. "
+        "The file is read again when it changes",
+    )
+    canary_calibration: Path | None = Field(
+        default=None,
+        description="calibration of the scorer of --canary, which needs one if --calibration is set without "
+        "--share; it is read again when it changes",
+    )
+    canary_cost: float = Field(
+        default=0.0,
+        ge=0,
+        description="roll a canary back if its requests cost more on average than this many times those of "
+        "the scorer in use, such as 1.2, at the prices of --prices; 0 does not compare costs",
     )
     draft_check: Path | None = Field(
         default=None, description="weights of the draft check; the shipped ones by default"
@@ -157,6 +176,7 @@ class Settings(CalledServiceSettings):
         self.tier_thresholds()
         self.tier_shares()
         self.tier_prices()
+        self._check_canary()
         if self.quotas is None and (self.quota_peers.strip() or self.quotas_shadow):
             raise ValueError(
                 "HEADRACE_QUOTA_PEERS and HEADRACE_QUOTAS_SHADOW need HEADRACE_QUOTAS (or --quotas)"
@@ -170,6 +190,36 @@ class Settings(CalledServiceSettings):
                 f"the endpoints of {self.processes} processes"
             )
         return self
+
+    def canary_scorer(self) -> tuple[Path, float] | None:
+        """Return the file of the candidate scorer and its share of requests. Raises ValueError."""
+        if not self.canary.strip():
+            return None
+        path, _, share = self.canary.strip().rpartition(":")
+        try:
+            value = float(share)
+        except ValueError:
+            value = 0.0
+        if not path or not 0 < value < 1:
+            raise ValueError(
+                f"HEADRACE_CANARY={self.canary!r} (or --canary) is not FILE:SHARE with a share above 0 and "
+                "below 1, such as scorer.json:0.1"
+            )
+        return Path(path), value
+
+    def _check_canary(self) -> None:
+        if self.canary_scorer() is None:
+            if self.canary_calibration is not None or self.canary_cost:
+                raise ValueError(
+                    "HEADRACE_CANARY_CALIBRATION and HEADRACE_CANARY_COST need HEADRACE_CANARY (or --canary)"
+                )
+        elif self.calibration is not None and not self.tier_shares() and self.canary_calibration is None:
+            raise ValueError(
+                "HEADRACE_CANARY (or --canary) needs HEADRACE_CANARY_CALIBRATION: the thresholds of "
+                "HEADRACE_CALIBRATION are those of another scorer. Or set HEADRACE_SHARE"
+            )
+        if self.canary_cost and not self.tier_prices():
+            raise ValueError("HEADRACE_CANARY_COST (or --canary-cost) needs HEADRACE_PRICES (or --prices)")
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:
         """Return (name, its batchers' targets) of each tier, smallest first. Raises ValueError."""

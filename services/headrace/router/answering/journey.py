@@ -65,10 +65,11 @@ class Journey:
         timing: Timing,
         turns: Sequence[Turn],
         watchers: Watchers,
+        arm: str = "",
     ) -> None:
         self._text = text_of(request)
         self._turns, self._score = turns, score
-        self._facts = routing_request(request, score)
+        self._facts = routing_request(request, score, arm)
         self._shows_logprobs = request.sampling.logprobs
         self._may_draft = chooser.rules.allow(self._facts)
         self.outgoing = Outgoing(
@@ -340,8 +341,8 @@ def text_of(request: pb.GenerateRequest) -> str:
     return request.prompt
 
 
-def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest:
-    """Return what the routing decisions read of a request."""
+def routing_request(request: pb.GenerateRequest, score: Score, arm: str = "") -> RoutingRequest:
+    """Return what the routing decisions read of a request; *arm* is the one that scored it."""
     hints = request.routing
     return RoutingRequest(
         score=score.value,
@@ -354,6 +355,7 @@ def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest
         max_tokens=request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None,
         cascade=hints.cascade if hints.HasField("cascade") else None,
         resumes=bool(request.resume.token_ids),
+        arm=arm,
     )
 
 
