@@ -145,7 +145,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         turns = turns_of(request)
         journey = measured.journey = Journey(
             request,
-            self._score(turns),
+            self._score(turns, request.routing),
             deadline=Deadline.after(self._default_deadline if left is None else left, time.monotonic()),
             hops=hops,
             flusher=None if incoming.framed or chooses_flushing(request) else self._own_calls.flusher,
@@ -173,7 +173,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         permit(request.request, current())
         if self._quotas is not None:
             await self._quotas.admit_dry_run(current(), request.request)
-        score = self._score(turns_of(request.request))
+        score = self._score(turns_of(request.request), request.request.routing)
         facts = routing_request(request.request, score)
         now = time.monotonic()
         decision = self._chooser.choose(facts, now)
@@ -256,12 +256,16 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             self._watchers.rated(Rating(request.tenant, request.request_id, answer.tier, quality))
         return routing.FeedbackResponse(kept=kept, tier=answer.tier)
 
-    def _score(self, turns: Sequence[Turn]) -> Score:
-        """Score a prompt or a conversation; return `UNSCORED` if the scorer fails."""
+    def _score(self, turns: Sequence[Turn], hints: pb.Routing) -> Score:
+        """Score a prompt or a conversation; return `UNSCORED` if the scorer fails.
+
+        What is remembered of the conversation stands for turns that the caller did not send.
+        """
         span = _tracer.start_span(attributes.SPAN_SCORE)  # not the current one: nothing below starts a span
         try:
             with optional("scorer"):
-                score = self._scorer.score_turns(turns)
+                earlier = self._chooser.earlier(hints.tenant, hints.session_id, time.monotonic())
+                score = self._scorer.score_turns(turns, earlier)
                 if not 0 <= score.value <= 1:  # also true of NaN
                     raise ValueError("the score is not between 0 and 1")
                 span.set_attribute(attributes.SCORE, score.value)

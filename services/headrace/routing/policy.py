@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from headrace.routing.no_route import NoTierAvailable
 from headrace.routing.request import Hints, allowed_places
+from headrace.routing.scoring.conversation import CONTINUES
 from headrace.routing.scoring.score import sigmoid
 from headrace.routing.tier_view import TierView
 
@@ -37,6 +38,7 @@ class Considered:
     wanted, reached, ideal, chosen   places of the tier for the score, after the conversation, after the
               hints, and after the tiers' state
     deciding  name of the hint that decided
+    continues how much the request depends on earlier turns of its conversation, 0 to 1
     allowed   places that the hints allow
     choices   places of which one could be chosen
     """
@@ -53,6 +55,7 @@ class Considered:
     choices: Sequence[int]
     exclude: Collection[str]
     seconds_left: float
+    continues: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ def decide(
     floor: str = "",
     seconds_left: float = math.inf,
     exclude: Collection[str] = (),
+    continues: float = 0.0,
 ) -> Decision:
     """Choose the tier for a prompt of *score*, 0 to 1.
 
@@ -120,6 +124,7 @@ def decide(
     floor         the tier that the conversation has reached; empty: none
     seconds_left  until the deadline; infinite without one
     exclude       tiers that have failed for this request
+    continues     how much the request depends on earlier turns, 0 to 1; explains the score
 
     Raises NoSuchTier, NoSuchModel or ConflictingHints for hints that no tier can meet, and NoTierAvailable
     if none of the allowed tiers is healthy.
@@ -157,6 +162,7 @@ def decide(
             choices=choices,
             exclude=exclude,
             seconds_left=seconds_left,
+            continues=continues,
         ),
     )
 
@@ -249,7 +255,8 @@ def _why(considered: Considered) -> str:
     wanted, reached = tiers[considered.wanted], tiers[considered.reached]
     ideal, chosen = tiers[considered.ideal], tiers[considered.chosen]
     preference = "" if math.isclose(score, shifted) else f", {shifted:.2f} after the quality preference,"
-    why = f"score {score:.2f}{preference} is in the range of tier {wanted.name!r}"
+    inherited = " of the turns that it continues" if considered.continues >= CONTINUES else ""
+    why = f"score {score:.2f}{inherited}{preference} is in the range of tier {wanted.name!r}"
     if considered.reached != considered.wanted:
         why += f"; its conversation has reached {reached.name!r}"
     if considered.ideal != considered.reached:

@@ -20,6 +20,7 @@ from headrace.routing.artifact import BadArtifact
 from headrace.routing.scoring import prompt_features
 from headrace.routing.scoring.conversation import Earlier, Turn
 from headrace.routing.scoring.score import Score, sigmoid
+from headrace.routing.scoring.turns import reading
 
 Array = NDArray[np.float64]
 
@@ -86,8 +87,7 @@ class LearnedScorer:
 
     def score_turns(self, turns: Sequence[Turn], earlier: Earlier | None = None) -> Score:
         """See `Scorer.score_turns`."""
-        users = [turn for turn in turns if turn.role == "user"]
-        return self.score((users or turns)[-1].text)
+        return reading.score_turns(self.score, turns, earlier)
 
 
 def read(text: str) -> Array:
