@@ -252,7 +252,8 @@ def test_the_score_of_a_conversation_is_in_range_and_its_shares_add_up(
     assert shipped.score_turns(window(reversed(turns)), earlier) == score, "the window is enough"
 
 
-@given(st.lists(texts.filter(lambda text: text.strip()), min_size=1, max_size=6))
+# Code in an answer is not remembered.
+@given(st.lists(texts.filter(lambda text: bool(text.strip()) and "```" not in text), min_size=1, max_size=6))
 def test_the_memory_of_a_session_stands_for_the_turns_that_were_not_sent(asked: list[str]) -> None:
     turns: list[Turn] = []
     earlier: Earlier | None = None
@@ -263,8 +264,7 @@ def test_the_memory_of_a_session_stands_for_the_turns_that_were_not_sent(asked: 
         if (carried := by_memory.carried) is not None:
             earlier = Earlier(carried.score, "", carried.words)
 
-    assert abs(by_memory.value - whole.value) < 0.15
-    assert by_memory.value == pytest.approx(whole.value, abs=0.02) or "```" in "".join(asked)
+    assert by_memory.value == pytest.approx(whole.value, abs=0.02)
 
 
 @given(any_turns)

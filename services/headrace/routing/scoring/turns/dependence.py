@@ -91,11 +91,6 @@ def read_reply(text: str, *, first: bool = False, asked: bool = False, before: C
     return Reply(depends, False, corrects, repairs, len(content), _digests(_TOKEN.findall(text)))
 
 
-def words_of(text: str) -> tuple[int, ...]:
-    """Return digests of the words of a turn, at most `_WORDS`, as `Reply.words` has them."""
-    return _digests(_TOKEN.findall(text[:_READ].translate(_QUOTES).lower()))
-
-
 def is_repeated(words: Collection[int], earlier: Collection[int]) -> bool:
     """Return whether two turns have nearly the same words, at least four."""
     if len(words) < 4 or not earlier:

@@ -83,9 +83,9 @@ _POINTS = re.compile(
 )
 _ITEM = re.compile(r"^[ \t]*(?:\d{1,3}[.)]|[-*•])[ \t]", re.MULTILINE)
 _CODE = re.compile(
-    r"```|^\s*(?:def|class|import|from \w+ import|function|const|let|var|public|private|#include|"
+    r"```|^[ \t]*(?:def|class|import|from \w+ import|function|const|let|var|public|private|#include|"
     r"package|fn|func|SELECT|Traceback)\b"
-    r"|[{};]\s*$",
+    r"|[{};][ \t]*$",
     re.MULTILINE,
 )
 TOOL_RESULT = re.compile(
@@ -99,7 +99,7 @@ _ERROR = re.compile(
     r" status)?[ :=]+[1-9]\d*|FAILED|FATAL|panic:|"
     r"Segmentation fault|command not found|No such file or directory|[Pp]ermission denied|npm ERR!|"
     r"[A-Z]\w*(?:Error|Exception)\b)"
-    r"|^\s*(?:error|ERROR|Error)\b[^\n]{0,40}[:\[]|\b(?:HTTP|status)[ /\d.:]*[45]\d\d\b|\b\d+ failed\b",
+    r"|^[ \t]*(?:error|ERROR|Error)\b[^\n]{0,40}[:\[]|\b(?:HTTP|status)[ /\d.:]*[45]\d\d\b|\b\d+ failed\b",
     re.MULTILINE,
 )
 

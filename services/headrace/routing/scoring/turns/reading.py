@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from headrace.routing.scoring.conversation import Carried, Earlier, Turn, window
 from headrace.routing.scoring.score import Score, sigmoid
 from headrace.routing.scoring.turns import pasted
-from headrace.routing.scoring.turns.dependence import Reply, asks, is_repeated, read_reply, words_of
+from headrace.routing.scoring.turns.dependence import Reply, asks, is_repeated, read_reply
 from headrace.routing.success.estimate import Estimate
 
 _KEPT = 0.97  # of what a turn inherits that depends on nothing else
@@ -103,28 +103,43 @@ def _links(turns: Sequence[Turn], earlier: Earlier | None) -> list[_Link]:
     while places:
         place = places.pop()
         previous = places[-1] if places else -1
-        answers = [turn.text for turn in turns[previous + 1 : place]]
+        answers = turns[previous + 1 : place]
         # An agent calls tools after the user's turn until it has an answer.
-        after = [turn.text for turn in turns[place + 1 :]] if not links else []
-        asked = bool(answers) and turns[place - 1].role == "assistant" and asks(answers[-1])
-        before = words_of(turns[previous].text) if previous >= 0 else earlier.words if earlier else ()
+        after = turns[place + 1 :] if not links else []
+        before = _words_before(turns, places, earlier)
         first = previous < 0 and earlier is None
-        reply = read_reply(turns[place].text, first=first, asked=asked, before=before)
+        reply = read_reply(turns[place].text, first=first, asked=_was_asked(turns, place), before=before)
         if reply.closes and links:
             continue
         links.append(
             _Link(
                 turns[place].text,
                 reply,
-                errors_before=sum(map(pasted.has_error, answers)),
-                errors_after=sum(map(pasted.has_error, after)),
+                errors_before=sum(map(_has_failed, answers)),
+                errors_after=sum(map(_has_failed, after)),
                 repeated=is_repeated(reply.words, before),
-                code=next((code for text in reversed(answers + after) if (code := pasted.code_in(text))), ""),
+                code=next(
+                    filter(None, (pasted.code_in(turn.text) for turn in reversed([*answers, *after]))), ""
+                ),
             )
         )
         if reply.continues <= _STANDS:
             break
     return links[::-1]
+
+
+def _words_before(turns: Sequence[Turn], places: Sequence[int], earlier: Earlier | None) -> tuple[int, ...]:
+    """Return the words of the last turn at *places*, of the user, that is more than thanks."""
+    for place in reversed(places):
+        reply = read_reply(turns[place].text, first=True, asked=_was_asked(turns, place))
+        if not reply.closes:
+            return reply.words
+    return () if earlier is None else earlier.words
+
+
+def _was_asked(turns: Sequence[Turn], place: int) -> bool:
+    """Return whether the turn at *place* follows a question of the assistant."""
+    return place > 0 and turns[place - 1].role == "assistant" and asks(turns[place - 1].text)
 
 
 def _inherited(score: ScoreText, links: Sequence[_Link], earlier: Earlier | None) -> _State | None:
@@ -220,6 +235,13 @@ def _explained(
 
 def _is_user(turn: Turn) -> bool:
     return turn.role not in ("system", "assistant", "tool")
+
+
+def _has_failed(turn: Turn) -> bool:
+    """Return whether a turn shows that a tool failed. Answers about code name errors that nothing raised."""
+    if turn.role == "tool":
+        return pasted.has_error(turn.text)
+    return "Traceback (most recent call last)" in turn.text
 
 
 def _log_odds(score: Score) -> float:
