@@ -2,10 +2,10 @@
 
 Tiers are ordered from small to large. Each has a threshold, the lowest score that it is meant for, and the
 largest tier whose threshold the score reaches is wanted. A turn that continues its conversation does not
-return to a smaller tier than that has reached. Hints bound the choice. A tier that is not healthy, too slow for the deadline or full is
-replaced by a larger one, and by a smaller one only if there is no larger one. A larger tier that costs less
-than the wanted one is used in its place. In any state of the tiers, a higher score never leads to a smaller
-tier.
+return to a smaller tier than the conversation has reached. Hints bound the choice. A tier that is not
+healthy, too slow for the deadline or full is replaced by a larger one, and by a smaller one only if there is
+no larger one. A larger tier that costs less than the wanted one is used in its place. In any state of the
+tiers, a higher score never leads to a smaller tier.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 from headrace.routing.scoring.turns import references, replies
 
@@ -63,6 +64,8 @@ def read_reply(text: str, *, first: bool = False, asked: bool = False, before: C
     other = _in_other_languages(clauses)
     if other is not None and not long:
         return Reply(0.0 if other or first else 1.0, closes=other)
+    if text and not _TOKEN.search(text):  # an emoji
+        return Reply(1.0 if asked and not first else 0.0, closes=not asked)
     rest = [clause for clause in clauses if not _is_courtesy(clause, asked)]
     if len(rest) < len(clauses) and not long and not any(map(_is_request, rest)) and _only_remarks(rest):
         return Reply(0.0, closes=True)
@@ -107,7 +110,7 @@ def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[
     ):
         return 0.0, False
     if not count:
-        return (1.0 if text else 0.0), False
+        return 1.0, False
     corrects = count <= 40 and references.CORRECTS.search(text) is not None
     plain = [word for word in words if word != "?"]
     if (
@@ -124,22 +127,16 @@ def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[
     ):
         return 1.5, corrects
     evidence = 1.0 if corrects else 0.0
-    first = next((word for word in plain if word not in ("please", "can", "could", "you", "would")), plain[0])
+    first = next((word for word in plain if word not in references.LEADING), plain[0])
     if references.OPENING.match(text):
         evidence += 0.9
     evidence += references.OPENERS.get(plain[0], 0.0)
     refers = _reference(text, count, long=long)
     evidence += refers
-    if first in references.REWORK and count <= 10:
-        named = len(
-            [
-                word
-                for word in plain
-                if word not in references.STOP and word not in references.REWORK and len(word) > 2
-            ]
-        )
-        evidence += 0.7 if named <= 2 and not refers else 0.3
-    if plain[-1] in replies.LANGUAGES and count <= 8 and first not in references.WH:
+    evidence += _task(plain, first, refers=bool(refers), text=text)
+    if references.ABOUT_IT.match(text):
+        evidence += 0.8
+    if count <= 4 and plain[-1] in replies.LANGUAGES and first not in references.WH | references.REQUEST:
         evidence += 0.6
     if count <= 7 and plain[0] in references.FRAGMENT and references.WH.isdisjoint(plain[1:]):
         evidence += 0.9
@@ -147,7 +144,7 @@ def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[
         evidence += 0.9
     if (
         asked
-        and count <= 12
+        and count <= 8
         and "?" not in words
         and first not in references.WH
         and references.REQUEST.isdisjoint(plain[:6])
@@ -156,6 +153,29 @@ def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[
     elif count <= 3 and plain[0] not in references.WH and first not in references.REQUEST:
         evidence += 0.6
     return evidence, corrects
+
+
+def _task(plain: list[str], first: str, *, refers: bool, text: str) -> float:
+    """Return the weight of a verb that needs an object, and has none in the text."""
+    if first not in references.REWORK or len(plain) > 10 or any(mark in text for mark in "\"':"):
+        return 0.0
+    if refers:
+        return 0.3
+    if "my" in plain or "our" in plain:
+        return 0.0
+    named = len(
+        [
+            word
+            for before, word in pairwise(["", *plain])
+            if (len(word) > 2 or word.isdigit())
+            and word not in references.STOP
+            and word not in references.REWORK
+            and not (word in replies.LANGUAGES and before in ("in", "to", "into"))
+        ]
+    )
+    if first in references.MODIFY:
+        return 0.7 if named <= 3 else 0.2
+    return 0.7 if named == 0 or (named <= 2 and plain[0] in references.OPENERS) else 0.0
 
 
 def _reference(text: str, count: int, *, long: bool) -> float:
@@ -169,16 +189,18 @@ def _reference(text: str, count: int, *, long: bool) -> float:
         (nothing := references.NO_REFERENT.search(text)) and nothing.start() <= found[0].start() + 12
     ):
         return 0.0
-    first = min(match.start() for match in found)
+    match = min(found, key=re.Match.start)
     ahead = [
         word
-        for word in _TOKEN.findall(text[:first])
+        for word in _TOKEN.findall(text[: match.start()])
         if word.removesuffix("'s") not in references.STOP
         and word not in references.REQUEST
         and word not in references.REWORK
         and word not in replies.FILLERS
     ]
-    weight = 0.9 if len(ahead) <= 1 else 0.6 if len(ahead) <= 3 else 0.25
+    # "a cat and its owner": the text has what the pronoun refers to.
+    far = 1 if match.group() in ("its", "their", "his", "her") else 3
+    weight = 0.9 if len(ahead) <= 1 else 0.6 if len(ahead) <= far else 0.25
     weight += 0.15 if count <= 8 else 0.0
     if long or count > 30:
         weight *= 0.6
@@ -209,34 +231,26 @@ def _is_courtesy(clause: str, asked: bool) -> bool:
         ):
             return False
         return not marks.isdisjoint(words) or _is_leave(words)
-    return words[0] in ("thanks", "thank", "thx", "cheers") and not any(
-        word in references.REQUEST for word in words[1:]
+    if (
+        len(words) <= 8
+        and references.NO_REMARK.isdisjoint(words)
+        and " ".join(words).startswith(references.LEAVE)
+    ):
+        return True
+    thanks = next((place for place, word in enumerate(words) if word in references.THANKS), None)
+    return (
+        thanks is not None
+        and references.REQUEST.isdisjoint(words[thanks + 1 :])
+        and (
+            thanks == 0 or all(word in replies.COURTESY or word in replies.FILLERS for word in words[:thanks])
+        )
     )
 
 
 def _is_leave(words: list[str]) -> bool:
     """Return whether words from the lists say that the work is done: "that's all", "see you tomorrow"."""
     text = " ".join(words)
-    return any(
-        part in text
-        for part in (
-            "that's all",
-            "that is all",
-            "thats all",
-            "see you",
-            "makes sense",
-            "have a",
-            "take care",
-            "that's what i",
-            "just what i",
-            "what i needed",
-            "got it",
-            "good job",
-            "well done",
-            "nothing else",
-            "all i need",
-        )
-    )
+    return any(part in text for part in references.LEAVE)
 
 
 def _is_request(clause: str) -> bool:
@@ -246,48 +260,14 @@ def _is_request(clause: str) -> bool:
 
 def _only_remarks(clauses: list[str]) -> bool:
     """Return whether the clauses beside the courtesy are short remarks, such as "you saved my day"."""
-    remarks = (
-        "you",
-        "that",
-        "that's",
-        "this",
-        "it",
-        "it's",
-        "i",
-        "i'm",
-        "have",
-        "see",
-        "talk",
-        "we",
-        "just",
-        "no",
-        "all",
-        "now",
-        "really",
-        "for",
-        "my",
-        "so",
-        "until",
-        "till",
-        "ok",
-        "okay",
-        "yes",
-        "oh",
-        "ah",
-        "everything",
-        "hope",
-    )
     for clause in clauses:
         words = _TOKEN.findall(clause)
-        if len(words) > 9 or (words and words[0] not in remarks):
-            return False
-        if words and (
-            references.CORRECTS.search(clause)
-            or {"but", "not", "still", "wrong", "need", "want"} & set(words)
-        ):
-            return False
-        if words and words[0] in ("yes", "no") and len(words) == 1:
+        if not words:
             continue
+        if len(words) > 9 or words[0] not in references.REMARKS or not references.NO_REMARK.isdisjoint(words):
+            return False
+        if references.CORRECTS.search(clause):
+            return False
     return True
 
 
