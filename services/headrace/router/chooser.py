@@ -1,7 +1,7 @@
 """Choose tiers for live requests: applies `routing` to the current state of the router.
 
 That state is the health and load of the tiers, the thresholds in force, prices, the speed of each tier, and
-the tier that each conversation has reached. Time is an argument; nothing here waits.
+the last score and tier of each conversation. Time is an argument; nothing here waits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.no_route import ConflictingHints, NoRoute, NoSuchModel, NoSuchTier
 from headrace.routing.policy import Decision, decide
 from headrace.routing.request import RoutingRequest
+from headrace.routing.scoring.conversation import Carried, Earlier
 from headrace.routing.success.choosing import Weighed
 from headrace.routing.tier_view import Price, TierView
 from headrace.v1 import generation_pb2 as pb
@@ -86,13 +87,14 @@ class Chooser:
 
         Raises UnknownTier, UnknownModel, HintsConflict, and NoWorkers if no allowed tier can serve now.
         """
-        floor = ""
+        reached = ""
         with optional("conversations"):
-            floor = self._conversations.reached(request.tenant, request.session, now)
+            reached = self._conversations.reached(request.tenant, request.session, now)
+        floor = reached if request.keeps_tier else ""
         weighed = None
         if self._weighing is not None:
             with optional("estimates"):
-                weighed = self._weighing.weigh(request, floor)
+                weighed = self._weighing.weigh(request, reached)
         too_small = self._not_better(rejected, weighed)
         try:
             return decide(
@@ -100,6 +102,7 @@ class Chooser:
                 request.hints,
                 self._views(request, now),
                 floor=floor,
+                continues=request.continues,
                 seconds_left=deadline.left(now),
                 exclude=[*too_small, *failed],
                 weighed=weighed,
@@ -136,12 +139,30 @@ class Chooser:
             self._thresholds.record_escalation(*places, request.arm)
 
     def record_answer(self, request: RoutingRequest, tier: str, now: float) -> None:
-        """Record that a tier began to answer: the conversation stays there, or on a larger tier."""
-        reached = self._conversations.reached(request.tenant, request.session, now)
+        """Record that a tier began to answer.
+
+        While the conversation continues, it stays there, or on a larger tier that it has reached.
+        """
+        if not request.session:
+            return
+        earlier = self.earlier(request.tenant, request.session, now)
+        carried = request.carried
         by_score = self._weighing is None or not request.estimates
-        if by_score and reached and self._names.index(reached) > self._names.index(tier):
-            tier = reached
-        self._conversations.record(request.tenant, request.session, tier, now)
+        if by_score and earlier is not None and (request.keeps_tier or carried is None):
+            tier = max(earlier.tier, tier, key=self._names.index)
+        if carried is None:  # "thanks", or a request that could not be scored
+            score = request.score if earlier is None else earlier.score
+            carried = Carried(score) if earlier is None else Carried(score, earlier.words, earlier.estimates)
+        self._conversations.record(
+            request.tenant,
+            request.session,
+            Earlier(carried.score, tier, carried.words, carried.estimates),
+            now,
+        )
+
+    def earlier(self, tenant: str, session: str, now: float) -> Earlier | None:
+        """Return what is remembered of a conversation; None if nothing."""
+        return self._conversations.earlier(tenant, session, now)
 
     def record_usage(self, request: RoutingRequest, decision: Decision, tier: str, usage: pb.Usage) -> None:
         """Record the tokens of an answer to a request about which *decision* was made."""

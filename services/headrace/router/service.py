@@ -154,7 +154,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         arm = self._scorers.arm_of(hints.tenant, hints.session_id, request.request_id)
         journey = measured.journey = Journey(
             request,
-            self._score(turns, arm),
+            self._score(turns, hints, arm),
             deadline=Deadline.after(self._default_deadline if left is None else left, time.monotonic()),
             hops=hops,
             flusher=None if incoming.framed or chooses_flushing(request) else self._own_calls.flusher,
@@ -186,7 +186,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             await self._quotas.admit_dry_run(current(), request.request)
         hints = request.request.routing
         arm = self._scorers.arm_of(hints.tenant, hints.session_id, request.request.request_id)
-        score = self._score(turns_of(request.request), arm)
+        score = self._score(turns_of(request.request), hints, arm)
         facts = routing_request(request.request, score, arm)
         now = time.monotonic()
         decision = self._chooser.choose(facts, now)
@@ -311,12 +311,16 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             self._watchers.rated(rating)
         return routing.FeedbackResponse(kept=kept, tier=answer.tier)
 
-    def _score(self, turns: Sequence[Turn], arm: str) -> Score:
-        """Score a prompt or a conversation for an arm; return `UNSCORED` if the scorer fails."""
+    def _score(self, turns: Sequence[Turn], hints: pb.Routing, arm: str) -> Score:
+        """Score a prompt or a conversation for an arm; return `UNSCORED` if the scorer fails.
+
+        What is remembered of the conversation stands for turns that the caller did not send.
+        """
         span = _tracer.start_span(attributes.SPAN_SCORE)  # not the current one: nothing below starts a span
         try:
             with optional("scorer"):
-                score = self._scorers.score_turns(turns, arm=arm)
+                earlier = self._chooser.earlier(hints.tenant, hints.session_id, time.monotonic())
+                score = self._scorers.score_turns(turns, earlier, arm=arm)
                 if not 0 <= score.value <= 1:  # also true of NaN
                     raise ValueError("the score is not between 0 and 1")
                 span.set_attribute(attributes.SCORE, score.value)

@@ -110,7 +110,7 @@ class Settings(ChangeSettings):
     session_idle_seconds: float = Field(
         default=600.0,
         ge=0,
-        description="a conversation that was idle for longer may return to a smaller tier",
+        description="a conversation that was idle for longer is forgotten, and may return to a smaller tier",
     )
     feedback: Path | None = Field(
         default=None,

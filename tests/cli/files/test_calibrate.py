@@ -64,6 +64,16 @@ async def test_traffic_becomes_a_file_that_a_router_loads(tmp_path: Path) -> Non
     assert tiers.count("large") == 2
 
 
+def test_conversations_are_scored_like_by_a_router(tmp_path: Path) -> None:
+    turns = [("user", PROMPTS[-1]), ("assistant", "Shall I write it out?"), ("user", "yes")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    traffic = write(tmp_path / "traffic.jsonl", [{"prompt": PROMPTS[-1]}, {"messages": messages}])
+
+    hard, follows = read_traffic(traffic, scorer.load(), ["small", "large"], Console(file=io.StringIO()))
+
+    assert follows.score == pytest.approx(hard.score, abs=0.02)
+
+
 async def test_a_wanted_quality_and_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows: list[dict[str, object]] = [

@@ -31,7 +31,7 @@ from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.tiers import Tier, Tiers
 from headrace.routing.policy import Decision
 from headrace.routing.request import Hints, RoutingRequest
-from headrace.routing.scoring.conversation import Turn
+from headrace.routing.scoring.conversation import Turn, window
 from headrace.routing.scoring.score import UNSCORED, Score
 from headrace.v1 import generation_pb2 as pb
 
@@ -68,7 +68,6 @@ class Journey:
         watchers: Watchers,
         arm: str = "",
     ) -> None:
-        self._text = text_of(request)
         self._turns, self._score, self._scorer = turns, score, scorer
         self._facts = routing_request(request, score, arm)
         self._shows_logprobs = request.sampling.logprobs
@@ -195,7 +194,7 @@ class Journey:
         with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span, optional("draft check"):
             text, finished = draft.text_to_check()
             released, check = self._chooser.check_draft(
-                self._text,
+                text_of(self.outgoing.request),
                 text,
                 finished=finished,
                 logprobs=draft.logprobs,
@@ -339,19 +338,24 @@ def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequ
 
 
 def turns_of(request: pb.GenerateRequest) -> list[Turn]:
-    """Return the turns to score: those of the chat, or the raw prompt."""
+    """Return the turns to score: the chat's last ones, or the raw prompt, without the middle of long ones.
+
+    Each access to a message decodes its text, so each is read at most once, and older ones are not.
+    """
     if request.HasField("chat"):
-        return [Turn(message.role, message.content) for message in request.chat.messages]
-    return [Turn("user", request.prompt)]
+        messages = request.chat.messages
+        newest_first = (messages[place] for place in range(len(messages) - 1, -1, -1))
+        return window(Turn(message.role, message.content) for message in newest_first)
+    return window([Turn("user", request.prompt)])
 
 
 def text_of(request: pb.GenerateRequest) -> str:
     """Return the text that a draft answers: the raw prompt, or the user's last message."""
     if request.HasField("chat"):
         messages = request.chat.messages
-        for turn in reversed(messages):
-            if turn.role == "user":
-                return turn.content
+        for place in range(len(messages) - 1, -1, -1):
+            if messages[place].role == "user":
+                return messages[place].content
         return messages[-1].content
     return request.prompt
 
@@ -363,6 +367,7 @@ def routing_request(request: pb.GenerateRequest, score: Score, arm: str = "") ->
         score=score.value,
         scored=score is not UNSCORED,
         continues=score.continues,
+        carried=score.carried,
         estimates=score.estimates,
         # It is computed in full each time: 0.3 ms for 200 kB.
         prompt_bytes=request.ByteSize() if score.estimates else 0,

@@ -21,6 +21,7 @@ from headrace.routing.artifact import BadArtifact
 from headrace.routing.scoring import normal, prompt_features
 from headrace.routing.scoring.conversation import Earlier, Turn
 from headrace.routing.scoring.score import Score, sigmoid
+from headrace.routing.scoring.turns import reading
 from headrace.routing.success import heads
 from headrace.routing.success.heads import Heads
 
@@ -96,8 +97,7 @@ class LearnedScorer:
 
     def score_turns(self, turns: Sequence[Turn], earlier: Earlier | None = None) -> Score:
         """See `Scorer.score_turns`."""
-        users = [turn for turn in turns if turn.role == "user"]
-        return self.score((users or turns)[-1].text)
+        return reading.score_turns(self.score, turns, earlier)
 
 
 def read(text: str) -> Array:
