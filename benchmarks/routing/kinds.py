@@ -16,7 +16,14 @@ gate is fitted to them.
 
 from __future__ import annotations
 
-KINDS = ("choices", "word_problem", "mathematics", "code", "reasoning", "fact", "passage", "open")
+import json
+from pathlib import Path
+
+FILE = Path(__file__).with_name("requests.jsonl")
+
+KINDS = (
+    *("choices", "word_problem", "mathematics", "code", "reasoning", "fact", "passage", "open", "chore", "talk"),
+)
 
 # The typical gain of each kind.
 TYPICAL = {
@@ -27,7 +34,9 @@ TYPICAL = {
     "reasoning": 0.24,
     "fact": 0.07,
     "passage": 0.14,
-    "open": 0.20,
+    "open": 0.35,
+    "chore": 0.12,
+    "talk": 0.02,
 }
 
 # Longer prompts gain more: that held in nearly every measured family. This is the gain per unit of the
@@ -74,6 +83,9 @@ OPEN = {
 
 ASKS_MORE = {"reasoning": 0.08, "comparison": 0.08, "conditions": 0.03, "programming": 0.1}
 
+CHORE = {"length": 0.1, "programming": 0.1, "mathematics": 0.05}
+TALK = {"length": 0.1}
+
 _TOPICS = (
     "a lighthouse keeper", "renewable energy", "remote work", "the French Revolution", "a lost dog", "coffee",
     "climate policy", "a trip to Portugal", "stage fright", "a small bakery", "sleep", "the Roman Senate",
@@ -106,10 +118,6 @@ _TEMPLATES = (
     "What is known about {}, and which questions are still open?",
     "What is the difference between {} and what people usually think of it?",
 )
-_SMALL_TALK = (
-    "Hello!", "Hi, how are you today?", "Thanks a lot, that helped.", "Good morning", "What can you do?",
-    "Tell me a joke.", "Who are you?", "Nice to meet you!", "ok thanks", "Happy birthday!", "What's up?",
-)  # fmt: skip
 
 
 _NAMES = (
@@ -188,4 +196,11 @@ def open_prompts() -> list[str]:
         for place, template in enumerate(_TEMPLATES)
         for step in range(12)
     ]
-    return made + list(_SMALL_TALK) * 2
+    return made + requests("open")
+
+
+def requests(kind: str) -> list[str]:
+    """Return the hand-written requests of a kind: "open", "chore", "talk" or "fact"."""
+    lines = FILE.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row["prompt"] for row in rows if row["kind"] == kind]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Collection, Mapping
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,17 @@ from numpy.typing import NDArray
 from benchmarks.routing.data import SHIPPABLE, Family, families
 from benchmarks.routing.kinds import (
     ASKS_MORE,
+    CHORE,
     KINDS,
     LONGER,
     LONGER_LITTLE,
     OPEN,
+    TALK,
     TYPICAL,
     mathematics,
     open_prompts,
     puzzles,
+    requests,
 )
 from headrace.routing.learning.fitting import ridge, softmax
 from headrace.routing.scoring import prompt_features, scorer
@@ -51,6 +55,21 @@ _STEPS = 0.03  # gain per standard deviation of the expected solution steps
 _STEEPNESS = 10.0  # log-odds per unit of gain: one standard deviation of gains is about half of one
 
 
+@cache
+def _read(kind: str) -> Array:
+    made = {
+        "open": open_prompts,
+        "reasoning": puzzles,
+        "mathematics": mathematics,
+    }.get(kind)
+    return np.array([scorer.read(prompt) for prompt in (made() if made else requests(kind))])
+
+
+MADE = {
+    kind: partial(_read, kind) for kind in ("open", "reasoning", "mathematics", "chore", "talk", "fact")
+}
+
+
 def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.Model:
     """Fit a model to the shippable families of *data*, except those in *without*."""
     usable = {
@@ -69,6 +88,8 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
         "fact": _named(LONGER | ASKS_MORE),
         "passage": _named(LONGER | ASKS_MORE),
         "open": _named(OPEN),
+        "chore": _named(CHORE),
+        "talk": _named(TALK),
     }
     if "steps" in usable:  # features that make word problems hard; length covers the rest
         features = usable["steps"].features
@@ -110,8 +131,8 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
         asked = usable["mmlu"].prompts[_AT_MOST : 2 * _AT_MOST]
         teach(np.array([scorer.read(_in_a_row(prompt)) for prompt in asked[::2]]), "choices")
         teach(np.array([scorer.read(_shorter(prompt)) for prompt in asked[1::2]]), "choices")
-    for kind, made in (("open", open_prompts()), ("reasoning", puzzles()), ("mathematics", mathematics())):
-        teach(np.array([scorer.read(prompt) for prompt in made]), kind)
+    for kind, made in MADE.items():
+        teach(made(), kind)
     if "arenahard" in usable:
         found = usable["arenahard"].features
         coding = (_column(found, "syntax") >= 0.5) | (_column(found, "programming") >= 0.75)
@@ -142,10 +163,9 @@ def _shorter(prompt: str) -> str:
 def _mean(usable: Mapping[str, Family], kind: str, count: int) -> Array:
     """Return the mean features [F] of a kind's prompts, which get its typical gain."""
     found = [usable[name].features for name in usable if _KIND_OF.get(name) == kind]
-    if kind == "reasoning":
-        found = [np.array([scorer.read(prompt) for prompt in puzzles()])]
+    if kind not in _KIND_OF.values():
+        found = [MADE[kind]()]
     if kind == "open":
-        found = [np.array([scorer.read(prompt) for prompt in open_prompts()])]
         found += [usable["arenahard"].features] if "arenahard" in usable else []
     means: Array = np.mean([family.mean(axis=0) for family in found], axis=0) if found else np.zeros(count)
     return means
