@@ -10,14 +10,19 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, compress, pairwise
 
+# Words that change the tone alone.
+FILLERS = frozenset(
+    ("please", "kindly", "just", "really", "actually", "basically", "simply", "literally", "um", "uh", "well")
+)
+
 # name -> (words, and pairs of words joined by _; number of matches at full strength). A trailing * stands for
 # the usual endings.
 _LEXICON: dict[str, tuple[str, int]] = {
     "programming": (
         "python javascript typescript java rust golang sql bash html css regex json yaml api docker "
         "kubernetes git linux react django pandas numpy pytorch tensorflow function* class* method* "
-        "algorithm* code coding program* script* implement* refactor* debug* compil* recursi* array* "
-        "tuple* string* list* tree* linked_list hash* database* server* thread* async query queries "
+        "algorithm* code coding program* programme* script* implement* refactor* debug* compil* recursi* "
+        "array* tuple* string* list* tree* linked_list hash* database* server* thread* async query queries "
         "unit_test exception* bug* big_o stack queue* file* app",
         4,
     ),
@@ -28,14 +33,14 @@ _LEXICON: dict[str, tuple[str, int]] = {
         4,
     ),
     "analysis": (
-        "explain* analyze analyse analysis compare contrast evaluate critique discuss describe trade-off "
+        "explain* analyz* analys* analysis compare contrast evaluate critique discuss describe trade-off "
         "tradeoffs implication* consequence* advantage* impact* effect* relationship difference* "
         "significance how_does how_do how_can how_would pros cons",
         3,
     ),
     "design": (
         "design* plan* strategy strategies architecture system* optimiz* optimis* framework* approach* "
-        "solution* develop* build* improve* requirement* model* best_way goal* process*",
+        "solution* develop* build* improve* requirement* model* modell* best_way goal* process*",
         4,
     ),
     "mathematics": (
@@ -80,7 +85,7 @@ _LEXICON: dict[str, tuple[str, int]] = {
         5,
     ),
     "conditions": ("if when unless except until after before then instead only but however", 5),
-    "negation": ("not never no none except neither cannot incorrect least", 2),
+    "negation": ("not never no none except neither incorrect least", 2),
     "constraints": (
         "must exactly at_least at_most no_more without ensure avoid include format limit should words "
         "sentences paragraph* bullet",
@@ -110,8 +115,8 @@ _LEXICON: dict[str, tuple[str, int]] = {
         "should_i how_to tips advice recommend* suggest* best idea* help_me ways_to guide itinerary recipe*",
         2,
     ),
-    "first_person": ("i my me i'm i've we our", 4),
-    "you": ("you your please", 3),
+    "first_person": ("i my me we our", 4),
+    "you": ("you your", 3),
     "fact": (
         "who whose where when which name capital invented founded born won country film actor released "
         "first located",

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.routing.artifact import BadArtifact
-from headrace.routing.scoring import prompt_features
+from headrace.routing.scoring import normal, prompt_features
 from headrace.routing.scoring.conversation import Earlier, Turn
 from headrace.routing.scoring.score import Score, sigmoid
 
@@ -91,8 +91,8 @@ class LearnedScorer:
 
 
 def read(text: str) -> Array:
-    """Return the features [F] of a prompt without its preamble."""
-    found = prompt_features.measure(prompt_features.question(prompt_features.clip(text)))
+    """Return the features [F] of a prompt without its framing."""
+    found = prompt_features.measure(normal.question(normal.clip(text)))
     return np.fromiter(found.values(), np.float64, len(found))
 
 
