@@ -1,8 +1,9 @@
 """Measure how often a harmless rewriting changes the tier: `python -m benchmarks.routing.perturb DATA`.
 
-A decision flips if a prompt and its rewriting are on different sides of the score that separates the hardest
-30 % (or 50 %) of the prompts. The prompts are a fixed sample of several families of DATA, equally many of each.
-The scorer is the shipped one, or that of `--artifact`. A rewriting counts only where it changes the text.
+A decision flips if a prompt and its rewriting are on different sides of the score that separates the
+hardest 30 % (or 50 %) of the prompts. The prompts are a fixed sample of several families of DATA, equally
+many of each. The scorer is the shipped one, or that of `--artifact`. A rewriting counts only where it
+changes the text.
 """
 
 from __future__ import annotations

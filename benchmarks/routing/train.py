@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Mapping
-from functools import cache, partial
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,11 @@ from benchmarks.routing.kinds import (
     LONGER,
     LONGER_LITTLE,
     OPEN,
+    OPEN_PREFERRED,
+    PREFERRED,
     TALK,
     TYPICAL,
+    UNCLEAR,
     mathematics,
     open_prompts,
     puzzles,
@@ -55,29 +58,27 @@ _STEPS = 0.03  # gain per standard deviation of the expected solution steps
 _STEEPNESS = 10.0  # log-odds per unit of gain: one standard deviation of gains is about half of one
 
 
+def _features(prompts: Sequence[str]) -> Array:
+    return np.array([scorer.read(prompt) for prompt in prompts])
+
+
 @cache
-def _read(kind: str) -> Array:
-    made = {
-        "open": open_prompts,
-        "reasoning": puzzles,
-        "mathematics": mathematics,
-    }.get(kind)
-    return np.array([scorer.read(prompt) for prompt in (made() if made else requests(kind))])
+def _made(kind: str) -> Array:
+    """Return the features [rows, F] of our own prompts of a kind."""
+    made = {"open": open_prompts, "reasoning": puzzles, "mathematics": mathematics}
+    return _features(made[kind]() if kind in made else requests(kind))
 
 
-MADE = {
-    kind: partial(_read, kind) for kind in ("open", "reasoning", "mathematics", "chore", "talk", "fact")
-}
+_MADE = ("open", "reasoning", "mathematics", "fact", "chore", "talk")  # kinds with prompts of our own
 
 
 def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.Model:
-    """Fit a model to the shippable families of *data*, except those in *without*."""
+    """Fit a model of every objective to the shippable families of *data*, except those in *without*."""
     usable = {
         name: family for name, family in data.items() if name.startswith(SHIPPABLE) and name not in without
     }
     gate, gate_bias = _gate(usable)
     count = len(prompt_features.NAMES)
-    levels = dict(TYPICAL)
     centres = {kind: _mean(usable, kind, count) for kind in KINDS}
     heads = {
         "choices": _taught(usable, "mmlu", LONGER),
@@ -90,18 +91,22 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
         "open": _named(OPEN),
         "chore": _named(CHORE),
         "talk": _named(TALK),
+        "unclear": _named(UNCLEAR),
     }
     if "steps" in usable:  # features that make word problems hard; length covers the rest
         features = usable["steps"].features
         steps = ridge(features, usable["steps"].gains, 300.0)[0]
         heads["word_problem"] += _STEPS / float((features @ steps).std()) * steps
-    bias = [levels[kind] - float(centres[kind] @ heads[kind]) for kind in KINDS]
+    preferred = heads | {"open": _named(OPEN_PREFERRED)}
+    levels = TYPICAL | PREFERRED
     return scorer.Model(
         kinds=KINDS,
         gate=gate,
         gate_bias=gate_bias,
         heads=np.array([heads[kind] for kind in KINDS]),
-        head_bias=np.array(bias),
+        head_bias=np.array([TYPICAL[kind] - float(centres[kind] @ heads[kind]) for kind in KINDS]),
+        preferred=np.array([preferred[kind] for kind in KINDS]),
+        preferred_bias=np.array([levels[kind] - float(centres[kind] @ preferred[kind]) for kind in KINDS]),
         steepness=_STEEPNESS,
         centre=0.17,
         made="python -m benchmarks.routing.train",
@@ -129,10 +134,10 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
             teach(usable[name].features[:_AT_MOST], kind)
     if "mmlu" in usable:  # the same questions in other layouts and with fewer choices
         asked = usable["mmlu"].prompts[_AT_MOST : 2 * _AT_MOST]
-        teach(np.array([scorer.read(_in_a_row(prompt)) for prompt in asked[::2]]), "choices")
-        teach(np.array([scorer.read(_shorter(prompt)) for prompt in asked[1::2]]), "choices")
-    for kind, made in MADE.items():
-        teach(made(), kind)
+        teach(_features([_in_a_row(prompt) for prompt in asked[::2]]), "choices")
+        teach(_features([_shorter(prompt) for prompt in asked[1::2]]), "choices")
+    for kind in _MADE:
+        teach(_made(kind), kind)
     if "arenahard" in usable:
         found = usable["arenahard"].features
         coding = (_column(found, "syntax") >= 0.5) | (_column(found, "programming") >= 0.75)
@@ -147,6 +152,9 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
     choices = KINDS.index("choices")
     if choices not in present:  # its form alone decides
         gate[choices], gate_bias[choices] = _named({"options": 16.0}), -8.0
+    unclear = KINDS.index("unclear")  # has no prompts: the doubt about the language alone decides
+    gate[:, prompt_features.NAMES.index("doubt")] = 0.0
+    gate[unclear], gate_bias[unclear] = _named({"doubt": 16.0}), -8.0
     return gate, gate_bias
 
 
@@ -163,10 +171,12 @@ def _shorter(prompt: str) -> str:
 def _mean(usable: Mapping[str, Family], kind: str, count: int) -> Array:
     """Return the mean features [F] of a kind's prompts, which get its typical gain."""
     found = [usable[name].features for name in usable if _KIND_OF.get(name) == kind]
-    if kind not in _KIND_OF.values():
-        found = [MADE[kind]()]
+    if kind in _MADE and kind not in _KIND_OF.values():
+        found = [_made(kind)]
     if kind == "open":
         found += [usable["arenahard"].features] if "arenahard" in usable else []
+    if kind == "unclear":
+        found = [_named({"length": 0.4})[None, :]]
     means: Array = np.mean([family.mean(axis=0) for family in found], axis=0) if found else np.zeros(count)
     return means
 

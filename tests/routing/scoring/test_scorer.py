@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.routing.artifact import BadArtifact
-from headrace.routing.scoring import normal, prompt_features, scorer
+from headrace.routing.scoring import normal, prompt_features, scorer, words
 
 shipped = scorer.load()
 
@@ -198,7 +198,7 @@ def test_a_text_without_the_literals_of_choices_has_none(text: str) -> None:
 
 @given(texts | st.text("aZ'’é1_ .", max_size=30))
 def test_words_in_ascii_are_found_like_all_others(text: str) -> None:
-    assert prompt_features.words_of(text) == prompt_features._WORD.findall(text)
+    assert words.words_of(text) == words._WORD.findall(text)
 
 
 def test_a_huge_prompt_is_scored_by_its_beginning_and_its_end() -> None:

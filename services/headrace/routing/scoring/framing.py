@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from headrace.routing.scoring import languages
+from headrace.routing.scoring.words import fold, words_of
+
 # Words of which framing has at least one.
 _KEYS = """
     hi hello hey heya hiya greetings howdy dear welcome goodbye bye cheers regards sincerely yours yo
@@ -47,8 +50,13 @@ _OTHERS = """
     genuinely truly highly greatly extremely super deeply always ever never ahead appreciative feel free
     ask asking asked asks saying word words wait waiting return stay safe
 """
-_KEY_WORDS = frozenset(_KEYS.split())
-_WORDS = _KEY_WORDS | frozenset(_OTHERS.split())
+_KEY_WORDS = frozenset(words_of(fold(_KEYS + languages.COURTESY)))
+_WORDS = _KEY_WORDS | frozenset(words_of(fold(_OTHERS + languages.COURTESY_OTHERS)))
+
+
+def is_known(word: str) -> bool:
+    """Return whether *word* is among the words of framing, most of which are frequent in any text."""
+    return word in _WORDS
 
 
 def is_framing(words: Sequence[str], *, keyed: bool = True) -> bool:

@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, compress, pairwise
 
+from headrace.routing.scoring import languages
+from headrace.routing.scoring.framing import is_known
+
 # Words that change the tone alone.
 FILLERS = frozenset(
     ("please", "kindly", "just", "really", "actually", "basically", "simply", "literally", "um", "uh", "well")
@@ -115,6 +118,12 @@ _LEXICON: dict[str, tuple[str, int]] = {
         "should_i how_to tips advice recommend* suggest* best idea* help_me ways_to guide itinerary recipe*",
         2,
     ),
+    "explaining": (
+        "how_do how_does how_did how_can how_could how_should how_would why explain explains describe discuss "
+        "difference_between differences what_are what_were what_happens tell_me overview history_of role_of "
+        "effects_of causes_of benefits_of pros_and significance",
+        1,
+    ),
     "first_person": ("i my me we our", 4),
     "you": ("you your", 3),
     "fact": (
@@ -170,6 +179,8 @@ def _lookup() -> dict[str, tuple[str, ...]]:
             for form in forms:
                 if name not in table.get(form, ()):
                     table[form] = (*table.get(form, ()), name)
+    for word, names in languages.IN_ASCII.items():
+        table[word] = tuple(dict.fromkeys((*table.get(word, ()), *names)))
     return table
 
 
@@ -177,11 +188,17 @@ _FEATURES_OF = _lookup()
 _FIRST_OF_PAIR = frozenset(entry.partition("_")[0] for entry in _FEATURES_OF if "_" in entry)
 
 
-def counts(words: Sequence[str]) -> Counter[str]:
+def counts(words: Sequence[str], text: str) -> Counter[str]:
     """Return the number of words, and of pairs of neighbours, that point to each feature.
 
-    words   of a text, in order and in lower case
+    words   of *text*, in order and folded
     """
     begins_pair = map(_FIRST_OF_PAIR.__contains__, words)
     pairs = map("_".join, compress(pairwise(words), begins_pair))
-    return Counter(chain.from_iterable(filter(None, map(_FEATURES_OF.get, chain(words, pairs)))))
+    found = Counter(chain.from_iterable(filter(None, map(_FEATURES_OF.get, chain(words, pairs)))))
+    return found if text.isascii() else found + languages.counts(words, text)
+
+
+def known(word: str) -> bool:
+    """Return whether *word*, folded, is known in any language."""
+    return word in _FEATURES_OF or is_known(word) or languages.known(word)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from headrace.routing.scoring.framing import is_framing
+from headrace.routing.scoring.words import fold, words_of
 
 _HEAD, _TAIL = 3_000, 1_000  # characters that are read of a long prompt
 _ROUNDS = 8  # frames around frames that are removed
@@ -32,7 +33,6 @@ _LONG_FORM = {
     "cannot": "can not",
 }  # fmt: skip
 
-_WORD = re.compile(r"[^\W\d_]+")
 # Lines that begin like this are structure: items, choices, rows, code.
 _ITEM = re.compile(r"[-*+>|#{\[<]|\(?(?:[a-j]|\d+|[ivx]+)[.):] ")
 _CHOICE = re.compile(r"^(?:[-*+] )?[(\[]?([a-j])[.):\]]{1,2} ", re.MULTILINE)
@@ -62,7 +62,11 @@ _LEAD_IN = re.compile(
     r"i (?:would|want|need) (?:like )?(?:you )?to(?: (?:know|ask))?|do me a favou?r and|"
     r"i was wondering(?: if| whether)?(?: you could)?|(?:so|ok|okay|well|um|now),)[,:]?\s+"
 )
-_THANKS = re.compile(r"\b(?:many thanks|thanks?|thx|ty|ta|cheers|please|pls|kindly)\b")
+_THANKS = re.compile(
+    r"\b(?:(?:many |muchas |vielen |schonen )?(?:thanks?|thx|ty|ta|cheers|please|pls|kindly|merci|gracias|"
+    r"danke|dank|bitte|obrigad[oa]|grazie|terima|tolong|mohon|por favor|s'il)|заранее|спасибо|пожалуйста|شكر|"
+    r"धन्यवाद|कृपया|ধন্যবাদ|অনুগ্রহ)\b|谢谢|感谢|ありがとう|お願い"
+)
 _PAIRS = {'"': '"', "'": "'", "(": ")", "`": "`"}
 _TAG = re.compile(r"<(\w{1,20})>\s*(.*?)\s*</\1>\Z", re.DOTALL)
 _FENCE = re.compile(r"(`{3,}|~{3,}|\"{3}|-{3,})(?:[ \w+-]{0,20}\n|(?<=\"))\s*(.*?)\s*\1\Z", re.DOTALL)
@@ -94,7 +98,7 @@ def _characters(text: str) -> str:
     """Return *text* in lower case, with ASCII for typographic characters and without emoji."""
     if not text.isascii():
         text = _EMOJI.sub(" ", text.translate(_CHARACTERS))
-    text = text.lower()
+    text = fold(text)
     if "'" in text or "cannot" in text:
         text = text.replace("can't", "can not").replace("won't", "will not")
         text = _CONTRACTION.sub(lambda match: _LONG_FORM[match[0]], text)
@@ -152,14 +156,14 @@ def _without_opening(text: str) -> str:
         return text[match.end() :]
     begin = end = 0
     while match := _SENTENCE.match(text, end, _FRAME):
-        words = _WORD.findall(match[0])
+        words = words_of(match[0])
         if not is_framing(words, keyed=False):
             break
         end = match.end()
         begin = end if is_framing(words) else begin
     if begin:
         return text[begin:]
-    if (match := _CLAUSE.match(text, 0, _FRAME)) and is_framing(_WORD.findall(match[0])):
+    if (match := _CLAUSE.match(text, 0, _FRAME)) and is_framing(words_of(match[0])):
         return text[match.end() :]
     if match := _PREAMBLE.match(text) or _LEAD_IN.match(text):
         return text[match.end() :]
@@ -173,7 +177,7 @@ def _without_closing(text: str) -> str:
     if match := _CLOSING.search(tail):
         return text[: start + match.start()]
     ends = [match.end() for match in _SENTENCE.finditer(tail) if match.end() < len(tail)]
-    if ends and is_framing(_WORD.findall(tail, ends[-1])):
+    if ends and is_framing(words_of(tail[ends[-1] :])):
         return text[: start + ends[-1]].rstrip()
     if ends and (
         match := _SIGNATURE.match(tail, ends[-1])
@@ -181,6 +185,6 @@ def _without_closing(text: str) -> str:
     ):
         return text[: start + match.start()].rstrip()
     for match in _THANKS.finditer(tail):
-        if is_framing(_WORD.findall(tail, match.start())):
+        if is_framing(words_of(tail[match.start() :])):
             return text[: start + match.start()].rstrip()
     return text

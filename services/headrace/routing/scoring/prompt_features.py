@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from headrace.routing.scoring import lexicon
+from headrace.routing.scoring.words import words_of
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
-# For text in ASCII: letters and apostrophes stay, everything else becomes a space.
-_ASCII_WORDS = bytes(
-    code if code < 128 and (chr(code).isalpha() or chr(code) == "'") else 32 for code in range(256)
-)
+_MOST = 60  # words that are looked up to recognise the language
+_FEWEST = 3  # fewer words do not show the language
+_KNOWN = 0.2  # a text with a larger share of known words is not in doubt
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _STRUCTURE = re.compile(r"\n(?![a-z])")  # lines that are not prose
 _SENTENCE_END = re.compile(r"[.!?](?=\s)")
@@ -112,7 +111,7 @@ NAMES: tuple[str, ...] = (
     "questions",
     "lines",
     "quotes",
-    "non_ascii",
+    "doubt",
     "options",
     "option_length",
     "numeric_options",
@@ -136,17 +135,6 @@ def options(text: str) -> list[str]:
     return []
 
 
-def words_of(text: str) -> list[str]:
-    """Return the words of *text*. A word may have one apostrophe between its letters."""
-    if not text.isascii():
-        return _WORD.findall(text)
-    # A tenth of the time of the regular expression, which finds the same words.
-    parts = text.encode("ascii").translate(_ASCII_WORDS).decode("ascii").split()
-    if "'" not in text:
-        return parts
-    return [word for part in parts for word in (_WORD.findall(part) if "'" in part else (part,))]
-
-
 def measure(text: str) -> dict[str, float]:
     """Return the strength of every feature, 0 to 1, in the order of `NAMES`.
 
@@ -161,7 +149,7 @@ def measure(text: str) -> dict[str, float]:
     asks = last[-1:] != "?" and last.split(None, 1)[0] in _ASKING if last.strip() else False
     # Beyond ASCII there are other digits.
     numbers = _NUMBER.findall(text) if not text.isascii() or _contains_any(text, "0123456789") else []
-    counts = lexicon.counts(words)
+    counts = lexicon.counts(words, text)
     found = _ABSENT | _choice_features(text)
     found |= {
         "length": _between(math.log(count), math.log(5), math.log(500)),
@@ -178,7 +166,7 @@ def measure(text: str) -> dict[str, float]:
         "questions": min(text.count("?") + asks, 3) / 3,
         "lines": min(len(list(_STRUCTURE.finditer(text))), 12) / 12,
         "quotes": min(text.count('"'), 6) / 6,
-        "non_ascii": 0.0 if text.isascii() else _between(_foreign(text[:1000]), 0.0, 0.3),
+        "doubt": _doubt(words[:_MOST]),
     }
     for name, (pattern, full) in _PATTERNS.items():
         found[name] = len(list(islice(pattern.matches(text), full))) / full
@@ -205,10 +193,13 @@ def _contains_any(text: str, literals: Sequence[str]) -> bool:
     return any(map(text.__contains__, literals))
 
 
-def _foreign(text: str) -> float:
-    """Return the share of characters outside ASCII, 0 to 1."""
-
-    return sum(not char.isascii() for char in text) / len(text)
+def _doubt(words: Sequence[str]) -> float:
+    """Return how doubtful it is that the language of *words* is known, 0 to 1."""
+    long = [word for word in words if len(word) > 1 or not word.isascii()]
+    if len(long) < _FEWEST:
+        return 0.0
+    known = sum(map(lexicon.known, long)) / len(long)
+    return _between(_KNOWN - known, 0.0, _KNOWN)
 
 
 def _between(value: float, low: float, high: float) -> float:

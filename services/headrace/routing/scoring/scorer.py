@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,9 @@ Array = NDArray[np.float64]
 
 FORMAT = 1  # of the artifact's file
 KIND = "scorer"
+# What a larger tier shall gain: right answers, or answers that people prefer. The number is the weight of the
+# latter. In a task whose answer can be checked, both are the same.
+OBJECTIVES = {"correctness": 0.0, "both": 0.5, "preference": 1.0}
 SHIPPED = Path(__file__).parents[1] / "artifacts" / "scorer.json"
 
 
@@ -39,6 +43,8 @@ class Model:
     steepness    log-odds of the score per unit of gain
     centre       the gain at which the score is 0.5
     made         how the model was made, for people
+    preferred, preferred_bias   like heads and head_bias, with the gain in people's preference instead of right
+                                answers; None if the model has one objective
     """
 
     kinds: tuple[str, ...]
@@ -49,6 +55,21 @@ class Model:
     steepness: float
     centre: float
     made: str = ""
+    preferred: Array | None = None
+    preferred_bias: Array | None = None
+
+    def aimed(self, objective: str = "both") -> Model:
+        """Return the model for one of the OBJECTIVES; itself if it has only one."""
+        if self.preferred is None or self.preferred_bias is None:
+            return self
+        weight = OBJECTIVES[objective]
+        return replace(
+            self,
+            heads=(1 - weight) * self.heads + weight * self.preferred,
+            head_bias=(1 - weight) * self.head_bias + weight * self.preferred_bias,
+            preferred=None,
+            preferred_bias=None,
+        )
 
     def kinds_of(self, features: Array) -> Array:
         """Return the probability of each kind, [..., K], for *features* [..., F]."""
@@ -68,7 +89,7 @@ class LearnedScorer:
     """Scores prompts with a `Model`, deterministically and in a fraction of a millisecond."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        self.model = model.aimed()
         self._names = (*(f"kind:{kind}" for kind in model.kinds), *prompt_features.NAMES)
 
     def score(self, text: str) -> Score:
@@ -96,11 +117,14 @@ def read(text: str) -> Array:
     return np.fromiter(found.values(), np.float64, len(found))
 
 
-def load(path: Path | None = None) -> LearnedScorer:
-    """Load the scorer at *path*, by default the one that Headrace ships. Raises BadArtifact."""
+def load(path: Path | None = None, objective: str = "both") -> LearnedScorer:
+    """Load the scorer at *path*, by default the one that Headrace ships. Raises BadArtifact.
+
+    objective   one of OBJECTIVES; without effect on a scorer that was refitted, whose outcomes decide
+    """
     path = path or SHIPPED
     try:
-        return LearnedScorer(_parse(path.read_text(encoding="utf-8")))
+        return LearnedScorer(_parse(path.read_text(encoding="utf-8")).aimed(objective))
     except OSError as error:
         raise BadArtifact(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -116,6 +140,12 @@ def _dump(model: Model) -> str:
     def rounded(values: Array) -> list[float]:
         return [round(float(value), 5) for value in values]
 
+    def preferred(place: int) -> dict[str, Any]:
+        if model.preferred is None or model.preferred_bias is None:
+            return {}
+        head, bias = model.preferred[place], round(float(model.preferred_bias[place]), 5)
+        return {"preferred_head": rounded(head), "preferred_bias": bias}
+
     content = {
         "format": FORMAT,
         "kind": KIND,
@@ -130,6 +160,7 @@ def _dump(model: Model) -> str:
                 "head": rounded(model.heads[place]),
                 "head_bias": round(float(model.head_bias[place]), 5),
             }
+            | preferred(place)
             for place, name in enumerate(model.kinds)
         },
     }
@@ -147,6 +178,7 @@ def _parse(text: str) -> Model:
     def stacked(name: str) -> Array:
         return np.array([part[name] for part in kinds.values()], dtype=np.float64)
 
+    both = all("preferred_head" in part for part in kinds.values())
     model = Model(
         kinds=tuple(kinds),
         gate=stacked("gate"),
@@ -156,11 +188,15 @@ def _parse(text: str) -> Model:
         steepness=float(content["steepness"]),
         centre=float(content["centre"]),
         made=str(content["made"]),
+        preferred=stacked("preferred_head") if both else None,
+        preferred_bias=stacked("preferred_bias") if both else None,
     )
     shape = (len(kinds), len(prompt_features.NAMES))
     rest = np.array([model.steepness, model.centre])
     numbers = [model.gate, model.heads, model.gate_bias, model.head_bias, rest]
-    if not kinds or model.gate.shape != shape or model.heads.shape != shape:
+    if model.preferred is not None and model.preferred_bias is not None:
+        numbers += [model.preferred, model.preferred_bias]
+    if not kinds or any(part.shape != shape for part in numbers if part.ndim == 2):
         raise ValueError(f"its weights do not have the shape {shape[0]} x {shape[1]}")
 
     if not all(np.isfinite(part).all() for part in numbers):
