@@ -108,7 +108,7 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
         preferred=np.array([preferred[kind] for kind in KINDS]),
         preferred_bias=np.array([levels[kind] - float(centres[kind] @ preferred[kind]) for kind in KINDS]),
         steepness=_STEEPNESS,
-        centre=0.17,
+        centre=0.20,
         made="python -m benchmarks.routing.train",
     )
 
@@ -152,6 +152,8 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
     choices = KINDS.index("choices")
     if choices not in present:  # its form alone decides
         gate[choices], gate_bias[choices] = _named({"options": 16.0}), -8.0
+    for kind in ("chore", "talk"):  # their prompts are short, but a short question with choices is neither
+        gate[KINDS.index(kind), prompt_features.NAMES.index("options")] = -8.0
     unclear = KINDS.index("unclear")  # has no prompts: the doubt about the language alone decides
     gate[:, prompt_features.NAMES.index("doubt")] = 0.0
     gate[unclear], gate_bias[unclear] = _named({"doubt": 16.0}), -8.0

@@ -26,6 +26,7 @@ Array = NDArray[np.float64]
 
 FORMAT = 1  # of the artifact's file
 KIND = "scorer"
+_DIGITS = 5  # after the point, of the weights in the file
 # What a larger tier shall gain: right answers, or answers that people prefer. The number is the weight of the
 # latter. In a task whose answer can be checked, both are the same.
 OBJECTIVES = {"correctness": 0.0, "both": 0.5, "preference": 1.0}
@@ -63,10 +64,10 @@ class Model:
         if self.preferred is None or self.preferred_bias is None:
             return self
         weight = OBJECTIVES[objective]
-        return replace(
+        return replace(  # rounded as in the file, so that a model that is saved again stays the same
             self,
-            heads=(1 - weight) * self.heads + weight * self.preferred,
-            head_bias=(1 - weight) * self.head_bias + weight * self.preferred_bias,
+            heads=np.round((1 - weight) * self.heads + weight * self.preferred, _DIGITS),
+            head_bias=np.round((1 - weight) * self.head_bias + weight * self.preferred_bias, _DIGITS),
             preferred=None,
             preferred_bias=None,
         )
@@ -138,12 +139,12 @@ def save(model: Model, path: Path) -> None:
 
 def _dump(model: Model) -> str:
     def rounded(values: Array) -> list[float]:
-        return [round(float(value), 5) for value in values]
+        return [round(float(value), _DIGITS) for value in values]
 
     def preferred(place: int) -> dict[str, Any]:
         if model.preferred is None or model.preferred_bias is None:
             return {}
-        head, bias = model.preferred[place], round(float(model.preferred_bias[place]), 5)
+        head, bias = model.preferred[place], round(float(model.preferred_bias[place]), _DIGITS)
         return {"preferred_head": rounded(head), "preferred_bias": bias}
 
     content = {
@@ -151,14 +152,14 @@ def _dump(model: Model) -> str:
         "kind": KIND,
         "made": model.made,
         "steepness": model.steepness,
-        "centre": round(model.centre, 5),
+        "centre": round(model.centre, _DIGITS),
         "features": list(prompt_features.NAMES),
         "kinds": {
             name: {
                 "gate": rounded(model.gate[place]),
-                "gate_bias": round(float(model.gate_bias[place]), 5),
+                "gate_bias": round(float(model.gate_bias[place]), _DIGITS),
                 "head": rounded(model.heads[place]),
-                "head_bias": round(float(model.head_bias[place]), 5),
+                "head_bias": round(float(model.head_bias[place]), _DIGITS),
             }
             | preferred(place)
             for place, name in enumerate(model.kinds)
