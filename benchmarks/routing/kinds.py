@@ -41,9 +41,9 @@ TYPICAL = {
     "unclear": 0.20,  # the middle of the traffic
 }
 
-# The same where people compare two answers and neither is wrong. There the stronger of two models is preferred
-# about three times in four, so the gain is 0.5. The levels are higher than that, because the gate is unsure: it
-# gives a request of an unseen author the kind "open" with about half of the probability.
+# The same where people compare two answers and neither is wrong. There the stronger of two models is
+# preferred about three times in four, so the gain is 0.5. The level of open requests is higher, because the
+# gate is unsure: it gives one of an unseen author that kind with about half of the probability.
 PREFERRED = {"open": 0.85, "chore": 0.16}
 
 # Gain per feature at full strength where the language is not known: length and structure are left.
@@ -205,12 +205,11 @@ def puzzles() -> list[str]:
 
 def open_prompts() -> list[str]:
     """Return open-ended prompts, every template with several topics."""
-    made = [
+    return [
         template.format(_TOPICS[(place * 7 + step * 5) % len(_TOPICS)])
         for place, template in enumerate(_TEMPLATES)
         for step in range(12)
     ]
-    return made + requests("open")
 
 
 def requests(kind: str) -> list[str]:

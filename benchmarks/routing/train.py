@@ -63,23 +63,29 @@ def _features(prompts: Sequence[str]) -> Array:
 
 
 @cache
-def _made(kind: str) -> Array:
-    """Return the features [rows, F] of our own prompts of a kind."""
+def _made(kind: str, skipped: int | None) -> Array:
+    """Return the features [rows, F] of our own prompts of a kind; see `fit` for *skipped*."""
     made = {"open": open_prompts, "reasoning": puzzles, "mathematics": mathematics}
-    return _features(made[kind]() if kind in made else requests(kind))
+    written = [text for place, text in enumerate(requests(kind)) if skipped is None or place % 2 != skipped]
+    return _features((made[kind]() if kind in made else []) + written)
 
 
 _MADE = ("open", "reasoning", "mathematics", "fact", "chore", "talk")  # kinds with prompts of our own
 
 
-def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.Model:
-    """Fit a model of every objective to the shippable families of *data*, except those in *without*."""
+def fit(
+    data: Mapping[str, Family], *, without: Collection[str] = (), skipped: int | None = None
+) -> scorer.Model:
+    """Fit a model of every objective to the shippable families of *data*, except those in *without*.
+
+    skipped   0 or 1: leave out every second hand-written request, from this one; None: leave out none
+    """
     usable = {
         name: family for name, family in data.items() if name.startswith(SHIPPABLE) and name not in without
     }
-    gate, gate_bias = _gate(usable)
+    gate, gate_bias = _gate(usable, skipped)
     count = len(prompt_features.NAMES)
-    centres = {kind: _mean(usable, kind, count) for kind in KINDS}
+    centres = {kind: _mean(usable, kind, count, skipped) for kind in KINDS}
     heads = {
         "choices": _taught(usable, "mmlu", LONGER),
         "word_problem": _named(LONGER),
@@ -121,7 +127,7 @@ def _taught(usable: Mapping[str, Family], name: str, prior: Mapping[str, float])
     return ridge(usable[name].features, usable[name].gains, _RIDGE, prior=known)[0]
 
 
-def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
+def _gate(usable: Mapping[str, Family], skipped: int | None) -> tuple[Array, Array]:
     features: list[Array] = []
     labels: list[str] = []
 
@@ -137,7 +143,7 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
         teach(_features([_in_a_row(prompt) for prompt in asked[::2]]), "choices")
         teach(_features([_shorter(prompt) for prompt in asked[1::2]]), "choices")
     for kind in _MADE:
-        teach(_made(kind), kind)
+        teach(_made(kind, skipped), kind)
     if "arenahard" in usable:
         found = usable["arenahard"].features
         coding = (_column(found, "syntax") >= 0.5) | (_column(found, "programming") >= 0.75)
@@ -170,11 +176,11 @@ def _shorter(prompt: str) -> str:
     return "Which one?" + kept[kept.find("\nA. ") :].replace("A. ", "A) ").replace("B. ", "B) ")
 
 
-def _mean(usable: Mapping[str, Family], kind: str, count: int) -> Array:
+def _mean(usable: Mapping[str, Family], kind: str, count: int, skipped: int | None) -> Array:
     """Return the mean features [F] of a kind's prompts, which get its typical gain."""
     found = [usable[name].features for name in usable if _KIND_OF.get(name) == kind]
     if kind in _MADE and kind not in _KIND_OF.values():
-        found = [_made(kind)]
+        found = [_made(kind, skipped)]
     if kind == "open":
         found += [usable["arenahard"].features] if "arenahard" in usable else []
     if kind == "unclear":

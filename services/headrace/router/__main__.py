@@ -134,7 +134,8 @@ def _load_models(settings: Settings, tiers: list[str]) -> tuple[Scorer, DraftChe
     if settings.thresholds.strip() and (settings.calibration is not None or settings.tier_shares()):
         log.warning("--thresholds is ignored: --calibration or --share sets them")
     try:
-        scores, checker = scorer.load(settings.scorer), draft_check.load(settings.draft_check)
+        scores = scorer.load(settings.scorer, settings.objective)
+        checker = draft_check.load(settings.draft_check)
         thresholds = Thresholds(
             tiers,
             settings.tier_thresholds(),

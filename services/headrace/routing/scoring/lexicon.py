@@ -119,9 +119,9 @@ _LEXICON: dict[str, tuple[str, int]] = {
         2,
     ),
     "explaining": (
-        "how_do how_does how_did how_can how_could how_should how_would why explain explains describe discuss "
-        "difference_between differences what_are what_were what_happens tell_me overview history_of role_of "
-        "effects_of causes_of benefits_of pros_and significance",
+        "how_do how_does how_did how_can how_could how_should how_would why explain explains describe "
+        "discuss difference_between differences what_are what_were what_happens tell_me overview history_of "
+        "role_of effects_of causes_of benefits_of pros_and significance",
         1,
     ),
     "first_person": ("i my me we our", 4),

@@ -20,16 +20,15 @@ from numpy.typing import NDArray
 from headrace.routing.artifact import BadArtifact
 from headrace.routing.scoring import normal, prompt_features
 from headrace.routing.scoring.conversation import Earlier, Turn
-from headrace.routing.scoring.score import Score, sigmoid
+from headrace.routing.scoring.score import Objective, Score, sigmoid
 
 Array = NDArray[np.float64]
 
 FORMAT = 1  # of the artifact's file
 KIND = "scorer"
 _DIGITS = 5  # after the point, of the weights in the file
-# What a larger tier shall gain: right answers, or answers that people prefer. The number is the weight of the
-# latter. In a task whose answer can be checked, both are the same.
-OBJECTIVES = {"correctness": 0.0, "both": 0.5, "preference": 1.0}
+# The weight of answers that people prefer, against right answers. They differ in open requests only.
+OBJECTIVES: dict[Objective, float] = {"correctness": 0.0, "both": 0.5, "preference": 1.0}
 SHIPPED = Path(__file__).parents[1] / "artifacts" / "scorer.json"
 
 
@@ -44,8 +43,8 @@ class Model:
     steepness    log-odds of the score per unit of gain
     centre       the gain at which the score is 0.5
     made         how the model was made, for people
-    preferred, preferred_bias   like heads and head_bias, with the gain in people's preference instead of right
-                                answers; None if the model has one objective
+    preferred, preferred_bias   like heads and head_bias, with the gain in people's preference instead of
+                                right answers; None if the model has one objective
     """
 
     kinds: tuple[str, ...]
@@ -59,7 +58,7 @@ class Model:
     preferred: Array | None = None
     preferred_bias: Array | None = None
 
-    def aimed(self, objective: str = "both") -> Model:
+    def aimed(self, objective: Objective = "both") -> Model:
         """Return the model for one of the OBJECTIVES; itself if it has only one."""
         if self.preferred is None or self.preferred_bias is None:
             return self
@@ -118,7 +117,7 @@ def read(text: str) -> Array:
     return np.fromiter(found.values(), np.float64, len(found))
 
 
-def load(path: Path | None = None, objective: str = "both") -> LearnedScorer:
+def load(path: Path | None = None, objective: Objective = "both") -> LearnedScorer:
     """Load the scorer at *path*, by default the one that Headrace ships. Raises BadArtifact.
 
     objective   one of OBJECTIVES; without effect on a scorer that was refitted, whose outcomes decide
