@@ -167,10 +167,22 @@ def _load_models(
     candidate = canary = None
     try:
         checker = draft_check.load(settings.draft_check)
-        control = ScorerFiles(settings.scorer, settings.calibration, tiers=names, shares=bool(shares))
+        control = ScorerFiles(
+            settings.scorer,
+            settings.calibration,
+            tiers=names,
+            shares=bool(shares),
+            objective=settings.objective,
+        )
         if (wanted := settings.canary_scorer()) is not None:
             path, share = wanted
-            candidate = ScorerFiles(path, settings.canary_calibration, tiers=names, shares=bool(shares))
+            candidate = ScorerFiles(
+                path,
+                settings.canary_calibration,
+                tiers=names,
+                shares=bool(shares),
+                objective=settings.objective,
+            )
             canary = Canary(share, siblings, cost_limit=settings.canary_cost)
     except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error

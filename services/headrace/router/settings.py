@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from headrace.channel import target_problem
 from headrace.router.changes.settings import ChangeSettings
 from headrace.routing.calibration import are_thresholds
+from headrace.routing.scoring.score import Objective
 from headrace.routing.tier_view import Price, even_thresholds
 from headrace.runtime.settings import ConcurrentStreams, ConnectionAge, Port
 
@@ -79,6 +80,12 @@ class Settings(ChangeSettings):
         default=None,
         description="scorer that `headrace train` wrote, in place of the shipped one; it is read again when "
         "it changes",
+    )
+    objective: Objective = Field(
+        default="both",
+        description="what a larger tier shall gain: `correctness`, `preference` (answers that people like "
+        "better) or `both`; it moves open requests, such as advice and writing, against the rest. A refitted "
+        "scorer ignores it",
     )
     draft_check: Path | None = Field(
         default=None, description="weights of the draft check; the shipped ones by default"

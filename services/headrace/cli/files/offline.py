@@ -13,7 +13,7 @@ from headrace.routing.drafts import check as draft_check
 from headrace.routing.policy import decide
 from headrace.routing.request import Hints
 from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import UNSCORED
+from headrace.routing.scoring.score import UNSCORED, Objective
 from headrace.routing.tier_view import TierView, even_thresholds
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 _FEATURES = 3  # in a reason
 
 
-def print_scores(path: str, artifact: Path | None, tiers: str, from_score: str) -> None:
+def print_scores(
+    path: str, artifact: Path | None, tiers: str, from_score: str, objective: Objective = "both"
+) -> None:
     """Print score, tier, reason and latency of the decision for each prompt or conversation of *path*.
 
     tiers        names, smallest first, separated by commas
@@ -37,7 +39,7 @@ def print_scores(path: str, artifact: Path | None, tiers: str, from_score: str) 
     if not names:
         raise BadRow("--tiers has no tier")
     views = [TierView(name, lowest) for name, lowest in zip(names, _lowest(names, from_score), strict=True)]
-    loaded = scorer.load(artifact)
+    loaded = scorer.load(artifact, objective)
     loaded.score("The first call is slower.")
     for row in read_rows(path, ["prompt"], turns=True):
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from headrace.routing import calibration
 from headrace.routing.artifact import BadArtifact
 from headrace.routing.calibration import BadCalibration, Calibration
 from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import Scorer, fingerprint
+from headrace.routing.scoring.score import Objective, Scorer, fingerprint
 from headrace.runtime.security.watched_file import stamp_of
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,22 @@ class ScorerFiles:
     calibration   path; None: no calibration
     tiers         names that a calibration must be for, smallest first
     shares        whether the router keeps shares, for which a changed calibration needs scores
+    objective     what a larger tier shall gain; a refitted scorer ignores it
     """
 
     def __init__(
-        self, scorer: Path | None, calibration: Path | None, *, tiers: Sequence[str], shares: bool = False
+        self,
+        scorer: Path | None,
+        calibration: Path | None,
+        *,
+        tiers: Sequence[str],
+        shares: bool = False,
+        objective: Objective = "both",
     ) -> None:
         self._scorer_path, self._calibration_path = scorer, calibration
         self._tiers = tuple(tiers)
         self._shares = shares
+        self._objective = objective
         self._stamps = self._look()
         self._found = self.loaded = self._load()
 
@@ -134,7 +142,7 @@ class ScorerFiles:
         path, content = self._scorer_path, ""
         if path is not None:
             content = _digest(path)
-        read = scorer.load(path)
+        read = scorer.load(path, self._objective)
         return Loaded(read, fingerprint(read), content)
 
     def _read_calibration(self, path: Path) -> Calibration:

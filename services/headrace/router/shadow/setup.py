@@ -58,6 +58,7 @@ def _choice(settings: Settings, tiers: Tiers) -> Choice:
         settings.shadow_calibration,
         tiers=names,
         shares=bool(shares),
+        objective=settings.objective,
     )
     thresholds = Thresholds(settings.tier_thresholds(), shares=shares)
     thresholds.use(files.loaded.calibration)

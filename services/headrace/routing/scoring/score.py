@@ -10,10 +10,12 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from headrace.routing.scoring.conversation import Carried, Earlier, Turn
 from headrace.routing.success.estimate import Estimate
+
+Objective = Literal["correctness", "both", "preference"]  # what a larger tier shall gain
 
 
 @dataclass(frozen=True, slots=True)
