@@ -29,7 +29,7 @@ def rows(count: int, seed: int, *, reversed: bool = False, **fields: Any) -> lis
         text = (CODE, FACT)[rng.integers(2)]
         tier = ("code", "talk")[rng.integers(2)]
         good = bool(rng.random() < SKILLS[tier][text]) != reversed
-        made.append({"prompt": text.format(1000 * seed + number), f"{tier}_ok": good, **fields})
+        made.append({"prompt": text.format(100 + (7 * seed + number) % 900), f"{tier}_ok": good, **fields})
     return made
 
 
