@@ -137,7 +137,7 @@ class Chooser:
     def record_answer(self, request: RoutingRequest, tier: str, now: float) -> None:
         """Record that a tier began to answer: the conversation stays there, or on a larger tier."""
         reached = self._conversations.reached(request.tenant, request.session, now)
-        by_score = self._weighing is None or not request.estimates
+        by_score = self._weighing is None or not self._weighing.estimated(request)
         if by_score and reached and self._names.index(reached) > self._names.index(tier):
             tier = reached
         self._conversations.record(request.tenant, request.session, tier, now)

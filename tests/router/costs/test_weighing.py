@@ -8,11 +8,13 @@ import pytest
 
 from headrace.router.costs.usage import TierUsage
 from headrace.router.costs.weighing import Weighing
+from headrace.router.siblings import Siblings, inboxes
 from headrace.routing.request import Hints, RoutingRequest
 from headrace.routing.success.choosing import Weighed
 from headrace.routing.success.estimate import Estimate
 from headrace.routing.tier_view import Price
 from headrace.v1 import generation_pb2 as pb
+from tests.harness import eventually
 
 PRICES = {"small": Price(1.0, 2.0, 0.1), "large": Price(10.0, 20.0)}
 
@@ -91,6 +93,26 @@ def test_without_prices_a_tier_costs_ten_times_as_much_as_the_one_before() -> No
     found = weighed(Weighing(["small", "large"], {}), asked())
 
     assert found.cost[1] == pytest.approx(10 * found.cost[0])
+
+
+async def test_all_processes_of_a_router_spend_one_budget() -> None:
+    mail = inboxes(2)
+    first, second = Siblings(0, mail), Siblings(1, mail)
+    spender, other = (
+        Weighing(["small", "large"], PRICES, per_day=1.0, siblings=each, clock=lambda: 86_400.0)
+        for each in (first, second)
+    )
+    before = weighed(other, asked()).weight
+    try:
+        async with first.listening(), second.listening():
+            spender.spend(0.05)
+            await eventually(lambda: weighed(other, asked()).weight > before)
+    finally:
+        for pair in mail:
+            for end in pair:
+                end.close()
+
+    assert weighed(other, asked()).weight == weighed(spender, asked()).weight
 
 
 def test_answers_without_usage_change_nothing() -> None:
