@@ -147,7 +147,7 @@ class Chooser:
             return
         earlier = self.earlier(request.tenant, request.session, now)
         carried = request.carried
-        by_score = self._weighing is None or not request.estimates
+        by_score = self._weighing is None or not self._weighing.estimated(request)
         if by_score and earlier is not None and (request.keeps_tier or carried is None):
             tier = max(earlier.tier, tier, key=self._names.index)
         if carried is None:  # "thanks", or a request that could not be scored
