@@ -89,13 +89,13 @@ SHADOW_VERDICTS: Final = Counter(
     services=_ROUTER,
 )
 DECISION_LOG_ROWS: Final = Counter(
-    "headrace.decision_log.rows", "{row}", (), "rows that were written to --decision-log", services=_ROUTER
+    "headrace.decision_log.rows", "{row}", (), "rows that were written to the decision log", services=_ROUTER
 )
 DECISION_LOG_DROPPED: Final = Counter(
     "headrace.decision_log.dropped",
     "{row}",
     (),
-    "rows that were not written to --decision-log: its queue was full, or the disk failed",
+    "rows that were not written to the decision log: its queue was full, or the disk failed",
     services=_ROUTER,
 )
 

@@ -98,7 +98,7 @@ class Chooser:
             return decide(
                 request.score,
                 request.hints,
-                self._views(request.max_tokens, now),
+                self._views(request, now),
                 floor=floor,
                 seconds_left=deadline.left(now),
                 exclude=[*too_small, *failed],
@@ -127,12 +127,13 @@ class Chooser:
         """Record the first decision about a request for the tiers' shares."""
         if request.counts:
             place = decision.place if decision.explored else decision.wanted
-            self._thresholds.record(request.score, place)
+            self._thresholds.record(request.score, place, request.arm)
 
     def record_escalation(self, request: RoutingRequest, before: str, after: str) -> None:
         """Record that tier *after* answered a request whose draft by tier *before* was discarded."""
         if request.counts:
-            self._thresholds.record_escalation(self._names.index(before), self._names.index(after))
+            places = self._names.index(before), self._names.index(after)
+            self._thresholds.record_escalation(*places, request.arm)
 
     def record_answer(self, request: RoutingRequest, tier: str, now: float) -> None:
         """Record that a tier began to answer: the conversation stays there, or on a larger tier."""
@@ -204,10 +205,10 @@ class Chooser:
         )
         return self.rules.release(check, quality_preference), check
 
-    def _views(self, max_tokens: int | None, now: float) -> list[TierView]:
+    def _views(self, request: RoutingRequest, now: float) -> list[TierView]:
         """Return the tiers as the policy sees them."""
         views = []
-        for tier, threshold in zip(self._tiers.tiers, self._thresholds.now(), strict=True):
+        for tier, threshold in zip(self._tiers.tiers, self._thresholds.now(request.arm), strict=True):
             reported = tier.reported
             limit = reported.limits.queue_limit
             views.append(
@@ -218,7 +219,7 @@ class Chooser:
                     reported.model,
                     reported.unhealthy_reason,
                     saturated=0 < limit <= reported.load.queued,
-                    answer_seconds=self._paces[tier.name].answer_seconds(max_tokens, now),
+                    answer_seconds=self._paces[tier.name].answer_seconds(request.max_tokens, now),
                     price=self.prices.get(tier.name),
                     models=tier.models,
                 )

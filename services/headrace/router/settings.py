@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from headrace.channel import target_problem
+from headrace.router.changes.settings import candidate_of, check_canary, check_shadow
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.tier_view import Price, even_thresholds
 from headrace.runtime.settings import CalledServiceSettings, ConcurrentStreams, ConnectionAge, Port
@@ -95,7 +96,26 @@ class Settings(CalledServiceSettings):
         "cached prompt tokens, which otherwise cost as much as other prompt tokens",
     )
     scorer: Path | None = Field(
-        default=None, description="scorer that `headrace train` wrote; the shipped one by default"
+        default=None,
+        description="scorer that `headrace train` wrote, in place of the shipped one; it is read again when "
+        "it changes",
+    )
+    canary: str = Field(
+        default="",
+        description="candidate scorer and the share of requests that it scores, above 0 and below 1, such as "
+        "scorer.json:0.1; it is rolled back when its answers are rated worse, fail more often or cost more. "
+        "The file is read again when it changes",
+    )
+    canary_calibration: Path | None = Field(
+        default=None,
+        description="calibration of the scorer of --canary, which needs one if --calibration is set without "
+        "--share; it is read again when it changes",
+    )
+    canary_cost: float = Field(
+        default=0.0,
+        ge=0,
+        description="roll a canary back if its requests cost more on average than this many times those of "
+        "the scorer in use, such as 1.2, at the prices of --prices; 0 does not compare costs",
     )
     draft_check: Path | None = Field(
         default=None, description="weights of the draft check; the shipped ones by default"
@@ -242,7 +262,8 @@ class Settings(CalledServiceSettings):
                 "HEADRACE_BUDGET_PER_DAY (or --budget-per-day) needs --prices, and a choice by success, "
                 "without --choose-by score, --share, --thresholds and --calibration"
             )
-        self._check_shadow(names)
+        check_shadow(self, names)
+        check_canary(self)
         if self.quotas is None and (self.quota_peers.strip() or self.quotas_shadow):
             raise ValueError(
                 "HEADRACE_QUOTA_PEERS and HEADRACE_QUOTAS_SHADOW need HEADRACE_QUOTAS (or --quotas)"
@@ -277,32 +298,9 @@ class Settings(CalledServiceSettings):
         """Whether a sample of requests is answered again."""
         return bool(self.shadow_tier or self.shadow_scorer or self.shadow_calibration)
 
-    def _check_shadow(self, names: list[str]) -> None:
-        """Raise ValueError if the settings of the shadow cannot be used."""
-        if self.judge and not self.shadows:
-            raise ValueError("HEADRACE_JUDGE needs HEADRACE_SHADOW_TIER or HEADRACE_SHADOW_SCORER")
-        if self.shadow_tier and (self.shadow_scorer or self.shadow_calibration):
-            raise ValueError(
-                "HEADRACE_SHADOW_TIER (or --shadow-tier) excludes HEADRACE_SHADOW_SCORER and "
-                "HEADRACE_SHADOW_CALIBRATION: set one choice"
-            )
-        if self.shadow_tier and self.shadow_tier not in names:
-            raise ValueError(
-                f"HEADRACE_SHADOW_TIER={self.shadow_tier!r} (or --shadow-tier) must be one of the tiers "
-                f"{', '.join(names)}"
-            )
-        if self.judge and self.judge not in ("rules", "exact", *names):
-            raise ValueError(
-                f"HEADRACE_JUDGE={self.judge!r} (or --judge) must be rules, exact, or one of the tiers "
-                f"{', '.join(names)}"
-            )
-        used = {self.shadow_tier} if self.shadow_tier else set(names)
-        unpriced = (used | ({self.judge} & set(names))) - self.tier_prices().keys()
-        if self.shadows and self.shadow_cost_per_day and unpriced:
-            raise ValueError(
-                "HEADRACE_SHADOW_COST_PER_DAY (or --shadow-cost-per-day) needs the price of each tier that "
-                f"may be used: add {', '.join(sorted(unpriced))} to HEADRACE_PRICES"
-            )
+    def canary_scorer(self) -> tuple[Path, float] | None:
+        """Return the file of the candidate scorer and its share of requests. Raises ValueError."""
+        return candidate_of(self.canary)
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:
         """Return (name, its batchers' targets) of each tier, smallest first. Raises ValueError."""

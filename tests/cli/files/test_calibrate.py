@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from headrace.cli.calls.top import Snapshot, money, screen
+from headrace.cli.calls.amounts import money
+from headrace.cli.calls.top import Snapshot, screen
 from headrace.cli.files.calibrate import read_traffic
 from headrace.client import chat
 from headrace.routing import calibration

@@ -66,10 +66,11 @@ class Journey:
         turns: Sequence[Turn],
         scorer: str,
         watchers: Watchers,
+        arm: str = "",
     ) -> None:
         self._text = text_of(request)
         self._turns, self._score, self._scorer = turns, score, scorer
-        self._facts = routing_request(request, score)
+        self._facts = routing_request(request, score, arm)
         self._shows_logprobs = request.sampling.logprobs
         self._may_draft = chooser.rules.allow(self._facts)
         self.outgoing = Outgoing(
@@ -355,8 +356,8 @@ def text_of(request: pb.GenerateRequest) -> str:
     return request.prompt
 
 
-def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest:
-    """Return what the routing decisions read of a request."""
+def routing_request(request: pb.GenerateRequest, score: Score, arm: str = "") -> RoutingRequest:
+    """Return what the routing decisions read of a request; *arm* is the one that scored it."""
     hints = request.routing
     return RoutingRequest(
         score=score.value,
@@ -371,6 +372,7 @@ def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest
         max_tokens=request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None,
         cascade=hints.cascade if hints.HasField("cascade") else None,
         resumes=bool(request.resume.token_ids),
+        arm=arm,
     )
 
 
