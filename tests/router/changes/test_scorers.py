@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ from tests.router.changes.candidates import ALL_LARGE, ALL_SMALL, write, write_c
 from tests.router.drafts import EASY
 from tests.router.fake_batchers import FakeBatcher, routed
 
-QUICKLY = {"poll_seconds": 0.02}
+QUICKLY: dict[str, Any] = {"poll_seconds": 0.02}
 
 
 async def pair_of(client: Client) -> tuple[float, float]:
@@ -161,9 +162,9 @@ async def test_a_pipe_and_an_endless_file_are_rejected_as_scorers(tmp_path: Path
     with big.open("wb") as file:
         file.truncate(2**31)
     for path in (pipe, big, tmp_path):
-        value = f"{path}:0.1" if flag == "canary" else path
+        given: dict[str, Any] = {flag: f"{path}:0.1" if flag == "canary" else path}
         with pytest.raises(StartFailed, match="not a file of at most 16 MiB"):
-            async with router(Settings(port=0, tiers="small=127.0.0.1:1", **{flag: value})):
+            async with router(Settings(port=0, tiers="small=127.0.0.1:1", **given)):
                 pass
 
 

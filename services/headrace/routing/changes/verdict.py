@@ -151,16 +151,14 @@ def log_wealth(tenants: Mapping[str, Bets], needed: float) -> float:
         name: [min(value, needed * weight) for value in bets.log_wealth] for name, bets in tenants.items()
     }
     total = [sum(own[place] for own in bounded.values()) for place in range(len(STAKES))]
-    everybody = _log_mean(total)
-    if len(known) < 2:
-        return everybody
-    # Weights that add up to less than 1 for any number of tenants, and depend on none of their outcomes.
+    # The weights are the same for any number of tenants: that of a tenant which has no outcome so far belongs
+    # to the wealth of all.
     without = [
-        _log_mean([all_ - one for all_, one in zip(total, bounded[name], strict=True)])
-        - math.log(place * (place + 1))
-        for place, name in enumerate(tenants, start=1)
+        _log_mean([all_ - one for all_, one in zip(total, own, strict=True)])
+        - math.log(2 * place * (place + 1))
+        for place, own in enumerate(bounded.values(), start=1)
     ]
-    return _log_sum([everybody, *without]) - math.log(2)
+    return _log_sum([_log_mean(total) + math.log(0.5 + 0.5 / (len(tenants) + 1)), *without])
 
 
 def _by_tenant(parts: Sequence[Evidence]) -> dict[str, Bets]:
