@@ -167,6 +167,8 @@ def test_changes_of_the_routing_are_shown_where_they_are_in_use() -> None:
     assert "decision log: 1,000 rows, 1 dropped" in lines
 
     canary.rolled_back, canary.share = "quality", 0.0
-    rolled_back = printed(Snapshot(0.0, pb.ListTiersResponse(changes={"scorer": "cafe", "canary": canary})))
+    rolled_back = printed(
+        Snapshot(0.0, pb.ListTiersResponse(changes=changes_pb.RoutingChanges(scorer="cafe", canary=canary)))
+    )
     assert any("it was worse in quality" in " ".join(line) for line in rolled_back)
     assert not any("shadow" in line or "decision" in line for line in rolled_back)

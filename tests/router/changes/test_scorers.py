@@ -155,6 +155,20 @@ def test_changes_of_the_scorer_never_cost_a_share_more_than_any_traffic_does(
             assert abs(sum(place >= tier for place in own) - wanted) <= 8 + 2
 
 
+def test_a_share_is_kept_even_if_the_scorer_changes_before_every_call() -> None:
+    """What was called too much or too little is carried over; the window of scores is empty each time."""
+    thresholds = Thresholds([0.0, 0.5], shares=[0.3])
+    large = 0
+    for place in range(200):
+        thresholds.use(None)
+        score = (place * 0.618) % 1
+        chosen = int(score >= thresholds.now()[1])
+        thresholds.record(score, chosen)
+        large += chosen
+
+    assert abs(large - 60) <= 10
+
+
 @pytest.mark.parametrize("flag", ["scorer", "canary"])
 async def test_a_pipe_and_an_endless_file_are_rejected_as_scorers(tmp_path: Path, flag: str) -> None:
     pipe, big = tmp_path / "pipe", tmp_path / "big"
