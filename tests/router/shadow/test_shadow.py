@@ -19,6 +19,7 @@ from headrace import errors
 from headrace.client import chat
 from headrace.router.__main__ import router
 from headrace.router.changes.answered import Answered
+from headrace.router.costs.weighing import Weighing
 from headrace.router.settings import Settings
 from headrace.router.shadow.bounds import DAY_SECONDS, Bounds
 from headrace.router.shadow.shadow import Candidate
@@ -31,7 +32,8 @@ from headrace.routing.request import Hints, RoutingRequest
 from headrace.routing.scoring.conversation import Earlier, Turn
 from headrace.routing.scoring.score import Score, fingerprint
 from headrace.routing.scoring.scorer import load
-from headrace.routing.tier_view import TierView
+from headrace.routing.success.estimate import Estimate
+from headrace.routing.tier_view import Price, TierView
 from headrace.runtime.serving.server import StartFailed
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, collect, eventually
@@ -515,3 +517,28 @@ def test_a_candidate_keeps_the_share_for_its_own_scores_over_all_requests() -> N
 
     assert set(chosen) == {"small", "large"}
     assert abs(chosen[200:].count("large") / 200 - 0.3) <= 0.05
+
+
+def test_a_candidate_that_estimates_success_chooses_by_it() -> None:
+    """The router's prices and weight of cost apply to the candidate's estimates, too."""
+    weighing = Weighing(["small", "large"], {"small": Price(1, 1), "large": Price(10, 10)}, cost_weight=0.1)
+    thresholds = Thresholds(["small", "large"], [0.0, 0.5])
+    for gain, wanted in ((0.0, "small"), (0.4, "large")):
+        scorer = EstimatingScorer(gain)
+        choice = Candidate(scorer, thresholds, adapted=False, weighing=weighing)
+
+        assert choice.tier(ended("x", "small", 0.1), drawn=True) == wanted
+        assert Candidate(scorer, thresholds, adapted=False).tier(ended("x", "small", 0.1), drawn=True) == (
+            "small"
+        ), "by its score"
+
+
+@dataclass
+class EstimatingScorer(LengthScorer):
+    """Expects the large tier to answer better by *gain*."""
+
+    gain: float = 0.0
+
+    def score(self, text: str) -> Score:
+        estimates = {"small": Estimate(0.5, 20.0), "large": Estimate(0.5 + self.gain, 20.0)}
+        return Score(0.1, 0.0, estimates=estimates)

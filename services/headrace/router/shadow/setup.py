@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from headrace.router.changes.answered import Watchers
+from headrace.router.costs.weighing import Weighing
 from headrace.router.settings import Settings
 from headrace.router.shadow.bounds import Bounds
 from headrace.router.shadow.judge import judge_named
@@ -25,10 +26,12 @@ def create_shadow(
     checker: DraftChecker,
     feedback: Feedback,
     watchers: Watchers,
+    weighing: Weighing | None = None,
 ) -> Shadow | None:
     """Create the shadow and add it to *watchers*; None if no other choice is configured.
 
-    scores   the scorer in use
+    scores     the scorer in use
+    weighing   of expected quality and cost; None: tiers are chosen by score
 
     Raises BadArtifact and BadCalibration.
     """
@@ -37,7 +40,7 @@ def create_shadow(
     own = OwnRequests(tiers, settings.tier_prices(), seconds=settings.default_deadline)
     shadow = Shadow(
         tiers,
-        _choice(settings, tiers, scores),
+        _choice(settings, tiers, scores, weighing),
         own,
         Bounds(
             per_minute=settings.shadow_per_minute / settings.processes,
@@ -53,7 +56,7 @@ def create_shadow(
     return shadow
 
 
-def _choice(settings: Settings, tiers: Tiers, scores: Scorer) -> Choice:
+def _choice(settings: Settings, tiers: Tiers, scores: Scorer, weighing: Weighing | None) -> Choice:
     if settings.shadow_tier:
         return FixedTier(settings.shadow_tier)
     candidate = None if settings.shadow_scorer is None else scorer.load(settings.shadow_scorer)
@@ -65,4 +68,4 @@ def _choice(settings: Settings, tiers: Tiers, scores: Scorer) -> Choice:
         scorer=fingerprint(scores if candidate is None else candidate),
         shares=shares,
     )
-    return Candidate(candidate, thresholds, adapted=bool(shares))
+    return Candidate(candidate, thresholds, adapted=bool(shares), weighing=weighing)
