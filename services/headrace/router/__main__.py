@@ -96,7 +96,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     spending = Spending(weighing.spend) if weighing is not None else None
     feedback = _open_feedback(settings)
     watchers = Watchers([watcher for watcher in (decisions, canary, spending) if watcher is not None])
-    shadow = _load_shadow(settings, tiers, checker, feedback, watchers)
+    shadow = _load_shadow(settings, tiers, checker, feedback, watchers, weighing)
     status = Status(scorers, canary, siblings)
     servicer = RouterServicer(
         tiers,
@@ -251,10 +251,11 @@ def _load_shadow(
     checker: DraftChecker,
     feedback: Feedback,
     watchers: Watchers,
+    weighing: Weighing | None,
 ) -> Shadow | None:
     """Create the shadow, if there is one. Raises StartFailed."""
     try:
-        return create_shadow(settings, tiers, checker, feedback, watchers)
+        return create_shadow(settings, tiers, checker, feedback, watchers, weighing)
     except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error
 

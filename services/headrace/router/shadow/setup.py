@@ -6,6 +6,7 @@ import math
 
 from headrace.router.changes.answered import Watchers
 from headrace.router.changes.scorer_files import ScorerFiles
+from headrace.router.costs.weighing import Weighing
 from headrace.router.settings import Settings
 from headrace.router.shadow.bounds import Bounds
 from headrace.router.shadow.judge import judge_named
@@ -23,8 +24,11 @@ def create_shadow(
     checker: DraftChecker,
     feedback: Feedback,
     watchers: Watchers,
+    weighing: Weighing | None = None,
 ) -> Shadow | None:
     """Create the shadow and add it to *watchers*; None if no other choice is configured.
+
+    weighing   of expected quality and cost; None: tiers are chosen by score
 
     Raises BadArtifact and BadCalibration.
     """
@@ -33,7 +37,7 @@ def create_shadow(
     own = OwnRequests(tiers, settings.tier_prices(), seconds=settings.default_deadline)
     shadow = Shadow(
         tiers,
-        _choice(settings, tiers),
+        _choice(settings, tiers, weighing),
         own,
         Bounds(
             per_minute=settings.shadow_per_minute / settings.processes,
@@ -49,7 +53,7 @@ def create_shadow(
     return shadow
 
 
-def _choice(settings: Settings, tiers: Tiers) -> Choice:
+def _choice(settings: Settings, tiers: Tiers, weighing: Weighing | None) -> Choice:
     if settings.shadow_tier:
         return FixedTier(settings.shadow_tier)
     names, shares = [tier.name for tier in tiers.tiers], settings.tier_shares()
@@ -63,4 +67,4 @@ def _choice(settings: Settings, tiers: Tiers) -> Choice:
     thresholds = Thresholds(settings.tier_thresholds(), shares=shares)
     thresholds.use(files.loaded.calibration)
     candidate = None if settings.shadow_scorer is None else files.loaded.scorer
-    return Candidate(candidate, thresholds, adapted=bool(shares))
+    return Candidate(candidate, thresholds, adapted=bool(shares), weighing=weighing)
