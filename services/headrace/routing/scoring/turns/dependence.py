@@ -84,9 +84,8 @@ def read_reply(text: str, *, first: bool = False, asked: bool = False, before: C
     if first:
         return Reply(0.0, content=len(content), words=_digests(_TOKEN.findall(text)))
     evidence, corrects = _evidence(" ".join(rest or clauses), words, asked=asked, long=long)
-    if len(content) >= 3 and 3 <= len(words) <= 25 and before:
-        shared = sum(zlib.crc32(word.encode(errors="replace")) in before for word in content)
-        evidence += 0.5 * shared / len(content)
+    if evidence or not _is_topic(" ".join(rest or clauses), len(words)):
+        evidence += _lack_of_topic(words, before)
     depends = min(max((evidence - 0.25) / 0.6, 0.0), 1.0)
     if len(words) > 12:
         depends *= max(1.0 - (len(words) - 12) / _LONG, 0.3)
@@ -105,9 +104,7 @@ def is_repeated(words: Collection[int], earlier: Collection[int]) -> bool:
 def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[float, bool]:
     """Return how much refers to earlier turns, about 0 to 1.5, and whether the answer is corrected."""
     count = len(words) - words.count("?")
-    if any(marker in text[:80] for marker in replies.NEW_TOPIC) or (
-        text.startswith(replies.SMALL_TALK) and count <= 8
-    ):
+    if _is_topic(text, count):
         return 0.0, False
     if not count:
         return 1.0, False
@@ -148,11 +145,34 @@ def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[
         and "?" not in words
         and first not in references.WH
         and references.REQUEST.isdisjoint(plain[:6])
-    ):
+    ) or (count <= 5 and all(word in replies.OTHER_WORDS for word in plain)):
         evidence += 0.9
     elif count <= 3 and plain[0] not in references.WH and first not in references.REQUEST:
         evidence += 0.6
     return evidence, corrects
+
+
+def _is_topic(text: str, count: int) -> bool:
+    """Return whether a reply of *count* words says that its topic is another one, or is small talk."""
+    if any(marker in text[:80] for marker in replies.NEW_TOPIC):
+        return True
+    return count <= 8 and (
+        text.startswith(replies.SMALL_TALK) or references.NO_REFERENT.search(text) is not None
+    )
+
+
+def _lack_of_topic(words: list[str], before: Collection[int]) -> float:
+    """Return the weight of the fact that a reply names no topic, or one that was named before."""
+    count = len(words) - words.count("?")
+    if not 0 < count <= 20 or sum(word[0].isdigit() for word in words) > 1:
+        return 0.0
+    named = [word.removesuffix("'s") for word in words if word[0].isalpha() and len(word) > 1]
+    named = [word for word in named if word not in references.GENERAL]
+    new = [word for word in named if zlib.crc32(word.encode(errors="replace")) not in before]
+    shared = 0.4 * (1 - len(new) / len(named)) if named else 0.0
+    if not new:
+        return 0.9
+    return shared + (0.35 if len(new) == 1 and count <= 8 else 0.0)
 
 
 def _task(plain: list[str], first: str, *, refers: bool, text: str) -> float:
@@ -235,6 +255,16 @@ def _is_courtesy(clause: str, asked: bool) -> bool:
         len(words) <= 8
         and references.NO_REMARK.isdisjoint(words)
         and " ".join(words).startswith(references.LEAVE)
+    ):
+        return True
+    if (
+        len(words) <= 7
+        and words[0] in references.REMARKS
+        and not replies.COURTESY.isdisjoint(words)
+        and references.REQUEST.isdisjoint(words)
+        and references.NO_REMARK.isdisjoint(words)
+        and not asked
+        and not references.CORRECTS.search(clause)
     ):
         return True
     thanks = next((place for place, word in enumerate(words) if word in references.THANKS), None)

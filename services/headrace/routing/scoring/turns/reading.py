@@ -36,6 +36,7 @@ class _Link:
 
     errors_before, errors_after   of tools since the user's previous turn, and after this one
     repeated                      it is the same question as the user's previous one
+    words                         of it; if it has no content of its own, of the last turn that has
     code                          that was shown to the user, or that failed; empty: none
     """
 
@@ -44,6 +45,7 @@ class _Link:
     errors_before: int
     errors_after: int
     repeated: bool
+    words: tuple[int, ...]
     code: str
 
 
@@ -80,7 +82,7 @@ def score_turns(score: ScoreText, turns: Sequence[Turn], earlier: Earlier | None
     for name, strength, log_odds in _signals(score, last, state.log_odds, follows=inherited is not None):
         shares.append((name, strength, log_odds))
         state.log_odds += log_odds
-    carried = Carried(sigmoid(state.log_odds), last.reply.words, state.estimates)
+    carried = Carried(sigmoid(state.log_odds), last.words, state.estimates)
     continues = last.reply.continues if inherited is not None else 0.0
     return replace(_explained(own, shares, continues, carried), estimates=state.estimates)
 
@@ -118,6 +120,7 @@ def _links(turns: Sequence[Turn], earlier: Earlier | None) -> list[_Link]:
                 errors_before=sum(map(_has_failed, answers)),
                 errors_after=sum(map(_has_failed, after)),
                 repeated=is_repeated(reply.words, before),
+                words=reply.words if reply.content else tuple(before),
                 code=next(
                     filter(None, (pasted.code_in(turn.text) for turn in reversed([*answers, *after]))), ""
                 ),
@@ -129,10 +132,10 @@ def _links(turns: Sequence[Turn], earlier: Earlier | None) -> list[_Link]:
 
 
 def _words_before(turns: Sequence[Turn], places: Sequence[int], earlier: Earlier | None) -> tuple[int, ...]:
-    """Return the words of the last turn at *places*, of the user, that is more than thanks."""
+    """Return the words of the last turn at *places*, of the user, that has content of its own."""
     for place in reversed(places):
         reply = read_reply(turns[place].text, first=True, asked=_was_asked(turns, place))
-        if not reply.closes:
+        if not reply.closes and reply.content:
             return reply.words
     return () if earlier is None else earlier.words
 

@@ -140,7 +140,9 @@ CORRECTS = re.compile(
     r"exception|different)|fails? (?:the|on|for|with|again)|"
     r"should (?:be|have been) .{1,30}(?:,|\bnot\b|instead)|is off by|check your (?:numbers|math|"
     r"work|result|calculation)|"
-    r"not what i (?:asked|wanted|meant|need)|i (?:asked|said|meant|wanted) .{0,40}\bnot\b|"
+    r"(?:don't|do not) think (?:that|this|it)(?:'s| is)? (?:\w+ )?(?:right|correct|true)|"
+    r"not the (?:\w+ ){1,2}i (?:expected|wanted|asked|meant|need)|not what i (?:asked|wanted|meant|"
+    r"need)|i (?:asked|said|meant|wanted) .{0,40}\bnot\b|"
     r"error in (?:the|your)|(?:it|that|this|you) fail(?:s|ed))\b"
 )
 OFFERS = re.compile(
@@ -191,10 +193,49 @@ LEAVE = (
 )
 # With these words begin remarks beside thanks, such as "you saved my day".
 REMARKS = words(
-    "you you're that that's this it it's i i'm i'll i've have see talk we just no all now really for my "
-    "so until till ok okay yes oh ah everything hope exactly very much works"
+    "you you're you've that that's this it it's i i'm i'll i've have see talk we just no all now really "
+    "for my so until till ok okay yes oh ah everything hope exactly very much works"
 )
 # With these words, a remark is none.
 NO_REMARK = words("but not still wrong need want also can could please add")
 # Words before the verb of a request.
 LEADING = words("please can could you would now then next also and but ok okay so just")
+
+# Words that name no topic of their own: a question with these only is about something that was said before.
+GENERAL = words(
+    "show showing shown explain explaining tell say said mean meant mind test testing use used using "
+    "write written make made do did done doing go going goes went keep turn put take taking give given "
+    "get getting got add adding remove change changed fix check try run redo work works working look "
+    "looks see know think want need like liked let help start stop end finish continue apply applied "
+    "handle include cover happen happens happened break breaks fail fails failed skip choose pick prefer "
+    "suggest recommend compare improve back carry follow walk spell lay expand elaborate clarify confirm "
+    "verify justify prove support assume hold holds matter matters depend cause causes affect affects "
+    "differ compute calculate derive solve simplify reduce increase double halve replace swap sort print "
+    "return rename refactor rewrite rephrase reword shorten summarize translate convert format list "
+    "outline draft polish come comes came stay stays become becomes care agree disagree believe expect "
+    "wonder wondering confuse confuses confused lost stuck sense step steps part parts point points "
+    "example examples case cases way ways method methods approach approaches reason reasons reasoning "
+    "answer answers result results solution solutions version versions line lines word words sentence "
+    "sentences paragraph section page detail details idea ideas option options choice choices plan plans "
+    "thing things bit bits lot lots kind kinds type types number numbers value values term terms formula "
+    "equation table checklist bullet bullets summary title code function tests comment comments error "
+    "errors output input inputs half rest other others side beginning middle top bottom first second "
+    "third fourth last next previous final general specific total time times cost costs difference proof "
+    "claim argument assumption assumptions condition base edge problem problems issue issues question "
+    "questions request tone style level long short longer shorter quick quicker simple simpler easy "
+    "easier hard harder better best worse worst good bad great right wrong correct sure certain same "
+    "different similar new old big bigger small smaller large larger more less fewer many much few "
+    "little strict stricter formal clear clearer fast faster slow slower full whole entire complete "
+    "brief concise detailed negative positive zero empty possible useful helpful interesting important "
+    "exact exactly actual actually really just only even still again also too very quite rather maybe "
+    "perhaps instead otherwise anyway then now later before after once twice always never sometimes "
+    "often here there somewhere nothing something anything everything someone anyone everyone one ones "
+    "two three four five all any some each every both either neither another such own and or but if "
+    "because so than as about into over under between without within through during against behind up "
+    "down out off on in at by for from to of with the a an this that these those it its they them their "
+    "he him his she her we us our you your yours i me my mine myself yourself be is are was were been am "
+    "being have has had having can could will would shall should may might must not no yes ok okay "
+    "please thanks hm hmm um well i'd i'll i'm i've you'd you'll you're you've it's that's what's "
+    "there's let's don't doesn't didn't isn't aren't wasn't can't couldn't won't wouldn't shouldn't what "
+    "when where who whom whose which why how further additional extra else rid"
+)

@@ -27,7 +27,7 @@ CONSENT = words(
 COURTESY = words(
     "thanks thank thx ty tysm cheers appreciate appreciated grateful bye goodbye cya farewell goodnight "
     "great perfect awesome cool nice excellent wonderful brilliant fantastic lovely amazing superb neat "
-    "sweet good ok okay k fine alright understood gotcha noted wow haha lol congrats helpful helped "
+    "sweet good ok okay k fine alright understood gotcha noted wow haha lol congrats ta helpful helped "
     "helps nevermind welcome done interesting yay hooray solved works"
 )
 # Beside words of courtesy or consent.
@@ -57,6 +57,7 @@ SMALL_TALK = (
     "how do you do",
     "what's up",
     "hello",
+    "hi there",
     "hi ",
     "hey ",
     "good morning",
@@ -100,6 +101,10 @@ NEW_TOPIC = (
     "off topic",
     "off-topic",
     "random question",
+    "before i forget",
+    "while i'm here",
+    "not related",
+    "totally different",
 )
 
 # Other languages: Mandarin, Hindi, Spanish, Arabic, French, Bengali, Portuguese, Russian, Urdu, German,
@@ -129,21 +134,21 @@ OTHER_REPLIES = phrases(
     "왜|왜요|아니요|evet|devam|devam et|neden|hayır|sì|perché|ja graag|ga door|waarom|tak|dalej|dlaczego"
 )
 OTHER_COURTESY = phrases(
-    "谢谢|谢谢你|谢谢您|多谢|非常感谢|感谢|再见|拜拜|明白了|知道了|懂了|太好了|很好|完美|धन्यवाद|"
-    "शुक्रिया|बहुत बहुत धन्यवाद|बहुत धन्यवाद|बहुत|अलविदा|समझ गया|समझ गई|बढ़िया|बहुत अच्छा|अच्छा|नमस्ते|"
-    "gracias|muchas gracias|mil gracias|muchísimas gracias|adiós|adios|hasta luego|chao|perfecto|genial|"
-    "entendido|muy bien|excelente|estupendo|شكرا|شكرًا|شكرا جزيلا|شكرًا جزيلًا|شكراً|شكراً جزيلاً|جزيلا|"
-    "مع السلامة|وداعا|ممتاز|رائع|فهمت|merci|merci beaucoup|merci bien|au revoir|à bientôt|salut|parfait|"
-    "super|génial|compris|très bien|bonne journée|beaucoup|ধন্যবাদ|অনেক ধন্যবাদ|অনেক|বিদায়|বুঝেছি|দারুণ|"
-    "খুব ভালো|obrigado|obrigada|muito obrigado|muito obrigada|muito|valeu|tchau|até logo|perfeito|ótimo|"
-    "entendi|muito bem|спасибо|спасибо большое|большое спасибо|большое|благодарю|пока|до свидания|"
-    "понятно|понял|поняла|отлично|супер|прекрасно|شکریہ|بہت شکریہ|بہت بہت شکریہ|بہت|خدا حافظ|سمجھ گیا|"
-    "زبردست|بہت اچھا|danke|danke schön|dankeschön|danke sehr|vielen dank|vielen|besten dank|"
-    "herzlichen dank|tschüss|auf wiedersehen|perfekt|toll|prima|verstanden|sehr gut|alles klar|"
-    "ありがとう|ありがとうございます|ありがとうございました|どうも|さようなら|わかりました|分かりました|"
-    "なるほど|素晴らしい|完璧|terima kasih|terima kasih banyak|makasih|sampai jumpa|mengerti|bagus|"
-    "sempurna|selamat tinggal|감사합니다|고마워|고마워요|안녕|teşekkürler|teşekkür ederim|grazie|"
-    "grazie mille|ciao|dank je|bedankt|dziękuję"
+    "شكرا لك|شكرا لكم|谢谢|谢谢你|谢谢您|多谢|非常感谢|感谢|再见|拜拜|明白了|知道了|懂了|太好了|很好|"
+    "完美|धन्यवाद|शुक्रिया|बहुत बहुत धन्यवाद|बहुत धन्यवाद|बहुत|अलविदा|समझ गया|समझ गई|बढ़िया|बहुत अच्छा|"
+    "अच्छा|नमस्ते|gracias|muchas gracias|mil gracias|muchísimas gracias|adiós|adios|hasta luego|chao|"
+    "perfecto|genial|entendido|muy bien|excelente|estupendo|شكرا|شكرًا|شكرا جزيلا|شكرًا جزيلًا|شكراً|"
+    "شكراً جزيلاً|جزيلا|مع السلامة|وداعا|ممتاز|رائع|فهمت|merci|merci beaucoup|merci bien|au revoir|"
+    "à bientôt|salut|parfait|super|génial|compris|très bien|bonne journée|beaucoup|ধন্যবাদ|অনেক ধন্যবাদ|"
+    "অনেক|বিদায়|বুঝেছি|দারুণ|খুব ভালো|obrigado|obrigada|muito obrigado|muito obrigada|muito|valeu|tchau|"
+    "até logo|perfeito|ótimo|entendi|muito bem|спасибо|спасибо большое|большое спасибо|большое|благодарю|"
+    "пока|до свидания|понятно|понял|поняла|отлично|супер|прекрасно|شکریہ|بہت شکریہ|بہت بہت شکریہ|بہت|"
+    "خدا حافظ|سمجھ گیا|زبردست|بہت اچھا|danke|danke schön|dankeschön|danke sehr|vielen dank|vielen|"
+    "besten dank|herzlichen dank|tschüss|auf wiedersehen|perfekt|toll|prima|verstanden|sehr gut|"
+    "alles klar|ありがとう|ありがとうございます|ありがとうございました|どうも|さようなら|わかりました|"
+    "分かりました|なるほど|素晴らしい|完璧|terima kasih|terima kasih banyak|makasih|sampai jumpa|"
+    "mengerti|bagus|sempurna|selamat tinggal|감사합니다|고마워|고마워요|안녕|teşekkürler|teşekkür ederim|"
+    "grazie|grazie mille|ciao|dank je|bedankt|dziękuję"
 )
 # The names of languages after "in", "to" or their like: "now in German".
 LANGUAGES = words(
@@ -154,4 +159,16 @@ LANGUAGES = words(
     "julia lua html css markdown json yaml xml csv latex anglais allemand espagnol français inglés "
     "alemán francés español inglês alemão francês englisch deutsch französisch spanisch английском "
     "немецком русском французском испанском"
+)
+
+# Words of short replies in other languages, beside those of `OTHER_REPLIES`.
+OTHER_WORDS = frozenset(word for reply in OTHER_REPLIES for word in reply.split()) | words(
+    "y el la los las lo un una otro otra otros así asi eso esto cuál cuáles qué entonces también ahora "
+    "mejor con sin para segundo primera et le les des ça ca autre pas aussi encore maintenant alors "
+    "ensuite quel quelle avec sans pour deuxième premier und der die das den dem ein eine andere anderen "
+    "so genau auch noch dann jetzt auf mit ohne für zweite erste welche es nicht e o a os as um uma "
+    "outro outra assim isso isto qual então também agora com sem primeiro и а это что так другой другая "
+    "второй вторая тогда теперь тоже ещё с без для какой он она оно не वह यह दूसरा दूसरी अब तो क्या इसे "
+    "उसे भी और फिर में هذا هذه ذلك الثاني الآن أيضا و ماذا في এটা ওটা এখন আর কি তাহলে یہ وہ دوسرا اب بھی "
+    "کیا تو itu ini yang kedua juga sekarang dan apa dong saja bisa"
 )
