@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from benchmarks.routing.data import families
 from benchmarks.routing.rewritings import SEEN, Rewriting
+from benchmarks.routing.rewritings_checked import CHECKED
 from benchmarks.routing.rewritings_unseen import UNSEEN
 from headrace.routing.scoring import scorer
 
@@ -92,12 +93,10 @@ def main() -> None:
     arguments = parser.parse_args()
     scored = scorer.load(arguments.artifact)
     prompts = sample(arguments.data)
-    parts = {"seen": SEEN} if arguments.seen_only else {"seen": SEEN, "unseen": UNSEEN}
+    parts = {"seen": SEEN, "checked": CHECKED} | ({} if arguments.seen_only else {"unseen": UNSEEN})
     for part, rewritings in parts.items():
         rows = table(scored, prompts, rewritings, part)
-        print(
-            f"\n| {part} | changed | flips at 30 % | at 50 % | mean shift of the score |\n|---|---|---|---|---|"
-        )
+        print(f"\n| {part} | changed | flips at 30 % | at 50 % | mean shift |\n|---|---|---|---|---|")
         for name, changed, (third, half), shift in rows:
             print(f"| {name} | {changed} | {third:.1%} | {half:.1%} | {shift:.3f} |")
         means = np.mean([row[2] for row in rows], axis=0)

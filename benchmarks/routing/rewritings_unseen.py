@@ -1,4 +1,4 @@
-"""Rewritings that the normalisation was not made with: other variants of its kinds, and other kinds."""
+"""Rewritings that were written after the normalisation and that only measure it."""
 
 from __future__ import annotations
 
@@ -7,199 +7,184 @@ import re
 
 from benchmarks.routing.rewritings import Rewriting, after, around, before, either, replaced, typos
 
-_NEIGHBOURS = dict(
-    zip(
-        "qwertyuiopasdfghjklzxcvbnm",
-        ("wa", "qes", "wrd", "etf", "ryg", "tuh", "yij", "uok", "ipl", "o", "qsz", "adw", "sfe", "dgr", "fht",
-         "gjy", "hku", "jli", "k", "xa", "zcs", "xvd", "cbf", "vng", "bmh", "n"),
-        strict=True,
-    )
-)  # fmt: skip
+
+def _two_letters(word: str, at: int, rng: random.Random) -> str:
+    """Return *word* with two wrong letters: one is replaced, one is repeated."""
+    return word[:at] + rng.choice("aeiounst") + word[at] + word[at:][1:]
 
 
-def _neighbour(word: str, at: int, rng: random.Random) -> str:
-    return word[:at] + rng.choice(_NEIGHBOURS[word[at].lower()]) + word[at + 1 :]
+def _phonetic(word: str, _: int, rng: random.Random) -> str:
+    pairs = [
+        ("ie", "ei"),
+        ("ea", "ee"),
+        ("ph", "f"),
+        ("tion", "sion"),
+        ("ou", "oo"),
+        ("ck", "k"),
+        ("ll", "l"),
+        ("ss", "s"),
+    ]
+    rng.shuffle(pairs)
+    return next((word.replace(old, new, 1) for old, new in pairs if old in word), word[:-2] + word[-1])
 
 
-def _inserted(word: str, at: int, rng: random.Random) -> str:
-    return word[:at] + rng.choice("etaoinsr") + word[at:]
+def _broken_line(prompt: str, rng: random.Random) -> str:
+    places = [match.start() for match in re.finditer(r"(?<=\w) (?=\w)", prompt)]
+    for place in sorted(rng.sample(places, min(3, len(places)))):
+        prompt = prompt[:place] + "\n" + prompt[place + 1 :]
+    return prompt
 
 
-def _without_a_space(prompt: str, rng: random.Random) -> str:
-    places = [match.start() for match in re.finditer(r"(?<=[a-z]) (?=[a-z])", prompt)]
-    if not places:
-        return prompt
-    place = rng.choice(places)
-    return prompt[:place] + prompt[place + 1 :]
+def _no_apostrophes(prompt: str, _: random.Random) -> str:
+    return re.sub(r"(?<=[a-z])['’](?=(?:t|s|re|ve|ll|m)\b)", "", prompt)
 
 
-def _title(prompt: str, _: random.Random) -> str:
-    return re.sub(r"\b[a-z]", lambda match: match[0].upper(), prompt)
+def _shouted_words(prompt: str, rng: random.Random) -> str:
+    return " ".join(word.upper() if rng.random() < 0.2 else word for word in prompt.split(" "))
 
-
-def _random_case(prompt: str, rng: random.Random) -> str:
-    return "".join(rng.choice((char.lower(), char.upper())) for char in prompt)
-
-
-def _fillers(prompt: str, rng: random.Random) -> str:
-    """Return *prompt* with one filler word at the beginning of a word in its middle."""
-    words = prompt.split(" ")
-    if len(words) < 4:
-        return prompt
-    place = rng.randrange(1, len(words) - 1)
-    return " ".join(
-        [*words[:place], rng.choice(("just", "really", "actually", "basically", "um,")), *words[place:]]
-    )
-
-
-_AMERICAN = (
-    ("colours", "colors"), ("organisation", "organization"), ("travelled", "traveled"), ("honour", "honor"),
-    ("organization", "organisation"), ("realize", "realise"), ("minimize", "minimise"),
-    ("catalog", "catalogue"),
-    ("fiber", "fibre"), ("maximize", "maximise"), ("behaviors", "behaviours"), ("flavor", "flavour"),
-    ("favor", "favour"), ("modeling", "modelling"), ("license", "licence"), ("characterize", "characterise"),
-    ("centimeters", "centimetres"), ("utilize", "utilise"), ("customize", "customise"), ("check", "cheque"),
-)  # fmt: skip
-_OPEN = (
-    ("isn't", "is not"), ("don't", "do not"), ("doesn't", "does not"), ("didn't", "did not"), ("i'm", "I am"),
-    ("can't", "cannot"), ("it's", "it is"), ("what's", "what is"), ("won't", "will not"), ("i've", "I have"),
-    ("we are", "we're"), ("has not", "hasn't"), ("were not", "weren't"), ("was not", "wasn't"),
-    ("should not", "shouldn't"), ("could not", "couldn't"), ("she is", "she's"), ("i will", "I'll"),
-    ("how is", "how's"), ("where is", "where's"), ("have not", "haven't"), ("you will", "you'll"),
-)  # fmt: skip
 
 UNSEEN: dict[str, Rewriting] = {
     "greeting": before(
-        "Greetings! ",
-        "Hi there, ",
-        "Good evening! ",
-        "Hey everyone, ",
-        "Howdy! ",
-        "Good afternoon, my friend. ",
-        "Yo, ",
-        "Hello ChatGPT, ",
-        "Hi! How are you? ",
+        "Hey there! ",
+        "Hi friend, ",
+        "Good day to you. ",
+        "Hiya! ",
+        "Hello AI, ",
+        "Hi Claude! ",
+        "Hey buddy, ",
+        "Hello again! ",
+        "Happy Monday! ",
+        "Hi, it's me again. ",
     ),
     "polite opening": before(
-        "I trust this message finds you well. ",
-        "Hope all is good with you. Here is something I have been wondering about. ",
-        "I was hoping you might be able to assist me with something. ",
-        "It would be wonderful if you could take a look at this for me. ",
-        "Excuse me for asking, this may be a silly question. ",
-        "I know you are busy, so thank you for taking the time to read this. ",
-        "I'm stuck and would be really grateful for some guidance. ",
-        "My teacher gave us this one and I am curious what you think. ",
+        "I hope you had a good weekend. ",
+        "I'd like your opinion on something. ",
+        "Thanks for being here to help me out. ",
+        "I have been struggling with this for a while. ",
+        "Would you be so kind as to answer this? ",
+        "If you don't mind, I would like to ask you something. ",
+        "I really need some help here. ",
+        "This has been bothering me all day. ",
+        "First of all, thank you for all your help so far. ",
+        "I am preparing for my exam tomorrow. ",
     ),
     "polite request": before(
-        "Kindly ",
-        "Would you mind answering this for me? ",
-        "I'd be grateful if you could answer: ",
-        "Could you give me a hand with the next question? ",
-        "I was wondering: ",
-        "Do me a favor and ",
-        "I want you to answer the question below.\n\n",
-        "May I ask you something? ",
+        "Can you please explain the following to me: ",
+        "Help me with this one: ",
+        "Tell me, ",
+        "Please tell me: ",
+        "Could someone tell me: ",
+        "I want to know the answer to this: ",
+        "Be so kind and answer: ",
+        "Here's my question: ",
+        "I need your help with the following:\n\n",
+        "Answer me this: ",
     ),
     "polite closing": after(
-        " Many thanks!",
-        " Thanks so much, I really appreciate it!",
-        "\nBest regards,\nAlex",
-        " Thx",
-        " Ta!",
-        "\n\nLooking forward to your reply.",
-        " I'd be very grateful.",
-        " Thank you for your time and patience!",
-        " Have a nice day!",
+        " Thank you kindly.",
+        " Much appreciated!",
+        " Thanks a million!",
+        "\nSincerely,\nDr. J. Smith",
+        " Thanks in advance :)",
+        " That would help me a lot.",
+        "\n\nWith kind regards,\nMaria",
+        " I'd appreciate any help.",
+        " Cheers, mate!",
+        " Hope you can help.",
     ),
     "careful closing": after(
-        " Think carefully before you answer.",
-        " Make sure your answer is right.",
-        " Be as accurate as possible.",
-        "\nPlease respond with your best answer.",
-        "\nFinal answer:",
-        " This is important to me.",
-        "\n\nResponse:",
-        " Double-check your work.",
-        " Let me know if anything is unclear.",
+        " Please be precise.",
+        " Answer as well as you can.",
+        " Do your best!",
+        "\nGive your answer below.",
+        "\nCorrect answer:",
+        " Please don't make mistakes.",
+        " I trust your judgment.",
+        "\nYour response:",
+        " Think twice before you reply.",
+        " No need to hurry.",
     ),
     "labels": around(
-        "Task: {}",
-        "Query: {}",
-        "Prompt: {}",
-        "[INST] {} [/INST]",
-        "Human: {}\n\nAssistant:",
-        "<question>{}</question>",
-        "Exercise 3. {}",
-        "My question is: {}",
-        "Input: {}\nOutput:",
-        "1. {}",
+        "QUESTION: {}",
+        "Q1. {}",
+        "Question 5: {}\nAnswer:",
+        "Item: {}",
+        "Request: {}",
+        "Me: {}\nYou:",
+        "### Question\n{}\n### Answer",
+        "<|user|>\n{}\n<|assistant|>",
+        "Text: {}",
+        "Here is the question:\n{}",
     ),
-    "quotes": around("«{}»", "‘{}’", "„{}“", "`{}`", '"""\n{}\n"""', "「{}」", "({})"),
+    "quotes": around("“ {} ”", "‹{}›", "''{}''", "> {}\n", "[{}]", "{{}}", '" {} "'),
     "fence": around(
-        "```markdown\n{}\n```", "````\n{}\n````", "```plaintext\n{}\n```\n", "---\n{}\n---", "<pre>{}</pre>"
+        "```txt\n{}\n```",
+        "``` {} ```",
+        "***\n{}\n***",
+        "======\n{}\n======",
+        "<<<\n{}\n>>>",
+        "<prompt>\n{}\n</prompt>",
     ),
     "markdown": around(
-        "__{}__", "### Question\n\n{}", "- {}", "_{}_", "***{}***", "# {}", "**Q:** {}", "<p>{}</p>"
+        "* {}", "## Question: {}", "> **{}**", "1) {}", "**Task**\n\n{}", "<b>{}</b>", "~~~md\n{}\n~~~"
     ),
-    "title case": _title,
-    "random case": _random_case,
-    "typos: neighbours": typos(_neighbour, 0.05),
-    "typos: inserted": typos(_inserted, 0.05),
-    "typos: missing space": _without_a_space,
+    "shouted words": _shouted_words,
+    "first letter": lambda prompt, _: prompt[:1].swapcase() + prompt[1:],
+    "typos: two letters": typos(_two_letters, 0.05),
+    "typos: phonetic": typos(_phonetic, 0.08),
+    "apostrophes": _no_apostrophes,
     "spaces": either(
-        lambda prompt, _: prompt.replace(" ", "\u00a0"),
-        lambda prompt, _: prompt.replace(". ", ".\n"),
-        lambda prompt, _: "    " + prompt.replace("\n", "\n    "),
-        lambda prompt, _: prompt.replace(" ", "\t"),
-        lambda prompt, _: prompt.replace("\n", "\n\n\n"),
-        lambda prompt, _: "\ufeff" + prompt + "\u200b",
+        lambda prompt, _: prompt.replace(" ", "\u2009"),
+        lambda prompt, _: re.sub(r"([.?!,]) ", r"\1   ", prompt),
+        lambda prompt, _: "\t" + prompt + "\t\n",
+        lambda prompt, _: prompt.replace("\n", "\n \n"),
     ),
-    "line breaks": either(
-        lambda prompt, _: re.sub(r"((?:\S+ ){7}\S+) ", r"\1\n", prompt),
-        lambda prompt, _: prompt.replace(", ", ",\n"),
-        lambda prompt, _: prompt.replace("? ", "?\n\n"),
-    ),
+    "line breaks": either(_broken_line, lambda prompt, _: prompt.replace(". ", ".\n\n")),
     "punctuation": either(
-        lambda prompt, _: prompt.rstrip().rstrip("?.:!") + "...",
-        lambda prompt, _: prompt.replace(", ", " , "),
-        lambda prompt, _: prompt.replace(",", ""),
-        lambda prompt, _: prompt.replace("?", " ?").replace("!", " !"),
-        lambda prompt, _: prompt.rstrip().rstrip(".?") + "!",
-        lambda prompt, _: prompt.replace('"', "'").replace("-", "—"),
+        lambda prompt, _: prompt.rstrip() + "?" if not prompt.rstrip().endswith("?") else prompt,
+        lambda prompt, _: prompt.replace("?", "?!"),
+        lambda prompt, _: prompt.replace(". ", "; "),
+        lambda prompt, _: prompt.replace("'", "`"),
+        lambda prompt, _: prompt.replace("?", "？").replace(",", "，").replace(".", "．"),
     ),
-    "emoji": either(after(" ❤️", " 🚀🚀🚀", " ;-)", " :)"), before("✨ ", "❓ ", "🔥Q: ")),
-    "contractions": replaced(_OPEN, ignore_case=True),
-    "spelling": replaced(_AMERICAN, ignore_case=True),
+    "emoji": either(after(" 😅", " 🤷‍♀️", " ^^", " xD", " :-)"), before("📚 ", "🙋 ", "💡💡 ")),
+    "abbreviations": replaced(
+        (
+            ("you", "u"),
+            ("are", "r"),
+            ("please", "pls"),
+            ("and", "&"),
+            ("because", "bc"),
+            ("with", "w/"),
+            ("people", "ppl"),
+        )
+    ),
     "other languages": around(
-        "Olá! {} Obrigado!",
-        "नमस्ते! {} धन्यवाद।",
-        "مرحبا، {} شكرا لك",
-        "Ciao, {} Grazie mille!",
-        "こんにちは。{} お願いします。",
-        "Halo, {} Terima kasih banyak.",
-        "السلام علیکم، {} شکریہ",
-        "Dzień dobry, {} Dziękuję!",
-        "নমস্কার! {} ধন্যবাদ।",
-        "Salut, {} S'il te plaît.",
-        "Buenas tardes. {} ¡Se lo agradezco mucho!",
+        "Hej! {} Tack!",
+        "Γεια σας! {} Ευχαριστώ!",
+        "안녕하세요! {} 감사합니다.",
+        "Merhaba, {} Teşekkürler!",
+        "שלום, {} תודה!",
+        "Coucou, {} Bonne journée !",
+        "¡Buenos días! {} Un saludo.",
+        "Liebe Leute, {} Mit freundlichen Grüßen",
+        "Xin chào, {} Cảm ơn!",
+        "请问，{} 多谢！",
+        "Добрый день! {} Заранее благодарен.",
     ),
     "choices": either(
-        lambda prompt, _: re.sub(r"\n([A-J])[.)] ", r"\n* \1) ", prompt),
-        lambda prompt, _: re.sub(r"\n([A-J])[.)] ", r"\n[\1] ", prompt),
-        lambda prompt, _: re.sub(r"\n([A-J])[.)] ", r" \1) ", prompt),
-        lambda prompt, _: re.sub(r"\n([A-J])[.)] ", r"\n**\1.** ", prompt),
-        lambda prompt, _: re.sub(r"\n([A-J])[.)] ", r"\n- ", prompt),
+        lambda prompt, _: re.sub(r"\n([A-J])[.)] ", lambda match: f"\n{match[1].lower()}. ", prompt),
+        lambda prompt, _: re.sub(r"\n([A-J])[.)] ", lambda match: f"\n{ord(match[1]) - 64}. ", prompt),
+        lambda prompt, _: re.sub(r"\n([A-J])[.)] ", r"\nOption \1: ", prompt),
+        lambda prompt, _: re.sub(r"\n([A-J])[.)] ", r"\n\1 - ", prompt),
     ),
-    "fillers": _fillers,
+    "hedges": before(
+        "So, ", "Well, ", "Okay, ", "Alright, ", "Hmm, ", "By the way, ", "Quick one: ", "Just curious: "
+    ),
     "persona": before(
-        "You are a helpful assistant. ",
-        "You are an AI model that answers questions truthfully.\n\n",
-        "Act as an expert. ",
-        "You are ChatGPT, a large language model. ",
-    ),
-    "twice framed": around(
-        "Hello! Please read the following carefully.\n\n---\n\n{}\n\n---\n\nThank you!",
-        'Hi, I hope you are well.\n\nQuestion: "{}"\n\nThanks in advance,\nSam',
-        "Dear all,\nI have the following question:\n```\n{}\n```\nAny help is appreciated.",
+        "You are a knowledgeable and friendly assistant. ",
+        "As an AI assistant, answer the user.\n\n",
+        "You're a world-class expert. ",
+        "System: You are helpful and harmless.\n\nUser: ",
     ),
 }

@@ -38,6 +38,7 @@ class RoutingRequest:
     resumes     it continues an answer that one model has begun
     continues   how much it depends on earlier turns, 0 to 1; see `Score`
     estimates   by tier; empty unless the scorer was fitted to outcomes of tiers
+    prompt_bytes   size of the prompt; 0 unless there are estimates
     arm         the scorer that scored it: empty for the one in use, "canary" for a candidate
     """
 
@@ -52,6 +53,7 @@ class RoutingRequest:
     continues: float = 0.0
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     arm: str = ""
+    prompt_bytes: int = 0
 
     @property
     def counts(self) -> bool:

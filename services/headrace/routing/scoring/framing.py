@@ -14,15 +14,15 @@ from headrace.routing.scoring.words import fold, words_of
 
 # Words of which framing has at least one.
 _KEYS = """
-    hi hello hey heya hiya greetings howdy dear welcome goodbye bye cheers regards sincerely yours yo
-    hope hoping wish wishes trust thanks thank thankful thx ty ta appreciate appreciated grateful
-    gratitude glad obliged gratefully please kindly pls plz sorry excuse pardon apologies apologize
-    apologise forgive bother bothering disturb disturbing interrupt question questions query answer
-    answers answering help helping helpful assist assistance assisting guidance favor favour wonder
-    wondering wondered curious stuck confused unsure busy reply response respond assistant chatgpt gpt
-    ai bot claude expert carefully accurately accurate correctly attentively thoughtfully honestly
-    truthfully problem task exercise prompt instruction instructions input solve sense advance double
-    check careful step regarding urgent asap homework stumped lost
+    hi hello hey ask asking heya hiya greetings howdy dear welcome goodbye bye cheers regards sincerely
+    yours yo hope hoping wish wishes trust thanks thank thankful thx ty ta appreciate appreciated
+    grateful gratitude glad obliged gratefully please kindly pls plz sorry excuse pardon apologies
+    apologize apologise forgive bother bothering disturb disturbing interrupt question questions query
+    answer answers answering help helping helpful assist assistance assisting guidance favor favour
+    wonder wondering wondered curious stuck confused unsure busy reply response respond assistant
+    chatgpt gpt ai bot claude expert carefully accurately accurate correctly attentively thoughtfully
+    honestly truthfully problem task exercise prompt instruction instructions input solve sense advance
+    double check careful step regarding urgent asap homework stumped lost
 """
 # Other words that framing may have.
 _OTHERS = """
@@ -44,11 +44,14 @@ _OTHERS = """
     mrs ms mate buddy people patience support effort work working works keep up mind idea ideas clue
     message text hand deal meant means else cannot won teacher professor boss colleague class school
     exam test quiz study studying student large language model system multiple choice choices option
-    options each every based truthful true honest polite concise detailed full complete thorough direct
-    directly reasoning reason explanation explain detail details context information info knowledge
-    skill skills skilled steps through out figure figuring trouble around over perhaps maybe possibly
-    genuinely truly highly greatly extremely super deeply always ever never ahead appreciative feel free
-    ask asking asked asks saying word words wait waiting return stay safe
+    options each every far hurry rush precise exact precisely struggle struggling prepare preparing
+    tomorrow yesterday opinion opinions thoughts knowledgeable friendly world harmless wise smart clever
+    professional tutor mentor mistake mistakes error errors judgment gone stuff issue puzzled puzzling
+    sorted gladly favour gently twice based truthful true honest polite concise detailed full complete
+    thorough direct directly reasoning reason explanation explain detail details context information
+    info knowledge skill skills skilled steps through out figure figuring trouble around over perhaps
+    maybe possibly genuinely truly highly greatly extremely super deeply always ever never ahead
+    appreciative feel free ask asking asked asks saying word words wait waiting return stay safe
 """
 _KEY_WORDS = frozenset(words_of(fold(_KEYS + languages.COURTESY)))
 _WORDS = _KEY_WORDS | frozenset(words_of(fold(_OTHERS + languages.COURTESY_OTHERS)))

@@ -255,7 +255,7 @@ def _stem(word: str) -> str:
     return ""
 
 
-def known(word: str) -> bool:
+def is_known(word: str) -> bool:
     """Return whether *word*, folded, is known in any of the languages."""
     if word in _FREQUENT or word in _FEATURES_OF:
         return True

@@ -15,7 +15,22 @@ from headrace.routing.scoring.framing import is_known
 
 # Words that change the tone alone.
 FILLERS = frozenset(
-    ("please", "kindly", "just", "really", "actually", "basically", "simply", "literally", "um", "uh", "well")
+    (
+        "is",
+        "am",
+        "are",
+        "please",
+        "kindly",
+        "just",
+        "really",
+        "actually",
+        "basically",
+        "simply",
+        "literally",
+        "um",
+        "uh",
+        "well",
+    )
 )
 
 # name -> (words, and pairs of words joined by _; number of matches at full strength). A trailing * stands for
@@ -88,7 +103,10 @@ _LEXICON: dict[str, tuple[str, int]] = {
         5,
     ),
     "conditions": ("if when unless except until after before then instead only but however", 5),
-    "negation": ("not never no none except neither incorrect least", 2),
+    "negation": (
+        "not never no none except neither incorrect least isnt arent dont doesnt didnt wont cant wasnt",
+        2,
+    ),
     "constraints": (
         "must exactly at_least at_most no_more without ensure avoid include format limit should words "
         "sentences paragraph* bullet",
@@ -124,7 +142,7 @@ _LEXICON: dict[str, tuple[str, int]] = {
         "role_of effects_of causes_of benefits_of pros_and significance",
         1,
     ),
-    "first_person": ("i my me we our", 4),
+    "first_person": ("i im ive my me we our", 4),
     "you": ("you your", 3),
     "fact": (
         "who whose where when which name capital invented founded born won country film actor released "
@@ -185,6 +203,10 @@ def _lookup() -> dict[str, tuple[str, ...]]:
 
 
 _FEATURES_OF = _lookup()
+_PERSONS = frozenset(("i", "my", "me", "we", "you", "your", "this"))
+_ASIDE_FEATURES = frozenset(
+    ("first_person", "you", "time", "conditions", "negation", "conjunctions", "advice", "common_sense")
+)
 _FIRST_OF_PAIR = frozenset(entry.partition("_")[0] for entry in _FEATURES_OF if "_" in entry)
 
 
@@ -199,6 +221,16 @@ def counts(words: Sequence[str], text: str) -> Counter[str]:
     return found if text.isascii() else found + languages.counts(words, text)
 
 
+def says_nothing(words: Sequence[str]) -> bool:
+    """Return whether *words* point to no feature that an aside could not have."""
+    return all(map(_ASIDE_FEATURES.issuperset, filter(None, map(_FEATURES_OF.get, words))))
+
+
+def about_persons(words: Sequence[str]) -> bool:
+    """Return whether *words* refer to the writer or the reader."""
+    return not _PERSONS.isdisjoint(words)
+
+
 def known(word: str) -> bool:
     """Return whether *word*, folded, is known in any language."""
-    return word in _FEATURES_OF or is_known(word) or languages.known(word)
+    return word in _FEATURES_OF or is_known(word) or languages.is_known(word)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import re
 
+from headrace.routing.scoring import lexicon
 from headrace.routing.scoring.framing import is_framing
 from headrace.routing.scoring.words import fold, words_of
 
 _HEAD, _TAIL = 3_000, 1_000  # characters that are read of a long prompt
 _ROUNDS = 8  # frames around frames that are removed
+_ASIDES = 2  # remarks before a question that are removed
+_ASIDE_WORDS = 14
+_REST = 12  # characters that are left
 _FRAME = 240  # characters of the longest sentence that can be framing
 
 _CHARACTERS = str.maketrans(
@@ -27,6 +31,8 @@ _CHARACTERS = str.maketrans(
 )
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\u2300-\u23ff]+")
 
+_DIGIT = re.compile(r"\d")
+_BACKTICK = re.compile(r"(?<=[a-z])`(?=[a-z]{1,2}\b)")
 _CONTRACTION = re.compile(r"(?<=[a-z])(?:n't|'(?:s|re|ve|ll|m|d))\b|\bcannot\b")
 _LONG_FORM = {
     "n't": " not", "'s": " is", "'re": " are", "'ve": " have", "'ll": " will", "'m": " am", "'d": " would",
@@ -35,8 +41,8 @@ _LONG_FORM = {
 
 # Lines that begin like this are structure: items, choices, rows, code.
 _ITEM = re.compile(r"[-*+>|#{\[<]|\(?(?:[a-j]|\d+|[ivx]+)[.):] ")
-_CHOICE = re.compile(r"^(?:[-*+] )?[(\[]?([a-j])[.):\]]{1,2} ", re.MULTILINE)
-_UNLETTERED = re.compile(r"(?<=\?)(?:\n(?:[-*+]|\d[.)]) [^\n]+){2,10}\Z")
+_CHOICE = re.compile(r"^(?:[-*+] )?(?:option |choice )?[(\[]?([a-j])(?:[.):\]]{1,2}| [-:]) ", re.MULTILINE)
+_UNLETTERED = re.compile(r"(?<=[^.:;!,])(?:\n(?:[-*+]|\d[.)]) [^\n]+){2,10}\Z")
 _BULLET = re.compile(r"\n(?:[-*+]|\d[.)]) ")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _REPEATED = re.compile(r"([?!])[?!]+| (?=[,?!;]\s)")
@@ -44,13 +50,17 @@ _UNFINISHED = re.compile(r"[\w,'\"-]\Z")
 
 _LABEL = re.compile(
     r"(?:how (?:are|is) (?:you|it|everything|things)\b[^.?!\n]{0,30}[.?!]|\[inst\]|(?:q|question|problem|"
-    r"task|exercise|user|human|title)(?: ?#?\d{1,3})?[:.)]|1[.)] |#+ |-{2,}|[-*>] )\s*"
+    r"task|exercise|user|human|title|system|me|item|text|request)(?: ?#?\d{1,3})?[:.)]|1[.)] |#+ |[-*>] )\s*"
 )
-_CLOSING = re.compile(r"\s*(?:\b(?:a|solution|output)\s*:|\[/inst\]|-{3,}|[:;=]-?[()dp])\s*\Z")
+_CLOSING = re.compile(
+    r"\s*(?:\b(?:a|solution|output)\s*:|you\s*:|\[/inst\]|[`~*=<>#-]{3,}|<\|\w{1,20}\|>|[:;=x^]-?[()dp^])\s*\Z"
+)
+_CLOSES = ":])(pd-`~*=<>#^"  # the last characters of `_CLOSING`
 _PREAMBLE = re.compile(
     r"(?:the following (?:is|are) (?:a )?(?:multiple[- ]choice )?questions?\b|answer the following\b|"
     r"answer (?:the|this|with)\b|solve the following\b|you are an? (?:helpful|expert)\b|"
-    r"below is an instruction\b)[^\n:]{0,200}[\n:]+\s*"
+    r"below is an instruction\b)[^\n:]{0,200}[\n:]+\s*|(?:you are|act as|as) an? [^.!?\n]{0,60}"
+    r"\b(?:assistant|expert|ai|chatbot|tutor|language model)[.!\n]+\s*"
 )
 _SIGNATURE = re.compile(
     r"(?:best|kind|warm|many)? ?(?:regards|wishes|sincerely|yours|cheers|thanks(?: in advance| a lot)?|"
@@ -67,12 +77,16 @@ _THANKS = re.compile(
     r"danke|dank|bitte|obrigad[oa]|grazie|terima|tolong|mohon|por favor|s'il)|заранее|спасибо|пожалуйста|شكر|"
     r"धन्यवाद|कृपया|ধন্যবাদ|অনুগ্রহ)\b|谢谢|感谢|ありがとう|お願い"
 )
-_PAIRS = {'"': '"', "'": "'", "(": ")", "`": "`"}
+_PAIRS = {'"': '"', "'": "'", "(": ")", "`": "`", "[": "]", "{": "}", "‹": "›"}
 _TAG = re.compile(r"<(\w{1,20})>\s*(.*?)\s*</\1>\Z", re.DOTALL)
-_FENCE = re.compile(r"(`{3,}|~{3,}|\"{3}|-{3,})(?:[ \w+-]{0,20}\n|(?<=\"))\s*(.*?)\s*\1\Z", re.DOTALL)
+_FENCE = re.compile(r"(\"{3}|'{2,3})\s*(.*?)\s*\1\Z", re.DOTALL)
+_RULES = "`~*=<>#-|"
+_RULE = re.compile(r"(?:[`~*=<>#-]{3,}(?:[ \w+-]{0,20}\n)?|<\|\w{1,20}\|>)\s*")
+_RULE_END = re.compile(r"\s*(?:[`~*=<>#-]{3,}|<\|\w{1,20}\|>)\Z")
 _BOLD = re.compile(r"(?<![\w*])(\*{1,3}|_{1,3})(?=[^\s*_])([^*\n]{1,200}?)(?<=[^\s*_])\1(?![\w*])")
 _EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})(?=[^\s*_])(.*[^\s*_])\1\Z", re.DOTALL)
 _SENTENCE = re.compile(r"[^.?!:\n]*(?:[.?!:]+(?=\s|\Z)|\n)\s*")
+_END = re.compile(r"(?:[.?!:]+[\"'$)\]]*(?=\s|\Z)|\n)\s*")
 _CLAUSE = re.compile(r"[^.?!:,\n]*,\s*")
 
 
@@ -91,7 +105,8 @@ def question(text: str) -> str:
         if not shorter or shorter == found:
             break
         found = shorter
-    return _choices(_joined(found if any(map(str.isalnum, found)) else whole))
+    found = _without_asides(found)
+    return _joined(_choices(found if any(map(str.isalnum, found)) else whole))
 
 
 def _characters(text: str) -> str:
@@ -99,6 +114,8 @@ def _characters(text: str) -> str:
     if not text.isascii():
         text = _EMOJI.sub(" ", text.translate(_CHARACTERS))
     text = fold(text)
+    if "`" in text:
+        text = _BACKTICK.sub("'", text)
     if "'" in text or "cannot" in text:
         text = text.replace("can't", "can not").replace("won't", "will not")
         text = _CONTRACTION.sub(lambda match: _LONG_FORM[match[0]], text)
@@ -141,7 +158,10 @@ def _choices(text: str) -> str:
 def _unwrapped(text: str) -> str:
     """Return *text* without quotes, a fence or a tag around the whole of it."""
     first = text[:1]
-    if first in '`~"-<' and (match := _FENCE.match(text) or _TAG.match(text)):
+    if first in _RULES and (match := _RULE.match(text)):
+        text = text[match.end() :]
+        return _RULE_END.sub("", text)
+    if first in '"<' and (match := _FENCE.match(text) or _TAG.match(text)):
         return match[2]
     if first in "*_" and (match := _EMPHASIS.match(text)):
         return match[2]
@@ -170,14 +190,42 @@ def _without_opening(text: str) -> str:
     return text
 
 
+def _without_asides(text: str) -> str:
+    """Return *text* without at most two remarks about the writer or to the reader at its beginning."""
+    end = 0
+    for _ in range(_ASIDES):
+        match = _SENTENCE.match(text, end, end + _FRAME)
+        if not match or len(text) - match.end() < _REST or not _is_aside(match[0]):
+            break
+        end = match.end()
+    return text[end:]
+
+
+def _is_aside(sentence: str) -> bool:
+    """Return whether *sentence* is about the writer or the reader, or a call like "Hej!", without content."""
+    words = words_of(sentence)
+    about = lexicon.about_persons(words) or (len(words) <= 4 and "!" in sentence)
+    return about and _is_remark(sentence)
+
+
+def _is_remark(sentence: str) -> bool:
+    """Return whether *sentence* is a short statement without numbers that points to no kind of prompt."""
+    words = words_of(sentence)
+    short = 0 < len(words) <= _ASIDE_WORDS and "?" not in sentence and not _DIGIT.search(sentence)
+    return short and lexicon.says_nothing(words)
+
+
 def _without_closing(text: str) -> str:
     """Return *text* without the last piece of framing behind its question, if there is one."""
     start = max(len(text) - _FRAME, 0)
     tail = text[start:]
-    if match := _CLOSING.search(tail):
+    if tail[-1:] in _CLOSES and (match := _CLOSING.search(tail, max(len(tail) - 20, 0))):
         return text[: start + match.start()]
-    ends = [match.end() for match in _SENTENCE.finditer(tail) if match.end() < len(tail)]
-    if ends and is_framing(words_of(tail[ends[-1] :])):
+    ends = [match.end() for match in _END.finditer(tail) if match.end() < len(tail)]
+    if ends and (
+        is_framing(words_of(tail[ends[-1] :]))
+        or (tail[: ends[-1]].rstrip().endswith("?") and _is_remark(tail[ends[-1] :]))
+    ):
         return text[: start + ends[-1]].rstrip()
     if ends and (
         match := _SIGNATURE.match(tail, ends[-1])

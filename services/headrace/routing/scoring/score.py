@@ -76,12 +76,16 @@ class Scorer(Protocol):
 
 
 def fingerprint(scorer: Scorer) -> str:
-    """Return a digest of the scores of a few prompts, which identifies the scorer.
+    """Return a digest of the scores and estimates of a few prompts, which identifies the scorer.
 
     Thresholds that were fitted with one scorer are meaningless with another.
     """
-    scores = [round(scorer.score(text).value, 6) for text in _PROBES]
-    return hashlib.sha256(repr(scores).encode()).hexdigest()[:16]
+    scores = [scorer.score(text) for text in _PROBES]
+    found: list[object] = [round(score.value, 6) for score in scores]
+    found += [
+        (tier, round(estimate.good, 6)) for score in scores for tier, estimate in score.estimates.items()
+    ]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 _PROBES = (

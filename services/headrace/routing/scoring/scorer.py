@@ -21,6 +21,8 @@ from headrace.routing.artifact import BadArtifact
 from headrace.routing.scoring import normal, prompt_features
 from headrace.routing.scoring.conversation import Earlier, Turn
 from headrace.routing.scoring.score import Objective, Score, sigmoid
+from headrace.routing.success import heads
+from headrace.routing.success.heads import Heads
 
 Array = NDArray[np.float64]
 
@@ -45,6 +47,7 @@ class Model:
     made         how the model was made, for people
     preferred, preferred_bias   like heads and head_bias, with the gain in people's preference instead of
                                 right answers; None if the model has one objective
+    tiers        the chance of success of each tier; None unless it was fitted to outcomes of tiers
     """
 
     kinds: tuple[str, ...]
@@ -70,6 +73,8 @@ class Model:
             preferred=None,
             preferred_bias=None,
         )
+
+    tiers: Heads | None = None
 
     def kinds_of(self, features: Array) -> Array:
         """Return the probability of each kind, [..., K], for *features* [..., F]."""
@@ -102,7 +107,12 @@ class LearnedScorer:
         log_odds = (*by_kind.tolist(), *by_feature.tolist())
         bias = -model.steepness * model.centre
         return Score(
-            sigmoid(bias + sum(log_odds)), bias, self._names, (*kinds.tolist(), *features.tolist()), log_odds
+            sigmoid(bias + sum(log_odds)),
+            bias,
+            self._names,
+            (*kinds.tolist(), *features.tolist()),
+            log_odds,
+            estimates=model.tiers.estimates(features, kinds) if model.tiers is not None else {},
         )
 
     def score_turns(self, turns: Sequence[Turn], earlier: Earlier | None = None) -> Score:
@@ -146,7 +156,7 @@ def _dump(model: Model) -> str:
         head, bias = model.preferred[place], round(float(model.preferred_bias[place]), _DIGITS)
         return {"preferred_head": rounded(head), "preferred_bias": bias}
 
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "kind": KIND,
         "made": model.made,
@@ -164,6 +174,8 @@ def _dump(model: Model) -> str:
             for place, name in enumerate(model.kinds)
         },
     }
+    if model.tiers is not None:
+        content["tiers"] = heads.dump(model.tiers)
     return json.dumps(content, indent=1) + "\n"
 
 
@@ -174,6 +186,7 @@ def _parse(text: str) -> Model:
     if tuple(content["features"]) != prompt_features.NAMES:
         raise ValueError("it was made for other features; fit it again")
     kinds = content["kinds"]
+    tiers = content.get("tiers")
 
     def stacked(name: str) -> Array:
         return np.array([part[name] for part in kinds.values()], dtype=np.float64)
@@ -190,6 +203,9 @@ def _parse(text: str) -> Model:
         made=str(content["made"]),
         preferred=stacked("preferred_head") if both else None,
         preferred_bias=stacked("preferred_bias") if both else None,
+        tiers=None
+        if tiers is None
+        else heads.parse(tiers, features=len(prompt_features.NAMES), kinds=len(kinds)),
     )
     shape = (len(kinds), len(prompt_features.NAMES))
     rest = np.array([model.steepness, model.centre])
