@@ -494,7 +494,7 @@ def ended(text: str, tier: str, score: float) -> Answered:
 
 
 def candidate(shares: Sequence[float] = ()) -> Candidate:
-    thresholds = Thresholds(["small", "large"], [0.0, 0.5], shares=shares)
+    thresholds = Thresholds([0.0, 0.5], shares=shares)
     return Candidate(LengthScorer(), thresholds, adapted=bool(shares))
 
 
@@ -522,7 +522,7 @@ def test_a_candidate_keeps_the_share_for_its_own_scores_over_all_requests() -> N
 def test_a_candidate_that_estimates_success_chooses_by_it() -> None:
     """The router's prices and weight of cost apply to the candidate's estimates, too."""
     weighing = Weighing(["small", "large"], {"small": Price(1, 1), "large": Price(10, 10)}, cost_weight=0.1)
-    thresholds = Thresholds(["small", "large"], [0.0, 0.5])
+    thresholds = Thresholds([0.0, 0.5])
     for gain, wanted in ((0.0, "small"), (0.4, "large")):
         scorer = EstimatingScorer(gain)
         choice = Candidate(scorer, thresholds, adapted=False, weighing=weighing)

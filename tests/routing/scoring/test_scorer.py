@@ -113,7 +113,7 @@ def test_more_right_answers_are_expected_where_large_models_lead() -> None:
 def test_open_requests_score_above_chores_because_people_prefer_the_larger_model() -> None:
     means = {asks: sum(map(value, prompts)) / len(prompts) for asks, prompts in CHAT.items()}
 
-    assert min(means[asks] for asks in ("writing", "explaining", "roleplay")) > 0.55
+    assert min(means["writing"], means["explaining"]) > 0.55
     assert max(map(value, CHAT["chores"])) < 0.55
     assert means["chores"] < 0.4
 
