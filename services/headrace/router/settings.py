@@ -10,12 +10,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from headrace.channel import target_problem
+from headrace.router.changes.settings import ChangeSettings
 from headrace.routing.calibration import are_thresholds
+from headrace.routing.scoring.score import Objective
 from headrace.routing.tier_view import Price, even_thresholds
-from headrace.runtime.settings import CalledServiceSettings, ConcurrentStreams, ConnectionAge, Port
+from headrace.runtime.settings import ConcurrentStreams, ConnectionAge, Port
 
 
-class Settings(CalledServiceSettings):
+class Settings(ChangeSettings):
     """The router: scores each prompt and sends it to the smallest tier that will answer it well.
 
     Each flag can also be given as a variable: HEADRACE_TIERS is --tiers. Flags take precedence.
@@ -49,26 +51,6 @@ class Settings(CalledServiceSettings):
         description="share of calls, 0 to 1, of each tier after the first, such as 0.3: the thresholds are "
         "adapted to the traffic to keep it; a --calibration beside it provides the initial scores",
     )
-    explore: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="share of requests without pins, 0 to 1, such as 0.01, whose tier is drawn at random, so "
-        "that `headrace replay` can estimate the results of other decisions",
-    )
-    decision_log: Path | None = Field(
-        default=None,
-        description="file for one row per request: score, features, tier and its probability, outcome and "
-        "cost, for `headrace replay`; ratings are rows of their own",
-    )
-    decision_log_megabytes: float = Field(
-        default=256.0, gt=0, description="size at which that file is rotated; one older file is kept"
-    )
-    decision_log_text: bool = Field(
-        default=False,
-        description="store prompts and conversations in --decision-log, so that `headrace replay` can "
-        "score them with scorers that read other features",
-    )
     choose_by: Literal["auto", "score", "success"] = Field(
         default="auto",
         description="score: by the thresholds of the tiers; success: by each tier's chance of a good answer "
@@ -95,7 +77,15 @@ class Settings(CalledServiceSettings):
         "cached prompt tokens, which otherwise cost as much as other prompt tokens",
     )
     scorer: Path | None = Field(
-        default=None, description="scorer that `headrace train` wrote; the shipped one by default"
+        default=None,
+        description="scorer that `headrace train` wrote, in place of the shipped one; it is read again when "
+        "it changes",
+    )
+    objective: Objective = Field(
+        default="both",
+        description="what a larger tier shall gain: `correctness`, `preference` (answers that people like "
+        "better) or `both`; it moves open requests, such as advice and writing, against the rest. A refitted "
+        "scorer ignores it",
     )
     draft_check: Path | None = Field(
         default=None, description="weights of the draft check; the shipped ones by default"
@@ -127,7 +117,7 @@ class Settings(CalledServiceSettings):
     session_idle_seconds: float = Field(
         default=600.0,
         ge=0,
-        description="a conversation that was idle for longer may return to a smaller tier",
+        description="a conversation that was idle for longer is forgotten, and may return to a smaller tier",
     )
     feedback: Path | None = Field(
         default=None,
@@ -207,6 +197,10 @@ class Settings(CalledServiceSettings):
                 "HEADRACE_BUDGET_PER_DAY (or --budget-per-day) needs --prices, and a choice by success, "
                 "without --choose-by score, --share, --thresholds and --calibration"
             )
+        self.check_shadow(names, prices)
+        self.check_canary(
+            calibrated=self.calibration is not None, shared=bool(self.tier_shares()), priced=bool(prices)
+        )
         if self.quotas is None and (self.quota_peers.strip() or self.quotas_shadow):
             raise ValueError(
                 "HEADRACE_QUOTA_PEERS and HEADRACE_QUOTAS_SHADOW need HEADRACE_QUOTAS (or --quotas)"

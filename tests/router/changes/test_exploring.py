@@ -50,7 +50,7 @@ async def test_pins_bounds_and_health_hold_with_exploration() -> None:
 
 async def test_requests_that_chance_has_moved_count_for_the_tier_that_they_went_to() -> None:
     """The shares of --share are of actual calls, so the thresholds correct for chance."""
-    thresholds = Thresholds(["small", "large"], [0.0, 0.5], shares=[0.5])
+    thresholds = Thresholds([0.0, 0.5], shares=[0.5])
     tiers = Tiers([("small", ["127.0.0.1:1"]), ("large", ["127.0.0.1:2"])])
     chooser = Chooser(tiers, thresholds, load_check())
     views = [TierView("small", 0.0), TierView("large", 0.5)]

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from headrace.cli.calls.connection import Connection
-from headrace.cli.commands.flags import Artifact, with_connection
+from headrace.cli.commands.flags import Aim, Artifact, with_connection
 from headrace.cli.complaints import complain, complaining
 
 
@@ -79,10 +79,12 @@ def explain(
     jsonl: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="Score JSON Lines with id and prompt, without a mesh; - is standard input."
+            metavar="FILE",
+            help="Score JSON Lines with id, and prompt or messages, without a mesh; - is standard input.",
         ),
     ] = "",
     artifact: Artifact = None,
+    objective: Aim = "both",
     tier_names: Annotated[
         str,
         typer.Option(
@@ -106,7 +108,7 @@ def explain(
         from headrace.cli.files.offline import print_scores
 
         with complaining():
-            print_scores(jsonl, artifact, tier_names, from_score)
+            print_scores(jsonl, artifact, tier_names, from_score, objective)
         return
     import asyncio
 

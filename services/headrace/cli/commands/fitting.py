@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from headrace.cli.commands.flags import Artifact
+from headrace.cli.commands.flags import Aim, Artifact
 from headrace.cli.complaints import complain, complaining
 
 
@@ -40,6 +40,7 @@ def calibrate(
     ),
     png: Annotated[Path | None, typer.Option(help="Write a picture of the trade-off to this file.")] = None,
     artifact: Artifact = None,
+    objective: Aim = "both",
 ) -> None:
     """Derive thresholds from your traffic, for a desired share of large calls or a desired quality.
 
@@ -78,6 +79,7 @@ def calibrate(
             out=out,
             png=png,
             artifact=artifact,
+            objective=objective,
             console=Console(),
         )
     except (BadArtifact, BadCalibration) as error:

@@ -91,7 +91,11 @@ class Watchers:
     """Several watchers as one. What one of them raises is logged, and the others are still called."""
 
     def __init__(self, watchers: Sequence[Watcher] = ()) -> None:
-        self._watchers = tuple(watchers)
+        self._watchers = list(watchers)
+
+    def add(self, watcher: Watcher) -> None:
+        """Add a watcher."""
+        self._watchers.append(watcher)
 
     def wants_text(self, request: pb.GenerateRequest, facts: RoutingRequest) -> bool:
         """See `Watcher`."""
