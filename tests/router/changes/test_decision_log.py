@@ -16,10 +16,11 @@ import pytest
 from headrace import errors
 from headrace.client import Client, chat
 from headrace.router.__main__ import router
-from headrace.router.changes.answered import MAX_TEXT, Rating
+from headrace.router.changes.answered import Rating
 from headrace.router.changes.decision_log import MAX_PENDING, DecisionLog
 from headrace.router.settings import Settings
 from headrace.routing.changes.records import Logged, join, parse
+from headrace.routing.scoring.conversation import CHARACTERS, turns_of_row
 from headrace.routing.scoring.score import fingerprint
 from headrace.routing.scoring.scorer import load
 from headrace.runtime.serving.server import StartFailed
@@ -29,6 +30,7 @@ from tests.router.drafts import EASY, HARD, PRICES
 from tests.router.fake_batchers import FakeBatcher, routed
 
 SECRET = "the secret of the caller"
+LONG = "Summarize this report. " + "The guests praised the kitchen, the garden and the weather. " * 1000
 
 
 def rows(path: Path, kind: str = "") -> list[dict[str, Any]]:
@@ -70,20 +72,20 @@ async def test_each_request_has_a_row_with_choice_chances_and_result(tmp_path: P
 async def test_text_is_stored_only_by_setting(tmp_path: Path) -> None:
     path, with_text = tmp_path / "decisions.jsonl", tmp_path / "text.jsonl"
     for settings in ({"decision_log": path}, {"decision_log": with_text, "decision_log_text": True}):
-        async with routed(settings, only=FakeBatcher(pieces=MAX_TEXT)) as client:
+        async with routed(settings, only=FakeBatcher(pieces=100_000)) as client:
             await ask(client, SECRET)
             request = pb.GenerateRequest()
             for role, text in (("user", "Hi"), ("assistant", "Hello"), ("user", SECRET)):
                 request.chat.messages.add(role=role, content=text)
             await collect(client, request)
-            await ask(client, "x" * (MAX_TEXT + 1))
+            await ask(client, LONG)
 
     assert SECRET not in path.read_text()
     one, several, long = rows(with_text)
     assert one["prompt"] == SECRET
     assert [message["content"] for message in several["messages"]] == ["Hi", "Hello", SECRET]
-    assert long["text"] == "too long"
-    assert "prompt" not in long
+    assert len(long["prompt"]) <= 2 * CHARACTERS, "the part that was scored"
+    assert load().score_turns(turns_of_row(long)).value == pytest.approx(long["score"], abs=1e-6)
     assert path.stat().st_mode & 0o077 == 0, "only the owner may read it"
 
 

@@ -84,6 +84,7 @@ def test_a_candidate_scores_as_it_would_have_live(text: bool) -> None:
     mark = float(np.median(scores))
     replayed = replay(log(text=text), Candidate(other, [0.0, mark]))
 
+    assert replayed.features[:, 1] == pytest.approx(scores, abs=1e-5)
     assert tiers_of(replayed) == ["large" if score >= mark else "small" for score in scores]
 
 
