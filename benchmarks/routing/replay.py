@@ -196,7 +196,7 @@ def main() -> None:
         "quality": partial(replaying.quality, source="caller"),
         "cost": replaying.cost,
     }
-    for share in (0.0, 0.01, 0.05, 0.2):
+    for share in (0.0, 0.05, 0.2):
         print(f"\nexplored: {share:.0%}")
         print(f"{'candidate':48} {'measure':8} {'truth':>8} {'estimate':>9} {'error':>7} {'IPS':>7} ", end="")
         print(f"{'SNIPS':>7} {'width':>7} {'covered':>8} {'can tell':>9}")
