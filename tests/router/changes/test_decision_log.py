@@ -26,7 +26,7 @@ from headrace.routing.scoring.scorer import load
 from headrace.runtime.serving.server import StartFailed
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import collect, eventually
-from tests.router.drafts import EASY, HARD, PRICES
+from tests.router.drafts import BAD, EASY, GOOD, HARD, PRICES, QUESTION, TextBatcher
 from tests.router.fake_batchers import FakeBatcher, routed
 
 SECRET = "the secret of the caller"
@@ -99,6 +99,25 @@ async def test_ratings_are_rows_that_are_joined_with_their_request(tmp_path: Pat
     of_a, of_b = join(parse(row) for row in rows(path))
     assert list(of_a.qualities.values()) == [0.25]
     assert of_b.qualities == {}
+
+
+async def test_a_shadow_answer_has_a_rating_of_its_own_tier(tmp_path: Path) -> None:
+    """So that a replay knows both tiers' results for a sample of requests."""
+    path = tmp_path / "decisions.jsonl"
+    settings = {
+        "decision_log": path,
+        "thresholds": "1",
+        "shadow_tier": "large",
+        "shadow_share": 1.0,
+        "judge": "rules",
+    }
+    small, large = TextBatcher(text=BAD), TextBatcher(text=GOOD)
+    async with routed(settings, small=small, large=large) as client:
+        await ask(client, QUESTION)
+        await eventually(lambda: len(rows(path, "rating")) == 2)
+
+    (one,) = join(parse(row) for row in rows(path))
+    assert one.qualities == {("judge", "small"): 0.0, ("judge", "large"): 1.0}
 
 
 async def test_requests_that_fail_have_a_row(tmp_path: Path) -> None:

@@ -107,21 +107,20 @@ class DecisionLog:
         self._add(_Row(fields, answered.turns, size) if self._text else _Row(fields))
 
     def rated(self, rating: Rating) -> None:
-        """Write the outcome of an answer."""
-        self._add(
-            _Row(
-                {
-                    "kind": records.RATING,
-                    "time": round(self._clock(), 3),
-                    **({"tenant": rating.tenant} if rating.tenant else {}),
-                    "request": rating.request_id,
-                    **({"answer": rating.answer_id} if rating.answer_id else {}),
-                    "tier": rating.tier,
-                    "quality": rating.quality,
-                    "source": rating.source,
-                }
-            )
-        )
+        """Write the outcome of an answer, and that of the shadow answer beside it."""
+        outcomes = [(rating.tier, rating.quality), *([rating.shadow] if rating.shadow is not None else [])]
+        for tier, quality in outcomes:
+            fields = {
+                "kind": records.RATING,
+                "time": round(self._clock(), 3),
+                **({"tenant": rating.tenant} if rating.tenant else {}),
+                "request": rating.request_id,
+                **({"answer": rating.answer_id} if rating.answer_id else {}),
+                "tier": tier,
+                "quality": quality,
+                "source": rating.source,
+            }
+            self._add(_Row(fields))
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
