@@ -164,7 +164,8 @@ class Canary:
             changes.CANARY_COST.of(arm=NAMES[facts.arm]).add(cost)
         request_id = answered.request.request_id
         name = facts.session or request_id
-        self._requests.put(facts.tenant, request_id, name)
+        # Not by the id of the request, which callers choose.
+        self._requests.put(facts.tenant, answered.answer_id or request_id, name)
         if (unit := self._units.get(facts.tenant, name)) is None:
             unit = _Unit(facts.arm)
             self._units.put(facts.tenant, name, unit)
@@ -176,7 +177,7 @@ class Canary:
 
     def rated(self, rating: Rating) -> None:
         """Add the rating of an answer to the arm of its request."""
-        name = self._requests.get(rating.tenant, rating.request_id)
+        name = self._requests.get(rating.tenant, rating.answer_id or rating.request_id)
         unit = None if name is None else self._units.get(rating.tenant, name)
         if unit is None or unit.rated or self.rolled_back:
             return
