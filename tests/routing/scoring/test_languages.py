@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.routing.languages import LANGUAGES, PARALLEL, UNKNOWN, auc, scores_of
-from headrace.routing.scoring import languages, prompt_features, scorer, words
+from headrace.routing.scoring import languages, normal, prompt_features, scorer, words
 from headrace.routing.scoring.lexicon import FEATURES
 
 shipped = scorer.load()
@@ -29,6 +29,16 @@ def test_a_prompt_scores_about_the_same_in_every_language(language: str) -> None
 
     shifts = [abs(shipped.score(row[language]).value - shipped.score(row["en"]).value) for row in rows]
     assert sum(shifts) / len(shifts) < 0.1
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_words_of_a_proof_and_of_code_are_found_in_every_language(language: str) -> None:
+    rows = [json.loads(line) for line in PARALLEL.read_text(encoding="utf-8").splitlines()]
+    for asks, features in (("proof", ("reasoning", "mathematics")), ("code", ("programming",))):
+        for row in (row for row in rows if row["asks"] == asks):
+            measured = prompt_features.measure(normal.question(row[language]))
+
+            assert all(measured[feature] > 0 for feature in features), (asks, measured)
 
 
 @pytest.mark.parametrize("language", ["ko", "th", "el", "tr", "he"])

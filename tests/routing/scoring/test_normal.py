@@ -177,7 +177,7 @@ def test_the_time_for_a_text_is_bounded_however_long_it_is(part: str) -> None:
 @pytest.mark.parametrize(
     "opening",
     [
-        "Thank you for your help. I need an answer to this question. Please read it carefully. It is hard. Thanks. ",
+        "Thanks for your help. I need an answer to this. Please read it with care. It is hard. Thanks. ",
         "I have been struggling with this for a while. ",
         "Happy Monday! ",
         "You are a helpful assistant. ",

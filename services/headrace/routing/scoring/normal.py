@@ -94,7 +94,7 @@ _BOLD = re.compile(
 _EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})(?=[^\s*_])(.*[^\s*_])\1\Z", re.DOTALL)
 _SENTENCE = re.compile(r"[^.?!:\n]*(?:[.?!:]+(?=\s|\Z)|\n)\s*")
 _END = re.compile(r"(?:[.?!:]+[\"'$)\]]*(?=\s|\Z)|\n)\s*")
-_CLAUSE = re.compile(r"[^.?!:,\n]*,\s*")
+_CLAUSE = re.compile(r"[^.?!:,\n]*,\s*(?:(?:but|so|and|then) )?")
 
 
 def clip(text: str) -> str:
