@@ -18,6 +18,7 @@ from headrace.routing.scoring.turns import references, replies
 
 _READ = 400  # characters of a reply
 _LONG = 60  # words from which on a reply explains itself
+_CLAUSES = 30  # that are told apart
 _WORDS = 64  # that are remembered of a turn
 
 _TOKEN = re.compile(r"[^\W_]+(?:[-'.][^\W_]+)*[+#]*|\?")
@@ -60,7 +61,7 @@ def read_reply(text: str, *, first: bool = False, asked: bool = False, before: C
     """
     long = len(text) > _READ
     text = text[:_READ].translate(_QUOTES).lower().strip()
-    clauses = [clause for part in _CLAUSE.split(text) if (clause := part.strip(" \"'*_()…-.!,;:"))]
+    clauses = [clause for part in _CLAUSE.split(text, _CLAUSES) if (clause := part.strip(" \"'*_()…-.!,;:"))]
     other = _in_other_languages(clauses)
     if other is not None and not long:
         return Reply(0.0 if other or first else 1.0, closes=other)
@@ -136,7 +137,7 @@ def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[
     if references.ABOUT_IT.match(text):
         evidence += 0.8
     if count <= 12 and (references.COMPARES.search(text) or references.AS_WELL.search(text)):
-        evidence += 0.6
+        evidence += 0.75
     if count <= 4 and plain[-1] in replies.LANGUAGES and first not in references.WH | references.REQUEST:
         evidence += 0.6
     if count <= 7 and plain[0] in references.FRAGMENT and references.WH.isdisjoint(plain[1:]):
@@ -296,7 +297,7 @@ def _is_thanks(clause: str) -> bool:
 def _is_more(clause: str) -> bool:
     """Return whether a clause beside thanks asks for more."""
     words = _TOKEN.findall(clause)
-    if not words:
+    if not words or _is_leave(words):
         return False
     asks_more = _is_request(clause) or words[0] in references.FRAGMENT or words[0] in references.GOES_ON
     return (

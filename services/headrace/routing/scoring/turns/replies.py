@@ -179,17 +179,18 @@ OTHER_WORDS = frozenset(word for reply in OTHER_REPLIES for word in reply.split(
 )
 OTHER_WORDS |= (
     words(
-        "puedes puede podrías podría hacer hazlo explicar explicarlo explica explícame traducir traduce "
-        "traducirlo resumir resume corrige corregir cambiar cambia mostrar muéstrame paso ejemplo ejemplos "
-        "más menos corto simple favor me te lo esa ese peux tu peux-tu pouvez vous pouvez-vous pourrais-tu "
-        "expliquer explique traduire traduis résumer résume corriger refais refaire montre montrer exemple "
-        "étape plus moins court moi kannst könntest können du sie bitte mir erklären erkläre übersetzen "
-        "übersetze zusammenfassen kürzen kürze korrigieren korrigiere zeig zeige beispiel beispiele schritt "
-        "kürzer einfacher genauer mal pode poderia você traduzir traduza resuma corrigir corrija mostre "
-        "exemplo passo curto можешь можете объясни объяснить объясните переведи перевести сократи исправь "
-        "покажи пример подробнее короче проще мне समझाओ समझाइए बताओ बताइए अनुवाद उदाहरण आसान संक्षेप इसका "
-        "मुझे دो اشرح ترجم لخص صحح مثال أكثر لي ব্যাখ্যা অনুবাদ উদাহরণ এটার وضاحت ترجمہ اس کا کی jelaskan "
-        "terjemahkan ringkas perbaiki contoh lebih singkat dalam ke bahasa"
+        "en à au del al na no em по на в для im ins continuar seguir puedes puede podrías podría hacer hazlo "
+        "explicar explicarlo explica explícame traducir traduce traducirlo resumir resume corrige corregir "
+        "cambiar cambia mostrar muéstrame paso ejemplo ejemplos más menos corto simple favor me te lo esa "
+        "ese peux tu peux-tu pouvez vous pouvez-vous pourrais-tu expliquer explique traduire traduis résumer "
+        "résume corriger refais refaire montre montrer exemple étape plus moins court moi kannst könntest "
+        "können du sie bitte mir erklären erkläre übersetzen übersetze zusammenfassen kürzen kürze "
+        "korrigieren korrigiere zeig zeige beispiel beispiele schritt kürzer einfacher genauer mal pode "
+        "poderia você traduzir traduza resuma corrigir corrija mostre exemplo passo curto можешь можете "
+        "объясни объяснить объясните переведи перевести сократи исправь покажи пример подробнее короче проще "
+        "мне समझाओ समझाइए बताओ बताइए अनुवाद उदाहरण आसान संक्षेप इसका मुझे دो اشرح ترجم لخص صحح مثال أكثر لي "
+        "ব্যাখ্যা অনুবাদ উদাহরণ এটার وضاحت ترجمہ اس کا کی jelaskan terjemahkan ringkas perbaiki contoh lebih "
+        "singkat dalam ke bahasa"
     )
     | LANGUAGES
 )
