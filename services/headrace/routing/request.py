@@ -40,6 +40,7 @@ class RoutingRequest:
     continues   how much it depends on earlier turns, 0 to 1; see `Score`
     carried     what its conversation remembers of it; None: nothing changes
     estimates   by tier; empty unless the scorer was fitted to outcomes of tiers
+    prompt_bytes   size of the prompt; 0 unless there are estimates
     arm         the scorer that scored it: empty for the one in use, "canary" for a candidate
     """
 
@@ -55,6 +56,7 @@ class RoutingRequest:
     carried: Carried | None = None
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     arm: str = ""
+    prompt_bytes: int = 0
 
     @property
     def keeps_tier(self) -> bool:

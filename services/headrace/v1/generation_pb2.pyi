@@ -586,6 +586,7 @@ class Accepted(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    ANSWER_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's request id, or the generated one."""
     model: _builtins.str
@@ -598,6 +599,10 @@ class Accepted(_message.Message):
     """Tokens of the prompt, including the chat template."""
     seed: _builtins.int
     """The seed in use, from the caller or drawn by a server."""
+    answer_id: _builtins.str
+    """Identifies this answer in `FeedbackRequest.answer_id`: random, made by the router, different for each answer.
+    Empty from a batcher. A stream that resumes an answer has an id of its own.
+    """
     def __init__(
         self,
         *,
@@ -607,10 +612,11 @@ class Accepted(_message.Message):
         score: _builtins.float | None = ...,
         prompt_tokens: _builtins.int = ...,
         seed: _builtins.int = ...,
+        answer_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "score", b"score", "seed", b"seed", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "answer_id", b"answer_id", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "score", b"score", "seed", b"seed", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
     _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015

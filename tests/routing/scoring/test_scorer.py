@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.routing.artifact import BadArtifact
-from headrace.routing.scoring import prompt_features, scorer
+from headrace.routing.scoring import normal, prompt_features, scorer, words
 
 shipped = scorer.load()
 
@@ -99,12 +99,34 @@ def test_small_talk_facts_and_play_score_below_mathematics_code_and_long_word_pr
     assert max(shipped.score(text).value for text in EASY) < min(shipped.score(text).value for text in HARD)
 
 
-def test_chat_prompts_score_higher_where_large_models_lead() -> None:
-    means = {asks: sum(map(value, prompts)) / len(prompts) for asks, prompts in CHAT.items()}
+def test_more_right_answers_are_expected_where_large_models_lead() -> None:
+    correct = scorer.load(objective="correctness")
+    means = {
+        asks: sum(correct.score(text).value for text in prompts) / len(prompts)
+        for asks, prompts in CHAT.items()
+    }
 
     leads = {"mathematics", "coding", "reasoning", "extraction"}
     assert min(means[asks] for asks in leads) > max(means[asks] for asks in means.keys() - leads)
-    assert max(map(value, CHAT["chores"])) < 0.5
+
+
+def test_open_requests_score_above_chores_because_people_prefer_the_larger_model() -> None:
+    means = {asks: sum(map(value, prompts)) / len(prompts) for asks, prompts in CHAT.items()}
+
+    assert min(means["writing"], means["explaining"]) > 0.55
+    assert max(map(value, CHAT["chores"])) < 0.55
+    assert means["chores"] < 0.4
+
+
+def test_the_objective_changes_open_requests_and_leaves_checked_ones() -> None:
+    scorers = [scorer.load(objective=objective) for objective in ("correctness", "both", "preference")]
+    wish = "Write a cover letter for a junior librarian who is changing careers."
+    choices = "Which gas do plants take in?\nA. oxygen\nB. carbon dioxide\nC. helium\nD. argon"
+
+    low, middle, high = (each.score(wish).value for each in scorers)
+    assert low + 0.2 < middle < high - 0.05
+    checked = [each.score(choices).value for each in scorers]
+    assert max(checked) - min(checked) < 0.01
 
 
 def value(text: str) -> float:
@@ -191,14 +213,14 @@ def test_a_text_without_the_literals_of_a_pattern_has_no_match(text: str) -> Non
 @given(texts)
 def test_a_text_without_the_literals_of_choices_has_none(text: str) -> None:
     for pattern in prompt_features._OPTIONS:
-        letters = [letter.upper() for letter, _ in pattern.regex.findall(text)]
-        two = "A" in letters and "B" in letters
+        letters = [letter for letter, _ in pattern.regex.findall(text)]
+        two = "a" in letters and "b" in letters
         assert not two or list(pattern.matches(text))
 
 
 @given(texts | st.text("aZ'’é1_ .", max_size=30))
 def test_words_in_ascii_are_found_like_all_others(text: str) -> None:
-    assert prompt_features.words_of(text) == prompt_features._WORD.findall(text)
+    assert words.words_of(text) == words._WORD.findall(text)
 
 
 def test_a_huge_prompt_is_scored_by_its_beginning_and_its_end() -> None:
@@ -231,9 +253,9 @@ def test_text_that_applications_put_around_a_question_does_not_change_its_score(
     ],
 )
 def test_choices_are_found_in_any_layout(text: str) -> None:
-    assert len(prompt_features.options(text)) >= 2
-    kinds = {share.name: share.value for share in shipped.score(text).features}
-    assert kinds["kind:choices"] > 0.5
+    assert len(prompt_features.options(normal.question(text))) >= 2
+    kinds = {share.name: share.value for share in shipped.score(text).features if "kind:" in share.name}
+    assert max(kinds, key=lambda kind: kinds[kind]) == "kind:choices"
 
 
 def test_lists_and_initials_are_not_choices() -> None:

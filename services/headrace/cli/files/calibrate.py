@@ -15,7 +15,7 @@ from headrace.routing import calibration
 from headrace.routing.calibration import BadCalibration, Point, ScoredPrompt
 from headrace.routing.scoring import scorer
 from headrace.routing.scoring.conversation import Turn, turns_of_row
-from headrace.routing.scoring.score import Scorer, fingerprint
+from headrace.routing.scoring.score import Objective, Scorer, fingerprint
 
 _LINES = 21  # of the table; the trade-off has more points
 
@@ -144,13 +144,14 @@ def calibrate(
     out: Path,
     png: Path | None,
     artifact: Path | None = None,
+    objective: Objective = "both",
     console: Console,
 ) -> None:
     """Choose thresholds by *shares* or *quality*, print the trade-off, and write the file for the router.
 
     Raises BadCalibration and BadArtifact.
     """
-    scores = scorer.load(artifact)
+    scores = scorer.load(artifact, objective)
     rows = read_traffic(traffic, scores, tiers, console)
     points = calibration.curve(rows, costs)
     if quality is not None:

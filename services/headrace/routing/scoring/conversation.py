@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.routing.scoring import prompt_features
+from headrace.routing.scoring import normal
 from headrace.routing.success.estimate import Estimate
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -79,13 +79,13 @@ def window(newest_first: Iterable[Turn]) -> list[Turn]:
         if turn.role == "system" or (full and not _is_user(turn)):
             continue
         if _is_user(turn) and not asked:
-            asked, text = True, prompt_features.clip(turn.text)
+            asked, text = True, normal.clip(turn.text)
         else:
             text = _ends(turn.text, *(_USER if _is_user(turn) else _OTHER), left)
         left -= len(text)
         found.append(turn if text is turn.text else Turn(turn.role, text))
     if not found and newest is not None:
-        found.append(Turn(newest.role, prompt_features.clip(newest.text)))
+        found.append(Turn(newest.role, normal.clip(newest.text)))
     return found[::-1]
 
 

@@ -10,14 +10,37 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, compress, pairwise
 
+from headrace.routing.scoring import languages
+from headrace.routing.scoring.framing import is_known
+
+# Words that change the tone alone.
+FILLERS = frozenset(
+    (
+        "is",
+        "am",
+        "are",
+        "please",
+        "kindly",
+        "just",
+        "really",
+        "actually",
+        "basically",
+        "simply",
+        "literally",
+        "um",
+        "uh",
+        "well",
+    )
+)
+
 # name -> (words, and pairs of words joined by _; number of matches at full strength). A trailing * stands for
 # the usual endings.
 _LEXICON: dict[str, tuple[str, int]] = {
     "programming": (
         "python javascript typescript java rust golang sql bash html css regex json yaml api docker "
         "kubernetes git linux react django pandas numpy pytorch tensorflow function* class* method* "
-        "algorithm* code coding program* script* implement* refactor* debug* compil* recursi* array* "
-        "tuple* string* list* tree* linked_list hash* database* server* thread* async query queries "
+        "algorithm* code coding program* programme* script* implement* refactor* debug* compil* recursi* "
+        "array* tuple* string* list* tree* linked_list hash* database* server* thread* async query queries "
         "unit_test exception* bug* big_o stack queue* file* app",
         4,
     ),
@@ -28,14 +51,14 @@ _LEXICON: dict[str, tuple[str, int]] = {
         4,
     ),
     "analysis": (
-        "explain* analyze analyse analysis compare contrast evaluate critique discuss describe trade-off "
+        "explain* analyz* analys* analysis compare contrast evaluate critique discuss describe trade-off "
         "tradeoffs implication* consequence* advantage* impact* effect* relationship difference* "
         "significance how_does how_do how_can how_would pros cons",
         3,
     ),
     "design": (
         "design* plan* strategy strategies architecture system* optimiz* optimis* framework* approach* "
-        "solution* develop* build* improve* requirement* model* best_way goal* process*",
+        "solution* develop* build* improve* requirement* model* modell* best_way goal* process*",
         4,
     ),
     "mathematics": (
@@ -80,7 +103,10 @@ _LEXICON: dict[str, tuple[str, int]] = {
         5,
     ),
     "conditions": ("if when unless except until after before then instead only but however", 5),
-    "negation": ("not never no none except neither cannot incorrect least", 2),
+    "negation": (
+        "not never no none except neither incorrect least isnt arent dont doesnt didnt wont cant wasnt",
+        2,
+    ),
     "constraints": (
         "must exactly at_least at_most no_more without ensure avoid include format limit should words "
         "sentences paragraph* bullet",
@@ -110,8 +136,14 @@ _LEXICON: dict[str, tuple[str, int]] = {
         "should_i how_to tips advice recommend* suggest* best idea* help_me ways_to guide itinerary recipe*",
         2,
     ),
-    "first_person": ("i my me i'm i've we our", 4),
-    "you": ("you your please", 3),
+    "explaining": (
+        "how_do how_does how_did how_can how_could how_should how_would why explain explains describe "
+        "discuss difference_between differences what_are what_were what_happens tell_me overview history_of "
+        "role_of effects_of causes_of benefits_of pros_and significance",
+        1,
+    ),
+    "first_person": ("i im ive my me we our", 4),
+    "you": ("you your", 3),
     "fact": (
         "who whose where when which name capital invented founded born won country film actor released "
         "first located",
@@ -165,18 +197,40 @@ def _lookup() -> dict[str, tuple[str, ...]]:
             for form in forms:
                 if name not in table.get(form, ()):
                     table[form] = (*table.get(form, ()), name)
+    for word, names in languages.IN_ASCII.items():
+        table[word] = tuple(dict.fromkeys((*table.get(word, ()), *names)))
     return table
 
 
 _FEATURES_OF = _lookup()
+_PERSONS = frozenset(("i", "my", "me", "we", "you", "your", "this"))
+_ASIDE_FEATURES = frozenset(
+    ("first_person", "you", "time", "conditions", "negation", "conjunctions", "advice", "common_sense")
+)
 _FIRST_OF_PAIR = frozenset(entry.partition("_")[0] for entry in _FEATURES_OF if "_" in entry)
 
 
-def counts(words: Sequence[str]) -> Counter[str]:
+def counts(words: Sequence[str], text: str) -> Counter[str]:
     """Return the number of words, and of pairs of neighbours, that point to each feature.
 
-    words   of a text, in order and in lower case
+    words   of *text*, in order and folded
     """
     begins_pair = map(_FIRST_OF_PAIR.__contains__, words)
     pairs = map("_".join, compress(pairwise(words), begins_pair))
-    return Counter(chain.from_iterable(filter(None, map(_FEATURES_OF.get, chain(words, pairs)))))
+    found = Counter(chain.from_iterable(filter(None, map(_FEATURES_OF.get, chain(words, pairs)))))
+    return found if text.isascii() else found + languages.counts(words, text)
+
+
+def says_nothing(words: Sequence[str]) -> bool:
+    """Return whether *words* point to no feature that an aside could not have."""
+    return all(map(_ASIDE_FEATURES.issuperset, filter(None, map(_FEATURES_OF.get, words))))
+
+
+def about_persons(words: Sequence[str]) -> bool:
+    """Return whether *words* refer to the writer or the reader."""
+    return not _PERSONS.isdisjoint(words)
+
+
+def known(word: str) -> bool:
+    """Return whether *word*, folded, is known in any language."""
+    return word in _FEATURES_OF or is_known(word) or languages.is_known(word)

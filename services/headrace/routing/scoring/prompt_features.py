@@ -16,31 +16,17 @@ from dataclasses import dataclass
 from itertools import islice
 
 from headrace.routing.scoring import lexicon
+from headrace.routing.scoring.words import words_of
 
-_HEAD, _TAIL = 3_000, 1_000  # characters that are read of a long prompt
-
-# Text that an application puts around every question.
-_PREAMBLE = re.compile(
-    r"(?:\s*(?:the following (?:is|are) (?:a )?(?:multiple[- ]choice )?questions?\b|"
-    r"answer the following\b|(?:please )?answer (?:the|this|with)\b|solve the following\b|"
-    r"you are an? (?:helpful|expert)\b|below is an instruction\b|(?:please )?(?:think|reason) step by step\b|"
-    r"let'?s think step by step\b)[^\n:]{0,200}[\n:]+\s*)+",
-    re.IGNORECASE,
-)
-_LABEL = re.compile(r"\s*(?:###\s*)?(?:question|q|problem|instruction|prompt|user|human|input)\s*:\s*", re.I)
-_CLOSING = re.compile(
-    r"\s*(?:###\s*)?(?:\b(?:answer|a|solution|response|output|assistant)\s*:|"
-    r"let'?s think step by step\.?)\s*\Z",
-    re.IGNORECASE,
-)
-
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
-# For text in ASCII: letters and apostrophes stay, everything else becomes a space.
-_ASCII_WORDS = bytes(
-    code if code < 128 and (chr(code).isalpha() or chr(code) == "'") else 32 for code in range(256)
-)
+_MOST = 60  # words that are looked up to recognise the language
+_FEWEST = 3  # fewer words do not show the language
+_KNOWN = 0.2  # a text with a larger share of known words is not in doubt
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
-_SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)")
+_STRUCTURE = re.compile(r"\n(?![a-z])")  # lines that are not prose
+_SENTENCE_END = re.compile(r"[.!?](?=\s)")
+_ASKING = frozenset(
+    ("what", "who", "whom", "whose", "why", "how", "which", "where", "when", "is", "are", "was", "were")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +48,10 @@ class _Pattern:
 
 # The ways to write choices: on lines of their own, or in a row. A text with choices has at least two.
 _OPTIONS = (
-    _Pattern(re.compile(r"^[ \t]*\(?([A-Ja-j])[).:][ \t]+(\S.*)$", re.MULTILINE), "\n"),
+    _Pattern(re.compile(r"^\(?([a-j])[).:] (\S.*)$", re.MULTILINE), "\n"),
     _Pattern(
-        re.compile(r"(?:(?<=\s)|^)\(?([A-J])[).]\s+([^\n]+?)(?=\s\(?[A-J][).]\s|$)", re.MULTILINE),
-        ("B)", "B."),
+        re.compile(r"(?:(?<=\s)|^)\(?([a-j])[).]\s+([^\n]+?)(?=\s\(?[a-j][).]\s|$)", re.MULTILINE),
+        ("b)", "b."),
     ),
 )
 
@@ -80,30 +66,32 @@ _PATTERNS: dict[str, tuple[_Pattern, int]] = {
     "syntax": (
         _Pattern(
             re.compile(
-                r"```|\bdef \w+\(|\w\(\)|[{};][ \t]*$|=>|==|!=|</\w|#include|\bSELECT\b", re.MULTILINE
+                r"```|\bdef \w+\(|\w\(\)|[{};][ \t]*$|=>|==|!=|</\w|#include|\bselect\b.{1,80}\bfrom\b",
+                re.MULTILINE,
             ),
-            (*"`{};=<#", "()", "def ", "SELECT"),
+            (*"`{};=<#", "()", "def ", "select"),
         ),
         3,
     ),
     "exceptions": (
         _Pattern(
-            re.compile(r"\b(?:NOT|EXCEPT|LEAST|FALSE|TRUE|INCORRECT)\b"),
-            ("NOT", "EXCEPT", "LEAST", "FALSE", "TRUE", "INCORRECT"),
+            re.compile(
+                r"\b(?:is|are|was|were|would|does|do|has|have|can) not\b|"
+                r"\b(?:except|least|false|true|incorrect)\b"
+            ),
+            (" not", "except", "least", "false", "true", "incorrect"),
         ),
         1,
     ),
     "statements": (
         _Pattern(
-            re.compile(r"\b(?:[Ss]tatement \d|I,? (?:and|or) II|II|III|[Oo]nly I)\b"),
-            ("tatement ", "II", "nly I"),
+            re.compile(r"\b(?:statement \d|i,? (?:and|or) ii|ii|iii|only i)\b"),
+            ("statement ", "ii", "only i"),
         ),
         2,
     ),
     "persona": (
-        _Pattern(
-            re.compile(r"\A\W*(?:act|pretend|imagine|picture yourself|assume the role|you are an? \w)", re.I)
-        ),
+        _Pattern(re.compile(r"\A\W*(?:act|pretend|imagine|picture yourself|assume the role|you are an? \w)")),
         1,
     ),
 }
@@ -115,7 +103,6 @@ NAMES: tuple[str, ...] = (
     "sentence_length",
     "sentences",
     "variety",
-    "capitals",
     "numbers",
     "number_density",
     "quantities",
@@ -124,7 +111,7 @@ NAMES: tuple[str, ...] = (
     "questions",
     "lines",
     "quotes",
-    "non_ascii",
+    "doubt",
     "options",
     "option_length",
     "numeric_options",
@@ -133,22 +120,6 @@ NAMES: tuple[str, ...] = (
     *lexicon.FEATURES,
 )
 _ABSENT = dict.fromkeys(NAMES, 0.0)
-
-
-def clip(text: str) -> str:
-    """Return the beginning and the end of a very long text, and other texts unchanged."""
-    if len(text) <= _HEAD + _TAIL:
-        return text
-    return text[:_HEAD] + "\n" + text[-_TAIL:]
-
-
-def question(text: str) -> str:
-    """Return *text* without what applications put around a question: preamble, "Question:", "Answer:"."""
-    begin = match.end() if (match := _PREAMBLE.match(text)) else 0
-    begin = match.end() if (match := _LABEL.match(text, begin)) else begin
-    tail = max(len(text) - 60, begin)
-    end = tail + (match.start() if (match := _CLOSING.search(text[tail:])) else len(text) - tail)
-    return text[begin:end].strip() or text.strip()
 
 
 def options(text: str) -> list[str]:
@@ -164,30 +135,21 @@ def options(text: str) -> list[str]:
     return []
 
 
-def words_of(text: str) -> list[str]:
-    """Return the words of *text*. A word may have one apostrophe between its letters."""
-    if not text.isascii():
-        return _WORD.findall(text)
-    # A tenth of the time of the regular expression, which finds the same words.
-    parts = text.encode("ascii").translate(_ASCII_WORDS).decode("ascii").split()
-    if "'" not in text:
-        return parts
-    return [word for part in parts for word in (_WORD.findall(part) if "'" in part else (part,))]
-
-
 def measure(text: str) -> dict[str, float]:
     """Return the strength of every feature, 0 to 1, in the order of `NAMES`.
 
-    text   a prompt after `clip` and `question`
+    text   a prompt after `normal.question`
     """
-    original = words_of(text)
-    words = [word.lower() for word in original]
+    words = [word for word in words_of(text) if word not in lexicon.FILLERS]
     count = max(len(words), 1)
     lengths = [len(word) for word in words]
-    sentences = max(len(_SENTENCE_END.findall(text)), 1)
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    sentences = 1 + len(ends)
+    last = text[max(ends[-1] if ends else 0, text.rfind("\n") + 1) :]
+    asks = last[-1:] != "?" and last.split(None, 1)[0] in _ASKING if last.strip() else False
     # Beyond ASCII there are other digits.
     numbers = _NUMBER.findall(text) if not text.isascii() or _contains_any(text, "0123456789") else []
-    counts = lexicon.counts(words)
+    counts = lexicon.counts(words, text)
     found = _ABSENT | _choice_features(text)
     found |= {
         "length": _between(math.log(count), math.log(5), math.log(500)),
@@ -196,16 +158,15 @@ def measure(text: str) -> dict[str, float]:
         "sentence_length": _between(math.log(count / sentences), math.log(4), math.log(50)),
         "sentences": _between(math.log(sentences), 0, math.log(15)),
         "variety": len(set(words[:60])) / min(count, 60),
-        "capitals": _between(len([1 for word in original if word[0].isupper()]) / count, 0.0, 0.5),
         "numbers": _between(math.log1p(len(numbers)), 0.0, math.log1p(15)),
         "number_density": _between(len(numbers) / (count + len(numbers)), 0.0, 0.3),
         "quantities": _between(math.log1p(len(numbers) + counts["number_words"]), 0.0, math.log(20)),
         "large_numbers": min(len([1 for number in numbers if len(number) > 3]), 4) / 4,
         "variables": min(len([1 for word in words if len(word) == 1 and word not in "aist"]), 6) / 6,
-        "questions": min(text.count("?"), 3) / 3,
-        "lines": min(text.count("\n"), 12) / 12,
-        "quotes": min(text.count('"') + text.count("“") + text.count("”"), 6) / 6,
-        "non_ascii": 0.0 if text.isascii() else _between(_foreign(text[:1000]), 0.0, 0.3),
+        "questions": min(text.count("?") + asks, 3) / 3,
+        "lines": min(len(list(_STRUCTURE.finditer(text))), 12) / 12,
+        "quotes": min(text.count('"'), 6) / 6,
+        "doubt": _doubt(words[:_MOST]),
     }
     for name, (pattern, full) in _PATTERNS.items():
         found[name] = len(list(islice(pattern.matches(text), full))) / full
@@ -232,10 +193,13 @@ def _contains_any(text: str, literals: Sequence[str]) -> bool:
     return any(map(text.__contains__, literals))
 
 
-def _foreign(text: str) -> float:
-    """Return the share of characters outside ASCII, 0 to 1."""
-
-    return sum(not char.isascii() for char in text) / len(text)
+def _doubt(words: Sequence[str]) -> float:
+    """Return how doubtful it is that the language of *words* is known, 0 to 1."""
+    long = [word for word in words if len(word) > 1 or not word.isascii()]
+    if len(long) < _FEWEST:
+        return 0.0
+    known = sum(map(lexicon.known, long)) / len(long)
+    return _between(_KNOWN - known, 0.0, _KNOWN)
 
 
 def _between(value: float, low: float, high: float) -> float:
