@@ -18,6 +18,7 @@ from headrace.routing.scoring.turns import references, replies
 
 _READ = 400  # characters of a reply
 _LONG = 60  # words from which on a reply explains itself
+_THANKS = 120  # characters, beyond which a first turn asks for something
 _CLAUSES = 30  # that are told apart
 _WORDS = 64  # that are remembered of a turn
 
@@ -60,7 +61,10 @@ def read_reply(text: str, *, first: bool = False, asked: bool = False, before: C
     before   digests of the words of the user's previous turn
     """
     long = len(text) > _READ
-    text = text[:_READ].translate(_QUOTES).lower().strip()
+    text = text[:_READ]
+    text = (text if text.isascii() else text.translate(_QUOTES)).lower().strip()
+    if first and len(text) > _THANKS:
+        return Reply(0.0, content=_READ, words=_digests(_TOKEN.findall(text)))
     clauses = [clause for part in _CLAUSE.split(text, _CLAUSES) if (clause := part.strip(" \"'*_()…-.!,;:"))]
     other = _in_other_languages(clauses)
     if other is not None and not long:
