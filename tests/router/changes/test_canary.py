@@ -242,6 +242,18 @@ async def test_the_processes_of_a_router_add_up_their_evidence_and_roll_back_tog
     assert tiers == {"small"}
 
 
+async def test_a_conversation_is_explained_by_its_arm_and_others_by_control(tmp_path: Path) -> None:
+    async with routed(settings(tmp_path), small=FakeBatcher(), large=FakeBatcher()) as client:
+        for number in range(20):
+            explained = await client.explain(talk(f"s{number}"))
+            assert explained.tier == (await collect(client, talk(f"s{number}"))).accepted.tier
+        without = {(await client.explain(chat(EASY))).tier for _ in range(20)}
+        tiers = {(await collect(client, chat(EASY))).accepted.tier for _ in range(30)}
+
+    assert without == {"small"}
+    assert tiers == {"small", "large"}
+
+
 class Overheard(Siblings):
     """Keeps the last message to the siblings."""
 
