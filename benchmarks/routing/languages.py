@@ -1,8 +1,8 @@
 """Compare the order of prompts across languages: `python -m benchmarks.routing.languages`.
 
 `parallel.jsonl` has the same prompts in thirteen languages, translated by hand and ranked by what they ask
-for: 0 greeting, thanks and fact; 1 translation and summary; 2 mathematics, code, proof and reasoning. The words
-of `scoring/languages.py` were chosen without these prompts.
+for: 0 greeting, thanks and fact; 1 translation and summary; 2 mathematics, code, proof and reasoning. The
+words of `scoring/languages.py` were chosen without these prompts.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from benchmarks.routing.calculator import calculated, calculator
 from benchmarks.routing.generate import read as read_drafts
 from benchmarks.routing.questions import Question, load
 from benchmarks.routing.templates import HELD_OUT, questions
-from headrace.cli.files.offline import refit_scorer
+from headrace.cli.files.training import train
 from headrace.cli.launch.mesh import MeshSpec, mesh
 from headrace.client import Client, chat, connect
 from headrace.models import cache_folder
@@ -168,7 +168,7 @@ async def measure(asked: Sequence[Question]) -> list[Result]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-tiers-")))
         rows, scorer = folder / "rows.jsonl", folder / "scorer.json"
         rows.write_text("".join(json.dumps(row) + "\n" for row in training_rows()), encoding="utf-8")
-        refit_scorer(str(rows), scorer, ",".join(TIERS), None, Console())
+        train(str(rows), scorer, ",".join(TIERS), None, Console())
         spec = MeshSpec(cache=cache_folder(), log_dir=folder / "logs")
         running = await stack.enter_async_context(mesh(spec))
         ports = {

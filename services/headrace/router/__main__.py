@@ -16,8 +16,12 @@ from headrace.client import LIST_TIERS
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
 from headrace.router.changes.answered import Watchers
+from headrace.router.changes.canary import Canary
 from headrace.router.changes.decision_log import DecisionLog
+from headrace.router.changes.scorer_files import ScorerFiles
+from headrace.router.changes.scorers import Scorers
 from headrace.router.changes.spending import Spending
+from headrace.router.changes.status import Status
 from headrace.router.chooser import Chooser
 from headrace.router.costs.weighing import Weighing
 from headrace.router.figures import Figures
@@ -39,8 +43,7 @@ from headrace.routing.calibration import BadCalibration
 from headrace.routing.drafts import check as draft_check
 from headrace.routing.drafts.check import DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
-from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import Scorer, fingerprint
+from headrace.routing.scoring.conversation import Turn
 from headrace.runtime import process_info
 from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
@@ -73,8 +76,8 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         wait_seconds=settings.tier_wait_seconds,
         tls=secured.calls,
     )
-    scores, checker, thresholds = _load_models(settings, [tier.name for tier in tiers.tiers])
-    weighing = _load_weighing(settings, scores, siblings)
+    checker, thresholds, scorers, canary = _load_models(settings, siblings)
+    weighing = _load_weighing(settings, scorers, siblings)
     conversations = SharedConversations(siblings, idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,
@@ -92,16 +95,18 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     decisions = _open_decision_log(settings)
     spending = Spending(weighing.spend) if weighing is not None else None
     feedback = _open_feedback(settings)
-    watchers = Watchers([watcher for watcher in (decisions, spending) if watcher is not None])
-    shadow = _load_shadow(settings, tiers, scores, checker, feedback, watchers)
+    watchers = Watchers([watcher for watcher in (decisions, canary, spending) if watcher is not None])
+    shadow = _load_shadow(settings, tiers, checker, feedback, watchers, weighing)
+    status = Status(scorers, canary, siblings)
     servicer = RouterServicer(
         tiers,
-        scores,
+        scorers,
         chooser,
         feedback,
         calls,
         siblings,
         figures,
+        status,
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
         tenants=settings.metrics_tenants,
@@ -109,7 +114,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         watchers=watchers,
         shadow_bill=None if shadow is None else shadow.own.total,
     )
-    admin = AdminServicer(tiers, conversations, calls.requests, figures)
+    admin = AdminServicer(tiers, conversations, calls.requests, figures, status)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
@@ -141,38 +146,56 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         # Left first: a drain does not wait for answers that nobody receives.
         shadow.running() if shadow is not None else nullcontext(),
     ):
-        watching = tasks.create_task(thresholds.watch(settings.poll_seconds))
+        watching = [tasks.create_task(scorers.watch(settings.poll_seconds))]
+        if canary is not None:
+            watching.append(tasks.create_task(canary.watch(settings.poll_seconds)))
         try:
             yield server
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
 
 
-def _load_models(settings: Settings, tiers: list[str]) -> tuple[Scorer, DraftChecker, Thresholds]:
-    """Load scorer, draft check and thresholds. Raises StartFailed."""
+def _load_models(
+    settings: Settings, siblings: Siblings
+) -> tuple[DraftChecker, Thresholds, Scorers, Canary | None]:
+    """Load draft check, scorers and calibrations. Raises StartFailed."""
     if settings.thresholds.strip() and (settings.calibration is not None or settings.tier_shares()):
         log.warning("--thresholds is ignored: --calibration or --share sets them")
+    names = [name for name, _ in settings.tier_targets()]
+    shares = settings.tier_shares()
+    candidate = canary = None
     try:
-        scores = scorer.load(settings.scorer, settings.objective)
         checker = draft_check.load(settings.draft_check)
-        thresholds = Thresholds(
-            tiers,
-            settings.tier_thresholds(),
-            path=settings.calibration,
-            scorer=fingerprint(scores),
-            shares=settings.tier_shares(),
+        control = ScorerFiles(
+            settings.scorer,
+            settings.calibration,
+            tiers=names,
+            shares=bool(shares),
+            objective=settings.objective,
         )
+        if (wanted := settings.canary_scorer()) is not None:
+            path, share = wanted
+            candidate = ScorerFiles(
+                path,
+                settings.canary_calibration,
+                tiers=names,
+                shares=bool(shares),
+                objective=settings.objective,
+            )
+            canary = Canary(share, siblings, cost_limit=settings.canary_cost)
     except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error
-    return scores, checker, thresholds
+    thresholds = Thresholds(settings.tier_thresholds(), shares=shares)
+    return checker, thresholds, Scorers(control, thresholds, candidate=candidate, canary=canary), canary
 
 
-def _load_weighing(settings: Settings, scores: Scorer, siblings: Siblings) -> Weighing | None:
+def _load_weighing(settings: Settings, scorers: Scorers, siblings: Siblings) -> Weighing | None:
     """Return how expected quality and cost are weighed; None to choose by score. Raises StartFailed."""
     if not settings.chooses_by_success:
         return None
     tiers = [name for name, _ in settings.tier_targets()]
-    estimated = scores.score("").estimates
+    estimated = scorers.score_turns([Turn("user", "")]).estimates
     if missing := [tier for tier in tiers if tier not in estimated]:
         if settings.choose_by == "success" or settings.budget_per_day is not None:
             raise StartFailed(
@@ -225,14 +248,14 @@ def _open_decision_log(settings: Settings) -> DecisionLog | None:
 def _load_shadow(
     settings: Settings,
     tiers: Tiers,
-    scores: Scorer,
     checker: DraftChecker,
     feedback: Feedback,
     watchers: Watchers,
+    weighing: Weighing | None,
 ) -> Shadow | None:
     """Create the shadow, if there is one. Raises StartFailed."""
     try:
-        return create_shadow(settings, tiers, scores, checker, feedback, watchers)
+        return create_shadow(settings, tiers, checker, feedback, watchers, weighing)
     except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error
 

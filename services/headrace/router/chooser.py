@@ -1,7 +1,7 @@
 """Choose tiers for live requests: applies `routing` to the current state of the router.
 
 That state is the health and load of the tiers, the thresholds in force, prices, the speed of each tier, and
-the tier that each conversation has reached. Time is an argument; nothing here waits.
+the last score and tier of each conversation. Time is an argument; nothing here waits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.no_route import ConflictingHints, NoRoute, NoSuchModel, NoSuchTier
 from headrace.routing.policy import Decision, decide
 from headrace.routing.request import RoutingRequest
+from headrace.routing.scoring.conversation import Carried, Earlier
 from headrace.routing.success.choosing import Weighed
 from headrace.routing.tier_view import Price, TierView
 from headrace.v1 import generation_pb2 as pb
@@ -86,20 +87,22 @@ class Chooser:
 
         Raises UnknownTier, UnknownModel, HintsConflict, and NoWorkers if no allowed tier can serve now.
         """
-        floor = ""
+        reached = ""
         with optional("conversations"):
-            floor = self._conversations.reached(request.tenant, request.session, now)
+            reached = self._conversations.reached(request.tenant, request.session, now)
+        floor = reached if request.keeps_tier else ""
         weighed = None
         if self._weighing is not None:
             with optional("estimates"):
-                weighed = self._weighing.weigh(request, floor)
+                weighed = self._weighing.weigh(request, reached)
         too_small = self._not_better(rejected, weighed)
         try:
             return decide(
                 request.score,
                 request.hints,
-                self._views(request.max_tokens, now),
+                self._views(request, now),
                 floor=floor,
+                continues=request.continues,
                 seconds_left=deadline.left(now),
                 exclude=[*too_small, *failed],
                 weighed=weighed,
@@ -127,20 +130,39 @@ class Chooser:
         """Record the first decision about a request for the tiers' shares."""
         if request.counts:
             place = decision.place if decision.explored else decision.wanted
-            self._thresholds.record(request.score, place)
+            self._thresholds.record(request.score, place, request.arm)
 
     def record_escalation(self, request: RoutingRequest, before: str, after: str) -> None:
         """Record that tier *after* answered a request whose draft by tier *before* was discarded."""
         if request.counts:
-            self._thresholds.record_escalation(self._names.index(before), self._names.index(after))
+            places = self._names.index(before), self._names.index(after)
+            self._thresholds.record_escalation(*places, request.arm)
 
     def record_answer(self, request: RoutingRequest, tier: str, now: float) -> None:
-        """Record that a tier began to answer: the conversation stays there, or on a larger tier."""
-        reached = self._conversations.reached(request.tenant, request.session, now)
-        by_score = self._weighing is None or not request.estimates
-        if by_score and reached and self._names.index(reached) > self._names.index(tier):
-            tier = reached
-        self._conversations.record(request.tenant, request.session, tier, now)
+        """Record that a tier began to answer.
+
+        While the conversation continues, it stays there, or on a larger tier that it has reached.
+        """
+        if not request.session:
+            return
+        earlier = self.earlier(request.tenant, request.session, now)
+        carried = request.carried
+        by_score = self._weighing is None or not self._weighing.estimated(request)
+        if by_score and earlier is not None and (request.keeps_tier or carried is None):
+            tier = max(earlier.tier, tier, key=self._names.index)
+        if carried is None:  # "thanks", or a request that could not be scored
+            score = request.score if earlier is None else earlier.score
+            carried = Carried(score) if earlier is None else Carried(score, earlier.words, earlier.estimates)
+        self._conversations.record(
+            request.tenant,
+            request.session,
+            Earlier(carried.score, tier, carried.words, carried.estimates),
+            now,
+        )
+
+    def earlier(self, tenant: str, session: str, now: float) -> Earlier | None:
+        """Return what is remembered of a conversation; None if nothing."""
+        return self._conversations.earlier(tenant, session, now)
 
     def record_usage(self, request: RoutingRequest, decision: Decision, tier: str, usage: pb.Usage) -> None:
         """Record the tokens of an answer to a request about which *decision* was made."""
@@ -204,10 +226,10 @@ class Chooser:
         )
         return self.rules.release(check, quality_preference), check
 
-    def _views(self, max_tokens: int | None, now: float) -> list[TierView]:
+    def _views(self, request: RoutingRequest, now: float) -> list[TierView]:
         """Return the tiers as the policy sees them."""
         views = []
-        for tier, threshold in zip(self._tiers.tiers, self._thresholds.now(), strict=True):
+        for tier, threshold in zip(self._tiers.tiers, self._thresholds.now(request.arm), strict=True):
             reported = tier.reported
             limit = reported.limits.queue_limit
             views.append(
@@ -218,7 +240,7 @@ class Chooser:
                     reported.model,
                     reported.unhealthy_reason,
                     saturated=0 < limit <= reported.load.queued,
-                    answer_seconds=self._paces[tier.name].answer_seconds(max_tokens, now),
+                    answer_seconds=self._paces[tier.name].answer_seconds(request.max_tokens, now),
                     price=self.prices.get(tier.name),
                     models=tier.models,
                 )

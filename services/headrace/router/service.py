@@ -19,6 +19,8 @@ from headrace.quoting import quoted
 from headrace.router.answering.journey import Journey, routing_request, turns_of
 from headrace.router.billing import bill_message
 from headrace.router.changes.answered import Rating, Watchers
+from headrace.router.changes.scorers import Scorers
+from headrace.router.changes.status import Status
 from headrace.router.chooser import Chooser
 from headrace.router.figures import Figures
 from headrace.router.figures import add as add_figures
@@ -33,7 +35,7 @@ from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import Feedback, ambiguous
 from headrace.router.state.tiers import Tiers
 from headrace.routing.scoring.conversation import Turn
-from headrace.routing.scoring.score import UNSCORED, Score, Scorer, fingerprint
+from headrace.routing.scoring.score import UNSCORED, Score
 from headrace.runtime.security.identity import Identity, current
 from headrace.runtime.serving.calls import Calls, Metadata
 from headrace.v1 import generation_pb2 as pb
@@ -69,12 +71,13 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     def __init__(
         self,
         tiers: Tiers,
-        scorer: Scorer,
+        scorers: Scorers,
         chooser: Chooser,
         feedback: Feedback,
         calls: Calls,
         siblings: Siblings,
         figures: Figures,
+        status: Status,
         *,
         default_deadline: float,
         failover_seconds: float = 10.0,
@@ -92,12 +95,12 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._multiplexer = Multiplexer(self.answer, calls)
         self._own_calls = OwnCalls()
         self._tiers = tiers
-        self._scorer = scorer
-        self._fingerprint = fingerprint(scorer)
+        self._scorers = scorers
         self._chooser = chooser
         self._feedback = feedback
         self._siblings = siblings
         self._figures = figures
+        self._status = status
         self._default_deadline = default_deadline
         self._failover_seconds = failover_seconds
         self._quotas = quotas
@@ -147,10 +150,11 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> None:
         """Send an admitted request to a tier and its answer to *write*. Adds what it used to *bill*."""
         request, left = incoming.request, incoming.time_remaining
-        turns = turns_of(request)
+        turns, hints = turns_of(request), request.routing
+        arm = self._scorers.arm_of(hints.tenant, hints.session_id, request.request_id)
         journey = measured.journey = Journey(
             request,
-            self._score(turns),
+            self._score(turns, hints, arm),
             deadline=Deadline.after(self._default_deadline if left is None else left, time.monotonic()),
             hops=hops,
             flusher=None if incoming.framed or chooses_flushing(request) else self._own_calls.flusher,
@@ -161,8 +165,9 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             bill=bill,
             timing=measured.timing,
             turns=turns,
-            scorer=self._fingerprint,
+            scorer=self._scorers.fingerprint(arm),
             watchers=self._watchers,
+            arm=arm,
         )
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
         try:
@@ -179,8 +184,10 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         permit(request.request, current())
         if self._quotas is not None:
             await self._quotas.admit_dry_run(current(), request.request)
-        score = self._score(turns_of(request.request))
-        facts = routing_request(request.request, score)
+        hints = request.request.routing
+        arm = self._scorers.arm_of(hints.tenant, hints.session_id, request.request.request_id)
+        score = self._score(turns_of(request.request), hints, arm)
+        facts = routing_request(request.request, score, arm)
         now = time.monotonic()
         decision = self._chooser.choose(facts, now)
         return routing.ExplainResponse(
@@ -217,6 +224,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             response.bill.CopyFrom(await self._total_bill(self._total, "bill"))
             if self._shadow_total is not None:
                 response.shadow_bill.CopyFrom(await self._total_bill(self._shadow_total, "shadow_bill"))
+            response.changes.CopyFrom(await self._status.changes())
         return response
 
     async def _total_bill(self, own: Bill, topic: str) -> pb.Bill:
@@ -303,12 +311,16 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             self._watchers.rated(rating)
         return routing.FeedbackResponse(kept=kept, tier=answer.tier)
 
-    def _score(self, turns: Sequence[Turn]) -> Score:
-        """Score a prompt or a conversation; return `UNSCORED` if the scorer fails."""
+    def _score(self, turns: Sequence[Turn], hints: pb.Routing, arm: str) -> Score:
+        """Score a prompt or a conversation for an arm; return `UNSCORED` if the scorer fails.
+
+        What is remembered of the conversation stands for turns that the caller did not send.
+        """
         span = _tracer.start_span(attributes.SPAN_SCORE)  # not the current one: nothing below starts a span
         try:
             with optional("scorer"):
-                score = self._scorer.score_turns(turns)
+                earlier = self._chooser.earlier(hints.tenant, hints.session_id, time.monotonic())
+                score = self._scorers.score_turns(turns, earlier, arm=arm)
                 if not 0 <= score.value <= 1:  # also true of NaN
                     raise ValueError("the score is not between 0 and 1")
                 span.set_attribute(attributes.SCORE, score.value)

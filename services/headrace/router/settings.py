@@ -10,13 +10,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from headrace.channel import target_problem
+from headrace.router.changes.settings import ChangeSettings
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.scoring.score import Objective
 from headrace.routing.tier_view import Price, even_thresholds
-from headrace.runtime.settings import CalledServiceSettings, ConcurrentStreams, ConnectionAge, Port
+from headrace.runtime.settings import ConcurrentStreams, ConnectionAge, Port
 
 
-class Settings(CalledServiceSettings):
+class Settings(ChangeSettings):
     """The router: scores each prompt and sends it to the smallest tier that will answer it well.
 
     Each flag can also be given as a variable: HEADRACE_TIERS is --tiers. Flags take precedence.
@@ -50,26 +51,6 @@ class Settings(CalledServiceSettings):
         description="share of calls, 0 to 1, of each tier after the first, such as 0.3: the thresholds are "
         "adapted to the traffic to keep it; a --calibration beside it provides the initial scores",
     )
-    explore: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="share of requests without pins, 0 to 1, such as 0.01, whose tier is drawn at random, so "
-        "that `headrace replay` can estimate the results of other decisions",
-    )
-    decision_log: Path | None = Field(
-        default=None,
-        description="file for one row per request: score, features, tier and its probability, outcome and "
-        "cost, for `headrace replay`; ratings are rows of their own",
-    )
-    decision_log_megabytes: float = Field(
-        default=256.0, gt=0, description="size at which that file is rotated; one older file is kept"
-    )
-    decision_log_text: bool = Field(
-        default=False,
-        description="store prompts and conversations in --decision-log, so that `headrace replay` can "
-        "score them with scorers that read other features",
-    )
     choose_by: Literal["auto", "score", "success"] = Field(
         default="auto",
         description="score: by the thresholds of the tiers; success: by each tier's chance of a good answer "
@@ -96,7 +77,9 @@ class Settings(CalledServiceSettings):
         "cached prompt tokens, which otherwise cost as much as other prompt tokens",
     )
     scorer: Path | None = Field(
-        default=None, description="scorer that `headrace train` wrote; the shipped one by default"
+        default=None,
+        description="scorer that `headrace train` wrote, in place of the shipped one; it is read again when "
+        "it changes",
     )
     objective: Objective = Field(
         default="both",
@@ -134,7 +117,7 @@ class Settings(CalledServiceSettings):
     session_idle_seconds: float = Field(
         default=600.0,
         ge=0,
-        description="a conversation that was idle for longer may return to a smaller tier",
+        description="a conversation that was idle for longer is forgotten, and may return to a smaller tier",
     )
     feedback: Path | None = Field(
         default=None,
@@ -149,41 +132,6 @@ class Settings(CalledServiceSettings):
         ge=1,
         description="outcomes that one tenant may report per minute, and per hour as many as fill a quarter "
         "of the file; further ones are rejected with a retry delay",
-    )
-    shadow_tier: str = Field(
-        default="",
-        description="tier that answers a sample of requests again, after their callers have the answers of "
-        "other tiers",
-    )
-    shadow_scorer: Path | None = Field(
-        default=None,
-        description="in place of --shadow-tier, a scorer that `headrace train` wrote: requests are answered "
-        "again by the tier that it would have chosen, if that is another one",
-    )
-    shadow_calibration: Path | None = Field(
-        default=None,
-        description="thresholds of --shadow-scorer, or other thresholds for the scorer in use; by default "
-        "those of --thresholds or --share",
-    )
-    shadow_share: float = Field(
-        default=0.02, ge=0, le=1, description="share of answered requests in that sample, 0 to 1"
-    )
-    shadow_per_minute: float = Field(
-        default=60.0, gt=0, description="most requests per minute that are answered again"
-    )
-    shadow_concurrency: int = Field(
-        default=2, ge=1, description="most requests that are answered again at the same time"
-    )
-    shadow_cost_per_day: float = Field(
-        default=0.0,
-        ge=0,
-        description="most cost per day (UTC) of these answers and of the judge, at the configured prices; 0 "
-        "for no limit",
-    )
-    judge: str = Field(
-        default="",
-        description="how both answers are compared: rules (what the draft check finds), exact (their final "
-        "results), or the name of a tier whose model compares them; not at all by default",
     )
     quotas: Path | None = Field(
         default=None,
@@ -249,7 +197,10 @@ class Settings(CalledServiceSettings):
                 "HEADRACE_BUDGET_PER_DAY (or --budget-per-day) needs --prices, and a choice by success, "
                 "without --choose-by score, --share, --thresholds and --calibration"
             )
-        self._check_shadow(names)
+        self.check_shadow(names, prices)
+        self.check_canary(
+            calibrated=self.calibration is not None, shared=bool(self.tier_shares()), priced=bool(prices)
+        )
         if self.quotas is None and (self.quota_peers.strip() or self.quotas_shadow):
             raise ValueError(
                 "HEADRACE_QUOTA_PEERS and HEADRACE_QUOTAS_SHADOW need HEADRACE_QUOTAS (or --quotas)"
@@ -278,38 +229,6 @@ class Settings(CalledServiceSettings):
     def chooses_by_success(self) -> bool:
         """Whether tiers are chosen by their chance of success if the scorer estimates it."""
         return self.choose_by == "success" or (self.choose_by == "auto" and not self._thresholds_set)
-
-    @property
-    def shadows(self) -> bool:
-        """Whether a sample of requests is answered again."""
-        return bool(self.shadow_tier or self.shadow_scorer or self.shadow_calibration)
-
-    def _check_shadow(self, names: list[str]) -> None:
-        """Raise ValueError if the settings of the shadow cannot be used."""
-        if self.judge and not self.shadows:
-            raise ValueError("HEADRACE_JUDGE needs HEADRACE_SHADOW_TIER or HEADRACE_SHADOW_SCORER")
-        if self.shadow_tier and (self.shadow_scorer or self.shadow_calibration):
-            raise ValueError(
-                "HEADRACE_SHADOW_TIER (or --shadow-tier) excludes HEADRACE_SHADOW_SCORER and "
-                "HEADRACE_SHADOW_CALIBRATION: set one choice"
-            )
-        if self.shadow_tier and self.shadow_tier not in names:
-            raise ValueError(
-                f"HEADRACE_SHADOW_TIER={self.shadow_tier!r} (or --shadow-tier) must be one of the tiers "
-                f"{', '.join(names)}"
-            )
-        if self.judge and self.judge not in ("rules", "exact", *names):
-            raise ValueError(
-                f"HEADRACE_JUDGE={self.judge!r} (or --judge) must be rules, exact, or one of the tiers "
-                f"{', '.join(names)}"
-            )
-        used = {self.shadow_tier} if self.shadow_tier else set(names)
-        unpriced = (used | ({self.judge} & set(names))) - self.tier_prices().keys()
-        if self.shadows and self.shadow_cost_per_day and unpriced:
-            raise ValueError(
-                "HEADRACE_SHADOW_COST_PER_DAY (or --shadow-cost-per-day) needs the price of each tier that "
-                f"may be used: add {', '.join(sorted(unpriced))} to HEADRACE_PRICES"
-            )
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:
         """Return (name, its batchers' targets) of each tier, smallest first. Raises ValueError."""

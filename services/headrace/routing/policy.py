@@ -1,11 +1,11 @@
 """Choose a tier from the score, the caller's hints, the tiers' state and the time left. Pure functions.
 
 Tiers are ordered from small to large. Each has a threshold, the lowest score that it is meant for, and the
-largest tier whose threshold the score reaches is wanted. A conversation does not return to a smaller tier
-than it has reached. Hints bound the choice. A tier that is not healthy, too slow for the deadline or full is
-replaced by a larger one, and by a smaller one only if there is no larger one. A larger tier that costs less
-than the wanted one is used in its place. In any state of the tiers, a higher score never leads to a smaller
-tier.
+largest tier whose threshold the score reaches is wanted. A turn that continues its conversation does not
+return to a smaller tier than the conversation has reached. Hints bound the choice. A tier that is not
+healthy, too slow for the deadline or full is replaced by a larger one, and by a smaller one only if there is
+no larger one. A larger tier that costs less than the wanted one is used in its place. In any state of the
+tiers, a higher score never leads to a smaller tier.
 
 With estimates of each tier's quality and cost (`success/choosing.py`), the best tier by these is wanted
 instead, and tiers need not be ordered: the next best replaces one that cannot serve, and a conversation does
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from headrace.routing.no_route import NoTierAvailable
 from headrace.routing.request import Hints, allowed_places
+from headrace.routing.scoring.conversation import CONTINUES
 from headrace.routing.scoring.score import sigmoid
 from headrace.routing.success.choosing import Weighed
 from headrace.routing.tier_view import TierView
@@ -43,6 +44,7 @@ class Considered:
     wanted, reached, ideal, chosen   places of the tier for the score, after the conversation, after the
               hints, and after the tiers' state
     deciding  name of the hint that decided
+    continues how much the request depends on earlier turns of its conversation, 0 to 1
     allowed   places that the hints allow
     choices   places of which one could be chosen
     weighed   the tiers' expected quality and cost, by which the tier was chosen; None: by score
@@ -61,6 +63,7 @@ class Considered:
     choices: Sequence[int]
     exclude: Collection[str]
     seconds_left: float
+    continues: float
     weighed: Weighed | None = None
 
 
@@ -131,6 +134,7 @@ def decide(
     floor: str = "",
     seconds_left: float = math.inf,
     exclude: Collection[str] = (),
+    continues: float = 0.0,
     weighed: Weighed | None = None,
 ) -> Decision:
     """Choose the tier for a prompt of *score*, 0 to 1.
@@ -139,6 +143,7 @@ def decide(
     floor         the tier that the conversation has reached; empty: none
     seconds_left  until the deadline; infinite without one
     exclude       tiers that have failed for this request
+    continues     how much the request depends on earlier turns, 0 to 1; explains the score
     weighed       what the answer of each tier is expected to be: it decides in place of the score
 
     Raises NoSuchTier, NoSuchModel or ConflictingHints for hints that no tier can meet, and NoTierAvailable
@@ -189,6 +194,7 @@ def decide(
             choices=choices,
             exclude=exclude,
             seconds_left=seconds_left,
+            continues=continues,
             weighed=weighed,
         ),
     )
@@ -299,7 +305,8 @@ def _why(considered: Considered) -> str:
     ideal, chosen = tiers[considered.ideal], tiers[considered.chosen]
     preference = "" if math.isclose(score, shifted) else f", {shifted:.2f} after the quality preference,"
     if considered.weighed is None:
-        why = f"score {score:.2f}{preference} is in the range of tier {wanted.name!r}"
+        inherited = " of the turns that it continues" if considered.continues >= CONTINUES else ""
+        why = f"score {score:.2f}{inherited}{preference} is in the range of tier {wanted.name!r}"
     else:
         why = f"tier {wanted.name!r} is best, with {considered.weighed.reason(considered.wanted)}"
     if considered.reached != considered.wanted:

@@ -395,8 +395,9 @@ class Routing(_message.Message):
     Default true.
     """
     session_id: _builtins.str
-    """Identifies the conversation of this request. A conversation does not return to a lower tier unless it was idle for
-    a while. At most 256 characters. Empty: none.
+    """Identifies the conversation of this request. The router remembers its last score and tier for a while: a turn that
+    continues the conversation does not return to a lower tier, even if the request has no earlier turns. Thanks and
+    other topics may. At most 256 characters. Empty: the conversation is known from its text alone.
     """
     priority: _builtins.int
     """From 0, the least urgent, to 9, the most urgent. Default 5. A router lowers it to the highest one that the caller's

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from headrace.v1 import generation_pb2 as _generation_pb2
+from headrace.v1 import routing_changes_pb2 as _routing_changes_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -259,6 +260,7 @@ class ListTiersResponse(_message.Message):
 
     TIERS_FIELD_NUMBER: _builtins.int
     BILL_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     SHADOW_BILL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tier]:
@@ -271,6 +273,10 @@ class ListTiersResponse(_message.Message):
         """
 
     @_builtins.property
+    def changes(self) -> _routing_changes_pb2.RoutingChanges:
+        """How the routing is being changed. Absent where the bill is."""
+
+    @_builtins.property
     def shadow_bill(self) -> _generation_pb2.Bill:
         """The bill for shadow answers and their judges since the router started, which are on no caller's bill. Absent
         without them, and where `bill` is absent.
@@ -281,11 +287,12 @@ class ListTiersResponse(_message.Message):
         *,
         tiers: _abc.Iterable[Global___Tier] | None = ...,
         bill: _generation_pb2.Bill | None = ...,
+        changes: _routing_changes_pb2.RoutingChanges | None = ...,
         shadow_bill: _generation_pb2.Bill | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "shadow_bill", b"shadow_bill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "changes", b"changes", "shadow_bill", b"shadow_bill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "shadow_bill", b"shadow_bill", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "changes", b"changes", "shadow_bill", b"shadow_bill", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

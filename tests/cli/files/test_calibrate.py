@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from headrace.cli.calls.top import Snapshot, money, screen
+from headrace.cli.calls.amounts import money
+from headrace.cli.calls.top import Snapshot, screen
 from headrace.cli.files.calibrate import read_traffic
 from headrace.client import chat
 from headrace.routing import calibration
@@ -61,6 +62,16 @@ async def test_traffic_becomes_a_file_that_a_router_loads(tmp_path: Path) -> Non
     async with routed({"calibration": out}, small=FakeBatcher(), large=FakeBatcher()) as client:
         tiers = [(await client.explain(chat(prompt))).tier for prompt in PROMPTS]
     assert tiers.count("large") == 2
+
+
+def test_conversations_are_scored_like_by_a_router(tmp_path: Path) -> None:
+    turns = [("user", PROMPTS[-1]), ("assistant", "Shall I write it out?"), ("user", "yes")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    traffic = write(tmp_path / "traffic.jsonl", [{"prompt": PROMPTS[-1]}, {"messages": messages}])
+
+    hard, follows = read_traffic(traffic, scorer.load(), ["small", "large"], Console(file=io.StringIO()))
+
+    assert follows.score == pytest.approx(hard.score, abs=0.02)
 
 
 async def test_a_wanted_quality_and_a_picture(tmp_path: Path) -> None:

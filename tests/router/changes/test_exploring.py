@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from headrace.client import chat
+from headrace.router.chooser import Chooser
+from headrace.router.state.thresholds import Thresholds
+from headrace.router.state.tiers import Tiers
+from headrace.routing.changes.exploring import explore
+from headrace.routing.drafts.check import load as load_check
+from headrace.routing.policy import decide
+from headrace.routing.request import Hints, RoutingRequest
+from headrace.routing.tier_view import TierView
 from tests.harness import collect
 from tests.router.drafts import EASY
 from tests.router.fake_batchers import FakeBatcher, routed
@@ -38,6 +46,20 @@ async def test_pins_bounds_and_health_hold_with_exploration() -> None:
 
     assert not small.requests
     assert not large.requests
+
+
+async def test_requests_that_chance_has_moved_count_for_the_tier_that_they_went_to() -> None:
+    """The shares of --share are of actual calls, so the thresholds correct for chance."""
+    thresholds = Thresholds([0.0, 0.5], shares=[0.5])
+    tiers = Tiers([("small", ["127.0.0.1:1"]), ("large", ["127.0.0.1:2"])])
+    chooser = Chooser(tiers, thresholds, load_check())
+    views = [TierView("small", 0.0), TierView("large", 0.5)]
+    moved = explore(decide(0.9, Hints(), views), 1.0, 0.0)
+    for _ in range(20):
+        chooser.record_decision(RoutingRequest(0.9, Hints()), moved)
+
+    assert (moved.tier, moved.explored) == ("small", True)
+    assert thresholds.now() == [0.0, 0.0], "all further calls go to the large tier"
 
 
 async def test_explaining_a_request_shows_the_decision_without_chance() -> None:

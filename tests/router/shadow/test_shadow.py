@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,22 @@ from hypothesis import strategies as st
 from headrace import errors
 from headrace.client import chat
 from headrace.router.__main__ import router
+from headrace.router.changes.answered import Answered
+from headrace.router.costs.weighing import Weighing
 from headrace.router.settings import Settings
 from headrace.router.shadow.bounds import DAY_SECONDS, Bounds
+from headrace.router.shadow.shadow import Candidate
+from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import AnswerRecord, Feedback
+from headrace.router.state.thresholds import Thresholds
 from headrace.routing.calibration import Calibration, save
-from headrace.routing.scoring.conversation import Turn
-from headrace.routing.scoring.score import fingerprint
+from headrace.routing.policy import decide
+from headrace.routing.request import Hints, RoutingRequest
+from headrace.routing.scoring.conversation import Earlier, Turn
+from headrace.routing.scoring.score import Score, fingerprint
 from headrace.routing.scoring.scorer import load
+from headrace.routing.success.estimate import Estimate
+from headrace.routing.tier_view import Price, TierView
 from headrace.runtime.serving.server import StartFailed
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import PATIENCE, collect, eventually
@@ -53,7 +63,7 @@ async def test_a_request_is_answered_again_by_the_other_tier_after_its_caller_ha
         request.routing.tenant = "A"
         request.routing.session_id = "s"
         request.routing.priority = 9
-        request.stream.include_token_ids = True
+        request.stream.flush_tokens = 5
         answer = await collect(client, request)
         await shadows(count, before, tier="large", outcome="ok")
 
@@ -63,6 +73,7 @@ async def test_a_request_is_answered_again_by_the_other_tier_after_its_caller_ha
     assert second.sampling == first.sampling, "same seed, same sampling"
     assert second.request_id == f"{first.request_id}-shadow"
     assert second.routing == pb.Routing(tenant="A", priority=0, cascade=False)
+    assert not second.stream.HasField("flush_tokens"), "nobody reads it while it is generated"
 
 
 async def test_shadow_answers_are_on_no_callers_bill(count: Callable[..., float]) -> None:
@@ -448,3 +459,86 @@ def test_a_new_day_has_a_new_budget() -> None:
 
     assert bounds.reached(0.1, 1.0, 1.0) == "cost"
     assert bounds.reached(0.1, 1.0, DAY_SECONDS + 1.0) is None
+
+
+# Another scorer as the other choice.
+
+
+@dataclass
+class LengthScorer:
+    """Scores a text by its length."""
+
+    def score(self, text: str) -> Score:
+        return Score(min(len(text) / 100, 1.0), 0.0)
+
+    def score_turns(self, turns: Sequence[Turn], earlier: Earlier | None = None) -> Score:
+        return self.score(turns[-1].text)
+
+
+def ended(text: str, tier: str, score: float) -> Answered:
+    """A request for *text* that *tier* has answered."""
+    tiers = [TierView("small", 0.0), TierView("large", 0.5)]
+    return Answered(
+        request=pb.GenerateRequest(prompt=text),
+        turns=[Turn("user", text)],
+        score=Score(score, 0.0),
+        facts=RoutingRequest(score, Hints()),
+        decision=decide(score, Hints(), tiers),
+        tier=tier,
+        finish="stop",
+        outcome="ok",
+        text="",
+        bill=Bill(["small", "large"], {}),
+        seconds=1.0,
+    )
+
+
+def candidate(shares: Sequence[float] = ()) -> Candidate:
+    thresholds = Thresholds([0.0, 0.5], shares=shares)
+    return Candidate(LengthScorer(), thresholds, adapted=bool(shares))
+
+
+@pytest.mark.parametrize("score", [0.1, 0.9])
+def test_a_candidate_chooses_by_its_own_score(score: float) -> None:
+    choice = candidate()
+
+    assert choice.tier(ended("x" * 80, "small", score), drawn=True) == "large"
+    assert choice.tier(ended("x" * 20, "small", score), drawn=True) == "small"
+
+
+def test_a_candidate_keeps_the_share_for_its_own_scores_over_all_requests() -> None:
+    """Its scores have another distribution, so the thresholds of the scorer in use would not keep it."""
+    choice, draw = candidate([0.3]), random.Random(7)
+    chosen = []
+    for place in range(400):
+        answered = ended("x" * draw.randrange(1, 40), "small", 0.1)
+        tier = choice.tier(answered, drawn=place % 4 == 0)
+        chosen.append(tier)
+
+    assert set(chosen) == {"small", "large"}
+    assert abs(chosen[200:].count("large") / 200 - 0.3) <= 0.05
+
+
+def test_a_candidate_that_estimates_success_chooses_by_it() -> None:
+    """The router's prices and weight of cost apply to the candidate's estimates, too."""
+    weighing = Weighing(["small", "large"], {"small": Price(1, 1), "large": Price(10, 10)}, cost_weight=0.1)
+    thresholds = Thresholds([0.0, 0.5])
+    for gain, wanted in ((0.0, "small"), (0.4, "large")):
+        scorer = EstimatingScorer(gain)
+        choice = Candidate(scorer, thresholds, adapted=False, weighing=weighing)
+
+        assert choice.tier(ended("x", "small", 0.1), drawn=True) == wanted
+        assert Candidate(scorer, thresholds, adapted=False).tier(ended("x", "small", 0.1), drawn=True) == (
+            "small"
+        ), "by its score"
+
+
+@dataclass
+class EstimatingScorer(LengthScorer):
+    """Expects the large tier to answer better by *gain*."""
+
+    gain: float = 0.0
+
+    def score(self, text: str) -> Score:
+        estimates = {"small": Estimate(0.5, 20.0), "large": Estimate(0.5 + self.gain, 20.0)}
+        return Score(0.1, 0.0, estimates=estimates)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from headrace.routing.changes.candidates import allowed, would_choose
 from headrace.routing.policy import decide
 from headrace.routing.request import Hints
+from headrace.routing.success.choosing import Weighed
 from headrace.routing.tier_view import TierView
 
 NAMES = ("small", "medium", "large")
@@ -39,13 +40,19 @@ def test_the_candidate_chooses_as_if_it_were_in_use(
         return [TierView(name, mark, ok) for name, mark, ok in zip(NAMES, marks, up, strict=True)]
 
     decision = decide(score, asked, tiers(now), floor=floor)
-    raised = decision.considered.reached > decision.considered.wanted
 
     assert would_choose(decision, score, asked, now) == decision.tier
-    assert (
-        would_choose(decision, other, asked, then)
-        == decide(other, asked, tiers(then), floor=floor if raised else "").tier
-    )
+    assert would_choose(decision, other, asked, then) == decide(other, asked, tiers(then), floor=floor).tier
+
+
+@given(score=scores, good=st.lists(scores, min_size=3, max_size=3), floor=st.sampled_from(["", *NAMES]))
+def test_a_candidate_with_estimates_chooses_by_them(score: float, good: list[float], floor: str) -> None:
+    tiers = [TierView(name, place / 3) for place, name in enumerate(NAMES)]
+    decision = decide(score, Hints(), tiers, floor=floor)
+    weighed = Weighed(tuple(good), (0.0, 0.0, 0.0), 0.0)
+    chosen = would_choose(decision, score, Hints(), [0.0, 0.5, 0.9], weighed)
+
+    assert chosen == decide(score, Hints(), tiers, floor=floor, weighed=weighed).tier
 
 
 def test_only_tiers_that_the_hints_allow_are_allowed() -> None:

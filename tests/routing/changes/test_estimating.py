@@ -64,6 +64,18 @@ def test_with_every_tier_equally_probable_the_weighted_estimates_are_exact_means
     assert found.effective_rows == pytest.approx(agrees.sum())
 
 
+def test_tiers_whose_answers_are_rated_more_often_do_not_count_more() -> None:
+    """All answers of tier 1 are good, and none of tier 0: the value is the share that goes to tier 1."""
+    sample, _ = traffic(9, rows=4000, explored=1.0, rated=(0.2, 0.8))
+    results = np.where(np.isnan(sample.results), np.nan, [[0.0, 1.0]])
+    found = compare(replace(sample, results=results), bounded=True)
+    share = sample.candidate.mean()
+
+    assert found.ips.value == pytest.approx(share, abs=0.05)
+    assert found.snips.value == pytest.approx(share, abs=0.05)
+    assert found.dr.value == pytest.approx(share, abs=0.05)
+
+
 def test_the_logged_policy_itself_has_no_difference() -> None:
     sample, _ = traffic(2, explored=0.0)
     found = compare(replace(sample, candidate=sample.choice), bounded=True)

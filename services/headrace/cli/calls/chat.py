@@ -45,7 +45,7 @@ def request_for(
 ) -> pb.GenerateRequest:
     """Make the request for the next turn of a conversation of (role, content) pairs.
 
-    session   identifies the conversation, so that the router does not return it to a smaller tier
+    session   identifies the conversation, so that turns that continue it do not return to a smaller tier
     """
     sampling = {
         name: value

@@ -79,7 +79,8 @@ def explain(
     jsonl: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="Score JSON Lines with id and prompt, without a mesh; - is standard input."
+            metavar="FILE",
+            help="Score JSON Lines with id, and prompt or messages, without a mesh; - is standard input.",
         ),
     ] = "",
     artifact: Artifact = None,

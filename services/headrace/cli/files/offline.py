@@ -28,7 +28,7 @@ _FEATURES = 3  # in a reason
 def print_scores(
     path: str, artifact: Path | None, tiers: str, from_score: str, objective: Objective = "both"
 ) -> None:
-    """Print score, tier, reason and latency of the decision for each row of *path*.
+    """Print score, tier, reason and latency of the decision for each prompt or conversation of *path*.
 
     tiers        names, smallest first, separated by commas
     from_score   the lowest score of each tier after the first, separated by commas; evenly spaced if empty
@@ -41,14 +41,14 @@ def print_scores(
     views = [TierView(name, lowest) for name, lowest in zip(names, _lowest(names, from_score), strict=True)]
     loaded = scorer.load(artifact, objective)
     loaded.score("The first call is slower.")
-    for row in read_rows(path, ["prompt"]):
+    for row in read_rows(path, ["prompt"], turns=True):
         began = time.perf_counter()
         try:
-            score = loaded.score(row["prompt"])
+            score = loaded.score_turns(row["turns"])
             features = _main_features(score)
         except Exception as error:  # like the router, which then routes without a score
             score, features = UNSCORED, f"the prompt could not be scored ({type(error).__name__})"
-        decision = decide(score.value, Hints(), views)
+        decision = decide(score.value, Hints(), views, continues=score.continues)
         took = time.perf_counter() - began
         _print_row(
             id=row["id"],
@@ -127,6 +127,8 @@ def _main_features(score: Score) -> str:
         key=lambda share: -abs(share.log_odds),
     )
     kind = max(kinds, key=lambda share: share.value, default=None)
+    # What the conversation adds comes first: it is not a feature of the last turn.
+    others.sort(key=lambda share: not share.name.startswith("turn:"))
     parts = [f"{share.name} {share.log_odds:+.2f}" for share in others[:_FEATURES]]
     if kind is not None:
         parts.insert(0, f"reads as {kind.name.removeprefix('kind:')} ({kind.value:.0%})")

@@ -31,7 +31,7 @@ from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.tiers import Tier, Tiers
 from headrace.routing.policy import Decision
 from headrace.routing.request import Hints, RoutingRequest
-from headrace.routing.scoring.conversation import Turn
+from headrace.routing.scoring.conversation import Turn, window
 from headrace.routing.scoring.score import UNSCORED, Score
 from headrace.v1 import generation_pb2 as pb
 
@@ -66,10 +66,10 @@ class Journey:
         turns: Sequence[Turn],
         scorer: str,
         watchers: Watchers,
+        arm: str = "",
     ) -> None:
-        self._text = text_of(request)
         self._turns, self._score, self._scorer = turns, score, scorer
-        self._facts = routing_request(request, score)
+        self._facts = routing_request(request, score, arm)
         self._shows_logprobs = request.sampling.logprobs
         self._may_draft = chooser.rules.allow(self._facts)
         self.outgoing = Outgoing(
@@ -194,7 +194,7 @@ class Journey:
         with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span, optional("draft check"):
             text, finished = draft.text_to_check()
             released, check = self._chooser.check_draft(
-                self._text,
+                text_of(self.outgoing.request),
                 text,
                 finished=finished,
                 logprobs=draft.logprobs,
@@ -338,30 +338,36 @@ def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequ
 
 
 def turns_of(request: pb.GenerateRequest) -> list[Turn]:
-    """Return the turns to score: those of the chat, or the raw prompt."""
+    """Return the turns to score: the chat's last ones, or the raw prompt, without the middle of long ones.
+
+    Each access to a message decodes its text, so each is read at most once, and older ones are not.
+    """
     if request.HasField("chat"):
-        return [Turn(message.role, message.content) for message in request.chat.messages]
-    return [Turn("user", request.prompt)]
+        messages = request.chat.messages
+        newest_first = (messages[place] for place in range(len(messages) - 1, -1, -1))
+        return window(Turn(message.role, message.content) for message in newest_first)
+    return window([Turn("user", request.prompt)])
 
 
 def text_of(request: pb.GenerateRequest) -> str:
     """Return the text that a draft answers: the raw prompt, or the user's last message."""
     if request.HasField("chat"):
         messages = request.chat.messages
-        for turn in reversed(messages):
-            if turn.role == "user":
-                return turn.content
+        for place in range(len(messages) - 1, -1, -1):
+            if messages[place].role == "user":
+                return messages[place].content
         return messages[-1].content
     return request.prompt
 
 
-def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest:
-    """Return what the routing decisions read of a request."""
+def routing_request(request: pb.GenerateRequest, score: Score, arm: str = "") -> RoutingRequest:
+    """Return what the routing decisions read of a request; *arm* is the one that scored it."""
     hints = request.routing
     return RoutingRequest(
         score=score.value,
         scored=score is not UNSCORED,
         continues=score.continues,
+        carried=score.carried,
         estimates=score.estimates,
         # It is computed in full each time: 0.3 ms for 200 kB.
         prompt_bytes=request.ByteSize() if score.estimates else 0,
@@ -371,6 +377,7 @@ def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest
         max_tokens=request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None,
         cascade=hints.cascade if hints.HasField("cascade") else None,
         resumes=bool(request.resume.token_ids),
+        arm=arm,
     )
 
 

@@ -51,14 +51,18 @@ class Weighing:
         self._budget = Budget(per_day, clock()) if per_day is not None else None
         self._siblings.on_tell(_SPENT, self._add)
 
+    def estimated(self, request: RoutingRequest) -> bool:
+        """Whether the scorer has estimated the answers of all tiers."""
+        return all(tier in request.estimates for tier in self._usages)
+
     def weigh(self, request: RoutingRequest, reached: str) -> Weighed | None:
         """Return what is expected of each tier's answer; None if the scorer has not estimated all of them.
 
         reached   the tier that answered the previous turn of the conversation; empty: none
         """
-        estimates = request.estimates
-        if not all(tier in estimates for tier in self._usages):
+        if not self.estimated(request):
             return None
+        estimates = request.estimates
         costs = (
             usage.cost(
                 self._prices[tier],

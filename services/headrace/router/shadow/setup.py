@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from headrace.router.changes.answered import Watchers
+from headrace.router.changes.scorer_files import ScorerFiles
+from headrace.router.costs.weighing import Weighing
 from headrace.router.settings import Settings
 from headrace.router.shadow.bounds import Bounds
 from headrace.router.shadow.judge import judge_named
@@ -14,21 +16,19 @@ from headrace.router.state.feedback import Feedback
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers
 from headrace.routing.drafts.check import DraftChecker
-from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import Scorer, fingerprint
 
 
 def create_shadow(
     settings: Settings,
     tiers: Tiers,
-    scores: Scorer,
     checker: DraftChecker,
     feedback: Feedback,
     watchers: Watchers,
+    weighing: Weighing | None = None,
 ) -> Shadow | None:
     """Create the shadow and add it to *watchers*; None if no other choice is configured.
 
-    scores   the scorer in use
+    weighing   of expected quality and cost; None: tiers are chosen by score
 
     Raises BadArtifact and BadCalibration.
     """
@@ -37,7 +37,7 @@ def create_shadow(
     own = OwnRequests(tiers, settings.tier_prices(), seconds=settings.default_deadline)
     shadow = Shadow(
         tiers,
-        _choice(settings, tiers, scores),
+        _choice(settings, tiers, weighing),
         own,
         Bounds(
             per_minute=settings.shadow_per_minute / settings.processes,
@@ -53,16 +53,18 @@ def create_shadow(
     return shadow
 
 
-def _choice(settings: Settings, tiers: Tiers, scores: Scorer) -> Choice:
+def _choice(settings: Settings, tiers: Tiers, weighing: Weighing | None) -> Choice:
     if settings.shadow_tier:
         return FixedTier(settings.shadow_tier)
-    candidate = None if settings.shadow_scorer is None else scorer.load(settings.shadow_scorer)
-    shares = settings.tier_shares()
-    thresholds = Thresholds(
-        [tier.name for tier in tiers.tiers],
-        settings.tier_thresholds(),
-        path=settings.shadow_calibration,
-        scorer=fingerprint(scores if candidate is None else candidate),
-        shares=shares,
+    names, shares = [tier.name for tier in tiers.tiers], settings.tier_shares()
+    files = ScorerFiles(
+        settings.shadow_scorer or settings.scorer,
+        settings.shadow_calibration,
+        tiers=names,
+        shares=bool(shares),
+        objective=settings.objective,
     )
-    return Candidate(candidate, thresholds, adapted=bool(shares))
+    thresholds = Thresholds(settings.tier_thresholds(), shares=shares)
+    thresholds.use(files.loaded.calibration)
+    candidate = None if settings.shadow_scorer is None else files.loaded.scorer
+    return Candidate(candidate, thresholds, adapted=bool(shares), weighing=weighing)

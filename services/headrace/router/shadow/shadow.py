@@ -15,12 +15,14 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Protocol, Self
 
 from headrace import errors
 from headrace.metrics import changes
 from headrace.metrics.requests import CANCELLED, End
 from headrace.router.changes.answered import Answered, Rating, Watchers
+from headrace.router.costs.weighing import Weighing
 from headrace.router.optional import optional
 from headrace.router.shadow.bounds import Bounds
 from headrace.router.shadow.judge import Judge
@@ -29,7 +31,7 @@ from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers
-from headrace.routing.changes.candidates import allowed, would_choose
+from headrace.routing.changes.candidates import allowed, floor_of, would_choose
 from headrace.routing.changes.judging import UNJUDGED, Pair, Verdict
 from headrace.routing.request import RoutingRequest
 from headrace.routing.scoring.score import Scorer
@@ -64,10 +66,19 @@ class Candidate:
     scorer      None: the score of the request is used
     thresholds  in its place; if they are adapted to shares, they are so for the candidate's own scores
     adapted     whether they are
+    weighing    of the expected quality and cost, if the scorer estimates them; None: it chooses by score
     """
 
-    def __init__(self, scorer: Scorer | None, thresholds: Thresholds, *, adapted: bool) -> None:
+    def __init__(
+        self,
+        scorer: Scorer | None,
+        thresholds: Thresholds,
+        *,
+        adapted: bool,
+        weighing: Weighing | None = None,
+    ) -> None:
         self._scorer = scorer
+        self._weighing = weighing
         self._thresholds = thresholds
         self._adapted = adapted
 
@@ -77,12 +88,17 @@ class Candidate:
         counts = self._adapted and facts.counts
         if decision is None or not (drawn or counts):
             return ""
-        score = facts.score if self._scorer is None else self._scorer.score_turns(answered.turns).value
+        if self._scorer is not None:
+            made = self._scorer.score_turns(answered.turns)
+            facts = replace(facts, score=made.value, continues=made.continues, estimates=made.estimates)
         thresholds = self._thresholds.now()
         if counts:
-            place = max(place for place, lowest in enumerate(thresholds) if not place or score >= lowest)
-            self._thresholds.record(score, place)
-        return would_choose(decision, score, facts.hints, thresholds)
+            place = max(
+                place for place, lowest in enumerate(thresholds) if not place or facts.score >= lowest
+            )
+            self._thresholds.record(facts.score, place)
+        weighed = None if self._weighing is None else self._weighing.weigh(facts, floor_of(decision))
+        return would_choose(decision, facts.score, facts.hints, thresholds, weighed)
 
 
 class Shadow:

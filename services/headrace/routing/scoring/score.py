@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from headrace.routing.scoring.conversation import Earlier, Turn
+from headrace.routing.scoring.conversation import Carried, Earlier, Turn
 from headrace.routing.success.estimate import Estimate
 
 Objective = Literal["correctness", "both", "preference"]  # what a larger tier shall gain
@@ -38,6 +38,7 @@ class Score:
     names, values, log_odds   of each feature, as in `Feature`; `features` has those that are present
     continues   how much the last turn depends on earlier ones, from 0 (not at all) to 1 ("yes, go on")
     estimates   by tier; empty unless the scorer was fitted to outcomes of tiers
+    carried     what the next turn inherits; None: nothing changes, as after "thanks"
     """
 
     value: float
@@ -47,6 +48,7 @@ class Score:
     log_odds: tuple[float, ...] = ()
     continues: float = 0.0
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    carried: Carried | None = None
 
     @property
     def features(self) -> tuple[Feature, ...]:

@@ -21,6 +21,7 @@ from headrace.routing.artifact import BadArtifact
 from headrace.routing.scoring import normal, prompt_features
 from headrace.routing.scoring.conversation import Earlier, Turn
 from headrace.routing.scoring.score import Objective, Score, sigmoid
+from headrace.routing.scoring.turns import reading
 from headrace.routing.success import heads
 from headrace.routing.success.heads import Heads
 
@@ -45,9 +46,9 @@ class Model:
     steepness    log-odds of the score per unit of gain
     centre       the gain at which the score is 0.5
     made         how the model was made, for people
+    tiers        the chance of success of each tier; None unless it was fitted to outcomes of tiers
     preferred, preferred_bias   like heads and head_bias, with the gain in people's preference instead of
                                 right answers; None if the model has one objective
-    tiers        the chance of success of each tier; None unless it was fitted to outcomes of tiers
     """
 
     kinds: tuple[str, ...]
@@ -58,6 +59,7 @@ class Model:
     steepness: float
     centre: float
     made: str = ""
+    tiers: Heads | None = None
     preferred: Array | None = None
     preferred_bias: Array | None = None
 
@@ -73,8 +75,6 @@ class Model:
             preferred=None,
             preferred_bias=None,
         )
-
-    tiers: Heads | None = None
 
     def kinds_of(self, features: Array) -> Array:
         """Return the probability of each kind, [..., K], for *features* [..., F]."""
@@ -117,8 +117,7 @@ class LearnedScorer:
 
     def score_turns(self, turns: Sequence[Turn], earlier: Earlier | None = None) -> Score:
         """See `Scorer.score_turns`."""
-        users = [turn for turn in turns if turn.role == "user"]
-        return self.score((users or turns)[-1].text)
+        return reading.score_turns(self.score, turns, earlier)
 
 
 def read(text: str) -> Array:
@@ -201,11 +200,11 @@ def _parse(text: str) -> Model:
         steepness=float(content["steepness"]),
         centre=float(content["centre"]),
         made=str(content["made"]),
-        preferred=stacked("preferred_head") if both else None,
-        preferred_bias=stacked("preferred_bias") if both else None,
         tiers=None
         if tiers is None
         else heads.parse(tiers, features=len(prompt_features.NAMES), kinds=len(kinds)),
+        preferred=stacked("preferred_head") if both else None,
+        preferred_bias=stacked("preferred_bias") if both else None,
     )
     shape = (len(kinds), len(prompt_features.NAMES))
     rest = np.array([model.steepness, model.centre])
