@@ -84,7 +84,7 @@ def score_turns(score: ScoreText, turns: Sequence[Turn], earlier: Earlier | None
         state.log_odds += log_odds
     carried = Carried(sigmoid(state.log_odds), last.words, state.estimates)
     continues = last.reply.continues if inherited is not None else 0.0
-    return replace(_explained(own, shares, continues, carried), estimates=state.estimates)
+    return _explained(own, shares, continues, carried)
 
 
 def _in_roles(turns: list[Turn]) -> list[Turn]:
@@ -222,8 +222,9 @@ def _explained(
     own: Score, shares: Sequence[tuple[str, float, float]], continues: float, carried: Carried | None
 ) -> Score:
     """Return the score of a turn with what its conversation adds."""
+    estimates = own.estimates if carried is None else carried.estimates
     if not shares:
-        return replace(own, continues=continues, carried=carried)
+        return replace(own, continues=continues, carried=carried, estimates=estimates)
     log_odds = (*own.log_odds, *(share[2] for share in shares))
     return replace(
         own,
@@ -233,6 +234,7 @@ def _explained(
         log_odds=log_odds,
         continues=continues,
         carried=carried,
+        estimates=estimates,
     )
 
 
