@@ -199,7 +199,7 @@ def main() -> None:
     for share in (0.0, 0.05, 0.2):
         print(f"\nexplored: {share:.0%}")
         print(f"{'candidate':48} {'measure':8} {'truth':>8} {'estimate':>9} {'error':>7} {'IPS':>7} ", end="")
-        print(f"{'SNIPS':>7} {'width':>7} {'covered':>8} {'can tell':>9}")
+        print(f"{'SNIPS':>7} {'+-':>7} {'covered':>8} {'can tell':>9}")
         logs = [traffic(prompts, given.requests, share, seed) for seed in range(given.runs)]
         for one in every:
             replayed = [replaying.replay(run.log, one.candidate) for run in logs]

@@ -66,6 +66,7 @@ async def test_a_log_without_exploration_cannot_tell(tmp_path: Path) -> None:
 
     assert status == 0
     assert "quality: the log cannot tell" in printed
+    assert "cannot tell │   " in printed, "and no figure that it does not support"
     assert "--explore or --shadow-tier" in printed
 
 

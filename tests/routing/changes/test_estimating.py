@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headrace.routing.changes.estimating import MIN_EVIDENCE, Array, Places, Sample, compare
 
@@ -50,6 +52,43 @@ def test_the_intervals_hold_the_truth_about_as_often_as_they_say(rated: tuple[fl
 
     assert missed <= 20
     assert abs(np.mean(errors)) < 4 * np.std(errors) / np.sqrt(len(errors)), "it has no bias"
+
+
+@st.composite
+def complete_samples(draw: st.DrawFn) -> tuple[Sample, float]:
+    """Draw requests that each occur ten times, sent to each of three tiers as often as its chance says.
+
+    With them comes the true mean result of the candidate.
+    """
+    requests = draw(st.integers(2, 12))
+    tenths = [draw(st.permutations(draw(st.sampled_from(_TENTHS)))) for _ in range(requests)]
+    result = np.array(draw(st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=requests, max_size=requests)))
+    wanted = [draw(st.sampled_from([tier for tier in range(3) if own[tier]])) for own in tenths]
+    request = np.repeat(np.arange(requests), 10)
+    choice = np.array([tier for own in tenths for tier in range(3) for _ in range(own[tier])])
+    every = np.arange(len(request))
+    results = np.full((len(request), 3), np.nan)
+    results[every, choice] = result[request, choice]
+    features = np.arange(requests, dtype=float)[request][:, None]
+    chances = np.array(tenths)[request] / 10
+    sample = Sample(features, chances, choice, np.array(wanted)[request], results, request)
+    return sample, float(result[np.arange(requests), wanted].mean())
+
+
+_TENTHS = [(10, 0, 0), (9, 1, 0), (8, 1, 1), (5, 4, 1), (4, 3, 3)]
+
+
+@given(drawn=complete_samples())
+def test_estimates_are_exact_if_each_choice_is_as_frequent_as_its_chance(drawn: tuple[Sample, float]) -> None:
+    """Whatever the model predicts, and for any number of tiers: the weights undo the choices."""
+    sample, truth = drawn
+    found = compare(sample, bounded=True)
+
+    assert found.ips.value == pytest.approx(truth)
+    assert found.snips.value == pytest.approx(truth)
+    assert found.dr.value == pytest.approx(truth)
+    assert found.difference.value == pytest.approx(truth - found.logged.value)
+    assert found.unsupported == 0
 
 
 def test_with_every_tier_equally_probable_the_weighted_estimates_are_exact_means() -> None:

@@ -35,8 +35,6 @@ _MEASURES: dict[str, tuple[Callable[[Logged, str], float | None], bool, bool]] =
     "seconds": (replaying.seconds, False, False),
 }
 
-_SCALES = {"cost": 1000.0}  # of what is shown
-
 
 def read_log(paths: Sequence[str], last: int) -> list[Logged]:
     """Return the last requests of decision logs, oldest first, with their ratings.
@@ -211,19 +209,28 @@ def _table(compared: dict[str, Comparison]) -> Table:
         title_justify="left",
     )
     for name, one in compared.items():
-        scale = _SCALES.get(name, 1.0)
-        low, high = _number(scale * one.dr.low), _number(scale * one.dr.high)
-        table.add_row(
-            name,
-            str(one.known),
-            _number(scale * one.logged.value),
-            f"{_number(scale * one.dr.value)} [{low}, {high}]",
-            _shown(name, one.difference),
-            _number(scale * one.ips.value),
-            _number(scale * one.snips.value),
-            f"{one.effective_rows:.0f}",
-        )
+        table.add_row(name, str(one.known), _number(_scale(name) * one.logged.value), *_estimates(name, one))
     return table
+
+
+def _estimates(name: str, one: Comparison) -> tuple[str, ...]:
+    """Return the cells of the candidate; without figures that the log does not support."""
+    if one.problem:
+        return ("cannot tell", "", "", "", "")
+    scale = _scale(name)
+    low, high = _number(scale * one.dr.low), _number(scale * one.dr.high)
+    return (
+        f"{_number(scale * one.dr.value)} [{low}, {high}]",
+        _shown(name, one.difference),
+        _number(scale * one.ips.value),
+        _number(scale * one.snips.value),
+        f"{one.effective_rows:.0f}",
+    )
+
+
+def _scale(name: str) -> float:
+    """Return the number of requests that a figure is shown for: the cost of one is small."""
+    return 1000.0 if name == "cost" else 1.0
 
 
 def _verdict(name: str, one: Comparison) -> str:
@@ -240,7 +247,7 @@ def _verdict(name: str, one: Comparison) -> str:
 
 
 def _shown(name: str, interval: Interval, *, value: bool = True) -> str:
-    scale = _SCALES.get(name, 1.0)
+    scale = _scale(name)
     both = f"[{_signed(scale * interval.low)}, {_signed(scale * interval.high)}]"
     return f"{_signed(scale * interval.value)} {both}" if value else both
 

@@ -202,7 +202,8 @@ def _interval(values: Array, clusters: Places, doubt: float = 0.0, wider: float 
         return Interval(mean, -math.inf, math.inf)
     variance = (total * count / (count - 1) + doubt) / len(values) ** 2
     # A normal distribution's fourth moment is three times the square of its variance.
-    freedom = min(3 * total**2 / float((squares**2).sum()), count - 1) if total else count - 1
+    fourth = float((squares**2).sum())
+    freedom = min(3 * total**2 / fourth, count - 1) if fourth else count - 1
     half = _quantile(freedom) * math.sqrt(variance) + wider
     return Interval(mean, mean - half, mean + half)
 
@@ -259,5 +260,5 @@ def _predictions(sample: Sample, *, bounded: bool) -> Array:
 def _design(features: Array, tier: Places, tiers: int) -> Array:
     """Return [rows, columns]: 1, the tier, the features, and the features of each tier."""
     one_hot = np.eye(tiers)[tier]
-    crossed = (one_hot[:, :, None] * features[:, None, :]).reshape(len(features), -1)
+    crossed = (one_hot[:, :, None] * features[:, None, :]).reshape(len(features), tiers * features.shape[1])
     return np.hstack([np.ones((len(features), 1)), one_hot, features, crossed])
