@@ -17,7 +17,12 @@ from headrace.retries import RetryBudget
 from headrace.runtime.serving.server import serving
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2
+from headrace.v1 import routing_service_pb2 as routing
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
+from headrace.v1.routing_service_pb2_grpc import (
+    RoutingServiceServicer,
+    add_RoutingServiceServicer_to_server,
+)
 from tests.harness import PATIENCE, collect, eventually
 from tests.multiplexed import MultiplexedServicer
 
@@ -55,6 +60,8 @@ async def calling(
 ) -> AsyncGenerator[Client, None]:
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
+        if isinstance(servicer, RoutingServiceServicer):
+            add_RoutingServiceServicer_to_server(servicer, server)
 
     services = generation_service_pb2.DESCRIPTOR.services_by_name.values()
     async with (
@@ -160,6 +167,44 @@ async def test_an_answer_whose_stream_broke_is_resumed_without_a_visible_event()
     first, *later = servicer.requests
     assert (first.routing.tier, first.routing.model) == ("", "")
     assert {(request.routing.tier, request.routing.model) for request in later} == {("t", "echo")}
+
+
+class RecitingRouter(Reciter, RoutingServiceServicer):
+    """A reciter whose streams have an answer id each, and which receives feedback."""
+
+    def __init__(self, *breaks: int) -> None:
+        super().__init__(*breaks)
+        self.rated: list[str] = []
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        name = f"answer {len(self.requests)}"
+        async for response in super().Generate(request, context):
+            if response.HasField("accepted"):
+                response.accepted.answer_id = name
+            yield response
+
+    async def Explain(self, request: object, context: object) -> routing.ExplainResponse:
+        raise NotImplementedError
+
+    async def ListTiers(self, request: object, context: object) -> routing.ListTiersResponse:
+        raise NotImplementedError
+
+    async def Feedback(self, request: routing.FeedbackRequest, context: object) -> routing.FeedbackResponse:
+        self.rated.append(request.answer_id)
+        return routing.FeedbackResponse()
+
+
+async def test_a_resumed_answer_is_rated_by_the_id_that_its_caller_has() -> None:
+    """The server that resumed it has given it an id of its own."""
+    servicer = RecitingRouter(3, 2)
+    async with calling(servicer) as client:
+        resumed = await collect(client, pb.GenerateRequest(prompt="a long way to go"))
+        whole = await collect(client, pb.GenerateRequest(prompt="short"))
+        for answer in (resumed, whole):
+            await client.feedback(answer_id=answer.accepted.answer_id, ok=True)
+
+    assert [resumed.accepted.answer_id, whole.accepted.answer_id] == ["answer 0", "answer 3"]
+    assert servicer.rated == ["answer 2", "answer 3"]
 
 
 async def test_a_stream_that_ends_without_finish_is_resumed_whatever_its_status() -> None:

@@ -215,7 +215,7 @@ def test_a_message_quotes_little_of_a_long_text(request_: pb.GenerateRequest) ->
 
 
 def test_feedback_of_long_names_is_refused_by_its_field() -> None:
-    for field in ("request_id", "tier"):
+    for field in ("request_id", "answer_id", "tier"):
         request = routing.FeedbackRequest(ok=True)
         setattr(request, field, LONG)
         with pytest.raises(errors.InvalidRequest) as caught:
@@ -224,4 +224,6 @@ def test_feedback_of_long_names_is_refused_by_its_field() -> None:
         assert len(caught.value.message) < 400
     with pytest.raises(errors.InvalidRequest):
         check_feedback(routing.FeedbackRequest(request_id="r"))
+    with pytest.raises(errors.InvalidRequest, match="names no answer"):
+        check_feedback(routing.FeedbackRequest(ok=True))
     check_feedback(routing.FeedbackRequest(request_id="r" * 128, tier="t", quality=0.5))

@@ -42,11 +42,11 @@ def held_out(data: Mapping[str, Family], name: str) -> tuple[str, Array]:
     """Return how *name* was held out, and the gains [rows] that a model fitted without it expects."""
     family = data[name]
     if name != "mmlu":
-        return "unseen", fit(data, without=[name]).gains(family.features)
+        return "unseen", fit(data, without=[name]).aimed().gains(family.features)
     expected = np.zeros(len(family.weak))
     for part in folds(len(family.weak), _PARTS, seed=0):
         rest = np.setdiff1d(np.arange(len(family.weak)), part)
-        expected[part] = fit({**data, name: family.only(rest)}).gains(family.features[part])
+        expected[part] = fit({**data, name: family.only(rest)}).aimed().gains(family.features[part])
     return "folds", expected
 
 
@@ -57,7 +57,7 @@ def by_subject(data: Mapping[str, Family], name: str) -> Array:
     expected = np.zeros(len(groups))
     for part in folds(len(set(family.groups)), _PARTS, seed=0):
         left = np.isin(groups, np.array(sorted(set(family.groups)))[part])
-        model = fit({**data, name: family.only(np.flatnonzero(~left))})
+        model = fit({**data, name: family.only(np.flatnonzero(~left))}).aimed()
         expected[left] = model.gains(family.features[left])
     return expected
 
@@ -129,12 +129,12 @@ def main() -> None:
         _beside(name, family, arguments.litellm)
     mixture, scores = _mixed(data, expected)
     _told("mixture", "ours, mmlu in folds", scores, mixture)
-    without = fit(data, without=["mmlu"]).gains(data["mmlu"].features)
+    without = fit(data, without=["mmlu"]).aimed().gains(data["mmlu"].features)
     _told("mixture", "ours, unseen", _mixed(data, {**expected, "mmlu": without})[1], mixture)
     _beside("mixture", mixture, arguments.litellm)
     print(f"\n| family | APGR unseen | after {_LABELLED} labels |\n|---|---|---|")
     for name in ("mmlu", "rb_arc", "nine/gsm8k", "nine/math", "nine/race", "seven/gsm8k-train", "flask"):
-        before, after = after_labels(fit(data, without=[name]), data[name], range(10))
+        before, after = after_labels(fit(data, without=[name]).aimed(), data[name], range(10))
         print(f"| {name} | {before:.3f} | {after:.3f} |", flush=True)
     prompts = [prompt for name in names for prompt in data[name].prompts[:300]]
     middle, late = latency(prompts)

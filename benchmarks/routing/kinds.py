@@ -16,7 +16,15 @@ gate is fitted to them.
 
 from __future__ import annotations
 
-KINDS = ("choices", "word_problem", "mathematics", "code", "reasoning", "fact", "passage", "open", "unclear")
+import json
+from pathlib import Path
+
+FILE = Path(__file__).with_name("requests.jsonl")
+
+KINDS = (
+    *("choices", "word_problem", "mathematics", "code", "reasoning", "fact", "passage"),
+    *("open", "chore", "talk", "unclear"),
+)
 
 # The typical gain of each kind.
 TYPICAL = {
@@ -28,8 +36,15 @@ TYPICAL = {
     "fact": 0.07,
     "passage": 0.14,
     "open": 0.20,
-    "unclear": 0.17,  # the middle of the traffic
+    "chore": 0.10,
+    "talk": 0.0,
+    "unclear": 0.20,  # the middle of the traffic
 }
+
+# The same where people compare two answers and neither is wrong. There the stronger of two models is
+# preferred about three times in four, so the gain is 0.5. The level of open requests is higher, because the
+# gate is unsure: it gives one of an unseen author that kind with about half of the probability.
+PREFERRED = {"open": 0.85, "chore": 0.16}
 
 # Gain per feature at full strength where the language is not known: length and structure are left.
 UNCLEAR = {"length": 0.1, "numbers": 0.04, "latex": 0.06, "symbols": 0.04, "syntax": 0.06}
@@ -74,6 +89,13 @@ OPEN = {
     "you": -0.01,
 }
 
+# The same where people compare two answers: what the request is about hardly matters.
+OPEN_PREFERRED = {"length": 0.12}
+
+# Chores are short tasks on a text that the request contains (translate, correct, shorten) and one-line texts.
+CHORE = {"length": 0.1, "programming": 0.1, "mathematics": 0.05}
+TALK = {"length": 0.1}
+
 # Gain per feature at full strength within plain questions, in addition to length.
 
 ASKS_MORE = {"reasoning": 0.08, "comparison": 0.08, "conditions": 0.03, "programming": 0.1}
@@ -110,10 +132,6 @@ _TEMPLATES = (
     "What is known about {}, and which questions are still open?",
     "What is the difference between {} and what people usually think of it?",
 )
-_SMALL_TALK = (
-    "Hello!", "Hi, how are you today?", "Thanks a lot, that helped.", "Good morning", "What can you do?",
-    "Tell me a joke.", "Who are you?", "Nice to meet you!", "ok thanks", "Happy birthday!", "What's up?",
-)  # fmt: skip
 
 
 _NAMES = (
@@ -187,9 +205,15 @@ def puzzles() -> list[str]:
 
 def open_prompts() -> list[str]:
     """Return open-ended prompts, every template with several topics."""
-    made = [
+    return [
         template.format(_TOPICS[(place * 7 + step * 5) % len(_TOPICS)])
         for place, template in enumerate(_TEMPLATES)
         for step in range(12)
     ]
-    return made + list(_SMALL_TALK) * 2
+
+
+def requests(kind: str) -> list[str]:
+    """Return the hand-written requests of a kind: "open", "chore", "talk" or "fact"."""
+    lines = FILE.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row["prompt"] for row in rows if row["kind"] == kind]

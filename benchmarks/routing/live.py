@@ -1,12 +1,17 @@
 """Send questions to real models through a real mesh, under several routing policies, and check the answers.
 
-    python -m benchmarks.routing.live            # about twenty minutes on two cores
-    python -m benchmarks.routing.live --plot     # draw the figure again from the results
+    python -m benchmarks.routing.live              # about twenty minutes on two cores
+    python -m benchmarks.routing.live --dialogues  # conversations instead of single questions
+    python -m benchmarks.routing.live --plot       # draw the figure again from the results
 
 The same questions are sent through router, batchers and workers, greedily, under each policy: one tier for
 all, a random choice, the score at several shares of large calls, and the score with drafts that are checked
 before release, with and without a sample to compare them with. Thresholds are in a calibration file that
 the router reads while it runs.
+
+Conversations are played: each turn of the user is sent with all turns and answers before it, each turn is
+routed by itself, and the last answer is checked. They are also routed by the score of the last turn's text
+alone, which does not see what the turn refers to.
 
 Cost is from the router's bills, with prices proportional to the models' parameters. Time is for all
 questions, with several in parallel; other load on the machine is included.
@@ -22,11 +27,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.routing.questions import Question, load
+from benchmarks.routing.questions import DIALOGUES, Question, load
 from headrace.cli.launch.mesh import MeshSpec, mesh
 from headrace.client import Client, chat, connect
 from headrace.models import cache_folder
@@ -35,11 +40,9 @@ from headrace.routing.calibration import ScoredPrompt
 from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.scoring.score import fingerprint
 from headrace.routing.scoring.scorer import load as load_scorer
-from headrace.v1 import generation_pb2 as pb
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "live.json"
-FIGURE = HERE / "results" / "live.png"
+RESULTS = HERE / "results"
 TIERS = ("small", "large")
 # Parameters in billions: the cost of a token is assumed to be proportional to the size of its model.
 PRICES = {"small": 0.135, "large": 0.494}
@@ -53,7 +56,7 @@ class Policy:
     """One way to route.
 
     share     of questions that the score (or chance) sends directly to the large tier
-    pin       "small", "large", "random" or "" for the score
+    pin       "small", "large", "random", "last turn" for the score of that text alone, or "" for the score
     cascade   whether drafts of the small tier are checked
     samples   whether a sample is drawn for each of them
     release   the lowest P(good) at which a draft is released
@@ -79,12 +82,20 @@ POLICIES = (
     ),
 )
 
+ON_DIALOGUES = (
+    Policy("always small", pin="small"),
+    Policy("always large", share=1.0, pin="large"),
+    Policy("random", share=0.5, pin="random"),
+    *(Policy("score of the last turn", share=share, pin="last turn") for share in (0.25, 0.5)),
+    *(Policy("score", share=share) for share in (0.25, 0.5)),
+)
+
 
 @dataclass(frozen=True)
 class Result:
     """The results of all questions under one policy.
 
-    large_share   share of questions that the large tier answered
+    large_share   share of answers that the large tier gave
     tokens        generated, wasted tokens included
     cost          of all questions, in the unit of the prices
     """
@@ -101,58 +112,87 @@ class Result:
     by_family: dict[str, float]
 
 
-async def ask(
-    client: Client, question: Question, policy: Policy, pin: str
-) -> tuple[str, pb.Accepted, pb.Finish]:
-    """Return one complete answer."""
-    request = chat(question.prompt, temperature=0, max_tokens=MAX_TOKENS)
-    request.routing.tier = pin
-    request.routing.cascade = policy.cascade
-    text, accepted, finish = "", pb.Accepted(), pb.Finish()
-    async with aclosing(client.generate(request, timeout=600)) as stream:
-        async for response in stream:
-            if response.HasField("accepted"):
-                accepted = response.accepted
-            text += response.delta.text
-            if response.HasField("finish"):
-                finish = response.finish
-    return text, accepted, finish
+@dataclass
+class Reply:
+    """The answers to all turns of one question.
+
+    text     of the last answer
+    tiers    that answered, by turn
+    scores   of the turns
+    """
+
+    text: str = ""
+    tiers: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    tokens: int = 0
+    wasted: int = 0
+    cost: float = 0.0
+
+
+async def ask(client: Client, question: Question, policy: Policy, pins: Sequence[str]) -> Reply:
+    """Send every turn of *question*, each to the tier of *pins*; with an empty pin, the router chooses."""
+    reply, said = Reply(), list[tuple[str, str]]()
+    for turn, pin in zip(question.turns, pins, strict=True):
+        said.append(("user", turn))
+        request = chat(said, temperature=0, max_tokens=MAX_TOKENS)
+        request.routing.tier = pin
+        request.routing.cascade = policy.cascade
+        reply.text = ""
+        async with aclosing(client.generate(request, timeout=600)) as stream:
+            async for response in stream:
+                if response.HasField("accepted"):
+                    reply.tiers.append(response.accepted.tier)
+                    reply.scores.append(response.accepted.score)
+                reply.text += response.delta.text
+                if response.HasField("finish"):
+                    reply.tokens += response.finish.usage.completion_tokens
+                    reply.wasted += sum(charge.wasted_tokens for charge in response.finish.bill.charges)
+                    reply.cost += response.finish.bill.cost
+        said.append(("assistant", reply.text))
+    return reply
+
+
+def pins_of(policy: Policy, questions: Sequence[Question]) -> list[list[str]]:
+    """Return the tier of each turn of each question; empty where the router chooses."""
+    turns = sum(len(question.turns) for question in questions)
+    flat = [policy.pin] * turns
+    if policy.pin == "random":
+        up = round(policy.share * turns)
+        flat = ["large"] * up + ["small"] * (turns - up)
+        random.Random(7).shuffle(flat)
+    elif policy.pin == "last turn":
+        scorer = load_scorer()
+        scores = [scorer.score(turn).value for question in questions for turn in question.turns]
+        point = calibration.for_shares([ScoredPrompt(score) for score in scores], [1, 2], [policy.share])
+        flat = [TIERS[score >= point.thresholds[-1]] for score in scores]
+    each = iter(flat)
+    return [[next(each) for _ in question.turns] for question in questions]
 
 
 async def run(
     client: Client, policy: Policy, questions: Sequence[Question]
 ) -> tuple[Result, list[dict[str, Any]]]:
-    """Send all questions under one policy; return the figures, and a row per answer."""
-    pins = [policy.pin] * len(questions)
-    if policy.pin == "random":
-        up = round(policy.share * len(questions))
-        pins = ["large"] * up + ["small"] * (len(questions) - up)
-        random.Random(7).shuffle(pins)
+    """Send all questions under one policy; return the figures, and a row per question."""
     began = time.monotonic()
     places = asyncio.Semaphore(SIDE_BY_SIDE)
 
-    async def one(question: Question, pin: str) -> dict[str, Any]:
+    async def one(question: Question, pins: Sequence[str]) -> dict[str, Any]:
         async with places:
-            text, accepted, finish = await ask(client, question, policy, pin)
-        return {
-            "id": question.id,
-            "family": question.family,
-            "tier": accepted.tier,
-            "text": text,
-            "right": question.right(text),
-            "tokens": finish.usage.completion_tokens,
-            "wasted": sum(charge.wasted_tokens for charge in finish.bill.charges),
-            "cost": finish.bill.cost,
-        }
+            reply = await ask(client, question, policy, pins)
+        right = await asyncio.to_thread(question.right, reply.text)
+        return {"id": question.id, "family": question.family, "right": right, **asdict(reply)}
 
-    rows = await asyncio.gather(*(one(question, pin) for question, pin in zip(questions, pins, strict=True)))
+    pins = pins_of(policy, questions)
+    rows = await asyncio.gather(
+        *(one(question, each) for question, each in zip(questions, pins, strict=True))
+    )
     families = sorted({row["family"] for row in rows})
     result = Result(
         policy=policy.name,
         share=policy.share,
         release=policy.release,
         accuracy=_mean([row["right"] for row in rows]),
-        large_share=_mean([row["tier"] == TIERS[-1] for row in rows]),
+        large_share=_mean([tier == TIERS[-1] for row in rows for tier in row["tiers"]]),
         tokens=sum(row["tokens"] + row["wasted"] for row in rows),
         wasted_tokens=sum(row["wasted"] for row in rows),
         seconds=round(time.monotonic() - began, 1),
@@ -182,7 +222,8 @@ async def measure(
 ) -> list[Result]:
     """Start the mesh and run *policies*; every answer is written to *log* immediately.
 
-    The draft check is configured per router, so policies that differ in it get separate meshes.
+    The draft check is configured per router, so policies that differ in it get separate meshes. The scores
+    of later turns depend on earlier answers: shares are of the scores that turns had under "always large".
     """
     scorer = load_scorer()
     rows = [ScoredPrompt(scorer.score(question.prompt).value) for question in questions]
@@ -218,6 +259,8 @@ async def measure(
                     if not policy.pin:
                         await calibrate(client, path, rows, policy.share)
                     result, said = await run(client, policy, questions)
+                    if policy.pin == TIERS[-1]:
+                        rows = [ScoredPrompt(score) for row in said for score in row["scores"]]
                     results.append(result)
                     answers[f"{policy.name} {policy.share:g} {policy.release:g}"] = said
                     _write(log, answers)
@@ -230,7 +273,7 @@ def _write(path: Path | None, content: object) -> None:
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(results: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Plot accuracy against cost, relative to calling the large tier always."""
 
     import matplotlib
@@ -242,7 +285,8 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     whole = next(r["cost"] for r in results if r["policy"] == "always large")
     marks = {
         **{"always small": "s", "always large": "D", "random": "x"},
-        **{"score": "o", "score + check": "^", "score + check + agreement": "v"},
+        **{"score": "o", "score of the last turn": "P"},
+        **{"score + check": "^", "score + check + agreement": "v"},
     }
     for name, mark in marks.items():
         if not any(r["policy"] == name for r in results):
@@ -265,7 +309,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     )
     axes.set_xlabel("cost (1 = always large)")
     axes.set_ylabel("answers that were right, %")
-    axes.set_title("144 questions, SmolLM2-135M and Qwen2.5-Coder-0.5B", fontsize=10)
+    axes.set_title(f"{title}, SmolLM2-135M and Qwen2.5-Coder-0.5B", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
@@ -292,28 +336,33 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plot", action="store_true", help="only draw the figure again")
+    parser.add_argument("--dialogues", action="store_true", help="conversations instead of single questions")
     parser.add_argument("--limit", type=int, default=0, help="only so many questions; writes nothing")
     parser.add_argument(
         "--only", default="", help="run only policies of this name, and keep the other results as they are"
     )
     parser.add_argument("--answers", type=Path, help="write every answer to this file, as JSON")
     arguments = parser.parse_args()
+    questions = load(DIALOGUES) if arguments.dialogues else load()
+    name = "dialogues" if arguments.dialogues else "live"
+    results_file, figure = RESULTS / f"{name}.json", RESULTS / f"{name}.png"
+    title = f"{len(questions)} {'conversations' if arguments.dialogues else 'questions'}"
     if not arguments.plot:
-        questions = load()
         if arguments.limit:
             questions = questions[:: max(len(questions) // arguments.limit, 1)]
-        policies = [policy for policy in POLICIES if arguments.only in ("", policy.name)]
+        known = ON_DIALOGUES if arguments.dialogues else POLICIES
+        policies = [policy for policy in known if arguments.only in ("", policy.name)]
         results = [asdict(result) for result in asyncio.run(measure(questions, policies, arguments.answers))]
         if arguments.limit:
             return
-        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.mkdir(exist_ok=True)
         if arguments.only:
-            kept = json.loads(RESULTS.read_text())["results"]
+            kept = json.loads(results_file.read_text())["results"]
             results = [row for row in kept if row["policy"] != arguments.only] + results
         content = {"questions": len(questions), "max_tokens": MAX_TOKENS, "results": results}
-        _write(RESULTS, content)
-    plot(json.loads(RESULTS.read_text())["results"], FIGURE)
-    print(f"results in {RESULTS}, figure in {FIGURE}")
+        _write(results_file, content)
+    plot(json.loads(results_file.read_text())["results"], figure, title)
+    print(f"results in {results_file}, figure in {figure}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Questions whose answers can be checked by a rule, and the rules.
 
 `questions.jsonl` was written for this project and has its licence. It has 144 questions of eight families,
-with the kind of check and the accepted answers of each. `templates.py` makes more.
+with the kind of check and the accepted answers of each. `templates.py` makes more. `dialogues.jsonl`, of the
+same origin, has 56 conversations of eight families, whose last answers can be checked in the same ways.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from benchmarks.routing.execution import passes
 from headrace.routing.drafts.arithmetic import final_answers
 
 FILE = Path(__file__).with_name("questions.jsonl")
+DIALOGUES = Path(__file__).with_name("dialogues.jsonl")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _WORD = re.compile(r"\w+")
 _CHOICE = re.compile(r"(?:^|\banswer is:?\s*|\()\W*([A-D])(?=[.):*]|\s*$)", re.MULTILINE)
@@ -33,6 +36,7 @@ class Question:
               else. json: the first JSON value equals the accepted one. python: its code passes these
               assertions
     answers   the accepted answers; for named and last_named, the first is right and the others are wrong
+    before    what the user said in earlier turns; the prompt is the last turn
     """
 
     id: str
@@ -40,6 +44,12 @@ class Question:
     prompt: str
     kind: str
     answers: tuple[str, ...]
+    before: tuple[str, ...] = ()
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """All turns of the user, oldest first."""
+        return (*self.before, self.prompt)
 
     def right(self, said: str) -> bool:
         """Whether *said* answers the question."""
@@ -104,6 +114,13 @@ def _first_json(text: str) -> object:
 
 
 def load(path: Path = FILE) -> list[Question]:
-    """Load all questions, in the order of the file."""
+    """Load all questions or dialogues, in the order of the file."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Question(**{**row, "answers": tuple(row["answers"])}) for row in rows]
+    return [_question(**row) for row in rows]
+
+
+def _question(
+    id: str, family: str, kind: str, answers: list[str], prompt: str = "", turns: Sequence[str] = ()
+) -> Question:
+    *before, last = turns or (prompt,)
+    return Question(id, family, last, kind, tuple(answers), tuple(before))

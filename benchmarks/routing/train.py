@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,20 @@ from numpy.typing import NDArray
 from benchmarks.routing.data import SHIPPABLE, Family, families
 from benchmarks.routing.kinds import (
     ASKS_MORE,
+    CHORE,
     KINDS,
     LONGER,
     LONGER_LITTLE,
     OPEN,
+    OPEN_PREFERRED,
+    PREFERRED,
+    TALK,
     TYPICAL,
     UNCLEAR,
     mathematics,
     open_prompts,
     puzzles,
+    requests,
 )
 from headrace.routing.learning.fitting import ridge, softmax
 from headrace.routing.scoring import prompt_features, scorer
@@ -52,15 +58,34 @@ _STEPS = 0.03  # gain per standard deviation of the expected solution steps
 _STEEPNESS = 10.0  # log-odds per unit of gain: one standard deviation of gains is about half of one
 
 
-def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.Model:
-    """Fit a model to the shippable families of *data*, except those in *without*."""
+def _features(prompts: Sequence[str]) -> Array:
+    return np.array([scorer.read(prompt) for prompt in prompts])
+
+
+@cache
+def _made(kind: str, skipped: int | None) -> Array:
+    """Return the features [rows, F] of our own prompts of a kind; see `fit` for *skipped*."""
+    made = {"open": open_prompts, "reasoning": puzzles, "mathematics": mathematics}
+    written = [text for place, text in enumerate(requests(kind)) if skipped is None or place % 2 != skipped]
+    return _features((made[kind]() if kind in made else []) + written)
+
+
+_MADE = ("open", "reasoning", "mathematics", "fact", "chore", "talk")  # kinds with prompts of our own
+
+
+def fit(
+    data: Mapping[str, Family], *, without: Collection[str] = (), skipped: int | None = None
+) -> scorer.Model:
+    """Fit a model of every objective to the shippable families of *data*, except those in *without*.
+
+    skipped   0 or 1: leave out every second hand-written request, from this one; None: leave out none
+    """
     usable = {
         name: family for name, family in data.items() if name.startswith(SHIPPABLE) and name not in without
     }
-    gate, gate_bias = _gate(usable)
+    gate, gate_bias = _gate(usable, skipped)
     count = len(prompt_features.NAMES)
-    levels = dict(TYPICAL)
-    centres = {kind: _mean(usable, kind, count) for kind in KINDS}
+    centres = {kind: _mean(usable, kind, count, skipped) for kind in KINDS}
     heads = {
         "choices": _taught(usable, "mmlu", LONGER),
         "word_problem": _named(LONGER),
@@ -70,21 +95,26 @@ def fit(data: Mapping[str, Family], *, without: Collection[str] = ()) -> scorer.
         "fact": _named(LONGER | ASKS_MORE),
         "passage": _named(LONGER | ASKS_MORE),
         "open": _named(OPEN),
+        "chore": _named(CHORE),
+        "talk": _named(TALK),
         "unclear": _named(UNCLEAR),
     }
     if "steps" in usable:  # features that make word problems hard; length covers the rest
         features = usable["steps"].features
         steps = ridge(features, usable["steps"].gains, 300.0)[0]
         heads["word_problem"] += _STEPS / float((features @ steps).std()) * steps
-    bias = [levels[kind] - float(centres[kind] @ heads[kind]) for kind in KINDS]
+    preferred = heads | {"open": _named(OPEN_PREFERRED)}
+    levels = TYPICAL | PREFERRED
     return scorer.Model(
         kinds=KINDS,
         gate=gate,
         gate_bias=gate_bias,
         heads=np.array([heads[kind] for kind in KINDS]),
-        head_bias=np.array(bias),
+        head_bias=np.array([TYPICAL[kind] - float(centres[kind] @ heads[kind]) for kind in KINDS]),
+        preferred=np.array([preferred[kind] for kind in KINDS]),
+        preferred_bias=np.array([levels[kind] - float(centres[kind] @ preferred[kind]) for kind in KINDS]),
         steepness=_STEEPNESS,
-        centre=0.17,
+        centre=0.20,
         made="python -m benchmarks.routing.train",
     )
 
@@ -97,7 +127,7 @@ def _taught(usable: Mapping[str, Family], name: str, prior: Mapping[str, float])
     return ridge(usable[name].features, usable[name].gains, _RIDGE, prior=known)[0]
 
 
-def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
+def _gate(usable: Mapping[str, Family], skipped: int | None) -> tuple[Array, Array]:
     features: list[Array] = []
     labels: list[str] = []
 
@@ -110,10 +140,10 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
             teach(usable[name].features[:_AT_MOST], kind)
     if "mmlu" in usable:  # the same questions in other layouts and with fewer choices
         asked = usable["mmlu"].prompts[_AT_MOST : 2 * _AT_MOST]
-        teach(np.array([scorer.read(_in_a_row(prompt)) for prompt in asked[::2]]), "choices")
-        teach(np.array([scorer.read(_shorter(prompt)) for prompt in asked[1::2]]), "choices")
-    for kind, made in (("open", open_prompts()), ("reasoning", puzzles()), ("mathematics", mathematics())):
-        teach(np.array([scorer.read(prompt) for prompt in made]), kind)
+        teach(_features([_in_a_row(prompt) for prompt in asked[::2]]), "choices")
+        teach(_features([_shorter(prompt) for prompt in asked[1::2]]), "choices")
+    for kind in _MADE:
+        teach(_made(kind, skipped), kind)
     if "arenahard" in usable:
         found = usable["arenahard"].features
         coding = (_column(found, "syntax") >= 0.5) | (_column(found, "programming") >= 0.75)
@@ -128,6 +158,8 @@ def _gate(usable: Mapping[str, Family]) -> tuple[Array, Array]:
     choices = KINDS.index("choices")
     if choices not in present:  # its form alone decides
         gate[choices], gate_bias[choices] = _named({"options": 16.0}), -8.0
+    for kind in ("chore", "talk"):  # their prompts are short, but a short question with choices is neither
+        gate[KINDS.index(kind), prompt_features.NAMES.index("options")] = -8.0
     unclear = KINDS.index("unclear")  # has no prompts: the doubt about the language alone decides
     gate[:, prompt_features.NAMES.index("doubt")] = 0.0
     gate[unclear], gate_bias[unclear] = _named({"doubt": 16.0}), -8.0
@@ -144,16 +176,15 @@ def _shorter(prompt: str) -> str:
     return "Which one?" + kept[kept.find("\nA. ") :].replace("A. ", "A) ").replace("B. ", "B) ")
 
 
-def _mean(usable: Mapping[str, Family], kind: str, count: int) -> Array:
+def _mean(usable: Mapping[str, Family], kind: str, count: int, skipped: int | None) -> Array:
     """Return the mean features [F] of a kind's prompts, which get its typical gain."""
     found = [usable[name].features for name in usable if _KIND_OF.get(name) == kind]
-    if kind == "reasoning":
-        found = [np.array([scorer.read(prompt) for prompt in puzzles()])]
+    if kind in _MADE and kind not in _KIND_OF.values():
+        found = [_made(kind, skipped)]
     if kind == "open":
-        found = [np.array([scorer.read(prompt) for prompt in open_prompts()])]
         found += [usable["arenahard"].features] if "arenahard" in usable else []
     if kind == "unclear":
-        found = [_named({"length": 0.4})[None, :]]
+        found = [_named({"length": 0.2})[None, :]]
     means: Array = np.mean([family.mean(axis=0) for family in found], axis=0) if found else np.zeros(count)
     return means
 

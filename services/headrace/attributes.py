@@ -67,6 +67,9 @@ TENANT = "headrace.tenant"
 TENANT_CLASS = "headrace.tenant.class"
 QUOTA_LIMIT = "headrace.quota.limit"
 QUOTA_MODE = "headrace.quota.mode"
+ARM = "headrace.arm"
+CANARY_MEASURE = "headrace.canary.measure"
+SHADOW_BOUND = "headrace.shadow.bound"
 
 # Metrics are declared in `metrics.catalogue`. Bucket boundaries from the conventions, in seconds, except for
 # BUCKETS_ITL, BUCKETS_SIZE and BUCKETS_SHARE.

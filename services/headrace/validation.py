@@ -79,8 +79,13 @@ def check_request(request: pb.GenerateRequest) -> None:
 def check_feedback(request: routing_pb.FeedbackRequest) -> None:
     """Raise InvalidRequest for the first invalid field."""
     _check_length("request_id", request.request_id, MAX_REQUEST_ID)
+    _check_length("answer_id", request.answer_id, MAX_REQUEST_ID)
     _check_length("tier", request.tier, MAX_NAME, errors.UnknownTier)
     _check_length("tenant", request.tenant, MAX_NAME)
+    if not (request.answer_id or request.request_id):
+        raise errors.InvalidRequest(
+            "the feedback names no answer: set answer_id, as in `accepted`", field="answer_id"
+        )
     outcome = request.WhichOneof("outcome")
     if outcome is None:
         raise errors.InvalidRequest("the feedback has no outcome: set ok or quality", field="outcome")

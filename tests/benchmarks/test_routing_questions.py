@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.routing.questions import Question, load
+from benchmarks.routing.questions import DIALOGUES, Question, load
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,15 @@ def test_the_questions_are_many_different_and_can_all_be_answered() -> None:
     for question in questions:
         assert question.right(question.answers[0]), question.id
         assert not question.right(""), question.id
+
+
+def test_the_dialogues_have_several_turns_and_their_last_ones_can_be_answered() -> None:
+    dialogues = load(DIALOGUES)
+
+    assert len({dialogue.id for dialogue in dialogues}) == len(dialogues) >= 50
+    assert len({dialogue.turns for dialogue in dialogues}) == len(dialogues)
+    for dialogue in dialogues:
+        assert len(dialogue.turns) >= 2, dialogue.id
+        assert not dialogue.right(""), dialogue.id
+        if dialogue.kind != "python":
+            assert dialogue.right(dialogue.answers[0]), dialogue.id

@@ -120,7 +120,8 @@ def test_the_answer_goes_to_stdout_and_the_figures_to_stderr(mesh: Up) -> None:
 
 
 def test_feedback_accepts_the_id_that_chat_shows(mesh: Up) -> None:
-    shown = re.search(r"^request (\S+)$", run("chat", "--target", mesh.address, "Hello").stderr, re.MULTILINE)
+    printed = run("chat", "--target", mesh.address, "Hello").stderr
+    shown = re.search(r"^request \S+ · answer (\S+)$", printed, re.MULTILINE)
     assert shown
     told = run("feedback", "--target", mesh.address, shown[1], "--ok")
 

@@ -156,6 +156,7 @@ async def test_feedback_reaches_the_router_that_gave_the_answer() -> None:
         answers = await asyncio.gather(*(collect(client, prompt(f"hello {n}")) for n in range(12)))
 
         for answer in answers:  # a router that does not know the request raises UnknownRequest
+            await client.feedback(answer_id=answer.accepted.answer_id, ok=True)
             await client.feedback(answer.accepted.request_id, ok=True)
 
 

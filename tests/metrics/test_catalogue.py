@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from headrace.metrics import catalogue, rare
+from headrace.metrics import catalogue, changes, rare
 from headrace.metrics.catalogue import METRICS
 from headrace.metrics.words import LABELS
 
 PACKAGE = Path(catalogue.__file__).parent.parent
-NAMES = {id(value): name for name, value in vars(catalogue).items()}
+NAMES = {id(value): name for module in (catalogue, changes) for name, value in vars(module).items()}
 # What every service runs, and what router and batcher share.
 EVERYWHERE = [PACKAGE / "runtime"]
 SHARED = {
@@ -25,7 +25,7 @@ SHARED = {
 
 
 # They name metrics of all services.
-NO_EMITTERS = {Path(catalogue.__file__), Path(rare.__file__)}
+NO_EMITTERS = {Path(catalogue.__file__), Path(changes.__file__), Path(rare.__file__)}
 
 
 def used_in(places: list[Path]) -> set[str]:

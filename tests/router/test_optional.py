@@ -10,12 +10,12 @@ import pytest
 
 from headrace.client import chat
 from headrace.router.answering import cascade
+from headrace.router.changes.scorers import Scorers
 from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
 from headrace.router.state.bills import Bill
 from headrace.router.state.conversations import Conversations
 from headrace.router.state.feedback import Feedback
-from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tier_pace import TierPace
 from headrace.routing import calibration
 from headrace.routing.drafts import arithmetic
@@ -148,15 +148,15 @@ async def test_a_calibration_that_cannot_be_read_does_not_stop_the_router(
 ) -> None:
     path = tmp_path / "calibration.json"
     calibration.save(calibrated(0.25), path)
-    refresh = Thresholds.refresh
+    refresh = Scorers.refresh
     failures = iter([RuntimeError("a"), MemoryError("b")])
 
-    def sometimes(self: Thresholds) -> None:
+    async def sometimes(self: Scorers, arm: str) -> None:
         if (failure := next(failures, None)) is not None:
             raise failure
-        refresh(self)
+        await refresh(self, arm)
 
-    monkeypatch.setattr(Thresholds, "refresh", sometimes)
+    monkeypatch.setattr(Scorers, "refresh", sometimes)
     async with routed(
         {"calibration": path, "poll_seconds": 0.02}, small=FakeBatcher(), large=FakeBatcher()
     ) as client:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ async def three() -> AsyncGenerator[list[Siblings], None]:
 
 
 @asynccontextmanager
-async def processes(count: int = 2) -> AsyncGenerator[list[Client], None]:
+async def processes(count: int = 2, **given: Any) -> AsyncGenerator[list[Client], None]:
     """Routers of one fleet of fake batchers that are siblings, on a port each; yield a client of each."""
     mail = inboxes(count)
     async with AsyncExitStack() as stack:
@@ -40,7 +41,7 @@ async def processes(count: int = 2) -> AsyncGenerator[list[Client], None]:
         clients = []
         for number in range(count):
             settings = Settings(
-                port=0, tiers=f"small={small},large={large}", thresholds="0.4", drain_seconds=0
+                port=0, tiers=f"small={small},large={large}", thresholds="0.4", drain_seconds=0, **given
             )
             gate = await stack.enter_async_context(router(settings, Siblings(number, mail)))
             clients.append(await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}")))
@@ -115,9 +116,9 @@ async def test_a_conversation_stays_on_its_tier_when_another_process_serves_it()
     async with processes() as (first, second):
         assert (await collect(first, said(HARD))).accepted.tier == "large"
         async with asyncio.timeout(60):
-            while (await second.explain(said(EASY))).tier != "large":
+            while (await second.explain(said("Go on."))).tier != "large":
                 await asyncio.sleep(0.01)
-        assert (await collect(second, said(EASY))).accepted.tier == "large"
+        assert (await collect(second, said("Go on."))).accepted.tier == "large"
 
 
 async def test_feedback_reaches_the_process_that_answered() -> None:
@@ -130,6 +131,33 @@ async def test_feedback_reaches_the_process_that_answered() -> None:
                 await client.feedback(id, ok=False)
             with pytest.raises(errors.UnknownRequest):
                 await client.feedback("who", ok=True)
+
+
+async def test_an_answer_id_is_known_to_all_processes_and_a_request_id_is_ambiguous_in_each() -> None:
+    async with processes(3) as clients:
+        request = chat(EASY)
+        request.request_id = "q1"
+        answers = [(await collect(client, request)).accepted.answer_id for client in clients[:2]]
+        for client in clients:
+            with pytest.raises(errors.InvalidRequest, match="answer_id"):
+                await client.feedback("q1", ok=True)
+        assert (await clients[2].feedback(answer_id=answers[0], ok=True)).tier == "small"
+        # Now the id means the other answer, also where the rated one is.
+        assert (await clients[0].feedback("q1", ok=False)).tier == "small"
+        with pytest.raises(errors.AlreadyRated, match="with 0"):
+            await clients[2].feedback(answer_id=answers[1], ok=True)
+
+
+async def test_each_process_reports_the_shadow_bill_of_all(count: Callable[..., float]) -> None:
+    before = count("headrace.shadow.requests", outcome="ok")
+    async with processes(shadow_tier="large", shadow_share=1.0, prices="small=1/1,large=2/2") as clients:
+        for client in clients:
+            await collect(client, chat(EASY))
+        await eventually(lambda: count("headrace.shadow.requests", outcome="ok") == before + 2)
+        bills = [(await client.list_tiers()).shadow_bill for client in clients]
+
+    assert [{charge.tier: charge.answers for charge in bill.charges} for bill in bills] == [{"large": 2}] * 2
+    assert bills[0].cost == bills[1].cost > 0
 
 
 async def test_each_process_reports_the_bill_of_all() -> None:

@@ -28,6 +28,7 @@ class Answer:
     """The part of an answer that has arrived. Times are seconds since the request was sent."""
 
     request_id: str = ""
+    answer_id: str = ""  # empty if no router answered
     text: str = ""
     tier: str = ""
     model: str = ""
@@ -44,7 +45,7 @@ class Answer:
         match response.WhichOneof("event"):
             case "accepted":
                 accepted = response.accepted
-                self.request_id = accepted.request_id
+                self.request_id, self.answer_id = accepted.request_id, accepted.answer_id
                 self.tier, self.model = accepted.tier, accepted.model
                 self.score = accepted.score if accepted.HasField("score") else None
                 self.prompt_tokens = accepted.prompt_tokens
@@ -69,6 +70,12 @@ class Answer:
             return None
         elapsed = self.last_token - self.first_token
         return (self.tokens - 1) / elapsed if elapsed > 0 else None
+
+    @property
+    def ids(self) -> str:
+        """Its ids in one line: that of the request, for logs and traces, and its own, for feedback."""
+        named = (("request", self.request_id), ("answer", self.answer_id))
+        return " · ".join(f"{what} {printable(name)}" for what, name in named if name)
 
     def figures(self) -> str:
         """Return everything except the text, in one line."""

@@ -7,6 +7,7 @@ import functools
 import os
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any, Self, TypeVar
@@ -43,6 +44,8 @@ _GENERATE = "headrace.v1.GenerationService/Generate"
 _EXPLAIN = "headrace.v1.RoutingService/Explain"
 _FEEDBACK = "headrace.v1.RoutingService/Feedback"
 LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
+
+MAX_RESUMED = 4096  # answers that were resumed and may still be rated
 
 _EMPTY: Mapping[str, Any] = {}
 
@@ -85,6 +88,7 @@ class Client:
             authorization=authorization,
         )
         self._endpoints = Endpoints(channel, calling, spread)
+        self._resumed_as: OrderedDict[str, str] = OrderedDict()  # ids of answers
         self._retries = Retries(self._endpoints.reconnected, most=retries, patience=patience)
 
     async def __aenter__(self) -> Self:
@@ -129,6 +133,7 @@ class Client:
         since = 0.0  # time.monotonic() of the first of them
         while True:
             received, before = False, None if answer is None else answer.position
+            first = None if answer is None else answer.accepted
             try:
                 left = None
                 if timeout is not None:
@@ -144,6 +149,8 @@ class Client:
                 async with aclosing(stream) as responses:
                     async for response in responses:
                         received = True
+                        if first is not None and response.HasField("accepted"):
+                            self._remember_resumed(first.answer_id, response.accepted.answer_id)
                         for event in (response,) if answer is None else answer.take(response):
                             yield event
                 if answer is not None and not answer.finished:
@@ -193,27 +200,41 @@ class Client:
 
     async def feedback(
         self,
-        request_id: str,
+        request_id: str = "",
         *,
+        answer_id: str = "",
         ok: bool | None = None,
         quality: float | None = None,
         tier: str = "",
         tenant: str = "",
         timeout: float = 5.0,
     ) -> routing_service_pb2.FeedbackResponse:
-        """Report how good the answer to a request was: *ok* or not, or a *quality* from 0 to 1.
+        """Report how good an answer was: *ok* or not, or a *quality* from 0 to 1.
 
-        tier     the tier that answered; empty: not checked
-        tenant   the request's `routing.tenant`
+        request_id   of its request, as in `accepted`; rejected if several answers have it
+        answer_id    its own, as in `accepted`; one of the two ids is needed
+        tier         the tier that answered; empty: not checked
+        tenant       the request's `routing.tenant`
         """
-        request = routing_service_pb2.FeedbackRequest(request_id=request_id, tier=tier, tenant=tenant)
+        answer_id = self._resumed_as.get(answer_id, answer_id)
+        request = routing_service_pb2.FeedbackRequest(
+            request_id=request_id, answer_id=answer_id, tier=tier, tenant=tenant
+        )
         if ok is not None:
             request.ok = ok
         if quality is not None:
             request.quality = quality
         with self._span(_FEEDBACK) as headers:
-            routing = (self._endpoints.of(request_id) or await self._endpoint(timeout)).routing
+            known = self._endpoints.of(answer_id) or self._endpoints.of(request_id)
+            routing = (known or await self._endpoint(timeout)).routing
             return await self._unary(routing.Feedback(request, timeout=timeout, metadata=headers))
+
+    def _remember_resumed(self, first: str, resumed: str) -> None:
+        """Remember the id of an answer that another stream resumed: the caller has the first stream's."""
+        if first and resumed:
+            self._resumed_as[first] = resumed
+            if len(self._resumed_as) > MAX_RESUMED:
+                self._resumed_as.popitem(last=False)
 
     def _headers(self, context: Context | None) -> Headers:
         return authorized(inject(context), self._authorization())
@@ -295,6 +316,8 @@ class Client:
                     span.add_event(attributes.EVENT_FIRST_TOKEN)
                 elif response.HasField("accepted"):
                     self._endpoints.remember(response.accepted.request_id, endpoint)
+                    if response.accepted.answer_id:
+                        self._endpoints.remember(response.accepted.answer_id, endpoint)
                 yield response
             endpoint.succeed()
             span.succeed()

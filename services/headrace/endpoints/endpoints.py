@@ -42,7 +42,7 @@ URGENT_SECONDS = 1.0  # the same while no address is connected
 CHECK_SECONDS = 0.02  # between checks whether one is connected again
 CONNECT_SECONDS = 2.0  # the longest that a call waits for the first connection before it is made anyway
 MAX_ADDRESSES = 16  # that one client uses; clients choose different ones if there are more
-MAX_ANSWERS = 4096  # whose servers are remembered for feedback
+MAX_ANSWERS = 8192  # ids of answers and their requests whose servers are remembered for feedback
 
 
 @dataclass(frozen=True)
@@ -138,16 +138,16 @@ class Endpoints:
                 self._recovering.cancel()
                 self._recovering = None
 
-    def remember(self, request_id: str, endpoint: Endpoint) -> None:
-        """Remember which server gives the answer to a request."""
+    def remember(self, name: str, endpoint: Endpoint) -> None:
+        """Remember which server gives an answer. *name* is the id of the answer or of its request."""
         if endpoint is not self._home:
-            self._answered[request_id] = endpoint
+            self._answered[name] = endpoint
             if len(self._answered) > MAX_ANSWERS:
                 self._answered.popitem(last=False)
 
-    def of(self, request_id: str) -> Endpoint | None:
-        """Return the server that gave the answer to a request, if it is known and still there."""
-        endpoint = self._answered.get(request_id)
+    def of(self, name: str) -> Endpoint | None:
+        """Return the server that gave the answer of that name, if it is known and still there."""
+        endpoint = self._answered.get(name)
         return None if endpoint is None or endpoint.retired else endpoint
 
     def end(self, endpoint: Endpoint, call: Call) -> None:

@@ -1,5 +1,7 @@
 """Declare every metric that Headrace emits. docs/metrics.md is the same list, which a test holds.
 
+The metrics of changes to the routing (canary, shadow, decision log) are in `changes.py`.
+
 `gen_ai.server.*` and `headrace.requests` are recorded by router and batcher, which both implement
 GenerationService: the router's are what its callers experience, with drafts, failover and other tiers. In
 Prometheus, the label `service_name` tells them apart.
@@ -10,6 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 from headrace import attributes
+from headrace.metrics import changes
 from headrace.metrics.instruments import (
     Counter,
     CounterSeries,
@@ -326,6 +329,7 @@ OPEN_FILES: Final = Gauge(
     services=_ALL,
 )
 
-METRICS: Final[tuple[Metric[CounterSeries] | Metric[GaugeSeries] | Metric[HistogramSeries], ...]] = tuple(
-    value for value in globals().values() if isinstance(value, Metric)
+METRICS: Final[tuple[Metric[CounterSeries] | Metric[GaugeSeries] | Metric[HistogramSeries], ...]] = (
+    *(value for value in globals().values() if isinstance(value, Metric)),
+    *changes.METRICS,
 )

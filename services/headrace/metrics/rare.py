@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from headrace import errors
-from headrace.metrics import catalogue
+from headrace.metrics import catalogue, changes
 
 _REFUSALS = (
     errors.Overloaded,
@@ -32,6 +32,9 @@ def create_for_router(tiers: Iterable[str]) -> None:
         _create_refusals(tier, _REFUSALS)
         _create_failovers(tier, _LOST_BATCHERS)
         catalogue.WASTED_TOKENS.of(tier=tier, cause="draft")
+    for measure in ("quality", "errors", "cost"):
+        changes.CANARY_ROLLBACKS.of(measure=measure)
+    changes.DECISION_LOG_DROPPED.of()
 
 
 def create_for_batcher(tier: str) -> None:

@@ -15,7 +15,15 @@ from headrace.channel import open_channel
 from headrace.client import LIST_TIERS
 from headrace.multiplex.serving import METHOD as MULTIPLEX
 from headrace.router.admin import AdminServicer
+from headrace.router.changes.answered import Watchers
+from headrace.router.changes.canary import Canary
+from headrace.router.changes.decision_log import DecisionLog
+from headrace.router.changes.scorer_files import ScorerFiles
+from headrace.router.changes.scorers import Scorers
+from headrace.router.changes.spending import Spending
+from headrace.router.changes.status import Status
 from headrace.router.chooser import Chooser
+from headrace.router.costs.weighing import Weighing
 from headrace.router.figures import Figures
 from headrace.router.processes import prefork
 from headrace.router.quotas.admission import Quotas
@@ -24,6 +32,8 @@ from headrace.router.quotas.service import LEASE, QuotaServicer
 from headrace.router.quotas.service import SERVICES as QUOTA_SERVICES
 from headrace.router.service import SERVICES, RouterServicer
 from headrace.router.settings import Settings
+from headrace.router.shadow.setup import create_shadow
+from headrace.router.shadow.shadow import Shadow
 from headrace.router.siblings import SharedConversations, Siblings, inboxes
 from headrace.router.state.feedback import TENANT_SHARE, Feedback
 from headrace.router.state.thresholds import Thresholds
@@ -33,8 +43,7 @@ from headrace.routing.calibration import BadCalibration
 from headrace.routing.drafts import check as draft_check
 from headrace.routing.drafts.check import DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
-from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import Scorer, fingerprint
+from headrace.routing.scoring.conversation import Turn
 from headrace.runtime import process_info
 from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
@@ -67,7 +76,8 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         wait_seconds=settings.tier_wait_seconds,
         tls=secured.calls,
     )
-    scores, checker, thresholds = _load_models(settings, [tier.name for tier in tiers.tiers])
+    checker, thresholds, scorers, canary = _load_models(settings, siblings)
+    weighing = _load_weighing(settings, scorers, siblings)
     conversations = SharedConversations(siblings, idle_seconds=settings.session_idle_seconds)
     chooser = Chooser(
         tiers,
@@ -76,24 +86,35 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         prices=settings.tier_prices(),
         conversations=conversations,
         rules=_cascade_rules(settings),
+        weighing=weighing,
+        explore=settings.explore,
     )
     quotas = _load_quotas(settings, tiers, siblings, secured.calls)
     calls = Calls(settings.limits, trace_context=settings.trace_context, guard=secured.guard)
     figures = Figures([tier.name for tier in tiers.tiers], siblings)
+    decisions = _open_decision_log(settings)
+    spending = Spending(weighing.spend) if weighing is not None else None
+    feedback = _open_feedback(settings)
+    watchers = Watchers([watcher for watcher in (decisions, canary, spending) if watcher is not None])
+    shadow = _load_shadow(settings, tiers, checker, feedback, watchers, weighing)
+    status = Status(scorers, canary, siblings)
     servicer = RouterServicer(
         tiers,
-        scores,
+        scorers,
         chooser,
-        _open_feedback(settings),
+        feedback,
         calls,
         siblings,
         figures,
+        status,
         default_deadline=settings.default_deadline,
         failover_seconds=settings.failover_seconds,
         tenants=settings.metrics_tenants,
         quotas=quotas,
+        watchers=watchers,
+        shadow_bill=None if shadow is None else shadow.own.total,
     )
-    admin = AdminServicer(tiers, conversations, calls.requests, figures)
+    admin = AdminServicer(tiers, conversations, calls.requests, figures, status)
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
@@ -106,6 +127,7 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         tiers.watching(),
         siblings.listening(),
         quotas.running(settings.poll_seconds) if quotas is not None else nullcontext(),
+        decisions.running() if decisions is not None else nullcontext(),
         asyncio.TaskGroup() as tasks,
         serving(
             register,
@@ -121,30 +143,77 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
             untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS, LEASE}),
             ready=lambda: tiers.any_healthy,
         ) as server,
+        # Left first: a drain does not wait for answers that nobody receives.
+        shadow.running() if shadow is not None else nullcontext(),
     ):
-        watching = tasks.create_task(thresholds.watch(settings.poll_seconds))
+        watching = [tasks.create_task(scorers.watch(settings.poll_seconds))]
+        if canary is not None:
+            watching.append(tasks.create_task(canary.watch(settings.poll_seconds)))
         try:
             yield server
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
 
 
-def _load_models(settings: Settings, tiers: list[str]) -> tuple[Scorer, DraftChecker, Thresholds]:
-    """Load scorer, draft check and thresholds. Raises StartFailed."""
+def _load_models(
+    settings: Settings, siblings: Siblings
+) -> tuple[DraftChecker, Thresholds, Scorers, Canary | None]:
+    """Load draft check, scorers and calibrations. Raises StartFailed."""
     if settings.thresholds.strip() and (settings.calibration is not None or settings.tier_shares()):
         log.warning("--thresholds is ignored: --calibration or --share sets them")
+    names = [name for name, _ in settings.tier_targets()]
+    shares = settings.tier_shares()
+    candidate = canary = None
     try:
-        scores, checker = scorer.load(settings.scorer), draft_check.load(settings.draft_check)
-        thresholds = Thresholds(
-            tiers,
-            settings.tier_thresholds(),
-            path=settings.calibration,
-            scorer=fingerprint(scores),
-            shares=settings.tier_shares(),
+        checker = draft_check.load(settings.draft_check)
+        control = ScorerFiles(
+            settings.scorer,
+            settings.calibration,
+            tiers=names,
+            shares=bool(shares),
+            objective=settings.objective,
         )
+        if (wanted := settings.canary_scorer()) is not None:
+            path, share = wanted
+            candidate = ScorerFiles(
+                path,
+                settings.canary_calibration,
+                tiers=names,
+                shares=bool(shares),
+                objective=settings.objective,
+            )
+            canary = Canary(share, siblings, cost_limit=settings.canary_cost)
     except (BadArtifact, BadCalibration) as error:
         raise StartFailed(str(error)) from error
-    return scores, checker, thresholds
+    thresholds = Thresholds(settings.tier_thresholds(), shares=shares)
+    return checker, thresholds, Scorers(control, thresholds, candidate=candidate, canary=canary), canary
+
+
+def _load_weighing(settings: Settings, scorers: Scorers, siblings: Siblings) -> Weighing | None:
+    """Return how expected quality and cost are weighed; None to choose by score. Raises StartFailed."""
+    if not settings.chooses_by_success:
+        return None
+    tiers = [name for name, _ in settings.tier_targets()]
+    estimated = scorers.score_turns([Turn("user", "")]).estimates
+    if missing := [tier for tier in tiers if tier not in estimated]:
+        if settings.choose_by == "success" or settings.budget_per_day is not None:
+            raise StartFailed(
+                f"--scorer has no outcomes of {', '.join(missing)}, which --choose-by success and "
+                f"--budget-per-day need: headrace train ROWS --out FILE --tiers {','.join(tiers)}"
+            )
+        if estimated:
+            log.warning(
+                "tiers are chosen by score: the scorer has no outcomes of some of them",
+                extra={"missing": ", ".join(missing)},
+            )
+    return Weighing(
+        tiers,
+        settings.tier_prices(),
+        cost_weight=settings.cost_weight,
+        per_day=settings.budget_per_day,
+        siblings=siblings,
+    )
 
 
 def _open_feedback(settings: Settings) -> Feedback:
@@ -158,6 +227,37 @@ def _open_feedback(settings: Settings) -> Feedback:
         )
     except OSError as error:
         raise StartFailed(f"--feedback {settings.feedback} cannot be written: {error.strerror}") from error
+
+
+def _open_decision_log(settings: Settings) -> DecisionLog | None:
+    """Open the file of decisions. Raises StartFailed."""
+    if settings.decision_log is None:
+        return None
+    try:
+        return DecisionLog(
+            settings.decision_log,
+            max_bytes=int(settings.decision_log_megabytes * 1e6),
+            text=settings.decision_log_text,
+        )
+    except OSError as error:
+        raise StartFailed(
+            f"--decision-log {settings.decision_log} cannot be written: {error.strerror}"
+        ) from error
+
+
+def _load_shadow(
+    settings: Settings,
+    tiers: Tiers,
+    checker: DraftChecker,
+    feedback: Feedback,
+    watchers: Watchers,
+    weighing: Weighing | None,
+) -> Shadow | None:
+    """Create the shadow, if there is one. Raises StartFailed."""
+    try:
+        return create_shadow(settings, tiers, checker, feedback, watchers, weighing)
+    except (BadArtifact, BadCalibration) as error:
+        raise StartFailed(str(error)) from error
 
 
 def _load_quotas(

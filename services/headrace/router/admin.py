@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 
+from headrace.router.changes.status import Status
 from headrace.router.figures import Figures
 from headrace.router.state.conversations import Conversations
 from headrace.router.state.tiers import Tiers
@@ -17,12 +18,18 @@ class AdminServicer(AdminServiceServicer):
     """Reports the state of the router to operators."""
 
     def __init__(
-        self, tiers: Tiers, conversations: Conversations, requests: ActiveRequests, figures: Figures
+        self,
+        tiers: Tiers,
+        conversations: Conversations,
+        requests: ActiveRequests,
+        figures: Figures,
+        status: Status,
     ) -> None:
         self._tiers = tiers
         self._conversations = conversations
         self._requests = requests
         self._figures = figures
+        self._status = status
 
     async def Inspect(
         self, request: admin.InspectRequest, context: grpc.aio.ServicerContext[object, object]
@@ -42,5 +49,6 @@ class AdminServicer(AdminServiceServicer):
             ],
             conversations=len(self._conversations),
             tenants=await self._figures.of_tenants(),
+            changes=await self._status.changes(),
         )
         return admin.InspectResponse(router=state, process_state=process_state(self._requests))

@@ -1,25 +1,30 @@
 """Choose tiers for live requests: applies `routing` to the current state of the router.
 
 That state is the health and load of the tiers, the thresholds in force, prices, the speed of each tier, and
-the tier that each conversation has reached. Time is an argument; nothing here waits.
+the last score and tier of each conversation. Time is an argument; nothing here waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from headrace import errors
 from headrace.deadline import NEVER, Deadline
+from headrace.router.costs.weighing import Weighing
 from headrace.router.optional import optional
 from headrace.router.state.conversations import Conversations
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tier_pace import TierPace
 from headrace.router.state.tiers import Tiers
+from headrace.routing.changes import exploring
 from headrace.routing.drafts.check import Check, DraftChecker
 from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.no_route import ConflictingHints, NoRoute, NoSuchModel, NoSuchTier
 from headrace.routing.policy import Decision, decide
 from headrace.routing.request import RoutingRequest
+from headrace.routing.scoring.conversation import Carried, Earlier
+from headrace.routing.success.choosing import Weighed
 from headrace.routing.tier_view import Price, TierView
 from headrace.v1 import generation_pb2 as pb
 
@@ -33,7 +38,12 @@ _ERRORS: dict[type[NoRoute], type[errors.HeadraceError]] = {
 
 
 class Chooser:
-    """Chooses tiers for requests, and records the results that later decisions depend on."""
+    """Chooses tiers for requests, and records the results that later decisions depend on.
+
+    explore   share of requests without pins whose tier is drawn at random
+    draw      returns the random numbers for that, uniform in [0, 1)
+    weighing  chooses by expected quality and cost where the scorer estimates them; None: by score alone
+    """
 
     def __init__(
         self,
@@ -44,6 +54,9 @@ class Chooser:
         prices: Mapping[str, Price] | None = None,
         conversations: Conversations | None = None,
         rules: CascadeRules | None = None,
+        explore: float = 0.0,
+        draw: Callable[[], float] = random.random,
+        weighing: Weighing | None = None,
     ) -> None:
         self._tiers = tiers
         self._thresholds = thresholds
@@ -53,6 +66,9 @@ class Chooser:
         self._names = [tier.name for tier in tiers.tiers]
         self.prices = dict(prices or {})
         self.rules = CascadeRules() if rules is None else rules
+        self._explore = explore
+        self._draw = draw
+        self._weighing = weighing
 
     def choose(
         self,
@@ -66,42 +82,94 @@ class Chooser:
         """Choose the tier for a request.
 
         failed     tiers that could not serve it
-        rejected   tiers whose drafts were discarded, smallest first: a larger tier than all of them is chosen
+        rejected   tiers whose drafts were discarded, in this order: a larger tier than all of them is chosen,
+                   or by estimates one that is more likely to answer well than the last
 
         Raises UnknownTier, UnknownModel, HintsConflict, and NoWorkers if no allowed tier can serve now.
         """
-        floor = ""
+        reached = ""
         with optional("conversations"):
-            floor = self._conversations.reached(request.tenant, request.session, now)
-        too_small = self._names[: self._names.index(rejected[-1]) + 1] if rejected else []
+            reached = self._conversations.reached(request.tenant, request.session, now)
+        floor = reached if request.keeps_tier else ""
+        weighed = None
+        if self._weighing is not None:
+            with optional("estimates"):
+                weighed = self._weighing.weigh(request, reached)
+        too_small = self._not_better(rejected, weighed)
         try:
             return decide(
                 request.score,
                 request.hints,
-                self._views(request.max_tokens, now),
+                self._views(request, now),
                 floor=floor,
+                continues=request.continues,
                 seconds_left=deadline.left(now),
                 exclude=[*too_small, *failed],
+                weighed=weighed,
             )
         except NoRoute as error:
             raise _as_error(error) from None
 
+    def _not_better(self, rejected: Sequence[str], weighed: Weighed | None) -> list[str]:
+        """Return the tiers that may not replace those whose drafts were rejected."""
+        if not rejected:
+            return []
+        last = self._names.index(rejected[-1])
+        if weighed is None:
+            return self._names[: last + 1]
+        better = weighed.better_than(last, range(len(self._names)))
+        return [name for place, name in enumerate(self._names) if place not in better]
+
+    def explore(self, request: RoutingRequest, decision: Decision) -> Decision:
+        """Return the first decision about a request after chance, which may choose another tier."""
+        if not self._explore or not exploring.may_explore(request):
+            return decision
+        return exploring.explore(decision, self._explore, self._draw())
+
     def record_decision(self, request: RoutingRequest, decision: Decision) -> None:
         """Record the first decision about a request for the tiers' shares."""
         if request.counts:
-            self._thresholds.record(request.score, decision.wanted)
+            place = decision.place if decision.explored else decision.wanted
+            self._thresholds.record(request.score, place, request.arm)
 
     def record_escalation(self, request: RoutingRequest, before: str, after: str) -> None:
         """Record that tier *after* answered a request whose draft by tier *before* was discarded."""
         if request.counts:
-            self._thresholds.record_escalation(self._names.index(before), self._names.index(after))
+            places = self._names.index(before), self._names.index(after)
+            self._thresholds.record_escalation(*places, request.arm)
 
     def record_answer(self, request: RoutingRequest, tier: str, now: float) -> None:
-        """Record that a tier began to answer: the conversation stays there, or on a larger tier."""
-        reached = self._conversations.reached(request.tenant, request.session, now)
-        if reached and self._names.index(reached) > self._names.index(tier):
-            tier = reached
-        self._conversations.record(request.tenant, request.session, tier, now)
+        """Record that a tier began to answer.
+
+        While the conversation continues, it stays there, or on a larger tier that it has reached.
+        """
+        if not request.session:
+            return
+        earlier = self.earlier(request.tenant, request.session, now)
+        carried = request.carried
+        by_score = self._weighing is None or not self._weighing.estimated(request)
+        if by_score and earlier is not None and (request.keeps_tier or carried is None):
+            tier = max(earlier.tier, tier, key=self._names.index)
+        if carried is None:  # "thanks", or a request that could not be scored
+            score = request.score if earlier is None else earlier.score
+            carried = Carried(score) if earlier is None else Carried(score, earlier.words, earlier.estimates)
+        self._conversations.record(
+            request.tenant,
+            request.session,
+            Earlier(carried.score, tier, carried.words, carried.estimates),
+            now,
+        )
+
+    def earlier(self, tenant: str, session: str, now: float) -> Earlier | None:
+        """Return what is remembered of a conversation; None if nothing."""
+        return self._conversations.earlier(tenant, session, now)
+
+    def record_usage(self, request: RoutingRequest, decision: Decision, tier: str, usage: pb.Usage) -> None:
+        """Record the tokens of an answer to a request about which *decision* was made."""
+        weighed = decision.considered.weighed
+        if self._weighing is not None and weighed is not None:
+            follows = weighed.reached == self._names.index(tier)
+            self._weighing.record(request, tier, usage, follows=follows)
 
     def record_speed(self, tier: str, finish: pb.Finish, new_tokens: int, now: float) -> None:
         """Record how fast an answer was generated.
@@ -158,10 +226,10 @@ class Chooser:
         )
         return self.rules.release(check, quality_preference), check
 
-    def _views(self, max_tokens: int | None, now: float) -> list[TierView]:
+    def _views(self, request: RoutingRequest, now: float) -> list[TierView]:
         """Return the tiers as the policy sees them."""
         views = []
-        for tier, threshold in zip(self._tiers.tiers, self._thresholds.now(), strict=True):
+        for tier, threshold in zip(self._tiers.tiers, self._thresholds.now(request.arm), strict=True):
             reported = tier.reported
             limit = reported.limits.queue_limit
             views.append(
@@ -172,7 +240,7 @@ class Chooser:
                     reported.model,
                     reported.unhealthy_reason,
                     saturated=0 < limit <= reported.load.queued,
-                    answer_seconds=self._paces[tier.name].answer_seconds(max_tokens, now),
+                    answer_seconds=self._paces[tier.name].answer_seconds(request.max_tokens, now),
                     price=self.prices.get(tier.name),
                     models=tier.models,
                 )

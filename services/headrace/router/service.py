@@ -19,6 +19,8 @@ from headrace.quoting import quoted
 from headrace.router.answering.journey import Journey, routing_request, turns_of
 from headrace.router.billing import bill_message
 from headrace.router.changes.answered import Rating, Watchers
+from headrace.router.changes.scorers import Scorers
+from headrace.router.changes.status import Status
 from headrace.router.chooser import Chooser
 from headrace.router.figures import Figures
 from headrace.router.figures import add as add_figures
@@ -30,11 +32,11 @@ from headrace.router.quotas.admission import Quotas
 from headrace.router.siblings import Siblings
 from headrace.router.state.batcher_peer import HOPS
 from headrace.router.state.bills import Bill
-from headrace.router.state.feedback import Feedback
+from headrace.router.state.feedback import Feedback, ambiguous
 from headrace.router.state.tiers import Tiers
 from headrace.routing.scoring.conversation import Turn
-from headrace.routing.scoring.score import UNSCORED, Score, Scorer
-from headrace.runtime.security.identity import current
+from headrace.routing.scoring.score import UNSCORED, Score
+from headrace.runtime.security.identity import Identity, current
 from headrace.runtime.serving.calls import Calls, Metadata
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2, multiplex_pb2
@@ -63,23 +65,26 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     tenants            most tenants that metrics name
     quotas             the limits of tenants; None: there are none
     watchers           of decisions and their outcomes; None: nobody watches
+    shadow_bill        of the router's own requests; None: it sends none
     """
 
     def __init__(
         self,
         tiers: Tiers,
-        scorer: Scorer,
+        scorers: Scorers,
         chooser: Chooser,
         feedback: Feedback,
         calls: Calls,
         siblings: Siblings,
         figures: Figures,
+        status: Status,
         *,
         default_deadline: float,
         failover_seconds: float = 10.0,
         tenants: int = 20,
         quotas: Quotas | None = None,
         watchers: Watchers | None = None,
+        shadow_bill: Bill | None = None,
     ) -> None:
         self._watchers = Watchers() if watchers is None else watchers
         self._measuring = Measuring(
@@ -90,17 +95,20 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self._multiplexer = Multiplexer(self.answer, calls)
         self._own_calls = OwnCalls()
         self._tiers = tiers
-        self._scorer = scorer
+        self._scorers = scorers
         self._chooser = chooser
         self._feedback = feedback
         self._siblings = siblings
         self._figures = figures
+        self._status = status
         self._default_deadline = default_deadline
         self._failover_seconds = failover_seconds
         self._quotas = quotas
-        self._total = self._new_bill()
+        self._total, self._shadow_total = self._new_bill(), shadow_bill
         siblings.on_ask("feedback", self._rate_if_known)
+        siblings.on_ask("unrated", self._has_unrated)
         siblings.on_ask("bill", self._bill)
+        siblings.on_ask("shadow_bill", self._shadow_bill)
 
     async def Generate(  # type: ignore[override] # the stub knows generators only; a coroutine may write, too
         self, request: pb.GenerateRequest, context: _Context
@@ -142,10 +150,11 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     ) -> None:
         """Send an admitted request to a tier and its answer to *write*. Adds what it used to *bill*."""
         request, left = incoming.request, incoming.time_remaining
-        turns = turns_of(request)
+        turns, hints = turns_of(request), request.routing
+        arm = self._scorers.arm_of(hints.tenant, hints.session_id, request.request_id)
         journey = measured.journey = Journey(
             request,
-            self._score(turns),
+            self._score(turns, hints, arm),
             deadline=Deadline.after(self._default_deadline if left is None else left, time.monotonic()),
             hops=hops,
             flusher=None if incoming.framed or chooses_flushing(request) else self._own_calls.flusher,
@@ -156,7 +165,9 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             bill=bill,
             timing=measured.timing,
             turns=turns,
+            scorer=self._scorers.fingerprint(arm),
             watchers=self._watchers,
+            arm=arm,
         )
         trace.get_current_span().set_attribute(attributes.REQUEST_ID, journey.outgoing.request.request_id)
         try:
@@ -173,8 +184,10 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         permit(request.request, current())
         if self._quotas is not None:
             await self._quotas.admit_dry_run(current(), request.request)
-        score = self._score(turns_of(request.request))
-        facts = routing_request(request.request, score)
+        hints = request.request.routing
+        arm = self._scorers.arm_of(hints.tenant, hints.session_id, request.request.request_id)
+        score = self._score(turns_of(request.request), hints, arm)
+        facts = routing_request(request.request, score, arm)
         now = time.monotonic()
         decision = self._chooser.choose(facts, now)
         return routing.ExplainResponse(
@@ -208,11 +221,22 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             add_figures(tier.figures, measured[tier.name])
         response = routing.ListTiersResponse(tiers=tiers)
         if sees_all_tenants(current()):
-            total = self._new_bill()
-            for bill in (self._total, *await self._siblings.ask_all("bill")):
-                total.add(bill)
-            response.bill.CopyFrom(bill_message(total))
+            response.bill.CopyFrom(await self._total_bill(self._total, "bill"))
+            if self._shadow_total is not None:
+                response.shadow_bill.CopyFrom(await self._total_bill(self._shadow_total, "shadow_bill"))
+            response.changes.CopyFrom(await self._status.changes())
         return response
+
+    async def _total_bill(self, own: Bill, topic: str) -> pb.Bill:
+        """Return a bill of this process and the same of the others."""
+        total = self._new_bill()
+        for bill in (own, *await self._siblings.ask_all(topic)):
+            total.add(bill)
+        return bill_message(total)
+
+    async def _shadow_bill(self) -> Bill | None:
+        """Return the bill of the own requests of this process."""
+        return self._shadow_total
 
     async def _bill(self) -> Bill:
         """Return the bill of all requests of this process."""
@@ -227,41 +251,76 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
             raise errors.UnknownTier(
                 f"tier is {quoted(request.tier)}; the tiers are {', '.join(names)}", field="tier"
             )
-        try:
-            return await self._rate(request)
-        except errors.UnknownRequest:
-            # The answer may have been given by another process of this router.
-            if (response := await self._siblings.ask("feedback", request)) is None:
-                raise
-            return cast("routing.FeedbackResponse", response)
+        elsewhere = not request.answer_id and await self._is_unrated_elsewhere(request)
+        unknown: errors.UnknownRequest | None = None
+        if not elsewhere:
+            try:
+                return await self._rate(request, current())
+            except errors.UnknownRequest as error:
+                unknown = error
+        # The answer may have been given by another process of this router.
+        response = await self._siblings.ask("feedback", request, current(), elsewhere)
+        if response is None:
+            raise unknown or errors.UnknownRequest("the process that gave the answer has ended")
+        return cast("routing.FeedbackResponse", response)
 
-    async def _rate_if_known(self, request: routing.FeedbackRequest) -> routing.FeedbackResponse | None:
-        """Record feedback that a sibling received; return None if the answer was not given here."""
+    async def _is_unrated_elsewhere(self, request: routing.FeedbackRequest) -> bool:
+        """Whether another process has the one answer to a request id that has no outcome.
+
+        Raises InvalidRequest if several processes have one.
+        """
+        id, tenant = request.request_id, request.tenant
+        others = await self._siblings.ask_all("unrated", id, tenant)
+        if len(others) + self._feedback.has_unrated(id, tenant) > 1:
+            raise ambiguous(id, tenant)
+        return bool(others)
+
+    async def _has_unrated(self, request_id: str, tenant: str) -> bool | None:
+        """Whether this process has an answer to a request id without an outcome; None if it has not."""
+        return self._feedback.has_unrated(request_id, tenant) or None
+
+    async def _rate_if_known(
+        self, request: routing.FeedbackRequest, rater: Identity, only_unrated: bool
+    ) -> routing.FeedbackResponse | None:
+        """Record feedback that a sibling received; return None if it is not about an answer of this process.
+
+        only_unrated   answers that have an outcome are not meant
+        """
+        if only_unrated and not self._feedback.has_unrated(request.request_id, request.tenant):
+            return None
         try:
-            return await self._rate(request)
+            return await self._rate(request, rater)
         except errors.UnknownRequest:
             return None
 
-    async def _rate(self, request: routing.FeedbackRequest) -> routing.FeedbackResponse:
+    async def _rate(self, request: routing.FeedbackRequest, rater: Identity) -> routing.FeedbackResponse:
         """Record how good an answer of this process was."""
         quality = float(request.ok) if request.HasField("ok") else request.quality
-        answer = self._feedback.recall(request.request_id, tenant=request.tenant)
+        tenant = request.tenant
+        answer = self._feedback.recall(
+            answer_id=request.answer_id, request_id=request.request_id, tenant=tenant
+        )
         rated_before = answer.quality is not None
         kept = await self._feedback.rate(
-            request.request_id, request.tier or answer.tier, quality, tenant=request.tenant
+            answer, request.tier or answer.tier, quality, tenant=tenant, rater=rater
         )
         if not rated_before:
             verdict = "good" if quality >= 0.5 else "not_good"
             catalogue.FEEDBACK.of(tier=answer.tier, verdict=verdict).add()
-            self._watchers.rated(Rating(request.tenant, request.request_id, answer.tier, quality))
+            rating = Rating(tenant, answer.request_id, answer.tier, quality, answer_id=answer.answer_id)
+            self._watchers.rated(rating)
         return routing.FeedbackResponse(kept=kept, tier=answer.tier)
 
-    def _score(self, turns: Sequence[Turn]) -> Score:
-        """Score a prompt or a conversation; return `UNSCORED` if the scorer fails."""
+    def _score(self, turns: Sequence[Turn], hints: pb.Routing, arm: str) -> Score:
+        """Score a prompt or a conversation for an arm; return `UNSCORED` if the scorer fails.
+
+        What is remembered of the conversation stands for turns that the caller did not send.
+        """
         span = _tracer.start_span(attributes.SPAN_SCORE)  # not the current one: nothing below starts a span
         try:
             with optional("scorer"):
-                score = self._scorer.score_turns(turns)
+                earlier = self._chooser.earlier(hints.tenant, hints.session_id, time.monotonic())
+                score = self._scorers.score_turns(turns, earlier, arm=arm)
                 if not 0 <= score.value <= 1:  # also true of NaN
                     raise ValueError("the score is not between 0 and 1")
                 span.set_attribute(attributes.SCORE, score.value)

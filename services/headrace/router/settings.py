@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from headrace.channel import target_problem
+from headrace.router.changes.settings import ChangeSettings
 from headrace.routing.calibration import are_thresholds
+from headrace.routing.scoring.score import Objective
 from headrace.routing.tier_view import Price, even_thresholds
-from headrace.runtime.settings import CalledServiceSettings, ConcurrentStreams, ConnectionAge, Port
+from headrace.runtime.settings import ConcurrentStreams, ConnectionAge, Port
 
 
-class Settings(CalledServiceSettings):
+class Settings(ChangeSettings):
     """The router: scores each prompt and sends it to the smallest tier that will answer it well.
 
     Each flag can also be given as a variable: HEADRACE_TIERS is --tiers. Flags take precedence.
@@ -48,6 +51,25 @@ class Settings(CalledServiceSettings):
         description="share of calls, 0 to 1, of each tier after the first, such as 0.3: the thresholds are "
         "adapted to the traffic to keep it; a --calibration beside it provides the initial scores",
     )
+    choose_by: Literal["auto", "score", "success"] = Field(
+        default="auto",
+        description="score: by the thresholds of the tiers; success: by each tier's chance of a good answer "
+        "and its cost, which needs a --scorer with the outcomes of all tiers; auto: success with such a "
+        "scorer unless --share, --thresholds or --calibration is set, else score",
+    )
+    cost_weight: float = Field(
+        default=0.1,
+        ge=0,
+        description="when choosing by success, how much higher a tier's chance of a good answer must be to "
+        "be worth the typical cost of an answer of the most expensive tier; for requests with a quality "
+        "preference of 0.5",
+    )
+    budget_per_day: float | None = Field(
+        default=None,
+        gt=0,
+        description="when choosing by success, what all requests may cost per day (UTC), in the currency of "
+        "--prices: the weight of cost is adapted to keep it",
+    )
     prices: str = Field(
         default="",
         description="price of a million tokens per tier, as NAME=PROMPT/COMPLETION[/CACHED_PROMPT] separated "
@@ -55,7 +77,15 @@ class Settings(CalledServiceSettings):
         "cached prompt tokens, which otherwise cost as much as other prompt tokens",
     )
     scorer: Path | None = Field(
-        default=None, description="scorer that `headrace train` wrote; the shipped one by default"
+        default=None,
+        description="scorer that `headrace train` wrote, in place of the shipped one; it is read again when "
+        "it changes",
+    )
+    objective: Objective = Field(
+        default="both",
+        description="what a larger tier shall gain: `correctness`, `preference` (answers that people like "
+        "better) or `both`; it moves open requests, such as advice and writing, against the rest. A refitted "
+        "scorer ignores it",
     )
     draft_check: Path | None = Field(
         default=None, description="weights of the draft check; the shipped ones by default"
@@ -87,7 +117,7 @@ class Settings(CalledServiceSettings):
     session_idle_seconds: float = Field(
         default=600.0,
         ge=0,
-        description="a conversation that was idle for longer may return to a smaller tier",
+        description="a conversation that was idle for longer is forgotten, and may return to a smaller tier",
     )
     feedback: Path | None = Field(
         default=None,
@@ -156,12 +186,32 @@ class Settings(CalledServiceSettings):
             raise ValueError(f"HEADRACE_TIERS={self.tiers!r} (or --tiers) names a tier twice")
         self.tier_thresholds()
         self.tier_shares()
-        self.tier_prices()
+        prices = self.tier_prices()
+        if self.choose_by == "success" and self._thresholds_set:
+            raise ValueError(
+                "HEADRACE_CHOOSE_BY=success (or --choose-by success) uses no thresholds: remove --share, "
+                "--thresholds and --calibration, or choose by score"
+            )
+        if self.budget_per_day is not None and not (prices and self.chooses_by_success):
+            raise ValueError(
+                "HEADRACE_BUDGET_PER_DAY (or --budget-per-day) needs --prices, and a choice by success, "
+                "without --choose-by score, --share, --thresholds and --calibration"
+            )
+        self.check_shadow(names, prices)
+        self.check_canary(
+            calibrated=self.calibration is not None, shared=bool(self.tier_shares()), priced=bool(prices)
+        )
         if self.quotas is None and (self.quota_peers.strip() or self.quotas_shadow):
             raise ValueError(
                 "HEADRACE_QUOTA_PEERS and HEADRACE_QUOTAS_SHADOW need HEADRACE_QUOTAS (or --quotas)"
             )
         self.quota_targets()
+        if self.decision_log is None and self.decision_log_text:
+            raise ValueError("HEADRACE_DECISION_LOG_TEXT needs HEADRACE_DECISION_LOG (or --decision-log)")
+        if self.decision_log is not None and self.decision_log == self.feedback:
+            raise ValueError(
+                "HEADRACE_DECISION_LOG (or --decision-log) and HEADRACE_FEEDBACK are the same file: use two"
+            )
         if self.processes > 1 and sys.platform != "linux":
             raise ValueError("HEADRACE_PROCESSES (or --processes) above 1 needs Linux: run several routers")
         if self.metrics_port + self.processes > 65536:
@@ -170,6 +220,15 @@ class Settings(CalledServiceSettings):
                 f"the endpoints of {self.processes} processes"
             )
         return self
+
+    @property
+    def _thresholds_set(self) -> bool:
+        return bool(self.share.strip() or self.thresholds.strip() or self.calibration is not None)
+
+    @property
+    def chooses_by_success(self) -> bool:
+        """Whether tiers are chosen by their chance of success if the scorer estimates it."""
+        return self.choose_by == "success" or (self.choose_by == "auto" and not self._thresholds_set)
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:
         """Return (name, its batchers' targets) of each tier, smallest first. Raises ValueError."""

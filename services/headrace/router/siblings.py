@@ -1,9 +1,9 @@
 """Pass messages between the processes of one router: what all must know, and questions that others answer.
 
 A connection is served by one process, a caller's next connection perhaps by another one. So all processes
-learn which tier a conversation has reached, feedback is passed to the process that gave the answer, and the
-bill is that of all processes. Messages are datagrams on socket pairs that exist before the processes do. They
-are lost while a process restarts or if its inbox is full; nothing waits longer than `ASK_SECONDS` for an
+learn the last score and tier of a conversation, feedback is passed to the process that gave the answer, and
+the bill is that of all processes. Messages are datagrams on socket pairs that exist before the processes do.
+They are lost while a process restarts or if its inbox is full; nothing waits longer than `ASK_SECONDS` for an
 answer.
 """
 
@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from headrace import errors
 from headrace.router.state.conversations import Conversations
+from headrace.routing.scoring.conversation import Earlier
 
 log = logging.getLogger(__name__)
 
@@ -183,11 +184,11 @@ class SharedConversations(Conversations):
         self._siblings = siblings
         siblings.on_tell("conversation", super().record)
 
-    def record(self, tenant: str, session: str, tier: str, now: float) -> None:
+    def record(self, tenant: str, session: str, earlier: Earlier, now: float) -> None:
         """Record it here and in the siblings."""
-        super().record(tenant, session, tier, now)
+        super().record(tenant, session, earlier, now)
         if session:
-            self._siblings.tell("conversation", tenant, session, tier, now)
+            self._siblings.tell("conversation", tenant, session, earlier, now)
 
 
 def inboxes(count: int) -> Inboxes:

@@ -1,11 +1,15 @@
 """Choose a tier from the score, the caller's hints, the tiers' state and the time left. Pure functions.
 
 Tiers are ordered from small to large. Each has a threshold, the lowest score that it is meant for, and the
-largest tier whose threshold the score reaches is wanted. A conversation does not return to a smaller tier
-than it has reached. Hints bound the choice. A tier that is not healthy, too slow for the deadline or full is
-replaced by a larger one, and by a smaller one only if there is no larger one. A larger tier that costs less
-than the wanted one is used in its place. In any state of the tiers, a higher score never leads to a smaller
-tier.
+largest tier whose threshold the score reaches is wanted. A turn that continues its conversation does not
+return to a smaller tier than the conversation has reached. Hints bound the choice. A tier that is not
+healthy, too slow for the deadline or full is replaced by a larger one, and by a smaller one only if there is
+no larger one. A larger tier that costs less than the wanted one is used in its place. In any state of the
+tiers, a higher score never leads to a smaller tier.
+
+With estimates of each tier's quality and cost (`success/choosing.py`), the best tier by these is wanted
+instead, and tiers need not be ordered: the next best replaces one that cannot serve, and a conversation does
+not return to a tier that is less likely to answer well. Hints bound the choice in the configured order.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from dataclasses import dataclass
 
 from headrace.routing.no_route import NoTierAvailable
 from headrace.routing.request import Hints, allowed_places
+from headrace.routing.scoring.conversation import CONTINUES
 from headrace.routing.scoring.score import sigmoid
+from headrace.routing.success.choosing import Weighed
 from headrace.routing.tier_view import TierView
 
 
@@ -34,16 +40,20 @@ class Considered:
     """What a decision was made from, which explains it.
 
     shifted   the score after the quality preference
+    floor     place of the tier that the conversation has reached; 0 without one
     wanted, reached, ideal, chosen   places of the tier for the score, after the conversation, after the
               hints, and after the tiers' state
     deciding  name of the hint that decided
+    continues how much the request depends on earlier turns of its conversation, 0 to 1
     allowed   places that the hints allow
     choices   places of which one could be chosen
+    weighed   the tiers' expected quality and cost, by which the tier was chosen; None: by score
     """
 
     score: float
     shifted: float
     tiers: Sequence[TierView]
+    floor: int
     wanted: int
     reached: int
     ideal: int
@@ -53,16 +63,20 @@ class Considered:
     choices: Sequence[int]
     exclude: Collection[str]
     seconds_left: float
+    continues: float
+    weighed: Weighed | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """The tier of a request.
 
-    wanted       place of the tier that the score asks for, before hints and the tiers' state
-    place        place of the chosen tier
-    escalations  names of the larger tiers that may replace it, nearest first
+    wanted       place of the tier for the score or the estimates, before hints and the tiers' state
+    place        place of the tier
+    escalations  names of the larger tiers that may replace it, nearest first; by estimates, of those that
+                 are more likely to answer well, best first
     propensity   probability with which this tier was chosen, 0 to 1: below 1 if chance decided
+    chances      probability of each place that chance could choose; empty if chance had no part
     considered   for `why` and `candidates`, which are made when they are read: few decisions are explained
     """
 
@@ -72,18 +86,25 @@ class Decision:
     escalations: tuple[str, ...]
     considered: Considered
     propensity: float = 1.0
+    chances: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def explored(self) -> bool:
+        """Whether chance chose another tier than the policy."""
+        return self.place != self.considered.chosen
 
     @property
     def why(self) -> str:
         """The reason in one sentence."""
-        return _why(self.considered)
+        why = _why(self.considered)
+        return f"{why}; --explore sent it to {self.tier!r}" if self.explored else why
 
     @property
     def cause(self) -> str:
-        """What decided: "score", "conversation", "hint", or what kept the tier from serving it: "health",
-        "load" or "price".
+        """What decided: "score", "success" (the estimates), "conversation", "hint", "explored" (chance), or
+        what kept the tier from serving it: "health", "load" or "price".
         """
-        return _cause(self.considered)
+        return "explored" if self.explored else _cause(self.considered)
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -113,6 +134,8 @@ def decide(
     floor: str = "",
     seconds_left: float = math.inf,
     exclude: Collection[str] = (),
+    continues: float = 0.0,
+    weighed: Weighed | None = None,
 ) -> Decision:
     """Choose the tier for a prompt of *score*, 0 to 1.
 
@@ -120,34 +143,48 @@ def decide(
     floor         the tier that the conversation has reached; empty: none
     seconds_left  until the deadline; infinite without one
     exclude       tiers that have failed for this request
+    continues     how much the request depends on earlier turns, 0 to 1; explains the score
+    weighed       what the answer of each tier is expected to be: it decides in place of the score
 
     Raises NoSuchTier, NoSuchModel or ConflictingHints for hints that no tier can meet, and NoTierAvailable
     if none of the allowed tiers is healthy.
     """
     allowed, deciding = allowed_places(hints, tiers)
     shifted = shift(score, hints.quality_preference)
-    wanted = _wanted(shifted, hints.quality_preference, tiers)
-    reached = max(wanted, _place(floor, tiers))
-    ideal = _at_or_above(reached, allowed)
+    lowest = _place(floor, tiers)
+    if weighed is None:
+        wanted = _wanted(shifted, hints.quality_preference, tiers)
+        reached = max(wanted, lowest)
+        ideal = _at_or_above(reached, allowed)
+    else:
+        wanted = weighed.best(range(len(tiers)))
+        if floor:
+            weighed = weighed.after(lowest)
+        reached = weighed.best(weighed.not_below(range(len(tiers))))
+        ideal = weighed.best(weighed.not_below(allowed))
     # Without escalation there is no second choice.
     choices = allowed if hints.allow_escalation else [ideal]
     serving = [place for place in choices if tiers[place].healthy and tiers[place].name not in exclude]
     if not serving:
         raise _none_available(choices, tiers)
     # First those that will be in time; of those, the ones whose queue is not full.
-    troubles = [_trouble(tiers[place], seconds_left) for place in serving]
+    troubles = [trouble(tiers[place], seconds_left) for place in serving]
     best = min(troubles)
-    fit = [place for place, trouble in zip(serving, troubles, strict=True) if trouble == best]
-    chosen = _cheapest_from(_at_or_above(ideal, fit), fit, tiers)
+    fit = [place for place, found in zip(serving, troubles, strict=True) if found == best]
+    if weighed is None:
+        chosen = cheapest_from(_at_or_above(ideal, fit), fit, tiers)
+    else:
+        chosen = weighed.best(weighed.not_below(fit))
     return Decision(
         tier=tiers[chosen].name,
         wanted=wanted,
         place=chosen,
-        escalations=tuple(tiers[place].name for place in serving if place > chosen),
+        escalations=escalations(chosen, serving, tiers, weighed),
         considered=Considered(
             score=score,
             shifted=shifted,
             tiers=tiers,
+            floor=lowest,
             wanted=wanted,
             reached=reached,
             ideal=ideal,
@@ -157,8 +194,19 @@ def decide(
             choices=choices,
             exclude=exclude,
             seconds_left=seconds_left,
+            continues=continues,
+            weighed=weighed,
         ),
     )
+
+
+def escalations(
+    place: int, serving: Sequence[int], tiers: Sequence[TierView], weighed: Weighed | None
+) -> tuple[str, ...]:
+    """Return the names of those of *serving* that may replace the tier at *place*; see `Decision`."""
+    if weighed is None:
+        return tuple(tiers[other].name for other in serving if other > place)
+    return tuple(tiers[other].name for other in weighed.better_than(place, serving))
 
 
 def _wanted(score: float, preference: float, tiers: Sequence[TierView]) -> int:
@@ -176,7 +224,7 @@ def _at_or_above(place: int, places: Sequence[int]) -> int:
     return places[-1]
 
 
-def _cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView]) -> int:
+def cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView]) -> int:
     """Return the cheapest of *places* from *place* upwards: nobody pays more for a smaller model.
 
     Prompt and completion prices count alike. Tiers without a price are not compared.
@@ -192,7 +240,8 @@ def _cheapest_from(place: int, places: Sequence[int], tiers: Sequence[TierView])
     return min(priced)[1]
 
 
-def _trouble(tier: TierView, seconds_left: float) -> tuple[bool, bool]:
+def trouble(tier: TierView, seconds_left: float) -> tuple[bool, bool]:
+    """Return whether the tier would be too late, and whether its queue is full."""
     return tier.answer_seconds > seconds_left, tier.saturated
 
 
@@ -221,16 +270,22 @@ def _verdict(place: int, tier: TierView, considered: Considered) -> tuple[bool, 
     if place not in considered.choices:
         return False, "the hints allow no move to another tier"
     if place == considered.chosen:
-        return True, "chosen"
+        return True, _why_chosen(place, considered)
     chosen, seconds_left = considered.tiers[considered.chosen], considered.seconds_left
-    if _trouble(tier, seconds_left) > _trouble(chosen, seconds_left):
+    if trouble(tier, seconds_left) > trouble(chosen, seconds_left):
         return True, _problem(tier, considered)
+    if considered.weighed is not None:
+        return True, considered.weighed.reason(place)
     if place > considered.chosen:
         return True, "larger than needed"
     price, other = tier.price, chosen.price
     if price and other and price.prompt + price.completion > other.prompt + other.completion:
         return True, "smaller than the chosen tier, and more expensive"
     return True, f"too small for the score: its threshold is {tier.threshold:.2f}"
+
+
+def _why_chosen(place: int, considered: Considered) -> str:
+    return "chosen" if considered.weighed is None else f"chosen: {considered.weighed.reason(place)}"
 
 
 def _problem(tier: TierView, considered: Considered) -> str:
@@ -249,7 +304,11 @@ def _why(considered: Considered) -> str:
     wanted, reached = tiers[considered.wanted], tiers[considered.reached]
     ideal, chosen = tiers[considered.ideal], tiers[considered.chosen]
     preference = "" if math.isclose(score, shifted) else f", {shifted:.2f} after the quality preference,"
-    why = f"score {score:.2f}{preference} is in the range of tier {wanted.name!r}"
+    if considered.weighed is None:
+        inherited = " of the turns that it continues" if considered.continues >= CONTINUES else ""
+        why = f"score {score:.2f}{inherited}{preference} is in the range of tier {wanted.name!r}"
+    else:
+        why = f"tier {wanted.name!r} is best, with {considered.weighed.reason(considered.wanted)}"
     if considered.reached != considered.wanted:
         why += f"; its conversation has reached {reached.name!r}"
     if considered.ideal != considered.reached:
@@ -264,10 +323,12 @@ def _cause(considered: Considered) -> str:
         ideal = considered.tiers[considered.ideal]
         if not ideal.healthy or ideal.name in considered.exclude:
             return "health"
-        return "load" if any(_trouble(ideal, considered.seconds_left)) else "price"
+        return "load" if any(trouble(ideal, considered.seconds_left)) else "price"
     if considered.ideal != considered.reached:
         return "hint"
-    return "score" if considered.reached == considered.wanted else "conversation"
+    if considered.reached != considered.wanted:
+        return "conversation"
+    return "score" if considered.weighed is None else "success"
 
 
 def _log_odds(probability: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from headrace.quoting import quoted
 from headrace.routing.no_route import ConflictingHints, NoSuchModel, NoSuchTier, NoTierAvailable
+from headrace.routing.scoring.conversation import CONTINUES, Carried
 from headrace.routing.success.estimate import Estimate
 from headrace.routing.tier_view import TierView
 
@@ -37,7 +38,9 @@ class RoutingRequest:
     cascade     whether its answer may be held back and checked; None: as the router is configured
     resumes     it continues an answer that one model has begun
     continues   how much it depends on earlier turns, 0 to 1; see `Score`
+    carried     what its conversation remembers of it; None: nothing changes
     estimates   by tier; empty unless the scorer was fitted to outcomes of tiers
+    prompt_bytes   size of the prompt; 0 unless there are estimates
     arm         the scorer that scored it: empty for the one in use, "canary" for a candidate
     """
 
@@ -50,8 +53,18 @@ class RoutingRequest:
     resumes: bool = False
     scored: bool = True
     continues: float = 0.0
+    carried: Carried | None = None
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     arm: str = ""
+    prompt_bytes: int = 0
+
+    @property
+    def keeps_tier(self) -> bool:
+        """Whether its conversation must not return to a smaller tier with it.
+
+        A change of topic may. If the request could not be scored, it is not known whether it is one.
+        """
+        return not self.scored or self.continues >= CONTINUES
 
     @property
     def counts(self) -> bool:

@@ -18,9 +18,12 @@ class Price:
 
     def cost(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> float:
         """Return the cost of these tokens; *cached_tokens* of the prompt's were cached."""
-        cached = self.prompt if self.cached_prompt is None else self.cached_prompt
-        computed = prompt_tokens - cached_tokens
-        return (computed * self.prompt + cached_tokens * cached + completion_tokens * self.completion) / 1e6
+        return self.expected_cost(prompt_tokens, completion_tokens, cached_tokens)
+
+    def expected_cost(self, prompt: float, completion: float, cached: float = 0.0) -> float:
+        """Return the cost of expected numbers of tokens; see `cost`."""
+        cached_price = self.prompt if self.cached_prompt is None else self.cached_prompt
+        return ((prompt - cached) * self.prompt + cached * cached_price + completion * self.completion) / 1e6
 
 
 @dataclass(frozen=True, slots=True)

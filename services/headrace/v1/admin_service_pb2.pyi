@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from headrace.v1 import routing_changes_pb2 as _routing_changes_pb2
 from headrace.v1 import worker_service_pb2 as _worker_service_pb2
 import builtins as _builtins
 import sys
@@ -133,6 +134,7 @@ class RouterState(_message.Message):
     BATCHERS_FIELD_NUMBER: _builtins.int
     CONVERSATIONS_FIELD_NUMBER: _builtins.int
     TENANTS_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     conversations: _builtins.int
     """Conversations whose tier is recorded."""
     @_builtins.property
@@ -143,16 +145,21 @@ class RouterState(_message.Message):
     def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantUse]:
         """What tenants used since the router started, those with most requests first; at most 100."""
 
+    @_builtins.property
+    def changes(self) -> _routing_changes_pb2.RoutingChanges:
+        """How the routing is being changed."""
+
     def __init__(
         self,
         *,
         batchers: _abc.Iterable[Global___BatcherLinkState] | None = ...,
         conversations: _builtins.int = ...,
         tenants: _abc.Iterable[Global___TenantUse] | None = ...,
+        changes: _routing_changes_pb2.RoutingChanges | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batchers", b"batchers", "conversations", b"conversations", "tenants", b"tenants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batchers", b"batchers", "changes", b"changes", "conversations", b"conversations", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

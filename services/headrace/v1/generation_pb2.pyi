@@ -395,8 +395,9 @@ class Routing(_message.Message):
     Default true.
     """
     session_id: _builtins.str
-    """Identifies the conversation of this request. A conversation does not return to a lower tier unless it was idle for
-    a while. At most 256 characters. Empty: none.
+    """Identifies the conversation of this request. The router remembers its last score and tier for a while: a turn that
+    continues the conversation does not return to a lower tier, even if the request has no earlier turns. Thanks and
+    other topics may. At most 256 characters. Empty: the conversation is known from its text alone.
     """
     priority: _builtins.int
     """From 0, the least urgent, to 9, the most urgent. Default 5. A router lowers it to the highest one that the caller's
@@ -585,6 +586,7 @@ class Accepted(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    ANSWER_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's request id, or the generated one."""
     model: _builtins.str
@@ -597,6 +599,10 @@ class Accepted(_message.Message):
     """Tokens of the prompt, including the chat template."""
     seed: _builtins.int
     """The seed in use, from the caller or drawn by a server."""
+    answer_id: _builtins.str
+    """Identifies this answer in `FeedbackRequest.answer_id`: random, made by the router, different for each answer.
+    Empty from a batcher. A stream that resumes an answer has an id of its own.
+    """
     def __init__(
         self,
         *,
@@ -606,10 +612,11 @@ class Accepted(_message.Message):
         score: _builtins.float | None = ...,
         prompt_tokens: _builtins.int = ...,
         seed: _builtins.int = ...,
+        answer_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "score", b"score", "seed", b"seed", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "answer_id", b"answer_id", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "score", b"score", "seed", b"seed", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
     _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015

@@ -24,43 +24,44 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from headrace.v1 import generation_pb2 as headrace_dot_v1_dot_generation__pb2
+from headrace.v1 import routing_changes_pb2 as headrace_dot_v1_dot_routing__changes__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!headrace/v1/routing_service.proto\x12\x0bheadrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cheadrace/v1/generation.proto\"o\n\x0f\x46\x65\x65\x64\x62\x61\x63kRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x0c\n\x02ok\x18\x03 \x01(\x08H\x00\x12\x11\n\x07quality\x18\x04 \x01(\x01H\x00\x12\x0e\n\x06tenant\x18\x05 \x01(\tB\t\n\x07outcome\".\n\x10\x46\x65\x65\x64\x62\x61\x63kResponse\x12\x0c\n\x04kept\x18\x01 \x01(\x08\x12\x0c\n\x04tier\x18\x02 \x01(\t\"?\n\x0e\x45xplainRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.headrace.v1.GenerateRequest\"\xb3\x01\n\x0f\x45xplainResponse\x12\r\n\x05score\x18\x01 \x01(\x01\x12+\n\x08\x66\x65\x61tures\x18\x02 \x03(\x0b\x32\x19.headrace.v1.FeatureShare\x12\x0c\n\x04\x62ias\x18\x03 \x01(\x01\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12*\n\ncandidates\x18\x05 \x03(\x0b\x32\x16.headrace.v1.Candidate\x12\x0b\n\x03why\x18\x06 \x01(\t\x12\x0f\n\x07\x63\x61scade\x18\x07 \x01(\x08\"=\n\x0c\x46\x65\x61tureShare\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x08log_odds\x18\x03 \x01(\x01\"a\n\tCandidate\x12\x1f\n\x04tier\x18\x01 \x01(\x0b\x32\x11.headrace.v1.Tier\x12\x11\n\tthreshold\x18\x02 \x01(\x01\x12\x10\n\x08\x65ligible\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x12\n\x10ListTiersRequest\"V\n\x11ListTiersResponse\x12 \n\x05tiers\x18\x01 \x03(\x0b\x32\x11.headrace.v1.Tier\x12\x1f\n\x04\x62ill\x18\x02 \x01(\x0b\x32\x11.headrace.v1.Bill\"\xea\x01\n\x04Tier\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x18\n\x10unhealthy_reason\x18\x04 \x01(\t\x12\'\n\x06limits\x18\x05 \x01(\x0b\x32\x17.headrace.v1.TierLimits\x12#\n\x04load\x18\x06 \x01(\x0b\x32\x15.headrace.v1.TierLoad\x12!\n\x05price\x18\x07 \x01(\x0b\x32\x12.headrace.v1.Price\x12)\n\x07\x66igures\x18\x08 \x01(\x0b\x32\x18.headrace.v1.TierFigures\"\xb5\x01\n\x0bTierFigures\x12\x36\n\x13time_to_first_token\x18\x01 \x01(\x0b\x32\x19.headrace.v1.Distribution\x12\x36\n\x13inter_token_latency\x18\x02 \x01(\x0b\x32\x19.headrace.v1.Distribution\x12\x11\n\tfailovers\x18\x03 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\x04\x12\x12\n\nbatch_fill\x18\x05 \x01(\x01\".\n\x0c\x44istribution\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\"Y\n\x05Price\x12\x0e\n\x06prompt\x18\x01 \x01(\x01\x12\x12\n\ncompletion\x18\x02 \x01(\x01\x12\x1a\n\rcached_prompt\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_cached_prompt\"b\n\nTierLimits\x12\x16\n\x0e\x63ontext_length\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x13\n\x0bmax_running\x18\x04 \x01(\r\"\x87\x01\n\x08TierLoad\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07workers\x18\x03 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x12.\n\x0boldest_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration2\xeb\x01\n\x0eRoutingService\x12\x44\n\x07\x45xplain\x12\x1b.headrace.v1.ExplainRequest\x1a\x1c.headrace.v1.ExplainResponse\x12J\n\tListTiers\x12\x1d.headrace.v1.ListTiersRequest\x1a\x1e.headrace.v1.ListTiersResponse\x12G\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x1c.headrace.v1.FeedbackRequest\x1a\x1d.headrace.v1.FeedbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!headrace/v1/routing_service.proto\x12\x0bheadrace.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cheadrace/v1/generation.proto\x1a!headrace/v1/routing_changes.proto\"\x82\x01\n\x0f\x46\x65\x65\x64\x62\x61\x63kRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x0c\n\x02ok\x18\x03 \x01(\x08H\x00\x12\x11\n\x07quality\x18\x04 \x01(\x01H\x00\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x11\n\tanswer_id\x18\x06 \x01(\tB\t\n\x07outcome\".\n\x10\x46\x65\x65\x64\x62\x61\x63kResponse\x12\x0c\n\x04kept\x18\x01 \x01(\x08\x12\x0c\n\x04tier\x18\x02 \x01(\t\"?\n\x0e\x45xplainRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.headrace.v1.GenerateRequest\"\xb3\x01\n\x0f\x45xplainResponse\x12\r\n\x05score\x18\x01 \x01(\x01\x12+\n\x08\x66\x65\x61tures\x18\x02 \x03(\x0b\x32\x19.headrace.v1.FeatureShare\x12\x0c\n\x04\x62ias\x18\x03 \x01(\x01\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12*\n\ncandidates\x18\x05 \x03(\x0b\x32\x16.headrace.v1.Candidate\x12\x0b\n\x03why\x18\x06 \x01(\t\x12\x0f\n\x07\x63\x61scade\x18\x07 \x01(\x08\"=\n\x0c\x46\x65\x61tureShare\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x08log_odds\x18\x03 \x01(\x01\"a\n\tCandidate\x12\x1f\n\x04tier\x18\x01 \x01(\x0b\x32\x11.headrace.v1.Tier\x12\x11\n\tthreshold\x18\x02 \x01(\x01\x12\x10\n\x08\x65ligible\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x12\n\x10ListTiersRequest\"\xac\x01\n\x11ListTiersResponse\x12 \n\x05tiers\x18\x01 \x03(\x0b\x32\x11.headrace.v1.Tier\x12\x1f\n\x04\x62ill\x18\x02 \x01(\x0b\x32\x11.headrace.v1.Bill\x12,\n\x07\x63hanges\x18\x03 \x01(\x0b\x32\x1b.headrace.v1.RoutingChanges\x12&\n\x0bshadow_bill\x18\x04 \x01(\x0b\x32\x11.headrace.v1.Bill\"\xea\x01\n\x04Tier\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x18\n\x10unhealthy_reason\x18\x04 \x01(\t\x12\'\n\x06limits\x18\x05 \x01(\x0b\x32\x17.headrace.v1.TierLimits\x12#\n\x04load\x18\x06 \x01(\x0b\x32\x15.headrace.v1.TierLoad\x12!\n\x05price\x18\x07 \x01(\x0b\x32\x12.headrace.v1.Price\x12)\n\x07\x66igures\x18\x08 \x01(\x0b\x32\x18.headrace.v1.TierFigures\"\xb5\x01\n\x0bTierFigures\x12\x36\n\x13time_to_first_token\x18\x01 \x01(\x0b\x32\x19.headrace.v1.Distribution\x12\x36\n\x13inter_token_latency\x18\x02 \x01(\x0b\x32\x19.headrace.v1.Distribution\x12\x11\n\tfailovers\x18\x03 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\x04\x12\x12\n\nbatch_fill\x18\x05 \x01(\x01\".\n\x0c\x44istribution\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\"Y\n\x05Price\x12\x0e\n\x06prompt\x18\x01 \x01(\x01\x12\x12\n\ncompletion\x18\x02 \x01(\x01\x12\x1a\n\rcached_prompt\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_cached_prompt\"b\n\nTierLimits\x12\x16\n\x0e\x63ontext_length\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x13\n\x0bmax_running\x18\x04 \x01(\r\"\x87\x01\n\x08TierLoad\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07workers\x18\x03 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x12.\n\x0boldest_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration2\xeb\x01\n\x0eRoutingService\x12\x44\n\x07\x45xplain\x12\x1b.headrace.v1.ExplainRequest\x1a\x1c.headrace.v1.ExplainResponse\x12J\n\tListTiers\x12\x1d.headrace.v1.ListTiersRequest\x1a\x1e.headrace.v1.ListTiersResponse\x12G\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x1c.headrace.v1.FeedbackRequest\x1a\x1d.headrace.v1.FeedbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.routing_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FEEDBACKREQUEST']._serialized_start=112
-  _globals['_FEEDBACKREQUEST']._serialized_end=223
-  _globals['_FEEDBACKRESPONSE']._serialized_start=225
-  _globals['_FEEDBACKRESPONSE']._serialized_end=271
-  _globals['_EXPLAINREQUEST']._serialized_start=273
-  _globals['_EXPLAINREQUEST']._serialized_end=336
-  _globals['_EXPLAINRESPONSE']._serialized_start=339
-  _globals['_EXPLAINRESPONSE']._serialized_end=518
-  _globals['_FEATURESHARE']._serialized_start=520
-  _globals['_FEATURESHARE']._serialized_end=581
-  _globals['_CANDIDATE']._serialized_start=583
-  _globals['_CANDIDATE']._serialized_end=680
-  _globals['_LISTTIERSREQUEST']._serialized_start=682
-  _globals['_LISTTIERSREQUEST']._serialized_end=700
-  _globals['_LISTTIERSRESPONSE']._serialized_start=702
-  _globals['_LISTTIERSRESPONSE']._serialized_end=788
-  _globals['_TIER']._serialized_start=791
-  _globals['_TIER']._serialized_end=1025
-  _globals['_TIERFIGURES']._serialized_start=1028
-  _globals['_TIERFIGURES']._serialized_end=1209
-  _globals['_DISTRIBUTION']._serialized_start=1211
-  _globals['_DISTRIBUTION']._serialized_end=1257
-  _globals['_PRICE']._serialized_start=1259
-  _globals['_PRICE']._serialized_end=1348
-  _globals['_TIERLIMITS']._serialized_start=1350
-  _globals['_TIERLIMITS']._serialized_end=1448
-  _globals['_TIERLOAD']._serialized_start=1451
-  _globals['_TIERLOAD']._serialized_end=1586
-  _globals['_ROUTINGSERVICE']._serialized_start=1589
-  _globals['_ROUTINGSERVICE']._serialized_end=1824
+  _globals['_FEEDBACKREQUEST']._serialized_start=148
+  _globals['_FEEDBACKREQUEST']._serialized_end=278
+  _globals['_FEEDBACKRESPONSE']._serialized_start=280
+  _globals['_FEEDBACKRESPONSE']._serialized_end=326
+  _globals['_EXPLAINREQUEST']._serialized_start=328
+  _globals['_EXPLAINREQUEST']._serialized_end=391
+  _globals['_EXPLAINRESPONSE']._serialized_start=394
+  _globals['_EXPLAINRESPONSE']._serialized_end=573
+  _globals['_FEATURESHARE']._serialized_start=575
+  _globals['_FEATURESHARE']._serialized_end=636
+  _globals['_CANDIDATE']._serialized_start=638
+  _globals['_CANDIDATE']._serialized_end=735
+  _globals['_LISTTIERSREQUEST']._serialized_start=737
+  _globals['_LISTTIERSREQUEST']._serialized_end=755
+  _globals['_LISTTIERSRESPONSE']._serialized_start=758
+  _globals['_LISTTIERSRESPONSE']._serialized_end=930
+  _globals['_TIER']._serialized_start=933
+  _globals['_TIER']._serialized_end=1167
+  _globals['_TIERFIGURES']._serialized_start=1170
+  _globals['_TIERFIGURES']._serialized_end=1351
+  _globals['_DISTRIBUTION']._serialized_start=1353
+  _globals['_DISTRIBUTION']._serialized_end=1399
+  _globals['_PRICE']._serialized_start=1401
+  _globals['_PRICE']._serialized_end=1490
+  _globals['_TIERLIMITS']._serialized_start=1492
+  _globals['_TIERLIMITS']._serialized_end=1590
+  _globals['_TIERLOAD']._serialized_start=1593
+  _globals['_TIERLOAD']._serialized_end=1728
+  _globals['_ROUTINGSERVICE']._serialized_start=1731
+  _globals['_ROUTINGSERVICE']._serialized_end=1966
 # @@protoc_insertion_point(module_scope)

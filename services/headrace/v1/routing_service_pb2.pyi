@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from headrace.v1 import generation_pb2 as _generation_pb2
+from headrace.v1 import routing_changes_pb2 as _routing_changes_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -31,9 +32,10 @@ class FeedbackRequest(_message.Message):
     OK_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    ANSWER_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """As in `accepted`. If a tenant used the id several times, it identifies the last answer. Callers without a tenant
-    share their ids: one that was used with different prompts is ambiguous until its earlier answers were rated.
+    """As in `accepted`. Callers choose these ids and may use one again, so `answer_id` is the better one: a request id with
+    which the tenant has several answers without an outcome is rejected. Empty: not checked, if `answer_id` is set.
     """
     tier: _builtins.str
     """The tier that answered the request, as in `accepted`; another one is rejected. Empty: not checked."""
@@ -45,6 +47,8 @@ class FeedbackRequest(_message.Message):
     """The tenant of the request, as in `Routing.tenant`. At most 256 characters. Empty: the tenant of the caller's
     credentials; without credentials, the anonymous tenant.
     """
+    answer_id: _builtins.str
+    """The answer, as in `accepted`. At most 128 characters. Empty: the answer to `request_id`, which must then be set."""
     def __init__(
         self,
         *,
@@ -53,10 +57,11 @@ class FeedbackRequest(_message.Message):
         ok: _builtins.bool = ...,
         quality: _builtins.float = ...,
         tenant: _builtins.str = ...,
+        answer_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ok", b"ok", "outcome", b"outcome", "quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ok", b"ok", "outcome", b"outcome", "quality", b"quality", "request_id", b"request_id", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_id", b"answer_id", "ok", b"ok", "outcome", b"outcome", "quality", b"quality", "request_id", b"request_id", "tenant", b"tenant", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["ok", "quality"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
@@ -255,6 +260,8 @@ class ListTiersResponse(_message.Message):
 
     TIERS_FIELD_NUMBER: _builtins.int
     BILL_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    SHADOW_BILL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tier]:
         """In the order of the router's settings."""
@@ -265,15 +272,27 @@ class ListTiersResponse(_message.Message):
         one tenant, unless they are an administrator's.
         """
 
+    @_builtins.property
+    def changes(self) -> _routing_changes_pb2.RoutingChanges:
+        """How the routing is being changed. Absent where the bill is."""
+
+    @_builtins.property
+    def shadow_bill(self) -> _generation_pb2.Bill:
+        """The bill for shadow answers and their judges since the router started, which are on no caller's bill. Absent
+        without them, and where `bill` is absent.
+        """
+
     def __init__(
         self,
         *,
         tiers: _abc.Iterable[Global___Tier] | None = ...,
         bill: _generation_pb2.Bill | None = ...,
+        changes: _routing_changes_pb2.RoutingChanges | None = ...,
+        shadow_bill: _generation_pb2.Bill | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "changes", b"changes", "shadow_bill", b"shadow_bill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bill", b"bill", "changes", b"changes", "shadow_bill", b"shadow_bill", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

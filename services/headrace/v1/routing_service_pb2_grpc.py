@@ -73,11 +73,11 @@ class RoutingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Feedback(self, request, context):
-        """Reports how good an answer was. Router only. Only the tenant of the request can report, once per request: repeating
+        """Reports how good an answer was. Router only. Only the tenant of the request can report, once per answer: repeating
         the same outcome has no effect, a different one is rejected with ALREADY_EXISTS. The router keeps its most recent
-        requests, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
-        RESOURCE_EXHAUSTED with RetryInfo. If the router has a feedback file, it writes prompt and outcome to it, for
-        calibration and training.
+        answers, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
+        RESOURCE_EXHAUSTED with RetryInfo, and so do all callers without credentials beyond their common quota. If the
+        router has a feedback file, it writes prompt and outcome to it, for calibration and training.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

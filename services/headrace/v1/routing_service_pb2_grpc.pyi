@@ -42,11 +42,11 @@ class RoutingServiceStub:
     and load.
     """
     Feedback: _grpc.UnaryUnaryMultiCallable[_routing_service_pb2.FeedbackRequest, _routing_service_pb2.FeedbackResponse]
-    """Reports how good an answer was. Router only. Only the tenant of the request can report, once per request: repeating
+    """Reports how good an answer was. Router only. Only the tenant of the request can report, once per answer: repeating
     the same outcome has no effect, a different one is rejected with ALREADY_EXISTS. The router keeps its most recent
-    requests, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
-    RESOURCE_EXHAUSTED with RetryInfo. If the router has a feedback file, it writes prompt and outcome to it, for
-    calibration and training.
+    answers, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
+    RESOURCE_EXHAUSTED with RetryInfo, and so do all callers without credentials beyond their common quota. If the
+    router has a feedback file, it writes prompt and outcome to it, for calibration and training.
     """
 
 @_typing.type_check_only
@@ -63,11 +63,11 @@ class RoutingServiceAsyncStub(RoutingServiceStub):
     and load.
     """
     Feedback: _aio.UnaryUnaryMultiCallable[_routing_service_pb2.FeedbackRequest, _routing_service_pb2.FeedbackResponse]  # type: ignore[assignment]
-    """Reports how good an answer was. Router only. Only the tenant of the request can report, once per request: repeating
+    """Reports how good an answer was. Router only. Only the tenant of the request can report, once per answer: repeating
     the same outcome has no effect, a different one is rejected with ALREADY_EXISTS. The router keeps its most recent
-    requests, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
-    RESOURCE_EXHAUSTED with RetryInfo. If the router has a feedback file, it writes prompt and outcome to it, for
-    calibration and training.
+    answers, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
+    RESOURCE_EXHAUSTED with RetryInfo, and so do all callers without credentials beyond their common quota. If the
+    router has a feedback file, it writes prompt and outcome to it, for calibration and training.
     """
 
 class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -99,11 +99,11 @@ class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _routing_service_pb2.FeedbackRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_routing_service_pb2.FeedbackResponse, _abc.Awaitable[_routing_service_pb2.FeedbackResponse]]:
-        """Reports how good an answer was. Router only. Only the tenant of the request can report, once per request: repeating
+        """Reports how good an answer was. Router only. Only the tenant of the request can report, once per answer: repeating
         the same outcome has no effect, a different one is rejected with ALREADY_EXISTS. The router keeps its most recent
-        requests, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
-        RESOURCE_EXHAUSTED with RetryInfo. If the router has a feedback file, it writes prompt and outcome to it, for
-        calibration and training.
+        answers, and returns NOT_FOUND for others and for those of other tenants. A tenant beyond its quota receives
+        RESOURCE_EXHAUSTED with RetryInfo, and so do all callers without credentials beyond their common quota. If the
+        router has a feedback file, it writes prompt and outcome to it, for calibration and training.
         """
 
 def add_RoutingServiceServicer_to_server(servicer: RoutingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

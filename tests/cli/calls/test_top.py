@@ -13,6 +13,7 @@ from headrace.cli.calls.top import Snapshot, quantile, screen, top
 from headrace.client import Client
 from headrace.router.figures import MAX_TENANTS, Figures
 from headrace.router.siblings import Siblings, inboxes
+from headrace.v1 import routing_changes_pb2 as changes_pb
 from headrace.v1 import routing_service_pb2 as pb
 from headrace.v1.admin_service_pb2 import TenantUse
 from tests.harness import Mesh, collect, prompt
@@ -136,3 +137,38 @@ async def test_the_processes_of_a_router_add_their_figures_up(mesh: Mesh) -> Non
     assert sum(two.time_to_first_token.counts) == 2 * sum(one.time_to_first_token.counts) > 0
     assert {use.tenant: use.requests for use in doubled} == {use.tenant: 2 * use.requests for use in tenants}
     assert len(tenants) <= MAX_TENANTS
+
+
+def test_changes_of_the_routing_are_shown_where_they_are_in_use() -> None:
+    measures = [
+        changes_pb.CanaryMeasure(name="quality", p_value=0.31, limit=0.02, outcomes=40, fewest=30),
+        changes_pb.CanaryMeasure(name="errors", p_value=1, limit=0.02, outcomes=12, fewest=50),
+    ]
+    canary = changes_pb.CanaryState(
+        scorer="beef",
+        share=0.1,
+        control=changes_pb.ArmFigures(requests=900, failed=9, rated=350, quality=0.75, cost=0.5),
+        candidate=changes_pb.ArmFigures(requests=100, rated=40, quality=0.7),
+        measures=measures,
+    )
+    changes = changes_pb.RoutingChanges(
+        scorer="cafe",
+        canary=canary,
+        shadow=changes_pb.ShadowFigures(requests=7, skipped=2, tokens=900, better=1, worse=2, ties=3),
+        decision_log=changes_pb.DecisionLogFigures(rows=1000, dropped=1),
+    )
+    shown = printed(Snapshot(0.0, pb.ListTiersResponse(changes=changes)))
+    lines = [" ".join(words) for words in shown]
+
+    assert ["control", "cafe", "90%", "900", "1.0%", "350", "0.75", "0.5000"] in shown
+    assert ["canary", "beef", "10%", "100", "0.0%", "40", "0.70", "-"] in shown
+    assert "canary: quality p 0.31 (rolled back at 0.02); errors 12 of 50 outcomes" in lines
+    assert "shadow: 7 answers, 2 skipped, 900 tokens; 6 judged: 1 better, 2 worse, 3 tie" in lines
+    assert "decision log: 1,000 rows, 1 dropped" in lines
+
+    canary.rolled_back, canary.share = "quality", 0.0
+    rolled_back = printed(
+        Snapshot(0.0, pb.ListTiersResponse(changes=changes_pb.RoutingChanges(scorer="cafe", canary=canary)))
+    )
+    assert any("it was worse in quality" in " ".join(line) for line in rolled_back)
+    assert not any("shadow" in line or "decision" in line for line in rolled_back)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from headrace.cli.calls.top import Snapshot, money, screen
+from headrace.cli.calls.amounts import money
+from headrace.cli.calls.top import Snapshot, screen
 from headrace.cli.files.calibrate import read_traffic
 from headrace.client import chat
 from headrace.routing import calibration
@@ -61,6 +62,16 @@ async def test_traffic_becomes_a_file_that_a_router_loads(tmp_path: Path) -> Non
     async with routed({"calibration": out}, small=FakeBatcher(), large=FakeBatcher()) as client:
         tiers = [(await client.explain(chat(prompt))).tier for prompt in PROMPTS]
     assert tiers.count("large") == 2
+
+
+def test_conversations_are_scored_like_by_a_router(tmp_path: Path) -> None:
+    turns = [("user", PROMPTS[-1]), ("assistant", "Shall I write it out?"), ("user", "yes")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    traffic = write(tmp_path / "traffic.jsonl", [{"prompt": PROMPTS[-1]}, {"messages": messages}])
+
+    hard, follows = read_traffic(traffic, scorer.load(), ["small", "large"], Console(file=io.StringIO()))
+
+    assert follows.score == pytest.approx(hard.score, abs=0.02)
 
 
 async def test_a_wanted_quality_and_a_picture(tmp_path: Path) -> None:
@@ -170,17 +181,21 @@ async def test_feedback_from_the_command_line(tmp_path: Path) -> None:
     async with running_mesh(router_settings={"feedback": path}) as mesh:
         answer = await collect(mesh.client, chat("Hello!"))
         target = f"127.0.0.1:{mesh.port}"
-        told = await headrace("feedback", answer.accepted.request_id, "--not-ok", "--target", target)
+        told = await headrace("feedback", answer.accepted.answer_id, "--not-ok", "--target", target)
+        by_request = ("--request-id", answer.accepted.request_id)
+        repeated = await headrace("feedback", *by_request, "--not-ok", "--target", target)
+        unnamed = await headrace("feedback", "--ok", "--target", target)
         unknown = await headrace("feedback", "who", "--ok", "--target", target)
         owned = chat("Hello!")
         owned.routing.tenant = "A"
-        id = (await collect(mesh.client, owned)).accepted.request_id
+        id = (await collect(mesh.client, owned)).accepted.answer_id
         others = await headrace("feedback", id, "--ok", "--target", target)
         own = await headrace("feedback", id, "--ok", "--tenant", "A", "--target", target)
         again = await headrace("feedback", id, "--not-ok", "--tenant", "A", "--target", target)
         top = await headrace("top", "--once", "--target", target)
 
-    assert own == (0, "tier small: kept\n")
+    assert own == repeated == (0, "tier small: kept\n")
+    assert unnamed == (2, "error: give the id of the answer, or --request-id\n")
     assert (others[0], again[0]) == (1, 1)
     assert "UNKNOWN_REQUEST" in others[1]
     assert "rated before, with 1" in again[1]

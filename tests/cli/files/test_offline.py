@@ -43,6 +43,30 @@ def test_explain_scores_each_row_in_order_with_reasons(tmp_path: Path) -> None:
     assert set(hard) == {"id", "score", "tier", "reason", "latency_ms"}
 
 
+def test_explain_scores_the_last_turn_of_a_conversation_and_names_what_it_inherits(tmp_path: Path) -> None:
+    hard = "Prove that $n^3-n$ is divisible by 6, and that this holds for every integer n."
+
+    def messages(*texts: str) -> list[dict[str, str]]:
+        roles = ["user", "assistant"] * len(texts)
+        return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+    path = write(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt": "Yes, go on."},
+            {"messages": messages(hard, "Shall I write it out?", "Yes, go on.")},
+            {"messages": messages(hard, "Here it is.", "Thank you!")},
+        ],
+    )
+
+    alone, follows, thanks = rows_of(runner.invoke(app, ["explain", "--jsonl", path]).output)
+
+    assert [row["tier"] for row in (alone, follows, thanks)] == ["small", "large", "small"]
+    assert "of the turns that it continues" in follows["reason"]
+    assert "turn:inherited" in follows["reason"]
+    assert "turn:" not in thanks["reason"]
+
+
 def test_explain_reads_standard_input_and_accepts_any_number_of_tiers() -> None:
     text = (
         json.dumps({"prompt": "Hello!"})
@@ -163,6 +187,8 @@ def test_check_requires_samples_to_be_texts(tmp_path: Path, samples: object) -> 
         ('{"id": "a"}', "line 2: field 'prompt' is missing"),
         ('{"id": "a", "prompt": 3}', "line 2: field 'prompt' must be a string"),
         ('{"id": [], "prompt": "a"}', "line 2: field 'id'"),
+        ('{"messages": []}', "line 2: field 'messages' must be a list"),
+        ('{"messages": [{"role": "user"}]}', "line 2: each of 'messages' must be an object with 'role'"),
     ],
 )
 def test_a_bad_line_is_named_and_ends_the_run(tmp_path: Path, line: str, complaint: str) -> None:

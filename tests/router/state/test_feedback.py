@@ -6,8 +6,9 @@ import asyncio
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ from headrace import errors
 from headrace.client import Client, chat
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings
-from headrace.router.state.feedback import AnswerRecord, Feedback
+from headrace.router.state.feedback import MAX_CHARACTERS, AnswerRecord, Feedback
 from headrace.router.state.quota import Quota
 from headrace.router.state.tenant_memory import TenantMemory
+from headrace.routing.scoring.conversation import Turn, turns_of_row
+from headrace.routing.scoring.score import fingerprint
+from headrace.routing.scoring.scorer import load
+from headrace.runtime.security.identity import ANONYMOUS, Identity
 from headrace.runtime.serving.server import StartFailed
 from headrace.v1 import routing_service_pb2 as routing
 from tests.harness import collect, eventually
@@ -32,11 +37,22 @@ from tests.router.drafts import EASY, HARD
 from tests.router.fake_batchers import FakeBatcher, routed
 
 
-async def ask(client: Client, text: str, *, id: str = "q1", tenant: str = "") -> None:
+async def ask(client: Client, text: str, *, id: str = "q1", tenant: str = "") -> str:
+    """Send a prompt; return the id of the answer."""
     request = chat(text)
     request.request_id = id
     request.routing.tenant = tenant
-    await collect(client, request)
+    return (await collect(client, request)).accepted.answer_id
+
+
+def record(name: str, text: str, *, request_id: str = "") -> AnswerRecord:
+    return AnswerRecord(name, request_id or name, "small", 0.5, [Turn("user", text)])
+
+
+async def rate(feedback: Feedback, name: str, quality: float, tenant: str = "") -> bool:
+    return await feedback.rate(
+        feedback.recall(answer_id=name, tenant=tenant), "small", quality, tenant=tenant
+    )
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -87,26 +103,134 @@ async def test_a_caller_without_a_tenant_rates_by_its_request_id_alone(tmp_path:
     assert [(row["prompt"], row["small_ok"]) for row in rows(path)] == [("Hello!", 1.0), ("And now?", 0.0)]
 
 
-async def test_of_two_prompts_without_a_tenant_under_one_id_none_is_rated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tenant", ["", "A"])
+async def test_of_two_prompts_under_one_request_id_none_is_rated(tmp_path: Path, tenant: str) -> None:
     """They may belong to two callers, and an outcome for the wrong prompt would be wrong training data."""
     path = tmp_path / "feedback.jsonl"
     async with routed({"feedback": path}, small=FakeBatcher(), large=FakeBatcher()) as client:
         for text in ("of one", "of another", "of another"):
-            await ask(client, text)
-        with pytest.raises(errors.InvalidRequest, match="an id of its own"):
-            await client.feedback("q1", ok=True)
+            await ask(client, text, tenant=tenant)
+        with pytest.raises(errors.InvalidRequest, match="by its answer_id") as caught:
+            await client.feedback("q1", ok=True, tenant=tenant)
+
+    assert caught.value.field == "answer_id"
+    assert rows(path) == []
+
+
+async def test_an_answer_id_means_one_answer_whatever_the_ids_of_requests(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    async with routed({"feedback": path}, small=FakeBatcher(), large=FakeBatcher()) as client:
+        first, second = await ask(client, "first"), await ask(client, "second")
+        await client.feedback(answer_id=second, ok=False)
+        await client.feedback("q1", answer_id=first, ok=True)
+        with pytest.raises(errors.InvalidRequest, match="leave request_id out"):
+            await client.feedback("q2", answer_id=first, ok=True)
+        with pytest.raises(errors.UnknownRequest, match="no answer"):
+            await client.feedback(answer_id=first[:-1] + "x", ok=True)
+
+    assert [(row["prompt"], row["answer"], row["small_ok"]) for row in rows(path)] == [
+        ("second", second, 0.0),
+        ("first", first, 1.0),
+    ]
+
+
+async def test_nobody_rates_an_answer_of_another_tenant_by_its_id(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    async with routed({"feedback": path}, small=FakeBatcher(), large=FakeBatcher()) as client:
+        answer = await ask(client, "of A", tenant="A")
+        for tenant in ("", "B"):
+            with pytest.raises(errors.UnknownRequest):
+                await client.feedback(answer_id=answer, ok=False, tenant=tenant)
 
     assert rows(path) == []
 
 
-async def test_the_last_answer_of_a_tenants_request_id_is_meant(tmp_path: Path) -> None:
+async def test_a_row_shows_where_its_outcome_comes_from(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
+    turns = [("user", "Hi!"), ("assistant", "Hello!"), ("user", "Say it in German.")]
     async with routed({"feedback": path}, small=FakeBatcher(), large=FakeBatcher()) as client:
-        await ask(client, "first", tenant="A")
-        await ask(client, "second", tenant="A")
-        await client.feedback("q1", ok=True, tenant="A")
+        request = chat(turns)
+        request.routing.tenant = "A"
+        answer = await collect(client, request)
+        await client.feedback(answer_id=answer.accepted.answer_id, quality=0.5, tenant="A")
 
-    assert [row["prompt"] for row in rows(path)] == ["second"]
+    (row,) = rows(path)
+    assert row["messages"] == [{"role": role, "content": content} for role, content in turns]
+    assert {name: row[name] for name in ("id", "answer", "tenant", "identity", "source", "tier")} == {
+        "id": answer.accepted.request_id,
+        "answer": answer.accepted.answer_id,
+        "tenant": "A",
+        "identity": "anonymous",
+        "source": "caller",
+        "tier": "small",
+    }
+    assert row["scorer"] == fingerprint(load())
+    assert row["score"] == pytest.approx(answer.accepted.score, abs=1e-6)
+    assert abs(row["time"] - time.time()) < 600
+    assert [turn.text for turn in turns_of_row(row)] == [content for _, content in turns]
+
+
+async def test_callers_without_credentials_who_invent_tenants_have_one_quota(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / "feedback.jsonl", per_minute=5, max_bytes=10_000_000, share=0.25)
+    known = Identity(name="key-1", scopes=ANONYMOUS.scopes, tenant="honest")
+    accepted, refused = 0, set()
+    for place in range(100):
+        tenant = f"invented {place}"
+        feedback.remember(record("a", "prompt"), tenant=tenant)
+        try:
+            accepted += await rate(feedback, "a", 0.0, tenant)
+        except errors.FeedbackQuota as error:
+            refused.add(error.message)
+    feedback.remember(record("a", "prompt"), tenant="honest")
+    answer = feedback.recall(answer_id="a", tenant="honest")
+
+    assert 20 <= accepted <= 30, "four quotas, and what is added while the test runs"
+    assert [message[:42] for message in refused] == ["callers without credentials together exhaus"[:42]]
+    assert await feedback.rate(answer, "small", 1.0, tenant="honest", rater=known)
+
+
+async def test_callers_without_credentials_fill_half_the_file_at_most(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    feedback = Feedback(path, max_bytes=20_000, share=0.25)
+    for place in range(100):
+        feedback.remember(record("a", "x" * 500), tenant=f"invented {place}")
+        with suppress(errors.FeedbackQuota):
+            await rate(feedback, "a", 0.0, f"invented {place}")
+
+    assert 8_000 < path.stat().st_size <= 11_000
+
+
+async def test_very_long_turns_are_not_stored(tmp_path: Path) -> None:
+    feedback = Feedback(tmp_path / "feedback.jsonl")
+    feedback.remember(record("long", "x" * MAX_CHARACTERS))
+
+    assert feedback.recall(answer_id="long").turns == ()
+    assert not await rate(feedback, "long", 1.0)
+
+
+@given(
+    asked=st.lists(
+        st.tuples(st.sampled_from("AB"), st.sampled_from("xy"), st.sampled_from("12")), max_size=8
+    ),
+    named=st.tuples(st.sampled_from("AB"), st.sampled_from("xy")),
+)
+def test_a_request_id_means_an_answer_of_the_tenant_only_if_it_is_the_only_one(
+    asked: list[tuple[str, str, str]], named: tuple[str, str]
+) -> None:
+    feedback = Feedback(Path(os.devnull))
+    for place, (tenant, request_id, text) in enumerate(asked):
+        feedback.remember(record(str(place), text, request_id=request_id), tenant=tenant)
+    tenant, request_id = named
+    texts = {text for owner, id, text in asked if (owner, id) == named}
+    try:
+        found = feedback.recall(request_id=request_id, tenant=tenant)
+    except errors.UnknownRequest:
+        assert not texts
+    except errors.InvalidRequest:
+        assert len(texts) > 1
+    else:
+        assert {turn.text for turn in found.turns} == texts
+        assert asked[int(found.answer_id)][:2] == named
 
 
 async def test_a_request_has_one_outcome(tmp_path: Path, count: Callable[..., float]) -> None:
@@ -147,9 +271,9 @@ async def test_a_second_outcome_is_no_error_of_the_server(
 async def test_outcomes_that_come_at_once_are_one(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     feedback = Feedback(path)
-    feedback.remember("q1", AnswerRecord("small", 0.5, "prompt"))
+    feedback.remember(record("q1", "prompt"))
 
-    assert all(await asyncio.gather(*(feedback.rate("q1", "small", 1.0) for _ in range(20))))
+    assert all(await asyncio.gather(*(rate(feedback, "q1", 1.0) for _ in range(20))))
     assert len(rows(path)) == 1
 
 
@@ -173,13 +297,13 @@ async def test_a_tenant_has_a_quota_and_others_have_theirs(tmp_path: Path) -> No
 async def test_no_tenant_fills_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     feedback = Feedback(path, max_bytes=8000, share=0.25)
-    feedback.remember("q1", AnswerRecord("small", 0.5, "honest"), tenant="honest")
-    await feedback.rate("q1", "small", 1.0, tenant="honest")
+    feedback.remember(record("q1", "honest"), tenant="honest")
+    await rate(feedback, "q1", 1.0, tenant="honest")
     refused = 0
     for place in range(100):
-        feedback.remember(str(place), AnswerRecord("small", 0.5, "x" * 300), tenant="flood")
+        feedback.remember(record(str(place), "x" * 300), tenant="flood")
         try:
-            await feedback.rate(str(place), "small", 0.0, tenant="flood")
+            await rate(feedback, str(place), 0.0, tenant="flood")
         except errors.FeedbackQuota:
             refused += 1
 
@@ -189,13 +313,13 @@ async def test_no_tenant_fills_the_file_alone(tmp_path: Path) -> None:
 
 async def test_no_tenants_answers_are_forgotten_for_anothers(tmp_path: Path) -> None:
     feedback = Feedback(tmp_path / "feedback.jsonl", max_bytes=10_000, remembered=100)
-    feedback.remember("q1", AnswerRecord("small", 0.5, "honest"), tenant="honest")
+    feedback.remember(record("q1", "honest"), tenant="honest")
     for place in range(1000):
-        feedback.remember(str(place), AnswerRecord("small", 0.5, "x" * (place % 900)), tenant="flood")
+        feedback.remember(record(str(place), "x" * (place % 900)), tenant="flood")
 
-    assert feedback.recall("q1", tenant="honest").prompt == "honest"
+    assert feedback.recall(answer_id="q1", tenant="honest").turns == [Turn("user", "honest")]
     with pytest.raises(errors.UnknownRequest):
-        feedback.recall("1", tenant="flood")
+        feedback.recall(answer_id="1", tenant="flood")
 
 
 @pytest.mark.parametrize("field", ["request_id", "tier", "tenant"])
@@ -280,8 +404,10 @@ async def test_feedback_writes_prompt_and_outcome_to_the_file(
             await client.feedback("who", ok=True)
         with pytest.raises(errors.UnknownTier):
             await client.feedback(id, ok=True, tier="huge")
-        with pytest.raises(errors.InvalidRequest, match="'large' did not answer"):
+        with pytest.raises(errors.InvalidRequest, match="'large' did not give answer"):
             await client.feedback(id, ok=True, tier="large")
+        with pytest.raises(errors.InvalidRequest, match="names no answer"):
+            await client.feedback(ok=True)
         with pytest.raises(errors.InvalidRequest, match="0 to 1"):
             await client.feedback(id, quality=2)
 
@@ -299,36 +425,36 @@ async def test_without_a_file_no_prompt_is_stored() -> None:
 
     assert not said.kept
     feedback = Feedback()
-    feedback.remember("a", AnswerRecord("small", 0.5, "a secret"))
-    assert feedback.recall("a").prompt == ""
+    feedback.remember(record("a", "a secret"))
+    assert feedback.recall(answer_id="a").turns == ()
 
 
 async def test_the_feedback_file_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     feedback = Feedback(path, max_bytes=1000, remembered=3)
     for place in range(50):
-        feedback.remember(str(place), AnswerRecord("small", 0.5, f"prompt {place}"))
-        await feedback.rate(str(place), "small", 1.0)
+        feedback.remember(record(str(place), f"prompt {place}"))
+        await rate(feedback, str(place), 1.0)
 
     assert sorted(os.listdir(tmp_path)) == ["feedback.jsonl", "feedback.jsonl.1"]
     assert all(os.stat(tmp_path / name).st_size <= 1000 for name in os.listdir(tmp_path))
     assert json.loads(path.read_text().splitlines()[-1])["prompt"] == "prompt 49"
     with pytest.raises(errors.UnknownRequest):
-        feedback.recall("46")
+        feedback.recall(answer_id="46")
 
 
 async def test_the_total_size_of_stored_prompts_is_bounded(tmp_path: Path) -> None:
     feedback = Feedback(tmp_path / "feedback.jsonl", max_bytes=1000)
     for place in range(5):
-        feedback.remember(str(place), AnswerRecord("small", 0.5, "x" * 400))
-    feedback.remember("4", AnswerRecord("small", 0.5, "x" * 400))
-    feedback.remember("huge", AnswerRecord("small", 0.5, "x" * 2000))
+        feedback.remember(record(str(place), "x" * 400))
+    feedback.remember(record("4", "x" * 400))
+    feedback.remember(record("huge", "x" * 2000))
 
-    assert feedback.recall("3").prompt == "x" * 400
-    assert await feedback.rate("3", "small", 1.0)
-    assert not await feedback.rate("huge", "small", 1.0), "it is too long for the file"
+    assert feedback.recall(answer_id="3").turns == [Turn("user", "x" * 400)]
+    assert await rate(feedback, "3", 1.0)
+    assert not await rate(feedback, "huge", 1.0), "it is too long for the file"
     with pytest.raises(errors.UnknownRequest):
-        feedback.recall("2")
+        feedback.recall(answer_id="2")
 
 
 async def test_a_full_disk_leaves_no_partial_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,8 +478,8 @@ async def test_rows_are_written_one_by_one_even_if_a_caller_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feedback = Feedback(tmp_path / "feedback.jsonl")
-    feedback.remember("a", AnswerRecord("small", 0.5, "prompt"))
-    feedback.remember("b", AnswerRecord("small", 0.5, "prompt"))
+    feedback.remember(record("a", "prompt"))
+    feedback.remember(record("b", "prompt"))
     began, go, write = threading.Semaphore(0), threading.Event(), os.write
 
     def slow(handle: int, data: bytes) -> int:
@@ -362,11 +488,11 @@ async def test_rows_are_written_one_by_one_even_if_a_caller_leaves(
         return write(handle, data)
 
     monkeypatch.setattr(os, "write", slow)
-    leaving = asyncio.create_task(feedback.rate("a", "small", 1.0))
+    leaving = asyncio.create_task(rate(feedback, "a", 1.0))
     assert await asyncio.to_thread(began.acquire, timeout=20)
     leaving.cancel()
     await asyncio.wait([leaving])
-    staying = asyncio.create_task(feedback.rate("b", "small", 0.0))
+    staying = asyncio.create_task(rate(feedback, "b", 0.0))
     together = await asyncio.to_thread(began.acquire, timeout=0.2)
     go.set()
 
@@ -388,19 +514,3 @@ async def test_a_router_does_not_start_with_an_unwritable_feedback_file(tmp_path
     with pytest.raises(StartFailed, match=f"{nowhere} cannot be written: No such file"):
         async with router(Settings(port=0, tiers="small=127.0.0.1:1", feedback=nowhere)):
             pass
-
-
-def test_processes_that_write_one_file_lose_no_row_when_it_is_rotated(tmp_path: Path) -> None:
-    """Two processes of a router may find the file full at the same time; only one of them may rotate it."""
-    path, lines, row = tmp_path / "feedback.jsonl", 200, b"x" * 99 + b"\n"
-    writers = [Feedback(path, max_bytes=len(row) * lines * 2 // 3) for _ in range(2)]
-
-    def write(writer: Feedback) -> None:
-        for _ in range(lines // 2):
-            writer._write(path, row)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(write, writers))
-
-    kept = path.read_bytes() + path.with_name("feedback.jsonl.1").read_bytes()
-    assert kept == row * lines

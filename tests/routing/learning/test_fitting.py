@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -25,12 +27,12 @@ def outcomes(prompts: list[str], hard: list[bool], seed: int) -> tuple[Array, Ar
 
 
 def traffic(count: int, seed: int) -> tuple[list[str], list[bool]]:
-    """Return requests of an application with hard legal questions, which the shipped head cannot know."""
+    """Return requests of an application where questions about guests are hard, which nobody would expect."""
     rng = np.random.default_rng(seed)
     legal = "Summarize what the court said of the plaintiff, the contract and the statute in {} words."
     plain = "Summarize what the guests said of the kitchen, the garden and the weather in {} words."
     hard = [bool(rng.random() < 0.4) for _ in range(count)]
-    return [(legal if flag else plain).format(rng.integers(20, 200)) for flag in hard], hard
+    return [(plain if flag else legal).format(rng.integers(20, 200)) for flag in hard], hard
 
 
 def test_two_hundred_outcomes_of_new_traffic_improve_its_order() -> None:
@@ -52,7 +54,10 @@ def test_outcomes_that_are_pure_noise_hardly_move_the_order(seed: int) -> None:
     features = np.array([scorer.read(prompt) for prompt in prompts])
     fitted = refit(shipped, features, (rng.random(200) < 0.5).astype(float), np.ones(200)).model
     others = np.array(
-        [scorer.read(text) for text in ("Who wrote Hamlet?", "Hello!", "Solve $x^2 - 5x = 4$ for real x.")]
+        [
+            scorer.read(text)
+            for text in ("Hello!", "Correct the spelling: I recieved it.", "Solve $x^2 - 5x = 4$ for real x.")
+        ]
     )
 
     assert shipped.gains(others).argsort().tolist() == [0, 1, 2]
@@ -116,3 +121,13 @@ def test_softmax_separates_labels() -> None:
     weights, bias = softmax(features, labels, 2)
 
     assert ((features @ weights.T + bias).argmax(axis=1) == labels).all()
+
+
+def test_a_refit_aims_at_what_its_outcomes_say() -> None:
+    features, weak, strong = outcomes(*traffic(100, seed=1), seed=2)
+    either = replace(shipped, preferred=shipped.heads + 1.0, preferred_bias=shipped.head_bias + 1.0)
+
+    fitted = refit(either, features, weak, strong).model
+
+    assert fitted.preferred is None
+    assert fitted.aimed("correctness") is fitted

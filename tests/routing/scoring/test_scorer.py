@@ -99,12 +99,34 @@ def test_small_talk_facts_and_play_score_below_mathematics_code_and_long_word_pr
     assert max(shipped.score(text).value for text in EASY) < min(shipped.score(text).value for text in HARD)
 
 
-def test_chat_prompts_score_higher_where_large_models_lead() -> None:
-    means = {asks: sum(map(value, prompts)) / len(prompts) for asks, prompts in CHAT.items()}
+def test_more_right_answers_are_expected_where_large_models_lead() -> None:
+    correct = scorer.load(objective="correctness")
+    means = {
+        asks: sum(correct.score(text).value for text in prompts) / len(prompts)
+        for asks, prompts in CHAT.items()
+    }
 
     leads = {"mathematics", "coding", "reasoning", "extraction"}
     assert min(means[asks] for asks in leads) > max(means[asks] for asks in means.keys() - leads)
-    assert max(map(value, CHAT["chores"])) < 0.5
+
+
+def test_open_requests_score_above_chores_because_people_prefer_the_larger_model() -> None:
+    means = {asks: sum(map(value, prompts)) / len(prompts) for asks, prompts in CHAT.items()}
+
+    assert min(means["writing"], means["explaining"]) > 0.55
+    assert max(map(value, CHAT["chores"])) < 0.55
+    assert means["chores"] < 0.4
+
+
+def test_the_objective_changes_open_requests_and_leaves_checked_ones() -> None:
+    scorers = [scorer.load(objective=objective) for objective in ("correctness", "both", "preference")]
+    wish = "Write a cover letter for a junior librarian who is changing careers."
+    choices = "Which gas do plants take in?\nA. oxygen\nB. carbon dioxide\nC. helium\nD. argon"
+
+    low, middle, high = (each.score(wish).value for each in scorers)
+    assert low + 0.2 < middle < high - 0.05
+    checked = [each.score(choices).value for each in scorers]
+    assert max(checked) - min(checked) < 0.01
 
 
 def value(text: str) -> float:

@@ -45,7 +45,7 @@ def request_for(
 ) -> pb.GenerateRequest:
     """Make the request for the next turn of a conversation of (role, content) pairs.
 
-    session   identifies the conversation, so that the router does not return it to a smaller tier
+    session   identifies the conversation, so that turns that continue it do not return to a smaller tier
     """
     sampling = {
         name: value
@@ -94,7 +94,7 @@ async def print_answer(
 
 
 async def ask_once(prompt: str, options: ChatOptions) -> None:
-    """Send one prompt, print its answer, and the id of the request for `headrace feedback`, logs and traces.
+    """Send one prompt, print its answer, and its ids: for `headrace feedback`, and for logs and traces.
 
     Raises a HeadraceError.
     """
@@ -104,9 +104,7 @@ async def ask_once(prompt: str, options: ChatOptions) -> None:
             await print_answer(client, request_for([("user", prompt)], options), options, answer)
     finally:
         if answer.request_id:
-            stderr_console().print(
-                f"request {printable(answer.request_id)}", style="dim", markup=False, soft_wrap=True
-            )
+            stderr_console().print(answer.ids, style="dim", markup=False, soft_wrap=True)
 
 
 def stderr_console() -> Console:

@@ -108,17 +108,17 @@ class _Conversation:
     def _rate(self, *, ok: bool) -> None:
         """Send feedback on the last answer."""
         answer = self._last
-        if not answer.request_id:
-            _note("no answer to rate yet")
+        if not answer.answer_id:
+            _note("no answer to rate yet" if not answer.request_id else "no router gave this answer")
             return
         try:
-            response = self._runner.run(self._client.feedback(answer.request_id, ok=ok))
+            response = self._runner.run(self._client.feedback(answer_id=answer.answer_id, ok=ok))
         except KeyboardInterrupt:
             _note("(cancelled)")
         except errors.HeadraceError as error:
             self._complain(error, answer)
         else:
-            _note(f"request {printable(answer.request_id)}, {feedback_result(response)}")
+            _note(f"answer {printable(answer.answer_id)}, {feedback_result(response)}")
 
     def _complain(self, error: errors.HeadraceError, answer: Answer) -> None:
         complain(advice(error, self._options.connection.target))

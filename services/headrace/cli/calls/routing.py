@@ -34,11 +34,20 @@ async def call_list_tiers(connection: Connection) -> pb.ListTiersResponse:
 
 
 async def send_feedback(
-    connection: Connection, request_id: str, *, ok: bool | None, quality: float | None, tier: str, tenant: str
+    connection: Connection,
+    answer_id: str,
+    request_id: str,
+    *,
+    ok: bool | None,
+    quality: float | None,
+    tier: str,
+    tenant: str,
 ) -> pb.FeedbackResponse:
     """Send the quality of an answer to a router. Raises a HeadraceError."""
     async with connection.open() as client:
-        return await client.feedback(request_id, ok=ok, quality=quality, tier=tier, tenant=tenant)
+        return await client.feedback(
+            request_id, answer_id=answer_id, ok=ok, quality=quality, tier=tier, tenant=tenant
+        )
 
 
 def feedback_result(response: pb.FeedbackResponse) -> str:

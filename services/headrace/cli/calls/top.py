@@ -17,6 +17,8 @@ from rich.text import Text
 
 from headrace import errors
 from headrace.cli.answers import printable
+from headrace.cli.calls.amounts import money
+from headrace.cli.calls.top_changes import changes_parts
 from headrace.v1 import generation_pb2 as generation
 from headrace.v1 import routing_service_pb2 as pb
 
@@ -80,7 +82,7 @@ async def _poll(client: Client) -> Snapshot:
 
 
 def screen(now: Snapshot, before: Snapshot | None = None, oldest: Snapshot | None = None) -> RenderableType:
-    """Return load, figures, bill and tenants.
+    """Return load, figures, bill, tenants, and changes of the routing.
 
     Rates are since *before*; percentiles and fill are since *oldest*, by default the start of the router.
     """
@@ -96,6 +98,7 @@ def screen(now: Snapshot, before: Snapshot | None = None, oldest: Snapshot | Non
         parts.append(tenants_table(now.tenants, before.tenants or () if before is not None else (), elapsed))
     elif now.tenants is None:
         parts.append(Text("no tenants: they are shown to callers with the scope admin", "dim"))
+    parts += changes_parts(listed.changes)
     if listed.HasField("bill"):
         parts.append(savings(listed))
     else:
@@ -226,10 +229,3 @@ def savings(now: pb.ListTiersResponse) -> Text:
         share = 1 - bill.cost / bill.largest_tier_cost
         line += f"; {'saved' if share >= 0 else 'lost'} {abs(share):.0%}"
     return Text(line, "bold")
-
-
-def money(amount: float) -> str:
-    """Format an amount with two decimal places, more if it is small: "12.30", "0.0042", "1.2e-06"."""
-    if amount == 0 or amount >= 1:
-        return f"{amount:,.2f}"
-    return f"{amount:.4f}" if amount >= 0.001 else f"{amount:.2g}"

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from headrace.cli.calls.connection import Connection
-from headrace.cli.commands.flags import Artifact, with_connection
+from headrace.cli.commands.flags import Aim, Artifact, with_connection
 from headrace.cli.complaints import complain, complaining
 
 
@@ -36,7 +36,7 @@ def chat(
 ) -> None:
     """Send a prompt and stream the answer. Without a prompt, start a conversation; /help lists its commands.
 
-    Figures and the id of the request, for `headrace feedback`, are printed on standard error.
+    Figures and the ids of request and answer, for `headrace feedback`, are printed on standard error.
 
     Example:  headrace chat --max-tokens 60 "Why is the sky blue?"
 
@@ -79,10 +79,12 @@ def explain(
     jsonl: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="Score JSON Lines with id and prompt, without a mesh; - is standard input."
+            metavar="FILE",
+            help="Score JSON Lines with id, and prompt or messages, without a mesh; - is standard input.",
         ),
     ] = "",
     artifact: Artifact = None,
+    objective: Aim = "both",
     tier_names: Annotated[
         str,
         typer.Option(
@@ -106,7 +108,7 @@ def explain(
         from headrace.cli.files.offline import print_scores
 
         with complaining():
-            print_scores(jsonl, artifact, tier_names, from_score)
+            print_scores(jsonl, artifact, tier_names, from_score, objective)
         return
     import asyncio
 
@@ -171,7 +173,10 @@ def top(
 @with_connection
 def feedback(
     *,
-    request_id: Annotated[str, typer.Argument(help="Id of the request, as `headrace chat` prints it.")],
+    answer_id: Annotated[str, typer.Argument(help="Id of the answer, as `headrace chat` prints it.")] = "",
+    request_id: Annotated[
+        str, typer.Option(help="Id of the request, instead; rejected if several answers have it.")
+    ] = "",
     ok: Annotated[
         bool | None, typer.Option("--ok/--not-ok", help="Whether the answer was good enough.")
     ] = None,
@@ -196,8 +201,11 @@ def feedback(
     if (ok is None) == (quality is None):
         complain("give one of --ok, --not-ok and --quality")
         raise typer.Exit(2)
+    if not (answer_id or request_id):
+        complain("give the id of the answer, or --request-id")
+        raise typer.Exit(2)
     with complaining(connection.target):
         response = asyncio.run(
-            send_feedback(connection, request_id, ok=ok, quality=quality, tier=tier, tenant=tenant)
+            send_feedback(connection, answer_id, request_id, ok=ok, quality=quality, tier=tier, tenant=tenant)
         )
     Console().print(feedback_result(response), highlight=False, markup=False)

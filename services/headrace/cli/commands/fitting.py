@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from headrace.cli.commands.flags import Artifact
+from headrace.cli.commands.flags import Aim, Artifact
 from headrace.cli.complaints import complain, complaining
 
 
@@ -40,6 +40,7 @@ def calibrate(
     ),
     png: Annotated[Path | None, typer.Option(help="Write a picture of the trade-off to this file.")] = None,
     artifact: Artifact = None,
+    objective: Aim = "both",
 ) -> None:
     """Derive thresholds from your traffic, for a desired share of large calls or a desired quality.
 
@@ -78,6 +79,7 @@ def calibrate(
             out=out,
             png=png,
             artifact=artifact,
+            objective=objective,
             console=Console(),
         )
     except (BadArtifact, BadCalibration) as error:
@@ -89,27 +91,50 @@ def train(
     rows: Annotated[
         str,
         typer.Argument(
-            metavar="ROWS", help="JSON Lines with prompt, small_ok and large_ok; - is standard input."
+            metavar="ROWS",
+            help="JSON Lines with prompt or messages, and NAME_ok of any of the tiers; - is standard input.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Output file, for --scorer of a router.")],
     tiers: Annotated[
-        str, typer.Option(help="The smaller and the larger tier; their labels are NAME_ok.")
+        str, typer.Option(help="Names of the tiers, smallest first; their labels are NAME_ok.")
     ] = "small,large",
+    half_life_days: Annotated[
+        float,
+        typer.Option(
+            min=0.01, help="Age, before the newest row, at which an outcome with a time counts half."
+        ),
+    ] = 30.0,
+    most_per_tenant: Annotated[
+        float,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="Share of a tier's outcomes that those of one tenant may count for; 1 trusts all tenants.",
+        ),
+    ] = 0.2,
     artifact: Artifact = None,
 ) -> None:
-    """Refit the score of the router to your outcomes: the quality of each tier's answers, 0 to 1.
+    """Refit the score of the router to your outcomes, and learn how likely each tier is to answer well.
 
-    Rows with the same prompt are merged, so that each tier may have a row of its own, as in the router's
-    --feedback file. 200 prompts give most of the improvement. The default scorer is the prior, which limits
-    the effect of a few bad rows.
+    An outcome is the quality of a tier's answer, 0 to 1. A row may have those of one tier, some or all.
+    Optional fields are NAME_tokens (length of the answer), tenant, time (in seconds since 1970, or as
+    2026-11-28T20:00Z) and what else the router's --feedback file has. Rows with the same prompt are merged.
+
+    The score needs outcomes of the first and the last tier for the same prompts: 200 give most of the
+    improvement. The chance of success needs outcomes of each tier for any prompts, 50 or more of each. With
+    it, a router chooses by expected quality and cost, and tiers need not be ordered. Few outcomes change
+    little.
 
     Example:  headrace train outcomes.jsonl --out scorer.json
+
+    Example:  headrace train feedback.jsonl --out scorer.json --tiers small,code,large
     """
-    from headrace.cli.files.offline import refit_scorer
+    from headrace.cli.files.training import Weighting
+    from headrace.cli.files.training import train as run
 
     with complaining():
-        refit_scorer(rows, out, tiers, artifact, Console(highlight=False))
+        run(rows, out, tiers, artifact, Console(highlight=False), Weighting(half_life_days, most_per_tenant))
 
 
 def check(

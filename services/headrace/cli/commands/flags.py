@@ -11,6 +11,7 @@ import typer
 from headrace.cli.calls.connection import Connection
 from headrace.cli.launch.mesh import DEFAULT_TIERS
 from headrace.cli.launch.up import DEFAULT_TARGET
+from headrace.routing.scoring.score import Objective
 
 Target = Annotated[
     str, typer.Option(envvar="HEADRACE_TARGET", help="Router or batcher to call, as a gRPC target.")
@@ -66,6 +67,14 @@ Cache = Annotated[
 ]
 Artifact = Annotated[
     Path | None, typer.Option(help="File of the scorer or check to use instead of the default one.")
+]
+Aim = Annotated[
+    Objective,
+    typer.Option(
+        "--objective",
+        help="What a larger tier shall gain: right answers, answers that people like better, or both. Use "
+        "the router's.",
+    ),
 ]
 DrainSeconds = Annotated[
     float,

@@ -14,13 +14,15 @@ from rich.table import Table
 from headrace.routing import calibration
 from headrace.routing.calibration import BadCalibration, Point, ScoredPrompt
 from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import Scorer, fingerprint
+from headrace.routing.scoring.conversation import Turn, turns_of_row
+from headrace.routing.scoring.score import Objective, Scorer, fingerprint
 
 _LINES = 21  # of the table; the trade-off has more points
 
 
 def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Console) -> list[ScoredPrompt]:
-    """Score the prompts of *path*: JSON Lines with `prompt` and optionally `NAME_ok` per tier.
+    """Score the prompts of *path*: JSON Lines with `prompt` or `messages`, and
+    optionally `NAME_ok` per tier.
 
     Rows with the same prompt are merged, because the router writes one row per feedback. Raises
     BadCalibration.
@@ -32,19 +34,22 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
         raise BadCalibration(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise BadCalibration(f"{path} is not UTF-8 text: {error.reason}") from error
-    merged: dict[str, dict[str, Any]] = {}
+    merged: dict[tuple[int, Sequence[Turn]], dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            prompt = row["prompt"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            prompt = None
-        if not isinstance(prompt, str) or not prompt:
-            raise BadCalibration(f'{path}, line {number}: not a JSON object with a "prompt"')
+            row["turns"] = tuple(turns_of_row(row))
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            row = {}
+        if not row.get("turns") or row.get("prompt") == "":
+            raise BadCalibration(
+                f'{path}, line {number}: not a JSON object with a "prompt", or with "messages" that have a '
+                '"role" and a "content"'
+            )
         # The same prompt without labels counts each time; with labels, its rows are merged.
-        key = prompt if any(f"{tier}_ok" in row for tier in tiers) else f"{number} {prompt}"
+        key = (0 if any(f"{tier}_ok" in row for tier in tiers) else number, row["turns"])
         merged.setdefault(key, {}).update(row)
     if not merged:
         raise BadCalibration(f"{path} has no rows")
@@ -56,7 +61,9 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
         )
     rows = labelled or list(merged.values())
     return [
-        ScoredPrompt(scores.score(row["prompt"]).value, calibration.qualities(row, tiers) if labelled else ())
+        ScoredPrompt(
+            scores.score_turns(row["turns"]).value, calibration.qualities(row, tiers) if labelled else ()
+        )
         for row in track(rows, "scoring", console=console, transient=True, disable=not console.is_terminal)
     ]
 
@@ -137,13 +144,14 @@ def calibrate(
     out: Path,
     png: Path | None,
     artifact: Path | None = None,
+    objective: Objective = "both",
     console: Console,
 ) -> None:
     """Choose thresholds by *shares* or *quality*, print the trade-off, and write the file for the router.
 
     Raises BadCalibration and BadArtifact.
     """
-    scores = scorer.load(artifact)
+    scores = scorer.load(artifact, objective)
     rows = read_traffic(traffic, scores, tiers, console)
     points = calibration.curve(rows, costs)
     if quality is not None:

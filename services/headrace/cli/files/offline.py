@@ -1,4 +1,4 @@
-"""Score prompts, check drafts and refit the scorer without a mesh: `explain --jsonl`, `check` and `train`."""
+"""Score prompts and check drafts without a mesh: `explain --jsonl` and `check`."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from headrace.cli.files.rows import BadRow, read_rows
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.drafts import check as draft_check
-from headrace.routing.learning import fitting
 from headrace.routing.policy import decide
 from headrace.routing.request import Hints
 from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import UNSCORED
+from headrace.routing.scoring.score import UNSCORED, Objective
 from headrace.routing.tier_view import TierView, even_thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from rich.console import Console
-
     from headrace.routing.scoring.score import Score
 
 _FEATURES = 3  # in a reason
 
 
-def print_scores(path: str, artifact: Path | None, tiers: str, from_score: str) -> None:
-    """Print score, tier, reason and latency of the decision for each row of *path*.
+def print_scores(
+    path: str, artifact: Path | None, tiers: str, from_score: str, objective: Objective = "both"
+) -> None:
+    """Print score, tier, reason and latency of the decision for each prompt or conversation of *path*.
 
     tiers        names, smallest first, separated by commas
     from_score   the lowest score of each tier after the first, separated by commas; evenly spaced if empty
@@ -42,16 +39,16 @@ def print_scores(path: str, artifact: Path | None, tiers: str, from_score: str) 
     if not names:
         raise BadRow("--tiers has no tier")
     views = [TierView(name, lowest) for name, lowest in zip(names, _lowest(names, from_score), strict=True)]
-    loaded = scorer.load(artifact)
+    loaded = scorer.load(artifact, objective)
     loaded.score("The first call is slower.")
-    for row in read_rows(path, ["prompt"]):
+    for row in read_rows(path, ["prompt"], turns=True):
         began = time.perf_counter()
         try:
-            score = loaded.score(row["prompt"])
+            score = loaded.score_turns(row["turns"])
             features = _main_features(score)
         except Exception as error:  # like the router, which then routes without a score
             score, features = UNSCORED, f"the prompt could not be scored ({type(error).__name__})"
-        decision = decide(score.value, Hints(), views)
+        decision = decide(score.value, Hints(), views, continues=score.continues)
         took = time.perf_counter() - began
         _print_row(
             id=row["id"],
@@ -97,53 +94,6 @@ def print_checks(path: str, artifact: Path | None) -> None:
         )
 
 
-def refit_scorer(path: str, out: Path, tiers: str, artifact: Path | None, console: Console) -> None:
-    """Refit the scorer to the outcomes in *path*, print figures before and after, and write it to *out*.
-
-    tiers   the smaller and the larger tier, separated by a comma
-
-    Raises BadRow, also if the rows are not sufficient or *out* cannot be written, and BadArtifact.
-    """
-    names = [f"{name.strip()}_ok" for name in tiers.split(",")]
-    if len(names) != 2:
-        raise BadRow(f"--tiers {tiers!r} must name two tiers, the smaller one first")
-    model = scorer.load(artifact).model
-    outcomes: dict[str, dict[str, list[float]]] = {}
-    for row in read_rows(path, ["prompt"], numbers=names):
-        for name in names:
-            if name in row:
-                outcomes.setdefault(row["prompt"], {}).setdefault(name, []).append(float(row[name]))
-    if not outcomes:
-        raise BadRow(f"{path} has no rows")
-    prompts = [prompt for prompt, by_tier in outcomes.items() if len(by_tier) == 2]
-    if not prompts:
-        raise BadRow(f"{path}: no prompt has both {names[0]!r} and {names[1]!r}")
-    features = np.array([scorer.read(prompt) for prompt in prompts])
-    weak, strong = (np.array([np.mean(outcomes[prompt][name]) for prompt in prompts]) for name in names)
-    try:
-        fitted = fitting.refit(model, features, weak, strong)
-    except ValueError as error:
-        raise BadRow(f"{path}: {error}") from error
-    if len(prompts) < len(outcomes):
-        console.print(
-            f"{len(outcomes) - len(prompts)} prompts ignored: they have the outcome of one tier only"
-        )
-    console.print(f"{len(prompts)} prompts, cross-validated (chance is APGR 0.500, CPT50 50, CPT80 80):")
-    for name, figures in (("before", fitted.before), ("after", fitted.after)):
-        console.print(
-            f"  {name:6}  APGR {figures.apgr:.3f}  CPT50 {figures.cpt50:.1f}  CPT80 {figures.cpt80:.1f}"
-        )
-    if fitted.after.apgr <= fitted.before.apgr:
-        console.print(
-            "On rows outside of its training set, it is not better than before. Consider not using it."
-        )
-    try:
-        scorer.save(fitted.model, out)
-    except OSError as error:
-        raise BadRow(f"{out} cannot be written: {error.strerror or error}") from error
-    console.print(f"written: {out}", markup=False, soft_wrap=True)
-
-
 def _lowest(names: Sequence[str], from_score: str) -> list[float]:
     if not from_score.strip():
         return even_thresholds(len(names))
@@ -177,6 +127,8 @@ def _main_features(score: Score) -> str:
         key=lambda share: -abs(share.log_odds),
     )
     kind = max(kinds, key=lambda share: share.value, default=None)
+    # What the conversation adds comes first: it is not a feature of the last turn.
+    others.sort(key=lambda share: not share.name.startswith("turn:"))
     parts = [f"{share.name} {share.log_odds:+.2f}" for share in others[:_FEATURES]]
     if kind is not None:
         parts.insert(0, f"reads as {kind.name.removeprefix('kind:')} ({kind.value:.0%})")

@@ -56,7 +56,15 @@ class Outgoing:
     flusher: Flusher | None = None
 
 
-class Routed(Protocol):
+class Counted(Protocol):
+    """A request whose attempts at batchers are counted."""
+
+    def count_attempt(self, tier: str) -> None:
+        """Count an attempt at a batcher of *tier*."""
+        ...
+
+
+class Routed(Counted, Protocol):
     """A request that is being routed."""
 
     outgoing: Outgoing
@@ -66,10 +74,6 @@ class Routed(Protocol):
 
         Raises NoWorkers if no tier is left, and the errors of invalid hints.
         """
-        ...
-
-    def count_attempt(self, tier: str) -> None:
-        """Count an attempt at a batcher of *tier*."""
         ...
 
     async def wait_for_recovery(self, failed: Collection[str], began: float) -> bool:
@@ -125,7 +129,7 @@ def _may_recover(error: errors.HeadraceError) -> bool:
 
 
 async def on_tier(
-    tier: Tier, routed: Routed, outgoing: Outgoing
+    tier: Tier, routed: Counted, outgoing: Outgoing
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Stream one answer from the batchers of *tier*. It survives the loss of up to two of them.
 

@@ -31,7 +31,7 @@ from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.tiers import Tier, Tiers
 from headrace.routing.policy import Decision
 from headrace.routing.request import Hints, RoutingRequest
-from headrace.routing.scoring.conversation import Turn
+from headrace.routing.scoring.conversation import Turn, window
 from headrace.routing.scoring.score import UNSCORED, Score
 from headrace.v1 import generation_pb2 as pb
 
@@ -64,11 +64,12 @@ class Journey:
         bill: Bill,
         timing: Timing,
         turns: Sequence[Turn],
+        scorer: str,
         watchers: Watchers,
+        arm: str = "",
     ) -> None:
-        self._text = text_of(request)
-        self._turns, self._score = turns, score
-        self._facts = routing_request(request, score)
+        self._turns, self._score, self._scorer = turns, score, scorer
+        self._facts = routing_request(request, score, arm)
         self._shows_logprobs = request.sampling.logprobs
         self._may_draft = chooser.rules.allow(self._facts)
         self.outgoing = Outgoing(
@@ -129,6 +130,8 @@ class Journey:
                 text=self._watched.text if self._watched is not None else "",
                 bill=self.bill,
                 seconds=seconds,
+                answer_id=self._accepted.answer_id if self._accepted is not None else "",
+                scorer=self._scorer,
             )
         )
 
@@ -144,6 +147,8 @@ class Journey:
             rejected=rejected,
         )
         if self._decision is None:
+            with optional("exploration"):
+                decision = self._chooser.explore(self._facts, decision)
             self._first_decision = decision
             with optional("thresholds"):
                 self._chooser.record_decision(self._facts, decision)
@@ -189,7 +194,7 @@ class Journey:
         with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span, optional("draft check"):
             text, finished = draft.text_to_check()
             released, check = self._chooser.check_draft(
-                self._text,
+                text_of(self.outgoing.request),
                 text,
                 finished=finished,
                 logprobs=draft.logprobs,
@@ -245,16 +250,23 @@ class Journey:
     def _accept(self, accepted: pb.Accepted) -> None:
         if self._facts.scored:
             accepted.score = self._facts.score
+        accepted.answer_id = uuid.uuid4().hex
         self._accepted = accepted
         # If a rejected draft is released, its tier is not the one that was chosen last.
         self._tier = accepted.tier or self._tier
         with optional("conversations"):
             self._chooser.record_answer(self._facts, self._tier, time.monotonic())
         with optional("feedback"):
-            score = self._facts.score if self._facts.scored else None
             self._feedback.remember(
-                self.outgoing.request.request_id,
-                AnswerRecord(self._tier, score, self._text),
+                AnswerRecord(
+                    accepted.answer_id,
+                    self.outgoing.request.request_id,
+                    self._tier,
+                    self._facts.score if self._facts.scored else None,
+                    self._turns,
+                    self._scorer,
+                    self._facts.arm,
+                ),
                 tenant=self._facts.tenant,
             )
 
@@ -274,6 +286,9 @@ class Journey:
             finish.bill.CopyFrom(bill_message(self.bill))
         with optional("pace"):
             self._chooser.record_speed(self._tier, finish, self._delivered, time.monotonic())
+        if self._decision is not None:
+            with optional("usage"):
+                self._chooser.record_usage(self._facts, self._decision, self._tier, usage)
 
     def _bill_partial_answer(self) -> None:
         """Bill what was delivered of an answer that did not finish."""
@@ -323,37 +338,46 @@ def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequ
 
 
 def turns_of(request: pb.GenerateRequest) -> list[Turn]:
-    """Return the turns to score: those of the chat, or the raw prompt."""
+    """Return the turns to score: the chat's last ones, or the raw prompt, without the middle of long ones.
+
+    Each access to a message decodes its text, so each is read at most once, and older ones are not.
+    """
     if request.HasField("chat"):
-        return [Turn(message.role, message.content) for message in request.chat.messages]
-    return [Turn("user", request.prompt)]
+        messages = request.chat.messages
+        newest_first = (messages[place] for place in range(len(messages) - 1, -1, -1))
+        return window(Turn(message.role, message.content) for message in newest_first)
+    return window([Turn("user", request.prompt)])
 
 
 def text_of(request: pb.GenerateRequest) -> str:
     """Return the text that a draft answers: the raw prompt, or the user's last message."""
     if request.HasField("chat"):
         messages = request.chat.messages
-        for turn in reversed(messages):
-            if turn.role == "user":
-                return turn.content
+        for place in range(len(messages) - 1, -1, -1):
+            if messages[place].role == "user":
+                return messages[place].content
         return messages[-1].content
     return request.prompt
 
 
-def routing_request(request: pb.GenerateRequest, score: Score) -> RoutingRequest:
-    """Return what the routing decisions read of a request."""
+def routing_request(request: pb.GenerateRequest, score: Score, arm: str = "") -> RoutingRequest:
+    """Return what the routing decisions read of a request; *arm* is the one that scored it."""
     hints = request.routing
     return RoutingRequest(
         score=score.value,
         scored=score is not UNSCORED,
         continues=score.continues,
+        carried=score.carried,
         estimates=score.estimates,
+        # It is computed in full each time: 0.3 ms for 200 kB.
+        prompt_bytes=request.ByteSize() if score.estimates else 0,
         hints=_hints(hints) if request.HasField("routing") else _NO_HINTS,
         tenant=hints.tenant,
         session=hints.session_id,
         max_tokens=request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None,
         cascade=hints.cascade if hints.HasField("cascade") else None,
         resumes=bool(request.resume.token_ids),
+        arm=arm,
     )
 
 

@@ -34,6 +34,8 @@ class Answered:
     outcome    "ok", or the class of the error, as the metrics name it
     text       of the answer, at most `MAX_TEXT` characters; empty unless a watcher wanted it
     seconds    from its arrival to its end
+    answer_id  made by the router; empty if no tier accepted the request
+    scorer     fingerprint of the scorer that scored it
     """
 
     request: pb.GenerateRequest
@@ -47,14 +49,18 @@ class Answered:
     text: str
     bill: Bill
     seconds: float
+    answer_id: str = ""
+    scorer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Rating:
     """The outcome of an answer.
 
-    quality   0 to 1
-    source    who rated it: "caller", "judge"
+    request_id  as the caller chose it: other answers may have the same
+    quality     0 to 1
+    source      who rated it: "caller", "judge"
+    answer_id   made by the router
     """
 
     tenant: str
@@ -62,6 +68,7 @@ class Rating:
     tier: str
     quality: float
     source: str = "caller"
+    answer_id: str = ""
 
 
 class Watcher(Protocol):
@@ -84,7 +91,11 @@ class Watchers:
     """Several watchers as one. What one of them raises is logged, and the others are still called."""
 
     def __init__(self, watchers: Sequence[Watcher] = ()) -> None:
-        self._watchers = tuple(watchers)
+        self._watchers = list(watchers)
+
+    def add(self, watcher: Watcher) -> None:
+        """Add a watcher."""
+        self._watchers.append(watcher)
 
     def wants_text(self, request: pb.GenerateRequest, facts: RoutingRequest) -> bool:
         """See `Watcher`."""

@@ -1,66 +1,99 @@
-"""Record callers' feedback about answers, in memory and optionally in a file.
+"""Match reported outcomes to answers, and write them to a file for `headrace train` and `calibrate`.
 
-An answer is identified by its tenant and the request id. Only that tenant may rate it, once. Prompts are
-kept, in memory and in the file, only if a file is configured. `headrace calibrate` and `headrace train` read
-the rows of the file.
+A report names an answer by the id that the router made for it, which nobody can guess. Ids of requests are
+chosen by callers, so one that several answers have is rejected. Only the tenant of a request can rate its
+answer, once, and only for the tier that answered. Nobody displaces the answers of other tenants or floods
+the file: each tenant has a quota, and callers without credentials, who can invent tenants, have one together.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
-import os
-import sys
 import time
-import uuid
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headrace import errors
 from headrace.quoting import quoted
 from headrace.router.state.quota import Quota
+from headrace.router.state.row_file import RowFile
 from headrace.router.state.tenant_memory import TenantMemory
-
-if sys.platform != "win32":
-    import fcntl
+from headrace.routing.scoring.conversation import Turn, row_of
+from headrace.runtime.security.identity import ANONYMOUS, Identity
 
 log = logging.getLogger(__name__)
 
 TENANT_SHARE = 0.25  # of the file's size, that one tenant may write within an hour
+JUDGE_SHARE = 0.25  # of the file's size, that judges may write within an hour
+_TOGETHER = 4  # quotas of tenants that callers without credentials share for reports per minute
+_TOGETHER_BYTES = 2  # and for bytes per hour
+MAX_CHARACTERS = 262_144  # of the turns of one answer; longer ones are not stored
+_TURN_CHARACTERS = 64  # that a stored turn counts in addition to its text
+_SAME_REQUEST = 8  # the latest answers to one request id among which a report finds its own
 
 
 @dataclass(slots=True)
 class AnswerRecord:
     """An answer that its caller may rate.
 
-    score      of the prompt; None if it could not be scored
-    prompt     the text that was scored; empty without a file, and if it is too long for the file
-    quality    the reported outcome, 0 to 1; None before the report
-    kept       whether the outcome is in the file
-    ambiguous  another answer without a tenant has the same request id and no outcome
+    answer_id    made by the router
+    request_id   chosen by the caller, or made by a server
+    score        of the turns; None if they could not be scored
+    turns        that were scored; empty without a file, and if they are too long for it
+    scorer, arm  that scored them: its fingerprint, and "canary" for a candidate
+    quality      the reported outcome, 0 to 1; None before the report
+    kept         whether the outcome is in the file
     """
 
+    answer_id: str
+    request_id: str
     tier: str
     score: float | None
-    prompt: str = ""
+    turns: Sequence[Turn] = ()
+    scorer: str = ""
+    arm: str = ""
     quality: float | None = None
     kept: bool = False
-    ambiguous: bool = False
+
+    @property
+    def size(self) -> int:
+        """Characters of the turns, and what each of them costs."""
+        return sum(len(turn.text) + _TURN_CHARACTERS for turn in self.turns)
+
+    def row(self, tenant: str, source: str) -> dict[str, Any]:
+        """Return the fields of a row about it, without an outcome.
+
+        source   of the outcome: "caller" or "judge"
+        """
+        return {
+            "id": self.request_id,
+            "answer": self.answer_id,
+            **({"tenant": tenant} if tenant else {}),
+            "source": source,
+            "time": round(time.time(), 3),
+            **row_of(self.turns),
+            **({} if self.score is None else {"score": round(self.score, 6)}),
+            **({"scorer": self.scorer} if self.scorer else {}),
+            **({"arm": self.arm} if self.arm else {}),
+            "tier": self.tier,
+        }
 
 
 class Feedback:
     """The most recent answers, and the file of outcomes.
 
-    path        of the file, one JSON object per line; None: no file
-    max_bytes   of the file. A full file is renamed to PATH.1, which replaces an older one, so the disk usage
-                is at most twice this
-    remembered  number of answers that may still be rated; fewer if their prompts have more than *max_bytes*
+    path        of the file, a `RowFile`; None: no file
+    max_bytes   of the file
+    remembered  number of answers that may still be rated; fewer if their turns have more than *max_bytes*
                 characters in total. Beyond either limit, the tenant with the most loses its oldest
-    per_minute  outcomes that one tenant may report
-    share       of *max_bytes* that one tenant may write within an hour; None: no limit
+    per_minute  outcomes that one tenant may report; callers without credentials, four times as many together
+    share       of *max_bytes* that one tenant may write within an hour; callers without credentials, twice
+                that together; None: no limit
 
     Raises OSError if the file cannot be written.
     """
@@ -74,161 +107,182 @@ class Feedback:
         per_minute: int = 600,
         share: float | None = None,
     ) -> None:
-        if path is not None:
-            os.close(_open(path))
-        self._path = path
+        self._file = None if path is None else RowFile(path, max_bytes=max_bytes)
         self._max_bytes = max_bytes
         self._remembered = remembered
         self._answers: TenantMemory[AnswerRecord] = TenantMemory(remembered, weight=max_bytes)
+        self._of_request: TenantMemory[tuple[str, ...]] = TenantMemory(remembered)  # ids of answers
         self._outcomes = Quota(per_minute, 60.0)
-        self._bytes = None if share is None else Quota(max_bytes * share, 3600.0)
+        self._together = Quota(per_minute * _TOGETHER, 60.0, tenants=1)
+        self._bytes = self._bytes_together = None
+        if share is not None:
+            self._bytes = Quota(max_bytes * share, 3600.0)
+            self._bytes_together = Quota(max_bytes * min(share * _TOGETHER_BYTES, 1.0), 3600.0, tenants=1)
+        self._judged = Quota(max_bytes * JUDGE_SHARE, 3600.0, tenants=1)
         # One thread, so rows are written one after the other, each completely even if its caller leaves.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="feedback")
 
-    def remember(self, request_id: str, answer: AnswerRecord, *, tenant: str = "") -> None:
-        """Store an answer to *tenant*'s request; it replaces an older one of the same id."""
-        if self._path is None or len(answer.prompt) > self._max_bytes:
-            answer.prompt = ""
-        before = self._answers.get(tenant, request_id)
-        if not tenant and before is not None and before.quality is None:
-            # Without a tenant, two prompts under one id may be two callers'.
-            answer.ambiguous = before.ambiguous or before.prompt != answer.prompt
-        self._answers.put(tenant, request_id, answer, len(answer.prompt))
+    def remember(self, answer: AnswerRecord, *, tenant: str = "") -> None:
+        """Store an answer to *tenant*'s request."""
+        if self._file is None or answer.size > min(self._max_bytes, MAX_CHARACTERS):
+            answer.turns = ()
+        self._answers.put(tenant, answer.answer_id, answer, answer.size)
+        # The same tier and prompt again, as after a retry, replace the earlier answer to the request.
+        others = [
+            one.answer_id
+            for one in self._answers_to(answer.request_id, tenant)
+            if one.quality is not None or (one.tier, one.turns) != (answer.tier, answer.turns)
+        ]
+        named = (*others[-_SAME_REQUEST + 1 :], answer.answer_id)
+        self._of_request.put(tenant, answer.request_id, named)
 
-    def recall(self, request_id: str, *, tenant: str = "") -> AnswerRecord:
-        """Return the answer to a request of *tenant*. Raises UnknownRequest."""
-        if (answer := self._answers.get(tenant, request_id)) is None:
-            raise errors.UnknownRequest(
-                f"no request {quoted(request_id)} of {_named(tenant)} among the last "
-                f"{self._remembered} that this router answered",
+    def recall(self, *, answer_id: str = "", request_id: str = "", tenant: str = "") -> AnswerRecord:
+        """Return an answer to *tenant*, by its own id, by its request's id, or by both.
+
+        Raises UnknownRequest, and InvalidRequest if the request id is another answer's, or several answers'.
+        """
+        if not answer_id:
+            return self._only_answer(request_id, tenant)
+        if (answer := self._answers.get(tenant, answer_id)) is None:
+            raise self._unknown("answer", answer_id, tenant)
+        if request_id and request_id != answer.request_id:
+            raise errors.InvalidRequest(
+                f"answer {quoted(answer_id)} is not to request {quoted(request_id)}: leave request_id out",
                 field="request_id",
             )
         return answer
 
-    async def rate(self, request_id: str, tier: str, quality: float, *, tenant: str = "") -> bool:
+    def _only_answer(self, request_id: str, tenant: str) -> AnswerRecord:
+        """Return the answer that a request id means: the one without an outcome, or else the last one."""
+        if not (found := self._answers_to(request_id, tenant)):
+            raise self._unknown("request", request_id, tenant)
+        unrated = [answer for answer in found if answer.quality is None]
+        if len(unrated) > 1:
+            raise ambiguous(request_id, tenant)
+        return (unrated or found)[-1]
+
+    def has_unrated(self, request_id: str, tenant: str) -> bool:
+        """Whether an answer to a request id has no outcome."""
+        return any(answer.quality is None for answer in self._answers_to(request_id, tenant))
+
+    def _answers_to(self, request_id: str, tenant: str) -> list[AnswerRecord]:
+        """Return the last answers to a request id, oldest first."""
+        names = self._of_request.get(tenant, request_id) or ()
+        found = (self._answers.get(tenant, name) for name in names)
+        return [answer for answer in found if answer is not None]
+
+    def _unknown(self, what: str, name: str, tenant: str) -> errors.UnknownRequest:
+        return errors.UnknownRequest(
+            f"no {what} {quoted(name)} of {_named(tenant)} among the last "
+            f"{self._remembered} that this router answered",
+            field=f"{what}_id",
+        )
+
+    async def rate(
+        self,
+        answer: AnswerRecord,
+        tier: str,
+        quality: float,
+        *,
+        tenant: str = "",
+        rater: Identity = ANONYMOUS,
+    ) -> bool:
         """Record the outcome of an answer; return whether the file has a row about it.
 
+        answer    of *tenant*, as `recall` returns it
         tier      that gave the answer
         quality   0 to 1
-        tenant    of the request
+        rater     who reports it
 
-        Raises UnknownRequest; InvalidRequest if another tier answered or the request id is ambiguous;
-        AlreadyRated after a different outcome; FeedbackQuota if the tenant has exhausted its quota; and
-        InternalError if the file cannot be written.
+        Raises InvalidRequest if another tier answered; AlreadyRated after a different outcome; FeedbackQuota
+        if the tenant has exhausted its quota; and InternalError if the file cannot be written.
         """
-        answer = self.recall(request_id, tenant=tenant)
-        _check_rated(request_id, tier, answer)
+        if tier != answer.tier:
+            raise errors.InvalidRequest(
+                f"tier {quoted(tier)} did not give answer {quoted(answer.answer_id)}, {answer.tier!r} did",
+                field="tier",
+            )
         if answer.quality is not None:
             if answer.quality == quality:
                 return answer.kept  # a repeated report, for example after a lost reply
             raise errors.AlreadyRated(
-                f"request {quoted(request_id)} was rated before, with {answer.quality:g}",
-                field="request_id",
+                f"answer {quoted(answer.answer_id)} was rated before, with {answer.quality:g}",
+                field="answer_id",
             )
-        data = self._row(request_id, tenant, answer, quality)
-        self._charge(tenant, len(data))
+        data = b""
+        if self._file is not None and answer.turns:
+            outcome = {"identity": rater.name, f"{answer.tier}_ok": quality}
+            data = self._data(answer.row(tenant, "caller") | outcome)
+        self._charge(tenant, rater, len(data))
         answer.quality = quality
-        if not data or self._path is None:
+        if not data or self._file is None:
             return False
         answer.kept = True
         try:
-            await asyncio.get_running_loop().run_in_executor(self._writer, self._write, self._path, data)
+            await self._append(self._file, data)
         except OSError as error:
             answer.quality, answer.kept = None, False
-            log.error("feedback not written", extra={"file": str(self._path), "problem": str(error)})
+            log.error("feedback not written", extra={"file": str(self._file.path), "problem": str(error)})
             raise errors.InternalError(
                 f"the router cannot write its feedback file ({error.strerror or error}); nothing was recorded"
             ) from error
         return True
 
-    def _row(self, request_id: str, tenant: str, answer: AnswerRecord, quality: float) -> bytes:
-        """Return the row for the file; empty without a file or prompt, or if it is too long for the file."""
-        if self._path is None or not answer.prompt:
-            return b""
-        row = {
-            "id": request_id,
-            "answer": uuid.uuid4().hex,  # callers may use a request id again
-            **({"tenant": tenant} if tenant else {}),
-            "time": round(time.time(), 3),
-            "prompt": answer.prompt,
-            **({} if answer.score is None else {"score": round(answer.score, 6)}),
-            "tier": answer.tier,
-            f"{answer.tier}_ok": quality,
-        }
+    async def keep_judged(
+        self, answer: AnswerRecord, outcome: Mapping[str, object], *, tenant: str = ""
+    ) -> bool:
+        """Write what a judge found about an answer; return whether the file has a row about it.
+
+        outcome   the fields of the row that describe it
+
+        A row is left out if the judges have exhausted their quota, or if the file cannot be written.
+        """
+        if self._file is None or not answer.turns or answer.size > min(self._max_bytes, MAX_CHARACTERS):
+            return False
+        data, now = self._data(answer.row(tenant, "judge") | dict(outcome)), time.monotonic()
+        if not data or self._judged.wait("", len(data), now) > 0:
+            return False
+        self._judged.take("", len(data), now)
+        try:
+            await self._append(self._file, data)
+        except OSError as error:
+            log.error("verdict not written", extra={"file": str(self._file.path), "problem": str(error)})
+            return False
+        return True
+
+    async def _append(self, file: RowFile, data: bytes) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._writer, file.append, data)
+
+    def _data(self, row: Mapping[str, object]) -> bytes:
+        """Return a line of the file; empty if it is too long for the file."""
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         return data if len(data) <= self._max_bytes else b""
 
-    def _charge(self, tenant: str, size: int) -> None:
+    def _charge(self, tenant: str, rater: Identity, size: int) -> None:
+        """Take one outcome and its bytes from the quotas. Raises FeedbackQuota if one is exhausted."""
         now = time.monotonic()
-        quotas = [(self._outcomes, 1), *([(self._bytes, size)] if self._bytes is not None else [])]
-        if (wait := max(quota.wait(tenant, amount, now) for quota, amount in quotas)) > 0:
+        quotas = [(self._outcomes, tenant, 1), (self._bytes, tenant, size)]
+        if rater == ANONYMOUS:
+            quotas += [(self._together, "", 1), (self._bytes_together, "", size)]
+        limits = [(quota, whose, amount) for quota, whose, amount in quotas if quota is not None]
+        wait, whose = max((quota.wait(whose, amount, now), whose) for quota, whose, amount in limits)
+        if wait > 0:
+            who = _named(tenant) if whose == tenant else "callers without credentials together"
             raise errors.FeedbackQuota(
-                f"{_named(tenant)} exhausted the feedback quota: report this outcome later",
-                retry_after=wait,
+                f"{who} exhausted the feedback quota: report this outcome later", retry_after=wait
             )
-        for quota, amount in quotas:
-            quota.take(tenant, amount, now)
-
-    def _write(self, path: Path, line: bytes) -> None:
-        while not self._append(path, line):
-            pass  # the file was rotated, and an empty one has space: `_row` makes no longer row
-
-    def _append(self, path: Path, line: bytes) -> bool:
-        """Write the row, or rotate the file if it is full; return whether the row is in the file.
-
-        The file is locked: other processes of the router may write to it and rotate it.
-        """
-        handle = _open(path)
-        try:
-            _lock(handle)
-            if not _is_at(path, handle):
-                return False  # another process has rotated it
-            size = os.fstat(handle).st_size
-            if size + len(line) > self._max_bytes:
-                os.replace(path, path.with_name(path.name + ".1"))
-                return False
-            if os.write(handle, line) < len(line):
-                # A partial row would also corrupt the next one.
-                os.ftruncate(handle, size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return True
-        finally:
-            os.close(handle)
+        for quota, whose, amount in limits:
+            quota.take(whose, amount, now)
 
 
-def _check_rated(request_id: str, tier: str, answer: AnswerRecord) -> None:
-    """Raise InvalidRequest if another tier gave the answer, or if several answers have this id."""
-    if tier != answer.tier:
-        raise errors.InvalidRequest(
-            f"tier {quoted(tier)} did not answer request {quoted(request_id)}, {answer.tier!r} did",
-            field="tier",
-        )
-    if answer.ambiguous:
-        raise errors.InvalidRequest(
-            f"several requests without a tenant have the id {quoted(request_id)}: give each request "
-            "an id of its own, or none, or set routing.tenant",
-            field="request_id",
-        )
+def ambiguous(request_id: str, tenant: str) -> errors.InvalidRequest:
+    """Return the error for a request id that means several answers."""
+    return errors.InvalidRequest(
+        f"several answers of {_named(tenant)} have the request id {quoted(request_id)}: name the one that is "
+        "meant by its answer_id, which `accepted` contains",
+        field="answer_id",
+    )
 
 
 def _named(tenant: str) -> str:
     return f"tenant {tenant!r}" if tenant else "callers without a tenant"
-
-
-def _open(path: Path) -> int:
-    # Readable by its owner only, because it contains callers' prompts.
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-
-
-def _lock(handle: int) -> None:
-    """Wait until no other process has locked the file, and lock it until it is closed."""
-    if sys.platform != "win32":  # where a router has one process
-        fcntl.flock(handle, fcntl.LOCK_EX)
-
-
-def _is_at(path: Path, handle: int) -> bool:
-    """Return whether an open file is still the one at *path*."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False

@@ -163,8 +163,8 @@ def measure(
         found["runs_on"] = 1.0
         draft = draft[: onward.start()].strip() or draft
     found |= _form(prompt, draft)
-    asks_code, chooses = bool(_ASKS_CODE.search(prompt)), len(set(_CHOICES.findall(prompt))) >= 2
-    asks_number = bool(_ASKS_NUMBER.search(prompt) and not _CHOICES.search(prompt) and not asks_code)
+    asks_code = bool(_ASKS_CODE.search(prompt))
+    asks_number, chooses = asks_for_number(prompt), asks_for_choice(prompt)
     if asks_number:
         found |= _number(prompt, draft)
     if asks_code:
@@ -176,6 +176,17 @@ def measure(
     if agree is not None:
         found["samples_agree"], found["samples_differ"] = agree, 1 - agree
     return found
+
+
+def asks_for_number(prompt: str) -> bool:
+    """Whether the answer to a prompt is a number."""
+    prompt = prompt[-_MAX_CHARACTERS:]
+    return bool(_ASKS_NUMBER.search(prompt) and not _CHOICES.search(prompt) and not _ASKS_CODE.search(prompt))
+
+
+def asks_for_choice(prompt: str) -> bool:
+    """Whether a prompt offers choices with letters."""
+    return len(set(_CHOICES.findall(prompt[-_MAX_CHARACTERS:]))) >= 2
 
 
 def _form(prompt: str, draft: str) -> dict[str, float]:

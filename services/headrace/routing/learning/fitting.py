@@ -100,6 +100,7 @@ def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: in
         raise ValueError(
             f"{len(weak)} rows are too few to fit; at least {MIN_ROWS} are needed, 200 are better"
         )
+    model = model.aimed()  # from here on, the outcomes decide what is gained
     gains = strong - weak
     if gains.sum() <= 0:
         raise ValueError(

@@ -136,6 +136,12 @@ _LEXICON: dict[str, tuple[str, int]] = {
         "should_i how_to tips advice recommend* suggest* best idea* help_me ways_to guide itinerary recipe*",
         2,
     ),
+    "explaining": (
+        "how_do how_does how_did how_can how_could how_should how_would why explain explains describe "
+        "discuss difference_between differences what_are what_were what_happens tell_me overview history_of "
+        "role_of effects_of causes_of benefits_of pros_and significance",
+        1,
+    ),
     "first_person": ("i im ive my me we our", 4),
     "you": ("you your", 3),
     "fact": (

@@ -10,10 +10,12 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
-from headrace.routing.scoring.conversation import Earlier, Turn
+from headrace.routing.scoring.conversation import Carried, Earlier, Turn
 from headrace.routing.success.estimate import Estimate
+
+Objective = Literal["correctness", "both", "preference"]  # what a larger tier shall gain
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Score:
     names, values, log_odds   of each feature, as in `Feature`; `features` has those that are present
     continues   how much the last turn depends on earlier ones, from 0 (not at all) to 1 ("yes, go on")
     estimates   by tier; empty unless the scorer was fitted to outcomes of tiers
+    carried     what the next turn inherits; None: nothing changes, as after "thanks"
     """
 
     value: float
@@ -45,6 +48,7 @@ class Score:
     log_odds: tuple[float, ...] = ()
     continues: float = 0.0
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    carried: Carried | None = None
 
     @property
     def features(self) -> tuple[Feature, ...]:
@@ -74,12 +78,16 @@ class Scorer(Protocol):
 
 
 def fingerprint(scorer: Scorer) -> str:
-    """Return a digest of the scores of a few prompts, which identifies the scorer.
+    """Return a digest of the scores and estimates of a few prompts, which identifies the scorer.
 
     Thresholds that were fitted with one scorer are meaningless with another.
     """
-    scores = [round(scorer.score(text).value, 6) for text in _PROBES]
-    return hashlib.sha256(repr(scores).encode()).hexdigest()[:16]
+    scores = [scorer.score(text) for text in _PROBES]
+    found: list[object] = [round(score.value, 6) for score in scores]
+    found += [
+        (tier, round(estimate.good, 6)) for score in scores for tier, estimate in score.estimates.items()
+    ]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 _PROBES = (

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,18 @@ from numpy.typing import NDArray
 from headrace.routing.artifact import BadArtifact
 from headrace.routing.scoring import normal, prompt_features
 from headrace.routing.scoring.conversation import Earlier, Turn
-from headrace.routing.scoring.score import Score, sigmoid
+from headrace.routing.scoring.score import Objective, Score, sigmoid
+from headrace.routing.scoring.turns import reading
+from headrace.routing.success import heads
+from headrace.routing.success.heads import Heads
 
 Array = NDArray[np.float64]
 
 FORMAT = 1  # of the artifact's file
 KIND = "scorer"
+_DIGITS = 5  # after the point, of the weights in the file
+# The weight of answers that people prefer, against right answers. They differ in open requests only.
+OBJECTIVES: dict[Objective, float] = {"correctness": 0.0, "both": 0.5, "preference": 1.0}
 SHIPPED = Path(__file__).parents[1] / "artifacts" / "scorer.json"
 
 
@@ -39,6 +46,9 @@ class Model:
     steepness    log-odds of the score per unit of gain
     centre       the gain at which the score is 0.5
     made         how the model was made, for people
+    tiers        the chance of success of each tier; None unless it was fitted to outcomes of tiers
+    preferred, preferred_bias   like heads and head_bias, with the gain in people's preference instead of
+                                right answers; None if the model has one objective
     """
 
     kinds: tuple[str, ...]
@@ -49,6 +59,22 @@ class Model:
     steepness: float
     centre: float
     made: str = ""
+    tiers: Heads | None = None
+    preferred: Array | None = None
+    preferred_bias: Array | None = None
+
+    def aimed(self, objective: Objective = "both") -> Model:
+        """Return the model for one of the OBJECTIVES; itself if it has only one."""
+        if self.preferred is None or self.preferred_bias is None:
+            return self
+        weight = OBJECTIVES[objective]
+        return replace(  # rounded as in the file, so that a model that is saved again stays the same
+            self,
+            heads=np.round((1 - weight) * self.heads + weight * self.preferred, _DIGITS),
+            head_bias=np.round((1 - weight) * self.head_bias + weight * self.preferred_bias, _DIGITS),
+            preferred=None,
+            preferred_bias=None,
+        )
 
     def kinds_of(self, features: Array) -> Array:
         """Return the probability of each kind, [..., K], for *features* [..., F]."""
@@ -68,7 +94,7 @@ class LearnedScorer:
     """Scores prompts with a `Model`, deterministically and in a fraction of a millisecond."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        self.model = model.aimed()
         self._names = (*(f"kind:{kind}" for kind in model.kinds), *prompt_features.NAMES)
 
     def score(self, text: str) -> Score:
@@ -81,13 +107,17 @@ class LearnedScorer:
         log_odds = (*by_kind.tolist(), *by_feature.tolist())
         bias = -model.steepness * model.centre
         return Score(
-            sigmoid(bias + sum(log_odds)), bias, self._names, (*kinds.tolist(), *features.tolist()), log_odds
+            sigmoid(bias + sum(log_odds)),
+            bias,
+            self._names,
+            (*kinds.tolist(), *features.tolist()),
+            log_odds,
+            estimates=model.tiers.estimates(features, kinds) if model.tiers is not None else {},
         )
 
     def score_turns(self, turns: Sequence[Turn], earlier: Earlier | None = None) -> Score:
         """See `Scorer.score_turns`."""
-        users = [turn for turn in turns if turn.role == "user"]
-        return self.score((users or turns)[-1].text)
+        return reading.score_turns(self.score, turns, earlier)
 
 
 def read(text: str) -> Array:
@@ -96,11 +126,14 @@ def read(text: str) -> Array:
     return np.fromiter(found.values(), np.float64, len(found))
 
 
-def load(path: Path | None = None) -> LearnedScorer:
-    """Load the scorer at *path*, by default the one that Headrace ships. Raises BadArtifact."""
+def load(path: Path | None = None, objective: Objective = "both") -> LearnedScorer:
+    """Load the scorer at *path*, by default the one that Headrace ships. Raises BadArtifact.
+
+    objective   one of OBJECTIVES; without effect on a scorer that was refitted, whose outcomes decide
+    """
     path = path or SHIPPED
     try:
-        return LearnedScorer(_parse(path.read_text(encoding="utf-8")))
+        return LearnedScorer(_parse(path.read_text(encoding="utf-8")).aimed(objective))
     except OSError as error:
         raise BadArtifact(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -114,25 +147,34 @@ def save(model: Model, path: Path) -> None:
 
 def _dump(model: Model) -> str:
     def rounded(values: Array) -> list[float]:
-        return [round(float(value), 5) for value in values]
+        return [round(float(value), _DIGITS) for value in values]
 
-    content = {
+    def preferred(place: int) -> dict[str, Any]:
+        if model.preferred is None or model.preferred_bias is None:
+            return {}
+        head, bias = model.preferred[place], round(float(model.preferred_bias[place]), _DIGITS)
+        return {"preferred_head": rounded(head), "preferred_bias": bias}
+
+    content: dict[str, Any] = {
         "format": FORMAT,
         "kind": KIND,
         "made": model.made,
         "steepness": model.steepness,
-        "centre": round(model.centre, 5),
+        "centre": round(model.centre, _DIGITS),
         "features": list(prompt_features.NAMES),
         "kinds": {
             name: {
                 "gate": rounded(model.gate[place]),
-                "gate_bias": round(float(model.gate_bias[place]), 5),
+                "gate_bias": round(float(model.gate_bias[place]), _DIGITS),
                 "head": rounded(model.heads[place]),
-                "head_bias": round(float(model.head_bias[place]), 5),
+                "head_bias": round(float(model.head_bias[place]), _DIGITS),
             }
+            | preferred(place)
             for place, name in enumerate(model.kinds)
         },
     }
+    if model.tiers is not None:
+        content["tiers"] = heads.dump(model.tiers)
     return json.dumps(content, indent=1) + "\n"
 
 
@@ -143,10 +185,12 @@ def _parse(text: str) -> Model:
     if tuple(content["features"]) != prompt_features.NAMES:
         raise ValueError("it was made for other features; fit it again")
     kinds = content["kinds"]
+    tiers = content.get("tiers")
 
     def stacked(name: str) -> Array:
         return np.array([part[name] for part in kinds.values()], dtype=np.float64)
 
+    both = all("preferred_head" in part for part in kinds.values())
     model = Model(
         kinds=tuple(kinds),
         gate=stacked("gate"),
@@ -156,11 +200,18 @@ def _parse(text: str) -> Model:
         steepness=float(content["steepness"]),
         centre=float(content["centre"]),
         made=str(content["made"]),
+        tiers=None
+        if tiers is None
+        else heads.parse(tiers, features=len(prompt_features.NAMES), kinds=len(kinds)),
+        preferred=stacked("preferred_head") if both else None,
+        preferred_bias=stacked("preferred_bias") if both else None,
     )
     shape = (len(kinds), len(prompt_features.NAMES))
     rest = np.array([model.steepness, model.centre])
     numbers = [model.gate, model.heads, model.gate_bias, model.head_bias, rest]
-    if not kinds or model.gate.shape != shape or model.heads.shape != shape:
+    if model.preferred is not None and model.preferred_bias is not None:
+        numbers += [model.preferred, model.preferred_bias]
+    if not kinds or any(part.shape != shape for part in numbers if part.ndim == 2):
         raise ValueError(f"its weights do not have the shape {shape[0]} x {shape[1]}")
 
     if not all(np.isfinite(part).all() for part in numbers):

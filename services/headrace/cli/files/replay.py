@@ -1,0 +1,277 @@
+"""`headrace replay`: compare a candidate with the logged policy, from the router's decision log."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from headrace.cli.files.rows import BadRow, read_rows
+from headrace.routing import calibration
+from headrace.routing.calibration import BadCalibration, are_thresholds
+from headrace.routing.changes import replay as replaying
+from headrace.routing.changes.estimating import Comparison, Interval, compare
+from headrace.routing.changes.records import BadRecord, Logged, Rated, join, parse
+from headrace.routing.changes.replay import Candidate, Replayed
+from headrace.routing.scoring import scorer
+from headrace.routing.scoring.score import fingerprint
+
+SOURCES = ("caller", "judge")  # of ratings, the most trusted one first
+# What is compared, whether more is better, and the results that are from 0 to 1.
+_MEASURES: dict[str, tuple[Callable[[Logged, str], float | None], bool, bool]] = {
+    "quality": (partial(replaying.quality, sources=SOURCES), True, True),
+    "cost": (replaying.cost, False, False),
+    "errors": (replaying.failed, False, True),
+    "seconds": (replaying.seconds, False, False),
+}
+
+_SCALES = {"cost": 1000.0}  # of what is shown
+
+
+def read_log(paths: Sequence[str], last: int) -> list[Logged]:
+    """Return the last requests of decision logs, oldest first, with their ratings.
+
+    paths   of files; the rotated file beside each is read as well; - is standard input
+
+    Raises BadRow.
+    """
+    requests: deque[Logged] = deque(maxlen=last)
+    ratings: list[Rated] = []
+    for path in paths:
+        older = f"{path}.1"
+        for part in ([older] if path != "-" and Path(older).exists() else []) + [path]:
+            for number, row in enumerate(read_rows(part, []), start=1):
+                try:
+                    record = parse(row)
+                except BadRecord as error:
+                    raise BadRow(f"{part}, row {number}: {error}") from error
+                if isinstance(record, Logged):
+                    requests.append(record)
+                else:
+                    ratings.append(record)
+    if not requests:
+        raise BadRow(f"{', '.join(paths)}: no requests; a router writes them with --decision-log")
+    return join([*requests, *ratings])
+
+
+def candidate_of(
+    artifact: Path | None, calibrated: Path | None, share: str, thresholds: str, last: Logged
+) -> Candidate:
+    """Return the candidate of these options; see `headrace replay`.
+
+    last   the last request with a decision
+
+    Raises BadRow and BadArtifact.
+    """
+    tiers = [tier.name for tier in last.tiers]
+    loaded = None if artifact is None else scorer.load(artifact)
+    if sum(bool(one) for one in (calibrated, share, thresholds)) > 1:
+        raise BadRow("give one of --calibration, --share and --thresholds")
+    if loaded is None and not (calibrated or share or thresholds):
+        raise BadRow("give a --candidate, or thresholds by --calibration, --share or --thresholds")
+    if calibrated is not None:
+        try:
+            made = calibration.load(calibrated)
+        except BadCalibration as error:
+            raise BadRow(str(error)) from error
+        if made.tiers != tuple(tiers):
+            raise BadRow(
+                f"{calibrated} is for the tiers {', '.join(made.tiers)}, the log has {', '.join(tiers)}"
+            )
+        if made.scorer != (last.scorer if loaded is None else fingerprint(loaded)):
+            other = "the log" if artifact is None else str(artifact)
+            raise BadRow(f"{calibrated} was made with another scorer than that of {other}: calibrate again")
+        return Candidate(loaded, made.thresholds)
+    if thresholds:
+        marks = [0.0, *_numbers("--thresholds", thresholds)]
+        if not are_thresholds(marks, len(tiers)):
+            raise BadRow(f"{len(tiers)} tiers need {len(tiers) - 1} ascending --thresholds from 0 to 1")
+        return Candidate(loaded, marks)
+    shares = _numbers("--share", share) if share else None
+    if shares is not None and not (
+        len(shares) == len(tiers) - 1 and all(one >= 0 for one in shares) and sum(shares) <= 1 + 1e-9
+    ):
+        raise BadRow(
+            f"--share needs {len(tiers) - 1} numbers from 0 to 1, one per tier after the first, which add up "
+            "to at most 1"
+        )
+    return Candidate(loaded, None, shares)
+
+
+def run(
+    paths: Sequence[str],
+    *,
+    artifact: Path | None,
+    calibrated: Path | None,
+    share: str,
+    thresholds: str,
+    last: int,
+    as_json: bool,
+    console: Console,
+) -> None:
+    """Print what the candidate would have achieved. Raises BadRow and BadArtifact."""
+    requests = read_log(paths, last)
+    decided = [one for one in requests if one.choice]
+    if not decided:
+        raise BadRow(f"{', '.join(paths)}: no tier was chosen for any request")
+    candidate = candidate_of(artifact, calibrated, share, thresholds, decided[-1])
+
+    def progress(every: Iterable[Logged]) -> Iterable[Logged]:
+        shown = console.is_terminal and not as_json
+        return track(list(every), "scoring", console=console, transient=True, disable=not shown)
+
+    try:
+        replayed = replaying.replay(requests, candidate, progress)
+    except ValueError as error:
+        raise BadRow(str(error)) from error
+    compared: dict[str, Comparison] = {}
+    for name, (result, _, bounded) in _MEASURES.items():
+        sample = replaying.sample(replayed, result)
+        try:
+            compared[name] = compare(sample, bounded=bounded)
+        except ValueError:
+            continue  # no request has this result
+    if as_json:
+        print(json.dumps(_summary(replayed, compared), allow_nan=False))
+        return
+    _print_requests(replayed, console)
+    console.print(_table(compared))
+    for name, comparison in compared.items():
+        console.print(f"{name}: {_verdict(name, comparison)}", soft_wrap=True, highlight=False)
+    if "quality" not in compared:
+        console.print(
+            "quality: the log cannot tell: no answer has a rating. Report outcomes with `headrace feedback`, "
+            "or let a judge rate shadow requests",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _print_requests(replayed: Replayed, console: Console) -> None:
+    """Print which requests are compared, and the share of each tier."""
+    first, last = (
+        time.strftime("%Y-%m-%d %H:%M", time.gmtime(replayed.requests[place].time)) for place in (0, -1)
+    )
+    count = len(replayed.requests)
+    console.print(f"{count} requests, {first} to {last} UTC", highlight=False)
+    if replayed.unscored:
+        share = replayed.unscored / (count + replayed.unscored)
+        console.print(
+            f"{replayed.unscored} more ({share:.0%}) are left out, because the candidate cannot score them: "
+            "they have no text, and other features or earlier turns. The figures are not about such requests",
+            style="yellow",
+            soft_wrap=True,
+        )
+    if replayed.weighed:
+        console.print(f"{replayed.weighed} are chosen by the candidate's P(good) and the expected cost")
+    if replayed.left_out:
+        console.print(
+            f"{replayed.left_out} left out: no tier was chosen, or the tiers were others", style="yellow"
+        )
+    table = Table("share of", "logged", "candidate", title_justify="left")
+    for place, tier in enumerate(replayed.tiers):
+        table.add_row(tier, *(f"{share:.1%}" for share in _shares(replayed, place)))
+    console.print(table)
+
+
+def _shares(replayed: Replayed, place: int) -> tuple[float, float]:
+    """Return the shares of requests that the logged policy and the candidate sent to a tier."""
+    tier, count = replayed.tiers[place], len(replayed.requests)
+    logged = sum(one.choice == tier for one in replayed.requests)
+    return logged / count, list(replayed.chosen).count(place) / count
+
+
+def _table(compared: dict[str, Comparison]) -> Table:
+    """Return the estimates as a table."""
+    table = Table(
+        "",
+        "known",
+        "logged",
+        "candidate",
+        "difference, 95 % interval",
+        "weighted only (IPS)",
+        "normalised (SNIPS)",
+        "effective rows",
+        title="mean per request; cost of 1,000 requests",
+        title_justify="left",
+    )
+    for name, one in compared.items():
+        scale = _SCALES.get(name, 1.0)
+        low, high = _number(scale * one.dr.low), _number(scale * one.dr.high)
+        table.add_row(
+            name,
+            str(one.known),
+            _number(scale * one.logged.value),
+            f"{_number(scale * one.dr.value)} [{low}, {high}]",
+            _shown(name, one.difference),
+            _number(scale * one.ips.value),
+            _number(scale * one.snips.value),
+            f"{one.effective_rows:.0f}",
+        )
+    return table
+
+
+def _verdict(name: str, one: Comparison) -> str:
+    """Return in one sentence what the log shows about a measure."""
+    if one.problem:
+        return f"the log cannot tell: {one.problem}"
+    if not one.differ:
+        return "the candidate decides all requests as logged"
+    more_is_better = _MEASURES[name][1]
+    if one.difference.low > 0 or one.difference.high < 0:
+        better = (one.difference.low > 0) == more_is_better
+        return f"the candidate is {'better' if better else 'worse'}, by {_shown(name, one.difference)}"
+    return f"no difference is seen; it is within {_shown(name, one.difference, value=False)}"
+
+
+def _shown(name: str, interval: Interval, *, value: bool = True) -> str:
+    scale = _SCALES.get(name, 1.0)
+    both = f"[{_signed(scale * interval.low)}, {_signed(scale * interval.high)}]"
+    return f"{_signed(scale * interval.value)} {both}" if value else both
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}"
+
+
+def _summary(replayed: Replayed, compared: dict[str, Comparison]) -> dict[str, Any]:
+    """Return the result as JSON; numbers that are not finite are null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(one) for key, one in value.items()}
+        return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+    return {
+        "requests": len(replayed.requests),
+        "unscored": replayed.unscored,
+        "left_out": replayed.left_out,
+        "chosen_by_success": replayed.weighed,
+        "tiers": {
+            tier: dict(zip(("logged", "candidate"), _shares(replayed, place), strict=True))
+            for place, tier in enumerate(replayed.tiers)
+        },
+        "measures": {
+            name: {**finite(asdict(one)), "verdict": _verdict(name, one)} for name, one in compared.items()
+        },
+    }
+
+
+def _numbers(option: str, listed: str) -> list[float]:
+    try:
+        return [float(part) for part in listed.split(",")]
+    except ValueError:
+        raise BadRow(f"{option} {listed!r} is not a list of numbers separated by commas") from None

@@ -1,0 +1,86 @@
+"""A budget per day is kept, whatever the traffic, and a restart brings neither credit nor debt."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.router.costs.budget import DAY, Budget
+from headrace.routing.success.choosing import Weighed
+
+START = 20_000 * DAY  # midnight
+CHEAP, DEAR = 0.1, 1.0
+
+
+def spend_day(budget: Budget, moments: list[float], start: float = START) -> float:
+    """Return what requests at these parts of a day cost, if each is decided under the budget."""
+    spent = 0.0
+    for moment in moments:
+        now = start + moment * DAY
+        # The dearer tier is worth it at a weight below 0.2 / 0.9.
+        weighed = Weighed((0.5, 0.7), (CHEAP, DEAR), 0.2 * budget.factor(now))
+        cost = (CHEAP, DEAR)[weighed.best((0, 1))]
+        budget.spend(cost, now)
+        spent += cost
+    return spent
+
+
+@pytest.mark.parametrize("part", [0.2, 0.4, 0.7])
+def test_even_traffic_spends_the_budget_and_no_more(part: float) -> None:
+    moments = [place / 4000 for place in range(4000)]
+    per_day = part * DEAR * len(moments)
+
+    spent = spend_day(Budget(per_day, START), moments)
+
+    assert spent == pytest.approx(per_day, rel=0.02)
+
+
+@given(moments=st.lists(st.floats(0, 0.999), min_size=1, max_size=300), part=st.floats(0.05, 2))
+def test_more_than_the_budget_is_spent_only_on_the_cheapest_tier(moments: list[float], part: float) -> None:
+    moments = sorted(moments)
+    per_day = part * DEAR * len(moments)
+
+    spent = spend_day(Budget(per_day, START), moments)
+
+    assert spent <= max(per_day + DEAR, 0.0) + CHEAP * len(moments)
+    assert spent >= CHEAP * len(moments) * (1 - 1e-9)
+
+
+def test_a_budget_that_is_not_needed_lets_quality_decide() -> None:
+    budget = Budget(1000.0, START)
+
+    assert budget.factor(START) == 1.0
+    assert budget.factor(START + 0.5 * DAY) == 0.0
+
+
+def test_a_restart_brings_neither_credit_nor_debt() -> None:
+    noon = START + DAY / 2
+
+    assert Budget(10.0, noon).factor(noon) == pytest.approx(1.0)
+
+
+def test_a_new_day_begins_with_the_debt_of_the_last_and_without_its_credit() -> None:
+    thrifty, lavish = Budget(10.0, START), Budget(10.0, START)
+    lavish.spend(10.1, START + 0.9 * DAY)
+
+    assert thrifty.factor(START + DAY) == 1.0
+    assert lavish.factor(START + 0.95 * DAY) == math.inf
+    assert 1 < lavish.factor(START + DAY) < math.inf
+    assert lavish.factor(START + 3 * DAY) == 1.0, "a debt is forgotten after a day without requests"
+
+
+@given(
+    steps=st.lists(st.tuples(st.floats(-2 * DAY, 2 * DAY), st.floats(0, 100)), max_size=30),
+    per_day=st.floats(0.01, 100),
+)
+def test_the_factor_is_a_number_for_any_clock(steps: list[tuple[float, float]], per_day: float) -> None:
+    now = START
+    budget = Budget(per_day, now)
+    for change, cost in steps:
+        now += change
+        budget.spend(cost, now)
+
+        assert budget.factor(now) >= 0
