@@ -126,13 +126,35 @@ def test_requests_of_one_tenant_count_as_one() -> None:
     assert together.high - together.low > 3 * (alone.high - alone.low)
 
 
-def test_results_of_shadow_requests_help_the_model_only() -> None:
-    """Were they wrong, the estimate would still be right: they have no part in the weighted errors."""
-    sample, truth = traffic(7, rows=8000, explored=0.2)
-    wrong = np.where(np.isnan(sample.results), 0.0, sample.results)
-    found = compare(replace(sample, results=wrong), bounded=True)
+@pytest.mark.parametrize("where_they_differ", [False, True])
+def test_shadow_requests_tell_without_exploration(where_they_differ: bool) -> None:
+    """A sample of requests has results of both tiers, perhaps only where the candidate differs."""
+    missed, errors = 0, []
+    for seed in range(100):
+        sample, truth = traffic(seed, rows=1500, explored=0.0)
+        rng = np.random.default_rng(seed + 1000)
+        every = np.arange(1500)
+        drawn = rng.random(1500) < (0.5 if where_they_differ else 0.2)
+        drawn &= (sample.candidate != sample.choice) | (not where_they_differ)
+        results = sample.results.copy()
+        other = 1 - sample.choice
+        shadow = (rng.random(1500) < good_of(sample.features)[every, other]).astype(float)
+        results[every[drawn], other[drawn]] = shadow[drawn]
+        found = compare(replace(sample, results=results), bounded=True)
+        assert found.problem == ""
+        missed += not found.difference.low <= truth <= found.difference.high
+        errors.append(found.difference.value - truth)
 
-    assert found.difference.low <= truth <= found.difference.high
+    assert missed <= 12, "5 are expected; more than 12 have a chance of 1 in 1,000"
+    assert abs(np.mean(errors)) < 4 * np.std(errors) / np.sqrt(len(errors)), "it has no bias"
+
+
+def test_a_tier_without_results_cannot_be_compared() -> None:
+    """A judge that knows the outcome of the smaller tier alone, for example."""
+    sample, _ = traffic(7, explored=0.5, rated=(1.0, 0.0))
+    found = compare(sample, bounded=True)
+
+    assert "no results of the tier in question" in found.problem
 
 
 def test_without_any_result_there_is_nothing_to_estimate() -> None:

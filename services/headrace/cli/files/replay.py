@@ -23,12 +23,13 @@ from headrace.routing.changes.estimating import Comparison, Interval, compare
 from headrace.routing.changes.records import BadRecord, Logged, Rated, join, parse
 from headrace.routing.changes.replay import Candidate, Replayed
 from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import fingerprint
+from headrace.routing.scoring.score import Objective, fingerprint
 
-SOURCES = ("caller", "judge")  # of ratings, the most trusted one first
 # What is compared, whether more is better, and the results that are from 0 to 1.
 _MEASURES: dict[str, tuple[Callable[[Logged, str], float | None], bool, bool]] = {
-    "quality": (partial(replaying.quality, sources=SOURCES), True, True),
+    "quality": (partial(replaying.quality, source="caller"), True, True),
+    # A judge compares two answers, so its outcomes are not on the scale of the callers.
+    "judged": (partial(replaying.quality, source="judge"), True, True),
     "cost": (replaying.cost, False, False),
     "errors": (replaying.failed, False, True),
     "seconds": (replaying.seconds, False, False),
@@ -64,7 +65,12 @@ def read_log(paths: Sequence[str], last: int) -> list[Logged]:
 
 
 def candidate_of(
-    artifact: Path | None, calibrated: Path | None, share: str, thresholds: str, last: Logged
+    artifact: Path | None,
+    objective: Objective | None,
+    calibrated: Path | None,
+    share: str,
+    thresholds: str,
+    last: Logged,
 ) -> Candidate:
     """Return the candidate of these options; see `headrace replay`.
 
@@ -73,11 +79,11 @@ def candidate_of(
     Raises BadRow and BadArtifact.
     """
     tiers = [tier.name for tier in last.tiers]
-    loaded = None if artifact is None else scorer.load(artifact)
+    loaded = scorer.load(artifact, objective or "both") if artifact is not None or objective else None
     if sum(bool(one) for one in (calibrated, share, thresholds)) > 1:
         raise BadRow("give one of --calibration, --share and --thresholds")
     if loaded is None and not (calibrated or share or thresholds):
-        raise BadRow("give a --candidate, or thresholds by --calibration, --share or --thresholds")
+        raise BadRow("give one of --candidate, --objective, --calibration, --share and --thresholds")
     if calibrated is not None:
         try:
             made = calibration.load(calibrated)
@@ -88,7 +94,7 @@ def candidate_of(
                 f"{calibrated} is for the tiers {', '.join(made.tiers)}, the log has {', '.join(tiers)}"
             )
         if made.scorer != (last.scorer if loaded is None else fingerprint(loaded)):
-            other = "the log" if artifact is None else str(artifact)
+            other = "the log" if loaded is None else "the candidate"
             raise BadRow(f"{calibrated} was made with another scorer than that of {other}: calibrate again")
         return Candidate(loaded, made.thresholds)
     if thresholds:
@@ -111,6 +117,7 @@ def run(
     paths: Sequence[str],
     *,
     artifact: Path | None,
+    objective: Objective | None,
     calibrated: Path | None,
     share: str,
     thresholds: str,
@@ -123,7 +130,7 @@ def run(
     decided = [one for one in requests if one.choice]
     if not decided:
         raise BadRow(f"{', '.join(paths)}: no tier was chosen for any request")
-    candidate = candidate_of(artifact, calibrated, share, thresholds, decided[-1])
+    candidate = candidate_of(artifact, objective, calibrated, share, thresholds, decided[-1])
 
     def progress(every: Iterable[Logged]) -> Iterable[Logged]:
         shown = console.is_terminal and not as_json
@@ -149,8 +156,7 @@ def run(
         console.print(f"{name}: {_verdict(name, comparison)}", soft_wrap=True, highlight=False)
     if "quality" not in compared:
         console.print(
-            "quality: the log cannot tell: no answer has a rating. Report outcomes with `headrace feedback`, "
-            "or let a judge rate shadow requests",
+            "quality: the log cannot tell: no answer has a rating. Report outcomes with `headrace feedback`",
             soft_wrap=True,
             highlight=False,
         )

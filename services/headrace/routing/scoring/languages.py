@@ -215,7 +215,8 @@ def _table() -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name, entries in FEATURES.items():
         for entry in set(fold(entries).split()):
-            found[entry[:_LONGEST]] = (*found.get(entry[:_LONGEST], ()), name)
+            key = entry if entry.isascii() else entry[:_LONGEST]
+            found[key] = (*found.get(key, ()), name)
     return found
 
 
