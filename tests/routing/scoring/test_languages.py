@@ -20,7 +20,7 @@ def test_mathematics_code_and_reasoning_score_above_greetings_and_facts(language
     easy = [value for rank, value in zip(ranks, values, strict=True) if rank == 0]
     hard = [value for rank, value in zip(ranks, values, strict=True) if rank == 2]
 
-    assert auc(easy, hard) >= 0.9
+    assert auc(easy, hard) >= 0.8
 
 
 @pytest.mark.parametrize("language", [language for language in LANGUAGES if language != "en"])

@@ -155,13 +155,11 @@ def _inherited(score: ScoreText, links: Sequence[_Link], earlier: Earlier | None
     if len(links) == 1:
         return None
     state: _State | None = None
-    plain: tuple[Score, int] | None = None
+    read: dict[str, tuple[Score, int]] = {}  # the same reply, such as "go on", is scored once
     for link in links[:-1]:
-        if link.reply.continues == 1 and not link.reply.content:
-            # All replies such as "yes" have nearly the same score: one of them is scored.
-            own, document = plain = plain or _own(score, link.text)
-        else:
-            own, document = _own(score, link.text)
+        if link.text not in read:
+            read[link.text] = _own(score, link.text)
+        own, document = read[link.text]
         alone = _State(_log_odds(own) + (_DOCUMENT * document / 4_000 if document else 0.0), own.estimates)
         follows = state is not None
         state = alone if state is None else _mixed(alone, state, link.reply)
