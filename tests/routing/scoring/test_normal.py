@@ -103,6 +103,7 @@ def test_a_prompt_of_framing_alone_stays(text: str) -> None:
         "Explain why. Then prove it.",
         "What time is it in Tokyo when it is noon in Rome?",
         "I own a bakery and my costs rise. What should I do?",
+        "Help me understand the busines modl of Palantir. Use a table.",
         "Fix this: x = [1, 2",
         "Ann has 3 cats. Ben has 4.",
         "2**3 + 4**5 = ?",

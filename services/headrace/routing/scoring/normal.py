@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 
 from headrace.routing.scoring import lexicon
-from headrace.routing.scoring.framing import is_framing
+from headrace.routing.scoring.framing import is_framing, is_known
 from headrace.routing.scoring.words import fold, words_of
 
 _HEAD, _TAIL = 3_000, 1_000  # characters that are read of a long prompt
 _ROUNDS = 8  # frames around frames that are removed
 _ASIDES = 2  # remarks before a question that are removed
 _ASIDE_WORDS = 14
+_USUAL = 0.7  # share of the words of a remark that framing has too
 _REST = 12  # characters that are left
 _FRAME = 240  # characters of the longest sentence that can be framing
 
@@ -219,7 +220,8 @@ def _is_remark(sentence: str) -> bool:
     """Return whether *sentence* is a short statement without numbers that points to no kind of prompt."""
     words = words_of(sentence)
     short = 0 < len(words) <= _ASIDE_WORDS and "?" not in sentence and not _CONTENT_SIGN.search(sentence)
-    return short and lexicon.says_nothing(words)
+    usual = len(words) <= 4 or sum(map(is_known, words)) >= _USUAL * len(words)
+    return short and usual and lexicon.says_nothing(words)
 
 
 def _without_closing(text: str) -> str:
