@@ -132,6 +132,11 @@ class Chooser:
             place = decision.place if decision.explored else decision.wanted
             self._thresholds.record(request.score, place, request.arm)
 
+    def record_expected_cost(self, decision: Decision) -> None:
+        """Record the expected cost of a request about which the first decision was made, for the budget."""
+        if self._weighing is not None and (weighed := decision.considered.weighed) is not None:
+            self._weighing.expect(weighed.cost[decision.place])
+
     def record_escalation(self, request: RoutingRequest, before: str, after: str) -> None:
         """Record that tier *after* answered a request whose draft by tier *before* was discarded."""
         if request.counts:
@@ -168,7 +173,7 @@ class Chooser:
         """Record the tokens of an answer to a request about which *decision* was made."""
         weighed = decision.considered.weighed
         if self._weighing is not None and weighed is not None:
-            follows = weighed.reached == self._names.index(tier)
+            follows = weighed.previous == self._names.index(tier)
             self._weighing.record(request, tier, usage, follows=follows)
 
     def record_speed(self, tier: str, finish: pb.Finish, new_tokens: int, now: float) -> None:
