@@ -72,7 +72,7 @@ def candidate_of(
 ) -> Candidate:
     """Return the candidate of these options; see `headrace replay`.
 
-    last   the last request with a decision
+    last   the last request with a decision by the scorer in use
 
     Raises BadRow and BadArtifact.
     """
@@ -128,7 +128,7 @@ def run(
     decided = [one for one in requests if one.choice]
     if not decided:
         raise BadRow(f"{', '.join(paths)}: no tier was chosen for any request")
-    candidate = candidate_of(artifact, objective, calibrated, share, thresholds, decided[-1])
+    candidate = candidate_of(artifact, objective, calibrated, share, thresholds, replaying.latest(decided))
 
     def progress(every: Iterable[Logged]) -> Iterable[Logged]:
         shown = console.is_terminal and not as_json
@@ -149,6 +149,14 @@ def run(
         print(json.dumps(_summary(replayed, compared), allow_nan=False))
         return
     _print_requests(replayed, console)
+    estimates = candidate.scorer is not None and candidate.scorer.model.tiers is not None
+    if estimates and not replayed.weighed and candidate.thresholds is None and candidate.shares is None:
+        console.print(
+            "The candidate's P(good) is not used, because the router of the log did not choose by it, so "
+            "the expected costs are not known. The figures are about the candidate's score",
+            style="yellow",
+            soft_wrap=True,
+        )
     console.print(_table(compared))
     for name, comparison in compared.items():
         console.print(f"{name}: {_verdict(name, comparison)}", soft_wrap=True, highlight=False)
@@ -179,7 +187,10 @@ def _print_requests(replayed: Replayed, console: Console) -> None:
         console.print(f"{replayed.weighed} are chosen by the candidate's P(good) and the expected cost")
     if replayed.left_out:
         console.print(
-            f"{replayed.left_out} left out: no tier was chosen, or the tiers were others", style="yellow"
+            f"{replayed.left_out} left out: no tier was chosen, the tiers were others, or another scorer "
+            "than the last one has scored them",
+            style="yellow",
+            soft_wrap=True,
         )
     table = Table("share of", "logged", "candidate", title_justify="left")
     for place, tier in enumerate(replayed.tiers):
