@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from benchmarks.routing.data import families
 from benchmarks.routing.rewritings import SEEN, Rewriting
 from benchmarks.routing.rewritings_checked import CHECKED
+from benchmarks.routing.rewritings_later import LATER
 from benchmarks.routing.rewritings_unseen import UNSEEN
 from headrace.routing.scoring import scorer
 
@@ -93,7 +94,10 @@ def main() -> None:
     arguments = parser.parse_args()
     scored = scorer.load(arguments.artifact)
     prompts = sample(arguments.data)
-    parts = {"seen": SEEN, "checked": CHECKED} | ({} if arguments.seen_only else {"unseen": UNSEEN})
+    parts = {
+        "seen": SEEN,
+        "checked": CHECKED | {f"{name}, later": found for name, found in LATER.items()},
+    } | ({} if arguments.seen_only else {"unseen": UNSEEN})
     for part, rewritings in parts.items():
         rows = table(scored, prompts, rewritings, part)
         print(f"\n| {part} | changed | flips at 30 % | at 50 % | mean shift |\n|---|---|---|---|---|")

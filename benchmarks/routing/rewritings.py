@@ -1,7 +1,7 @@
 """Rewrite prompts without changing what they ask for; `perturb.py` counts the decisions that change.
 
-`SEEN` has the rewritings that the normalisation was made with, `rewritings_checked.py` those that it was
-checked with meanwhile, and `rewritings_unseen.py` those that were written afterwards and only measure.
+`SEEN` has the rewritings that the normalisation was made with, `rewritings_checked.py` and
+`rewritings_later.py` those that improved it, and `rewritings_unseen.py` those that were written last.
 """
 
 from __future__ import annotations

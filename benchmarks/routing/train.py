@@ -184,7 +184,7 @@ def _mean(usable: Mapping[str, Family], kind: str, count: int, skipped: int | No
     if kind == "open":
         found += [usable["arenahard"].features] if "arenahard" in usable else []
     if kind == "unclear":
-        found = [_named({"length": 0.4})[None, :]]
+        found = [_named({"length": 0.2})[None, :]]
     means: Array = np.mean([family.mean(axis=0) for family in found], axis=0) if found else np.zeros(count)
     return means
 

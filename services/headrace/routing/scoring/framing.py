@@ -44,7 +44,7 @@ _OTHERS = """
     mrs ms mate buddy people patience support effort work working works keep up mind idea ideas clue
     message text hand deal meant means else cannot won teacher professor boss colleague class school
     exam test quiz study studying student large language model system multiple choice choices option
-    options each every far hurry rush precise exact precisely struggle struggling prepare preparing
+    options each every far care hurry rush precise exact precisely struggle struggling prepare preparing
     tomorrow yesterday opinion opinions thoughts knowledgeable friendly world harmless wise smart clever
     professional tutor mentor mistake mistakes error errors judgment gone stuff issue puzzled puzzling
     sorted gladly favour gently twice based truthful true honest polite concise detailed full complete

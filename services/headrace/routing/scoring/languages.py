@@ -171,6 +171,12 @@ FEATURES: dict[str, str] = {
 
 # The most frequent words, which show that a language is known.
 FREQUENT = """
+    भी हुआ हुई हो हूँ कर करें करना मुझे आप किस कितने बताइए लिखें वर्ष इससे मदद मिली तो नहीं कुछ सभी इस उस
+    كان كانت ذلك اي عام لا هناك ماذا اكتب هم نحن قد كل بعض بين بعد قبل انت لم لن لقد حيث
+    কোন আমি আপনি এটা না সালে লিখুন করুন হয়েছে তারপর সব কিছু আছে ছিলেন তা সেই আমার আপনার
+    isso esta este muito mais foi eram sao tem mi tu esta este son fue muy mas est sont cette cet avec par ont
+    это был была было были его её мы вы бы же уже все есть мне тебе
+    كہ نہيں تھا تھي ايك اس ان بھي تو ہوا كر كريں لكھيں سال ہم آپ
     el la los las un una de que y en es por con para del se su al lo como le les des du est et dans une
     sur pas ce
     il elle ne au aux qui vous je o os as um uma do da em no na nao que e com der die das und ist nicht
@@ -215,7 +221,8 @@ def _table() -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name, entries in FEATURES.items():
         for entry in set(fold(entries).split()):
-            found[entry[:_LONGEST]] = (*found.get(entry[:_LONGEST], ()), name)
+            key = entry if entry.isascii() else entry[:_LONGEST]
+            found[key] = (*found.get(key, ()), name)
     return found
 
 

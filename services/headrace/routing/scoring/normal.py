@@ -31,7 +31,7 @@ _CHARACTERS = str.maketrans(
 )
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\u2300-\u23ff]+")
 
-_DIGIT = re.compile(r"\d")
+_CONTENT_SIGN = re.compile(r"[\d()]")
 _BACKTICK = re.compile(r"(?<=[a-z])`(?=[a-z]{1,2}\b)")
 _CONTRACTION = re.compile(r"(?<=[a-z])(?:n't|'(?:s|re|ve|ll|m|d))\b|\bcannot\b")
 _LONG_FORM = {
@@ -41,7 +41,7 @@ _LONG_FORM = {
 
 # Lines that begin like this are structure: items, choices, rows, code.
 _ITEM = re.compile(r"[-*+>|#{\[<]|\(?(?:[a-j]|\d+|[ivx]+)[.):] ")
-_CHOICE = re.compile(r"^(?:[-*+] )?(?:option |choice )?[(\[]?([a-j])(?:[.):\]]{1,2}| [-:]) ", re.MULTILINE)
+_CHOICE = re.compile(r"^(?:[-*+] )?(?:[a-z]{3,8} )?[(\[]?([a-j])(?:[.):\]]{1,3}| [-:]) ", re.MULTILINE)
 _UNLETTERED = re.compile(r"(?<=[^.:;!,])(?:\n(?:[-*+]|\d[.)]) [^\n]+){2,10}\Z")
 _BULLET = re.compile(r"\n(?:[-*+]|\d[.)]) ")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
@@ -72,10 +72,15 @@ _LEAD_IN = re.compile(
     r"i (?:would|want|need) (?:like )?(?:you )?to(?: (?:know|ask))?|do me a favou?r and|"
     r"i was wondering(?: if| whether)?(?: you could)?|(?:so|ok|okay|well|um|now),)[,:]?\s+"
 )
-_THANKS = re.compile(
-    r"\b(?:(?:many |muchas |vielen |schonen )?(?:thanks?|thx|ty|ta|cheers|please|pls|kindly|merci|gracias|"
-    r"danke|dank|bitte|obrigad[oa]|grazie|terima|tolong|mohon|por favor|s'il)|заранее|спасибо|пожалуйста|شكر|"
-    r"धन्यवाद|कृपया|ধন্যবাদ|অনুগ্রহ)\b|谢谢|感谢|ありがとう|お願い"
+# Words that begin a closing, where nothing but its words separates it from the question.
+_CLOSING_BEGINS = re.compile(
+    r"\b(?:make sure|be (?:as|sure|careful|precise)|let me know|take your time|double check|looking forward|"
+    r"hope|think (?:carefully|twice)|"
+    r"answer (?:as|with care|carefully)|have a (?:nice|good|great)|do your best|"
+    r"i (?:would|will|really|am|appreciate|need|hope)|give (?:me|your)|(?:many |muchas |vielen |schonen )?"
+    r"(?:thanks?|thx|ty|ta|cheers|please|pls|kindly|merci|gracias|danke|dank|bitte|obrigad[oa]|grazie|terima|"
+    r"tolong|mohon|por favor|s'il)|заранее|спасибо|пожалуйста|شكر|धन्यवाद|कृपया|ধন্যবাদ|অনুগ্রহ)\b|"
+    r"谢谢|感谢|ありがとう|お願い"
 )
 _PAIRS = {'"': '"', "'": "'", "(": ")", "`": "`", "[": "]", "{": "}", "‹": "›"}
 _TAG = re.compile(r"<(\w{1,20})>\s*(.*?)\s*</\1>\Z", re.DOTALL)
@@ -83,11 +88,13 @@ _FENCE = re.compile(r"(\"{3}|'{2,3})\s*(.*?)\s*\1\Z", re.DOTALL)
 _RULES = "`~*=<>#-|"
 _RULE = re.compile(r"(?:[`~*=<>#-]{3,}(?:[ \w+-]{0,20}\n)?|<\|\w{1,20}\|>)\s*")
 _RULE_END = re.compile(r"\s*(?:[`~*=<>#-]{3,}|<\|\w{1,20}\|>)\Z")
-_BOLD = re.compile(r"(?<![\w*])(\*{1,3}|_{1,3})(?=[^\s*_])([^*\n]{1,200}?)(?<=[^\s*_])\1(?![\w*])")
+_BOLD = re.compile(
+    r"(?<![\w*])(?:(\*{1,3})(?=[^\s*])([^*\n]{1,200})(?<=\S)\1|(_{1,3})(?=[^\s_])([^_\n]{1,200})(?<=\S)\3)(?![\w*])"
+)
 _EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})(?=[^\s*_])(.*[^\s*_])\1\Z", re.DOTALL)
 _SENTENCE = re.compile(r"[^.?!:\n]*(?:[.?!:]+(?=\s|\Z)|\n)\s*")
 _END = re.compile(r"(?:[.?!:]+[\"'$)\]]*(?=\s|\Z)|\n)\s*")
-_CLAUSE = re.compile(r"[^.?!:,\n]*,\s*")
+_CLAUSE = re.compile(r"[^.?!:,\n]*,\s*(?:(?:but|so|and|then) )?")
 
 
 def clip(text: str) -> str:
@@ -120,7 +127,7 @@ def _characters(text: str) -> str:
         text = text.replace("can't", "can not").replace("won't", "will not")
         text = _CONTRACTION.sub(lambda match: _LONG_FORM[match[0]], text)
     if "*" in text or "_" in text:
-        text = _BOLD.sub(r"\2", text)
+        text = _BOLD.sub(r"\2\4", text)
     if "," in text:
         text = _THOUSANDS.sub("", text)
     return _REPEATED.sub(r"\1", text)
@@ -147,7 +154,7 @@ def _choices(text: str) -> str:
     """Return *text* with the choices of a question marked as `a) `, where each has a line of its own."""
     if "\n" not in text:
         return text
-    if match := _UNLETTERED.search(text):
+    if len(_CHOICE.findall(text)) < 2 and (match := _UNLETTERED.search(text)):
         items = _BULLET.split(match[0])[1:]
         return text[: match.start()] + "".join(
             f"\n{letter}) {item}" for letter, item in zip("abcdefghij", items, strict=False)
@@ -211,7 +218,7 @@ def _is_aside(sentence: str) -> bool:
 def _is_remark(sentence: str) -> bool:
     """Return whether *sentence* is a short statement without numbers that points to no kind of prompt."""
     words = words_of(sentence)
-    short = 0 < len(words) <= _ASIDE_WORDS and "?" not in sentence and not _DIGIT.search(sentence)
+    short = 0 < len(words) <= _ASIDE_WORDS and "?" not in sentence and not _CONTENT_SIGN.search(sentence)
     return short and lexicon.says_nothing(words)
 
 
@@ -232,7 +239,7 @@ def _without_closing(text: str) -> str:
         or (_SIGNATURE.match(tail, ends[-2]) if len(ends) > 1 else None)
     ):
         return text[: start + match.start()].rstrip()
-    for match in _THANKS.finditer(tail):
+    for match in _CLOSING_BEGINS.finditer(tail):
         if is_framing(words_of(tail[match.start() :])):
             return text[: start + match.start()].rstrip()
     return text

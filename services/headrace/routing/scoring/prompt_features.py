@@ -20,7 +20,7 @@ from headrace.routing.scoring.words import words_of
 
 _MOST = 60  # words that are looked up to recognise the language
 _FEWEST = 3  # fewer words do not show the language
-_KNOWN = 0.2  # a text with a larger share of known words is not in doubt
+_FOREIGN, _KNOWN = 0.1, 0.3  # shares of known words at which the language is in full doubt, and in none
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _STRUCTURE = re.compile(r"\n(?![a-z])")  # lines that are not prose
 _SENTENCE_END = re.compile(r"[.!?](?=\s)")
@@ -199,7 +199,7 @@ def _doubt(words: Sequence[str]) -> float:
     if len(long) < _FEWEST:
         return 0.0
     known = sum(map(lexicon.known, long)) / len(long)
-    return _between(_KNOWN - known, 0.0, _KNOWN)
+    return _between(_KNOWN - known, 0.0, _KNOWN - _FOREIGN)
 
 
 def _between(value: float, low: float, high: float) -> float:
