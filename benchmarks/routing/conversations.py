@@ -220,8 +220,19 @@ def main() -> None:
         + [Turn("user", replies["follow"][start % len(replies["follow"])])]
         for start in range(0, len(prompts), 2)
     ]
+    follows = replies["follow"]
     chains = [
-        [*prompts[start], *([Turn("assistant", _ANSWER * 20), Turn("user", "and why?")] * 25)]
+        [
+            *prompts[start],
+            *(
+                turn
+                for place in range(25)
+                for turn in (
+                    Turn("assistant", _ANSWER * 20),
+                    Turn("user", follows[(start + place) % len(follows)]),
+                )
+            ),
+        ]
         for start in range(0, len(prompts), 2)
     ]
     print("\n| CPU time | p50 | p99 |\n|---|---|---|")

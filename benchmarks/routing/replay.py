@@ -119,7 +119,7 @@ def candidates(prompts: Prompts, other: Prompts) -> list[Tried]:
     return [
         tried("the same scorer, 10 % large", shipped, 0.1),
         tried("the same scorer, 50 % large", shipped, 0.5),
-        tried("refitted to 1,000 other prompts and more, 30 %", LearnedScorer(fitted), SHARE),
+        tried(f"refitted to {len(other.scores):,} other prompts, 30 %", LearnedScorer(fitted), SHARE),
         tried("gains negated, 30 %", LearnedScorer(wrong), SHARE),
     ]
 
@@ -193,13 +193,13 @@ def main() -> None:
     every = candidates(prompts, other)
     print(f"{given.requests} requests a run, {given.runs} runs, of {len(prompts.scores)} prompts")
     measures: dict[str, Callable[[Logged, str], float | None]] = {
-        "quality": partial(replaying.quality, sources=("caller",)),
+        "quality": partial(replaying.quality, source="caller"),
         "cost": replaying.cost,
     }
-    for share in (0.0, 0.01, 0.05, 0.2):
+    for share in (0.0, 0.05, 0.2):
         print(f"\nexplored: {share:.0%}")
         print(f"{'candidate':48} {'measure':8} {'truth':>8} {'estimate':>9} {'error':>7} {'IPS':>7} ", end="")
-        print(f"{'SNIPS':>7} {'width':>7} {'covered':>8} {'can tell':>9}")
+        print(f"{'SNIPS':>7} {'+-':>7} {'covered':>8} {'can tell':>9}")
         logs = [traffic(prompts, given.requests, share, seed) for seed in range(given.runs)]
         for one in every:
             replayed = [replaying.replay(run.log, one.candidate) for run in logs]

@@ -31,7 +31,7 @@ from headrace.routing.success.heads import Heads
 Array = NDArray[np.float64]
 Places = NDArray[np.int64]
 
-KINDS = 8
+KINDS = len(scorer.load().model.kinds)
 WEIGHT = 0.1  # as --cost-weight
 # Name of the experiment: the tiers by the beginnings of their models' names, and the cost of a call.
 SETS: dict[str, dict[str, float]] = {

@@ -70,7 +70,7 @@ def _made(kind: str, skipped: int | None) -> Array:
     return _features((made[kind]() if kind in made else []) + written)
 
 
-_MADE = ("open", "reasoning", "mathematics", "fact", "chore", "talk")  # kinds with prompts of our own
+_MADE = ("open", "reasoning", "mathematics", "code", "fact", "chore", "talk")  # kinds with prompts of our own
 
 
 def fit(

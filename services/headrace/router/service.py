@@ -184,8 +184,10 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         permit(request.request, current())
         if self._quotas is not None:
             await self._quotas.admit_dry_run(current(), request.request)
-        hints = request.request.routing
-        arm = self._scorers.arm_of(hints.tenant, hints.session_id, request.request.request_id)
+        hints, request_id = request.request.routing, request.request.request_id
+        arm = ""  # one that chance would draw cannot be explained
+        if hints.session_id or request_id:
+            arm = self._scorers.arm_of(hints.tenant, hints.session_id, request_id)
         score = self._score(turns_of(request.request), hints, arm)
         facts = routing_request(request.request, score, arm)
         now = time.monotonic()

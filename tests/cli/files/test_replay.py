@@ -15,10 +15,11 @@ from headrace.client import chat
 from headrace.routing import calibration
 from headrace.routing.calibration import Calibration
 from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import fingerprint
+from headrace.routing.scoring.score import Objective, fingerprint
 from tests.harness import collect
 from tests.router.fake_batchers import FakeBatcher, routed
 
+PROMPT = "How many primes are below {}?"
 REQUESTS = 120  # half of them go to either tier: fewer than 20 to one has a probability of 1e-14
 
 
@@ -27,7 +28,7 @@ async def write_log(path: Path, **settings: Any) -> None:
     given = {"decision_log": path, "thresholds": "0.9", "prices": "small=1/1,large=9/9", **settings}
     async with routed(given, small=FakeBatcher(pieces=50), large=FakeBatcher(pieces=50)) as client:
         for number in range(REQUESTS):
-            answer = await collect(client, chat(f"How many primes are below {number}?"))
+            answer = await collect(client, chat(PROMPT.format(number)))
             good = answer.accepted.tier == "large"
             await client.feedback(answer_id=answer.accepted.answer_id, ok=good)
 
@@ -65,7 +66,8 @@ async def test_a_log_without_exploration_cannot_tell(tmp_path: Path) -> None:
 
     assert status == 0
     assert "quality: the log cannot tell" in printed
-    assert "run the router with --explore" in printed
+    assert "cannot tell │   " in printed, "and no figure that it does not support"
+    assert "--explore or --shadow-tier" in printed
 
 
 async def test_a_candidate_scorer_is_read_and_the_rotated_file_too(tmp_path: Path) -> None:
@@ -82,6 +84,22 @@ async def test_a_candidate_scorer_is_read_and_the_rotated_file_too(tmp_path: Pat
     assert json.loads(printed)["requests"] == REQUESTS
     assert json.loads(printed)["measures"]["quality"]["differ"] > 0
     assert json.loads(replay(path, "--share", 0.5, "--last", 30, "--json")[1])["requests"] == 30
+
+
+async def test_the_shipped_scorer_is_evaluated_with_another_objective(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    await write_log(path, explore=1.0)
+    aims: tuple[Objective, ...] = ("correctness", "preference")
+    scores = [scorer.load(None, aim).score(PROMPT.format(1)).value for aim in aims]
+    found = [
+        json.loads(replay(path, "--objective", aim, "--thresholds", sum(scores) / 2, "--json")[1])
+        for aim in aims
+    ]
+
+    shares = [one["tiers"]["large"]["candidate"] for one in found]
+    assert (shares[0] > shares[1]) == (scores[0] > scores[1])
+    assert abs(shares[0] - shares[1]) > 0.5
+    assert replay(path, "--objective", "speed")[0] == 2
 
 
 async def test_a_log_without_ratings_says_so(tmp_path: Path) -> None:
@@ -102,7 +120,7 @@ async def test_wrong_options_and_files_are_explained(tmp_path: Path) -> None:
     calibrated = tmp_path / "calibration.json"
     calibration.save(Calibration(("small", "large"), (0.0, 0.5), (0.5, 0.5), "another", 1, ()), calibrated)
     for arguments, complaint in (
-        ((path,), "give a --candidate"),
+        ((path,), "give one of --candidate"),
         ((path, "--share", 0.5, "--thresholds", 0.5), "give one of"),
         ((path, "--share", "0.5,0.1"), "--share needs 1 numbers"),
         ((path, "--share", "half"), "not a list of numbers"),

@@ -126,7 +126,8 @@ async def test_a_candidate_with_worse_ratings_is_rolled_back_until_its_file_chan
     assert vars(record)["measure"] == "quality"
     assert len(large.requests) > before
     assert after.rolled_back == ""
-    assert after.candidate.requests < state.candidate.requests, "the counts are those of the new candidate"
+    counted = after.candidate.requests + after.control.requests
+    assert counted == 40, "the counts are those of the new candidate"
 
 
 async def test_a_candidate_whose_requests_fail_is_rolled_back(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ async def test_a_candidate_whose_requests_fail_is_rolled_back(tmp_path: Path) ->
         state = await state_of(client)
 
     assert state.rolled_back == "errors"
-    assert state.candidate.failed == state.candidate.requests >= 50
+    assert state.candidate.failed == state.candidate.requests >= 30
     assert state.control.failed == 0
 
 
@@ -226,12 +227,12 @@ async def processes(given: dict[str, Any]) -> AsyncGenerator[list[Client], None]
 
 async def test_the_processes_of_a_router_add_up_their_evidence_and_roll_back_together(tmp_path: Path) -> None:
     async with processes(settings(tmp_path)) as (one, two):
-        for number in range(24):
+        for number in range(12):
             await rate(one, 2 * number, lambda tier: tier == "small")
             await rate(two, 2 * number + 1, lambda tier: tier == "small")
         for client in (one, two):
-            await until(client, lambda state: state.candidate.rated + state.control.rated == 48)
-        number = 48
+            await until(client, lambda state: state.candidate.rated + state.control.rated == 24)
+        number = 24
         while not (await state_of(one)).rolled_back:
             assert number < 400
             await rate(one if number % 2 else two, number, lambda tier: tier == "small")
@@ -240,6 +241,18 @@ async def test_the_processes_of_a_router_add_up_their_evidence_and_roll_back_tog
         tiers = {(await collect(two, talk(f"t{place}"))).accepted.tier for place in range(20)}
 
     assert tiers == {"small"}
+
+
+async def test_a_conversation_is_explained_by_its_arm_and_others_by_control(tmp_path: Path) -> None:
+    async with routed(settings(tmp_path), small=FakeBatcher(), large=FakeBatcher()) as client:
+        for number in range(20):
+            explained = await client.explain(talk(f"s{number}"))
+            assert explained.tier == (await collect(client, talk(f"s{number}"))).accepted.tier
+        without = {(await client.explain(chat(EASY))).tier for _ in range(20)}
+        tiers = {(await collect(client, chat(EASY))).accepted.tier for _ in range(30)}
+
+    assert without == {"small"}
+    assert tiers == {"small", "large"}
 
 
 class Overheard(Siblings):
@@ -262,9 +275,22 @@ def test_the_evidence_about_any_tenants_fits_one_message() -> None:
         facts = RoutingRequest(0.5, Hints(), tenant=tenant, arm=CANARY if place % 2 else "")
         request = pb.GenerateRequest(request_id="a")
         canary.answered(
-            Answered(request, (), UNSCORED, facts, None, "small", "stop", "ok", "", bill, seconds=0.0)
+            Answered(
+                request,
+                (),
+                UNSCORED,
+                facts,
+                None,
+                "small",
+                "stop",
+                "ok",
+                "",
+                bill,
+                seconds=0.0,
+                answer_id="x",
+            )
         )
-        canary.rated(Rating(tenant, "a", "small", 0.123456789))
+        canary.rated(Rating(tenant, "a", "small", 0.123456789, answer_id="x"))
     canary.exchange()
 
     assert overheard.last[0] == "canary"

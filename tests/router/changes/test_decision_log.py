@@ -16,19 +16,21 @@ import pytest
 from headrace import errors
 from headrace.client import Client, chat
 from headrace.router.__main__ import router
-from headrace.router.changes.answered import MAX_TEXT, Rating
+from headrace.router.changes.answered import Rating
 from headrace.router.changes.decision_log import MAX_PENDING, DecisionLog
 from headrace.router.settings import Settings
 from headrace.routing.changes.records import Logged, join, parse
+from headrace.routing.scoring.conversation import CHARACTERS, turns_of_row
 from headrace.routing.scoring.score import fingerprint
 from headrace.routing.scoring.scorer import load
 from headrace.runtime.serving.server import StartFailed
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import collect, eventually
-from tests.router.drafts import EASY, HARD, PRICES
+from tests.router.drafts import BAD, EASY, GOOD, HARD, PRICES, QUESTION, TextBatcher
 from tests.router.fake_batchers import FakeBatcher, routed
 
 SECRET = "the secret of the caller"
+LONG = "Summarize this report. " + "The guests praised the kitchen, the garden and the weather. " * 1000
 
 
 def rows(path: Path, kind: str = "") -> list[dict[str, Any]]:
@@ -70,20 +72,20 @@ async def test_each_request_has_a_row_with_choice_chances_and_result(tmp_path: P
 async def test_text_is_stored_only_by_setting(tmp_path: Path) -> None:
     path, with_text = tmp_path / "decisions.jsonl", tmp_path / "text.jsonl"
     for settings in ({"decision_log": path}, {"decision_log": with_text, "decision_log_text": True}):
-        async with routed(settings, only=FakeBatcher(pieces=MAX_TEXT)) as client:
+        async with routed(settings, only=FakeBatcher(pieces=100_000)) as client:
             await ask(client, SECRET)
             request = pb.GenerateRequest()
             for role, text in (("user", "Hi"), ("assistant", "Hello"), ("user", SECRET)):
                 request.chat.messages.add(role=role, content=text)
             await collect(client, request)
-            await ask(client, "x" * (MAX_TEXT + 1))
+            await ask(client, LONG)
 
     assert SECRET not in path.read_text()
     one, several, long = rows(with_text)
     assert one["prompt"] == SECRET
     assert [message["content"] for message in several["messages"]] == ["Hi", "Hello", SECRET]
-    assert long["text"] == "too long"
-    assert "prompt" not in long
+    assert len(long["prompt"]) <= 2 * CHARACTERS, "the part that was scored"
+    assert load().score_turns(turns_of_row(long)).value == pytest.approx(long["score"], abs=1e-6)
     assert path.stat().st_mode & 0o077 == 0, "only the owner may read it"
 
 
@@ -97,6 +99,25 @@ async def test_ratings_are_rows_that_are_joined_with_their_request(tmp_path: Pat
     of_a, of_b = join(parse(row) for row in rows(path))
     assert list(of_a.qualities.values()) == [0.25]
     assert of_b.qualities == {}
+
+
+async def test_a_shadow_answer_has_a_rating_of_its_own_tier(tmp_path: Path) -> None:
+    """So that a replay knows both tiers' results for a sample of requests."""
+    path = tmp_path / "decisions.jsonl"
+    settings = {
+        "decision_log": path,
+        "thresholds": "1",
+        "shadow_tier": "large",
+        "shadow_share": 1.0,
+        "judge": "rules",
+    }
+    small, large = TextBatcher(text=BAD), TextBatcher(text=GOOD)
+    async with routed(settings, small=small, large=large) as client:
+        await ask(client, QUESTION)
+        await eventually(lambda: len(rows(path, "rating")) == 2)
+
+    (one,) = join(parse(row) for row in rows(path))
+    assert one.qualities == {("judge", "small"): 0.0, ("judge", "large"): 1.0}
 
 
 async def test_requests_that_fail_have_a_row(tmp_path: Path) -> None:

@@ -38,6 +38,18 @@ def test_even_traffic_spends_the_budget_and_no_more(part: float) -> None:
     assert spent == pytest.approx(per_day, rel=0.02)
 
 
+def test_a_day_is_planned_like_the_day_before() -> None:
+    """Otherwise a service that is used in the morning alone could use only half of its budget."""
+    morning = [1 / 6 + place / 12_000 for place in range(4000)]
+    per_day = 0.4 * DEAR * len(morning)
+    budget = Budget(per_day, START)
+
+    first, second = (spend_day(budget, morning, START + day * DAY) for day in range(2))
+
+    assert first < 0.8 * per_day
+    assert 0.9 * per_day < second <= 1.02 * per_day
+
+
 @given(moments=st.lists(st.floats(0, 0.999), min_size=1, max_size=300), part=st.floats(0.05, 2))
 def test_more_than_the_budget_is_spent_only_on_the_cheapest_tier(moments: list[float], part: float) -> None:
     moments = sorted(moments)

@@ -324,6 +324,22 @@ async def test_exact_takes_the_larger_tiers_result_as_right(
     assert "large_ok" not in other
 
 
+async def test_watchers_receive_the_outcome_of_the_callers_answer(
+    tmp_path: Path, count: Callable[..., float]
+) -> None:
+    """The shadow answer has no row in the decision log, so its outcome is not reported there."""
+    path = tmp_path / "decisions.jsonl"
+    before = count("headrace.shadow.verdicts", verdict="better")
+    settings = {**SHADOW, "judge": "rules", "decision_log": path}
+    async with routed(settings, small=TextBatcher(text=BAD), large=TextBatcher(text=GOOD)) as client:
+        answer = await collect(client, chat(QUESTION))
+        await eventually(lambda: count("headrace.shadow.verdicts", verdict="better") == before + 1)
+
+    (rating,) = [row for row in rows(path) if row["kind"] == "rating"]
+    assert (rating["answer"], rating["tier"]) == (answer.accepted.answer_id, "small")
+    assert (rating["quality"], rating["source"]) == (0.0, "judge")
+
+
 @dataclass
 class JudgeBatcher(FakeBatcher):
     """Prefers the answer that contains *likes*; without it, always the one at the first position."""

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headrace.routing.changes.estimating import MIN_EVIDENCE, Array, Places, Sample, compare
 
@@ -50,6 +52,43 @@ def test_the_intervals_hold_the_truth_about_as_often_as_they_say(rated: tuple[fl
 
     assert missed <= 20
     assert abs(np.mean(errors)) < 4 * np.std(errors) / np.sqrt(len(errors)), "it has no bias"
+
+
+@st.composite
+def complete_samples(draw: st.DrawFn) -> tuple[Sample, float]:
+    """Draw requests that each occur ten times, sent to each of three tiers as often as its chance says.
+
+    With them comes the true mean result of the candidate.
+    """
+    requests = draw(st.integers(2, 12))
+    tenths = [draw(st.permutations(draw(st.sampled_from(_TENTHS)))) for _ in range(requests)]
+    result = np.array(draw(st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=requests, max_size=requests)))
+    wanted = [draw(st.sampled_from([tier for tier in range(3) if own[tier]])) for own in tenths]
+    request = np.repeat(np.arange(requests), 10)
+    choice = np.array([tier for own in tenths for tier in range(3) for _ in range(own[tier])])
+    every = np.arange(len(request))
+    results = np.full((len(request), 3), np.nan)
+    results[every, choice] = result[request, choice]
+    features = np.arange(requests, dtype=float)[request][:, None]
+    chances = np.array(tenths)[request] / 10
+    sample = Sample(features, chances, choice, np.array(wanted)[request], results, request)
+    return sample, float(result[np.arange(requests), wanted].mean())
+
+
+_TENTHS = [(10, 0, 0), (9, 1, 0), (8, 1, 1), (5, 4, 1), (4, 3, 3)]
+
+
+@given(drawn=complete_samples())
+def test_estimates_are_exact_if_each_choice_is_as_frequent_as_its_chance(drawn: tuple[Sample, float]) -> None:
+    """Whatever the model predicts, and for any number of tiers: the weights undo the choices."""
+    sample, truth = drawn
+    found = compare(sample, bounded=True)
+
+    assert found.ips.value == pytest.approx(truth)
+    assert found.snips.value == pytest.approx(truth)
+    assert found.dr.value == pytest.approx(truth)
+    assert found.difference.value == pytest.approx(truth - found.logged.value)
+    assert found.unsupported == 0
 
 
 def test_with_every_tier_equally_probable_the_weighted_estimates_are_exact_means() -> None:
@@ -126,13 +165,35 @@ def test_requests_of_one_tenant_count_as_one() -> None:
     assert together.high - together.low > 3 * (alone.high - alone.low)
 
 
-def test_results_of_shadow_requests_help_the_model_only() -> None:
-    """Were they wrong, the estimate would still be right: they have no part in the weighted errors."""
-    sample, truth = traffic(7, rows=8000, explored=0.2)
-    wrong = np.where(np.isnan(sample.results), 0.0, sample.results)
-    found = compare(replace(sample, results=wrong), bounded=True)
+@pytest.mark.parametrize("where_they_differ", [False, True])
+def test_shadow_requests_tell_without_exploration(where_they_differ: bool) -> None:
+    """A sample of requests has results of both tiers, perhaps only where the candidate differs."""
+    missed, errors = 0, []
+    for seed in range(100):
+        sample, truth = traffic(seed, rows=1500, explored=0.0)
+        rng = np.random.default_rng(seed + 1000)
+        every = np.arange(1500)
+        drawn = rng.random(1500) < (0.5 if where_they_differ else 0.2)
+        drawn &= (sample.candidate != sample.choice) | (not where_they_differ)
+        results = sample.results.copy()
+        other = 1 - sample.choice
+        shadow = (rng.random(1500) < good_of(sample.features)[every, other]).astype(float)
+        results[every[drawn], other[drawn]] = shadow[drawn]
+        found = compare(replace(sample, results=results), bounded=True)
+        assert found.problem == ""
+        missed += not found.difference.low <= truth <= found.difference.high
+        errors.append(found.difference.value - truth)
 
-    assert found.difference.low <= truth <= found.difference.high
+    assert missed <= 12, "5 are expected; more than 12 have a chance of 1 in 1,000"
+    assert abs(np.mean(errors)) < 4 * np.std(errors) / np.sqrt(len(errors)), "it has no bias"
+
+
+def test_a_tier_without_results_cannot_be_compared() -> None:
+    """A judge that knows the outcome of the smaller tier alone, for example."""
+    sample, _ = traffic(7, explored=0.5, rated=(1.0, 0.0))
+    found = compare(sample, bounded=True)
+
+    assert "no results of the tier in question" in found.problem
 
 
 def test_without_any_result_there_is_nothing_to_estimate() -> None:

@@ -159,7 +159,8 @@ def test_errors_of_tools_raise_the_score_and_more_of_them_more() -> None:
     assert scores == sorted(set(scores))
     results = [Turn("user", request), Turn("assistant", "I try."), Turn("user", f"Tool result: {error}")]
     assert shipped.score_turns(results).value > value(request), "also if a caller has no role for tools"
-    assert shipped.score_turns([Turn("user", HARD), Turn("tool", error), Turn("user", EASY)]).value < 0.5
+    other = shipped.score_turns([Turn("user", HARD), Turn("tool", error), Turn("user", EASY)])
+    assert other.value == pytest.approx(value(EASY)), "another topic did not fail"
 
 
 def test_fix_it_after_code_is_a_question_about_code() -> None:
@@ -202,6 +203,7 @@ def test_a_pasted_conversation_is_read_like_one() -> None:
     [
         "You are given an array of integers.\n\nReturn the largest sum of a subarray in linear time.",
         "You are a grumpy innkeeper. A traveller asks for a room. Stay in character.",
+        "You are an expert coach. Please write a plan for a marathon.\n\nI train six days a week.",
         "Explain this:\nInput: [1, 2]\nOutput: 3\nInput: [4]\nOutput: 4",
         "Model: X200\nUser: the buyer of the device. Which guarantee does the user have?",
         EASY,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.routing.changes.exploring import explore
 from headrace.routing.no_route import ConflictingHints, NoTierAvailable
 from headrace.routing.policy import Decision, decide
 from headrace.routing.request import Hints
@@ -76,6 +77,28 @@ def test_the_best_tier_that_can_serve_is_chosen(
     assert value(weighed, decision.place) == max(value(weighed, at) for at in free)
     better = {names[at] for at in serving if weighed.good[at] > weighed.good[decision.place]}
     assert set(decision.escalations) == better
+
+
+@given(drawn=weighed_tiers(), draw=st.floats(0, 0.999), floored=st.booleans())
+def test_chance_keeps_to_tiers_that_are_good_enough_for_the_conversation(
+    drawn: tuple[list[TierView], Weighed], draw: float, floored: bool
+) -> None:
+    tiers, weighed = drawn
+    floor = tiers[-1].name if floored else ""
+    try:
+        before = decide(0.5, Hints(), tiers, floor=floor, weighed=weighed)
+    except NoTierAvailable:
+        return
+
+    after = explore(before, 0.5, draw)
+
+    least = weighed.good[-1] if floored else 0.0
+    assert weighed.good[after.place] >= min(least, weighed.good[before.place])
+    assert sum(chance for _, chance in after.chances) == pytest.approx(1.0 if after.chances else 0.0)
+    better = {
+        tier.name for tier, good in zip(tiers, weighed.good, strict=True) if good > weighed.good[after.place]
+    }
+    assert set(after.escalations) <= better
 
 
 @given(drawn=weighed_tiers(), low=st.floats(0, 1), high=st.floats(0, 1))

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from headrace.cli.complaints import complaining
+from headrace.routing.scoring.score import Objective
 
 
 def replay(
@@ -20,6 +21,14 @@ def replay(
     ],
     candidate: Annotated[
         Path | None, typer.Option(help="Scorer to evaluate. Default: the scores in the log.")
+    ] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(
+            metavar="AIM",
+            help="What the candidate aims at: correctness, preference or both (the default). Without "
+            "--candidate, the shipped scorer with this aim is evaluated.",
+        ),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Thresholds of the candidate, that `headrace calibrate` wrote.")
@@ -39,8 +48,8 @@ def replay(
 ) -> None:
     """Estimate quality, cost, errors and time of another scorer or other thresholds from a decision log.
 
-    The router must explore (--explore 0.01): only requests that chance has sent to another tier show what it
-    would have achieved. The output says so if the log cannot tell.
+    The router must explore (--explore 0.01) or answer some requests twice (--shadow-share): otherwise, no
+    result of another tier is known. The output says so if the log cannot tell.
 
     Example:  headrace replay decisions.jsonl --candidate scorer.json
 
@@ -52,6 +61,7 @@ def replay(
         run(
             logs,
             artifact=candidate,
+            objective=objective,
             calibrated=calibration,
             share=share,
             thresholds=thresholds,

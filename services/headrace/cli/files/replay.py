@@ -23,18 +23,17 @@ from headrace.routing.changes.estimating import Comparison, Interval, compare
 from headrace.routing.changes.records import BadRecord, Logged, Rated, join, parse
 from headrace.routing.changes.replay import Candidate, Replayed
 from headrace.routing.scoring import scorer
-from headrace.routing.scoring.score import fingerprint
+from headrace.routing.scoring.score import Objective, fingerprint
 
-SOURCES = ("caller", "judge")  # of ratings, the most trusted one first
 # What is compared, whether more is better, and the results that are from 0 to 1.
 _MEASURES: dict[str, tuple[Callable[[Logged, str], float | None], bool, bool]] = {
-    "quality": (partial(replaying.quality, sources=SOURCES), True, True),
+    "quality": (partial(replaying.quality, source="caller"), True, True),
+    # A judge compares two answers, so its outcomes are not on the scale of the callers.
+    "judged": (partial(replaying.quality, source="judge"), True, True),
     "cost": (replaying.cost, False, False),
     "errors": (replaying.failed, False, True),
     "seconds": (replaying.seconds, False, False),
 }
-
-_SCALES = {"cost": 1000.0}  # of what is shown
 
 
 def read_log(paths: Sequence[str], last: int) -> list[Logged]:
@@ -64,7 +63,12 @@ def read_log(paths: Sequence[str], last: int) -> list[Logged]:
 
 
 def candidate_of(
-    artifact: Path | None, calibrated: Path | None, share: str, thresholds: str, last: Logged
+    artifact: Path | None,
+    objective: Objective | None,
+    calibrated: Path | None,
+    share: str,
+    thresholds: str,
+    last: Logged,
 ) -> Candidate:
     """Return the candidate of these options; see `headrace replay`.
 
@@ -73,11 +77,11 @@ def candidate_of(
     Raises BadRow and BadArtifact.
     """
     tiers = [tier.name for tier in last.tiers]
-    loaded = None if artifact is None else scorer.load(artifact)
+    loaded = scorer.load(artifact, objective or "both") if artifact is not None or objective else None
     if sum(bool(one) for one in (calibrated, share, thresholds)) > 1:
         raise BadRow("give one of --calibration, --share and --thresholds")
     if loaded is None and not (calibrated or share or thresholds):
-        raise BadRow("give a --candidate, or thresholds by --calibration, --share or --thresholds")
+        raise BadRow("give one of --candidate, --objective, --calibration, --share and --thresholds")
     if calibrated is not None:
         try:
             made = calibration.load(calibrated)
@@ -88,7 +92,7 @@ def candidate_of(
                 f"{calibrated} is for the tiers {', '.join(made.tiers)}, the log has {', '.join(tiers)}"
             )
         if made.scorer != (last.scorer if loaded is None else fingerprint(loaded)):
-            other = "the log" if artifact is None else str(artifact)
+            other = "the log" if loaded is None else "the candidate"
             raise BadRow(f"{calibrated} was made with another scorer than that of {other}: calibrate again")
         return Candidate(loaded, made.thresholds)
     if thresholds:
@@ -111,6 +115,7 @@ def run(
     paths: Sequence[str],
     *,
     artifact: Path | None,
+    objective: Objective | None,
     calibrated: Path | None,
     share: str,
     thresholds: str,
@@ -123,7 +128,7 @@ def run(
     decided = [one for one in requests if one.choice]
     if not decided:
         raise BadRow(f"{', '.join(paths)}: no tier was chosen for any request")
-    candidate = candidate_of(artifact, calibrated, share, thresholds, decided[-1])
+    candidate = candidate_of(artifact, objective, calibrated, share, thresholds, decided[-1])
 
     def progress(every: Iterable[Logged]) -> Iterable[Logged]:
         shown = console.is_terminal and not as_json
@@ -149,8 +154,7 @@ def run(
         console.print(f"{name}: {_verdict(name, comparison)}", soft_wrap=True, highlight=False)
     if "quality" not in compared:
         console.print(
-            "quality: the log cannot tell: no answer has a rating. Report outcomes with `headrace feedback`, "
-            "or let a judge rate shadow requests",
+            "quality: the log cannot tell: no answer has a rating. Report outcomes with `headrace feedback`",
             soft_wrap=True,
             highlight=False,
         )
@@ -205,19 +209,28 @@ def _table(compared: dict[str, Comparison]) -> Table:
         title_justify="left",
     )
     for name, one in compared.items():
-        scale = _SCALES.get(name, 1.0)
-        low, high = _number(scale * one.dr.low), _number(scale * one.dr.high)
-        table.add_row(
-            name,
-            str(one.known),
-            _number(scale * one.logged.value),
-            f"{_number(scale * one.dr.value)} [{low}, {high}]",
-            _shown(name, one.difference),
-            _number(scale * one.ips.value),
-            _number(scale * one.snips.value),
-            f"{one.effective_rows:.0f}",
-        )
+        table.add_row(name, str(one.known), _number(_scale(name) * one.logged.value), *_estimates(name, one))
     return table
+
+
+def _estimates(name: str, one: Comparison) -> tuple[str, ...]:
+    """Return the cells of the candidate; without figures that the log does not support."""
+    if one.problem:
+        return ("cannot tell", "", "", "", "")
+    scale = _scale(name)
+    low, high = _number(scale * one.dr.low), _number(scale * one.dr.high)
+    return (
+        f"{_number(scale * one.dr.value)} [{low}, {high}]",
+        _shown(name, one.difference),
+        _number(scale * one.ips.value),
+        _number(scale * one.snips.value),
+        f"{one.effective_rows:.0f}",
+    )
+
+
+def _scale(name: str) -> float:
+    """Return the number of requests that a figure is shown for: the cost of one is small."""
+    return 1000.0 if name == "cost" else 1.0
 
 
 def _verdict(name: str, one: Comparison) -> str:
@@ -234,7 +247,7 @@ def _verdict(name: str, one: Comparison) -> str:
 
 
 def _shown(name: str, interval: Interval, *, value: bool = True) -> str:
-    scale = _SCALES.get(name, 1.0)
+    scale = _scale(name)
     both = f"[{_signed(scale * interval.low)}, {_signed(scale * interval.high)}]"
     return f"{_signed(scale * interval.value)} {both}" if value else both
 

@@ -61,6 +61,7 @@ class Rating:
     quality     0 to 1
     source      who rated it: "caller", "judge"
     answer_id   made by the router
+    shadow      tier and outcome of the shadow answer that a judge has compared it with; None: there is none
     """
 
     tenant: str
@@ -69,6 +70,7 @@ class Rating:
     quality: float
     source: str = "caller"
     answer_id: str = ""
+    shadow: tuple[str, float] | None = None
 
 
 class Watcher(Protocol):

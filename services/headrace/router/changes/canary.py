@@ -32,7 +32,7 @@ CANARY = "canary"  # the arm of the candidate, as in `RoutingRequest.arm`
 NAMES = {CONTROL: "control", CANARY: CANARY}  # of the arms, in metrics and for people
 REMEMBERED = 20_000  # conversations and requests whose ratings find their arm
 # Together, a candidate that is not worse is rolled back with a probability of at most 5 %.
-RULES = {"quality": Rule(0.02), "errors": Rule(0.02, 50), "cost": Rule(0.01, 50)}
+RULES = {"quality": Rule(0.02, 20), "errors": Rule(0.02, 30), "cost": Rule(0.01, 30)}
 _TYPICAL = {"quality": 0.25, "errors": 0.02, "cost": 0.2}
 _BAD = frozenset({"failed", "deadline", "refused"})  # outcomes that a scorer could have caused
 _SCALE_FROM = 20  # answers of control from which costs are compared
@@ -122,7 +122,7 @@ class Canary:
         self._since = time.monotonic()
         self._others = {}
         self._units: TenantMemory[_Unit] = TenantMemory(REMEMBERED)
-        self._requests: TenantMemory[str] = TenantMemory(REMEMBERED)
+        self._names: TenantMemory[str] = TenantMemory(REMEMBERED)  # of units, by answer
         self._trial = Trial(
             f"{candidate} {control}",
             {name: Evidence(self._share, typical) for name, typical in _TYPICAL.items()},
@@ -162,9 +162,8 @@ class Canary:
         changes.CANARY_REQUESTS.of(arm=NAMES[facts.arm], outcome=answered.outcome).add()
         if cost is not None:
             changes.CANARY_COST.of(arm=NAMES[facts.arm]).add(cost)
-        request_id = answered.request.request_id
-        name = facts.session or request_id
-        self._requests.put(facts.tenant, request_id, name)
+        name = facts.session or answered.request.request_id
+        self._names.put(facts.tenant, answered.answer_id, name)
         if (unit := self._units.get(facts.tenant, name)) is None:
             unit = _Unit(facts.arm)
             self._units.put(facts.tenant, name, unit)
@@ -176,7 +175,7 @@ class Canary:
 
     def rated(self, rating: Rating) -> None:
         """Add the rating of an answer to the arm of its request."""
-        name = self._requests.get(rating.tenant, rating.request_id)
+        name = self._names.get(rating.tenant, rating.answer_id)
         unit = None if name is None else self._units.get(rating.tenant, name)
         if unit is None or unit.rated or self.rolled_back:
             return
@@ -221,8 +220,8 @@ class Canary:
                     "canary rolled back",
                     extra={
                         "measure": measure,
-                        "control": verdict.means[0],
-                        "canary": verdict.means[1],
+                        # From 0 (good) to 1 (bad); costs relative to the largest that is compared.
+                        "badness": verdict.means,
                         "outcomes": verdict.counts,
                         "p_value": verdict.p_value,
                     },

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.metrics import changes as metrics
-from headrace.router.changes.answered import MAX_TEXT, Answered, Rating
+from headrace.router.changes.answered import Answered, Rating
 from headrace.router.state.row_file import RowFile
 from headrace.routing.changes import records
 from headrace.routing.request import RoutingRequest
@@ -47,7 +47,7 @@ class _Row:
 class DecisionLog:
     """The file of decisions. It implements `answered.Watcher`.
 
-    text        whether prompts and conversations are written, up to `MAX_TEXT` characters of a request
+    text        whether prompts and conversations are written, as far as they were scored
     clock       returns the time, in seconds since 1970
 
     Raises OSError if the file cannot be written.
@@ -104,30 +104,23 @@ class DecisionLog:
             "cost": None if cost is None else float(f"{cost:.6g}"),
             "seconds": round(answered.seconds, 4),
         }
-        if not self._text:
-            self._add(_Row(fields))
-            return
-        if size > MAX_TEXT:
-            self._add(_Row({**fields, "text": "too long"}))
-        else:
-            self._add(_Row(fields, answered.turns, size))
+        self._add(_Row(fields, answered.turns, size) if self._text else _Row(fields))
 
     def rated(self, rating: Rating) -> None:
-        """Write the outcome of an answer."""
-        self._add(
-            _Row(
-                {
-                    "kind": records.RATING,
-                    "time": round(self._clock(), 3),
-                    **({"tenant": rating.tenant} if rating.tenant else {}),
-                    "request": rating.request_id,
-                    **({"answer": rating.answer_id} if rating.answer_id else {}),
-                    "tier": rating.tier,
-                    "quality": rating.quality,
-                    "source": rating.source,
-                }
-            )
-        )
+        """Write the outcome of an answer, and that of the shadow answer beside it."""
+        outcomes = [(rating.tier, rating.quality), *([rating.shadow] if rating.shadow is not None else [])]
+        for tier, quality in outcomes:
+            fields = {
+                "kind": records.RATING,
+                "time": round(self._clock(), 3),
+                **({"tenant": rating.tenant} if rating.tenant else {}),
+                "request": rating.request_id,
+                **({"answer": rating.answer_id} if rating.answer_id else {}),
+                "tier": tier,
+                "quality": quality,
+                "source": rating.source,
+            }
+            self._add(_Row(fields))
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:

@@ -280,5 +280,6 @@ class Shadow:
                     verdict.first,
                     source="judge",
                     answer_id=answered.answer_id,
+                    shadow=None if verdict.second is None else (tier, verdict.second),
                 )
             )

@@ -10,7 +10,8 @@ estimators use both:
   and Learning", 2011). Each row is predicted by a model that was not fitted to its cluster.
 
 A result that is not known, such as the quality of an answer that nobody rated, is assumed to be missing at
-random on each tier: its weight includes the share of answers of that tier that have one.
+random on each tier: its weight includes the share of answers of that tier that have one. The results of
+shadow requests are known with a probability as well, and count in the same way.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Sample:
     choice     [n], place of the tier that was chosen, of a probability above 0
     candidate  [n], place of the tier that the candidate chooses
     results    [n, A], of each tier where it is known, else NaN; the column of `choice` is the logged result,
-               the others (of shadow requests) help the model alone
+               the others are of shadow requests
     clusters   [n], rows of one cluster, such as a tenant, depend on each other
     """
 
@@ -68,7 +69,7 @@ class Comparison:
     rows, known      requests, and those with a result
     differ           share of requests for which the candidate chooses another tier
     evidence         known results of those on the tier that the candidate chooses
-    unsupported      share of requests that the candidate sends where the log never sends them
+    unsupported      share of requests for which no results of the candidate's or the logged tier can be known
     effective_rows   number of rows of equal weight that vary as little as the weighted ones (Kish)
     difference       candidate minus logged, doubly robust
     problem          why the log cannot tell; empty if it can
@@ -91,44 +92,48 @@ class Comparison:
 def compare(sample: Sample, *, bounded: bool = False) -> Comparison:
     """Compare the candidate with the logged policy.
 
-    bounded   the results are from 0 to 1: requests that the candidate sends where the log never sends them
-              could have any of these, and widen the intervals
+    bounded   the results are from 0 to 1: requests whose results can never be known could have any of these,
+              and widen the intervals
 
     Raises ValueError if no result is known.
     """
-    rows = np.arange(len(sample.choice))
-    result = sample.results[rows, sample.choice]
-    known = np.isfinite(result)
-    if not known.any():
+    rows, chosen, candidate = np.arange(len(sample.choice)), sample.choice, sample.candidate
+    known = np.isfinite(sample.results)
+    if not known[rows, chosen].any():
         raise ValueError("no result is known")
     predicted = _predictions(sample, bounded=bounded)
-    error = np.where(known, result, 0.0) - predicted[rows, sample.choice]
-    seen = known / _known_shares(sample.choice, known, sample.chances.shape[1])[sample.choice]
-    agrees = sample.candidate == sample.choice
-    weight = agrees / sample.chances[rows, sample.choice]
+    errors = np.where(known, sample.results - predicted, 0.0)
+    differs = candidate != sample.chances.argmax(axis=1)
+    shares = _known_shares(sample, known, differs)
+    # The probability that the result of each tier is known, [n, A].
+    probability = np.einsum("na,nat->nt", sample.chances, shares)
+    supported = probability[rows, candidate] > 0
+    weight = np.zeros(len(rows))
+    np.divide(known[rows, candidate], probability[rows, candidate], out=weight, where=supported)
+    own_share = shares[rows, chosen, chosen]
+    own_weight = np.zeros(len(rows))
+    np.divide(known[rows, chosen], own_share, out=own_weight, where=own_share > 0)
 
-    at_logged = predicted[rows, sample.choice] + seen * error
-    at_candidate = predicted[rows, sample.candidate] + weight * seen * error
-    unsupported = float((sample.chances[rows, sample.candidate] <= 0).mean())
-    differs = sample.candidate != sample.chances.argmax(axis=1)
-    evidence = differs & agrees & known
-    doubt = _doubt(weight * seen, evidence, sample, bounded=bounded)
-    weighted = weight * seen * np.where(known, result, 0.0)
-    total = float((weight * seen).sum())
+    at_logged = predicted[rows, chosen] + own_weight * errors[rows, chosen]
+    at_candidate = predicted[rows, candidate] + weight * errors[rows, candidate]
+    unsupported = float((~supported | (own_share <= 0)).mean())
+    evidence = differs & known[rows, candidate]
+    doubt = _doubt(weight, evidence, candidate) if bounded else 0.0
+    weighted = weight * np.where(known, sample.results, 0.0)[rows, candidate]
+    total = float(weight.sum())
     mean = float(weighted.sum()) / total if total else math.nan
     scale = len(rows) / total if total else math.nan
     wider = unsupported if bounded else 0.0
-    weights = weight[known]
     return Comparison(
         rows=len(rows),
-        known=int(known.sum()),
+        known=int(known[rows, chosen].sum()),
         differ=float(differs.mean()),
         evidence=int(evidence.sum()),
         unsupported=unsupported,
-        effective_rows=float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else 0.0,
+        effective_rows=total**2 / float((weight**2).sum()) if total else 0.0,
         logged=_clip(_interval(at_logged, sample.clusters), bounded=bounded),
         ips=_interval(weighted, sample.clusters, doubt, wider),
-        snips=_interval(mean + scale * (weighted - weight * seen * mean), sample.clusters, doubt, wider),
+        snips=_interval(mean + scale * (weighted - weight * mean), sample.clusters, doubt, wider),
         dr=_clip(_interval(at_candidate, sample.clusters, doubt, wider), bounded=bounded),
         difference=_interval(at_candidate - at_logged, sample.clusters, doubt, wider),
         problem=_problem(float(differs.mean()), int(evidence.sum()), unsupported),
@@ -139,34 +144,43 @@ def _problem(differ: float, evidence: int, unsupported: float) -> str:
     """Return why the log cannot tell how the candidate does; empty if it can."""
     if unsupported > MAX_UNSUPPORTED:
         return (
-            f"the candidate sends {unsupported:.1%} of the requests to a tier that the log never sends them "
-            "to: run the router with --explore for a while"
+            f"for {unsupported:.1%} of the requests it has no results of the tier in question: run the "
+            "router with --explore or --shadow-tier for a while"
         )
     if differ and evidence < MIN_EVIDENCE:
         return (
             f"the policies differ on {differ:.1%} of the requests, and only {evidence} of those have a "
             f"result on the candidate's tier (at least {MIN_EVIDENCE} are needed): collect more rows or "
-            "ratings, or raise --explore"
+            "ratings, or raise --explore or --shadow-share"
         )
     return ""
 
 
-def _known_shares(choice: Places, known: NDArray[np.bool_], tiers: int) -> Array:
-    """Return the share of requests of each tier, [A], whose result is known; 1 for tiers without any."""
-    asked = np.bincount(choice, minlength=tiers)
-    found = np.bincount(choice, known, minlength=tiers)
-    return np.where(found > 0, found / np.maximum(asked, 1), 1.0)
+def _known_shares(sample: Sample, known: NDArray[np.bool_], differs: NDArray[np.bool_]) -> Array:
+    """Return how often the result of a tier is known if another or the same tier was chosen, [n, A, A].
+
+    The share of answers that are rated is that of each tier. The share of shadow requests may depend on
+    whether the policies differ, because a candidate may be tried in this way.
+    """
+    tiers = sample.chances.shape[1]
+    shares = np.zeros((2, tiers, tiers))
+    for tier in range(tiers):
+        for group in (False, True):
+            at = (sample.choice == tier) & (differs == group)
+            shares[int(group), tier] = known[at].mean(axis=0) if at.any() else 0.0
+        at = sample.choice == tier
+        shares[:, tier, tier] = known[at, tier].mean() if at.any() else 0.0
+    of_rows: Array = shares[differs.astype(int)]
+    return of_rows
 
 
-def _doubt(weights: Array, evidence: NDArray[np.bool_], sample: Sample, *, bounded: bool) -> float:
+def _doubt(weights: Array, evidence: NDArray[np.bool_], candidate: Places) -> float:
     """Return a variance to add to that of the sum, as of two results per tier that are off by half the range.
 
     This is the idea of Agresti & Coull (1998): without it, an interval from 10 equal results has no width.
     """
-    if not bounded:
-        return 0.0
-    tiers = np.unique(sample.choice[evidence])
-    squares = (weights[evidence & (sample.choice == tier)] ** 2 for tier in tiers)
+    tiers = np.unique(candidate[evidence])
+    squares = (weights[evidence & (candidate == tier)] ** 2 for tier in tiers)
     return sum(2 * 0.25 * float(one.mean()) for one in squares)
 
 
@@ -188,7 +202,8 @@ def _interval(values: Array, clusters: Places, doubt: float = 0.0, wider: float 
         return Interval(mean, -math.inf, math.inf)
     variance = (total * count / (count - 1) + doubt) / len(values) ** 2
     # A normal distribution's fourth moment is three times the square of its variance.
-    freedom = min(3 * total**2 / float((squares**2).sum()), count - 1) if total else count - 1
+    fourth = float((squares**2).sum())
+    freedom = min(3 * total**2 / fourth, count - 1) if fourth else count - 1
     half = _quantile(freedom) * math.sqrt(variance) + wider
     return Interval(mean, mean - half, mean + half)
 
@@ -245,5 +260,5 @@ def _predictions(sample: Sample, *, bounded: bool) -> Array:
 def _design(features: Array, tier: Places, tiers: int) -> Array:
     """Return [rows, columns]: 1, the tier, the features, and the features of each tier."""
     one_hot = np.eye(tiers)[tier]
-    crossed = (one_hot[:, :, None] * features[:, None, :]).reshape(len(features), -1)
+    crossed = (one_hot[:, :, None] * features[:, None, :]).reshape(len(features), tiers * features.shape[1])
     return np.hstack([np.ones((len(features), 1)), one_hot, features, crossed])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from headrace.routing.changes.candidates import floor_of
 from headrace.routing.policy import Decision, trouble
 from headrace.routing.request import Hints, RoutingRequest
 from headrace.routing.scoring.conversation import Turn, turns_of_row
@@ -138,14 +139,12 @@ def of_decision(request: RoutingRequest, score: Score, decision: Decision | None
         return {**fields, "tiers": {}, "choice": "", "cause": "", "chances": {}}
     considered = decision.considered
     names = [tier.name for tier in considered.tiers]
-    weighed, floor = considered.weighed, names[considered.floor] if considered.floor else ""
-    if weighed is not None:
-        floor = names[weighed.reached] if weighed.reached >= 0 else ""
+    weighed = considered.weighed
     chances = decision.chances or ((decision.place, 1.0),)
     return {
         **fields,
         **({} if weighed is None else {"weighed": _weighed(weighed)}),
-        "floor": floor,
+        "floor": floor_of(decision),
         "tiers": {tier.name: _tier(tier, considered.seconds_left) for tier in considered.tiers},
         "choice": decision.tier,
         "cause": decision.cause,

@@ -152,22 +152,17 @@ def sample(replayed: Replayed, result: Callable[[Logged, str], float | None]) ->
     )
 
 
-def quality(request: Logged, tier: str, sources: Sequence[str]) -> float | None:
+def quality(request: Logged, tier: str, source: str) -> float | None:
     """Return how good the answer of a request was if its first choice was *tier*; None if it is not known.
 
-    sources   of ratings, the most trusted one first
+    source   of ratings
 
     A rating of the answer counts for the tier that was chosen, even if another one answered in the end. Other
     ratings are of shadow requests, and count for their own tier.
     """
     if tier == request.choice:
-        rated = request.tier
-    elif tier == request.tier:
-        return None
-    else:
-        rated = tier
-    found = (request.qualities.get((source, rated)) for source in sources)
-    return next((one for one in found if one is not None), None)
+        return request.qualities.get((source, request.tier))
+    return None if tier == request.tier else request.qualities.get((source, tier))
 
 
 def cost(request: Logged, tier: str) -> float | None:

@@ -65,6 +65,7 @@ _LEXICON: dict[str, tuple[str, int]] = {
         "equation* integral* derivative* matrix matrices vector* polynomial* triangle* circle* angle* "
         "radius theorem* integer* prime* probability function* graph* root* modulo divisible digit* "
         "permutation* combination* sequence* sum product perpendicular coordinate* solve simplify compute "
+        "prove proof primes infinitely irrational rational countable converges diverges induction factor "
         "calculate evaluate slope ratio* variance deviation positive real area volume perimeter",
         4,
     ),
@@ -134,6 +135,12 @@ _LEXICON: dict[str, tuple[str, int]] = {
     ),
     "advice": (
         "should_i how_to tips advice recommend* suggest* best idea* help_me ways_to guide itinerary recipe*",
+        2,
+    ),
+    "small_talk": (
+        "hello hi hey thanks thank thx bye goodbye ok okay yes welcome sorry cool great nice haha lol cheers "
+        "good_morning good_evening good_night how_are are_you your_name do_you congratulations birthday joke "
+        "perfect alright wow bored later",
         2,
     ),
     "explaining": (

@@ -18,6 +18,8 @@ from headrace.routing.scoring.turns import references, replies
 
 _READ = 400  # characters of a reply
 _LONG = 60  # words from which on a reply explains itself
+_THANKS = 120  # characters, beyond which a first turn asks for something
+_CLAUSES = 30  # that are told apart
 _WORDS = 64  # that are remembered of a turn
 
 _TOKEN = re.compile(r"[^\W_]+(?:[-'.][^\W_]+)*[+#]*|\?")
@@ -59,14 +61,19 @@ def read_reply(text: str, *, first: bool = False, asked: bool = False, before: C
     before   digests of the words of the user's previous turn
     """
     long = len(text) > _READ
-    text = text[:_READ].translate(_QUOTES).lower().strip()
-    clauses = [clause for part in _CLAUSE.split(text) if (clause := part.strip(" \"'*_()…-.!,;:"))]
+    text = text[:_READ]
+    text = (text if text.isascii() else text.translate(_QUOTES)).lower().strip()
+    if first and len(text) > _THANKS:
+        return Reply(0.0, content=_READ, words=_digests(_TOKEN.findall(text)))
+    clauses = [clause for part in _CLAUSE.split(text, _CLAUSES) if (clause := part.strip(" \"'*_()…-.!,;:"))]
     other = _in_other_languages(clauses)
     if other is not None and not long:
         return Reply(0.0 if other or first else 1.0, closes=other)
     if text and not _TOKEN.search(text):  # an emoji
         return Reply(1.0 if asked and not first else 0.0, closes=not asked)
     rest = [clause for clause in clauses if not _is_courtesy(clause, asked)]
+    if not long and any(map(_is_thanks, clauses)) and not any(map(_is_more, rest)):
+        return Reply(0.0, closes=True)
     if len(rest) < len(clauses) and not long and not any(map(_is_request, rest)) and _only_remarks(rest):
         return Reply(0.0, closes=True)
     words = _words(rest or clauses)
@@ -133,23 +140,34 @@ def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[
     evidence += _task(plain, first, refers=bool(refers), text=text)
     if references.ABOUT_IT.match(text):
         evidence += 0.8
+    if count <= 12 and (references.COMPARES.search(text) or references.AS_WELL.search(text)):
+        evidence += 0.75
     if count <= 4 and plain[-1] in replies.LANGUAGES and first not in references.WH | references.REQUEST:
         evidence += 0.6
     if count <= 7 and plain[0] in references.FRAGMENT and references.WH.isdisjoint(plain[1:]):
         evidence += 0.9
     if count <= 5 and references.COMPARATIVE.match(bare):
         evidence += 0.9
-    if (
-        asked
-        and count <= 8
-        and "?" not in words
-        and first not in references.WH
-        and references.REQUEST.isdisjoint(plain[:6])
-    ) or (count <= 5 and all(word in replies.OTHER_WORDS for word in plain)):
+    if _continues_in_other_language(plain) or (asked and _answers(words, first)):
         evidence += 0.9
     elif count <= 3 and plain[0] not in references.WH and first not in references.REQUEST:
         evidence += 0.6
     return evidence, corrects
+
+
+def _answers(words: list[str], first: str) -> bool:
+    """Return whether a reply may be the answer to a question, rather than a request or a question."""
+    if len(words) > 8 or "?" in words or first in references.WH:
+        return False
+    return references.REQUEST.isdisjoint(words[:6])
+
+
+def _continues_in_other_language(words: list[str]) -> bool:
+    """Return whether a reply has words of other languages only that name no topic."""
+    if len(words) <= 7 and all(word in replies.OTHER_WORDS for word in words):
+        return True
+    text = "".join(words)
+    return not text.isascii() and len(text) <= 12 and replies.OTHER_CONTINUES.search(text) is not None
 
 
 def _is_topic(text: str, count: int) -> bool:
@@ -242,14 +260,9 @@ def _is_courtesy(clause: str, asked: bool) -> bool:
     words = _TOKEN.findall(clause)
     if not words or "?" in words or len(words) > 14:
         return False
-    marks = replies.COURTESY - replies.CONSENT if asked else replies.COURTESY
+    # After a question, praise is consent: "that'd be great".
+    marks = replies.FAREWELL if asked else replies.COURTESY
     if all(word in replies.COURTESY or word in replies.FILLERS for word in words):
-        if (
-            asked
-            and words[0] in ("great", "perfect", "good", "sounds", "awesome", "cool")
-            and len(words) <= 2
-        ):
-            return False
         return not marks.isdisjoint(words) or _is_leave(words)
     if (
         len(words) <= 8
@@ -274,6 +287,28 @@ def _is_courtesy(clause: str, asked: bool) -> bool:
         and (
             thanks == 0 or all(word in replies.COURTESY or word in replies.FILLERS for word in words[:thanks])
         )
+    )
+
+
+def _is_thanks(clause: str) -> bool:
+    """Return whether a clause thanks, in any of the languages of the lists."""
+    words = _TOKEN.findall(clause)
+    if "?" in words or len(words) > 10:
+        return False
+    return not references.THANKS_WORDS.isdisjoint(words) or clause.startswith(replies.OTHER_THANKS)
+
+
+def _is_more(clause: str) -> bool:
+    """Return whether a clause beside thanks asks for more."""
+    words = _TOKEN.findall(clause)
+    if not words or _is_leave(words):
+        return False
+    asks_more = _is_request(clause) or words[0] in references.FRAGMENT or words[0] in references.GOES_ON
+    return (
+        asks_more
+        or len(words) > 10
+        or not references.NO_REMARK.isdisjoint(words)
+        or references.CORRECTS.search(clause) is not None
     )
 
 

@@ -84,7 +84,7 @@ def score_turns(score: ScoreText, turns: Sequence[Turn], earlier: Earlier | None
         state.log_odds += log_odds
     carried = Carried(sigmoid(state.log_odds), last.words, state.estimates)
     continues = last.reply.continues if inherited is not None else 0.0
-    return replace(_explained(own, shares, continues, carried), estimates=state.estimates)
+    return _explained(own, shares, continues, carried)
 
 
 def _in_roles(turns: list[Turn]) -> list[Turn]:
@@ -155,13 +155,11 @@ def _inherited(score: ScoreText, links: Sequence[_Link], earlier: Earlier | None
     if len(links) == 1:
         return None
     state: _State | None = None
-    plain: tuple[Score, int] | None = None
+    read: dict[str, tuple[Score, int]] = {}  # the same reply, such as "go on", is scored once
     for link in links[:-1]:
-        if link.reply.continues == 1 and not link.reply.content:
-            # All replies such as "yes" have nearly the same score: one of them is scored.
-            own, document = plain = plain or _own(score, link.text)
-        else:
-            own, document = _own(score, link.text)
+        if link.text not in read:
+            read[link.text] = _own(score, link.text)
+        own, document = read[link.text]
         alone = _State(_log_odds(own) + (_DOCUMENT * document / 4_000 if document else 0.0), own.estimates)
         follows = state is not None
         state = alone if state is None else _mixed(alone, state, link.reply)
@@ -222,8 +220,9 @@ def _explained(
     own: Score, shares: Sequence[tuple[str, float, float]], continues: float, carried: Carried | None
 ) -> Score:
     """Return the score of a turn with what its conversation adds."""
+    estimates = own.estimates if carried is None else carried.estimates
     if not shares:
-        return replace(own, continues=continues, carried=carried)
+        return replace(own, continues=continues, carried=carried, estimates=estimates)
     log_odds = (*own.log_odds, *(share[2] for share in shares))
     return replace(
         own,
@@ -233,6 +232,7 @@ def _explained(
         log_odds=log_odds,
         continues=continues,
         carried=carried,
+        estimates=estimates,
     )
 
 

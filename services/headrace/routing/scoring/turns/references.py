@@ -45,7 +45,9 @@ REPAIR = words(
 OPENERS = {
     **dict.fromkeys(("and", "but", "or", "also", "instead", "another", "again", "otherwise", "same"), 0.75),
     **dict.fromkeys(("now", "then", "next"), 0.6),
-    **dict.fromkeys(("so", "no", "nope", "wait", "actually", "hmm", "because", "plus", "still"), 0.35),
+    **dict.fromkeys(
+        ("so", "no", "nope", "wait", "actually", "hmm", "because", "plus", "still", "maybe", "perhaps"), 0.35
+    ),
     **dict.fromkeys(
         ("ok", "okay", "yes", "yeah", "sure", "great", "right", "nice", "hm", "well", "alright"), 0.35
     ),
@@ -63,6 +65,7 @@ OPENING = re.compile(
     r"details?|hints?)|how (?:so|come)|what do you mean|why (?:not|is|does|do|did|are|was) (?:it|"
     r"that|this|you|they|we)|"
     r"(?:try|redo|run|use|do) (?:it|that|this)|how (?:do|did) you (?:get|know|come)|tell me more|"
+    r"let me (?:see|have)|"
     r"explain (?:like|as if|to me like|further|more|again)|(?:can|could) you be more|show your|"
     r"are there (?:any )?\w+\W*$|"
     r"(?:in|with|using) (?:simple|simpler|plain|other|layman's|more|less|fewer)\b)\b"
@@ -191,6 +194,9 @@ LEAVE = (
         "no thanks",
     ),
 )
+THANKS_WORDS = frozenset(THANKS)
+# With these words, a clause beside thanks consents.
+GOES_ON = words("yes yeah yep yup sure please go continue proceed next more")
 # With these words begin remarks beside thanks, such as "you saved my day".
 REMARKS = words(
     "you you're you've that that's this it it's i i'm i'll i've have see talk we just no all now really "
@@ -239,3 +245,11 @@ GENERAL = words(
     "there's let's don't doesn't didn't isn't aren't wasn't can't couldn't won't wouldn't shouldn't what "
     "when where who whom whose which why how further additional extra else rid"
 )
+
+# "Would a loop be shorter?" compares with what was said; "is a cat faster than a dog?" does not.
+COMPARES = re.compile(
+    r"^(?!.*\b(?:than|or)\b).*\b(?:easier|better|worse|shorter|longer|faster|slower|simpler|cheaper|"
+    r"cleaner|safer|larger|smaller|"
+    r"bigger|quicker|clearer|stronger|harder|nicer|tighter|stricter|funnier)\b"
+)
+AS_WELL = re.compile(r"\b(?:as well|too|here|anymore|any more|either)\W*$")

@@ -6,6 +6,8 @@ words that are common in other sentences.
 
 from __future__ import annotations
 
+import re
+
 
 def words(text: str) -> frozenset[str]:
     """Return the words of *text*, which are separated by spaces."""
@@ -40,6 +42,9 @@ FILLERS = words(
     "pretty super quite am not need no more else nothing us we're take care talk best wishes saved thing "
     "stuff man buddy dear sir please answer explanation info information tip advice solution quick "
     "response next week"
+)
+FAREWELL = words(
+    "thanks thank thx ty tysm cheers appreciate appreciated bye goodbye cya farewell goodnight nevermind"
 )
 SHORT_QUESTIONS = phrases(
     "why|how|how so|how come|why not|why is that|why that|really|what|huh|meaning|when|where|who|which|"
@@ -171,4 +176,69 @@ OTHER_WORDS = frozenset(word for reply in OTHER_REPLIES for word in reply.split(
     "второй вторая тогда теперь тоже ещё с без для какой он она оно не वह यह दूसरा दूसरी अब तो क्या इसे "
     "उसे भी और फिर में هذا هذه ذلك الثاني الآن أيضا و ماذا في এটা ওটা এখন আর কি তাহলে یہ وہ دوسرا اب بھی "
     "کیا تو itu ini yang kedua juga sekarang dan apa dong saja bisa"
+)
+OTHER_WORDS |= (
+    words(
+        "en à au del al na no em по на в для im ins continuar seguir puedes puede podrías podría hacer hazlo "
+        "explicar explicarlo explica explícame traducir traduce traducirlo resumir resume corrige corregir "
+        "cambiar cambia mostrar muéstrame paso ejemplo ejemplos más menos corto simple favor me te lo esa "
+        "ese peux tu peux-tu pouvez vous pouvez-vous pourrais-tu expliquer explique traduire traduis résumer "
+        "résume corriger refais refaire montre montrer exemple étape plus moins court moi kannst könntest "
+        "können du sie bitte mir erklären erkläre übersetzen übersetze zusammenfassen kürzen kürze "
+        "korrigieren korrigiere zeig zeige beispiel beispiele schritt kürzer einfacher genauer mal pode "
+        "poderia você traduzir traduza resuma corrigir corrija mostre exemplo passo curto можешь можете "
+        "объясни объяснить объясните переведи перевести сократи исправь покажи пример подробнее короче проще "
+        "мне समझाओ समझाइए बताओ बताइए अनुवाद उदाहरण आसान संक्षेप इसका मुझे دो اشرح ترجم لخص صحح مثال أكثر لي "
+        "ব্যাখ্যা অনুবাদ উদাহরণ এটার وضاحت ترجمہ اس کا کی jelaskan terjemahkan ringkas perbaiki contoh lebih "
+        "singkat dalam ke bahasa"
+    )
+    | LANGUAGES
+)
+# With these begin thanks in other languages.
+OTHER_THANKS = (
+    *(
+        "gracias",
+        "muchas gracias",
+        "mil gracias",
+        "merci",
+        "danke",
+        "vielen dank",
+        "besten dank",
+        "obrigad",
+        "muito obrigad",
+        "valeu",
+    ),
+    *(
+        "спасибо",
+        "благодарю",
+        "谢谢",
+        "多谢",
+        "感谢",
+        "非常感谢",
+        "धन्यवाद",
+        "शुक्रिया",
+        "बहुत धन्यवाद",
+        "شكرا",
+        "شكرًا",
+        "شكراً",
+        "ধন্যবাদ",
+    ),
+    *(
+        "অনেক ধন্যবাদ",
+        "شکریہ",
+        "بہت شکریہ",
+        "ありがとう",
+        "どうも",
+        "terima kasih",
+        "makasih",
+        "감사",
+        "고마워",
+        "teşekkür",
+        "grazie",
+        "dank je",
+    ),
+)
+# The same for writing without spaces, of short replies.
+OTHER_CONTINUES = re.compile(
+    r"^(?:那|再|还有|還有|然后|继续|把它|它|请继续|それ|これ|もっと|じゃあ|では|もう一|続け)|呢[?？]?$"
 )
