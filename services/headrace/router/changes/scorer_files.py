@@ -12,6 +12,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from headrace.routing import calibration
 from headrace.routing.artifact import BadArtifact
@@ -23,6 +24,8 @@ from headrace.runtime.security.watched_file import stamp_of
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 16 << 20  # of a scorer's file
+
+Read: TypeAlias = Literal["used", "rejected", "same"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +78,28 @@ class ScorerFiles:
         """Whether a file has changed since it was read."""
         return self._look() != self._stamps
 
-    def read(self) -> bool:
+    def read(self) -> Read:
         """Read the files that have changed; return whether another pair is in use now.
 
-        It may be called on another thread: parsing takes milliseconds.
+        "same": what was read is in use already. It may be called on another thread, because parsing takes
+        milliseconds.
         """
         before, self._stamps = self._stamps, self._look()
         scorer_before, calibration_before = before
         scorer_now, calibration_now = self._stamps
-        found = self._found
-        if scorer_now != scorer_before:
-            found = self._with_scorer(found)
-        if calibration_now != calibration_before:
-            found = self._with_calibration(found)
+        found, usable = self._found, True
+        try:
+            if scorer_now != scorer_before:
+                found = replace(self._read_scorer(), calibration=found.calibration)
+        except BadArtifact as error:
+            log.error("scorer not usable, keeping the old one", extra={"problem": str(error)})
+            found, usable = replace(self.loaded, calibration=found.calibration), False
+        try:
+            if calibration_now != calibration_before:
+                found = replace(found, calibration=self._read_changed_calibration())
+        except BadCalibration as error:
+            log.error("calibration not usable, keeping the old one", extra={"problem": str(error)})
+            found, usable = replace(found, calibration=self.loaded.calibration), False
         self._found = found
         made = found.calibration
         if made is not None and made.scorer != found.fingerprint:
@@ -99,11 +111,11 @@ class ScorerFiles:
                     "problem": f"the calibration is of another scorer than {found.fingerprint}",
                 },
             )
-            return False
+            return "rejected"
         if found.identity == self.loaded.identity:
-            return False
+            return "same" if usable else "rejected"
         self.loaded = found
-        return True
+        return "used"
 
     def _load(self) -> Loaded:
         """Read both files. Raises BadArtifact or BadCalibration."""
@@ -118,25 +130,13 @@ class ScorerFiles:
             )
         return replace(found, calibration=made)
 
-    def _with_scorer(self, found: Loaded) -> Loaded:
-        """Return what was found, with the scorer that the file has now, or the one in use if it is bad."""
-        try:
-            return replace(self._read_scorer(), calibration=found.calibration)
-        except BadArtifact as error:
-            log.error("scorer not usable, keeping the old one", extra={"problem": str(error)})
-            return replace(self.loaded, calibration=found.calibration)
-
-    def _with_calibration(self, found: Loaded) -> Loaded:
-        """Return what was found, with the calibration that the file has now, or the one in use."""
+    def _read_changed_calibration(self) -> Calibration:
+        """Read the calibration, which must have scores if shares are kept. Raises BadCalibration."""
         assert self._calibration_path is not None, "its stamp has changed"
-        try:
-            made = self._read_calibration(self._calibration_path)
-            if self._shares and not made.quantiles:
-                raise BadCalibration(f"{self._calibration_path} has no scores for --share to start with")
-        except BadCalibration as error:
-            log.error("calibration not usable, keeping the old one", extra={"problem": str(error)})
-            return replace(found, calibration=self.loaded.calibration)
-        return replace(found, calibration=made)
+        made = self._read_calibration(self._calibration_path)
+        if self._shares and not made.quantiles:
+            raise BadCalibration(f"{self._calibration_path} has no scores for --share to start with")
+        return made
 
     def _read_scorer(self) -> Loaded:
         path, content = self._scorer_path, ""
