@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -217,24 +218,30 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self, request: routing.ListTiersRequest, context: _Context
     ) -> routing.ListTiersResponse:
         """Return all tiers, smallest first, as last polled, and the bill of all requests."""
-        tiers = [self._tier(tier.name) for tier in self._tiers.tiers]
-        measured = await self._figures.of_tiers()
-        for tier in tiers:
-            add_figures(tier.figures, measured[tier.name])
-        response = routing.ListTiersResponse(tiers=tiers)
-        if sees_all_tenants(current()):
-            response.bill.CopyFrom(await self._total_bill(self._total, "bill"))
-            if self._shadow_total is not None:
-                response.shadow_bill.CopyFrom(await self._total_bill(self._shadow_total, "shadow_bill"))
-            response.changes.CopyFrom(await self._status.changes())
+        response = routing.ListTiersResponse(tiers=[self._tier(tier.name) for tier in self._tiers.tiers])
+        # The other processes are asked everything at once: one that does not answer delays the reply once.
+        async with asyncio.TaskGroup() as questions:
+            figures = questions.create_task(self._figures.of_tiers())
+            if sees_all_tenants(current()):
+                questions.create_task(self._add_bill(response.bill, self._total, "bill"))
+                if self._shadow_total is not None:
+                    questions.create_task(
+                        self._add_bill(response.shadow_bill, self._shadow_total, "shadow_bill")
+                    )
+                questions.create_task(self._add_changes(response))
+        for tier in response.tiers:
+            add_figures(tier.figures, figures.result()[tier.name])
         return response
 
-    async def _total_bill(self, own: Bill, topic: str) -> pb.Bill:
-        """Return a bill of this process and the same of the others."""
+    async def _add_changes(self, response: routing.ListTiersResponse) -> None:
+        response.changes.CopyFrom(await self._status.changes())
+
+    async def _add_bill(self, message: pb.Bill, own: Bill, topic: str) -> None:
+        """Set *message* to a bill of this process and the same of the others."""
         total = self._new_bill()
         for bill in (own, *await self._siblings.ask_all(topic)):
             total.add(bill)
-        return bill_message(total)
+        message.CopyFrom(bill_message(total))
 
     async def _shadow_bill(self) -> Bill | None:
         """Return the bill of the own requests of this process."""
