@@ -152,7 +152,8 @@ def test_conversations_are_read_from_their_messages(tmp_path: Path) -> None:
         ({"tenant": 5}, "'tenant' must be a string"),
         ({"time": "yesterday"}, "row 1"),
         ({"time": [1]}, "'time' must be"),
-        ({"messages": []}, "'messages' must be a list"),
+        ({"messages": []}, "either 'prompt' or 'messages'"),
+        ({"prompt": None, "messages": []}, "'messages' must be a list"),
     ],
 )
 def test_rows_with_other_content_are_named(fields: dict[str, Any], complaint: str, tmp_path: Path) -> None:

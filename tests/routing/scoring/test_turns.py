@@ -335,3 +335,15 @@ def test_rows_keep_the_turns() -> None:
     for broken in rows:
         with pytest.raises(ValueError, match=r"prompt|messages"):
             turns_of_row(broken)
+
+
+def test_the_roles_of_rows_are_known() -> None:
+    def row(*roles: str) -> dict[str, object]:
+        return {"messages": [{"role": role, "content": "a"} for role in roles]}
+
+    known = turns_of_row(row("developer", "user", "function"))
+    assert [turn.role for turn in known] == ["system", "user", "tool"]
+    with pytest.raises(ValueError, match=r"messages\[1\]\.role is 'usr', must be one of system, user"):
+        turns_of_row(row("user", "usr"))
+    with pytest.raises(ValueError, match="either 'prompt' or 'messages'"):
+        turns_of_row(row("user") | {"prompt": "a"})

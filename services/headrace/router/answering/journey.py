@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 
 from opentelemetry import trace
@@ -337,16 +337,18 @@ def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequ
     return outgoing
 
 
-def turns_of(request: pb.GenerateRequest) -> list[Turn]:
+def turns_of(request: pb.GenerateRequest, texts: Mapping[int, str]) -> list[Turn]:
     """Return the turns to score: the chat's last ones, or the raw prompt, without the middle of long ones.
 
-    Each access to a message decodes its text, so each is read at most once, and older ones are not.
+    texts   as `check_request` returns them; other messages are decoded here, as far as they are read
     """
-    if request.HasField("chat"):
-        messages = request.chat.messages
-        newest_first = (messages[place] for place in range(len(messages) - 1, -1, -1))
-        return window(Turn(message.role, message.content) for message in newest_first)
-    return window([Turn("user", request.prompt)])
+    if not request.HasField("chat"):
+        return window([Turn("user", texts[0])])
+    messages = request.chat.messages
+    return window(
+        Turn(messages[place].role, texts[place] if place in texts else messages[place].content)
+        for place in range(len(messages) - 1, -1, -1)
+    )
 
 
 def text_of(request: pb.GenerateRequest) -> str:
