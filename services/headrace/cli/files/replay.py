@@ -37,7 +37,9 @@ _MEASURES: dict[str, tuple[Callable[[Logged, str], float | None], bool, bool]] =
 }
 
 _ADVICE = "Run the router with --explore, or with a higher share, or collect more rows"
-_ADVICE_JUDGED = "Run the router with this candidate as --shadow-scorer or --shadow-calibration, or for longer"
+_ADVICE_JUDGED = (
+    "Run the router with this candidate as --shadow-scorer or --shadow-calibration, or for longer"
+)
 
 
 def read_log(paths: Sequence[str], last: int) -> list[Logged]:
