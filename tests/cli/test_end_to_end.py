@@ -472,7 +472,7 @@ def test_answers_of_a_conversation_are_rated_where_they_are_read(tmp_path: Path)
             ("/good", "tier small: kept"),
             ("Write a Python function that sorts a list.", "tier large"),
             ("/bad", "tier large: kept"),
-            ("Hello again", "tier large"),  # where the conversation is now
+            ("Now sort it backwards.", "tier large"),  # it continues
             ("/new", "> "),
             ("/good", "no answer to rate yet"),
             ("Hello again", "tier small"),

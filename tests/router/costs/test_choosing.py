@@ -164,7 +164,9 @@ async def test_a_budget_that_is_spent_leaves_the_cheapest_tier(skilled: Path) ->
     assert "expected cost" in explained.why
 
 
-@pytest.mark.parametrize("settings", [{"choose_by": "success"}, {"budget_per_day": 1.0, "prices": "a=1/2"}])
+@pytest.mark.parametrize(
+    "settings", [{"choose_by": "success"}, {"budget_per_day": 1.0, "prices": "a=1/2,b=2/4"}]
+)
 async def test_a_choice_by_success_needs_outcomes(settings: dict[str, Any]) -> None:
     with pytest.raises(StartFailed, match="headrace train ROWS"):
         async with router(Settings(port=0, tiers="a=127.0.0.1:1,b=127.0.0.1:2", **settings)):
@@ -176,8 +178,11 @@ async def test_a_choice_by_success_needs_outcomes(settings: dict[str, Any]) -> N
     [
         ({"choose_by": "success", "share": "0.5"}, "uses no thresholds"),
         ({"choose_by": "success", "thresholds": "0.5"}, "uses no thresholds"),
-        ({"budget_per_day": 1.0}, "needs --prices"),
-        ({"budget_per_day": 1.0, "prices": "a=1/1", "share": "0.5"}, "needs --prices"),
+        ({"budget_per_day": 1.0}, "needs the price of each tier"),
+        ({"budget_per_day": 1.0, "prices": "a=1/1"}, "needs the price of each tier"),
+        ({"budget_per_day": 1.0, "prices": "a=1/1,b=2/2", "share": "0.5"}, "a choice by success"),
+        ({"cost_weight": 0.2, "choose_by": "score"}, "HEADRACE_COST_WEIGHT .* needs a choice by success"),
+        ({"cost_weight": 0.2, "share": "0.5"}, "HEADRACE_COST_WEIGHT .* needs a choice by success"),
         ({"choose_by": "luck"}, "score"),
         ({"cost_weight": -1.0}, "greater than or equal to 0"),
     ],

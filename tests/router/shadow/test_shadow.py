@@ -350,6 +350,24 @@ async def test_exact_takes_the_larger_tiers_result_as_right(
     assert "large_ok" not in other
 
 
+<<<<<<< HEAD
+=======
+async def test_the_decision_log_has_a_judges_outcomes_of_both_answers(
+    tmp_path: Path, count: Callable[..., float]
+) -> None:
+    path = tmp_path / "decisions.jsonl"
+    before = count("headrace.shadow.verdicts", verdict="better")
+    settings = {**SHADOW, "judge": "rules", "decision_log": path}
+    async with routed(settings, small=TextBatcher(text=BAD), large=TextBatcher(text=GOOD)) as client:
+        answer = await collect(client, chat(QUESTION))
+        await eventually(lambda: count("headrace.shadow.verdicts", verdict="better") == before + 1)
+
+    ratings = [row for row in rows(path) if row["kind"] == "rating"]
+    assert {(row["answer"], row["source"]) for row in ratings} == {(answer.accepted.answer_id, "judge")}
+    assert [(row["tier"], row["quality"]) for row in ratings] == [("small", 0.0), ("large", 1.0)]
+
+
+>>>>>>> w-r3
 @dataclass
 class JudgeBatcher(FakeBatcher):
     """Prefers the answer that contains *likes*; without it, always the one at the first position."""
@@ -427,6 +445,10 @@ async def test_verdicts_fill_a_quarter_of_the_file_at_most(tmp_path: Path) -> No
     ("given_settings", "problem"),
     [
         ({"judge": "rules"}, "HEADRACE_JUDGE needs"),
+        (
+            {"shadow_share": 0.1, "shadow_per_minute": 1},
+            "HEADRACE_SHADOW_SHARE and HEADRACE_SHADOW_PER_MINUTE need HEADRACE_SHADOW_TIER",
+        ),
         ({"shadow_tier": "huge"}, "must be one of the tiers small, large"),
         ({"shadow_tier": "large", "judge": "huge"}, "must be rules, exact, or one of the tiers"),
         ({"shadow_tier": "large", "shadow_scorer": "s.json"}, "set one choice"),

@@ -21,8 +21,7 @@ _LINES = 21  # of the table; the trade-off has more points
 
 
 def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Console) -> list[ScoredPrompt]:
-    """Score the prompts of *path*: JSON Lines with `prompt` or `messages`, and
-    optionally `NAME_ok` per tier.
+    """Score the prompts of *path*: JSON Lines with `prompt` or `messages`, and optionally `NAME_ok` per tier.
 
     Rows with the same prompt are merged, because the router writes one row per feedback. Raises
     BadCalibration.

@@ -1,7 +1,7 @@
 """Estimate how likely each tier is to answer a prompt well, and how many tokens its answer will have.
 
 There is one logistic head per tier on the inputs of the scorer: the features of the text and the
-probabilities of its kinds. `learning/outcomes.py` fits the heads. The scorer's file holds them.
+probabilities of its kinds. `learning/success.py` fits the heads. The scorer's file holds them.
 """
 
 from __future__ import annotations
