@@ -350,24 +350,6 @@ async def test_exact_takes_the_larger_tiers_result_as_right(
     assert "large_ok" not in other
 
 
-<<<<<<< HEAD
-=======
-async def test_the_decision_log_has_a_judges_outcomes_of_both_answers(
-    tmp_path: Path, count: Callable[..., float]
-) -> None:
-    path = tmp_path / "decisions.jsonl"
-    before = count("headrace.shadow.verdicts", verdict="better")
-    settings = {**SHADOW, "judge": "rules", "decision_log": path}
-    async with routed(settings, small=TextBatcher(text=BAD), large=TextBatcher(text=GOOD)) as client:
-        answer = await collect(client, chat(QUESTION))
-        await eventually(lambda: count("headrace.shadow.verdicts", verdict="better") == before + 1)
-
-    ratings = [row for row in rows(path) if row["kind"] == "rating"]
-    assert {(row["answer"], row["source"]) for row in ratings} == {(answer.accepted.answer_id, "judge")}
-    assert [(row["tier"], row["quality"]) for row in ratings] == [("small", 0.0), ("large", 1.0)]
-
-
->>>>>>> w-r3
 @dataclass
 class JudgeBatcher(FakeBatcher):
     """Prefers the answer that contains *likes*; without it, always the one at the first position."""
