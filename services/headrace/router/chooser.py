@@ -23,7 +23,7 @@ from headrace.routing.drafts.rules import CascadeRules
 from headrace.routing.no_route import ConflictingHints, NoRoute, NoSuchModel, NoSuchTier
 from headrace.routing.policy import Decision, decide
 from headrace.routing.request import RoutingRequest
-from headrace.routing.scoring.conversation import Carried, Earlier
+from headrace.routing.scoring.conversation import Earlier, remembered
 from headrace.routing.success.choosing import Weighed
 from headrace.routing.tier_view import Price, TierView
 from headrace.v1 import generation_pb2 as pb
@@ -132,6 +132,11 @@ class Chooser:
             place = decision.place if decision.explored else decision.wanted
             self._thresholds.record(request.score, place, request.arm)
 
+    def record_expected_cost(self, decision: Decision) -> None:
+        """Record the expected cost of a request about which the first decision was made, for the budget."""
+        if self._weighing is not None and (weighed := decision.considered.weighed) is not None:
+            self._weighing.expect(weighed.cost[decision.place])
+
     def record_escalation(self, request: RoutingRequest, before: str, after: str) -> None:
         """Record that tier *after* answered a request whose draft by tier *before* was discarded."""
         if request.counts:
@@ -146,17 +151,13 @@ class Chooser:
         if not request.session:
             return
         earlier = self.earlier(request.tenant, request.session, now)
-        carried = request.carried
         by_score = self._weighing is None or not self._weighing.estimated(request)
-        if by_score and earlier is not None and (request.keeps_tier or carried is None):
+        if by_score and earlier is not None and (request.keeps_tier or request.carried is None):
             tier = max(earlier.tier, tier, key=self._names.index)
-        if carried is None:  # "thanks", or a request that could not be scored
-            score = request.score if earlier is None else earlier.score
-            carried = Carried(score) if earlier is None else Carried(score, earlier.words, earlier.estimates)
         self._conversations.record(
             request.tenant,
             request.session,
-            Earlier(carried.score, tier, carried.words, carried.estimates),
+            remembered(earlier, request.score, request.carried, tier),
             now,
         )
 
@@ -168,7 +169,7 @@ class Chooser:
         """Record the tokens of an answer to a request about which *decision* was made."""
         weighed = decision.considered.weighed
         if self._weighing is not None and weighed is not None:
-            follows = weighed.reached == self._names.index(tier)
+            follows = weighed.previous == self._names.index(tier)
             self._weighing.record(request, tier, usage, follows=follows)
 
     def record_speed(self, tier: str, finish: pb.Finish, new_tokens: int, now: float) -> None:

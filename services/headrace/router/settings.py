@@ -57,6 +57,7 @@ class _TierSettings(CalledServiceSettings):
     cost_weight: float = Field(
         default=0.1,
         ge=0,
+        allow_inf_nan=False,
         description="when choosing by success, how much higher a tier's chance of a good answer must be to "
         "be worth the typical cost of an answer of the most expensive tier; for requests with a quality "
         "preference of 0.5",
@@ -64,6 +65,7 @@ class _TierSettings(CalledServiceSettings):
     budget_per_day: float | None = Field(
         default=None,
         gt=0,
+        allow_inf_nan=False,
         description="when choosing by success, what all requests may cost per day (UTC), in the currency of "
         "--prices: the weight of cost is adapted to keep it",
     )
@@ -206,6 +208,8 @@ class Settings(ChangeSettings, _TierSettings):
                 "HEADRACE_COST_WEIGHT (or --cost-weight) needs a choice by success, without --choose-by "
                 "score, --share, --thresholds and --calibration"
             )
+        if self.budget_per_day is not None and not self.cost_weight:
+            raise ValueError("HEADRACE_BUDGET_PER_DAY (or --budget-per-day) needs a --cost-weight above 0")
         self.check_shadow(names, prices)
         self.check_canary(
             calibrated=self.calibration is not None, shared=bool(self.tier_shares()), priced=bool(prices)

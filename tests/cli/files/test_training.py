@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,8 @@ def test_callers_without_credentials_count_as_one_tenant(tmp_path: Path) -> None
 
 
 def test_recent_outcomes_count_more(tmp_path: Path) -> None:
-    old = rows(300, seed=1, reversed=True, time="2026-01-01T00:00Z")
-    new = rows(300, seed=2, time="2026-11-01T00:00Z")
+    old = rows(300, seed=1, reversed=True, time="2024-01-01T00:00Z")
+    new = rows(300, seed=2, time="2024-11-01T00:00Z")
 
     _, recent = train(tmp_path, old + new)
     _, all_alike = train(tmp_path, old + new, "--half-life-days", "100000")
@@ -149,9 +150,13 @@ def test_conversations_are_read_from_their_messages(tmp_path: Path) -> None:
     [
         ({"code_tokens": -1}, "'code_tokens' must be a number"),
         ({"code_tokens": "many"}, "'code_tokens' must be a number"),
+        ({"code_tokens": math.inf}, "'code_tokens' must be a number"),
+        ({"code_tokens": 10**400}, "too large"),
         ({"tenant": 5}, "'tenant' must be a string"),
         ({"time": "yesterday"}, "row 1"),
         ({"time": [1]}, "'time' must be"),
+        ({"time": 10**400}, "too large"),
+        ({"time": 1e13}, "'time' is in the future"),
         ({"messages": []}, "either 'prompt' or 'messages'"),
         ({"prompt": None, "messages": []}, "'messages' must be a list"),
     ],

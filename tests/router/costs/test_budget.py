@@ -84,6 +84,31 @@ def test_a_new_day_begins_with_the_debt_of_the_last_and_without_its_credit() -> 
     assert lavish.factor(START + 3 * DAY) == 1.0, "a debt is forgotten after a day without requests"
 
 
+def test_requests_that_have_not_ended_count_with_what_they_will_probably_cost() -> None:
+    """A thousand requests that arrive together are not all sent to the dearer tier."""
+    budget, chosen = Budget(100.0, START), []
+    for _ in range(1000):
+        weighed = Weighed((0.5, 0.7), (CHEAP, DEAR), 0.2 * budget.factor(START + DAY / 2))
+        chosen.append(weighed.cost[weighed.best((0, 1))])
+        budget.expect(chosen[-1], START + DAY / 2)
+    for cost in chosen:
+        budget.expect(-cost, START + DAY / 2)
+        budget.spend(cost, START + DAY / 2)
+
+    assert sum(chosen) <= 100 + DEAR + CHEAP * len(chosen)
+    assert sum(cost == DEAR for cost in chosen) > 10
+
+
+def test_a_clock_that_is_set_back_brings_neither_credit_nor_debt() -> None:
+    budget = Budget(10.0, START)
+    budget.spend(5.0, START + DAY / 2)
+
+    assert budget.factor(START - DAY / 4) == pytest.approx(1.0)
+    midnight = Budget(10.0, START)
+    assert midnight.factor(START - 0.001) == pytest.approx(1.0)
+    assert midnight.factor(START) == pytest.approx(1.0)
+
+
 @given(
     steps=st.lists(st.tuples(st.floats(-2 * DAY, 2 * DAY), st.floats(0, 100)), max_size=30),
     per_day=st.floats(0.01, 100),

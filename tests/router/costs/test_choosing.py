@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from headrace.routing.scoring import prompt_features, scorer
 from headrace.routing.success.heads import Heads
 from headrace.runtime.serving.server import StartFailed
 from headrace.v1 import generation_pb2 as pb
-from tests.harness import collect
+from tests.harness import collect, eventually
 from tests.router.drafts import BAD, TextBatcher
 from tests.router.fake_batchers import FakeBatcher, routed
 
@@ -164,6 +165,21 @@ async def test_a_budget_that_is_spent_leaves_the_cheapest_tier(skilled: Path) ->
     assert "expected cost" in explained.why
 
 
+async def test_requests_in_flight_count_towards_the_budget_until_they_end(skilled: Path) -> None:
+    """Otherwise a burst of them could spend many times the budget before the first one ends."""
+    prices = "code=1/1,maths=1/1,talk=1000000/1000000"
+    talk = FakeBatcher(hangs=True)
+    async with routed(routing(skilled, prices=prices, budget_per_day=100.0), **tiers(talk=talk)) as client:
+        asked = asyncio.create_task(collect(client, chat(FACT)))
+        await eventually(lambda: len(talk.requests) == 1)
+        during = (await client.explain(chat(FACT))).tier
+        asked.cancel()
+        while (await client.explain(chat(FACT))).tier != "talk":
+            await asyncio.sleep(0.01)
+
+    assert during == "maths"
+
+
 @pytest.mark.parametrize(
     "settings", [{"choose_by": "success"}, {"budget_per_day": 1.0, "prices": "a=1/2,b=2/4"}]
 )
@@ -185,6 +201,9 @@ async def test_a_choice_by_success_needs_outcomes(settings: dict[str, Any]) -> N
         ({"cost_weight": 0.2, "share": "0.5"}, "HEADRACE_COST_WEIGHT .* needs a choice by success"),
         ({"choose_by": "luck"}, "score"),
         ({"cost_weight": -1.0}, "greater than or equal to 0"),
+        ({"cost_weight": math.inf}, "finite"),
+        ({"budget_per_day": math.inf, "prices": "a=1/1,b=2/2"}, "finite"),
+        ({"budget_per_day": 1.0, "prices": "a=1/1,b=2/2", "cost_weight": 0.0}, "--cost-weight above 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_rejected(settings: dict[str, Any], complaint: str) -> None:
@@ -205,3 +224,19 @@ async def test_usage_of_answers_changes_what_is_expected(skilled: Path) -> None:
         explained = await client.explain(chat(FACT))
 
     assert (before, explained.tier) == ("talk", "maths")
+
+
+async def test_turns_on_a_new_topic_are_expected_to_be_cached_like_those_before(skilled: Path) -> None:
+    """Their prompt has the same beginning: the conversation so far."""
+    maths = TextBatcher(cached=10)  # of the 10 tokens of its prompts
+    prices = "code=2/0/0,maths=2/0/0,talk=2/0/0"
+    settings = routing(skilled, prices=prices, cost_weight=0.7)
+    async with routed(settings, **tiers(maths=maths)) as client:
+        request: pb.GenerateRequest = chat(MATHS)
+        request.routing.session_id = "a"
+        for _ in range(20):
+            await collect(client, request)
+        follows, begins = (await client.explain(request)), (await client.explain(chat(MATHS)))
+
+    costs = [float(found.why.split("cost ")[1].split(" ")[0]) for found in (follows, begins)]
+    assert costs[0] < costs[1]

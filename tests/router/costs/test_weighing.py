@@ -83,6 +83,19 @@ def test_a_conversation_is_cheaper_where_its_beginning_is_cached() -> None:
     assert elsewhere == pytest.approx((1000 * 1 + 100 * 2) / 1e6, rel=0.05)
 
 
+def test_the_first_turns_that_follow_count_more_however_many_others_there_were() -> None:
+    weighing = Weighing(["small", "large"], PRICES)
+    for follows, count in ((False, 1000), (True, 10)):
+        for _ in range(count):
+            usage = pb.Usage(prompt_tokens=1000, cached_tokens=1000 * follows, completion_tokens=0)
+            weighing.record(asked(), "small", usage, follows=follows)
+
+    found = weighed(weighing, asked(tokens=0), reached="small")
+
+    assert found.cost[0] < 0.2 * weighed(weighing, asked(tokens=0)).cost[0]
+    assert (found.previous, weighed(weighing, asked()).previous) == (0, -1)
+
+
 def test_without_estimates_of_every_tier_there_is_nothing_to_weigh() -> None:
     request = RoutingRequest(score=0.5, hints=Hints(), estimates={"small": Estimate(0.4)})
 

@@ -103,6 +103,15 @@ def test_with_every_tier_equally_probable_the_weighted_estimates_are_exact_means
     assert found.effective_rows == pytest.approx(agrees.sum())
 
 
+def test_where_chance_alone_decides_no_candidate_decides_as_logged() -> None:
+    sample, _ = traffic(1, explored=1.0)
+    found = compare(replace(sample, candidate=np.zeros_like(sample.candidate)), bounded=True)
+
+    assert found.differ == 1
+    assert found.evidence == (sample.choice == 0).sum()
+    assert found.problem == ""
+
+
 def test_tiers_whose_answers_are_rated_more_often_do_not_count_more() -> None:
     """All answers of tier 1 are good, and none of tier 0: the value is the share that goes to tier 1."""
     sample, _ = traffic(9, rows=4000, explored=1.0, rated=(0.2, 0.8))

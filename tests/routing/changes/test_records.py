@@ -135,6 +135,11 @@ def test_thresholds_that_no_score_reaches_and_estimates_survive_the_file() -> No
         {**RESULT, "score": 1, "features": {}, "hints": {}, "tiers": {}, "choice": "", "chances": {}}
         | {"weighed": {"good": [0.5], "cost": [], "weight": 1}},
         {**RESULT, "score": 1, "features": [], "hints": {}, "tiers": {}, "choice": "", "chances": {}},
+        {**RESULT, "score": 1, "features": {"a": math.nan}, "hints": {}, "tiers": {}, "choice": ""}
+        | {"chances": {}},
+        {**RESULT, "score": 1, "features": {}, "hints": {}, "tiers": {}, "choice": "", "chances": {"a": 2}},
+        {**RESULT, "score": 1, "features": {}, "hints": {}, "tiers": {}, "choice": "", "chances": {}}
+        | {"cost": 10**400},
     ],
 )
 def test_other_rows_are_rejected(row: dict[str, Any]) -> None:

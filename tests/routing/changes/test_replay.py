@@ -16,7 +16,7 @@ from headrace.routing.changes.replay import Candidate, clusters, quality, replay
 from headrace.routing.policy import decide
 from headrace.routing.request import Hints, RoutingRequest
 from headrace.routing.scoring import prompt_features, scorer
-from headrace.routing.scoring.conversation import Turn
+from headrace.routing.scoring.conversation import Carried, Turn, remembered
 from headrace.routing.scoring.score import fingerprint
 from headrace.routing.success.choosing import Weighed
 from headrace.routing.success.heads import Heads
@@ -193,13 +193,15 @@ class _Memory:
 
     def score_turns(self, turns: Sequence[Turn], earlier: Any = None) -> Any:
         score = self.score(turns[-1].text)
-        return score if earlier is None else replace(score, value=earlier.score)
+        if earlier is not None:
+            score = replace(score, value=earlier.score)
+        return replace(score, carried=None if turns[-1].text == "thanks" else Carried(score.value))
 
 
 def test_a_candidate_remembers_its_own_scores_of_a_conversation() -> None:
     long, short = "x" * 90, "yes"
     requests = [
-        logged(text, number, prompt=text, session=session, scorer="another")
+        logged(text, number, prompt=text, session=session, scorer="another", answer=f"a{number}")
         for number, (text, session) in enumerate([(long, "a"), (short, "a"), (short, ""), (short, "b")])
     ]
     candidate = Candidate(_Memory(), [0.0, 0.5])  # type: ignore[arg-type] # it scores like one
@@ -207,6 +209,36 @@ def test_a_candidate_remembers_its_own_scores_of_a_conversation() -> None:
 
     assert tiers_of(replay(requests, candidate)) == ["large", "large", "small", "small"]
     assert tiers_of(replay([requests[0], late], candidate)) == ["large", "small"], "it was idle for too long"
+    unanswered = replace(requests[0], answer="")
+    assert tiers_of(replay([unanswered, requests[1]], candidate)) == ["large", "small"]
+
+
+def test_a_candidate_remembers_what_the_router_would_have() -> None:
+    """The same question again is recognised by its words, and "thanks" leaves no trace."""
+    hard = "Prove step by step that there are infinitely many primes."
+    requests = [
+        logged(text, number, prompt=text, session="a", scorer="another", answer=f"a{number}")
+        for number, text in enumerate([hard, "Thanks!", hard, "yes, go on"])
+    ]
+    found = replay(requests, Candidate(other, [0.0, 0.5])).features[:, 1].tolist()
+
+    earlier, live = None, []
+    for one in requests:
+        score = other.score_turns(one.turns or (), earlier)
+        earlier = remembered(earlier, score.value, score.carried, "small")
+        live.append(score.value)
+    assert found == pytest.approx(live)
+    assert found[2] != pytest.approx(found[0]), "it is asked again"
+
+
+def test_thresholds_alone_are_tried_on_requests_of_the_last_scorer() -> None:
+    older = [replace(one, scorer="older") for one in log()]
+    canary = [replace(one, scorer="candidate", arm="canary") for one in log()]
+    replayed = replay([*older, *log(), *canary], Candidate(thresholds=[0.0, 0.5]))
+
+    assert {one.scorer for one in replayed.requests} == {fingerprint(shipped)}
+    assert replayed.left_out == len(older) + len(canary)
+    assert replay([*older, *log()], Candidate(other, [0.0, 0.5])).left_out == 0
 
 
 def test_ratings_count_for_the_choice_and_shadow_ratings_for_their_tier() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def read_outcomes(path: str, tiers: Sequence[str]) -> list[Asked]:
         try:
             turns = tuple(turns_of_row(row))
             outcomes = [_outcome(row, tier) for tier in tiers if f"{tier}_ok" in row]
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise BadRow(f"{path}, row {row['id']!r}: {error}") from error
         asked.setdefault(turns, Asked(turns)).outcomes.extend(outcomes)
     if not asked:
@@ -137,7 +138,7 @@ def of_tiers(
 def _outcome(row: dict[str, Any], tier: str) -> Outcome:
     """Return the outcome of a tier in a row. Raises ValueError."""
     tokens = row.get(f"{tier}_tokens")
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int | float) or tokens < 0):
+    if tokens is not None and not (_is_number(tokens) and tokens >= 0):
         raise ValueError(f"field '{tier}_tokens' must be a number of 0 or more")
     for name in ("tenant", "identity", "source"):
         if not isinstance(row.get(name, ""), str):
@@ -153,12 +154,22 @@ def _outcome(row: dict[str, Any], tier: str) -> Outcome:
     )
 
 
-def _seconds(time: object) -> float:
-    """Return a time as seconds since 1970; NaN for none. Raises ValueError."""
-    if time is None:
+def _seconds(value: object) -> float:
+    """Return a time as seconds since 1970; NaN for none. Raises ValueError and OverflowError."""
+    if value is None:
         return math.nan
-    if isinstance(time, int | float) and not isinstance(time, bool) and math.isfinite(time):
-        return float(time)
-    if isinstance(time, str):
-        return datetime.fromisoformat(time).timestamp()
-    raise ValueError("field 'time' must be seconds since 1970, or a date and time such as 2026-11-28T20:00Z")
+    if isinstance(value, str):
+        found = datetime.fromisoformat(value).timestamp()
+    elif _is_number(value):
+        found = float(value)
+    else:
+        raise ValueError("field 'time' must be seconds since 1970, or a time such as 2026-11-28T20:00Z")
+    if found > time.time() + _DAY:
+        # Beside it, all other outcomes would be too old to count.
+        raise ValueError("field 'time' is in the future; it is in seconds since 1970, not in milliseconds")
+    return found
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of JSON is a finite number. Raises OverflowError for an integer beyond all floats."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -78,7 +78,7 @@ def candidate_of(
 ) -> Candidate:
     """Return the candidate of these options; see `headrace replay`.
 
-    last   the last request with a decision
+    last   the last request with a decision by the scorer in use
 
     Raises BadRow and BadArtifact.
     """
@@ -134,7 +134,7 @@ def run(
     decided = [one for one in requests if one.choice]
     if not decided:
         raise BadRow(f"{', '.join(paths)}: no tier was chosen for any request")
-    candidate = candidate_of(artifact, objective, calibrated, share, thresholds, decided[-1])
+    candidate = candidate_of(artifact, objective, calibrated, share, thresholds, replaying.latest(decided))
 
     def progress(every: Iterable[Logged]) -> Iterable[Logged]:
         shown = console.is_terminal and not as_json
@@ -199,7 +199,10 @@ def _print_requests(replayed: Replayed, candidate: Candidate, console: Console) 
         )
     if replayed.left_out:
         console.print(
-            f"{replayed.left_out} left out: no tier was chosen, or the tiers were others", style="yellow"
+            f"{replayed.left_out} left out: no tier was chosen, the tiers were others, or another scorer "
+            "than the last one has scored them",
+            style="yellow",
+            soft_wrap=True,
         )
     table = _columns("share of", "logged", "candidate")
     for place, tier in enumerate(replayed.tiers):

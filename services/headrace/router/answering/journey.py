@@ -152,6 +152,8 @@ class Journey:
             self._first_decision = decision
             with optional("thresholds"):
                 self._chooser.record_decision(self._facts, decision)
+            with optional("budget"):
+                self._chooser.record_expected_cost(decision)
         self._decision = decision
         self._tier = decision.tier
         span = trace.get_current_span()

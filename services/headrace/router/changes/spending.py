@@ -10,9 +10,9 @@ from headrace.v1 import generation_pb2 as pb
 
 
 class Spending:
-    """Calls *spend* with the cost of each request that has ended. A `Watcher`."""
+    """Calls *spend* with the cost of each request that has ended, and its expected cost. A `Watcher`."""
 
-    def __init__(self, spend: Callable[[float], None]) -> None:
+    def __init__(self, spend: Callable[[float, float], None]) -> None:
         self._spend = spend
 
     def wants_text(self, request: pb.GenerateRequest, facts: RoutingRequest) -> bool:
@@ -21,8 +21,12 @@ class Spending:
 
     def answered(self, answered: Answered) -> None:
         """See `Watcher`."""
-        if cost := answered.bill.known_cost:
-            self._spend(cost)
+        decision, expected = answered.decision, 0.0
+        if decision is not None and (weighed := decision.considered.weighed) is not None:
+            expected = weighed.cost[decision.place]
+        cost = answered.bill.known_cost
+        if cost or expected:
+            self._spend(cost, expected)
 
     def rated(self, rating: Rating) -> None:
         """See `Watcher`."""

@@ -33,9 +33,15 @@ class Budget:
         self._requests = [0] * _HOURS
         self._plan = _plan(self._requests)
         self._spent = self._planned(now)
+        self._open = 0.0  # expected cost of the requests that have not ended
+
+    def expect(self, cost: float, now: float) -> None:
+        """Count the expected cost of a request until it has ended, when *cost* is the negative of it."""
+        self._turn(now)
+        self._open += cost
 
     def spend(self, cost: float, now: float) -> None:
-        """Record the cost of a request."""
+        """Record the cost of a request that has ended."""
         self._turn(now)
         self._spent += cost
         self._requests[int(self._hour(now))] += 1
@@ -43,9 +49,10 @@ class Budget:
     def factor(self, now: float) -> float:
         """Return the factor of the weight of cost: 0 to infinity, and 1 if spending is on plan."""
         self._turn(now)
-        debt = self._spent - self._planned(now)
+        spent = self._spent + self._open
+        debt = spent - self._planned(now)
         steps = debt / (self._per_day * _STEP / DAY)
-        if self._spent >= self._per_day or steps > _MOST_STEPS:
+        if spent >= self._per_day or steps > _MOST_STEPS:
             return math.inf
         return 0.0 if steps < -_MOST_STEPS else math.exp(steps)
 
@@ -61,7 +68,11 @@ class Budget:
 
     def _turn(self, now: float) -> None:
         """Begin a new day if one has begun: with the debt of the last one, and without its credit."""
-        if (day := math.floor(now / DAY)) != self._day:
+        if (day := math.floor(now / DAY)) < self._day:
+            # The clock was set back. As after a start, it is not known what was spent on that day.
+            self._day, self._requests = day, [0] * _HOURS
+            self._spent = self._planned(now)
+        elif day > self._day:
             next_day = day == self._day + 1  # else the clock was set, or there was a day without requests
             debt = max(self._spent - self._per_day, 0.0) if next_day else 0.0
             self._plan = _plan(self._requests if next_day else [0] * _HOURS)

@@ -21,7 +21,7 @@ class TierUsage:
         self._bytes_per_token = _FIRST_BYTES_PER_TOKEN
         # Cached share of prompts: of conversations whose previous turn the tier has answered, and of others.
         self._cached = {True: 0.0, False: 0.0}
-        self._answers = 0
+        self._answers = {True: 0, False: 0}
 
     def record(
         self, *, prompt_bytes: int, prompt_tokens: int, cached_tokens: int, tokens: int, follows: bool
@@ -33,13 +33,13 @@ class TierUsage:
         """
         if not (prompt_tokens and prompt_bytes):
             return
-        # The first answers count more, so that the assumed values are soon forgotten.
-        self._answers += 1
-        keep = min(_KEEP, 1 - 1 / (self._answers + 1))
+        self._answers[follows] += 1
+        keep = _keep(sum(self._answers.values()))
         self.prompt_tokens = keep * self.prompt_tokens + (1 - keep) * prompt_tokens
         self.tokens = keep * self.tokens + (1 - keep) * tokens
         self._bytes_per_token = keep * self._bytes_per_token + (1 - keep) * prompt_bytes / prompt_tokens
         share = min(cached_tokens / prompt_tokens, 1.0)
+        keep = _keep(self._answers[follows])
         self._cached[follows] = keep * self._cached[follows] + (1 - keep) * share
 
     def cost(
@@ -65,3 +65,10 @@ class TierUsage:
     def typical_cost(self, price: Price) -> float:
         """Return the cost of an answer of the recent mean length to a prompt of the recent mean length."""
         return price.expected_cost(self.prompt_tokens, self.tokens)
+
+
+def _keep(answers: int) -> float:
+    """Return the weight of the old mean at the answer of this number. The first ones count more, so that the
+    assumed values are soon forgotten.
+    """
+    return min(_KEEP, 1 - 1 / (answers + 1))

@@ -63,6 +63,7 @@ class Weighing:
         if not self.estimated(request):
             return None
         estimates = request.estimates
+        names = list(self._usages)
         costs = (
             usage.cost(
                 self._prices[tier],
@@ -74,9 +75,10 @@ class Weighing:
             for tier, usage in self._usages.items()
         )
         return Weighed(
-            tuple(estimates[tier].good for tier in self._usages),
+            tuple(estimates[tier].good for tier in names),
             tuple(costs),
             cost_weight(self._base_weight(), request.hints.quality_preference),
+            previous=names.index(reached) if reached else -1,
         )
 
     def record(self, request: RoutingRequest, tier: str, usage: pb.Usage, *, follows: bool) -> None:
@@ -92,9 +94,18 @@ class Weighing:
             follows=follows,
         )
 
-    def spend(self, cost: float) -> None:
-        """Record the cost of a request, here and in the siblings."""
+    def expect(self, cost: float) -> None:
+        """Record the expected cost of a request that begins, which many others may do before it ends."""
         if self._budget is not None:
+            self._budget.expect(cost, self._clock())
+
+    def spend(self, cost: float, expected: float = 0.0) -> None:
+        """Record the cost of a request that has ended, here and in the siblings.
+
+        expected   the cost that was expected
+        """
+        if self._budget is not None:
+            self._budget.expect(-expected, self._clock())
             self._add(cost)
             self._siblings.tell(_SPENT, cost)
 

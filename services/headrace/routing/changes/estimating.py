@@ -103,7 +103,10 @@ def compare(sample: Sample, *, bounded: bool = False) -> Comparison:
         raise ValueError("no result is known")
     predicted = _predictions(sample, bounded=bounded)
     errors = np.where(known, sample.results - predicted, 0.0)
-    differs = candidate != sample.chances.argmax(axis=1)
+    likeliest = sample.chances.max(axis=1, keepdims=True)
+    # Where chance alone decides, no tier is the logged policy's.
+    alone = (sample.chances == likeliest).sum(axis=1) == 1
+    differs = ~alone | (sample.chances[rows, candidate] < likeliest[:, 0])
     shares = _known_shares(sample, known, differs)
     # The probability that the result of each tier is known, [n, A].
     probability = np.einsum("na,nat->nt", sample.chances, shares)

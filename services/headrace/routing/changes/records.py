@@ -159,7 +159,7 @@ def parse(row: Mapping[str, Any]) -> Logged | Rated:
             return _parse_decision(row)
         if row.get("kind") == RATING:
             return _parse_rating(row)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         problem = f"field {error}" if isinstance(error, KeyError) else str(error)
         raise BadRecord(f"not a row of a decision log: {problem}") from error
     raise BadRecord(f"not a row of a decision log: its 'kind' is not {DECISION!r} or {RATING!r}")
@@ -227,18 +227,18 @@ def _tier(tier: TierView, seconds_left: float) -> dict[str, Any]:
 
 
 def _parse_decision(row: Mapping[str, Any]) -> Logged:
-    score, seconds = float(row["score"]), float(row["seconds"])
-    chances = {sys.intern(str(tier)): float(chance) for tier, chance in row["chances"].items()}
+    score, seconds = _finite(row["score"]), _finite(row["seconds"])
+    chances = {sys.intern(str(tier)): _finite(chance) for tier, chance in row["chances"].items()}
     tiers = [_parse_tier(str(name), state) for name, state in row["tiers"].items()]
     choice = str(row["choice"])
-    if not (0 <= score <= 1 and math.isfinite(seconds)):
-        raise ValueError("its score must be from 0 to 1, and its seconds finite")
+    if not all(0 <= one <= 1 for one in (score, *chances.values())):
+        raise ValueError("its score and chances must be from 0 to 1")
     if choice and not (0 < chances.get(choice, 0.0) <= 1 and choice in {tier.name for tier in tiers}):
         raise ValueError("its choice has no probability above 0")
     tokens = row["tokens"]
     return Logged(
         id=str(row["id"]),
-        time=float(row["time"]),
+        time=_finite(row["time"]),
         tenant=str(row.get("tenant", "")),
         request=str(row["request"]),
         answer=str(row.get("answer", "")),
@@ -249,10 +249,10 @@ def _parse_decision(row: Mapping[str, Any]) -> Logged:
         score=score,
         scored=bool(row.get("scored", True)),
         resumes=bool(row.get("resumes", False)),
-        features={sys.intern(str(name)): float(value) for name, value in row["features"].items()},
-        continues=float(row.get("continues", 0.0)),
+        features={sys.intern(str(name)): _finite(value) for name, value in row["features"].items()},
+        continues=_finite(row.get("continues", 0.0)),
         estimates={
-            str(tier): (float(one["good"]), None if one["tokens"] is None else float(one["tokens"]))
+            str(tier): (_finite(one["good"]), None if one["tokens"] is None else _finite(one["tokens"]))
             for tier, one in row.get("estimates", {}).items()
         },
         hints=_parse_hints(row["hints"]),
@@ -267,7 +267,7 @@ def _parse_decision(row: Mapping[str, Any]) -> Logged:
         finish=str(row.get("finish", "")),
         characters=int(row.get("characters", 0)),
         tokens=tuple(int(tokens[kind]) for kind in TOKEN_KINDS),  # type: ignore[arg-type] # it has four
-        cost=None if row["cost"] is None else float(row["cost"]),
+        cost=None if row["cost"] is None else _finite(row["cost"]),
         seconds=seconds,
         turns=turns_of_row(row) if "prompt" in row or "messages" in row else None,
     )
@@ -276,36 +276,36 @@ def _parse_decision(row: Mapping[str, Any]) -> Logged:
 def _parse_hints(row: Mapping[str, Any]) -> Hints:
     return Hints(
         **{name: str(row.get(name, "")) for name in ("tier", "model", "min_tier", "max_tier")},
-        quality_preference=float(row.get("quality_preference", 0.5)),
+        quality_preference=_finite(row.get("quality_preference", 0.5)),
         allow_escalation=bool(row.get("allow_escalation", True)),
     )
 
 
 def _parse_weighed(row: Mapping[str, Any], tiers: int) -> Weighed:
-    good, cost = (tuple(float(one) for one in row[name]) for name in ("good", "cost"))
+    good, cost = (tuple(_finite(one) for one in row[name]) for name in ("good", "cost"))
     if not len(good) == len(cost) == tiers:
         raise ValueError("field 'weighed' must have a number per tier")
-    return Weighed(good, cost, math.inf if row["weight"] is None else float(row["weight"]))
+    return Weighed(good, cost, math.inf if row["weight"] is None else _finite(row["weight"]))
 
 
 def _parse_tier(name: str, state: Mapping[str, Any]) -> TierView:
     problem = state.get("state", "")
     return TierView(
         name,
-        math.inf if state["from"] is None else float(state["from"]),
+        math.inf if state["from"] is None else _finite(state["from"]),
         healthy=problem != "down",
         saturated=problem == "full",
         answer_seconds=_LATE if problem == "late" else _IN_TIME,
-        price=Price(*map(float, state["price"])) if "price" in state else None,
+        price=Price(*map(_finite, state["price"])) if "price" in state else None,
     )
 
 
 def _parse_rating(row: Mapping[str, Any]) -> Rated:
-    quality = float(row["quality"])
+    quality = _finite(row["quality"])
     if not 0 <= quality <= 1:
         raise ValueError("field 'quality' must be from 0 to 1")
     return Rated(
-        float(row["time"]),
+        _finite(row["time"]),
         str(row.get("tenant", "")),
         str(row["request"]),
         str(row["tier"]),
@@ -313,3 +313,11 @@ def _parse_rating(row: Mapping[str, Any]) -> Rated:
         str(row["source"]),
         str(row.get("answer", "")),
     )
+
+
+def _finite(value: Any) -> float:
+    """Return a number. Raises ValueError, TypeError and OverflowError: JSON as Python reads it has others."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("its numbers must be finite")
+    return number

@@ -17,7 +17,7 @@ from headrace.routing.changes.records import SECONDS_LEFT, Logged, digest
 from headrace.routing.no_route import NoRoute
 from headrace.routing.policy import decide
 from headrace.routing.scoring import prompt_features
-from headrace.routing.scoring.conversation import Earlier
+from headrace.routing.scoring.conversation import Earlier, remembered
 from headrace.routing.scoring.score import fingerprint, sigmoid
 from headrace.routing.scoring.scorer import LearnedScorer, Model
 from headrace.routing.share import ShareKeeper
@@ -56,7 +56,8 @@ class Replayed:
     chosen      place of the tier that the candidate chooses
     features    [n, F], what is known of each request: the scores of both, and features of the log
     unscored    number of requests that were left out because the candidate cannot score them
-    left_out    number of other requests that were left out: without a decision, or of other tiers
+    left_out    number of other requests that were left out: without a decision, of other tiers, or (if the
+                candidate has no scorer) of other scorers than the last
     shares      that the thresholds were adapted to; None with fixed ones
     weighed     number of requests that the candidate chooses by expected quality and cost
     """
@@ -86,15 +87,22 @@ def replay(
 ) -> Replayed:
     """Decide *requests*, in the order of their arrival, again.
 
-    The tiers are those of the last request; requests that had other ones are left out. *progress* may report
-    how far the scoring is. Raises ValueError if no request can be decided, or if the thresholds or shares
-    are not as many as the tiers need.
+    The tiers are those of the last request; requests that had other ones are left out. If the candidate has
+    no scorer, so are those of other scorers than the last: its thresholds are meaningless for them.
+    *progress* may report how far the scoring is. Raises ValueError if no request can be decided, or if the
+    thresholds or shares are not as many as the tiers need.
     """
     decided = [one for one in requests if one.choice]
     if not decided:
         raise ValueError("the log has no decisions")
-    tiers = tuple(tier.name for tier in decided[-1].tiers)
-    same = [one for one in decided if tuple(tier.name for tier in one.tiers) == tiers]
+    last = latest(decided)
+    tiers = tuple(tier.name for tier in last.tiers)
+    same = [
+        one
+        for one in decided
+        if tuple(tier.name for tier in one.tiers) == tiers
+        and (candidate.scorer is not None or one.scorer == last.scorer)
+    ]
     score_of = _Rescoring(candidate.scorer)
     found = [(one, score_of(one)) for one in progress(same)]
     scored = [(one, score) for one, score in found if score is not None]
@@ -132,6 +140,11 @@ def replay(
         shares=shares,
         weighed=weighed,
     )
+
+
+def latest(decided: Sequence[Logged]) -> Logged:
+    """Return the last of *decided* that the scorer in use has scored; the last one if a canary scored all."""
+    return next((one for one in reversed(decided) if not one.arm), decided[-1])
 
 
 def sample(replayed: Replayed, result: Callable[[Logged, str], float | None]) -> Sample:
@@ -223,8 +236,9 @@ class _Rescoring:
             if request.time - then > _IDLE_SECONDS:
                 earlier = None
             score = self._scorer.score_turns(request.turns, earlier)
-            if request.session:
-                self._earlier[key] = (request.time, Earlier(score.value, request.tier))
+            if request.session and request.answer:
+                now = remembered(earlier, score.value, score.carried, request.tier)
+                self._earlier[key] = (request.time, now)
             return _Scored(score.value, {tier: one.good for tier, one in score.estimates.items()})
         return self._from_features(request, self._scorer.model)
 

@@ -25,6 +25,7 @@ Strengths = tuple[float, float]  # of the shared head and of the tiers' correcti
 
 MIN_OUTCOMES = 5  # of each tier: with fewer, not even its base rate is known
 _PARTS = 5
+_NEGLIGIBLE = 1e-6  # part of the weight of the heaviest prompt
 _MOST_LOG_ODDS = 6.0
 _STRENGTHS = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0)  # precisions of a standardised input, strongest first
 _KINDS = 0.1  # of that for the kinds of prompt, which fewer outcomes determine
@@ -78,7 +79,7 @@ class Fitted:
 def fit(tiers: Sequence[str], outcomes: Outcomes, *, kinds: int, seed: int = 0) -> Fitted:
     """Fit the heads of *tiers* to *outcomes*; the last *kinds* inputs are the kinds of prompt.
 
-    Raises ValueError if a tier has too few outcomes, or if they do not differ.
+    Raises ValueError if there are too few outcomes of a tier or too few prompts, or if they do not differ.
     """
     if len(outcomes.good) and np.ptp(outcomes.good) == 0:
         raise ValueError("all outcomes are the same, so there is nothing to learn")
@@ -88,6 +89,10 @@ def fit(tiers: Sequence[str], outcomes: Outcomes, *, kinds: int, seed: int = 0) 
         raise ValueError(
             f"too few outcomes to estimate the chance of success ({', '.join(few)}): each tier needs at "
             f"least {MIN_OUTCOMES}; 50 are better"
+        )
+    if (prompts := int(_counting(outcomes).sum())) < _PARTS:
+        raise ValueError(
+            f"too few prompts with outcomes that count ({prompts}): {_PARTS} are needed; 50 are better"
         )
     precision = np.ones(outcomes.inputs.shape[1])
     precision[-kinds:] = _KINDS
@@ -111,11 +116,20 @@ def fit(tiers: Sequence[str], outcomes: Outcomes, *, kinds: int, seed: int = 0) 
     return Fitted(heads, measured, strengths)
 
 
+def _counting(outcomes: Outcomes) -> Mask:
+    """Return which prompts have outcomes of a weight that is not negligible, [P]."""
+    totals = np.bincount(outcomes.prompt, outcomes.weight, len(outcomes.inputs))
+    counting: Mask = totals > _NEGLIGIBLE * totals.max()
+    return counting
+
+
 def _parts(outcomes: Outcomes, seed: int) -> list[Mask]:
-    """Split the outcomes into masks [N] of about the same size. A prompt's outcomes stay together."""
-    fold = np.random.default_rng(seed).permutation(len(outcomes.inputs)) % _PARTS
-    masks = (fold[outcomes.prompt] == part for part in range(_PARTS))
-    return [mask for mask in masks if mask.any() and not mask.all()]
+    """Split the outcomes into masks [N] by prompt. Each has as many of the prompts that count."""
+    prompts = len(outcomes.inputs)
+    fold = np.zeros(prompts, dtype=np.int64)
+    order = np.lexsort((np.random.default_rng(seed).permutation(prompts), ~_counting(outcomes)))
+    fold[order] = np.arange(prompts) % _PARTS
+    return [fold[outcomes.prompt] == part for part in range(_PARTS)]
 
 
 def _cross_validated(

@@ -7,7 +7,7 @@ end. `turns/reading.py` scores what is in the window.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headrace.quoting import quoted
@@ -62,6 +62,17 @@ class Earlier:
     tier: str
     words: tuple[int, ...] = ()
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+def remembered(earlier: Earlier | None, score: float, carried: Carried | None, tier: str) -> Earlier:
+    """Return what is remembered of a conversation after a turn of *score* that *tier* has answered.
+
+    carried   by that turn; None: nothing changes, as after "thanks", or if it could not be scored
+    """
+    if carried is None and earlier is not None:
+        return replace(earlier, tier=tier)
+    carried = carried or Carried(score)
+    return Earlier(carried.score, tier, carried.words, carried.estimates)
 
 
 def window(newest_first: Iterable[Turn]) -> list[Turn]:

@@ -17,12 +17,14 @@ class Weighed:
              infinity cost alone
     reached  place of the tier that the conversation has reached, or -1: one that is less likely to answer
              well is used only if all are
+    previous place of the tier that answered the previous turn of the conversation, or -1
     """
 
     good: tuple[float, ...]
     cost: tuple[float, ...]
     weight: float
     reached: int = -1
+    previous: int = -1
 
     def after(self, place: int) -> Weighed:
         """Return the same for a conversation that has reached the tier at *place*."""
