@@ -110,6 +110,9 @@ def explain(
         with complaining():
             print_scores(jsonl, artifact, tier_names, from_score, objective)
         return
+    if artifact is not None or objective != "both" or tier_names != "small,large" or from_score:
+        complain("--artifact, --objective, --tiers and --thresholds need --jsonl; a mesh uses its router's")
+        raise typer.Exit(2)
     import asyncio
 
     from headrace.cli.calls.routing import as_dict, call_explain, explanation
