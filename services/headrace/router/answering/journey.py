@@ -23,7 +23,7 @@ from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
 from headrace.router.answering.cascade import Draft, HoldBack, cascade
 from headrace.router.billing import bill_message
-from headrace.router.changes.answered import MAX_TEXT, Answered, Watchers
+from headrace.router.changes.answered import Answered, Beginning, Watchers
 from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
 from headrace.router.state.bills import Bill
@@ -78,7 +78,7 @@ class Journey:
         self.bill = bill
         self.finish = ""
         self._watchers = watchers
-        self._watched = _Text() if watchers.wants_text(self.outgoing.request, self._facts) else None
+        self._watched = Beginning() if watchers.wants_text(self.outgoing.request, self._facts) else None
         self._first_decision: Decision | None = None
         self._timing = timing
         self._tiers = tiers
@@ -307,23 +307,6 @@ class Journey:
             wasted_tokens=wasted_tokens,
             cached_tokens=cached_tokens,
         )
-
-
-class _Text:
-    """The beginning of an answer."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._left = MAX_TEXT
-
-    @property
-    def text(self) -> str:
-        return "".join(self._parts)
-
-    def add(self, text: str) -> None:
-        if self._left > 0:
-            self._parts.append(text[: self._left])
-            self._left -= len(text)
 
 
 def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequest:
