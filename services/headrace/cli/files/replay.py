@@ -100,7 +100,9 @@ def candidate_of(
             )
         if made.scorer != (last.scorer if loaded is None else fingerprint(loaded)):
             other = "the log" if loaded is None else "the candidate"
-            raise BadRow(f"{calibrated} was made with another scorer than that of {other}: calibrate again")
+            raise BadRow(
+                f"{calibrated} was made with another scorer or --objective than {other}: calibrate again"
+            )
         return Candidate(loaded, made.thresholds)
     if thresholds:
         marks = [0.0, *_numbers("--thresholds", thresholds)]
