@@ -158,6 +158,8 @@ def top(
 ) -> None:
     """Show load, times, batch fill, failovers and cost per tier, and tenants, updated continuously.
 
+    A canary, shadow answers and the decision log are shown if the router uses them.
+
     Percentiles and batch fill are of the last minute, with --once since the start. Tenants are shown to
     callers with the scope admin.
 
