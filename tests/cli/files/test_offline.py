@@ -319,3 +319,13 @@ def test_rows_that_cannot_be_read_are_named(content: str, complaint: str, tmp_pa
 
     assert result.exit_code == 2
     assert complaint in result.output
+
+
+@pytest.mark.parametrize(
+    "option", [("--objective", "preference"), ("--artifact", "scorer.json"), ("--thresholds", "0.6")]
+)
+def test_what_a_mesh_cannot_use_is_not_ignored(option: tuple[str, str]) -> None:
+    result = runner.invoke(app, ["explain", *option, "Hello"])
+
+    assert result.exit_code == 2
+    assert "need --jsonl" in result.stderr

@@ -147,7 +147,7 @@ async def test_wrong_options_and_files_are_explained(tmp_path: Path) -> None:
         ((path, "--share", "0.5,0.1"), "--share needs 1 numbers"),
         ((path, "--share", "half"), "not a list of numbers"),
         ((path, "--thresholds", "2"), "ascending --thresholds"),
-        ((path, "--calibration", calibrated), "made with another scorer than that of the log"),
+        ((path, "--calibration", calibrated), "made with another scorer or --objective than the log"),
         ((path, "--candidate", other), "not a scorer"),
         ((other, "--share", 0.5), "row 1: not a row of a decision log"),
         ((tmp_path / "none.jsonl", "--share", 0.5), "cannot be read"),

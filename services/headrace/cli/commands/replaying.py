@@ -14,7 +14,7 @@ def replay(
     logs: Annotated[
         list[str],
         typer.Argument(
-            metavar="LOG...",
+            metavar="LOG",
             help="Files that routers wrote with --decision-log; the rotated file beside each is read as "
             "well. - is standard input.",
         ),

@@ -6,6 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -99,7 +100,9 @@ def candidate_of(
             )
         if made.scorer != (last.scorer if loaded is None else fingerprint(loaded)):
             other = "the log" if loaded is None else "the candidate"
-            raise BadRow(f"{calibrated} was made with another scorer than that of {other}: calibrate again")
+            raise BadRow(
+                f"{calibrated} was made with another scorer or --objective than {other}: calibrate again"
+            )
         return Candidate(loaded, made.thresholds)
     if thresholds:
         marks = [0.0, *_numbers("--thresholds", thresholds)]
@@ -130,27 +133,23 @@ def run(
     console: Console,
 ) -> None:
     """Print what the candidate would have achieved. Raises BadRow and BadArtifact."""
-    requests = read_log(paths, last)
+    shown = console.is_terminal and not as_json
+    with console.status("reading") if shown else nullcontext():
+        requests = read_log(paths, last)
     decided = [one for one in requests if one.choice]
     if not decided:
         raise BadRow(f"{', '.join(paths)}: no tier was chosen for any request")
     candidate = candidate_of(artifact, objective, calibrated, share, thresholds, replaying.latest(decided))
 
     def progress(every: Iterable[Logged]) -> Iterable[Logged]:
-        shown = console.is_terminal and not as_json
         return track(list(every), "scoring", console=console, transient=True, disable=not shown)
 
     try:
         replayed = replaying.replay(requests, candidate, progress)
     except ValueError as error:
         raise BadRow(str(error)) from error
-    compared: dict[str, Comparison] = {}
-    for name, (result, _, bounded) in _MEASURES.items():
-        sample = replaying.sample(replayed, result)
-        try:
-            compared[name] = compare(sample, bounded=bounded)
-        except ValueError:
-            continue  # no request has this result
+    with console.status("estimating") if shown else nullcontext():
+        compared = _compare(replayed)
     if as_json:
         print(json.dumps(_summary(replayed, compared), allow_nan=False))
         return
@@ -165,6 +164,18 @@ def run(
             soft_wrap=True,
             highlight=False,
         )
+
+
+def _compare(replayed: Replayed) -> dict[str, Comparison]:
+    """Return the comparison of each measure of which a request has a result."""
+    compared = {}
+    for name, (result, _, bounded) in _MEASURES.items():
+        sample = replaying.sample(replayed, result)
+        try:
+            compared[name] = compare(sample, bounded=bounded)
+        except ValueError:
+            continue  # no request has this result
+    return compared
 
 
 def _print_requests(replayed: Replayed, candidate: Candidate, console: Console) -> None:

@@ -128,8 +128,8 @@ class ScorerFiles:
         made = self._read_calibration(self._calibration_path)
         if made.scorer != found.fingerprint:
             raise BadCalibration(
-                f"{self._calibration_path} was made with another scorer, so its thresholds are not valid: "
-                "calibrate again"
+                f"{self._calibration_path} was made with another scorer or --objective, so its thresholds "
+                "are not valid: calibrate again"
             )
         return replace(found, calibration=made)
 
