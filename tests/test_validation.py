@@ -83,6 +83,16 @@ def test_only_an_assistants_turn_may_be_empty() -> None:
     assert refused(pb.GenerateRequest(chat=pb.Chat(messages=turns))).field == "chat.messages[2].content"
 
 
+def test_the_texts_that_were_read_are_returned_by_place() -> None:
+    messages = [
+        pb.Message(role="user", content="a"),
+        pb.Message(role="assistant", content="b"),
+        pb.Message(role="user", content="c"),
+    ]
+    assert check_request(pb.GenerateRequest(chat=pb.Chat(messages=messages))) == {0: "a", 2: "c"}
+    assert check_request(pb.GenerateRequest(prompt="d")) == {0: "d"}
+
+
 class _Counted(list[int]):
     """A fake repeated field that counts how many of its items were read."""
 

@@ -114,7 +114,7 @@ def fit(
         preferred=np.array([preferred[kind] for kind in KINDS]),
         preferred_bias=np.array([levels[kind] - float(centres[kind] @ preferred[kind]) for kind in KINDS]),
         steepness=_STEEPNESS,
-        centre=0.20,
+        centre=0.195,
         made="python -m benchmarks.routing.train",
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 # "headrace.v1.GenerationService/Generate", as the RPC conventions require.
 SPAN_SCORE = "router.score"
 SPAN_CHECK = "router.check"
+SPAN_SHADOW = "router.shadow"
 SPAN_TOKENIZE = "batcher.tokenize"
 SPAN_QUEUE = "batcher.queue"
 SPAN_BATCH = "batcher.batch"

@@ -472,7 +472,7 @@ def test_answers_of_a_conversation_are_rated_where_they_are_read(tmp_path: Path)
             ("/good", "tier small: kept"),
             ("Write a Python function that sorts a list.", "tier large"),
             ("/bad", "tier large: kept"),
-            ("Hello again", "tier large"),  # where the conversation is now
+            ("Now sort it backwards.", "tier large"),  # it continues
             ("/new", "> "),
             ("/good", "no answer to rate yet"),
             ("Hello again", "tier small"),
@@ -483,7 +483,9 @@ def test_answers_of_a_conversation_are_rated_where_they_are_read(tmp_path: Path)
         assert terminal.close(pressing="\x04") == 0
 
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
-    assert [(row["prompt"][:5], row.get("small_ok"), row.get("large_ok")) for row in rows] == [
+    asked = [row["prompt"] if "prompt" in row else row["messages"][-1]["content"] for row in rows]
+    outcomes = [(row.get("small_ok"), row.get("large_ok")) for row in rows]
+    assert [(text[:5], *found) for text, found in zip(asked, outcomes, strict=True)] == [
         ("Hello", 1.0, None),
         ("Write", None, 0.0),
     ]

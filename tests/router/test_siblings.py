@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from headrace.client import Client, chat, connect
 from headrace.router.__main__ import router
 from headrace.router.settings import Settings
 from headrace.router.siblings import Siblings, inboxes
+from headrace.router.state.bills import Bill
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import collect, eventually, until_healthy
 from tests.router.drafts import EASY, HARD
@@ -161,6 +162,39 @@ async def test_each_process_reports_the_shadow_bill_of_all(count: Callable[..., 
 
     assert [{charge.tier: charge.answers for charge in bill.charges} for bill in bills] == [{"large": 2}] * 2
     assert bills[0].cost == bills[1].cost > 0
+
+
+async def test_processes_are_asked_for_everything_at_once() -> None:
+    """A process that does not answer delays the tiers by one wait: others poll them each second."""
+    mail = inboxes(2)
+    topics = ("figures", "bill", "shadow_bill", "changes")
+    all_asked = asyncio.Barrier(len(topics))
+    theirs = Bill(["small", "large"], {})
+    theirs.add_attempt("large")
+
+    def answers(topic: str) -> Callable[[], Awaitable[object]]:
+        async def answer() -> object:
+            await all_asked.wait()
+            return theirs if topic == "bill" else None
+
+        return answer
+
+    async with AsyncExitStack() as stack:
+        other = await stack.enter_async_context(Siblings(1, mail).listening())
+        for topic in topics:
+            other.on_ask(topic, answers(topic))
+        small, large = [await stack.enter_async_context(serving_fake(FakeBatcher())) for _ in range(2)]
+        settings = Settings(
+            port=0, tiers=f"small={small},large={large}", drain_seconds=0, shadow_tier="large"
+        )
+        gate = await stack.enter_async_context(router(settings, Siblings(0, mail)))
+        client = await stack.enter_async_context(connect(f"127.0.0.1:{gate.port}"))
+        listed = await client.list_tiers()
+    for pair in mail:
+        for end in pair:
+            end.close()
+
+    assert [charge.tier for charge in listed.bill.charges] == ["large"]
 
 
 async def test_each_process_reports_the_bill_of_all() -> None:

@@ -203,3 +203,25 @@ def test_a_drain_has_a_limit(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert "drain-seconds" in complaint
     assert "finite" in complaint
+
+
+@pytest.mark.parametrize("flag", ["--decision-log-megabytes", "--feedback-megabytes", "--cost-weight"])
+def test_numbers_are_finite(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "finite" in complaint_of(RouterSettings, ["--tiers", "a=x:1", flag, "inf"], capsys)
+
+
+@pytest.mark.parametrize("feedback", ["rows.jsonl", "here/../rows.jsonl", "rows.jsonl.1"])
+def test_decision_log_and_feedback_do_not_write_to_the_same_file(
+    feedback: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--decision-log", "rows.jsonl", "--feedback", feedback]
+
+    assert "use the same file" in complaint_of(RouterSettings, ["--tiers", "a=x:1", *files], capsys)
+
+
+def test_the_help_of_the_router_lists_tiers_before_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        RouterSettings.load(["--help"])
+    printed = capsys.readouterr().out
+
+    assert printed.index("\n  --tiers ") < printed.index("\n  --explore ") < printed.index("\n  --canary ")

@@ -64,21 +64,26 @@ class Measuring:
             end = End.by(error)
             raise
         finally:
+            now = time.monotonic()
+            lasted = now - measured.timing.arrived
+            # gRPC cancels a call for its deadline, often before the router has noticed it.
+            if end is CANCELLED and seconds is not None and lasted >= seconds:
+                end = End("deadline", errors.DeadlineExceeded.reason)
             with optional("metrics"):
-                self._record(measured, end, request, identity, seconds)
+                self._record(measured, end, now, request, identity)
+            if measured.journey is not None:
+                with optional("watching decisions"):
+                    measured.journey.ended(end.outcome, lasted)
 
     def _record(
         self,
         measured: Measured,
         end: End,
+        now: float,
         request: pb.GenerateRequest,
         identity: Identity,
-        seconds: float | None,
     ) -> None:
-        now, journey = time.monotonic(), measured.journey
-        # gRPC cancels a call for its deadline, often before the router has noticed it.
-        if end is CANCELLED and seconds is not None and now - measured.timing.arrived >= seconds:
-            end = End("deadline", errors.DeadlineExceeded.reason)
+        journey = measured.journey
         tenant = tenant_of(request, identity)
         tenant_class = "" if self._class_of is None else self._class_of(tenant, identity.quota)
         record(
@@ -95,7 +100,6 @@ class Measuring:
         catalogue.TENANT_REQUESTS.of(**labels, outcome=end.outcome).add()
         if journey is not None:
             _record_bill(journey.bill, labels)
-            journey.ended(end.outcome, now - measured.timing.arrived)
 
 
 def _record_bill(bill: Bill, labels: dict[str, str]) -> None:

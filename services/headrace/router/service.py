@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -133,24 +134,29 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     async def _admit(self, incoming: Incoming, write: Write, measured: Measured) -> None:
         """Check a request, and answer it within the limits of its tenant."""
         request = incoming.request
-        check_request(request)
-        permit(request, incoming.identity)
+        turns = _checked(request, incoming.identity)
         hops = _hops(incoming.metadata)
         admission, bill = None, self._new_bill()
         if self._quotas is not None:
             admission = await self._quotas.admit(incoming.identity, request)
         try:
-            await self._forward(incoming, hops, bill, write, measured)
+            await self._forward(incoming, turns, hops, bill, write, measured)
         finally:
             if admission is not None:
                 admission.end(bill)
 
     async def _forward(
-        self, incoming: Incoming, hops: int, bill: Bill, write: Write, measured: Measured
+        self,
+        incoming: Incoming,
+        turns: Sequence[Turn],
+        hops: int,
+        bill: Bill,
+        write: Write,
+        measured: Measured,
     ) -> None:
         """Send an admitted request to a tier and its answer to *write*. Adds what it used to *bill*."""
         request, left = incoming.request, incoming.time_remaining
-        turns, hints = turns_of(request), request.routing
+        hints = request.routing
         arm = self._scorers.arm_of(hints.tenant, hints.session_id, request.request_id)
         journey = measured.journey = Journey(
             request,
@@ -180,15 +186,14 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Return the tier that a request would be sent to, and why."""
-        check_request(request.request)
-        permit(request.request, current())
+        turns = _checked(request.request, current())
         if self._quotas is not None:
             await self._quotas.admit_dry_run(current(), request.request)
         hints, request_id = request.request.routing, request.request.request_id
         arm = ""  # one that chance would draw cannot be explained
         if hints.session_id or request_id:
             arm = self._scorers.arm_of(hints.tenant, hints.session_id, request_id)
-        score = self._score(turns_of(request.request), hints, arm)
+        score = self._score(turns, hints, arm)
         facts = routing_request(request.request, score, arm)
         now = time.monotonic()
         decision = self._chooser.choose(facts, now)
@@ -217,24 +222,30 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         self, request: routing.ListTiersRequest, context: _Context
     ) -> routing.ListTiersResponse:
         """Return all tiers, smallest first, as last polled, and the bill of all requests."""
-        tiers = [self._tier(tier.name) for tier in self._tiers.tiers]
-        measured = await self._figures.of_tiers()
-        for tier in tiers:
-            add_figures(tier.figures, measured[tier.name])
-        response = routing.ListTiersResponse(tiers=tiers)
-        if sees_all_tenants(current()):
-            response.bill.CopyFrom(await self._total_bill(self._total, "bill"))
-            if self._shadow_total is not None:
-                response.shadow_bill.CopyFrom(await self._total_bill(self._shadow_total, "shadow_bill"))
-            response.changes.CopyFrom(await self._status.changes())
+        response = routing.ListTiersResponse(tiers=[self._tier(tier.name) for tier in self._tiers.tiers])
+        # The other processes are asked everything at once: one that does not answer delays the reply once.
+        async with asyncio.TaskGroup() as questions:
+            figures = questions.create_task(self._figures.of_tiers())
+            if sees_all_tenants(current()):
+                questions.create_task(self._add_bill(response.bill, self._total, "bill"))
+                if self._shadow_total is not None:
+                    questions.create_task(
+                        self._add_bill(response.shadow_bill, self._shadow_total, "shadow_bill")
+                    )
+                questions.create_task(self._add_changes(response))
+        for tier in response.tiers:
+            add_figures(tier.figures, figures.result()[tier.name])
         return response
 
-    async def _total_bill(self, own: Bill, topic: str) -> pb.Bill:
-        """Return a bill of this process and the same of the others."""
+    async def _add_changes(self, response: routing.ListTiersResponse) -> None:
+        response.changes.CopyFrom(await self._status.changes())
+
+    async def _add_bill(self, message: pb.Bill, own: Bill, topic: str) -> None:
+        """Set *message* to a bill of this process and the same of the others."""
         total = self._new_bill()
         for bill in (own, *await self._siblings.ask_all(topic)):
             total.add(bill)
-        return bill_message(total)
+        message.CopyFrom(bill_message(total))
 
     async def _shadow_bill(self) -> Bill | None:
         """Return the bill of the own requests of this process."""
@@ -342,6 +353,16 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
 
     def _new_bill(self) -> Bill:
         return Bill([tier.name for tier in self._tiers.tiers], self._chooser.prices)
+
+
+def _checked(request: pb.GenerateRequest, identity: Identity) -> list[Turn]:
+    """Check a request, and return the turns to score. Raises InvalidRequest or Forbidden.
+
+    The texts that the check decoded are not kept while the request waits.
+    """
+    texts = check_request(request)
+    permit(request, identity)
+    return turns_of(request, texts)
 
 
 def _hops(metadata: Metadata) -> int:

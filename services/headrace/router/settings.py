@@ -14,14 +14,11 @@ from headrace.router.changes.settings import ChangeSettings
 from headrace.routing.calibration import are_thresholds
 from headrace.routing.scoring.score import Objective
 from headrace.routing.tier_view import Price, even_thresholds
-from headrace.runtime.settings import ConcurrentStreams, ConnectionAge, Port
+from headrace.runtime.settings import CalledServiceSettings, ConcurrentStreams, ConnectionAge, Port
 
 
-class Settings(ChangeSettings):
-    """The router: scores each prompt and sends it to the smallest tier that will answer it well.
-
-    Each flag can also be given as a variable: HEADRACE_TIERS is --tiers. Flags take precedence.
-    """
+class _TierSettings(CalledServiceSettings):
+    """The settings of the router about tiers, decisions, feedback and quotas: in --help, they come first."""
 
     port: Port = 50051
     processes: int = Field(
@@ -181,6 +178,13 @@ class Settings(ChangeSettings):
         "recently, for example during a restart",
     )
 
+
+class Settings(ChangeSettings, _TierSettings):
+    """The router: scores each prompt and sends it to the smallest tier that will answer it well.
+
+    Each flag can also be given as a variable: HEADRACE_TIERS is --tiers. Flags take precedence.
+    """
+
     @model_validator(mode="after")
     def _usable(self) -> Settings:
         names = [name for name, _ in self.tier_targets()]
@@ -194,10 +198,15 @@ class Settings(ChangeSettings):
                 "HEADRACE_CHOOSE_BY=success (or --choose-by success) uses no thresholds: remove --share, "
                 "--thresholds and --calibration, or choose by score"
             )
-        if self.budget_per_day is not None and not (prices and self.chooses_by_success):
+        if self.budget_per_day is not None and not (len(prices) == len(names) and self.chooses_by_success):
             raise ValueError(
-                "HEADRACE_BUDGET_PER_DAY (or --budget-per-day) needs --prices, and a choice by success, "
-                "without --choose-by score, --share, --thresholds and --calibration"
+                "HEADRACE_BUDGET_PER_DAY (or --budget-per-day) needs the price of each tier in --prices, and "
+                "a choice by success, without --choose-by score, --share, --thresholds and --calibration"
+            )
+        if self.cost_weight != type(self).model_fields["cost_weight"].default and not self.chooses_by_success:
+            raise ValueError(
+                "HEADRACE_COST_WEIGHT (or --cost-weight) needs a choice by success, without --choose-by "
+                "score, --share, --thresholds and --calibration"
             )
         if self.budget_per_day is not None and not self.cost_weight:
             raise ValueError("HEADRACE_BUDGET_PER_DAY (or --budget-per-day) needs a --cost-weight above 0")
@@ -210,12 +219,7 @@ class Settings(ChangeSettings):
                 "HEADRACE_QUOTA_PEERS and HEADRACE_QUOTAS_SHADOW need HEADRACE_QUOTAS (or --quotas)"
             )
         self.quota_targets()
-        if self.decision_log is None and self.decision_log_text:
-            raise ValueError("HEADRACE_DECISION_LOG_TEXT needs HEADRACE_DECISION_LOG (or --decision-log)")
-        if self.decision_log is not None and self.decision_log == self.feedback:
-            raise ValueError(
-                "HEADRACE_DECISION_LOG (or --decision-log) and HEADRACE_FEEDBACK are the same file: use two"
-            )
+        self.check_decision_log(self.feedback)
         if self.processes > 1 and sys.platform != "linux":
             raise ValueError("HEADRACE_PROCESSES (or --processes) above 1 needs Linux: run several routers")
         if self.metrics_port + self.processes > 65536:
@@ -233,6 +237,11 @@ class Settings(ChangeSettings):
     def chooses_by_success(self) -> bool:
         """Whether tiers are chosen by their chance of success if the scorer estimates it."""
         return self.choose_by == "success" or (self.choose_by == "auto" and not self._thresholds_set)
+
+    @property
+    def needs_outcomes(self) -> bool:
+        """Whether the scorer must have the outcomes of all tiers, because they are to decide."""
+        return self.choose_by == "success" or self.budget_per_day is not None
 
     def tier_targets(self) -> list[tuple[str, list[str]]]:
         """Return (name, its batchers' targets) of each tier, smallest first. Raises ValueError."""

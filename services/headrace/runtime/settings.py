@@ -74,6 +74,7 @@ class ServiceSettings(AuthSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
         protected_namespaces=(),
+        allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
 

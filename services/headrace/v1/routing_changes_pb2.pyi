@@ -77,7 +77,7 @@ class CanaryState(_message.Message):
     share: _builtins.float
     """The share of requests that it scores, 0 to 1; 0 after a roll-back."""
     rolled_back: _builtins.str
-    """What it was rolled back for: "quality", "errors" or "cost". Empty while it is in use."""
+    """What it was rolled back for: "quality", "judged", "errors" or "cost". Empty while it is in use."""
     @_builtins.property
     def control(self) -> Global___ArmFigures:
         """The requests that the scorer in use scored."""
@@ -124,7 +124,7 @@ class ArmFigures(_message.Message):
     failed: _builtins.int
     """Those of them that failed, were refused by a tier or passed their deadline."""
     rated: _builtins.int
-    """Conversations, or requests without one, with a rating."""
+    """Conversations, or requests without one, that callers rated."""
     quality: _builtins.float
     """The mean of their ratings, 0 to 1. Absent without ratings."""
     cost: _builtins.float
@@ -165,7 +165,7 @@ class CanaryMeasure(_message.Message):
     OUTCOMES_FIELD_NUMBER: _builtins.int
     FEWEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"quality", "errors" or "cost"."""
+    """"quality", "judged", "errors" or "cost"."""
     p_value: _builtins.float
     """The probability of evidence as strong against a candidate that is not worse, 0 to 1, however often it is read."""
     limit: _builtins.float

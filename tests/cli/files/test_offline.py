@@ -184,11 +184,11 @@ def test_check_requires_samples_to_be_texts(tmp_path: Path, samples: object) -> 
     [
         ("{", "line 2: not JSON"),
         ("[]", "line 2: a row must be an object"),
-        ('{"id": "a"}', "line 2: field 'prompt' is missing"),
+        ('{"id": "a"}', "line 2: a row needs field 'prompt', a string, or 'messages', a list"),
         ('{"id": "a", "prompt": 3}', "line 2: field 'prompt' must be a string"),
         ('{"id": [], "prompt": "a"}', "line 2: field 'id'"),
         ('{"messages": []}', "line 2: field 'messages' must be a list"),
-        ('{"messages": [{"role": "user"}]}', "line 2: each of 'messages' must be an object with 'role'"),
+        ('{"messages": [{"role": "user"}]}', "line 2: messages[0] must be an object with 'role'"),
     ],
 )
 def test_a_bad_line_is_named_and_ends_the_run(tmp_path: Path, line: str, complaint: str) -> None:
@@ -319,3 +319,13 @@ def test_rows_that_cannot_be_read_are_named(content: str, complaint: str, tmp_pa
 
     assert result.exit_code == 2
     assert complaint in result.output
+
+
+@pytest.mark.parametrize(
+    "option", [("--objective", "preference"), ("--artifact", "scorer.json"), ("--thresholds", "0.6")]
+)
+def test_what_a_mesh_cannot_use_is_not_ignored(option: tuple[str, str]) -> None:
+    result = runner.invoke(app, ["explain", *option, "Hello"])
+
+    assert result.exit_code == 2
+    assert "need --jsonl" in result.stderr

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from headrace.routing import calibration
 from headrace.routing.calibration import Calibration
 from headrace.routing.scoring import scorer
 from headrace.routing.scoring.score import Objective, fingerprint
+from headrace.routing.success.heads import Heads
 from tests.harness import collect
 from tests.router.fake_batchers import FakeBatcher, routed
 
@@ -33,8 +35,9 @@ async def write_log(path: Path, **settings: Any) -> None:
             await client.feedback(answer_id=answer.accepted.answer_id, ok=good)
 
 
-def replay(*arguments: object) -> tuple[int, str]:
-    ran = CliRunner().invoke(app, ["replay", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"})
+def replay(*arguments: object, columns: int = 200) -> tuple[int, str]:
+    environment = {"COLUMNS": f"{columns}", "NO_COLOR": "1"}
+    ran = CliRunner().invoke(app, ["replay", *map(str, arguments)], env=environment)
     return ran.exit_code, ran.output
 
 
@@ -57,6 +60,10 @@ async def test_a_log_with_exploration_shows_what_more_calls_to_the_large_tier_br
     assert status == 0
     assert "quality: the candidate is better, by +" in printed
     assert "errors: no difference is seen" in printed
+    assert "IPS" in printed
+    for columns in (80, 50):
+        printed = replay(path, "--share", 1, columns=columns)[1]
+        assert "…" not in printed, "no figure is cut off"
 
 
 async def test_a_log_without_exploration_cannot_tell(tmp_path: Path) -> None:
@@ -66,8 +73,10 @@ async def test_a_log_without_exploration_cannot_tell(tmp_path: Path) -> None:
 
     assert status == 0
     assert "quality: the log cannot tell" in printed
-    assert "cannot tell │   " in printed, "and no figure that it does not support"
-    assert "--explore or --shadow-tier" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith(" quality ")]
+    assert line.rstrip().endswith("cannot tell"), "and no figure that it does not support"
+    assert "Run the router with --explore" in printed
+    assert "IPS" not in printed
 
 
 async def test_a_candidate_scorer_is_read_and_the_rotated_file_too(tmp_path: Path) -> None:
@@ -84,6 +93,19 @@ async def test_a_candidate_scorer_is_read_and_the_rotated_file_too(tmp_path: Pat
     assert json.loads(printed)["requests"] == REQUESTS
     assert json.loads(printed)["measures"]["quality"]["differ"] > 0
     assert json.loads(replay(path, "--share", 0.5, "--last", 30, "--json")[1])["requests"] == 30
+
+
+async def test_a_candidate_whose_chances_cannot_be_used_is_explained(tmp_path: Path) -> None:
+    path, candidate = tmp_path / "decisions.jsonl", tmp_path / "scorer.json"
+    await write_log(path, explore=1.0)
+    model = scorer.load().model
+    inputs, kinds = model.gate.shape[1] + len(model.kinds), len(model.kinds)
+    heads = Heads(("small", "large"), np.zeros((2, inputs)), np.zeros(2), np.ones((2, kinds)), (50, 50))
+    scorer.save(replace(model, tiers=heads), candidate)
+
+    printed = replay(path, "--candidate", candidate)[1]
+    assert f"{REQUESTS} are chosen by the candidate's score although" in printed
+    assert "although" not in replay(path, "--candidate", candidate, "--share", 0.3)[1]
 
 
 async def test_the_shipped_scorer_is_evaluated_with_another_objective(tmp_path: Path) -> None:
@@ -125,7 +147,7 @@ async def test_wrong_options_and_files_are_explained(tmp_path: Path) -> None:
         ((path, "--share", "0.5,0.1"), "--share needs 1 numbers"),
         ((path, "--share", "half"), "not a list of numbers"),
         ((path, "--thresholds", "2"), "ascending --thresholds"),
-        ((path, "--calibration", calibrated), "made with another scorer than that of the log"),
+        ((path, "--calibration", calibrated), "made with another scorer or --objective than the log"),
         ((path, "--candidate", other), "not a scorer"),
         ((other, "--share", 0.5), "row 1: not a row of a decision log"),
         ((tmp_path / "none.jsonl", "--share", 0.5), "cannot be read"),

@@ -186,7 +186,8 @@ def test_conversations_are_read_from_their_messages(tmp_path: Path) -> None:
         ({"time": [1]}, "'time' must be"),
         ({"time": 10**400}, "too large"),
         ({"time": 1e13}, "'time' is in the future"),
-        ({"messages": []}, "'messages' must be a list"),
+        ({"messages": []}, "either 'prompt' or 'messages'"),
+        ({"prompt": None, "messages": []}, "'messages' must be a list"),
     ],
 )
 def test_rows_with_other_content_are_named(fields: dict[str, Any], complaint: str, tmp_path: Path) -> None:

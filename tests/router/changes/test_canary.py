@@ -291,10 +291,47 @@ def test_the_evidence_about_any_tenants_fits_one_message() -> None:
             )
         )
         canary.rated(Rating(tenant, "a", "small", 0.123456789, answer_id="x"))
+        canary.rated(Rating(tenant, "a", "small", 0.123456789, source="judge", answer_id="x"))
     canary.exchange()
 
     assert overheard.last[0] == "canary"
     assert 10_000 < len(pickle.dumps(("tell", *overheard.last))) < 60_000
+
+
+def test_verdicts_of_a_judge_are_not_mixed_with_ratings_of_callers() -> None:
+    """A tie means "as good as the larger tier", which is no worse than a caller's 1.0."""
+    canary = Canary(0.5, Siblings())
+    for place in range(800):
+        arm = CANARY if place % 2 else ""
+        request = pb.GenerateRequest(request_id=str(place))
+        facts, bill = RoutingRequest(0.5, Hints(), arm=arm), Bill(["small"], {})
+        name = f"answer {place}"
+        canary.answered(
+            Answered(
+                request,
+                (),
+                UNSCORED,
+                facts,
+                None,
+                "small",
+                "stop",
+                "ok",
+                "",
+                bill,
+                seconds=0.0,
+                answer_id=name,
+            )
+        )
+        # Answers of the smaller tier are judged, of which the candidate has more; callers are content.
+        if place % 4 == 1:
+            canary.rated(Rating("", str(place), "small", 0.5, source="judge", answer_id=name))
+        canary.rated(Rating("", str(place), "small", 1.0, answer_id=name))
+        canary.exchange()
+
+    state = canary.state()
+    assert not state.rolled_back
+    assert state.verdicts["quality"].means == (0.0, 0.0)
+    assert state.verdicts["judged"].counts == (0, 200)
 
 
 @pytest.mark.parametrize(

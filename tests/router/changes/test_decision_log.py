@@ -15,6 +15,7 @@ import pytest
 
 from headrace import errors
 from headrace.client import Client, chat
+from headrace.router import measuring
 from headrace.router.__main__ import router
 from headrace.router.changes.answered import Rating
 from headrace.router.changes.decision_log import MAX_PENDING, DecisionLog
@@ -133,6 +134,21 @@ async def test_requests_that_fail_have_a_row(tmp_path: Path) -> None:
     assert isinstance(unknown, Logged)
     assert (broken.choice, broken.outcome, broken.finish) == ("only", "failed", "")
     assert (unknown.choice, unknown.outcome, unknown.tiers) == ("", "invalid", [])
+
+
+async def test_a_request_whose_metrics_cannot_be_recorded_has_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no metrics")
+
+    path = tmp_path / "decisions.jsonl"
+    monkeypatch.setattr(measuring, "record", fail)
+    async with routed({"decision_log": path}, only=FakeBatcher()) as client:
+        await ask(client, EASY)
+
+    (row,) = rows(path)
+    assert row["outcome"] == "ok"
 
 
 async def test_the_log_is_bounded_on_disk_and_counts_its_rows(

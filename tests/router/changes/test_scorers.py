@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from headrace.client import Client, chat
 from headrace.router.__main__ import router
 from headrace.router.changes.scorer_files import ScorerFiles
+from headrace.router.changes.scorers import Scorers
 from headrace.router.settings import Settings
 from headrace.router.state.thresholds import Thresholds
 from headrace.routing.calibration import Calibration
@@ -191,8 +193,27 @@ def test_a_file_that_is_replaced_by_one_with_the_same_content_is_no_change(tmp_p
     copy.replace(path)
 
     assert files.changed
-    assert not files.read()
+    assert files.read() == "same"
+    assert files.loaded is before
+    path.write_text("{")
+    assert files.read() == "rejected"
     assert files.loaded is before
     write(path, ALL_LARGE)
-    assert files.read()
+    assert files.read() == "used"
     assert files.loaded.identity != before.identity
+
+
+async def test_only_files_that_are_used_or_bad_are_counted(
+    tmp_path: Path, count: Callable[..., float]
+) -> None:
+    path = write(tmp_path / "scorer.json", ALL_SMALL)
+    thresholds = Thresholds([0.0, 0.5])
+    scorers = Scorers(ScorerFiles(path, None, tiers=("small", "large")), thresholds)
+    before = {verdict: count("headrace.scorer.reads", verdict=verdict) for verdict in ("used", "rejected")}
+    for text in (path.read_text(), "[" * 100_000):
+        path.write_text(text)
+        os.utime(path, ns=(1, 1))  # another time than before
+        await scorers.refresh()
+
+    assert count("headrace.scorer.reads", verdict="used") == before["used"]
+    assert count("headrace.scorer.reads", verdict="rejected") == before["rejected"] + 1

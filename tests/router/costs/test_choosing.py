@@ -180,11 +180,27 @@ async def test_requests_in_flight_count_towards_the_budget_until_they_end(skille
     assert during == "maths"
 
 
-@pytest.mark.parametrize("settings", [{"choose_by": "success"}, {"budget_per_day": 1.0, "prices": "a=1/2"}])
+@pytest.mark.parametrize(
+    "settings", [{"choose_by": "success"}, {"budget_per_day": 1.0, "prices": "a=1/2,b=2/4"}]
+)
 async def test_a_choice_by_success_needs_outcomes(settings: dict[str, Any]) -> None:
     with pytest.raises(StartFailed, match="headrace train ROWS"):
         async with router(Settings(port=0, tiers="a=127.0.0.1:1,b=127.0.0.1:2", **settings)):
             pass
+
+
+@pytest.mark.parametrize("settings", [{"choose_by": "success"}, {"budget_per_day": 1.0}])
+async def test_a_scorer_that_loses_its_outcomes_does_not_end_a_choice_by_success(
+    settings: dict[str, Any], skilled: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No budget would be kept."""
+    async with routed(routing(skilled, poll_seconds=0.02, **settings), **tiers()) as client:
+        scorer.save(replace(scorer.load().model, centre=0.7), skilled)
+        await eventually(lambda: "scorer not usable, keeping the old one" in caplog.text)
+        explained = await client.explain(chat(MATHS))
+
+    assert explained.tier == "maths"
+    assert "expected cost" in explained.why or "P(good)" in explained.why
 
 
 @pytest.mark.parametrize(
@@ -192,13 +208,16 @@ async def test_a_choice_by_success_needs_outcomes(settings: dict[str, Any]) -> N
     [
         ({"choose_by": "success", "share": "0.5"}, "uses no thresholds"),
         ({"choose_by": "success", "thresholds": "0.5"}, "uses no thresholds"),
-        ({"budget_per_day": 1.0}, "needs --prices"),
-        ({"budget_per_day": 1.0, "prices": "a=1/1", "share": "0.5"}, "needs --prices"),
+        ({"budget_per_day": 1.0}, "needs the price of each tier"),
+        ({"budget_per_day": 1.0, "prices": "a=1/1"}, "needs the price of each tier"),
+        ({"budget_per_day": 1.0, "prices": "a=1/1,b=2/2", "share": "0.5"}, "a choice by success"),
+        ({"cost_weight": 0.2, "choose_by": "score"}, "HEADRACE_COST_WEIGHT .* needs a choice by success"),
+        ({"cost_weight": 0.2, "share": "0.5"}, "HEADRACE_COST_WEIGHT .* needs a choice by success"),
         ({"choose_by": "luck"}, "score"),
         ({"cost_weight": -1.0}, "greater than or equal to 0"),
         ({"cost_weight": math.inf}, "finite"),
-        ({"budget_per_day": math.inf, "prices": "a=1/1"}, "finite"),
-        ({"budget_per_day": 1.0, "prices": "a=1/1", "cost_weight": 0.0}, "--cost-weight above 0"),
+        ({"budget_per_day": math.inf, "prices": "a=1/1,b=2/2"}, "finite"),
+        ({"budget_per_day": 1.0, "prices": "a=1/1,b=2/2", "cost_weight": 0.0}, "--cost-weight above 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_rejected(settings: dict[str, Any], complaint: str) -> None:

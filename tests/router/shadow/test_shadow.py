@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from headrace import errors
 from headrace.client import chat
@@ -100,6 +101,31 @@ async def test_shadow_answers_are_on_no_callers_bill(count: Callable[..., float]
     assert count("headrace.tenant.cost") == pytest.approx(before["headrace.tenant.cost"] + cost)
     assert count("headrace.billed_tokens") == before["headrace.billed_tokens"] + 10 + tokens
     assert count("headrace.routed") == before["headrace.routed"] + 1
+
+
+async def test_a_shadow_answer_has_a_trace_of_its_own_that_links_to_the_callers(
+    spans: InMemorySpanExporter,
+) -> None:
+    """Or else it would be a part of the caller's trace that begins after its end, or nobody's."""
+    small, large = TextBatcher(text=BAD), TextBatcher(text=GOOD)
+    async with routed({**SHADOW, "judge": "rules"}, small=small, large=large) as client:
+        answer = await collect(client, chat(QUESTION))
+        await eventually(lambda: any(span.name == "router.shadow" for span in spans.get_finished_spans()))
+
+    finished = spans.get_finished_spans()
+    (shadow,) = [span for span in finished if span.name == "router.shadow"]
+    (link,) = shadow.links
+    callers = [span for span in finished if span.context.trace_id == link.context.trace_id]
+    (below,) = [span for span in finished if span.parent and span.parent.span_id == shadow.context.span_id]
+    said = " ".join(str(value) for span in finished for value in (span.attributes or {}).values())
+    of_shadow = shadow.attributes or {}
+    assert shadow.parent is None
+    assert {"router.score"} <= {span.name for span in callers}
+    assert "router.shadow" not in {span.name for span in callers}
+    assert (below.attributes or {})["headrace.tier"] == "large"
+    assert of_shadow["headrace.request.id"] == answer.accepted.request_id
+    assert of_shadow["headrace.verdict"] == "better"
+    assert "capital" not in said, "neither prompts nor answers are in spans"
 
 
 async def test_without_a_shadow_there_is_no_second_bill() -> None:
@@ -324,22 +350,6 @@ async def test_exact_takes_the_larger_tiers_result_as_right(
     assert "large_ok" not in other
 
 
-async def test_watchers_receive_the_outcome_of_the_callers_answer(
-    tmp_path: Path, count: Callable[..., float]
-) -> None:
-    """The shadow answer has no row in the decision log, so its outcome is not reported there."""
-    path = tmp_path / "decisions.jsonl"
-    before = count("headrace.shadow.verdicts", verdict="better")
-    settings = {**SHADOW, "judge": "rules", "decision_log": path}
-    async with routed(settings, small=TextBatcher(text=BAD), large=TextBatcher(text=GOOD)) as client:
-        answer = await collect(client, chat(QUESTION))
-        await eventually(lambda: count("headrace.shadow.verdicts", verdict="better") == before + 1)
-
-    (rating,) = [row for row in rows(path) if row["kind"] == "rating"]
-    assert (rating["answer"], rating["tier"]) == (answer.accepted.answer_id, "small")
-    assert (rating["quality"], rating["source"]) == (0.0, "judge")
-
-
 @dataclass
 class JudgeBatcher(FakeBatcher):
     """Prefers the answer that contains *likes*; without it, always the one at the first position."""
@@ -417,6 +427,10 @@ async def test_verdicts_fill_a_quarter_of_the_file_at_most(tmp_path: Path) -> No
     ("given_settings", "problem"),
     [
         ({"judge": "rules"}, "HEADRACE_JUDGE needs"),
+        (
+            {"shadow_share": 0.1, "shadow_per_minute": 1},
+            "HEADRACE_SHADOW_SHARE and HEADRACE_SHADOW_PER_MINUTE need HEADRACE_SHADOW_TIER",
+        ),
         ({"shadow_tier": "huge"}, "must be one of the tiers small, large"),
         ({"shadow_tier": "large", "judge": "huge"}, "must be rules, exact, or one of the tiers"),
         ({"shadow_tier": "large", "shadow_scorer": "s.json"}, "set one choice"),

@@ -103,18 +103,25 @@ async def test_a_caller_without_a_tenant_rates_by_its_request_id_alone(tmp_path:
     assert [(row["prompt"], row["small_ok"]) for row in rows(path)] == [("Hello!", 1.0), ("And now?", 0.0)]
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("tenant", ["", "A"])
-async def test_of_two_prompts_under_one_request_id_none_is_rated(tmp_path: Path, tenant: str) -> None:
-    """They may belong to two callers, and an outcome for the wrong prompt would be wrong training data."""
+async def test_of_two_prompts_under_one_request_id_none_is_rated(
+    tmp_path: Path, tenant: str, kept: bool
+) -> None:
+    """They may belong to two callers, and an outcome for the wrong prompt would be wrong training data.
+
+    Without a feedback file, it would count in the decision log and for a canary.
+    """
     path = tmp_path / "feedback.jsonl"
-    async with routed({"feedback": path}, small=FakeBatcher(), large=FakeBatcher()) as client:
+    settings = {"feedback": path} if kept else {}
+    async with routed(settings, small=FakeBatcher(), large=FakeBatcher()) as client:
         for text in ("of one", "of another", "of another"):
             await ask(client, text, tenant=tenant)
         with pytest.raises(errors.InvalidRequest, match="by its answer_id") as caught:
             await client.feedback("q1", ok=True, tenant=tenant)
 
     assert caught.value.field == "answer_id"
-    assert rows(path) == []
+    assert not kept or rows(path) == []
 
 
 async def test_an_answer_id_means_one_answer_whatever_the_ids_of_requests(tmp_path: Path) -> None:

@@ -286,8 +286,18 @@ def test_a_saved_model_gives_the_same_scores(tmp_path: Path) -> None:
 def test_unusable_artifacts_are_rejected_with_their_name_and_the_cause(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     content = json.loads(scorer.SHIPPED.read_text())
+
+    def with_each(name: str, value: object) -> str:
+        kinds = {kind: part | {name: value} for kind, part in content["kinds"].items()}
+        return json.dumps(content | {"kinds": kinds})
+
     for broken, cause in [
         ("", "mine.json"),
+        ("[" * 100_000, "mine.json"),
+        (json.dumps(content | {"kinds": list(content["kinds"].values())}), "mine.json"),
+        (with_each("gate", 0.5), "do not have the shape"),
+        (with_each("head", 0.5), "do not have the shape"),
+        (with_each("head_bias", [[0.5]]), "do not have the shape"),
         ("[]", "not a scorer"),
         (json.dumps(content | {"format": 99}), "not a scorer of format"),
         (json.dumps(content | {"features": ["length"]}), "other features"),

@@ -76,8 +76,33 @@ def test_a_turn_that_continues_another_has_nearly_its_score(topic: str, follow: 
 
 
 @pytest.mark.parametrize(
+    ("answer", "follow"),
+    [
+        ("Choose a coset of the subgroup and count its elements.", "which coset?"),
+        ("By the lemma, the map is surjective.", "how is surjectivity used?"),
+        ("So it is.", "talk me through the final inequality"),
+        ("So it is.", "Nope. Maple finds another value."),
+        ("So ist es.", "Und wenn n negativ ist?"),
+        ("Así es.", "Y si n es negativo?"),
+        ("Voilà.", "Peux-tu le rendre plus court ?"),
+        ("Так.", "А если n отрицательное?"),
+        ("如此。", "它为什么成立？"),
+    ],
+)
+def test_a_turn_about_the_answer_continues(answer: str, follow: str) -> None:
+    assert shipped.score_turns(talk(HARD, answer, follow)).continues >= 0.5
+
+
+def test_the_next_task_is_scored_by_itself() -> None:
+    task = "Now prove that every bounded monotone sequence of reals converges."
+
+    assert shipped.score_turns(talk(EASY, "Paris.", task)).continues < 0.5
+
+
+@pytest.mark.parametrize(
     "last",
     [
+        *("kk, got it", "Magic! Have a great weekend", "thnx a lot", "sorted, ciao"),
         *(
             "Thanks!",
             "thank you so much, that helps",
@@ -335,3 +360,15 @@ def test_rows_keep_the_turns() -> None:
     for broken in rows:
         with pytest.raises(ValueError, match=r"prompt|messages"):
             turns_of_row(broken)
+
+
+def test_the_roles_of_rows_are_known() -> None:
+    def row(*roles: str) -> dict[str, object]:
+        return {"messages": [{"role": role, "content": "a"} for role in roles]}
+
+    known = turns_of_row(row("developer", "user", "function"))
+    assert [turn.role for turn in known] == ["system", "user", "tool"]
+    with pytest.raises(ValueError, match=r"messages\[1\]\.role is 'usr', must be one of system, user"):
+        turns_of_row(row("user", "usr"))
+    with pytest.raises(ValueError, match="either 'prompt' or 'messages'"):
+        turns_of_row(row("user") | {"prompt": "a"})

@@ -110,6 +110,9 @@ def explain(
         with complaining():
             print_scores(jsonl, artifact, tier_names, from_score, objective)
         return
+    if artifact is not None or objective != "both" or tier_names != "small,large" or from_score:
+        complain("--artifact, --objective, --tiers and --thresholds need --jsonl; a mesh uses its router's")
+        raise typer.Exit(2)
     import asyncio
 
     from headrace.cli.calls.routing import as_dict, call_explain, explanation
@@ -154,6 +157,8 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
 ) -> None:
     """Show load, times, batch fill, failovers and cost per tier, and tenants, updated continuously.
+
+    A canary, shadow answers and the decision log are shown if the router uses them.
 
     Percentiles and batch fill are of the last minute, with --once since the start. Tenants are shown to
     callers with the scope admin.

@@ -14,7 +14,9 @@ from headrace.cli.complaints import complain, complaining
 def calibrate(
     traffic: Annotated[
         Path,
-        typer.Argument(help='JSON Lines with "prompt", and optionally the labels "small_ok" and "large_ok".'),
+        typer.Argument(
+            help='JSON Lines with "prompt" or "messages", and optionally labels "small_ok" and "large_ok".'
+        ),
     ],
     share: Annotated[
         str,

@@ -73,7 +73,7 @@ Aim = Annotated[
     typer.Option(
         "--objective",
         help="What a larger tier shall gain: right answers, answers that people like better, or both. Use "
-        "the router's.",
+        "the router's. A refitted scorer ignores it.",
     ),
 ]
 DrainSeconds = Annotated[

@@ -14,7 +14,7 @@ def replay(
     logs: Annotated[
         list[str],
         typer.Argument(
-            metavar="LOG...",
+            metavar="LOG",
             help="Files that routers wrote with --decision-log; the rotated file beside each is read as "
             "well. - is standard input.",
         ),
@@ -27,7 +27,7 @@ def replay(
         typer.Option(
             metavar="AIM",
             help="What the candidate aims at: correctness, preference or both (the default). Without "
-            "--candidate, the shipped scorer with this aim is evaluated.",
+            "--candidate, the shipped scorer with this aim is evaluated. A refitted scorer ignores it.",
         ),
     ] = None,
     calibration: Annotated[
@@ -48,8 +48,9 @@ def replay(
 ) -> None:
     """Estimate quality, cost, errors and time of another scorer or other thresholds from a decision log.
 
-    The router must explore (--explore 0.01) or answer some requests twice (--shadow-share): otherwise, no
-    result of another tier is known. The output says so if the log cannot tell.
+    The router must explore (--explore 0.01): otherwise, no result of another tier is known. If it also
+    answers some requests twice, by --shadow-scorer with a --judge, the judge's verdicts are compared as well.
+    The output says so if the log cannot tell.
 
     Example:  headrace replay decisions.jsonl --candidate scorer.json
 

@@ -21,8 +21,7 @@ _LINES = 21  # of the table; the trade-off has more points
 
 
 def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Console) -> list[ScoredPrompt]:
-    """Score the prompts of *path*: JSON Lines with `prompt` or `messages`, and
-    optionally `NAME_ok` per tier.
+    """Score the prompts of *path*: JSON Lines with `prompt` or `messages`, and optionally `NAME_ok` per tier.
 
     Rows with the same prompt are merged, because the router writes one row per feedback. Raises
     BadCalibration.
@@ -40,14 +39,16 @@ def read_traffic(path: Path, scores: Scorer, tiers: Sequence[str], console: Cons
             continue
         try:
             row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadCalibration(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise BadCalibration(f"{path}, line {number}: not a JSON object")
+        try:
             row["turns"] = tuple(turns_of_row(row))
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            row = {}
-        if not row.get("turns") or row.get("prompt") == "":
-            raise BadCalibration(
-                f'{path}, line {number}: not a JSON object with a "prompt", or with "messages" that have a '
-                '"role" and a "content"'
-            )
+        except ValueError as error:
+            raise BadCalibration(f"{path}, line {number}: {error}") from None
+        if row.get("prompt") == "":
+            raise BadCalibration(f"{path}, line {number}: field 'prompt' is empty")
         # The same prompt without labels counts each time; with labels, its rows are merged.
         key = (0 if any(f"{tier}_ok" in row for tier in tiers) else number, row["turns"])
         merged.setdefault(key, {}).update(row)

@@ -41,7 +41,7 @@ def print_scores(
     views = [TierView(name, lowest) for name, lowest in zip(names, _lowest(names, from_score), strict=True)]
     loaded = scorer.load(artifact, objective)
     loaded.score("The first call is slower.")
-    for row in read_rows(path, ["prompt"], turns=True):
+    for row in read_rows(path, [], turns=True):
         began = time.perf_counter()
         try:
             score = loaded.score_turns(row["turns"])

@@ -16,7 +16,7 @@ from headrace.routing.learning.weights import bounded, recency
 from headrace.routing.scoring.conversation import turns_of_row
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -72,7 +72,7 @@ def read_outcomes(path: str, tiers: Sequence[str]) -> list[Asked]:
     return list(asked.values())
 
 
-def inputs_of(asked: Sequence[Asked], scores: LearnedScorer) -> tuple[list[Asked], NDArray[np.float64]]:
+def inputs_of(asked: Iterable[Asked], scores: LearnedScorer) -> tuple[list[Asked], NDArray[np.float64]]:
     """Return what can be fitted, and its inputs [P, F + K]: features, then kinds.
 
     A turn that continues a conversation, such as "yes, go on", is left out: its score is that of the turns

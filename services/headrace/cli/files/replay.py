@@ -6,11 +6,13 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -34,6 +36,11 @@ _MEASURES: dict[str, tuple[Callable[[Logged, str], float | None], bool, bool]] =
     "errors": (replaying.failed, False, True),
     "seconds": (replaying.seconds, False, False),
 }
+
+_ADVICE = "Run the router with --explore, or with a higher share, or collect more rows"
+_ADVICE_JUDGED = (
+    "Run the router with this candidate as --shadow-scorer or --shadow-calibration, or for longer"
+)
 
 
 def read_log(paths: Sequence[str], last: int) -> list[Logged]:
@@ -93,7 +100,9 @@ def candidate_of(
             )
         if made.scorer != (last.scorer if loaded is None else fingerprint(loaded)):
             other = "the log" if loaded is None else "the candidate"
-            raise BadRow(f"{calibrated} was made with another scorer than that of {other}: calibrate again")
+            raise BadRow(
+                f"{calibrated} was made with another scorer or --objective than {other}: calibrate again"
+            )
         return Candidate(loaded, made.thresholds)
     if thresholds:
         marks = [0.0, *_numbers("--thresholds", thresholds)]
@@ -124,40 +133,29 @@ def run(
     console: Console,
 ) -> None:
     """Print what the candidate would have achieved. Raises BadRow and BadArtifact."""
-    requests = read_log(paths, last)
+    shown = console.is_terminal and not as_json
+    with console.status("reading") if shown else nullcontext():
+        requests = read_log(paths, last)
     decided = [one for one in requests if one.choice]
     if not decided:
         raise BadRow(f"{', '.join(paths)}: no tier was chosen for any request")
     candidate = candidate_of(artifact, objective, calibrated, share, thresholds, replaying.latest(decided))
 
     def progress(every: Iterable[Logged]) -> Iterable[Logged]:
-        shown = console.is_terminal and not as_json
         return track(list(every), "scoring", console=console, transient=True, disable=not shown)
 
     try:
         replayed = replaying.replay(requests, candidate, progress)
     except ValueError as error:
         raise BadRow(str(error)) from error
-    compared: dict[str, Comparison] = {}
-    for name, (result, _, bounded) in _MEASURES.items():
-        sample = replaying.sample(replayed, result)
-        try:
-            compared[name] = compare(sample, bounded=bounded)
-        except ValueError:
-            continue  # no request has this result
+    with console.status("estimating") if shown else nullcontext():
+        compared = _compare(replayed)
     if as_json:
         print(json.dumps(_summary(replayed, compared), allow_nan=False))
         return
-    _print_requests(replayed, console)
-    estimates = candidate.scorer is not None and candidate.scorer.model.tiers is not None
-    if estimates and not replayed.weighed and candidate.thresholds is None and candidate.shares is None:
-        console.print(
-            "The candidate's P(good) is not used, because the router of the log did not choose by it, so "
-            "the expected costs are not known. The figures are about the candidate's score",
-            style="yellow",
-            soft_wrap=True,
-        )
-    console.print(_table(compared))
+    _print_requests(replayed, candidate, console)
+    for table in _tables(compared):
+        console.print(table)
     for name, comparison in compared.items():
         console.print(f"{name}: {_verdict(name, comparison)}", soft_wrap=True, highlight=False)
     if "quality" not in compared:
@@ -168,12 +166,28 @@ def run(
         )
 
 
-def _print_requests(replayed: Replayed, console: Console) -> None:
+def _compare(replayed: Replayed) -> dict[str, Comparison]:
+    """Return the comparison of each measure of which a request has a result."""
+    compared = {}
+    for name, (result, _, bounded) in _MEASURES.items():
+        sample = replaying.sample(replayed, result)
+        try:
+            compared[name] = compare(sample, bounded=bounded)
+        except ValueError:
+            continue  # no request has this result
+    return compared
+
+
+def _print_requests(replayed: Replayed, candidate: Candidate, console: Console) -> None:
     """Print which requests are compared, and the share of each tier."""
     first, last = (
         time.strftime("%Y-%m-%d %H:%M", time.gmtime(replayed.requests[place].time)) for place in (0, -1)
     )
     count = len(replayed.requests)
+    by_success = candidate.scorer is not None and candidate.scorer.model.tiers is not None
+    if candidate.thresholds is not None or candidate.shares is not None:
+        by_success = False
+    by_score = count - replayed.weighed if by_success else 0
     console.print(f"{count} requests, {first} to {last} UTC", highlight=False)
     if replayed.unscored:
         share = replayed.unscored / (count + replayed.unscored)
@@ -185,6 +199,15 @@ def _print_requests(replayed: Replayed, console: Console) -> None:
         )
     if replayed.weighed:
         console.print(f"{replayed.weighed} are chosen by the candidate's P(good) and the expected cost")
+    if by_score:
+        console.print(
+            f"{by_score} are chosen by the candidate's score although it has P(good): they were logged by a "
+            "router that did not choose by success, so their expected costs are not known. A router with "
+            "this scorer chooses by success unless --share, --thresholds or --calibration is set",
+            style="yellow",
+            soft_wrap=True,
+            highlight=False,
+        )
     if replayed.left_out:
         console.print(
             f"{replayed.left_out} left out: no tier was chosen, the tiers were others, or another scorer "
@@ -192,7 +215,7 @@ def _print_requests(replayed: Replayed, console: Console) -> None:
             style="yellow",
             soft_wrap=True,
         )
-    table = Table("share of", "logged", "candidate", title_justify="left")
+    table = _columns("share of", "logged", "candidate")
     for place, tier in enumerate(replayed.tiers):
         table.add_row(tier, *(f"{share:.1%}" for share in _shares(replayed, place)))
     console.print(table)
@@ -205,38 +228,39 @@ def _shares(replayed: Replayed, place: int) -> tuple[float, float]:
     return logged / count, list(replayed.chosen).count(place) / count
 
 
-def _table(compared: dict[str, Comparison]) -> Table:
-    """Return the estimates as a table."""
-    table = Table(
-        "",
-        "known",
-        "logged",
-        "candidate",
-        "difference, 95 % interval",
-        "weighted only (IPS)",
-        "normalised (SNIPS)",
-        "effective rows",
-        title="mean per request; cost of 1,000 requests",
-        title_justify="left",
-    )
+def _tables(compared: dict[str, Comparison]) -> list[Table]:
+    """Return the estimates, and the simpler estimates that they can be checked with, as tables.
+
+    They fit 80 columns, and values are not cut off in a narrower terminal.
+    """
+    table = _columns("", "known", "logged", "candidate", "difference, 95 % interval")
+    table.title = "mean per request; cost of 1,000 requests"
+    checks = _columns("", "weights only (IPS)", "normalised (SNIPS)", "effective rows")
+    checks.title = "simpler estimates of the candidate, which should be near"
     for name, one in compared.items():
-        table.add_row(name, str(one.known), _number(_scale(name) * one.logged.value), *_estimates(name, one))
+        scale = _scale(name)
+        table.add_row(name, f"{one.known}", _number(scale * one.logged.value), *_estimates(name, one))
+        if one.differ and not one.problem:
+            others = (_number(scale * one.ips.value), _number(scale * one.snips.value))
+            checks.add_row(name, *others, f"{one.effective_rows:.0f}")
+    return [table, checks] if checks.rows else [table]
+
+
+def _columns(first: str, *headings: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
     return table
 
 
-def _estimates(name: str, one: Comparison) -> tuple[str, ...]:
+def _estimates(name: str, one: Comparison) -> tuple[str, str]:
     """Return the cells of the candidate; without figures that the log does not support."""
     if one.problem:
-        return ("cannot tell", "", "", "", "")
+        return ("cannot tell", "")
     scale = _scale(name)
     low, high = _number(scale * one.dr.low), _number(scale * one.dr.high)
-    return (
-        f"{_number(scale * one.dr.value)} [{low}, {high}]",
-        _shown(name, one.difference),
-        _number(scale * one.ips.value),
-        _number(scale * one.snips.value),
-        f"{one.effective_rows:.0f}",
-    )
+    return f"{_number(scale * one.dr.value)} [{low}, {high}]", _shown(name, one.difference)
 
 
 def _scale(name: str) -> float:
@@ -247,9 +271,10 @@ def _scale(name: str) -> float:
 def _verdict(name: str, one: Comparison) -> str:
     """Return in one sentence what the log shows about a measure."""
     if one.problem:
-        return f"the log cannot tell: {one.problem}"
+        advice = _ADVICE_JUDGED if name == "judged" else _ADVICE
+        return f"the log cannot tell: {one.problem}. {advice}"
     if not one.differ:
-        return "the candidate decides all requests as logged"
+        return "the candidate decides all requests as logged, apart from those that chance decided"
     more_is_better = _MEASURES[name][1]
     if one.difference.low > 0 or one.difference.high < 0:
         better = (one.difference.low > 0) == more_is_better

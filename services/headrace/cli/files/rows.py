@@ -24,8 +24,8 @@ def read_rows(
     """Yield the rows of *path* without blank lines, while they are read.
 
     texts     required fields that are strings; if a row has no "id", the line number is added as its id
-    turns     a row has `messages`, a list of objects with role and content, in place of the field "prompt";
-              the field "turns" with the `Turn`s of either is added
+    turns     a row has "prompt", a string, or "messages", a list of objects with role and content; the field
+              "turns" with the `Turn`s of either is added
     numbers   at least one of these fields is required, as a number from 0 to 1; true and false are 1 and 0
 
     Raises BadRow.
@@ -52,12 +52,13 @@ def _row(
     except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise BadRow(f"{where}: a row must be an object with the fields {', '.join([*texts, *numbers])}")
+        fields = ", ".join([*(["prompt or messages"] if turns else []), *texts, *numbers])
+        raise BadRow(
+            f"{where}: a row must be an object with the fields {fields}".removesuffix(" with the fields ")
+        )
     row.setdefault("id", number)
     if not isinstance(row["id"], str | int | float):
         raise BadRow(f"{where}: field 'id' must be a string or a number")
-    if turns and "messages" in row:
-        texts = [name for name in texts if name != "prompt"]
     for name in texts:
         if not isinstance(row.get(name), str):
             raise BadRow(f"{where}: field {name!r} {'must be a string' if name in row else 'is missing'}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.progress import track
 from rich.table import Table
 
 from headrace.cli.files.outcomes import inputs_of, of_both, of_tiers, read_outcomes
@@ -56,17 +57,20 @@ def train(
         raise BadRow(f"--tiers {tiers!r} must name two or more different tiers, the smallest first")
     scores = scorer.load(artifact)
     every = read_outcomes(path, names)
-    asked, inputs = inputs_of(every, scores)
+    shown = track(every, "scoring", console=console, transient=True, disable=not console.is_terminal)
+    asked, inputs = inputs_of(shown, scores)
     if len(asked) < len(every):
         console.print(f"{len(every) - len(asked)} ignored: their last turn continues a conversation")
     model, problems = scores.model, []
     try:
-        refit = _refit(model, asked, inputs, names, weighting, console)
+        with console.status("fitting the score"):
+            refit = _refit(model, asked, inputs, names, weighting, console)
         model = refit.model
     except ValueError as error:
         problems.append(f"the score is not refitted: {error}")
     try:
-        fitted = _fit_tiers(model, asked, inputs, names, weighting, console)
+        with console.status("fitting the chances of success"):
+            fitted = _fit_tiers(model, asked, inputs, names, weighting, console)
         model = replace(model, tiers=fitted.heads)
     except ValueError as error:
         problems.append(f"no chance of success is fitted: {error}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 
 from opentelemetry import trace
@@ -23,7 +23,7 @@ from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
 from headrace.router.answering.cascade import Draft, HoldBack, cascade
 from headrace.router.billing import bill_message
-from headrace.router.changes.answered import MAX_TEXT, Answered, Watchers
+from headrace.router.changes.answered import Answered, Beginning, Watchers
 from headrace.router.chooser import Chooser
 from headrace.router.optional import optional
 from headrace.router.state.bills import Bill
@@ -78,7 +78,7 @@ class Journey:
         self.bill = bill
         self.finish = ""
         self._watchers = watchers
-        self._watched = _Text() if watchers.wants_text(self.outgoing.request, self._facts) else None
+        self._watched = Beginning() if watchers.wants_text(self.outgoing.request, self._facts) else None
         self._first_decision: Decision | None = None
         self._timing = timing
         self._tiers = tiers
@@ -309,23 +309,6 @@ class Journey:
         )
 
 
-class _Text:
-    """The beginning of an answer."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._left = MAX_TEXT
-
-    @property
-    def text(self) -> str:
-        return "".join(self._parts)
-
-    def add(self, text: str) -> None:
-        if self._left > 0:
-            self._parts.append(text[: self._left])
-            self._left -= len(text)
-
-
 def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequest:
     """Return the request for batchers: with id and seed, and with *logprobs* if drafts may be checked."""
     outgoing = pb.GenerateRequest()
@@ -339,16 +322,18 @@ def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequ
     return outgoing
 
 
-def turns_of(request: pb.GenerateRequest) -> list[Turn]:
+def turns_of(request: pb.GenerateRequest, texts: Mapping[int, str]) -> list[Turn]:
     """Return the turns to score: the chat's last ones, or the raw prompt, without the middle of long ones.
 
-    Each access to a message decodes its text, so each is read at most once, and older ones are not.
+    texts   as `check_request` returns them; other messages are decoded here, as far as they are read
     """
-    if request.HasField("chat"):
-        messages = request.chat.messages
-        newest_first = (messages[place] for place in range(len(messages) - 1, -1, -1))
-        return window(Turn(message.role, message.content) for message in newest_first)
-    return window([Turn("user", request.prompt)])
+    if not request.HasField("chat"):
+        return window([Turn("user", texts[0])])
+    messages = request.chat.messages
+    return window(
+        Turn(messages[place].role, texts[place] if place in texts else messages[place].content)
+        for place in range(len(messages) - 1, -1, -1)
+    )
 
 
 def text_of(request: pb.GenerateRequest) -> str:

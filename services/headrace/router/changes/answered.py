@@ -21,6 +21,25 @@ from headrace.v1 import generation_pb2 as pb
 MAX_TEXT = 65_536  # characters of an answer that are kept for a watcher
 
 
+class Beginning:
+    """The first `MAX_TEXT` characters of an answer, whose parts are added as they arrive."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._left = MAX_TEXT
+
+    @property
+    def text(self) -> str:
+        """The beginning so far."""
+        return "".join(self._parts)
+
+    def add(self, text: str) -> None:
+        """Add the next part."""
+        if self._left > 0:
+            self._parts.append(text[: self._left])
+            self._left -= len(text)
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
     """A request that has ended, with or without an answer.
@@ -32,7 +51,7 @@ class Answered:
     tier       that answered, or where the request was last; empty without a decision
     finish     why its answer is complete, such as "stop"; empty if it is not
     outcome    "ok", or the class of the error, as the metrics name it
-    text       of the answer, at most `MAX_TEXT` characters; empty unless a watcher wanted it
+    text       `Beginning` of the answer; empty unless a watcher wanted it
     seconds    from its arrival to its end
     answer_id  made by the router; empty if no tier accepted the request
     scorer     fingerprint of the scorer that scored it

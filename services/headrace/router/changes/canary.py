@@ -32,8 +32,13 @@ CANARY = "canary"  # the arm of the candidate, as in `RoutingRequest.arm`
 NAMES = {CONTROL: "control", CANARY: CANARY}  # of the arms, in metrics and for people
 REMEMBERED = 20_000  # conversations and requests whose ratings find their arm
 # Together, a candidate that is not worse is rolled back with a probability of at most 5 %.
-RULES = {"quality": Rule(0.02, 20), "errors": Rule(0.02, 30), "cost": Rule(0.01, 30)}
-_TYPICAL = {"quality": 0.25, "errors": 0.02, "cost": 0.2}
+RULES = {
+    "quality": Rule(0.02, 20),
+    "judged": Rule(0.01, 20),
+    "errors": Rule(0.01, 30),
+    "cost": Rule(0.01, 30),
+}
+_TYPICAL = {"quality": 0.25, "judged": 0.5, "errors": 0.02, "cost": 0.2}
 _BAD = frozenset({"failed", "deadline", "refused"})  # outcomes that a scorer could have caused
 _SCALE_FROM = 20  # answers of control from which costs are compared
 _SCALE = 5.0  # mean costs of control that are the worst outcome
@@ -86,11 +91,12 @@ class State:
 
 @dataclass(slots=True)
 class _Unit:
-    """A conversation or a request, which is one outcome of its arm."""
+    """A conversation or a request, which is one outcome of its arm in each measure."""
 
     arm: str
     ended: bool = False
     rated: bool = False
+    judged: bool = False
 
 
 class Canary:
@@ -177,10 +183,16 @@ class Canary:
         """Add the rating of an answer to the arm of its request."""
         name = self._names.get(rating.tenant, rating.answer_id)
         unit = None if name is None else self._units.get(rating.tenant, name)
-        if unit is None or unit.rated or self.rolled_back:
+        # A judge's outcomes are relative, and of some tiers' answers only. Among callers' ratings, they would
+        # count against an arm of which more answers are judged.
+        judged = rating.source == "judge"
+        if unit is None or self.rolled_back or (unit.judged if judged else unit.rated):
             return
-        unit.rated = True
-        self._add("quality", rating.tenant, unit, 1 - rating.quality)
+        if judged:
+            unit.judged = True
+        else:
+            unit.rated = True
+        self._add("judged" if judged else "quality", rating.tenant, unit, 1 - rating.quality)
         verdict = "good" if rating.quality >= 0.5 else "not_good"
         changes.CANARY_RATINGS.of(arm=NAMES[unit.arm], verdict=verdict).add()
 

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from headrace.routing import calibration
 from headrace.routing.artifact import BadArtifact
@@ -23,6 +24,8 @@ from headrace.runtime.security.watched_file import stamp_of
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 16 << 20  # of a scorer's file
+
+Read: TypeAlias = Literal["used", "rejected", "same"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class ScorerFiles:
     tiers         names that a calibration must be for, smallest first
     shares        whether the router keeps shares, for which a changed calibration needs scores
     objective     what a larger tier shall gain; a refitted scorer ignores it
+    by_success    whether the scorer must have the outcomes of all tiers, because they are to decide
     """
 
     def __init__(
@@ -62,11 +66,13 @@ class ScorerFiles:
         tiers: Sequence[str],
         shares: bool = False,
         objective: Objective = "both",
+        by_success: bool = False,
     ) -> None:
         self._scorer_path, self._calibration_path = scorer, calibration
         self._tiers = tuple(tiers)
         self._shares = shares
         self._objective = objective
+        self._by_success = by_success
         self._stamps = self._look()
         self._found = self.loaded = self._load()
 
@@ -75,19 +81,28 @@ class ScorerFiles:
         """Whether a file has changed since it was read."""
         return self._look() != self._stamps
 
-    def read(self) -> bool:
+    def read(self) -> Read:
         """Read the files that have changed; return whether another pair is in use now.
 
-        It may be called on another thread: parsing takes milliseconds.
+        "same": what was read is in use already. It may be called on another thread, because parsing takes
+        milliseconds.
         """
         before, self._stamps = self._stamps, self._look()
         scorer_before, calibration_before = before
         scorer_now, calibration_now = self._stamps
-        found = self._found
-        if scorer_now != scorer_before:
-            found = self._with_scorer(found)
-        if calibration_now != calibration_before:
-            found = self._with_calibration(found)
+        found, usable = self._found, True
+        try:
+            if scorer_now != scorer_before:
+                found = replace(self._read_scorer(), calibration=found.calibration)
+        except BadArtifact as error:
+            log.error("scorer not usable, keeping the old one", extra={"problem": str(error)})
+            found, usable = replace(self.loaded, calibration=found.calibration), False
+        try:
+            if calibration_now != calibration_before:
+                found = replace(found, calibration=self._read_changed_calibration())
+        except BadCalibration as error:
+            log.error("calibration not usable, keeping the old one", extra={"problem": str(error)})
+            found, usable = replace(found, calibration=self.loaded.calibration), False
         self._found = found
         made = found.calibration
         if made is not None and made.scorer != found.fingerprint:
@@ -99,11 +114,11 @@ class ScorerFiles:
                     "problem": f"the calibration is of another scorer than {found.fingerprint}",
                 },
             )
-            return False
+            return "rejected"
         if found.identity == self.loaded.identity:
-            return False
+            return "same" if usable else "rejected"
         self.loaded = found
-        return True
+        return "used"
 
     def _load(self) -> Loaded:
         """Read both files. Raises BadArtifact or BadCalibration."""
@@ -113,36 +128,32 @@ class ScorerFiles:
         made = self._read_calibration(self._calibration_path)
         if made.scorer != found.fingerprint:
             raise BadCalibration(
-                f"{self._calibration_path} was made with another scorer, so its thresholds are not valid: "
-                "calibrate again"
+                f"{self._calibration_path} was made with another scorer or --objective, so its thresholds "
+                "are not valid: calibrate again"
             )
         return replace(found, calibration=made)
 
-    def _with_scorer(self, found: Loaded) -> Loaded:
-        """Return what was found, with the scorer that the file has now, or the one in use if it is bad."""
-        try:
-            return replace(self._read_scorer(), calibration=found.calibration)
-        except BadArtifact as error:
-            log.error("scorer not usable, keeping the old one", extra={"problem": str(error)})
-            return replace(self.loaded, calibration=found.calibration)
-
-    def _with_calibration(self, found: Loaded) -> Loaded:
-        """Return what was found, with the calibration that the file has now, or the one in use."""
+    def _read_changed_calibration(self) -> Calibration:
+        """Read the calibration, which must have scores if shares are kept. Raises BadCalibration."""
         assert self._calibration_path is not None, "its stamp has changed"
-        try:
-            made = self._read_calibration(self._calibration_path)
-            if self._shares and not made.quantiles:
-                raise BadCalibration(f"{self._calibration_path} has no scores for --share to start with")
-        except BadCalibration as error:
-            log.error("calibration not usable, keeping the old one", extra={"problem": str(error)})
-            return replace(found, calibration=self.loaded.calibration)
-        return replace(found, calibration=made)
+        made = self._read_calibration(self._calibration_path)
+        if self._shares and not made.quantiles:
+            raise BadCalibration(f"{self._calibration_path} has no scores for --share to start with")
+        return made
 
     def _read_scorer(self) -> Loaded:
         path, content = self._scorer_path, ""
         if path is not None:
             content = _digest(path)
         read = scorer.load(path, self._objective)
+        known = () if read.model.tiers is None else read.model.tiers.tiers
+        missing = [tier for tier in self._tiers if tier not in known]
+        if self._by_success and missing:
+            raise BadArtifact(
+                f"{path or 'the scorer that Headrace ships'} has no outcomes of {', '.join(missing)}, which "
+                "--choose-by success and --budget-per-day need: headrace train ROWS --out FILE --tiers "
+                f"{','.join(self._tiers)}"
+            )
         return Loaded(read, fingerprint(read), content)
 
     def _read_calibration(self, path: Path) -> Calibration:

@@ -73,9 +73,10 @@ class Scorers:
         files = self._files[arm]
         if not files.changed:
             return
-        used = await asyncio.to_thread(files.read)
-        changes.SCORER_READS.of(arm=NAMES[arm], verdict="used" if used else "rejected").add()
-        if used:
+        if (verdict := await asyncio.to_thread(files.read)) == "same":
+            return
+        changes.SCORER_READS.of(arm=NAMES[arm], verdict=verdict).add()
+        if verdict == "used":
             self._use(arm)
 
     def _use(self, arm: str) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from headrace.runtime.settings import CalledServiceSettings
+_OF_THE_SHADOW = ("shadow_share", "shadow_per_minute", "shadow_concurrency", "shadow_cost_per_day", "judge")
 
 
-class ChangeSettings(CalledServiceSettings):
+class ChangeSettings(BaseModel):
     """The settings of the router that belong to changes of its routing."""
 
     explore: float = Field(
@@ -91,14 +91,34 @@ class ChangeSettings(CalledServiceSettings):
         """Whether a sample of requests is answered again."""
         return bool(self.shadow_tier or self.shadow_scorer or self.shadow_calibration)
 
+    def check_decision_log(self, feedback: Path | None) -> None:
+        """Raise ValueError if the settings of the decision log cannot be used.
+
+        feedback   the other file of rows
+        """
+        if self.decision_log is None:
+            if self.decision_log_text:
+                raise ValueError("HEADRACE_DECISION_LOG_TEXT needs HEADRACE_DECISION_LOG (or --decision-log)")
+            return
+        if feedback is not None and _files(self.decision_log) & _files(feedback):
+            raise ValueError(
+                f"HEADRACE_DECISION_LOG={str(self.decision_log)!r} (or --decision-log) and "
+                f"HEADRACE_FEEDBACK={str(feedback)!r} use the same file (a full FILE is renamed to FILE.1): "
+                "choose two names"
+            )
+
     def check_shadow(self, names: Sequence[str], priced: Collection[str]) -> None:
         """Raise ValueError if the settings of the shadow cannot be used.
 
         names    of the tiers
         priced   those that have a price
         """
-        if self.judge and not self.shadows:
-            raise ValueError("HEADRACE_JUDGE needs HEADRACE_SHADOW_TIER or HEADRACE_SHADOW_SCORER")
+        if not self.shadows and (unused := list(filter(self._is_changed, _OF_THE_SHADOW))):
+            listed = " and ".join(f"HEADRACE_{name.upper()}" for name in unused)
+            raise ValueError(
+                f"{listed} {'needs' if len(unused) == 1 else 'need'} HEADRACE_SHADOW_TIER (or "
+                "--shadow-tier), HEADRACE_SHADOW_SCORER or HEADRACE_SHADOW_CALIBRATION"
+            )
         if self.shadow_tier and (self.shadow_scorer or self.shadow_calibration):
             raise ValueError(
                 "HEADRACE_SHADOW_TIER (or --shadow-tier) excludes HEADRACE_SHADOW_SCORER and "
@@ -121,6 +141,10 @@ class ChangeSettings(CalledServiceSettings):
                 "HEADRACE_SHADOW_COST_PER_DAY (or --shadow-cost-per-day) needs the price of each tier that "
                 f"may be used: add {', '.join(sorted(unpriced))} to HEADRACE_PRICES"
             )
+
+    def _is_changed(self, name: str) -> bool:
+        """Whether a setting differs from its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     def canary_scorer(self) -> tuple[Path, float] | None:
         """Return the file of the candidate scorer and its share of requests. Raises ValueError."""
@@ -157,3 +181,8 @@ class ChangeSettings(CalledServiceSettings):
             )
         if self.canary_cost and not priced:
             raise ValueError("HEADRACE_CANARY_COST (or --canary-cost) needs HEADRACE_PRICES (or --prices)")
+
+
+def _files(path: Path) -> set[Path]:
+    """Return the files that a file of rows uses; see `RowFile`."""
+    return {path.resolve(), path.with_name(path.name + ".1").resolve()}

@@ -16,7 +16,7 @@ from headrace.deadline import Deadline
 from headrace.metrics import changes
 from headrace.metrics.requests import finish_name
 from headrace.router.answering.attempts import Outgoing, on_tier
-from headrace.router.changes.answered import MAX_TEXT
+from headrace.router.changes.answered import Beginning
 from headrace.router.optional import optional
 from headrace.router.state.bills import Bill
 from headrace.router.state.tiers import Tiers
@@ -29,7 +29,7 @@ from headrace.v1 import generation_pb2 as pb
 class OwnAnswer:
     """An answer to one of the router's own requests.
 
-    text      at most `MAX_TEXT` characters
+    text      its `Beginning`
     finish    why it is complete, such as "stop"
     """
 
@@ -50,15 +50,15 @@ class OwnRequests:
         self._tiers = tiers
         self._prices = prices
         self._seconds = seconds
-        self.total = self._new_bill()
+        self.total = self.new_bill()
 
     async def send(self, tier: str, request: pb.GenerateRequest, bill: Bill) -> OwnAnswer:
         """Send *request* to the batchers of *tier*, and add what it used to *bill* and to the total.
 
         Raises a HeadraceError if there is no complete answer.
         """
-        own = self._new_bill()
-        text = _Bounded()
+        own = self.new_bill()
+        text = Beginning()
         prompt_tokens, tokens = 0, 0
         usage = pb.Usage()
         finish = ""
@@ -91,9 +91,6 @@ class OwnRequests:
 
     def new_bill(self) -> Bill:
         """Return an empty bill of these tiers."""
-        return self._new_bill()
-
-    def _new_bill(self) -> Bill:
         return Bill([tier.name for tier in self._tiers.tiers], self._prices)
 
     def _record(self, bill: Bill) -> None:
@@ -149,20 +146,3 @@ class _Counted:
 
     def count_attempt(self, tier: str) -> None:
         self._bill.add_attempt(tier)
-
-
-class _Bounded:
-    """The beginning of a text."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._left = MAX_TEXT
-
-    @property
-    def text(self) -> str:
-        return "".join(self._parts)
-
-    def add(self, text: str) -> None:
-        if self._left > 0:
-            self._parts.append(text[: self._left])
-            self._left -= len(text)

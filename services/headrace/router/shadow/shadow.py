@@ -13,12 +13,14 @@ import contextvars
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Protocol, Self
 
-from headrace import errors
+from opentelemetry import trace
+
+from headrace import attributes, errors
 from headrace.metrics import changes
 from headrace.metrics.requests import CANCELLED, End
 from headrace.router.changes.answered import Answered, Rating, Watchers
@@ -36,6 +38,8 @@ from headrace.routing.changes.judging import UNJUDGED, Pair, Verdict
 from headrace.routing.request import RoutingRequest
 from headrace.routing.scoring.score import Scorer
 from headrace.v1 import generation_pb2 as pb
+
+_tracer = trace.get_tracer("headrace.router")
 
 RUBRIC_TOKENS = 200  # of a question to a judge model, about, without request and answers
 MAX_DRAWN = 10_000  # drawn requests that have not ended
@@ -185,8 +189,10 @@ class Shadow:
             self._bounds.end(estimate, bill.known_cost, time.time())
 
         self._bounds.begin(estimate, time.monotonic())
-        # In a context of its own, which belongs to no request and so to no trace.
-        task = group.create_task(self._shadow(answered, tier, bill), context=contextvars.Context())
+        caller = trace.get_current_span().get_span_context()
+        links = [trace.Link(caller)] if caller.is_valid else []
+        # In a context of its own, which belongs to no request: its trace only links to the caller's.
+        task = group.create_task(self._shadow(answered, tier, bill, links), context=contextvars.Context())
         self._running.add(task)
         task.add_done_callback(ended)
 
@@ -216,13 +222,18 @@ class Shadow:
             )
         return bill.known_cost
 
-    async def _shadow(self, answered: Answered, tier: str, bill: Bill) -> None:
+    async def _shadow(self, answered: Answered, tier: str, bill: Bill, links: Sequence[trace.Link]) -> None:
         """Answer a request by *tier*, and compare the answers."""
-        with optional("shadow"):
+        of_span = {attributes.TIER: tier, attributes.REQUEST_ID: answered.request.request_id}
+        with (
+            _tracer.start_as_current_span(attributes.SPAN_SHADOW, attributes=of_span, links=links) as span,
+            optional("shadow"),
+        ):
             answer = await self._answer(answered, tier, bill)
             if answer is None or self._judge is None:
                 return
             verdict = await self._compare(self._judge, answered, tier, answer, bill)
+            span.set_attribute(attributes.VERDICT, verdict.word)
             changes.SHADOW_VERDICTS.of(tier=tier, verdict=verdict.word).add()
             if verdict.word != "unjudged":
                 await self._report(self._judge, answered, tier, verdict)

@@ -48,6 +48,7 @@ class AnswerRecord:
     scorer, arm  that scored them: its fingerprint, and "canary" for a candidate
     quality      the reported outcome, 0 to 1; None before the report
     kept         whether the outcome is in the file
+    asked        digest of the turns, which tells prompts apart if they are not kept
     """
 
     answer_id: str
@@ -59,6 +60,7 @@ class AnswerRecord:
     arm: str = ""
     quality: float | None = None
     kept: bool = False
+    asked: int = 0
 
     @property
     def size(self) -> int:
@@ -124,6 +126,7 @@ class Feedback:
 
     def remember(self, answer: AnswerRecord, *, tenant: str = "") -> None:
         """Store an answer to *tenant*'s request."""
+        answer.asked = hash(tuple(answer.turns))
         if self._file is None or answer.size > min(self._max_bytes, MAX_CHARACTERS):
             answer.turns = ()
         self._answers.put(tenant, answer.answer_id, answer, answer.size)
@@ -131,7 +134,7 @@ class Feedback:
         others = [
             one.answer_id
             for one in self._answers_to(answer.request_id, tenant)
-            if one.quality is not None or (one.tier, one.turns) != (answer.tier, answer.turns)
+            if one.quality is not None or (one.tier, one.asked) != (answer.tier, answer.asked)
         ]
         named = (*others[-_SAME_REQUEST + 1 :], answer.answer_id)
         self._of_request.put(tenant, answer.request_id, named)

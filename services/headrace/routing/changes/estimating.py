@@ -146,15 +146,11 @@ def compare(sample: Sample, *, bounded: bool = False) -> Comparison:
 def _problem(differ: float, evidence: int, unsupported: float) -> str:
     """Return why the log cannot tell how the candidate does; empty if it can."""
     if unsupported > MAX_UNSUPPORTED:
-        return (
-            f"for {unsupported:.1%} of the requests it has no results of the tier in question: run the "
-            "router with --explore or --shadow-tier for a while"
-        )
+        return f"for {unsupported:.1%} of the requests it has no results of the tier in question"
     if differ and evidence < MIN_EVIDENCE:
         return (
             f"the policies differ on {differ:.1%} of the requests, and only {evidence} of those have a "
-            f"result on the candidate's tier (at least {MIN_EVIDENCE} are needed): collect more rows or "
-            "ratings, or raise --explore or --shadow-share"
+            f"result on the candidate's tier (at least {MIN_EVIDENCE} are needed)"
         )
     return ""
 

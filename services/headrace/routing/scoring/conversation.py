@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from headrace.quoting import quoted
 from headrace.routing.scoring import normal
 from headrace.routing.success.estimate import Estimate
 
 ROLES = ("system", "user", "assistant", "tool")
+_OTHER_NAMES = {"developer": "system", "function": "tool"}  # of roles, in files that other programs wrote
 
 CONTINUES = 0.5  # dependence on earlier turns, from which on a turn continues its conversation
 
@@ -119,21 +121,27 @@ def _ends(text: str, head: int, tail: int, left: int) -> str:
 
 
 def turns_of_row(row: Mapping[str, Any]) -> list[Turn]:
-    """Return the turns of a row with `messages`, or with `prompt`. Raises ValueError for other rows."""
-    if "messages" not in row:
-        prompt = row.get("prompt")
+    """Return the turns of a row with either `messages` or `prompt`. Raises ValueError for other rows."""
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if messages is None:
+        if prompt is None:
+            raise ValueError("a row needs field 'prompt', a string, or 'messages', a list")
         if not isinstance(prompt, str):
-            raise ValueError("a row needs a 'prompt', a string, or 'messages', a list")
+            raise ValueError("field 'prompt' must be a string")
         return [Turn("user", prompt)]
-    messages = row["messages"]
+    if prompt is not None:
+        raise ValueError("a row has either 'prompt' or 'messages', not both")
     if not isinstance(messages, list) or not messages:
         raise ValueError("field 'messages' must be a list of at least one object with 'role' and 'content'")
     turns = []
-    for message in messages:
+    for place, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError("each of 'messages' must be an object with 'role' and 'content', both strings")
+            raise ValueError(f"messages[{place}] must be an object with 'role' and 'content', both strings")
+        role = _OTHER_NAMES.get(role, role)
+        if role not in ROLES:
+            raise ValueError(f"messages[{place}].role is {quoted(role)}, must be one of {', '.join(ROLES)}")
         turns.append(Turn(role, content))
     return turns
 

@@ -88,7 +88,7 @@ _TAG = re.compile(r"<(\w{1,20})>\s*(.*?)\s*</\1>\Z", re.DOTALL)
 _FENCE = re.compile(r"(\"{3}|'{2,3})\s*(.*?)\s*\1\Z", re.DOTALL)
 _RULES = "`~*=<>#-|"
 _RULE = re.compile(r"(?:[`~*=<>#-]{3,}(?:[ \w+-]{0,20}\n)?|<\|\w{1,20}\|>)\s*")
-_RULE_END = re.compile(r"\s*(?:[`~*=<>#-]{3,}|<\|\w{1,20}\|>)\Z")
+_RULE_END = re.compile(r"<\|\w{1,20}\|>\Z")
 _BOLD = re.compile(
     r"(?<![\w*])(?:(\*{1,3})(?=[^\s*])([^*\n]{1,200})(?<=\S)\1|(_{1,3})(?=[^\s_])([^_\n]{1,200})(?<=\S)\3)(?![\w*])"
 )
@@ -167,8 +167,7 @@ def _unwrapped(text: str) -> str:
     """Return *text* without quotes, a fence or a tag around the whole of it."""
     first = text[:1]
     if first in _RULES and (match := _RULE.match(text)):
-        text = text[match.end() :]
-        return _RULE_END.sub("", text)
+        return _without_rule(text[match.end() :])
     if first in '"<' and (match := _FENCE.match(text) or _TAG.match(text)):
         return match[2]
     if first in "*_" and (match := _EMPHASIS.match(text)):
@@ -176,6 +175,15 @@ def _unwrapped(text: str) -> str:
     if first in _PAIRS and text[-1:] == _PAIRS[first] and _PAIRS[first] not in text[1:-1]:
         return text[1:-1].strip()
     return text
+
+
+def _without_rule(text: str) -> str:
+    """Return *text* without a rule at its end. A regular expression would take quadratic time."""
+    before = text.rstrip("`~*=<>#-")
+    if len(text) - len(before) >= 3:
+        return before.rstrip()
+    match = _RULE_END.search(text, max(len(text) - 24, 0))
+    return text[: match.start()].rstrip() if match else text
 
 
 def _without_opening(text: str) -> str:

@@ -136,7 +136,7 @@ def load(path: Path | None = None, objective: Objective = "both") -> LearnedScor
         return LearnedScorer(_parse(path.read_text(encoding="utf-8")).aimed(objective))
     except OSError as error:
         raise BadArtifact(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadArtifact(f"{path} is not a scorer of this version of Headrace: {error}") from error
 
 
@@ -207,13 +207,17 @@ def _parse(text: str) -> Model:
         preferred_bias=stacked("preferred_bias") if both else None,
     )
     shape = (len(kinds), len(prompt_features.NAMES))
-    rest = np.array([model.steepness, model.centre])
-    numbers = [model.gate, model.heads, model.gate_bias, model.head_bias, rest]
+    weights, biases = [model.gate, model.heads], [model.gate_bias, model.head_bias]
     if model.preferred is not None and model.preferred_bias is not None:
-        numbers += [model.preferred, model.preferred_bias]
-    if not kinds or any(part.shape != shape for part in numbers if part.ndim == 2):
+        weights.append(model.preferred)
+        biases.append(model.preferred_bias)
+    if (
+        not kinds
+        or any(part.shape != shape for part in weights)
+        or any(part.shape != shape[:1] for part in biases)
+    ):
         raise ValueError(f"its weights do not have the shape {shape[0]} x {shape[1]}")
-
-    if not all(np.isfinite(part).all() for part in numbers):
+    rest = np.array([model.steepness, model.centre])
+    if not all(np.isfinite(part).all() for part in (*weights, *biases, rest)):
         raise ValueError("its weights are not all finite")
     return model

@@ -1,7 +1,7 @@
 """Estimate how likely each tier is to answer a prompt well, and how many tokens its answer will have.
 
 There is one logistic head per tier on the inputs of the scorer: the features of the text and the
-probabilities of its kinds. `learning/outcomes.py` fits the heads. The scorer's file holds them.
+probabilities of its kinds. `learning/success.py` fits the heads. The scorer's file holds them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def dump(heads: Heads) -> dict[str, Any]:
 def parse(content: Any, *, features: int, kinds: int) -> Heads:
     """Return the heads that `dump` wrote, for that many features and kinds.
 
-    Raises ValueError, KeyError or TypeError.
+    Raises ValueError, KeyError, TypeError or OverflowError.
     """
     if not isinstance(content, Mapping) or not content:
         raise ValueError("its 'tiers' are not an object with an entry per tier")
@@ -86,7 +86,11 @@ def parse(content: Any, *, features: int, kinds: int) -> Heads:
         tokens=np.array([part["tokens"] or unknown for part in parts], dtype=np.float64),
         rows=tuple(int(part["rows"]) for part in parts),
     )
-    if heads.weights.shape != (len(parts), features + kinds) or heads.tokens.shape != (len(parts), kinds):
+    if (
+        heads.weights.shape != (len(parts), features + kinds)
+        or heads.bias.shape != (len(parts),)
+        or heads.tokens.shape != (len(parts), kinds)
+    ):
         raise ValueError("the weights of its tiers have the wrong number of values")
     if not (np.isfinite(heads.weights).all() and np.isfinite(heads.bias).all()):
         raise ValueError("the weights of its tiers are not all finite")
