@@ -80,6 +80,19 @@ def test_the_row_of_a_decision_is_decided_the_same_way_again(
     assert sum(row.chances.values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_of_two_late_tiers_a_full_one_is_not_chosen_again_either() -> None:
+    tiers = [
+        TierView("small", 0.0, saturated=True, answer_seconds=5.0),
+        TierView("large", 0.5, answer_seconds=5.0),
+    ]
+    decision = decide(0.1, Hints(), tiers, seconds_left=1.0)
+
+    row = logged({**RESULT, **of_decision(RoutingRequest(0.1, Hints()), Score(0.1, 0.0), decision)})
+
+    again = decide(row.score, row.hints, row.tiers, seconds_left=SECONDS_LEFT)
+    assert (decision.tier, again.tier) == ("large", "large")
+
+
 def weighed_for(tiers: int) -> st.SearchStrategy[Weighed]:
     """Draw expected qualities and costs as a row has them."""
     numbers = st.tuples(*[st.integers(0, 1000).map(lambda one: one / 1000)] * tiers)

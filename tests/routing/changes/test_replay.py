@@ -164,6 +164,15 @@ def test_a_log_of_choices_by_expected_quality_is_decided_by_the_candidates_estim
     assert replay(requests, Candidate(other)).weighed == 0, "it has no estimates"
 
 
+def test_the_scorer_of_the_log_chooses_as_logged_between_tiers_that_are_nearly_equal() -> None:
+    """The estimates in a row are rounded more than what the tier was chosen by."""
+    weighed = Weighed((0.50001, 0.50004), (0.1, 0.1), 1.0)
+    rounded = {"small": (0.5, None), "large": (0.5, None)}
+    requests = [replace(one, weighed=weighed, estimates=rounded, choice="large") for one in log()]
+
+    assert set(tiers_of(replay(requests, Candidate(shipped)))) == {"large"}
+
+
 def test_requests_without_a_decision_or_of_other_tiers_are_left_out() -> None:
     none = logged("Hello!", 1, choice="", chances={}, tiers={})
     three = logged("Hello!", 2, tiers={"nano": {"from": 0}, "small": {"from": 0.2}, "large": {"from": 0.5}})

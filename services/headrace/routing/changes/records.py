@@ -217,8 +217,9 @@ def _tier(tier: TierView, seconds_left: float) -> dict[str, Any]:
     threshold = round(tier.threshold, 6) if math.isfinite(tier.threshold) else None
     state: dict[str, Any] = {"from": threshold}
     late, full = trouble(tier, seconds_left)
-    if problem := "down" if not tier.healthy else "late" if late else "full" if full else "":
-        state["state"] = problem
+    problems = ["down"] if not tier.healthy else ["late"] * late + ["full"] * full
+    if problems:
+        state["state"] = " and ".join(problems)
     if tier.price is not None:
         state["price"] = [tier.price.prompt, tier.price.completion]
         if tier.price.cached_prompt is not None:
@@ -289,13 +290,13 @@ def _parse_weighed(row: Mapping[str, Any], tiers: int) -> Weighed:
 
 
 def _parse_tier(name: str, state: Mapping[str, Any]) -> TierView:
-    problem = state.get("state", "")
+    problems = str(state.get("state", "")).split(" and ")
     return TierView(
         name,
         math.inf if state["from"] is None else _finite(state["from"]),
-        healthy=problem != "down",
-        saturated=problem == "full",
-        answer_seconds=_LATE if problem == "late" else _IN_TIME,
+        healthy="down" not in problems,
+        saturated="full" in problems,
+        answer_seconds=_LATE if "late" in problems else _IN_TIME,
         price=Price(*map(_finite, state["price"])) if "price" in state else None,
     )
 

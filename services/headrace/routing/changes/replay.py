@@ -74,10 +74,13 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """A candidate's score of a request, and its P(good) of each tier that it has estimates of."""
+    """A candidate's score of a request, and its P(good) of each tier that it has estimates of.
+
+    good   None: as in the log
+    """
 
     value: float
-    good: Mapping[str, float]
+    good: Mapping[str, float] | None
 
 
 def replay(
@@ -229,7 +232,7 @@ class _Rescoring:
     def __call__(self, request: Logged) -> _Scored | None:
         """Return the score of a request; None if the candidate cannot score it."""
         if self._scorer is None or not request.scored or request.scorer == self._fingerprint:
-            return _Scored(request.score, {tier: good for tier, (good, _) in request.estimates.items()})
+            return _Scored(request.score, None)
         if request.turns:
             key = (request.tenant, request.session)
             then, earlier = self._earlier.get(key, (0.0, None))
@@ -258,7 +261,9 @@ class _Rescoring:
 
 def _weighed(request: Logged, score: _Scored, tiers: Sequence[str]) -> Weighed | None:
     """Return what the candidate expects of each tier: its quality, at the cost that the router expected."""
-    if request.weighed is None or not all(tier in score.good for tier in tiers):
+    if request.weighed is None or score.good is None:
+        return request.weighed
+    if not all(tier in score.good for tier in tiers):
         return None
     return replace(request.weighed, good=tuple(score.good[tier] for tier in tiers))
 
