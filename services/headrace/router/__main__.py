@@ -173,6 +173,7 @@ def _load_models(
             tiers=names,
             shares=bool(shares),
             objective=settings.objective,
+            by_success=settings.needs_outcomes,
         )
         if (wanted := settings.canary_scorer()) is not None:
             path, share = wanted
@@ -182,6 +183,7 @@ def _load_models(
                 tiers=names,
                 shares=bool(shares),
                 objective=settings.objective,
+                by_success=settings.needs_outcomes,
             )
             canary = Canary(share, siblings, cost_limit=settings.canary_cost)
     except (BadArtifact, BadCalibration) as error:
@@ -191,22 +193,16 @@ def _load_models(
 
 
 def _load_weighing(settings: Settings, scorers: Scorers, siblings: Siblings) -> Weighing | None:
-    """Return how expected quality and cost are weighed; None to choose by score. Raises StartFailed."""
+    """Return how expected quality and cost are weighed; None to choose by score."""
     if not settings.chooses_by_success:
         return None
     tiers = [name for name, _ in settings.tier_targets()]
     estimated = scorers.score_turns([Turn("user", "")]).estimates
-    if missing := [tier for tier in tiers if tier not in estimated]:
-        if settings.choose_by == "success" or settings.budget_per_day is not None:
-            raise StartFailed(
-                f"--scorer has no outcomes of {', '.join(missing)}, which --choose-by success and "
-                f"--budget-per-day need: headrace train ROWS --out FILE --tiers {','.join(tiers)}"
-            )
-        if estimated:
-            log.warning(
-                "tiers are chosen by score: the scorer has no outcomes of some of them",
-                extra={"missing": ", ".join(missing)},
-            )
+    if estimated and (missing := [tier for tier in tiers if tier not in estimated]):
+        log.warning(
+            "tiers are chosen by score: the scorer has no outcomes of some of them",
+            extra={"missing": ", ".join(missing)},
+        )
     return Weighing(
         tiers,
         settings.tier_prices(),

@@ -238,6 +238,11 @@ class Settings(ChangeSettings, _TierSettings):
         """Whether tiers are chosen by their chance of success if the scorer estimates it."""
         return self.choose_by == "success" or (self.choose_by == "auto" and not self._thresholds_set)
 
+    @property
+    def needs_outcomes(self) -> bool:
+        """Whether the scorer must have the outcomes of all tiers, because they are to decide."""
+        return self.choose_by == "success" or self.budget_per_day is not None
+
     def tier_targets(self) -> list[tuple[str, list[str]]]:
         """Return (name, its batchers' targets) of each tier, smallest first. Raises ValueError."""
         pairs = []

@@ -98,6 +98,35 @@ def test_no_tenant_decides_alone(tmp_path: Path) -> None:
     assert trusting["code"]["code"].good < trusting["code"]["talk"].good
 
 
+def test_no_tenant_decides_the_score_alone(tmp_path: Path) -> None:
+    """A tenant reports most outcomes: that the larger tier gains elsewhere, or nothing at all."""
+
+    def labelled(count: int, gains: str, tenant: str) -> list[dict[str, Any]]:
+        texts = [(CODE, FACT)[place % 2] for place in range(count)]
+        return [
+            {
+                "prompt": text.format(f"{tenant} {place}"),
+                "small_ok": text != gains,
+                "large_ok": 1,
+                "tenant": tenant,
+            }
+            for place, text in enumerate(texts)
+        ]
+
+    honest = [row for place in range(8) for row in labelled(20, CODE, f"tenant {place}")]
+    false = labelled(500, FACT, "false")
+    worthless = [{**row, "small_ok": 1, "large_ok": 0} for row in false]
+
+    def code_above_fact(*options: str, added: list[dict[str, Any]]) -> bool:
+        train(tmp_path, honest + added, *options, tiers="small,large")
+        loaded = scorer.load(tmp_path / "scorer.json")
+        return loaded.score(CODE.format(7)).value > loaded.score(FACT.format(7)).value
+
+    assert code_above_fact(added=false)
+    assert not code_above_fact("--most-per-tenant", "1", added=false)
+    assert "after" in train(tmp_path, honest + worthless, tiers="small,large")[0], "the score is refitted"
+
+
 def test_callers_without_credentials_count_as_one_tenant(tmp_path: Path) -> None:
     """They choose the names of their tenants."""
     honest = [row for place in range(8) for row in rows(40, seed=place, tenant=f"tenant {place}")]

@@ -189,6 +189,20 @@ async def test_a_choice_by_success_needs_outcomes(settings: dict[str, Any]) -> N
             pass
 
 
+@pytest.mark.parametrize("settings", [{"choose_by": "success"}, {"budget_per_day": 1.0}])
+async def test_a_scorer_that_loses_its_outcomes_does_not_end_a_choice_by_success(
+    settings: dict[str, Any], skilled: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No budget would be kept."""
+    async with routed(routing(skilled, poll_seconds=0.02, **settings), **tiers()) as client:
+        scorer.save(replace(scorer.load().model, centre=0.7), skilled)
+        await eventually(lambda: "scorer not usable, keeping the old one" in caplog.text)
+        explained = await client.explain(chat(MATHS))
+
+    assert explained.tier == "maths"
+    assert "expected cost" in explained.why or "P(good)" in explained.why
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [

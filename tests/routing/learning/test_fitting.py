@@ -95,6 +95,21 @@ def test_a_refit_is_the_same_every_time() -> None:
     assert (first.heads == second.heads).all()
 
 
+def test_a_row_of_little_weight_counts_little() -> None:
+    features, weak, strong = outcomes(*traffic(200, seed=1), seed=2)
+    every = np.vstack([features, features])
+    opposite = np.concatenate([weak, strong]), np.concatenate([strong, weak])
+    light = np.repeat([1.0, 1e-9], 200)
+
+    alone = refit(shipped, features, weak, strong).model.gains(features)
+    weighted = refit(shipped, every, *opposite, weights=light).model.gains(features)
+
+    # Cross-validation chooses among the same strengths, but for other folds.
+    assert np.corrcoef(alone, weighted)[0, 1] > 0.95
+    with pytest.raises(ValueError, match="no better"):
+        refit(shipped, every, *opposite)
+
+
 def test_too_few_rows_and_rows_without_a_gain_are_rejected() -> None:
     with pytest.raises(ValueError, match="too few"):
         refit(shipped, np.zeros((10, FEATURES)), np.zeros(10), np.ones(10))

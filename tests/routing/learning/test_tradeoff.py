@@ -41,6 +41,16 @@ def test_the_curve_goes_from_nothing_to_all() -> None:
     assert (share[0], gap[0], share[-1], gap[-1]) == pytest.approx((0, 0, 100, 1))
 
 
+def test_a_weight_of_n_is_that_of_n_rows() -> None:
+    scores, weights = RNG.integers(0, 20, 300) / 20, RNG.integers(1, 5, 300)
+    repeated = [np.repeat(each, weights) for each in (scores, WEAK[:300], STRONG[:300])]
+
+    weighted = quality(scores, WEAK[:300], STRONG[:300], weights)
+
+    assert weighted.apgr == pytest.approx(quality(*repeated).apgr)
+    assert weighted.cpt80 == pytest.approx(quality(*repeated).cpt80)
+
+
 def test_without_a_gap_there_is_nothing_to_recover() -> None:
     with pytest.raises(ValueError, match="no better"):
         quality([0.1, 0.2], [1.0, 1.0], [1.0, 0.0])

@@ -76,8 +76,33 @@ def test_a_turn_that_continues_another_has_nearly_its_score(topic: str, follow: 
 
 
 @pytest.mark.parametrize(
+    ("answer", "follow"),
+    [
+        ("Choose a coset of the subgroup and count its elements.", "which coset?"),
+        ("By the lemma, the map is surjective.", "how is surjectivity used?"),
+        ("So it is.", "talk me through the final inequality"),
+        ("So it is.", "Nope. Maple finds another value."),
+        ("So ist es.", "Und wenn n negativ ist?"),
+        ("Así es.", "Y si n es negativo?"),
+        ("Voilà.", "Peux-tu le rendre plus court ?"),
+        ("Так.", "А если n отрицательное?"),
+        ("如此。", "它为什么成立？"),
+    ],
+)
+def test_a_turn_about_the_answer_continues(answer: str, follow: str) -> None:
+    assert shipped.score_turns(talk(HARD, answer, follow)).continues >= 0.5
+
+
+def test_the_next_task_is_scored_by_itself() -> None:
+    task = "Now prove that every bounded monotone sequence of reals converges."
+
+    assert shipped.score_turns(talk(EASY, "Paris.", task)).continues < 0.5
+
+
+@pytest.mark.parametrize(
     "last",
     [
+        *("kk, got it", "Magic! Have a great weekend", "thnx a lot", "sorted, ciao"),
         *(
             "Thanks!",
             "thank you so much, that helps",

@@ -53,11 +53,6 @@ class Asked:
     turns: Sequence[Turn]
     outcomes: list[Outcome] = field(default_factory=list)
 
-    def mean(self, tier: str) -> float | None:
-        """Return the mean outcome of a tier; None without any."""
-        found = [outcome.good for outcome in self.outcomes if outcome.tier == tier]
-        return sum(found) / len(found) if found else None
-
 
 def read_outcomes(path: str, tiers: Sequence[str]) -> list[Asked]:
     """Read rows with `prompt` or `messages` and `NAME_ok` of any of *tiers*. Equal prompts are merged.
@@ -90,8 +85,45 @@ def inputs_of(asked: Iterable[Asked], scores: LearnedScorer) -> tuple[list[Asked
         score = scores.score_turns(each.turns)
         if score.continues < CONTINUES:
             kept.append(each)
-            rows.append((*score.values[count : count + features], *score.values[:count]))
+            # An array takes a quarter of the memory of its numbers as objects.
+            rows.append(np.array((*score.values[count : count + features], *score.values[:count])))
     return kept, np.array(rows, dtype=np.float64).reshape(len(kept), features + count)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The mean outcomes of two tiers, for N prompts that have both.
+
+    places         [N], of the prompts
+    weak, strong   [N], 0 to 1
+    weight         [N], 0 to 1
+    """
+
+    places: NDArray[np.intp]
+    weak: NDArray[np.float64]
+    strong: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+
+def of_both(asked: Sequence[Asked], weak: str, strong: str, *, most_per_tenant: float) -> Pairs:
+    """Return the prompts with outcomes of both tiers. The weight of a reporter's outcomes is bounded."""
+    weights, sums = np.zeros((2, len(asked))), np.zeros((2, len(asked)))
+    for row, tier in enumerate((weak, strong)):
+        found = [
+            (place, outcome)
+            for place, each in enumerate(asked)
+            for outcome in each.outcomes
+            if outcome.tier == tier
+        ]
+        places = np.array([place for place, _ in found], dtype=np.int64)
+        reporters = [outcome.reporter for _, outcome in found]
+        each_weight = bounded(np.ones(len(found)), reporters, most=most_per_tenant)
+        good = np.array([outcome.good for _, outcome in found])
+        weights[row] = np.bincount(places, each_weight, len(asked))
+        sums[row] = np.bincount(places, each_weight * good, len(asked))
+    both = np.flatnonzero((weights > 0).all(axis=0))
+    means = sums[:, both] / weights[:, both]
+    return Pairs(both, means[0], means[1], np.minimum(weights[:, both].min(axis=0), 1.0))
 
 
 def of_tiers(

@@ -9,7 +9,7 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from headrace.cli.files.outcomes import inputs_of, of_tiers, read_outcomes
+from headrace.cli.files.outcomes import inputs_of, of_both, of_tiers, read_outcomes
 from headrace.cli.files.rows import BadRow
 from headrace.routing.learning import fitting, success
 from headrace.routing.scoring import scorer
@@ -64,7 +64,7 @@ def train(
     model, problems = scores.model, []
     try:
         with console.status("fitting the score"):
-            refit = _refit(model, asked, inputs, names, console)
+            refit = _refit(model, asked, inputs, names, weighting, console)
         model = refit.model
     except ValueError as error:
         problems.append(f"the score is not refitted: {error}")
@@ -91,15 +91,16 @@ def _refit(
     asked: Sequence[Asked],
     inputs: NDArray[np.float64],
     names: Sequence[str],
+    weighting: Weighting,
     console: Console,
 ) -> Refit:
     """Refit the gain of the last tier over the first, and print how well it routes. Raises ValueError."""
-    ends = [(each.mean(names[0]), each.mean(names[-1])) for each in asked]
-    both = [place for place, pair in enumerate(ends) if None not in pair]
-    if not both:
+    pairs = of_both(asked, names[0], names[-1], most_per_tenant=weighting.most_per_tenant)
+    both = pairs.places
+    if not len(both):
         raise ValueError(f"no prompt has both '{names[0]}_ok' and '{names[-1]}_ok'")
-    weak, strong = np.array([ends[place] for place in both], dtype=np.float64).T
-    fitted = fitting.refit(model, inputs[both, : model.gate.shape[1]], weak, strong)
+    features = inputs[both, : model.gate.shape[1]]
+    fitted = fitting.refit(model, features, pairs.weak, pairs.strong, weights=pairs.weight)
     if len(both) < len(asked):
         console.print(
             f"{len(asked) - len(both)} prompts ignored for the score: they lack the outcome of the first "

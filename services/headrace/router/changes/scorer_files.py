@@ -55,6 +55,7 @@ class ScorerFiles:
     tiers         names that a calibration must be for, smallest first
     shares        whether the router keeps shares, for which a changed calibration needs scores
     objective     what a larger tier shall gain; a refitted scorer ignores it
+    by_success    whether the scorer must have the outcomes of all tiers, because they are to decide
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class ScorerFiles:
         tiers: Sequence[str],
         shares: bool = False,
         objective: Objective = "both",
+        by_success: bool = False,
     ) -> None:
         self._scorer_path, self._calibration_path = scorer, calibration
         self._tiers = tuple(tiers)
         self._shares = shares
         self._objective = objective
+        self._by_success = by_success
         self._stamps = self._look()
         self._found = self.loaded = self._load()
 
@@ -143,6 +146,14 @@ class ScorerFiles:
         if path is not None:
             content = _digest(path)
         read = scorer.load(path, self._objective)
+        known = () if read.model.tiers is None else read.model.tiers.tiers
+        missing = [tier for tier in self._tiers if tier not in known]
+        if self._by_success and missing:
+            raise BadArtifact(
+                f"{path or 'the scorer that Headrace ships'} has no outcomes of {', '.join(missing)}, which "
+                "--choose-by success and --budget-per-day need: headrace train ROWS --out FILE --tiers "
+                f"{','.join(self._tiers)}"
+            )
         return Loaded(read, fingerprint(read), content)
 
     def _read_calibration(self, path: Path) -> Calibration:

@@ -88,8 +88,18 @@ class Refit:
     after: Quality
 
 
-def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: int = 0) -> Refit:
+def refit(
+    model: Model,
+    features: Array,
+    weak: Array,
+    strong: Array,
+    *,
+    weights: Array | None = None,
+    seed: int = 0,
+) -> Refit:
     """Refit *model* to outcomes: features [rows, F], weak and strong [rows] from 0 to 1.
+
+    weights   [rows], how much each counts, above 0 and at most 1; all 1 if None
 
     The old model is the prior. Its gains are rescaled as far as the rows support it, and corrections per
     feature and per kind are shrunk strongly: a few hundred rows change them where they agree.
@@ -102,7 +112,8 @@ def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: in
         )
     model = model.aimed()  # from here on, the outcomes decide what is gained
     gains = strong - weak
-    if gains.sum() <= 0:
+    each = np.ones(len(gains)) if weights is None else weights
+    if each @ gains <= 0:
         raise ValueError(
             "the large tier is no better than the small one on these rows: there is nothing to fit"
         )
@@ -112,40 +123,41 @@ def refit(model: Model, features: Array, weak: Array, strong: Array, *, seed: in
     for strength in _RIDGES:
         for part in parts:
             rest = np.setdiff1d(np.arange(len(gains)), part)
-            fitted = _corrected(model, features[rest], gains[rest], strength)
+            fitted = _corrected(model, features[rest], gains[rest], each[rest], strength)
             held_out[strength][part] = fitted.gains(features[part])
-        errors[strength] = float(((held_out[strength] - gains) ** 2).mean())
+        errors[strength] = float(each @ (held_out[strength] - gains) ** 2)
     best = min(_RIDGES, key=lambda strength: errors[strength])
     return Refit(
-        _corrected(model, features, gains, best),
-        quality(model.gains(features), weak, strong),
-        quality(held_out[best], weak, strong),
+        _corrected(model, features, gains, each, best),
+        quality(model.gains(features), weak, strong, each),
+        quality(held_out[best], weak, strong, each),
     )
 
 
-def _corrected(model: Model, features: Array, gains: Array, strength: float) -> Model:
+def _corrected(model: Model, features: Array, gains: Array, weights: Array, strength: float) -> Model:
     """Return *model* with its gains rescaled and its level, kinds' levels and features' slopes corrected."""
     old = model.gains(features)
-    centred = old - old.mean()
-    about = gains - gains.mean()
+    total = float(weights.sum())
+    old_mean = float(weights @ old) / total
+    centred = old - old_mean
+    about = gains - float(weights @ gains) / total
     # The scale of the old gains, by Bayesian regression with a prior around 1. Rows on which the old gains
     # hardly vary do not determine the scale and leave it near 1.
-    noise = float(about.var()) + 1e-9
+    noise = float(weights @ about**2) / total + 1e-9
     precision = 1 / _SCALE_DEVIATION**2
-    scale = (centred @ about / noise + precision) / (centred @ centred / noise + precision)
-
-    scale = float(np.clip(scale, 0.0, 2.0))
-    level = (gains.sum() + _LEVEL_ROWS * old.mean()) / (len(gains) + _LEVEL_ROWS)
+    weighted = weights * centred / noise
+    scale = float(np.clip((weighted @ about + precision) / (weighted @ centred + precision), 0.0, 2.0))
+    level = (weights @ gains + _LEVEL_ROWS * old_mean) / (total + _LEVEL_ROWS)
     rest = about - scale * centred
     kinds = model.kinds_of(features)
-    slopes, intercept = ridge(np.hstack([features, kinds]), rest, strength)
+    slopes, intercept = ridge(np.hstack([features, kinds]), rest, strength, weights=weights)
     of_features, of_kinds = np.split(slopes, [features.shape[1]])
     # gain = level + scale * (old - mean) + features @ of_features + kinds @ of_kinds + intercept, for kinds
     # that the rows contain
-    presence = kinds.sum(axis=0)
+    presence = weights @ kinds
     trusted = presence / (presence + _KIND_ROWS)
     heads = scale * model.heads + of_features
-    bias = scale * (model.head_bias - old.mean()) + level + intercept + of_kinds
+    bias = scale * (model.head_bias - old_mean) + level + intercept + of_kinds
     return replace(
         model,
         heads=trusted[:, None] * heads + (1 - trusted[:, None]) * model.heads,

@@ -29,26 +29,35 @@ class Quality:
     cpt80: float
 
 
-def recovered(scores: ArrayLike, weak: ArrayLike, strong: ArrayLike) -> tuple[Array, Array]:
+def recovered(
+    scores: ArrayLike, weak: ArrayLike, strong: ArrayLike, weights: ArrayLike | None = None
+) -> tuple[Array, Array]:
     """Return the share of strong calls, 0 to 100 %, and the gap recovered at each share; both [rows + 1].
+
+    weights   [rows], how many calls each stands for; all 1 if None
 
     Prompts of equal score are in random order, so each counts as their mean. Raises ValueError if the strong
     tier is no better than the weak one, so that there is no gap to recover.
     """
     values = np.asarray(scores, dtype=np.float64)
     gains = np.asarray(strong, dtype=np.float64) - np.asarray(weak, dtype=np.float64)
-    if gains.sum() <= 0:
+    calls = np.ones(len(gains)) if weights is None else np.asarray(weights, dtype=np.float64)
+    total = float(calls @ gains)
+    if total <= 0:
         raise ValueError("the strong tier is no better than the weak one on these rows")
     _, group = np.unique(-values, return_inverse=True)
-    means = np.bincount(group, gains) / np.bincount(group)
-    ordered = means[np.sort(group)]
-    gap = np.concatenate([[0.0], np.cumsum(ordered)]) / gains.sum()
-    return np.linspace(0.0, 100.0, len(values) + 1), gap
+    means = np.bincount(group, calls * gains) / np.bincount(group, calls)
+    order = np.argsort(group, kind="stable")
+    gap = np.concatenate([[0.0], np.cumsum(calls[order] * means[group[order]])]) / total
+    share = np.concatenate([[0.0], np.cumsum(calls[order])]) / calls.sum()
+    return 100.0 * share, gap
 
 
-def quality(scores: ArrayLike, weak: ArrayLike, strong: ArrayLike) -> Quality:
-    """Return the figures for *scores* [rows] and each tier's outcomes [rows], 0 to 1. Raises ValueError."""
-    share, gap = recovered(scores, weak, strong)
+def quality(
+    scores: ArrayLike, weak: ArrayLike, strong: ArrayLike, weights: ArrayLike | None = None
+) -> Quality:
+    """Return the figures for *scores* [rows] and each tier's outcomes [rows], 0 to 1; see `recovered`."""
+    share, gap = recovered(scores, weak, strong, weights)
     apgr = float(np.interp(np.linspace(0, 100, 101), share, gap).mean())
     return Quality(apgr, _first(share, gap, 0.5), _first(share, gap, 0.8))
 

@@ -1,9 +1,9 @@
 """Estimate how much the last turn of a conversation depends on the turns before it.
 
 The estimate reads at most the first `_READ` characters of the turn, and little of what came before: whether
-the last answer ended with a question, and the words of the user's previous turn. So it is nearly the same
-for a caller that sends the whole conversation and for one that sends the last turn only. `reading.py`
-combines it with the score, and `references.py` and `replies.py` have the words.
+the last answer ended with a question, which words of the turn it has, and the words of the user's previous
+turn. So it is nearly the same for a caller that sends the whole conversation and for one that sends the last
+turn only. `reading.py` combines it with the score, and `references.py` and `replies.py` have the words.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ _LONG = 60  # words from which on a reply explains itself
 _THANKS = 120  # characters, beyond which a first turn asks for something
 _CLAUSES = 30  # that are told apart
 _WORDS = 64  # that are remembered of a turn
+_TASK = 4  # words of content, from which on a request is a task of its own
 
 _TOKEN = re.compile(r"[^\W_]+(?:[-'.][^\W_]+)*[+#]*|\?")
-_CLAUSE = re.compile(r"[.!;:,\n，。！、؛،।]+(?=\s|$)|[，。！、،।؛\n]|\s[-–—]\s|(?<=\?)")
+# A run of marks is read from its beginning only, which keeps the time linear.
+_CLAUSE = re.compile(
+    r"(?<![.!;:,\n，。！、؛،।])[.!;:,\n，。！、؛،।]+(?=\s|$)|[，。！、،।؛\n]|\s[-–—]\s|(?<=\?)"
+)
 _QUOTES = str.maketrans("’‘“”？", "''\"\"?")
 
 
@@ -53,12 +57,15 @@ def asks(answer: str) -> bool:
     return end.endswith(("?", "？", "؟")) and not references.OFFERS.search(end)
 
 
-def read_reply(text: str, *, first: bool = False, asked: bool = False, before: Collection[int] = ()) -> Reply:
+def read_reply(
+    text: str, *, first: bool = False, asked: bool = False, before: Collection[int] = (), answer: str = ""
+) -> Reply:
     """Return what *text* is in a conversation.
 
     first    nothing precedes it, so it depends on nothing
     asked    the assistant's last turn ended with a question; False if it is not known
     before   digests of the words of the user's previous turn
+    answer   the last one of the assistant, as far as it is known
     """
     long = len(text) > _READ
     text = text[:_READ]
@@ -72,7 +79,8 @@ def read_reply(text: str, *, first: bool = False, asked: bool = False, before: C
     if text and not _TOKEN.search(text):  # an emoji
         return Reply(1.0 if asked and not first else 0.0, closes=not asked)
     rest = [clause for clause in clauses if not _is_courtesy(clause, asked)]
-    if not long and any(map(_is_thanks, clauses)) and not any(map(_is_more, rest)):
+    ends = any(map(_is_thanks, clauses)) or any(map(text.__contains__, references.FAREWELL))
+    if not long and ends and not any(map(_is_more, rest)):
         return Reply(0.0, closes=True)
     if len(rest) < len(clauses) and not long and not any(map(_is_request, rest)) and _only_remarks(rest):
         return Reply(0.0, closes=True)
@@ -91,8 +99,12 @@ def read_reply(text: str, *, first: bool = False, asked: bool = False, before: C
     if first:
         return Reply(0.0, content=len(content), words=_digests(_TOKEN.findall(text)))
     evidence, corrects = _evidence(" ".join(rest or clauses), words, asked=asked, long=long)
+    if len(content) >= _TASK and words[0] in references.SEQUENCE and evidence <= references.OPENERS[words[0]]:
+        evidence *= 0.3  # "Now prove that every..." is the next task rather than a part of the last one
+    if len(clauses) > 1 and clauses[0] in references.DENIAL and "?" not in words and not (asked or long):
+        evidence, corrects = evidence + 0.6, True
     if evidence or not _is_topic(" ".join(rest or clauses), len(words)):
-        evidence += _lack_of_topic(words, before)
+        evidence += _lack_of_topic(words, before, answer)
     depends = min(max((evidence - 0.25) / 0.6, 0.0), 1.0)
     if len(words) > 12:
         depends *= max(1.0 - (len(words) - 12) / _LONG, 0.3)
@@ -148,7 +160,14 @@ def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[
         evidence += 0.9
     if count <= 5 and references.COMPARATIVE.match(bare):
         evidence += 0.9
-    if _continues_in_other_language(plain) or (asked and _answers(words, first)):
+    if (
+        count <= 9
+        and "the " in text
+        and references.PART.search(text)
+        and (first not in references.WH or plain[1:2] == ["the"])
+    ):
+        evidence += 0.55
+    if _continues_in_other_language(plain, text) or (asked and _answers(words, first)):
         evidence += 0.9
     elif count <= 3 and plain[0] not in references.WH and first not in references.REQUEST:
         evidence += 0.6
@@ -162,10 +181,12 @@ def _answers(words: list[str], first: str) -> bool:
     return references.REQUEST.isdisjoint(words[:6])
 
 
-def _continues_in_other_language(words: list[str]) -> bool:
-    """Return whether a reply has words of other languages only that name no topic."""
+def _continues_in_other_language(words: list[str], reply: str) -> bool:
+    """Return whether a reply has words of other languages only that name no topic, or refers to another."""
     if len(words) <= 7 and all(word in replies.OTHER_WORDS for word in words):
         return True
+    if len(words) <= 10 and (not reply.isascii() or not replies.OTHER_SIGNS.isdisjoint(words)):
+        return replies.OTHER_REFERS.search(reply) is not None
     text = "".join(words)
     return not text.isascii() and len(text) <= 12 and replies.OTHER_CONTINUES.search(text) is not None
 
@@ -179,7 +200,7 @@ def _is_topic(text: str, count: int) -> bool:
     )
 
 
-def _lack_of_topic(words: list[str], before: Collection[int]) -> float:
+def _lack_of_topic(words: list[str], before: Collection[int], answer: str) -> float:
     """Return the weight of the fact that a reply names no topic, or one that was named before."""
     count = len(words) - words.count("?")
     if not 0 < count <= 20 or sum(word[0].isdigit() for word in words) > 1:
@@ -187,10 +208,22 @@ def _lack_of_topic(words: list[str], before: Collection[int]) -> float:
     named = [word.removesuffix("'s") for word in words if word[0].isalpha() and len(word) > 1]
     named = [word for word in named if word not in references.GENERAL]
     new = [word for word in named if zlib.crc32(word.encode(errors="replace")) not in before]
+    if new and answer:
+        said = answer.lower()
+        new = [word for word in new if not _is_said(word, said)]
     shared = 0.4 * (1 - len(new) / len(named)) if named else 0.0
     if not new:
         return 0.9
     return shared + (0.35 if len(new) == 1 and count <= 8 else 0.0)
+
+
+def _is_said(word: str, said: str) -> bool:
+    """Return whether a text, in lower case, has *word*, or one that differs in its ending."""
+    stem = word[: -3 if len(word) > 7 else -1] if len(word) > 4 else word
+    place = said.find(stem)
+    while place > 0 and said[place - 1].isalnum():
+        place = said.find(stem, place + 1)
+    return place >= 0
 
 
 def _task(plain: list[str], first: str, *, refers: bool, text: str) -> float:

@@ -101,6 +101,7 @@ def _in_roles(turns: list[Turn]) -> list[Turn]:
 def _links(turns: Sequence[Turn], earlier: Earlier | None) -> list[_Link]:
     """Return the turns of the user that the last one continues, and it, without closing ones."""
     links: list[_Link] = []
+    alone: dict[int, Reply] = {}
     places = [place for place, turn in enumerate(turns) if _is_user(turn)]
     while places:
         place = places.pop()
@@ -108,9 +109,15 @@ def _links(turns: Sequence[Turn], earlier: Earlier | None) -> list[_Link]:
         answers = turns[previous + 1 : place]
         # An agent calls tools after the user's turn until it has an answer.
         after = turns[place + 1 :] if not links else []
-        before = _words_before(turns, places, earlier)
+        before = _words_before(turns, places, alone, earlier)
         first = previous < 0 and earlier is None
-        reply = read_reply(turns[place].text, first=first, asked=_was_asked(turns, place), before=before)
+        reply = read_reply(
+            turns[place].text,
+            first=first,
+            asked=_was_asked(turns, place),
+            before=before,
+            answer=_answer(turns, place),
+        )
         if reply.closes and links:
             continue
         links.append(
@@ -131,10 +138,17 @@ def _links(turns: Sequence[Turn], earlier: Earlier | None) -> list[_Link]:
     return links[::-1]
 
 
-def _words_before(turns: Sequence[Turn], places: Sequence[int], earlier: Earlier | None) -> tuple[int, ...]:
-    """Return the words of the last turn at *places*, of the user, that has content of its own."""
+def _words_before(
+    turns: Sequence[Turn], places: Sequence[int], alone: dict[int, Reply], earlier: Earlier | None
+) -> tuple[int, ...]:
+    """Return the words of the last turn at *places*, of the user, that has content of its own.
+
+    alone   turns that were read without those before them, by place; more are added
+    """
     for place in reversed(places):
-        reply = read_reply(turns[place].text, first=True, asked=_was_asked(turns, place))
+        if place not in alone:
+            alone[place] = read_reply(turns[place].text, first=True, asked=_was_asked(turns, place))
+        reply = alone[place]
         if not reply.closes and reply.content:
             return reply.words
     return () if earlier is None else earlier.words
@@ -143,6 +157,11 @@ def _words_before(turns: Sequence[Turn], places: Sequence[int], earlier: Earlier
 def _was_asked(turns: Sequence[Turn], place: int) -> bool:
     """Return whether the turn at *place* follows a question of the assistant."""
     return place > 0 and turns[place - 1].role == "assistant" and asks(turns[place - 1].text)
+
+
+def _answer(turns: Sequence[Turn], place: int) -> str:
+    """Return the text of the assistant before the turn at *place*; empty if there is none."""
+    return turns[place - 1].text if place > 0 and turns[place - 1].role == "assistant" else ""
 
 
 def _inherited(score: ScoreText, links: Sequence[_Link], earlier: Earlier | None) -> _State | None:

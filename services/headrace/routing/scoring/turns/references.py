@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from headrace.routing.scoring.turns.replies import words
+from headrace.routing.scoring.turns.replies import phrases, words
 
 WH = words(
     "what when where who whom whose which why how is are was were do does did can could will would "
@@ -23,6 +23,8 @@ REQUEST = words(
     "consider assume if hi hello hey like code program count return get set develop outline recommend "
     "suggest discuss analyze analyse"
 )
+# Words before the next task, or the next part of the last one.
+SEQUENCE = words("now then next so ok okay great well alright right nice")
 # Verbs that modify something, by default the last answer.
 MODIFY = words(
     "rewrite rephrase reword redo retry shorten simplify elaborate expand clarify continue repeat add "
@@ -160,6 +162,13 @@ STOP = words(
     "not"
 )
 
+# The reply ends with a part of the last answer: "walk me through the inductive step".
+PART = re.compile(
+    r"^(?!.*\b(?:best|worst|most|least|\w{3,}est|average|current|usual|official|who|where|when)\b)"
+    r".*\bthe (?:\w+ )?(?!weather\b|time\b|date\b|news\b|day\b|year\b|moon\b|sun\b|world\b|capital\b|war\b|"
+    r"president\b|internet\b|universe\b|earth\b|sea\b|ocean\b|piano\b|guitar\b|violin\b|market\b|economy\b|"
+    r"rain\b|sky\b)\w{3,}(?: 'em| now| then| there| again| please)?\W*$"
+)
 # "What are the downsides?" asks about the last answer, "what is the time?" does not.
 ABOUT_IT = re.compile(
     r"(?:are there (?:any )?\w+|(?:any|how many) (?:\w+ )?\w+)\W*$|"
@@ -168,7 +177,7 @@ ABOUT_IT = re.compile(
     r"expensive) (?:is|are)) the (?!weather|time|date|news|day|year|moon|sun|world|meaning|"
     r"capital)\w+(?: then| again)?\W*$"
 )
-THANKS = ("thanks", "thank", "thx", "cheers", "appreciate", "tysm")
+THANKS = ("thanks", "thank", "thx", "thnx", "thanx", "tnx", "cheers", "appreciate", "tysm", "tyvm", "obliged")
 # Parts of clauses that say that the work is done.
 LEAVE = (
     *("that's all", "that is all", "thats all", "that's it", "see you", "makes sense", "take care"),
@@ -195,6 +204,12 @@ LEAVE = (
     ),
 )
 THANKS_WORDS = frozenset(THANKS)
+FAREWELL = (
+    *("have a good", "have a nice", "have a great", "have a lovely", "see you", "see ya", "take care", "cya"),
+    *("catch you", "catch ya", "talk soon", "talk later", "good night", "goodnight", "bye", "ciao"),
+)
+# Beside more text, these clauses deny that the last answer is right.
+DENIAL = phrases("no|nope|nah|no no|hm no|hmm no|not really|not quite|not exactly|no way")
 # With these words, a clause beside thanks consents.
 GOES_ON = words("yes yeah yep yup sure please go continue proceed next more")
 # With these words begin remarks beside thanks, such as "you saved my day".

@@ -30,7 +30,9 @@ COURTESY = words(
     "thanks thank thx ty tysm cheers appreciate appreciated grateful bye goodbye cya farewell goodnight "
     "great perfect awesome cool nice excellent wonderful brilliant fantastic lovely amazing superb neat "
     "sweet good ok okay k fine alright understood gotcha noted wow haha lol congrats ta helpful helped "
-    "helps nevermind welcome done interesting yay hooray solved works"
+    "helps nevermind welcome done interesting yay hooray solved works kk okie okey thnx thanx tnx tks tyvm "
+    "thankyou obliged legend ace bravo kudos stellar splendid terrific outstanding impressive sorted ciao "
+    "cheerio laters phew aha ahh ooh"
 )
 # Beside words of courtesy or consent.
 FILLERS = words(
@@ -237,6 +239,33 @@ OTHER_THANKS = (
         "grazie",
         "dank je",
     ),
+)
+# Replies with other words that refer to the last answer: "and if", "in more detail", "the second part".
+OTHER_REFERS = re.compile(
+    r"^[¿¡\s]*(?:y (?:si|con|en|para|el|la|los|las)|et (?:si|avec|en|pour|le|la|les)|"
+    r"und (?:wenn|mit|ohne|auf|in|für|der|die|das)|e (?:se|com|em|para)|а (?:если|можно|в|для|с|как|что)|"
+    r"и (?:если|как|в)|और (?:अगर|थोड़ा|में)|ولو|وماذا|وإذا|আর যদি|dan (?:kalau|jika)|kalau|اور اگر|那如果|"
+    r"那么|如果|もし|では|じゃあ)(?!\w)|"
+    r"\b(?:davon|damit|dazu|dabei|darin|daran|daraus|eso|ello|isso|isto|ça|cela|celui-ci|celle-ci|этого|"
+    r"этот|этом|его|её|эту)\b|它|这个|那个|それ|これ|इसे|इसका|इसको|इसमें|उसे|ذلك|এটা|এটি|اسے|"
+    r"\b(?:ausführlicher|detaillierter|kürzer|einfacher|genauer|schneller|"
+    r"m[áa]s (?:cort|larg|simpl|sencill|detall|r[áa]pid|formal)|"
+    r"plus (?:court|long|simpl|détaill|rapid|formel)|"
+    r"mais (?:curt|long|simpl|detalh|rápid|formal)|подробнее|короче|проще|точнее|быстрее|другое|другой|"
+    r"lebih (?:detail|singkat|sederhana|rinci|pendek))|"
+    r"详细|简短|简单一点|詳しく|短く|簡単に|विस्तार|संक्षेप|সংক্ষেপ|বিস্তারিত|تفصيل|تفصیل|باختصار|"
+    r"\b(?:zweite|dritte|letzte|erste)[nrsm]? (?:teil|schritt|punkt|zeile|absatz|beispiel|beweis)|"
+    r"\b(?:segund|tercer|últim|primer|terceir|primeir)[oa]? "
+    r"(?:paso|parte|punto|línea|párrafo|ejemplo|passo|ponto|linha)|"
+    r"\b(?:deuxième|troisième|dernière?|première?) (?:étape|partie|point|ligne|paragraphe|exemple)|"
+    r"\b(?:втор|трет|последн|перв)\w+ (?:шаг|част|пункт|строк|абзац|пример)"
+)
+# Words in ASCII, of which a text in ASCII has one if it matches.
+OTHER_SIGNS = words(
+    "y et und e dan kalau davon damit dazu dabei darin daran daraus eso ello isso isto cela celui-ci "
+    "celle-ci detaillierter einfacher genauer schneller mas plus mais lebih zweite zweiten zweiter zweites "
+    "dritte dritten dritter drittes letzte letzten letzter letztes erste ersten erster erstes segundo segunda "
+    "tercer tercera primer primera primeira primeiro terceira terceiro"
 )
 # The same for writing without spaces, of short replies.
 OTHER_CONTINUES = re.compile(
