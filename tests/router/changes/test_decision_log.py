@@ -224,5 +224,5 @@ async def test_a_router_does_not_start_with_an_unwritable_decision_log(tmp_path:
 def test_settings_that_contradict_each_other_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="HEADRACE_DECISION_LOG_TEXT needs"):
         Settings(tiers="small=127.0.0.1:1", decision_log_text=True)
-    with pytest.raises(ValueError, match="are the same file"):
+    with pytest.raises(ValueError, match="use the same file"):
         Settings(tiers="small=127.0.0.1:1", decision_log=tmp_path / "a", feedback=tmp_path / "a")
