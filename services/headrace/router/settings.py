@@ -191,7 +191,7 @@ class Settings(ChangeSettings, _TierSettings):
         if len(set(names)) != len(names):
             raise ValueError(f"HEADRACE_TIERS={self.tiers!r} (or --tiers) names a tier twice")
         self.tier_thresholds()
-        self.tier_shares()
+        self.check_exploration(self.tier_shares())
         prices = self.tier_prices()
         if self.choose_by == "success" and self._thresholds_set:
             raise ValueError(

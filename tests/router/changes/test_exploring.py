@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from headrace.client import chat
 from headrace.router.chooser import Chooser
+from headrace.router.settings import Settings
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers
 from headrace.routing.changes.exploring import explore
@@ -69,3 +72,14 @@ async def test_explaining_a_request_shows_the_decision_without_chance() -> None:
         tiers = {(await client.explain(chat(EASY))).tier for _ in range(ASKED)}
 
     assert tiers == {"small"}
+
+
+@pytest.mark.parametrize(("share", "explore"), [("0.3", 0.2), ("0.02", 0.04), ("", 1.0)])
+def test_exploration_below_the_shares_of_the_tiers_is_possible(share: str, explore: float) -> None:
+    assert Settings(tiers="a=127.0.0.1:1,b=127.0.0.1:2", share=share, explore=explore).explore == explore
+
+
+@pytest.mark.parametrize("share", ["0.02", "0.98"])
+def test_chance_alone_must_not_exceed_the_share_of_a_tier(share: str) -> None:
+    with pytest.raises(ValueError, match="lower it"):
+        Settings(tiers="a=127.0.0.1:1,b=127.0.0.1:2", share=share, explore=0.05)

@@ -84,6 +84,40 @@ def test_estimates_mean_what_they_say() -> None:
     assert max(measured.error for measured in fitted.measured) < 0.06
 
 
+def test_calibration_counts_outcomes_by_their_weight() -> None:
+    """A weight of n is that of n outcomes, also for the bins."""
+    rng = np.random.default_rng(16)
+    expected = rng.permutation(200) / 200
+    actual = (rng.random(200) < expected**2).astype(float)
+    weights = np.where(expected < 0.6, 1, 6)
+
+    weighted = calibrated(expected, actual, weights.astype(float))
+    repeated = calibrated(np.repeat(expected, weights), np.repeat(actual, weights))
+
+    for name in ("mean", "brier", "base"):
+        assert getattr(weighted, name) == pytest.approx(getattr(repeated, name))
+    assert weighted.error == pytest.approx(repeated.error, abs=0.01)
+    pairs = [[(part.expected, part.actual) for part in found.bins] for found in (weighted, repeated)]
+    assert np.array(pairs[0]) == pytest.approx(np.array(pairs[1]), abs=0.03)
+    assert calibrated(expected, actual, np.zeros(200)) == calibrated(expected, actual)
+
+
+def test_the_figures_are_those_of_the_outcomes_that_count() -> None:
+    """Not those of a tier that has changed, or of a tenant whose outcomes count little."""
+    honest, false = outcomes(400, seed=17), outcomes(2000, seed=18)
+    every = Outcomes(
+        np.vstack([honest.inputs, false.inputs]),
+        np.arange(2400),
+        np.concatenate([honest.tier, false.tier]),
+        np.concatenate([honest.good, 1 - false.good]),
+        np.concatenate([np.ones(400), np.full(2000, 0.01)]),
+        np.concatenate([honest.tokens, false.tokens]),
+    )
+
+    for measured in fit(TIERS, every, kinds=KINDS).measured:
+        assert measured.brier < measured.base - 0.03
+
+
 def test_expected_lengths_follow_tier_and_kind() -> None:
     fitted = fit(TIERS, outcomes(2000, seed=7), kinds=KINDS)
 

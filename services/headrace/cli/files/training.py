@@ -171,11 +171,10 @@ def _table(fitted: Fitted) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("estimated : actual, by fifths")
     for tier, measured in zip(fitted.heads.tiers, fitted.measured, strict=True):
-        actual = sum(part.count * part.actual for part in measured.bins) / measured.rows
         table.add_row(
             tier,
             str(measured.rows),
-            f"{actual:.0%}",
+            f"{measured.mean:.0%}",
             f"{measured.brier:.3f}",
             f"{measured.base:.3f}",
             f"{measured.error:.3f}",

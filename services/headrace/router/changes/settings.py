@@ -162,6 +162,18 @@ class ChangeSettings(BaseModel):
             )
         return Path(path), value
 
+    def check_exploration(self, shares: Sequence[float]) -> None:
+        """Raise ValueError if more requests would go to a tier by chance than its share of all.
+
+        shares   of each tier after the first; empty if none are kept
+        """
+        drawn = self.explore / (len(shares) + 1)
+        if shares and drawn > min(1 - sum(shares), *shares) + 1e-9:
+            raise ValueError(
+                f"HEADRACE_EXPLORE={self.explore:g} (or --explore) sends {drawn:.2g} of the requests to each "
+                "tier, which is more than a share of HEADRACE_SHARE (or --share): lower it"
+            )
+
     def check_canary(self, *, calibrated: bool, shared: bool, priced: bool) -> None:
         """Raise ValueError if the settings of the canary cannot be used.
 

@@ -112,7 +112,9 @@ def fit(tiers: Sequence[str], outcomes: Outcomes, *, kinds: int, seed: int = 0) 
         factor, level = _rescaling(expected[~part], outcomes.only(~part))
         chance[part] = probability(factor * expected[part] + level)
     of_tiers = (outcomes.tier == place for place in range(len(tiers)))
-    measured = tuple(calibrated(chance[rows], outcomes.good[rows]) for rows in of_tiers)
+    measured = tuple(
+        calibrated(chance[rows], outcomes.good[rows], outcomes.weight[rows]) for rows in of_tiers
+    )
     return Fitted(heads, measured, strengths)
 
 
