@@ -166,12 +166,13 @@ STOP = words(
 
 # The reply ends with a part of what was answered: "walk me through the inductive step".
 PART = re.compile(
-    r"\bthe (?:\w+ ){0,2}(?:step|deduction|inference|argument|claim|lemma|proof|inequality|equation|identity|formula|"
-    r"expression|term|factor|coefficient|exponent|sign|bound|integral|derivative|induction|case|assumption|"
+    r"\bthe (?:\w+ ){0,2}(?:step|deduction|inference|argument|claim|lemma|proof|inequality|equation|identity|"
+    r"formula|expression|term|factor|coefficient|exponent|sign|bound|integral|derivative|induction|case|assumption|"
     r"condition|hypothesis|conclusion|complexity|runtime|loop|index|pointer|variable|parameter|"
     r"function|method|query|join|cache|lock|thread|test|exception|error|paragraph|sentence|opening|intro|ending|title|tone|"
     r"table|column|row|budget|timeline|phase|milestone|section|item|answer|result|constant|discriminant|"
-    r"determinant|root|substitution|recursion|iteration|import|output|input|stanza|verse|scene|ingredient)"
+    r"determinant|root|substitution|recursion|iteration|import|output|input|stanza|verse|scene|ingredient|part|option|idea|word|example|"
+    r"reason|point|letter|detail|version|approach|plan|strategy|design)"
     r"(?:e?s)?(?: then| again| now| please)?\W*$"
 )
 # "What are the downsides?" asks about the last answer, "what is the time?" does not.
