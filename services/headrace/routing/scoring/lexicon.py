@@ -151,7 +151,8 @@ _LEXICON: dict[str, tuple[str, int]] = {
     ),
     # Work on a short text or word.
     "text_work": (
-        "translat* synonym* antonym* rhyme* rhymes opposite* spell* typo* mistake* grammar "
+        "translat* summariz* summaris* summary short_poem short_rhyme two_lines one_line synonym* "
+        "antonym* rhyme* rhymes opposite* spell* typo* mistake* grammar "
         "alphabetical alphabetically alphabet capitals lowercase uppercase haiku limerick pun joke tense "
         "sentiment shorten* shorter briefer rephras* paraphras* proofread rewrit* this_sentence this_text "
         "another_word fewer_words sentence punctuation formal politely spanish french german "
