@@ -44,7 +44,7 @@ TYPICAL = {
 # The same where people compare two answers and neither is wrong. There the stronger of two models is
 # preferred about three times in four, so the gain is 0.5. The level of open requests is higher, because the
 # gate is unsure: it gives one of an unseen author that kind with about half of the probability.
-PREFERRED = {"open": 0.85, "chore": 0.15}
+PREFERRED = {"open": 0.7, "chore": 0.15}
 
 # Gain per feature at full strength where the language is not known: length and structure are left.
 UNCLEAR = {"length": 0.1, "numbers": 0.04, "latex": 0.06, "symbols": 0.04, "syntax": 0.06}

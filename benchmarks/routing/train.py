@@ -7,6 +7,7 @@ The same data give the same bytes. DATA is described in `data.py`, the values th
 from __future__ import annotations
 
 import argparse
+import random
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -33,6 +34,8 @@ from benchmarks.routing.kinds import (
     puzzles,
     requests,
 )
+from benchmarks.routing.rewritings import SEEN
+from benchmarks.routing.wordings import wordings
 from headrace.routing.learning.fitting import ridge, softmax
 from headrace.routing.scoring import prompt_features, scorer
 
@@ -55,6 +58,7 @@ _KIND_OF = {
 _AT_MOST = 400  # rows of a family that the gate is fitted to
 _RIDGE = 3000.0  # rows that the prior of a head counts as
 _STEPS = 0.03  # gain per standard deviation of the expected solution steps
+_TYPOS = [SEEN[f"typos: {name}"] for name in ("swapped", "dropped", "doubled")]
 _STEEPNESS = 10.0  # log-odds per unit of gain: one standard deviation of gains is about half of one
 
 
@@ -64,10 +68,16 @@ def _features(prompts: Sequence[str]) -> Array:
 
 @cache
 def _made(kind: str, skipped: int | None) -> Array:
-    """Return the features [rows, F] of our own prompts of a kind; see `fit` for *skipped*."""
+    """Return the features [rows, F] of our own prompts of a kind, each also with typing mistakes.
+
+    See `fit` for *skipped*.
+    """
     made = {"open": open_prompts, "reasoning": puzzles, "mathematics": mathematics}
     written = [text for place, text in enumerate(requests(kind)) if skipped is None or place % 2 != skipped]
-    return _features((made[kind]() if kind in made else []) + written)
+    texts = (made[kind]() if kind in made else []) + written + wordings(kind)
+    rng = random.Random(1)
+    mistaken = [_TYPOS[place % len(_TYPOS)](text, rng) for place, text in enumerate(texts)]
+    return _features(texts + mistaken)
 
 
 _MADE = ("open", "reasoning", "mathematics", "code", "fact", "chore", "talk")  # kinds with prompts of our own

@@ -78,6 +78,15 @@ async def test_a_log_without_exploration_cannot_tell(tmp_path: Path) -> None:
     assert "Run the router with --explore" in printed
     assert "IPS" not in printed
 
+    lines = path.read_text().splitlines()
+    judged = [line.replace('"caller"', '"judge"') for line in lines if '"rating"' in line]
+    path.write_text("\n".join([*lines, *judged]) + "\n")
+    (line,) = [
+        line for line in replay(path, "--thresholds", "0")[1].splitlines() if line.startswith("judged:")
+    ]
+    assert "--shadow-scorer" in line
+    assert "--explore" not in line, "chance shows no verdict of a judge"
+
 
 async def test_a_candidate_scorer_is_read_and_the_rotated_file_too(tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"

@@ -179,7 +179,9 @@ async def test_rows_that_the_disk_does_not_take_in_time_are_dropped_and_counted(
         log.rated(Rating("", str(place), "small", 1.0))
     assert count("headrace.decision_log.dropped") == before + 50
     async with log.running():
-        await eventually(lambda: len(rows(path)) == MAX_PENDING)
+        await eventually(
+            lambda: path.read_bytes().count(b"\n") == MAX_PENDING
+        )  # perhaps in the middle of a row
         log.rated(Rating("", "later", "small", 1.0))
 
     assert rows(path)[-1]["request"] == "later"
@@ -224,5 +226,5 @@ async def test_a_router_does_not_start_with_an_unwritable_decision_log(tmp_path:
 def test_settings_that_contradict_each_other_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="HEADRACE_DECISION_LOG_TEXT needs"):
         Settings(tiers="small=127.0.0.1:1", decision_log_text=True)
-    with pytest.raises(ValueError, match="are the same file"):
+    with pytest.raises(ValueError, match="use the same file"):
         Settings(tiers="small=127.0.0.1:1", decision_log=tmp_path / "a", feedback=tmp_path / "a")

@@ -27,12 +27,14 @@ def outcomes(prompts: list[str], hard: list[bool], seed: int) -> tuple[Array, Ar
 
 
 def traffic(count: int, seed: int) -> tuple[list[str], list[bool]]:
-    """Return requests of an application where questions about guests are hard, which nobody would expect."""
+    """Return requests of an application where those that the shipped scorer has for easier are hard."""
     rng = np.random.default_rng(seed)
     legal = "Summarize what the court said of the plaintiff, the contract and the statute in {} words."
     plain = "Summarize what the guests said of the kitchen, the garden and the weather in {} words."
+    gains = shipped.gains(np.array([scorer.read(text.format(50)) for text in (plain, legal)]))
+    easy, usual = (plain, legal) if gains[0] < gains[1] else (legal, plain)
     hard = [bool(rng.random() < 0.4) for _ in range(count)]
-    return [(plain if flag else legal).format(rng.integers(20, 200)) for flag in hard], hard
+    return [(easy if flag else usual).format(rng.integers(20, 200)) for flag in hard], hard
 
 
 def test_two_hundred_outcomes_of_new_traffic_improve_its_order() -> None:

@@ -119,7 +119,8 @@ def test_the_next_task_is_scored_by_itself() -> None:
             "By the way, how are you today?",
             "Different question: who won in 1998?",
         ),
-        "Thanks! What is the largest ocean?",
+        *("Thanks! What is the largest ocean?", "ok, now tell me a joke", "I want to visit the zoo"),
+        *("sing me the alphabet", "what's the exchange rate"),
     ],
 )
 def test_thanks_and_other_topics_inherit_nothing(last: str) -> None:

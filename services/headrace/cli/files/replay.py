@@ -37,7 +37,7 @@ _MEASURES: dict[str, tuple[Callable[[Logged, str], float | None], bool, bool]] =
     "seconds": (replaying.seconds, False, False),
 }
 
-_ADVICE = "Run the router with --explore, or with a higher share, or collect more rows"
+_ADVICE = "Run the router with --explore, or with a higher share, or collect more requests and ratings"
 _ADVICE_JUDGED = (
     "Run the router with this candidate as --shadow-scorer or --shadow-calibration, or for longer"
 )

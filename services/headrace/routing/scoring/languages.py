@@ -222,7 +222,8 @@ def _table() -> dict[str, tuple[str, ...]]:
     for name, entries in FEATURES.items():
         for entry in set(fold(entries).split()):
             key = entry if entry.isascii() else entry[:_LONGEST]
-            found[key] = (*found.get(key, ()), name)
+            also = ("text_work",) if name == "transformation" else ()  # no list of its own here
+            found[key] = (*found.get(key, ()), name, *also)
     return found
 
 

@@ -149,6 +149,16 @@ _LEXICON: dict[str, tuple[str, int]] = {
         "role_of effects_of causes_of benefits_of pros_and significance",
         1,
     ),
+    # Work on a short text or word.
+    "text_work": (
+        "translat* summariz* summaris* summary short_poem short_rhyme two_lines one_line synonym* "
+        "antonym* rhyme* rhymes opposite* spell* typo* mistake* grammar "
+        "alphabetical alphabetically alphabet capitals lowercase uppercase haiku limerick pun joke tense "
+        "sentiment shorten* shorter briefer rephras* paraphras* proofread rewrit* this_sentence this_text "
+        "another_word fewer_words sentence punctuation formal politely spanish french german "
+        "italian english dutch polish portuguese swedish russian chinese japanese arabic hindi turkish",
+        2,
+    ),
     "first_person": ("i im ive my me we our", 4),
     "you": ("you your", 3),
     "fact": (

@@ -40,6 +40,16 @@ _LONG_FORM = {
     "cannot": "can not",
 }  # fmt: skip
 
+# Abbreviations of chats; single letters between words, and only where no formula makes them variables.
+_SHORT = re.compile(
+    r"(?:(?<=[a-z]{2} )|\A)(?:(?:u|r|ur|y)(?= [a-z]{2})|(?:u|r)(?=[?.!,])|(?:bc|cuz|ppl|abt|w/o|w/|&)(?= ))"
+)
+_WHOLE = {
+    "u": "you", "r": "are", "ur": "your", "y": "why", "bc": "because", "cuz": "because", "ppl": "people",
+    "abt": "about", "w/o": "without", "w/": "with", "&": "and",
+}  # fmt: skip
+_FORMULA = re.compile(r"[=^\\$<>{}]")
+
 # Lines that begin like this are structure: items, choices, rows, code.
 _ITEM = re.compile(r"[-*+>|#{\[<]|\(?(?:[a-j]|\d+|[ivx]+)[.):] ")
 _CHOICE = re.compile(r"^(?:[-*+] )?(?:[a-z]{3,8} )?[(\[]?([a-j])(?:[.):\]]{1,3}| [-:]) ", re.MULTILINE)
@@ -127,6 +137,8 @@ def _characters(text: str) -> str:
     if "'" in text or "cannot" in text:
         text = text.replace("can't", "can not").replace("won't", "will not")
         text = _CONTRACTION.sub(lambda match: _LONG_FORM[match[0]], text)
+    if not _FORMULA.search(text):
+        text = _SHORT.sub(lambda match: _WHOLE[match[0]], text)
     if "*" in text or "_" in text:
         text = _BOLD.sub(r"\2\4", text)
     if "," in text:

@@ -96,6 +96,36 @@ _PATTERNS: dict[str, tuple[_Pattern, int]] = {
     ),
 }
 
+# The forms of a request, by how one of its first or last sentences begins.
+_JUDGES = (
+    "should|could|would|good|better|best|worth|useful|sensible|reasonable|important|recommend|suggest|advise|"
+    "prefer|choose|think|sides?|benefits?|(?:dis)?advantages?|drawbacks?|pros|ways? to|affect(?:s|ed)?|"
+    "changed?|differences?|differs?|roles?|reasons?|look like|happens?|going on"
+)
+_FORMS: dict[str, re.Pattern[str]] = {
+    "asks_fact": re.compile(  # for a name, a place, a time or a number
+        r"\W*(?:tell me |do you know |(?:in|on|at|by|for|to|from) )?"
+        r"(?:who|whom|whose|when|where|which|what (?:year|day|colou?r|country|city|name)|"
+        r"how (?:many|much|long|old|far|tall|high|big|large|deep)|name|state)\b"
+        rf"(?![^.?!\n]{{0,60}}\b(?:{_JUDGES})\b)"
+    ),
+    "asks_openly": re.compile(  # for a text, a plan, an explanation or a judgement
+        r"\W*(?:(?:is|are|does|do|should|would|could|can|what|which|who|where|when|how|in what|in which)\b"
+        rf"[^.?!\n]{{0,60}}\b(?:{_JUDGES})\b|(?:should|would|could|why|how (?:do|does|did|can|could|should|"
+        r"would|might|is|are|was|were)(?! (?:you|things|everything|it|life)\b))\b|"
+        r"(?:(?:can|could|would|will) you |help me |i (?:need|want) you to |try to )?(?:"
+        r"(?:tell me|i (?:want|would like|need) to know|know) (?:more |something )?about|"
+        r"(?:give|share|list|name|tell me|show me|i need|i want|i would like) [^.?!\n]{0,20}\b(?:overview|"
+        r"introduction|ideas?|tips|advice|feedback|examples|reasons|arguments|recipe|thoughts|story|"
+        r"plan|email|letter|text|speech|essay|help)\b|make (?:an? |up |the )|"
+        r"(?:compare|contrast|design|plan|outline|sketch|suggest|recommend|propose|brainstorm|argue|"
+        r"defend|evaluate|assess|review|critici[sz]e|critique|analy[sz]e|discuss|debate|explain|"
+        r"describe|teach|introduce|draft|create|develop|invent|come up|think of|prepare|"
+        r"organi[sz]e|advise|persuade|convince)\b(?! (?:the following|this|these|it)\b)))"
+    ),
+}
+_BEGINNINGS = 3  # sentences at either end whose beginning is read
+
 NAMES: tuple[str, ...] = (
     "length",
     "long_words",
@@ -117,6 +147,7 @@ NAMES: tuple[str, ...] = (
     "numeric_options",
     "option_share",
     *_PATTERNS,
+    *_FORMS,
     *lexicon.FEATURES,
 )
 _ABSENT = dict.fromkeys(NAMES, 0.0)
@@ -168,6 +199,9 @@ def measure(text: str) -> dict[str, float]:
         "quotes": min(text.count('"'), 6) / 6,
         "doubt": _doubt(words[:_MOST]),
     }
+    begins = {0, *ends[:_BEGINNINGS], *ends[-_BEGINNINGS:], text.rfind("\n") + 1}
+    for name, form in _FORMS.items():
+        found[name] = float(any(form.match(text, begin) for begin in begins))
     for name, (pattern, full) in _PATTERNS.items():
         found[name] = len(list(islice(pattern.matches(text), full))) / full
     for name, number in counts.items():

@@ -160,13 +160,8 @@ def _evidence(text: str, words: list[str], *, asked: bool, long: bool) -> tuple[
         evidence += 0.9
     if count <= 5 and references.COMPARATIVE.match(bare):
         evidence += 0.9
-    if (
-        count <= 9
-        and "the " in text
-        and references.PART.search(text)
-        and (first not in references.WH or plain[1:2] == ["the"])
-    ):
-        evidence += 0.55
+    if count <= 9 and "the " in text and references.PART.search(text):
+        evidence += 0.75
     if _continues_in_other_language(plain, text) or (asked and _answers(words, first)):
         evidence += 0.9
     elif count <= 3 and plain[0] not in references.WH and first not in references.REQUEST:
@@ -195,9 +190,9 @@ def _is_topic(text: str, count: int) -> bool:
     """Return whether a reply of *count* words says that its topic is another one, or is small talk."""
     if any(marker in text[:80] for marker in replies.NEW_TOPIC):
         return True
-    return count <= 8 and (
-        text.startswith(replies.SMALL_TALK) or references.NO_REFERENT.search(text) is not None
-    )
+    if count <= 8 and references.BEFORE_REQUEST.sub("", text).startswith(replies.SMALL_TALK):
+        return True
+    return count <= 8 and references.NO_REFERENT.search(text) is not None
 
 
 def _lack_of_topic(words: list[str], before: Collection[int], answer: str) -> float:

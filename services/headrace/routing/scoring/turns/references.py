@@ -23,6 +23,8 @@ REQUEST = words(
     "consider assume if hi hello hey like code program count return get set develop outline recommend "
     "suggest discuss analyze analyse"
 )
+# What may stand before a request.
+BEFORE_REQUEST = re.compile(r"^(?:(?:ok|okay|now|so|and|then|great|well|alright|good)\W+){1,3}")
 # Words before the next task, or the next part of the last one.
 SEQUENCE = words("now then next so ok okay great well alright right nice")
 # Verbs that modify something, by default the last answer.
@@ -162,12 +164,16 @@ STOP = words(
     "not"
 )
 
-# The reply ends with a part of the last answer: "walk me through the inductive step".
+# The reply ends with a part of what was answered: "walk me through the inductive step".
 PART = re.compile(
-    r"^(?!.*\b(?:best|worst|most|least|\w{3,}est|average|current|usual|official|who|where|when)\b)"
-    r".*\bthe (?:\w+ )?(?!weather\b|time\b|date\b|news\b|day\b|year\b|moon\b|sun\b|world\b|capital\b|war\b|"
-    r"president\b|internet\b|universe\b|earth\b|sea\b|ocean\b|piano\b|guitar\b|violin\b|market\b|economy\b|"
-    r"rain\b|sky\b)\w{3,}(?: 'em| now| then| there| again| please)?\W*$"
+    r"\bthe (?:\w+ ){0,2}(?:step|deduction|inference|argument|claim|lemma|proof|inequality|equation|identity|"
+    r"formula|expression|term|factor|coefficient|exponent|sign|bound|integral|derivative|induction|case|assumption|"
+    r"condition|hypothesis|conclusion|complexity|runtime|loop|index|pointer|variable|parameter|"
+    r"function|method|query|join|cache|lock|thread|test|exception|error|paragraph|sentence|opening|intro|ending|title|tone|"
+    r"table|column|row|budget|timeline|phase|milestone|section|item|answer|result|constant|discriminant|"
+    r"determinant|root|substitution|recursion|iteration|import|output|input|stanza|verse|scene|ingredient|part|option|idea|word|example|"
+    r"reason|point|letter|detail|version|approach|plan|strategy|design)"
+    r"(?:e?s)?(?: then| again| now| please)?\W*$"
 )
 # "What are the downsides?" asks about the last answer, "what is the time?" does not.
 ABOUT_IT = re.compile(

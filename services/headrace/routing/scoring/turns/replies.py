@@ -264,8 +264,8 @@ OTHER_REFERS = re.compile(
 OTHER_SIGNS = words(
     "y et und e dan kalau davon damit dazu dabei darin daran daraus eso ello isso isto cela celui-ci "
     "celle-ci detaillierter einfacher genauer schneller mas plus mais lebih zweite zweiten zweiter zweites "
-    "dritte dritten dritter drittes letzte letzten letzter letztes erste ersten erster erstes segundo segunda "
-    "tercer tercera primer primera primeira primeiro terceira terceiro"
+    "dritte dritten dritter drittes letzte letzten letzter letztes erste ersten erster erstes segundo "
+    "segunda tercer tercera primer primera primeira primeiro terceira terceiro"
 )
 # The same for writing without spaces, of short replies.
 OTHER_CONTINUES = re.compile(
