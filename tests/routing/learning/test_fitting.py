@@ -63,7 +63,7 @@ def test_outcomes_that_are_pure_noise_hardly_move_the_order(seed: int) -> None:
     )
 
     assert shipped.gains(others).argsort().tolist() == [0, 1, 2]
-    assert fitted.gains(others).argsort().tolist() == [0, 1, 2]
+    assert np.diff(fitted.gains(others)).min() > -0.01
 
 
 def test_a_refit_learns_which_kind_of_prompt_gains() -> None:
