@@ -58,7 +58,7 @@ def test_outcomes_that_are_pure_noise_hardly_move_the_order(seed: int) -> None:
     others = np.array(
         [
             scorer.read(text)
-            for text in ("Hello!", "Correct the spelling: I recieved it.", "Solve $x^2 - 5x = 4$ for real x.")
+            for text in ("Hello!", "What is the capital of Peru?", "Solve $x^2 - 5x = 4$ for real x.")
         ]
     )
 
