@@ -44,17 +44,16 @@ def print_scores(
     for row in read_rows(path, [], turns=True):
         began = time.perf_counter()
         try:
-            score = loaded.score_turns(row["turns"])
-            features = _main_features(score)
+            score, problem = loaded.score_turns(row["turns"]), ""
         except Exception as error:  # like the router, which then routes without a score
-            score, features = UNSCORED, f"the prompt could not be scored ({type(error).__name__})"
+            score, problem = UNSCORED, f"the prompt could not be scored ({type(error).__name__})"
         decision = decide(score.value, Hints(), views, continues=score.continues)
         took = time.perf_counter() - began
         _print_row(
             id=row["id"],
             score=round(score.value, 6),
             tier=decision.tier,
-            reason=f"{decision.why}; {features}",
+            reason=f"{decision.why}; {problem or _main_features(score)}",
             latency_ms=round(1000 * took, 4),
         )
 

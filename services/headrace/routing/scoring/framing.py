@@ -54,16 +54,16 @@ _OTHERS = """
     appreciative feel free ask asking asked asks saying word words wait waiting return stay safe
 """
 _KEY_WORDS = frozenset(words_of(fold(_KEYS + languages.COURTESY)))
-_WORDS = _KEY_WORDS | frozenset(words_of(fold(_OTHERS + languages.COURTESY_OTHERS)))
+WORDS = _KEY_WORDS | frozenset(words_of(fold(_OTHERS + languages.COURTESY_OTHERS)))
 
 
 def is_known(word: str) -> bool:
     """Return whether *word* is among the words of framing, most of which are frequent in any text."""
-    return word in _WORDS
+    return word in WORDS
 
 
 def is_framing(words: Sequence[str], *, keyed: bool = True) -> bool:
     """Return whether *words*, in lower case, are framing; without *keyed*, its key word may be elsewhere."""
-    if not all(map(_WORDS.__contains__, words)):
+    if not all(map(WORDS.__contains__, words)):
         return False
     return not keyed or not _KEY_WORDS.isdisjoint(words) or words[:2] == ["take", "your"]

@@ -48,6 +48,16 @@ _WHOLE = {
     "u": "you", "r": "are", "ur": "your", "y": "why", "bc": "because", "cuz": "because", "ppl": "people",
     "abt": "about", "w/o": "without", "w/": "with", "&": "and",
 }  # fmt: skip
+# What a text with such a word contains, unless it begins with it.
+_SHORT_MARKS = tuple(
+    f" {word}{end}"
+    for word, ends in {
+        "u": " ?.!,", "r": " ?.!,", "ur": " ", "y": " ", "bc": " ", "cuz": " ", "ppl": " ", "abt": " ",
+        "w/o": " ", "w/": " ", "&": " ",
+    }.items()
+    for end in ends
+)  # fmt: skip
+_REPEATED_MARKS = ("??", "!!", "?!", "!?", " ,", " ?", " !", " ;")
 _FORMULA = re.compile(r"[=^\\$<>{}]")
 
 # Lines that begin like this are structure: items, choices, rows, code.
@@ -137,13 +147,13 @@ def _characters(text: str) -> str:
     if "'" in text or "cannot" in text:
         text = text.replace("can't", "can not").replace("won't", "will not")
         text = _CONTRACTION.sub(lambda match: _LONG_FORM[match[0]], text)
-    if not _FORMULA.search(text):
+    if any(map(f" {text}".__contains__, _SHORT_MARKS)) and not _FORMULA.search(text):
         text = _SHORT.sub(lambda match: _WHOLE[match[0]], text)
     if "*" in text or "_" in text:
         text = _BOLD.sub(r"\2\4", text)
     if "," in text:
         text = _THOUSANDS.sub("", text)
-    return _REPEATED.sub(r"\1", text)
+    return _REPEATED.sub(r"\1", text) if any(map(text.__contains__, _REPEATED_MARKS)) else text
 
 
 def _lines(text: str) -> str:

@@ -232,6 +232,9 @@ def _doubt(words: Sequence[str]) -> float:
     long = [word for word in words if len(word) > 1 or not word.isascii()]
     if len(long) < _FEWEST:
         return 0.0
+    # In English, words that are quick to look up are sufficient.
+    if sum(map(lexicon.is_common, long)) >= _KNOWN * len(long):
+        return 0.0
     known = sum(map(lexicon.known, long)) / len(long)
     return _between(_KNOWN - known, 0.0, _KNOWN - _FOREIGN)
 

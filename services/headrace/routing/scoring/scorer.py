@@ -95,6 +95,8 @@ class LearnedScorer:
 
     def __init__(self, model: Model) -> None:
         self.model = model.aimed()
+        self._kind_odds = self.model.steepness * self.model.head_bias
+        self._odds = self.model.steepness * self.model.heads
         self._names = (*(f"kind:{kind}" for kind in model.kinds), *prompt_features.NAMES)
 
     def score(self, text: str) -> Score:
@@ -102,9 +104,7 @@ class LearnedScorer:
         model = self.model
         features = read(text)
         kinds = model.kinds_of(features)
-        by_kind = model.steepness * kinds * model.head_bias
-        by_feature = model.steepness * (kinds @ model.heads) * features
-        log_odds = (*by_kind.tolist(), *by_feature.tolist())
+        log_odds = (*(kinds * self._kind_odds).tolist(), *((kinds @ self._odds) * features).tolist())
         bias = -model.steepness * model.centre
         return Score(
             sigmoid(bias + sum(log_odds)),

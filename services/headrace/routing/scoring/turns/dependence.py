@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from headrace.routing.scoring.turns import references, replies
 
@@ -275,8 +275,9 @@ def _reference(text: str, count: int, *, long: bool) -> float:
 
 def _digests(words: list[str]) -> tuple[int, ...]:
     # Of the encoded text, because `hash` differs between processes.
-    distinct = dict.fromkeys(word for word in words if word != "?")
-    return tuple(zlib.crc32(word.encode(errors="replace")) for word in distinct)[:_WORDS]
+    distinct = dict.fromkeys(words)
+    distinct.pop("?", None)
+    return tuple([zlib.crc32(word.encode(errors="replace")) for word in islice(distinct, _WORDS)])
 
 
 def _words(clauses: list[str]) -> list[str]:
