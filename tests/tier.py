@@ -99,12 +99,16 @@ class Wire:
         self._flowing.set()
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)  # now, because the wire may be cut before the far end is connected
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
+            self._writers.discard(writer)
             writer.transport.abort()
             return
-        self._writers |= {writer, far_writer}
+        self._writers.add(far_writer)
+        if writer.transport.is_closing():
+            far_writer.transport.abort()
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._pump(reader, far_writer))

@@ -68,6 +68,7 @@ class Proxy:
             yield self
         finally:
             server.close()
+            self._accepts = False
             self.reset()
             for task in self._tasks:
                 task.cancel()
@@ -81,6 +82,10 @@ class Proxy:
             far_reader, far_writer = await asyncio.open_connection(*self._to)
         except OSError:
             writer.transport.abort()
+            return
+        if not self._accepts:  # any more
+            writer.transport.abort()
+            far_writer.transport.abort()
             return
         pair = (writer, far_writer)
         self._pairs.add(pair)

@@ -161,6 +161,7 @@ async def group(
                 channels[name] = wire.port
                 await wire.join()
                 stack.callback(wire.cut)
+                stack.callback(wire.thaw)
         routers = Group([member for member, _ in members], wires, stacks)
         for place in range(count) if start is None else start:
             await routers.start(place)
