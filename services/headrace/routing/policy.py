@@ -213,7 +213,12 @@ def _wanted(score: float, preference: float, tiers: Sequence[TierView]) -> int:
     # The two extreme preferences decide alone, whatever the thresholds are.
     if preference in (0, 1):
         return 0 if preference == 0 else len(tiers) - 1
-    return max(place for place, tier in enumerate(tiers) if not place or score >= tier.threshold)
+    return place_for(score, [tier.threshold for tier in tiers])
+
+
+def place_for(score: float, thresholds: Sequence[float]) -> int:
+    """Return the place of the largest tier whose threshold the score reaches; the first if there is none."""
+    return max(place for place, lowest in enumerate(thresholds) if not place or score >= lowest)
 
 
 def _at_or_above(place: int, places: Sequence[int]) -> int:

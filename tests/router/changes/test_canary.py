@@ -264,6 +264,13 @@ class Overheard(Siblings):
         self.last = (topic, values)
 
 
+def ended(request: pb.GenerateRequest, facts: RoutingRequest, bill: Bill, answer_id: str) -> Answered:
+    """Return a request that the small tier has answered."""
+    return Answered(
+        request, (), UNSCORED, facts, None, "small", "stop", "ok", "", bill, seconds=0.0, answer_id=answer_id
+    )
+
+
 def test_the_evidence_about_any_tenants_fits_one_message() -> None:
     overheard = Overheard()
     canary = Canary(0.5, overheard, cost_limit=1.0)
@@ -274,22 +281,7 @@ def test_the_evidence_about_any_tenants_fits_one_message() -> None:
         tenant = f"{place:04}" + "\N{OGHAM SPACE MARK}" * 252
         facts = RoutingRequest(0.5, Hints(), tenant=tenant, arm=CANARY if place % 2 else "")
         request = pb.GenerateRequest(request_id="a")
-        canary.answered(
-            Answered(
-                request,
-                (),
-                UNSCORED,
-                facts,
-                None,
-                "small",
-                "stop",
-                "ok",
-                "",
-                bill,
-                seconds=0.0,
-                answer_id="x",
-            )
-        )
+        canary.answered(ended(request, facts, bill, "x"))
         canary.rated(Rating(tenant, "a", "small", 0.123456789, answer_id="x"))
         canary.rated(Rating(tenant, "a", "small", 0.123456789, source="judge", answer_id="x"))
     canary.exchange()
@@ -306,22 +298,7 @@ def test_verdicts_of_a_judge_are_not_mixed_with_ratings_of_callers() -> None:
         request = pb.GenerateRequest(request_id=str(place))
         facts, bill = RoutingRequest(0.5, Hints(), arm=arm), Bill(["small"], {})
         name = f"answer {place}"
-        canary.answered(
-            Answered(
-                request,
-                (),
-                UNSCORED,
-                facts,
-                None,
-                "small",
-                "stop",
-                "ok",
-                "",
-                bill,
-                seconds=0.0,
-                answer_id=name,
-            )
-        )
+        canary.answered(ended(request, facts, bill, name))
         # Answers of the smaller tier are judged, of which the candidate has more; callers are content.
         if place % 4 == 1:
             canary.rated(Rating("", str(place), "small", 0.5, source="judge", answer_id=name))

@@ -35,6 +35,7 @@ from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers
 from headrace.routing.changes.candidates import allowed, floor_of, would_choose
 from headrace.routing.changes.judging import UNJUDGED, Pair, Verdict
+from headrace.routing.policy import place_for
 from headrace.routing.request import RoutingRequest
 from headrace.routing.scoring.score import Scorer
 from headrace.v1 import generation_pb2 as pb
@@ -97,10 +98,7 @@ class Candidate:
             facts = replace(facts, score=made.value, continues=made.continues, estimates=made.estimates)
         thresholds = self._thresholds.now()
         if counts:
-            place = max(
-                place for place, lowest in enumerate(thresholds) if not place or facts.score >= lowest
-            )
-            self._thresholds.record(facts.score, place)
+            self._thresholds.record(facts.score, place_for(facts.score, thresholds))
         weighed = None if self._weighing is None else self._weighing.weigh(facts, floor_of(decision))
         return would_choose(decision, facts.score, facts.hints, thresholds, weighed)
 

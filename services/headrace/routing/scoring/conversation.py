@@ -102,11 +102,6 @@ def window(newest_first: Iterable[Turn]) -> list[Turn]:
     return found[::-1]
 
 
-def last_question(turns: Sequence[Turn]) -> str:
-    """Return the text of the user's last turn; of the last turn if the user has none."""
-    return next((turn.text for turn in reversed(turns) if _is_user(turn)), turns[-1].text)
-
-
 def _is_user(turn: Turn) -> bool:
     return turn.role not in ("system", "assistant", "tool")
 
