@@ -109,7 +109,7 @@ INSTALL = $(BIN)/python -m pip install $(PIP_ARGS) --no-compile --no-build-isola
 
 $(SERVICES): $(VENV)/.pip
 	@echo "installing into $(VENV): torch and transformers are large, this takes a minute or several"
-	$(INSTALL) --editable '.[router,batcher,worker,cli]'
+	$(INSTALL) --editable '.[router,batcher,worker,gateway,cli]'
 	$(BIN)/python -m headrace.cli.launch.precompile
 	touch $@
 
@@ -124,7 +124,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 		> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=77,<82'
 	$(OLDEST)/bin/python -m pip install $(PIP_ARGS) --no-compile --no-build-isolation \
-		--constraint $(OLDEST)/constraints.txt --editable '.[router,batcher,worker,cli]' $(OLDEST_VERSIONS) \
+		--constraint $(OLDEST)/constraints.txt --editable '.[router,batcher,worker,gateway,cli]' $(OLDEST_VERSIONS) \
 		pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis pyyaml
 	touch $@
 

@@ -62,8 +62,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return super()._fill_text(inspect.cleandoc(text), width, indent)
 
 
-class ServiceSettings(AuthSettings):
-    """The settings of every server; each service adds its own."""
+class ProcessSettings(AuthSettings):
+    """The settings of every process, whatever it speaks."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -84,13 +84,6 @@ class ServiceSettings(AuthSettings):
         description="address to listen on, such as ::1; 0.0.0.0 or :: for all addresses, of IPv4 and IPv6",
     )
     port: Port = 0
-    health_port: int = Field(
-        default=0,
-        ge=0,
-        le=65535,
-        description="port for health checks alone, without TLS and credentials, for probes that "
-        "support neither; 0: none",
-    )
     tls_cert: Path | None = Field(
         default=None,
         description="certificate of this process, with intermediate ones, in PEM format: the server then "
@@ -102,22 +95,10 @@ class ServiceSettings(AuthSettings):
         description="certificates of the authorities that sign the mesh's certificates. With it, clients "
         "must have a certificate, and other services are called over TLS",
     )
-    tls_client_certificates: Literal["required", "none"] = Field(
-        default="required",
-        description="with --tls-ca, whether clients on --port must have a certificate; none: they are not "
-        "asked for one, as on a router whose callers have tokens",
-    )
     tls_peers: str = Field(
         default="",
         description="what surrounds the role in the names of the mesh's certificates, separated by commas, "
         "such as spiffe://cluster.local/ns/headrace/sa/ or .headrace.svc; empty: the same as in --tls-cert",
-    )
-    mtls_port: int = Field(
-        default=0,
-        ge=0,
-        le=65535,
-        description="a second port, where clients must have a certificate whatever "
-        "--tls-client-certificates is; 0: none",
     )
     drain_seconds: float = Field(
         default=25.0,
@@ -130,18 +111,6 @@ class ServiceSettings(AuthSettings):
         description="what is done with the trace context of callers: trust makes their spans the parents of "
         "ours, so that their sampling decides what is recorded; link starts a new trace and links to theirs; "
         "ignore does not read it. Use link or ignore for callers that are not trusted",
-    )
-    max_message_megabytes: MessageMegabytes = 2.0
-    max_inflight_megabytes: InflightMegabytes = 32.0
-    max_calls: int = Field(
-        default=4096,
-        ge=16,
-        description="limit of calls in flight, those on shared streams included, with the same shares for a "
-        "host and a connection",
-    )
-    max_concurrent_streams: ConcurrentStreams = 2048
-    max_connections: int = Field(
-        default=4096, ge=16, description="limit of open connections; further ones are closed"
     )
     metrics_port: int = Field(
         default=0,
@@ -161,16 +130,6 @@ class ServiceSettings(AuthSettings):
     def _without_brackets(cls, host: str) -> str:
         return host.strip().removeprefix("[").removesuffix("]")
 
-    @model_validator(mode="after")
-    def _fits_a_message(self) -> Self:
-        least = self.max_message_megabytes / (CONNECTION_SHARE * INCOMPLETE_SHARE)
-        if self.max_inflight_megabytes < least:
-            raise ValueError(
-                f"HEADRACE_MAX_INFLIGHT_MEGABYTES={self.max_inflight_megabytes:g} (or "
-                f"--max-inflight-megabytes) must be at least {least:g}, four times --max-message-megabytes"
-            )
-        return self
-
     @field_validator("tls_peers")
     @classmethod
     def _is_domains(cls, peers: str) -> str:
@@ -185,8 +144,6 @@ class ServiceSettings(AuthSettings):
             )
         if self.tls_ca is not None and self.tls_cert is None:
             raise ValueError("HEADRACE_TLS_CA (or --tls-ca) needs --tls-cert and --tls-key")
-        if self.mtls_port and self.tls_ca is None:
-            raise ValueError("HEADRACE_MTLS_PORT (or --mtls-port) needs --tls-ca")
         return self
 
     @property
@@ -195,17 +152,6 @@ class ServiceSettings(AuthSettings):
         if self.tls_cert is None:
             return None
         return TlsFiles(ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key)
-
-    @property
-    def limits(self) -> Limits:
-        """The limits of the server."""
-        return Limits(
-            max_message_bytes=int(self.max_message_megabytes * MIB),
-            max_inflight_bytes=int(self.max_inflight_megabytes * MIB),
-            max_concurrent_streams=self.max_concurrent_streams,
-            max_calls=self.max_calls,
-            max_connections=self.max_connections,
-        )
 
     @classmethod
     def load(cls, arguments: list[str] | None = None, *, program: str = "") -> Self:
@@ -221,6 +167,69 @@ class ServiceSettings(AuthSettings):
         except ValidationError as error:
             print(complaint(error), file=sys.stderr)
             raise SystemExit(2) from None
+
+
+class ServiceSettings(ProcessSettings):
+    """The settings of every gRPC server; each service adds its own."""
+
+    health_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="port for health checks alone, without TLS and credentials, for probes that "
+        "support neither; 0: none",
+    )
+    tls_client_certificates: Literal["required", "none"] = Field(
+        default="required",
+        description="with --tls-ca, whether clients on --port must have a certificate; none: they are not "
+        "asked for one, as on a router whose callers have tokens",
+    )
+    mtls_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="a second port, where clients must have a certificate whatever "
+        "--tls-client-certificates is; 0: none",
+    )
+    max_message_megabytes: MessageMegabytes = 2.0
+    max_inflight_megabytes: InflightMegabytes = 32.0
+    max_calls: int = Field(
+        default=4096,
+        ge=16,
+        description="limit of calls in flight, those on shared streams included, with the same shares for a "
+        "host and a connection",
+    )
+    max_concurrent_streams: ConcurrentStreams = 2048
+    max_connections: int = Field(
+        default=4096, ge=16, description="limit of open connections; further ones are closed"
+    )
+
+    @model_validator(mode="after")
+    def _fits_a_message(self) -> Self:
+        least = self.max_message_megabytes / (CONNECTION_SHARE * INCOMPLETE_SHARE)
+        if self.max_inflight_megabytes < least:
+            raise ValueError(
+                f"HEADRACE_MAX_INFLIGHT_MEGABYTES={self.max_inflight_megabytes:g} (or "
+                f"--max-inflight-megabytes) must be at least {least:g}, four times --max-message-megabytes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mtls_has_an_authority(self) -> Self:
+        if self.mtls_port and self.tls_ca is None:
+            raise ValueError("HEADRACE_MTLS_PORT (or --mtls-port) needs --tls-ca")
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the server."""
+        return Limits(
+            max_message_bytes=int(self.max_message_megabytes * MIB),
+            max_inflight_bytes=int(self.max_inflight_megabytes * MIB),
+            max_concurrent_streams=self.max_concurrent_streams,
+            max_calls=self.max_calls,
+            max_connections=self.max_connections,
+        )
 
 
 class CalledServiceSettings(ServiceSettings):

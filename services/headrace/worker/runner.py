@@ -75,6 +75,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop_ids: frozenset[int] = frozenset()
 
@@ -134,6 +136,31 @@ class SequenceTimes:
 _NO_TIMES = SequenceTimes()
 
 
+@dataclass(frozen=True, slots=True)
+class TopTokens:
+    """The most likely tokens at one place, most likely first; as many as the request asks for.
+
+    If the token at that place is one of them, its log-probability there has the same bits as its own.
+    """
+
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of consecutive tokens of a prompt.
+
+    offset     position in the prompt of the first of them, at least 1
+    logprobs   one per token
+    top        one per token if the request asks for more than 0, else empty
+    """
+
+    offset: int
+    logprobs: Sequence[float]
+    top: Sequence[TopTokens] = ()
+
+
 # Not frozen, though nothing changes it: one is made per token, and a frozen one takes five times as long.
 @dataclass(slots=True)
 class SequenceUpdate(Generic[K]):
@@ -141,6 +168,9 @@ class SequenceUpdate(Generic[K]):
 
     offset     position of the first new token in the answer, resumed tokens included
     logprobs   one per token if the sequence asks for them, else empty
+    top        one per token if the sequence asks for top_logprobs above 0, else empty
+    prompt     the next part of the prompt, if the sequence asks for prompt_logprobs; all parts come before
+               the first token, or with it
     cached     number of submitted ids that the prefix cache held, so far
     finish     set in the last update of the sequence, and only there
     fault      the error message, if finish is FAULT
@@ -155,6 +185,8 @@ class SequenceUpdate(Generic[K]):
     finish: FinishReason | None = None
     fault: str = ""
     times: SequenceTimes = _NO_TIMES
+    top: Sequence[TopTokens] = ()
+    prompt: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The endpoints: HTTP requests to requests of the mesh, and answers back."""
