@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import FailFast, Field
 
 from headrace.client import Client
-from headrace.gateway.api.chat_parameters import TEMPLATE_ADVICE, Message, conversation
+from headrace.gateway.api.chat_parameters import Message, conversation
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.parameters import NO_TOOLS, Uint32
 from headrace.gateway.api.reading import Parameters, Refusal, ignored_header, read
@@ -26,7 +26,7 @@ class TokenizeParameters(Parameters):
     """The parameters of /tokenize: a text or a conversation."""
 
     refused: ClassVar[Mapping[str, Refusal]] = {
-        "chat_template": Refusal(TEMPLATE_ADVICE),
+        "chat_template": Refusal("the template of the model is used; leave it out"),
         "tools": Refusal(NO_TOOLS, ([],)),
     }
     ignored: ClassVar[Collection[str]] = ("media_io_kwargs", "mm_processor_kwargs")
@@ -59,16 +59,17 @@ class TokenizeParameters(Parameters):
         assert self.messages is not None
         if self.add_special_tokens:
             raise _invalid(
-                "add_special_tokens", "add_special_tokens must be false with messages: the chat template sets them"
+                "add_special_tokens",
+                "add_special_tokens must be false with messages: the chat template sets them",
             )
         if self.continue_final_message and self.add_generation_prompt:
             raise _invalid(
                 "add_generation_prompt",
                 "add_generation_prompt and continue_final_message are both true: set one of them",
             )
-        request.chat.CopyFrom(
-            conversation(self.messages, self.chat_template_kwargs, continued=bool(self.continue_final_message))
-        )
+        request.chat.CopyFrom(conversation(self.messages, self.chat_template_kwargs or {}))
+        if self.continue_final_message:
+            request.chat.continue_final_message = True
         request.add_generation_prompt = self.add_generation_prompt is not False
         return request
 
@@ -124,9 +125,7 @@ class Tokenizers:
 
         The response has the keys of a tokenizer_config.json, as far as the mesh knows them.
         """
-        request = pb.GetTokenizerRequest(
-            tokenizer=await self._choice(exchange.query.get("model"), exchange)
-        )
+        request = pb.GetTokenizerRequest(tokenizer=await self._choice(None, exchange))
         response = await self._client.get_tokenizer(request, metadata=exchange.metadata)
         named = response.special_tokens
         await exchange.reply(

@@ -1,4 +1,4 @@
-"""Write the `logprobs` of a text completion: parallel lists about its tokens, as in OpenAI's older API and vLLM."""
+"""Write the `logprobs` of a text completion: parallel lists about its tokens, as OpenAI and vLLM do."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ class TextLogprobs:
             self._tops.append(top)
 
     def move(self, offset: int) -> None:
-        """Set where the next token starts: the text of a prompt has the names of special tokens, which have no text."""
+        """Set where the next token starts.
+
+        A prompt may contain the names of special tokens, which have no text among its tokens.
+        """
         self._decoder.reset()
         self._offset = offset
 

@@ -25,7 +25,9 @@ class TextParameters(CompletionParameters):
         "response_format": Refusal(LATER, ({"type": "text"},)),
         "suffix": Refusal("the models of this server do not insert text; leave it out", ("",)),
         # vLLM's
-        "add_special_tokens": Refusal("prompts are tokenized as by /tokenize; send token ids instead", (True,)),
+        "add_special_tokens": Refusal(
+            "prompts are tokenized as by /tokenize; send token ids instead", (True,)
+        ),
         "prompt_embeds": Refusal("send text or token ids"),
         "prompt_logprobs": Refusal("use echo with logprobs"),
     }
@@ -36,22 +38,21 @@ class TextParameters(CompletionParameters):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
-    def texts(self) -> bool:
+    def is_text(self) -> bool:
         """Whether the prompts are texts, not token ids."""
         return isinstance(self.prompt[0], str)
-
-    @property
-    def total(self) -> int:
-        """How many answers are requested for all prompts together."""
-        return len(self.prompt) * self.choices
 
     @property
     def echo_only(self) -> bool:
         """Whether the response contains the prompts and no answers."""
         return bool(self.echo) and self.max_tokens == 0
 
+    def names(self) -> Mapping[str, str]:
+        """Return the names of parameters that have another name than the mesh's field, by the latter."""
+        return {"token_ids": "prompt", "top_logprobs": "logprobs", "prompt_logprobs": "logprobs"}
+
     def most_tokens(self) -> int:
-        """Return the most tokens to generate: at least 1, which is left out if only the prompt is requested."""
+        """Return the most tokens to generate: at least 1, which is left out if `echo_only`."""
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else max(self.max_tokens, 1)
 
     def sampling(self) -> pb.Sampling:
@@ -63,8 +64,8 @@ class TextParameters(CompletionParameters):
             if self.echo:
                 sampling.prompt_logprobs = self.logprobs
                 if self.most_tokens() == 1:
-                    # Evaluation harnesses expect exactly one token after the prompt, and leave it out. The token that
-                    # ends a turn counts as one only with ignore_eos.
+                    # Evaluation harnesses expect exactly one token after the prompt, and leave it out.
+                    # The token that ends a turn counts as one only with ignore_eos.
                     sampling.ignore_eos = True
         return sampling
 
@@ -72,15 +73,15 @@ class TextParameters(CompletionParameters):
         if self.best_of is not None and self.best_of != self.choices:
             raise _invalid(
                 "best_of",
-                f"best_of must be equal to n, which is {self.choices}: this server returns all answers that it "
-                "generates; set n, and choose the best one",
+                f"best_of must be equal to n, which is {self.choices}: this server returns all answers "
+                "that it generates; set n, and choose the best one",
             )
         if self.max_tokens == 0 and not self.echo:
             raise _invalid("max_tokens", "max_tokens must be at least 1, or at least 0 with echo")
-        if self.total > MAX_CHOICES:
+        if (total := len(self.prompt) * self.choices) > MAX_CHOICES:
             raise _invalid(
-                "prompt",
-                f"{len(self.prompt)} prompts with n={self.choices} are {self.total} answers, must be at most "
+                "n",
+                f"{len(self.prompt)} prompts with n={self.choices} are {total} answers, must be at most "
                 f"{MAX_CHOICES}: send several requests",
             )
 

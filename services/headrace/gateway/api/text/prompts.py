@@ -33,7 +33,9 @@ def prompts_of(value: Any) -> list[Prompt]:
         raise ValueError(f"[0] is {_kind(value[0])}, {_WANTED}")
     for place, item in enumerate(value):
         if type(item) is not first:
-            raise ValueError(f"[{place}] is {_kind(item)}, but [0] is {_kind(value[0])}: send them separately")
+            raise ValueError(
+                f"[{place}] is {_kind(item)}, but [0] is {_kind(value[0])}: send them separately"
+            )
     read = _text if first is str else _ids
     return [read(item, f"[{place}] ") for place, item in enumerate(value)]
 
@@ -63,6 +65,5 @@ def _kind(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int | float):
-        return "a number"
-    return {str: "a text", list: "a list"}.get(type(value), "an object")
+    kinds: dict[type[object], str] = {str: "a text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
