@@ -9,17 +9,14 @@ from starlette.types import ASGIApp
 
 from headrace.client import Client
 from headrace.gateway.api import chat
-from headrace.gateway.http.exchange import Endpoint
+from headrace.gateway.http.endpoint import Endpoint
 
 
 def routes(client: Client) -> ASGIApp:
     """Return the application, which calls the mesh by *client*."""
     return Router(
         [
-            Route(
-                "/v1/chat/completions",
-                Endpoint(partial(chat.complete, client)),
-                methods=["POST"],
-            )
-        ]
+            Route("/v1/chat/completions", Endpoint(partial(chat.complete, client), "POST")),
+        ],
+        redirect_slashes=False,
     )
