@@ -9,7 +9,7 @@ from headrace.client import Client
 from headrace.gateway.api import unserved
 from headrace.gateway.api.chat import ChatCompletions
 from headrace.gateway.api.models import Models
-from headrace.gateway.http.exchange import Endpoint
+from headrace.gateway.http.endpoint import Endpoint
 
 
 def routes(client: Client) -> ASGIApp:
@@ -18,10 +18,11 @@ def routes(client: Client) -> ASGIApp:
     chat = ChatCompletions(client, models)
     return Router(
         [
-            Route("/v1/chat/completions", Endpoint(chat.complete), methods=["POST"]),
-            Route("/v1/models", Endpoint(models.list), methods=["GET"]),
-            Route("/v1/models/{name:path}", Endpoint(models.show), methods=["GET"]),
-            Route("/v1/embeddings", Endpoint(unserved.embeddings), methods=["POST"]),
-            Route("/v1/{rest:path}", Endpoint(unserved.unknown)),
-        ]
+            Route("/v1/chat/completions", Endpoint(chat.complete, "POST")),
+            Route("/v1/models", Endpoint(models.list, "GET")),
+            Route("/v1/models/{name:path}", Endpoint(models.show, "GET")),
+            Route("/v1/embeddings", Endpoint(unserved.embeddings, "POST")),
+            Route("/v1/{rest:path}", Endpoint(unserved.unknown, "GET", "POST", "PUT", "PATCH", "DELETE")),
+        ],
+        redirect_slashes=False,
     )
