@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -90,15 +90,11 @@ class ChatParameters(CompletionParameters):
 
     def chat(self) -> pb.Chat:
         """Return the conversation. Raises Problem."""
-        chat = pb.Chat()
-        for number, message in enumerate(self.messages):
-            chat.messages.add(role=message["role"], content=words_of(message, f"messages[{number}]"))
-        self._set_continuation(chat)
         arguments = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", self.reasoning_effort)
-        if arguments:
-            _set_arguments(chat, arguments)
+        chat = conversation(self.messages, arguments)
+        self._set_continuation(chat)
         return chat
 
     def _set_continuation(self, chat: pb.Chat) -> None:
@@ -120,7 +116,17 @@ class ChatParameters(CompletionParameters):
             )
 
 
-def _set_arguments(chat: pb.Chat, arguments: dict[str, object]) -> None:
+def conversation(messages: Sequence[Message], arguments: Mapping[str, object]) -> pb.Chat:
+    """Return the conversation of *messages*, with the variables of the chat template. Raises Problem."""
+    chat = pb.Chat()
+    for number, message in enumerate(messages):
+        chat.messages.add(role=message["role"], content=words_of(message, f"messages[{number}]"))
+    if arguments:
+        _set_arguments(chat, arguments)
+    return chat
+
+
+def _set_arguments(chat: pb.Chat, arguments: Mapping[str, object]) -> None:
     """Set the variables of the chat template. Raises Problem for those that the mesh cannot represent.
 
     Size and depth are checked before they are copied, which takes microseconds for each value.

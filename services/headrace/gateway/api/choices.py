@@ -87,9 +87,9 @@ class _Asking:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def lead(self, index: int, request: pb.GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Ask for the first choice, and start the others of the prompt after its second event.
+        """Ask for the first choice, and start the others of the prompt with its first delta.
 
-        That is its first delta, or a part of the prompt: the prompt was computed.
+        Then the prompt was computed, and all its tokens were passed on, if they were requested.
         """
         accepted: pb.Accepted | None = None
         others = range(1, self._n)
@@ -97,7 +97,7 @@ class _Asking:
             async for event in events:
                 if accepted is None:
                     accepted = event[1].accepted
-                elif others:
+                elif others and not event[1].HasField("prompt_tokens"):
                     for place in others:
                         self.start(self._ask(index + place, _follower(request, accepted, place)))
                     others = range(0)
