@@ -11,30 +11,32 @@ from headrace.gateway.api.chat import ChatCompletions
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.text.completions import TextCompletions
 from headrace.gateway.api.tokenizers import Tokenizers
-from headrace.gateway.http.exchange import Endpoint
+from headrace.gateway.http.endpoint import Endpoint
 
 
 def routes(client: Client) -> ASGIApp:
     """Return the application, which calls the mesh by *client*."""
     models = Models(client)
     chat = ChatCompletions(client, models)
+    text = TextCompletions(client, models)
     tokenizers = Tokenizers(client, models)
     return Router(
         [
-            Route("/v1/chat/completions", Endpoint(chat.complete), methods=["POST"]),
-            Route("/v1/completions", Endpoint(TextCompletions(client, models).complete), methods=["POST"]),
+            Route("/v1/chat/completions", Endpoint(chat.complete, "POST")),
+            Route("/v1/completions", Endpoint(text.complete, "POST")),
             *(
-                route
+                Route(prefix + path, Endpoint(handler, method))
                 for prefix in ("", "/v1")
-                for route in (
-                    Route(f"{prefix}/tokenize", Endpoint(tokenizers.tokenize), methods=["POST"]),
-                    Route(f"{prefix}/detokenize", Endpoint(tokenizers.detokenize), methods=["POST"]),
-                    Route(f"{prefix}/tokenizer_info", Endpoint(tokenizers.info), methods=["GET"]),
+                for path, handler, method in (
+                    ("/tokenize", tokenizers.tokenize, "POST"),
+                    ("/detokenize", tokenizers.detokenize, "POST"),
+                    ("/tokenizer_info", tokenizers.info, "GET"),
                 )
             ),
-            Route("/v1/models", Endpoint(models.list), methods=["GET"]),
-            Route("/v1/models/{name:path}", Endpoint(models.show), methods=["GET"]),
-            Route("/v1/embeddings", Endpoint(unserved.embeddings), methods=["POST"]),
-            Route("/v1/{rest:path}", Endpoint(unserved.unknown)),
-        ]
+            Route("/v1/models", Endpoint(models.list, "GET")),
+            Route("/v1/models/{name:path}", Endpoint(models.show, "GET")),
+            Route("/v1/embeddings", Endpoint(unserved.embeddings, "POST")),
+            Route("/v1/{rest:path}", Endpoint(unserved.unknown, "GET", "POST", "PUT", "PATCH", "DELETE")),
+        ],
+        redirect_slashes=False,
     )

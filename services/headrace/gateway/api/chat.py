@@ -10,13 +10,13 @@ from headrace.gateway.api.chat_parameters import ChatParameters
 from headrace.gateway.api.choices import answers
 from headrace.gateway.api.hints import hints_of
 from headrace.gateway.api.models import Models
-from headrace.gateway.api.parameters import check
 from headrace.gateway.api.reading import ignored_header, read
 from headrace.gateway.api.streaming import Whole, deliver, json_bytes, json_text
 from headrace.gateway.api.tally import Tally, ending, head
 from headrace.gateway.api.token_details import chat_token
 from headrace.gateway.http.exchange import Exchange
 from headrace.v1 import generation_pb2 as pb
+from headrace.validation import check_request
 
 
 class ChatCompletions:
@@ -28,7 +28,8 @@ class ChatCompletions:
 
     async def complete(self, exchange: Exchange) -> None:
         """Answer one request. Raises Problem and HeadraceError."""
-        parameters = read(ChatParameters, exchange.body)
+        parameters = read(ChatParameters, await exchange.json())
+        exchange.params = parameters.params()
         unused = parameters.unused()
         sampling, chat = parameters.sampling(), parameters.chat()
         hints = await hints_of(exchange, parameters, self._models, prefix="chatcmpl-")
@@ -39,7 +40,7 @@ class ChatCompletions:
             routing=hints.routing,
             stream=pb.StreamOptions(include_token_ids=parameters.return_token_ids),
         )
-        check(request, parameters.names())
+        check_request(request)
         n = parameters.choices
         await deliver(
             exchange,

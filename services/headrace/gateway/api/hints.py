@@ -14,13 +14,13 @@ import math
 import uuid
 from dataclasses import dataclass
 
-from headrace import errors
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.parameters import DEFAULT_PRIORITY, CompletionParameters
+from headrace.gateway.http.callers import TENANT_HEADER, tenant_of
 from headrace.gateway.http.exchange import Exchange
 from headrace.gateway.problems import Problem
 from headrace.quoting import quoted
-from headrace.runtime.security.identity import MAX_PRIORITY, Identity
+from headrace.runtime.security.identity import MAX_PRIORITY
 from headrace.v1 import generation_pb2 as pb
 
 MAX_REQUEST_ID = 64  # characters, so that prefix and suffix fit into the mesh's limit
@@ -34,7 +34,7 @@ class Hints:
     id        of the completion and of the request in the mesh
     routing   for the mesh
     timeout   seconds for the whole answer; None: the default of the router
-    ignored   parameters that have no effect because of the credentials
+    ignored   parameters that have no effect because of others or of the credentials
     """
 
     id: str
@@ -60,7 +60,9 @@ async def hints_of(
     if (quality := _number(exchange, "x-headrace-quality", 0, 1)) is not None:
         routing.quality_preference = quality
     _set_priority(exchange, parameters, routing)
-    ignored = _set_tenant(exchange, parameters, routing)
+    named = headers.get(TENANT_HEADER)
+    routing.tenant = tenant_of(exchange.identity, parameters.user, named)
+    ignored = ("user",) if parameters.user and parameters.user != routing.tenant else ()
     timeout = _number(exchange, "x-headrace-deadline", 0, math.inf)
     if timeout == 0:
         raise _bad_header("x-headrace-deadline", headers["x-headrace-deadline"], "more than 0 seconds")
@@ -79,28 +81,6 @@ def _set_priority(exchange: Exchange, parameters: CompletionParameters, routing:
         priority = min(DEFAULT_PRIORITY if priority is None else priority, most)
     if priority is not None:
         routing.priority = priority
-
-
-def _set_tenant(exchange: Exchange, parameters: CompletionParameters, routing: pb.Routing) -> tuple[str, ...]:
-    """Set the tenant: that of the credentials, of the header, or the user.
-
-    The mesh may trust the gateway to act for any tenant, so another tenant than that of the credentials is
-    rejected here. `user` is no claim to be a tenant: it is ignored if the credentials have one.
-    """
-    named = exchange.headers.get("x-headrace-tenant", "")
-    user = parameters.user or ""
-    identity: Identity = exchange.identity
-    if identity.tenant is None:
-        routing.tenant = named or user
-        return ("user",) if named and user and user != named else ()
-    if named and named != identity.tenant:
-        raise errors.Forbidden(
-            f"{identity.name} may not act for the tenant {quoted(named)}: leave x-headrace-tenant out, or "
-            "use the credentials of that tenant",
-            field="x-headrace-tenant",
-        )
-    routing.tenant = identity.tenant
-    return ("user",) if user and user != identity.tenant else ()
 
 
 def _request_id(exchange: Exchange, parameters: CompletionParameters) -> str:

@@ -1,23 +1,22 @@
 """The parameters that chat and text completions share, and the request of the mesh that they become.
 
-The names and ranges are those of OpenAI's API, with vLLM's additions where the mesh has the same thing. The
-ranges of sampling parameters are checked by `headrace.validation`, as in router and batcher; its messages use
-the names of this API here.
+The names are those of OpenAI's API, with vLLM's additions where the mesh has the same thing. Types are
+checked here, and ranges by `headrace.validation`, as in router and batcher: `params` has the names for its
+errors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from headrace import errors
-from headrace.gateway.api.reading import Parameters, Refusal
-from headrace.gateway.problems import Problem
-from headrace.quoting import quoted
+from headrace.gateway.api.reading import Parameters, Refusal, invalid
+from headrace.quoting import clipped, quoted
 from headrace.v1 import generation_pb2 as pb
-from headrace.validation import MAX_BIASES, MAX_STOP_IDS, MAX_STOPS, check_request
+from headrace.validation import MAX_BIASES, MAX_STOP_IDS, MAX_STOPS
 
 MAX_CHOICES = 128  # of a request, as in OpenAI's API; each is a request of its own in the mesh
 DEFAULT_PRIORITY = 5
@@ -27,6 +26,20 @@ Uint32 = Annotated[int, Field(ge=0, le=_MAX_UINT32)]
 
 LATER = "this server has no structured output yet; ask for the format in the prompt, and check the answer"
 NO_TOOLS = "this server has no tool calls yet; leave it out"
+
+
+PARAMS: Mapping[str, str] = {
+    "sampling": "",  # sampling.top_p is top_p
+    "chat": "",
+    "chat.template_arguments": "chat_template_kwargs",
+    "routing.tier": "model",
+    "routing.model": "model",
+    "routing.min_tier": "x-headrace-min-tier",
+    "routing.max_tier": "x-headrace-max-tier",
+    "routing.session_id": "x-headrace-session",
+    "routing.tenant": "user",
+    "request_id": "request_id",
+}
 
 
 class StreamOptions(Parameters):
@@ -74,7 +87,7 @@ class CompletionParameters(Parameters):
 
     model: str | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Annotated[dict[str, object], Field(max_length=MAX_BIASES)] | None = None
     max_tokens: Uint32 | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     presence_penalty: float | None = None
@@ -104,6 +117,10 @@ class CompletionParameters(Parameters):
         if self.stream_options is not None:
             names += self.stream_options.unused("stream_options.") if self.stream else ["stream_options"]
         return names
+
+    def params(self) -> Mapping[str, str]:
+        """Return the names of parameters by the fields of the contract, for `problem_of`."""
+        return PARAMS
 
     @property
     def choices(self) -> int:
@@ -137,7 +154,7 @@ class CompletionParameters(Parameters):
             stop_token_ids=self.stop_token_ids,
         )
         for token, bias in (self.logit_bias or {}).items():
-            sampling.logit_bias[_token_id(token)] = bias
+            sampling.logit_bias[_token_id(token)] = _bias(token, bias)
         return sampling
 
     def urgency(self) -> int | None:
@@ -145,44 +162,25 @@ class CompletionParameters(Parameters):
         if self.priority is None:
             return None
         if not 0 <= (urgency := DEFAULT_PRIORITY - self.priority) <= 9:
-            raise Problem(
-                400,
-                f"priority is {quoted(str(self.priority))}, must be {DEFAULT_PRIORITY - 9} (the most urgent) "
+            raise invalid(
+                "priority",
+                f"is {clipped(str(self.priority), 64)}, must be {DEFAULT_PRIORITY - 9} (the most urgent) "
                 f"to {DEFAULT_PRIORITY}, 0 by default; x-headrace-priority is 0 to 9, the most urgent",
-                code="invalid_value",
-                param="priority",
             )
         return urgency
-
-
-def check(request: pb.GenerateRequest, names: Mapping[str, str] | None = None) -> None:
-    """Raise Problem if the mesh would reject *request*, in the words of this API.
-
-    names   of parameters that have another name than in the mesh: {"max_tokens": "max_completion_tokens"}
-    """
-    try:
-        check_request(request)
-    except errors.InvalidRequest as error:
-        room, _, field = error.field.rpartition(".") if "[" not in error.field else ("", "", error.field)
-        raise _renamed(error, room, field, names or {}) from None
-
-
-def _renamed(error: errors.InvalidRequest, room: str, field: str, names: Mapping[str, str]) -> Problem:
-    given = (
-        names.get(error.field)
-        or names.get(field)
-        or error.field.removeprefix("sampling.").removeprefix("chat.")
-    )
-    message = error.message.replace(error.field, given) if error.field else error.message
-    return Problem(400, message, code=error.reason.lower(), param=given or None)
 
 
 def _token_id(text: str) -> int:
     if text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _MAX_UINT32:
         return int(text)
-    raise Problem(
-        400,
-        f'logit_bias has the key {quoted(text)}, must be a token id such as "42"',
-        code="invalid_value",
-        param="logit_bias",
-    )
+    raise invalid("logit_bias", f'has the key {quoted(text)}, must be a token id such as "42"')
+
+
+def _bias(token: str, value: object) -> float:
+    # Checked here, because pydantic would report each of any number of values.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise invalid("logit_bias", f"of token {quoted(token)} must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -1,4 +1,4 @@
-"""Read the JSON of a request into parameters, and describe what is wrong with it in words.
+"""Read the parameters of a request, and describe what is wrong with it in words.
 
 A parameter is supported (a field of its class), ignored (the response's header `x-headrace-ignored` names
 it), or refused, because an answer that ignores it would be wrong. A parameter that no class knows is ignored,
@@ -8,7 +8,7 @@ because SDKs send new ones before servers know them. docs/openai.md lists all ot
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -63,28 +63,45 @@ class Parameters(BaseModel):
 
         place   prepended to the names, such as "stream_options."
         """
-        names = []
-        for name, value in (self.model_extra or {}).items():
-            refusal = self.refused.get(name)
-            if refusal is None:
-                if value is not None:
-                    names.append(place + name)
-            elif refusal.applies(value):
-                raise Problem(
-                    400,
-                    f"{place}{name} is not supported: {refusal.advice}",
-                    code="unsupported_parameter",
-                    param=place + name,
-                )
-        return names
+        return unused_of((self.model_extra or {}).items(), self.refused, place)
 
 
-def read(kind: type[P], body: bytes) -> P:
-    """Return the parameters in *body*. Raises Problem for the first thing that is wrong."""
+def unused_of(
+    others: Iterable[tuple[str, object]], refused: Mapping[str, Refusal], place: str = ""
+) -> list[str]:
+    """Return the names of those that are ignored of parameters that are not supported; null is as if absent.
+
+    place   prepended to the names, such as "stream_options."
+
+    Raises Problem for the first one that is refused.
+    """
+    names = []
+    for name, value in others:
+        refusal = refused.get(name)
+        if refusal is None:
+            if value is not None:
+                names.append(place + name)
+        elif refusal.applies(value):
+            raise Problem(
+                400,
+                f"{place}{name} is not supported: {refusal.advice}",
+                code="unsupported_parameter",
+                param=place + name,
+            )
+    return names
+
+
+def read(kind: type[P], body: Mapping[str, object]) -> P:
+    """Return the parameters in the JSON object *body*. Raises Problem for the first thing that is wrong."""
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         raise _problem(error) from None
+
+
+def invalid(name: str, complaint: str) -> Problem:
+    """Return the problem of a parameter with a value that is not possible."""
+    return Problem(400, f"{name} {complaint}", code="invalid_value", param=name)
 
 
 def ignored_header(names: Collection[str]) -> dict[str, str]:
@@ -104,11 +121,7 @@ def ignored_header(names: Collection[str]) -> dict[str, str]:
 def _problem(error: ValidationError) -> Problem:
     found = error.errors(include_url=False)
     first = _clearest(found)
-    if first["type"] == "json_invalid":
-        return Problem(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     name = _name(first["loc"])
-    if not name:
-        return Problem(400, "the body is not a JSON object: send one", code="invalid_json")
     if first["type"] == "missing":
         return Problem(400, f"{name} is missing: set it", code="missing_required_parameter", param=name)
     wanted = [_TYPES[other["type"]] for other in found if _same(other, first)]
@@ -116,7 +129,7 @@ def _problem(error: ValidationError) -> Problem:
         complaint = f"is {_shown(first['input'])}, must be {' or '.join(dict.fromkeys(wanted))}"
     else:
         complaint = _complaint(first)
-    return Problem(400, f"{name} {complaint}", code="invalid_value", param=name)
+    return invalid(name, complaint)
 
 
 def _clearest(found: list[ErrorDetails]) -> ErrorDetails:

@@ -60,8 +60,9 @@ async def deliver(
             await stream(exchange, events, form, tally, include_usage=include_usage, headers=headers)
             return
         wholes = await gather(events, tally)
-    body = json_bytes(form.whole(wholes, tally))
-    await exchange.reply(body, headers={**tally.headers(), **tally.cost_header(), **headers})
+    await exchange.reply(
+        form.whole(wholes, tally), headers={**tally.headers(), **tally.cost_header(), **headers}
+    )
 
 
 async def stream(
@@ -82,6 +83,7 @@ async def stream(
         data: bytes | None
         if event == "delta":
             data = form.delta(index, response.delta)
+            exchange.first_token()
         elif event == "accepted":
             begins = not tally.accepted
             tally.accepted[index] = response.accepted

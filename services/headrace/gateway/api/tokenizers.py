@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import FailFast, Field
+from pydantic import Field
 
 from headrace.client import Client
-from headrace.gateway.api.chat_parameters import Message, conversation
+from headrace.gateway.api.chat_parameters import conversation
+from headrace.gateway.api.messages import Message, unused_of_messages
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.parameters import NO_TOOLS, Uint32
-from headrace.gateway.api.reading import Parameters, Refusal, ignored_header, read
+from headrace.gateway.api.reading import Parameters, Refusal, ignored_header, invalid, read
 from headrace.gateway.http.exchange import Exchange
-from headrace.gateway.problems import Problem
 from headrace.v1 import tokenizer_service_pb2 as pb
 from headrace.validation import MAX_MESSAGES, MAX_TOKENIZER_IDS
 
@@ -33,7 +33,7 @@ class TokenizeParameters(Parameters):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)()] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -42,15 +42,12 @@ class TokenizeParameters(Parameters):
 
     def unused(self, place: str = "") -> list[str]:
         """Return the names of the parameters that are ignored. Raises Problem for one that is refused."""
-        names = super().unused(place)
-        for number, message in enumerate(self.messages or ()):
-            names += message.unused(f"messages[{number}].")
-        return names
+        return super().unused(place) + unused_of_messages(self.messages or ())
 
     def request(self) -> pb.TokenizeRequest:
         """Return the request of the mesh, without a model. Raises Problem."""
         if (self.prompt is None) == (self.messages is None):
-            raise _invalid("prompt", "set either prompt or messages")
+            raise invalid("prompt", "must be set, or messages, but not both")
         request = pb.TokenizeRequest(include_texts=self.return_token_strs)
         if self.prompt is not None:
             request.prompt = self.prompt
@@ -58,14 +55,14 @@ class TokenizeParameters(Parameters):
             return request
         assert self.messages is not None
         if self.add_special_tokens:
-            raise _invalid(
+            raise invalid(
                 "add_special_tokens",
-                "add_special_tokens must be false with messages: the chat template sets them",
+                "must be false with messages: the chat template sets them",
             )
         if self.continue_final_message and self.add_generation_prompt:
-            raise _invalid(
+            raise invalid(
                 "add_generation_prompt",
-                "add_generation_prompt and continue_final_message are both true: set one of them",
+                "must not be true together with continue_final_message",
             )
         request.chat.CopyFrom(conversation(self.messages, self.chat_template_kwargs or {}))
         if self.continue_final_message:
@@ -78,7 +75,7 @@ class DetokenizeParameters(Parameters):
     """The parameters of /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[Uint32], Field(max_length=MAX_TOKENIZER_IDS), FailFast()]
+    tokens: Annotated[list[Uint32], Field(max_length=MAX_TOKENIZER_IDS)()]
 
 
 class Tokenizers:
@@ -90,7 +87,7 @@ class Tokenizers:
 
     async def tokenize(self, exchange: Exchange) -> None:
         """Answer /tokenize. Raises Problem and HeadraceError."""
-        parameters = read(TokenizeParameters, exchange.body)
+        parameters = read(TokenizeParameters, await exchange.json())
         headers = ignored_header(parameters.unused())
         request = parameters.request()
         request.tokenizer.CopyFrom(await self._choice(parameters.model, exchange))
@@ -108,7 +105,7 @@ class Tokenizers:
 
     async def detokenize(self, exchange: Exchange) -> None:
         """Answer /detokenize. Raises Problem and HeadraceError."""
-        parameters = read(DetokenizeParameters, exchange.body)
+        parameters = read(DetokenizeParameters, await exchange.json())
         headers = ignored_header(parameters.unused())
         if not parameters.tokens:
             await exchange.reply({"prompt": ""}, headers=headers)
@@ -153,7 +150,3 @@ _NAMES = {
     "token_ids": "tokens",
     "tokenizer": "model",
 }
-
-
-def _invalid(param: str, message: str) -> Problem:
-    return Problem(400, message, code="invalid_value", param=param)

@@ -10,7 +10,6 @@ from headrace.client import Client
 from headrace.gateway.api.choices import Event, answers
 from headrace.gateway.api.hints import hints_of
 from headrace.gateway.api.models import Models
-from headrace.gateway.api.parameters import check
 from headrace.gateway.api.reading import ignored_header, read
 from headrace.gateway.api.streaming import deliver
 from headrace.gateway.api.tally import Tally
@@ -19,6 +18,7 @@ from headrace.gateway.api.text.parameters import TextParameters, requests_of
 from headrace.gateway.http.exchange import Exchange
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import tokenizer_service_pb2 as tokenizer_pb
+from headrace.validation import check_request
 
 _AT_ONCE = 16  # calls that return the text of a prompt
 
@@ -32,7 +32,8 @@ class TextCompletions:
 
     async def complete(self, exchange: Exchange) -> None:
         """Answer one request. Raises Problem and HeadraceError."""
-        parameters = read(TextParameters, exchange.body)
+        parameters = read(TextParameters, await exchange.json())
+        exchange.params = parameters.params()
         unused = parameters.unused()
         sampling = parameters.sampling()
         hints = await hints_of(exchange, parameters, self._models, prefix="cmpl-")
@@ -42,7 +43,7 @@ class TextCompletions:
         options = pb.StreamOptions(include_token_ids=parameters.return_token_ids)
         requests = requests_of(parameters.prompt, hints.id, sampling, routing, options)
         for request in requests:
-            check(request, parameters.names())
+            check_request(request)
         echoed = await self._texts(parameters, routing, exchange) if parameters.echo else []
         n = parameters.choices
         events = answers(self._client, requests, n=n, timeout=hints.timeout, metadata=exchange.metadata)

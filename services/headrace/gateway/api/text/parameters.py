@@ -7,10 +7,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from headrace.gateway.api.parameters import LATER, MAX_CHOICES, CompletionParameters
-from headrace.gateway.api.reading import Refusal
+from headrace.gateway.api.parameters import LATER, MAX_CHOICES, PARAMS, CompletionParameters
+from headrace.gateway.api.reading import Refusal, invalid
 from headrace.gateway.api.text.prompts import Prompt, Prompts
-from headrace.gateway.problems import Problem
 from headrace.v1 import generation_pb2 as pb
 
 DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API
@@ -47,9 +46,9 @@ class TextParameters(CompletionParameters):
         """Whether the response contains the prompts and no answers."""
         return bool(self.echo) and self.max_tokens == 0
 
-    def names(self) -> Mapping[str, str]:
-        """Return the names of parameters that have another name than the mesh's field, by the latter."""
-        return {"token_ids": "prompt", "top_logprobs": "logprobs", "prompt_logprobs": "logprobs"}
+    def params(self) -> Mapping[str, str]:
+        """Return the names of parameters by the fields of the contract, for `problem_of`."""
+        return _PARAMS
 
     def most_tokens(self) -> int:
         """Return the most tokens to generate: at least 1, which is left out if `echo_only`."""
@@ -71,18 +70,18 @@ class TextParameters(CompletionParameters):
 
     def _check(self) -> None:
         if self.best_of is not None and self.best_of != self.choices:
-            raise _invalid(
+            raise invalid(
                 "best_of",
-                f"best_of must be equal to n, which is {self.choices}: this server returns all answers "
+                f"must be equal to n, which is {self.choices}: this server returns all answers "
                 "that it generates; set n, and choose the best one",
             )
         if self.max_tokens == 0 and not self.echo:
-            raise _invalid("max_tokens", "max_tokens must be at least 1, or at least 0 with echo")
+            raise invalid("max_tokens", "must be at least 1, or at least 0 with echo")
         if (total := len(self.prompt) * self.choices) > MAX_CHOICES:
-            raise _invalid(
+            raise invalid(
                 "n",
-                f"{len(self.prompt)} prompts with n={self.choices} are {total} answers, must be at most "
-                f"{MAX_CHOICES}: send several requests",
+                f"is {self.choices} for {len(self.prompt)} prompts, which are {total} answers, must be at "
+                f"most {MAX_CHOICES}: send several requests",
             )
 
 
@@ -110,5 +109,10 @@ def requests_of(
     return requests
 
 
-def _invalid(param: str, message: str) -> Problem:
-    return Problem(400, message, code="invalid_value", param=param)
+_PARAMS = {
+    **PARAMS,
+    "prompt": "prompt",
+    "token_ids": "prompt",
+    "sampling.top_logprobs": "logprobs",
+    "sampling.prompt_logprobs": "logprobs",
+}
