@@ -115,8 +115,8 @@ class ChatParameters(CompletionParameters):
         elif role == "assistant":
             raise invalid(
                 f"messages[{len(self.messages) - 1}].role",
-                "is 'assistant' and the last one: set continue_final_message to true to continue it, or end with "
-                "a message of the user",
+                "is 'assistant' and the last one: set continue_final_message to true to continue it, or "
+                "end with a message of the user",
             )
         elif self.add_generation_prompt is False:
             raise Problem(
