@@ -8,6 +8,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from headrace.client import Client
+from headrace.gateway import page
 from headrace.gateway.api import chat
 from headrace.gateway.http.exchange import Endpoint
 
@@ -16,10 +17,11 @@ def routes(client: Client) -> ASGIApp:
     """Return the application, which calls the mesh by *client*."""
     return Router(
         [
+            Route("/", Endpoint(page.show), methods=["GET"]),
             Route(
                 "/v1/chat/completions",
                 Endpoint(partial(chat.complete, client)),
                 methods=["POST"],
-            )
+            ),
         ]
     )
