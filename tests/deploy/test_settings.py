@@ -12,13 +12,14 @@ from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.serving.interceptor import MAX_STARTING
 from headrace.runtime.serving.limits import MIB
-from headrace.runtime.settings import PREFIX, ServiceSettings
+from headrace.runtime.settings import PREFIX, ProcessSettings, ServiceSettings
 from headrace.validation import MAX_RESUME_TOKENS
 from tests.deploy.rendering import OVERLAYS, Resource, container, environment, of_kind, overlay, services
 from tests.deploy.settings_files import (
     FILES,
     FROM_THE_NAME,
     K8S,
+    OF_THE_MESH,
     SETTINGS,
     SettingsFile,
     completed,
@@ -34,14 +35,15 @@ CHANGED = {
     "host": "pods listen on their address",
     "drain_seconds": "longer than the longest generation, so that a stopped pod need not hand requests over",
     "cache": "the volume",
+    "router": "the Service",
 }
 
 
-def settings_of(found: Iterable[Resource], deployment: Resource) -> ServiceSettings:
-    """Return the settings that a pod's service reads; all of its variables are settings."""
+def settings_of(found: Iterable[Resource], deployment: Resource) -> ProcessSettings:
+    """Return the settings that a pod's service reads; all of its variables are settings, of it or of the mesh."""
     kind = SETTINGS[container(deployment)["name"]]
     variables = environment(tuple(found), deployment)
-    known = {f"{PREFIX}{name.upper()}" for name in kind.model_fields} | OTHERS
+    known = {f"{PREFIX}{name.upper()}" for name in (*kind.model_fields, *OF_THE_MESH)} | OTHERS
     unknown = {name for name in variables if name.startswith(PREFIX)} - known
     assert not unknown
     with pytest.MonkeyPatch.context() as patch:
