@@ -40,7 +40,7 @@ CHANGED = {
 
 
 def settings_of(found: Iterable[Resource], deployment: Resource) -> ProcessSettings:
-    """Return the settings that a pod's service reads; all of its variables are settings, of it or of the mesh."""
+    """Return the settings that a pod's service reads; its variables are settings of it or of the mesh."""
     kind = SETTINGS[container(deployment)["name"]]
     variables = environment(tuple(found), deployment)
     known = {f"{PREFIX}{name.upper()}" for name in (*kind.model_fields, *OF_THE_MESH)} | OTHERS
@@ -104,7 +104,10 @@ RUN_STREAMS = 64  # whose messages arrive at the same time
 def test_the_memory_limit_of_a_pod_covers_what_its_settings_admit(name: str) -> None:
     found = overlay(name)
     for deployment in services(found).values():
-        box, limits = container(deployment), settings_of(found, deployment).limits
+        box, settings = container(deployment), settings_of(found, deployment)
+        if not isinstance(settings, ServiceSettings):
+            continue
+        limits = settings.limits
         memory = parsed(box["resources"]["limits"]["memory"])
 
         assert parsed(box["resources"]["requests"]["memory"]) <= memory
@@ -120,8 +123,11 @@ def test_the_memory_limit_of_a_pod_covers_what_its_settings_admit(name: str) -> 
 def test_what_a_router_admits_fits_its_batchers_with_an_answer_to_resume() -> None:
     """Else the longest prompts would be admitted, and lost with the first batcher."""
     found = overlay("cpu")
+    read = {name: settings_of(found, each) for name, each in services(found).items()}
     limits = {
-        name: settings_of(found, each).limits.max_message_bytes for name, each in services(found).items()
+        name: settings.limits.max_message_bytes
+        for name, settings in read.items()
+        if isinstance(settings, ServiceSettings)
     }
     resumed = MAX_RESUME_TOKENS * 3  # bytes of an id below two million
 
