@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -50,7 +51,12 @@ async def visit(client: httpx.AsyncClient, url: str, prompt: str, seed: int, beg
 
     begun   gets the seed when the first text has arrived
     """
-    sampling = {"max_tokens": 100, "temperature": 1.0, "seed": seed, "ignore_eos": True}
+    sampling: dict[str, Any] = {
+        "max_tokens": 100,
+        "temperature": 1.0,
+        "seed": seed,
+        "ignore_eos": True,
+    }
     seen, text = Visit(), ""
     body = {"model": "auto", "prompt": prompt, "stream": True, **sampling}
     async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
