@@ -6,6 +6,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from headrace.client import Client
+from headrace.gateway import page
 from headrace.gateway.api import unserved
 from headrace.gateway.api.chat import ChatCompletions
 from headrace.gateway.api.models import Models
@@ -22,6 +23,7 @@ def routes(client: Client) -> ASGIApp:
     tokenizers = Tokenizers(client, models)
     return Router(
         [
+            Route("/", Endpoint(page.show, "GET")),
             Route("/v1/chat/completions", Endpoint(chat.complete, "POST")),
             Route("/v1/completions", Endpoint(text.complete, "POST")),
             *(
