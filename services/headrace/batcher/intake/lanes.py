@@ -69,10 +69,12 @@ class Lane:
     """Tokenises requests of at least *smallest* bytes, *threads* at a time. Use as a context manager.
 
     ageing   as of `order.FairOrder`
-    tier     its name, for metrics
+    tier, stage   for metrics
     """
 
-    def __init__(self, *, smallest: int, threads: int, ageing: float, tier: str) -> None:
+    def __init__(
+        self, *, smallest: int, threads: int, ageing: float, tier: str, stage: str = "tokenizer"
+    ) -> None:
         # The quantum covers one of the shortest prompts of the lane, or a few tiny ones. A prompt that is n
         # times longer takes n rounds, which must be few.
         quantum = max(smallest // _BYTES_PER_TOKEN, 4 * _FIXED_COST)
@@ -80,8 +82,8 @@ class Lane:
         self.smallest = smallest
         self.bytes = 0
         self._threads = threads
-        self._tier = tier
-        self._depth = catalogue.QUEUE_DEPTH.of(tier=tier, stage="tokenizer")
+        self._tier, self._stage = tier, stage
+        self._depth = catalogue.QUEUE_DEPTH.of(tier=tier, stage=stage)
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._held: set[PendingPrompt] = set()
         self._running: dict[PendingPrompt, float] = {}  # and when each started
@@ -147,7 +149,7 @@ class Lane:
         if prompt not in self._running:
             self.bytes -= prompt.size
         self._depth.add(-1)
-        wait = catalogue.QUEUE_WAIT.of(tier=self._tier, stage="tokenizer", outcome=outcome)
+        wait = catalogue.QUEUE_WAIT.of(tier=self._tier, stage=self._stage, outcome=outcome)
         wait.record(time.monotonic() - prompt.arrived)
 
     def _fill(self) -> None:

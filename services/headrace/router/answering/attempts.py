@@ -169,7 +169,7 @@ async def on_tier(
                 f"the batcher at {batcher.address} ended the stream without a finish"
             )
         except (Stalled, errors.HeadraceError) as raised:
-            error = _batcher_error(raised, batcher, resuming=answer.lost is not None)
+            error = batcher_error(raised, batcher, resuming=answer.lost is not None)
         if answer.finished:
             return
         if not answer.accepted_here:
@@ -178,10 +178,10 @@ async def on_tier(
         _record_loss(answer, tier, batcher, error)
         refused.clear()
         resume_until = min(Deadline(time.monotonic() + outgoing.failover_seconds), outgoing.deadline)
-    raise _none_left(tier, refused, answer.lost)
+    raise none_left(tier, refused, answer.lost)
 
 
-def _batcher_error(raised: Exception, batcher: BatcherPeer, *, resuming: bool) -> errors.HeadraceError:
+def batcher_error(raised: Exception, batcher: BatcherPeer, *, resuming: bool = False) -> errors.HeadraceError:
     """Return the error of a batcher that another batcher may not have; raise one that is the request's."""
     if isinstance(raised, errors.Unavailable | errors.Overloaded):
         return raised
@@ -254,8 +254,8 @@ async def _next(
     return None
 
 
-def _none_left(
-    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], lost: errors.HeadraceError | None
+def none_left(
+    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], lost: errors.HeadraceError | None = None
 ) -> errors.HeadraceError:
     """Return the error for the caller if no batcher is left to try."""
     if lost is not None:
