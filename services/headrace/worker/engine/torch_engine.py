@@ -14,7 +14,7 @@ import torch
 from headrace.worker.engine.cpu.decoder import Decoder
 from headrace.worker.engine.flat_step import flatten
 from headrace.worker.engine.forward import Forward
-from headrace.worker.engine.interface import DeferredStep, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import DeferredStep, Fault, ModelInfo, Result, Row, Token
 from headrace.worker.engine.sampling import Sampler
 
 
@@ -58,13 +58,13 @@ class TorchEngine:
         """See `Engine.launch`."""
         return DeferredStep(self.step, rows)
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute all rows now. Returns what `LaunchedStep.wait` does.
 
         A row whose logits are not finite gets a Fault. Other errors, such as too little memory, are raised.
         """
         computed = self.compute(rows)
-        results: list[Token | Fault | None] = [None] * len(rows)
+        results: list[Result] = [None] * len(rows)
         for index, token in zip(computed.sampling, computed.tokens, strict=True):
             results[index] = token
         return results

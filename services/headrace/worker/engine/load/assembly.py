@@ -16,7 +16,7 @@ from headrace.worker.engine.attention_kinds import AttentionKind, Layers
 from headrace.worker.engine.cpu import packing
 from headrace.worker.engine.cpu.decoder import Decoder, DecoderWeights
 from headrace.worker.engine.forward import Forward, TransformersForward
-from headrace.worker.engine.interface import Engine, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import Engine, ModelInfo, Result, Row
 from headrace.worker.engine.load import gpu_assembly
 from headrace.worker.engine.load.devices import Plan
 from headrace.worker.engine.load.precision import Precision
@@ -36,7 +36,7 @@ def ignore(_: object) -> None:
 class ModelEngine(Engine, CheckedEngine, Protocol):
     """An engine of a loaded model."""
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute a step, and wait for it; see `Engine.launch`."""
         ...
 
