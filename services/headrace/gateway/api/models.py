@@ -58,9 +58,10 @@ class Models:
             return
         await self._refresh(metadata)
         models = {model for tier in self._tiers for model in _models_of(tier)}
-        if len(models) != 1:
+        if len(models) > 1:
             raise self._several("token ids are valid for one model only")
-        routing.model = models.pop()
+        if models and all(tier.model for tier in self._tiers):
+            routing.model = models.pop()  # otherwise the router knows more, or rejects them
 
     async def list(self, exchange: Exchange) -> None:
         """Answer /v1/models."""

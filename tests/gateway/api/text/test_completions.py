@@ -193,7 +193,12 @@ async def test_an_echo_has_the_log_probabilities_of_the_prompt(edge: TextEdge, s
 
 async def test_an_echo_of_token_ids_is_their_text(edge: TextEdge) -> None:
     """Special tokens appear by their names, and offsets after them are right."""
-    asked: dict[str, Any] = {"prompt": [[SPECIAL, 72, 105], [72]], "model": "tiny", "echo": True, "logprobs": 0}
+    asked: dict[str, Any] = {
+        "prompt": [[SPECIAL, 72, 105], [72]],
+        "model": "tiny",
+        "echo": True,
+        "logprobs": 0,
+    }
     choices = (await edge.complete(**asked)).json()["choices"]
 
     assert [choice["text"] for choice in choices] == [f"{NAME}Hi{TEXT}", f"H{TEXT}"]
@@ -233,7 +238,11 @@ async def test_a_scored_prompt_is_followed_by_exactly_one_token(edge: TextEdge) 
     assert edge.asked.sampling.ignore_eos
     assert edge.asked.sampling.prompt_logprobs == edge.asked.sampling.top_logprobs == 1
 
-    for other in ({"echo": True, "max_tokens": 1}, {"logprobs": 1, "max_tokens": 1}, {"echo": True, "logprobs": 1}):
+    for other in (
+        {"echo": True, "max_tokens": 1},
+        {"logprobs": 1, "max_tokens": 1},
+        {"echo": True, "logprobs": 1},
+    ):
         await edge.complete(**other)
         assert not edge.asked.sampling.ignore_eos
 

@@ -1,4 +1,4 @@
-"""A fake router whose models have one token per byte, and a special token; it returns the tokens of prompts."""
+"""A fake router whose models have one token per byte, and a special one; it returns the tokens of prompts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ NAME = "<s>"
 
 def ids_of(text: str) -> list[int]:
     """Return the tokens of a text."""
-    return [SPECIAL if part == "\0" else ord(part) for part in text.replace(NAME, "\0").encode().decode("latin-1")]
+    return [
+        SPECIAL if part == "\0" else ord(part) for part in text.replace(NAME, "\0").encode().decode("latin-1")
+    ]
 
 
 def text_of(ids: list[int]) -> str:
