@@ -84,12 +84,12 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         self.active += 1
         self.most_active = max(self.most_active, self.active)
         try:
-            async for response in self._answer(request, number):
+            async for response in self._events(request, number):
                 yield response
         finally:
             self.active -= 1
 
-    async def _answer(self, request: pb.GenerateRequest, number: int) -> AsyncIterator[pb.GenerateResponse]:
+    async def _events(self, request: pb.GenerateRequest, number: int) -> AsyncIterator[pb.GenerateResponse]:
         fails = self.failing in (None, number)
         if self.refuses is not None and fails:
             raise self.refuses

@@ -33,7 +33,9 @@ class TokenizeParameters(Parameters):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)()] | None = None
+    messages: (
+        Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -75,7 +77,7 @@ class DetokenizeParameters(Parameters):
     """The parameters of /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[Uint32], Field(max_length=MAX_TOKENIZER_IDS)()]
+    tokens: Annotated[list[Uint32], Field(max_length=MAX_TOKENIZER_IDS, fail_fast=True)]
 
 
 class Tokenizers:
