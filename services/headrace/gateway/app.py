@@ -66,6 +66,7 @@ def application(
         await exchange.reply(data, headers={"content-type": CONTENT_TYPE})
 
     routes = api(client, http)
+    tier_api = Router(routes, default=_not_found, redirect_slashes=False)
     routed: ASGIApp = Router(
         [
             *routes,
