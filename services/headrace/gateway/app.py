@@ -70,9 +70,7 @@ def application(
     routed: ASGIApp = Router(
         [
             *routes,
-            Route(
-                one_tier.PATH, one_tier.OneTier(Router(routes, default=_not_found, redirect_slashes=False))
-            ),
+            Route(one_tier.PATH, one_tier.OneTier(tier_api)),
             Route("/", http.page(page.show, "/")),
             Route("/health", http.page(router.ready, "/health")),
             Route("/health/live", http.page(health.live, "/health/live")),
