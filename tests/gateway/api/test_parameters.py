@@ -55,7 +55,7 @@ def test_every_row_of_the_tables_is_tested_below() -> None:
 
 
 # Rows for text completions alone.
-ONLY_COMPLETIONS: tuple[str, ...] = ()
+ONLY_COMPLETIONS = ("best_of", "prompt", "prompt_embeds", "suffix")
 
 
 @dataclass(frozen=True)
