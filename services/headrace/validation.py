@@ -22,6 +22,7 @@ MAX_MESSAGES = 4096
 MAX_BIASES = 300
 MAX_STOPS = 16
 MAX_STOP_IDS = 64
+MAX_TOP_LOGPROBS = 20
 MAX_STOP_CHARACTERS = 256
 MAX_REQUEST_ID = 128
 MAX_NAME = 256
@@ -50,6 +51,8 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("presence_penalty", -2, 2, "-2 to 2"),
     ("frequency_penalty", -2, 2, "-2 to 2"),
     ("max_tokens", 1, 2**32, "at least 1"),
+    ("top_logprobs", 0, MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
+    ("prompt_logprobs", 0, MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
 )
 # The text fields of Routing, and the error for a value that is too long.
 _NAMES: tuple[tuple[str, type[errors.InvalidRequest]], ...] = (
