@@ -24,7 +24,7 @@ from headrace.worker.engine.gpu.kernels.tables import append_blocks
 from headrace.worker.engine.gpu.sampler import DeviceSampler, counts_ids, read_tokens
 from headrace.worker.engine.gpu.slots import Slot, Slots
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, packed_numbers
-from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import ModelInfo, Result, Row
 from headrace.worker.engine.torch_engine import Computed
 
 
@@ -143,7 +143,7 @@ class GpuEngine:
                 self._before = None
                 raise cuda.as_broken(error) from error
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute a step and wait for it."""
         return self.launch(rows).wait()
 
@@ -249,7 +249,7 @@ class GpuStep:
         }
         self._results = results
 
-    def wait(self) -> list[Token | Fault | None]:
+    def wait(self) -> list[Result]:
         """See `LaunchedStep.wait`. A row whose logits are not finite gets a Fault."""
         try:
             table = self._results.wait()

@@ -131,7 +131,7 @@ def load_engine(
             block_tokens=loaded.kind.block_tokens,
             kv_blocks=max_running * -(-context // loaded.kind.block_tokens),
             exact=False,
-            features=("logprobs",),
+            features=loaded.features,
         )
         cases = self_check.make_cases(vocabulary, checked)
         with enough_for_steps(target.device, step_tokens=step_tokens, max_running=max_running):
