@@ -289,13 +289,14 @@ class Intake:
             deadline=pending.deadline,
             priority=pending.priority,
             attempt=resume.attempt,
-            inbox=Inbox(self._flusher(request.stream, framed), limit=self._max_unread_tokens),
+            inbox=Inbox(self._flusher(request.stream, framed), limit=self._unread_limit(request.sampling)),
             span=span,
             tenant=pending.tenant,
             blocks=block_names(prompt_ids),
             wants_route_changes=request.stream.include_route_changes,
             model=limits.model,
         )
+        job.request_prompt_details()
         if span.is_recording():
             span.set_attributes(
                 {
@@ -310,6 +311,10 @@ class Intake:
                 }
             )
         return job
+
+    def _unread_limit(self, sampling: pb.Sampling) -> int:
+        """Return the most unread tokens; fewer if each has the most likely tokens at its place."""
+        return max(self._max_unread_tokens // (1 + sampling.top_logprobs), 1)
 
     def _flusher(self, stream: pb.StreamOptions, framed: bool) -> Flusher:
         """Return the flusher that follows the load, or one of its own for a request with flush options."""

@@ -81,6 +81,12 @@ class Routed(Counted, Protocol):
         ...
 
 
+def clear_details(sampling: pb.Sampling) -> None:
+    """Ask for no log-probabilities, in a request whose answer nobody receives."""
+    for field in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        sampling.ClearField(field)
+
+
 async def across_tiers(
     routed: Routed, rejected: Sequence[str] = ()
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
@@ -88,9 +94,10 @@ async def across_tiers(
 
     rejected   tiers whose drafts were rejected: only larger tiers are tried
 
-    A tier that cannot serve, is busy, or has too short a context is replaced by another tier until the caller
-    has received an event. A request that resumes stays on its tier, because its token ids belong to one
-    model. Raises the first error of `Routed.choose`, and the error of the last tier if none is left.
+    A tier that cannot serve, is busy, has too short a context or lacks a feature is replaced by another tier
+    until the caller has received an event. A request that resumes stays on its tier, because its token ids
+    belong to one model. Raises the first error of `Routed.choose`, and the error of the last tier if none is
+    left.
     """
     began = time.monotonic()
     request = routed.outgoing.request
@@ -115,12 +122,18 @@ async def across_tiers(
             return
         except errors.WorkerLost:
             raise  # another tier could lose its workers to the same request
-        except (errors.Unavailable, errors.Overloaded, errors.ContextTooLong) as error:
-            if accepted or request.resume.token_ids:
+        except (errors.Unavailable, errors.Overloaded, errors.InvalidRequest) as error:
+            unfit = isinstance(error, errors.InvalidRequest)
+            if accepted or request.resume.token_ids or (unfit and not _is_the_tiers(error)):
                 raise
             failed.append(tier.name)
-            if last is None or not isinstance(error, errors.ContextTooLong):
+            if last is None or not unfit:
                 last = error  # an error that may pass is the better advice
+
+
+def _is_the_tiers(error: errors.HeadraceError) -> bool:
+    """Whether another tier may accept a request that this one finds invalid."""
+    return isinstance(error, errors.ContextTooLong) or errors.FEATURE in error.fields
 
 
 def _may_recover(error: errors.HeadraceError) -> bool:

@@ -71,7 +71,11 @@ class Journey:
         self._turns, self._score, self._scorer = turns, score, scorer
         self._facts = routing_request(request, score, arm)
         self._shows_logprobs = request.sampling.logprobs
-        self._may_draft = chooser.rules.allow(self._facts)
+        # The details of the prompt belong to the model that answers, and its prompt is computed as a whole: a
+        # draft would compute it once more.
+        self._may_draft = chooser.rules.allow(self._facts) and not request.sampling.HasField(
+            "prompt_logprobs"
+        )
         self.outgoing = Outgoing(
             _outgoing(request, logprobs=self._may_draft), deadline, failover_seconds, hops, flusher
         )
