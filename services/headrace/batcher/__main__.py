@@ -51,11 +51,12 @@ log = logging.getLogger("headrace.batcher")
 
 @dataclass(frozen=True)
 class RunningBatcher:
-    """A running batcher: its server, its coalescer and its intake."""
+    """A running batcher: its server, its coalescer, its intake and its tokenizer service."""
 
     server: Serving
     coalescer: Coalescer
     intake: Intake
+    tokenizers: TokenizerServicer
 
 
 @asynccontextmanager
@@ -135,7 +136,7 @@ async def batcher(
                     untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
                     ready=lambda: bool(pool.ready()),
                 ) as server:
-                    yield RunningBatcher(server, coalescer, intake)
+                    yield RunningBatcher(server, coalescer, intake, tokenizers)
             finally:
                 for task in running:
                     task.cancel()

@@ -20,7 +20,7 @@ from headrace.batcher.waiting.estimates import RunningMean
 from headrace.batcher.waiting.order import FairOrder
 from headrace.deadline import Deadline
 from headrace.metrics import catalogue
-from headrace.metrics.words import Outcome
+from headrace.metrics.words import Outcome, outcome_of
 
 _BYTES_PER_TOKEN = 4  # of ordinary text
 # The fixed cost of a request, as tokens: half a millisecond, the time of a kilobyte of a long prompt.
@@ -172,3 +172,10 @@ class Lane:
             else:
                 prompt.ids.set_exception(error)
         self._fill()
+
+
+def outcome_after(error: BaseException) -> Outcome:
+    """Return how the wait of a request ended that left with *error*."""
+    if isinstance(error, errors.HeadraceError):
+        return outcome_of(type(error))
+    return "failed" if isinstance(error, Exception) else "cancelled"
