@@ -90,11 +90,12 @@ async def test_a_count_is_the_prompt_tokens_of_the_same_request(
 def test_a_text_is_the_text_of_its_tokens(family: Any, text: str) -> None:
     """With the names of special tokens. Texts of single tokens may be parts of characters."""
     tokenizer = MADE.setdefault(family, TransformersTokenizer(family(), None, "f"))
+    if family is not byte_level:
+        # Tokenizers with a space in front of each word lose one at the start and after a special token.
+        text = f"x{text}" if not any(name in text for name in SPECIALS) else "x"
     ids = tokenizer.encode_text(text, add_special_tokens=False)
-    if family is byte_level or not any(name in text for name in SPECIALS):
-        # Tokenizers with a space in front of each word lose it after a special token.
-        assert tokenizer.decode(ids) == text
-        assert b"".join(token_texts(tokenizer, ids)).decode() == text
+    assert tokenizer.decode(ids) == text
+    assert b"".join(token_texts(tokenizer, ids)).decode() == text
     assert len(token_texts(tokenizer, ids)) == len(ids)
 
 
