@@ -101,9 +101,7 @@ async def batcher(
             ageing=settings.ageing_seconds,
             defaults=defaults,
         ) as intake,
-        TokenizerServicer(
-            tokenizer, encoder, intake.limits, tier=settings.tier, max_bytes=settings.intake_bytes
-        ) as tokenizers,
+        TokenizerServicer(tokenizer, encoder, intake.limits, max_bytes=settings.intake_bytes) as tokenizers,
     ):
         answering = Answering(
             coalescer, intake, tokenizer, tier=settings.tier, trace_content=settings.trace_content

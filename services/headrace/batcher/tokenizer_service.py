@@ -52,14 +52,13 @@ class TokenizerServicer(TokenizerServiceServicer):
         encoder: Encoder,
         limits: Callable[[], RequestLimits],
         *,
-        tier: str,
         max_bytes: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._limits = limits
         self._max_bytes = max_bytes
-        self.lanes = [Lane(smallest=size, threads=1, ageing=1.0, tier=tier, stage="call") for size in _SIZES]
+        self.lanes = [Lane(smallest=size, threads=1, ageing=1.0) for size in _SIZES]
         self._threads = ExitStack()
 
     def __enter__(self) -> TokenizerServicer:
