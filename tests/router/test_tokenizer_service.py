@@ -13,7 +13,9 @@ import pytest
 from headrace import errors
 from headrace.client import Client, connect
 from headrace.router.__main__ import router
+from headrace.router.answering.pins import tiers_of
 from headrace.router.settings import Settings
+from headrace.router.state.tiers import Tier
 from headrace.runtime.serving.server import serving
 from headrace.v1 import tokenizer_service_pb2 as tokens_pb
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -23,7 +25,7 @@ from headrace.v1.tokenizer_service_pb2_grpc import (
     add_TokenizerServiceServicer_to_server,
 )
 from tests.harness import until_healthy
-from tests.router.fake_batchers import FakeBatcher, routed
+from tests.router.fake_batchers import FakeBatcher
 
 
 class FakeTokenizer(FakeBatcher, TokenizerServiceServicer):
@@ -40,6 +42,12 @@ class FakeTokenizer(FakeBatcher, TokenizerServiceServicer):
         self.fails = fails
         self.asked: list[tuple[str, str]] = []
         self.metadata: list[dict[str, Any]] = []
+
+    async def Tokenize(self, request: tokens_pb.TokenizeRequest, context: Any) -> Any:
+        raise errors.InvalidRequest("it only counts")
+
+    async def Detokenize(self, request: tokens_pb.DetokenizeRequest, context: Any) -> Any:
+        return tokens_pb.DetokenizeResponse(text=bytes(request.token_ids).decode())
 
     async def CountTokens(self, request: tokens_pb.CountTokensRequest, context: Any) -> Any:
         self.asked.append((request.tokenizer.tier, request.tokenizer.model))
@@ -91,8 +99,8 @@ async def test_a_call_goes_to_the_tier_or_the_model_that_it_names() -> None:
     small, large, huge = FakeTokenizer("s", tier="own"), FakeTokenizer("l"), FakeTokenizer("l")
     async with routing(small=small, large=large, huge=huge) as client:
         used = [
-            (await client.count_tokens(choice)).tokenizer
-            for choice in (
+            (await client.count_tokens(asked)).tokenizer
+            for asked in (
                 count("small"),
                 count("huge"),
                 count(model="s"),
@@ -100,6 +108,10 @@ async def test_a_call_goes_to_the_tier_or_the_model_that_it_names() -> None:
                 count("huge", "l"),
             )
         ]
+        choice = tokens_pb.TokenizerChoice(tier="large")
+        text = await client.detokenize(tokens_pb.DetokenizeRequest(token_ids=[72, 105], tokenizer=choice))
+        with pytest.raises(errors.InvalidRequest, match="it only counts"):
+            await client.tokenize(tokens_pb.TokenizeRequest(prompt="x", tokenizer=choice))
         with pytest.raises(errors.UnknownTier, match="the tiers are small, large, huge") as no_tier:
             await client.count_tokens(count("medium"))
         with pytest.raises(errors.UnknownModel, match="models of small, large, huge are l, s") as no_model:
@@ -111,6 +123,7 @@ async def test_a_call_goes_to_the_tier_or_the_model_that_it_names() -> None:
         ) as unclear:
             await client.count_tokens(count())
 
+    assert (text.text, text.tokenizer.tier) == ("Hi", "large")
     assert [(one.tier, one.model) for one in used] == [
         ("small", "s"),
         ("huge", "l"),
@@ -163,10 +176,16 @@ async def test_an_error_about_the_request_is_not_tried_elsewhere() -> None:
     assert len(fakes[0].asked) == 1
 
 
-async def test_a_batcher_that_was_lost_is_an_error_that_may_pass() -> None:
-    async with routed({}, only=FakeBatcher(healthy=False)) as client:
+async def test_a_tier_without_a_healthy_batcher_is_an_error_that_may_pass() -> None:
+    fake = FakeTokenizer("m")
+    async with routing(only=fake, other=FakeTokenizer("m")) as client:
+        fake.healthy = False
+        await until_healthy(client, False, True)
         with pytest.raises(errors.NoWorkers):
             await client.count_tokens(count("only"))
+        assert (await client.count_tokens(count())).tokenizer.tier == "other"
+    with pytest.raises(errors.NoWorkers, match="the model of a is not known yet"):
+        tiers_of(tokens_pb.TokenizerChoice(model="m"), [Tier("a", [])])
 
 
 async def test_a_router_behind_a_router_is_asked_by_model_and_its_tier_has_the_outer_name() -> None:

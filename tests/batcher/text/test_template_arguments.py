@@ -42,14 +42,14 @@ def tokenizer(folder: Path) -> TransformersTokenizer:
     return load_tokenizer(folder, folder / "cache")
 
 
-def with_arguments(request: pb.GenerateRequest, arguments: Mapping[str, Any]) -> pb.GenerateRequest:
+def with_arguments(request: pb.GenerateRequest, arguments: dict[str, Any]) -> pb.GenerateRequest:
     json_format.ParseDict(arguments, request.chat.template_arguments)
     return request
 
 
 def written(
     tokenizer: TransformersTokenizer,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: dict[str, Any] | None = None,
     *,
     defaults: Mapping[str, Any] | None = None,
     request: pb.GenerateRequest | None = None,

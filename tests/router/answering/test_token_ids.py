@@ -10,7 +10,9 @@ import pytest
 
 from headrace import errors
 from headrace.client import chat
+from headrace.router.answering.pins import pin_token_ids
 from headrace.router.quotas.admission import ANSWER_TOKENS
+from headrace.router.state.tiers import Tier
 from headrace.routing.changes.records import join, parse
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import collect
@@ -64,9 +66,8 @@ async def test_a_tier_whose_model_is_not_known_may_have_another_one() -> None:
         with pytest.raises(errors.InvalidRequest, match=r"one of small, large, or .* one of m"):
             await collect(client, ids())
         assert (await collect(client, ids(model="m"))).text == "Hi"
-    async with routed(only=unknown) as client:
-        with pytest.raises(errors.NoWorkers):
-            await collect(client, ids())
+    with pytest.raises(errors.NoWorkers, match="no model of the tiers only is known"):
+        pin_token_ids(ids(), [Tier("only", [])])
 
 
 async def test_an_interrupted_answer_to_token_ids_is_resumed() -> None:
@@ -75,7 +76,9 @@ async def test_an_interrupted_answer_to_token_ids_is_resumed() -> None:
         answer = await collect(client, ids(*b"all of it"))
 
     assert answer.text == "all of it"
-    assert [len(batcher.requests) for batcher in batchers] == [1, 1]
+    requests = [request for batcher in batchers for request in batcher.requests]
+    assert [bytes(request.token_ids.ids) for request in requests] == [b"all of it"] * 3
+    assert sorted(len(request.resume.token_ids) for request in requests) == [0, 1, 2]
 
 
 async def test_what_watches_requests_gets_no_text_of_token_ids(tmp_path: Path) -> None:
