@@ -35,6 +35,7 @@ from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
 from headrace.v1 import admin_service_pb2, routing_service_pb2
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import tokenizer_service_pb2 as tokens_pb
 
 T = TypeVar("T")
 
@@ -42,6 +43,9 @@ LONGEST_SECONDS = 1e8  # three years: gRPC treats deadlines of centuries, or inf
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
 _EXPLAIN = "headrace.v1.RoutingService/Explain"
+_TOKENIZE = "headrace.v1.TokenizerService/Tokenize"
+_DETOKENIZE = "headrace.v1.TokenizerService/Detokenize"
+_COUNT_TOKENS = "headrace.v1.TokenizerService/CountTokens"
 _FEEDBACK = "headrace.v1.RoutingService/Feedback"
 LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
 
@@ -173,29 +177,68 @@ class Client:
                     raise
 
     async def explain(
-        self, request: pb.GenerateRequest, *, timeout: float = 5.0
+        self,
+        request: pb.GenerateRequest,
+        *,
+        timeout: float = 5.0,
+        metadata: Mapping[str, str] = _EMPTY,
     ) -> routing_service_pb2.ExplainResponse:
-        """Return which tier the router would choose for *request*, and why. Nothing is generated."""
+        """Return which tier the router would choose for *request*, and why. Nothing is generated.
+
+        metadata   as of `generate`
+        """
         asked = routing_service_pb2.ExplainRequest(request=request)
-        with self._span(_EXPLAIN) as headers:
+        with self._span(_EXPLAIN, metadata) as headers:
             routing = (await self._endpoint(timeout, request.routing.session_id)).routing
             return await self._unary(routing.Explain(asked, timeout=timeout, metadata=headers))
 
+    async def tokenize(
+        self,
+        request: tokens_pb.TokenizeRequest,
+        *,
+        timeout: float = 5.0,
+        metadata: Mapping[str, str] = _EMPTY,
+    ) -> tokens_pb.TokenizeResponse:
+        """Return the token ids of a text or a conversation; *metadata* as of `generate`."""
+        with self._span(_TOKENIZE, metadata) as headers:
+            tokenizer = (await self._endpoint(timeout)).tokenizer
+            return await self._unary(tokenizer.Tokenize(request, timeout=timeout, metadata=headers))
+
+    async def detokenize(
+        self,
+        request: tokens_pb.DetokenizeRequest,
+        *,
+        timeout: float = 5.0,
+        metadata: Mapping[str, str] = _EMPTY,
+    ) -> tokens_pb.DetokenizeResponse:
+        """Return the text of token ids; *metadata* as of `generate`."""
+        with self._span(_DETOKENIZE, metadata) as headers:
+            tokenizer = (await self._endpoint(timeout)).tokenizer
+            return await self._unary(tokenizer.Detokenize(request, timeout=timeout, metadata=headers))
+
+    async def count_tokens(
+        self,
+        request: tokens_pb.CountTokensRequest,
+        *,
+        timeout: float = 5.0,
+        metadata: Mapping[str, str] = _EMPTY,
+    ) -> tokens_pb.CountTokensResponse:
+        """Return how many tokens a text or a conversation has; *metadata* as of `generate`."""
+        with self._span(_COUNT_TOKENS, metadata) as headers:
+            tokenizer = (await self._endpoint(timeout)).tokenizer
+            return await self._unary(tokenizer.CountTokens(request, timeout=timeout, metadata=headers))
+
     async def list_tiers(
-        self, *, timeout: float = 5.0, metadata: Mapping[str, str] | None = None
+        self, *, timeout: float = 5.0, metadata: Mapping[str, str] = _EMPTY
     ) -> routing_service_pb2.ListTiersResponse:
         """Return the tiers with model, limits, health and load, smallest first.
 
-        metadata   additional headers, as in `generate`
+        metadata   as of `generate`
         """
-        check_headers(metadata or {})
-        endpoint = await self._endpoint(timeout)
-        headers = authorized(inject(None, metadata), self._authorization())
-        return await self._unary(
-            endpoint.routing.ListTiers(
-                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=headers
-            )
-        )
+        headers = self._headers(None, metadata)
+        routing = (await self._endpoint(timeout)).routing
+        request = routing_service_pb2.ListTiersRequest()
+        return await self._unary(routing.ListTiers(request, timeout=timeout, metadata=headers))
 
     async def inspect(self, *, timeout: float = 5.0) -> admin_service_pb2.InspectResponse:
         """Return the state of the server's process. It may need the scope admin."""
@@ -243,15 +286,16 @@ class Client:
             if len(self._resumed_as) > MAX_RESUMED:
                 self._resumed_as.popitem(last=False)
 
-    def _headers(self, context: Context | None) -> Headers:
-        return authorized(inject(context), self._authorization())
+    def _headers(self, context: Context | None, metadata: Mapping[str, str] = _EMPTY) -> Headers:
+        check_headers(metadata)
+        return authorized(inject(context, metadata), self._authorization())
 
     @contextmanager
-    def _span(self, method: str) -> Generator[Headers, None, None]:
+    def _span(self, method: str, metadata: Mapping[str, str] = _EMPTY) -> Generator[Headers, None, None]:
         """Make the call in the block a client span; yield the metadata to send with it."""
         span = ClientSpan(method, self._server)
         try:
-            yield self._headers(span.context)
+            yield self._headers(span.context, metadata)
             span.succeed()
         except Exception as error:
             span.fail(error)

@@ -141,7 +141,7 @@ class TokenIds(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """At least one, each below the model's vocabulary size."""
+        """1 to 1048576, each below the model's vocabulary size."""
 
     def __init__(
         self,

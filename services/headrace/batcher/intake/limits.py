@@ -7,7 +7,7 @@ correction.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from headrace import errors
@@ -54,17 +54,7 @@ class RequestLimits:
 
     def check(self, request: pb.GenerateRequest) -> None:
         """Check everything but the prompt: tier, model, features, token ids, and the answer to resume."""
-        hints = request.routing
-        if hints.tier and hints.tier != self.tier:
-            raise errors.UnknownTier(
-                f"this batcher serves tier {self.tier!r}, not {quoted(hints.tier)}",
-                field="routing.tier",
-            )
-        if hints.model and hints.model != self.model:
-            raise errors.UnknownModel(
-                f"tier {self.tier!r} serves {self.model!r}, not {quoted(hints.model)}",
-                field="routing.model",
-            )
+        self.check_names(request.routing.tier, request.routing.model)
         resume_ids, sampling = request.resume.token_ids, request.sampling
         self.check_resume(1, len(resume_ids))
         self._check_ids("sampling.logit_bias", sampling.logit_bias)
@@ -79,10 +69,33 @@ class RequestLimits:
                     feature=feature,  # see `errors.FEATURE`
                 )
 
+    def check_names(self, tier: str, model: str, *, within: str = "routing") -> None:
+        """Check the names of a tier and a model, of which each may be empty.
+
+        within   the field of the request that contains them
+        """
+        if tier and tier != self.tier:
+            raise errors.UnknownTier(
+                f"this batcher serves tier {self.tier!r}, not {quoted(tier)}", field=f"{within}.tier"
+            )
+        if model and model != self.model:
+            raise errors.UnknownModel(
+                f"tier {self.tier!r} serves {self.model!r}, not {quoted(model)}", field=f"{within}.model"
+            )
+
     def _check_ids(self, field: str, tokens: Collection[int]) -> None:
         if tokens and (token := max(tokens)) >= self.vocabulary:
             raise errors.InvalidSampling(
                 f"token id {token} is not in the model's vocabulary of {self.vocabulary}", field=field
+            )
+
+    def check_ids(self, field: str, ids: Sequence[int]) -> None:
+        """Check that the model has the tokens *ids* of an input, at least one."""
+        if (token := max(ids)) >= self.vocabulary:
+            raise errors.InvalidRequest(
+                f"{field} has {token}, but the vocabulary of {self.model!r} has {self.vocabulary} tokens: "
+                "send ids of this model, as its tokenizer returns them",
+                field=field,
             )
 
     def check_min_prompt(self, tokens: int) -> None:

@@ -153,7 +153,7 @@ async def on_tier(
     answer = ForwardedAnswer(outgoing.request, tier.name)
     refused: dict[BatcherPeer, errors.HeadraceError] = {}
     resume_until: Deadline | None = None  # once the answer has begun and lost its batcher
-    while (batcher := await _next(tier, refused, resume_until)) is not None:
+    while (batcher := await next_batcher(tier, refused, resume_until)) is not None:
         answer.begin_attempt(batcher)
         routed.count_attempt(tier.name)
         try:
@@ -182,7 +182,7 @@ async def on_tier(
                 f"the batcher at {batcher.address} ended the stream without a finish"
             )
         except (Stalled, errors.HeadraceError) as raised:
-            error = _batcher_error(raised, batcher, resuming=answer.lost is not None)
+            error = batcher_error(raised, batcher, resuming=answer.lost is not None)
         if answer.finished:
             return
         if not answer.accepted_here:
@@ -191,10 +191,10 @@ async def on_tier(
         _record_loss(answer, tier, batcher, error)
         refused.clear()
         resume_until = min(Deadline(time.monotonic() + outgoing.failover_seconds), outgoing.deadline)
-    raise _none_left(tier, refused, answer.lost)
+    raise none_left(tier, refused, answer.lost)
 
 
-def _batcher_error(raised: Exception, batcher: BatcherPeer, *, resuming: bool) -> errors.HeadraceError:
+def batcher_error(raised: Exception, batcher: BatcherPeer, *, resuming: bool = False) -> errors.HeadraceError:
     """Return the error of a batcher that another batcher may not have; raise one that is the request's."""
     if isinstance(raised, errors.Unavailable | errors.Overloaded):
         return raised
@@ -241,8 +241,8 @@ def _record_loss(
     log.info("answer lost its batcher", extra={"tier": tier.name, "batcher": batcher.address})
 
 
-async def _next(
-    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], resume_until: Deadline | None
+async def next_batcher(
+    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], resume_until: Deadline | None = None
 ) -> BatcherPeer | None:
     """Return the batcher for the next attempt; None if there is none.
 
@@ -267,8 +267,8 @@ async def _next(
     return None
 
 
-def _none_left(
-    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], lost: errors.HeadraceError | None
+def none_left(
+    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], lost: errors.HeadraceError | None = None
 ) -> errors.HeadraceError:
     """Return the error for the caller if no batcher is left to try."""
     if lost is not None:

@@ -13,7 +13,11 @@ ServiceName: TypeAlias = Literal["router", "batcher", "worker"]
 
 _HEALTH = "/grpc.health.v1.Health/"
 _FEEDBACK = "/headrace.v1.RoutingService/Feedback"
-_CALLS = ("/headrace.v1.GenerationService/", "/headrace.v1.RoutingService/")
+_CALLS = (
+    "/headrace.v1.GenerationService/",
+    "/headrace.v1.RoutingService/",
+    "/headrace.v1.TokenizerService/",
+)
 _WORKER = "/headrace.v1.WorkerService/"
 _QUOTAS = "/headrace.v1.QuotaService/"  # between routers
 
