@@ -25,7 +25,6 @@ from headrace.router.changes.status import Status
 from headrace.router.chooser import Chooser
 from headrace.router.costs.weighing import Weighing
 from headrace.router.figures import Figures
-from headrace.router.processes import prefork
 from headrace.router.quotas.admission import Quotas
 from headrace.router.quotas.limits import BadQuotas, Rules
 from headrace.router.quotas.service import LEASE, QuotaServicer
@@ -50,6 +49,7 @@ from headrace.runtime import process_info
 from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects
+from headrace.runtime.serving.processes import prefork
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
 from headrace.runtime.telemetry.scraping import scraping

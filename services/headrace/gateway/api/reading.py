@@ -186,6 +186,8 @@ def _complaint(error: ErrorDetails) -> str:
         return f"is {_shown(value)}, must be at most {context['le']}"
     if kind == "too_long":
         return f"has more than {context['max_length']} elements: remove some"
+    if kind == "too_short":
+        return "is empty: add at least one element"
     if kind == "string_too_long":
         return f"has more than {context['max_length']} characters: shorten it"
     return f"is {_shown(value)}: {error['msg']}"
