@@ -131,6 +131,11 @@ def check_detokenize(request: tokenizer_pb.DetokenizeRequest) -> None:
     _check_ids("token_ids", len(request.token_ids), MAX_TOKENIZER_IDS)
 
 
+def check_get_tokenizer(request: tokenizer_pb.GetTokenizerRequest) -> None:
+    """Raise InvalidRequest for the first invalid field."""
+    _check_choice(request.tokenizer)
+
+
 def check_sampling(sampling: pb.Sampling) -> None:
     """Raise InvalidSampling for the first field out of range."""
     for name, low, high, wanted in _RANGES:

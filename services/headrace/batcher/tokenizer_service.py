@@ -23,7 +23,7 @@ from headrace.batcher.text.tokens import Tokenizer, token_texts
 from headrace.deadline import Deadline
 from headrace.v1 import tokenizer_service_pb2 as pb
 from headrace.v1.tokenizer_service_pb2_grpc import TokenizerServiceServicer
-from headrace.validation import MAX_TOKENIZER_IDS, check_detokenize, check_tokenize
+from headrace.validation import MAX_TOKENIZER_IDS, check_detokenize, check_get_tokenizer, check_tokenize
 
 SERVICES = tuple(pb.DESCRIPTOR.services_by_name.values())
 
@@ -109,6 +109,17 @@ class TokenizerServicer(TokenizerServiceServicer):
             return pb.CountTokensResponse(tokens=len(self._ids(request)), tokenizer=_used(limits))
 
         return await self._run(count, request.ByteSize(), context)
+
+    async def GetTokenizer(
+        self, request: pb.GetTokenizerRequest, context: _Context
+    ) -> pb.GetTokenizerResponse:
+        """Return the special tokens and the chat template."""
+        check_get_tokenizer(request)
+        return pb.GetTokenizerResponse(
+            special_tokens=self._tokenizer.roles,
+            chat_template=self._tokenizer.chat_template,
+            tokenizer=_used(self._limits_for(request.tokenizer)),
+        )
 
     def _ids(self, request: _Input) -> list[int]:
         """Return the tokens of the input. Called on a lane's thread."""

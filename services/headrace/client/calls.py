@@ -24,6 +24,7 @@ from headrace.bearer import (
 )
 from headrace.channel import MAX_MESSAGE_BYTES
 from headrace.client.span import Attempts, ClientSpan, server_attributes
+from headrace.client.tokenizers import TokenizerCalls
 from headrace.deadline import Deadline
 from headrace.endpoints.endpoint import Endpoint
 from headrace.endpoints.endpoints import Endpoints, Spread
@@ -35,7 +36,6 @@ from headrace.propagation import check_headers, inject
 from headrace.retries import Retries
 from headrace.v1 import admin_service_pb2, routing_service_pb2
 from headrace.v1 import generation_pb2 as pb
-from headrace.v1 import tokenizer_service_pb2 as tokens_pb
 
 T = TypeVar("T")
 
@@ -43,9 +43,6 @@ LONGEST_SECONDS = 1e8  # three years: gRPC treats deadlines of centuries, or inf
 
 _GENERATE = "headrace.v1.GenerationService/Generate"
 _EXPLAIN = "headrace.v1.RoutingService/Explain"
-_TOKENIZE = "headrace.v1.TokenizerService/Tokenize"
-_DETOKENIZE = "headrace.v1.TokenizerService/Detokenize"
-_COUNT_TOKENS = "headrace.v1.TokenizerService/CountTokens"
 _FEEDBACK = "headrace.v1.RoutingService/Feedback"
 LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
 
@@ -54,7 +51,7 @@ MAX_RESUMED = 4096  # answers that were resumed and may still be rated
 _EMPTY: Mapping[str, Any] = {}
 
 
-class Client:
+class Client(TokenizerCalls):
     """Calls one target; use `connect` to create it.
 
     channel   to the target
@@ -192,41 +189,12 @@ class Client:
             routing = (await self._endpoint(timeout, request.routing.session_id)).routing
             return await self._unary(routing.Explain(asked, timeout=timeout, metadata=headers))
 
-    async def tokenize(
-        self,
-        request: tokens_pb.TokenizeRequest,
-        *,
-        timeout: float = 5.0,
-        metadata: Mapping[str, str] = _EMPTY,
-    ) -> tokens_pb.TokenizeResponse:
-        """Return the token ids of a text or a conversation; *metadata* as of `generate`."""
-        with self._span(_TOKENIZE, metadata) as headers:
+    async def _call_tokenizer(
+        self, method: str, request: Any, timeout: float, metadata: Mapping[str, str]
+    ) -> Any:
+        with self._span(f"headrace.v1.TokenizerService/{method}", metadata) as headers:
             tokenizer = (await self._endpoint(timeout)).tokenizer
-            return await self._unary(tokenizer.Tokenize(request, timeout=timeout, metadata=headers))
-
-    async def detokenize(
-        self,
-        request: tokens_pb.DetokenizeRequest,
-        *,
-        timeout: float = 5.0,
-        metadata: Mapping[str, str] = _EMPTY,
-    ) -> tokens_pb.DetokenizeResponse:
-        """Return the text of token ids; *metadata* as of `generate`."""
-        with self._span(_DETOKENIZE, metadata) as headers:
-            tokenizer = (await self._endpoint(timeout)).tokenizer
-            return await self._unary(tokenizer.Detokenize(request, timeout=timeout, metadata=headers))
-
-    async def count_tokens(
-        self,
-        request: tokens_pb.CountTokensRequest,
-        *,
-        timeout: float = 5.0,
-        metadata: Mapping[str, str] = _EMPTY,
-    ) -> tokens_pb.CountTokensResponse:
-        """Return how many tokens a text or a conversation has; *metadata* as of `generate`."""
-        with self._span(_COUNT_TOKENS, metadata) as headers:
-            tokenizer = (await self._endpoint(timeout)).tokenizer
-            return await self._unary(tokenizer.CountTokens(request, timeout=timeout, metadata=headers))
+            return await self._unary(getattr(tokenizer, method)(request, timeout=timeout, metadata=headers))
 
     async def list_tiers(
         self, *, timeout: float = 5.0, metadata: Mapping[str, str] = _EMPTY

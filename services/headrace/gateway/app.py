@@ -15,6 +15,8 @@ from headrace.gateway.api import unserved
 from headrace.gateway.api.chat import ChatCompletions
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.reading import IGNORED_HEADER
+from headrace.gateway.api.text.completions import TextCompletions
+from headrace.gateway.api.tokenizers import Tokenizers
 from headrace.gateway.health import RouterHealth
 from headrace.gateway.http.endpoint import HttpService
 from headrace.gateway.http.exchange import Exchange, Handler
@@ -33,9 +35,21 @@ def api(client: Client, http: HttpService) -> list[Route]:
     """Return the routes of the API, whose handlers call the mesh by *client*."""
     models = Models(client)
     chat = ChatCompletions(client, models)
+    text = TextCompletions(client, models)
+    tokenizers = Tokenizers(client, models)
     get, post = ("GET",), ("POST",)
     listed: list[tuple[tuple[str, ...], str, Handler]] = [
         (post, "/v1/chat/completions", chat.complete),
+        (post, "/v1/completions", text.complete),
+        *(
+            (methods, prefix + path, handler)
+            for prefix in ("", "/v1")
+            for methods, path, handler in (
+                (post, "/tokenize", tokenizers.tokenize),
+                (post, "/detokenize", tokenizers.detokenize),
+                (get, "/tokenizer_info", tokenizers.info),
+            )
+        ),
         (get, "/v1/models", models.list),
         (get, "/v1/models/{name:path}", models.show),
         (post, "/v1/embeddings", unserved.embeddings),

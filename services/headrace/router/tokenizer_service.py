@@ -25,14 +25,18 @@ from headrace.runtime.security.identity import current
 from headrace.v1 import generation_pb2
 from headrace.v1 import tokenizer_service_pb2 as pb
 from headrace.v1.tokenizer_service_pb2_grpc import TokenizerServiceServicer
-from headrace.validation import check_detokenize, check_tokenize
+from headrace.validation import check_detokenize, check_get_tokenizer, check_tokenize
 
 SERVICES = tuple(pb.DESCRIPTOR.services_by_name.values())
 
 MOST_SECONDS = 60.0  # for a call without a deadline, or with a later one
 
-_Request: TypeAlias = pb.TokenizeRequest | pb.DetokenizeRequest | pb.CountTokensRequest
-_Response: TypeAlias = pb.TokenizeResponse | pb.DetokenizeResponse | pb.CountTokensResponse
+_Request: TypeAlias = (
+    pb.TokenizeRequest | pb.DetokenizeRequest | pb.CountTokensRequest | pb.GetTokenizerRequest
+)
+_Response: TypeAlias = (
+    pb.TokenizeResponse | pb.DetokenizeResponse | pb.CountTokensResponse | pb.GetTokenizerResponse
+)
 _Context = grpc.aio.ServicerContext[Any, Any]
 Q = TypeVar("Q", bound=_Request)
 R = TypeVar("R", bound=_Response)
@@ -62,6 +66,13 @@ class TokenizerServicer(TokenizerServiceServicer):
         """Return how many tokens a text or a conversation has."""
         check_tokenize(request)
         return await self._pass_on(request, context, Client.count_tokens)
+
+    async def GetTokenizer(
+        self, request: pb.GetTokenizerRequest, context: _Context
+    ) -> pb.GetTokenizerResponse:
+        """Return the special tokens and the chat template."""
+        check_get_tokenizer(request)
+        return await self._pass_on(request, context, Client.get_tokenizer)
 
     async def _pass_on(self, request: Q, context: _Context, method: Callable[..., Awaitable[R]]) -> R:
         """Return the response of the first batcher that has one."""

@@ -51,6 +51,16 @@ class Tokenizer(Spelling, Protocol):
         """Names and ids of the tokens that have no text."""
         ...
 
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """Names of special tokens by their purpose, such as "eos_token"."""
+        ...
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template in Jinja; empty without one."""
+        ...
+
     def encode_chat(
         self,
         turns: Turns,
@@ -142,6 +152,8 @@ class ByteTokenizer:
     bound: ByteBound | None = ByteBound(1)
     decode_errors = "replace"
     special_tokens: Mapping[str, int] = {}
+    roles: Mapping[str, str] = {}
+    chat_template = ""
     quick_text_bytes = quick_chat_bytes = QUICK_BYTES
 
     def render_chat(
@@ -179,17 +191,26 @@ class TransformersTokenizer:
 
     fast       its `tokenizers.Tokenizer`, which this object takes over and changes
     template   its chat template; None without one
+    roles      names of special tokens by their purpose
     """
 
     quick_text_bytes = QUICK_BYTES
     quick_chat_bytes = 0  # another process renders it
 
-    def __init__(self, fast: Any, template: ChatTemplate | None, fingerprint: str) -> None:
+    def __init__(
+        self,
+        fast: Any,
+        template: ChatTemplate | None,
+        fingerprint: str,
+        roles: Mapping[str, str] | None = None,
+    ) -> None:
         fast.no_truncation()  # which some files enable
         fast.no_padding()
         self._fast = fast
         self._template = template
         self._fingerprint = fingerprint
+        self.roles = roles or {}
+        self.chat_template = template.source if template else ""
         description = json.loads(fast.to_str())
         self.bound = byte_bound(description)
         self._specials = SpecialTokens(fast, description, template.frame if template else "")
@@ -330,4 +351,5 @@ def load_tokenizer(path: Path, cache: Path) -> TransformersTokenizer:
     """
     read = read_tokenizer(path, cache)
     template = choose_template(read.templates, read.special_tokens)
-    return TransformersTokenizer(read.backend, template, read.fingerprint)
+    roles = {role: str(name) for role, name in read.special_tokens.items() if isinstance(name, str)}
+    return TransformersTokenizer(read.backend, template, read.fingerprint, roles)

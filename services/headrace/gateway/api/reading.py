@@ -178,6 +178,8 @@ _TYPES = {
 
 def _complaint(error: ErrorDetails) -> str:
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    if kind == "value_error":  # of a validator in this package
+        return str(context["error"])
     if kind == "literal_error":
         return f"is {_shown(value)}, must be {context['expected']}"
     if kind == "greater_than_equal":
