@@ -32,8 +32,10 @@ def test_the_built_in_prompts_differ_and_their_order_depends_on_the_seed() -> No
 def test_a_file_has_prompts_conversations_and_limits(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(
-        '{"prompt": "a"}\n\n{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}], '
-        '"max_tokens": 5}\n{"prompt": "c", "output_len": 7, "max_tokens": 9}\n'
+        '{"prompt": "a"}\n\n'
+        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}], '
+        '"max_tokens": 5}\n'
+        '{"prompt": "c", "output_len": 7, "max_tokens": 9}\n'
     )
 
     assert read_prompts(str(path)) == [
