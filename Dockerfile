@@ -1,4 +1,5 @@
 # The images of Headrace's services, from one wheel. A target per image:
+#   docker build --target gateway -t headrace-gateway:0.1.0 .
 #   docker build --target router -t headrace-router:0.1.0 .
 #   docker build --target batcher -t headrace-batcher:0.1.0 .
 #   docker build --target worker -t headrace-worker:0.1.0 .          (computes on CPUs)
@@ -43,6 +44,12 @@ COPY k8s/images/packages.py k8s/images/sbom.py ./
 COPY --from=root /root-of-image/var/lib/dpkg /root-of-image/var/lib/dpkg
 COPY --from=wheel /build/dist dist
 
+FROM packages AS gateway-packages
+COPY k8s/images/gateway.txt ./
+ARG PIP_ARGS
+RUN --mount=type=cache,target=/root/.cache/pip python packages.py gateway.txt dist/*.whl gateway ${PIP_ARGS} \
+ && python sbom.py gateway /root-of-image /opt/headrace/packages /opt/headrace/app > /opt/headrace/app/sbom.cdx.json
+
 FROM packages AS router-packages
 COPY k8s/images/router.txt ./
 ARG PIP_ARGS
@@ -85,6 +92,15 @@ LABEL org.opencontainers.image.vendor="Headrace" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}"
 USER 10001:10001
+
+FROM service AS gateway
+LABEL org.opencontainers.image.title="headrace-gateway" \
+      org.opencontainers.image.description="Headrace's gateway: it serves OpenAI's API in front of a router."
+COPY --from=gateway-packages /opt/headrace/packages /opt/headrace/packages
+COPY --from=gateway-packages /opt/headrace/bytecode /opt/headrace/bytecode
+COPY --from=gateway-packages /opt/headrace/app /opt/headrace/app
+EXPOSE 8080
+ENTRYPOINT ["python", "-m", "headrace.gateway"]
 
 FROM service AS router
 LABEL org.opencontainers.image.title="headrace-router" \

@@ -11,11 +11,16 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from tests.cluster.network import NAME_SERVER, Host, Network
-from tests.cluster.services import BATCHER, PORTS, ROUTER, WORKER
+from tests.cluster.services import BATCHER, GATEWAY, PORTS, ROUTER, WORKER
 
 # Which roles may call a role: the intent of the NetworkPolicies in k8s/components/network-policies. Routers
 # share the quotas of tenants.
-ALLOWED: Mapping[str, Sequence[str]] = {ROUTER: ("caller", ROUTER), BATCHER: (ROUTER,), WORKER: (BATCHER,)}
+ALLOWED: Mapping[str, Sequence[str]] = {
+    GATEWAY: ("caller",),
+    ROUTER: ("caller", GATEWAY, ROUTER),
+    BATCHER: (ROUTER,),
+    WORKER: (BATCHER,),
+}
 UNUSED_PORT = 443  # nothing listens there
 PROBE_SECONDS = 2.0
 # Exits with 0 if a connection is accepted, or refused because nobody listens: the packets passed.

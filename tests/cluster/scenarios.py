@@ -20,9 +20,9 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1.generation_service_pb2_grpc import GenerationServiceStub
 from tests.cluster.network import NAME_SERVER, Network, network_of
 from tests.cluster.policies import ALLOWED, enforce, lift, matrix
-from tests.cluster.services import PATIENCE, ROUTER, Cluster, cluster, target_of, traffic
+from tests.cluster.services import PATIENCE, ROUTER, Cluster, cluster, over_http, target_of, traffic
 
-SERVERS = ("router0", "router1", "router2", "batcher0", "batcher1", "worker0", "worker1")
+SERVERS = ("gateway0", "router0", "router1", "router2", "batcher0", "batcher1", "worker0", "worker1")
 HOSTS = ("caller", "outsider", *SERVERS)
 ONE_OF_EACH = ("worker0", "batcher0", "router0")
 TWO_OF_EACH = (*ONE_OF_EACH, "worker1", "batcher1", "router1")
@@ -53,14 +53,24 @@ async def scale(network: Network, folder: Path) -> Figures:
 
 
 async def roll_routers(network: Network, folder: Path) -> Figures:
-    """The only router is replaced, twice: the name never has an address in common with before."""
-    async with cluster(network, folder, *ONE_OF_EACH) as servers, traffic() as counted:
+    """The only router is replaced, twice: the name never has an address in common with before.
+
+    Some callers call the routers, others a gateway, whose client resolves the name for them.
+    """
+    async with AsyncExitStack() as stack:
+        servers = await stack.enter_async_context(cluster(network, folder, *ONE_OF_EACH, "gateway0"))
+        way = over_http(servers.servers["gateway0"])
+        direct = await stack.enter_async_context(traffic())
+        streamed = await stack.enter_async_context(traffic(way=way))
         for old, new in (("router0", "router1"), ("router1", "router2")):
             await servers.start(new)
             await _stop(servers, old)
             await servers.servers[new].gets_requests()
-            await counted.continues()
-    return {"answers": counted.answers, "tokens": counted.tokens}
+            await asyncio.gather(direct.continues(), streamed.continues())
+    return {
+        **{"answers": direct.answers, "tokens": direct.tokens},
+        **{"answers over HTTP": streamed.answers, "tokens over HTTP": streamed.tokens},
+    }
 
 
 async def _stop(servers: Cluster, name: str) -> float:
@@ -145,7 +155,7 @@ async def _lost(servers: Cluster, name: str, caller: str) -> None:
 
 async def forbidden_paths(network: Network, folder: Path) -> Figures:
     """With packet filters like the NetworkPolicies, each server is reached by its callers only."""
-    sources = ("caller", "outsider", "router1", "batcher1", "worker1")
+    sources = ("caller", "outsider", "gateway0", "router1", "batcher1", "worker1")
     async with cluster(network, folder, *ONE_OF_EACH) as servers:
         before = await matrix(network, sources)
         assert all(before.values()), f"without filters all paths are open: {before}"
@@ -220,7 +230,13 @@ async def _plain_client(problems: list[str]) -> AsyncGenerator[None, None]:
 
 SCENARIOS: dict[str, Callable[[Network, Path], Coroutine[object, object, Figures]]] = {
     scenario.__name__: scenario
-    for scenario in (scale, roll_routers, other_clients, partitions, forbidden_paths)
+    for scenario in (
+        scale,
+        roll_routers,
+        other_clients,
+        partitions,
+        forbidden_paths,
+    )
 }
 
 if __name__ == "__main__":

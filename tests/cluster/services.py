@@ -8,24 +8,25 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
+import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.channel import open_channel
-from headrace.client import Client, connect
+from headrace.client import connect
 from headrace.v1 import admin_service_pb2 as admin
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from tests.cluster.network import NAME_SERVER, Host, Network
 
-ROUTER, BATCHER, WORKER = "router", "batcher", "worker"
-PORTS = {ROUTER: 50051, BATCHER: 50052, WORKER: 50053}
+GATEWAY, ROUTER, BATCHER, WORKER = "gateway", "router", "batcher", "worker"
+PORTS = {GATEWAY: 8080, ROUTER: 50051, BATCHER: 50052, WORKER: 50053}
 PATIENCE = 90.0  # seconds; the limit of every wait, far beyond what a busy machine needs
 DRAIN_SECONDS = 30.0
 
@@ -41,6 +42,7 @@ def target_of(role: str) -> str:
 
 
 FLAGS: dict[str, Sequence[str]] = {
+    GATEWAY: ("--router", target_of(ROUTER)),
     ROUTER: (
         *("--tiers", f"only={target_of(BATCHER)}", "--poll-seconds", "0.5", "--stall-seconds", "2"),
         *("--max-connection-age", "2"),
@@ -61,7 +63,7 @@ class Server:
 
     @property
     def role(self) -> str:
-        """What it is: router, batcher or worker."""
+        """What it is: gateway, router, batcher or worker."""
         return self.name.rstrip("0123456789")
 
     @property
@@ -71,16 +73,25 @@ class Server:
 
     async def ready(self) -> None:
         """Wait until it reports that it is ready."""
-        async with asyncio.timeout(PATIENCE), open_channel(self.address) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            while True:
-                with suppress(grpc.aio.AioRpcError):
-                    reply = await stub.Check(health_pb2.HealthCheckRequest(service="readiness"), timeout=2)
-                    if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                        return
+        async with asyncio.timeout(PATIENCE):
+            while not await (self._ready_over_http() if self.role == GATEWAY else self._ready_over_grpc()):
                 if self.process.returncode is not None:
                     raise AssertionError(f"{self.name} ended: {self.log.read_text()[-2000:]}")
                 await asyncio.sleep(0.05)
+
+    async def _ready_over_grpc(self) -> bool:
+        async with open_channel(self.address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            with suppress(grpc.aio.AioRpcError):
+                reply = await stub.Check(health_pb2.HealthCheckRequest(service="readiness"), timeout=2)
+                return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+        return False
+
+    async def _ready_over_http(self) -> bool:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            with suppress(httpx.TransportError):
+                return (await client.get(f"http://{self.address}/health", timeout=2)).is_success
+        return False
 
     async def inspect(self) -> admin.InspectResponse:
         """Return its state."""
@@ -119,8 +130,8 @@ class Cluster:
     async def start(self, *names: str) -> None:
         """Start servers, wait until all are ready, and publish them."""
         await asyncio.gather(*(self._run(name) for name in names))
-        # A batcher is ready when it has found a worker by its name, and a router a batcher.
-        for role in (WORKER, BATCHER, ROUTER):
+        # A batcher is ready when it has found a worker by its name, a router a batcher, a gateway a router.
+        for role in (WORKER, BATCHER, ROUTER, GATEWAY):
             started = [self.servers[name] for name in names if name.startswith(role)]
             await asyncio.gather(*(server.ready() for server in started))
             self.published |= {server.name for server in started}
@@ -190,7 +201,7 @@ async def cluster(network: Network, folder: Path, *names: str) -> AsyncGenerator
 
 @dataclass
 class Traffic:
-    """Callers of the routers, each of which makes one call after the other, and what became of the calls.
+    """Callers of the mesh, each of which makes one call after the other, and what became of the calls.
 
     answers    that were complete and right
     tokens     of them
@@ -202,18 +213,14 @@ class Traffic:
     problems: list[str] = field(default_factory=list)
     stopping: bool = False
 
-    async def call_on(self, client: Client, caller: int) -> None:
+    async def call_on(self, ask: Ask, caller: int) -> None:
         """Make calls until the traffic stops. The echo engine repeats the prompt, so each answer is known."""
         number = 0
         while not self.stopping:
             text = f"caller {caller}, call {number}: " + "0123456789" * (2 + (caller + number) % 6)
             number += 1
-            request = pb.GenerateRequest(prompt=text, sampling=pb.Sampling(max_tokens=500, temperature=0))
             try:
-                received = ""
-                async with aclosing(client.generate(request, timeout=PATIENCE)) as stream:
-                    async for response in stream:
-                        received += response.delta.text
+                received = await ask(text)
                 if received != text:
                     self.problems.append(f"{text!r} came as {received!r}")
                 self.answers += 1
@@ -229,12 +236,54 @@ class Traffic:
                 await asyncio.sleep(0.02)
 
 
+Ask: TypeAlias = Callable[[str], Awaitable[str]]  # sends a prompt and returns the answer
+
+
 @asynccontextmanager
-async def traffic(callers: int = 16) -> AsyncGenerator[Traffic, None]:
-    """Make calls while the block runs. Afterwards, fail if one was lost or its answer differs."""
-    counted = Traffic()
+async def over_grpc() -> AsyncGenerator[Ask, None]:
+    """Call the routers."""
     async with connect(target_of(ROUTER)) as client:
-        tasks = [asyncio.create_task(counted.call_on(client, caller)) for caller in range(callers)]
+
+        async def ask(text: str) -> str:
+            request = pb.GenerateRequest(prompt=text, sampling=pb.Sampling(max_tokens=500, temperature=0))
+            async with aclosing(client.generate(request, timeout=PATIENCE)) as stream:
+                return "".join([response.delta.text async for response in stream])
+
+        yield ask
+
+
+@asynccontextmanager
+async def over_http(gateway: Server) -> AsyncGenerator[Ask, None]:
+    """Call a gateway, whose answers are streamed."""
+    url = f"http://{gateway.address}/v1/chat/completions"
+    async with httpx.AsyncClient(timeout=PATIENCE, trust_env=False) as client:
+
+        async def ask(text: str) -> str:
+            message = {"role": "user", "content": text}
+            body = {"model": "auto", "messages": [message], "max_tokens": 500, "stream": True}
+            received = ""
+            async with client.stream("POST", url, json=body) as response:
+                lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+            assert (response.status_code, lines[-1]) == (200, "[DONE]"), lines[-1]
+            for line in lines[:-1]:
+                for choice in json.loads(line)["choices"]:
+                    received += choice["delta"].get("content") or ""
+            return received
+
+        yield ask
+
+
+@asynccontextmanager
+async def traffic(
+    callers: int = 16, *, way: AbstractAsyncContextManager[Ask] | None = None
+) -> AsyncGenerator[Traffic, None]:
+    """Make calls while the block runs. Afterwards, fail if one was lost or its answer differs.
+
+    way   how the mesh is called; by default `over_grpc`
+    """
+    counted = Traffic()
+    async with way or over_grpc() as ask:
+        tasks = [asyncio.create_task(counted.call_on(ask, caller)) for caller in range(callers)]
         try:
             await counted.continues(callers)
             yield counted

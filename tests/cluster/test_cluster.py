@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.network import Network, network, problem
 from tests.cluster.policies import ALLOWED
 from tests.cluster.scenarios import HOSTS, SCENARIOS
-from tests.cluster.services import BATCHER, PORTS, ROUTER, WORKER
+from tests.cluster.services import BATCHER, GATEWAY, PORTS, ROUTER, WORKER
 from tests.deploy import test_network_policies as evaluated
 from tests.deploy import tools
 from tests.deploy.rendering import OF_OVERLAYS, combined, of_kind
@@ -58,6 +58,7 @@ def test_the_packet_filters_are_those_of_the_network_policies(tmp_path: Path) ->
     """Both come from one intent: who may call whom."""
     policies = list(of_kind(combined(tmp_path, OF_OVERLAYS), "NetworkPolicy").values())
     pods = {
+        GATEWAY: evaluated.GATEWAY,
         ROUTER: evaluated.ROUTER,
         BATCHER: evaluated.BATCHER,
         WORKER: evaluated.WORKER,

@@ -23,6 +23,7 @@ OF_OVERLAYS = (
     "anonymous",
     "callers",
     "gpu",
+    "autoscaling/gateways",
     "autoscaling/routers",
     "telemetry",
     "network-policies",
@@ -96,7 +97,7 @@ def of_kind(resources: Iterable[Resource], kind: str) -> dict[str, Resource]:
 
 
 def services(resources: Iterable[Resource]) -> dict[str, Resource]:
-    """Return the Deployments of routers, batchers and workers by name."""
+    """Return the Deployments of gateways, routers, batchers and workers by name."""
     deployments = of_kind(resources, "Deployment")
     return {name: each for name, each in deployments.items() if container(each)["name"] in SETTINGS}
 

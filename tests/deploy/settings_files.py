@@ -14,22 +14,34 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from headrace.batcher.settings import Settings as BatcherSettings
+from headrace.gateway.settings import Settings as GatewaySettings
 from headrace.router.settings import Settings as RouterSettings
-from headrace.runtime.settings import PREFIX, ServiceSettings
+from headrace.runtime.settings import PREFIX, ProcessSettings, ServiceSettings
 from headrace.worker.settings import Settings as WorkerSettings
 
 K8S = Path(__file__).parent.parent.parent / "k8s"
-SETTINGS: dict[str, type[ServiceSettings]] = {
+SETTINGS: dict[str, type[ProcessSettings]] = {
+    "gateway": GatewaySettings,
     "router": RouterSettings,
     "batcher": BatcherSettings,
     "worker": WorkerSettings,
 }
 BASE = K8S / "base"
-# What all services share, what batcher and worker of a tier share, and what follows from the tier's name.
+# What all services share, what of it the gateway shares, which does not speak gRPC, what batcher and worker of
+# a tier share, and what follows from the tier's name.
 OF_THE_MESH = tuple(
     name
     for name, field in ServiceSettings.model_fields.items()
-    if all(kind.model_fields[name].default == field.default for kind in SETTINGS.values())
+    if all(
+        kind.model_fields[name].default == field.default
+        for kind in SETTINGS.values()
+        if issubclass(kind, ServiceSettings)
+    )
+)
+WITH_THE_GATEWAY = tuple(
+    name
+    for name, field in GatewaySettings.model_fields.items()
+    if name in OF_THE_MESH and field.default == ServiceSettings.model_fields[name].default
 )
 OF_THE_TIER = ("model", "fake")
 FROM_THE_NAME = ("tier", "workers")
@@ -40,7 +52,7 @@ class SettingsFile:
     """A file of settings: which class they are of, and which fields are in other places."""
 
     path: Path
-    kind: type[ServiceSettings]
+    kind: type[ProcessSettings]
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
@@ -52,6 +64,7 @@ class SettingsFile:
 
 FILES = (
     SettingsFile(BASE / "mesh.env", ServiceSettings, only=OF_THE_MESH),
+    SettingsFile(BASE / "gateway.env", GatewaySettings, without=WITH_THE_GATEWAY),
     SettingsFile(BASE / "router.env", RouterSettings, without=OF_THE_MESH),
     SettingsFile(BASE / "tier" / "tier.env", WorkerSettings, only=OF_THE_TIER),
     SettingsFile(
@@ -75,7 +88,7 @@ def written(path: Path) -> dict[str, str | None]:
     return found
 
 
-def default_of(kind: type[ServiceSettings], name: str) -> str | None:
+def default_of(kind: type[ProcessSettings], name: str) -> str | None:
     """Return a default as the environment would have it, or None."""
     value: Any = kind.model_fields[name].default
     if value is PydanticUndefined or value is None or value == "":

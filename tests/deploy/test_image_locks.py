@@ -14,7 +14,13 @@ from packaging.utils import canonicalize_name
 
 from tests.deploy.images.building import ROOT, SERVICES, pinned
 
-LOCKS = {"router": "router", "batcher": "batcher", "worker": "worker", "worker-gpu": "worker"}
+LOCKS = {
+    "gateway": "gateway",
+    "router": "router",
+    "batcher": "batcher",
+    "worker": "worker",
+    "worker-gpu": "worker",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMAGE = {
     "python_version": "3.12",
@@ -87,7 +93,11 @@ def test_every_package_of_an_image_has_a_hash(lock: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lock", "absent"), [("router", "torch"), ("batcher", "torch"), ("worker", "triton")]
+    ("lock", "absent"),
+    [
+        *(("gateway", "torch"), ("gateway", "numpy"), ("router", "torch"), ("router", "starlette")),
+        *(("batcher", "torch"), ("worker", "triton")),
+    ],
 )
 def test_images_do_not_have_what_only_other_services_need(lock: str, absent: str) -> None:
     locked = pins((ROOT / "k8s" / "images" / f"{lock}.txt").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,19 @@ VERSION = tomllib.loads((K8S.parent / "pyproject.toml").read_text())["project"][
 # What each component adds or changes, so that one that renders to nothing is found.
 SEEN: dict[str, Callable[[list[Resource]], bool]] = {
     "anonymous": lambda found: "HEADRACE_AUTH_ANONYMOUS" in _mesh(found),
-    "callers": lambda found: "callers" in _volumes(found, "router"),
+    "callers": lambda found: all("callers" in _volumes(found, name) for name in ("gateway", "router")),
     "gpu": lambda found: "nvidia.com/gpu" in _worker(found)["resources"]["limits"],
+    "autoscaling/gateways": lambda found: "gateway" in of_kind(found, "HorizontalPodAutoscaler"),
     "autoscaling/routers": lambda found: "router" in of_kind(found, "HorizontalPodAutoscaler"),
     "telemetry": lambda found: "headrace" in of_kind(found, "PodMonitor"),
     "network-policies": lambda found: "deny" in of_kind(found, "NetworkPolicy"),
-    "mtls": lambda found: "tls" in _volumes(found, "worker-small"),
+    "mtls": lambda found: all("tls" in _volumes(found, name) for name in ("gateway", "worker-small")),
     "mtls/tokens": lambda found: any(port["name"] == "mtls" for port in _ports(found, "router")),
     "quotas": lambda found: "quotas" in _volumes(found, "router"),
-    "gateway-api": lambda found: "router" in of_kind(found, "GRPCRoute"),
-    "gateway-api/tls": lambda found: "router" in of_kind(found, "BackendTLSPolicy"),
+    "gateway-api": lambda found: (
+        "router" in of_kind(found, "GRPCRoute") and "gateway" in of_kind(found, "HTTPRoute")
+    ),
+    "gateway-api/tls": lambda found: {"gateway", "router"} <= set(of_kind(found, "BackendTLSPolicy")),
     "priority": lambda found: pod(of_kind(found, "Deployment")["router"])["priorityClassName"] == "headrace",
     "model-cache": lambda found: "models-small" in of_kind(found, "PersistentVolumeClaim"),
     "model-image": lambda found: "model" in _volumes(found, "worker-small"),
@@ -132,6 +135,9 @@ def check_pods(found: list[Resource]) -> None:
 def check_probes(found: list[Resource], deployment: Resource) -> None:
     """Check that readiness and liveness are asked separately, on a port that serves health."""
     variables, box = environment(found, deployment), container(deployment)
+    if box["name"] == "gateway":
+        check_http_probes(variables, box)
+        return
     port = int(variables.get("HEADRACE_HEALTH_PORT", 0)) or int(variables["HEADRACE_PORT"])
     ports = {each["name"]: each["containerPort"] for each in box["ports"]}
     assert ports["grpc"] == int(variables["HEADRACE_PORT"])
@@ -142,6 +148,19 @@ def check_probes(found: list[Resource], deployment: Resource) -> None:
         ("readinessProbe", READINESS),
     ):
         assert box[probe]["grpc"] == {"port": port, "service": service}
+
+
+def check_http_probes(variables: Mapping[str, str], box: Resource) -> None:
+    """Check that a gateway is asked over HTTP, or over HTTPS if that is what it serves."""
+    ports = {each["name"]: each["containerPort"] for each in box["ports"]}
+    assert ports["http"] == int(variables["HEADRACE_PORT"])
+    expected = {"port": "http"} | ({"scheme": "HTTPS"} if variables.get("HEADRACE_HTTPS_CERT") else {})
+    for probe, path in (
+        ("startupProbe", "/health/live"),
+        ("livenessProbe", "/health/live"),
+        ("readinessProbe", "/health"),
+    ):
+        assert box[probe]["httpGet"] == {"path": path, **expected}
 
 
 def check_drain(found: list[Resource], deployment: Resource) -> None:
@@ -230,6 +249,40 @@ def test_no_node_holds_all_pods_of_a_service(name: str) -> None:
     """A drained node is then not an outage; `local` is one node."""
     for each in services(overlay(name)).values():
         assert each["spec"].get("replicas", 2) >= 2
+
+
+def test_routes_from_outside_lead_to_services_and_do_not_cut_streams(tmp_path: Path) -> None:
+    found = combined(tmp_path, ["gateway-api", "gateway-api/tls"])
+
+    (gateway,) = of_kind(found, "Gateway").values()
+    listeners = {each["name"]: each["hostname"] for each in gateway["spec"]["listeners"]}
+    routes = [of_kind(found, "GRPCRoute")["router"], of_kind(found, "HTTPRoute")["gateway"]]
+    for route in routes:
+        (parent,) = route["spec"]["parentRefs"]
+        assert route["spec"]["hostnames"] == [listeners[parent["sectionName"]]]
+        for rule in route["spec"]["rules"]:
+            for backend in rule["backendRefs"]:
+                assert backend["port"] in _service_ports(found, backend["name"]).values()
+    # A GRPCRoute and an HTTPRoute of one listener must not have a name in common.
+    assert len(set(listeners.values())) == len(listeners) == len(routes)
+    assert [rule["timeouts"] for rule in routes[1]["spec"]["rules"]] == [{"request": "0s"}]
+    for policy in of_kind(found, "BackendTLSPolicy").values():
+        (target,) = policy["spec"]["targetRefs"]
+        assert target["sectionName"] in _service_ports(found, target["name"])
+        assert policy["spec"]["validation"]["hostname"] == target["name"], "a name in the pods' certificates"
+
+
+def _service_ports(found: list[Resource], name: str) -> dict[str, int]:
+    return {each["name"]: each["port"] for each in of_kind(found, "Service")[name]["spec"]["ports"]}
+
+
+def test_a_service_over_http_has_an_address_of_its_own(tmp_path: Path) -> None:
+    """Clients of HTTP take one address of a headless name and stay there."""
+    for components, protocol in (([], "http"), (["mtls"], "https")):
+        (folder := tmp_path / protocol).mkdir()
+        spec = of_kind(combined(folder, components), "Service")["gateway"]["spec"]
+        assert "clusterIP" not in spec
+        assert [each["appProtocol"] for each in spec["ports"]] == [protocol]
 
 
 def test_the_namespace_admits_restricted_pods_only() -> None:

@@ -36,6 +36,7 @@ def service(name: str, port: int) -> Peer:
 
 
 ROUTER, BATCHER, WORKER = service("router", 50051), service("batcher", 50052), service("worker", 50053)
+GATEWAY = Peer({"app.kubernetes.io/name": "gateway"}, ports={"http": 8080, "metrics": 9464, "otlp": 4317})
 COLLECTOR, PREFETCH = service("otel-collector", 4317), service("prefetch", 0)
 STRANGER = Peer({"app": "shell"}, namespace="other")
 NEIGHBOUR = Peer({"app": "shell"})  # in the namespace of the mesh
@@ -48,15 +49,20 @@ HUB = Peer(namespace="", address="203.0.113.7")
 METADATA = Peer(namespace="", address="169.254.169.254")  # where clouds hand out credentials
 
 ALLOWED = [
+    (CALLER, GATEWAY, 8080),
+    (INNER_CALLER, GATEWAY, 8080),
+    (GATEWAY, ROUTER, 50051),
     (CALLER, ROUTER, 50051),
     (INNER_CALLER, ROUTER, 50051),
     (ROUTER, ROUTER, 50051),
     (ROUTER, ROUTER, 50056),
     (ROUTER, BATCHER, 50052),
     (BATCHER, WORKER, 50053),
+    (PROMETHEUS, GATEWAY, 9464),
     (PROMETHEUS, ROUTER, 9464),
     (PROMETHEUS, BATCHER, 9464),
     (PROMETHEUS, WORKER, 9464),
+    (GATEWAY, COLLECTOR, 4317),
     (ROUTER, COLLECTOR, 4317),
     (BATCHER, COLLECTOR, 4317),
     (WORKER, COLLECTOR, 4317),
@@ -66,6 +72,7 @@ ALLOWED = [
     (PREFETCH, HUB, 443),
 ]
 PEERS = {
+    "gateway": GATEWAY,
     "router": ROUTER,
     "batcher": BATCHER,
     "worker": WORKER,
@@ -79,7 +86,7 @@ PEERS = {
     "hub": HUB,
     "metadata": METADATA,
 }
-PORTS = (443, 4317, 9464, 50051, 50052, 50053, 50055, 50056)
+PORTS = (443, 4317, 8080, 9464, 50051, 50052, 50053, 50055, 50056)
 
 
 def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
@@ -150,7 +157,7 @@ def test_what_the_mesh_needs_is_allowed(
     assert allows(policies, source, target, port)
 
 
-@pytest.mark.parametrize("name", ["router", "batcher", "worker", "collector", "prefetch"])
+@pytest.mark.parametrize("name", ["gateway", "router", "batcher", "worker", "collector", "prefetch"])
 def test_pods_may_resolve_names(policies: list[Resource], name: str) -> None:
     assert allows(policies, PEERS[name], DNS, 53)
 
@@ -178,4 +185,6 @@ def test_policies_are_in_the_overlays_that_are_not_for_trials(tmp_path: Path) ->
 
     assert not of_kind(overlay("local"), "NetworkPolicy")
     for name in ("cpu", "gpu"):
-        assert {"deny", "router", "batcher", "worker"} <= set(of_kind(overlay(name), "NetworkPolicy"))
+        assert {"deny", "gateway", "router", "batcher", "worker"} <= set(
+            of_kind(overlay(name), "NetworkPolicy")
+        )

@@ -35,7 +35,7 @@ REASONS = {
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, errors.HeadraceError)
 }
-SERVICES = {"headrace-router", "headrace-batcher", "headrace-worker"}
+SERVICES = {"headrace-gateway", "headrace-router", "headrace-batcher", "headrace-worker"}
 
 
 def problems(query: str) -> list[str]:

@@ -47,6 +47,7 @@ def test_the_tier_of_the_readme_renders(tmp_path: Path) -> None:
     found = render(tmp_path)
 
     assert set(services(found)) == {
+        "gateway",
         "router",
         *(f"{kind}-{name}" for kind in ("batcher", "worker") for name in ("small", "medium", "large")),
     }

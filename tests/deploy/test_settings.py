@@ -12,13 +12,14 @@ from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.serving.interceptor import MAX_STARTING
 from headrace.runtime.serving.limits import MIB
-from headrace.runtime.settings import PREFIX, ServiceSettings
+from headrace.runtime.settings import PREFIX, ProcessSettings, ServiceSettings
 from headrace.validation import MAX_RESUME_TOKENS
 from tests.deploy.rendering import OVERLAYS, Resource, container, environment, of_kind, overlay, services
 from tests.deploy.settings_files import (
     FILES,
     FROM_THE_NAME,
     K8S,
+    OF_THE_MESH,
     SETTINGS,
     SettingsFile,
     completed,
@@ -34,14 +35,15 @@ CHANGED = {
     "host": "pods listen on their address",
     "drain_seconds": "longer than the longest generation, so that a stopped pod need not hand requests over",
     "cache": "the volume",
+    "router": "the Service",
 }
 
 
-def settings_of(found: Iterable[Resource], deployment: Resource) -> ServiceSettings:
-    """Return the settings that a pod's service reads; all of its variables are settings."""
+def settings_of(found: Iterable[Resource], deployment: Resource) -> ProcessSettings:
+    """Return the settings that a pod's service reads; its variables are settings of it or of the mesh."""
     kind = SETTINGS[container(deployment)["name"]]
     variables = environment(tuple(found), deployment)
-    known = {f"{PREFIX}{name.upper()}" for name in kind.model_fields} | OTHERS
+    known = {f"{PREFIX}{name.upper()}" for name in (*kind.model_fields, *OF_THE_MESH)} | OTHERS
     unknown = {name for name in variables if name.startswith(PREFIX)} - known
     assert not unknown
     with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +104,10 @@ RUN_STREAMS = 64  # whose messages arrive at the same time
 def test_the_memory_limit_of_a_pod_covers_what_its_settings_admit(name: str) -> None:
     found = overlay(name)
     for deployment in services(found).values():
-        box, limits = container(deployment), settings_of(found, deployment).limits
+        box, settings = container(deployment), settings_of(found, deployment)
+        if not isinstance(settings, ServiceSettings):
+            continue
+        limits = settings.limits
         memory = parsed(box["resources"]["limits"]["memory"])
 
         assert parsed(box["resources"]["requests"]["memory"]) <= memory
@@ -118,8 +123,11 @@ def test_the_memory_limit_of_a_pod_covers_what_its_settings_admit(name: str) -> 
 def test_what_a_router_admits_fits_its_batchers_with_an_answer_to_resume() -> None:
     """Else the longest prompts would be admitted, and lost with the first batcher."""
     found = overlay("cpu")
+    read = {name: settings_of(found, each) for name, each in services(found).items()}
     limits = {
-        name: settings_of(found, each).limits.max_message_bytes for name, each in services(found).items()
+        name: settings.limits.max_message_bytes
+        for name, settings in read.items()
+        if isinstance(settings, ServiceSettings)
     }
     resumed = MAX_RESUME_TOKENS * 3  # bytes of an id below two million
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -143,23 +144,77 @@ def test_every_process_gets_an_endpoint_of_its_own_and_the_routers_are_first(tmp
     assert [process.environment["HEADRACE_TIER"] for process in workers] == ["small", "large"]
 
 
-def test_only_the_router_of_a_mesh_has_untrusted_callers(spec: MeshSpec) -> None:
+def test_a_gateway_starts_last_and_calls_the_router(tmp_path: Path) -> None:
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, fake=True, gateway_port=0)
+    ports = list(range(1, mesh.ports_needed(spec, 2) + 1))
+
+    *_, (router,), (gateway,) = plan_processes(spec, ports, cores=2)
+
+    assert (router.port, gateway.port) == (5, 6)
+    assert flag(gateway.command, "--router") == "127.0.0.1:5"
+    assert (router.protocol, gateway.protocol) == ("grpc", "http"), "how they are asked for their health"
+    assert "--processes" not in gateway.command
+
+    fixed = dataclasses.replace(spec, port=50051, gateway_port=8080)
+    *_, (gateway,) = plan_processes(fixed, ports, cores=2)
+    assert (gateway.port, flag(gateway.command, "--router")) == (8080, "127.0.0.1:50051")
+
+
+def test_a_mesh_has_a_gateway_only_if_one_is_wanted(spec: MeshSpec) -> None:
+    stages = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)
+
+    assert not [process for stage in stages for process in stage if process.name == "gateway"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes share a port on Linux only")
+def test_a_gateway_shares_the_cores_that_the_workers_leave(tmp_path: Path) -> None:
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, fake=True, gateway_port=0, metrics_port=9464)
+    ports = list(range(1, mesh.ports_needed(spec, 14) + 1))
+
+    workers, batchers, (router,), (gateway,) = plan_processes(spec, ports, cores=14)
+
+    assert len(batchers) == 2 * 3
+    assert flag(router.command, "--processes") == flag(gateway.command, "--processes") == "3"
+    assert (router.port, gateway.port) == (9, 10)
+    # After the router's three and one for each worker and batcher; its other processes have the next ports.
+    assert gateway.environment["HEADRACE_METRICS_PORT"] == str(9464 + 3 + len(workers) + len(batchers))
+
+
+def test_a_gateway_has_a_certificate_of_its_own_and_serves_http(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is polled over HTTP, and its listener is on loopback."""
+    monkeypatch.setenv("HEADRACE_HTTPS_CERT", "/mine.pem")
+    spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, fake=True, gateway_port=0, tls=True)
+
+    *_, (gateway,) = plan_processes(spec, [1, 2, 3, 4, 5, 6], cores=2)
+
+    assert flag(gateway.command, "--tls-cert") == str(tmp_path / "tls" / "gateway.pem")
+    assert flag(gateway.command, "--host") == "127.0.0.1"
+    assert "HEADRACE_HTTPS_CERT" not in gateway.environment
+
+
+def test_only_router_and_gateway_of_a_mesh_have_untrusted_callers(spec: MeshSpec) -> None:
     """If all processes inherited HEADRACE_TRACE_CONTEXT, it would break a trace at each hop."""
-    workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)
+    with_gateway = dataclasses.replace(spec, gateway_port=0)
+    workers, batchers, (router,), (gateway,) = plan_processes(with_gateway, [1, 2, 3, 4, 5, 6], cores=2)
 
     inner = [process.environment["HEADRACE_TRACE_CONTEXT"] for process in (*workers, *batchers)]
     assert set(inner) == {"trust"}
-    assert router.environment.get("HEADRACE_TRACE_CONTEXT") != "trust"
+    for edge in (router, gateway):
+        assert edge.environment.get("HEADRACE_TRACE_CONTEXT") != "trust"
 
 
-def test_only_the_router_asks_callers_for_credentials(
+def test_only_router_and_gateway_ask_callers_for_credentials(
     spec: MeshSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The services behind it have no tokens to call each other with."""
+    """The services behind them have no tokens to call each other with."""
     monkeypatch.setenv("HEADRACE_AUTH_TOKENS", "callers.toml")
-    workers, batchers, (router,) = plan_processes(spec, [1, 2, 3, 4, 5], cores=2)
+    with_gateway = dataclasses.replace(spec, gateway_port=0)
+    workers, batchers, (router,), (gateway,) = plan_processes(with_gateway, [1, 2, 3, 4, 5, 6], cores=2)
 
-    assert router.environment["HEADRACE_AUTH_TOKENS"] == "callers.toml"
+    for edge in (router, gateway):
+        assert edge.environment["HEADRACE_AUTH_TOKENS"] == "callers.toml"
     assert not any("HEADRACE_AUTH_TOKENS" in process.environment for process in (*workers, *batchers))
 
 
@@ -181,6 +236,24 @@ async def test_a_port_in_use_is_detected_before_anything_starts(tmp_path: Path) 
                 pass
 
     assert not spec.log_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        pytest.param(False, "--gateway-port; --no-gateway starts no gateway", id="in use"),
+        pytest.param(True, "--port and --gateway-port are both", id="the router's as well"),
+    ],
+)
+def test_an_impossible_port_of_the_gateway_is_an_error_that_names_its_flags(
+    tmp_path: Path, free: bool, said: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = mesh.free_ports(1)[0] if free else server.getsockname()[1]
+        spec = MeshSpec(cache=tmp_path, log_dir=tmp_path, port=port if free else 0, gateway_port=port)
+
+        with pytest.raises(BadSpec, match=said):
+            mesh.require_free_ports(spec)
 
 
 def test_free_ports_are_different_and_free() -> None:

@@ -1,17 +1,22 @@
-"""Signals to a command that runs until it is stopped."""
+"""What `headrace up` decides and prints, and signals to a command that runs until it is stopped."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from headrace.cli.launch import up
+from headrace.cli.launch import mesh, up
 
 
 def test_an_interrupt_while_the_command_loads_is_no_traceback(tmp_path: Path) -> None:
@@ -27,6 +32,36 @@ def test_an_interrupt_while_the_command_loads_is_no_traceback(tmp_path: Path) ->
     )
 
     assert (out.returncode, out.stdout, out.stderr) == (130, "", "")
+
+
+def test_the_gateway_has_its_usual_port_or_a_free_one_with_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=StringIO(), width=200)
+    with socket.create_server((mesh.HOST, 0)) as server:
+        taken, (free,) = server.getsockname()[1], mesh.free_ports(1)
+
+        monkeypatch.setattr(up, "DEFAULT_GATEWAY_PORT", free)
+        assert up.gateway_port(0, console) == free
+        assert console.file.getvalue() == ""  # type: ignore[attr-defined] # of StringIO
+        assert up.gateway_port(free, console) == 0, "the router gets it"
+
+        monkeypatch.setattr(up, "DEFAULT_GATEWAY_PORT", taken)
+        assert up.gateway_port(0, console) == 0
+        notice = console.file.getvalue()  # type: ignore[attr-defined]
+        assert f"port {taken} is in use" in notice
+        assert "--gateway-port" in notice
+        assert "--no-gateway" in notice
+
+        with pytest.raises(mesh.BadSpec, match=r"--port .*Is a mesh running already\?"):
+            up.gateway_port(taken, console)
+
+
+def test_the_example_for_curl_survives_a_shell() -> None:
+    command, _ = up.http_examples("http://127.0.0.1:8080")
+
+    program, url, *_, body = shlex.split(command)
+    assert (program, url) == ("curl", "http://127.0.0.1:8080/v1/chat/completions")
+    assert json.loads(body)["messages"] == [{"role": "user", "content": "Hello!"}]
+    assert up.http_examples("") == [], "without a gateway"
 
 
 @pytest.mark.parametrize(

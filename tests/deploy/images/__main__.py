@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument(
         "--rebuild",
         nargs="*",
-        default=["router", "batcher"],
+        default=["gateway", "router", "batcher"],
         choices=SERVICES,
         help="what is built twice to compare",
     )

@@ -8,6 +8,8 @@ import os
 import shutil
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from pathlib import Path
@@ -22,10 +24,11 @@ from tests.deploy.images.engine import Engine, Failed
 from tests.deploy.images.report import Check
 
 UID = 10001
-ROUTER_BYTES = 150_000_000
+EDGE_BYTES = 150_000_000  # of the images of router and gateway
 MODEL = "smollm2-135m-instruct"
 # Unpacking a model and compiling the kernels of a CPU worker takes minutes on a busy machine.
 READY_SECONDS, STOP_SECONDS = 900.0, 40.0
+_EDGES = ("gateway", "router")  # services that need no model
 _CACHE = "/var/cache/headrace"
 _SHAPE = """
 import importlib.metadata, json, os, stat
@@ -72,27 +75,31 @@ def contents(engine: Engine, built: Built, service: str) -> Iterator[Check]:
         listed == set(shape["packages"]) and debian > 5,
         f"{len(listed)} of Python, {debian} of Debian",
     )
-    if service == "router":
-        yield Check(
-            service, "is smaller than 150 MB", built.size < ROUTER_BYTES, f"{built.size / 1e6:.0f} MB"
-        )
+    if service in _EDGES:
+        yield Check(service, "is smaller than 150 MB", built.size < EDGE_BYTES, f"{built.size / 1e6:.0f} MB")
 
 
 def echo(engine: Engine, images: Mapping[str, Built]) -> Iterator[Check]:
     """Check a mesh whose engine repeats prompts."""
-    fake = {"router": (), "batcher": ("--fake",), "worker": ("--fake",)}
+    fake = {"gateway": (), "router": (), "batcher": ("--fake",), "worker": ("--fake",)}
     with _mesh(engine, images, fake, {}) as (ports, checks):
         yield from checks
         for service in SERVICES:
             yield from _restricted(engine, service)
         text, _ = asyncio.run(_ask(ports["router"], "seen, deployed and locked"))
         yield Check("mesh", "answers a request", text == "seen, deployed and locked", repr(text))
+        text = _ask_by_http(ports["gateway"], "seen, over HTTP")
+        yield Check("mesh", "answers a request over HTTP", text == "seen, over HTTP", repr(text))
         yield from _stopped(engine)
 
 
 def model(engine: Engine, images: Mapping[str, Built], file: Path) -> Iterator[Check]:
     """Check a mesh with a real model, which is unpacked, and whose kernels are compiled."""
-    arguments = {"router": (), "batcher": ("--model", MODEL), "worker": ("--model", MODEL, "--device", "cpu")}
+    arguments = {
+        **dict.fromkeys(_EDGES, ()),
+        "batcher": ("--model", MODEL),
+        "worker": ("--model", MODEL, "--device", "cpu"),
+    }
     cache = engine.folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     target = cache / "models" / MODEL / file.name
@@ -105,6 +112,8 @@ def model(engine: Engine, images: Mapping[str, Built], file: Path) -> Iterator[C
             yield from checks
             text, seconds = asyncio.run(_ask(ports["router"], "What is the capital of France?"))
             yield Check("mesh", f"answers with {MODEL}", "Paris" in text, f"{text[:40]!r} in {seconds:.1f} s")
+            text = _ask_by_http(ports["gateway"], "What is the capital of France?")
+            yield Check("mesh", f"answers with {MODEL} over HTTP", "Paris" in text, repr(text[:40]))
             yield from _stopped(engine)
     finally:
         shutil.rmtree(cache, ignore_errors=True)
@@ -119,6 +128,7 @@ def _mesh(
 ) -> Iterator[tuple[dict[str, int], list[Check]]]:
     ports = {service: _free_port() for service in SERVICES}
     targets = {
+        "gateway": ("--router", f"127.0.0.1:{ports['router']}"),
         "router": ("--tiers", f"small=127.0.0.1:{ports['batcher']}"),
         "batcher": ("--tier", "small", "--workers", f"127.0.0.1:{ports['worker']}"),
         "worker": (),
@@ -130,7 +140,7 @@ def _mesh(
             address = ("--host", "127.0.0.1", "--port", str(ports[service]))
             words = (*address, *targets[service], *arguments[service])
             started[service] = time.monotonic()
-            engine.start(service, images[service].name, words, {} if service == "router" else volumes)
+            engine.start(service, images[service].name, words, {} if service in _EDGES else volumes)
         for service in reversed(SERVICES):
             _until_ready(engine, service, ports[service])
             seconds = time.monotonic() - started[service]
@@ -143,19 +153,53 @@ def _mesh(
 def _until_ready(engine: Engine, service: str, port: int) -> None:
     """Wait until a service reports readiness. Raises Failed."""
     started = time.monotonic()
+    is_ready = _is_ready_http if service == "gateway" else _is_ready_grpc
+    while time.monotonic() - started < READY_SECONDS:
+        if is_ready(port):
+            return
+        if engine.podman("inspect", "--format", "{{.State.Status}}", service).strip() != "running":
+            break
+        time.sleep(0.2)
+    raise Failed(f"{service} did not become ready:\n{engine.podman('logs', service)[-3000:]}")
+
+
+def _is_ready_grpc(port: int) -> bool:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
-        while time.monotonic() - started < READY_SECONDS:
-            try:
-                status = stub.Check(health_pb2.HealthCheckRequest(service="readiness"), timeout=2).status
-                if status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            except grpc.RpcError:
-                pass
-            if engine.podman("inspect", "--format", "{{.State.Status}}", service).strip() != "running":
-                break
-            time.sleep(0.2)
-    raise Failed(f"{service} did not become ready:\n{engine.podman('logs', service)[-3000:]}")
+        try:
+            status = stub.Check(health_pb2.HealthCheckRequest(service="readiness"), timeout=2).status
+        except grpc.RpcError:
+            return False
+    return bool(status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _is_ready_http(port: int) -> bool:
+    try:
+        with _HTTP.open(f"http://127.0.0.1:{port}/health", timeout=2):
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+# Without the proxies of this machine.
+_HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _ask_by_http(port: int, text: str) -> str:
+    """Return the answer of a gateway to a chat message."""
+    body = {
+        "model": "auto",
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+        "max_tokens": 64,
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"content-type": "application/json"},
+    )
+    with _HTTP.open(request, timeout=120) as response:
+        return str(json.load(response)["choices"][0]["message"]["content"])
 
 
 async def _ask(port: int, text: str) -> tuple[str, float]:
@@ -190,7 +234,7 @@ def _restricted(engine: Engine, service: str) -> Iterator[Check]:
 
 
 def _stopped(engine: Engine) -> Iterator[Check]:
-    """Send SIGTERM to each service, from the router on, and check the exit status."""
+    """Send SIGTERM to each service, from the gateway on, and check the exit status."""
     for service in SERVICES:
         started = time.monotonic()
         engine.podman("kill", "--signal", "TERM", service)

@@ -20,9 +20,9 @@ from headrace.cli.commands.flags import (
 )
 from headrace.cli.complaints import complain, complaining
 from headrace.cli.launch.certificates import CA, DOMAIN, HOSTS, ROLES, issue
-from headrace.cli.launch.mesh import MeshSpec, parse_tiers
+from headrace.cli.launch.mesh import BadSpec, MeshSpec, parse_tiers
 from headrace.cli.launch.processes import log_folder
-from headrace.cli.launch.up import DEFAULT_PORT
+from headrace.cli.launch.up import DEFAULT_GATEWAY_PORT, DEFAULT_PORT
 
 
 def up(
@@ -31,6 +31,19 @@ def up(
     port: Annotated[
         int, typer.Option(metavar="PORT", min=0, max=65535, help="Port of the router; 0 for a free one.")
     ] = (DEFAULT_PORT),
+    gateway_port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="Port of the gateway, which serves OpenAI's API over HTTP; 0 for a free one. Default: "
+            f"{DEFAULT_GATEWAY_PORT}, or a free one if it is in use.",
+        ),
+    ] = None,
+    no_gateway: Annotated[
+        bool, typer.Option("--no-gateway", help="Start no gateway: the mesh is called over gRPC only.")
+    ] = False,
     metrics_port: Annotated[
         int,
         typer.Option(
@@ -57,7 +70,9 @@ def up(
         ),
     ] = False,
 ) -> None:
-    """Start a mesh on this machine: per tier a worker and batchers, and the router. Ctrl-C stops it.
+    """Start a mesh on this machine: per tier a worker and batchers, the router, and the gateway.
+
+    Ctrl-C stops it.
 
     Environment variables set further settings of the services, which `python -m headrace.router --help` and
     so on list:  HEADRACE_FEEDBACK=feedback.jsonl headrace up
@@ -66,11 +81,16 @@ def up(
 
     Example:  headrace up --tier small=smollm2-135m-instruct --tier large=Qwen/Qwen2.5-1.5B-Instruct
     """
+    from headrace.cli.launch.up import gateway_port as usual_gateway_port
     from headrace.cli.launch.up import prepare, run_until_signal
     from headrace.cli.launch.up import up as run
 
     console = Console()
     with complaining():
+        if no_gateway and gateway_port is not None:
+            raise BadSpec("--gateway-port and --no-gateway exclude each other")
+        if not no_gateway and gateway_port is None:
+            gateway_port = usual_gateway_port(port, console)
         home = cache or models.cache_folder()
         spec = MeshSpec(
             cache=home,
@@ -78,6 +98,7 @@ def up(
             tiers=parse_tiers(tier or [], fake=fake),
             fake=fake,
             port=port,
+            gateway_port=gateway_port,
             metrics_port=metrics_port,
             device=device,
             dtype=dtype,
@@ -96,8 +117,9 @@ def certs(
         list[str] | None,
         typer.Argument(
             metavar="NAME",
-            help="Roles, each with a suffix where there are several: router, batcher-small, worker-small, "
-            "admin. Other names are callers of the router. Default: router, batcher, worker and admin.",
+            help="Roles, each with a suffix where there are several: gateway, router, batcher-small, "
+            "worker-small, admin. Other names are callers of the router. Default: "
+            f"{', '.join(ROLES[:-1])} and {ROLES[-1]}.",
         ),
     ] = None,
     host: Annotated[
@@ -139,7 +161,7 @@ def demo(
     log_dir: LogDir = None,
     cache: Cache = None,
 ) -> None:
-    """Start a mesh, send it sixteen prompts, show figures and a trace, and stop the mesh.
+    """Start a mesh, send it sixteen prompts, show figures and a trace, call it by HTTP, and stop it.
 
     Example:  headrace demo --fake
     """
@@ -160,6 +182,7 @@ def demo(
             log_dir=log_dir or log_folder(home),
             tiers=parse_tiers(tier or [], fake=fake),
             fake=fake,
+            gateway_port=0,
             device=device,
             dtype=dtype,
             threads=threads,

@@ -1,7 +1,7 @@
 """`headrace demo`: start a mesh, send it prompts of all kinds, and show the trace of one request.
 
 The first prompts are sent one at a time, with their answers streamed to the terminal. The others are sent
-concurrently, so that the batchers can form batches.
+concurrently, so that the batchers can form batches. The last one is sent to the gateway, by curl.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import asyncio
 import importlib.resources
 import json
 import os
+import shlex
+import shutil
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -28,6 +30,7 @@ from headrace.cli.demo.summary import Outcome, summarise, summary_table
 from headrace.cli.demo.trace_tree import busiest, trace_tree
 from headrace.cli.launch.boards import StartBoard
 from headrace.cli.launch.mesh import mesh
+from headrace.cli.launch.up import curl
 from headrace.errors import HeadraceError
 from headrace.runtime.telemetry.setup import telemetry
 
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 _SEQUENTIAL = 4  # prompts that are sent one at a time
 _CONCURRENT = 6  # of the other prompts
+_HTTP_PROMPT = "What is the capital of Italy?"
+_HTTP_SECONDS = 60  # for the answer to it
 _TRACE_SECONDS = 30.0  # until the last spans have arrived; on an idle machine it takes less than one
 _tracer = trace.get_tracer(__name__)
 
@@ -74,7 +79,8 @@ async def demo(spec: MeshSpec, console: Console) -> bool:
                 connection = Connection(target=running.address)
                 options = ChatOptions(connection=connection, temperature=0.0)
                 async with telemetry("client"), connection.open() as client:
-                    return await _tour(_Guide(client, options, console), prompts(), receiver, console)
+                    complete = await _tour(_Guide(client, options, console), prompts(), receiver, console)
+                return await call_by_http(running.gateway, console) and complete
 
 
 async def _tour(guide: _Guide, chosen: Sequence[Prompt], receiver: Receiver, console: Console) -> bool:
@@ -95,6 +101,36 @@ async def _tour(guide: _Guide, chosen: Sequence[Prompt], receiver: Receiver, con
     console.print(summary_table(summary))
     await _show_trace(guide.traces[_SEQUENTIAL:], guide.answered, receiver, console)
     return not summary.failures
+
+
+async def call_by_http(gateway: str, console: Console) -> bool:
+    """Send one prompt to the gateway with curl, print command and answer, and return whether it answered."""
+    console.print(Rule("the same mesh by OpenAI's API", align="left"))
+    command = curl(gateway, _HTTP_PROMPT, "-sS", "--fail-with-body", max_tokens=24, temperature=0)
+    console.print(f"$ {shlex.join(command)}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    if shutil.which("curl") is None:
+        console.print("curl is not installed, so the command is not run", style="yellow")
+        return True
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        # A proxy does not reach this machine by its loopback address.
+        env={name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
+    )
+    try:
+        async with asyncio.timeout(_HTTP_SECONDS):
+            printed, _ = await process.communicate()
+    except TimeoutError:
+        console.print(f"no answer in {_HTTP_SECONDS} s", style="red")
+        return False
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    text = printable(printed.decode(errors="replace")).rstrip()
+    console.print(f"{text}\n", markup=False, highlight=False, soft_wrap=True)
+    return process.returncode == 0
 
 
 def arrived(spans: Sequence[Span], trace_ids: Sequence[str], answered: Collection[str]) -> bool:

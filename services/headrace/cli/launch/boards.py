@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from headrace import models
-    from headrace.cli.launch.mesh import StartState
+    from headrace.cli.launch.readiness import StartState
 
 
 class FetchBoard:

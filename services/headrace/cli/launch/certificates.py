@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 CA = "ca.pem"
 _CA_KEY = "ca.key"
 CLIENT = "admin"  # the role of the person who runs the mesh
-ROLES = ("router", "batcher", "worker", CLIENT)
+SERVICES = ("gateway", "router", "batcher", "worker")
+ROLES = (*SERVICES, CLIENT)
 DOMAIN = "spiffe://headrace/"
 HOSTS = ("localhost", "127.0.0.1", "::1")
 AUTHORITY_DAYS = 3650.0  # of an authority that is kept
@@ -68,8 +69,8 @@ def issue(
     """Write a certificate and a key for each of *names*, and the authority's; return the certificates.
 
     names            each a role, or a role and a suffix, such as batcher-small
-    hosts            names and IP addresses at which the servers are called. Only the certificates of routers,
-                     batchers and workers contain them: no other one can be used by a server
+    hosts            names and IP addresses at which the servers are called. Only the certificates of services
+                     contain them: no other one can be used by a server
     days             until the certificates expire
     domain           what precedes the name in the certificate's URI
     keep_authority   whether the authority's key is kept, or used if it is there, so that later calls issue
@@ -129,7 +130,7 @@ def _sign(
     name = uri.rpartition("/")[2]
     uses = [ExtendedKeyUsageOID.CLIENT_AUTH]
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri)]
-    if role_in(name) in ("router", "batcher", "worker"):
+    if role_in(name) in SERVICES:
         uses.append(ExtendedKeyUsageOID.SERVER_AUTH)
         names += map(_host_name, hosts)
     certificate = (

@@ -1,7 +1,7 @@
 """Decide what the cores of this machine are used for: threads of the models, or processes of the mesh.
 
-A process of a router or batcher uses up to one core. Several of them help if a mesh has many requests and the
-models leave cores for them: an accelerator computes them, or nothing does (`--fake`).
+A process of a gateway, router or batcher uses up to one core. Several of them help if a mesh has many
+requests and the models leave cores for them: an accelerator computes them, or nothing does (`--fake`).
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def worker_threads(cores: int, tiers: int) -> int:
     return max(1, cores // tiers)
 
 
-def parallel_processes(cores: int, tiers: int, *, threads: int) -> int:
-    """Return how many processes the router has, and how many batchers each tier has: at least one.
+def parallel_processes(cores: int, tiers: int, *, threads: int, edges: int = 1) -> int:
+    """Return how many processes each edge has, and how many batchers each tier has: at least one.
 
     They share the cores that the workers leave. All may be busy at the same time.
 
     threads   busy threads of each worker
+    edges     services that callers call: the router, and a gateway
     """
     free = cores - tiers * threads
-    return min(max(1, free // (1 + tiers)), MOST_PROCESSES)
+    return min(max(1, free // (edges + tiers)), MOST_PROCESSES)

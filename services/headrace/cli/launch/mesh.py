@@ -1,4 +1,4 @@
-"""Run a whole mesh on this machine: per tier a worker and one or more batchers, and the router.
+"""Run a whole mesh on this machine: per tier a worker and one or more batchers, the router, and a gateway.
 
 `plan_processes` decides on commands and ports; `mesh` runs the processes and yields when all are ready.
 `headrace up`, the demo and tests with real processes use it.
@@ -14,20 +14,16 @@ import random
 import re
 import socket
 import sys
-import time
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typing import TYPE_CHECKING
 
 from headrace import models
-from headrace.channel import open_channel
 from headrace.cli.launch import child
 from headrace.cli.launch.certificates import CA, CLIENT, cert_file, issue, key_file
 from headrace.cli.launch.cores import cores, parallel_processes, worker_threads
-from headrace.cli.launch.processes import ChildDied, Crew, Process, crew, notices_of, stage_of
+from headrace.cli.launch.processes import ChildDied, Crew, Process, crew, notices_of
+from headrace.cli.launch.readiness import StartState, until_ready
 from headrace.runtime.serving.bind_check import bind_error, explain
 from headrace.tls.files import TlsFiles, TlsReader
 
@@ -36,17 +32,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HOST = "127.0.0.1"
-_POLL_SECONDS = 0.1
-_PHASES = ("starting", "loading", "ready")
+GATEWAY_PORT = "--gateway-port"
+_EDGES = ("router", "gateway")  # services that callers from outside of the mesh call
 _STOP_SECONDS = 12.0  # after the drain, to return unfinished work, flush telemetry and exit
 # `plan_processes` sets these for each process; inherited values would reach the wrong ones.
 _PLANNED = {
     f"HEADRACE_{name}"
     for name in (
         *("HOST", "PORT", "METRICS_PORT", "MTLS_PORT", "HEALTH_PORT", "PROCESSES"),
-        *("TIER", "TIERS", "WORKERS", "MODEL", "FAKE", "THREADS"),
+        *("TIER", "TIERS", "WORKERS", "ROUTER", "MODEL", "FAKE", "THREADS"),
         # HEADRACE_TLS_CA, _CERT and _KEY are also the caller's.
         *("TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_CLIENT_CERTIFICATES", "TLS_PEERS"),
+        *("HTTPS_CERT", "HTTPS_KEY"),  # a gateway is polled over HTTP
     )
 }
 
@@ -76,26 +73,17 @@ class MeshSpec:
     fake: bool = False  # echo engines instead of models
     fake_step_seconds: float = 0.02  # of a step of an echo engine; 0 for no delay
     port: int = 0  # of the router; 0 for a free one
+    gateway_port: int | None = None  # of the gateway; 0 for a free one, None for no gateway
     metrics_port: int = 0  # of the first endpoint for Prometheus; the next ports are the others'. 0 for none
     device: str = ""  # empty: the worker's default
     dtype: str = ""  # empty: the worker's default
     threads: int = 0  # per worker; 0 divides the cores between the workers
-    processes: int = 0  # of the router, and batchers per tier; 0 for as many as the cores allow
+    processes: int = 0  # of router and gateway, and batchers per tier; 0 for as many as the cores allow
     drain_seconds: float = 10.0
     tls: bool = False  # whether all connections use TLS, with certificates of a throw-away authority
     environment: Mapping[str, str] = field(default_factory=dict)  # for every process
-    # Additional flags, by "worker", "batcher" and "router".
+    # Additional flags, by "worker", "batcher", "router" and "gateway".
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StartState:
-    """The state of a starting process."""
-
-    process: Process
-    phase: str  # one of _PHASES; a process that is "starting" does not answer yet
-    detail: str  # what it loads, if it has logged it
-    seconds: float  # since the start of the mesh
 
 
 @dataclass(frozen=True)
@@ -103,6 +91,7 @@ class Running:
     """A mesh that is ready."""
 
     address: str  # of the router
+    gateway: str  # URL of the gateway, such as http://127.0.0.1:8080; empty without one
     certificates: Path | None  # the folder of the certificates, if it uses TLS
     processes: Sequence[Process]
     pids: Mapping[str, int]
@@ -132,14 +121,27 @@ def parse_tiers(texts: Sequence[str], *, fake: bool = False) -> Sequence[TierSpe
     return tiers or DEFAULT_TIERS
 
 
-def require_free(port: int) -> None:
-    """Raise BadSpec if this process cannot listen on *port*. Port 0, for any free one, is always possible."""
+def require_free(port: int, setting: str = "--port") -> None:
+    """Raise BadSpec if this process cannot listen on *port*. Port 0, for any free one, is always possible.
+
+    setting   the flag that sets the port, for the message
+    """
     problem = bind_error(HOST, port)
     if problem is None:
         return
     taken = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
-    hint = ". Is a mesh running already?" if taken else ""
-    raise BadSpec(explain(problem, HOST, port) + hint) from problem
+    hint = "; --no-gateway starts no gateway" if setting == GATEWAY_PORT else ""
+    hint += ". Is a mesh running already?" if taken else ""
+    raise BadSpec(explain(problem, HOST, port, setting) + hint) from problem
+
+
+def require_free_ports(spec: MeshSpec) -> None:
+    """Raise BadSpec if router or gateway cannot listen on the ports of *spec*."""
+    require_free(spec.port)
+    if spec.gateway_port:
+        if spec.gateway_port == spec.port:
+            raise BadSpec(f"--port and {GATEWAY_PORT} are both {spec.port}; router and gateway need one each")
+        require_free(spec.gateway_port, GATEWAY_PORT)
 
 
 def free_ports(count: int) -> list[int]:
@@ -181,42 +183,48 @@ def environment(spec: MeshSpec, inherited: Mapping[str, str]) -> dict[str, str]:
 
 
 def processes_of(spec: MeshSpec, cores: int) -> int:
-    """Decide how many processes the router has, and how many batchers each tier has."""
+    """Decide how many processes router and gateway have each, and how many batchers each tier has."""
     if spec.processes or sys.platform != "linux":  # elsewhere, processes cannot share the router's port
         return spec.processes or 1
     on_cpu = not spec.fake and spec.device in ("", "cpu")
-    return parallel_processes(cores, len(spec.tiers), threads=_threads(spec, cores) if on_cpu else 1)
+    threads = _threads(spec, cores) if on_cpu else 1
+    edges = 1 if spec.gateway_port is None else 2
+    return parallel_processes(cores, len(spec.tiers), threads=threads, edges=edges)
 
 
 def ports_needed(spec: MeshSpec, cores: int) -> int:
-    """Return how many ports `plan_processes` needs: one per worker and batcher, and one for the router."""
-    return len(spec.tiers) * (1 + processes_of(spec, cores)) + 1
+    """Return how many ports `plan_processes` needs: one per worker and batcher, router and gateway."""
+    edges = 1 if spec.gateway_port is None else 2
+    return len(spec.tiers) * (1 + processes_of(spec, cores)) + edges
 
 
 def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[list[Process]]:
-    """Decide on the processes, as stages: the workers, the batchers, and the router.
+    """Decide on the processes, as stages: the workers, the batchers, the router, and the gateway if wanted.
 
-    The router is one process here, which starts the others itself and listens with them on one port. Batchers
-    have a port each, because the router chooses between them by their load.
+    Router and gateway are one process each here, which starts the others itself and listens with them on one
+    port. Batchers have a port each, because the router chooses between them by their load.
 
-    ports   `ports_needed` free ports; the last one is the router's if spec.port is 0
+    ports   `ports_needed` free ports; the last ones are those of router and gateway, if their ports are 0
     """
     inherited = environment(spec, os.environ)
     parallel = processes_of(spec, cores)
     metrics_ports = itertools.count(spec.metrics_port + parallel)  # after those of the router's processes
     workers, rest = ports[: len(spec.tiers)], ports[len(spec.tiers) :]
     batchers = [rest[place * parallel :][:parallel] for place in range(len(spec.tiers))]
+    router_port = spec.port or rest[len(spec.tiers) * parallel]
+    # Benchmarks also start older versions, which do not have the flag.
+    several = ("--processes", str(parallel)) if parallel > 1 else ()
 
     def process(kind: str, name: str, port: int, *flags: str, tier: str = "") -> Process:
         common = ["--host", HOST, "--port", str(port), "--drain-seconds", str(spec.drain_seconds)]
         common += _tls_flags(spec, kind)
-        # HEADRACE_TRACE_CONTEXT is for external callers, which call the router. Variables rather than flags,
-        # because benchmarks also start older versions, which do not have the flags.
-        own = {} if kind == "router" else {"HEADRACE_TRACE_CONTEXT": "trust", "HEADRACE_TIER": tier}
+        # HEADRACE_TRACE_CONTEXT is for external callers, which call router and gateway. Variables rather than
+        # flags, because benchmarks also start older versions, which do not have the flags.
+        own = {} if kind in _EDGES else {"HEADRACE_TRACE_CONTEXT": "trust", "HEADRACE_TIER": tier}
         if spec.metrics_port:
             own["HEADRACE_METRICS_PORT"] = str(spec.metrics_port if kind == "router" else next(metrics_ports))
         # So are HEADRACE_AUTH_* variables: the services behind the router have no tokens.
-        not_own = {name for name in inherited if kind != "router" and name.startswith("HEADRACE_AUTH_")}
+        not_own = {name for name in inherited if kind not in _EDGES and name.startswith("HEADRACE_AUTH_")}
         return Process(
             name=name,
             command=[
@@ -230,6 +238,7 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
             log=spec.log_dir / f"{name}.log",
             environment={name: value for name, value in inherited.items() if name not in not_own} | own,
             port=port,
+            protocol="http" if kind == "gateway" else "grpc",
         )
 
     def engine(tier: TierSpec) -> list[str]:
@@ -243,7 +252,7 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
         f"{tier.name}={'+'.join(f'{HOST}:{port}' for port in own)}"
         for tier, own in zip(spec.tiers, batchers, strict=True)
     )
-    return [
+    stages = [
         [
             process("worker", f"worker-{tier.name}", port, *engine(tier), *compute, tier=tier.name)
             for tier, port in zip(spec.tiers, workers, strict=True)
@@ -257,14 +266,12 @@ def plan_processes(spec: MeshSpec, ports: Sequence[int], *, cores: int) -> list[
             for tier, own, worker in zip(spec.tiers, batchers, workers, strict=True)
             for number, port in enumerate(own, start=1)
         ],
-        [
-            process(
-                *("router", "router", spec.port or ports[-1], "--tiers", routes),
-                # Benchmarks also start older versions, which do not have the flag.
-                *(("--processes", str(parallel)) if parallel > 1 else ()),
-            )
-        ],
+        [process("router", "router", router_port, "--tiers", routes, *several)],
     ]
+    if spec.gateway_port is not None:
+        port = spec.gateway_port or rest[-1]
+        stages.append([process("gateway", "gateway", port, "--router", f"{HOST}:{router_port}", *several)])
+    return stages
 
 
 def certificates_of(spec: MeshSpec) -> Path | None:
@@ -302,7 +309,7 @@ async def mesh(
 
     Raises BadSpec before a process is started, and ChildDied, which cancels the block, when a process ends.
     """
-    require_free(spec.port)
+    require_free_ports(spec)
     try:
         spec.log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -319,12 +326,18 @@ async def mesh(
                 async with asyncio.TaskGroup() as tasks:
                     watch = tasks.create_task(running.watch())
                     processes = [process for stage in stages for process in stage]
-                    await _until_ready(processes, on_states, reader)
+                    await until_ready(processes, on_states, host=HOST, tls=reader)
                     for process in processes:
                         for notice in notices_of(process.log):
                             notify(f"{process.name}: {notice}")
-                    router = processes[-1]
-                    yield Running(f"{HOST}:{router.port}", folder, processes, running.pids)
+                    ports_by_name = {process.name: process.port for process in processes}
+                    yield Running(
+                        f"{HOST}:{ports_by_name['router']}",
+                        f"http://{HOST}:{ports_by_name['gateway']}" if "gateway" in ports_by_name else "",
+                        folder,
+                        processes,
+                        running.pids,
+                    )
                     watch.cancel()
             except Exception as error:
                 raise _root_cause(error, running) from error
@@ -339,45 +352,3 @@ def _root_cause(error: Exception, running: Crew) -> Exception:
             break
         leaf = (deaths or leaf).exceptions[0]
     return leaf if isinstance(leaf, ChildDied) else running.ended() or leaf
-
-
-async def _until_ready(
-    processes: Sequence[Process],
-    on_states: Callable[[Sequence[StartState]], None],
-    tls: TlsReader | None,
-) -> None:
-    """Poll the health of each process until all are ready, and report it to *on_states*."""
-    began = time.monotonic()
-    states = {process.name: StartState(process, "starting", "", 0.0) for process in processes}
-
-    async def follow(process: Process) -> None:
-        async with open_channel(f"{HOST}:{process.port}", tls=tls, direct=True) as channel:
-            phase = "starting"
-            while phase != "ready":
-                # A busy process may answer too late; its phase does not go back.
-                phase = max(phase, await _phase(channel), key=_PHASES.index)
-                detail = stage_of(process.log) if phase != "ready" else ""
-                states[process.name] = StartState(process, phase, detail, time.monotonic() - began)
-                await asyncio.sleep(_POLL_SECONDS)
-
-    async def report() -> None:
-        while True:
-            on_states(list(states.values()))
-            await asyncio.sleep(_POLL_SECONDS)
-
-    async with asyncio.TaskGroup() as outer:
-        reporting = outer.create_task(report())
-        async with asyncio.TaskGroup() as inner:
-            for process in processes:
-                inner.create_task(follow(process))
-        reporting.cancel()
-    on_states(list(states.values()))
-
-
-async def _phase(channel: grpc.aio.Channel) -> str:
-    health: Any = health_pb2_grpc.HealthStub(channel)
-    try:
-        reply = await health.Check(health_pb2.HealthCheckRequest(service="readiness"), timeout=1.0)
-    except grpc.aio.AioRpcError:
-        return "starting"
-    return "ready" if reply.status == health_pb2.HealthCheckResponse.SERVING else "loading"

@@ -1,7 +1,7 @@
 """Compile the modules that a mesh imports to bytecode: `python -m headrace.cli.launch.precompile`.
 
 `make` installs packages without bytecode, because pip would compile thousands of modules that are never
-imported. Without this step, the five processes of a mesh would each compile the same modules.
+imported. Without this step, the six processes of a mesh would each compile the same modules.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 _MODULES = (
     "headrace.cli.__main__",
     "headrace.cli.demo.demo",
+    "headrace.gateway.__main__",
     "headrace.router.__main__",
     "headrace.batcher.__main__",
     "headrace.worker.__main__",

@@ -13,7 +13,7 @@ import signal
 import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -32,6 +32,7 @@ class Process:
     log: Path
     environment: Mapping[str, str]  # complete
     port: int = 0
+    protocol: Literal["grpc", "http"] = "grpc"  # in which it is asked for its health
 
 
 class ChildDied(Exception):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shlex
 import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,8 @@ from rich.table import Table
 from headrace import models
 from headrace.cli.launch.boards import FetchBoard, StartBoard
 from headrace.cli.launch.certificates import CA, CLIENT, cert_file, key_file, shared_folder
-from headrace.cli.launch.mesh import mesh, require_free
+from headrace.cli.launch.mesh import HOST, mesh, require_free, require_free_ports
+from headrace.runtime.serving.bind_check import bind_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 50051
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
+DEFAULT_GATEWAY_PORT = 8080
 _SAME_SIGNAL_SECONDS = 0.5  # timeout(1) and some shells signal a process, and then its process group
 
 
@@ -33,9 +37,27 @@ def fetch_models(names: Sequence[str], cache: Path, console: Console) -> dict[st
         return {name: models.resolve(name, cache, board) for name in dict.fromkeys(names)}
 
 
+def gateway_port(router_port: int, console: Console) -> int:
+    """Return the default port of the gateway, or 0, for any free one, if that is in use. Raises BadSpec.
+
+    Unlike the router's, it is a port that many other programs use by default.
+    """
+    require_free(router_port)  # if it is in use, the same mesh may be running: that is the message to show
+    if router_port != DEFAULT_GATEWAY_PORT and bind_error(HOST, DEFAULT_GATEWAY_PORT) is None:
+        return DEFAULT_GATEWAY_PORT
+    console.print(
+        f"port {DEFAULT_GATEWAY_PORT} is in use: the gateway gets a free one. --gateway-port PORT sets it, "
+        "--no-gateway starts none",
+        style="yellow",
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
 def prepare(spec: MeshSpec, console: Console) -> None:
-    """Check the port and fetch the models. Raises BadSpec or ModelUnavailable."""
-    require_free(spec.port)
+    """Check the ports and fetch the models. Raises BadSpec or ModelUnavailable."""
+    require_free_ports(spec)
     if not spec.fake:
         fetch_models([tier.model for tier in spec.tiers], spec.cache, console)
 
@@ -57,8 +79,15 @@ async def _serve(spec: MeshSpec, board: StartBoard, running: Running, console: C
     """Describe the mesh, and wait until cancelled."""
     board.finish()
     console.print(_processes(spec, running))
-    console.print(f"Headrace is up at [bold]{running.address}[/] (Ctrl-C stops it). Try:\n", highlight=False)
-    for line in examples(running.address, running.certificates):
+    address = f"Headrace is up at [bold]{running.address}[/]"
+    if running.gateway:
+        address += f", with OpenAI's API at [bold]{running.gateway}/v1[/]"
+        address += " and a page to chat at " + f"[bold]{running.gateway}/[/]"
+    console.print(f"{address} (Ctrl-C stops it). Try:\n", highlight=False, soft_wrap=True)
+    if running.gateway and running.certificates is not None:
+        note = "The gateway serves plain HTTP, to this machine only; the mesh behind it uses TLS.\n"
+        console.print(note, style="dim", highlight=False)
+    for line in http_examples(running.gateway) + examples(running.address, running.certificates):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     await asyncio.Event().wait()
 
@@ -138,6 +167,28 @@ def examples(address: str, certificates: Path | None = None) -> list[str]:
         f"grpcurl {security} {address} list",
         f"grpcurl {security} -d '{chat}' {address} headrace.v1.GenerationService/Generate",
     ]
+
+
+def http_examples(gateway: str) -> list[str]:
+    """Return example commands for a gateway with the URL *gateway*; none without one."""
+    if not gateway:
+        return []
+    return [
+        shlex.join(curl(gateway, "Hello!")),
+        f"OPENAI_BASE_URL={gateway}/v1 OPENAI_API_KEY=none python  # from openai import OpenAI",
+    ]
+
+
+def curl(gateway: str, text: str, *options: str, **fields: object) -> list[str]:
+    """Return the words of the command that asks a gateway for a chat completion.
+
+    options  of curl
+    fields   of the request, besides model and messages
+    """
+    body = {"model": "auto", "messages": [{"role": "user", "content": text}], **fields}
+    header = ["-H", "content-type: application/json"]
+    data = ["-d", json.dumps(body, ensure_ascii=False)]
+    return ["curl", *options, f"{gateway}/v1/chat/completions", *header, *data]
 
 
 def _processes(spec: MeshSpec, running: Running) -> Table:
