@@ -8,10 +8,14 @@ from collections import Counter
 import pytest
 
 from headrace.cli.bench.backends.mesh import MeshBackend, MeshFailed
+from headrace.cli.bench.backends.openai import OpenAiOptions, connect_openai
 from headrace.cli.bench.figures import summarize
 from headrace.cli.bench.load import Load, Run, send
 from headrace.cli.bench.prompts import ListedPrompts, Prompt, built_in
 from headrace.cli.bench.records import Record
+from headrace.cli.calls.connection import Connection
+from headrace.gateway.__main__ import gateway
+from headrace.gateway.settings import Settings
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, eventually, running_mesh
 from tests.test_client import Reciter, calling
@@ -94,3 +98,18 @@ async def test_a_failover_is_counted() -> None:
 
     assert record.moves == ["UNAVAILABLE"]
     assert record.complete
+
+
+async def test_a_gateway_is_measured_like_any_server(mesh: Mesh) -> None:
+    """It reports tiers and cached tokens over HTTP as well."""
+    run = Run()
+    async with gateway(Settings(port=0, router=f"127.0.0.1:{mesh.port}")) as running:
+        options = OpenAiOptions(url=f"http://127.0.0.1:{running.port}/v1")
+        async with connect_openai(options, Connection(target="")) as backend:
+            await send(backend, ListedPrompts(built_in(0), 5), Load(concurrency=8, requests=16), run)
+
+    result = summarize(run, percents=[99])
+    assert (result["completed"], result["errors_by_kind"]) == (16, {})
+    assert result["output_tokens_from"] == "server"
+    assert result["total_output_tokens"] == sum(len(record.times) for record in run.records)
+    assert sum(own["requests"] for own in result["headrace"]["tiers"].values()) == 16
