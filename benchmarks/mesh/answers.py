@@ -7,9 +7,9 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TypeVar
 
+from headrace.cli.bench.latencies import gaps
 from headrace.client import Client
 from headrace.v1 import generation_pb2 as pb
 
@@ -51,8 +51,7 @@ class Answer:
     @property
     def gaps(self) -> list[float]:
         """Seconds between consecutive messages with tokens."""
-        times = [at for at, _ in self.arrivals]
-        return [after - before for before, after in pairwise(times)]
+        return gaps([at for at, _ in self.arrivals])
 
     @property
     def tpot(self) -> float:

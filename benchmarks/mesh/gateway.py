@@ -18,10 +18,10 @@ from benchmarks.mesh.paced import ANSWER_SECONDS, STALL_SECONDS, STEP_SECONDS, T
 from benchmarks.mesh.rates import max_running
 from benchmarks.mesh.systems import EngineSpec, Served, System, in_turn, progress, serving, window
 from benchmarks.mesh.tables import milliseconds, show_table
-from benchmarks.serving.figures import percentile
 from headrace.cli.bench.backends.backend import Backend
 from headrace.cli.bench.backends.mesh import MeshBackend
 from headrace.cli.bench.backends.openai import OpenAiOptions, connect_openai
+from headrace.cli.bench.latencies import percentile
 from headrace.cli.bench.prompts import Prompt
 from headrace.cli.bench.records import Failed, Record
 
