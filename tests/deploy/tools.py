@@ -105,7 +105,9 @@ def _from_debian(packages: tuple[str, ...], folder: Path, final: Path) -> None:
 # Runs a program with the libraries that were unpacked beside it.
 _WITH_LIBRARIES = """#!/bin/sh
 root=$(dirname "$0")/..
-for folder in "$root"/lib/* "$root"/usr/lib/*; do LD_LIBRARY_PATH=$folder:$LD_LIBRARY_PATH; done
+for folder in "$root"/lib/* "$root"/usr/lib/* "$root"/usr/lib/*/pulseaudio; do
+  LD_LIBRARY_PATH=$folder:$LD_LIBRARY_PATH
+done
 export LD_LIBRARY_PATH
 exec "$root/{path}" "$@"
 """
@@ -114,6 +116,21 @@ exec "$root/{path}" "$@"
 def _from_debian_with_libraries(packages: tuple[str, ...], path: str, folder: Path, final: Path) -> None:
     """Unpack a program at *path* and its libraries, and write a script that runs it with them."""
     _from_debian(packages, folder, final)
+    _write_script(path, folder)
+
+
+def _from_debian_with_dependencies(package: str, path: str, folder: Path, final: Path) -> None:
+    """Unpack a program and those packages it depends on that this system does not have."""
+    _from_debian((package,), folder, final)  # which also updates the package lists if need be
+    planned = _run("apt-get", "--simulate", "--no-install-recommends", "install", package)
+    needed = [line.split()[1] for line in planned.splitlines() if line.startswith("Inst ")]
+    if others := tuple(name for name in needed if name != package):
+        _from_debian(others, folder, final)
+    _write_script(path, folder)
+
+
+def _write_script(path: str, folder: Path) -> None:
+    """Write a script that runs the program at *path* with the libraries in *folder*."""
     script = folder / "bin" / Path(path).name
     script.parent.mkdir(exist_ok=True)
     script.write_text(_WITH_LIBRARIES.format(path=path))
@@ -146,6 +163,12 @@ def debian_with_libraries(path: str, *packages: str) -> Package:
     return Package(repr((path, packages)), install, {name: f"bin/{name}"})
 
 
+def debian_with_dependencies(package: str, path: str) -> Package:
+    """The program at *path* of a Debian package, with what it depends on and this system does not have."""
+    install = partial(_from_debian_with_dependencies, package, path)
+    return Package(repr((package, path)), install, {Path(path).name: f"bin/{Path(path).name}"})
+
+
 def npm(source: Path, **programs: str) -> Package:
     """The packages that the lockfile in *source* lists."""
     lockfile = (source / "package-lock.json").read_text()
@@ -167,6 +190,9 @@ PACKAGES: dict[str, Package] = {
         "usr/sbin/nft",
         *("nftables", "libnftables1", "libnftnl11", "libmnl0", "libxtables12", "libjansson4"),
         *("libedit2", "libbsd0", "libmd0", "libgmp10"),
+    ),
+    "chromium": debian_with_dependencies(
+        "chromium-headless-shell", "usr/lib/chromium/chromium-headless-shell"
     ),
     "crds": npm(CRDS, crds="node_modules"),
 }

@@ -9,6 +9,7 @@ import typer
 
 from headrace import propagation
 from headrace.cli.commands.asking import chat, explain, feedback, tiers, top
+from headrace.cli.commands.benching import bench
 from headrace.cli.commands.fitting import calibrate, check, train
 from headrace.cli.commands.replaying import replay
 from headrace.cli.commands.running import certs, demo, fetch, up
@@ -47,7 +48,7 @@ def options(
 
 for panel, commands in (
     ("Run a mesh", (up, demo, fetch, certs)),
-    ("Send requests to a mesh", (chat, explain, tiers, top, feedback)),
+    ("Send requests to a mesh", (chat, explain, tiers, top, bench, feedback)),
     ("Fit the routing to your traffic", (calibrate, train, check, replay)),
 ):
     for command in commands:

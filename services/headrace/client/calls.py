@@ -181,12 +181,19 @@ class Client:
             routing = (await self._endpoint(timeout, request.routing.session_id)).routing
             return await self._unary(routing.Explain(asked, timeout=timeout, metadata=headers))
 
-    async def list_tiers(self, *, timeout: float = 5.0) -> routing_service_pb2.ListTiersResponse:
-        """Return the tiers with model, limits, health and load, smallest first."""
+    async def list_tiers(
+        self, *, timeout: float = 5.0, metadata: Mapping[str, str] | None = None
+    ) -> routing_service_pb2.ListTiersResponse:
+        """Return the tiers with model, limits, health and load, smallest first.
+
+        metadata   additional headers, as in `generate`
+        """
+        check_headers(metadata or {})
         endpoint = await self._endpoint(timeout)
+        headers = authorized(inject(None, metadata), self._authorization())
         return await self._unary(
             endpoint.routing.ListTiers(
-                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=self._headers(None)
+                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=headers
             )
         )
 

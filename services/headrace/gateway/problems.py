@@ -1,10 +1,32 @@
-"""Describe what a caller did wrong, or what the mesh could not do, as an HTTP status and an OpenAI error."""
+"""Describe what a caller did wrong, or what the mesh could not do, as an HTTP status and an OpenAI error.
+
+`problem_of` translates each error of `headrace.errors`; the table at the end has a row for each class.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
 
 from headrace import errors
+
+# OpenAI's SDKs choose the class of an exception by the HTTP status. `type` is for people and other clients.
+ErrorType: TypeAlias = Literal[
+    "invalid_request_error",
+    "authentication_error",
+    "permission_error",
+    "not_found_error",
+    "rate_limit_error",
+    "insufficient_quota",
+    "timeout_error",
+    "overloaded_error",
+    "server_error",
+]
+
+CLIENT_LEFT: Final = 499  # only in metrics and spans: nobody receives it
+NO_PARAMS: Final[Mapping[str, str]] = {}
 
 
 class Problem(Exception):
@@ -40,6 +62,123 @@ class Problem(Exception):
         return {"error": error}
 
 
-def problem_of(error: errors.HeadraceError) -> Problem:
-    """Return the problem that reports an error of the mesh."""
-    return Problem(500, error.message, type="server_error", code=error.reason)
+def retry_headers(seconds: float) -> dict[str, str]:
+    """Return the headers that ask for a retry after *seconds*.
+
+    Retry-After has whole seconds, at least 1; OpenAI's SDKs prefer the exact time of retry-after-ms.
+    """
+    return {
+        "retry-after": str(max(1, math.ceil(seconds))),
+        "retry-after-ms": str(max(1, math.ceil(seconds * 1000))),
+    }
+
+
+def problem_of(error: errors.HeadraceError, params: Mapping[str, str] = NO_PARAMS) -> Problem:
+    """Return the problem that reports an error of the mesh.
+
+    params   the names of the HTTP request for fields of the contract, such as {"sampling.top_p": "top_p"}. A
+             name also stands for what it contains: "chat.messages" for "chat.messages[3].content"
+    """
+    row = _ROWS[next(kind for kind in type(error).__mro__ if kind in _ROWS)]
+    message, param = error.message, None
+    if error.field:
+        param = translated(error.field, params)
+        message = message.replace(error.field, param or error.field)
+    wait = error.retry_after if error.retry_after is not None else row.retry_after
+    return Problem(
+        row.status,
+        message,
+        type=row.type,
+        code=row.code or error.reason.lower(),
+        param=param,
+        headers={} if wait is None else retry_headers(wait),
+    )
+
+
+def translated(field: str, params: Mapping[str, str]) -> str | None:
+    """Return the name in the HTTP request of a field of the contract; None if it is not in *params*."""
+    end = len(field)
+    while end > 0:
+        if (name := params.get(field[:end])) is not None:
+            return (name + field[end:]).lstrip(".") or None
+        end = max(field.rfind(".", 0, end), field.rfind("[", 0, end))
+    return None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """How a class of errors is reported.
+
+    code          empty: the error's reason, in lower case
+    retry_after   seconds, if the error itself names none; None: a retry does not help
+    """
+
+    status: int
+    type: ErrorType
+    code: str = ""
+    retry_after: float | None = None
+
+
+_INVALID = _Row(400, "invalid_request_error")
+_LATE = _Row(504, "timeout_error")
+_BUSY = _Row(429, "rate_limit_error", retry_after=1.0)
+_DOWN = _Row(503, "overloaded_error", retry_after=1.0)
+_FAULT = _Row(500, "server_error")
+_GATEWAY = _Row(502, "server_error")
+
+_ROWS: Final[Mapping[type[errors.HeadraceError], _Row]] = {
+    errors.HeadraceError: _FAULT,
+    # The request must change.
+    errors.InvalidRequest: _INVALID,
+    errors.EmptyInput: _INVALID,
+    errors.InvalidText: _INVALID,
+    errors.InvalidSampling: _INVALID,
+    errors.ContextTooLong: _Row(400, "invalid_request_error", "context_length_exceeded"),
+    errors.UnknownTier: _Row(404, "not_found_error", "model_not_found"),
+    errors.UnknownModel: _Row(404, "not_found_error", "model_not_found"),
+    errors.HintsConflict: _INVALID,
+    errors.UnknownRequest: _Row(404, "not_found_error"),
+    errors.AlreadyRated: _Row(409, "invalid_request_error"),
+    errors.MessageTooLarge: _Row(413, "invalid_request_error"),
+    # Who calls.
+    errors.CredentialsRequired: _Row(401, "authentication_error", "invalid_api_key"),
+    errors.CredentialsInvalid: _Row(401, "authentication_error", "invalid_api_key"),
+    errors.Forbidden: _Row(403, "permission_error"),
+    # Too much at the moment.
+    errors.Overloaded: _BUSY,
+    errors.Shed: _BUSY,
+    errors.SlowReader: _Row(429, "rate_limit_error"),
+    errors.Busy: _BUSY,
+    errors.FeedbackQuota: _BUSY,
+    errors.TenantQuota: _Row(429, "insufficient_quota", "rate_limit_exceeded", retry_after=1.0),
+    # A deadline of the request, which the caller has set or the router's default.
+    errors.DeadlineExceeded: _LATE,
+    errors.DeadlineInQueue: _LATE,
+    errors.DeadlineInDecode: _LATE,
+    errors.TtftUnattainable: _LATE,
+    errors.DeadlineUnattainable: _LATE,
+    errors.RequestCancelled: _Row(CLIENT_LEFT, "server_error"),
+    # The mesh cannot serve at the moment.
+    errors.Unavailable: _DOWN,
+    errors.NoWorkers: _DOWN,
+    errors.WorkerLost: _DOWN,
+    errors.BatcherLost: _DOWN,
+    errors.WorkerDraining: _DOWN,
+    errors.Draining: _DOWN,
+    errors.NotReady: _DOWN,
+    # Faults.
+    errors.SequenceFault: _FAULT,
+    errors.PoisonRequest: _FAULT,
+    errors.Unimplemented: _Row(501, "server_error"),
+    errors.InternalError: _FAULT,
+    # From a proxy between this gateway and its router, or a server that is not a router.
+    errors.Foreign: _GATEWAY,
+    errors.Unauthenticated: _GATEWAY,
+    errors.PermissionDenied: _GATEWAY,
+    errors.Aborted: _Row(502, "server_error", retry_after=1.0),
+    errors.NotFound: _GATEWAY,
+    errors.AlreadyExists: _GATEWAY,
+    errors.FailedPrecondition: _GATEWAY,
+    errors.OutOfRange: _GATEWAY,
+    errors.DataLoss: _GATEWAY,
+}

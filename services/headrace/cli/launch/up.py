@@ -107,8 +107,15 @@ def shared_certificates(cache: Path, running: Running) -> Iterator[None]:
         link.unlink(missing_ok=True)
 
 
-def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], None]) -> bool:
+def run_until_signal(
+    main: Coroutine[Any, Any, None],
+    on_signal: Callable[[], None],
+    *,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> bool:
     """Run *main*, cancel it on Ctrl-C or SIGTERM, and return whether a signal ended it.
+
+    loop_factory   makes the event loop; None: asyncio does
 
     A second signal cancels the cleanup of *main*. Two signals in quick succession count as one.
     """
@@ -133,7 +140,8 @@ def run_until_signal(main: Coroutine[Any, Any, None], on_signal: Callable[[], No
         await main
 
     try:
-        asyncio.run(guarded())
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(guarded())
     except asyncio.CancelledError:
         if signalled is None:
             raise
