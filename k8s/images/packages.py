@@ -37,6 +37,7 @@ _UNUSED = (
 )
 _UNUSED_KINDS = (".a", ".c", ".cpp", ".h", ".hpp", ".pxd", ".pxi", ".pyi", ".pyx")
 _STARTS = {
+    "gateway": ("headrace.gateway.__main__", "uvloop", "uvicorn.protocols.http.httptools_impl"),
     "router": ("headrace.router.__main__", "uvloop"),
     "batcher": ("headrace.batcher.__main__", "uvloop", "tokenizers", "jinja2.sandbox"),
     "worker": ("headrace.worker.__main__", "uvloop", "headrace.worker.engine.load.loading"),

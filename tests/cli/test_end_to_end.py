@@ -7,7 +7,10 @@ import os
 import pty
 import re
 import select
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 
 from headrace.cli.launch.mesh import require_free
@@ -60,6 +64,12 @@ class Up:
         return found[1]
 
     @property
+    def gateway(self) -> str:
+        found = re.search(r"OpenAI's API is at (\S+)/v1,", self.printed)
+        assert found, self.printed
+        return found[1]
+
+    @property
     def pids(self) -> dict[str, int]:
         rows = re.findall(r"│ (\S+) +│ .*│ +\d+ │ +(\d+) │", self.printed)
         return {name: int(pid) for name, pid in rows}
@@ -69,6 +79,7 @@ class Up:
 def up(folder: Path, *flags: str, feedback: Path | None = None) -> Iterator[Up]:
     command = [*HEADRACE, "up", "--fake", "--port", "0", "--drain-seconds", "60", "--processes", "1"]
     command += ["--log-dir", str(folder), *flags]
+    command += [] if "--gateway-port" in flags else ["--no-gateway"]
     environment = {**ENVIRONMENT, **({"HEADRACE_FEEDBACK": str(feedback)} if feedback else {})}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -297,6 +308,41 @@ def test_a_signal_ends_everything_in_order(tmp_path: Path, number: signal.Signal
     require_free(int(running.address.rpartition(":")[2]))
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_printed_command_for_curl_is_answered_by_the_gateway(tmp_path: Path) -> None:
+    with up(tmp_path, "--gateway-port", "0") as running:
+        assert len(running.pids) == 6
+        (command,) = re.findall(r"^ +(curl .*)$", running.printed, re.MULTILINE)
+        out = subprocess.run(
+            shlex.split(command), capture_output=True, timeout=PATIENCE, check=True, env=ENVIRONMENT
+        )
+        health = httpx.get(f"{running.gateway}/health", trust_env=False)
+
+    assert json.loads(out.stdout)["choices"][0]["message"]["content"] == "Hello!"
+    assert health.status_code == 200
+    assert running.process.returncode == 0
+    assert "killed" not in running.printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        pytest.param(["--gateway-port", "{taken}"], "set another --gateway-port", id="in use"),
+        pytest.param(["--gateway-port", "0", "--no-gateway"], "exclude each other", id="both"),
+    ],
+)
+def test_a_gateway_that_cannot_be_started_as_asked_ends_the_start_with_2(
+    tmp_path: Path, flags: list[str], said: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        given = [flag.format(taken=server.getsockname()[1]) for flag in flags]
+        out = run("up", "--fake", "--port", "0", "--log-dir", str(tmp_path / "logs"), *given)
+
+    assert out.returncode == 2
+    assert said in out.stderr
+    assert not (tmp_path / "logs").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes share a port on Linux only")
 def test_a_mesh_with_several_routers_and_batchers_has_one_address(tmp_path: Path) -> None:
     with up(tmp_path, "--processes", "2") as running:
@@ -351,6 +397,8 @@ def test_the_demo_answers_everything_and_shows_a_whole_trace(tmp_path: Path) -> 
 
     assert out.returncode == 0, out.stdout + out.stderr
     assert re.search(r"failures +│ 0", out.stdout)
+    if shutil.which("curl"):
+        assert '"content":"What is the capital of I"' in out.stdout
     tree = out.stdout[out.stdout.index("trace ") :]
     for name in (
         "demo.prompt",

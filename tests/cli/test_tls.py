@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from headrace.channel import open_channel
@@ -46,7 +47,7 @@ class Secured:
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     folder = tmp_path_factory.mktemp("up")
-    with up(folder / "logs", "--tls", "--cache", str(folder / "cache")) as running:
+    with up(folder / "logs", "--tls", "--cache", str(folder / "cache"), "--gateway-port", "0") as running:
         yield Secured(running, folder / "cache", Certificates(folder / "logs" / "tls"))
     assert not list((folder / "cache" / "tls").iterdir()), "nothing is left to find"
 
@@ -94,6 +95,15 @@ def test_a_role_that_may_not_call_is_refused_by_name(mesh: Secured) -> None:
     assert "[FORBIDDEN]" in out.stderr
 
 
+def test_the_gateway_serves_http_on_loopback_and_calls_the_mesh_over_tls(mesh: Secured) -> None:
+    body = {"model": "auto", "messages": [{"role": "user", "content": "Hello!"}]}
+    url = f"{mesh.up.gateway}/v1/chat/completions"
+    answer = httpx.post(url, json=body, timeout=PATIENCE, trust_env=False).json()
+
+    assert answer["choices"][0]["message"]["content"] == "Hello!"
+    assert "both over plain HTTP, for this machine only" in mesh.up.printed
+
+
 @pytest.mark.skipif(GRPCURL is None, reason="grpcurl is not installed")
 def test_the_printed_command_for_grpcurl_works(mesh: Secured) -> None:
     command = next(line for line in mesh.up.printed.splitlines() if "grpcurl" in line and "list" in line)
@@ -107,7 +117,7 @@ def test_private_keys_are_in_no_log(mesh: Secured) -> None:
     keys = [path.read_text().splitlines()[1] for path in mesh.certificates.folder.glob("*.key")]
     logs = "".join(path.read_text() for path in mesh.certificates.folder.parent.glob("*.log"))
 
-    assert len(keys) == 4
+    assert len(keys) == 5
     assert '"certificate in use"' in logs
     assert not [key for key in keys if key in logs or key in mesh.up.printed]
 

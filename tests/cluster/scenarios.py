@@ -60,8 +60,8 @@ async def roll_routers(network: Network, folder: Path) -> Figures:
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(cluster(network, folder, *ONE_OF_EACH, "gateway0"))
         way = over_http(servers.servers["gateway0"])
-        direct = await stack.enter_async_context(traffic())
-        streamed = await stack.enter_async_context(traffic(way=way))
+        direct = await stack.enter_async_context(traffic(8))
+        streamed = await stack.enter_async_context(traffic(8, way=way))
         for old, new in (("router0", "router1"), ("router1", "router2")):
             await servers.start(new)
             await _stop(servers, old)

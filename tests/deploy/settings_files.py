@@ -27,7 +27,7 @@ SETTINGS: dict[str, type[ProcessSettings]] = {
     "worker": WorkerSettings,
 }
 BASE = K8S / "base"
-# What all services share, what of it the gateway shares, which does not speak gRPC, what batcher and worker of
+# What all services share, what of it the gateway shares, which speaks no gRPC, what batcher and worker of
 # a tier share, and what follows from the tier's name.
 OF_THE_MESH = tuple(
     name

@@ -71,6 +71,7 @@ WITH_CERTIFICATES = (
     Credentials("nothing"),
     Credentials("foreign certificate", certificate="foreign"),
     Credentials("caller's", certificate="caller"),
+    Credentials("gateway's", certificate="gateway"),
     Credentials("router's", certificate="router"),
     Credentials("batcher's", certificate="batcher"),
     Credentials("worker's", certificate="worker"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import runpy
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import requires
@@ -104,6 +106,15 @@ def test_images_do_not_have_what_only_other_services_need(lock: str, absent: str
 
     assert absent not in locked
     assert not any(name.startswith("nvidia-") for name in locked)
+
+
+def test_each_image_has_bytecode_of_what_its_service_imports_first() -> None:
+    starts = runpy.run_path(str(ROOT / "k8s" / "images" / "packages.py"))["_STARTS"]
+
+    assert list(starts) == list(SERVICES)
+    for service, (first, *others) in starts.items():
+        assert first == f"headrace.{service}.__main__"
+        assert all(importlib.util.find_spec(name) for name in others)
 
 
 def test_the_dockerfile_has_a_target_for_each_service_and_its_base_by_digest() -> None:

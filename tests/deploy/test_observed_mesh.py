@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -31,11 +32,12 @@ from tests.deploy.queries import RULES, all_queries
 from tests.harness import PATIENCE, collect
 
 HOST = "127.0.0.1"
-PROCESSES = 5  # a router, and a batcher and a worker of each of two tiers
+PROCESSES = 6  # a gateway, a router, and a batcher and a worker of each of two tiers
 ROUNDS, PER_ROUND = 3, 4
 QUOTAS = "[tenants.greedy]\nrequests_per_minute = 1\n"
 SILENT = {
     "HeadraceTelemetrySilent": "all services have metrics",
+    "HeadraceGatewayErrorRateHigh": "no request over HTTP failed",
     "HeadraceDeadlinesMissed": "no request passed its deadline",
     "service: Drafts A": "no draft was checked",
 }
@@ -119,6 +121,14 @@ async def send(client: Client, tier: str) -> None:
     await collect(client, request)
 
 
+def send_by_http(gateway: str) -> None:
+    """Stream an answer from the gateway."""
+    message = {"role": "user", "content": "hello " * 10}
+    body = {"model": "small", "messages": [message], "max_tokens": 20, "stream": True, "user": "webshop"}
+    response = httpx.post(f"{gateway}/v1/chat/completions", json=body, timeout=PATIENCE, trust_env=False)
+    assert response.text.endswith("data: [DONE]\n\n"), response.text
+
+
 async def refused(client: Client) -> None:
     """Exceed the limit of a tenant."""
     request = chat("hello", max_tokens=1)
@@ -145,6 +155,7 @@ async def observed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[O
             fake=True,
             fake_step_seconds=0.001,
             processes=1,
+            gateway_port=0,
             metrics_port=first,
             environment={
                 **{
@@ -175,6 +186,7 @@ async def observed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[O
                 for number in range(PER_ROUND):
                     await send(client, ("small", "large")[number % 2])
                 await refused(client)
+                await asyncio.to_thread(send_by_http, running.gateway)
                 await seen.becomes(
                     'sum(headrace_tenant_requests_total{headrace_tenant="acme",headrace_outcome="ok"})',
                     done * PER_ROUND,
@@ -236,7 +248,12 @@ async def test_figures_are_those_of_the_requests(observed: Observed) -> None:
     (billed,) = await observed.values('sum(headrace_tenant_tokens_total{headrace_token_kind="completion"})')
     (refusals,) = await observed.values('sum(headrace_quota_refusals_total{headrace_quota_mode="enforced"})')
 
-    assert answers >= ROUNDS * PER_ROUND  # and those of the greedy tenant within its limit
+    (over_http,) = await observed.values(
+        'http_server_request_duration_seconds_count{http_response_status_code="200"}'
+    )
+
+    assert over_http == ROUNDS
+    assert answers >= ROUNDS * (PER_ROUND + 1)  # and those of the greedy tenant within its limit
     assert delivered == billed > 0
     assert refusals >= ROUNDS
 

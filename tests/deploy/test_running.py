@@ -6,13 +6,15 @@ import asyncio
 import hashlib
 import os
 import signal
+import ssl
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from headrace.cli.launch.mesh import reserved_ports
@@ -30,7 +32,7 @@ from tests.deploy.rendering import (
     pod,
     services,
 )
-from tests.faults.fleet import HOST, Child
+from tests.faults.fleet import HOST, START_SECONDS, Child
 from tests.harness import collect
 
 TOKEN = "hr_a-token-of-this-test"
@@ -41,10 +43,12 @@ class Pod(Child):
     """A container of a Deployment, as a process on this machine.
 
     health_port   where it serves health without TLS; 0: on its port
+    http          how a gateway is called: "http" or "https"; empty for services over gRPC
     """
 
     variables: Mapping[str, str] = field(default_factory=dict)
     health_port: int = 0
+    http: str = ""
 
     @property
     def address(self) -> str:
@@ -63,6 +67,24 @@ class Pod(Child):
                 env={**rest, **self.variables},
                 start_new_session=True,
             )
+
+    async def ready(self, *, seconds: float = START_SECONDS) -> None:
+        """Wait until the service reports that it is ready. Probes over HTTPS do not verify certificates."""
+        if not self.http:
+            await super().ready(seconds=seconds)
+            return
+        async with (
+            asyncio.timeout(seconds),
+            httpx.AsyncClient(verify=False, trust_env=False) as client,
+        ):
+            while not await self._is_ready(client):
+                assert self.alive, self.tail()
+                await asyncio.sleep(0.05)
+
+    async def _is_ready(self, client: httpx.AsyncClient) -> bool:
+        with suppress(httpx.TransportError):
+            return (await client.get(f"{self.http}://{self.address}/health")).is_success
+        return False
 
 
 @asynccontextmanager
@@ -94,7 +116,9 @@ async def started(found: Sequence[Resource], folder: Path) -> AsyncGenerator[dic
             module = f"headrace.{container(deployment)['name']}"
             health = int(own.get(f"{PREFIX}HEALTH_PORT", 0))
             log = folder / f"{each}.log"
-            pods[each] = Pod(each, module, (), int(own[f"{PREFIX}PORT"]), log, None, own, health)
+            http = ("https" if own.get(f"{PREFIX}HTTPS_CERT") else "http") if each == "gateway" else ""
+            health = 0 if http else health
+            pods[each] = Pod(each, module, (), int(own[f"{PREFIX}PORT"]), log, None, own, health, http)
         try:
             for process in pods.values():
                 await process.start()
@@ -138,12 +162,21 @@ async def check_answer(client: Client, tier: str) -> None:
     assert answer.tokens == 8
 
 
+async def asked_by_http(client: httpx.AsyncClient, model: str) -> httpx.Response:
+    """Return the response to a chat completion."""
+    body = {"model": model, "messages": [{"role": "user", "content": "the sky is blue"}], "max_tokens": 8}
+    return await client.post("/v1/chat/completions", json=body)
+
+
 async def test_pods_of_the_local_overlay_answer_and_drain(tmp_path: Path) -> None:
     async with started(overlay("local"), tmp_path) as pods:
         async with connect(pods["router"].address) as client:
             for tier in ("small", "large"):
                 await check_answer(client, tier)
-        for name in ("router", "batcher-small", "worker-small"):
+        async with httpx.AsyncClient(base_url=f"http://{pods['gateway'].address}", trust_env=False) as http:
+            response = await asked_by_http(http, "small")
+            assert response.json()["choices"][0]["message"]["content"] == "the sky "
+        for name in ("gateway", "router", "batcher-small", "worker-small"):
             pods[name].send(signal.SIGTERM)
             async with asyncio.timeout(60):
                 assert await pods[name].gone() == 0
@@ -162,3 +195,10 @@ async def test_pods_with_certificates_and_tokens_answer_callers_with_a_token(tmp
         async with connect(target, retries=0, **tls) as client:
             with pytest.raises(CredentialsRequired):
                 await check_answer(client, "small")
+        verified = ssl.create_default_context(cafile=tmp_path / "gateway" / "tls" / "ca.crt")
+        url = f"https://{pods['gateway'].address}"
+        async with httpx.AsyncClient(base_url=url, verify=verified, trust_env=False) as http:
+            assert (await asked_by_http(http, "small")).status_code == 401
+            http.headers["authorization"] = f"Bearer {TOKEN}"
+            response = await asked_by_http(http, "small")
+            assert response.json()["choices"][0]["message"]["content"] == "the sky "

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from headrace.batcher.settings import Settings as BatcherSettings
+from headrace.gateway.settings import Settings as GatewaySettings
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.serving.interceptor import MAX_STARTING
 from headrace.runtime.serving.limits import MIB
@@ -94,9 +95,10 @@ def test_services_accept_the_settings_of_their_pods(name: str) -> None:
 
 # Memory of an idle process, and the most memory per byte of a request in flight: the message, its parsed
 # form, the forwarded message, and the text for the score. Measured by tests/hostile.
-BASE_BYTES = {"router": 100 * MIB, "batcher": 600 * MIB}
+BASE_BYTES = {"gateway": 100 * MIB, "router": 100 * MIB, "batcher": 600 * MIB}
 BYTES_PER_BYTE = 8
 BYTES_PER_CALL = 64 * 1024
+BYTES_PER_CONNECTION = 16 * 1024  # of HTTP, idle or not
 RUN_STREAMS = 64  # whose messages arrive at the same time
 
 
@@ -105,12 +107,17 @@ def test_the_memory_limit_of_a_pod_covers_what_its_settings_admit(name: str) -> 
     found = overlay(name)
     for deployment in services(found).values():
         box, settings = container(deployment), settings_of(found, deployment)
-        if not isinstance(settings, ServiceSettings):
-            continue
-        limits = settings.limits
         memory = parsed(box["resources"]["limits"]["memory"])
 
         assert parsed(box["resources"]["requests"]["memory"]) <= memory
+        if isinstance(settings, GatewaySettings):
+            http = settings.limits
+            held = BYTES_PER_BYTE * http.max_inflight_bytes + BYTES_PER_CALL * http.max_calls
+            connections = BYTES_PER_CONNECTION * http.max_connections
+            assert BASE_BYTES["gateway"] + held + connections <= memory
+            continue
+        assert isinstance(settings, ServiceSettings)
+        limits = settings.limits
         if box["name"] == "worker":  # the model bounds it; requests are token ids
             assert limits.max_inflight_bytes + RUN_STREAMS * limits.max_message_bytes < memory
             continue
@@ -158,6 +165,21 @@ def test_router_batchers_and_workers_agree_on_names_and_models(name: str) -> Non
 
     assert dict(router.tier_targets()) == {tier: [target] for tier, target in tiers.items()}
     assert set(tiers.values()) < served
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_gateway_calls_the_routers_and_takes_the_same_tokens(name: str) -> None:
+    found = overlay(name)
+    (deployment,) = (each for each in services(found).values() if container(each)["name"] == "gateway")
+    gateway, router = settings_of(found, deployment), router_settings(found)
+    assert isinstance(gateway, GatewaySettings)
+    (service,) = of_kind(found, "Service")["router"]["spec"]["ports"]
+
+    assert gateway.router == f"dns:///router:{service['port']}"
+    for setting in ("auth_tokens", "auth_jwks", "auth_issuer", "auth_audience", "auth_tenant_claim"):
+        assert getattr(gateway, setting) == getattr(router, setting)
+    assert bool(gateway.tls_ca) == bool(router.tls_ca), "the router's certificate is verified"
+    assert bool(gateway.https_cert) == bool(router.tls_cert), "callers of both use TLS, or of neither"
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -51,11 +51,12 @@ log = logging.getLogger("headrace.batcher")
 
 @dataclass(frozen=True)
 class RunningBatcher:
-    """A running batcher: its server, its coalescer and its intake."""
+    """A running batcher: its server, its coalescer, its intake and its tokenizer service."""
 
     server: Serving
     coalescer: Coalescer
     intake: Intake
+    tokenizers: TokenizerServicer
 
 
 @asynccontextmanager
@@ -100,9 +101,7 @@ async def batcher(
             ageing=settings.ageing_seconds,
             defaults=defaults,
         ) as intake,
-        TokenizerServicer(
-            tokenizer, encoder, intake.limits, tier=settings.tier, max_bytes=settings.intake_bytes
-        ) as tokenizers,
+        TokenizerServicer(tokenizer, encoder, intake.limits, max_bytes=settings.intake_bytes) as tokenizers,
     ):
         answering = Answering(
             coalescer, intake, tokenizer, tier=settings.tier, trace_content=settings.trace_content
@@ -135,7 +134,7 @@ async def batcher(
                     untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
                     ready=lambda: bool(pool.ready()),
                 ) as server:
-                    yield RunningBatcher(server, coalescer, intake)
+                    yield RunningBatcher(server, coalescer, intake, tokenizers)
             finally:
                 for task in running:
                     task.cancel()

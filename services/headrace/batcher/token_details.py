@@ -40,7 +40,7 @@ def needed_features(sampling: pb.Sampling) -> dict[str, str]:
     """Return the features of an engine that a request for details needs, and the field that asks for each."""
     needed = {}
     if sampling.HasField("top_logprobs"):
-        needed["top_logprobs" if sampling.top_logprobs else "logprobs"] = "sampling.top_logprobs"
+        needed["top_logprobs"] = "sampling.top_logprobs"
     if sampling.HasField("prompt_logprobs"):
         needed["prompt_logprobs"] = "sampling.prompt_logprobs"
     return needed

@@ -17,11 +17,10 @@ import grpc
 from headrace import errors
 from headrace.batcher.intake.encoding import Encoder
 from headrace.batcher.intake.intake import LONG_BYTES
-from headrace.batcher.intake.lanes import Lane, PendingPrompt
+from headrace.batcher.intake.lanes import Lane, PendingPrompt, outcome_after
 from headrace.batcher.intake.limits import RequestLimits
 from headrace.batcher.text.tokens import Tokenizer, token_texts
 from headrace.deadline import Deadline
-from headrace.metrics.words import Outcome, outcome_of
 from headrace.v1 import tokenizer_service_pb2 as pb
 from headrace.v1.tokenizer_service_pb2_grpc import TokenizerServiceServicer
 from headrace.validation import MAX_TOKENIZER_IDS, check_detokenize, check_get_tokenizer, check_tokenize
@@ -41,6 +40,8 @@ _Input = pb.TokenizeRequest | pb.CountTokensRequest
 class TokenizerServicer(TokenizerServiceServicer):
     """Serves the tokenizer of one tier. Use as a context manager: it owns threads.
 
+    lanes       where calls wait, by size
+
     limits      returns the current limits of the tier, or raises NoWorkers
     max_bytes   most bytes of calls of `LONG_BYTES` and more that wait; a single one may have more
     """
@@ -51,18 +52,17 @@ class TokenizerServicer(TokenizerServiceServicer):
         encoder: Encoder,
         limits: Callable[[], RequestLimits],
         *,
-        tier: str,
         max_bytes: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._limits = limits
         self._max_bytes = max_bytes
-        self._lanes = [Lane(smallest=size, threads=1, ageing=1.0, tier=tier, stage="call") for size in _SIZES]
+        self.lanes = [Lane(smallest=size, threads=1, ageing=1.0) for size in _SIZES]
         self._threads = ExitStack()
 
     def __enter__(self) -> TokenizerServicer:
-        for lane in self._lanes:
+        for lane in self.lanes:
             self._threads.enter_context(lane)
         return self
 
@@ -152,23 +152,26 @@ class TokenizerServicer(TokenizerServiceServicer):
         now = time.monotonic()
         deadline = Deadline.after(context.time_remaining(), now)
         pending = PendingPrompt(encode, size=size, tenant="", priority=5, arrived=now, deadline=deadline)
-        lane = next(lane for lane in reversed(self._lanes) if size >= lane.smallest)
+        lane = next(lane for lane in reversed(self.lanes) if size >= lane.smallest)
         self._check_room(lane, size)
-        outcome: Outcome = "cancelled"
         lane.put(pending)
         try:
-            async with asyncio.timeout_at(pending.response_deadline.timeout_at):
-                await pending.ids
-            outcome = "ok"
-        except TimeoutError:
-            outcome = "deadline"
-            raise errors.DeadlineExceeded("the deadline passed before the text was tokenised") from None
-        except errors.HeadraceError as error:
-            outcome = outcome_of(type(error))
+            await self._wait(pending)
+        except BaseException as error:
+            lane.leave(pending, outcome_after(error))
             raise
-        finally:
-            lane.leave(pending, outcome)
+        lane.leave(pending, "ok")
         return results[0]
+
+    async def _wait(self, pending: PendingPrompt) -> None:
+        """Wait until the work of a call is done, until its deadline at most."""
+        try:
+            async with asyncio.timeout_at(pending.response_deadline.timeout_at) as timeout:
+                await pending.ids
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            raise errors.DeadlineExceeded("the deadline passed before the tokenizer was done") from None
 
     def _check_room(self, lane: Lane, size: int) -> None:
         """Raise Overloaded if too many calls, or too many bytes of them, wait."""

@@ -23,7 +23,6 @@ from headrace.gateway.http.exchange import Exchange, Handler
 from headrace.gateway.problems import Problem
 from headrace.runtime.telemetry.prometheus import CONTENT_TYPE, Text
 
-_PREFIXES = ("", "/v1")  # vLLM has these paths without a version, some clients expect them with it
 CORS_SECONDS = 600  # for which browsers keep what is allowed
 # Headers of responses that scripts of other origins may read, besides the simple ones.
 _EXPOSED = (
@@ -35,15 +34,22 @@ _EXPOSED = (
 def api(client: Client, http: HttpService) -> list[Route]:
     """Return the routes of the API, whose handlers call the mesh by *client*."""
     models = Models(client)
-    chat, text = ChatCompletions(client, models), TextCompletions(client, models)
+    chat = ChatCompletions(client, models)
+    text = TextCompletions(client, models)
     tokenizers = Tokenizers(client, models)
     get, post = ("GET",), ("POST",)
     listed: list[tuple[tuple[str, ...], str, Handler]] = [
         (post, "/v1/chat/completions", chat.complete),
         (post, "/v1/completions", text.complete),
-        *((post, f"{prefix}/tokenize", tokenizers.tokenize) for prefix in _PREFIXES),
-        *((post, f"{prefix}/detokenize", tokenizers.detokenize) for prefix in _PREFIXES),
-        *((get, f"{prefix}/tokenizer_info", tokenizers.info) for prefix in _PREFIXES),
+        *(
+            (methods, prefix + path, handler)
+            for prefix in ("", "/v1")
+            for methods, path, handler in (
+                (post, "/tokenize", tokenizers.tokenize),
+                (post, "/detokenize", tokenizers.detokenize),
+                (get, "/tokenizer_info", tokenizers.info),
+            )
+        ),
         (get, "/v1/models", models.list),
         (get, "/v1/models/{name:path}", models.show),
         (post, "/v1/embeddings", unserved.embeddings),

@@ -16,7 +16,7 @@ import grpc
 from headrace import errors
 from headrace.client import Client
 from headrace.deadline import Deadline
-from headrace.router.answering.attempts import batcher_error, none_left
+from headrace.router.answering.attempts import batcher_error, next_batcher, none_left
 from headrace.router.answering.pins import tiers_of
 from headrace.router.quotas.admission import Quotas
 from headrace.router.state.batcher_peer import BatcherPeer, hops_of
@@ -103,7 +103,7 @@ async def _first_response(tiers: Sequence[Tier], ask: Callable[[BatcherPeer], Aw
     failure: errors.HeadraceError | None = None
     for tier in tiers:
         refused: dict[BatcherPeer, errors.HeadraceError] = {}
-        while (batcher := tier.pick(refused)) is not None:
+        while (batcher := await next_batcher(tier, refused)) is not None:
             try:
                 response = await ask(batcher)
             except (errors.Unimplemented, errors.UnknownModel) as error:

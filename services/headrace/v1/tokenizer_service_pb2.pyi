@@ -149,7 +149,7 @@ class TokenizeResponse(_message.Message):
     TOKENIZER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids."""
+        """The ids, at most 131072. An input with more is rejected: send it in parts."""
 
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
@@ -184,7 +184,7 @@ class DetokenizeRequest(_message.Message):
     TOKENIZER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids, each below the model's vocabulary size. At most 131072."""
+        """The ids, each below the model's vocabulary size. 1 to 131072."""
 
     @_builtins.property
     def tokenizer(self) -> Global___TokenizerChoice:

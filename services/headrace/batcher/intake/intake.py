@@ -22,7 +22,7 @@ from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.inbox import Inbox
 from headrace.batcher.intake.encoding import Encoder
-from headrace.batcher.intake.lanes import Lane, PendingPrompt
+from headrace.batcher.intake.lanes import Lane, PendingPrompt, outcome_after
 from headrace.batcher.intake.limits import RequestLimits
 from headrace.batcher.job import Job
 from headrace.batcher.waiting.admission import TOLERANCE
@@ -31,7 +31,6 @@ from headrace.batcher.waiting.prefixes import block_names
 from headrace.batcher.waiting.shedding import victims
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
-from headrace.metrics.words import Outcome, outcome_of
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request, seconds_of
 
@@ -136,7 +135,7 @@ class Intake:
                 prompt_ids = await self._ids(pending)
             job = self._job(request, pending, prompt_ids, limits, framed)
         except BaseException as error:
-            lane.leave(pending, _outcome(error))
+            lane.leave(pending, outcome_after(error))
             raise
         job.release_place = partial(lane.leave, pending, "ok")
         return job
@@ -317,10 +316,3 @@ def _deadline_passed() -> errors.DeadlineInQueue:
     return errors.DeadlineInQueue(
         "the deadline passed before the prompt was tokenised; nothing was generated"
     )
-
-
-def _outcome(error: BaseException) -> Outcome:
-    """Return how the wait of a request ended that left with *error*."""
-    if isinstance(error, errors.HeadraceError):
-        return outcome_of(type(error))
-    return "failed" if isinstance(error, Exception) else "cancelled"

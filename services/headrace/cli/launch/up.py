@@ -79,14 +79,13 @@ async def _serve(spec: MeshSpec, board: StartBoard, running: Running, console: C
     """Describe the mesh, and wait until cancelled."""
     board.finish()
     console.print(_processes(spec, running))
-    address = f"Headrace is up at [bold]{running.address}[/]"
+    lines = [f"Headrace is up at [bold]{running.address}[/] (Ctrl-C stops it)."]
     if running.gateway:
-        address += f", with OpenAI's API at [bold]{running.gateway}/v1[/]"
-        address += " and a page to chat at " + f"[bold]{running.gateway}/[/]"
-    console.print(f"{address} (Ctrl-C stops it). Try:\n", highlight=False, soft_wrap=True)
-    if running.gateway and running.certificates is not None:
-        note = "The gateway serves plain HTTP, to this machine only; the mesh behind it uses TLS.\n"
-        console.print(note, style="dim", highlight=False)
+        url = f"[bold]{running.gateway}[/]"
+        plain = "; both over plain HTTP, for this machine only" if running.certificates else ""
+        lines.append(f"OpenAI's API is at {url}[bold]/v1[/], a page to chat at {url}[bold]/[/]{plain}.")
+    for line in (*lines, "Try:\n"):
+        console.print(line, highlight=False, soft_wrap=True)
     for line in http_examples(running.gateway) + examples(running.address, running.certificates):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     await asyncio.Event().wait()
@@ -175,7 +174,7 @@ def http_examples(gateway: str) -> list[str]:
         return []
     return [
         shlex.join(curl(gateway, "Hello!")),
-        f"OPENAI_BASE_URL={gateway}/v1 OPENAI_API_KEY=none python  # from openai import OpenAI",
+        f"export OPENAI_BASE_URL={gateway}/v1 OPENAI_API_KEY=none  # for OpenAI's clients",
     ]
 
 

@@ -17,7 +17,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from headrace.gateway.http.exchange import encoded
+from headrace.gateway.http.exchange import CYCLE, encoded
 from headrace.gateway.http.limits import MAX_HEADERS, MAX_PIPELINED, HttpLimits
 from headrace.gateway.problems import Problem, retry_headers
 
@@ -43,6 +43,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0  # of complete headers
         self._partial_bytes = 0  # that were received meanwhile, after those with which they began
         self._hosts = 0
+        self._begun = False  # whether a request began in what is being parsed
         self._unread_due: float | None = None  # when the client must have read from a full buffer
         self._close_due: float | None = None  # when a connection that is being closed is aborted
         self._stopped = False  # reading: what the client sends from now on is discarded
@@ -64,6 +65,7 @@ class Connection(HttpToolsProtocol):
                     headers=retry_headers(1.0),
                 )
             )
+            transport.close()  # at once: while it lingered, it would count
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the request that is being answered; those that wait for it are never started."""
@@ -80,10 +82,10 @@ class Connection(HttpToolsProtocol):
         if self._stopped:
             return
         self._unset_keepalive_if_required()
-        had_begun = self._in_head
+        self._begun = False
         try:
             self.parser.feed_data(data)
-            if had_begun and self._in_head:
+            if self._in_head and not self._begun:
                 # Headers that are not complete are not reported, and may be long.
                 self._partial_bytes += len(data)
                 self._count(0)
@@ -109,7 +111,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Begin a request."""
-        self._in_head, self._head_bytes, self._partial_bytes, self._hosts = True, 0, 0, 0
+        self._in_head = self._begun = True
+        self._head_bytes = self._partial_bytes = self._hosts = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -162,6 +165,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
+        cycle.scope[CYCLE] = cycle
         if self.draining:
             cycle.keep_alive = False
         super()._start_asgi_task(cycle, app)

@@ -123,9 +123,9 @@ class Endpoint(Page):
             try:
                 await self._serve(scope, receive, exchange, body)
                 status, reason = exchange.status, ""
-            except ClientLeft:
-                raise
             except Exception as error:
+                if isinstance(error, ClientLeft):
+                    raise
                 inner = errors.unwrap(error)
                 problem = _problem(inner, self.route, exchange)
                 status, message = exchange.status or problem.status, problem.message

@@ -147,11 +147,10 @@ async def _drain(state: ServerState, requests: ActiveRequests, seconds: float) -
                 await asyncio.sleep(0.01)
     for connection in _connections(state):
         connection.transport.abort()
-    tasks = list(state.tasks)
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=_EVICT_SECONDS)
+    if state.tasks:  # they end with their connections
+        _, left = await asyncio.wait(list(state.tasks), timeout=_EVICT_SECONDS)
+        for task in left:
+            task.cancel()
     log.info("stopped", extra={"drain_seconds": round(time.monotonic() - began, 3)})
 
 

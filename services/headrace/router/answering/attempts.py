@@ -153,7 +153,7 @@ async def on_tier(
     answer = ForwardedAnswer(outgoing.request, tier.name)
     refused: dict[BatcherPeer, errors.HeadraceError] = {}
     resume_until: Deadline | None = None  # once the answer has begun and lost its batcher
-    while (batcher := await _next(tier, refused, resume_until)) is not None:
+    while (batcher := await next_batcher(tier, refused, resume_until)) is not None:
         answer.begin_attempt(batcher)
         routed.count_attempt(tier.name)
         try:
@@ -241,8 +241,8 @@ def _record_loss(
     log.info("answer lost its batcher", extra={"tier": tier.name, "batcher": batcher.address})
 
 
-async def _next(
-    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], resume_until: Deadline | None
+async def next_batcher(
+    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], resume_until: Deadline | None = None
 ) -> BatcherPeer | None:
     """Return the batcher for the next attempt; None if there is none.
 

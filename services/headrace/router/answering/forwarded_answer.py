@@ -146,10 +146,12 @@ class ForwardedAnswer(Progress):
 
     def _check_prompt(self) -> None:
         """Check that the details of the prompt, if requested, came before the first token."""
-        if not self._wants_prompt or self.accepted is None or self.prompt == self.accepted.prompt_tokens:
+        if not self._wants_prompt or self.accepted is None:
             return
         if not self.prompt:
             raise replies.unsupported("prompt_logprobs")
+        if self.prompt == self.accepted.prompt_tokens:
+            return
         raise errors.BatcherLost(
             f"the batcher sent {self.prompt} of {self.accepted.prompt_tokens} tokens of the prompt before "
             "the answer"

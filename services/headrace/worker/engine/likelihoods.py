@@ -7,7 +7,7 @@ the same bits wherever it is reported, and equal logits give equal bits on every
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from headrace.worker.engine import fixed_math
 from headrace.worker.engine.cpu.kernels.sampling.likelihoods import LIKELIHOOD, compute_likelihoods
-from headrace.worker.engine.interface import Fault, PromptLogprobs, Row, TopTokens
+from headrace.worker.engine.interface import Fault, PromptLogprobs, Result, Row, Token, TopTokens
 
 NOT_FINITE = Fault("the model's logits are not finite")
 
@@ -136,3 +136,13 @@ def prompt_parts(rows: Sequence[Row], found: Likelihoods) -> dict[int, PromptLog
             parts[index] = NOT_FINITE
         begin = end
     return parts
+
+
+def add_prompts(results: list[Result], prompts: Mapping[int, PromptLogprobs | Fault]) -> None:
+    """Add scored parts of prompts to the results of a step, by the index of the row."""
+    for index, part in prompts.items():
+        result = results[index]
+        if isinstance(part, PromptLogprobs) and isinstance(result, Token):
+            result.prompt = part
+        elif not isinstance(result, Fault):
+            results[index] = part

@@ -24,6 +24,7 @@ from headrace.worker.engine.interface import (
     Token,
 )
 from headrace.worker.engine.likelihoods import (
+    add_prompts,
     joined,
     likelihoods,
     most_of_prompts,
@@ -126,13 +127,3 @@ class TorchEngine:
         if not isinstance(self._forward, Decoder):
             raise NotImplementedError("only a Decoder can be profiled by part; use torch.profiler")
         return self._forward.profile(flatten(rows, self._model.block_tokens))
-
-
-def add_prompts(results: list[Result], prompts: Mapping[int, PromptLogprobs | Fault]) -> None:
-    """Add scored parts of prompts to the results of a step, by the index of the row."""
-    for index, part in prompts.items():
-        result = results[index]
-        if isinstance(part, PromptLogprobs) and isinstance(result, Token):
-            result.prompt = part
-        elif not isinstance(result, Fault):
-            results[index] = part

@@ -98,12 +98,10 @@ class LoadedModel:
         progress: Callable[[str], None] = ignore,
         *,
         graphs: bool = True,
-        keep_logits: bool = False,
     ) -> ModelEngine:
         """Allocate KV memory for a model, and build the engine that computes over it.
 
         graphs        on a GPU, compute steps as CUDA graphs
-        keep_logits   `compute` is called; a GPU then keeps the logits of each step
         """
         if not self.plan.target.gpu:
             return TorchEngine(self.build_forward(model), model)
@@ -117,7 +115,6 @@ class LoadedModel:
             dtype=self.precision.memory_dtype,
             progress=progress,
             graphs=graphs,
-            keep_logits=keep_logits,
         )
 
     def build_forward(self, model: ModelInfo) -> Forward:
