@@ -36,7 +36,7 @@ class OracleEngine(EchoEngine):
 
     def step(self, rows: Sequence[Row]) -> list[Result]:
         results = super().step(rows)
-        for row, result in zip(rows, results, strict=True):
+        for row in rows:
             if self.drew is not None and row.sample:
                 self.drew(row.stop - row.prompt)
         return [
