@@ -160,10 +160,10 @@ def parts_of(
             assert part is None
         start = stop
     assert isinstance(result, Token)
-    return logprobs, top, result
+    return logprobs, top, replace(result, prompt=None)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
 def test_prompts_have_the_log_probabilities_of_a_whole_pass_of_transformers(
     architecture: str, tiny_engine: Engine, tiny_network: Network
 ) -> None:
