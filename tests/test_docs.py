@@ -153,9 +153,9 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
         return [await run("bash", "-c", here(command)) for command in grpcurl_commands(text)]
 
     listed, described, generated, explained, tiers, rated, health = await printed(README)
-    resumed, multiplexed = await printed(CONTRACT)
+    resumed, counted, multiplexed = await printed(CONTRACT)
     (inside,) = await printed(OPERATING)
-    assert len(grpcurl_commands(EVERYTHING)) == 10, "one is on a page that is not tried here"
+    assert len(grpcurl_commands(EVERYTHING)) == 11, "one is on a page that is not tried here"
     assert "headrace.v1.GenerationService" in listed
     assert "rpc Generate" in described
     assert "What is the capital of France?" in generated, "the echo engine repeats it"
@@ -164,6 +164,7 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
     assert '"tier": "small"' in rated
     assert "SERVING" in health
     assert "".join(re.findall(r'"text": "(.*)"', resumed)) == "llo"
+    assert '"tokens": 5' in counted
     assert "".join(re.findall(r'"text": "(.*)"', multiplexed)) == "Hello"
     assert '"reason":"INVALID_SAMPLING"' in multiplexed
     assert '"state": "ready"' in inside
@@ -196,7 +197,7 @@ def test_every_command_of_ours_parses() -> None:
 
 def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for line in commands(EVERYTHING) if "python -m headrace." in line]
-    assert len(shown) == 13
+    assert len(shown) == 14
     for line in shown:
         with monkeypatch.context() as environment:
             words = shlex.split(line)
