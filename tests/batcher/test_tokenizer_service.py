@@ -269,3 +269,19 @@ async def test_long_calls_are_bounded_in_bytes() -> None:
 
 def lanes(tier: Tier) -> Sequence[Any]:
     return tier.batcher.tokenizers.lanes
+
+
+async def test_the_special_tokens_and_the_template_are_those_of_the_model() -> None:
+    template = ChatTemplate(CHATML, {})
+    tokenizer = TransformersTokenizer(
+        byte_level(), template, ByteTokenizer.fingerprint, {"eos_token": "<|e|>"}
+    )
+    async with running_tier([WideEcho()], tokenizer=tokenizer) as tier:
+        response = await tier.client.get_tokenizer(tokens_pb.GetTokenizerRequest())
+        with pytest.raises(errors.UnknownTier):
+            choice = tokens_pb.TokenizerChoice(tier="another")
+            await tier.client.get_tokenizer(tokens_pb.GetTokenizerRequest(tokenizer=choice))
+
+    assert dict(response.special_tokens) == {"eos_token": "<|e|>"}
+    assert response.chat_template == CHATML
+    assert response.tokenizer.context_length > 0

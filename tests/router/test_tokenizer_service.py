@@ -52,6 +52,9 @@ class FakeTokenizer(FakeBatcher, TokenizerServiceServicer):
     async def Detokenize(self, request: tokens_pb.DetokenizeRequest, context: Any) -> Any:
         return tokens_pb.DetokenizeResponse(text=bytes(request.token_ids).decode())
 
+    async def GetTokenizer(self, request: tokens_pb.GetTokenizerRequest, context: Any) -> Any:
+        return tokens_pb.GetTokenizerResponse(chat_template=f"template of {self.model}")
+
     async def CountTokens(self, request: tokens_pb.CountTokensRequest, context: Any) -> Any:
         self.asked.append((request.tokenizer.tier, request.tokenizer.model))
         self.metadata.append(dict(context.invocation_metadata()))
@@ -234,3 +237,12 @@ async def test_the_callers_metadata_is_sent_and_its_credentials_replace_the_clie
     assert fake.metadata[0]["authorization"] == "Bearer theirs"
     assert fake.metadata[0]["x-a"] == "b"
     assert fake.metadata[1]["authorization"] == "Bearer mine"
+
+
+async def test_the_template_is_that_of_the_tier_that_is_named() -> None:
+    async with routing(small=FakeTokenizer("s"), large=FakeTokenizer("l")) as client:
+        choice = tokens_pb.TokenizerChoice(tier="large")
+        response = await client.get_tokenizer(tokens_pb.GetTokenizerRequest(tokenizer=choice))
+
+    assert response.chat_template == "template of l"
+    assert response.tokenizer.tier == "large"

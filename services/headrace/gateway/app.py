@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.client import Client
 from headrace.gateway import health, page
-from headrace.gateway.api import unserved
+from headrace.gateway.api import one_tier, unserved
 from headrace.gateway.api.chat import ChatCompletions
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.reading import IGNORED_HEADER
@@ -71,9 +71,12 @@ def application(
         data = await asyncio.to_thread(text.current)
         await exchange.reply(data, headers={"content-type": CONTENT_TYPE})
 
+    routes = api(client, http)
+    tier_api = Router(routes, default=_not_found, redirect_slashes=False)
     routed: ASGIApp = Router(
         [
-            *api(client, http),
+            *routes,
+            Route(one_tier.PATH, one_tier.OneTier(tier_api)),
             Route("/", http.page(page.show, "/")),
             Route("/health", http.page(router.ready, "/health")),
             Route("/health/live", http.page(health.live, "/health/live")),

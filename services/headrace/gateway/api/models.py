@@ -52,16 +52,26 @@ class Models:
         routing.CopyFrom(known)
         return routing
 
-    async def pin_ids(self, routing: pb.Routing, *, metadata: Mapping[str, str]) -> None:
-        """Pin the routing of a request with token ids, which are valid for one model only. Raises Problem."""
+    async def pin_one(self, routing: pb.Routing, reason: str, *, metadata: Mapping[str, str]) -> None:
+        """Pin the routing of a request that needs one model, if it names none and there is only one.
+
+        Raises Problem if there are several.
+
+        reason   why one is needed, such as "token ids are valid for one model only"
+        """
         if routing.tier or routing.model:
             return
         await self._refresh(metadata)
         models = {model for tier in self._tiers for model in _models_of(tier)}
-        if len(models) > 1:
-            raise self._several("token ids are valid for one model only")
-        if models and all(tier.model for tier in self._tiers):
-            routing.model = models.pop()  # otherwise the router knows more, or rejects them
+        if len(models) == 1 and all(tier.model for tier in self._tiers):
+            routing.model = models.pop()
+        elif len(self._tiers) > 1 or models:
+            raise Problem(
+                400,
+                f"{reason}, and this server has several: set model to one of {_shown(list(self._names))}",
+                code="model_required",
+                param="model",
+            )
 
     async def list(self, exchange: Exchange) -> None:
         """Answer /v1/models."""
@@ -113,14 +123,6 @@ class Models:
         names.pop(AUTO, None)
         self._names = names
         self._read_at = time.monotonic()
-
-    def _several(self, reason: str) -> Problem:
-        return Problem(
-            400,
-            f"{reason}, and this server has several: set model to one of {_shown(list(self._names))}",
-            code="model_required",
-            param="model",
-        )
 
     def _unknown(self, name: str) -> Problem:
         return Problem(

@@ -1,7 +1,7 @@
 """Serve the API for one tier below /tiers/NAME/, for tools that can set a URL only.
 
-/tiers/small/v1/completions is /v1/completions with the header x-headrace-tier: small. So each tier looks like a
-server with one model, whose tokenizer needs no name.
+/tiers/small/v1/completions is /v1/completions with the header x-headrace-tier: small. So each tier looks like
+a server with one model, whose tokenizer needs no name.
 """
 
 from __future__ import annotations

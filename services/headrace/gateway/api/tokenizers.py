@@ -141,6 +141,7 @@ class Tokenizers:
         routing = await self._models.pin(model, metadata=exchange.metadata)
         if tier := exchange.headers.get("x-headrace-tier"):
             routing.tier = tier
+        await self._models.pin_one(routing, "each model has its own tokenizer", metadata=exchange.metadata)
         return pb.TokenizerChoice(tier=routing.tier, model=routing.model)
 
 
@@ -150,5 +151,6 @@ _NAMES = {
     "chat.continue_final_message": "continue_final_message",
     "prompt": "prompt",
     "token_ids": "tokens",
-    "tokenizer": "model",
+    "tokenizer.tier": "model",
+    "tokenizer.model": "model",
 }

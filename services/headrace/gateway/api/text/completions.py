@@ -20,6 +20,7 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import tokenizer_service_pb2 as tokenizer_pb
 from headrace.validation import check_request
 
+_OF_ONE = "token ids are valid for one model only"
 _AT_ONCE = 16  # calls that return the text of a prompt
 
 
@@ -39,7 +40,7 @@ class TextCompletions:
         hints = await hints_of(exchange, parameters, self._models, prefix="cmpl-")
         routing = hints.routing
         if not parameters.is_text:
-            await self._models.pin_ids(routing, metadata=exchange.metadata)
+            await self._models.pin_one(routing, _OF_ONE, metadata=exchange.metadata)
         options = pb.StreamOptions(include_token_ids=parameters.return_token_ids)
         requests = requests_of(parameters.prompt, hints.id, sampling, routing, options)
         for request in requests:
