@@ -31,9 +31,8 @@ from headrace.cli.bench.bench import (
     result_of,
 )
 from headrace.cli.bench.figures import NAMED
-from headrace.cli.bench.load import Load
 from headrace.cli.bench.objectives import parse_objective
-from headrace.cli.bench.options import BadOption
+from headrace.cli.bench.options import BadOption, Load
 from headrace.cli.bench.plot import draw
 from headrace.cli.bench.prompts import ListedPrompts, Prompt
 from headrace.cli.bench.synthetic import SyntheticPrompts

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from headrace.cli.bench.load import Load, Run, send, warm_up
+from headrace.cli.bench.load import Run, send, warm_up
+from headrace.cli.bench.options import Load
 from headrace.cli.bench.prompts import ListedPrompts, Prompt
 from headrace.cli.bench.records import Failed, Record
 from tests.harness import PATIENCE, eventually

@@ -13,8 +13,8 @@ from headrace import errors
 from headrace.cli.bench import figures, report
 from headrace.cli.bench.backends.mesh import MeshBackend, MeshFailed
 from headrace.cli.bench.backends.openai import OpenAiOptions, connect_openai
-from headrace.cli.bench.load import Load, Run, send, warm_up
-from headrace.cli.bench.options import BadOption
+from headrace.cli.bench.load import Run, send, warm_up
+from headrace.cli.bench.options import BadOption, Load
 from headrace.cli.bench.prompts import ListedPrompts, Prompt
 from headrace.cli.bench.records import Failed, Record
 from headrace.cli.bench.synthetic import LONG, SHORT, SyntheticPrompts, count, text_of
