@@ -109,13 +109,19 @@ def bench(options: BenchOptions, console: Console, progress: Console) -> int:
     raise_file_limit()
     collect_less_often()
     measured = Measured()
-    interrupted = run_until_signal(
-        measure(options, measured, progress),
-        lambda: progress.print("stopping...", style="dim"),
-        loop_factory=loop_factory(),
-    )
+    interrupted, failure = False, None
+    try:
+        interrupted = run_until_signal(
+            measure(options, measured, progress),
+            lambda: progress.print("stopping...", style="dim"),
+            loop_factory=loop_factory(),
+        )
+    except TargetFailed as failed:
+        failure = failed  # loads before the one that failed have results
     started = [(load, run) for load, run in measured.runs if run.records]
     if not started or measured.backend is None:
+        if failure is not None:
+            raise failure
         return INTERRUPTED
     results = [result_of(options, measured.backend, load, run) for load, run in started]
     for result in results:
@@ -133,6 +139,8 @@ def bench(options: BenchOptions, console: Console, progress: Console) -> int:
         draw([run for _, run in started], results, options.plot)
     if interrupted:
         return INTERRUPTED
+    if failure is not None:
+        raise failure
     if any(not result["completed"] for result in results):
         raise TargetFailed(_first_failure(started), FAILED)
     return MET if all(one.met(result) for result in results for one in options.objectives) else NOT_MET
