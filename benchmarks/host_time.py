@@ -25,7 +25,7 @@ from itertools import pairwise
 import torch
 
 from headrace.runtime.serving.memory_reclaim import collect_less_often
-from headrace.worker.engine.interface import Engine, Fault, LaunchedStep, ModelInfo, Row, Token
+from headrace.worker.engine.interface import Engine, LaunchedStep, ModelInfo, Result, Row, Token
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.runner import SamplingParams, SequenceSpec, StepReport
 
@@ -77,10 +77,10 @@ class StubDevice:
 class StubStep:
     """A step whose results are known."""
 
-    def __init__(self, results: list[Token | Fault | None]) -> None:
+    def __init__(self, results: list[Result]) -> None:
         self._results = results
 
-    def wait(self) -> list[Token | Fault | None]:
+    def wait(self) -> list[Result]:
         """Return the results."""
         return self._results
 

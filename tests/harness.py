@@ -173,6 +173,8 @@ class Answer:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    details: list[pb.TokenLogprobs] = field(default_factory=list)
+    prompt: list[pb.TokenLogprobs] = field(default_factory=list)
     deltas: int = 0
     tokens: int = 0
     finish: pb.Finish = field(default_factory=pb.Finish)
@@ -202,6 +204,12 @@ async def collect(client: Client, request: pb.GenerateRequest, *, timeout: float
                 answer.text += delta.text
                 answer.ids += delta.token_ids
                 answer.logprobs += delta.logprobs
+                answer.details += delta.tokens
+            elif event == "prompt_tokens":
+                assert "delta" not in seen, "the prompt comes before the answer"
+                assert response.prompt_tokens.offset == len(answer.prompt)
+                assert response.prompt_tokens.tokens
+                answer.prompt += response.prompt_tokens.tokens
             elif event == "finish":
                 answer.finish = response.finish
     assert seen[-1:] == ["finish"], f"the stream ended without finish: {seen}"

@@ -17,10 +17,12 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import multiplex_pb2 as multiplex
 from headrace.v1 import quota_service_pb2 as quotas
 from headrace.v1 import routing_service_pb2 as routing
+from headrace.v1 import tokenizer_service_pb2 as tokens
 from headrace.v1 import worker_service_pb2 as worker
 from tests.harness import PATIENCE
 
 _GENERATION, _ROUTING = "/headrace.v1.GenerationService", "/headrace.v1.RoutingService"
+_TOKENIZER = "/headrace.v1.TokenizerService"
 _REFLECTION = "ServerReflection/ServerReflectionInfo"
 _PROMPT = pb.GenerateRequest(prompt="hi", sampling=pb.Sampling(max_tokens=1))
 _HELLO = multiplex.MultiplexRequest(hello=multiplex.MultiplexHello(caller_id="test", epoch=1))
@@ -32,6 +34,9 @@ RPCS: dict[str, bytes] = {
     f"{_ROUTING}/Explain": routing.ExplainRequest(request=_PROMPT).SerializeToString(),
     f"{_ROUTING}/ListTiers": b"",
     f"{_ROUTING}/Feedback": routing.FeedbackRequest(request_id="none", ok=True).SerializeToString(),
+    f"{_TOKENIZER}/Tokenize": tokens.TokenizeRequest(prompt="hi").SerializeToString(),
+    f"{_TOKENIZER}/Detokenize": tokens.DetokenizeRequest(token_ids=[1]).SerializeToString(),
+    f"{_TOKENIZER}/CountTokens": tokens.CountTokensRequest(prompt="hi").SerializeToString(),
     "/headrace.v1.QuotaService/Lease": quotas.LeaseRequest().SerializeToString(),
     "/headrace.v1.AdminService/Inspect": admin.InspectRequest().SerializeToString(),
     "/headrace.v1.WorkerService/Run": worker.RunRequest().SerializeToString(),

@@ -52,6 +52,8 @@ def refused(request: pb.GenerateRequest) -> errors.InvalidRequest:
         ),
         (asked(logit_bias=dict.fromkeys(range(301), 1.0)), "sampling.logit_bias"),
         (asked(stop=["s" * 257]), "sampling.stop"),
+        (asked(top_logprobs=21), "sampling.top_logprobs"),
+        (asked(prompt_logprobs=21), "sampling.prompt_logprobs"),
         (
             pb.GenerateRequest(prompt="x", resume=pb.Resume(token_ids=[1] * 131_073)),
             "resume.token_ids",

@@ -17,7 +17,7 @@ from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import Client, connect
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
-from headrace.worker.engine.interface import Engine, Fault, Row, Token
+from headrace.worker.engine.interface import Engine, Fault, Result, Row, Token
 from tests.harness import PATIENCE, eventually, running_worker
 
 
@@ -34,7 +34,7 @@ class OracleEngine(EchoEngine):
         super().__init__(**options)
         self.drew = drew
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         results = super().step(rows)
         for row, result in zip(rows, results, strict=True):
             if self.drew is not None and result is not None:

@@ -7,6 +7,7 @@ parts:
   cpu      CPU time of a request in each process
   hops     latency that one hop and the whole mesh add to one request at a time
   paced    streams of a steady pace that the mesh carries without a stall
+  gateway  latency, CPU time and gaps over HTTP, through the gateway, beside gRPC
   memory   memory of each process, idle and with many open streams
   stages   where the time to the first token of one request goes
   profile  functions of each service by own time, in build/bench-mesh-profile; samples with py-spy if it is
@@ -31,7 +32,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.mesh import cpu, hops, memory, paced, profiles, rates, stages
+from benchmarks.mesh import cpu, gateway, hops, memory, paced, profiles, rates, stages
 from benchmarks.mesh.answers import WrongAnswer
 from benchmarks.mesh.stages import NoSuchProbe
 from headrace.cli.launch.mesh import BadSpec
@@ -44,11 +45,12 @@ PARTS: dict[str, ModuleType] = {
     "cpu": cpu,
     "hops": hops,
     "paced": paced,
+    "gateway": gateway,
     "memory": memory,
     "stages": stages,
     "profile": profiles,
 }
-DEFAULT_PARTS = ("rates", "cpu", "hops", "paced", "memory")
+DEFAULT_PARTS = ("rates", "cpu", "hops", "paced", "gateway", "memory")
 PACED = [16, 32, 64, 128, 256, 512, 1024]
 OUT = Path("build/bench-mesh.json")
 
@@ -63,9 +65,11 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS, metavar="PART", help="what to measure")
     add("--before", type=Path, help="another checkout, whose services are also measured")
-    add("--repeat", type=int, default=3, help="runs of each system (rates, cpu); the median is shown")
+    add(
+        "--repeat", type=int, default=3, help="runs of each system (rates, cpu, gateway); the median is shown"
+    )
     add("--patience", type=float, default=10.0, help="seconds to wait for a quiet machine before each run")
-    add("--seconds", type=float, default=6.0, help="length of a run (cpu, paced, profile)")
+    add("--seconds", type=float, default=6.0, help="length of a run (cpu, paced, gateway, profile)")
     add("--streams", type=int, nargs="+", default=[1, 8, 64, 256], help="rates: streams at once")
     add("--tokens", type=int, default=256, help="rates: tokens per answer")
     add("--step-seconds", type=float, nargs="+", default=[0.01, 0.0], help="rates: times of an engine step")
@@ -73,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--callers", type=int, default=16, help="cpu: callers, each of which makes one call after the other")
     add("--calls", type=int, default=500, help="hops: calls of each system")
     add("--paced", type=int, nargs="+", default=PACED, help="paced: concurrent streams")
+    add("--edge-streams", type=int, default=256, help="gateway: streams of a steady pace")
     add("--flush-tokens", type=int, default=1, help="paced: tokens per message; 0 for the mesh's own policy")
     add("--open-streams", type=int, default=1024, help="memory: open streams")
     add("--requests", type=int, default=100, help="stages: requests")

@@ -7,10 +7,13 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import TypeVar
 
+from headrace.cli.bench.latencies import gaps
 from headrace.client import Client
 from headrace.v1 import generation_pb2 as pb
+
+T = TypeVar("T")
 
 TIMEOUT = 300.0  # seconds for one answer
 
@@ -48,8 +51,7 @@ class Answer:
     @property
     def gaps(self) -> list[float]:
         """Seconds between consecutive messages with tokens."""
-        times = [at for at, _ in self.arrivals]
-        return [after - before for before, after in pairwise(times)]
+        return gaps([at for at, _ in self.arrivals])
 
     @property
     def tpot(self) -> float:
@@ -107,15 +109,15 @@ async def at_once(call: Callable[[int], Awaitable[Answer]], streams: int) -> lis
 
 
 async def closed_loop(
-    callers: int, seconds: float, call: Callable[[int], Awaitable[Answer | None]], *, spread: float = 0.0
-) -> list[Answer | None]:
+    callers: int, seconds: float, call: Callable[[int], Awaitable[T]], *, spread: float = 0.0
+) -> list[T]:
     """Run *callers* callers that make one call after the other, and return what all calls returned.
 
     seconds   after this time no further call starts
     call      makes the call of the caller with this number
     spread    the first calls start evenly over this many seconds
     """
-    done: list[Answer | None] = []
+    done: list[T] = []
     ends = time.perf_counter() + seconds
 
     async def caller(number: int) -> None:

@@ -15,7 +15,7 @@ from benchmarks.mesh.answers import Answer, ask
 from benchmarks.mesh.engine import engine_alone
 from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems, window
 from benchmarks.mesh.tables import show_table
-from benchmarks.serving.figures import percentile
+from headrace.cli.bench.latencies import percentile
 
 TOKENS = 16
 WARM_UP_CALLS = 20

@@ -19,8 +19,8 @@ from benchmarks.mesh.engine import engine_alone
 from benchmarks.mesh.rates import ENGINE, max_running
 from benchmarks.mesh.systems import EngineSpec, in_turn, progress, serving, systems, window
 from benchmarks.mesh.tables import milliseconds, show_table
-from benchmarks.serving.figures import percentile
 from headrace import errors
+from headrace.cli.bench.latencies import percentile
 from headrace.client import Client
 
 TOKENS, STEP_SECONDS = 64, 0.02

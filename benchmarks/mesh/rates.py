@@ -17,7 +17,7 @@ from benchmarks.mesh.answers import Answer, ask, at_once
 from benchmarks.mesh.engine import engine_alone
 from benchmarks.mesh.systems import EngineSpec, in_turn, median_run, progress, serving, systems, window
 from benchmarks.mesh.tables import milliseconds, show_table
-from benchmarks.serving.figures import percentile
+from headrace.cli.bench.latencies import percentile
 from headrace.client import Client
 
 ENGINE = "engine"  # the engine alone, among the systems

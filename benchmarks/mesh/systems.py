@@ -61,6 +61,7 @@ class System:
     multiplex     whether the client uses a shared stream, as `connect` takes it; older services have none
     tls           whether all connections use TLS, with client certificates
     tokens        whether the router asks callers for bearer tokens
+    gateway       whether there is a gateway in front of the router
     """
 
     name: str
@@ -69,6 +70,7 @@ class System:
     multiplex: bool | None = None
     tls: bool = False
     tokens: bool = False
+    gateway: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Served:
     """Running services: a client of the router, one of the batcher, and the processes by kind.
 
     connection   how a command connects to the router
+    url          of the gateway; empty without one
     """
 
     name: str
@@ -83,6 +86,7 @@ class Served:
     client: Client
     batcher: Client
     processes: Mapping[str, psutil.Process]
+    url: str = ""
 
     def cpu_seconds(self) -> dict[str, float]:
         """Return the CPU time of each process until now, and of this process as `client`."""
@@ -167,7 +171,12 @@ async def serving(systems: Sequence[System], engine: EngineSpec) -> AsyncGenerat
                 await at_once(partial(ask, client, tokens=32), 4)
             processes = {_kind(name): psutil.Process(pid) for name, pid in running.pids.items()}
             served[system.name] = Served(
-                system.name, connections["router"], clients["router"], clients["batcher"], processes
+                system.name,
+                connections["router"],
+                clients["router"],
+                clients["batcher"],
+                processes,
+                running.gateway,
             )
         yield served
 
@@ -206,6 +215,7 @@ def _spec(system: System, engine: EngineSpec, folder: Path, callers: _Callers | 
         fake=True,
         processes=1,
         tls=system.tls,
+        gateway_port=0 if system.gateway else None,
         fake_step_seconds=engine.step_seconds,
         environment=environment,
         flags={

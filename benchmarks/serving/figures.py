@@ -1,18 +1,15 @@
-"""Compute figures from arrival times, with the names of `vllm bench serve`.
+"""Compute figures from arrival times, with the names and definitions of `headrace bench`.
 
-TTFT    from sending a request to its first token
-TPOT    of one request, the mean time per token after the first: (last - first) / (tokens - 1)
-ITL     times between the messages with a request's tokens, over all requests
-E2EL    from sending a request to its last token
+They are in `headrace.cli.bench.latencies`; here, the answers of a closed loop are summarized.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+
+from headrace.cli.bench.latencies import gaps, percentile, time_per_output_token
 
 
 @dataclass
@@ -45,14 +42,12 @@ class Answer:
     @property
     def tpot(self) -> float | None:
         """Time per token after the first; None for an answer of one token."""
-        if self.tokens < 2:
-            return None
-        return (self.arrivals[-1][0] - self.arrivals[0][0]) / (self.tokens - 1)
+        return time_per_output_token(self.ttft, self.e2el, self.tokens)
 
     @property
     def gaps(self) -> list[float]:
         """Times between messages."""
-        return [later - earlier for (earlier, _), (later, _) in pairwise(self.arrivals)]
+        return gaps([at for at, _ in self.arrivals])
 
 
 class WrongLength(Exception):
@@ -66,15 +61,6 @@ def check(answers: Sequence[Answer]) -> None:
             raise WrongLength(
                 f"request {answer.request} asked for {answer.wanted} tokens and got {answer.tokens}"
             )
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Return a percentile, linearly interpolated as in numpy; *values* must not be empty."""
-    ordered = sorted(values)
-    rank = (len(ordered) - 1) * percent / 100
-    low = math.floor(rank)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
 def figures(answers: Sequence[Answer], seconds: float) -> dict[str, float]:

@@ -34,6 +34,8 @@ import grpc
 
 # The key in `fields` of the HTTP status of a response that is not gRPC; empty where gRPC does not report it.
 HTTP_STATUS = "http_status"
+# The key in `fields` of the optional feature that a tier's engines lack; those of another tier may have it.
+FEATURE = "feature"
 # The key in `fields` of an error whose message explains a connection that failed because of TLS, or without.
 TLS_PROBLEM = "tls"
 

@@ -21,6 +21,7 @@ class Progress:
 
     request    the original request, with the seed set
     ids        the tokens so far, with those that came with the request
+    prompt     tokens of the prompt whose details were received
     attempt    of the current stream, as in `headrace.v1.Resume`
     accepted   the first event, once it was received
     finished   whether the last event was received
@@ -28,6 +29,7 @@ class Progress:
 
     def __init__(self, request: pb.GenerateRequest) -> None:
         self.ids = list(request.resume.token_ids)
+        self.prompt = 0
         self.attempt = request.resume.attempt
         self.accepted: pb.Accepted | None = None
         self.finished = False
@@ -44,7 +46,14 @@ class Progress:
             request.resume.attempt = self.attempt
             del request.resume.token_ids[:]
             request.resume.token_ids.extend(self.ids)
+        if self.ids:  # the details of the prompt came before the first token
+            request.sampling.ClearField("prompt_logprobs")
         return request
+
+    @property
+    def position(self) -> tuple[bool, int, int]:
+        """How much of the answer is there: it changes with each stream that brings something."""
+        return self.accepted is not None, self.prompt, len(self.ids)
 
     def accept(self, accepted: pb.Accepted) -> bool:
         """Return whether this is the first `accepted`. Raises NoWorkers for another model."""
@@ -81,6 +90,24 @@ class Progress:
             delta.ClearField("token_ids")
         return (response,)
 
+    def add_prompt(self, response: pb.GenerateResponse) -> Responses:
+        """Process a part of the prompt's details, and remove what an earlier stream has delivered.
+
+        Raises BatcherLost if tokens before it are missing.
+        """
+        part = response.prompt_tokens
+        known = self.prompt - part.offset
+        if known < 0:
+            raise errors.BatcherLost(
+                f"the stream continued at prompt token {part.offset}, expected at {self.prompt}"
+            )
+        if known >= len(part.tokens):
+            return ()
+        del part.tokens[:known]
+        part.offset = self.prompt
+        self.prompt += len(part.tokens)
+        return (response,)
+
     def finish(self, response: pb.GenerateResponse) -> Responses:
         """Process the last event."""
         self.finished = True
@@ -112,11 +139,6 @@ class Answer(Progress):
         super().__init__(complete)
         self._lost: errors.HeadraceError | None = None
 
-    @property
-    def position(self) -> tuple[bool, int]:
-        """How much of the answer is there: it changes with each stream that brings something."""
-        return self.accepted is not None, len(self.ids)
-
     def request(self) -> pb.GenerateRequest:
         """Return the request for the answer, or for the rest of it."""
         request = super().request()
@@ -133,6 +155,8 @@ class Answer(Progress):
             return self.add(response)
         if event == "finish":
             return self.finish(response)
+        if event == "prompt_tokens":
+            return self.add_prompt(response)
         if event == "route_change":
             self.attempt = max(self.attempt, response.route_change.attempt)
         elif event == "accepted" and not self.accept(response.accepted):

@@ -14,20 +14,28 @@ from google.protobuf import duration_pb2
 
 from headrace import errors
 from headrace.quoting import quoted
+from headrace.template_arguments import check_arguments
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing_pb
+from headrace.v1 import tokenizer_service_pb2 as tokenizer_pb
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# A model may answer with no text, and a tool may return none.
+_MAY_BE_EMPTY = ("assistant", "tool")
 MAX_MESSAGES = 4096
 MAX_BIASES = 300
 MAX_STOPS = 16
 MAX_STOP_IDS = 64
+MAX_TOP_LOGPROBS = 20
 MAX_STOP_CHARACTERS = 256
 MAX_REQUEST_ID = 128
 MAX_NAME = 256
 MAX_FLUSH_TOKENS = 1024
 MAX_FLUSH_SECONDS = 10.0
 MAX_RESUME_TOKENS = 131_072  # no answer is longer; the batcher checks the context length of its tier
+MAX_PROMPT_TOKENS = 1_048_576  # as token ids; the batcher checks the context length of its tier
+# Of a call of the TokenizerService, in its request or its response; more take too much of the event loop.
+MAX_TOKENIZER_IDS = 131_072
 MAX_ATTEMPT = 1_000_000  # each lost stream adds one, and the value must fit its field
 
 _MAX_NANOS = 999_999_999
@@ -50,6 +58,8 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("presence_penalty", -2, 2, "-2 to 2"),
     ("frequency_penalty", -2, 2, "-2 to 2"),
     ("max_tokens", 1, 2**32, "at least 1"),
+    ("top_logprobs", 0, MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
+    ("prompt_logprobs", 0, MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
 )
 # The text fields of Routing, and the error for a value that is too long.
 _NAMES: tuple[tuple[str, type[errors.InvalidRequest]], ...] = (
@@ -98,6 +108,34 @@ def check_feedback(request: routing_pb.FeedbackRequest) -> None:
         raise errors.InvalidRequest(f"quality is {request.quality:g}, must be 0 to 1", field="quality")
 
 
+def check_tokenize(request: tokenizer_pb.TokenizeRequest | tokenizer_pb.CountTokensRequest) -> None:
+    """Raise InvalidRequest for the first invalid field."""
+    _check_choice(request.tokenizer)
+    kind = request.WhichOneof("input")
+    if kind is None:
+        raise errors.EmptyInput("the request has no input: set chat or prompt", field="input")
+    if kind == "prompt":
+        _check_prompt(request.prompt)
+        return
+    without_answer = (
+        isinstance(request, tokenizer_pb.TokenizeRequest)
+        and request.HasField("add_generation_prompt")
+        and not request.add_generation_prompt
+    )
+    _check_chat(request.chat, answered=not without_answer)
+
+
+def check_detokenize(request: tokenizer_pb.DetokenizeRequest) -> None:
+    """Raise InvalidRequest for the first invalid field."""
+    _check_choice(request.tokenizer)
+    _check_ids("token_ids", len(request.token_ids), MAX_TOKENIZER_IDS)
+
+
+def check_get_tokenizer(request: tokenizer_pb.GetTokenizerRequest) -> None:
+    """Raise InvalidRequest for the first invalid field."""
+    _check_choice(request.tokenizer)
+
+
 def check_sampling(sampling: pb.Sampling) -> None:
     """Raise InvalidSampling for the first field out of range."""
     for name, low, high, wanted in _RANGES:
@@ -144,16 +182,42 @@ def seconds_of(duration: duration_pb2.Duration, field: str) -> float:
 
 
 def _check_input(request: pb.GenerateRequest) -> dict[int, str]:
-    texts: dict[int, str] = {}
     kind = request.WhichOneof("input")
     if kind is None:
-        raise errors.EmptyInput("the request has no input: set chat or prompt", field="input")
+        raise errors.EmptyInput("the request has no input: set chat, prompt or token_ids", field="input")
     if kind == "prompt":
-        texts[0] = request.prompt
-        if not texts[0]:
-            raise errors.EmptyInput("prompt is empty: set the text to continue", field="prompt")
-        return texts
-    messages = request.chat.messages
+        return {0: _check_prompt(request.prompt)}
+    if kind == "token_ids":
+        _check_ids("token_ids.ids", len(request.token_ids.ids), MAX_PROMPT_TOKENS)
+        return {}
+    return _check_chat(request.chat)
+
+
+def _check_prompt(text: str) -> str:
+    if not text:
+        raise errors.EmptyInput("prompt is empty: set the text to continue", field="prompt")
+    return text
+
+
+def _check_ids(field: str, count: int, most: int) -> None:
+    if not count:
+        raise errors.EmptyInput(f"{field} is empty: set at least one token id", field=field)
+    if count > most:
+        raise errors.InvalidRequest(f"{field} has {count} ids, must be at most {most}", field=field)
+
+
+def _check_choice(choice: tokenizer_pb.TokenizerChoice) -> None:
+    _check_length("tokenizer.tier", choice.tier, MAX_NAME, errors.UnknownTier)
+    _check_length("tokenizer.model", choice.model, MAX_NAME, errors.UnknownModel)
+
+
+def _check_chat(chat: pb.Chat, *, answered: bool = True) -> dict[int, str]:
+    """Check a conversation; return the texts that were read, by the place of their message.
+
+    answered   whether it is to be continued by an answer
+    """
+    texts: dict[int, str] = {}
+    messages = chat.messages
     if not messages:
         raise errors.EmptyInput("chat has no messages: add at least one", field="chat.messages")
     if len(messages) > MAX_MESSAGES:
@@ -167,8 +231,7 @@ def _check_input(request: pb.GenerateRequest) -> dict[int, str]:
                 f"chat.messages[{place}].role is {quoted(role)}, must be one of {', '.join(ROLES)}",
                 field=f"chat.messages[{place}].role",
             )
-        # A message of the assistant may be empty: a model may answer with no text.
-        if role == "assistant":
+        if role in _MAY_BE_EMPTY:
             continue
         texts[place] = content = turn.content
         if not content or content.isspace():
@@ -176,7 +239,10 @@ def _check_input(request: pb.GenerateRequest) -> dict[int, str]:
                 f"chat.messages[{place}].content is empty: set its text",
                 field=f"chat.messages[{place}].content",
             )
-    _check_last_role(request.chat)
+    if answered or chat.continue_final_message:
+        _check_last_role(chat)
+    if chat.HasField("template_arguments"):
+        check_arguments(chat.template_arguments)
     return texts
 
 
@@ -187,7 +253,7 @@ def _check_last_role(chat: pb.Chat) -> None:
     if role == "assistant" and not chat.continue_final_message:
         raise errors.InvalidRequest(
             f"chat.messages[{last}], the last one, has role 'assistant': set chat.continue_final_message to "
-            "continue it, or end with a message of the user",
+            "continue it, or end with a message of the user or a tool",
             field=f"chat.messages[{last}].role",
         )
     if role != "assistant" and chat.continue_final_message:

@@ -47,7 +47,7 @@ async def test_the_end_is_delivered_with_the_gathered_tokens() -> None:
 
     arrival = await inbox.take()
 
-    assert (arrival.ids, arrival.logprobs, arrival.end) == ([2, 3], [-0.5, -1.0], END)
+    assert (arrival.ids, arrival.scores, arrival.end) == ([2, 3], [-0.5, -1.0], END)
 
 
 async def test_tokens_from_before_a_failure_are_delivered_before_it() -> None:

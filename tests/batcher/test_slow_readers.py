@@ -55,10 +55,10 @@ def test_an_inbox_keeps_accepted_tokens_in_order_and_never_more_than_its_limit(
                 kept += ids[:accepted]
                 sent += act
             elif act == "move":
-                inbox.put_change(WorkerChange("a", "b", "WORKER_LOST", 1))
+                inbox.put_event(WorkerChange("a", "b", "WORKER_LOST", 1))
             elif inbox.ready:
                 arrival = await inbox.take()
-                assert arrival.logprobs == arrival.ids
+                assert arrival.scores == arrival.ids
                 read += arrival.ids
             assert inbox.unread == len(kept) - len(read) <= limit
         while inbox.unread:
@@ -109,7 +109,7 @@ async def test_answers_that_are_paused_repeatedly_lose_and_repeat_nothing(tier: 
                 assert job.inbox.unread <= limit
                 arrival = await coalescer.take(job)
                 ids += arrival.ids
-                logprobs += arrival.logprobs
+                logprobs += arrival.scores
                 if arrival.end is not None:
                     return ids, logprobs
 

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import numpy
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from benchmarks.serving.figures import Answer, Spread, WrongLength, check, figures, percentile, spread
-
-FINITE = st.floats(0, 1e6, allow_nan=False)
-
-
-@given(values=st.lists(FINITE, min_size=1, max_size=50), percent=st.floats(0, 100))
-def test_percentiles_equal_those_of_numpy(values: list[float], percent: float) -> None:
-    assert percentile(values, percent) == pytest.approx(float(numpy.percentile(values, percent)), abs=1e-6)
+from benchmarks.serving.figures import Answer, Spread, WrongLength, check, figures, spread
 
 
 def test_a_run_is_summarized_in_rates_and_milliseconds() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
-from headrace.worker.engine.interface import Fault, Row, Token
+from headrace.worker.engine.interface import Result, Row, Token
 
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz .,\n"
 POISON = b"POISON"
@@ -33,7 +33,7 @@ def draw(ids: Sequence[int], *, seed: int, greedy: bool, may_end: bool) -> int:
 class DiceEngine(EchoEngine):
     """The echo engine with other tokens. The checks of its KV memory apply here, too."""
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute all rows; see `Engine.step`."""
         if any(bytes(row.ids[: len(POISON)]) == POISON for row in rows):
             os._exit(13)  # as a fault of a driver ends a process: without a message

@@ -45,7 +45,9 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     refuses    raised instead of `accepted`
     breaks     raised after the first delta
     failing    the number of the request, from 0, that is refused or breaks; None: all
+    held_back  awaited after `accepted`, if set
     gate       awaited after the first delta, if set
+    started_after   for each request, the first tokens that were sent before it
     """
 
     tokens: Sequence[bytes] = TOKENS
@@ -57,12 +59,14 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     refuses: errors.HeadraceError | None = None
     breaks: errors.HeadraceError | None = None
     failing: int | None = None
+    held_back: asyncio.Event | None = None
     gate: asyncio.Event | None = None
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     time_left: list[float | None] = field(default_factory=list)
     polls: list[dict[str, str]] = field(default_factory=list)
     active: int = 0
-    most_active: int = 0
+    first_tokens: int = 0
+    started_after: list[int] = field(default_factory=list)
 
     def reset(self) -> None:
         """Forget all requests, and behave as by default."""
@@ -82,14 +86,14 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         self.requests.append(request)
         self.time_left.append(context.time_remaining())
         self.active += 1
-        self.most_active = max(self.most_active, self.active)
+        self.started_after.append(self.first_tokens)
         try:
-            async for response in self._answer(request, number):
+            async for response in self._events(request, number):
                 yield response
         finally:
             self.active -= 1
 
-    async def _answer(self, request: pb.GenerateRequest, number: int) -> AsyncIterator[pb.GenerateResponse]:
+    async def _events(self, request: pb.GenerateRequest, number: int) -> AsyncIterator[pb.GenerateResponse]:
         fails = self.failing in (None, number)
         if self.refuses is not None and fails:
             raise self.refuses
@@ -104,6 +108,8 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
             answer_id=f"answer-{number}",
         )
         yield pb.GenerateResponse(accepted=accepted)
+        if self.held_back is not None:
+            await self.held_back.wait()
         decoder = codecs.getincrementaldecoder("utf-8")()
         for offset, token in enumerate(self.tokens):
             delta = pb.Delta(
@@ -111,6 +117,7 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
             )
             if request.sampling.HasField("top_logprobs"):
                 delta.tokens.append(self._details(offset, token, request.sampling.top_logprobs))
+            self.first_tokens += offset == 0
             yield pb.GenerateResponse(delta=delta)
             if offset == 0 and self.gate is not None:
                 await self.gate.wait()

@@ -29,7 +29,11 @@ from tests.security import RPCS, Callers, bearer, verdict, verdicts
 HEALTH = "/grpc.health.v1.Health/"
 LIST_TIERS = "/headrace.v1.RoutingService/ListTiers"
 FEEDBACK = "/headrace.v1.RoutingService/Feedback"
-CALLS = ("/headrace.v1.GenerationService/", "/headrace.v1.RoutingService/")
+CALLS = (
+    "/headrace.v1.GenerationService/",
+    "/headrace.v1.RoutingService/",
+    "/headrace.v1.TokenizerService/",
+)
 WORKER = "/headrace.v1.WorkerService/"
 QUOTAS = "/headrace.v1.QuotaService/"  # offered by routers with --quota-peers
 OPERATIONS = ("/headrace.v1.AdminService/", "/grpc.reflection.", "/grpc.channelz.")

@@ -155,7 +155,7 @@ class _Slow(ByteTokenizer):
         self.entered = threading.Event()
         self.go = threading.Event()
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if len(text) > 10_000:
             self.entered.set()
             self.go.wait(60)
@@ -205,7 +205,7 @@ async def test_a_full_queue_rejects_immediately_with_a_delay_and_recovers() -> N
 class _FaultyTokenizer(ByteTokenizer):
     """A byte tokenizer that maps one letter to the id at which the echo engine fails."""
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [FAULT_ID if letter == "!" else ord(letter) for letter in text]
 
 

@@ -20,7 +20,7 @@ from headrace.runtime.process_info import SERVICES as ADMIN
 from headrace.tls.files import TlsFiles, TlsReader
 from headrace.v1 import generation_service_pb2, routing_service_pb2, worker_service_pb2
 from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.engine.interface import Fault, Row, Token
+from headrace.worker.engine.interface import Result, Row
 from tests.certificates import Certificates, issued, replace
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh
 
@@ -186,7 +186,7 @@ class Paced(EchoEngine):
 
     slow = True
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         if self.slow:
             time.sleep(0.02)
         return super().step(rows)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from headrace.client import Client
 from headrace.multiplex.shared_call import CREDIT, MAX_GATHERED
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import multiplex_pb2 as wire
 from tests.harness import PATIENCE, collect, prompt
 from tests.multiplex.scripted import ServerStream, answer, echoed, scripted
 
@@ -60,6 +61,58 @@ async def test_a_reader_that_is_behind_receives_one_long_delta() -> None:
     assert list(delta.delta.token_ids) == list(b"abcdefgh")
     assert list(delta.delta.logprobs) == [-float(n) for n in range(8)]
     assert finish.HasField("finish")
+
+
+@pytest.mark.parametrize("top", [0, 3])
+async def test_details_of_tokens_are_gathered_with_them_and_bound_the_length(top: int) -> None:
+    most = MAX_GATHERED // (1 + top)
+    text = "ab" * most
+
+    async def script(stream: ServerStream) -> None:
+        (first,) = await stream.welcome()
+        await stream.write(events=echoed(first, 0))
+        await stream.read_until(lambda: len(stream.opened) == 2)
+        rest = echoed(first)[1:]
+        for event in rest[:-1]:
+            for id in event.response.delta.token_ids:
+                event.response.delta.tokens.add(token=pb.TokenLogprob(id=id))
+        await stream.write(events=rest)
+        await stream.write(events=echoed(stream.opened[1]))
+        await stream.hang()
+
+    async with scripted(script) as server, server.client() as client:
+        responses = await behind(client, prompt(text, top_logprobs=top))
+
+    deltas = [response.delta for response in responses[1:-1]]
+    assert [delta.token_count for delta in deltas] == [most, most]
+    for delta in deltas:
+        assert [one.token.id for one in delta.tokens] == list(delta.token_ids) == list(delta.text.encode())
+
+
+async def test_parts_of_a_prompt_are_not_joined_and_take_credit_like_any_event() -> None:
+    parts = 3 * CREDIT
+
+    async def script(stream: ServerStream) -> None:
+        (opened,) = await stream.welcome()
+        accepted, *_, finish = echoed(opened)  # an answer without a token
+        sent = 0
+        made = [wire.MultiplexEvent(handle=opened.handle) for _ in range(parts)]
+        for offset, event in enumerate(made):
+            event.response.prompt_tokens.offset = offset
+            event.response.prompt_tokens.tokens.add()
+        events = [accepted, *made, finish]
+        while sent < len(events):
+            end = min(stream.credit[opened.handle], len(events))
+            await stream.write(events=events[sent:end])
+            sent = end
+            if sent < len(events):
+                await stream.read()
+        await stream.hang()
+
+    async with scripted(script) as server, server.client() as client:
+        answer = await collect(client, prompt("x", prompt_logprobs=0))
+
+    assert len(answer.prompt) == parts
 
 
 @pytest.mark.parametrize("option", ["flush_tokens", "flush_interval"])

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import json
-import os
-import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -19,70 +11,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from headrace.worker.engine.echo import EchoEngine
 from tests.certificates import Certificates, issued
-from tests.harness import PATIENCE, Mesh, eventually, running_mesh
+from tests.harness import Mesh, eventually, running_mesh
+from tests.node.programs import node
 from tests.security import Callers
 
-HERE = Path(__file__).parent
-INSTALLED = HERE.parent.parent / "build" / "node"
 QUESTIONS = range(1, 101)
 INVALID, CANCELLED = 101, 102
-# What npm reports if it does not reach the registry.
-UNREACHABLE = re.compile(
-    r"^npm (?:error|ERR!) code (?:EAI_AGAIN|ECONNREFUSED|ECONNRESET|EHOSTUNREACH|ENETUNREACH|ENOTFOUND"
-    r"|ERR_SOCKET_TIMEOUT|ETIMEDOUT)$",
-    re.MULTILINE,
-)
-
-
-@pytest.fixture(scope="module")
-def packages() -> Path:
-    """Return the folder with the packages that the example imports, installed once for each lockfile."""
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
-    lockfile = HERE / "package-lock.json"
-    folder = INSTALLED / hashlib.sha256(lockfile.read_bytes()).hexdigest()[:16]
-    if not folder.exists():
-        INSTALLED.mkdir(parents=True, exist_ok=True)
-        # Renamed when complete: an installation that is interrupted is not used.
-        with tempfile.TemporaryDirectory(dir=INSTALLED) as temporary:
-            new = Path(temporary, "new")
-            new.mkdir()
-            for file in (lockfile, HERE / "package.json"):
-                shutil.copy(file, new)
-            install(new)
-            new.rename(folder)
-    return folder / "node_modules"
-
-
-def install(folder: Path) -> None:
-    """Run `npm ci`. Skips the test if the registry cannot be reached."""
-    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
-    command += ["--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-timeout=60000"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode and UNREACHABLE.search(done.stderr):
-        pytest.skip(f"npm's registry cannot be reached: {done.stderr.splitlines()[0]}")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-async def node(
-    packages: Path, script: str, *arguments: str | Path
-) -> tuple[int | None, list[dict[str, Any]]]:
-    """Run an example. Returns its exit status, and the lines that it printed."""
-    process = await asyncio.create_subprocess_exec(
-        *("node", HERE / script, *arguments),
-        env=os.environ | {"NODE_PATH": str(packages), "no_grpc_proxy": "127.0.0.1,localhost"},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        printed, complaints = await asyncio.wait_for(process.communicate(), PATIENCE)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert complaints == b"", complaints.decode()
-    return process.returncode, [json.loads(line) for line in printed.splitlines()]
 
 
 async def run(target: str, packages: Path) -> tuple[int | None, dict[int, Any], dict[str, Any]]:

@@ -96,7 +96,8 @@ class FakeBatcher(MultiplexedServicer, RoutingServiceServicer):
         )
         if self.hangs:
             await asyncio.Event().wait()
-        said = list((request.prompt or request.chat.messages[-1].content).encode())
+        text = request.chat.messages[-1].content if request.HasField("chat") else request.prompt
+        said = list(request.token_ids.ids or text.encode())
         had = at = len(request.resume.token_ids)
         assert list(request.resume.token_ids) == said[:at], "a resumed answer continues its own text"
         while at < len(said):

@@ -13,15 +13,19 @@ from pathlib import Path
 
 import grpc
 
+from headrace import errors
 from headrace.batcher.admin import AdminServicer
 from headrace.batcher.answering import Answering
 from headrace.batcher.coalescer import Coalescer
+from headrace.batcher.intake.encoding import Encoder
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.links.pool import WorkerPool
 from headrace.batcher.service import SERVICES, GenerationServicer
 from headrace.batcher.settings import Settings
 from headrace.batcher.text.generation_defaults import recommended_sampling
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer, load_tokenizer
+from headrace.batcher.tokenizer_service import SERVICES as TOKENIZER_SERVICES
+from headrace.batcher.tokenizer_service import TokenizerServicer
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.client import LIST_TIERS
@@ -35,21 +39,24 @@ from headrace.runtime.serving.server import Serving, StartFailed, run, serving, 
 from headrace.runtime.telemetry import logs
 from headrace.runtime.telemetry.scraping import scraping
 from headrace.runtime.telemetry.setup import telemetry
+from headrace.template_arguments import Arguments
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
+from headrace.v1.tokenizer_service_pb2_grpc import add_TokenizerServiceServicer_to_server
 
 log = logging.getLogger("headrace.batcher")
 
 
 @dataclass(frozen=True)
 class RunningBatcher:
-    """A running batcher: its server, its coalescer and its intake."""
+    """A running batcher: its server, its coalescer, its intake and its tokenizer service."""
 
     server: Serving
     coalescer: Coalescer
     intake: Intake
+    tokenizers: TokenizerServicer
 
 
 @asynccontextmanager
@@ -82,16 +89,20 @@ async def batcher(
         max_unread_seconds=settings.max_unread_seconds,
         share_prefixes=settings.share_prefixes,
     )
-    with Intake(
-        coalescer,
-        tokenizer,
-        tier=settings.tier,
-        max_tokens=settings.max_tokens,
-        max_unread_tokens=settings.max_unread_tokens,
-        max_bytes=settings.intake_bytes,
-        ageing=settings.ageing_seconds,
-        defaults=defaults,
-    ) as intake:
+    encoder = Encoder(tokenizer, settings.default_template_arguments)
+    with (
+        Intake(
+            coalescer,
+            encoder,
+            tier=settings.tier,
+            max_tokens=settings.max_tokens,
+            max_unread_tokens=settings.max_unread_tokens,
+            max_bytes=settings.intake_bytes,
+            ageing=settings.ageing_seconds,
+            defaults=defaults,
+        ) as intake,
+        TokenizerServicer(tokenizer, encoder, intake.limits, max_bytes=settings.intake_bytes) as tokenizers,
+    ):
         answering = Answering(
             coalescer, intake, tokenizer, tier=settings.tier, trace_content=settings.trace_content
         )
@@ -104,6 +115,7 @@ async def batcher(
         def register(server: grpc.aio.Server) -> None:
             add_GenerationServiceServicer_to_server(servicer, server)
             add_RoutingServiceServicer_to_server(servicer, server)
+            add_TokenizerServiceServicer_to_server(tokenizers, server)
             add_AdminServiceServicer_to_server(admin, server)
 
         async with asyncio.TaskGroup() as tasks:
@@ -111,7 +123,7 @@ async def batcher(
             try:
                 async with serving(
                     register,
-                    (*SERVICES, *process_info.SERVICES),
+                    (*SERVICES, *TOKENIZER_SERVICES, *process_info.SERVICES),
                     host=settings.host,
                     port=settings.port,
                     health_port=settings.health_port,
@@ -122,7 +134,7 @@ async def batcher(
                     untracked=frozenset({MULTIPLEX, process_info.INSPECT, LIST_TIERS}),
                     ready=lambda: bool(pool.ready()),
                 ) as server:
-                    yield RunningBatcher(server, coalescer, intake)
+                    yield RunningBatcher(server, coalescer, intake, tokenizers)
             finally:
                 for task in running:
                     task.cancel()
@@ -153,9 +165,23 @@ def _load(settings: Settings) -> tuple[Tokenizer, pb.Sampling]:
         path = resolve(settings.model, cache, weights=False)
         recommended = recommended_sampling(path) if settings.generation_config == "auto" else pb.Sampling()
         with collection_paused():
-            return load_tokenizer(path, cache), recommended
+            tokenizer = load_tokenizer(path, cache)
     except ModelUnavailable as error:
         raise StartFailed(str(error)) from error
+    _check_template_arguments(tokenizer, settings.default_template_arguments)
+    return tokenizer, recommended
+
+
+def _check_template_arguments(tokenizer: Tokenizer, arguments: Arguments) -> None:
+    """Try the tier's template arguments on a short chat. Raises StartFailed."""
+    if not arguments:
+        return
+    try:
+        tokenizer.encode_chat([("user", "Hello!")], arguments=arguments)
+    except errors.InvalidRequest as error:
+        raise StartFailed(
+            f"HEADRACE_TEMPLATE_ARGUMENTS (or --template-arguments): {error.message}"
+        ) from error
 
 
 if __name__ == "__main__":

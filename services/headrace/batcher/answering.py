@@ -14,6 +14,7 @@ from headrace.batcher.intake.intake import Intake
 from headrace.batcher.job import Job
 from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.recorded_text import RecordedText
+from headrace.batcher.text.token_texts import Spellings
 from headrace.batcher.text.tokens import Tokenizer
 from headrace.deadline import Deadline
 from headrace.metrics.requests import CANCELLED, End, Timing, record
@@ -41,6 +42,7 @@ class Answering:
         self._tokenizer = tokenizer
         self._tier = tier
         self._trace_content = trace_content
+        self._spellings = Spellings(tokenizer)
 
     async def answer(
         self, request: pb.GenerateRequest, remaining: float | None, write: Write, *, framed: bool = False
@@ -90,7 +92,7 @@ class Answering:
         return job
 
     async def _run(self, job: Job, request: pb.GenerateRequest, write: Write) -> None:
-        answer = AnswerEvents(job, request, self._tokenizer, tier=self._tier)
+        answer = AnswerEvents(job, request, self._tokenizer, tier=self._tier, spellings=self._spellings)
         end = CANCELLED  # until it ends otherwise
         try:
             # One timer for the whole call: a timeout around each wait would cost more than the token.

@@ -22,6 +22,7 @@ from headrace.batcher.links.pool import WorkerPool
 from headrace.batcher.waiting.admission import Admission
 from headrace.batcher.waiting.dispatch import MAX_IDLE_SECONDS, Dispatcher
 from headrace.batcher.waiting.prefixes import PrefixIndex, scope_of, scoped
+from headrace.batcher.waiting.prompt_details import PromptDetailsMemory
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.flushing import LiveFlushing
@@ -62,6 +63,7 @@ class Coalescer:
         self.paused: set[Job] = set()
         self._flushing = LiveFlushing()
         self.admission = Admission(queue, pool, self.prefixes)
+        self._prompt_details = PromptDetailsMemory()
         self._tier = tier
         create_for_batcher(tier)
         self._dispatcher = Dispatcher(queue, pool, window, self.prefixes, self.admission, tier)
@@ -83,16 +85,17 @@ class Coalescer:
         if not self._share_prefixes and job.tenant:
             job.scope = scope_of(job.tenant)
             job.blocks = scoped(job.blocks, job.scope)
-        self.admission.admit(job, time.monotonic())
-        self._wake()
-        self.live.add(job)
-        try:
-            yield
-        finally:
-            self.live.discard(job)
-            self.paused.discard(job)
-            if not self.queue.remove(job, "cancelled"):
-                any(link.cancel(job) for link in self.pool)
+        with self._prompt_details.held(job):
+            self.admission.admit(job, time.monotonic())
+            self._wake()
+            self.live.add(job)
+            try:
+                yield
+            finally:
+                self.live.discard(job)
+                self.paused.discard(job)
+                if not self.queue.remove(job, "cancelled"):
+                    any(link.cancel(job) for link in self.pool)
 
     async def take(self, job: Job) -> Arrival:
         """Wait for the next arrival of an admitted job; the last one has an end.
@@ -188,9 +191,11 @@ class Coalescer:
         else:
             self._resume(job)
 
-    def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
+    def prefilled(self, link: WorkerLink, job: Job, cached: int, *, used_cache: bool) -> None:
         """See `LinkListener`."""
-        self.prefixes.record_prefill(job.blocks, link.target, cached, link.shared_block_tokens)
+        # Without use of the cache, few cached tokens are no sign that it has evicted some.
+        grain = link.shared_block_tokens if used_cache else 0
+        self.prefixes.record_prefill(job.blocks, link.target, cached, grain)
         if job in link.in_flight:
             job.history.cached = min(cached, len(job.prompt_ids))
 

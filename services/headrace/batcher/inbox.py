@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from headrace import errors
+from headrace.batcher.token_details import Score
 from headrace.flushing import Flusher
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import worker_service_pb2 as wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,20 @@ class WorkerChange:
     attempt: int
 
 
+# What a reader may receive between tokens. A part of the prompt has at most the tokens of one event.
+InboxEvent: TypeAlias = WorkerChange | wire.PromptLogprobs
+
+
 class Arrival(NamedTuple):
-    """What a reader takes from an inbox: tokens, a change of worker, or the end."""
+    """What a reader takes from an inbox: tokens, an event between tokens, or the end.
+
+    scores   one per token, or none
+    """
 
     ids: list[int]
-    logprobs: list[float]
+    scores: list[Score]
     end: SequenceEnd | None
-    change: WorkerChange | None = None
+    event: InboxEvent | None = None
 
 
 class Inbox:
@@ -62,9 +72,9 @@ class Inbox:
         self.gathered_at = -math.inf  # nothing gathered
         self._flusher = flusher
         self._ids: list[int] = []
-        self._logprobs: list[float] = []
+        self._scores: list[Score] = []
         self._unread = 0
-        self._earlier: deque[Arrival] = deque()  # before the tokens above: everything up to the last change
+        self._earlier: deque[Arrival] = deque()  # before the tokens above: everything up to the last event
         self._end: SequenceEnd | None = None
         self._error: errors.HeadraceError | None = None
         self._ready = False
@@ -96,13 +106,13 @@ class Inbox:
         """Whether the answer has ended or failed."""
         return self._end is not None or self._error is not None
 
-    def put(self, ids: list[int], logprobs: list[float]) -> int:
-        """Add tokens in order. Returns how many were accepted."""
+    def put(self, ids: list[int], scores: Sequence[Score]) -> int:
+        """Add tokens in order, with a score for each or for none. Returns how many were accepted."""
         accepted, room = len(ids), self.limit - self._unread
         if accepted > room:
-            accepted, ids, logprobs = room, ids[:room], logprobs[:room]
+            accepted, ids, scores = room, ids[:room], scores[:room]
         self._ids += ids
-        self._logprobs += logprobs
+        self._scores += scores
         self._unread += accepted
         if self._ready:
             return accepted
@@ -112,12 +122,16 @@ class Inbox:
             self._flusher.watch(self)
         return accepted
 
-    def put_change(self, change: WorkerChange) -> None:
-        """Add a change of worker; later tokens come from the new one."""
+    def put_event(self, event: InboxEvent) -> None:
+        """Add an event; later tokens follow it.
+
+        Parts of the prompt do not count as unread, because all come before the first token:
+        `waiting.prompt_details` limits them.
+        """
         if self._ids:
-            self._earlier.append(Arrival(self._ids, self._logprobs, None))
-            self._ids, self._logprobs = [], []
-        self._earlier.append(Arrival([], [], None, change))
+            self._earlier.append(Arrival(self._ids, self._scores, None))
+            self._ids, self._scores = [], []
+        self._earlier.append(Arrival([], [], None, event))
         self.flush()
 
     def end(self, end: SequenceEnd) -> None:
@@ -135,14 +149,14 @@ class Inbox:
         if not self._ready:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        self._ready = False
         if self._earlier:
-            self._ready = True  # more may follow; if not, the next arrival is empty, which is harmless
+            await asyncio.sleep(0)  # a prompt may have hundreds of parts: other calls proceed in between
             arrival = self._earlier.popleft()
             self._unread -= len(arrival.ids)
-            return arrival
-        ids, logprobs = self._ids, self._logprobs
-        self._ids, self._logprobs = [], []
+            return arrival  # it stays ready: more may follow; if not, the next arrival is empty
+        self._ready = False
+        ids, scores = self._ids, self._scores
+        self._ids, self._scores = [], []
         if ids:
             self._first = False
             self._unread -= len(ids)
@@ -150,8 +164,8 @@ class Inbox:
             if not ids:
                 raise self._error
             self._ready = True
-            return Arrival(ids, logprobs, None)
-        return Arrival(ids, logprobs, self._end)
+            return Arrival(ids, scores, None)
+        return Arrival(ids, scores, self._end)
 
     def flush(self) -> None:
         """Let the reader take what there is, without waiting for more."""

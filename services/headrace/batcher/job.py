@@ -12,6 +12,7 @@ from headrace import errors
 from headrace.batcher.inbox import Inbox
 from headrace.deadline import Deadline
 from headrace.v1 import generation_pb2 as pb
+from headrace.v1 import worker_service_pb2 as wire
 
 # Servers report a missed deadline this many seconds before gRPC ends the call, so that the caller gets the
 # reason.
@@ -35,6 +36,7 @@ class Job:
     uncached        tokens that the worker has to compute before the next new one, as far as is known
     blocks          names of the prompt's blocks, to find workers that have them cached
     scope           the scope in which its prefixes are shared, see `prefixes.scope_of`
+    prompt_offset   the next token of the prompt whose log-probability a worker sends; 0 if none follows
     attempt         number of the current attempt, over all batchers; deltas of other attempts are ignored
     queued          time.monotonic() when it last entered the queue
     submitted       time.monotonic() when it was first sent to a worker
@@ -63,6 +65,7 @@ class Job:
     uncached: int = 1
     blocks: tuple[int, ...] = ()
     scope: bytes = b""
+    prompt_offset: int = 0
     wants_route_changes: bool = False
     queue_span: trace.Span = field(default=trace.INVALID_SPAN)
     queued: float = 0.0
@@ -108,6 +111,33 @@ class Job:
                 "the deadline passed before a worker was free; nothing was generated"
             )
         return errors.DeadlineInDecode("the deadline passed before the answer was complete")
+
+    @property
+    def usable_blocks(self) -> tuple[int, ...]:
+        """The blocks that a worker need not compute if it has them cached."""
+        return () if self.prompt_offset else self.blocks
+
+    def request_prompt_details(self) -> None:
+        """Have workers send the details of the prompt's tokens, if the request asks for them.
+
+        Not of an answer that is resumed: they came before its first token.
+        """
+        if not self.sampling.HasField("prompt_logprobs"):
+            return
+        if self.resume_ids:
+            self.sampling.ClearField("prompt_logprobs")
+            return
+        self.prompt_offset = 1  # token 0 has no log-probability
+        if len(self.prompt_ids) == 1:
+            self.add_prompt_part(wire.PromptLogprobs(offset=1))
+
+    def add_prompt_part(self, part: wire.PromptLogprobs) -> None:
+        """Add the next part of the prompt. After the last one, another worker need not repeat them."""
+        self.inbox.put_event(part)
+        self.prompt_offset = part.offset + len(part.logprobs)
+        if self.prompt_offset == len(self.prompt_ids):
+            self.prompt_offset = 0
+            self.sampling.ClearField("prompt_logprobs")
 
     @property
     def started(self) -> bool:

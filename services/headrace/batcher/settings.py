@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from headrace.channel import target_problem
 from headrace.runtime.settings import CalledServiceSettings, MessageMegabytes, Port, one_of
+from headrace.template_arguments import read_arguments
 
 
 class Settings(CalledServiceSettings):
@@ -88,12 +89,23 @@ class Settings(CalledServiceSettings):
         "repetition_penalty) take their values from generation_config.json in the model folder, as in vLLM; "
         "none: the defaults of the contract. Use the same for all batchers of a tier",
     )
+    template_arguments: str = Field(
+        default="",
+        description='variables for the chat template, as a JSON object such as {"enable_thinking": false}; '
+        "those of a request take precedence, one by one. Use the same for all batchers of a tier",
+    )
     max_tokens: int = Field(default=1024, ge=1, description="most tokens of an answer")
     trace_content: bool = Field(
         default=False,
         description="record prompts and answers in traces, at most 8192 characters of each; by default they "
         "contain neither",
     )
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _is_an_object(cls, text: str) -> str:
+        read_arguments(text)
+        return text
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> Settings:
@@ -103,6 +115,11 @@ class Settings(CalledServiceSettings):
         if problem := next(filter(None, map(target_problem, self.worker_targets)), ""):
             raise ValueError(f"HEADRACE_WORKERS (or --workers): {problem}")
         return self
+
+    @property
+    def default_template_arguments(self) -> dict[str, Any]:
+        """The variables for the chat template that a request leaves out."""
+        return read_arguments(self.template_arguments)
 
     @property
     def worker_targets(self) -> list[str]:

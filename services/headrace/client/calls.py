@@ -24,6 +24,7 @@ from headrace.bearer import (
 )
 from headrace.channel import MAX_MESSAGE_BYTES
 from headrace.client.span import Attempts, ClientSpan, server_attributes
+from headrace.client.tokenizers import TokenizerCalls
 from headrace.deadline import Deadline
 from headrace.endpoints.endpoint import Endpoint
 from headrace.endpoints.endpoints import Endpoints, Spread
@@ -50,7 +51,7 @@ MAX_RESUMED = 4096  # answers that were resumed and may still be rated
 _EMPTY: Mapping[str, Any] = {}
 
 
-class Client:
+class Client(TokenizerCalls):
     """Calls one target; use `connect` to create it.
 
     channel   to the target
@@ -173,29 +174,39 @@ class Client:
                     raise
 
     async def explain(
-        self, request: pb.GenerateRequest, *, timeout: float = 5.0
+        self,
+        request: pb.GenerateRequest,
+        *,
+        timeout: float = 5.0,
+        metadata: Mapping[str, str] = _EMPTY,
     ) -> routing_service_pb2.ExplainResponse:
-        """Return which tier the router would choose for *request*, and why. Nothing is generated."""
+        """Return which tier the router would choose for *request*, and why. Nothing is generated.
+
+        metadata   as of `generate`
+        """
         asked = routing_service_pb2.ExplainRequest(request=request)
-        with self._span(_EXPLAIN) as headers:
+        with self._span(_EXPLAIN, metadata) as headers:
             routing = (await self._endpoint(timeout, request.routing.session_id)).routing
             return await self._unary(routing.Explain(asked, timeout=timeout, metadata=headers))
 
+    async def _call_tokenizer(
+        self, method: str, request: Any, timeout: float, metadata: Mapping[str, str]
+    ) -> Any:
+        with self._span(f"headrace.v1.TokenizerService/{method}", metadata) as headers:
+            tokenizer = (await self._endpoint(timeout)).tokenizer
+            return await self._unary(getattr(tokenizer, method)(request, timeout=timeout, metadata=headers))
+
     async def list_tiers(
-        self, *, timeout: float = 5.0, metadata: Mapping[str, str] | None = None
+        self, *, timeout: float = 5.0, metadata: Mapping[str, str] = _EMPTY
     ) -> routing_service_pb2.ListTiersResponse:
         """Return the tiers with model, limits, health and load, smallest first.
 
-        metadata   additional headers, as in `generate`
+        metadata   as of `generate`
         """
-        check_headers(metadata or {})
-        endpoint = await self._endpoint(timeout)
-        headers = authorized(inject(None, metadata), self._authorization())
-        return await self._unary(
-            endpoint.routing.ListTiers(
-                routing_service_pb2.ListTiersRequest(), timeout=timeout, metadata=headers
-            )
-        )
+        headers = self._headers(None, metadata)
+        routing = (await self._endpoint(timeout)).routing
+        request = routing_service_pb2.ListTiersRequest()
+        return await self._unary(routing.ListTiers(request, timeout=timeout, metadata=headers))
 
     async def inspect(self, *, timeout: float = 5.0) -> admin_service_pb2.InspectResponse:
         """Return the state of the server's process. It may need the scope admin."""
@@ -243,15 +254,16 @@ class Client:
             if len(self._resumed_as) > MAX_RESUMED:
                 self._resumed_as.popitem(last=False)
 
-    def _headers(self, context: Context | None) -> Headers:
-        return authorized(inject(context), self._authorization())
+    def _headers(self, context: Context | None, metadata: Mapping[str, str] = _EMPTY) -> Headers:
+        check_headers(metadata)
+        return authorized(inject(context, metadata), self._authorization())
 
     @contextmanager
-    def _span(self, method: str) -> Generator[Headers, None, None]:
+    def _span(self, method: str, metadata: Mapping[str, str] = _EMPTY) -> Generator[Headers, None, None]:
         """Make the call in the block a client span; yield the metadata to send with it."""
         span = ClientSpan(method, self._server)
         try:
-            yield self._headers(span.context)
+            yield self._headers(span.context, metadata)
             span.succeed()
         except Exception as error:
             span.fail(error)

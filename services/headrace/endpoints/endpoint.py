@@ -17,6 +17,7 @@ from headrace.retries import is_lost_connection
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1.admin_service_pb2_grpc import AdminServiceStub
 from headrace.v1.routing_service_pb2_grpc import RoutingServiceStub
+from headrace.v1.tokenizer_service_pb2_grpc import TokenizerServiceStub
 
 # An address is avoided for so long after a call failed there: it may reject calls faster than others answer
 # them. The time doubles with each further failure, up to the longest.
@@ -38,6 +39,7 @@ class Endpoint:
         self.channel = channel
         self.caller = caller
         self.routing = RoutingServiceStub(channel)
+        self.tokenizer = TokenizerServiceStub(channel)
         self.admin = AdminServiceStub(channel)
         self.in_flight = 0
         self.retired = False

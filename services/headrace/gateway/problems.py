@@ -157,7 +157,7 @@ _ROWS: Final[Mapping[type[errors.HeadraceError], _Row]] = {
     errors.DeadlineInDecode: _LATE,
     errors.TtftUnattainable: _LATE,
     errors.DeadlineUnattainable: _LATE,
-    errors.RequestCancelled: _Row(CLIENT_LEFT, "server_error"),
+    errors.RequestCancelled: _DOWN,  # not by the client: it would have left
     # The mesh cannot serve at the moment.
     errors.Unavailable: _DOWN,
     errors.NoWorkers: _DOWN,

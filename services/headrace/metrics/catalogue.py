@@ -23,9 +23,10 @@ from headrace.metrics.instruments import (
     Metric,
 )
 
-ROUTER, BATCHER, WORKER, CLIENT = "router", "batcher", "worker", "client"
+ROUTER, BATCHER, WORKER, CLIENT, GATEWAY = "router", "batcher", "worker", "client", "gateway"
 _SERVERS = (ROUTER, BATCHER)
-_ALL = (ROUTER, BATCHER, WORKER)
+_GRPC = (ROUTER, BATCHER, WORKER)
+_ALL = (*_GRPC, GATEWAY)
 _RPC = ("rpc_system", "method", "status", "error")
 _GEN_AI = ("operation", "provider", "model", "tier")
 _MODEL = ("tier", "model")
@@ -36,7 +37,7 @@ SERVER_CALL_DURATION: Final = Histogram(
     "s",
     _RPC,
     "duration of calls, and of requests on shared streams",
-    services=_ALL,
+    services=_GRPC,
     bounds=attributes.BUCKETS_CALL,
 )
 CLIENT_CALL_DURATION: Final = Histogram(
@@ -44,7 +45,7 @@ CLIENT_CALL_DURATION: Final = Histogram(
     "s",
     _RPC,
     "duration of calls to a batcher, or of the client library's calls",
-    services=(ROUTER, CLIENT),
+    services=(ROUTER, CLIENT, GATEWAY),
     bounds=attributes.BUCKETS_CALL,
 )
 CALLS_IN_FLIGHT: Final = Gauge(
@@ -52,7 +53,39 @@ CALLS_IN_FLIGHT: Final = Gauge(
     "{call}",
     (),
     "calls that are being served, those on shared streams included",
-    services=_ALL,
+    services=_GRPC,
+)
+
+# HTTP requests, by the HTTP conventions.
+HTTP_REQUEST_DURATION: Final = Histogram(
+    "http.server.request.duration",
+    "s",
+    ("http_method", "http_route", "http_status", "error", "scheme"),
+    "time from the arrival of an HTTP request's headers to the end of its response",
+    services=(GATEWAY,),
+    bounds=attributes.BUCKETS_CALL,
+)
+HTTP_ACTIVE_REQUESTS: Final = Gauge(
+    "http.server.active_requests",
+    "{request}",
+    ("http_method", "scheme"),
+    "requests over HTTP that are being answered",
+    services=(GATEWAY,),
+)
+HTTP_TIME_TO_FIRST_TOKEN: Final = Histogram(
+    "headrace.http.time_to_first_token",
+    "s",
+    ("http_route",),
+    "time from the arrival of an HTTP request's headers to the first token of its response",
+    services=(GATEWAY,),
+    bounds=attributes.BUCKETS_TTFT,
+)
+HTTP_CONNECTIONS: Final = Gauge(
+    "headrace.http.connections",
+    "{connection}",
+    (),
+    "open connections of HTTP clients",
+    services=(GATEWAY,),
 )
 
 # Requests, by the GenAI conventions where these have a name.
@@ -110,7 +143,7 @@ WASTED_TOKENS: Final = Counter(
     "{token}",
     ("tier", "cause"),
     "generated tokens that no caller received, or that had to be generated again",
-    services=_ALL,
+    services=_GRPC,
 )
 
 # Tenants: the first ones by number of --metrics-tenants, the others together as "other".

@@ -36,6 +36,10 @@ LABELS: Final = {
     "rpc_system": attributes.RPC_SYSTEM,
     "method": attributes.RPC_METHOD,
     "status": attributes.RPC_STATUS_CODE,
+    "http_method": attributes.HTTP_METHOD,
+    "http_route": attributes.HTTP_ROUTE,
+    "http_status": attributes.HTTP_STATUS_CODE,
+    "scheme": attributes.URL_SCHEME,
 }
 OTHER: Final = "other"  # the value of a label beyond its bound
 PROVIDER: Final = "headrace"  # the value of gen_ai.provider.name

@@ -19,7 +19,8 @@ from headrace.multiplex.call import Call
 from headrace.v1 import generation_pb2 as pb
 
 CREDIT = 64  # events that a server may send ahead of a call's reader
-MAX_GATHERED = 1024  # tokens of events that are gathered for a reader that is behind
+# Tokens of events that are gathered for a reader that is behind, with the most likely ones at each place.
+MAX_GATHERED = 1024
 
 
 class Stream(Protocol):
@@ -45,8 +46,9 @@ class SharedCall:
     """
 
     __slots__ = (
-        "_arrived", "_credit_at", "_ended", "_error", "_flusher", "_gathers", "_handle", "_instead",
-        "_ready", "_received", "_stream", "_waiter", "deadline", "gathered_at", "metadata", "request",
+        "_arrived", "_credit_at", "_detailed", "_ended", "_error", "_flusher", "_gathers", "_handle",
+        "_instead", "_most", "_ready", "_received", "_stream", "_waiter", "deadline", "gathered_at",
+        "metadata", "request",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +77,8 @@ class SharedCall:
         self._instead: Call | None = None
         # A caller that chose how the answer is split receives it so.
         self._gathers = not chooses_flushing(request)
+        self._detailed = request.sampling.HasField("top_logprobs")
+        self._most = MAX_GATHERED // (1 + request.sampling.top_logprobs)
 
     @property
     def seconds_left(self) -> float | None:
@@ -123,8 +127,10 @@ class SharedCall:
         """Take the next event. Returns whether it is the last one."""
         self._received += 1
         arrived = self._arrived
-        if not (arrived and self._gathers and _joined(arrived[-1], response)):
+        if not (arrived and self._gathers and _joined(arrived[-1], response, self._most)):
             arrived.append(response)
+        elif self._detailed:
+            arrived[-1].delta.tokens.extend(response.delta.tokens)
         self._ended = response.HasField("finish")
         if self._ready:
             return self._ended
@@ -168,13 +174,18 @@ class SharedCall:
         self.flush()
 
 
-def _joined(before: pb.GenerateResponse, response: pb.GenerateResponse) -> bool:
-    """Append a delta to the one before it, if both are deltas with tokens. Returns success."""
+def _joined(before: pb.GenerateResponse, response: pb.GenerateResponse, most: int) -> bool:
+    """Append a delta to the one before it, if both are deltas with tokens. Returns success.
+
+    most   tokens of the result
+
+    The details of tokens are left to the caller.
+    """
     if not (before.HasField("delta") and response.HasField("delta")):
         return False
     delta, more = before.delta, response.delta
     count, added = delta.token_count, more.token_count
-    if not count or not added or count + added > MAX_GATHERED or more.offset != delta.offset + count:
+    if not count or not added or count + added > most or more.offset != delta.offset + count:
         return False  # a delta without tokens contains the text that was held back until the end
     delta.token_count = count + added
     delta.text += more.text

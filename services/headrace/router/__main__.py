@@ -25,7 +25,6 @@ from headrace.router.changes.status import Status
 from headrace.router.chooser import Chooser
 from headrace.router.costs.weighing import Weighing
 from headrace.router.figures import Figures
-from headrace.router.processes import prefork
 from headrace.router.quotas.admission import Quotas
 from headrace.router.quotas.limits import BadQuotas, Rules
 from headrace.router.quotas.service import LEASE, QuotaServicer
@@ -38,6 +37,8 @@ from headrace.router.siblings import SharedConversations, Siblings, inboxes
 from headrace.router.state.feedback import TENANT_SHARE, Feedback
 from headrace.router.state.thresholds import Thresholds
 from headrace.router.state.tiers import Tiers
+from headrace.router.tokenizer_service import SERVICES as TOKENIZER_SERVICES
+from headrace.router.tokenizer_service import TokenizerServicer
 from headrace.routing.artifact import BadArtifact
 from headrace.routing.calibration import BadCalibration
 from headrace.routing.drafts import check as draft_check
@@ -48,6 +49,7 @@ from headrace.runtime import process_info
 from headrace.runtime.security_setup import security
 from headrace.runtime.serving.calls import Calls
 from headrace.runtime.serving.memory_reclaim import freeze_loaded_objects
+from headrace.runtime.serving.processes import prefork
 from headrace.runtime.serving.server import Serving, StartFailed, run, serving, until_signal
 from headrace.runtime.telemetry import logs
 from headrace.runtime.telemetry.scraping import scraping
@@ -57,6 +59,7 @@ from headrace.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_serve
 from headrace.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from headrace.v1.quota_service_pb2_grpc import add_QuotaServiceServicer_to_server
 from headrace.v1.routing_service_pb2_grpc import add_RoutingServiceServicer_to_server
+from headrace.v1.tokenizer_service_pb2_grpc import add_TokenizerServiceServicer_to_server
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +119,12 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
     )
     admin = AdminServicer(tiers, conversations, calls.requests, figures, status)
 
+    tokenizers = TokenizerServicer(tiers, quotas=quotas)
+
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(servicer, server)
         add_RoutingServiceServicer_to_server(servicer, server)
+        add_TokenizerServiceServicer_to_server(tokenizers, server)
         add_AdminServiceServicer_to_server(admin, server)
         if quotas is not None and settings.quota_peers:
             add_QuotaServiceServicer_to_server(QuotaServicer(quotas.sharing), server)
@@ -131,7 +137,12 @@ async def router(settings: Settings, siblings: Siblings | None = None) -> AsyncG
         asyncio.TaskGroup() as tasks,
         serving(
             register,
-            (*SERVICES, *process_info.SERVICES, *(QUOTA_SERVICES if settings.quota_peers else ())),
+            (
+                *SERVICES,
+                *TOKENIZER_SERVICES,
+                *process_info.SERVICES,
+                *(QUOTA_SERVICES if settings.quota_peers else ()),
+            ),
             host=settings.host,
             port=settings.port,
             health_port=settings.health_port,

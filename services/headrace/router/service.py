@@ -17,7 +17,9 @@ from headrace.flushing import chooses_flushing
 from headrace.metrics import catalogue
 from headrace.multiplex.serving import Incoming, Multiplexer, Write
 from headrace.quoting import quoted
-from headrace.router.answering.journey import Journey, routing_request, turns_of
+from headrace.router.answering.journey import Journey, routing_request
+from headrace.router.answering.pins import pin_token_ids
+from headrace.router.answering.prompts import turns_of
 from headrace.router.billing import bill_message
 from headrace.router.changes.answered import Rating, Watchers
 from headrace.router.changes.scorers import Scorers
@@ -31,14 +33,14 @@ from headrace.router.own_calls import OwnCalls
 from headrace.router.permissions import permit, permitted_tenant, sees_all_tenants
 from headrace.router.quotas.admission import Quotas
 from headrace.router.siblings import Siblings
-from headrace.router.state.batcher_peer import HOPS
+from headrace.router.state.batcher_peer import hops_of
 from headrace.router.state.bills import Bill
 from headrace.router.state.feedback import Feedback, ambiguous
 from headrace.router.state.tiers import Tiers
 from headrace.routing.scoring.conversation import Turn
 from headrace.routing.scoring.score import UNSCORED, Score
 from headrace.runtime.security.identity import Identity, current
-from headrace.runtime.serving.calls import Calls, Metadata
+from headrace.runtime.serving.calls import Calls
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import generation_service_pb2, multiplex_pb2
 from headrace.v1 import routing_service_pb2 as routing
@@ -50,7 +52,6 @@ SERVICES = (
     *generation_service_pb2.DESCRIPTOR.services_by_name.values(),
     *routing.DESCRIPTOR.services_by_name.values(),
 )
-MAX_HOPS = 4  # routers that a request may pass
 
 _tracer = trace.get_tracer("headrace.router")
 
@@ -135,7 +136,8 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         """Check a request, and answer it within the limits of its tenant."""
         request = incoming.request
         turns = _checked(request, incoming.identity)
-        hops = _hops(incoming.metadata)
+        hops = hops_of(incoming.metadata)
+        pin_token_ids(request, self._tiers.tiers)
         admission, bill = None, self._new_bill()
         if self._quotas is not None:
             admission = await self._quotas.admit(incoming.identity, request)
@@ -187,6 +189,7 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
     async def Explain(self, request: routing.ExplainRequest, context: _Context) -> routing.ExplainResponse:
         """Return the tier that a request would be sent to, and why."""
         turns = _checked(request.request, current())
+        pin_token_ids(request.request, self._tiers.tiers)
         if self._quotas is not None:
             await self._quotas.admit_dry_run(current(), request.request)
         hints, request_id = request.request.routing, request.request.request_id
@@ -325,10 +328,12 @@ class RouterServicer(GenerationServiceServicer, RoutingServiceServicer):
         return routing.FeedbackResponse(kept=kept, tier=answer.tier)
 
     def _score(self, turns: Sequence[Turn], hints: pb.Routing, arm: str) -> Score:
-        """Score a prompt or a conversation for an arm; return `UNSCORED` if the scorer fails.
+        """Score a prompt or a conversation for an arm; return `UNSCORED` without turns, or if it fails.
 
         What is remembered of the conversation stands for turns that the caller did not send.
         """
+        if not turns:
+            return UNSCORED
         span = _tracer.start_span(attributes.SPAN_SCORE)  # not the current one: nothing below starts a span
         try:
             with optional("scorer"):
@@ -363,15 +368,3 @@ def _checked(request: pb.GenerateRequest, identity: Identity) -> list[Turn]:
     texts = check_request(request)
     permit(request, identity)
     return turns_of(request, texts)
-
-
-def _hops(metadata: Metadata) -> int:
-    """Return how many routers the request has passed. Raises NoWorkers if there are too many."""
-    value = next((value for key, value in metadata if key == HOPS), "")
-    valid = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9
-    hops = int(value) if valid else 0
-    if hops > MAX_HOPS:
-        raise errors.NoWorkers(
-            f"the request has passed {hops} routers, which name each other as tiers: correct their --tiers"
-        )
-    return hops

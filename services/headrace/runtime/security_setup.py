@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.runtime.security.access import ServiceName
+from headrace.runtime.security.access import ServiceName, credential_settings
 from headrace.runtime.security.caller_guard import Accepted, CallerGuard
 from headrace.runtime.security.callers_file import CallersFile, parse
 from headrace.runtime.security.guard import Guard, OpenGuard
@@ -19,7 +19,7 @@ from headrace.runtime.security.server_tls import ServerTls
 from headrace.runtime.security.settings import only_loopback
 from headrace.runtime.security.watched_file import BadFile, WatchedFile
 from headrace.runtime.serving.server import StartFailed
-from headrace.runtime.settings import ServiceSettings
+from headrace.runtime.settings import ProcessSettings, ServiceSettings
 from headrace.tls.files import BadTls, TlsReader
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _ANONYMOUS_SCOPES: dict[ServiceName, frozenset[Scope]] = {
     "router": CALLER_SCOPES,
     "batcher": frozenset(("router",)),
     "worker": frozenset(("batcher",)),
+    "gateway": CALLER_SCOPES,
 }
 
 
@@ -55,26 +56,29 @@ def security(settings: ServiceSettings, service: ServiceName) -> Security:
     """Return the security that the settings ask for, and log what is open. Raises StartFailed."""
     files = settings.tls_files
     if files is None:
-        return Security(guard=_guard(settings, service, None))
+        return Security(guard=guard(settings, service))
     try:
         reader = TlsReader(files)
     except BadTls as error:
         raise StartFailed(f"TLS: {error}") from error
     if files.ca is None:
         server = ServerTls(reader, ask_certificates=False)
-        return Security(guard=_guard(settings, service, None), server=server)
+        return Security(guard=guard(settings, service), server=server)
     listed = Domains.parse(settings.tls_peers.split(",")) if settings.tls_peers.strip() else None
     peers = Peers(reader, listed)
     peers.domains()  # logs the certificate, and warns if nobody has a role
     return Security(
-        guard=_guard(settings, service, peers),
+        guard=guard(settings, service, peers),
         server=ServerTls(reader, ask_certificates=settings.tls_client_certificates == "required"),
         calls=reader,
     )
 
 
-def _guard(settings: ServiceSettings, service: ServiceName, peers: Peers | None) -> Guard:
-    """Return the guard of a server. Raises StartFailed."""
+def guard(settings: ProcessSettings, service: ServiceName, peers: Peers | None = None) -> Guard:
+    """Return the guard of a server, and log what is open. Raises StartFailed.
+
+    peers   the identities of client certificates; None: the server does not ask for them
+    """
     kinds = {
         "tokens": settings.auth_tokens is not None,
         "jwts": bool(settings.auth_jwks),
@@ -84,7 +88,7 @@ def _guard(settings: ServiceSettings, service: ServiceName, peers: Peers | None)
     anonymous = settings.auth_anonymous == "allow" or (
         settings.auth_anonymous == "auto" and not configured and only_loopback(settings.host)
     )
-    _log_access(settings.host, configured, anonymous=anonymous)
+    _log_access(settings.host, service, configured, anonymous=anonymous)
     if anonymous and not configured:
         return OpenGuard()
     maintained: list[Callable[[], Coroutine[Any, Any, None]]] = []
@@ -125,7 +129,7 @@ class _Callers:
         self._now = parse(data)
 
 
-def _web_tokens(settings: ServiceSettings) -> tuple[WebTokenVerifier, KeySource]:
+def _web_tokens(settings: ProcessSettings) -> tuple[WebTokenVerifier, KeySource]:
     """Return the verifier of JWTs and the keys that it uses. Raises BadFile."""
     try:
         from headrace.runtime.security.jwks import KeySource
@@ -153,13 +157,13 @@ def _anonymous(service: ServiceName) -> Identity:
 
     It has a tenant of its own: without credentials, nobody can use the name and the limits of another one.
     """
-    tenant = ANONYMOUS_TENANT if service == "router" else None
+    tenant = ANONYMOUS_TENANT if service in ("router", "gateway") else None
     return Identity(
         name="anonymous", scopes=_ANONYMOUS_SCOPES[service], tenant=tenant, max_priority=DEFAULT_PRIORITY
     )
 
 
-def _log_access(host: str, configured: list[str], *, anonymous: bool) -> None:
+def _log_access(host: str, service: ServiceName, configured: list[str], *, anonymous: bool) -> None:
     """Log what is open to callers without credentials, once at the start."""
     open_to_all = "health checks"
     if anonymous:
@@ -171,7 +175,7 @@ def _log_access(host: str, configured: list[str], *, anonymous: bool) -> None:
         "open": open_to_all,
     }
     if not anonymous and not configured:
-        facts["advice"] = "set --auth-tokens, --auth-jwks or --tls-ca, or --auth-anonymous allow"
+        facts["advice"] = f"set {credential_settings(service)}, or --auth-anonymous allow"
         log.warning("no caller is served: credentials are required, and none are configured", extra=facts)
     elif anonymous and not only_loopback(host):
         log.warning("callers without credentials are served", extra=facts)

@@ -141,7 +141,7 @@ class TokenIds(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """At least one, each below the model's vocabulary size."""
+        """1 to 1048576, each below the model's vocabulary size."""
 
     def __init__(
         self,
@@ -319,7 +319,8 @@ class Sampling(_message.Message):
     """
     prompt_logprobs: _builtins.int
     """Returns the same for each token of the prompt, under the distribution at its place, in `prompt_tokens` events. The
-    prompt is then computed as a whole: its cached tokens are not used. Range 0 to 20. Absent: no such events.
+    prompt is then computed as a whole: its cached tokens are not used. Range 0 to 20. Absent: no such events. Ignored
+    with `resume.token_ids`: the events came before these tokens.
     """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -597,8 +598,8 @@ Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
-    """One event of an answer: first `accepted`, then `prompt_tokens` if they were requested, then any number of `delta` and
-    `route_change`, then exactly one `finish`.
+    """One event of an answer: first `accepted`, then any number of `prompt_tokens` if they were requested, then any number of
+    `delta`, then exactly one `finish`. A `route_change` may come between any of them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

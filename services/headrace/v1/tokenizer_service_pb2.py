@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import generation_pb2 as headrace_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#headrace/v1/tokenizer_service.proto\x12\x0bheadrace.v1\x1a\x1cheadrace/v1/generation.proto\".\n\x0fTokenizerChoice\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"D\n\rTokenizerUsed\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\"\xa4\x02\n\x0fTokenizeRequest\x12!\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x11.headrace.v1.ChatH\x00\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\ttokenizer\x18\x03 \x01(\x0b\x32\x1c.headrace.v1.TokenizerChoice\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x1a\n\rinclude_texts\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokensB\x18\n\x16_add_generation_promptB\x10\n\x0e_include_texts\"c\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05texts\x18\x02 \x03(\x0c\x12-\n\ttokenizer\x18\x03 \x01(\x0b\x32\x1a.headrace.v1.TokenizerUsed\"W\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12/\n\ttokenizer\x18\x02 \x01(\x0b\x32\x1c.headrace.v1.TokenizerChoice\"Q\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12-\n\ttokenizer\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.TokenizerUsed\"\x83\x01\n\x12\x43ountTokensRequest\x12!\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x11.headrace.v1.ChatH\x00\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\ttokenizer\x18\x03 \x01(\x0b\x32\x1c.headrace.v1.TokenizerChoiceB\x07\n\x05input\"T\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12-\n\ttokenizer\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.TokenizerUsed2\xfc\x01\n\x10TokenizerService\x12G\n\x08Tokenize\x12\x1c.headrace.v1.TokenizeRequest\x1a\x1d.headrace.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.headrace.v1.DetokenizeRequest\x1a\x1f.headrace.v1.DetokenizeResponse\x12P\n\x0b\x43ountTokens\x12\x1f.headrace.v1.CountTokensRequest\x1a .headrace.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#headrace/v1/tokenizer_service.proto\x12\x0bheadrace.v1\x1a\x1cheadrace/v1/generation.proto\".\n\x0fTokenizerChoice\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"D\n\rTokenizerUsed\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\"\xa4\x02\n\x0fTokenizeRequest\x12!\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x11.headrace.v1.ChatH\x00\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\ttokenizer\x18\x03 \x01(\x0b\x32\x1c.headrace.v1.TokenizerChoice\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x1a\n\rinclude_texts\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokensB\x18\n\x16_add_generation_promptB\x10\n\x0e_include_texts\"c\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05texts\x18\x02 \x03(\x0c\x12-\n\ttokenizer\x18\x03 \x01(\x0b\x32\x1a.headrace.v1.TokenizerUsed\"W\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12/\n\ttokenizer\x18\x02 \x01(\x0b\x32\x1c.headrace.v1.TokenizerChoice\"Q\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12-\n\ttokenizer\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.TokenizerUsed\"\x83\x01\n\x12\x43ountTokensRequest\x12!\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x11.headrace.v1.ChatH\x00\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12/\n\ttokenizer\x18\x03 \x01(\x0b\x32\x1c.headrace.v1.TokenizerChoiceB\x07\n\x05input\"T\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12-\n\ttokenizer\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.TokenizerUsed\"F\n\x13GetTokenizerRequest\x12/\n\ttokenizer\x18\x01 \x01(\x0b\x32\x1c.headrace.v1.TokenizerChoice\"\xe0\x01\n\x14GetTokenizerResponse\x12L\n\x0especial_tokens\x18\x01 \x03(\x0b\x32\x34.headrace.v1.GetTokenizerResponse.SpecialTokensEntry\x12\x15\n\rchat_template\x18\x02 \x01(\t\x12-\n\ttokenizer\x18\x03 \x01(\x0b\x32\x1a.headrace.v1.TokenizerUsed\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xd1\x02\n\x10TokenizerService\x12G\n\x08Tokenize\x12\x1c.headrace.v1.TokenizeRequest\x1a\x1d.headrace.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.headrace.v1.DetokenizeRequest\x1a\x1f.headrace.v1.DetokenizeResponse\x12P\n\x0b\x43ountTokens\x12\x1f.headrace.v1.CountTokensRequest\x1a .headrace.v1.CountTokensResponse\x12S\n\x0cGetTokenizer\x12 .headrace.v1.GetTokenizerRequest\x1a!.headrace.v1.GetTokenizerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.tokenizer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GETTOKENIZERRESPONSE_SPECIALTOKENSENTRY']._loaded_options = None
+  _globals['_GETTOKENIZERRESPONSE_SPECIALTOKENSENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIZERCHOICE']._serialized_start=82
   _globals['_TOKENIZERCHOICE']._serialized_end=128
   _globals['_TOKENIZERUSED']._serialized_start=130
@@ -48,6 +50,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COUNTTOKENSREQUEST']._serialized_end=900
   _globals['_COUNTTOKENSRESPONSE']._serialized_start=902
   _globals['_COUNTTOKENSRESPONSE']._serialized_end=986
-  _globals['_TOKENIZERSERVICE']._serialized_start=989
-  _globals['_TOKENIZERSERVICE']._serialized_end=1241
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=988
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=1058
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=1061
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=1285
+  _globals['_GETTOKENIZERRESPONSE_SPECIALTOKENSENTRY']._serialized_start=1233
+  _globals['_GETTOKENIZERRESPONSE_SPECIALTOKENSENTRY']._serialized_end=1285
+  _globals['_TOKENIZERSERVICE']._serialized_start=1288
+  _globals['_TOKENIZERSERVICE']._serialized_end=1625
 # @@protoc_insertion_point(module_scope)

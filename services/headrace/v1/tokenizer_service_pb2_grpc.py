@@ -52,6 +52,11 @@ class TokenizerServiceStub:
                 request_serializer=headrace_dot_v1_dot_tokenizer__service__pb2.CountTokensRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_tokenizer__service__pb2.CountTokensResponse.FromString,
                 _registered_method=True)
+        self.GetTokenizer = channel.unary_unary(
+                '/headrace.v1.TokenizerService/GetTokenizer',
+                request_serializer=headrace_dot_v1_dot_tokenizer__service__pb2.GetTokenizerRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_tokenizer__service__pb2.GetTokenizerResponse.FromString,
+                _registered_method=True)
 
 
 class TokenizerServiceServicer:
@@ -81,6 +86,13 @@ class TokenizerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTokenizer(self, request, context):
+        """Returns the special tokens and the chat template, for programs that format chats themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TokenizerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -98,6 +110,11 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     servicer.CountTokens,
                     request_deserializer=headrace_dot_v1_dot_tokenizer__service__pb2.CountTokensRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_tokenizer__service__pb2.CountTokensResponse.SerializeToString,
+            ),
+            'GetTokenizer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTokenizer,
+                    request_deserializer=headrace_dot_v1_dot_tokenizer__service__pb2.GetTokenizerRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_tokenizer__service__pb2.GetTokenizerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -184,6 +201,33 @@ class TokenizerService:
             '/headrace.v1.TokenizerService/CountTokens',
             headrace_dot_v1_dot_tokenizer__service__pb2.CountTokensRequest.SerializeToString,
             headrace_dot_v1_dot_tokenizer__service__pb2.CountTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.TokenizerService/GetTokenizer',
+            headrace_dot_v1_dot_tokenizer__service__pb2.GetTokenizerRequest.SerializeToString,
+            headrace_dot_v1_dot_tokenizer__service__pb2.GetTokenizerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,8 @@ class TokenizerServiceStub:
     """Returns the text of token ids."""
     CountTokens: _grpc.UnaryUnaryMultiCallable[_tokenizer_service_pb2.CountTokensRequest, _tokenizer_service_pb2.CountTokensResponse]
     """Returns how many tokens a text or a conversation has, with the chat template applied: as `Accepted.prompt_tokens`."""
+    GetTokenizer: _grpc.UnaryUnaryMultiCallable[_tokenizer_service_pb2.GetTokenizerRequest, _tokenizer_service_pb2.GetTokenizerResponse]
+    """Returns the special tokens and the chat template, for programs that format chats themselves."""
 
 @_typing.type_check_only
 class TokenizerServiceAsyncStub(TokenizerServiceStub):
@@ -57,6 +59,8 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     """Returns the text of token ids."""
     CountTokens: _aio.UnaryUnaryMultiCallable[_tokenizer_service_pb2.CountTokensRequest, _tokenizer_service_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Returns how many tokens a text or a conversation has, with the chat template applied: as `Accepted.prompt_tokens`."""
+    GetTokenizer: _aio.UnaryUnaryMultiCallable[_tokenizer_service_pb2.GetTokenizerRequest, _tokenizer_service_pb2.GetTokenizerResponse]  # type: ignore[assignment]
+    """Returns the special tokens and the chat template, for programs that format chats themselves."""
 
 class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Converts between text and the token ids of one model, without generating anything. A batcher has one tokenizer. A
@@ -87,5 +91,13 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_service_pb2.CountTokensResponse, _abc.Awaitable[_tokenizer_service_pb2.CountTokensResponse]]:
         """Returns how many tokens a text or a conversation has, with the chat template applied: as `Accepted.prompt_tokens`."""
+
+    @_abc_1.abstractmethod
+    def GetTokenizer(
+        self,
+        request: _tokenizer_service_pb2.GetTokenizerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tokenizer_service_pb2.GetTokenizerResponse, _abc.Awaitable[_tokenizer_service_pb2.GetTokenizerResponse]]:
+        """Returns the special tokens and the chat template, for programs that format chats themselves."""
 
 def add_TokenizerServiceServicer_to_server(servicer: TokenizerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

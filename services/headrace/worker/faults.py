@@ -20,6 +20,7 @@ from headrace.worker.engine.interface import (
     Fault,
     LaunchedStep,
     ModelInfo,
+    Result,
     Row,
     Token,
 )
@@ -96,13 +97,13 @@ class FaultyEngine:
             raise RuntimeError("this step fails on purpose (--faults)")
         return FaultyStep(self, self._inner.launch(rows))
 
-    def wait(self, step: LaunchedStep) -> list[Token | Fault | None]:
+    def wait(self, step: LaunchedStep) -> list[Result]:
         """Return the results of a step of the inner engine, with faults."""
         if self._plan.step_delay:
             time.sleep(self._plan.step_delay)
         return [self._spoil(result) for result in step.wait()]
 
-    def _spoil(self, result: Token | Fault | None) -> Token | Fault | None:
+    def _spoil(self, result: Result) -> Result:
         if not isinstance(result, Token):
             return result
         plan = self._plan
@@ -125,7 +126,7 @@ class FaultyStep:
     engine: FaultyEngine
     step: LaunchedStep
 
-    def wait(self) -> list[Token | Fault | None]:
+    def wait(self) -> list[Result]:
         """See `LaunchedStep.wait`."""
         return self.engine.wait(self.step)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from opentelemetry import trace
@@ -13,7 +15,15 @@ from headrace.propagation import from_w3c
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.validation import check_sampling
-from headrace.worker.runner import FinishReason, ModelInfo, SamplingParams, SequenceSpec, SequenceUpdate
+from headrace.worker.runner import (
+    FinishReason,
+    ModelInfo,
+    PromptLogprobs,
+    SamplingParams,
+    SequenceSpec,
+    SequenceUpdate,
+    TopTokens,
+)
 
 # Identifies a sequence to the runner: the number of its stream, and its handle there.
 SequenceKey = tuple[int, int]
@@ -26,6 +36,9 @@ _FINISH = {
 }
 
 MAX_PREFIX_SCOPE = 64  # bytes
+# Bytes of a message with a part of a prompt: a batcher handles it in a few milliseconds.
+PART_BYTES = 32 << 10
+_TOP_BYTES = 8  # of a TopTokens besides its tokens
 _DEFAULT_PRIORITY = 5
 MAX_PRIORITY = 9
 # A W3C traceparent has 55 characters; a tracestate of more than 512 need not be propagated.
@@ -42,6 +55,8 @@ class InFlightSequence:
     priority   as the batcher sent it, at most MAX_PRIORITY
     unsent     tokens of its unsent delta; the first one's position in the answer is `offset`
     rare       fields of its unsent delta that few deltas have; None if it has none of them
+    parts      unsent parts of its prompt, all of which are sent before, or with, its tokens
+    reserved   bytes that are reserved for such parts, see `prompt_bytes`; 0 once all are sent
     """
 
     spec: SequenceSpec[SequenceKey]
@@ -57,6 +72,8 @@ class InFlightSequence:
     offset: int = 0
     unsent: list[int] = field(default_factory=list)
     rare: wire.SequenceDelta | None = None
+    parts: deque[wire.PromptLogprobs] = field(default_factory=deque)
+    reserved: int = 0
 
     def rare_fields(self) -> wire.SequenceDelta:
         """Return `rare`, to set a field of it."""
@@ -83,7 +100,7 @@ def sequence_spec(
     InvalidSampling.
     """
     ids = _checked_ids(message, model)
-    _check_sampling(message, model.vocabulary_size)
+    _check_sampling(message, model)
     ttl = message.ttl.ToNanoseconds() / 1e9 if message.HasField("ttl") else None
     return SequenceSpec(
         key=key,
@@ -118,7 +135,7 @@ def _checked_ids(message: wire.Sequence, model: ModelInfo) -> list[int]:
     return ids
 
 
-def _check_sampling(message: wire.Sequence, vocabulary: int) -> None:
+def _check_sampling(message: wire.Sequence, model: ModelInfo) -> None:
     """Check the sampling parameters; lowers min_tokens to max_tokens."""
     sampling, resume = message.sampling, message.resume_ids
     if not sampling.HasField("max_tokens") or sampling.max_tokens <= len(resume):
@@ -128,10 +145,17 @@ def _check_sampling(message: wire.Sequence, vocabulary: int) -> None:
         sampling.min_tokens = sampling.max_tokens
     check_sampling(sampling)
     for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-        if (highest := max(ids, default=0)) >= vocabulary:
+        if (highest := max(ids, default=0)) >= model.vocabulary_size:
             raise errors.InvalidSampling(
-                f"sampling.{name} contains token {highest}; the model's ids are below {vocabulary}",
+                f"sampling.{name} contains token {highest}; the model's ids are below "
+                f"{model.vocabulary_size}",
                 field=f"sampling.{name}",
+            )
+    for feature in ("top_logprobs", "prompt_logprobs"):
+        if sampling.HasField(feature) and feature not in model.features:  # type: ignore[arg-type]
+            raise errors.InvalidSampling(
+                f"the engine of {model.name} does not support sampling.{feature}",
+                field=f"sampling.{feature}",
             )
 
 
@@ -218,9 +242,13 @@ def _params(sampling: pb.Sampling) -> SamplingParams:
             "min_tokens",
             "ignore_eos",
             "logprobs",
+            "top_logprobs",
+            "prompt_logprobs",
         )
         if sampling.HasField(name)
     }
+    if sampling.HasField("top_logprobs"):
+        given["logprobs"] = True  # 0 of the most likely tokens are the token alone
     return SamplingParams(
         seed=sampling.seed,
         max_tokens=sampling.max_tokens,
@@ -228,6 +256,36 @@ def _params(sampling: pb.Sampling) -> SamplingParams:
         stop_ids=frozenset(sampling.stop_token_ids),
         **given,
     )
+
+
+def prompt_bytes(spec: SequenceSpec[SequenceKey]) -> int:
+    """Return about how many bytes the log-probabilities of a prompt take on the wire; 0 without."""
+    most = spec.params.prompt_logprobs
+    return 0 if most is None else spec.prompt * (4 + top_bytes(most))
+
+
+def top_bytes(most: int) -> int:
+    """Return about how many bytes the *most* likely tokens at one place take on the wire."""
+    return _TOP_BYTES + 8 * most if most else 0
+
+
+def wire_parts(part: PromptLogprobs) -> Iterator[wire.PromptLogprobs]:
+    """Split a part of a prompt into messages of about PART_BYTES."""
+    most = len(part.top[0].ids) if part.top else 0
+    tokens = max(PART_BYTES // (4 + top_bytes(most)), 1)
+    for begin in range(0, len(part.logprobs), tokens):
+        own = part.logprobs[begin : begin + tokens]
+        message = wire.PromptLogprobs(offset=part.offset + begin, logprobs=own)
+        append_top(message.top.add, part.top[begin : begin + tokens])
+        yield message
+
+
+def append_top(add: Callable[[], wire.TopTokens], tops: Sequence[TopTokens]) -> None:
+    """Write the most likely tokens at some places into messages that *add* makes."""
+    for top in tops:
+        message = add()
+        message.ids.extend(top.ids)
+        message.logprobs.extend(top.logprobs)
 
 
 def span_context(carried: wire.TraceContext) -> trace.SpanContext:

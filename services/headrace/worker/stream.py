@@ -1,7 +1,9 @@
 """One batcher's stream: its in-flight sequences, the credit it was granted, and its unsent messages.
 
 If the batcher reads slowly, step frames are merged, so the engine never waits. The bytes that are kept for a
-stream are bounded; a stream beyond the bound fails. Plain data, except for the events that resume its writer
+stream are bounded; a stream beyond the bound fails. Log-probabilities of the most likely tokens take many
+times as much as tokens: they have a bound of their own, a frame contains a limited part of them, and those of
+prompts are reserved before a sequence is admitted. Plain data, except for the events that resume its writer
 and end it.
 """
 
@@ -16,8 +18,16 @@ from dataclasses import dataclass, field
 from headrace import errors
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.worker.credit import CreditState
-from headrace.worker.runner import SequenceUpdate
-from headrace.worker.sequences import InFlightSequence, SequenceKey, conclude
+from headrace.worker.runner import SequenceSpec, SequenceUpdate
+from headrace.worker.sequences import (
+    InFlightSequence,
+    SequenceKey,
+    append_top,
+    conclude,
+    prompt_bytes,
+    top_bytes,
+    wire_parts,
+)
 
 # How often an empty step is sent while prompts are computed and there are no tokens to send.
 HEARTBEAT_SECONDS = 0.25
@@ -30,6 +40,13 @@ IDLE_SECONDS = 10.0
 # Most bytes that are kept for a batcher that does not read. A batcher that still answers pings leaves far
 # less unread: this is more than 100,000 tokens.
 UNREAD_BYTES = 1 << 20
+# The same for the most likely tokens: 70,000 tokens with 20 each. All of them fit in one message.
+UNREAD_TOP_BYTES = 12 << 20
+# Most bytes of prompts' log-probabilities that are reserved for a stream with several such sequences.
+PROMPT_BYTES = 16 << 20
+# Most bytes of log-probabilities in a frame, unless one delta has more: tokens of other sequences wait for a
+# frame that is being read.
+FRAME_BYTES = 64 << 10
 _DELTA_BYTES = 128  # of a delta, besides its tokens
 # A newer message of these kinds replaces an unsent one.
 _REPLACEABLE = frozenset({"credit", "load", "pong"})
@@ -84,6 +101,9 @@ class BatcherStream:
     _places: dict[str, int] = field(default_factory=dict)  # in `others`, of messages that may be replaced
     _others_bytes: int = 0
     _pending_bytes: int = 0
+    _top_bytes: int = 0
+    _reserved: int = 0  # bytes for the log-probabilities of prompts
+    _bounded: bool = False  # whether unsent deltas have log-probabilities of prompts or of most likely tokens
     # Grants as (generation, credit): the last one that the batcher acknowledged, and all since.
     _grants: deque[tuple[int, int]] = field(default_factory=lambda: deque([(0, 0)]))
 
@@ -107,7 +127,7 @@ class BatcherStream:
 
     @property
     def unread_bytes(self) -> int:
-        """Approximate number of unsent bytes."""
+        """Approximate number of unsent bytes, without those of prompts and of most likely tokens."""
         return self._others_bytes + self._pending_bytes
 
     def in_use(self, handle: int) -> bool:
@@ -169,10 +189,24 @@ class BatcherStream:
             self._check_unread()
         self.has_unsent.set()
 
+    def check_room(self, spec: SequenceSpec[SequenceKey]) -> None:
+        """Raise Overloaded if the log-probabilities of the sequence's prompt might take too much memory.
+
+        Whatever a batcher reads, the engine does not wait for it. So memory is reserved for all of them. One
+        sequence alone is always admitted.
+        """
+        if self._reserved and self._reserved + prompt_bytes(spec) > PROMPT_BYTES:
+            raise errors.Overloaded(
+                "too many sequences with prompt_logprobs are at the worker: wait until some have ended",
+                retry_after=1.0,
+            )
+
     def add_sequence(self, handle: int, sequence: InFlightSequence) -> None:
         """Add a submitted sequence."""
         self.in_flight[handle] = sequence
         self.priorities += sequence.priority
+        sequence.reserved = prompt_bytes(sequence.spec)
+        self._reserved += sequence.reserved
 
     def add_update(self, update: SequenceUpdate[SequenceKey], ended_ns: int) -> None:
         """Add an update to the sequence's unsent delta. Called for each token, and `announce` after a step's.
@@ -194,6 +228,13 @@ class BatcherStream:
             sequence.rare_fields().cached_tokens = update.cached
         if update.logprobs:
             sequence.rare_fields().logprobs.extend(update.logprobs)
+        if update.top:
+            append_top(sequence.rare_fields().top.add, update.top)
+            self._top_bytes += len(update.top) * top_bytes(sequence.spec.params.top_logprobs)
+            self._bounded = True
+        if update.prompt is not None:
+            sequence.parts.extend(wire_parts(update.prompt))
+            self._bounded = True
         if update.finish is not None:
             del self.in_flight[handle]
             self.priorities -= sequence.priority
@@ -236,12 +277,9 @@ class BatcherStream:
         return bool(self.pending or self.others or self.sending)
 
     def _check_unread(self) -> None:
-        if self.unread_bytes > UNREAD_BYTES:
-            self.fail(
-                errors.SlowReader(
-                    f"more than {UNREAD_BYTES} bytes are unread on this stream: read faster",
-                )
-            )
+        for unread, most in ((self.unread_bytes, UNREAD_BYTES), (self._top_bytes, UNREAD_TOP_BYTES)):
+            if unread > most:
+                self.fail(errors.SlowReader(f"more than {most} bytes are unread on this stream: read faster"))
 
     def take_messages(self, now: float) -> list[wire.RunResponse]:
         """Remove and return all messages that may be sent now, as few as possible."""
@@ -253,10 +291,9 @@ class BatcherStream:
             self.frames += 1
             self._last_frame = now
             self._heartbeat_due = False
-            responses.append(self._frame())
-            self.pending.clear()
-            self._pending_bytes = 0
-            self._ended.clear()
+            responses.append(self._bounded_frame() if self._bounded else self._frame())
+            if self.pending and not self._window_full:
+                self.has_unsent.set()
         return responses
 
     @property
@@ -264,20 +301,85 @@ class BatcherStream:
         return bool(self.window) and self.frames - self.acked >= self.window
 
     def _frame(self) -> wire.RunResponse:
+        """Return the next frame, with all that is unsent."""
+        response = wire.RunResponse()
+        response.step.frame = self.frames
+        self._release(self.pending)
+        _add_deltas(response.step, self.pending)
+        self.pending.clear()
+        self._pending_bytes = 0
+        self._ended.clear()
+        return response
+
+    def _bounded_frame(self) -> wire.RunResponse:
+        """Return the next frame, with about FRAME_BYTES of log-probabilities.
+
+        Sequences without any are complete in it. The others take turns: those that it does not reach come
+        first in the next frame.
+        """
         response = wire.RunResponse()
         step = response.step
         step.frame = self.frames
-        add = step.deltas.add
-        # Deltas are made in place, field by field: with keyword arguments, and copied, they take three times
-        # as long.
+        room = FRAME_BYTES
+        complete: dict[int, InFlightSequence] = {}
+        unreached: dict[int, InFlightSequence] = {}
+        continued: dict[int, InFlightSequence] = {}
         for handle, sequence in self.pending.items():
-            delta = add()
-            delta.handle = handle
-            delta.attempt = sequence.attempt
-            delta.offset = sequence.offset
-            delta.token_ids.extend(sequence.unsent)
-            sequence.unsent.clear()
-            if sequence.rare is not None:
-                delta.MergeFrom(sequence.rare)
-                sequence.rare = None
+            parts, top = sequence.parts, _unsent_top_bytes(sequence)
+            if not (parts or top):
+                complete[handle] = sequence
+            elif room <= 0:
+                unreached[handle] = sequence
+            else:
+                while parts and room > 0:
+                    part = parts.popleft()
+                    room -= part.ByteSize()
+                    step.deltas.add(
+                        handle=handle, attempt=sequence.attempt, offset=sequence.offset, prompt=part
+                    )
+                # One delta with more than a whole frame is sent nevertheless.
+                if parts or (top > room and room < FRAME_BYTES):
+                    continued[handle] = sequence
+                else:
+                    room -= top
+                    complete[handle] = sequence
+        self._release(complete)
+        _add_deltas(step, {handle: one for handle, one in complete.items() if one.unsent or one.rare})
+        self._ended -= complete.keys()
+        self.pending = unreached | continued
+        self._bounded = bool(self.pending)
+        self._pending_bytes = sum(_DELTA_BYTES + 4 * len(one.unsent) for one in self.pending.values())
+        self._top_bytes = sum(map(_unsent_top_bytes, self.pending.values()))
         return response
+
+    def _release(self, sequences: dict[int, InFlightSequence]) -> None:
+        """Release what is reserved for sequences whose unsent deltas are about to be sent."""
+        if not self._reserved:
+            return
+        for handle, sequence in sequences.items():
+            # No part of the prompt follows the first token or the end.
+            if sequence.reserved and (sequence.unsent or handle in self._ended):
+                self._reserved -= sequence.reserved
+                sequence.reserved = 0
+
+
+def _add_deltas(step: wire.Step, sequences: dict[int, InFlightSequence]) -> None:
+    """Add the unsent deltas of sequences, without parts of their prompts, to a frame."""
+    add = step.deltas.add
+    # Deltas are made in place, field by field: with keyword arguments, and copied, they take three times as
+    # long.
+    for handle, sequence in sequences.items():
+        delta = add()
+        delta.handle = handle
+        delta.attempt = sequence.attempt
+        delta.offset = sequence.offset
+        delta.token_ids.extend(sequence.unsent)
+        sequence.unsent.clear()
+        if sequence.rare is not None:
+            delta.MergeFrom(sequence.rare)
+            sequence.rare = None
+
+
+def _unsent_top_bytes(sequence: InFlightSequence) -> int:
+    most = sequence.spec.params.top_logprobs
+    return len(sequence.rare.top) * top_bytes(most) if most and sequence.rare is not None else 0

@@ -157,6 +157,7 @@ class BatcherStreams:
             verdicts.append(verdict)
             try:
                 spec = self._spec(stream, message, now, relative=relative)
+                stream.check_room(spec)
             except Exception as error:
                 verdict.state = wire.ADMISSION_STATE_REFUSED
                 verdict.error.CopyFrom(statuses.to_status(_public(error)))

@@ -44,7 +44,7 @@ class GatedTokenizer(ByteTokenizer):
         self._slow = slow
         self._gate = threading.Event()
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         self.texts.append(text)
         if self._slow(text):
             self._gate.wait(PATIENCE)
@@ -120,7 +120,7 @@ class QuickTokenizer(GatedTokenizer):
         super().__init__(lambda text: len(text) > 100)
         self.on_the_loop: list[str] = []
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if threading.current_thread() is threading.main_thread():
             self.on_the_loop.append(text)
         return super().encode_text(text)
@@ -351,7 +351,7 @@ class CountingTokenizer(ByteTokenizer):
     def __init__(self) -> None:
         self.encoded: list[int] = []
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         self.encoded.append(len(text))
         return super().encode_text(text)
 
@@ -385,7 +385,7 @@ class WordTokenizer(CountingTokenizer):
 
     bound = None
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         self.encoded.append(len(text))
         return [97] * len(re.findall(r"\S+|\s+", text))
 

@@ -65,7 +65,7 @@ class Recorder:
     def failed(self, link: WorkerLink, job: Job, error: errors.HeadraceError) -> None:
         self.failures.append((job, error))
 
-    def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
+    def prefilled(self, link: WorkerLink, job: Job, cached: int, *, used_cache: bool) -> None:
         self.cached.append((job, cached))
 
     def inbox_full(self, link: WorkerLink, job: Job) -> None:

@@ -18,7 +18,7 @@ from headrace.client import chat
 from headrace.metrics.requests import CANCELLED, End
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
-from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import ModelInfo, Result, Row, Token
 from tests.batcher.links.test_link import job
 from tests.batcher.text.test_chat_templates import CHATML
 from tests.batcher.text.tiny_tokenizers import byte_fallback, byte_level
@@ -38,7 +38,7 @@ class Script(EchoEngine):
     def model(self) -> ModelInfo:
         return replace(super().model, vocabulary_size=1000, eos_ids=frozenset({self._eos}))
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         return [result and self._next(row) for row, result in zip(rows, super().step(rows), strict=True)]
 
     def _next(self, row: Row) -> Token:

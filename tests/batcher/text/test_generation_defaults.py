@@ -17,7 +17,7 @@ from headrace.client import connect
 from headrace.models import ModelUnavailable
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
+from headrace.worker.engine.interface import Result, Row, SamplingParams
 from tests.batcher.text.tiny_tokenizers import byte_level, saved
 from tests.harness import collect, eventually, prompt, running_worker
 
@@ -29,7 +29,7 @@ class Recording(EchoEngine):
 
     asked: SamplingParams | None = None
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         self.asked = rows[0].params
         return super().step(rows)
 

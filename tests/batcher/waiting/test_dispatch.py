@@ -216,3 +216,36 @@ async def test_jobs_on_probation_are_not_sent_to_a_worker_that_runs_another_one(
     )
     bench.dispatcher.dispatch(0.0)
     assert in_flight(only) == [first, second], "its first token ends the probation"
+
+
+def able(target: str, *features: str) -> WorkerLink:
+    made = link(target)
+    assert made.model is not None
+    made.model.features.extend(features)
+    return made
+
+
+def test_a_job_is_sent_only_to_workers_that_support_what_it_requests() -> None:
+    unable, other = able("old", "logprobs"), able("new", "top_logprobs", "prompt_logprobs")
+    bench = Bench(unable, other)
+    for _ in range(3):
+        bench.fresh(max_tokens=9).sampling.top_logprobs = 0
+        bench.dispatcher.dispatch(time.monotonic())
+
+    assert (unable.outstanding, other.outstanding) == (0, 3)
+
+
+async def test_a_job_that_no_ready_worker_supports_any_more_fails_and_others_are_served() -> None:
+    bench = Bench(able("old", "logprobs"))
+    new = bench.fresh(max_tokens=9)
+    begun = bench.interrupted(kind="", tokens=1)
+    for unserved in (new, begun):
+        unserved.sampling.top_logprobs = 1
+    bench.fresh(max_tokens=9)
+    bench.dispatcher.dispatch(time.monotonic())
+
+    with pytest.raises(errors.NoWorkers, match="top_logprobs"):
+        await new.inbox.take()
+    with pytest.raises(errors.WorkerLost, match="top_logprobs"):
+        await begun.inbox.take()
+    assert not bench.queue

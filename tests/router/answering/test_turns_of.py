@@ -1,6 +1,6 @@
 """The turns to score are taken from the texts that the check of the request has decoded."""
 
-from headrace.router.answering.journey import turns_of
+from headrace.router.answering.prompts import turns_of
 from headrace.routing.scoring.conversation import TURNS, Turn
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request

@@ -3,10 +3,9 @@
 A request holds one of the batcher's `queue_limit` places from its arrival. It waits to be tokenised in the
 lane for its size (`lanes`), and then for a worker (`coalescer`). One that the tokenizer encodes quickly is
 tokenised immediately, on the event loop, unless others wait in its lane. Requests that wait here are
-rejected, shed, timed out, cancelled and drained as those in the queue are. A prompt that cannot fit the
-context by its bytes alone is rejected before it is tokenised. Of a text that is many times longer than the
-context, only the head is tokenised. Prompts of `LONG_BYTES` and more are also bounded in bytes. `limits`
-decides what fits.
+rejected, shed, timed out, cancelled and drained as those in the queue are. Prompts of `LONG_BYTES` and more
+are also bounded in bytes. A prompt of token ids is ready at once. `encoding` tokenises, and `limits` decides
+what fits.
 """
 
 from __future__ import annotations
@@ -22,29 +21,22 @@ from opentelemetry import trace
 from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.inbox import Inbox
-from headrace.batcher.intake.lanes import Lane, PendingPrompt
+from headrace.batcher.intake.encoding import Encoder
+from headrace.batcher.intake.lanes import Lane, PendingPrompt, outcome_after
 from headrace.batcher.intake.limits import RequestLimits
 from headrace.batcher.job import Job
-from headrace.batcher.text.tokens import Bounded, Tokenizer
 from headrace.batcher.waiting.admission import TOLERANCE
 from headrace.batcher.waiting.estimates import retry_after
 from headrace.batcher.waiting.prefixes import block_names
 from headrace.batcher.waiting.shedding import victims
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
-from headrace.metrics.words import Outcome, outcome_of
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request, seconds_of
 
 LONG_BYTES = 64 * 1024  # tokenised in about 30 ms; a shorter prompt never waits for a longer one
 # The smallest request of each lane, in bytes, and the lane's threads.
 _LANES = ((0, 2), (LONG_BYTES, 1), (8 * LONG_BYTES, 1))
-# Characters per token of the context; ordinary text has 3 to 5. Of a text with more than `_LONG`, the first
-# `_HEAD` are tokenised first.
-_HEAD, _LONG = 6, 12
-# Tokens at the end of a head that the following text may change. Tokenising is local: a word or a run of
-# spaces.
-_UNSETTLED = 64
 
 _tracer = trace.get_tracer("headrace.batcher")
 
@@ -64,7 +56,7 @@ class Intake:
     def __init__(
         self,
         coalescer: Coalescer,
-        tokenizer: Tokenizer,
+        encoder: Encoder,
         *,
         tier: str,
         max_tokens: int,
@@ -75,10 +67,7 @@ class Intake:
     ) -> None:
         self._coalescer = coalescer
         self._admission = coalescer.admission
-        self._tokenizer = tokenizer
-        self._bound = tokenizer.bound if isinstance(tokenizer, Bounded) else None
-        # A chat with more bytes per token of the context is rendered and judged before it is tokenised.
-        self._judge_rendered_above = min(_LONG, self._bound.longest if self._bound else _LONG)
+        self._encoder = encoder
         self._tier = tier
         self._max_tokens = max_tokens
         self._max_unread_tokens = max_unread_tokens
@@ -125,15 +114,12 @@ class Intake:
         DeadlineInQueue while the request waits.
         """
         check_request(request)
-        limits = self._limits()
+        limits = self.limits()
         limits.check(request)
-        size, routing, bound = request.ByteSize(), request.routing, self._bound
-        # The bytes of a shorter prompt prove nothing, so the event loop does not scan them.
-        most = bound.longest * (limits.context_length - 1) if bound is not None else size
-        if request.HasField("prompt") and size > most:
-            self._check_bytes(request.prompt, limits)
+        size, routing = request.ByteSize(), request.routing
+        self._encoder.check(request, size, limits)
         pending = PendingPrompt(
-            partial(self._encode, request, size, limits),
+            partial(self._encoder.prompt_ids, request, size, limits),
             size=size,
             tenant=routing.tenant,
             priority=routing.priority if routing.HasField("priority") else 5,
@@ -141,7 +127,7 @@ class Intake:
             deadline=deadline,
         )
         lane = next(lane for lane in reversed(self._lanes) if size >= lane.smallest)
-        if size <= self._quick_bytes(request) and lane.empty:
+        if self._is_ready(request) or (size <= self._quick_bytes(request) and lane.empty):
             return self._job_at_once(request, pending, limits, framed)
         self._enter(pending, lane, time.monotonic())
         try:
@@ -149,17 +135,20 @@ class Intake:
                 prompt_ids = await self._ids(pending)
             job = self._job(request, pending, prompt_ids, limits, framed)
         except BaseException as error:
-            lane.leave(pending, _outcome(error))
+            lane.leave(pending, outcome_after(error))
             raise
         job.release_place = partial(lane.leave, pending, "ok")
         return job
+
+    def _is_ready(self, request: pb.GenerateRequest) -> bool:
+        """Whether there is nothing to tokenise and nothing to decode, see `_quick_bytes`."""
+        return request.HasField("token_ids") and not request.resume.token_ids
 
     def _quick_bytes(self, request: pb.GenerateRequest) -> int:
         """Return the size up to which the request is tokenised on the event loop; 0: never."""
         if request.resume.token_ids:  # its answer waits to be decoded, and must hold a place meanwhile
             return 0
-        tokenizer = self._tokenizer
-        return tokenizer.quick_chat_bytes if request.HasField("chat") else tokenizer.quick_text_bytes
+        return self._encoder.quick_bytes(request)
 
     def _job_at_once(
         self, request: pb.GenerateRequest, pending: PendingPrompt, limits: RequestLimits, framed: bool
@@ -233,32 +222,7 @@ class Intake:
                 raise
             raise _deadline_passed() from None
 
-    def _encode(self, request: pb.GenerateRequest, size: int, limits: RequestLimits) -> list[int]:
-        """Return the prompt's tokens. Called on a lane's thread."""
-        if not request.HasField("chat"):
-            self._check_head(request.prompt, limits)
-            return self._tokenizer.encode_text(request.prompt)
-        turns = [(turn.role, turn.content) for turn in request.chat.messages]
-        continue_final = request.chat.continue_final_message
-        # A template may drop messages, so the bytes of a chat prove something only once it is rendered.
-        if size > self._judge_rendered_above * limits.context_length and isinstance(self._tokenizer, Bounded):
-            text = self._tokenizer.render_chat(turns, continue_final=continue_final)
-            self._check_bytes(text, limits)
-            self._check_head(text, limits)
-        return self._tokenizer.encode_chat(turns, continue_final=continue_final)
-
-    def _check_head(self, text: str, limits: RequestLimits) -> None:
-        """Check only the first tokens of a text that is many times longer than the context."""
-        characters = _HEAD * limits.context_length
-        if len(text) > _LONG * limits.context_length:
-            limits.check_min_prompt(len(self._tokenizer.encode_text(text[:characters])) - _UNSETTLED)
-
-    def _check_bytes(self, text: str, limits: RequestLimits) -> None:
-        """Check the number of tokens that the bytes of a text prove."""
-        if self._bound is not None:
-            limits.check_min_prompt(self._bound.min_tokens(text))
-
-    def _limits(self) -> RequestLimits:
+    def limits(self) -> RequestLimits:
         """Return the current limits of the tier. Raises NoWorkers."""
         pool = self._coalescer.pool
         models = [link.model for link in pool.ready() if link.model is not None]
@@ -289,13 +253,14 @@ class Intake:
             deadline=pending.deadline,
             priority=pending.priority,
             attempt=resume.attempt,
-            inbox=Inbox(self._flusher(request.stream, framed), limit=self._max_unread_tokens),
+            inbox=Inbox(self._flusher(request.stream, framed), limit=self._unread_limit(request.sampling)),
             span=span,
             tenant=pending.tenant,
             blocks=block_names(prompt_ids),
             wants_route_changes=request.stream.include_route_changes,
             model=limits.model,
         )
+        job.request_prompt_details()
         if span.is_recording():
             span.set_attributes(
                 {
@@ -310,6 +275,10 @@ class Intake:
                 }
             )
         return job
+
+    def _unread_limit(self, sampling: pb.Sampling) -> int:
+        """Return the most unread tokens; fewer if each has the most likely tokens at its place."""
+        return max(self._max_unread_tokens // (1 + sampling.top_logprobs), 1)
 
     def _flusher(self, stream: pb.StreamOptions, framed: bool) -> Flusher:
         """Return the flusher that follows the load, or one of its own for a request with flush options."""
@@ -347,10 +316,3 @@ def _deadline_passed() -> errors.DeadlineInQueue:
     return errors.DeadlineInQueue(
         "the deadline passed before the prompt was tokenised; nothing was generated"
     )
-
-
-def _outcome(error: BaseException) -> Outcome:
-    """Return how the wait of a request ended that left with *error*."""
-    if isinstance(error, errors.HeadraceError):
-        return outcome_of(type(error))
-    return "failed" if isinstance(error, Exception) else "cancelled"

@@ -20,7 +20,7 @@ from headrace.batcher.waiting.estimates import RunningMean
 from headrace.batcher.waiting.order import FairOrder
 from headrace.deadline import Deadline
 from headrace.metrics import catalogue
-from headrace.metrics.words import Outcome
+from headrace.metrics.words import Outcome, outcome_of
 
 _BYTES_PER_TOKEN = 4  # of ordinary text
 # The fixed cost of a request, as tokens: half a millisecond, the time of a kilobyte of a long prompt.
@@ -69,10 +69,10 @@ class Lane:
     """Tokenises requests of at least *smallest* bytes, *threads* at a time. Use as a context manager.
 
     ageing   as of `order.FairOrder`
-    tier     its name, for metrics
+    tier     its name, for metrics of waiting requests; empty: there are none, because others wait here
     """
 
-    def __init__(self, *, smallest: int, threads: int, ageing: float, tier: str) -> None:
+    def __init__(self, *, smallest: int, threads: int, ageing: float, tier: str = "") -> None:
         # The quantum covers one of the shortest prompts of the lane, or a few tiny ones. A prompt that is n
         # times longer takes n rounds, which must be few.
         quantum = max(smallest // _BYTES_PER_TOKEN, 4 * _FIXED_COST)
@@ -81,7 +81,7 @@ class Lane:
         self.bytes = 0
         self._threads = threads
         self._tier = tier
-        self._depth = catalogue.QUEUE_DEPTH.of(tier=tier, stage="tokenizer")
+        self._depth = catalogue.QUEUE_DEPTH.of(tier=tier, stage="tokenizer") if tier else None
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._held: set[PendingPrompt] = set()
         self._running: dict[PendingPrompt, float] = {}  # and when each started
@@ -127,7 +127,8 @@ class Lane:
         prompt.ids = asyncio.get_running_loop().create_future()
         self._held.add(prompt)
         self.bytes += prompt.size
-        self._depth.add(1)
+        if self._depth is not None:
+            self._depth.add(1)
         self.order.put(prompt)
         self._fill()
 
@@ -146,9 +147,10 @@ class Lane:
         self.order.discard(prompt)
         if prompt not in self._running:
             self.bytes -= prompt.size
-        self._depth.add(-1)
-        wait = catalogue.QUEUE_WAIT.of(tier=self._tier, stage="tokenizer", outcome=outcome)
-        wait.record(time.monotonic() - prompt.arrived)
+        if self._depth is not None:
+            self._depth.add(-1)
+            wait = catalogue.QUEUE_WAIT.of(tier=self._tier, stage="tokenizer", outcome=outcome)
+            wait.record(time.monotonic() - prompt.arrived)
 
     def _fill(self) -> None:
         """Start the next prompts on free threads."""
@@ -170,3 +172,10 @@ class Lane:
             else:
                 prompt.ids.set_exception(error)
         self._fill()
+
+
+def outcome_after(error: BaseException) -> Outcome:
+    """Return how the wait of a request ended that left with *error*."""
+    if isinstance(error, errors.HeadraceError):
+        return outcome_of(type(error))
+    return "failed" if isinstance(error, Exception) else "cancelled"

@@ -7,10 +7,11 @@ correction.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from headrace import errors
+from headrace.batcher.token_details import needed_features
 from headrace.quoting import quoted
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
@@ -28,6 +29,7 @@ class RequestLimits:
     context_length   most tokens of prompt and answer together
     vocabulary       token ids are below this
     max_tokens       most tokens of an answer
+    features         optional features of engines that all workers have
     """
 
     tier: str
@@ -35,6 +37,7 @@ class RequestLimits:
     context_length: int
     vocabulary: int
     max_tokens: int
+    features: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, tier: str, models: Iterable[wire.ModelDescription], max_tokens: int) -> RequestLimits:
@@ -46,31 +49,53 @@ class RequestLimits:
             min(model.context_length for model in models),
             min(model.vocabulary_size for model in models),
             max_tokens,
+            frozenset.intersection(*(frozenset(model.features) for model in models)),
         )
 
     def check(self, request: pb.GenerateRequest) -> None:
-        """Check everything but the prompt: tier, model, token ids, and the answer to resume."""
-        hints = request.routing
-        if hints.tier and hints.tier != self.tier:
-            raise errors.UnknownTier(
-                f"this batcher serves tier {self.tier!r}, not {quoted(hints.tier)}",
-                field="routing.tier",
-            )
-        if hints.model and hints.model != self.model:
-            raise errors.UnknownModel(
-                f"tier {self.tier!r} serves {self.model!r}, not {quoted(hints.model)}",
-                field="routing.model",
-            )
+        """Check everything but the prompt: tier, model, features, token ids, and the answer to resume."""
+        self.check_names(request.routing.tier, request.routing.model)
         resume_ids, sampling = request.resume.token_ids, request.sampling
         self.check_resume(1, len(resume_ids))
         self._check_ids("sampling.logit_bias", sampling.logit_bias)
         self._check_ids("sampling.stop_token_ids", sampling.stop_token_ids)
         self._check_ids("resume.token_ids", resume_ids)
+        for feature, field in needed_features(sampling).items():
+            if feature not in self.features:
+                raise errors.InvalidSampling(
+                    f"{field} is set, but not all workers of tier {self.tier!r} support {feature}: leave it "
+                    "out, or use a tier whose engine supports it",
+                    field=field,
+                    feature=feature,  # see `errors.FEATURE`
+                )
+
+    def check_names(self, tier: str, model: str, *, within: str = "routing") -> None:
+        """Check the names of a tier and a model, of which each may be empty.
+
+        within   the field of the request that contains them
+        """
+        if tier and tier != self.tier:
+            raise errors.UnknownTier(
+                f"this batcher serves tier {self.tier!r}, not {quoted(tier)}", field=f"{within}.tier"
+            )
+        if model and model != self.model:
+            raise errors.UnknownModel(
+                f"tier {self.tier!r} serves {self.model!r}, not {quoted(model)}", field=f"{within}.model"
+            )
 
     def _check_ids(self, field: str, tokens: Collection[int]) -> None:
         if tokens and (token := max(tokens)) >= self.vocabulary:
             raise errors.InvalidSampling(
                 f"token id {token} is not in the model's vocabulary of {self.vocabulary}", field=field
+            )
+
+    def check_ids(self, field: str, ids: Sequence[int]) -> None:
+        """Check that the model has the tokens *ids* of an input, at least one."""
+        if (token := max(ids)) >= self.vocabulary:
+            raise errors.InvalidRequest(
+                f"{field} has {token}, but the vocabulary of {self.model!r} has {self.vocabulary} tokens: "
+                "send ids of this model, as its tokenizer returns them",
+                field=field,
             )
 
     def check_min_prompt(self, tokens: int) -> None:
@@ -122,6 +147,8 @@ class RequestLimits:
         sampling.max_tokens = min(max_tokens, self.max_tokens, self.context_length - prompt_tokens)
         if sampling.HasField("temperature") and sampling.temperature < GREEDY_BELOW:
             sampling.temperature = 0.0
+        if sampling.HasField("top_logprobs"):
+            sampling.logprobs = True
         if not sampling.HasField("seed"):
             sampling.seed = secrets.randbits(64)
         return sampling

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from headrace import errors
 from headrace.batcher.job import Job
+from headrace.batcher.token_details import Score, check_scores, scores_of
 from headrace.v1 import worker_service_pb2 as wire
 
 
@@ -24,6 +25,8 @@ class InFlightSequence:
     cost        tokens to compute for the first token
     max_tokens  of the job's sampling
     logprobs    whether the job wants a log-probability per token
+    top         of how many most likely tokens, too
+    prompt      whether the worker sends the log-probabilities of the prompt first; it then computes all of it
     prefilled   whether a token has arrived, so the prompt is computed
     abandoned   the job was cancelled here; the entry stays until the worker confirms, which frees the handle
     """
@@ -34,6 +37,8 @@ class InFlightSequence:
     cost: int
     max_tokens: int
     logprobs: bool
+    top: int = 0
+    prompt: bool = False
     prefilled: bool = False
     abandoned: bool = False
 
@@ -69,7 +74,14 @@ class InFlightSequences:
         handle = heapq.heappop(self._free) if self._free else len(self._sequences)
         sampling = job.sampling
         self._sequences[handle] = InFlightSequence(
-            job, job.attempt, job.answer_length, job.uncached, sampling.max_tokens, sampling.logprobs
+            job,
+            job.attempt,
+            job.answer_length,
+            job.uncached,
+            sampling.max_tokens,
+            sampling.logprobs,
+            sampling.top_logprobs,
+            bool(job.prompt_offset),
         )
         self._handles[job] = handle
         self.backlog += job.uncached
@@ -82,10 +94,12 @@ class InFlightSequences:
             self._sequences[handle].abandoned = True
         return handle
 
-    def advance(self, delta: wire.SequenceDelta) -> tuple[InFlightSequence, list[int], list[float]] | None:
-        """Return the sequence, the new ids and the new logprobs of *delta*; None if the delta does not count.
+    def advance(
+        self, delta: wire.SequenceDelta
+    ) -> tuple[InFlightSequence, list[int], Sequence[Score]] | None:
+        """Return the sequence, the new ids and their scores of *delta*; None if the delta does not count.
 
-        Raises WorkerLost if tokens before it are missing.
+        Raises WorkerLost if tokens before it are missing, or `top` has the wrong length.
         """
         sequence = self._sequences.get(delta.handle)
         if sequence is None or delta.attempt != sequence.attempt:
@@ -99,7 +113,9 @@ class InFlightSequences:
         if ids:
             sequence.offset += len(ids)
             self._mark_prefilled(sequence)
-        return sequence, ids, delta.logprobs[skip:] if sequence.logprobs else []
+        if not sequence.logprobs:
+            return sequence, ids, []
+        return sequence, ids, scores_of(delta, skip) if sequence.top else delta.logprobs[skip:]
 
     def remove(self, handle: int, attempt: int) -> InFlightSequence | None:
         """Remove a sequence that ended at the worker, and free its handle. None if the end does not count."""
@@ -120,9 +136,9 @@ class InFlightSequences:
 
 
 def check_tokens(
-    sequence: InFlightSequence, ids: Sequence[int], logprobs: Sequence[float], *, vocabulary: int
+    sequence: InFlightSequence, ids: Sequence[int], scores: Sequence[Score], *, vocabulary: int
 ) -> None:
-    """Raise WorkerLost for tokens that the worker cannot have generated.
+    """Raise WorkerLost for tokens that the worker cannot have generated, or as `check_scores` does.
 
     vocabulary   the size of its vocabulary; 0 while unknown
     """
@@ -132,5 +148,8 @@ def check_tokens(
         )
     if vocabulary and max(ids) >= vocabulary:
         raise errors.WorkerLost(f"the worker sent token {max(ids)}, but its vocabulary has {vocabulary}")
-    if sequence.logprobs and len(logprobs) != len(ids):
-        raise errors.WorkerLost(f"the worker sent {len(logprobs)} log-probabilities for {len(ids)} tokens")
+    if sequence.logprobs:
+        if len(scores) != len(ids):
+            raise errors.WorkerLost(f"the worker sent {len(scores)} log-probabilities for {len(ids)} tokens")
+        if sequence.top and not sequence.abandoned:
+            check_scores(scores, most=sequence.top, vocabulary=vocabulary)

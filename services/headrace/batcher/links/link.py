@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import grpc
@@ -122,6 +123,11 @@ class WorkerLink:
     def context_length(self) -> int:
         """The most tokens of prompt and answer that the worker accepts."""
         return self.model.context_length if self.model is not None else 0
+
+    def has(self, features: Iterable[str]) -> bool:
+        """Return whether the worker's engine has all of *features*."""
+        offered = self.model.features if self.model is not None else ()
+        return all(feature in offered for feature in features)
 
     @property
     def kind(self) -> str:

@@ -31,8 +31,11 @@ class LinkListener(Protocol):
         """The job has failed at the worker, which sends nothing more for it."""
         ...
 
-    def prefilled(self, link: WorkerLink, job: Job, cached: int) -> None:
-        """The worker has computed a job's prompt, of which it had *cached* tokens in its cache."""
+    def prefilled(self, link: WorkerLink, job: Job, cached: int, *, used_cache: bool) -> None:
+        """The worker has computed a job's prompt, of which it had *cached* tokens in its cache.
+
+        used_cache   False: it computed all of the prompt, whatever it had cached
+        """
         ...
 
     def inbox_full(self, link: WorkerLink, job: Job) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from headrace import errors, statuses
@@ -16,6 +17,7 @@ from headrace.batcher.job import Job
 from headrace.batcher.links.failover import is_worker_fault, request_keys
 from headrace.batcher.links.in_flight import InFlightSequence, check_tokens
 from headrace.batcher.links.listener import LinkListener
+from headrace.batcher.token_details import Score, prompt_parts
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 
@@ -137,13 +139,19 @@ class Receiver:
         advanced = link.in_flight.advance(delta)
         if advanced is None:
             return
-        sequence, ids, logprobs = advanced
-        if ids:
-            check_tokens(sequence, ids, logprobs, vocabulary=vocabulary)
-            self._tokens += len(ids)
+        sequence, ids, scores = advanced
+        try:
+            if sequence.prompt and not sequence.abandoned:
+                self._take_prompt(sequence, delta, vocabulary)
+            if ids:
+                check_tokens(sequence, ids, scores, vocabulary=vocabulary)
+                self._tokens += len(ids)
+        except errors.SequenceFault as fault:
+            self._fail(sequence.job, delta, fault)
+            return
         if delta.HasField("cached_tokens"):
-            self._listener.prefilled(link, sequence.job, delta.cached_tokens)
-        rejected = self._deliver(sequence, ids, logprobs) if ids else 0
+            self._listener.prefilled(link, sequence.job, delta.cached_tokens, used_cache=not sequence.prompt)
+        rejected = self._deliver(sequence, ids, scores) if ids else 0
         if rejected:
             self._listener.dropped(sequence.job, rejected)
         if delta.HasField("error"):
@@ -159,10 +167,39 @@ class Receiver:
             self._end(delta.handle, delta.attempt, SequenceEnd(finish, delta.usage, delta.timing))
 
     @staticmethod
-    def _deliver(sequence: InFlightSequence, ids: list[int], logprobs: list[float]) -> int:
+    def _take_prompt(sequence: InFlightSequence, delta: wire.SequenceDelta, vocabulary: int) -> None:
+        """Hand the next part of the prompt to its job. All of it must come before the first token."""
+        job = sequence.job
+        if delta.HasField("prompt") and job.prompt_offset:
+            for part in prompt_parts(
+                delta.prompt,
+                job.prompt_offset,
+                prompt_tokens=len(job.prompt_ids),
+                most=job.sampling.prompt_logprobs,
+                vocabulary=vocabulary,
+            ):
+                job.add_prompt_part(part)
+        complete = delta.finish in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
+        if job.prompt_offset and (complete or delta.token_ids):
+            raise errors.WorkerLost(
+                f"the worker sent log-probabilities of {job.prompt_offset} of {len(job.prompt_ids)} prompt "
+                "tokens before the first token of the answer"
+            )
+
+    def _fail(self, job: Job, delta: wire.SequenceDelta, fault: errors.SequenceFault) -> None:
+        """Fail a sequence, whose *delta* is invalid, as its worker would: the others there continue."""
+        if delta.HasField("error") or delta.finish:
+            self._end(delta.handle, delta.attempt, fault)
+            return
+        self._faulted.append(job)
+        self._link.cancel(job)
+        self._listener.failed(self._link, job, fault)
+
+    @staticmethod
+    def _deliver(sequence: InFlightSequence, ids: list[int], scores: Sequence[Score]) -> int:
         """Put tokens into the job's inbox. Returns how many it rejected; those are dropped."""
         job = sequence.job
-        accepted = 0 if sequence.abandoned else job.inbox.put(ids, logprobs)
+        accepted = 0 if sequence.abandoned else job.inbox.put(ids, scores)
         if rejected := len(ids) - accepted:
             job.history.wasted += rejected
             ids = ids[:accepted]

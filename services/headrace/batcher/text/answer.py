@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from google.protobuf import duration_pb2
 
 from headrace import attributes, errors
-from headrace.batcher.inbox import Arrival, SequenceEnd
+from headrace.batcher.inbox import Arrival, InboxEvent, SequenceEnd, WorkerChange
 from headrace.batcher.job import Job
 from headrace.batcher.text.detokenizer import Detokenizer, Piece, StopRules, TextStream, last_with_text
+from headrace.batcher.text.token_texts import Spellings, TokenDescriber
 from headrace.batcher.text.tokens import Tokenizer, stop_ids
+from headrace.batcher.token_details import Score, TokenScores, tokens_per_event
 from headrace.metrics import catalogue
 from headrace.metrics.requests import End, Timing, finish_name, record
 from headrace.metrics.words import Outcome
 from headrace.v1 import generation_pb2 as pb
 
-_MAX_IDS = 1024  # per delta: the backlog of a slow reader is sent in several, so that other calls can proceed
+# Tokens per delta: the backlog of a slow reader is sent in several, so that other calls can proceed.
+_MAX_IDS = 1024
 
 
 # Why tokens that no caller received were wasted, by how the request ended.
@@ -27,10 +30,20 @@ _WASTE_CAUSES: dict[Outcome, str] = {"ok": "over_generation", "cancelled": "canc
 class AnswerEvents:
     """Produces the response events of one answer.
 
+    spellings   those of *tokenizer*, if several answers share them
+
     Raises InvalidSampling for stop texts that it could not find.
     """
 
-    def __init__(self, job: Job, request: pb.GenerateRequest, tokenizer: Tokenizer, *, tier: str) -> None:
+    def __init__(
+        self,
+        job: Job,
+        request: pb.GenerateRequest,
+        tokenizer: Tokenizer,
+        *,
+        tier: str,
+        spellings: Spellings | None = None,
+    ) -> None:
         self._job = job
         self._tier = tier
         self._chat = request.HasField("chat")
@@ -44,7 +57,17 @@ class AnswerEvents:
         # The answer follows the prompt's last token: at the start of a text, some tokenizers leave out a
         # space.
         before = last_with_text(tokenizer, job.prompt_ids)
-        self._text = TextStream(Detokenizer(tokenizer, before), stops)
+        self._detokenizer = Detokenizer(tokenizer, before)
+        self._text = TextStream(self._detokenizer, stops)
+        spellings = spellings or Spellings(tokenizer)
+        asked = request.sampling
+        self._with_logprobs = asked.logprobs
+        self._max_ids = _MAX_IDS
+        self._describer: TokenDescriber | None = None
+        if asked.HasField("top_logprobs"):
+            self._max_ids = tokens_per_event(asked.top_logprobs)
+            self._describer = TokenDescriber(spellings, before)
+        self._prompt_describer = TokenDescriber(spellings, None)
         self._offset = len(job.resume_ids)
         self._timing = Timing(job.arrived)
         self._end: SequenceEnd | None = None
@@ -55,6 +78,8 @@ class AnswerEvents:
     def replay(self) -> None:
         """Decode the tokens that came with the request. Slow for many tokens: call it off the event loop."""
         self._replayed = self._text.feed(self._job.resume_ids)
+        if self._describer is not None:
+            self._describer.after = self._detokenizer.after
 
     @property
     def already_complete(self) -> bool:
@@ -64,23 +89,43 @@ class AnswerEvents:
     def events_for(self, arrival: Arrival) -> Iterator[pb.GenerateResponse]:
         """Yield the events for an arrival."""
         ids, end = arrival.ids, arrival.end
-        if (change := arrival.change) is not None:
-            route = pb.RouteChange(
-                to=change.target, reason=change.reason, attempt=change.attempt, **{"from": change.origin}
-            )
-            yield pb.GenerateResponse(route_change=route)
+        if arrival.event is not None:
+            yield self._between_tokens(arrival.event)
         if ids:
             if self._timing.first is None and self._job.span.is_recording():
                 self._job.span.add_event(attributes.EVENT_FIRST_TOKEN)
             self._timing.add(len(ids), time.monotonic())
         used, stopped = 0, None
         while used < len(ids) and stopped is None:
-            text, count, stopped = self._text.feed(ids[used : used + _MAX_IDS])
+            text, count, stopped = self._text.feed(ids[used : used + self._max_ids])
             yield self._delta(arrival, used, used + count, text)
             used += count
         if stopped is not None or end is not None:
             self._end = end
             yield from self.final_events(stopped, wasted=len(ids) - used)
+
+    def _between_tokens(self, event: InboxEvent) -> pb.GenerateResponse:
+        response = pb.GenerateResponse()
+        if isinstance(event, WorkerChange):
+            response.route_change.CopyFrom(
+                pb.RouteChange(
+                    to=event.target, reason=event.reason, attempt=event.attempt, **{"from": event.origin}
+                )
+            )
+            return response
+        described, ids = response.prompt_tokens, self._job.prompt_ids
+        describe, add = self._prompt_describer.describe, described.tokens.add
+        described.offset = at = event.offset
+        if at == 1:  # token 0 has no log-probability, and comes with the first part
+            described.offset = 0
+            describe(add(), ids[0], None, (), ())
+        for place, logprob in enumerate(event.logprobs):
+            if event.top:
+                top = event.top[place]
+                describe(add(), ids[at + place], logprob, top.ids, top.logprobs)
+            else:
+                describe(add(), ids[at + place], logprob, (), ())
+        return response
 
     def final_events(self, stopped: str | None = None, *, wasted: int = 0) -> Iterator[pb.GenerateResponse]:
         """Yield the last events: the text that was held back, if any, and the finish.
@@ -153,12 +198,26 @@ class AnswerEvents:
         delta.offset = self._offset
         delta.token_count = stop - start
         delta.text = text
-        if arrival.logprobs:
-            delta.logprobs.extend(arrival.logprobs[start:stop])
+        if arrival.scores:
+            self._add_scores(delta, arrival.ids[start:stop], arrival.scores[start:stop])
         if self._with_ids:
             delta.token_ids.extend(arrival.ids[start:stop])
         self._offset += stop - start
         return response
+
+    def _add_scores(self, delta: pb.Delta, ids: list[int], scores: list[Score]) -> None:
+        if self._describer is None:
+            delta.logprobs.extend(scores)  # type: ignore[arg-type] # which are the log-probabilities
+            return
+        logprobs = [score.logprob if isinstance(score, TokenScores) else score for score in scores]
+        if self._with_logprobs:
+            delta.logprobs.extend(logprobs)
+        describe, add = self._describer.describe, delta.tokens.add
+        for id, logprob, score in zip(ids, logprobs, scores, strict=True):
+            if isinstance(score, TokenScores):
+                describe(add(), id, logprob, score.top_ids, score.top_logprobs)
+            else:
+                describe(add(), id, logprob, (), ())
 
 
 def _set_seconds(duration: duration_pb2.Duration, seconds: float) -> None:

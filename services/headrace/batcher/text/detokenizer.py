@@ -60,6 +60,11 @@ class Detokenizer:
         self._after = after
         self._utf8 = _utf8_decoder(spelling.decode_errors)
 
+    @property
+    def after(self) -> int | None:
+        """The last token with text; None at the start of a text."""
+        return self._after
+
     def feed(self, id: int) -> str:
         """Return the text that *id* completes; empty while a character is incomplete."""
         piece = self._spelling.spell(id, self._after)

@@ -15,6 +15,7 @@ from headrace.metrics.requests import finish_name
 from headrace.v1 import generation_pb2 as pb
 
 MAX_CHARACTERS = 8192  # of all messages of an attribute
+MAX_IDS = 1024  # of a prompt of token ids
 OMITTED = "..."  # in place of the rest
 
 
@@ -52,7 +53,10 @@ class RecordedText:
 
 
 def _asked(request: pb.GenerateRequest) -> list[dict[str, Any]]:
-    """Return the last messages of a request, within MAX_CHARACTERS."""
+    """Return the last messages of a request, within MAX_CHARACTERS, or the last token ids of a prompt."""
+    if request.HasField("token_ids"):
+        ids = request.token_ids.ids
+        return [{"role": "user", "parts": [{"type": "token_ids", "count": len(ids), "ids": ids[-MAX_IDS:]}]}]
     if not request.HasField("chat"):
         return [_message("user", _end(request.prompt, MAX_CHARACTERS))]
     kept: list[dict[str, Any]] = []

@@ -5,9 +5,9 @@ harm: the process is killed when a rendering takes too much CPU time, even insid
 limited. It exits when its standard input closes.
 
 Frames in both directions are four bytes of length, big-endian, and JSON in UTF-8. The first incoming frame is
-{"template", "tokens"}. Each later one is {"messages", "add_generation_prompt"}, and the response is {"text"},
-{"refused"} (the template's own `raise_exception`) or {"failed"}. The file runs as a script and imports
-nothing of headrace.
+{"template", "tokens"}. Each later one is {"messages", "add_generation_prompt", "arguments"}, and the response
+is {"text"}, {"refused"} (the template's own `raise_exception`) or {"failed"}. The file runs as a script and
+imports nothing of headrace.
 """
 
 from __future__ import annotations
@@ -42,12 +42,17 @@ def receive(pipe: IO[bytes]) -> dict[str, Any] | None:
 
 
 def rendered(
-    template: str, tokens: dict[str, Any], messages: list[Any], add_generation_prompt: bool
+    template: str,
+    tokens: dict[str, Any],
+    messages: list[Any],
+    add_generation_prompt: bool,
+    arguments: dict[str, Any],
 ) -> dict[str, str]:
     """Return the response frame for *messages* rendered by *template*.
 
     tokens                  the tokenizer's special tokens by name, such as bos_token
     add_generation_prompt   whether the start of the next answer follows the messages
+    arguments               further variables, with other names than the tokens
     """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -58,6 +63,7 @@ def rendered(
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             **tokens,
+            **arguments,
         )
     except jinja2.TemplateError as error:
         if type(error) is jinja2.TemplateError:  # from `raise_exception`; Jinja's own are subclasses
@@ -107,9 +113,7 @@ def main() -> None:
     _limit_memory()
     while start is not None and (frame := receive(requests)) is not None:
         _limit_time(CPU_SECONDS)
-        response = rendered(
-            start["template"], start["tokens"], frame["messages"], frame["add_generation_prompt"]
-        )
+        response = rendered(start["template"], start["tokens"], **frame)
         _limit_time(0)
         send(responses, response)
 

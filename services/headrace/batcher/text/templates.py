@@ -3,11 +3,13 @@
 The template runs in a separate process (`rendering`). Templates differ in what they accept: some expect the
 content of a message as text, some as a list of parts, and some support no system messages. A message that a
 template drops without an error would be lost silently, so each new sequence of roles is first tried with
-markers for contents. This module does not know tokens; `tokens` turns the rendered text into ids.
+markers for contents, and again with each new set of arguments. This module does not know tokens; `tokens`
+turns the rendered text into ids.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import signal
@@ -22,16 +24,22 @@ from typing import Any
 
 from headrace import errors
 from headrace.batcher.text import rendering
+from headrace.template_arguments import FIELD, NO_ARGUMENTS, Arguments
 
 Turns = Sequence[tuple[str, str]]  # (role, content), oldest first
 
 _PARTS = "parts"
 _TEXT = "text"
-_TRIALS: tuple[tuple[str, ...], ...] = (("user",), ("system", "user"), ("user", "assistant", "user"))
+_TRIALS: tuple[tuple[str, ...], ...] = (
+    ("user",),
+    ("system", "user"),
+    ("user", "assistant", "user"),
+    ("user", "assistant", "tool"),
+)
 log = logging.getLogger(__name__)
 
 _MARKER = re.compile(r"7\d{6}3")
-_MAX_REMEMBERED = 256  # sequences of roles
+_MAX_REMEMBERED = 256  # sequences of roles, with arguments of up to 16 KiB
 _INSTEAD = "send `prompt` instead of `chat`, or give the model another template"
 
 
@@ -52,13 +60,27 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: Any = None
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        arguments: Arguments = NO_ARGUMENTS,
+    ) -> str:
         """Return the text of *messages*, by request with the start of an answer.
+
+        arguments   variables of the template, besides those that it always has
 
         Raises TemplateRefused or TemplateFailed.
         """
         with self._lock:
-            response = self._call({"messages": messages, "add_generation_prompt": add_generation_prompt})
+            response = self._call(
+                {
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                    "arguments": dict(arguments),
+                }
+            )
         if "refused" in response:
             raise TemplateRefused(response["refused"])
         if "failed" in response:
@@ -120,6 +142,7 @@ class ChatTemplate:
     def __init__(self, source: str, tokens: Mapping[str, Any]) -> None:
         self._renderer = Renderer(source, tokens)
         self._forms: dict[str, str] = {}
+        self._tokens = frozenset(tokens)
         self.source = source
         self.frame = ""
         self.problem = ""
@@ -128,8 +151,12 @@ class ChatTemplate:
                 self._choose_form(roles)
         self._dropped = lru_cache(_MAX_REMEMBERED)(self._try)
 
-    def render(self, turns: Turns, *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self, turns: Turns, *, add_generation_prompt: bool = True, arguments: Arguments = NO_ARGUMENTS
+    ) -> str:
         """Return the text of *turns*, by default with the start of the answer.
+
+        arguments   see `Renderer.render`
 
         Raises InvalidRequest if the template refuses the turns, fails on them, or drops one.
         """
@@ -137,18 +164,26 @@ class ChatTemplate:
             raise errors.InvalidRequest(
                 f"the model's chat template does not work: {self.problem}; {_INSTEAD}", field="chat"
             )
+        if tokens := self._tokens & arguments.keys():
+            raise errors.InvalidRequest(
+                f"{FIELD} sets {min(tokens)!r}, which is a special token of the model: leave it out",
+                field=FIELD,
+            )
+        given = "these messages and template arguments" if arguments else "these messages"
         try:
-            text = self._renderer.render(self._messages(turns), add_generation_prompt=add_generation_prompt)
+            text = self._renderer.render(
+                self._messages(turns), add_generation_prompt=add_generation_prompt, arguments=arguments
+            )
         except TemplateRefused as error:
             raise errors.InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", field="chat.messages"
+                f"the model's chat template refuses {given}: {error}", field="chat.messages"
             ) from error
         except TemplateFailed as error:
             raise errors.InvalidRequest(
-                f"the model's chat template fails on these messages: {error}; {_INSTEAD}",
-                field="chat.messages",
+                f"the model's chat template fails on {given}: {error}; {_INSTEAD}", field="chat.messages"
             ) from error
-        if (place := self._dropped(tuple(role for role, _ in turns))) is not None:
+        roles = tuple(role for role, _ in turns)
+        if (place := self._dropped(roles, json.dumps(dict(arguments), sort_keys=True))) is not None:
             role = turns[place][0]
             raise errors.InvalidRequest(
                 f"the model's chat template drops chat.messages[{place}], of role {role!r}: it supports no "
@@ -175,17 +210,20 @@ class ChatTemplate:
         if roles == ("user",):
             self.problem = problem
 
-    def _try(self, roles: tuple[str, ...]) -> int | None:
+    def _try(self, roles: tuple[str, ...], arguments: str) -> int | None:
+        """Return the place of a message that is dropped; *arguments* are JSON."""
         try:
-            return self._render_markers(roles)[1]
+            return self._render_markers(roles, json.loads(arguments))[1]
         except (TemplateRefused, TemplateFailed):
             return None  # real messages of these roles raise the same error
 
-    def _render_markers(self, roles: tuple[str, ...]) -> tuple[str, int | None]:
+    def _render_markers(
+        self, roles: tuple[str, ...], arguments: Arguments = NO_ARGUMENTS
+    ) -> tuple[str, int | None]:
         """Render markers as contents. Returns the text, and the place of the first message missing in it."""
         markers = [f"7{place:06d}3" for place in range(len(roles))]
         messages = self._messages(list(zip(roles, markers, strict=True)))
-        text = self._renderer.render(messages, add_generation_prompt=True)
+        text = self._renderer.render(messages, add_generation_prompt=True, arguments=arguments)
         found = set(_MARKER.findall(text))
         return text, next((place for place, marker in enumerate(markers) if marker not in found), None)
 

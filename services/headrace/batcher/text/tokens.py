@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,10 +22,12 @@ from headrace.batcher.text.detokenizer import EACH_BYTE, Spelling
 from headrace.batcher.text.specials import Marks, SpecialTokens, encode
 from headrace.batcher.text.templates import ChatTemplate, Turns, choose_template
 from headrace.batcher.text.tokenizer_files import read_tokenizer
+from headrace.template_arguments import NO_ARGUMENTS, Arguments, texts_in, with_texts
 
 # Up to this length the event loop spends about as much on encoding a text as on handing it to a thread: with
 # the tokenizers of the default models 0.1 ms for words, and 0.25 ms for random characters.
 QUICK_BYTES = 512
+_TOGETHER = 256  # tokens that are spelled without a pause, which takes about half a millisecond
 
 
 class Tokenizer(Spelling, Protocol):
@@ -47,20 +51,43 @@ class Tokenizer(Spelling, Protocol):
         """Names and ids of the tokens that have no text."""
         ...
 
-    def encode_chat(self, turns: Turns, *, continue_final: bool = False) -> list[int]:
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """Names of special tokens by their purpose, such as "eos_token"."""
+        ...
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template in Jinja; empty without one."""
+        ...
+
+    def encode_chat(
+        self,
+        turns: Turns,
+        *,
+        continue_final: bool = False,
+        generation_prompt: bool = True,
+        arguments: Arguments = NO_ARGUMENTS,
+    ) -> list[int]:
         """Return the ids of (role, content) turns. Raises InvalidRequest.
 
-        continue_final   the answer continues the last turn, instead of starting a new one after it
+        continue_final      the answer continues the last turn, instead of starting a new one after it
+        generation_prompt   whether the start of that new turn follows the others
+        arguments           variables of the chat template
 
-        Contents never become special tokens.
+        Contents and arguments never become special tokens.
         """
         ...
 
-    def encode_text(self, text: str) -> list[int]:
-        """Return the ids of raw text, with the special tokens that the model expects in front.
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of raw text, by default with the special tokens that the model expects in front.
 
         The text may name other special tokens.
         """
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of *ids*, with the names of special tokens; unknown ids have no text."""
         ...
 
 
@@ -80,6 +107,25 @@ def stop_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> dict[int, str]:
     return {special[stop]: stop for stop in stops if stop in special}
 
 
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
+    """Return the bytes of each token's text in UTF-8, of which one character may have several tokens.
+
+    The text of a special token is its name.
+    """
+    names = {id: name.encode() for name, id in tokenizer.special_tokens.items()}
+    texts: list[bytes] = []
+    after = None
+    for id in ids:
+        if not len(texts) % _TOGETHER:
+            time.sleep(0)  # other threads, such as the event loop, get the interpreter's lock
+        if (text := names.get(id)) is None:
+            piece = tokenizer.spell(id, after)
+            text = piece.encode() if isinstance(piece, str) else piece
+            after = id if text else after
+        texts.append(text)
+    return texts
+
+
 @runtime_checkable
 class Bounded(Protocol):
     """An optional interface of tokenizers: proof from the bytes of a text that it has too many tokens.
@@ -92,7 +138,9 @@ class Bounded(Protocol):
         """The bound for all texts."""
         ...
 
-    def render_chat(self, turns: Turns, *, continue_final: bool = False) -> str:
+    def render_chat(
+        self, turns: Turns, *, continue_final: bool = False, arguments: Arguments = NO_ARGUMENTS
+    ) -> str:
         """Return the text that `encode_chat` encodes. Raises InvalidRequest."""
         ...
 
@@ -104,19 +152,34 @@ class ByteTokenizer:
     bound: ByteBound | None = ByteBound(1)
     decode_errors = "replace"
     special_tokens: Mapping[str, int] = {}
+    roles: Mapping[str, str] = {}
+    chat_template = ""
     quick_text_bytes = quick_chat_bytes = QUICK_BYTES
 
-    def render_chat(self, turns: Turns, *, continue_final: bool = False) -> str:
+    def render_chat(
+        self, turns: Turns, *, continue_final: bool = False, arguments: Arguments = NO_ARGUMENTS
+    ) -> str:
         """Return the content of the last turn: an echo does not need the others."""
         return turns[-1][1]
 
-    def encode_chat(self, turns: Turns, *, continue_final: bool = False) -> list[int]:
+    def encode_chat(
+        self,
+        turns: Turns,
+        *,
+        continue_final: bool = False,
+        generation_prompt: bool = True,
+        arguments: Arguments = NO_ARGUMENTS,
+    ) -> list[int]:
         """See `Tokenizer`."""
         return self.encode_text(self.render_chat(turns))
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the bytes of *text*."""
         return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return bytes(id for id in ids if id < 256).decode(errors=self.decode_errors)
 
     def spell(self, id: int, after: int | None) -> bytes:
         """Return the byte; ids above 255 are special."""
@@ -128,17 +191,26 @@ class TransformersTokenizer:
 
     fast       its `tokenizers.Tokenizer`, which this object takes over and changes
     template   its chat template; None without one
+    roles      names of special tokens by their purpose
     """
 
     quick_text_bytes = QUICK_BYTES
     quick_chat_bytes = 0  # another process renders it
 
-    def __init__(self, fast: Any, template: ChatTemplate | None, fingerprint: str) -> None:
+    def __init__(
+        self,
+        fast: Any,
+        template: ChatTemplate | None,
+        fingerprint: str,
+        roles: Mapping[str, str] | None = None,
+    ) -> None:
         fast.no_truncation()  # which some files enable
         fast.no_padding()
         self._fast = fast
         self._template = template
         self._fingerprint = fingerprint
+        self.roles = roles or {}
+        self.chat_template = template.source if template else ""
         description = json.loads(fast.to_str())
         self.bound = byte_bound(description)
         self._specials = SpecialTokens(fast, description, template.frame if template else "")
@@ -161,30 +233,50 @@ class TransformersTokenizer:
         """See `Tokenizer`."""
         return self._special_tokens
 
-    def render_chat(self, turns: Turns, *, continue_final: bool = False) -> str:
+    def render_chat(
+        self, turns: Turns, *, continue_final: bool = False, arguments: Arguments = NO_ARGUMENTS
+    ) -> str:
         """See `Bounded`. Raises InvalidRequest for turns that the template does not accept."""
         template = self._chat_template
-        marks = self._specials.marks([template.source, *(content for _, content in turns)])
-        return _render(template, turns, marks, continue_final)
+        marks = self._specials.marks(
+            [template.source, *(content for _, content in turns), *texts_in(arguments)]
+        )
+        return _render(template, turns, marks, arguments, continue_final=continue_final)
 
-    def encode_chat(self, turns: Turns, *, continue_final: bool = False) -> list[int]:
+    def encode_chat(
+        self,
+        turns: Turns,
+        *,
+        continue_final: bool = False,
+        generation_prompt: bool = True,
+        arguments: Arguments = NO_ARGUMENTS,
+    ) -> list[int]:
         """See `Tokenizer`. Raises InvalidRequest for turns that the template does not accept."""
         template, specials = self._chat_template, self._specials
-        contents = [content for _, content in turns]
+        contents = [*(content for _, content in turns), *texts_in(arguments)]
         marks = specials.marks([template.source, *contents])
-        text = _render(template, turns, marks, continue_final)
+        render = partial(
+            _render, template, continue_final=continue_final, generation_prompt=generation_prompt
+        )
+        text = render(turns, marks, arguments)
         if not specials.may_occur_in(contents):
             return specials.encode(text, marks)
         for names_only in (False, True):
-            marked = [(role, specials.mark(content, marks, names_only=names_only)) for role, content in turns]
-            rendered = _render(template, marked, marks, continue_final)
+            mark = partial(specials.mark, marks=marks, names_only=names_only)
+            marked = [(role, mark(content)) for role, content in turns]
+            rendered = render(marked, marks, with_texts(arguments, mark))
             if marks.removed_from(rendered) == text:
                 break  # otherwise the template searches for one of the marked letters
         return specials.encode(rendered, marks)
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See `Tokenizer`."""
-        return encode(self._fast, text, add_special_tokens=True)
+        return encode(self._fast, text, add_special_tokens=add_special_tokens)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        # `decode` itself would hold the interpreter's lock.
+        return str(self._fast.decode_batch([ids], skip_special_tokens=False)[0])
 
     def spell(self, id: int, after: int | None) -> bytes | str:
         """See `Spelling`."""
@@ -222,12 +314,22 @@ class TransformersTokenizer:
         return None
 
 
-def _render(template: ChatTemplate, turns: Turns, marks: Marks, continue_final: bool) -> str:
+def _render(
+    template: ChatTemplate,
+    turns: Turns,
+    marks: Marks,
+    arguments: Arguments,
+    *,
+    continue_final: bool,
+    generation_prompt: bool = True,
+) -> str:
     """Return the text of the turns up to the start of the answer."""
     if not continue_final:
-        return template.render(turns)
+        return template.render(turns, add_generation_prompt=generation_prompt, arguments=arguments)
     *before, (role, content) = turns
-    text = template.render([*before, (role, content + marks.end)], add_generation_prompt=False)
+    text = template.render(
+        [*before, (role, content + marks.end)], add_generation_prompt=False, arguments=arguments
+    )
     if marks.end not in text:
         raise errors.InvalidRequest(
             "the model's chat template changes the end of the last message, so it cannot be continued: send "
@@ -249,4 +351,5 @@ def load_tokenizer(path: Path, cache: Path) -> TransformersTokenizer:
     """
     read = read_tokenizer(path, cache)
     template = choose_template(read.templates, read.special_tokens)
-    return TransformersTokenizer(read.backend, template, read.fingerprint)
+    roles = {role: str(name) for role, name in read.special_tokens.items() if isinstance(name, str)}
+    return TransformersTokenizer(read.backend, template, read.fingerprint, roles)

@@ -67,7 +67,7 @@ class Admission:
         self.arrivals.add(now)
         max_new = max(job.sampling.max_tokens - job.answer_length, 1)
         job.cost = job.prefill_tokens + min(max_new, int(self.answer_tokens.value) or max_new)
-        cached = max(self._prefixes.cached_tokens(job.blocks, link.target) for link in ready)
+        cached = max(self._prefixes.cached_tokens(job.usable_blocks, link.target) for link in ready)
         job.uncached = max(job.prefill_tokens - cached, 1)
         self._check_deadline(job, now)
         if job.release_place is None:

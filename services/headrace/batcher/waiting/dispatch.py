@@ -7,17 +7,18 @@ it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from opentelemetry import trace
 
-from headrace import attributes
+from headrace import attributes, errors
 from headrace.batcher.inbox import WorkerChange
 from headrace.batcher.job import Job
 from headrace.batcher.links import failover
 from headrace.batcher.links.breaker import BreakerState
 from headrace.batcher.links.link import WorkerLink
 from headrace.batcher.links.pool import WorkerPool
+from headrace.batcher.token_details import needed_features
 from headrace.batcher.waiting.admission import Admission
 from headrace.batcher.waiting.placement import WorkerCandidate, choose
 from headrace.batcher.waiting.prefixes import PrefixIndex
@@ -82,14 +83,26 @@ class Dispatcher:
         return 0.0 if self._queue and full else MAX_IDLE_SECONDS
 
     def _place(self, job: Job, candidates: dict[str, WorkerCandidate], batches: dict[str, list[Job]]) -> bool:
-        """Move a job from the queue to the batch of the best worker. Returns False if the job has to wait."""
+        """Move a job from the queue to the batch of the best worker. Returns False if the job has to wait.
+
+        A job that no ready worker can serve any more fails.
+        """
+        needed = needed_features(job.sampling)
+        if needed and not any(link.ready and link.has(needed) for link in self._pool):
+            self._queue.remove(job, "failed")
+            job.fail(_no_worker_has(needed, job))
+            return True
         probation = failover.on_probation(job)
         suitable = []
         for link in self._suitable(job):
             candidate = candidates.get(link.target)
-            if candidate is None or (probation and not link.responded_after(job.history.lost_at)):
+            if (
+                candidate is None
+                or not link.has(needed)
+                or (probation and not link.responded_after(job.history.lost_at))
+            ):
                 continue
-            candidate.cached = self._prefixes.cached_tokens(job.blocks, link.target)
+            candidate.cached = self._prefixes.cached_tokens(job.usable_blocks, link.target)
             if probation:
                 candidate.probation |= any(map(failover.on_probation, link.in_flight.jobs()))
             suitable.append(candidate)
@@ -168,9 +181,7 @@ class Dispatcher:
         for job in batch:
             history = job.history
             if job.started and job.wants_route_changes:
-                job.inbox.put_change(
-                    WorkerChange(history.worker, link.worker_id, history.reason, job.attempt)
-                )
+                job.inbox.put_event(WorkerChange(history.worker, link.worker_id, history.reason, job.attempt))
             job.submitted = now if job.submitted is None else job.submitted
             history.worker, history.address, history.kind = link.worker_id, link.target, link.kind
             history.incarnation = link.incarnation
@@ -201,3 +212,9 @@ class Dispatcher:
                 attributes.TIER: self._tier,
             },
         )
+
+
+def _no_worker_has(features: Collection[str], job: Job) -> errors.HeadraceError:
+    """Return the error of a request whose workers were replaced by some without these features."""
+    error = errors.WorkerLost if job.started else errors.NoWorkers
+    return error(f"no ready worker supports {' and '.join(sorted(features))} any more", retry_after=1.0)

@@ -40,7 +40,7 @@ NAMED = (
     *(f"{kind}_{name}_ms" for name in LATENCIES for kind in ("mean", "median", "std")),
 )
 
-# The generator is the bottleneck above these.
+# Above these, a share of a core and seconds, the result is about the generator as much as about the server.
 BUSY_SHARE, BUSY_LAG = 0.85, 0.02
 
 
@@ -155,7 +155,7 @@ def generator(run: Run) -> dict[str, Any]:
     cpu_share       of one core; the load generator computes on one
     lag_p99_ms      how late it ran, every 10 ms
     late_p99_ms     how late it started requests at planned times; None in a closed loop
-    bottleneck      whether the result is probably about the generator and not the server
+    bottleneck      whether it was so busy or late that the result is not about the server alone
     """
     share = run.cpu / max(run.ended - run.began, 1e-9)
     lag = float(np.percentile(run.lags, 99)) if run.lags else 0.0

@@ -77,6 +77,7 @@ def _distribution(axes: Axes, seconds: Sequence[float], label: str) -> None:
 
 def _over_time(axes: Axes, run: Run) -> None:
     rates = tokens_per_second([record for record in run.records if record.complete])
+    rates = rates[:-1] or rates  # the last second is not a whole one
     axes.step(range(len(rates)), rates, where="post")
     axes.set_xlabel("s")
     axes.set_ylabel("output tokens/s")

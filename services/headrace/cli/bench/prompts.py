@@ -92,9 +92,10 @@ def read_prompts(path: str) -> list[Prompt]:
     rows: Iterable[dict[str, Any]] = (
         _document(Path(path)) if path.endswith(".json") else read_rows(path, (), turns=True)
     )
-    found = [_prompt(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+    name = "standard input" if path == "-" else path
+    found = [_prompt(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
     if not found:
-        raise BadRow(f"{path} has no prompts")
+        raise BadRow(f"{name} has no prompts")
     return found
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from headrace.cli.answers import printable
-from headrace.cli.bench.figures import LATENCIES, QUEUE, word
+from headrace.cli.bench.figures import BUSY_SHARE, LATENCIES, QUEUE, word
 from headrace.cli.calls.amounts import money
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _TITLES = {
     "tpot": "TPOT",
     "itl": "ITL",
     "e2el": "E2EL",
-    QUEUE: "Client queue time",
+    QUEUE: "Client queue",
 }
 _UPDATE_SECONDS = 0.25
 
@@ -124,8 +124,9 @@ def _lines(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 def _latencies(result: Mapping[str, Any], percents: Sequence[float]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("ms")
-    kinds = ["mean", "median", "std", *(f"p{word(percent)}" for percent in percents)]
+    table.add_column("ms", no_wrap=True)
+    # P50 is the median.
+    kinds = ["mean", "median", "std", *(f"p{word(percent)}" for percent in percents if percent != 50)]
     for kind in kinds:
         table.add_column(kind.replace("p", "P", 1) if kind[1:2].isdigit() else kind.title(), justify="right")
     for name in (*LATENCIES, QUEUE):
@@ -177,10 +178,19 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     found = []
     busy = result["generator"]
     if busy["bottleneck"]:
-        late = "" if busy["late_p99_ms"] is None else f", started requests {busy['late_p99_ms']:.1f} ms late"
+        late = (
+            busy["lag_p99_ms"]
+            if busy["late_p99_ms"] is None
+            else max(busy["lag_p99_ms"], busy["late_p99_ms"])
+        )
+        cause = (
+            "reduce the load, or share it between several processes"
+            if busy["cpu_share"] > BUSY_SHARE
+            else "other processes use this machine's cores; run it on another machine"
+        )
         found.append(
-            f"the load generator may be the bottleneck: it used {busy['cpu_share']:.0%} of a core, and ran "
-            f"{busy['lag_p99_ms']:.1f} ms late{late} (p99); reduce the load, or run it on another machine"
+            f"the load generator distorts the latencies: it ran {late:.1f} ms late (P99) and used "
+            f"{busy['cpu_share']:.0%} of a core; {cause}"
         )
     if result["output_tokens_from"] != "server" and result["completed"]:
         found.append(
@@ -200,10 +210,10 @@ def show_sweep(
     """Print several results, one in a row."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     by_rate = results[0]["request_rate"] != "inf"
-    headings = ["rate" if by_rate else "concurrency", "req/s", "tok/s", "failed"]
-    headings += ["TTFT median", "P99", "TPOT median", "P99", "E2EL P99", *(["met"] if objectives else [])]
+    headings = ["rate" if by_rate else "concurrency", "req/s", "tok/s", "failed", "TTFT P50", "TTFT P99"]
+    headings += ["TPOT P50", "TPOT P99", "E2EL P99", *(["met"] if objectives else [])]
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for result in results:
         latencies = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "p99_e2el_ms")
         cells = [

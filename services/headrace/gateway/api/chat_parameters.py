@@ -55,7 +55,7 @@ class ChatParameters(CompletionParameters):
         "mm_processor_kwargs",
     )
 
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     max_completion_tokens: Uint32 | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
@@ -98,7 +98,13 @@ class ChatParameters(CompletionParameters):
         return chat
 
     def _set_continuation(self, chat: pb.Chat) -> None:
+        role = self.messages[-1]["role"]
         if self.continue_final_message:
+            if role != "assistant":
+                raise invalid(
+                    "continue_final_message",
+                    f"is true, but the last message has role '{role}', not 'assistant'",
+                )
             if self.add_generation_prompt:
                 raise invalid(
                     "add_generation_prompt",
@@ -106,6 +112,12 @@ class ChatParameters(CompletionParameters):
                     "continues the last one",
                 )
             chat.continue_final_message = True
+        elif role == "assistant":
+            raise invalid(
+                f"messages[{len(self.messages) - 1}].role",
+                "is 'assistant' and the last one: set continue_final_message to true to continue it, or "
+                "end with a message of the user",
+            )
         elif self.add_generation_prompt is False:
             raise Problem(
                 400,

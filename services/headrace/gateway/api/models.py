@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from headrace.client import Client
 from headrace.gateway.http.exchange import Exchange
@@ -51,6 +51,17 @@ class Models:
         routing = pb.Routing()
         routing.CopyFrom(known)
         return routing
+
+    async def pin_ids(self, routing: pb.Routing, *, metadata: Mapping[str, str]) -> None:
+        """Pin the routing of a request with token ids, which are valid for one model only. Raises Problem."""
+        if routing.tier or routing.model:
+            return
+        await self._refresh(metadata)
+        models = {model for tier in self._tiers for model in _models_of(tier)}
+        if len(models) > 1:
+            raise self._several("token ids are valid for one model only")
+        if models and all(tier.model for tier in self._tiers):
+            routing.model = models.pop()  # otherwise the router knows more, or rejects them
 
     async def list(self, exchange: Exchange) -> None:
         """Answer /v1/models."""
@@ -103,13 +114,18 @@ class Models:
         self._names = names
         self._read_at = time.monotonic()
 
+    def _several(self, reason: str) -> Problem:
+        return Problem(
+            400,
+            f"{reason}, and this server has several: set model to one of {_shown(list(self._names))}",
+            code="model_required",
+            param="model",
+        )
+
     def _unknown(self, name: str) -> Problem:
-        names = [AUTO, *self._names]
-        shown = ", ".join(quoted(known) for known in names[:SHOWN])
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return Problem(
             404,
-            f"the model {quoted(name)} does not exist: use one of {shown}{more}",
+            f"the model {quoted(name)} does not exist: use one of {_shown([AUTO, *self._names])}",
             code="model_not_found",
             param="model",
         )
@@ -118,3 +134,8 @@ class Models:
 def _models_of(tier: routing_pb.Tier) -> tuple[str, ...]:
     """Return the models of a tier: several, if it is another router."""
     return tuple(name for name in tier.model.split(",") if name)
+
+
+def _shown(names: Sequence[str]) -> str:
+    shown = ", ".join(quoted(known) for known in names[:SHOWN])
+    return f"{shown} and {len(names) - SHOWN} more" if len(names) > SHOWN else shown

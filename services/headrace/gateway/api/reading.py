@@ -178,6 +178,8 @@ _TYPES = {
 
 def _complaint(error: ErrorDetails) -> str:
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    if kind == "value_error":  # of a validator in this package
+        return str(context["error"])
     if kind == "literal_error":
         return f"is {_shown(value)}, must be {context['expected']}"
     if kind == "greater_than_equal":
@@ -186,6 +188,8 @@ def _complaint(error: ErrorDetails) -> str:
         return f"is {_shown(value)}, must be at most {context['le']}"
     if kind == "too_long":
         return f"has more than {context['max_length']} elements: remove some"
+    if kind == "too_short":
+        return "is empty: add at least one element"
     if kind == "string_too_long":
         return f"has more than {context['max_length']} characters: shorten it"
     return f"is {_shown(value)}: {error['msg']}"

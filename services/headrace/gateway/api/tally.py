@@ -81,6 +81,7 @@ class Tally:
             "x-headrace-tier": _printable(first.tier),
             "x-headrace-model": _printable(first.model),
             "x-headrace-request-id": _printable(first.request_id),
+            "x-request-id": _printable(first.request_id),  # which SDKs of OpenAI keep
         }
         if first.HasField("score"):
             given["x-headrace-score"] = f"{first.score:.4f}"

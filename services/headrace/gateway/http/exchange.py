@@ -6,6 +6,7 @@ This module knows how a response is written, and nothing of what is in it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,12 +16,16 @@ from starlette.datastructures import Headers
 from starlette.types import Scope, Send
 
 from headrace.gateway.http.bodies import json_of
+from headrace.gateway.http.request_body import ClientLeft
 from headrace.gateway.problems import NO_PARAMS, Problem
 from headrace.runtime.security.identity import ANONYMOUS, Identity
 
 Handler: TypeAlias = Callable[["Exchange"], Awaitable[None]]
 
 PING = b": ping\n\n"  # a comment of server-sent events, which clients ignore
+# The key of uvicorn's request in the scope. Events are written by it: ASGI costs as much as the write itself.
+CYCLE = "headrace.cycle"
+BURST = 32  # events after which others get a turn, whatever the handler does
 
 
 class Exchange:
@@ -36,6 +41,7 @@ class Exchange:
     streams      whether it is a stream of events
     ended        whether it is complete
     status       of the response; 0 before it has begun
+    extra        further headers of the response, whatever it is
     """
 
     def __init__(
@@ -45,12 +51,7 @@ class Exchange:
         *,
         body: bytes = b"",
         identity: Identity = ANONYMOUS,
-        extra: Mapping[str, str] = NO_PARAMS,
     ) -> None:
-        """Create an exchange.
-
-        extra   headers of every response
-        """
         self.headers = Headers(raw=scope["headers"])
         self.path_params: Mapping[str, Any] = scope.get("path_params", NO_PARAMS)
         self.body = body
@@ -60,9 +61,12 @@ class Exchange:
         self.started = self.streams = self.ended = False
         self.status = 0
         self.first_token_at: float | None = None
-        self.quiet = 0  # ticks of `pings` without an event
-        self._extra = dict(extra)
+        self.quiet = 0  # ticks without an event
+        self._ping: asyncio.Future[None] | None = None
+        self.extra: dict[str, str] = {}
         self._send = send
+        self._events = 0
+        self._cycle: Any = scope.get(CYCLE)
 
     async def json(self) -> dict[str, Any]:
         """Return the body, which must be a JSON object. Raises Problem (400).
@@ -77,18 +81,34 @@ class Exchange:
             self.first_token_at = time.monotonic()
 
     async def reply(
-        self, payload: object, *, status: int = 200, headers: Mapping[str, str] | None = None
+        self,
+        payload: object,
+        *,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        hold: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Send a whole response: bytes as they are, anything else as JSON."""
+        """Send a whole response: bytes as they are, anything else as JSON.
+
+        hold   awaited before the response ends, and the connection with it; None: the connection is kept
+        """
         data = payload if isinstance(payload, bytes) else encoded(payload)
-        given = {"content-type": "application/json", "content-length": str(len(data)), **(headers or {})}
+        given = dict(headers or {})
+        if status != 204:
+            given = {"content-type": "application/json", "content-length": str(len(data)), **given}
+        if hold is not None:
+            given["connection"] = "close"
         await self._start(status, given)
+        if hold is not None:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            await hold()
+            data = b""
         await self._send({"type": "http.response.body", "body": data})
         self.ended = True
 
-    async def refuse(self, problem: Problem) -> None:
-        """Send a problem as the whole response."""
-        await self.reply(problem.body(), status=problem.status, headers=problem.headers)
+    async def refuse(self, problem: Problem, *, hold: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Send a problem as the whole response. See `reply` for *hold*."""
+        await self.reply(problem.body(), status=problem.status, headers=problem.headers, hold=hold)
 
     async def start_events(self, headers: Mapping[str, str] | None = None) -> None:
         """Begin a stream of server-sent events."""
@@ -101,19 +121,39 @@ class Exchange:
         await self._start(200, {**given, **(headers or {})})
 
     async def send_event(self, data: bytes) -> None:
-        """Send one event; *data* contains no line breaks. Waits while the client does not read."""
-        self.quiet = 0
-        await self._send(
-            {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}
-        )
+        """Send one event; *data* contains no line breaks. Waits while the client does not read.
 
-    async def ping(self) -> None:
-        """Send a comment in a stream of events, so that nothing between here and the client closes it."""
-        await self._send({"type": "http.response.body", "body": PING, "more_body": True})
+        Raises ClientLeft.
+        """
+        self.quiet = 0
+        self._events += 1
+        if not self._events % BURST:
+            await asyncio.sleep(
+                0
+            )  # uvloop writes, and learns that the client does not read or left, in between
+        cycle = self._cycle
+        if cycle.flow.write_paused:
+            await cycle.flow.drain()
+        if cycle.disconnected:
+            raise ClientLeft  # the task is cancelled too, but only when it waits
+        # One chunk of HTTP: its size, the event, and the chunk's end.
+        cycle.transport.write(b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data))
+
+    def tick(self, most: int) -> None:
+        """Count a tick without an event; after *most*, send a comment, so that no proxy closes the stream."""
+        self.quiet += 1
+        if not self.streams or self.quiet < most or (self._ping is not None and not self._ping.done()):
+            return
+        self.quiet = 0
+        self._ping = asyncio.ensure_future(
+            self._send({"type": "http.response.body", "body": PING, "more_body": True})
+        )
 
     async def end_events(self) -> None:
         """End the stream of events."""
         self.streams = False
+        if self._ping is not None:
+            self._ping.cancel()
         await self._send({"type": "http.response.body", "body": b""})
         self.ended = True
 
@@ -122,7 +162,7 @@ class Exchange:
         self.status = status
         pairs = [
             (name.encode("latin-1"), value.encode("latin-1"))
-            for name, value in {**self._extra, **headers}.items()
+            for name, value in {**self.extra, **headers}.items()
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
 

@@ -81,6 +81,12 @@ class Routed(Counted, Protocol):
         ...
 
 
+def clear_details(sampling: pb.Sampling) -> None:
+    """Ask for no log-probabilities, in a request whose answer nobody receives."""
+    for field in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        sampling.ClearField(field)
+
+
 async def across_tiers(
     routed: Routed, rejected: Sequence[str] = ()
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
@@ -88,9 +94,10 @@ async def across_tiers(
 
     rejected   tiers whose drafts were rejected: only larger tiers are tried
 
-    A tier that cannot serve, is busy, or has too short a context is replaced by another tier until the caller
-    has received an event. A request that resumes stays on its tier, because its token ids belong to one
-    model. Raises the first error of `Routed.choose`, and the error of the last tier if none is left.
+    A tier that cannot serve, is busy, has too short a context or lacks a feature is replaced by another tier
+    until the caller has received an event. A request that resumes stays on its tier, because its token ids
+    belong to one model. Raises the first error of `Routed.choose`, and the error of the last tier if none is
+    left.
     """
     began = time.monotonic()
     request = routed.outgoing.request
@@ -115,12 +122,18 @@ async def across_tiers(
             return
         except errors.WorkerLost:
             raise  # another tier could lose its workers to the same request
-        except (errors.Unavailable, errors.Overloaded, errors.ContextTooLong) as error:
-            if accepted or request.resume.token_ids:
+        except (errors.Unavailable, errors.Overloaded, errors.InvalidRequest) as error:
+            unfit = isinstance(error, errors.InvalidRequest)
+            if accepted or request.resume.token_ids or (unfit and not _is_the_tiers(error)):
                 raise
             failed.append(tier.name)
-            if last is None or not isinstance(error, errors.ContextTooLong):
+            if last is None or not unfit:
                 last = error  # an error that may pass is the better advice
+
+
+def _is_the_tiers(error: errors.HeadraceError) -> bool:
+    """Whether another tier may accept a request that this one finds invalid."""
+    return isinstance(error, errors.ContextTooLong) or errors.FEATURE in error.fields
 
 
 def _may_recover(error: errors.HeadraceError) -> bool:
@@ -140,7 +153,7 @@ async def on_tier(
     answer = ForwardedAnswer(outgoing.request, tier.name)
     refused: dict[BatcherPeer, errors.HeadraceError] = {}
     resume_until: Deadline | None = None  # once the answer has begun and lost its batcher
-    while (batcher := await _next(tier, refused, resume_until)) is not None:
+    while (batcher := await next_batcher(tier, refused, resume_until)) is not None:
         answer.begin_attempt(batcher)
         routed.count_attempt(tier.name)
         try:
@@ -169,7 +182,7 @@ async def on_tier(
                 f"the batcher at {batcher.address} ended the stream without a finish"
             )
         except (Stalled, errors.HeadraceError) as raised:
-            error = _batcher_error(raised, batcher, resuming=answer.lost is not None)
+            error = batcher_error(raised, batcher, resuming=answer.lost is not None)
         if answer.finished:
             return
         if not answer.accepted_here:
@@ -178,10 +191,10 @@ async def on_tier(
         _record_loss(answer, tier, batcher, error)
         refused.clear()
         resume_until = min(Deadline(time.monotonic() + outgoing.failover_seconds), outgoing.deadline)
-    raise _none_left(tier, refused, answer.lost)
+    raise none_left(tier, refused, answer.lost)
 
 
-def _batcher_error(raised: Exception, batcher: BatcherPeer, *, resuming: bool) -> errors.HeadraceError:
+def batcher_error(raised: Exception, batcher: BatcherPeer, *, resuming: bool = False) -> errors.HeadraceError:
     """Return the error of a batcher that another batcher may not have; raise one that is the request's."""
     if isinstance(raised, errors.Unavailable | errors.Overloaded):
         return raised
@@ -228,8 +241,8 @@ def _record_loss(
     log.info("answer lost its batcher", extra={"tier": tier.name, "batcher": batcher.address})
 
 
-async def _next(
-    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], resume_until: Deadline | None
+async def next_batcher(
+    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], resume_until: Deadline | None = None
 ) -> BatcherPeer | None:
     """Return the batcher for the next attempt; None if there is none.
 
@@ -254,8 +267,8 @@ async def _next(
     return None
 
 
-def _none_left(
-    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], lost: errors.HeadraceError | None
+def none_left(
+    tier: Tier, refused: dict[BatcherPeer, errors.HeadraceError], lost: errors.HeadraceError | None = None
 ) -> errors.HeadraceError:
     """Return the error for the caller if no batcher is left to try."""
     if lost is not None:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from headrace import errors
 from headrace.progress import route_change
-from headrace.router.answering.attempts import Outgoing, Routed, across_tiers, on_tier
+from headrace.router.answering.attempts import Outgoing, Routed, across_tiers, clear_details, on_tier
 from headrace.router.optional import optional
 from headrace.router.state.peer_reports import total
 from headrace.router.state.tiers import Tier
@@ -242,7 +242,7 @@ def sample_request(request: pb.GenerateRequest, max_tokens: int) -> pb.GenerateR
     made.request_id = f"{request.request_id[:120]}-sample"
     made.ClearField("stream")
     sampling = made.sampling
-    sampling.ClearField("logprobs")
+    clear_details(sampling)
     sampling.seed = request.sampling.seed ^ 1
     if sampling.HasField("temperature") and sampling.temperature == 0:
         sampling.temperature = SAMPLE_TEMPERATURE

@@ -35,13 +35,15 @@ class ForwardedAnswer(Progress):
         self._tier = tier
         sampling = request.sampling
         self._max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else math.inf
+        self._top = sampling.top_logprobs if sampling.HasField("top_logprobs") else None
+        self._wants_prompt = sampling.HasField("prompt_logprobs") and not self.ids
         self._peer_is_router = False  # of this attempt
         self.accepted_here = False
         self.lost: errors.HeadraceError | None = None
         self.losses = 0
         self.attempts = 0
         self.fruitless = 0
-        self._tokens_before = 0  # when this attempt began
+        self._position_before = self.position  # when this attempt began
         self._reports_changes = request.stream.include_route_changes
         self._batcher = self._last_batcher = ""
         self._replayed_before = 0  # by attempts that were lost
@@ -64,7 +66,7 @@ class ForwardedAnswer(Progress):
     def begin_attempt(self, batcher: BatcherPeer) -> None:
         """Start the next attempt, at *batcher*."""
         self._batcher = batcher.address
-        self._tokens_before = len(self.ids)
+        self._position_before = self.position
         self._peer_is_router = batcher.router
         self._replayed = len(self.ids)
 
@@ -84,9 +86,13 @@ class ForwardedAnswer(Progress):
             if self._ending is not None:
                 raise errors.BatcherLost("the batcher sent a delta after the end of the answer's text")
             replies.check_delta(response.delta, len(self.ids), self._max_tokens)
+            if self._top is not None:
+                replies.check_tokens(response.delta, self._top)
             if response.delta.token_count:
                 self._last_token = time.monotonic()
-                self._first_token = self._first_token or self._last_token
+                if self._first_token is None:
+                    self._first_token = self._last_token
+                    self._check_prompt()
             return self.add(response)
         if event == "accepted":
             return self._accept(response)
@@ -96,9 +102,12 @@ class ForwardedAnswer(Progress):
             self._replayed += len(self.ids)
             return (response,) if self._reports_changes else ()
         if event == "finish":
+            self._check_prompt()
             replies.check_finish(response.finish, len(self.ids))
             self._complete(response.finish)
             return self.finish(response)
+        if event == "prompt_tokens":
+            return self._take_prompt(response)
         return (response,)  # an event of a newer batcher, which callers ignore if they do not know it
 
     def lose(self, why: errors.HeadraceError) -> None:
@@ -107,7 +116,8 @@ class ForwardedAnswer(Progress):
         self.lost = why
         self.losses += not isinstance(why, errors.Draining)
         self.attempts += 1
-        self.fruitless = 0 if len(self.ids) > self._tokens_before else self.fruitless + 1
+        # That a batcher accepts the request is not enough.
+        self.fruitless = 0 if self.position[1:] > self._position_before[1:] else self.fruitless + 1
         self.accepted_here = False
         self._last_batcher = self._batcher
         self._replayed_before += self._replayed
@@ -126,6 +136,26 @@ class ForwardedAnswer(Progress):
         if not self._reports_changes:
             return ()
         return (route_change(self._last_batcher, self._batcher, reason, self.attempt),)
+
+    def _take_prompt(self, response: pb.GenerateResponse) -> Responses:
+        if self.accepted is None or not self._wants_prompt or self.ids:
+            raise errors.BatcherLost("the batcher sent tokens of the prompt that were not requested")
+        most = self._asked.sampling.prompt_logprobs
+        replies.check_prompt(response.prompt_tokens, self.accepted.prompt_tokens, most)
+        return self.add_prompt(response)
+
+    def _check_prompt(self) -> None:
+        """Check that the details of the prompt, if requested, came before the first token."""
+        if not self._wants_prompt or self.accepted is None:
+            return
+        if not self.prompt:
+            raise replies.unsupported("prompt_logprobs")
+        if self.prompt == self.accepted.prompt_tokens:
+            return
+        raise errors.BatcherLost(
+            f"the batcher sent {self.prompt} of {self.accepted.prompt_tokens} tokens of the prompt before "
+            "the answer"
+        )
 
     def _complete(self, finish: pb.Finish) -> None:
         """Make usage and timing those of the whole answer; the last batcher knows only its own part."""

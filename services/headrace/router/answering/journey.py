@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 
 from opentelemetry import trace
@@ -22,6 +22,7 @@ from headrace.metrics.requests import Timing, finish_name
 from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
 from headrace.router.answering.cascade import Draft, HoldBack, cascade
+from headrace.router.answering.prompts import digest_of, text_of
 from headrace.router.billing import bill_message
 from headrace.router.changes.answered import Answered, Beginning, Watchers
 from headrace.router.chooser import Chooser
@@ -31,7 +32,7 @@ from headrace.router.state.feedback import AnswerRecord, Feedback
 from headrace.router.state.tiers import Tier, Tiers
 from headrace.routing.policy import Decision
 from headrace.routing.request import Hints, RoutingRequest
-from headrace.routing.scoring.conversation import Turn, window
+from headrace.routing.scoring.conversation import Turn
 from headrace.routing.scoring.score import UNSCORED, Score
 from headrace.v1 import generation_pb2 as pb
 
@@ -71,7 +72,11 @@ class Journey:
         self._turns, self._score, self._scorer = turns, score, scorer
         self._facts = routing_request(request, score, arm)
         self._shows_logprobs = request.sampling.logprobs
-        self._may_draft = chooser.rules.allow(self._facts)
+        # The details of the prompt belong to the model that answers, and its prompt is computed as a whole: a
+        # draft would compute it once more.
+        self._may_draft = chooser.rules.allow(self._facts) and not request.sampling.HasField(
+            "prompt_logprobs"
+        )
         self.outgoing = Outgoing(
             _outgoing(request, logprobs=self._may_draft), deadline, failover_seconds, hops, flusher
         )
@@ -268,6 +273,7 @@ class Journey:
                     self._turns,
                     self._scorer,
                     self._facts.arm,
+                    asked=digest_of(self.outgoing.request),
                 ),
                 tenant=self._facts.tenant,
             )
@@ -320,31 +326,6 @@ def _outgoing(request: pb.GenerateRequest, *, logprobs: bool) -> pb.GenerateRequ
     if not outgoing.sampling.logprobs:
         outgoing.sampling.ClearField("logprobs")
     return outgoing
-
-
-def turns_of(request: pb.GenerateRequest, texts: Mapping[int, str]) -> list[Turn]:
-    """Return the turns to score: the chat's last ones, or the raw prompt, without the middle of long ones.
-
-    texts   as `check_request` returns them; other messages are decoded here, as far as they are read
-    """
-    if not request.HasField("chat"):
-        return window([Turn("user", texts[0])])
-    messages = request.chat.messages
-    return window(
-        Turn(messages[place].role, texts[place] if place in texts else messages[place].content)
-        for place in range(len(messages) - 1, -1, -1)
-    )
-
-
-def text_of(request: pb.GenerateRequest) -> str:
-    """Return the text that a draft answers: the raw prompt, or the user's last message."""
-    if request.HasField("chat"):
-        messages = request.chat.messages
-        for place in range(len(messages) - 1, -1, -1):
-            if messages[place].role == "user":
-                return messages[place].content
-        return messages[-1].content
-    return request.prompt
 
 
 def routing_request(request: pb.GenerateRequest, score: Score, arm: str = "") -> RoutingRequest:

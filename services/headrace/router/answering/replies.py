@@ -6,12 +6,16 @@ harms the router.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from headrace import errors
 from headrace.router.state.peer_reports import plausible
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import MAX_ATTEMPT, MAX_NAME, MAX_STOP_CHARACTERS
 
 MAX_TOKENS = 2**31  # of one count that a peer reports; the sum of two still fits a uint32
+
+_MOST_LOGPROB = 0.01  # rounding may bring a log-probability above 0
 
 # Reasons that never end a caller's answer. Numbers that this version does not know are a newer peer's.
 _NOT_FINAL = frozenset([pb.FINISH_REASON_UNSPECIFIED, pb.FINISH_REASON_CANCELLED, pb.FINISH_REASON_DEADLINE])
@@ -44,6 +48,53 @@ def check_delta(delta: pb.Delta, had: int, max_tokens: float) -> None:
         )
     if count and had + count > max_tokens:
         raise errors.BatcherLost(f"the batcher sent {had + count} tokens, the request allows {max_tokens}")
+
+
+def check_tokens(delta: pb.Delta, most: int) -> None:
+    """Check the details of a delta's tokens, which the request asks for.
+
+    most   most likely tokens at each place
+
+    Raises InvalidSampling if there are none, and BatcherLost if they are implausible.
+    """
+    described, count = len(delta.tokens), delta.token_count
+    if described != count:
+        if not described:
+            raise unsupported("top_logprobs")
+        raise errors.BatcherLost(f"the batcher sent details of {described} of {count} tokens")
+    _check_details(delta.tokens, most)
+
+
+def unsupported(feature: str) -> errors.InvalidSampling:
+    """Return the error for a batcher that ignores a field: it is of an older version."""
+    return errors.InvalidSampling(
+        f"the batcher of this tier does not support sampling.{feature}: upgrade it, or leave the field out",
+        field=f"sampling.{feature}",
+    )
+
+
+def _check_details(tokens: Sequence[pb.TokenLogprobs], most: int) -> None:
+    for described in tokens:
+        top = described.top
+        if len(top) > most:
+            raise errors.BatcherLost(
+                f"the batcher sent {len(top)} most likely tokens, the request asks for {most}"
+            )
+        # Also false for NaN, which could not be written as JSON.
+        if not all(one.logprob <= _MOST_LOGPROB for one in (described.token, *top)):
+            raise errors.BatcherLost("the batcher sent a log-probability that is no number, or is above 0")
+
+
+def check_prompt(part: pb.PromptTokens, prompt_tokens: int, most: int) -> None:
+    """Raise BatcherLost if a part of a prompt is implausible.
+
+    prompt_tokens   of the whole prompt
+    most            most likely tokens at each place
+    """
+    end = part.offset + len(part.tokens)
+    if end > prompt_tokens:
+        raise errors.BatcherLost(f"the batcher sent prompt token {end - 1}, the prompt has {prompt_tokens}")
+    _check_details(part.tokens, most)
 
 
 def check_change(change: pb.RouteChange, within: str) -> None:

@@ -161,6 +161,8 @@ class Quotas:
             messages = request.chat.messages
             characters = sum(len(message.content) for message in messages)
             prompt = characters / TOKEN_CHARACTERS + MESSAGE_TOKENS * len(messages)
+        elif request.HasField("token_ids"):
+            prompt = float(len(request.token_ids.ids))
         else:
             prompt = len(request.prompt) / TOKEN_CHARACTERS
         prompt += len(request.resume.token_ids)

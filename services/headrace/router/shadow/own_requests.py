@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from headrace.deadline import Deadline
 from headrace.metrics import changes
 from headrace.metrics.requests import finish_name
-from headrace.router.answering.attempts import Outgoing, on_tier
+from headrace.router.answering.attempts import Outgoing, clear_details, on_tier
 from headrace.router.changes.answered import Beginning
 from headrace.router.optional import optional
 from headrace.router.state.bills import Bill
@@ -113,7 +113,7 @@ def shadow_request(request: pb.GenerateRequest) -> pb.GenerateRequest:
     made.CopyFrom(request)
     made.request_id = f"{request.request_id[:120]}-shadow"
     made.ClearField("stream")
-    made.sampling.ClearField("logprobs")
+    clear_details(made.sampling)
     _set_routing(made, request.routing.tenant)
     return made
 

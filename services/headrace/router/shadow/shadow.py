@@ -154,8 +154,11 @@ class Shadow:
     # A watcher.
 
     def wants_text(self, request: pb.GenerateRequest, facts: RoutingRequest) -> bool:
-        """Draw requests; the text is needed of those whose answers are compared."""
-        if facts.resumes or self._draw() >= self._share:
+        """Draw requests; the text is needed of those whose answers are compared.
+
+        Token ids are of one model, and have no text for a judge.
+        """
+        if facts.resumes or request.HasField("token_ids") or self._draw() >= self._share:
             return False
         self._drawn[id(request)] = request
         if len(self._drawn) > MAX_DRAWN:

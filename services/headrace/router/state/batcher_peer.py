@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from typing import TypeVar
 
 from headrace import errors
 from headrace.channel import open_channel
@@ -17,15 +18,31 @@ from headrace.client import Client
 from headrace.deadline import Deadline
 from headrace.flushing import Flusher
 from headrace.router.state.peer_reports import BadReply, read_tiers
+from headrace.runtime.serving.calls import Metadata
 from headrace.tls.files import TlsReader
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing
 
+R = TypeVar("R")
+
 log = logging.getLogger(__name__)
 
 HOPS = "headrace-hops"  # the header with the number of routers that a request has passed
+MAX_HOPS = 4  # routers that a request may pass
 # Errors of a poll that mean that the batcher is busy. Any other error means that it cannot serve.
 _BUSY = (errors.DeadlineExceeded, errors.RequestCancelled, errors.Overloaded)
+
+
+def hops_of(metadata: Metadata) -> int:
+    """Return how many routers a request has passed. Raises NoWorkers if there are too many."""
+    value = next((value for key, value in metadata if key == HOPS), "")
+    valid = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9
+    hops = int(value) if valid else 0
+    if hops > MAX_HOPS:
+        raise errors.NoWorkers(
+            f"the request has passed {hops} routers, which name each other as tiers: correct their --tiers"
+        )
+    return hops
 
 
 class Stalled(Exception):
@@ -110,6 +127,21 @@ class BatcherPeer:
                     yield response
         finally:
             self.in_flight -= 1
+
+    async def tokenizer_call(
+        self, method: Callable[..., Awaitable[R]], request: object, *, deadline: Deadline, hops: int
+    ) -> R:
+        """Return its response to *request*. Raises the client's errors.
+
+        method   of `Client`, for one RPC of the TokenizerService
+        hops     as in `generate`
+        """
+        return await method(
+            self._client,
+            request,
+            timeout=max(deadline.left(time.monotonic()), 0.0),
+            metadata={HOPS: str(hops + 1)} if self.router else {},
+        )
 
     async def poll(self, timeout: float) -> None:
         """Request its report. A failure affects only its health."""

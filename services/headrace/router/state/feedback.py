@@ -48,7 +48,7 @@ class AnswerRecord:
     scorer, arm  that scored them: its fingerprint, and "canary" for a candidate
     quality      the reported outcome, 0 to 1; None before the report
     kept         whether the outcome is in the file
-    asked        digest of the turns, which tells prompts apart if they are not kept
+    asked        digest of the prompt, which tells prompts apart if they are not kept; 0: that of the turns
     """
 
     answer_id: str
@@ -126,7 +126,7 @@ class Feedback:
 
     def remember(self, answer: AnswerRecord, *, tenant: str = "") -> None:
         """Store an answer to *tenant*'s request."""
-        answer.asked = hash(tuple(answer.turns))
+        answer.asked = answer.asked or hash(tuple(answer.turns))
         if self._file is None or answer.size > min(self._max_bytes, MAX_CHARACTERS):
             answer.turns = ()
         self._answers.put(tenant, answer.answer_id, answer, answer.size)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace import errors
 from headrace.bearer import AUTHORIZATION, MAX_TOKEN, is_token
-from headrace.runtime.security.access import ServiceName, required_scope
+from headrace.runtime.security.access import ServiceName, credential_settings, required_scope
 from headrace.runtime.security.callers_file import CallersFile
 from headrace.runtime.security.guard import Metadata, Peer
 from headrace.runtime.security.identity import Identity, Scope
@@ -155,8 +155,8 @@ class CallerGuard:
             ways.append("use a client certificate")
         if not ways:
             return (
-                "this server serves no callers yet: its operator must configure credentials (--auth-tokens, "
-                "--auth-jwks or --tls-ca), or set --auth-anonymous allow"
+                "this server serves no callers yet: its operator must configure credentials "
+                f"({credential_settings(self._service)}), or set --auth-anonymous allow"
             )
         return f"the call has no credentials that this server accepts: {' or '.join(ways)}"
 
@@ -165,7 +165,7 @@ def _bearer(sent: list[str | bytes]) -> str:
     """Return the token of the authorization headers of a call. Raises CredentialsInvalid."""
     value = sent[0]
     if len(sent) > 1 or not isinstance(value, str) or value[: len(_BEARER)].lower() != _BEARER:
-        raise errors.CredentialsInvalid("the metadata must contain `authorization: Bearer TOKEN` once")
+        raise errors.CredentialsInvalid("the call must have the header `authorization: Bearer TOKEN` once")
     token = value[len(_BEARER) :].strip(" ")
     if not is_token(token):
         raise errors.CredentialsInvalid(

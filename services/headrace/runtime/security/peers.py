@@ -21,20 +21,22 @@ from headrace.tls.files import Material, TlsReader
 
 log = logging.getLogger(__name__)
 
-Role: TypeAlias = Literal["router", "batcher", "worker", "admin"]
+Role: TypeAlias = Literal["router", "batcher", "worker", "gateway", "admin"]
 
-# What a peer may call. A router calls batchers, and as a tier of another router that router.
+# What a peer may call. A router calls batchers, and as a tier of another router that router. A gateway calls
+# routers, for any tenant: it knows whose request it passes on.
 SCOPES: Mapping[Role, frozenset[Scope]] = {
     "router": frozenset(("router", "generate")),
     "batcher": frozenset(("batcher",)),
     "worker": frozenset(),
+    "gateway": frozenset(("generate", "feedback")),
     "admin": ALL_SCOPES,
 }
 # Other certificates that are verified, and callers without one, may call what callers of a router need.
 CALLER_SCOPES: frozenset[Scope] = frozenset(("generate", "feedback"))
 
 # `batcher-small` is a batcher, but `admin-dashboard` is not an administrator.
-_ROLE = re.compile(r"(?:headrace-)?(?:(?P<role>router|batcher|worker)(?:-.+)?|(?P<admin>admin))")
+_ROLE = re.compile(r"(?:headrace-)?(?:(?P<role>router|batcher|worker|gateway)(?:-.+)?|(?P<admin>admin))")
 
 
 @dataclass(frozen=True)

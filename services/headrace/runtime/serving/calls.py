@@ -81,7 +81,7 @@ class Calls:
         Raises gRPC's own errors if the caller has left or the call has ended itself, and CancelledError.
         """
         began = time.monotonic()
-        parent, links = _parent(extract(metadata), self._trace_context)
+        parent, links = parent_of(extract(metadata), self._trace_context)
         span = _tracer.start_span(method, parent, trace.SpanKind.SERVER, self._attributes_of(method), links)
         # With the caller's baggage. Attached by hand: a context manager would add to the cost of each call.
         token = otel_context.attach(trace.set_span_in_context(span, parent))
@@ -163,8 +163,11 @@ def drop_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _parent(received: Context, policy: TraceContext) -> tuple[Context, list[trace.Link]]:
-    """Return the context in which a request's span starts, and its links."""
+def parent_of(received: Context, policy: TraceContext) -> tuple[Context, list[trace.Link]]:
+    """Return the context in which a request's span starts, and its links.
+
+    received   the context that the caller sent
+    """
     if policy == "trust":
         return received, []
     caller = trace.get_current_span(received).get_span_context()

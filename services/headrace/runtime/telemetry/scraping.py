@@ -25,11 +25,7 @@ async def scraping(host: str, port: int, service: str, instance: str) -> AsyncGe
     if not port:
         yield
         return
-    described = await asyncio.to_thread(resource, service, instance)
-    # Names of attributes may begin with a digit and contain anything.
-    names = {name: re.sub(r"^(?=\d)|[^a-zA-Z0-9_]", "_", name) for name in described.attributes}
-    target = {names[name]: str(value) for name, value in described.attributes.items()}
-    text = Text({"service_name": target.pop("service_name")}, target)
+    text = await asyncio.to_thread(text_of, service, instance)
     problem: Exception | None = await asyncio.to_thread(bind_error, host, port)
     async with AsyncExitStack() as stack:
         if problem is None:
@@ -40,6 +36,18 @@ async def scraping(host: str, port: int, service: str, instance: str) -> AsyncGe
         if problem is not None:
             raise StartFailed(_explained(problem, host, port)) from problem
         yield
+
+
+def text_of(service: str, instance: str) -> Text:
+    """Return the text of the metrics of this process. It takes long: call it on a thread.
+
+    service, instance   as of `setup.telemetry`
+    """
+    attributes = resource(service, instance).attributes
+    # Names of attributes may begin with a digit and contain anything.
+    names = {name: re.sub(r"^(?=\d)|[^a-zA-Z0-9_]", "_", name) for name in attributes}
+    target = {names[name]: str(value) for name, value in attributes.items()}
+    return Text({"service_name": target.pop("service_name")}, target)
 
 
 def _explained(problem: Exception, host: str, port: int) -> str:

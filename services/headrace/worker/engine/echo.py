@@ -10,12 +10,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from headrace.worker.engine.interface import DeferredStep, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import (
+    DeferredStep,
+    Fault,
+    ModelInfo,
+    PromptLogprobs,
+    Result,
+    Row,
+    Token,
+    TopTokens,
+)
 
 # One id per byte of UTF-8, then the special ids, as in `batcher.text.tokens.ByteTokenizer`.
 VOCABULARY_SIZE = 258
 EOS_ID = 256
 FAULT_ID = 257  # a prompt that contains this id fails when its first token is sampled
+
+# The engine is certain of each token, so all others are as good as impossible. Not minus infinity, which JSON
+# cannot represent.
+UNLIKELY = -9999.0
 
 _TOKENS = [Token(id, 0.0) for id in range(VOCABULARY_SIZE)]
 _NOTHING = 0  # the digest of no ids
@@ -88,7 +101,7 @@ class EchoEngine:
             block_tokens=block_tokens,
             kv_blocks=kv_blocks,
             exact=True,
-            features=("logprobs",),
+            features=("logprobs", "top_logprobs", "prompt_logprobs"),
         )
 
     @property
@@ -105,7 +118,7 @@ class EchoEngine:
         """See `Engine.launch`."""
         return DeferredStep(self.step, rows)
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute all rows now. Returns what `LaunchedStep.wait` does."""
         if self._step_seconds:
             time.sleep(self._step_seconds)
@@ -177,12 +190,21 @@ def _wrong(block: int, begin: int) -> RuntimeError:
     return RuntimeError(f"block {block} does not hold the ids of its row from position {begin}")
 
 
-def _answer(row: Row) -> Token | Fault | None:
-    if not row.sample:
-        return None
+def _answer(row: Row) -> Result:
     known: _Known = row.memo.kept
-    if known.faulty:
+    if known.faulty and row.sample:
         return Fault("the prompt contains the id that makes the echo engine fail")
+    prompt = _prompt(row) if row.scored else None
+    if not row.sample:
+        return prompt
+    token = _token(row)
+    if prompt is None and not row.params.top_logprobs:
+        return token
+    most = row.params.top_logprobs
+    return Token(token.id, 0.0, likeliest(token.id, most) if most else None, prompt)
+
+
+def _token(row: Row) -> Token:
     answered = row.stop - row.prompt
     cycle = row.prompt + 1
     at_end = answered % cycle == row.prompt
@@ -191,3 +213,16 @@ def _answer(row: Row) -> Token | Fault | None:
     # After its end it starts over, without a gap that could not be decoded as text.
     id = row.ids[answered % row.prompt]
     return _TOKENS[id] if id < VOCABULARY_SIZE else Token(id, 0.0)  # a test's engine may have more ids
+
+
+def _prompt(row: Row) -> PromptLogprobs:
+    """Return the log-probabilities of the tokens to score: each was certain."""
+    most = row.params.prompt_logprobs
+    tops = [likeliest(row.ids[place], most) for place in row.scored] if most else []
+    return PromptLogprobs(row.scored.start, [0.0] * len(row.scored), tops)
+
+
+def likeliest(id: int, most: int) -> TopTokens:
+    """Return the most likely tokens where *id* is certain: it, and then the smallest ids."""
+    others = [other for other in range(min(most, VOCABULARY_SIZE)) if other != id][: most - 1]
+    return TopTokens((id, *others), (0.0, *(UNLIKELY for _ in others)))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
+_NONE = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class FlatStep:
@@ -34,6 +36,7 @@ class FlatStep:
     tables     [rows, width] each row's blocks, in order; unneeded entries are 0
     sampling   [sampling rows] indices of the rows that sample
     last       [sampling rows] index of their last tokens
+    scored     [scored] index of the token before each one of `Row.scored`, of all rows in order
     """
 
     ids: Longs
@@ -45,6 +48,7 @@ class FlatStep:
     tables: Ints
     sampling: Longs
     last: Longs
+    scored: Longs
 
     @property
     def rows(self) -> int:
@@ -84,7 +88,18 @@ def flatten(rows: Sequence[Row], block_tokens: int) -> FlatStep:
         tables=tables,
         sampling=sampling,
         last=(offsets[sampling + 1] - 1).astype(np.int64),
+        scored=scored_places(rows, offsets),
     )
+
+
+def scored_places(rows: Sequence[Row], offsets: Ints) -> Longs:
+    """Return `FlatStep.scored`, given the index of each row's first token."""
+    places = [
+        np.arange(row.scored.start, row.scored.stop) + (int(offset) - row.start - 1)
+        for row, offset in zip(rows, offsets, strict=False)
+        if row.scored
+    ]
+    return np.concatenate(places) if places else _NONE
 
 
 def destinations(flat: FlatStep, block_tokens: int) -> Longs:

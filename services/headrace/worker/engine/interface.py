@@ -14,7 +14,11 @@ from typing import Any, Protocol
 
 # Part of this interface as well: an engine needs no other import.
 from headrace.worker.runner import ModelInfo as ModelInfo
+from headrace.worker.runner import PromptLogprobs as PromptLogprobs
 from headrace.worker.runner import SamplingParams as SamplingParams
+from headrace.worker.runner import TopTokens as TopTokens
+
+UNSCORED = range(0)
 
 
 class Memo:
@@ -54,6 +58,9 @@ class Row:
              `ahead`. If the row before fails, or its token ends the sequence, this row's result is ignored
     version  identifies the contents of `blocks`: while it is unchanged, blocks are only appended. Unique
              among all block tables
+    scored   positions of the prompt's tokens whose log-probabilities the step computes, consecutive and in
+             start + 1 to stop: the logits of a token's predecessor give its distribution. So the first id
+             after a chunk is scored with the chunk. Not empty only if params.prompt_logprobs is set
     """
 
     blocks: Sequence[int]
@@ -66,14 +73,22 @@ class Row:
     memo: Memo = field(default_factory=Memo, compare=False)
     pending: bool = False
     version: int = 0
+    scored: range = UNSCORED
 
 
 @dataclass(slots=True)
 class Token:
-    """A sampled token, and its log-probability if the request asked for it. Never modified."""
+    """A sampled token. Never modified.
+
+    logprob   its log-probability, if the request asks for it
+    top       the most likely tokens at its place, if the request asks for more than 0
+    prompt    the log-probabilities of `Row.scored`, if there are any
+    """
 
     id: int
     logprob: float | None = None
+    top: TopTokens | None = None
+    prompt: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,11 @@ class Fault:
     message: str
 
 
+# The result of a row: a token if it samples, else the log-probabilities of `Row.scored`, or None if there are
+# none either.
+Result = Token | PromptLogprobs | Fault | None
+
+
 class EngineBroken(Exception):
     """The device failed in a way that makes every later step fail too: the process must end."""
 
@@ -90,8 +110,8 @@ class EngineBroken(Exception):
 class LaunchedStep(Protocol):
     """A step that is being computed."""
 
-    def wait(self) -> list[Token | Fault | None]:
-        """Wait for the results: one entry per row, in order; None for a row that does not sample.
+    def wait(self) -> Sequence[Result]:
+        """Wait for the results: one entry per row, in order.
 
         Called once, in the order of the launches. An engine that computes on the calling thread does so here.
         Raises what the step raises; `EngineBroken` if later steps would fail too. If it raises, the contents
@@ -108,13 +128,11 @@ class DeferredStep:
 
     __slots__ = ("_compute", "_rows")
 
-    def __init__(
-        self, compute: Callable[[Sequence[Row]], list[Token | Fault | None]], rows: Sequence[Row]
-    ) -> None:
+    def __init__(self, compute: Callable[[Sequence[Row]], Sequence[Result]], rows: Sequence[Row]) -> None:
         self._compute = compute
         self._rows = rows
 
-    def wait(self) -> list[Token | Fault | None]:
+    def wait(self) -> Sequence[Result]:
         """See `LaunchedStep.wait`."""
         return self._compute(self._rows)
 

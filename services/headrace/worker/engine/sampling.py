@@ -24,12 +24,12 @@ from headrace.worker.engine import fixed_math
 from headrace.worker.engine.cpu.kernels.sampling import ROW, sample_rows
 from headrace.worker.engine.edits import Edits, Ids
 from headrace.worker.engine.interface import Fault, Row, Token
+from headrace.worker.engine.likelihoods import NOT_FINITE, likelihoods, logprobs
 from headrace.worker.engine.noise import noise_key
 
 log = logging.getLogger(__name__)
 
 UNSAMPLED = Fault("the sequence's next token cannot be sampled; see the worker's log")
-NOT_FINITE = Fault("the model's logits are not finite")
 
 # Filters examine this many of the likeliest tokens first, and all tokens if those do not suffice.
 CANDIDATES = 1024
@@ -74,7 +74,7 @@ class Sampler:
         table["scores"], table["logits"] = starts + scores.data_ptr(), starts + logits.data_ptr()
         sample_rows(table, logits.shape[1], candidates=CANDIDATES, threads=torch.get_num_threads())
         own = _logprobs(table).tolist() if table["logprobs"].any() else [None] * len(rows)
-        return [
+        tokens: list[Token | Fault] = [
             faults[index]
             if index in faults
             else Token(token, logprob if row.params.logprobs else None)
@@ -84,6 +84,29 @@ class Sampler:
                 zip(rows, table["id"].tolist(), table["finite"].tolist(), own, strict=True)
             )
         ]
+        asking = [index for index, row in enumerate(rows) if row.params.top_logprobs]
+        if asking:
+            self._add_top(logits, rows, tokens, asking)
+        return tokens
+
+    def _add_top(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[Row],
+        tokens: list[Token | Fault],
+        asking: Sequence[int],
+    ) -> None:
+        """Add the most likely tokens to the tokens of rows, given by index."""
+        ids = [token.id if isinstance(token := tokens[index], Token) else 0 for index in asking]
+        found = likelihoods(
+            logits[list(asking)], ids, max(rows[index].params.top_logprobs for index in asking)
+        )
+        for place, index in enumerate(asking):
+            token = tokens[index]
+            if isinstance(token, Token) and found.finite[place]:
+                token.top = found.top(place, rows[index].params.top_logprobs)
+            elif isinstance(token, Token):
+                tokens[index] = NOT_FINITE  # a ban has hidden the logit that is not
 
     def _edit(self, logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, dict[int, Fault]]:
         """Apply bias, penalties and min_tokens. Returns *logits* itself if no row has any.
@@ -177,8 +200,4 @@ def min_p_logs(min_ps: Sequence[float]) -> npt.NDArray[np.float32]:
 
 def _logprobs(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Return the log-probabilities of the sampled tokens; undefined for rows that did not ask for them."""
-    mass = np.maximum(rows["mass"], fixed_math.WEIGHT_ONE).astype(np.float32) * np.float32(
-        1 / fixed_math.WEIGHT_ONE
-    )
-    with np.errstate(all="ignore"):
-        return np.asarray((rows["own"] - rows["largest"]) - fixed_math.log(mass))
+    return logprobs(rows["own"], rows["largest"], rows["mass"])

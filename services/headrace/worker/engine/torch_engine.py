@@ -7,15 +7,34 @@ engines from files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from headrace.worker.engine.cpu.decoder import Decoder
-from headrace.worker.engine.flat_step import flatten
+from headrace.worker.engine.flat_step import FlatStep, flatten
 from headrace.worker.engine.forward import Forward
-from headrace.worker.engine.interface import DeferredStep, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import (
+    DeferredStep,
+    Fault,
+    ModelInfo,
+    PromptLogprobs,
+    Result,
+    Row,
+    Token,
+)
+from headrace.worker.engine.likelihoods import (
+    add_prompts,
+    joined,
+    likelihoods,
+    most_of_prompts,
+    prompt_parts,
+    scored_ids,
+)
 from headrace.worker.engine.sampling import Sampler
+
+# Tokens of a prompt whose logits are in memory at the same time: 40 MB with a vocabulary of 152,000.
+SCORED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +44,13 @@ class Computed:
     sampling   indices of the rows that sampled
     logits     [sampling rows, vocabulary], in the model's dtype; the next step may overwrite them
     tokens     one per sampling row
+    prompts    the parts of prompts that were scored, by the index of the row
     """
 
     sampling: list[int]
     logits: torch.Tensor
     tokens: list[Token | Fault]
+    prompts: Mapping[int, PromptLogprobs | Fault] = field(default_factory=dict)
 
 
 class TorchEngine:
@@ -58,15 +79,16 @@ class TorchEngine:
         """See `Engine.launch`."""
         return DeferredStep(self.step, rows)
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute all rows now. Returns what `LaunchedStep.wait` does.
 
         A row whose logits are not finite gets a Fault. Other errors, such as too little memory, are raised.
         """
         computed = self.compute(rows)
-        results: list[Token | Fault | None] = [None] * len(rows)
+        results: list[Result] = [None] * len(rows)
         for index, token in zip(computed.sampling, computed.tokens, strict=True):
             results[index] = token
+        add_prompts(results, computed.prompts)
         return results
 
     @torch.inference_mode()
@@ -76,7 +98,25 @@ class TorchEngine:
         logits = self._forward(flat)
         sampling: list[int] = flat.sampling.tolist()
         tokens = self._sampler.sample(logits, [rows[i] for i in sampling]) if sampling else []
-        return Computed(sampling, logits, tokens)
+        prompts = self._score(flat, rows) if len(flat.scored) else {}
+        return Computed(sampling, logits, tokens, prompts)
+
+    def _score(self, flat: FlatStep, rows: Sequence[Row]) -> dict[int, PromptLogprobs | Fault]:
+        """Compute the log-probabilities of prompts, in slices, because their logits take much memory."""
+        ids, most = scored_ids(rows), most_of_prompts(rows)
+        return prompt_parts(
+            rows,
+            joined(
+                [
+                    likelihoods(
+                        self._forward.logits_of(flat.scored[begin : begin + SCORED_TOKENS]),
+                        ids[begin : begin + SCORED_TOKENS],
+                        most,
+                    )
+                    for begin in range(0, len(ids), SCORED_TOKENS)
+                ]
+            ),
+        )
 
     @torch.inference_mode()
     def profile(self, rows: Sequence[Row]) -> Mapping[str, float]:

@@ -136,7 +136,6 @@ def device_engine(tiny_folder: Callable[[str], Path]) -> Callable[..., GpuEngine
             step_tokens=step_tokens,
             tile=tile_tokens(layers, exact=exact, dtype=torch.float32),
             graphs=graphs,
-            keep_logits=True,
         )
 
     return make

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from headrace.worker.engine.gpu.sampler import DeviceSampler, read_tokens
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, zeros
-from headrace.worker.engine.interface import Fault, Row, Token
+from headrace.worker.engine.interface import Fault, Result, Row, Token
 from headrace.worker.engine.noise import noise_key
 from tests.worker.engine.gpu.device import DEVICE
 from tests.worker.engine.rows import EOS, draw, kept_by_definition, random_logits, row_of
@@ -51,7 +51,7 @@ def step_of(rows: Sequence[Row], slots: Sequence[int], *, padding: int = 0, spar
 
 def draw_on_device(
     sampler: DeviceSampler, logits: torch.Tensor, rows: Sequence[Row], slots: Sequence[int] | None = None
-) -> list[Token | Fault | None]:
+) -> list[Result]:
     """Sample the rows of sequences that were assigned before; *logits* may be on the host."""
     results = torch.full((3, len(rows)), -7, dtype=torch.int32, device=DEVICE)
     step = step_of(rows, range(len(rows)) if slots is None else slots)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from zlib import crc32
 
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
-from headrace.worker.engine.interface import Fault, Memo, ModelInfo, Row, Token
+from headrace.worker.engine.interface import Fault, Memo, ModelInfo, Result, Row, Token
 from tests.worker.engine.plan.scheduling import ON_PURPOSE
 
 
@@ -21,7 +21,7 @@ def hashed(ids: Sequence[int], *, may_end: bool) -> int:
 class HashEngine(EchoEngine):
     """The echo engine with tokens that depend on the whole history. It checks the contents of blocks, too."""
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         return [
             Token(hashed(row.ids[: row.stop], may_end=not row.params.ignore_eos), 0.0)
             if isinstance(result, Token)
@@ -80,7 +80,7 @@ class DeviceEngine:
         self.launched += 1
         return self._queue[-1]
 
-    def compute(self, step: DeviceStep) -> list[Token | Fault | None]:
+    def compute(self, step: DeviceStep) -> list[Result]:
         """Compute the oldest step."""
         assert self._queue.popleft() is step, "steps are awaited in order"
         # What a row computes after its sequence has failed is dropped by the caller.
@@ -121,6 +121,6 @@ class DeviceStep:
     number: int
     rows: list[Row]
 
-    def wait(self) -> list[Token | Fault | None]:
+    def wait(self) -> list[Result]:
         """See `LaunchedStep.wait`."""
         return self.engine.compute(self)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from headrace.deadline import NEVER, Deadline
-from headrace.worker.engine.interface import Engine, Fault, LaunchedStep, Row, Token
+from headrace.worker.engine.interface import Engine, Fault, LaunchedStep, Result, Row
 from headrace.worker.engine.plan.scheduler import Scheduler
 from headrace.worker.engine.plan.sequences import LiveSequence, PlannedStep
 from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, SequenceUpdate
@@ -123,7 +123,7 @@ class Run:
     def _land(self, now: float) -> None:
         """Apply the oldest launched step."""
         step, launched = self.in_flight.popleft()
-        results: Sequence[Token | Fault | None]
+        results: Sequence[Result]
         try:
             results = launched.wait()
         except RuntimeError as error:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from headrace.deadline import NEVER, Deadline
 from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.engine.interface import DeferredStep, Engine, Fault, Row, Token
+from headrace.worker.engine.interface import DeferredStep, Engine, Result, Row
 from headrace.worker.engine.plan import loop as loop_module
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, StepReport
@@ -31,7 +31,7 @@ class GatedEngine(EchoEngine):
         self.entered: queue.Queue[set[int]] = queue.Queue()
         self.permits: queue.Queue[None] = queue.Queue()
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         self.entered.put({row.ids[0] for row in rows})
         self.permits.get(timeout=SECONDS)
         return super().step(rows)
@@ -205,7 +205,7 @@ class FailingEngine(EchoEngine):
             raise RuntimeError("no memory")
         return super().launch(rows)
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         if self.steps == 2:
             raise RuntimeError("no memory")
         return super().step(rows)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from headrace.worker.engine.interface import EngineBroken, Fault, Row, Token
+from headrace.worker.engine.interface import EngineBroken, Result, Row
 from headrace.worker.runner import FinishReason
 from tests.worker.engine.plan.device import DeviceEngine, DeviceStep, HashEngine
 from tests.worker.engine.plan.test_loop import SECONDS, running, sequence
@@ -26,7 +26,7 @@ class GatedDevice(DeviceEngine):
         self.calls.put(("launch", step.number))
         return step
 
-    def compute(self, step: DeviceStep) -> list[Token | Fault | None]:
+    def compute(self, step: DeviceStep) -> list[Result]:
         self.calls.put(("wait", step.number))
         self.permits.get(timeout=SECONDS)
         return super().compute(step)
@@ -122,7 +122,7 @@ def test_a_broken_device_ends_the_process_with_one_line(
     ahead: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(DeviceEngine):
-        def compute(self, step: DeviceStep) -> list[Token | Fault | None]:
+        def compute(self, step: DeviceStep) -> list[Result]:
             raise EngineBroken("illegal memory access")
 
     exits: queue.Queue[int] = queue.Queue()

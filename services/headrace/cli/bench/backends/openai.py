@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import ssl
 import time
 from collections.abc import AsyncGenerator, Generator, Mapping
@@ -207,6 +208,10 @@ def _failures() -> Generator[None, None, None]:
     except TimeoutError:
         raise Failed(TIMEOUT, "no complete answer in time") from None
     except aiohttp.ClientConnectorError as error:
-        raise Failed("connection failed", str(error)) from error
+        raise Failed("connection failed", _cause(error.os_error)) from error
     except (aiohttp.ClientError, OSError) as error:
         raise Failed(DISCONNECTED, f"{type(error).__name__}: {error}") from error
+
+
+def _cause(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)

@@ -27,7 +27,7 @@ from headrace.worker.engine.cpu.kernels.decoder_step import (
 from headrace.worker.engine.cpu.kernels.matmul import ELEMENT_BYTES, GROUP, PANEL, ElementType
 from headrace.worker.engine.cpu.kernels.paging import KernelMemory, Ragged
 from headrace.worker.engine.cpu.weight_layout import lay_out
-from headrace.worker.engine.flat_step import FlatStep
+from headrace.worker.engine.flat_step import FlatStep, Longs
 
 Record = npt.NDArray[Any]
 
@@ -187,12 +187,30 @@ class Decoder:
         ragged = Ragged(flat.starts, flat.stops - flat.starts, flat.tables)
         step = self._step
         step["ragged"] = ragged.record(self._tile_tokens)
-        ids, last = flat.ids.astype(np.int32), flat.last.astype(np.int32)
-        if len(last) > len(self._logits):  # reused: the system would first zero new memory
-            self._logits = torch.empty(len(last), int(step["head"]["count"][0]) * PANEL)
-        logits = self._logits[: len(last)]
-        step["ids"], step["sampled_tokens"] = ids.ctypes.data, last.ctypes.data
-        step["sampled"], step["logits"] = len(last), logits.data_ptr()
+        ids = flat.ids.astype(np.int32)
+        step["ids"] = ids.ctypes.data
+        if len(flat.last) > len(self._logits):  # reused: the system would first zero new memory
+            self._logits = self._room_for_logits(len(flat.last))
+        return self._run(flat.last, self._logits[: len(flat.last)])
+
+    def logits_of(self, places: Longs) -> torch.Tensor:
+        """See `Forward`."""
+        _require_in_range("place", places, int(self._step["ragged"]["tokens"][0]))
+        layers = int(self._step["layers"][0])
+        self._step["layers"] = 0
+        try:
+            return self._run(places, self._room_for_logits(len(places)))
+        finally:
+            self._step["layers"] = layers
+
+    def _room_for_logits(self, rows: int) -> torch.Tensor:
+        return torch.empty(rows, int(self._step["head"]["count"][0]) * PANEL)
+
+    def _run(self, places: Longs, logits: torch.Tensor) -> torch.Tensor:
+        """Run the step, with the logits of the tokens at *places*."""
+        step, sampled = self._step, places.astype(np.int32)
+        step["sampled_tokens"], step["sampled"] = sampled.ctypes.data, len(places)
+        step["logits"] = logits.data_ptr()
         self._counters.fill(0)
         run_step(step, self._threads, self._failures)
         return logits[:, : self._weights.vocabulary_size]

@@ -180,6 +180,14 @@ class GpuDecoder:
         self._tables = tables
         self._scratch = scratch
         self._multiply = _multiply_exactly if exact else _multiply_fast
+        self.reserve(0, 0)
+
+    def reserve(self, tokens: int, rows: int) -> None:
+        """See `DeviceForward`."""
+        # The norm of their sum gives the logits of a token. The first layer begins with them as well.
+        embedding, head = self._weights.embedding, self._weights.head.weights
+        self._residual, self._projected = embedding.new_empty(2, tokens, embedding.shape[1])
+        self._logits = head.new_empty(rows, len(head))
 
     def __call__(self, ids: torch.Tensor, step: StepInputs) -> torch.Tensor:
         """Store the keys and values of a step's tokens, and compute the logits of each row's last token.
@@ -188,18 +196,26 @@ class GpuDecoder:
 
         Returns [rows, vocabulary] in the dtype of the weights.
         """
-        weights, multiply = self._weights, self._multiply
+        weights, multiply, tokens = self._weights, self._multiply, len(ids)
+        if tokens > len(self._residual) or len(step.last) > len(self._logits):
+            self.reserve(tokens, len(step.last))
+        projected = self._projected[:tokens]
         attention = PagedAttention(self._memory, self._tables, step, self._scratch)
-        residual, normed = embed(ids, weights.embedding, weights.layers[0].attention_norm, weights.epsilon)
+        residual, normed = embed(
+            ids,
+            weights.embedding,
+            weights.layers[0].attention_norm,
+            weights.epsilon,
+            self._residual[:tokens],
+        )
         # The same buffers in all layers: a layer reads what it has written.
         first = weights.layers[0]
-        qkv, projected, gate_up = (
-            residual.new_empty(len(ids), len(projection.weights))
-            for projection in (first.qkv, first.output, first.gate_up)
+        qkv, gate_up = (
+            residual.new_empty(tokens, len(projection.weights)) for projection in (first.qkv, first.gate_up)
         )
         # Attention does not write padding; zeros keep whatever follows finite.
-        attended = residual.new_zeros(len(ids), first.output.weights.shape[1])
-        activated = residual.new_empty(len(ids), first.down.weights.shape[1])
+        attended = residual.new_zeros(tokens, first.output.weights.shape[1])
+        activated = residual.new_empty(tokens, first.down.weights.shape[1])
         following = [*weights.layers[1:], None]
         for index, (layer, after) in enumerate(zip(weights.layers, following, strict=True)):
             multiply(normed, layer.qkv, qkv)
@@ -211,10 +227,20 @@ class GpuDecoder:
             multiply(activated, layer.down, projected)
             if after is not None:
                 add_norm(projected, residual, after.attention_norm, weights.epsilon, normed)
-        last = add_norm_of(step.last, projected, residual, weights.final_norm, weights.epsilon)
-        logits = last.new_empty(len(last), len(weights.head.weights))
-        multiply(last, weights.head, logits)
+        logits = self._logits[: len(step.last)]
+        self._compute_logits(step.last, logits)
         return logits
+
+    def logits_of(self, places: torch.Tensor) -> torch.Tensor:
+        """See `DeviceForward`."""
+        logits = self._logits.new_empty(len(places), self._logits.shape[1])
+        self._compute_logits(places, logits)
+        return logits
+
+    def _compute_logits(self, places: torch.Tensor, logits: torch.Tensor) -> None:
+        weights = self._weights
+        normed = add_norm_of(places, self._projected, self._residual, weights.final_norm, weights.epsilon)
+        self._multiply(normed, weights.head, logits)
 
     def _attend(
         self,

@@ -21,10 +21,11 @@ from headrace.worker.engine.gpu.filling import advance, fill
 from headrace.worker.engine.gpu.graphs import Ladder
 from headrace.worker.engine.gpu.kernels.embedding import resolve
 from headrace.worker.engine.gpu.kernels.tables import append_blocks
+from headrace.worker.engine.gpu.likelihoods import DeviceLikelihoods
 from headrace.worker.engine.gpu.sampler import DeviceSampler, counts_ids, read_tokens
 from headrace.worker.engine.gpu.slots import Slot, Slots
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, packed_numbers
-from headrace.worker.engine.interface import Fault, ModelInfo, Row, Token
+from headrace.worker.engine.interface import Fault, ModelInfo, Result, Row, Token
 from headrace.worker.engine.torch_engine import Computed
 
 
@@ -47,12 +48,29 @@ _BUFFERS = 3
 class DeviceForward(Protocol):
     """Computes one model over its paged memory. Never waits for the device, so it can be captured."""
 
+    def reserve(self, tokens: int, rows: int) -> None:
+        """Allocate what is kept of a step for its reader, for steps of at most so many tokens and rows.
+
+        Called before steps are captured: it stays at fixed addresses.
+        """
+        ...
+
     def __call__(self, ids: torch.Tensor, step: StepInputs) -> torch.Tensor:
         """Store the keys and values of a step's tokens, and compute logits.
 
         ids   [tokens] int32, instead of those in *step*, of which the host does not know all
 
         Returns [rows, vocabulary]: for each row the logits of its last token. Those of padding are undefined.
+        Valid until the next step, also if this one was replayed.
+        """
+        ...
+
+    def logits_of(self, places: torch.Tensor) -> torch.Tensor:
+        """Compute the logits of any tokens of the latest step.
+
+        places   [places] int32 indices of tokens
+
+        Returns [places, vocabulary].
         """
         ...
 
@@ -68,11 +86,15 @@ class _Decodes:
 
 @dataclass(slots=True)
 class _Prepared:
-    """A step of one shape: where its inputs and results are, and what launches it."""
+    """A step of one shape: where its inputs, results and logits are, and what launches it.
+
+    logits   None before it was launched once
+    """
 
     inputs: StepInputs
     results: torch.Tensor
     launch: Callable[[], None]
+    logits: torch.Tensor | None = None
 
 
 class GpuEngine:
@@ -84,7 +106,6 @@ class GpuEngine:
     step_tokens   most tokens of a step
     tile          tokens of a query tile in steps with prompts
     graphs        captures all shapes of steps; None to launch each kernel of each step
-    keep_logits   keep the logits of the latest step, for `compute`
 
     uncaptured   why steps are not captured although *graphs* was given; empty if they are
     """
@@ -100,7 +121,6 @@ class GpuEngine:
         step_tokens: int,
         tile: int,
         graphs: Graphs | None = None,
-        keep_logits: bool = False,
     ) -> None:
         self._forward = forward
         self._model = model
@@ -115,10 +135,9 @@ class GpuEngine:
         self._host = [cuda.HostBuffer(numbers, device) for _ in range(_BUFFERS)]
         self._steps = 0
         self._before: _Decodes | None = None
-        self._logits: torch.Tensor | None = None
-        if keep_logits:
-            self._logits = torch.zeros(model.max_running, model.vocabulary_size, device=device)
+        self._logits: torch.Tensor | None = None  # of the latest step
         self._prepared: dict[StepShape, _Prepared] = {}
+        forward.reserve(max(shape.tokens for shape in self._ladder.shapes), model.max_running)
         self.uncaptured = ""
         if graphs is not None:
             with torch.inference_mode(), cuda.current_device(self._device):
@@ -137,23 +156,31 @@ class GpuEngine:
                 self._assign(rows, placed)
                 prepared = self._fill(rows, placed)
                 prepared.launch()
-                return GpuStep(rows, placed, cuda.Fetch(prepared.results))
+                self._logits = prepared.logits
+                return GpuStep(rows, placed, cuda.Fetch(prepared.results), self._ask(rows, prepared))
             except Exception as error:
                 self._slots.forget(placed)
                 self._before = None
                 raise cuda.as_broken(error) from error
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute a step and wait for it."""
         return self.launch(rows).wait()
 
     def compute(self, rows: Sequence[Row]) -> Computed:
-        """Compute a step, wait for it, and return its logits too. Only if logits are kept."""
-        assert self._logits is not None
+        """Compute a step, wait for it, and return its logits too."""
         results = self.step(rows)
+        assert self._logits is not None
         sampling = [index for index, row in enumerate(rows) if row.sample]
-        tokens = [token for index in sampling if (token := results[index]) is not None]
+        tokens = [token for index in sampling if isinstance(token := results[index], Token | Fault)]
         return Computed(sampling, self._logits[sampling], tokens)
+
+    def _ask(self, rows: Sequence[Row], prepared: _Prepared) -> DeviceLikelihoods | None:
+        """Queue what rows ask for besides their tokens; None if they ask for nothing."""
+        if not [row for row in rows if row.scored or row.params.top_logprobs]:
+            return None
+        assert prepared.logits is not None
+        return DeviceLikelihoods(rows, prepared.logits, prepared.results[0], self._forward.logits_of)
 
     def _assign(self, rows: Sequence[Row], placed: Sequence[Slot]) -> None:
         """Upload what the sampler needs of sequences that are new in their slots or lost their counts."""
@@ -211,12 +238,11 @@ class GpuEngine:
         def launch() -> None:
             append_blocks(self._slots.tables, inputs.table_places, inputs.table_blocks)
             ids = resolve(inputs.ids, inputs.slot_of, self._sampler.latest)
-            logits = self._forward(ids, inputs)
-            self._sampler.draw(logits, inputs, results)
-            if self._logits is not None:
-                self._logits[: shape.rows].copy_(logits)
+            prepared.logits = self._forward(ids, inputs)
+            self._sampler.draw(prepared.logits, inputs, results)
 
-        return _Prepared(inputs, results, launch)
+        prepared = _Prepared(inputs, results, launch)
+        return prepared
 
     def _capture(self, graphs: Graphs) -> None:
         """Capture all shapes, or find out why this model cannot be captured."""
@@ -240,8 +266,15 @@ def _continues(row: Row, slot: Slot) -> bool:
 class GpuStep:
     """A step that a device computes; see `LaunchedStep`."""
 
-    def __init__(self, rows: Sequence[Row], placed: Sequence[Slot], results: cuda.Fetch) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        placed: Sequence[Slot],
+        results: cuda.Fetch,
+        likelihoods: DeviceLikelihoods | None,
+    ) -> None:
         self._rows = rows
+        self._likelihoods = likelihoods
         self._faults = {
             index: slot.fault
             for index, (row, slot) in enumerate(zip(rows, placed, strict=True))
@@ -249,13 +282,14 @@ class GpuStep:
         }
         self._results = results
 
-    def wait(self) -> list[Token | Fault | None]:
+    def wait(self) -> list[Result]:
         """See `LaunchedStep.wait`. A row whose logits are not finite gets a Fault."""
         try:
-            table = self._results.wait()
+            tokens = read_tokens(self._results.wait(), self._rows)
+            if self._likelihoods is not None:
+                self._likelihoods.add_to(tokens)
         except Exception as error:
             raise cuda.as_broken(error) from error
-        tokens = read_tokens(table, self._rows)
         for index, fault in self._faults.items():
             tokens[index] = fault
         return tokens

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from headrace.worker.engine.forward import NetworkHead, scores_prompts
 from headrace.worker.engine.gpu.kernels.matmul import matmul
 from headrace.worker.engine.gpu.paged_attention import PagedAttention, Scratch
 from headrace.worker.engine.gpu.step_inputs import StepInputs
@@ -32,6 +33,15 @@ class NetworkForward:
         self._memory = memory
         self._tables = tables
         self._scratch = scratch
+        self._head = NetworkHead(network) if scores_prompts(network) else None
+        self.reserve(0, 0)
+
+    def reserve(self, tokens: int, rows: int) -> None:
+        """See `DeviceForward`."""
+        self._tokens, self._rows = tokens, rows
+        # Their sizes and dtypes are those of the first results.
+        self._hidden: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None
 
     def __call__(self, ids: torch.Tensor, step: StepInputs) -> torch.Tensor:
         """Store the keys and values of a step's tokens, and compute the logits of each row's last token.
@@ -47,7 +57,27 @@ class NetworkForward:
             logits_to_keep=step.last.long(),
             headrace_step=PagedAttention(self._memory, self._tables, step, self._scratch),
         ).logits[0]
-        return logits
+        self._keep(logits)
+        assert self._logits is not None
+        return self._logits[: len(logits)]
+
+    def logits_of(self, places: torch.Tensor) -> torch.Tensor:
+        """See `DeviceForward`."""
+        assert self._head is not None
+        assert self._hidden is not None
+        return self._head.logits(self._hidden, places.long())
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        """Copy logits and hidden states, which a graph overwrites, to fixed addresses."""
+        if self._logits is None or len(logits) > len(self._logits):
+            self._logits = logits.new_empty(max(self._rows, len(logits)), logits.shape[1])
+        self._logits[: len(logits)] = logits
+        if self._head is not None:
+            hidden = self._head.hidden
+            tokens = hidden.shape[1]
+            if self._hidden is None or tokens > self._hidden.shape[1]:
+                self._hidden = hidden.new_empty(1, max(self._tokens, tokens), hidden.shape[2])
+            self._hidden[:, :tokens] = hidden
 
 
 class ExactLinear(torch.nn.Module):

@@ -20,7 +20,7 @@ from headrace.worker.engine.gpu.cuda import to_device
 from headrace.worker.engine.gpu.kernels.sampling import BLOCK, CANDIDATES, Layout, SamplingMemory, sample
 from headrace.worker.engine.gpu.kernels.sampling import parameters as column
 from headrace.worker.engine.gpu.step_inputs import StepInputs
-from headrace.worker.engine.interface import Fault, Row, SamplingParams, Token
+from headrace.worker.engine.interface import Fault, Result, Row, SamplingParams, Token
 from headrace.worker.engine.sampling import NOT_FINITE, min_p_logs
 
 _LARGEST = 2**31 - 1
@@ -151,7 +151,7 @@ def counts_ids(params: SamplingParams) -> bool:
     return bool(params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty)
 
 
-def read_tokens(results: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault | None]:
+def read_tokens(results: torch.Tensor, rows: Sequence[Row]) -> list[Result]:
     """Return the results of a step: one entry per row, None for a row that does not sample.
 
     results   [3, rows or more] int32 on the host, from `DeviceSampler.draw`

@@ -15,8 +15,8 @@ import torch
 from headrace.worker.engine.attention_kinds import AttentionKind, Layers
 from headrace.worker.engine.cpu import packing
 from headrace.worker.engine.cpu.decoder import Decoder, DecoderWeights
-from headrace.worker.engine.forward import Forward, TransformersForward
-from headrace.worker.engine.interface import Engine, Fault, ModelInfo, Row, Token
+from headrace.worker.engine.forward import Forward, TransformersForward, scores_prompts
+from headrace.worker.engine.interface import Engine, ModelInfo, Result, Row
 from headrace.worker.engine.load import gpu_assembly
 from headrace.worker.engine.load.devices import Plan
 from headrace.worker.engine.load.precision import Precision
@@ -36,7 +36,7 @@ def ignore(_: object) -> None:
 class ModelEngine(Engine, CheckedEngine, Protocol):
     """An engine of a loaded model."""
 
-    def step(self, rows: Sequence[Row]) -> list[Token | Fault | None]:
+    def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute a step, and wait for it; see `Engine.launch`."""
         ...
 
@@ -58,6 +58,12 @@ class LoadedModel:
     plan: Plan
     decoder: Any = None
     packed: bool = False
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Optional features of its engines, see `ModelInfo`."""
+        prompts = self.decoder is not None or scores_prompts(self.network)
+        return ("logprobs", "top_logprobs", *(("prompt_logprobs",) if prompts else ()))
 
     def prepared(self, progress: Callable[[str], None]) -> LoadedModel:
         """Lay out the weights of the network for the kernels that read them.
@@ -92,12 +98,10 @@ class LoadedModel:
         progress: Callable[[str], None] = ignore,
         *,
         graphs: bool = True,
-        keep_logits: bool = False,
     ) -> ModelEngine:
         """Allocate KV memory for a model, and build the engine that computes over it.
 
         graphs        on a GPU, compute steps as CUDA graphs
-        keep_logits   `compute` is called; a GPU then keeps the logits of each step
         """
         if not self.plan.target.gpu:
             return TorchEngine(self.build_forward(model), model)
@@ -111,7 +115,6 @@ class LoadedModel:
             dtype=self.precision.memory_dtype,
             progress=progress,
             graphs=graphs,
-            keep_logits=keep_logits,
         )
 
     def build_forward(self, model: ModelInfo) -> Forward:

@@ -54,7 +54,6 @@ def build_gpu_engine(
     dtype: torch.dtype,
     progress: Callable[[str], None],
     graphs: bool = True,
-    keep_logits: bool = False,
 ) -> GpuEngine:
     """Allocate KV memory for a model, and build its engine.
 
@@ -63,7 +62,6 @@ def build_gpu_engine(
     layers        the attention of each layer, which *kind* computes
     dtype         of keys and values
     graphs        compute steps as CUDA graphs, if the device is one of CUDA and the model can be captured
-    keep_logits   keep the logits of each step for `GpuEngine.compute`
     """
     from headrace.worker.engine.gpu import cuda
     from headrace.worker.engine.gpu.decoder import GpuDecoder
@@ -99,7 +97,6 @@ def build_gpu_engine(
         step_tokens=plan.step_tokens,
         tile=tile_tokens(layers, exact=plan.exact, dtype=dtype),
         graphs=pool,
-        keep_logits=keep_logits,
     )
     if engine.uncaptured:
         progress(f"steps are computed without CUDA graphs, which is slower: {engine.uncaptured}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from headrace.worker.engine.interface import Row, SamplingParams
+from headrace.validation import MAX_TOP_LOGPROBS
+from headrace.worker.engine.interface import UNSCORED, Row, SamplingParams
 from headrace.worker.engine.load.devices import Target
 from headrace.worker.engine.load.free_memory import free_bytes, peak_bytes
 from headrace.worker.engine.load.refusals import LoadingError
@@ -19,7 +20,15 @@ from headrace.worker.engine.load.refusals import LoadingError
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.9
 
 _PARAMS = SamplingParams(
-    seed=1, max_tokens=1, temperature=1.0, top_p=0.9, frequency_penalty=0.1, logprobs=True, ignore_eos=True
+    seed=1,
+    max_tokens=1,
+    temperature=1.0,
+    top_p=0.9,
+    frequency_penalty=0.1,
+    logprobs=True,
+    top_logprobs=MAX_TOP_LOGPROBS,
+    prompt_logprobs=MAX_TOP_LOGPROBS,
+    ignore_eos=True,
 )
 _UNFILTERED = dataclasses.replace(_PARAMS, top_p=1.0)
 
@@ -35,10 +44,12 @@ def largest_step(
     context_length: int,
     block_tokens: int,
     params: Sequence[SamplingParams] = (_PARAMS,),
+    scored: bool = True,
 ) -> list[Row]:
     """Make rows that take as much memory as any step can: all sequences sample, one is a long chunk.
 
     params   of the rows in turn
+    scored   whether the engine computes log-probabilities of prompts: then those of the chunk
 
     All sequences are at the end of their context and use only blocks 0 and 1, repeatedly. The results are
     meaningless, but take the same memory as real ones.
@@ -46,6 +57,7 @@ def largest_step(
     needed = -(-context_length // block_tokens)
     ids = [0] * context_length
     chunk = min(max(step_tokens - max_running + 1, 1), context_length)
+    scored_chunk = range(context_length - chunk + 1, context_length - 1)
     return [
         Row(
             # The long chunk writes block 0, the others write block 1.
@@ -56,13 +68,14 @@ def largest_step(
             prompt=context_length - 1,
             sample=True,
             params=params[index % len(params)],
+            scored=scored_chunk if scored and not index else UNSCORED,
         )
         for index in range(max_running)
     ]
 
 
 def largest_steps(
-    *, step_tokens: int, max_running: int, context_length: int, block_tokens: int
+    *, step_tokens: int, max_running: int, context_length: int, block_tokens: int, scored: bool = True
 ) -> list[list[Row]]:
     """Make steps of which one takes as much memory as any step can.
 
@@ -77,6 +90,7 @@ def largest_steps(
             context_length=context_length,
             block_tokens=block_tokens,
             params=params,
+            scored=scored,
         )
         for index, params in enumerate(kinds)
     ]

@@ -131,7 +131,7 @@ def load_engine(
             block_tokens=loaded.kind.block_tokens,
             kv_blocks=max_running * -(-context // loaded.kind.block_tokens),
             exact=False,
-            features=("logprobs",),
+            features=loaded.features,
         )
         cases = self_check.make_cases(vocabulary, checked)
         with enough_for_steps(target.device, step_tokens=step_tokens, max_running=max_running):
@@ -228,9 +228,7 @@ def _check_engine(
     )
     most = max(plan.step_tokens, self_check.step_tokens(context))
     exact = self_check.check_model(
-        dataclasses.replace(loaded, plan=dataclasses.replace(plan, step_tokens=most)).build_engine(
-            checked, keep_logits=True
-        ),
+        dataclasses.replace(loaded, plan=dataclasses.replace(plan, step_tokens=most)).build_engine(checked),
         cases,
         references,
         context=context,
@@ -252,6 +250,7 @@ def _size_kv_memory(loaded: LoadedModel, model: ModelInfo, *, requested: float |
         max_running=model.max_running,
         context_length=model.context_length,
         block_tokens=model.block_tokens,
+        scored="prompt_logprobs" in model.features,
     )
 
     def run() -> None:

@@ -58,8 +58,10 @@ class BlockPool:
         """Number of cached blocks, referenced or not."""
         return len(self._cached)
 
-    def match(self, ids: Sequence[int], scope: bytes = b"") -> list[int]:
+    def match(self, ids: Sequence[int], scope: bytes = b"", *, readable: int | None = None) -> list[int]:
         """Find the blocks of the longest prefix cached in *scope*, excluding the block of the last id.
+
+        readable   most ids of the prefix; None for no limit
 
         The last id must be computed, because its logits give the next token.
         """
@@ -67,7 +69,8 @@ class BlockPool:
         if not self.prefix_cache:
             return found
         prefix: Prefix = scope
-        for index in range((len(ids) - 1) // self.block_tokens):
+        most = len(ids) - 1 if readable is None else min(len(ids) - 1, readable)
+        for index in range(most // self.block_tokens):
             block = self._cached.get(self.key(prefix, ids, index))
             if block is None:
                 break
@@ -202,10 +205,11 @@ class BlockTable:
         """Number of ids in the cached blocks."""
         return self._published * self._pool.block_tokens
 
-    def publish(self, ids: Sequence[int], confirmed: int) -> int:
+    def publish(self, ids: Sequence[int], confirmed: int, readable: int | None = None) -> int:
         """Add full blocks to the prefix cache, and adopt those that other sequences have cached since.
 
         confirmed   how many of the ids are in KV memory, written by steps that have returned without a fault
+        readable    how many of the ids may be adopted instead of computed; None for all but the last
 
         A block whose contents are cached already is exchanged for the cached one. So equal contents are kept
         once, and a sequence that references a block references the cached ones before it. The exchanged block
@@ -218,7 +222,7 @@ class BlockTable:
             return confirmed
         while True:
             end = self.end
-            if end > confirmed and end >= len(ids):
+            if end > confirmed and (end >= len(ids) or (readable is not None and end > readable)):
                 return confirmed
             key = pool.key(self._prefix, ids, self._published)
             found = pool.find(key)
@@ -236,9 +240,14 @@ class BlockTable:
             self.end += pool.block_tokens
             confirmed = max(confirmed, end)
 
-    def next_key(self, ids: Sequence[int]) -> BlockKey | None:
-        """Return the key of the first block that is not cached; None if it cannot be shared."""
+    def next_key(self, ids: Sequence[int], readable: int | None = None) -> BlockKey | None:
+        """Return the key of the first block that is not cached; None if it cannot be shared.
+
+        readable   how many of the ids may be adopted, see `publish`
+        """
         if not self._pool.prefix_cache or self.end >= len(ids):
+            return None
+        if readable is not None and self.end > readable:
             return None
         return self._pool.key(self._prefix, ids, self._published)
 

@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic
 
-from headrace.worker.engine.interface import Engine, EngineBroken, Fault, LaunchedStep, ModelInfo, Token
+from headrace.worker.engine.interface import (
+    Engine,
+    EngineBroken,
+    Fault,
+    LaunchedStep,
+    ModelInfo,
+    Result,
+)
 from headrace.worker.engine.plan.scheduler import Scheduler
 from headrace.worker.engine.plan.sequences import PlannedStep
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceUpdate, StepReport
@@ -196,7 +203,7 @@ class EngineLoop(Generic[K]):
         )
         self._done, self._ended = done, ended
 
-    def _results(self, flight: _Flight[K]) -> Sequence[Token | Fault | None]:
+    def _results(self, flight: _Flight[K]) -> Sequence[Result]:
         if flight.launched is not None:
             try:
                 return flight.launched.wait()

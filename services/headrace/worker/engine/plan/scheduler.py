@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Generic
 
-from headrace.worker.engine.interface import Fault, ModelInfo, Token
+from headrace.worker.engine.interface import Fault, ModelInfo, Result, Token
 from headrace.worker.engine.plan.blocks import BlockKey, BlockPool, BlockTable
 from headrace.worker.engine.plan.sequences import LiveSequence, PlannedStep
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceTimes, SequenceUpdate
@@ -135,6 +135,7 @@ class Scheduler(Generic[K]):
             rank=(spec.submitted - PRIORITY_SECONDS * spec.priority, self._added),
             length=min(spec.prompt + params.max_tokens, self._model.context_length),
             ends=params.stop_ids if params.ignore_eos else params.stop_ids | self._model.eos_ids,
+            unscored=spec.prompt if params.prompt_logprobs is None else 1,
         )
         insort(self._waiting, sequence, key=_rank)
         return sequence
@@ -183,13 +184,12 @@ class Scheduler(Generic[K]):
                 step.add(sequence, tokens)
         return step
 
-    def apply(
-        self, step: PlannedStep[K], results: Sequence[Token | Fault | None], now: float
-    ) -> list[SequenceUpdate[K]]:
+    def apply(self, step: PlannedStep[K], results: Sequence[Result], now: float) -> list[SequenceUpdate[K]]:
         """Record the engine's results for a planned step.
 
-        Returns one update per sequence that has a new token or has ended. A sequence that was preempted after
-        the step was planned keeps its token; the token of one that has ended is dropped.
+        Returns one update per sequence that has a new token or a new part of its prompt, or has ended. A
+        sequence that was preempted after the step was planned keeps both; those of one that has ended are
+        dropped.
         """
         updates = []
         self.decodes = self.dropped = 0
@@ -213,8 +213,14 @@ class Scheduler(Generic[K]):
                     sequence.confirmed = stop
                 if stop >= table.end:
                     self._publish(sequence)
-            if result is not None:
+            if isinstance(result, Token):
                 updates.append(self._record(sequence, result, now))
+            elif result is not None:
+                updates.append(
+                    SequenceUpdate(
+                        sequence.spec.key, sequence.answered, cached=sequence.cached, prompt=result
+                    )
+                )
         return updates
 
     def check(self) -> None:
@@ -257,7 +263,7 @@ class Scheduler(Generic[K]):
             spare = pool.available - min(len(self._running), pool.blocks // 16)
             if sequence.needs > spare:
                 return  # without another match, which takes time for long prompts
-            found = pool.match(sequence.ids, sequence.spec.scope)
+            found = pool.match(sequence.ids, sequence.spec.scope, readable=sequence.readable)
             sequence.needs = pool.need(len(sequence.ids), found)
             if sequence.needs > spare:
                 return
@@ -281,7 +287,7 @@ class Scheduler(Generic[K]):
                     computing.setdefault(key, sequence)
         rest: dict[LiveSequence[K], int] = {}
         for sequence in (prefilling[0], *sorted(prefilling[1:], key=_uncomputed)):
-            key = _table(sequence).next_key(sequence.ids)
+            key = _table(sequence).next_key(sequence.ids, sequence.readable)
             if key is None or computing.setdefault(key, sequence) is sequence:
                 rest[sequence] = sequence.uncomputed
         if not rest:
@@ -299,7 +305,8 @@ class Scheduler(Generic[K]):
 
     def _publish(self, sequence: LiveSequence[K]) -> None:
         """Add what it has computed to the prefix cache, and skip what others have added."""
-        self._confirm(sequence, _table(sequence).publish(sequence.ids, sequence.confirmed))
+        confirmed = _table(sequence).publish(sequence.ids, sequence.confirmed, sequence.readable)
+        self._confirm(sequence, confirmed)
 
     def _confirm(self, sequence: LiveSequence[K], confirmed: int) -> None:
         """Record that this many of its ids are computed; those above its own count come from the cache."""
@@ -319,13 +326,21 @@ class Scheduler(Generic[K]):
             self.decodes += 1
         sequence.last_token = now
         if result.id in sequence.ends:
-            return self._finish(sequence, FinishReason.STOP)
+            update = self._finish(sequence, FinishReason.STOP)
+            update.prompt = result.prompt
+            return update
         offset = len(ids) - spec.prompt
         ids.append(result.id)
         logprobs = (result.logprob,) if spec.params.logprobs and result.logprob is not None else ()
         if len(ids) >= sequence.length:
-            return self._finish(sequence, FinishReason.LENGTH, token_ids, logprobs)
-        return SequenceUpdate(spec.key, offset, token_ids, logprobs, sequence.cached)
+            update = self._finish(sequence, FinishReason.LENGTH, token_ids, logprobs)
+        else:
+            update = SequenceUpdate(spec.key, offset, token_ids, logprobs, sequence.cached)
+        if result.top is not None:
+            update.top = (result.top,)
+        if result.prompt is not None:
+            update.prompt = result.prompt
+        return update
 
     def _finish(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic
 
-from headrace.worker.engine.interface import Memo, Row
+from headrace.worker.engine.interface import UNSCORED, Memo, Row
 from headrace.worker.engine.plan.blocks import BlockTable
 from headrace.worker.runner import K, SequenceSpec
 
@@ -25,6 +25,8 @@ class LiveSequence(Generic[K]):
     pending     tokens that launched steps sample and that are not known yet. The position of such a token is
                 known, so the sequence decodes on. At most one when a step is planned
     ended       whether its last update was returned; results of launched steps are dropped then
+    unscored    position of the first prompt token whose log-probability no launched step computes. The length
+                of the prompt if there is none, also if the sequence does not ask for them
     cached      number of ids that the prefix cache held, computed for another sequence
     preempted   number of times it was preempted
     needs       available blocks that it would use up, when it was last considered; 0 before
@@ -36,6 +38,7 @@ class LiveSequence(Generic[K]):
     rank: tuple[float, int]
     length: int
     ends: frozenset[int]
+    unscored: int
     memo: Memo = field(default_factory=Memo)
     table: BlockTable | None = None
     computed: int = 0
@@ -59,6 +62,11 @@ class LiveSequence(Generic[K]):
         """Number of known ids that neither are in KV memory nor will be after the launched steps."""
         return len(self.ids) - self.computed
 
+    @property
+    def readable(self) -> int:
+        """Number of its first ids that the prefix cache may supply: for the others, logits are needed."""
+        return len(self.ids) if self.unscored >= self.spec.prompt else self.unscored - 1
+
 
 @dataclass(slots=True, eq=False)
 class PlannedStep(Generic[K]):
@@ -80,6 +88,12 @@ class PlannedStep(Generic[K]):
         sample = stop == len(sequence.ids) + pending
         if sample:
             sequence.pending = pending + 1
+        scored = UNSCORED
+        # Planned once, whatever becomes of the step: a sequence that is preempted keeps the result, and one
+        # whose step fails ends. So no part of a prompt is reported twice.
+        if sequence.unscored < spec.prompt and sequence.unscored <= stop:
+            scored = range(sequence.unscored, min(stop + 1, spec.prompt))
+            sequence.unscored = scored.stop
         self.sequences.append(sequence)
         self.tokens += tokens
         # By position, because keyword arguments take twice as long; one is made per token.
@@ -95,5 +109,6 @@ class PlannedStep(Generic[K]):
                 sequence.memo,
                 pending > 0,
                 table.version,
+                scored,
             )
         )

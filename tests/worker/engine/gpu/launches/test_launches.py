@@ -77,7 +77,6 @@ def build(
         dtype=dtype,
         progress=lambda _: None,
         graphs=graphs,
-        keep_logits=True,
     )
 
 

@@ -53,7 +53,7 @@ def _set_up() -> Path:
 
 def _folder() -> Path:
     state = hashlib.sha256(f"{CHECKED} {numba.__version__} {llvmlite.binding.get_host_cpu_name()}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         # numba compiles again if the time of a file has changed.
         state.update(f"{path} {path.stat().st_mtime_ns}".encode() + path.read_bytes())
     folder = cache_folder() / "kernels" / state.hexdigest()[:16]

@@ -6,8 +6,14 @@ from collections.abc import Callable
 
 from headrace.worker.engine.cpu.kernels import decoder_step, paging, sampling
 from headrace.worker.engine.cpu.kernels.cache import is_compiled
+from headrace.worker.engine.cpu.kernels.sampling import likelihoods
 
-_ENTRY_POINTS = (paging.attend_on_thread, decoder_step.run_on_thread, sampling.sample_on_thread)
+_ENTRY_POINTS = (
+    paging.attend_on_thread,
+    decoder_step.run_on_thread,
+    sampling.sample_on_thread,
+    likelihoods.likelihood_on_thread,
+)
 
 
 def compile_kernels(progress: Callable[[str], None]) -> None:
@@ -20,6 +26,7 @@ def compile_kernels(progress: Callable[[str], None]) -> None:
     paging.attention_entry_point()
     decoder_step.step_entry_point()
     sampling.sampling_entry_point()
+    likelihoods.likelihood_entry_point()
 
 
 if __name__ == "__main__":

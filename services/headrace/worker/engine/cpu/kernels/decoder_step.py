@@ -54,7 +54,7 @@ STEP = np.dtype(
     [
         # the model
         ("element_type", np.int64),  # matmul.ElementType
-        ("layers", np.int64),
+        ("layers", np.int64),  # 0 to compute only logits, from the residual stream that the last step left
         ("layer_table", np.int64),  # address of [layers] DECODER_LAYER
         ("hidden", np.int64),  # a multiple of 32
         ("intermediate", np.int64),  # a multiple of 16
@@ -282,7 +282,8 @@ def _decoder_step(step: Any) -> None:
     scratch = step.scratch + me * step.scratch_bytes
     tokens, hidden = step.ragged.tokens, step.hidden
     ids = carray(pointer(step.ids), (tokens,), np.int32)
-    for row in range(me * tokens // threads, (me + 1) * tokens // threads):
+    embedded = tokens if step.layers else 0
+    for row in range(me * embedded // threads, (me + 1) * embedded // threads):
         if machine.CHECKED:
             team.require(step.failures, team.TOKEN, ids[row], step.vocabulary)
         if step.embedding_half:

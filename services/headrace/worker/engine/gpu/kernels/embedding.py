@@ -71,7 +71,11 @@ def _embed(
 
 
 def embed(
-    ids: torch.Tensor, table: torch.Tensor, weights: torch.Tensor, epsilon: float
+    ids: torch.Tensor,
+    table: torch.Tensor,
+    weights: torch.Tensor,
+    epsilon: float,
+    residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the embeddings of tokens, and their RMS norms.
 
@@ -79,11 +83,13 @@ def embed(
     table     [vocabulary, hidden], contiguous
     weights   [hidden], of the norm
     epsilon   is added to the mean square
+    residual  [tokens, hidden], contiguous, receives the embeddings; a new tensor by default
 
     Returns two tensors [tokens, hidden].
     """
     tokens, (vocabulary, hidden) = len(ids), table.shape
-    residual = torch.empty(tokens, hidden, dtype=table.dtype, device=table.device)
+    if residual is None:
+        residual = torch.empty(tokens, hidden, dtype=table.dtype, device=table.device)
     out = torch.empty_like(residual)
     _embed[(tokens,)](
         ids,

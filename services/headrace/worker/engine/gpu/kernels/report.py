@@ -32,6 +32,7 @@ MODULES = (
     "activation",
     "matmul",
     "sampling",
+    "likelihoods",
     "embedding",
     "tables",
 )

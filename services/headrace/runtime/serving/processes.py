@@ -1,7 +1,7 @@
-"""Run the router as several processes that listen on one port: `--processes`.
+"""Run a service as several processes that listen on one port: `--processes`.
 
 Python code of one process uses one core. Linux assigns each new connection to one of the processes
-(SO_REUSEPORT), where it stays. `siblings` passes what the processes must share.
+(SO_REUSEPORT), where it stays. What the processes must share is up to the service.
 
 The process that was started becomes the supervisor: it forks the others, serves nothing, and exits when they
 have ended. `prefork` must run before there are event loops, gRPC objects or threads of Python, because these

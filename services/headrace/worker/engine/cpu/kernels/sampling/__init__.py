@@ -63,7 +63,7 @@ _INFINITY_BITS = 0x7F800000
 
 
 @m.intrinsic([_i8, _i8], _f4)
-def _largest(b: Any, x: Any, vectors: Any) -> Any:
+def vector_maximum(b: Any, x: Any, vectors: Any) -> Any:
     """Return the greatest number of x; NaN if any is NaN."""
 
     def larger(left: Any, right: Any) -> Any:
@@ -92,7 +92,7 @@ def _scaled(b: Any, x: Any, i: Any, largest: Any, temperature: Any) -> Any:
 
 
 @m.intrinsic([_i8, _i8, _f4], _i8)
-def _mass(b: Any, x: Any, vectors: Any, largest: Any) -> Any:
+def mass_of(b: Any, x: Any, vectors: Any, largest: Any) -> Any:
     """Return the sum of the weights of x - largest."""
 
     def body(i: Any, carried: list[Any]) -> list[Any]:
@@ -253,7 +253,7 @@ def _collect(x: int, vectors: int, least: float, found: int, ids: int) -> int:
     tokens = carray(pointer(ids), (room,), np.int32)
     count = 0
     for vector in range(vectors):
-        if _largest(x + 64 * vector, 1) >= least:
+        if vector_maximum(x + 64 * vector, 1) >= least:
             for place in range(vector * m.LANES, (vector + 1) * m.LANES):
                 if scores[place] >= least:
                     out[count] = scores[place]
@@ -265,7 +265,7 @@ def _collect(x: int, vectors: int, least: float, found: int, ids: int) -> int:
 
 
 @m.jit
-def _padded(x: int, vocabulary: int, space: int) -> int:
+def padded(x: int, vocabulary: int, space: int) -> int:
     """Return the address of x, or of a copy that is padded with -inf to a multiple of 16."""
     if vocabulary % m.LANES == 0:
         return x
@@ -278,11 +278,11 @@ def _padded(x: int, vocabulary: int, space: int) -> int:
 
 
 @m.jit
-def _likeliest(x: int, vectors: int) -> Any:
+def likeliest_of(x: int, vectors: int) -> Any:
     """Return the greatest number of x and its first place; NaN if any is NaN."""
     largest, start = np.float32(-np.inf), 0
     for first in range(0, vectors, _CHUNK):
-        found = _largest(x + 64 * first, min(_CHUNK, vectors - first))
+        found = vector_maximum(x + 64 * first, min(_CHUNK, vectors - first))
         if np.isnan(found):
             return found, 0
         if found > largest:
@@ -300,8 +300,8 @@ def _sample_row(call: Any, row: Any, scratch: int) -> None:
     space = 64 * (vectors + 1)
     best, scaled, found = scratch, scratch + 128, scratch + 128 + space
     ids, weights, copy = found + space, found + 2 * space, found + 4 * space
-    scores = _padded(row.scores, vocabulary, copy)
-    largest, row.id = _likeliest(scores, vectors)
+    scores = padded(row.scores, vocabulary, copy)
+    largest, row.id = likeliest_of(scores, vectors)
     row.finite = np.isfinite(largest)
     if not row.finite:
         return
@@ -315,7 +315,7 @@ def _sample_row(call: Any, row: Any, scratch: int) -> None:
             )  # fmt: skip
         else:
             _scale(scores, vectors, largest, row.temperature, scaled)
-            total = 0 if top_k > 0 else _mass(scaled, vectors, zero)
+            total = 0 if top_k > 0 else mass_of(scaled, vectors, zero)
             least = np.float32(np.nan)
             count = 0
             few = _few_likeliest(scaled, vectors, call.candidates)
@@ -333,9 +333,9 @@ def _sample_row(call: Any, row: Any, scratch: int) -> None:
             )  # fmt: skip
         row.id = _best_of(best)
     if row.logprobs:
-        logits = _padded(row.logits, vocabulary, copy)
-        row.largest = _likeliest(logits, vectors)[0]
-        row.mass = _mass(logits, vectors, row.largest)
+        logits = padded(row.logits, vocabulary, copy)
+        row.largest = likeliest_of(logits, vectors)[0]
+        row.mass = mass_of(logits, vectors, row.largest)
         row.own = carray(pointer(logits), (vocabulary,), np.float32)[row.id]
 
 

@@ -1,0 +1,1 @@
+"""Text completions: prompts as text or token ids, with their log-probabilities."""

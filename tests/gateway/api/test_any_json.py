@@ -1,0 +1,100 @@
+"""Whatever a caller sends, the response is an answer or an error in OpenAI's shape: never 500, no hang."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from headrace.gateway.api.chat_parameters import ChatParameters
+from tests.gateway.fake_router import Edge, edge
+from tests.harness import PATIENCE
+
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+scalars = st.none() | st.booleans() | numbers | st.text(max_size=20)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+names = st.sampled_from(
+    sorted({*ChatParameters.model_fields, *ChatParameters.ignored, *ChatParameters.refused})
+)
+parts = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "refusal", "image_url"]) | anything},
+    optional={"text": st.text(max_size=5) | anything, "refusal": anything, "x": anything},
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | anything},
+        optional={
+            "content": st.text(max_size=5) | st.lists(parts, max_size=3) | anything,
+            "name": anything,
+            "tool_calls": anything,
+        },
+    ),
+    max_size=3,
+)
+small = st.integers(min_value=-2, max_value=3) | st.floats(min_value=0, max_value=1)
+bodies = st.builds(
+    lambda turns, others: {"messages": turns, **others},
+    st.just([{"role": "user", "content": "Hi"}]) | messages | anything,
+    st.dictionaries(names, small | st.booleans() | anything, max_size=4)
+    | st.dictionaries(st.text(max_size=8), anything, max_size=2),
+)
+
+
+async def respond(running: Edge, body: bytes) -> None:
+    running.router.reset()
+    response = await asyncio.wait_for(
+        running.http.post("/chat/completions", content=body, headers={"content-type": "application/json"}),
+        PATIENCE,
+    )
+
+    assert response.status_code in (200, 400, 404), (body, response.text)
+    if response.status_code == 200:
+        assert running.router.requests
+        return
+    error: dict[str, Any] = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert 0 < len(error["message"]) < 1000
+
+
+async def test_any_json_gives_an_answer_or_an_error_in_shape() -> None:
+    async with edge() as running:
+        loop = asyncio.get_running_loop()
+
+        @settings(max_examples=60)
+        @example(body={"messages": [{"role": "user", "content": "a"}], "stop": ["x"] * 99})
+        @example(body={"messages": [{"role": "user", "content": "\x00"}], "user": "\x7f"})
+        @example(body=[])
+        @example(body={})
+        @given(body=bodies | anything)
+        def check(body: Any) -> None:
+            done = asyncio.run_coroutine_threadsafe(respond(running, json.dumps(body).encode()), loop)
+            done.result(PATIENCE)
+
+        await asyncio.to_thread(check)
+
+    assert running.router.active == 0
+
+
+async def test_any_bytes_give_an_error_in_shape(plain: Edge) -> None:
+    for body in (
+        b"",
+        b"\xff",
+        b'{"messages": "\\ud800"}',
+        b"[" * 10_000,
+        b"NaN",
+        b'{"a"',
+    ):
+        response = await plain.http.post(
+            "/chat/completions", content=body, headers={"content-type": "application/json"}
+        )
+
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] in ("invalid_json", "missing_required_parameter")

@@ -1,0 +1,171 @@
+"""Clients of OpenAI's API work with a gateway in front of a whole mesh, unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from headrace.gateway.__main__ import gateway
+from headrace.gateway.settings import Settings
+from headrace.worker.engine.echo import EchoEngine
+from tests.harness import PATIENCE, Mesh, eventually, running_mesh
+
+TEXT = "naïve – 火星 🚀"
+SIZE = len(TEXT.encode())  # a byte is a token
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": TEXT}]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A mesh, and the URL of its gateway."""
+
+    mesh: Mesh
+    url: str
+
+
+@pytest.fixture(scope="module")
+async def served() -> AsyncGenerator[Served, None]:
+    async with (
+        running_mesh(engine=lambda: EchoEngine(step_seconds=0.002)) as mesh,
+        gateway(Settings(port=0, router=f"127.0.0.1:{mesh.port}")) as running,
+    ):
+        yield Served(mesh, f"http://127.0.0.1:{running.port}/v1")
+
+
+@pytest.fixture
+async def client(served: Served) -> AsyncGenerator[openai.AsyncOpenAI, None]:
+    async with openai.AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0) as made:
+        yield made
+
+
+async def test_openais_package_gets_an_answer(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model="auto", messages=MESSAGES, n=2, seed=7)
+
+    assert [choice.message.content for choice in answer.choices] == [TEXT, TEXT]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
+    assert answer.model == "echo"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (SIZE, 2 * SIZE)
+    assert answer.usage.prompt_tokens_details is not None
+
+
+async def test_openais_package_streams(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="large", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == TEXT
+    assert len(chunks) > 4
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == 2 * SIZE
+    assert chunks[-1].model_extra is not None
+    assert chunks[-1].model_extra["headrace"]["tier"] == "large"
+
+
+async def test_openais_package_accumulates_a_stream(client: openai.AsyncOpenAI) -> None:
+    async with client.chat.completions.stream(model="auto", messages=MESSAGES) as stream:
+        events = [event.type async for event in stream]
+        final = await stream.get_final_completion()
+
+    assert final.choices[0].message.content == TEXT
+    assert final.choices[0].finish_reason == "stop"
+    assert "content.delta" in events
+
+
+async def test_openais_package_works_without_asyncio(served: Served) -> None:
+    def calls() -> tuple[str | None, str, list[str]]:
+        with openai.OpenAI(base_url=served.url, api_key="none", max_retries=0) as client:
+            whole = client.chat.completions.create(model="auto", messages=MESSAGES)
+            with client.chat.completions.create(model="auto", messages=MESSAGES, stream=True) as stream:
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            return whole.choices[0].message.content, text, [model.id for model in client.models.list()]
+
+    assert await asyncio.to_thread(calls) == (TEXT, TEXT, ["auto", "small", "large", "echo"])
+
+
+async def test_openais_package_raises_its_own_errors(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        await client.chat.completions.create(model="none", messages=MESSAGES)
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.chat.completions.create(model="auto", messages=MESSAGES, temperature=99)
+    with pytest.raises(openai.InternalServerError) as unserved:
+        await client.embeddings.create(model="auto", input="a")
+
+    assert unknown.value.code == "model_not_found"
+    assert refused.value.param == "temperature"
+    assert unserved.value.status_code == 501
+
+
+async def test_leaving_a_stream_of_openais_package_frees_the_mesh(
+    served: Served, client: openai.AsyncOpenAI
+) -> None:
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "word " * 500}]
+    stream = await client.chat.completions.create(model="auto", messages=messages, stream=True)
+    async with stream:
+        async for chunk in stream:
+            if chunk.choices[0].delta.content:
+                break
+
+    await eventually(lambda: not served.mesh.left_behind)
+
+
+async def curl(*arguments: str) -> tuple[int | None, str]:
+    """Run curl. Returns its exit status and what it printed."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    process = await asyncio.create_subprocess_exec(
+        *("curl", "-sS", "--max-time", str(int(PATIENCE)), *arguments), stdout=asyncio.subprocess.PIPE
+    )
+    printed, _ = await process.communicate()
+    return process.returncode, printed.decode()
+
+
+async def test_curl_gets_an_answer_and_its_headers(served: Served) -> None:
+    body = json.dumps({"messages": MESSAGES})
+    url = f"{served.url}/chat/completions"
+    status, printed = await curl("-i", "-H", "Content-Type: application/json", "-d", body, url)
+
+    head, _, answer = printed.partition("\r\n\r\n")
+    assert status == 0
+    assert head.startswith("HTTP/1.1 200 ")
+    assert "\r\nx-headrace-tier: " in head
+    assert json.loads(answer)["choices"][0]["message"]["content"] == TEXT
+
+
+async def test_curl_reads_a_stream(served: Served) -> None:
+    body = json.dumps({"model": "auto", "messages": MESSAGES, "stream": True})
+    url = f"{served.url}/chat/completions"
+    status, printed = await curl("-N", "-H", "Content-Type: application/json", "-d", body, url)
+
+    events = printed.split("\n\n")
+    assert status == 0
+    assert events[-2:] == ["data: [DONE]", ""]
+    texts = [json.loads(event[6:])["choices"][0]["delta"].get("content", "") for event in events[:-2]]
+    assert "".join(texts) == TEXT
+
+
+async def test_many_streams_at_the_same_time_are_not_mixed_up(served: Served) -> None:
+    async def ask(number: int) -> str:
+        body = {"messages": [{"role": "user", "content": f"I am {number}"}], "stream": True, "n": 2}
+        response = await http.post("/chat/completions", json=body)
+        return response.text
+
+    async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as http:
+        texts = await asyncio.gather(*(ask(number) for number in range(16)))
+
+    for number, text in enumerate(texts):
+        chunks = [json.loads(event[6:]) for event in text.split("\n\n") if event.startswith("data: {")]
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        for index in (0, 1):
+            deltas = [chunk["choices"][0] for chunk in chunks]
+            mine = [delta["delta"].get("content", "") for delta in deltas if delta["index"] == index]
+            assert "".join(mine) == f"I am {number}"

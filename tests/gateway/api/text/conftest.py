@@ -1,0 +1,23 @@
+"""A gateway in front of a fake router with tokens of prompts and tokenizers, for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from tests.gateway.api.text.text_router import TextEdge, text_edge
+
+
+@pytest.fixture(scope="session")
+async def running_text() -> AsyncGenerator[TextEdge, None]:
+    """A gateway in front of a fake router, for all tests of this folder."""
+    async with text_edge() as started:
+        yield started
+
+
+@pytest.fixture
+def edge(running_text: TextEdge) -> TextEdge:
+    """A gateway whose router answers every request the same way, until the test changes it."""
+    running_text.router.reset()
+    return running_text

@@ -1,0 +1,158 @@
+"""The endpoints of tokenizers have the form of vLLM's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headrace import errors
+from tests.gateway.api.text.text_router import NAME, SPECIAL, TextEdge
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def edge(edge: TextEdge) -> TextEdge:
+    """A gateway whose mesh has one tier."""
+    edge.router.tiers = {"small": "tiny"}
+    return edge
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+async def test_a_text_is_tokenized_with_special_tokens(edge: TextEdge, prefix: str) -> None:
+    response = await edge.http.post(f"{prefix}/tokenize", json={"prompt": "Hi"})
+
+    assert response.json() == {
+        "count": 3,
+        "max_model_len": 2048,
+        "tokens": [SPECIAL, 72, 105],
+        "token_strs": None,
+    }
+
+
+async def test_special_tokens_are_left_out_and_texts_added_by_request(edge: TextEdge) -> None:
+    body = {"prompt": "Hé", "add_special_tokens": False, "return_token_strs": True}
+    response = await edge.http.post("/tokenize", json=body)
+
+    assert response.json()["tokens"] == [72, 195, 169]
+    assert response.json()["token_strs"] == ["H", "�", "�"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "continued", "starts"),
+    [
+        ({}, False, True),
+        ({"add_generation_prompt": True}, False, True),
+        ({"add_generation_prompt": False}, False, False),
+        ({"continue_final_message": True}, True, True),
+        ({"continue_final_message": True, "add_generation_prompt": False}, True, False),
+        ({"add_special_tokens": False}, False, True),
+    ],
+)
+async def test_a_conversation_is_tokenized_by_the_chat_template(
+    edge: TextEdge, parameters: dict[str, Any], continued: bool, starts: bool
+) -> None:
+    body = {"messages": HI, "chat_template_kwargs": {"enable_thinking": False}, **parameters}
+    response = await edge.http.post("/tokenize", json=body)
+
+    assert response.json()["tokens"] == [72, 105]
+    [call] = edge.router.calls
+    assert call.chat.continue_final_message is continued
+    assert call.add_generation_prompt is starts
+    assert dict(call.chat.template_arguments) == {"enable_thinking": False}
+
+
+async def test_the_text_of_tokens_is_returned(edge: TextEdge) -> None:
+    response = await edge.http.post("/detokenize", json={"tokens": [SPECIAL, 72, 105]})
+
+    assert response.json() == {"prompt": f"{NAME}Hi"}
+
+
+async def test_no_tokens_have_no_text(edge: TextEdge) -> None:
+    assert (await edge.http.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
+
+
+async def test_special_tokens_and_chat_template_are_those_of_a_tokenizer_config(edge: TextEdge) -> None:
+    response = await edge.http.get("/tokenizer_info")
+
+    assert response.json() == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": NAME,
+        "pad_token": None,
+        "unk_token": None,
+        "chat_template": "{{ messages }}",
+        "model_max_length": 2048,
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "tier", "pinned"),
+    [("small", "", ("small", "")), ("tiny", "", ("", "tiny")), ("auto", "large", ("large", ""))],
+)
+async def test_the_model_or_the_header_names_the_tokenizer(
+    edge: TextEdge, model: str, tier: str, pinned: tuple[str, str]
+) -> None:
+    headers = {"x-headrace-tier": tier} if tier else {}
+    await edge.http.post("/tokenize", json={"prompt": "Hi", "model": model}, headers=headers)
+    await edge.http.post("/detokenize", json={"tokens": [72], "model": model}, headers=headers)
+
+    assert [(call.tokenizer.tier, call.tokenizer.model) for call in edge.router.calls] == [pinned] * 2
+
+
+async def test_a_mesh_with_several_models_needs_a_name(edge: TextEdge) -> None:
+    edge.router.tiers = {"small": "tiny", "large": "big"}
+    response = await edge.http.post("/tokenize", json={"prompt": "Hi"})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("tokenize", {}, "prompt", "must be set, or messages"),
+        ("tokenize", {"prompt": "Hi", "messages": HI}, "prompt", "but not both"),
+        ("tokenize", {"prompt": 7}, "prompt", "must be a string"),
+        ("tokenize", {"messages": []}, "messages", "messages"),
+        ("tokenize", {"messages": HI, "add_special_tokens": True}, "add_special_tokens", "must be false"),
+        (
+            "tokenize",
+            {"messages": HI, "add_generation_prompt": True, "continue_final_message": True},
+            "add_generation_prompt",
+            "must not be true together",
+        ),
+        ("tokenize", {"messages": HI, "tools": [{}]}, "tools", "not supported"),
+        ("tokenize", {"messages": HI, "chat_template": "x"}, "chat_template", "not supported"),
+        ("tokenize", {"prompt": "Hi", "model": "nobody"}, "model", "does not exist"),
+        ("detokenize", {}, "tokens", "tokens is missing"),
+        ("detokenize", {"tokens": [-1]}, "tokens[0]", "at least 0"),
+        ("detokenize", {"tokens": ["a"]}, "tokens[0]", "must be an integer"),
+        ("detokenize", {"tokens": [0] * 131_073}, "tokens", "more than 131072 elements"),
+    ],
+)
+async def test_what_is_wrong_is_said_in_openais_shape(
+    edge: TextEdge, path: str, body: dict[str, Any], param: str, words: str
+) -> None:
+    response = await edge.http.post(f"/{path}", json=body)
+
+    error = response.json()["error"]
+    assert response.status_code == (404 if param == "model" else 400)
+    assert error["param"] == param
+    assert words in error["message"]
+    assert not edge.router.calls
+
+
+async def test_an_error_of_the_mesh_names_the_field_of_the_request(edge: TextEdge) -> None:
+    edge.router.tokenizer_refuses = errors.InvalidRequest("token_ids has 9, of 5 ids", field="token_ids")
+    response = await edge.http.post("/detokenize", json={"tokens": [9]})
+
+    assert response.json()["error"]["param"] == "tokens"
+    assert response.json()["error"]["message"].startswith("tokens has 9")
+
+
+async def test_ignored_parameters_are_named_in_a_header(edge: TextEdge) -> None:
+    response = await edge.http.post("/tokenize", json={"prompt": "Hi", "mm_processor_kwargs": {}, "x": 1})
+
+    assert response.headers["x-headrace-ignored"] == "mm_processor_kwargs, x"
