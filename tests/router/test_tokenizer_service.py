@@ -46,9 +46,6 @@ class FakeTokenizer(FakeBatcher, TokenizerServiceServicer):
     async def Tokenize(self, request: tokens_pb.TokenizeRequest, context: Any) -> Any:
         raise errors.InvalidRequest("it only counts")
 
-    async def GetTokenizer(self, request: tokens_pb.GetTokenizerRequest, context: Any) -> Any:
-        raise errors.InvalidRequest("it only counts")
-
     async def Detokenize(self, request: tokens_pb.DetokenizeRequest, context: Any) -> Any:
         return tokens_pb.DetokenizeResponse(text=bytes(request.token_ids).decode())
 
