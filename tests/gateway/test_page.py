@@ -32,7 +32,7 @@ async def running() -> AsyncGenerator[Edge, None]:
 
 @pytest.fixture
 async def opened(browser: Browser, running: Edge) -> AsyncGenerator[tuple[Page, Edge], None]:
-    """The page, which must not report a problem on its console, in front of a router that answers as usual."""
+    """The page, in front of a router that answers as usual; nothing may fail on its console."""
     running.router.reset()
     page = await browser.new_page()
     problems: list[str] = []
@@ -149,7 +149,8 @@ async def test_the_policy_forbids_scripts_that_are_not_the_page_s_own(
 
     blocked = await page.evaluate(
         """() => new Promise((resolve) => {
-            document.addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective));
+            const tell = (event) => resolve(event.effectiveDirective);
+            document.addEventListener("securitypolicyviolation", tell);
             const script = document.createElement("script");
             script.textContent = "window.ran = true";
             document.body.append(script);
