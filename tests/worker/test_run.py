@@ -413,9 +413,11 @@ async def test_log_probabilities_of_prompt_and_answer_arrive_before_and_with_the
 
 @pytest.mark.parametrize("field", ["top_logprobs", "prompt_logprobs"])
 async def test_more_of_the_most_likely_tokens_than_allowed_are_refused(field: str, tier: Tier) -> None:
+    over: dict[str, Any] = {field: 21}
+    most: dict[str, Any] = {field: 20}
     async with dialled(tier.workers[0].server.port) as peer:
         await peer.hello()
-        await peer.call.write(submit(sequence(1, **{field: 21}), sequence(2, **{field: 20})))
+        await peer.call.write(submit(sequence(1, **over), sequence(2, **most)))
         await peer.read("admission")
 
     verdicts = peer.verdicts()

@@ -16,8 +16,9 @@ from headrace.worker.engine.gpu.kernels.likelihoods import MOST, report_likeliho
 from headrace.worker.engine.interface import Fault, PromptLogprobs, Row, Token
 from headrace.worker.engine.likelihoods import likelihoods
 from tests.worker.engine.gpu.device import DEVICE, DTYPES
-from tests.worker.engine.gpu.test_engine import GREEDY, Graphs, Network, device_engine, prompt_of
+from tests.worker.engine.gpu.test_engine import Graphs, device_engine
 from tests.worker.engine.rows import random_logits
+from tests.worker.engine.test_torch_engine import GREEDY, Network, prompt_of
 
 __all__ = ["device_engine"]  # a fixture
 
