@@ -288,8 +288,11 @@ async def test_every_parameter_may_be_null(plain: Edge) -> None:
 
 
 async def test_unknown_parameters_are_named_in_the_header_and_cannot_break_it(plain: Edge) -> None:
-    response = await plain.chat(**{"new": 1, "a\r\nb: c": 2, "ü" * 500: 3})
-    many = await plain.chat(**{f"p{number}": 1 for number in range(100)})
+    unknown: dict[str, Any] = {"new": 1, "a\r\nb: c": 2, "ü" * 500: 3}
+    numbered: dict[str, Any] = {f"p{number}": 1 for number in range(100)}
+
+    response = await plain.chat(**unknown)
+    many = await plain.chat(**numbered)
 
     assert response.headers["x-headrace-ignored"] == f"new, a??b??c, {'?' * 64}"
     assert many.headers["x-headrace-ignored"].endswith("p15, ...")
