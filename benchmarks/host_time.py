@@ -100,6 +100,21 @@ class EmptyGraphs:
         return lambda: None
 
 
+class NoForward:
+    """Computes nothing: all steps are captured."""
+
+    def reserve(self, tokens: int, rows: int) -> None:
+        """Keep nothing."""
+
+    def __call__(self, ids: torch.Tensor, step: object) -> torch.Tensor:
+        """Fail."""
+        raise AssertionError("a step was launched that is not captured")
+
+    def logits_of(self, places: torch.Tensor) -> torch.Tensor:
+        """Fail."""
+        raise AssertionError("no row asks for log-probabilities")
+
+
 def gpu_engine(model: ModelInfo) -> Engine:
     """Make the engine of a GPU, on CUDA if there is a device, whose steps always have the same results."""
     from headrace.worker.engine.gpu.engine import GpuEngine
@@ -107,12 +122,9 @@ def gpu_engine(model: ModelInfo) -> Engine:
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
-    def forward(ids: torch.Tensor, step: object) -> torch.Tensor:
-        raise AssertionError("a step was launched that is not captured")
-
     width = -(-model.context_length // model.block_tokens)
     engine = GpuEngine(
-        forward,
+        NoForward(),
         model,
         slots=Slots(model.max_running, width, spare=model.kv_blocks, device=device),
         step_tokens=STEP_TOKENS,

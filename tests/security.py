@@ -37,6 +37,7 @@ RPCS: dict[str, bytes] = {
     f"{_TOKENIZER}/Tokenize": tokens.TokenizeRequest(prompt="hi").SerializeToString(),
     f"{_TOKENIZER}/Detokenize": tokens.DetokenizeRequest(token_ids=[1]).SerializeToString(),
     f"{_TOKENIZER}/CountTokens": tokens.CountTokensRequest(prompt="hi").SerializeToString(),
+    f"{_TOKENIZER}/GetTokenizer": b"",
     "/headrace.v1.QuotaService/Lease": quotas.LeaseRequest().SerializeToString(),
     "/headrace.v1.AdminService/Inspect": admin.InspectRequest().SerializeToString(),
     "/headrace.v1.WorkerService/Run": worker.RunRequest().SerializeToString(),

@@ -21,12 +21,13 @@ from headrace import attributes, errors
 from headrace.batcher.settings import Settings as BatcherSettings
 from headrace.cli.__main__ import app
 from headrace.cli.launch.mesh import MeshSpec, Running, mesh
+from headrace.gateway.settings import Settings as GatewaySettings
 from headrace.metrics.catalogue import METRICS
 from headrace.multiplex import limits
 from headrace.router.quotas.limits import Rules
 from headrace.router.settings import Settings as RouterSettings
 from headrace.runtime.security import callers_file
-from headrace.runtime.settings import PREFIX, ServiceSettings
+from headrace.runtime.settings import PREFIX, ProcessSettings, ServiceSettings
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.settings import Settings as WorkerSettings
 from tests.harness import PATIENCE
@@ -40,10 +41,11 @@ PAGES = {
 EVERYTHING = "\n".join(PAGES.values())
 README, CONTRACT, OPERATING = (PAGES[name] for name in ("README.md", "docs/contract.md", "docs/operating.md"))
 METRICS_PAGE, TELEMETRY = PAGES["docs/metrics.md"], PAGES["docs/telemetry.md"]
-SETTINGS: dict[str, type[ServiceSettings]] = {
+SETTINGS: dict[str, type[ProcessSettings]] = {
     "router": RouterSettings,
     "batcher": BatcherSettings,
     "worker": WorkerSettings,
+    "gateway": GatewaySettings,
 }
 ADDRESS = "127.0.0.1:50051"
 BATCHER = "127.0.0.1:50052"
@@ -62,6 +64,7 @@ OTHER_FLAGS = {
 OTHER_NAMES = {
     "BEST_EFFORT",
     "CACHED_PROMPT",
+    "OPENAI_API_KEY",
     "PIP_ARGS",
     "PYTHON_IMAGE",
     "SOURCE_DATE_EPOCH",
@@ -153,9 +156,9 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
         return [await run("bash", "-c", here(command)) for command in grpcurl_commands(text)]
 
     listed, described, generated, explained, tiers, rated, health = await printed(README)
-    resumed, multiplexed = await printed(CONTRACT)
+    resumed, counted, multiplexed = await printed(CONTRACT)
     (inside,) = await printed(OPERATING)
-    assert len(grpcurl_commands(EVERYTHING)) == 10, "one is on a page that is not tried here"
+    assert len(grpcurl_commands(EVERYTHING)) == 11, "one is on a page that is not tried here"
     assert "headrace.v1.GenerationService" in listed
     assert "rpc Generate" in described
     assert "What is the capital of France?" in generated, "the echo engine repeats it"
@@ -164,6 +167,7 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
     assert '"tier": "small"' in rated
     assert "SERVING" in health
     assert "".join(re.findall(r'"text": "(.*)"', resumed)) == "llo"
+    assert '"tokens": 5' in counted
     assert "".join(re.findall(r'"text": "(.*)"', multiplexed)) == "Hello"
     assert '"reason":"INVALID_SAMPLING"' in multiplexed
     assert '"state": "ready"' in inside
@@ -196,7 +200,7 @@ def test_every_command_of_ours_parses() -> None:
 
 def test_every_service_that_is_started_takes_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [line for line in commands(EVERYTHING) if "python -m headrace." in line]
-    assert len(shown) == 13
+    assert len(shown) == 14
     for line in shown:
         with monkeypatch.context() as environment:
             words = shlex.split(line)
@@ -271,7 +275,7 @@ def rows(text: str, heading: str) -> Iterator[list[str]]:
         yield [cell.strip() for cell in line.strip().strip("|").split(" | ")]
 
 
-def shown_default(name: str, kind: type[ServiceSettings]) -> str:
+def shown_default(name: str, kind: type[ProcessSettings]) -> str:
     """The default of a setting, as the tables of settings write it."""
     info = kind.model_fields[name]
     if info.is_required():
@@ -292,6 +296,8 @@ def test_the_settings_of_all_services_are_those_of_the_table() -> None:
         assert usual == shown_default(name, ServiceSettings), name
         own = dict(re.findall(r"(\w+) ([\w.]+)", others))
         for service, kind in SETTINGS.items():
+            if name not in kind.model_fields:
+                continue  # of gRPC servers, and not of the gateway
             assert own.get(service, usual) == shown_default(name, kind), (service, name)
 
 

@@ -17,7 +17,7 @@ from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import Client, connect
 from headrace.worker.__main__ import Worker
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
-from headrace.worker.engine.interface import Engine, Fault, Result, Row, Token
+from headrace.worker.engine.interface import Engine, Result, Row, Token, TopTokens
 from tests.harness import PATIENCE, eventually, running_worker
 
 
@@ -36,11 +36,11 @@ class OracleEngine(EchoEngine):
 
     def step(self, rows: Sequence[Row]) -> list[Result]:
         results = super().step(rows)
-        for row, result in zip(rows, results, strict=True):
-            if self.drew is not None and result is not None:
+        for row in rows:
+            if self.drew is not None and row.sample:
                 self.drew(row.stop - row.prompt)
         return [
-            result if result is None or isinstance(result, Fault) else oracle(row)
+            _detailed(oracle(row), result) if isinstance(result, Token) else result
             for row, result in zip(rows, results, strict=True)
         ]
 
@@ -55,6 +55,16 @@ def oracle(row: Row) -> Token:
         return Token(EOS_ID, 0.0)
     letters = b"abcdefghij -"
     return Token(letters[number // 64 % len(letters)], -(number % 997) / 100)
+
+
+def _detailed(token: Token, echo: Token) -> Token:
+    """Return a token with what the echo engine adds to its own: the token is its most likely one."""
+    top = None
+    if echo.top is not None:
+        others = [id for id in range(len(echo.top.ids)) if id != token.id][: len(echo.top.ids) - 1]
+        own = token.logprob or 0.0
+        top = TopTokens((token.id, *others), (own, *(own - 1 - rank for rank in range(len(others)))))
+    return replace(token, top=top, prompt=echo.prompt)
 
 
 class Wire:

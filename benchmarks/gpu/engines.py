@@ -275,10 +275,10 @@ class Sequences:
         return sampled
 
 
-def _launch_all(engine: Engine, steps: Iterator[list[Row]]) -> list[list[Any]]:
+def _launch_all(engine: Engine, steps: Iterator[list[Row]]) -> list[Sequence[Any]]:
     """Compute steps that do not depend on each other's tokens, as far ahead as the engine allows."""
     in_flight: deque[LaunchedStep] = deque()
-    results = []
+    results: list[Sequence[Any]] = []
     for rows in steps:
         in_flight.append(engine.launch(rows))
         while len(in_flight) > engine.ahead:

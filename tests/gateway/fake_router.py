@@ -81,6 +81,12 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         tiers[-1].limits.context_length = 4096
         return routing.ListTiersResponse(tiers=tiers)
 
+    async def Explain(self, request: object, context: object) -> routing.ExplainResponse:
+        raise errors.Unimplemented("a fake router does not explain")
+
+    async def Feedback(self, request: object, context: object) -> routing.FeedbackResponse:
+        raise errors.Unimplemented("a fake router takes no feedback")
+
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         number = len(self.requests)
         self.requests.append(request)

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from headrace.channel import CHANNEL_OPTIONS, open_channel
 from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import Client
-from headrace.runtime.serving.processes import RESTART_SECONDS, Roster, shared_port
 from headrace.runtime.serving.bind_check import bind_error
+from headrace.runtime.serving.processes import RESTART_SECONDS, Roster, shared_port
 from headrace.runtime.serving.server import PortInUse, serving
 from headrace.worker.engine.echo import EchoEngine
 from tests.harness import PATIENCE, Mesh, collect, eventually, prompt, running_mesh

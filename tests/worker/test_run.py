@@ -391,3 +391,36 @@ async def test_a_stream_on_which_everything_is_urgent_does_not_starve_the_others
 
     # 30 answers of about 43 tokens beside a flood of 40 each: equal shares give about as many of either kind.
     assert during < 2 * 30
+
+
+async def test_log_probabilities_of_prompt_and_answer_arrive_before_and_with_the_tokens(tier: Tier) -> None:
+    async with dialled(tier.workers[0].server.port) as peer:
+        await peer.hello()
+        await peer.call.write(
+            submit(sequence(1, "hello", max_tokens=3, top_logprobs=2, prompt_logprobs=20, ignore_eos=True))
+        )
+        await peer.read("step", until=lambda response: any(one.finish for one in response.step.deltas))
+        parts = [delta.prompt for delta in peer.deltas() if delta.HasField("prompt")]
+
+    assert parts[0].offset == 1
+    assert [value for part in parts for value in part.logprobs] == [0.0] * 4
+    assert [top.ids[0] for part in parts for top in part.top] == list(b"ello")
+    assert {len(top.ids) for part in parts for top in part.top} == {20}
+    deltas = [delta for delta in peer.deltas() if delta.token_ids]
+    assert all(len(delta.logprobs) == len(delta.token_ids) for delta in deltas)
+    assert [len(top.ids) for delta in deltas for top in delta.top] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("field", ["top_logprobs", "prompt_logprobs"])
+async def test_more_of_the_most_likely_tokens_than_allowed_are_refused(field: str, tier: Tier) -> None:
+    over: dict[str, Any] = {field: 21}
+    most: dict[str, Any] = {field: 20}
+    async with dialled(tier.workers[0].server.port) as peer:
+        await peer.hello()
+        await peer.call.write(submit(sequence(1, **over), sequence(2, **most)))
+        await peer.read("admission")
+
+    verdicts = peer.verdicts()
+    assert verdicts[1].state == wire.ADMISSION_STATE_REFUSED
+    assert "0 to 20" in verdicts[1].error.message
+    assert verdicts[2].state != wire.ADMISSION_STATE_REFUSED

@@ -26,6 +26,7 @@ ErrorType: TypeAlias = Literal[
 ]
 
 CLIENT_LEFT: Final = 499  # only in metrics and spans: nobody receives it
+_UNAUTHORIZED: Final = 401
 NO_PARAMS: Final[Mapping[str, str]] = {}
 
 
@@ -84,6 +85,7 @@ def problem_of(error: errors.HeadraceError, params: Mapping[str, str] = NO_PARAM
     if error.field:
         param = translated(error.field, params)
         message = message.replace(error.field, param or error.field)
+    headers = {"www-authenticate": "Bearer"} if row.status == _UNAUTHORIZED else {}
     wait = error.retry_after if error.retry_after is not None else row.retry_after
     return Problem(
         row.status,
@@ -91,7 +93,7 @@ def problem_of(error: errors.HeadraceError, params: Mapping[str, str] = NO_PARAM
         type=row.type,
         code=row.code or error.reason.lower(),
         param=param,
-        headers={} if wait is None else retry_headers(wait),
+        headers=headers if wait is None else retry_headers(wait),
     )
 
 

@@ -638,7 +638,7 @@ class SequenceDelta(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One per token if the request has sampling.logprobs."""
+        """One per token if the request has sampling.logprobs or sampling.top_logprobs."""
 
     @_builtins.property
     def error(self) -> _status_pb2.Status:

@@ -71,9 +71,9 @@ class WorkerServiceServicer:
         and attempt are current.
 
         A worker does not trust batchers. It rejects a sequence that cannot be computed. It ends a stream with
-        INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB
-        waits to be read. If too many streams are open, a new one replaces an idle one, or is rejected with
-        RESOURCE_EXHAUSTED.
+        INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB,
+        or 12 MiB of most likely tokens, waits to be read. If too many streams are open, a new one replaces an idle one, or
+        is rejected with RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,9 +53,9 @@ class WorkerServiceStub:
     and attempt are current.
 
     A worker does not trust batchers. It rejects a sequence that cannot be computed. It ends a stream with
-    INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB
-    waits to be read. If too many streams are open, a new one replaces an idle one, or is rejected with
-    RESOURCE_EXHAUSTED.
+    INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB,
+    or 12 MiB of most likely tokens, waits to be read. If too many streams are open, a new one replaces an idle one, or
+    is rejected with RESOURCE_EXHAUSTED.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.GetModelRequest, _worker_service_pb2.GetModelResponse]
     """Describes the model. Returns UNAVAILABLE until it is loaded and warmed up."""
@@ -85,9 +85,9 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     and attempt are current.
 
     A worker does not trust batchers. It rejects a sequence that cannot be computed. It ends a stream with
-    INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB
-    waits to be read. If too many streams are open, a new one replaces an idle one, or is rejected with
-    RESOURCE_EXHAUSTED.
+    INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB,
+    or 12 MiB of most likely tokens, waits to be read. If too many streams are open, a new one replaces an idle one, or
+    is rejected with RESOURCE_EXHAUSTED.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.GetModelRequest, _worker_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes the model. Returns UNAVAILABLE until it is loaded and warmed up."""
@@ -120,9 +120,9 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         and attempt are current.
 
         A worker does not trust batchers. It rejects a sequence that cannot be computed. It ends a stream with
-        INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB
-        waits to be read. If too many streams are open, a new one replaces an idle one, or is rejected with
-        RESOURCE_EXHAUSTED.
+        INVALID_ARGUMENT if it violates these rules or exceeds its credit, and with RESOURCE_EXHAUSTED/SLOW_READER if 1 MiB,
+        or 12 MiB of most likely tokens, waits to be read. If too many streams are open, a new one replaces an idle one, or
+        is rejected with RESOURCE_EXHAUSTED.
         """
 
     @_abc_1.abstractmethod

@@ -152,7 +152,7 @@ def _check_sampling(message: wire.Sequence, model: ModelInfo) -> None:
                 field=f"sampling.{name}",
             )
     for feature in ("top_logprobs", "prompt_logprobs"):
-        if sampling.HasField(feature) and feature not in model.features:  # type: ignore[arg-type]
+        if sampling.HasField(feature) and feature not in model.features:
             raise errors.InvalidSampling(
                 f"the engine of {model.name} does not support sampling.{feature}",
                 field=f"sampling.{feature}",

@@ -107,9 +107,11 @@ def test_an_event_may_have_other_fields_and_lines() -> None:
         b": comment\n\n",
         b"retry: 3\n\n",
         chunk(finish="stop"),
+        keep=True,
     )
 
     assert len(record.times) == 2
+    assert "".join(map(text_in, record.parts or ())) == "ab"
 
 
 def test_the_last_event_may_lack_its_empty_line() -> None:

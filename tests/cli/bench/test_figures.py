@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.cli.bench.figures import described, detailed, most_at_once, summarize, tokens_per_second, word
-from headrace.cli.bench.load import Load, Run
+from headrace.cli.bench.load import Run
+from headrace.cli.bench.options import Load
 from headrace.cli.bench.records import Failed, Record
 from tests.cli.bench.test_latencies import record
 

@@ -12,8 +12,8 @@ import pytest
 
 from headrace.bearer import BadToken
 from headrace.cli.bench.backends.openai import OpenAiBackend, OpenAiOptions, connect_openai
-from headrace.cli.bench.load import Load, Run, send
-from headrace.cli.bench.options import BadOption
+from headrace.cli.bench.load import Run, send
+from headrace.cli.bench.options import BadOption, Load
 from headrace.cli.bench.prompts import ListedPrompts, Prompt
 from headrace.cli.bench.records import (
     DISCONNECTED,

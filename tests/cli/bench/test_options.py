@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from headrace.cli.bench.load import Load
-from headrace.cli.bench.options import BadOption, check_prompts, loads, parse_body, parse_headers
+from headrace.cli.bench.options import BadOption, Load, check_prompts, loads, parse_body, parse_headers
 
 NONE: dict[str, Any] = {
     "concurrency": "",

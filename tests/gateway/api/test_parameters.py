@@ -6,7 +6,7 @@ Each row of the tables there has a row here, and each row here is checked on a r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,47 +15,87 @@ import pytest
 
 from headrace.gateway.api import messages
 from headrace.gateway.api.chat_parameters import ChatParameters
-from headrace.gateway.api.reading import Refusal
+from headrace.gateway.api.parameters import CompletionParameters
+from headrace.gateway.api.reading import Parameters, Refusal, read
+from headrace.gateway.api.text.parameters import TextParameters
+from headrace.gateway.problems import Problem
 from headrace.v1 import generation_pb2 as pb
 from tests.gateway.fake_router import TEXT, Edge
 
 PAGE = (Path(__file__).parents[3] / "docs" / "openai.md").read_text()
-ROW = re.compile(r"^\| `(\w+)` \| (\w+) \|", re.MULTILINE)
+ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| (\w+)? ?", re.MULTILINE)
 
 
-def rows_of(heading: str) -> dict[str, str]:
-    """Return the kinds in the first column of the table under a heading, by name."""
+def rows_of(heading: str) -> list[tuple[str, str, str]]:
+    """Return the first three columns of the table under a heading."""
     section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return dict(ROW.findall(section))
+    return ROW.findall(section)
 
 
-def kinds_of(supported: Any, ignored: Any, refused: Any) -> dict[str, str]:
+CHAT = {name: kind for name, kind, _ in rows_of("Parameters")}
+TEXT_COMPLETIONS = {name: kind for name, _, kind in rows_of("Parameters")}
+
+
+def kinds_of(supported: Iterable[str], ignored: Iterable[str], refused: Iterable[str]) -> dict[str, str]:
     """Return the kinds of parameters, by name."""
-    kinds = dict.fromkeys(supported, "supported")
-    kinds |= dict.fromkeys(ignored, "ignored")
+    kinds = dict.fromkeys(supported, "supported") | dict.fromkeys(ignored, "ignored")
     return kinds | dict.fromkeys(refused, "refused")
 
 
-def test_the_table_of_parameters_is_that_of_the_code() -> None:
-    kinds = kinds_of(ChatParameters.model_fields, ChatParameters.ignored, ChatParameters.refused)
+@pytest.mark.parametrize(("kind", "table"), [(ChatParameters, CHAT), (TextParameters, TEXT_COMPLETIONS)])
+def test_the_table_of_parameters_is_that_of_the_code(kind: type[Parameters], table: dict[str, str]) -> None:
+    kinds = kinds_of(kind.model_fields, kind.ignored, kind.refused)
 
-    assert rows_of("Parameters") == kinds | dict.fromkeys(ONLY_COMPLETIONS, "ignored")
+    # One that only the other path has is unknown here, and thus ignored.
+    assert table == dict.fromkeys(table, "ignored") | kinds
 
 
 def test_the_table_of_messages_is_that_of_the_code() -> None:
     fields = messages.Message.__annotations__
+    table = {name: kind for name, kind, _ in rows_of("Messages")}
 
-    assert rows_of("Messages") == kinds_of(fields, messages.IGNORED, messages.REFUSED)
+    assert table == kinds_of(fields, messages.IGNORED, messages.REFUSED)
 
 
-def test_every_row_of_the_tables_is_tested_below() -> None:
+def test_every_row_of_the_table_is_tested_below() -> None:
     tested = {name: kind for kind, rows in TESTED.items() for name in rows}
 
-    assert rows_of("Parameters") == tested | dict.fromkeys(ONLY_COMPLETIONS, "ignored")
+    assert dict.fromkeys(CHAT, "ignored") | tested == CHAT
+    assert {name for name, kind in TEXT_COMPLETIONS.items() if kind != "ignored"} == {
+        *(CompletionParameters.model_fields.keys() & SUPPORTED.keys()),
+        *(CompletionParameters.refused.keys() & REFUSED.keys()),
+        *TEXT_REFUSED,
+        *("best_of", "echo", "logprobs", "prompt"),  # in the tests of text completions
+    }
 
 
-# Rows for text completions alone.
-ONLY_COMPLETIONS = ("best_of", "prompt", "prompt_embeds", "suffix")
+# Values of text completions alone that are refused, and those that request nothing.
+TEXT_REFUSED: dict[str, tuple[Any, ...]] = {
+    "prompt_embeds": ("AAAA",),
+    "prompt_logprobs": (1,),
+    "response_format": ({"type": "json_object"}, {"type": "text"}),
+    "suffix": ("x", ""),
+}
+
+
+@pytest.mark.parametrize("name", [*TEXT_REFUSED, *CompletionParameters.refused])
+def test_text_completions_refuse_what_chat_refuses_and_their_own(name: str) -> None:
+    value, *harmless = TEXT_REFUSED.get(name) or REFUSED[name]
+    if name == "add_special_tokens":
+        value, harmless = False, [True]
+
+    with pytest.raises(Problem) as raised:
+        read(TextParameters, {"prompt": "a", name: value}).unused()
+
+    assert raised.value.param == name
+    assert [read(TextParameters, {"prompt": "a", name: other}).unused() for other in harmless] == [
+        [] for _ in harmless
+    ]
+
+
+@pytest.mark.parametrize("name", CompletionParameters.ignored)
+def test_text_completions_ignore_what_chat_ignores(name: str) -> None:
+    assert read(TextParameters, {"prompt": "a", name: IGNORED[name]}).unused() == [name]
 
 
 @dataclass(frozen=True)
@@ -248,8 +288,11 @@ async def test_every_parameter_may_be_null(plain: Edge) -> None:
 
 
 async def test_unknown_parameters_are_named_in_the_header_and_cannot_break_it(plain: Edge) -> None:
-    response = await plain.chat(**{"new": 1, "a\r\nb: c": 2, "ü" * 500: 3})
-    many = await plain.chat(**{f"p{number}": 1 for number in range(100)})
+    unknown: dict[str, Any] = {"new": 1, "a\r\nb: c": 2, "ü" * 500: 3}
+    numbered: dict[str, Any] = {f"p{number}": 1 for number in range(100)}
+
+    response = await plain.chat(**unknown)
+    many = await plain.chat(**numbered)
 
     assert response.headers["x-headrace-ignored"] == f"new, a??b??c, {'?' * 64}"
     assert many.headers["x-headrace-ignored"].endswith("p15, ...")

@@ -166,6 +166,12 @@ def served(
     started: list[Served] = []
     ready = threading.Event()
 
+    def stopped_by(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> Callable[[], None]:
+        def stop() -> None:
+            loop.call_soon_threadsafe(stopping.set)
+
+        return stop
+
     async def main() -> None:
         loop, stopping = asyncio.get_running_loop(), asyncio.Event()
         http = HttpService(
@@ -185,9 +191,7 @@ def served(
             https=https,
         ) as running:
             pinging = asyncio.create_task(http.ping())
-            started.append(
-                Served(running.port, http, running, lambda: loop.call_soon_threadsafe(stopping.set) and None)
-            )
+            started.append(Served(running.port, http, running, stopped_by(loop, stopping)))
             ready.set()
             await stopping.wait()
             pinging.cancel()

@@ -100,6 +100,48 @@ async def test_the_tokens_are_those_of_transformers(alone: list[Answer], tier: s
     assert [answer.ids for _, answer in mine] == expected
 
 
+def likelihoods(model_name: str, ids: list[int]) -> Any:
+    """Return the log-probabilities of all tokens after each of *ids*, by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from headrace.worker.engine.load.gguf.weights import dequantised
+
+    cache = models.cache_folder()
+    path = models.resolve(model_name, cache)
+    folder = dequantised(path, digest=models.file_digest(path), cache=cache, progress=lambda stage: None)
+    network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        return network(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+async def test_details_of_tokens_are_those_of_transformers(client: Client) -> None:
+    text = "What is the capital of France? Réponds en français, s'il te plaît. 🗼"
+    request = chat(text, temperature=0, max_tokens=8, top_logprobs=3, prompt_logprobs=2)
+    request.stream.include_token_ids = True
+    request.routing.tier = "small"
+    answer = await collect(client, request, timeout=1200)
+
+    described = answer.prompt + answer.details
+    ids = [one.token.id for one in described]
+    expected = await asyncio.to_thread(likelihoods, models.SMALL, ids)
+
+    assert len(answer.prompt) == answer.accepted.prompt_tokens
+    assert text.encode() in b"".join(one.token.text for one in answer.prompt)
+    assert b"".join(one.token.text for one in answer.details).decode() == answer.text
+    assert not described[0].token.HasField("logprob")
+    for row, one in zip(expected, described[1:], strict=False):
+        most = len(one.top)
+        assert one.token.logprob == pytest.approx(float(row[one.token.id]), abs=1e-3)
+        assert [top.logprob for top in one.top] == pytest.approx(row.topk(most).values.tolist(), abs=1e-3)
+        for top in one.top:
+            assert top.logprob == pytest.approx(float(row[top.id]), abs=1e-3)
+            if top.id == one.token.id:
+                assert top.logprob == one.token.logprob, "bit for bit"
+    assert {len(one.top) for one in answer.prompt[1:]} == {2}
+    assert {len(one.top) for one in answer.details} == {3}
+
+
 async def test_a_seeded_sample_is_repeatable_and_another_seed_differs(client: Client) -> None:
     def ask(seed: int) -> pb.GenerateRequest:
         request = chat(

@@ -23,3 +23,15 @@ def test_the_turns_are_the_last_ones_of_the_chat_in_order() -> None:
     turns = turns_of(request, check_request(request))
     assert [turn.text for turn in turns] == [str(place) for place in range(99 - TURNS, 99)]
     assert [turn.role for turn in turns] == ["assistant" if int(turn.text) % 2 else "user" for turn in turns]
+
+
+def test_a_developer_is_the_system_and_token_ids_have_no_turns() -> None:
+    """The system's text is not read, and a tool's result is not the user's."""
+    roles = ("developer", "user", "assistant", "tool")
+    messages = [pb.Message(role=role, content=role) for role in roles]
+    request = pb.GenerateRequest(chat=pb.Chat(messages=messages))
+    read = [(turn.role, turn.text) for turn in turns_of(request, check_request(request))]
+
+    assert read == [("user", "user"), ("assistant", "assistant"), ("tool", "tool")]
+    ids = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]))
+    assert turns_of(ids, check_request(ids)) == []

@@ -35,7 +35,8 @@ PARAMS = SamplingParams(
 
 def by_definition(logits: torch.Tensor, most: int) -> list[list[int]]:
     """Return the most likely tokens, most likely first, of equal ones the smallest ids."""
-    return [sorted(range(len(row)), key=lambda id, row=row: (-row[id], id))[:most] for row in logits.tolist()]
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    return [[int(id) for id in row[:most]] for row in order.tolist()]
 
 
 @given(
@@ -160,10 +161,10 @@ def parts_of(
             assert part is None
         start = stop
     assert isinstance(result, Token)
-    return logprobs, top, result
+    return logprobs, top, replace(result, prompt=None)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
 def test_prompts_have_the_log_probabilities_of_a_whole_pass_of_transformers(
     architecture: str, tiny_engine: Engine, tiny_network: Network
 ) -> None:

@@ -13,7 +13,7 @@ from headrace.batcher.job import Job
 from headrace.batcher.text.detokenizer import Detokenizer, Piece, StopRules, TextStream, last_with_text
 from headrace.batcher.text.token_texts import Spellings, TokenDescriber
 from headrace.batcher.text.tokens import Tokenizer, stop_ids
-from headrace.batcher.token_details import Score, TokenScores, tokens_per_event
+from headrace.batcher.token_details import TokenScores, tokens_per_event
 from headrace.metrics import catalogue
 from headrace.metrics.requests import End, Timing, finish_name, record
 from headrace.metrics.words import Outcome
@@ -199,20 +199,23 @@ class AnswerEvents:
         delta.token_count = stop - start
         delta.text = text
         if arrival.scores:
-            self._add_scores(delta, arrival.ids[start:stop], arrival.scores[start:stop])
+            if self._describer is None:
+                delta.logprobs.extend(arrival.scores[start:stop])  # type: ignore[arg-type] # floats then
+            else:
+                self._describe(delta, self._describer, arrival, start, stop)
         if self._with_ids:
             delta.token_ids.extend(arrival.ids[start:stop])
         self._offset += stop - start
         return response
 
-    def _add_scores(self, delta: pb.Delta, ids: list[int], scores: list[Score]) -> None:
-        if self._describer is None:
-            delta.logprobs.extend(scores)  # type: ignore[arg-type] # which are the log-probabilities
-            return
+    def _describe(
+        self, delta: pb.Delta, describer: TokenDescriber, arrival: Arrival, start: int, stop: int
+    ) -> None:
+        ids, scores = arrival.ids[start:stop], arrival.scores[start:stop]
         logprobs = [score.logprob if isinstance(score, TokenScores) else score for score in scores]
         if self._with_logprobs:
             delta.logprobs.extend(logprobs)
-        describe, add = self._describer.describe, delta.tokens.add
+        describe, add = describer.describe, delta.tokens.add
         for id, logprob, score in zip(ids, logprobs, scores, strict=True):
             if isinstance(score, TokenScores):
                 describe(add(), id, logprob, score.top_ids, score.top_logprobs)

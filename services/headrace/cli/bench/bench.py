@@ -13,8 +13,8 @@ from headrace import errors
 from headrace.cli.bench import figures, report
 from headrace.cli.bench.backends.mesh import MeshBackend, MeshFailed
 from headrace.cli.bench.backends.openai import OpenAiOptions, connect_openai
-from headrace.cli.bench.load import Load, Run, send, warm_up
-from headrace.cli.bench.options import BadOption
+from headrace.cli.bench.load import Run, send, warm_up
+from headrace.cli.bench.options import BadOption, Load
 from headrace.cli.bench.prompts import ListedPrompts, Prompt
 from headrace.cli.bench.records import Failed, Record
 from headrace.cli.bench.synthetic import LONG, SHORT, SyntheticPrompts, count, text_of
@@ -109,13 +109,19 @@ def bench(options: BenchOptions, console: Console, progress: Console) -> int:
     raise_file_limit()
     collect_less_often()
     measured = Measured()
-    interrupted = run_until_signal(
-        measure(options, measured, progress),
-        lambda: progress.print("stopping...", style="dim"),
-        loop_factory=loop_factory(),
-    )
+    interrupted, failure = False, None
+    try:
+        interrupted = run_until_signal(
+            measure(options, measured, progress),
+            lambda: progress.print("stopping...", style="dim"),
+            loop_factory=loop_factory(),
+        )
+    except TargetFailed as failed:
+        failure = failed  # loads before the one that failed have results
     started = [(load, run) for load, run in measured.runs if run.records]
     if not started or measured.backend is None:
+        if failure is not None:
+            raise failure
         return INTERRUPTED
     results = [result_of(options, measured.backend, load, run) for load, run in started]
     for result in results:
@@ -133,6 +139,8 @@ def bench(options: BenchOptions, console: Console, progress: Console) -> int:
         draw([run for _, run in started], results, options.plot)
     if interrupted:
         return INTERRUPTED
+    if failure is not None:
+        raise failure
     if any(not result["completed"] for result in results):
         raise TargetFailed(_first_failure(started), FAILED)
     return MET if all(one.met(result) for result in results for one in options.objectives) else NOT_MET

@@ -19,7 +19,8 @@ from headrace.cli.bench.latencies import spread
 from headrace.cli.bench.objectives import is_good
 
 if TYPE_CHECKING:
-    from headrace.cli.bench.load import Load, Run
+    from headrace.cli.bench.load import Run
+    from headrace.cli.bench.options import Load
     from headrace.cli.bench.records import Record
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from headrace.cli.bench.arrivals import arrivals
+from headrace.cli.bench.options import Load
 from headrace.cli.bench.records import Failed, Record
 
 if TYPE_CHECKING:
@@ -24,29 +25,6 @@ if TYPE_CHECKING:
     from headrace.cli.bench.prompts import Prompts
 
 _HEARTBEAT = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """How much is sent, and when.
-
-    concurrency       requests in flight at a time, in a closed loop; None: an open loop
-    rate              requests per second of an open loop
-    burstiness        of its arrivals; see `arrivals`
-    max_concurrency   most requests in flight of an open loop; others wait for their turn. None: no limit
-    requests          how many requests; None: as many as fit into *seconds*
-    seconds           no request starts later than this; those in flight are completed. None: no limit
-    timeout           seconds for one answer
-    """
-
-    concurrency: int | None = None
-    rate: float | None = None
-    burstiness: float = 1.0
-    max_concurrency: int | None = None
-    requests: int | None = None
-    seconds: float | None = None
-    seed: int = 0
-    timeout: float = 300.0
 
 
 @dataclass

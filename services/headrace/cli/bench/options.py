@@ -1,4 +1,4 @@
-"""Check the options of `headrace bench` that depend on each other. Plain functions, without I/O."""
+"""The load that options describe, and checks of options that depend on each other. No I/O."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from headrace.cli.bench.load import Load
+from dataclasses import dataclass
+from typing import Any
 
 DEFAULT_CONCURRENCY = 8
 DEFAULT_REQUESTS = 100
@@ -20,6 +18,29 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 class BadOption(ValueError):
     """An option cannot be used, or not with another one. The message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How much is sent, and when.
+
+    concurrency       requests in flight at a time, in a closed loop; None: an open loop
+    rate              requests per second of an open loop
+    burstiness        of its arrivals; see `arrivals`
+    max_concurrency   most requests in flight of an open loop; others wait for their turn. None: no limit
+    requests          how many requests; None: as many as fit into *seconds*
+    seconds           no request starts later than this; those in flight are completed. None: no limit
+    timeout           seconds for one answer
+    """
+
+    concurrency: int | None = None
+    rate: float | None = None
+    burstiness: float = 1.0
+    max_concurrency: int | None = None
+    requests: int | None = None
+    seconds: float | None = None
+    seed: int = 0
+    timeout: float = 300.0
 
 
 def loads(
@@ -37,8 +58,6 @@ def loads(
 
     Raises BadOption.
     """
-    from headrace.cli.bench.load import Load  # which needs numpy
-
     if concurrency and rate:
         raise BadOption(
             "give either --concurrency or --rate; to limit the requests in flight of a rate, use "

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from headrace.cli.bench.load import Load, Run
+    from headrace.cli.bench.load import Run
     from headrace.cli.bench.objectives import Objective
+    from headrace.cli.bench.options import Load
 
 _TITLES = {
     "ttft": "TTFT",

@@ -89,7 +89,7 @@ def logprobs(
     """
     total = np.maximum(mass, fixed_math.WEIGHT_ONE).astype(np.float32) * _UNIT
     with np.errstate(all="ignore"):
-        return np.maximum((logits - largest) - fixed_math.log(total), LEAST)
+        return np.asarray(np.maximum((logits - largest) - fixed_math.log(total), LEAST))
 
 
 def joined(parts: Sequence[Likelihoods]) -> Likelihoods:

@@ -23,7 +23,7 @@ class HashEngine(EchoEngine):
 
     def step(self, rows: Sequence[Row]) -> list[Result]:
         return [
-            Token(hashed(row.ids[: row.stop], may_end=not row.params.ignore_eos), 0.0)
+            replace(result, id=hashed(row.ids[: row.stop], may_end=not row.params.ignore_eos))
             if isinstance(result, Token)
             else result
             for row, result in zip(rows, super().step(rows), strict=True)
@@ -96,7 +96,7 @@ class DeviceEngine:
             result = found[index]
             if isinstance(result, Fault):
                 self.broken.add(row.memo)
-            elif result is not None:
+            elif isinstance(result, Token):
                 self.latest[row.memo] = result.id
         if step.number in self.failing:
             self._lose(step.rows)

@@ -21,7 +21,8 @@ from headrace.worker.engine.gpu.kernels.sampling import BLOCK, CANDIDATES, Layou
 from headrace.worker.engine.gpu.kernels.sampling import parameters as column
 from headrace.worker.engine.gpu.step_inputs import StepInputs
 from headrace.worker.engine.interface import Fault, Result, Row, SamplingParams, Token
-from headrace.worker.engine.sampling import NOT_FINITE, min_p_logs
+from headrace.worker.engine.likelihoods import NOT_FINITE
+from headrace.worker.engine.sampling import min_p_logs
 
 _LARGEST = 2**31 - 1
 
