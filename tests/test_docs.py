@@ -59,6 +59,23 @@ OTHER_FLAGS = {
     "--no-install-recommends",
     "--image",
     "--previous",
+    # of lm-evaluation-harness, guidellm and vLLM's benchmark
+    "--apply",
+    "--base-url",
+    "--backend",
+    "--constraint",
+    "--data",
+    "--dataset-name",
+    "--endpoint",
+    "--ignore-eos",
+    "--max-concurrency",
+    "--model",
+    "--num-prompts",
+    "--profile",
+    "--random-input-len",
+    "--random-output-len",
+    "--tasks",
+    "--tokenizer",
 }
 # In capitals, besides reasons, statuses and variables.
 OTHER_NAMES = {
