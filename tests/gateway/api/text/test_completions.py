@@ -275,7 +275,7 @@ async def test_vllms_additions_are_in_the_choices(edge: TextEdge, stream: bool) 
         last = chunks[-1]["choices"][0]
     else:
         completion = await edge.sdk.completions.create(model="auto", prompt="Hi", **asked)
-        last = completion.to_dict()["choices"][0]  # type: ignore[index]
+        last = completion.to_dict()["choices"][0]
         text, tokens, ids = last["text"], last["logprobs"]["tokens"], last["token_ids"]
 
     assert text == TEXT + "END"

@@ -62,7 +62,7 @@ def test_the_table_is_that_of_the_code() -> None:
 @pytest.mark.parametrize("name", _names("supported"))
 async def test_a_supported_parameter_reaches_the_mesh(edge: TextEdge, name: str) -> None:
     value, expected = SUPPORTED[name]
-    extra = {"stream": True} if name == "stream_options" else {}
+    extra: dict[str, Any] = {"stream": True} if name == "stream_options" else {}
     response = await edge.complete(**{name: value}, **extra)
 
     assert response.status_code == 200
