@@ -87,6 +87,12 @@ class TextRouter(FakeRouter, TokenizerServiceServicer):
         self._note(request)
         return tokens_pb.DetokenizeResponse(text=text_of(list(request.token_ids)), tokenizer=_used(request))
 
+    async def CountTokens(
+        self, request: tokens_pb.CountTokensRequest, context: Any
+    ) -> tokens_pb.CountTokensResponse:
+        self._note(request)
+        return tokens_pb.CountTokensResponse(tokens=len(ids_of(request.prompt)), tokenizer=_used(request))
+
     async def GetTokenizer(
         self, request: tokens_pb.GetTokenizerRequest, context: Any
     ) -> tokens_pb.GetTokenizerResponse:
