@@ -192,20 +192,22 @@ async def test_an_echo_has_the_log_probabilities_of_the_prompt(edge: TextEdge, s
         assert details[n + index]["text_offset"] == [0, 0, 1, 6, 7, 7, 8]
 
 
-async def test_an_echo_of_token_ids_is_their_text(edge: TextEdge) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_of_token_ids_is_their_text(edge: TextEdge, stream: bool) -> None:
     """Special tokens appear by their names, and offsets after them are right."""
-    asked: dict[str, Any] = {
-        "prompt": [[SPECIAL, 72, 105], [72]],
-        "model": "tiny",
-        "echo": True,
-        "logprobs": 0,
-    }
-    choices = (await edge.complete(**asked)).json()["choices"]
+    prompts = [[SPECIAL, 72, 105], [72]]
+    asked: dict[str, Any] = {"prompt": prompts, "model": "tiny", "echo": True, "logprobs": 0}
+    if stream:
+        chunks = await _streamed(edge, **asked)
+        texts, details = _texts(chunks, 2), [_joined(chunks, 0), _joined(chunks, 1)]
+    else:
+        choices = (await edge.complete(**asked)).json()["choices"]
+        texts, details = [choice["text"] for choice in choices], [choice["logprobs"] for choice in choices]
 
-    assert [choice["text"] for choice in choices] == [f"{NAME}Hi{TEXT}", f"H{TEXT}"]
-    assert choices[0]["logprobs"]["tokens"][:3] == ["", "H", "i"]
-    assert choices[0]["logprobs"]["text_offset"][3] == len(NAME) + 2
-    assert choices[1]["logprobs"]["top_logprobs"][0] is None
+    assert texts == [f"{NAME}Hi{TEXT}", f"H{TEXT}"]
+    assert details[0]["tokens"][:3] == ["", "H", "i"]
+    assert details[0]["text_offset"][3] == len(NAME) + 2
+    assert details[1]["top_logprobs"][0] is None
     assert {call.tokenizer.model for call in edge.router.calls} == {"tiny"}
 
 
@@ -239,11 +241,12 @@ async def test_a_scored_prompt_is_followed_by_exactly_one_token(edge: TextEdge) 
     assert edge.asked.sampling.ignore_eos
     assert edge.asked.sampling.prompt_logprobs == edge.asked.sampling.top_logprobs == 1
 
-    for other in (
+    others: list[dict[str, Any]] = [
         {"echo": True, "max_tokens": 1},
         {"logprobs": 1, "max_tokens": 1},
         {"echo": True, "logprobs": 1},
-    ):
+    ]
+    for other in others:
         await edge.complete(**other)
         assert not edge.asked.sampling.ignore_eos
 
