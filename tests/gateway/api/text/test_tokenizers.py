@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
 from headrace import errors
-from tests.gateway.api.text.text_router import NAME, SPECIAL, TextEdge
+from tests.gateway.api.text.text_router import NAME, SPECIAL, TextEdge, text_edge
 
 HI = [{"role": "user", "content": "Hi"}]
 
 
+@pytest.fixture(scope="session")
+async def running_with_one_tier() -> AsyncGenerator[TextEdge, None]:
+    """A gateway whose mesh has one tier, for all tests of this file."""
+    async with text_edge(small="tiny") as started:
+        yield started
+
+
 @pytest.fixture
-async def edge(edge: TextEdge) -> TextEdge:
-    """A gateway whose mesh has one tier."""
-    edge.router.tiers = {"small": "tiny"}
-    async with asyncio.timeout(30):  # it may know the tiers of another test for a second
-        while len((await edge.http.get("/v1/models")).json()["data"]) != 3:
-            await asyncio.sleep(0.1)
-    return edge
+def edge(running_with_one_tier: TextEdge) -> TextEdge:
+    """A gateway whose mesh has one tier, and no calls yet."""
+    running_with_one_tier.router.reset()
+    running_with_one_tier.router.tiers = {"small": "tiny"}
+    return running_with_one_tier
 
 
 @pytest.mark.parametrize("prefix", ["", "/v1"])
@@ -105,25 +110,23 @@ async def test_the_model_or_the_header_names_the_tokenizer(
     assert [(call.tokenizer.tier, call.tokenizer.model) for call in edge.router.calls] == [pinned] * 2
 
 
-async def test_a_mesh_with_several_models_needs_a_name(edge: TextEdge) -> None:
-    edge.router.tiers = {"small": "tiny", "large": "big"}
-    # The gateway may know the tiers of another test for a second.
-    async with asyncio.timeout(30):
-        while (response := await edge.http.post("/tokenize", json={"prompt": "Hi"})).status_code == 200:
-            await asyncio.sleep(0.1)
+async def test_a_mesh_with_several_models_needs_a_name() -> None:
+    async with text_edge(small="tiny", large="big") as edge:
+        response = await edge.http.post("/tokenize", json={"prompt": "Hi"})
 
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "model"
     assert "set model to one of 'small', 'large'" in response.json()["error"]["message"]
+    assert not edge.router.calls
 
 
-async def test_below_the_path_of_a_tier_no_name_is_needed(edge: TextEdge) -> None:
+async def test_below_the_path_of_a_tier_no_name_is_needed() -> None:
     """Tools with a base URL only can use one tier of several."""
-    edge.router.tiers = {"small": "tiny", "large": "big"}
-    await edge.http.post("/tiers/large/tokenize", json={"prompt": "Hi"})
-    await edge.http.get("/tiers/large/tokenizer_info", headers={"x-headrace-tier": "small"})
-    await edge.http.post("/tiers/large/v1/completions", json={"prompt": [1]})
-    unknown = [await edge.http.get(path) for path in ("/tiers/large/x", "/tiers/a/tiers/b/v1/models")]
+    async with text_edge(small="tiny", large="big") as edge:
+        await edge.http.post("/tiers/large/tokenize", json={"prompt": "Hi"})
+        await edge.http.get("/tiers/large/tokenizer_info", headers={"x-headrace-tier": "small"})
+        await edge.http.post("/tiers/large/v1/completions", json={"prompt": [1]})
+        unknown = [await edge.http.get(path) for path in ("/tiers/large/x", "/tiers/a/tiers/b/v1/models")]
 
     assert [call.tokenizer.tier for call in edge.router.calls] == ["large", "large"]
     assert edge.asked.routing.tier == "large"

@@ -142,9 +142,12 @@ class TextEdge:
 
 
 @asynccontextmanager
-async def text_edge() -> AsyncGenerator[TextEdge, None]:
-    """Run a gateway in front of a fake router."""
-    router = TextRouter()
+async def text_edge(**tiers: str) -> AsyncGenerator[TextEdge, None]:
+    """Run a gateway in front of a fake router.
+
+    tiers   names and models. A gateway remembers them, so that a test with others needs a gateway of its own
+    """
+    router = TextRouter(**({"tiers": tiers} if tiers else {}))
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(router, server)
