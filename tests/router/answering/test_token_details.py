@@ -148,6 +148,7 @@ def _prompt(offset: int, *tokens: pb.TokenLogprobs) -> pb.GenerateResponse:
 
 NAN = pb.TokenLogprobs(token=pb.TokenLogprob(id=1, logprob=math.nan))
 SURE = pb.TokenLogprobs(token=pb.TokenLogprob(id=1, logprob=0.0), top=[pb.TokenLogprob(logprob=1.0)])
+IMPOSSIBLE = pb.TokenLogprobs(token=pb.TokenLogprob(id=1, logprob=-math.inf))
 WIDE = described(1, -1.0, 4)
 WHOLE = [_prompt(0), _prompt(1), _prompt(2)]
 
@@ -165,6 +166,8 @@ WHOLE = [_prompt(0), _prompt(1), _prompt(2)]
         [ACCEPTED, _prompt(0), FINISH],
         [ACCEPTED, *WHOLE, delta(0, tokens=[described(97, -1.0, 3)])],
         [ACCEPTED, *WHOLE, delta(0, tokens=[NAN])],
+        [ACCEPTED, *WHOLE, delta(0, tokens=[IMPOSSIBLE])],
+        [ACCEPTED, *WHOLE, delta(0, tokens=[described(97, -1.0, 2)], logprobs=[math.nan])],
         [ACCEPTED, *WHOLE, delta(0, tokens=[SURE])],
         [ACCEPTED, *WHOLE, delta(0, tokens=[described(97, -1.0, 2)] * 2)],
         [ACCEPTED, *WHOLE, delta(0, tokens=[described(97, -1.0, 2)]), _prompt(3)],
