@@ -212,6 +212,23 @@ async def test_a_tier_without_the_feature_is_replaced_by_another() -> None:
             await collect(client, asked())
 
 
+async def test_a_batcher_without_the_feature_is_replaced_by_another_of_its_tier() -> None:
+    lacking, able = DetailedBatcher(refuses=LACKS), DetailedBatcher()
+    async with routed(only=[lacking, able]) as client:
+        while not (lacking.requests and able.requests):
+            check(await collect(client, asked()))
+        able.dies.append(5)
+        check(await collect(client, asked()))  # it resumes, although the other batcher is asked first
+
+
+async def test_a_feature_that_a_busy_batcher_may_have_is_not_reported_as_missing() -> None:
+    busy = DetailedBatcher(refuses=errors.NoWorkers("not ready yet", retry_after=1.0))
+    async with routed(only=[DetailedBatcher(refuses=LACKS), busy]) as client:
+        for _ in range(4):
+            with pytest.raises(errors.NoWorkers, match="not ready yet"):
+                await collect(client, asked(), timeout=1)
+
+
 async def test_other_invalid_requests_are_not_offered_to_another_tier() -> None:
     refuses = errors.InvalidSampling("a bad field", field="sampling.top_p")
     large = DetailedBatcher()
