@@ -152,8 +152,8 @@ async def on_tier(
     """Stream one answer from the batchers of *tier*. It survives the loss of up to two of them.
 
     Before the first event, every batcher of the tier is tried once. Raises NoWorkers or Overloaded if none
-    accepts the request, InvalidRequest if all that are there lack a feature, BatcherLost if an answer could not
-    be resumed, and the batchers' errors about the request.
+    accepts the request, InvalidRequest if they lack a feature, BatcherLost if an answer could not be resumed,
+    and the batchers' errors about the request.
     """
     answer = ForwardedAnswer(outgoing.request, tier.name)
     refused: dict[BatcherPeer, errors.HeadraceError] = {}
