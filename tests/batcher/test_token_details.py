@@ -16,6 +16,7 @@ from headrace import errors
 from headrace.batcher.inbox import Inbox
 from headrace.batcher.job import Job
 from headrace.batcher.token_details import MAX_ENTRIES, prompt_parts
+from headrace.batcher.waiting.prefixes import block_names
 from headrace.batcher.waiting.prompt_details import PromptDetailsMemory, details_bytes
 from headrace.deadline import NEVER
 from headrace.flushing import Flusher
@@ -134,6 +135,21 @@ async def test_a_prompt_of_one_token_has_no_log_probability() -> None:
 
     assert answer.prompt == [described(97, None, ([], []))]
     assert not worker.submitted[0].sampling.HasField("prompt_logprobs")
+
+
+async def test_a_prompt_with_details_is_no_sign_that_its_worker_has_evicted_some() -> None:
+    text = "a prompt of several blocks " * 20
+    async with detailed_tier(DetailWorker(piece=256)) as tier:
+        coalescer = tier.batcher.coalescer
+        (link,) = coalescer.pool
+        earlier = block_names(list(text.encode()))
+
+        await collect(tier.client, prompt(text))
+        cached = coalescer.prefixes.cached_tokens(earlier, link.target)
+        for request in (prompt(text.upper()), asked(text.upper())):
+            await collect(tier.client, request)
+
+        assert cached == coalescer.prefixes.cached_tokens(earlier, link.target) > 0
 
 
 async def test_a_resumed_answer_has_no_details_of_its_prompt() -> None:
