@@ -180,6 +180,20 @@ async def test_invalid_details_lose_the_batcher(script: list[pb.GenerateResponse
             await collect(client, prompt("abc", top_logprobs=2, prompt_logprobs=3))
 
 
+async def test_no_token_is_delivered_before_the_details_of_the_whole_prompt() -> None:
+    early = delta(0, tokens=[described(97, -1.0, 2)])
+    async with routed(
+        only=[InvalidBatcher(script=[ACCEPTED, _prompt(0), early]) for _ in range(3)]
+    ) as client:
+        seen = pb.GenerateResponse()
+        with pytest.raises(errors.BatcherLost):
+            async for response in client.generate(
+                prompt("abc", top_logprobs=2, prompt_logprobs=3), timeout=9
+            ):
+                seen = response
+    assert seen.WhichOneof("event") == "prompt_tokens"
+
+
 async def test_tokens_of_a_prompt_that_were_not_requested_lose_the_batcher() -> None:
     async with routed(only=[InvalidBatcher(script=[ACCEPTED, _prompt(0)]) for _ in range(3)]) as client:
         with pytest.raises(errors.BatcherLost):
