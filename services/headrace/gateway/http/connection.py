@@ -69,10 +69,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the request that is being answered; those that wait for it are never started."""
-        running = self._running
-        if running is not None and not running.response_complete:
-            running.disconnected = True
-            running.message_event.set()
+        if self._busy:
+            self._leave()
         self.pipeline.clear()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
@@ -166,6 +164,7 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
         cycle.scope[CYCLE] = cycle
+        cycle.left = None  # see `Exchange.when_left`
         if self.draining:
             cycle.keep_alive = False
         super()._start_asgi_task(cycle, app)
@@ -212,6 +211,14 @@ class Connection(HttpToolsProtocol):
         """Whether a request is being answered."""
         return self._running is not None and not self._running.response_complete
 
+    def _leave(self) -> None:
+        """End the request that is being answered, because nobody receives the answer."""
+        running = self._running
+        running.disconnected = True
+        running.message_event.set()
+        if running.left is not None:
+            running.left()
+
     def _count(self, size: int) -> None:
         self._head_bytes += size
         if max(self._head_bytes, self._partial_bytes) > self._limits.max_header_bytes:
@@ -233,8 +240,7 @@ class Connection(HttpToolsProtocol):
         running = self._running
         if not self._busy or (not running.response_started and running.more_body and not self.pipeline):
             if self._busy:
-                running.disconnected = True
-                running.message_event.set()
+                self._leave()
             self._finish(problem)
             return
         # A response is under way, and nothing can be written beside it. Earlier requests are answered.
