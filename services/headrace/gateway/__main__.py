@@ -50,18 +50,17 @@ async def gateway(settings: Settings, instance: str = "gateway") -> AsyncGenerat
 
     Raises StartFailed.
     """
-    reads_tokens = settings.auth_tokens is not None or bool(settings.auth_jwks)
     http = HttpService(
         settings.limits,
         guard(settings, "gateway"),
         trace_context=settings.trace_context,
-        forward_authorization=reads_tokens,
+        forward_authorization=settings.reads_tokens,
     )
     https = None
     if settings.https_cert is not None and settings.https_key is not None:
         https = Https(settings.https_cert, settings.https_key)
     files = settings.tls_files
-    if reads_tokens and files is None:
+    if settings.reads_tokens and files is None:
         _check_plaintext(settings)
     try:
         reader = None if files is None else TlsReader(files)
@@ -83,7 +82,7 @@ async def gateway(settings: Settings, instance: str = "gateway") -> AsyncGenerat
         tasks = [asyncio.create_task(work()) for work in (router.poll, http.ping, http.guard.maintain)]
         try:
             async with listening(
-                application(client, http, router, text, settings.origins),
+                application(client, http, router, text, settings.origins, settings.hosts),
                 host=settings.host,
                 port=settings.port,
                 limits=settings.limits,
