@@ -45,6 +45,7 @@ class Connection(HttpToolsProtocol):
         self._hosts = 0
         self._begun = False  # whether a request began in what is being parsed
         self._unread_due: float | None = None  # when the client must have read from a full buffer
+        self._unsent = 0  # bytes in the buffer at the last check
         self._close_due: float | None = None  # when a connection that is being closed is aborted
         self._stopped = False  # reading: what the client sends from now on is discarded
         self._refusal: Problem | None = None
@@ -185,11 +186,15 @@ class Connection(HttpToolsProtocol):
 
     def check(self, now: float) -> None:
         """End the connection if the client takes too long. Called now and then."""
+        unsent = self.transport.get_write_buffer_size()
+        reads, self._unsent = 0 < unsent < self._unsent, unsent
         if self.transport.is_closing() or self._close_due is not None:
-            if self._close_due is None:
+            if self._close_due is None or reads:
                 self._close_due = now + self._limits.unread_seconds
             elif now >= self._close_due:
                 self.transport.abort()
+        elif self._unread_due is not None and reads:
+            self._unread_due = now + self._limits.unread_seconds
         elif self._unread_due is not None and now >= self._unread_due:
             log.warning("connection closed: the client does not read")
             self.transport.abort()
