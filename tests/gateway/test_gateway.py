@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import httpx
 import pytest
 
 from headrace.gateway.__main__ import RunningGateway, gateway
+from headrace.gateway.health import RouterHealth
 from headrace.gateway.settings import Settings
 from headrace.runtime.serving.server import PortInUse, StartFailed
-from tests.harness import eventually, running_mesh
+from tests.harness import PATIENCE, eventually, running_mesh
 from tests.security import Callers
 
 
@@ -124,8 +126,20 @@ def test_names_matter_where_a_page_could_call_the_gateway(
     assert settings("127.0.0.1:1", **given).hosts == hosts
 
 
+async def test_background_work_that_fails_stops_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would otherwise report forever what it saw last."""
+
+    async def fail(self: RouterHealth) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(RouterHealth, "poll", fail)
+    with pytest.RaisesGroup(RuntimeError):
+        async with gateway(settings("127.0.0.1:1")), asyncio.timeout(PATIENCE):
+            await asyncio.Event().wait()
+
+
 async def test_a_port_in_use_stops_the_start(running: RunningGateway) -> None:
-    with pytest.raises(PortInUse, match="in use"):
+    with pytest.RaisesGroup(pytest.RaisesExc(PortInUse, match="in use")):
         async with gateway(settings("127.0.0.1:1", port=running.port)):
             pass
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from headrace.bearer import BadToken, check_plaintext
@@ -48,7 +48,7 @@ async def gateway(settings: Settings, instance: str = "gateway") -> AsyncGenerat
 
     instance   name of this process, in its metrics
 
-    Raises StartFailed.
+    Raises StartFailed, in a group if it cannot listen.
     """
     http = HttpService(
         settings.limits,
@@ -77,9 +77,10 @@ async def gateway(settings: Settings, instance: str = "gateway") -> AsyncGenerat
             server_name=name,
         ) as client,
         open_channel(settings.router, tls=reader, server_name=name) as probes,
+        asyncio.TaskGroup() as tasks,
     ):
         router = RouterHealth(probes, http.requests)
-        tasks = [asyncio.create_task(work()) for work in (router.poll, http.ping, http.guard.maintain)]
+        working = [tasks.create_task(work()) for work in (router.poll, http.ping, http.guard.maintain)]
         try:
             async with listening(
                 application(client, http, router, text, settings.origins, settings.hosts),
@@ -93,10 +94,8 @@ async def gateway(settings: Settings, instance: str = "gateway") -> AsyncGenerat
             ) as server:
                 yield RunningGateway(server.port, http, router)
         finally:
-            for task in tasks:
+            for task in working:
                 task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
 
 
 def _check_plaintext(settings: Settings) -> None:
