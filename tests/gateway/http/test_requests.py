@@ -111,6 +111,14 @@ def test_a_request_for_another_protocol_is_answered_as_http_1(plain: Served) -> 
     assert wire.response().body == b'{"b":1}'
 
 
+def test_http_1_0_is_kept_when_a_request_for_another_protocol_is_ignored(plain: Served) -> None:
+    wire = plain.wire()
+    wire.send(f"POST {PATH} HTTP/1.0", JSON, "connection: Upgrade", "upgrade: h2c", body=b'{"a":1}')
+
+    assert wire.response().body == b'{"a":1}'
+    assert wire.ended()
+
+
 def test_options_and_other_methods(plain: Served) -> None:
     wire = plain.wire()
     wire.send(f"OPTIONS {PATH} HTTP/1.1")

@@ -277,11 +277,11 @@ class Connection(HttpToolsProtocol):
 
         Java's client asks for HTTP/2 in each first request; httptools does not read the body of such a one.
         """
-        method, target = self.parser.get_method(), self.url
+        method, target, version = self.parser.get_method(), self.url, self.parser.get_http_version().encode()
         if method == b"CONNECT":
             self._fail(Problem(405, "CONNECT is not supported", code="method_not_allowed"))
             return
         kept = [pair for pair in self.headers if pair[0] not in _UPGRADE_HEADERS]
         head = b"".join(b"%s: %s\r\n" % pair for pair in kept)
         self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"%s %s HTTP/1.1\r\n%s\r\n%s" % (method, target, head, rest))
+        self.data_received(b"%s %s HTTP/%s\r\n%s\r\n%s" % (method, target, version, head, rest))
