@@ -166,7 +166,7 @@ async def connect_openai(
         )
     if parts.path.rstrip("/").endswith(f"/{_COMPLETIONS}"):
         raise BadOption(
-            f"--url {options.url!r} must be the base URL, which mostly ends in /v1; see --endpoint"
+            f"--url {options.url!r} must be the base URL, which usually ends in /v1; see --endpoint"
         )
     authorization = authorization_of(options.api_key, connection.token_file)
     address = join(parts.hostname, port or 80)
