@@ -222,6 +222,23 @@ async def test_a_list_of_models_that_arrives_in_parts_is_read_as_a_whole() -> No
             assert made.model == "model-0"
 
 
+async def test_a_redirect_is_not_followed() -> None:
+    """It would send keys in headers to another server."""
+
+    async def moved(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        location = b"location: %s/models\r\n" % elsewhere.url.encode()
+        writer.write(b"HTTP/1.1 302 Found\r\n" + location + b"content-length: 0\r\nconnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with serving() as elsewhere, await asyncio.start_server(moved, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        assert (await failure(url)).kind == "HTTP 302"
+        with pytest.raises(Failed, match="Found"):
+            await ask(url)
+
+
 async def test_a_server_is_not_asked_to_compress_its_answers() -> None:
     async with serving() as server:
         await ask(server.url)

@@ -82,7 +82,7 @@ class OpenAiBackend:
         with _failures():
             async with (
                 asyncio.timeout(CONNECT_SECONDS),
-                self._session.get(self._models, headers=self._headers()) as response,
+                self._session.get(self._models, **self._request()) as response,
             ):
                 if response.status != 200:
                     raise await _refused(response)
@@ -100,7 +100,7 @@ class OpenAiBackend:
         with _failures():
             async with (
                 asyncio.timeout(timeout),
-                self._session.post(self._post, data=body, headers=self._headers()) as response,
+                self._session.post(self._post, data=body, **self._request()) as response,
             ):
                 if response.status != 200:
                     raise await _refused(response)
@@ -123,14 +123,16 @@ class OpenAiBackend:
         """Return the text of an answer."""
         return "".join(map(text_in, record.parts or ()))
 
-    def _headers(self) -> dict[str, str]:
+    def _request(self) -> dict[str, Any]:
         # Nothing is decompressed here: that would delay and combine events.
         sent = {
             "content-type": "application/json",
             "accept": "text/event-stream",
             "accept-encoding": "identity",
         }
-        return {**sent, **dict(self._authorization()), **self._options.headers}
+        headers = {**sent, **dict(self._authorization()), **self._options.headers}
+        # A redirect would send keys in headers to another server, and a POST as a GET.
+        return {"headers": headers, "allow_redirects": False}
 
     def _body(self, prompt: Prompt) -> bytes:
         fields: dict[str, Any] = {"model": self.model}
