@@ -8,7 +8,7 @@ import shutil
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
@@ -86,12 +86,12 @@ async def test_openais_package_ignores_the_comments_of_a_quiet_stream() -> None:
     router = FakeRouter(gate=asyncio.Event())
     seen = bytearray()
 
-    class Recorded(httpx.AsyncHTTPTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    class Recorded(httpx2.AsyncHTTPTransport):
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
             response = await super().handle_async_request(request)
-            return httpx.Response(response.status_code, headers=response.headers, content=record(response))
+            return httpx2.Response(response.status_code, headers=response.headers, content=record(response))
 
-    async def record(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    async def record(response: httpx2.Response) -> AsyncGenerator[bytes, None]:
         async for data in response.aiter_raw():
             seen.extend(data)
             yield data
@@ -102,7 +102,7 @@ async def test_openais_package_ignores_the_comments_of_a_quiet_stream() -> None:
         openai.AsyncOpenAI(
             base_url=f"http://127.0.0.1:{running.port}/v1",
             api_key="none",
-            http_client=httpx.AsyncClient(transport=Recorded()),
+            http_client=httpx2.AsyncClient(transport=Recorded()),
         ) as client,
     ):
         stream = await client.chat.completions.create(model="auto", messages=MESSAGES, stream=True)
@@ -198,7 +198,7 @@ async def test_many_streams_at_the_same_time_are_not_mixed_up(served: Served) ->
         response = await http.post("/chat/completions", json=body)
         return response.text
 
-    async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as http:
+    async with httpx2.AsyncClient(base_url=served.url, timeout=PATIENCE) as http:
         texts = await asyncio.gather(*(ask(number) for number in range(16)))
 
     for number, text in enumerate(texts):

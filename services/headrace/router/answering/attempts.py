@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from headrace import attributes, errors
 from headrace.deadline import Deadline
@@ -136,7 +136,7 @@ def _is_the_tiers(error: errors.HeadraceError) -> bool:
     return isinstance(error, errors.ContextTooLong) or _lacks_feature(error)
 
 
-def _lacks_feature(error: Exception) -> bool:
+def _lacks_feature(error: Exception) -> TypeGuard[errors.InvalidRequest]:
     """Whether a batcher's workers lack a feature: those of another one, even of its tier, may have it."""
     return isinstance(error, errors.InvalidRequest) and errors.FEATURE in error.fields
 

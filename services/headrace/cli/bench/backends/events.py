@@ -124,8 +124,9 @@ def _read_usage(record: Record, event: dict[str, Any]) -> None:
     if isinstance(ours, dict):
         record.tier = str(ours.get("tier") or record.tier)[:200]
         cost = ours.get("cost")
-        known = isinstance(cost, int | float) and not isinstance(cost, bool) and 0 <= cost < _MOST
-        record.cost = float(cost) if known else None
+        if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost < _MOST:
+            cost = None
+        record.cost = cost
 
 
 def _whole(value: object) -> int | None:
