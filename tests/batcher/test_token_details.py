@@ -16,6 +16,7 @@ from headrace import errors
 from headrace.batcher.inbox import Inbox
 from headrace.batcher.job import Job
 from headrace.batcher.token_details import MAX_ENTRIES, prompt_parts
+from headrace.batcher.waiting.prefixes import block_names
 from headrace.batcher.waiting.prompt_details import PromptDetailsMemory, details_bytes
 from headrace.deadline import NEVER
 from headrace.flushing import Flusher
@@ -136,6 +137,21 @@ async def test_a_prompt_of_one_token_has_no_log_probability() -> None:
     assert not worker.submitted[0].sampling.HasField("prompt_logprobs")
 
 
+async def test_a_prompt_with_details_is_no_sign_that_its_worker_has_evicted_some() -> None:
+    text = "a prompt of several blocks " * 20
+    async with detailed_tier(DetailWorker(piece=256)) as tier:
+        coalescer = tier.batcher.coalescer
+        (link,) = coalescer.pool
+        earlier = block_names(list(text.encode()))
+
+        await collect(tier.client, prompt(text))
+        cached = coalescer.prefixes.cached_tokens(earlier, link.target)
+        for request in (prompt(text.upper()), asked(text.upper())):
+            await collect(tier.client, request)
+
+        assert cached == coalescer.prefixes.cached_tokens(earlier, link.target) > 0
+
+
 async def test_a_resumed_answer_has_no_details_of_its_prompt() -> None:
     worker = DetailWorker()
     request = asked()
@@ -220,6 +236,11 @@ def _answer(change: Callable[[wire.SequenceDelta], object]) -> Damage:
     return damage
 
 
+def _without_last_part(delta: wire.SequenceDelta) -> None:
+    if delta.prompt.offset + len(delta.prompt.logprobs) == len(IDS):
+        delta.ClearField("prompt")
+
+
 def _set(values: Any, value: float) -> None:
     values[-1] = value
 
@@ -231,7 +252,7 @@ VIOLATIONS = {
     "too many in top": _prompt(lambda part: part.top[0].ids.append(1)),
     "top without log-probability": _prompt(lambda part: part.top[0].logprobs.pop()),
     "an unknown token": _prompt(lambda part: _set(part.top[0].ids, 258)),
-    "an incomplete prompt": _prompt(lambda part: part.Clear()),
+    "an incomplete prompt": _without_last_part,
     "a token without top": _answer(lambda delta: delta.top.pop()),
     "no top": _answer(lambda delta: delta.ClearField("top")),
     "an empty top": _answer(lambda delta: delta.top[0].Clear()),
@@ -243,6 +264,9 @@ FAULTS = {
     "NaN": _answer(lambda delta: _set(delta.logprobs, math.nan)),
     "NaN in top": _answer(lambda delta: _set(delta.top[-1].logprobs, math.nan)),
     "infinity": _answer(lambda delta: _set(delta.logprobs, math.inf)),
+    "minus infinity": _answer(lambda delta: _set(delta.logprobs, -math.inf)),
+    "minus infinity in top": _answer(lambda delta: _set(delta.top[-1].logprobs, -math.inf)),
+    "minus infinity in the prompt": _prompt(lambda part: _set(part.logprobs, -math.inf)),
     "more than certain": _answer(lambda delta: _set(delta.logprobs, 0.5)),
 }
 
@@ -269,17 +293,20 @@ async def test_details_of_the_wrong_shape_lose_the_worker_and_not_the_answer() -
             assert sum(link.epoch for link in pool) == streams + 1, kind
 
 
-async def test_log_probabilities_that_are_no_numbers_fail_only_their_sequence() -> None:
+async def test_log_probabilities_that_are_not_finite_fail_only_their_sequence() -> None:
     bad = DetailWorker()
     async with detailed_tier(bad) as tier:
         (link,) = tier.batcher.coalescer.pool
         epoch = link.epoch
         for kind, bad.damage in FAULTS.items():
             bad.submitted.clear()
-            with pytest.raises(errors.SequenceFault, match="no number"):
+            with pytest.raises(errors.SequenceFault, match="not a finite number"):
                 await collect(tier.client, asked())
             assert (await collect(tier.client, prompt("a neighbour"))).text == "a neighbour"
             assert len(bad.submitted) == 3, f"{kind}: the request is tried twice"
+        bad.damage = FAULTS["minus infinity"]
+        with pytest.raises(errors.SequenceFault, match="not a finite number"):
+            await collect(tier.client, prompt(TEXT, logprobs=True))
         assert link.epoch == epoch, "its stream continues"
 
 

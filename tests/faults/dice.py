@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
@@ -38,7 +38,9 @@ class DiceEngine(EchoEngine):
         if any(bytes(row.ids[: len(POISON)]) == POISON for row in rows):
             os._exit(13)  # as a fault of a driver ends a process: without a message
         return [
-            _token(row) if isinstance(result, Token) else result
+            replace(_token(row), top=result.top, prompt=result.prompt)
+            if isinstance(result, Token)
+            else result
             for row, result in zip(rows, super().step(rows), strict=True)
         ]
 

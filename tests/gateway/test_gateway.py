@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import httpx
 import pytest
 
 from headrace.gateway.__main__ import RunningGateway, gateway
+from headrace.gateway.health import RouterHealth
 from headrace.gateway.settings import Settings
 from headrace.runtime.serving.server import PortInUse, StartFailed
-from tests.harness import eventually, running_mesh
+from tests.harness import PATIENCE, eventually, running_mesh
 from tests.security import Callers
 
 
@@ -79,8 +81,65 @@ async def test_tokens_do_not_leave_the_machine_in_plaintext(tmp_path: Path) -> N
         pass
 
 
+async def test_a_web_page_cannot_rebind_its_name_to_an_open_gateway() -> None:
+    async with gateway(settings("127.0.0.1:1", allow_hosts="Proxy.example")) as started:
+        url = f"http://127.0.0.1:{started.port}/"
+        async with httpx.AsyncClient() as client:
+            answers = {
+                host: (await client.get(url, headers={"host": host})).status_code
+                for host in (
+                    *("localhost", f"LOCALHOST:{started.port}", "localhost.", "a.localhost:1", "127.0.0.1"),
+                    *("[::1]", "[::1]:80", "192.0.2.1:8080", "proxy.example:443"),
+                    *(
+                        "evil.example",
+                        "127.0.0.1.evil.example",
+                        "localhost.evil.example",
+                        "evillocalhost",
+                        "",
+                    ),
+                )
+            }
+            refused = await client.get(url, headers={"host": "evil.example"})
+
+    assert [host for host, status in answers.items() if status != 200] == [*answers][-5:]
+    assert refused.status_code == 421
+    assert refused.json()["error"]["code"] == "unknown_host"
+
+
+@pytest.mark.parametrize(
+    ("given", "hosts"),
+    [
+        ({}, []),
+        ({"allow_hosts": "*"}, None),
+        ({"allow_hosts": "a, b"}, ["a", "b"]),
+        ({"host": "0.0.0.0"}, None),
+        ({"host": "0.0.0.0", "auth_anonymous": "allow"}, None),
+        ({"host": "0.0.0.0", "allow_hosts": "a"}, ["a"]),
+        ({"auth_tokens": "callers.toml"}, None),
+        ({"auth_tokens": "callers.toml", "auth_anonymous": "allow"}, []),
+        ({"auth_anonymous": "deny"}, None),
+    ],
+)
+def test_names_matter_where_a_page_could_call_the_gateway(
+    given: dict[str, Any], hosts: list[str] | None
+) -> None:
+    assert settings("127.0.0.1:1", **given).hosts == hosts
+
+
+async def test_background_work_that_fails_stops_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would otherwise report forever what it saw last."""
+
+    async def fail(self: RouterHealth) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(RouterHealth, "poll", fail)
+    with pytest.RaisesGroup(RuntimeError):
+        async with gateway(settings("127.0.0.1:1")), asyncio.timeout(PATIENCE):
+            await asyncio.Event().wait()
+
+
 async def test_a_port_in_use_stops_the_start(running: RunningGateway) -> None:
-    with pytest.raises(PortInUse, match="in use"):
+    with pytest.RaisesGroup(pytest.RaisesExc(PortInUse, match="in use")):
         async with gateway(settings("127.0.0.1:1", port=running.port)):
             pass
 
@@ -92,6 +151,7 @@ async def test_a_port_in_use_stops_the_start(running: RunningGateway) -> None:
         ({"tls_cert": "a.pem", "tls_key": "a.key"}, "needs --tls-ca"),
         ({"allow_origins": "chat.example.org"}, "is not an origin"),
         ({"allow_origins": "https://chat.example.org/"}, "is not an origin"),
+        ({"allow_hosts": "https://gateway"}, "is not the name of a host"),
         ({"max_body_megabytes": 16}, "four times --max-body-megabytes"),
     ],
 )

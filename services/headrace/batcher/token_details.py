@@ -1,11 +1,12 @@
 """Read the details of tokens that workers send: log-probabilities, and the most likely tokens at each place.
 
-A worker that sends details of the wrong shape violates the contract. Log-probabilities that are no numbers
+A worker that sends details of the wrong shape violates the contract. Log-probabilities that are not finite
 come from the model, and fail only their own sequence.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -64,17 +65,18 @@ def scores_of(delta: wire.SequenceDelta, skip: int) -> list[Score]:
 
 
 def check_scores(scores: Sequence[Score], *, most: int, vocabulary: int) -> None:
-    """Check what `scores_of` returned.
+    """Check the scores of tokens, at least one.
 
     most         most likely tokens at each place
     vocabulary   the size of the worker's; 0 while unknown
 
-    Raises WorkerLost, or SequenceFault for a log-probability that is no number.
+    Raises WorkerLost, or SequenceFault for a log-probability that is not finite or above 0.
     """
-    for score in scores:
+    own = [score.logprob if isinstance(score, TokenScores) else score for score in scores]
+    _check_values(own)
+    for score in scores if most else ():
         if isinstance(score, TokenScores):
             _check_top(score.top_ids, score.top_logprobs, most, vocabulary)
-            _check_values((score.logprob,))
 
 
 def prompt_parts(
@@ -121,6 +123,8 @@ def _check_top(ids: Sequence[int], logprobs: Sequence[float], most: int, vocabul
 
 
 def _check_values(logprobs: Sequence[float]) -> None:
-    # Also false for a sum that is NaN, as it is if one of the numbers is.
-    if not sum(logprobs) <= _MOST * len(logprobs):
-        raise errors.SequenceFault("the engine computed a log-probability that is no number, or is above 0")
+    # The sum is NaN or minus infinity if one of the numbers is; JSON can represent neither.
+    if not (-math.inf < sum(logprobs) and max(logprobs) <= _MOST):
+        raise errors.SequenceFault(
+            "the engine computed a log-probability that is not a finite number, or is above 0"
+        )

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from headrace.bearer import BadToken, check_plaintext
@@ -48,20 +48,19 @@ async def gateway(settings: Settings, instance: str = "gateway") -> AsyncGenerat
 
     instance   name of this process, in its metrics
 
-    Raises StartFailed.
+    Raises StartFailed, in a group if it cannot listen.
     """
-    reads_tokens = settings.auth_tokens is not None or bool(settings.auth_jwks)
     http = HttpService(
         settings.limits,
         guard(settings, "gateway"),
         trace_context=settings.trace_context,
-        forward_authorization=reads_tokens,
+        forward_authorization=settings.reads_tokens,
     )
     https = None
     if settings.https_cert is not None and settings.https_key is not None:
         https = Https(settings.https_cert, settings.https_key)
     files = settings.tls_files
-    if reads_tokens and files is None:
+    if settings.reads_tokens and files is None:
         _check_plaintext(settings)
     try:
         reader = None if files is None else TlsReader(files)
@@ -78,12 +77,13 @@ async def gateway(settings: Settings, instance: str = "gateway") -> AsyncGenerat
             server_name=name,
         ) as client,
         open_channel(settings.router, tls=reader, server_name=name) as probes,
+        asyncio.TaskGroup() as tasks,
     ):
         router = RouterHealth(probes, http.requests)
-        tasks = [asyncio.create_task(work()) for work in (router.poll, http.ping, http.guard.maintain)]
+        working = [tasks.create_task(work()) for work in (router.poll, http.ping, http.guard.maintain)]
         try:
             async with listening(
-                application(client, http, router, text, settings.origins),
+                application(client, http, router, text, settings.origins, settings.hosts),
                 host=settings.host,
                 port=settings.port,
                 limits=settings.limits,
@@ -94,10 +94,8 @@ async def gateway(settings: Settings, instance: str = "gateway") -> AsyncGenerat
             ) as server:
                 yield RunningGateway(server.port, http, router)
         finally:
-            for task in tasks:
+            for task in working:
                 task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
 
 
 def _check_plaintext(settings: Settings) -> None:

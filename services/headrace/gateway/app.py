@@ -20,6 +20,7 @@ from headrace.gateway.api.tokenizers import Tokenizers
 from headrace.gateway.health import RouterHealth
 from headrace.gateway.http.endpoint import HttpService
 from headrace.gateway.http.exchange import Exchange, Handler
+from headrace.gateway.http.hosts import Hosts
 from headrace.gateway.problems import Problem
 from headrace.runtime.telemetry.prometheus import CONTENT_TYPE, Text
 
@@ -59,12 +60,18 @@ def api(client: Client, http: HttpService) -> list[Route]:
 
 
 def application(
-    client: Client, http: HttpService, router: RouterHealth, text: Text, origins: Sequence[str] = ()
+    client: Client,
+    http: HttpService,
+    router: RouterHealth,
+    text: Text,
+    origins: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
 ) -> ASGIApp:
     """Return the application.
 
     text      of the metrics of this process
     origins   of web pages whose scripts may call it
+    hosts     names that requests may be sent to, besides localhost and addresses; None: any
     """
 
     async def metrics(exchange: Exchange) -> None:
@@ -85,16 +92,16 @@ def application(
         default=_not_found,
         redirect_slashes=False,
     )
-    if not origins:
-        return routed
-    return CORSMiddleware(
-        routed,
-        allow_origins=origins,
-        allow_methods=("GET", "POST"),
-        allow_headers=("*",),
-        expose_headers=_EXPOSED,
-        max_age=CORS_SECONDS,
-    )
+    if origins:
+        routed = CORSMiddleware(
+            routed,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=_EXPOSED,
+            max_age=CORS_SECONDS,
+        )
+    return routed if hosts is None else Hosts(routed, hosts)
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Self
@@ -11,10 +12,13 @@ from pydantic import Field, field_validator, model_validator
 
 from headrace.channel import target_problem
 from headrace.gateway.http.limits import HttpLimits
+from headrace.runtime.security.settings import only_loopback, serves_anonymous
 from headrace.runtime.serving.inflight import CONNECTION_SHARE, INCOMPLETE_SHARE
 from headrace.runtime.serving.limits import MIB
 from headrace.runtime.settings import Port, ProcessSettings
 from headrace.tls.files import TlsFiles
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class Settings(ProcessSettings):
@@ -53,6 +57,12 @@ class Settings(ProcessSettings):
         default="",
         description="origins of web pages whose scripts may call the gateway, separated by commas, such as "
         "https://chat.example.org; * for all; by default none",
+    )
+    allow_hosts: str = Field(
+        default="",
+        description="names by which clients may call the gateway besides localhost and its addresses, "
+        "separated by commas, such as host.docker.internal; * for all. By default all, but none where "
+        "callers without credentials are served on a loopback address: web pages could use them",
     )
     max_body_megabytes: float = Field(
         default=4.0, gt=0, le=256, description="size limit of a request's body, in MiB"
@@ -133,6 +143,14 @@ class Settings(ProcessSettings):
                 )
         return origins
 
+    @field_validator("allow_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: str) -> str:
+        for host in _listed(hosts):
+            if host != "*" and not _HOST.fullmatch(host):
+                raise ValueError(f"{host!r} is not the name of a host, such as host.docker.internal")
+        return hosts
+
     @model_validator(mode="after")
     def _has_all_of_tls(self) -> Self:
         """Replaces the rule of gRPC servers: here the files are for calls alone."""
@@ -177,6 +195,18 @@ class Settings(ProcessSettings):
     def origins(self) -> list[str]:
         """The origins of --allow-origins."""
         return _listed(self.allow_origins)
+
+    @property
+    def hosts(self) -> list[str] | None:
+        """The names that requests may be sent to, besides localhost and addresses; None: any."""
+        listed = _listed(self.allow_hosts)
+        exposed = only_loopback(self.host) and serves_anonymous(self, self.host, configured=self.reads_tokens)
+        return None if "*" in listed or not (listed or exposed) else listed
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether callers may have bearer tokens."""
+        return self.auth_tokens is not None or bool(self.auth_jwks)
 
     @property
     def limits(self) -> HttpLimits:

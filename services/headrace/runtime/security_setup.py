@@ -16,7 +16,7 @@ from headrace.runtime.security.guard import Guard, OpenGuard
 from headrace.runtime.security.identity import DEFAULT_PRIORITY, Identity, Scope
 from headrace.runtime.security.peers import CALLER_SCOPES, Domains, Peers
 from headrace.runtime.security.server_tls import ServerTls
-from headrace.runtime.security.settings import only_loopback
+from headrace.runtime.security.settings import only_loopback, serves_anonymous
 from headrace.runtime.security.watched_file import BadFile, WatchedFile
 from headrace.runtime.serving.server import StartFailed
 from headrace.runtime.settings import ProcessSettings, ServiceSettings
@@ -85,9 +85,7 @@ def guard(settings: ProcessSettings, service: ServiceName, peers: Peers | None =
         "certificates": peers is not None,
     }
     configured = [kind for kind, given in kinds.items() if given]
-    anonymous = settings.auth_anonymous == "allow" or (
-        settings.auth_anonymous == "auto" and not configured and only_loopback(settings.host)
-    )
+    anonymous = serves_anonymous(settings, settings.host, configured=bool(configured))
     _log_access(settings.host, service, configured, anonymous=anonymous)
     if anonymous and not configured:
         return OpenGuard()

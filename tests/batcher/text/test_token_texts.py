@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.batcher.inbox import Arrival
+from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.detokenizer import Detokenizer, last_with_text
 from headrace.batcher.text.token_texts import Spellings, TokenDescriber
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer
 from headrace.v1 import generation_pb2 as pb
+from tests.batcher.links.test_link import job
 from tests.batcher.text.test_detokenizer import WORDS, tokenizer
 from tests.batcher.text.tiny_tokenizers import FAMILIES
 
@@ -58,3 +61,21 @@ def test_special_tokens_have_no_text_and_bytes_of_a_character_are_kept_apart() -
     ids = [*"é".encode(), 256, 65]
 
     assert texts(ByteTokenizer(), ids, None) == [b"\xc3", b"\xa9", b"", b"A"]
+
+
+def test_a_resumed_answer_continues_after_its_last_token() -> None:
+    """A prompt of special tokens has no text: without the resumed tokens, the space would be left out."""
+    ours = tokenizer("byte fallback")
+    special = next(iter(ours.special_tokens.values()))
+    hello, world = ours.encode_text("Hello world", add_special_tokens=False)
+    resumed = job()
+    resumed.prompt_ids, resumed.resume_ids = [special], [hello]
+    resumed.sampling.max_tokens = 9
+    request = pb.GenerateRequest(sampling=pb.Sampling(top_logprobs=0))
+    answer = AnswerEvents(resumed, request, ours, tier="small")
+    answer.replay()
+
+    (event,) = answer.events_for(Arrival([world], [-1.0], None))
+
+    assert event.delta.tokens[0].token.text == b" world"
+    assert event.delta.text == " world"

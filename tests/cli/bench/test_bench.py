@@ -178,6 +178,8 @@ async def test_what_was_measured_before_an_interruption_is_a_result() -> None:
     ("given", "message"),
     [
         ({"json": Path("/nowhere/a.json")}, "--json /nowhere/a.json: there is no folder"),
+        ({"json": Path("/tmp")}, "--json /tmp is a folder"),
+        ({"plot": Path("/tmp")}, "--plot /tmp is a folder"),
         ({"plot": Path("a.xyz")}, "must end in .png, .svg"),
         ({"plot": Path("/nowhere/a.png")}, "--plot /nowhere/a.png: there is no folder"),
         (

@@ -87,6 +87,21 @@ def test_a_headrace_gateway_reports_tier_cost_and_cached_tokens() -> None:
     assert (record.tier, record.cost, record.cached_tokens) == ("small", 0.5, 7)
 
 
+@pytest.mark.parametrize("wrong", [10**400, float("inf"), float("nan"), -1, True, "7"])
+def test_numbers_that_cannot_be_right_are_unknown(wrong: object) -> None:
+    details = {"prompt_tokens_details": {"cached_tokens": wrong}}
+    last = event({"usage": {"prompt_tokens": wrong, "completion_tokens": wrong, **details}} | ours(wrong))
+
+    record = read(chunk("a"), chunk(finish="stop"), last, DONE)
+
+    assert (record.input_tokens, record.output_tokens, record.cached_tokens) == (None, None, None)
+    assert (record.tier, record.cost) == ("small", None)
+
+
+def ours(cost: object) -> dict[str, object]:
+    return {"headrace": {"tier": "small", "cost": cost}}
+
+
 def test_completions_and_reasoning_are_text_as_well() -> None:
     record = read(
         event({"choices": [{"text": "a", "finish_reason": None}]}),
@@ -141,7 +156,7 @@ def test_what_is_no_answer_is_a_failure(pieces: list[bytes], kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kept", ["", "x", "[]", "1", '{"choices": [1]}', '{"choices": {}}', '{"choices": 3}']
+    "kept", ["", "x", "[]", "1", '{"choices": [1]}', '{"choices": {}}', '{"choices": 3}', "[" * 100_000]
 )
 def test_text_of_nonsense_is_empty(kept: str) -> None:
     assert text_in(kept) == ""

@@ -44,6 +44,8 @@ def test_a_figure_that_was_not_measured_does_not_meet_an_objective() -> None:
         ("p99_tft_ms<=3", "did you mean p99_ttft_ms"),
         ("ttft<=3", "no figure 'ttft'"),
         ("p101_ttft_ms<=3", "no figure"),
+        ("p99.0_ttft_ms<=3", "did you mean .*p99_ttft_ms"),  # no result has this name
+        ("p099_ttft_ms<=3", "no figure"),
         ("p99_ttft_ms", "must be a figure"),
         ("p99_ttft_ms<=fast", "must be a figure"),
         ("p99_ttft_ms<=nan", "must be a figure"),

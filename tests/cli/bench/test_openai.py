@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -120,6 +121,9 @@ async def test_a_key_is_not_sent_in_plain_text_to_another_machine() -> None:
         ("127.0.0.1:8080/v1", "must start with http"),
         ("ftp://h/v1", "must start with http"),
         ("http://", "must start with http"),
+        ("http://h:99999/v1", "[Pp]ort"),
+        ("http://h:x/v1", "[Pp]ort"),
+        ("http://[::1/v1", "IPv6"),
         ("http://h/v1/chat/completions", "must be the base URL"),
         ("http://h/v1/completions/", "must be the base URL"),
     ],
@@ -198,6 +202,48 @@ async def test_a_server_that_stalls_is_left_in_time() -> None:
     async with serving(stalls) as server:
         assert (await failure(server.url, timeout=0.2)).kind == TIMEOUT
         await eventually(lambda: server.in_flight == 0)
+
+
+async def in_parts(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer the list of models in many packets."""
+    body = json.dumps({"data": [{"id": f"model-{number}"} for number in range(100)]}).encode()
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body))
+    for start in range(0, len(body), 500):
+        writer.write(body[start : start + 500])
+        await writer.drain()
+        await asyncio.sleep(0.01)
+    writer.close()
+
+
+async def test_a_list_of_models_that_arrives_in_parts_is_read_as_a_whole() -> None:
+    async with await asyncio.start_server(in_parts, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with asyncio.timeout(PATIENCE), backend(f"http://127.0.0.1:{port}/v1") as made:
+            assert made.model == "model-0"
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    """It would send keys in headers to another server."""
+
+    async def moved(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        location = b"location: %s/models\r\n" % elsewhere.url.encode()
+        writer.write(b"HTTP/1.1 302 Found\r\n" + location + b"content-length: 0\r\nconnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with serving() as elsewhere, await asyncio.start_server(moved, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        assert (await failure(url)).kind == "HTTP 302"
+        with pytest.raises(Failed, match="Found"):
+            await ask(url)
+
+
+async def test_a_server_is_not_asked_to_compress_its_answers() -> None:
+    async with serving() as server:
+        await ask(server.url)
+
+    assert server.headers[0]["accept-encoding"] == "identity"
 
 
 async def test_an_answer_that_is_not_streamed_is_a_failure() -> None:

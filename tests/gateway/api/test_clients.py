@@ -8,14 +8,15 @@ import shutil
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 import openai
 import pytest
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 
 from headrace.gateway.__main__ import gateway
 from headrace.gateway.settings import Settings
 from headrace.worker.engine.echo import EchoEngine
+from tests.gateway.fake_router import FakeRouter, serving_router
 from tests.harness import PATIENCE, Mesh, eventually, running_mesh
 
 TEXT = "naïve – 火星 🚀"
@@ -79,6 +80,44 @@ async def test_openais_package_accumulates_a_stream(client: openai.AsyncOpenAI) 
     assert final.choices[0].message.content == TEXT
     assert final.choices[0].finish_reason == "stop"
     assert "content.delta" in events
+
+
+async def test_openais_package_ignores_the_comments_of_a_quiet_stream() -> None:
+    router = FakeRouter(gate=asyncio.Event())
+    seen = bytearray()
+
+    class Recorded(httpx2.AsyncHTTPTransport):
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            response = await super().handle_async_request(request)
+            return httpx2.Response(response.status_code, headers=response.headers, content=record(response))
+
+    async def record(response: httpx2.Response) -> AsyncGenerator[bytes, None]:
+        async for data in response.aiter_raw():
+            seen.extend(data)
+            yield data
+
+    async with (
+        serving_router(router) as target,
+        gateway(Settings(port=0, router=target, ping_seconds=0.03)) as running,
+        openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{running.port}/v1",
+            api_key="none",
+            http_client=httpx2.AsyncClient(transport=Recorded()),
+        ) as client,
+    ):
+        stream = await client.chat.completions.create(model="auto", messages=MESSAGES, stream=True)
+
+        async def read() -> list[ChatCompletionChunk]:
+            return [chunk async for chunk in stream]
+
+        reading = asyncio.create_task(read())
+        await eventually(lambda: seen.count(b": ping") > 1)
+        assert router.gate is not None
+        router.gate.set()
+        chunks = await reading
+
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text.encode() == b"".join(router.tokens)
 
 
 async def test_openais_package_works_without_asyncio(served: Served) -> None:
@@ -159,7 +198,7 @@ async def test_many_streams_at_the_same_time_are_not_mixed_up(served: Served) ->
         response = await http.post("/chat/completions", json=body)
         return response.text
 
-    async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as http:
+    async with httpx2.AsyncClient(base_url=served.url, timeout=PATIENCE) as http:
         texts = await asyncio.gather(*(ask(number) for number in range(16)))
 
     for number, text in enumerate(texts):

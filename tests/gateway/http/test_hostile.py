@@ -245,6 +245,24 @@ def test_a_client_that_does_not_read_delays_only_itself_and_is_closed_in_time(wh
         eventually(lambda: len(running.listening.state.connections) <= 1)
 
 
+def test_a_client_that_reads_slowly_gets_the_whole_answer() -> None:
+    """However long it takes: only one that reads nothing is closed."""
+    size = 16_000_000
+
+    async def long(exchange: Exchange) -> None:
+        await exchange.reply(b"x" * size)
+
+    with served(long, unread_seconds=1.0, idle_seconds=0.2) as running:
+        wire = running.wire()
+        wire.send(POST, JSON, body=b"{}")
+        wire.until(b"\r\n\r\n")
+        for _ in range(40):
+            wire.take(size // 40)
+            time.sleep(0.05)
+
+        assert wire.ended()
+
+
 def test_a_short_answer_that_is_not_read_does_not_keep_a_connection_open_forever() -> None:
     """The system takes the answer from the server, or the server closes the connection."""
     with served(unread_seconds=0.2, idle_seconds=0.2) as running:

@@ -62,6 +62,26 @@ def test_http_1_0_ends_with_the_connection(plain: Served) -> None:
     assert wire.ended()
 
 
+def test_a_stream_to_http_1_0_has_no_chunks() -> None:
+    async def stream(exchange: Exchange) -> None:
+        await exchange.start_events()
+        await exchange.send_event(b"one")
+        exchange.tick(0)
+        await exchange.send_event(b"two")
+        await exchange.end_events()
+
+    with served(stream) as running:
+        wire = running.wire()
+        wire.send(f"POST {PATH} HTTP/1.0", JSON, body=b"{}")
+        head = wire.until(b"\r\n\r\n")
+
+        assert b"transfer-encoding" not in head
+        assert b"connection: close" in head
+        body = b"data: one\n\n: ping\n\ndata: two\n\n"
+        assert wire.take(len(body)) == body
+        assert wire.ended()
+
+
 def test_a_client_that_expects_100_continue_gets_it_only_if_its_body_is_wanted(plain: Served) -> None:
     wire = plain.wire()
     wire.send(POST, JSON, "expect: 100-continue", "content-length: 7")
@@ -89,6 +109,14 @@ def test_a_request_for_another_protocol_is_answered_as_http_1(plain: Served) -> 
     wire.socket.sendall(b'{"b":1}')
 
     assert wire.response().body == b'{"b":1}'
+
+
+def test_http_1_0_is_kept_when_a_request_for_another_protocol_is_ignored(plain: Served) -> None:
+    wire = plain.wire()
+    wire.send(f"POST {PATH} HTTP/1.0", JSON, "connection: Upgrade", "upgrade: h2c", body=b'{"a":1}')
+
+    assert wire.response().body == b'{"a":1}'
+    assert wire.ended()
 
 
 def test_options_and_other_methods(plain: Served) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from headrace import errors
 from headrace.gateway.http import https as https_module
 from headrace.gateway.http.callers import tenant_of
 from headrace.gateway.http.exchange import Exchange
@@ -148,6 +149,26 @@ def test_a_client_that_left_and_a_fault_are_in_spans_and_metrics(
     assert (left.attributes or {})["http.response.status_code"] == 499
     assert count("http.server.request.duration", http_status="499", error="CANCELLED") == before + 1
     assert count("headrace.http.time_to_first_token", http_route=PATH) == tokens + 2
+
+
+def test_a_client_that_left_is_recorded_as_such_however_the_mesh_ends_its_call(
+    count: Callable[..., float],
+) -> None:
+    async def handle(exchange: Exchange) -> None:
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            raise errors.RequestCancelled("the call was cancelled") from None
+
+    before = count("http.server.request.duration", http_status="499", error="CANCELLED")
+    with served(handle) as running:
+        wire = running.wire()
+        wire.send(POST, JSON, body=b"{}")
+        eventually(lambda: running.http.requests.in_flight == 1)
+        wire.close()
+        eventually(
+            lambda: count("http.server.request.duration", http_status="499", error="CANCELLED") == before + 1
+        )
 
 
 def test_a_drain_completes_what_is_in_flight_and_refuses_the_rest() -> None:

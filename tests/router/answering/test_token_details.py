@@ -148,6 +148,7 @@ def _prompt(offset: int, *tokens: pb.TokenLogprobs) -> pb.GenerateResponse:
 
 NAN = pb.TokenLogprobs(token=pb.TokenLogprob(id=1, logprob=math.nan))
 SURE = pb.TokenLogprobs(token=pb.TokenLogprob(id=1, logprob=0.0), top=[pb.TokenLogprob(logprob=1.0)])
+IMPOSSIBLE = pb.TokenLogprobs(token=pb.TokenLogprob(id=1, logprob=-math.inf))
 WIDE = described(1, -1.0, 4)
 WHOLE = [_prompt(0), _prompt(1), _prompt(2)]
 
@@ -165,6 +166,8 @@ WHOLE = [_prompt(0), _prompt(1), _prompt(2)]
         [ACCEPTED, _prompt(0), FINISH],
         [ACCEPTED, *WHOLE, delta(0, tokens=[described(97, -1.0, 3)])],
         [ACCEPTED, *WHOLE, delta(0, tokens=[NAN])],
+        [ACCEPTED, *WHOLE, delta(0, tokens=[IMPOSSIBLE])],
+        [ACCEPTED, *WHOLE, delta(0, tokens=[described(97, -1.0, 2)], logprobs=[math.nan])],
         [ACCEPTED, *WHOLE, delta(0, tokens=[SURE])],
         [ACCEPTED, *WHOLE, delta(0, tokens=[described(97, -1.0, 2)] * 2)],
         [ACCEPTED, *WHOLE, delta(0, tokens=[described(97, -1.0, 2)]), _prompt(3)],
@@ -175,6 +178,20 @@ async def test_invalid_details_lose_the_batcher(script: list[pb.GenerateResponse
     async with routed(only=invalid) as client:
         with pytest.raises(errors.BatcherLost):
             await collect(client, prompt("abc", top_logprobs=2, prompt_logprobs=3))
+
+
+async def test_no_token_is_delivered_before_the_details_of_the_whole_prompt() -> None:
+    early = delta(0, tokens=[described(97, -1.0, 2)])
+    async with routed(
+        only=[InvalidBatcher(script=[ACCEPTED, _prompt(0), early]) for _ in range(3)]
+    ) as client:
+        seen = pb.GenerateResponse()
+        with pytest.raises(errors.BatcherLost):
+            async for response in client.generate(
+                prompt("abc", top_logprobs=2, prompt_logprobs=3), timeout=9
+            ):
+                seen = response
+    assert seen.WhichOneof("event") == "prompt_tokens"
 
 
 async def test_tokens_of_a_prompt_that_were_not_requested_lose_the_batcher() -> None:
@@ -207,6 +224,23 @@ async def test_a_tier_without_the_feature_is_replaced_by_another() -> None:
     async with routed(only=DetailedBatcher(refuses=LACKS)) as client:
         with pytest.raises(errors.InvalidSampling, match="not supported"):
             await collect(client, asked())
+
+
+async def test_a_batcher_without_the_feature_is_replaced_by_another_of_its_tier() -> None:
+    lacking, able = DetailedBatcher(refuses=LACKS), DetailedBatcher()
+    async with routed(only=[lacking, able]) as client:
+        while not (lacking.requests and able.requests):
+            check(await collect(client, asked()))
+        able.dies.append(5)
+        check(await collect(client, asked()))  # it resumes, although the other batcher is asked first
+
+
+async def test_a_feature_that_a_busy_batcher_may_have_is_not_reported_as_missing() -> None:
+    busy = DetailedBatcher(refuses=errors.NoWorkers("not ready yet", retry_after=1.0))
+    async with routed(only=[DetailedBatcher(refuses=LACKS), busy]) as client:
+        for _ in range(4):
+            with pytest.raises(errors.NoWorkers, match="not ready yet"):
+                await collect(client, asked(), timeout=1)
 
 
 async def test_other_invalid_requests_are_not_offered_to_another_tier() -> None:

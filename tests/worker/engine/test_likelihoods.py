@@ -87,7 +87,7 @@ def test_impossible_tokens_have_a_finite_logprob_and_only_logits_that_are_not_nu
 
     assert found.finite.tolist() == [True, False, True]
     assert found.logprobs[0] == LEAST
-    assert found.top(0, 5).logprobs[2:] == [LEAST] * 3
+    assert list(found.top(0, 5).logprobs[2:]) == [float(LEAST)] * 3
     assert found.top(0, 5).ids[2:] == [2, 3, 4]
 
 

@@ -151,5 +151,5 @@ def check_tokens(
     if sequence.logprobs:
         if len(scores) != len(ids):
             raise errors.WorkerLost(f"the worker sent {len(scores)} log-probabilities for {len(ids)} tokens")
-        if sequence.top and not sequence.abandoned:
+        if not sequence.abandoned:
             check_scores(scores, most=sequence.top, vocabulary=vocabulary)

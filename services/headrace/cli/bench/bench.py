@@ -41,7 +41,7 @@ _APART = 10_000_000
 _HINTS = {
     "HTTP 401": "give a key with --api-key",
     "HTTP 403": "give a key with --api-key",
-    "HTTP 404": "check --url, which mostly ends in /v1, and --model",
+    "HTTP 404": "check --url, which usually ends in /v1, and --model",
     "HTTP 400": "some servers do not know all fields; --extra-body '{\"FIELD\": null}' removes one",
     "HTTP 422": "some servers do not know all fields; --extra-body '{\"FIELD\": null}' removes one",
     "connection failed": "start a server, or give another with --url",
@@ -148,8 +148,11 @@ def bench(options: BenchOptions, console: Console, progress: Console) -> int:
 
 def check(options: BenchOptions) -> None:
     """Raise BadOption for what would be noticed only at the end, or at each request."""
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise BadOption(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
+    for name, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise BadOption(f"{name} {path}: there is no folder {path.absolute().parent}")
+        if path is not None and path.is_dir():
+            raise BadOption(f"{name} {path} is a folder: give the name of a file")
     if options.plot is not None:
         from headrace.cli.bench.plot import check_plot
 

@@ -24,7 +24,8 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 _OBJECTIVE = re.compile(r"\s*([a-z][a-z0-9_.]*)\s*(<=|>=|<|>)\s*([^\s<>=]+)\s*")
-_PERCENTILE = re.compile(r"p(\d+(?:\.\d+)?)_(?:ttft|tpot|itl|e2el|client_queue_time)_ms")
+# As results write it: 99 and not 99.0.
+_PERCENTILE = re.compile(r"p((?:0|[1-9]\d*)(?:\.\d*[1-9])?)_(?:ttft|tpot|itl|e2el|client_queue_time)_ms")
 
 
 @dataclass(frozen=True)

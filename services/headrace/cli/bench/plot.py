@@ -25,8 +25,6 @@ def check_plot(path: Path) -> None:
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lower().removeprefix(".") not in known:
         raise BadOption(f"--plot {path}: the name must end in .png, .svg or another of {', '.join(known)}")
-    if not path.absolute().parent.is_dir():
-        raise BadOption(f"--plot {path}: there is no folder {path.absolute().parent}")
 
 
 def draw(runs: Sequence[Run], results: Sequence[Mapping[str, Any]], path: Path) -> None:

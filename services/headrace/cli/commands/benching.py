@@ -97,7 +97,7 @@ def bench(
         typer.Option(
             min=1,
             rich_help_panel=_PROMPTS,
-            help="Most tokens of an answer to a prompt without an own limit. Default: 128.",
+            help="Most tokens of an answer to a prompt without a limit of its own. Default: 128.",
         ),
     ] = None,
     ignore_eos: Annotated[
@@ -132,7 +132,7 @@ def bench(
         typer.Option(
             min=0.001,
             rich_help_panel=_LOAD,
-            help="Of the arrivals: 1 is a Poisson process (the default), less is burstier, more is evener.",
+            help="Of the arrivals: 1 is a Poisson process (the default), less is burstier, more is steadier.",
         ),
     ] = None,
     max_concurrency: Annotated[

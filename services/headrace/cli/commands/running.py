@@ -161,7 +161,7 @@ def demo(
     log_dir: LogDir = None,
     cache: Cache = None,
 ) -> None:
-    """Start a mesh, send it sixteen prompts, show figures and a trace, call it by HTTP, and stop it.
+    """Start a mesh, send it sixteen prompts, show figures and a trace, call it over HTTP, and stop it.
 
     Example:  headrace demo --fake
     """

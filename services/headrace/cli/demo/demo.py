@@ -80,7 +80,7 @@ async def demo(spec: MeshSpec, console: Console) -> bool:
                 options = ChatOptions(connection=connection, temperature=0.0)
                 async with telemetry("client"), connection.open() as client:
                     complete = await _tour(_Guide(client, options, console), prompts(), receiver, console)
-                return await call_by_http(running.gateway, console) and complete
+                return await call_over_http(running.gateway, console) and complete
 
 
 async def _tour(guide: _Guide, chosen: Sequence[Prompt], receiver: Receiver, console: Console) -> bool:
@@ -103,9 +103,9 @@ async def _tour(guide: _Guide, chosen: Sequence[Prompt], receiver: Receiver, con
     return not summary.failures
 
 
-async def call_by_http(gateway: str, console: Console) -> bool:
+async def call_over_http(gateway: str, console: Console) -> bool:
     """Send one prompt to the gateway with curl, print command and answer, and return whether it answered."""
-    console.print(Rule("the same mesh by OpenAI's API", align="left"))
+    console.print(Rule("the same mesh through OpenAI's API", align="left"))
     command = curl(gateway, _HTTP_PROMPT, "-sS", "--fail-with-body", max_tokens=24, temperature=0)
     console.print(f"$ {shlex.join(command)}", style="bold", markup=False, highlight=False, soft_wrap=True)
     if shutil.which("curl") is None:

@@ -32,6 +32,7 @@ class ChatCompletions:
         exchange.params = parameters.params()
         unused = parameters.unused()
         sampling, chat = parameters.sampling(), parameters.chat()
+        parameters.release("messages", "chat_template_kwargs")
         hints = await hints_of(exchange, parameters, self._models, prefix="chatcmpl-")
         request = pb.GenerateRequest(
             request_id=hints.id,

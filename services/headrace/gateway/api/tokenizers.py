@@ -92,6 +92,7 @@ class Tokenizers:
         parameters = read(TokenizeParameters, await exchange.json())
         headers = ignored_header(parameters.unused())
         request = parameters.request()
+        parameters.release("messages", "chat_template_kwargs")
         request.tokenizer.CopyFrom(await self._choice(parameters.model, exchange))
         exchange.params = _NAMES
         response = await self._client.tokenize(request, metadata=exchange.metadata)
@@ -109,6 +110,7 @@ class Tokenizers:
         """Answer /detokenize. Raises Problem and HeadraceError."""
         parameters = read(DetokenizeParameters, await exchange.json())
         headers = ignored_header(parameters.unused())
+        parameters.release()
         if not parameters.tokens:
             await exchange.reply({"prompt": ""}, headers=headers)
             return

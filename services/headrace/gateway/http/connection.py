@@ -45,6 +45,7 @@ class Connection(HttpToolsProtocol):
         self._hosts = 0
         self._begun = False  # whether a request began in what is being parsed
         self._unread_due: float | None = None  # when the client must have read from a full buffer
+        self._unsent = 0  # bytes in the buffer at the last check
         self._close_due: float | None = None  # when a connection that is being closed is aborted
         self._stopped = False  # reading: what the client sends from now on is discarded
         self._refusal: Problem | None = None
@@ -69,10 +70,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the request that is being answered; those that wait for it are never started."""
-        running = self._running
-        if running is not None and not running.response_complete:
-            running.disconnected = True
-            running.message_event.set()
+        if self._busy:
+            self._leave()
         self.pipeline.clear()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
@@ -166,6 +165,7 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
         cycle.scope[CYCLE] = cycle
+        cycle.left = None  # see `Exchange.when_left`
         if self.draining:
             cycle.keep_alive = False
         super()._start_asgi_task(cycle, app)
@@ -186,11 +186,15 @@ class Connection(HttpToolsProtocol):
 
     def check(self, now: float) -> None:
         """End the connection if the client takes too long. Called now and then."""
+        unsent = self.transport.get_write_buffer_size()
+        reads, self._unsent = 0 < unsent < self._unsent, unsent
         if self.transport.is_closing() or self._close_due is not None:
-            if self._close_due is None:
+            if self._close_due is None or reads:
                 self._close_due = now + self._limits.unread_seconds
             elif now >= self._close_due:
                 self.transport.abort()
+        elif self._unread_due is not None and reads:
+            self._unread_due = now + self._limits.unread_seconds
         elif self._unread_due is not None and now >= self._unread_due:
             log.warning("connection closed: the client does not read")
             self.transport.abort()
@@ -211,6 +215,14 @@ class Connection(HttpToolsProtocol):
     def _busy(self) -> bool:
         """Whether a request is being answered."""
         return self._running is not None and not self._running.response_complete
+
+    def _leave(self) -> None:
+        """End the request that is being answered, because nobody receives the answer."""
+        running = self._running
+        running.disconnected = True
+        running.message_event.set()
+        if running.left is not None:
+            running.left()
 
     def _count(self, size: int) -> None:
         self._head_bytes += size
@@ -233,8 +245,7 @@ class Connection(HttpToolsProtocol):
         running = self._running
         if not self._busy or (not running.response_started and running.more_body and not self.pipeline):
             if self._busy:
-                running.disconnected = True
-                running.message_event.set()
+                self._leave()
             self._finish(problem)
             return
         # A response is under way, and nothing can be written beside it. Earlier requests are answered.
@@ -266,11 +277,11 @@ class Connection(HttpToolsProtocol):
 
         Java's client asks for HTTP/2 in each first request; httptools does not read the body of such a one.
         """
-        method, target = self.parser.get_method(), self.url
+        method, target, version = self.parser.get_method(), self.url, self.parser.get_http_version().encode()
         if method == b"CONNECT":
             self._fail(Problem(405, "CONNECT is not supported", code="method_not_allowed"))
             return
         kept = [pair for pair in self.headers if pair[0] not in _UPGRADE_HEADERS]
         head = b"".join(b"%s: %s\r\n" % pair for pair in kept)
         self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"%s %s HTTP/1.1\r\n%s\r\n%s" % (method, target, head, rest))
+        self.data_received(b"%s %s HTTP/%s\r\n%s\r\n%s" % (method, target, version, head, rest))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
 from contextlib import ExitStack, suppress
 
 from starlette.types import Receive, Scope, Send
@@ -91,7 +90,7 @@ class Page:
         body = RequestBody(exchange.headers, receive, self._service.limits)
         try:
             if scope["method"] in self.methods:
-                await self._answer(scope, receive, exchange, body)
+                await self._answer(scope, exchange, body)
             elif scope["method"] == "OPTIONS":
                 await exchange.reply(b"", status=204, headers=self._allow)
             else:
@@ -106,22 +105,22 @@ class Page:
         except Exception as error:
             await report(_problem(error, self.route, exchange), exchange, body)
 
-    async def _answer(self, scope: Scope, receive: Receive, exchange: Exchange, body: RequestBody) -> None:
-        exchange.identity = await self._service.guard.identify(self.route, _metadata(exchange), _peer(scope))
+    async def _answer(self, scope: Scope, exchange: Exchange, body: RequestBody) -> None:
+        exchange.identity = await self._service.guard.identify(self.route, _metadata(scope), _peer(scope))
         await self._handler(exchange)
 
 
 class Endpoint(Page):
     """The ASGI application for requests of the API."""
 
-    async def _answer(self, scope: Scope, receive: Receive, exchange: Exchange, body: RequestBody) -> None:
+    async def _answer(self, scope: Scope, exchange: Exchange, body: RequestBody) -> None:
         policy = self._service.trace_context
         with Recording(scope, self.route, policy) as recording:
             if recording.traceparent:
                 exchange.extra["traceparent"] = recording.traceparent
             status, reason, message = CLIENT_LEFT, errors.RequestCancelled.reason, ""
             try:
-                await self._serve(scope, receive, exchange, body)
+                await self._serve(scope, exchange, body)
                 status, reason = exchange.status, ""
             except Exception as error:
                 if isinstance(error, ClientLeft):
@@ -136,12 +135,12 @@ class Endpoint(Page):
             finally:
                 recording.end(status, reason, message, exchange.first_token_at)
 
-    async def _serve(self, scope: Scope, receive: Receive, exchange: Exchange, body: RequestBody) -> None:
+    async def _serve(self, scope: Scope, exchange: Exchange, body: RequestBody) -> None:
         service, peer = self._service, _peer(scope)
         with ExitStack() as stack:
             stack.enter_context(service.requests.track())
             try:
-                metadata = _metadata(exchange)
+                metadata = _metadata(scope)
                 exchange.identity = await service.guard.identify(self.route, metadata, peer)
                 reservation = stack.enter_context(service.budget.admit(peer.address))
             except errors.HeadraceError as error:
@@ -152,33 +151,31 @@ class Endpoint(Page):
                 exchange.metadata.update(metadata)
             service.streams.add(exchange)
             stack.callback(service.streams.discard, exchange)
-            await _until_left(self._handler(exchange), receive, exchange)
+            await _until_left(self._handler, exchange)
 
 
-async def _until_left(handling: Awaitable[None], receive: Receive, exchange: Exchange) -> None:
-    """Wait for the handler; cancel it when the client leaves. Raises ClientLeft then."""
+async def _until_left(handler: Handler, exchange: Exchange) -> None:
+    """Run the handler; cancel it when the client leaves. Raises ClientLeft then."""
     task = asyncio.current_task()
     assert task is not None, "a coroutine runs in a task"
     left = False
 
-    async def watch() -> None:
+    def leave() -> None:
         nonlocal left
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if not exchange.ended:
-            left = True
-            task.cancel()
+        left = True
+        task.cancel()
 
-    watching = asyncio.create_task(watch())
+    exchange.when_left(leave)
     try:
-        await handling
-    except asyncio.CancelledError:
+        await handler(exchange)
+    except (asyncio.CancelledError, errors.HeadraceError):  # a call of the mesh may end with either
         if not left:
             raise
-        task.uncancel()
         raise ClientLeft from None
     finally:
-        watching.cancel()
+        exchange.when_left(None)
+        if left:
+            task.uncancel()
 
 
 async def report(problem: Problem, exchange: Exchange, body: RequestBody) -> None:
@@ -203,9 +200,10 @@ def _problem(error: BaseException, route: str, exchange: Exchange) -> Problem:
     return problem_of(errors.InternalError("internal error; the gateway's log has the details"), NO_PARAMS)
 
 
-def _metadata(exchange: Exchange) -> list[tuple[str, str]]:
-    """Return the headers that prove who calls."""
-    return [(AUTHORIZATION, value) for value in exchange.headers.getlist(AUTHORIZATION)]
+def _metadata(scope: Scope) -> list[tuple[str, str]]:
+    """Return the headers that prove who calls: all of them, so that a second one is refused."""
+    name = AUTHORIZATION.encode()
+    return [(AUTHORIZATION, value.decode("latin-1")) for sent, value in scope["headers"] if sent == name]
 
 
 def _peer(scope: Scope) -> Peer:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
-from starlette.datastructures import Headers
 from starlette.types import Scope, Send
 
 from headrace.gateway.http.bodies import json_of
@@ -23,6 +22,7 @@ from headrace.runtime.security.identity import ANONYMOUS, Identity
 Handler: TypeAlias = Callable[["Exchange"], Awaitable[None]]
 
 PING = b": ping\n\n"  # a comment of server-sent events, which clients ignore
+_PING_CHUNK = b"%x\r\n%b\r\n" % (len(PING), PING)
 # The key of uvicorn's request in the scope. Events are written by it: ASGI costs as much as the write itself.
 CYCLE = "headrace.cycle"
 BURST = 32  # events after which others get a turn, whatever the handler does
@@ -31,7 +31,7 @@ BURST = 32  # events after which others get a turn, whatever the handler does
 class Exchange:
     """One HTTP request, and the way to answer it.
 
-    headers      of the request
+    headers      of the request, by their names in lower case
     path_params  of the route
     body         of the request, complete
     identity     who calls
@@ -52,7 +52,10 @@ class Exchange:
         body: bytes = b"",
         identity: Identity = ANONYMOUS,
     ) -> None:
-        self.headers = Headers(raw=scope["headers"])
+        # Of several headers with one name, the first one.
+        self.headers: Mapping[str, str] = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])
+        }
         self.path_params: Mapping[str, Any] = scope.get("path_params", NO_PARAMS)
         self.body = body
         self.identity = identity
@@ -62,11 +65,11 @@ class Exchange:
         self.status = 0
         self.first_token_at: float | None = None
         self.quiet = 0  # ticks without an event
-        self._ping: asyncio.Future[None] | None = None
         self.extra: dict[str, str] = {}
         self._send = send
         self._events = 0
         self._cycle: Any = scope.get(CYCLE)
+        self._chunked = scope["http_version"] != "1.0"  # else the end of the connection ends a stream
 
     async def json(self) -> dict[str, Any]:
         """Return the body, which must be a JSON object. Raises Problem (400).
@@ -74,6 +77,20 @@ class Exchange:
         A large body is parsed on another thread.
         """
         return await json_of(self.body)
+
+    def when_left(self, call: Callable[[], None] | None) -> None:
+        """Have *call* called once when the client leaves before the response is complete.
+
+        None   stops that
+
+        Raises ClientLeft if the client has left.
+        """
+        cycle = self._cycle
+        if call is not None:
+            if cycle.disconnected:
+                raise ClientLeft
+            cycle.flow.resume_reading()  # the end of a connection is noticed only while it is read
+        cycle.left = call
 
     def first_token(self) -> None:
         """Note that the first token is about to be sent, for the metrics. Further calls have no effect."""
@@ -117,54 +134,48 @@ class Exchange:
             "cache-control": "no-cache",
             "x-accel-buffering": "no",  # nginx would gather events otherwise
         }
-        self.streams = True
+        if not self._chunked:
+            self._cycle.chunked_encoding = False  # uvicorn sends chunks to any client
         await self._start(200, {**given, **(headers or {})})
+        self.streams = True
 
     async def send_event(self, data: bytes) -> None:
-        """Send one event; *data* contains no line breaks. Waits while the client does not read.
-
-        Raises ClientLeft.
-        """
+        """Send one event; *data* contains no line breaks. Waits while the client does not read."""
         self.quiet = 0
         self._events += 1
         if not self._events % BURST:
-            await asyncio.sleep(
-                0
-            )  # uvloop writes, and learns that the client does not read or left, in between
+            # In between, uvloop writes, and learns that the client does not read or left.
+            await asyncio.sleep(0)
         cycle = self._cycle
         if cycle.flow.write_paused:
             await cycle.flow.drain()
-        if cycle.disconnected:
-            raise ClientLeft  # the task is cancelled too, but only when it waits
-        # One chunk of HTTP: its size, the event, and the chunk's end.
-        cycle.transport.write(b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data))
+        if self._chunked:
+            # One chunk of HTTP: its size, the event, and the chunk's end.
+            cycle.transport.write(b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data))
+        else:
+            cycle.transport.write(b"data: %b\n\n" % data)
 
     def tick(self, most: int) -> None:
         """Count a tick without an event; after *most*, send a comment, so that no proxy closes the stream."""
         self.quiet += 1
-        if not self.streams or self.quiet < most or (self._ping is not None and not self._ping.done()):
-            return
-        self.quiet = 0
-        self._ping = asyncio.ensure_future(
-            self._send({"type": "http.response.body", "body": PING, "more_body": True})
-        )
+        if self.streams and self.quiet >= most and not self._cycle.flow.write_paused:
+            self.quiet = 0
+            self._cycle.transport.write(_PING_CHUNK if self._chunked else PING)
 
     async def end_events(self) -> None:
         """End the stream of events."""
         self.streams = False
-        if self._ping is not None:
-            self._ping.cancel()
         await self._send({"type": "http.response.body", "body": b""})
         self.ended = True
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
-        self.started = True
-        self.status = status
         pairs = [
             (name.encode("latin-1"), value.encode("latin-1"))
             for name, value in {**self.extra, **headers}.items()
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+        self.started = True
+        self.status = status
 
 
 def encoded(payload: object) -> bytes:

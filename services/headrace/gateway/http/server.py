@@ -101,11 +101,12 @@ async def listening(
     ]
     number = sockets[0].getsockname()[1]
     log.info("serving", extra={"host": host, "port": number, "tls": https is not None})
-    tasks = [loop.create_task(_check(state, limits))]
-    if https is not None:
-        tasks.append(loop.create_task(https.follow()))
     connections = catalogue.HTTP_CONNECTIONS.of()
-    try:
+    async with asyncio.TaskGroup() as tasks:
+        # The deadlines of connections apply during the drain as well.
+        working = [tasks.create_task(_check(state, limits))]
+        if https is not None:
+            working.append(tasks.create_task(https.follow()))
         with connections.reading(lambda: len(state.connections)):
             try:
                 yield Listening(number, state)
@@ -113,9 +114,8 @@ async def listening(
                 for server in servers:
                     server.close()
                 await _drain(state, requests, drain_seconds)
-    finally:
-        for task in tasks:
-            task.cancel()
+                for task in working:
+                    task.cancel()
 
 
 async def _drain(state: ServerState, requests: ActiveRequests, seconds: float) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from headrace import attributes, errors
 from headrace.deadline import Deadline
@@ -133,7 +133,12 @@ async def across_tiers(
 
 def _is_the_tiers(error: errors.HeadraceError) -> bool:
     """Whether another tier may accept a request that this one finds invalid."""
-    return isinstance(error, errors.ContextTooLong) or errors.FEATURE in error.fields
+    return isinstance(error, errors.ContextTooLong) or _lacks_feature(error)
+
+
+def _lacks_feature(error: Exception) -> TypeGuard[errors.InvalidRequest]:
+    """Whether a batcher's workers lack a feature: those of another one, even of its tier, may have it."""
+    return isinstance(error, errors.InvalidRequest) and errors.FEATURE in error.fields
 
 
 def _may_recover(error: errors.HeadraceError) -> bool:
@@ -147,8 +152,8 @@ async def on_tier(
     """Stream one answer from the batchers of *tier*. It survives the loss of up to two of them.
 
     Before the first event, every batcher of the tier is tried once. Raises NoWorkers or Overloaded if none
-    accepts the request, BatcherLost if an answer could not be resumed, and the batchers' errors about the
-    request.
+    accepts the request, InvalidRequest if they lack a feature, BatcherLost if an answer could not be resumed,
+    and the batchers' errors about the request.
     """
     answer = ForwardedAnswer(outgoing.request, tier.name)
     refused: dict[BatcherPeer, errors.HeadraceError] = {}
@@ -196,7 +201,7 @@ async def on_tier(
 
 def batcher_error(raised: Exception, batcher: BatcherPeer, *, resuming: bool = False) -> errors.HeadraceError:
     """Return the error of a batcher that another batcher may not have; raise one that is the request's."""
-    if isinstance(raised, errors.Unavailable | errors.Overloaded):
+    if isinstance(raised, errors.Unavailable | errors.Overloaded) or _lacks_feature(raised):
         return raised
     if isinstance(raised, Stalled):
         return errors.BatcherLost(str(raised))
@@ -222,7 +227,7 @@ def _record_refusal(
     refused[batcher] = error
     if type(error) in _BATCHER_GONE:
         batcher.mark_suspect()
-    elif not isinstance(error, _TIER_BUSY):
+    elif not (isinstance(error, _TIER_BUSY) or _lacks_feature(error)):
         raise error
 
 
@@ -282,7 +287,8 @@ def none_left(
     for error in refusals:
         if isinstance(error, errors.Overloaded):
             return error
-    for error in refusals:
+    # Then an error that may pass, before one that does not.
+    for error in sorted(refusals, key=_lacks_feature):
         if type(error) is not errors.Unavailable:
             return error
     problem = "cannot be reached" if refusals else f"cannot serve ({tier.reported.unhealthy_reason})"

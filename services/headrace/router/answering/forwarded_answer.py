@@ -89,10 +89,10 @@ class ForwardedAnswer(Progress):
             if self._top is not None:
                 replies.check_tokens(response.delta, self._top)
             if response.delta.token_count:
-                self._last_token = time.monotonic()
-                if self._first_token is None:
-                    self._first_token = self._last_token
+                if not self.ids:  # in every attempt until a token is delivered
                     self._check_prompt()
+                self._last_token = time.monotonic()
+                self._first_token = self._first_token or self._last_token
             return self.add(response)
         if event == "accepted":
             return self._accept(response)

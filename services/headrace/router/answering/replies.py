@@ -6,6 +6,7 @@ harms the router.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from headrace import errors
@@ -16,6 +17,7 @@ from headrace.validation import MAX_ATTEMPT, MAX_NAME, MAX_STOP_CHARACTERS
 MAX_TOKENS = 2**31  # of one count that a peer reports; the sum of two still fits a uint32
 
 _MOST_LOGPROB = 0.01  # rounding may bring a log-probability above 0
+_BAD_LOGPROB = "the batcher sent a log-probability that is not a finite number, or is above 0"
 
 # Reasons that never end a caller's answer. Numbers that this version does not know are a newer peer's.
 _NOT_FINAL = frozenset([pb.FINISH_REASON_UNSPECIFIED, pb.FINISH_REASON_CANCELLED, pb.FINISH_REASON_DEADLINE])
@@ -46,6 +48,8 @@ def check_delta(delta: pb.Delta, had: int, max_tokens: float) -> None:
         raise errors.BatcherLost(
             f"the batcher sent {len(delta.logprobs)} log-probabilities for {count} tokens"
         )
+    if delta.logprobs and not (-math.inf < sum(delta.logprobs) and max(delta.logprobs) <= _MOST_LOGPROB):
+        raise errors.BatcherLost(_BAD_LOGPROB)
     if count and had + count > max_tokens:
         raise errors.BatcherLost(f"the batcher sent {had + count} tokens, the request allows {max_tokens}")
 
@@ -80,9 +84,9 @@ def _check_details(tokens: Sequence[pb.TokenLogprobs], most: int) -> None:
             raise errors.BatcherLost(
                 f"the batcher sent {len(top)} most likely tokens, the request asks for {most}"
             )
-        # Also false for NaN, which could not be written as JSON.
-        if not all(one.logprob <= _MOST_LOGPROB for one in (described.token, *top)):
-            raise errors.BatcherLost("the batcher sent a log-probability that is no number, or is above 0")
+        # False for NaN and infinities, which JSON cannot represent.
+        if not all(-math.inf < one.logprob <= _MOST_LOGPROB for one in (described.token, *top)):
+            raise errors.BatcherLost(_BAD_LOGPROB)
 
 
 def check_prompt(part: pb.PromptTokens, prompt_tokens: int, most: int) -> None:

@@ -60,6 +60,16 @@ class AuthSettings(BaseSettings):
         return self
 
 
+def serves_anonymous(settings: AuthSettings, host: str, *, configured: bool) -> bool:
+    """Return whether a server on *host* serves callers without credentials.
+
+    configured   whether credentials are configured
+    """
+    if settings.auth_anonymous == "auto":
+        return not configured and only_loopback(host)
+    return settings.auth_anonymous == "allow"
+
+
 def is_url(source: str) -> bool:
     """Return whether a JWKS is fetched rather than read from a file."""
     return "://" in source

@@ -94,12 +94,16 @@ def flatten(rows: Sequence[Row], block_tokens: int) -> FlatStep:
 
 def scored_places(rows: Sequence[Row], offsets: Ints) -> Longs:
     """Return `FlatStep.scored`, given the index of each row's first token."""
-    places = [
-        np.arange(row.scored.start, row.scored.stop) + (int(offset) - row.start - 1)
-        for row, offset in zip(rows, offsets, strict=False)
-        if row.scored
-    ]
-    return np.concatenate(places) if places else _NONE
+    scoring = [index for index, row in enumerate(rows) if row.scored]
+    if not scoring:  # nearly always; the offsets are not read then
+        return _NONE
+    return np.concatenate(
+        [
+            np.arange(row.scored.start, row.scored.stop) + (int(offsets[index]) - row.start - 1)
+            for index in scoring
+            for row in (rows[index],)
+        ]
+    )
 
 
 def destinations(flat: FlatStep, block_tokens: int) -> Longs:

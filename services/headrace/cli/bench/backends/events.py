@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from headrace.cli.bench.records import Record
 
 MAX_EVENT_BYTES = 2**20
+_MOST = 2**53  # of what a server may report: larger numbers, infinity and NaN fail in sums or in the result
 
 # A field with a text that is not empty. Quotes in a JSON string are escaped, so that no text looks like one.
 _TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"(?!")')
@@ -123,11 +124,13 @@ def _read_usage(record: Record, event: dict[str, Any]) -> None:
     if isinstance(ours, dict):
         record.tier = str(ours.get("tier") or record.tier)[:200]
         cost = ours.get("cost")
-        record.cost = float(cost) if isinstance(cost, int | float) and not isinstance(cost, bool) else None
+        if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost < _MOST:
+            cost = None
+        record.cost = cost
 
 
 def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST else None
 
 
 def text_in(event: str) -> str:
@@ -137,5 +140,5 @@ def text_in(event: str) -> str:
         choice = choices[0]
         holder = choice.get("delta") or choice.get("message") or choice
         return "".join(text for name in _TEXT_FIELDS if isinstance(text := holder.get(name), str))
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError):
+    except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError):
         return ""

@@ -82,11 +82,11 @@ class OpenAiBackend:
         with _failures():
             async with (
                 asyncio.timeout(CONNECT_SECONDS),
-                self._session.get(self._models, headers=self._headers()) as response,
+                self._session.get(self._models, **self._request()) as response,
             ):
                 if response.status != 200:
                     raise await _refused(response)
-                body = await response.content.read(MAX_ERROR_BYTES * 16)
+                body = await _read(response, MAX_ERROR_BYTES * 16)
         try:
             self.model = str(json.loads(body)["data"][0]["id"])
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
@@ -100,7 +100,7 @@ class OpenAiBackend:
         with _failures():
             async with (
                 asyncio.timeout(timeout),
-                self._session.post(self._post, data=body, headers=self._headers()) as response,
+                self._session.post(self._post, data=body, **self._request()) as response,
             ):
                 if response.status != 200:
                     raise await _refused(response)
@@ -123,9 +123,16 @@ class OpenAiBackend:
         """Return the text of an answer."""
         return "".join(map(text_in, record.parts or ()))
 
-    def _headers(self) -> dict[str, str]:
-        sent = {"content-type": "application/json", "accept": "text/event-stream"}
-        return {**sent, **dict(self._authorization()), **self._options.headers}
+    def _request(self) -> dict[str, Any]:
+        # Nothing is decompressed here: that would delay and combine events.
+        sent = {
+            "content-type": "application/json",
+            "accept": "text/event-stream",
+            "accept-encoding": "identity",
+        }
+        headers = {**sent, **dict(self._authorization()), **self._options.headers}
+        # A redirect would send keys in headers to another server, and a POST as a GET.
+        return {"headers": headers, "allow_redirects": False}
 
     def _body(self, prompt: Prompt) -> bytes:
         fields: dict[str, Any] = {"model": self.model}
@@ -150,17 +157,21 @@ async def connect_openai(
 
     Raises BadOption, BadTls, BadToken, and Failed if the server does not list its models and none is given.
     """
-    parts = urlsplit(options.url)
+    try:
+        parts = urlsplit(options.url)
+        port = parts.port
+    except ValueError as error:
+        raise BadOption(f"--url {options.url!r}: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise BadOption(
             f"--url {options.url!r} must start with http:// or https://: http://127.0.0.1:8080/v1"
         )
     if parts.path.rstrip("/").endswith(f"/{_COMPLETIONS}"):
         raise BadOption(
-            f"--url {options.url!r} must be the base URL, which mostly ends in /v1; see --endpoint"
+            f"--url {options.url!r} must be the base URL, which usually ends in /v1; see --endpoint"
         )
     authorization = authorization_of(options.api_key, connection.token_file)
-    address = join(parts.hostname, parts.port or 80)
+    address = join(parts.hostname, port or 80)
     if parts.scheme == "http" and authorization():
         check_plaintext(address, allowed=connection.plaintext_token)
     connector = aiohttp.TCPConnector(
@@ -189,10 +200,18 @@ def _name(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
+async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """Return the body, or its first *most* bytes: one call of aiohttp's `read` returns what has arrived."""
+    body = b""
+    while len(body) < most and (piece := await response.content.read(most - len(body))):
+        body += piece
+    return body
+
+
 async def _refused(response: aiohttp.ClientResponse) -> Failed:
     """Return the failure that a response with another status than 200 describes."""
     kind = f"HTTP {response.status}"
-    body = await response.content.read(MAX_ERROR_BYTES)
+    body = await _read(response, MAX_ERROR_BYTES)
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -37,6 +37,7 @@ class TextCompletions:
         exchange.params = parameters.params()
         unused = parameters.unused()
         sampling = parameters.sampling()
+        parameters.release()
         hints = await hints_of(exchange, parameters, self._models, prefix="cmpl-")
         routing = hints.routing
         if not parameters.is_text:
