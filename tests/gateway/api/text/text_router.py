@@ -147,7 +147,8 @@ async def text_edge(**tiers: str) -> AsyncGenerator[TextEdge, None]:
 
     tiers   names and models. A gateway remembers them, so that a test with others needs a gateway of its own
     """
-    router = TextRouter(**({"tiers": tiers} if tiers else {}))
+    router = TextRouter()
+    router.tiers = tiers or router.tiers
 
     def register(server: grpc.aio.Server) -> None:
         add_GenerationServiceServicer_to_server(router, server)
