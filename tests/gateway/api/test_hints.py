@@ -40,7 +40,7 @@ async def test_headers_are_hints(plain: Edge) -> None:
     assert plain.asked.request_id == "chatcmpl-mine"
     [left] = plain.router.time_left
     assert left is not None
-    assert 0 < left <= 12.5
+    assert 0 < left <= 13  # gRPC rounds deadlines up
 
 
 async def test_without_hints_the_router_decides_everything(plain: Edge) -> None:
