@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from triton.runtime.jit import KernelInterface
 
-from headrace.worker.engine.gpu import cuda, sampler, slots
+from headrace.worker.engine.gpu import cuda, likelihoods, sampler, slots
 from headrace.worker.engine.gpu.kernels.report import MODULES, variants
 
 # A build of torch without CUDA has no such tensors, not even fake ones. Then the other device without memory
@@ -229,7 +229,7 @@ def fake_cuda(
     monkeypatch.setattr(cuda, "Fetch", _Fetch)
     monkeypatch.setattr(cuda, "GraphPool", lambda device: FakePool(recorder))
     monkeypatch.setattr(cuda, "current_device", lambda device: contextlib.nullcontext())
-    for module in (slots, sampler):
+    for module in (slots, sampler, likelihoods):
         monkeypatch.setattr(module, "to_device", _to_device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
