@@ -238,8 +238,11 @@ async def test_calls_wait_for_each_other_but_requests_and_short_calls_do_not_wai
                 await tier.client.count_tokens(count(LONG))
             listed = (await tier.client.list_tiers()).tiers[0]
             calls[2].cancel()
+            await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == 2)
+            late = asyncio.create_task(tier.client.count_tokens(count(LONG), timeout=3))
+            await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == 3)
             with pytest.raises(errors.DeadlineExceeded):
-                await tier.client.count_tokens(count(LONG), timeout=0.2)
+                await late
             await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == 2)
         finally:
             tokenizer.gate.set()

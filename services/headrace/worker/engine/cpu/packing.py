@@ -120,23 +120,28 @@ class _Sibling(torch.nn.Module):
 def pack_linears(network: Any) -> bool:
     """Replace the plain linear layers of a network on the CPU by packed ones, and free their weights.
 
-    Returns whether all linear layers were replaced. Layers are kept without oneDNN, in dtypes other than
-    float32 and bfloat16, if they are of a subclass, which may compute something else, and if the packed
-    results differ from the plain ones.
+    Returns whether all linear layers were replaced. Layers are kept in dtypes that oneDNN does not pack on
+    this CPU, if they are of a subclass, which may compute something else, and if the packed results differ
+    from the plain ones.
     """
-    if network.dtype not in MIN_TOKENS or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if network.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not _packs(network.dtype):
         return False
     for parent in list(network.modules()):
         for names in _SIBLINGS:
             _pack_siblings(parent, names)
         for name, layer in list(parent.named_children()):
-            if type(layer) is torch.nn.Linear and layer.weight.dtype in MIN_TOKENS:
+            if type(layer) is torch.nn.Linear and _packs(layer.weight.dtype):
                 packed = PackedLinear(layer)
                 if _agrees(packed, [layer]):
                     setattr(parent, name, packed)
     return not any(isinstance(module, torch.nn.Linear) for module in network.modules())
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether layers of a dtype are packed on this CPU: in bfloat16 that needs AVX-512."""
+    if dtype not in MIN_TOKENS or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _pack_siblings(parent: torch.nn.Module, names: tuple[str, ...]) -> None:
@@ -144,7 +149,7 @@ def _pack_siblings(parent: torch.nn.Module, names: tuple[str, ...]) -> None:
     layers = [getattr(parent, name, None) for name in names]
     plain = [layer for layer in layers if type(layer) is torch.nn.Linear]
     signatures = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in plain}
-    if len(plain) != len(names) or len(signatures) != 1 or plain[0].weight.dtype not in MIN_TOKENS:
+    if len(plain) != len(names) or len(signatures) != 1 or not _packs(plain[0].weight.dtype):
         return
     packed = PackedLinear(*plain)
     if not _agrees(packed, plain):
