@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.gpu.interpreter import multiply_reproducibly
 from benchmarks.gpu.report import Options
 from benchmarks.gpu.shapes import Shape, model_folder, random_network
 from headrace.worker.engine.interface import Engine, LaunchedStep, Memo, Row, SamplingParams, Token
@@ -70,6 +71,7 @@ def load(
 
     with ExitStack() as replaced:
         if device == "cpu":
+            multiply_reproducibly()
             target = devices.Target(torch.device("cpu"), gpu=True)
             replaced.enter_context(mock.patch.object(loading, "choose_device", return_value=target))
             # The interpreter takes a second for some hundred tokens.
