@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from typing import Any
 
 import pytest
@@ -55,14 +56,24 @@ def number(value: float) -> struct_pb2.Struct:
 
 @given(arguments=ARGUMENTS)
 def test_a_message_and_a_setting_give_a_template_the_same_values(arguments: dict[str, Any]) -> None:
-    """Of the same types: a template may add 1 to a number, or use it as an index."""
+    """Of the same types and in the same order: a template may add 1 to a number, or write an object."""
     message = json_format.ParseDict(arguments, struct_pb2.Struct())
     check_arguments(message)
 
     assert arguments_of(message) == read_arguments(json.dumps(arguments)) == arguments
-    assert json.dumps(arguments_of(struct(n=3, big=2.0**60, half=0.5))) == json.dumps(
-        {"n": 3, "big": 2.0**60, "half": 0.5}
+    assert json.dumps(arguments_of(message)) == json.dumps(read_arguments(json.dumps(arguments)))
+
+
+def test_a_template_gets_whole_numbers_as_integers_and_the_names_of_each_object_in_order() -> None:
+    """A map of a message has another order in each process, but all batchers must render the same prompt."""
+    names = [f"name_{number:02}" for number in range(40)]
+    shuffled = random.Random(1).sample(names, len(names))
+    arguments = struct(n=3, half=0.5, inner=[dict.fromkeys(shuffled, 2.0**60)])
+
+    assert json.dumps(arguments_of(arguments)) == json.dumps(
+        {"half": 0.5, "inner": [dict.fromkeys(names, 2.0**60)], "n": 3}
     )
+    assert list(read_arguments(json.dumps({"x": dict.fromkeys(shuffled, 1)}))["x"]) == names
 
 
 @pytest.mark.parametrize(

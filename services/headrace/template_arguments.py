@@ -56,12 +56,17 @@ def check_arguments(arguments: struct_pb2.Struct, field: str = FIELD) -> None:
 
 
 def arguments_of(arguments: struct_pb2.Struct) -> dict[str, Any]:
-    """Return checked arguments as plain values. Whole numbers are integers: a Struct has doubles only."""
-    return {name: _plain(value) for name, value in arguments.fields.items()}
+    """Return checked arguments as plain values, each object with its names in order of code points.
+
+    A Struct has doubles only, so whole numbers become integers. Its maps have another order in each process:
+    without an order of our own, two batchers could render different prompts for one request.
+    """
+    return {name: _plain(arguments.fields[name]) for name in sorted(arguments.fields)}
 
 
 def read_arguments(text: str) -> dict[str, Any]:
-    """Return the arguments of a setting, a JSON object; empty for an empty text.
+    """Return the arguments of a setting, a JSON object, as `arguments_of` returns them; empty for an
+    empty text.
 
     Raises ValueError, with a message without the text.
     """
@@ -83,7 +88,7 @@ def read_arguments(text: str) -> dict[str, Any]:
         raise ValueError("it has a value that is too deep or too large") from None
     except errors.InvalidRequest as error:
         raise ValueError(error.message) from None
-    return read
+    return arguments_of(struct)
 
 
 def texts_in(arguments: Arguments) -> Iterator[str]:

@@ -22,7 +22,7 @@ from tests.hostile.honest import HANG_SECONDS, Seen, ask_for, ask_until, percent
 from tests.tables import add_row
 
 SEED = int(os.environ.get("HEADRACE_HOSTILE_SEED", "0")) or 20261127
-FLOOR_SECONDS = 0.15  # the least p99 to compare with: the machine's own jitter
+FLOOR_SECONDS = 0.3  # the least p99 to compare with: attacks may take both cores of a small machine
 # A machine is busy if one in a hundred sleeps ends later than this, or if it has more ready processes than an
 # attack and the services.
 QUIET_SECONDS = 0.004

@@ -38,7 +38,11 @@ def packages() -> Path:
             for file in (lockfile, HERE / "package.json"):
                 shutil.copy(file, new)
             install(new)
-            new.rename(folder)
+            try:
+                new.rename(folder)
+            except OSError:
+                if not folder.exists():  # otherwise another process of the run was faster
+                    raise
     return folder / "node_modules"
 
 
