@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu.interpreter import multiply_reproducibly
+from benchmarks.gpu.interpreter import set_up_interpreter
 from benchmarks.gpu.report import Options
 from benchmarks.gpu.shapes import Shape, model_folder, random_network
 from headrace.worker.engine.interface import Engine, LaunchedStep, Memo, Row, SamplingParams, Token
@@ -71,11 +71,18 @@ def load(
 
     with ExitStack() as replaced:
         if device == "cpu":
-            multiply_reproducibly()
+            set_up_interpreter()
+            from headrace.worker.engine.gpu import likelihoods
+
             target = devices.Target(torch.device("cpu"), gpu=True)
             replaced.enter_context(mock.patch.object(loading, "choose_device", return_value=target))
-            # The interpreter takes a second for some hundred tokens.
-            replaced.enter_context(mock.patch.object(self_check, "GPU_CONTEXT", self_check.SHORTEST))
+            # The interpreter takes seconds for a hundred tokens, and as long to score as many.
+            for module, name, value in (
+                (self_check, "GPU_CONTEXT", self_check.SHORTEST),
+                (self_check, "ANSWER", 2),
+                (likelihoods, "SCORED_TOKENS", 8),
+            ):
+                replaced.enter_context(mock.patch.object(module, name, value))
         return loading.load_engine(
             folder,
             name=shape.name,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.interpreter import multiply_reproducibly
+from benchmarks.gpu.interpreter import set_up_interpreter
 
 HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = torch.device("cuda", 0) if HAS_CUDA else torch.device("cpu")
@@ -23,4 +23,4 @@ if HAS_CUDA:
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    multiply_reproducibly()
+    set_up_interpreter()

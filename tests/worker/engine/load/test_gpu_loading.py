@@ -41,8 +41,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Load a tiny model as on a GPU, with a shorter self-check."""
+    """Load a tiny model as on a GPU, with a shorter self-check; on a CPU, small slices of scored prompts."""
     if not HAS_CUDA:
+        from headrace.worker.engine.gpu import likelihoods
+
+        monkeypatch.setattr(likelihoods, "SCORED_TOKENS", 8)
         monkeypatch.setattr(loading, "choose_device", lambda _: Target(DEVICE, gpu=True))
     monkeypatch.setattr(self_check, "GPU_CONTEXT", self_check.SHORTEST)
     monkeypatch.setattr(self_check, "ANSWER", 2)
