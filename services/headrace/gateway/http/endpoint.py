@@ -181,8 +181,7 @@ async def _until_left(handler: Handler, exchange: Exchange) -> None:
 async def report(problem: Problem, exchange: Exchange, body: RequestBody) -> None:
     """Report a problem to the client, as the response or as the last event of a stream."""
     if exchange.streams:
-        await exchange.send_event(encoded(problem.body()))
-        await exchange.end_events()
+        await exchange.end_events(encoded(problem.body()))
     elif not exchange.started:
         with suppress(ClientLeft):
             await body.skip()
