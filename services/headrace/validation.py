@@ -266,7 +266,8 @@ def _check_last_role(chat: pb.Chat) -> None:
 
 def _check_routing(routing: pb.Routing) -> None:
     for name, error in _NAMES:
-        _check_length(f"routing.{name}", getattr(routing, name), MAX_NAME, error)
+        if text := getattr(routing, name):
+            _check_length(f"routing.{name}", text, MAX_NAME, error)
     if routing.HasField("priority") and routing.priority > 9:
         raise errors.InvalidRequest(
             f"routing.priority is {routing.priority}, must be 0 to 9", field="routing.priority"

@@ -110,6 +110,7 @@ class Client(TokenizerCalls):
         metadata: Mapping[str, str] | None = None,
         resume: bool = True,
         labels: Mapping[str, str | int] | None = None,
+        flusher: Flusher | None = None,
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Stream the answer to *request*: `accepted`, deltas, `finish`.
 
@@ -118,6 +119,7 @@ class Client(TokenizerCalls):
         resume     whether to resume the answer when its stream is lost. If the model's determinism is EXACT,
                    the rest is the same as without the loss: the client draws the seed if the request has none
         labels     additional attributes of the spans
+        flusher    when tokens that were gathered on the shared stream are handed over; None: each at once
 
         Raises a HeadraceError. Iterate under `contextlib.aclosing`, which cancels the call on exit.
         """
@@ -146,6 +148,7 @@ class Client(TokenizerCalls):
                     metadata=metadata or _EMPTY,
                     labels=labels or _EMPTY,
                     attempts=attempts,
+                    flusher=flusher,
                 )
                 async with aclosing(stream) as responses:
                     async for response in responses:

@@ -35,8 +35,9 @@ class Attempts:
 
     def begin(self, first: trace.Span) -> None:
         """Make *first* the parent of the next attempts, unless the caller has a span."""
-        if not trace.get_current_span().get_span_context().is_valid:
-            self.context = trace.set_span_in_context(trace.NonRecordingSpan(first.get_span_context()))
+        own = first.get_span_context()
+        if own.is_valid and not trace.get_current_span().get_span_context().is_valid:
+            self.context = trace.set_span_in_context(trace.NonRecordingSpan(own))
 
 
 class ClientSpan:

@@ -21,6 +21,7 @@ from headrace.gateway.health import RouterHealth
 from headrace.gateway.http.endpoint import HttpService
 from headrace.gateway.http.exchange import Exchange, Handler
 from headrace.gateway.http.hosts import Hosts
+from headrace.gateway.http.pace import Pace
 from headrace.gateway.problems import Problem
 from headrace.runtime.telemetry.prometheus import CONTENT_TYPE, Text
 
@@ -35,8 +36,9 @@ _EXPOSED = (
 def api(client: Client, http: HttpService) -> list[Route]:
     """Return the routes of the API, whose handlers call the mesh by *client*."""
     models = Models(client)
-    chat = ChatCompletions(client, models)
-    text = TextCompletions(client, models)
+    pace = Pace()
+    chat = ChatCompletions(client, models, pace)
+    text = TextCompletions(client, models, pace)
     tokenizers = Tokenizers(client, models)
     get, post = ("GET",), ("POST",)
     listed: list[tuple[tuple[str, ...], str, Handler]] = [

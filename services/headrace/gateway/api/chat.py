@@ -15,6 +15,7 @@ from headrace.gateway.api.streaming import Whole, deliver, json_bytes, json_text
 from headrace.gateway.api.tally import Tally, ending, head
 from headrace.gateway.api.token_details import chat_token
 from headrace.gateway.http.exchange import Exchange
+from headrace.gateway.http.pace import Pace
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request
 
@@ -22,9 +23,10 @@ from headrace.validation import check_request
 class ChatCompletions:
     """Chat completions, answered by the mesh."""
 
-    def __init__(self, client: Client, models: Models) -> None:
+    def __init__(self, client: Client, models: Models, pace: Pace) -> None:
         self._client = client
         self._models = models
+        self._pace = pace
 
     async def complete(self, exchange: Exchange) -> None:
         """Answer one request. Raises Problem and HeadraceError."""
@@ -45,7 +47,9 @@ class ChatCompletions:
         n = parameters.choices
         await deliver(
             exchange,
-            answers(self._client, [request], n=n, timeout=hints.timeout, metadata=exchange.metadata),
+            answers(
+                self._client, [request], self._pace, n=n, timeout=hints.timeout, metadata=exchange.metadata
+            ),
             ChatFormat(parameters, hints.id),
             Tally(choices=n, n=n),
             streams=bool(parameters.stream),

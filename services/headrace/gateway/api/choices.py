@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from headrace.client import Client
 from headrace.deadline import Deadline
+from headrace.gateway.http.pace import Pace
 from headrace.v1 import generation_pb2 as pb
 
 # An event of a choice, by its index: that of the prompt, times n, plus that among the choices of the prompt.
@@ -27,6 +28,7 @@ _BUFFERED = 16  # events that wait for the reader of the merged stream; beyond t
 async def answers(
     client: Client,
     requests: Sequence[pb.GenerateRequest],
+    pace: Pace,
     *,
     n: int = 1,
     timeout: float | None,
@@ -34,16 +36,20 @@ async def answers(
 ) -> AsyncGenerator[Event, None]:
     """Stream the events of *n* answers to each of *requests*. Iterate under `contextlib.aclosing`.
 
+    pace                counts the tokens, and decides when they are handed over
     timeout, metadata   as in `Client.generate`; the timeout is for all answers together
 
     Raises the first HeadraceError of any choice.
     """
     if len(requests) * n == 1:
-        async with aclosing(client.generate(requests[0], timeout=timeout, metadata=metadata)) as stream:
-            async for response in stream:
+        stream = client.generate(requests[0], timeout=timeout, metadata=metadata, flusher=pace.flusher)
+        async with aclosing(stream) as responses:
+            async for response in responses:
+                if response.HasField("delta"):
+                    pace.count(response.delta.token_count)
                 yield 0, response
         return
-    asking = _Asking(client, n, timeout, metadata)
+    asking = _Asking(client, n, pace, timeout, metadata)
     try:
         for place, request in enumerate(requests):
             asking.start(asking.lead(place * n, request))
@@ -66,11 +72,14 @@ class _Asking:
     open     calls whose end has not been read
     """
 
-    def __init__(self, client: Client, n: int, timeout: float | None, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, client: Client, n: int, pace: Pace, timeout: float | None, metadata: Mapping[str, str]
+    ) -> None:
         self.merged: asyncio.Queue[_Item] = asyncio.Queue(_BUFFERED)
         self.open = 0
         self._client = client
         self._n = n
+        self._pace = pace
         self._deadline = Deadline.after(timeout, time.monotonic())
         self._metadata = metadata
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,9 +114,13 @@ class _Asking:
 
     async def _ask(self, index: int, request: pb.GenerateRequest) -> AsyncGenerator[Event, None]:
         left = max(self._deadline.left(time.monotonic()), 0.0) if self._deadline.exists else None
-        stream = self._client.generate(request, timeout=left, metadata=self._metadata)
+        stream = self._client.generate(
+            request, timeout=left, metadata=self._metadata, flusher=self._pace.flusher
+        )
         async with aclosing(stream) as responses:
             async for response in responses:
+                if response.HasField("delta"):
+                    self._pace.count(response.delta.token_count)
                 yield index, response
 
     async def _read(self, call: AsyncGenerator[Event, None]) -> None:

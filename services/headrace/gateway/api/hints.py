@@ -11,7 +11,7 @@ x-headrace-tenant                       who is accounted, unless the credentials
 from __future__ import annotations
 
 import math
-import uuid
+import secrets
 from dataclasses import dataclass
 
 from headrace.gateway.api.models import Models
@@ -86,7 +86,7 @@ def _set_priority(exchange: Exchange, parameters: CompletionParameters, routing:
 def _request_id(exchange: Exchange, parameters: CompletionParameters) -> str:
     given = parameters.request_id or exchange.headers.get("x-request-id")
     if not given:
-        return uuid.uuid4().hex
+        return secrets.token_hex(16)
     if len(given) > MAX_REQUEST_ID or not (given.isascii() and given.isprintable()):
         field = "request_id" if parameters.request_id else "x-request-id"
         raise Problem(

@@ -78,6 +78,7 @@ async def stream(
 
     The response starts with the first `accepted`: an error before it has a status of its own.
     """
+    last: list[bytes] = []  # sent with the end
     async for index, response in events:
         event = response.WhichOneof("event")
         data: bytes | None
@@ -87,13 +88,18 @@ async def stream(
         elif event == "accepted":
             begins = not tally.accepted
             tally.accepted[index] = response.accepted
-            if begins:
-                await exchange.start_events({**tally.headers(), **headers})
             data = form.begin(index, response.accepted)
+            if begins:
+                await exchange.start_events({**tally.headers(), **headers}, data)
+                continue
         elif event == "finish":
             tally.finished[index] = response.finish
-            last = tally.complete and not include_usage
-            data = form.finish(index, response.finish, tally.headrace() if last else None)
+            complete = tally.complete
+            facts = tally.headrace() if complete and not include_usage else None
+            data = form.finish(index, response.finish, facts)
+            if complete:
+                last.append(data)
+                continue
         elif event == "prompt_tokens":
             data = form.prompt(index, response.prompt_tokens)
         else:
@@ -101,9 +107,8 @@ async def stream(
         if data is not None:
             await exchange.send_event(data)
     if include_usage:
-        await exchange.send_event(form.usage(tally.usage(), tally.headrace()))
-    await exchange.send_event(b"[DONE]")
-    await exchange.end_events()
+        last.append(form.usage(tally.usage(), tally.headrace()))
+    await exchange.end_events(*last, b"[DONE]")
 
 
 @dataclass
@@ -151,6 +156,9 @@ def json_text(text: str) -> bytes:
     return encode_basestring_ascii(text).encode()
 
 
+_JSON = json.JSONEncoder(separators=(",", ":"))
+
+
 def json_bytes(value: object) -> bytes:
     """Return *value* as JSON, without spaces."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _JSON.encode(value).encode()

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from headrace import errors
 from headrace.bearer import AUTHORIZATION
-from headrace.gateway.http.exchange import Exchange, Handler, encoded
+from headrace.gateway.http.exchange import CYCLE, Exchange, Handler, encoded
 from headrace.gateway.http.limits import HttpLimits
 from headrace.gateway.http.request_body import ClientLeft, RequestBody
 from headrace.gateway.http.telemetry import Recording
@@ -87,7 +87,7 @@ class Page:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         exchange = Exchange(scope, send)
-        body = RequestBody(exchange.headers, receive, self._service.limits)
+        body = RequestBody(exchange.headers, receive, self._service.limits, scope[CYCLE])
         try:
             if scope["method"] in self.methods:
                 await self._answer(scope, exchange, body)
@@ -115,7 +115,7 @@ class Endpoint(Page):
 
     async def _answer(self, scope: Scope, exchange: Exchange, body: RequestBody) -> None:
         policy = self._service.trace_context
-        with Recording(scope, self.route, policy) as recording:
+        with Recording(scope, exchange.headers.items(), self.route, policy) as recording:
             if recording.traceparent:
                 exchange.extra["traceparent"] = recording.traceparent
             status, reason, message = CLIENT_LEFT, errors.RequestCancelled.reason, ""
@@ -181,8 +181,7 @@ async def _until_left(handler: Handler, exchange: Exchange) -> None:
 async def report(problem: Problem, exchange: Exchange, body: RequestBody) -> None:
     """Report a problem to the client, as the response or as the last event of a stream."""
     if exchange.streams:
-        await exchange.send_event(encoded(problem.body()))
-        await exchange.end_events()
+        await exchange.end_events(encoded(problem.body()))
     elif not exchange.started:
         with suppress(ClientLeft):
             await body.skip()

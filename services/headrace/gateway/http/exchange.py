@@ -127,8 +127,10 @@ class Exchange:
         """Send a problem as the whole response. See `reply` for *hold*."""
         await self.reply(problem.body(), status=problem.status, headers=problem.headers, hold=hold)
 
-    async def start_events(self, headers: Mapping[str, str] | None = None) -> None:
-        """Begin a stream of server-sent events."""
+    async def start_events(
+        self, headers: Mapping[str, str] | None = None, first: bytes | None = None
+    ) -> None:
+        """Begin a stream of server-sent events. The *first* one is sent together with the headers."""
         given = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
@@ -136,8 +138,19 @@ class Exchange:
         }
         if not self._chunked:
             self._cycle.chunked_encoding = False  # uvicorn sends chunks to any client
-        await self._start(200, {**given, **(headers or {})})
+        given = {**given, **(headers or {})}
+        if first is None:
+            await self._start(200, given)
+            self.streams = True
+            return
+        cycle, transport = self._cycle, self._cycle.transport
+        cycle.transport = gathered = _Gathered()
+        try:
+            await self._start(200, given)
+        finally:
+            cycle.transport = transport
         self.streams = True
+        transport.write(b"".join(gathered.parts) + self._framed(first))
 
     async def send_event(self, data: bytes) -> None:
         """Send one event; *data* contains no line breaks. Waits while the client does not read."""
@@ -149,11 +162,13 @@ class Exchange:
         cycle = self._cycle
         if cycle.flow.write_paused:
             await cycle.flow.drain()
+        cycle.transport.write(self._framed(data))
+
+    def _framed(self, data: bytes) -> bytes:
         if self._chunked:
             # One chunk of HTTP: its size, the event, and the chunk's end.
-            cycle.transport.write(b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data))
-        else:
-            cycle.transport.write(b"data: %b\n\n" % data)
+            return b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data)
+        return b"data: %b\n\n" % data
 
     def tick(self, most: int) -> None:
         """Count a tick without an event; after *most*, send a comment, so that no proxy closes the stream."""
@@ -162,10 +177,16 @@ class Exchange:
             self.quiet = 0
             self._cycle.transport.write(_PING_CHUNK if self._chunked else PING)
 
-    async def end_events(self) -> None:
-        """End the stream of events."""
+    async def end_events(self, *last: bytes) -> None:
+        """End the stream after the *last* events. They are sent together: each write is a system call."""
+        body = b""
+        if self._chunked:
+            body = b"".join([b"data: %b\n\n" % data for data in last])
+        else:
+            for data in last:
+                await self.send_event(data)
         self.streams = False
-        await self._send({"type": "http.response.body", "body": b""})
+        await self._send({"type": "http.response.body", "body": body})
         self.ended = True
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
@@ -178,6 +199,19 @@ class Exchange:
         self.status = status
 
 
+class _Gathered:
+    """Takes what uvicorn would write to a transport."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.parts.append(data)
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def encoded(payload: object) -> bytes:
     """Return *payload* as JSON."""
-    return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return _JSON.encode(payload).encode(errors="replace")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection
+from functools import lru_cache
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -55,6 +56,7 @@ def host_in(header: str) -> str:
     return header.partition(":")[0].lower().removesuffix(".")
 
 
+@lru_cache(maxsize=16)  # callers choose them, and most send the same one
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 from starlette.types import Receive
 
@@ -30,8 +31,8 @@ class RequestBody:
     complete   whether all of it was received, or there is none
     """
 
-    def __init__(self, headers: Mapping[str, str], receive: Receive, limits: HttpLimits) -> None:
-        self._headers, self._receive, self._limits = headers, receive, limits
+    def __init__(self, headers: Mapping[str, str], receive: Receive, limits: HttpLimits, cycle: Any) -> None:
+        self._headers, self._receive, self._limits, self._cycle = headers, receive, limits, cycle
         self.complete = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
 
     async def read(self, reservation: Reservation) -> bytes:
@@ -39,18 +40,11 @@ class RequestBody:
         if self.complete:
             return b""
         check_headers(self._headers, self._limits.max_body_bytes)
-        parts, size = list[bytes](), 0
+        if not self._cycle.more_body:  # it has arrived: most do with their headers, and need no timer
+            return await self._read(reservation)
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                while not self.complete:
-                    part = await self._next()
-                    size += len(part)
-                    if size > self._limits.max_body_bytes:
-                        raise _too_large(
-                            f"more than {self._limits.max_body_bytes}", self._limits.max_body_bytes
-                        )
-                    reservation.resize(size, share=1.0 if self.complete else INCOMPLETE_SHARE)
-                    parts.append(part)
+                return await self._read(reservation)
         except TimeoutError:
             raise Problem(
                 408,
@@ -58,6 +52,16 @@ class RequestBody:
                 type="timeout_error",
                 code="body_timeout",
             ) from None
+
+    async def _read(self, reservation: Reservation) -> bytes:
+        parts, size = list[bytes](), 0
+        while not self.complete:
+            part = await self._next()
+            size += len(part)
+            if size > self._limits.max_body_bytes:
+                raise _too_large(f"more than {self._limits.max_body_bytes}", self._limits.max_body_bytes)
+            reservation.resize(size, share=1.0 if self.complete else INCOMPLETE_SHARE)
+            parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def skip(self) -> None:

@@ -7,6 +7,7 @@ event of a stream.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -29,14 +30,15 @@ class Recording:
     traceparent   of the span, for the response; empty if there is none
     """
 
-    def __init__(self, scope: Scope, route: str, policy: TraceContext) -> None:
+    def __init__(
+        self, scope: Scope, headers: Iterable[tuple[str, str]], route: str, policy: TraceContext
+    ) -> None:
         self._began = time.monotonic()
         method = scope["method"]
         self._method = method if method in _METHODS else "_OTHER"
         self._route, self._scheme = route, scope["scheme"]
         scheme = self._scheme
-        sent = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-        parent, links = parent_of(extract(sent), policy)
+        parent, links = parent_of(extract(headers), policy)
         self._span = _tracer.start_span(
             f"{self._method} {route}",
             parent,

@@ -12,7 +12,6 @@ connection.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -57,18 +56,18 @@ class InflightBudget:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._calls: Counter[str] = Counter()
-        self._bytes: Counter[str] = Counter()
+        self._calls: dict[str, int] = {}
+        self._bytes: dict[str, int] = {}
 
     @property
     def calls(self) -> int:
         """The number of calls in flight, without exempt ones."""
-        return self._calls[""]
+        return self._calls.get("", 0)
 
     @property
     def bytes(self) -> int:
         """The number of request bytes in flight."""
-        return self._bytes[""]
+        return self._bytes.get("", 0)
 
     @contextmanager
     def admit(self, peer: str, *, exempt: bool = False) -> Generator[Reservation, None, None]:
@@ -95,9 +94,13 @@ class InflightBudget:
         else:
             _subtract(self._bytes, owners, -size)
 
-    def _add(self, counts: Counter[str], owners: tuple[str, ...], more: int, limit: float, what: str) -> None:
+    def _add(
+        self, counts: dict[str, int], owners: tuple[str, ...], more: int, limit: float, what: str
+    ) -> None:
+        if not more:
+            return
         for owner, share in zip(owners, (1.0, HOST_SHARE, CONNECTION_SHARE), strict=False):
-            if more and counts[owner] + more > limit * share:
+            if counts.get(owner, 0) + more > limit * share:
                 whose = (
                     "this connection" if share < HOST_SHARE else "this host" if share < 1 else "all callers"
                 )
@@ -107,7 +110,7 @@ class InflightBudget:
                     limit=int(limit * share),
                 )
         for owner in owners:
-            counts[owner] += more
+            counts[owner] = counts.get(owner, 0) + more
 
 
 def _owners(peer: str) -> tuple[str, ...]:
@@ -119,8 +122,11 @@ def _owners(peer: str) -> tuple[str, ...]:
     return ("", f"{kind}:{host}", peer)
 
 
-def _subtract(counts: Counter[str], owners: tuple[str, ...], less: int) -> None:
+def _subtract(counts: dict[str, int], owners: tuple[str, ...], less: int) -> None:
+    if not less:
+        return
     for owner in owners:
-        counts[owner] -= less
-        if not counts[owner]:
+        if left := counts[owner] - less:
+            counts[owner] = left
+        else:
             del counts[owner]  # peers come and go; an entry of zero would stay forever

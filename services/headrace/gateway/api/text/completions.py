@@ -16,6 +16,7 @@ from headrace.gateway.api.tally import Tally
 from headrace.gateway.api.text.format import TextFormat
 from headrace.gateway.api.text.parameters import TextParameters, requests_of
 from headrace.gateway.http.exchange import Exchange
+from headrace.gateway.http.pace import Pace
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import tokenizer_service_pb2 as tokenizer_pb
 from headrace.validation import check_request
@@ -27,9 +28,10 @@ _AT_ONCE = 16  # calls that return the text of a prompt
 class TextCompletions:
     """Text completions, answered by the mesh."""
 
-    def __init__(self, client: Client, models: Models) -> None:
+    def __init__(self, client: Client, models: Models, pace: Pace) -> None:
         self._client = client
         self._models = models
+        self._pace = pace
 
     async def complete(self, exchange: Exchange) -> None:
         """Answer one request. Raises Problem and HeadraceError."""
@@ -48,7 +50,9 @@ class TextCompletions:
             check_request(request)
         echoed = await self._texts(parameters, routing, exchange) if parameters.echo else []
         n = parameters.choices
-        events = answers(self._client, requests, n=n, timeout=hints.timeout, metadata=exchange.metadata)
+        events = answers(
+            self._client, requests, self._pace, n=n, timeout=hints.timeout, metadata=exchange.metadata
+        )
         await deliver(
             exchange,
             _without_answers(events) if parameters.echo_only else events,
