@@ -106,7 +106,10 @@ async def test_a_worker_lost_at_any_message_changes_nothing() -> None:
             assert not dies
             last = max((worker.submitted[-1] for worker in workers if worker.submitted), key=_attempt)
             assert last.attempt == 1 or at == parts + pieces
-            assert last.sampling.HasField("prompt_logprobs") == (at < parts), "a whole prompt is not repeated"
+            # gRPC may drop the messages just before the loss, so that the batcher has less than was sent.
+            if at < parts or last.resume_ids:
+                repeats = last.sampling.HasField("prompt_logprobs")
+                assert repeats == (at < parts), "only a whole prompt is not repeated"
             for worker in workers:
                 worker.submitted.clear()
 
