@@ -19,6 +19,8 @@ FLUSH_SECONDS = 0.1
 MESSAGES_PER_SECOND = 1000.0
 # A comfortable rate of events that travel in frames shared by many answers: 20 us each, over all hops.
 FRAMED_EVENTS_PER_SECOND = 20_000.0
+# A comfortable rate of chunks over HTTP: each takes about 85 us on a slow machine, a system call among it.
+CHUNKS_PER_SECOND = 4000.0
 MAX_TOKENS_PER_EVENT = 32
 UPDATE_SECONDS = 0.05
 
@@ -39,7 +41,16 @@ def message_tokens(streams: int, tokens_per_second: float) -> int:
 
 def framed_tokens(tokens_per_second: float) -> int:
     """Return the tokens per event under the current load where one frame carries events of many answers."""
-    return min(max(math.ceil(tokens_per_second / FRAMED_EVENTS_PER_SECOND), 1), MAX_TOKENS_PER_EVENT)
+    return _tokens_for(tokens_per_second, FRAMED_EVENTS_PER_SECOND)
+
+
+def chunk_tokens(tokens_per_second: float) -> int:
+    """Return the tokens per event under the current load where each event is a chunk of an HTTP response."""
+    return _tokens_for(tokens_per_second, CHUNKS_PER_SECOND)
+
+
+def _tokens_for(tokens_per_second: float, events_per_second: float) -> int:
+    return min(max(math.ceil(tokens_per_second / events_per_second), 1), MAX_TOKENS_PER_EVENT)
 
 
 def chooses_flushing(request: pb.GenerateRequest) -> bool:

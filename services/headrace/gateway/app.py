@@ -21,7 +21,7 @@ from headrace.gateway.health import RouterHealth
 from headrace.gateway.http.endpoint import HttpService
 from headrace.gateway.http.exchange import Exchange, Handler
 from headrace.gateway.http.hosts import Hosts
-from headrace.gateway.http.pace import Pace
+from headrace.gateway.pace import Pace
 from headrace.gateway.problems import Problem
 from headrace.runtime.telemetry.prometheus import CONTENT_TYPE, Text
 

@@ -15,7 +15,7 @@ from headrace.gateway.api.streaming import Whole, deliver, json_bytes, json_text
 from headrace.gateway.api.tally import Tally, ending, head
 from headrace.gateway.api.token_details import chat_token
 from headrace.gateway.http.exchange import Exchange
-from headrace.gateway.http.pace import Pace
+from headrace.gateway.pace import Pace
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request
 

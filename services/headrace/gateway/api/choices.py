@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from headrace.client import Client
 from headrace.deadline import Deadline
-from headrace.gateway.http.pace import Pace
+from headrace.gateway.pace import Pace
 from headrace.v1 import generation_pb2 as pb
 
 # An event of a choice, by its index: that of the prompt, times n, plus that among the choices of the prompt.
@@ -25,7 +25,7 @@ _Item: TypeAlias = Event | BaseException | None
 _BUFFERED = 16  # events that wait for the reader of the merged stream; beyond that, the mesh waits
 
 
-async def answers(
+def answers(
     client: Client,
     requests: Sequence[pb.GenerateRequest],
     pace: Pace,
@@ -34,22 +34,20 @@ async def answers(
     timeout: float | None,
     metadata: Mapping[str, str],
 ) -> AsyncGenerator[Event, None]:
-    """Stream the events of *n* answers to each of *requests*. Iterate under `contextlib.aclosing`.
+    """Return the events of *n* answers to each of *requests*. Iterate under `contextlib.aclosing`.
 
     pace                counts the tokens, and decides when they are handed over
     timeout, metadata   as in `Client.generate`; the timeout is for all answers together
 
-    Raises the first HeadraceError of any choice.
+    Iterating raises the first HeadraceError of any choice.
     """
-    if len(requests) * n == 1:
-        stream = client.generate(requests[0], timeout=timeout, metadata=metadata, flusher=pace.flusher)
-        async with aclosing(stream) as responses:
-            async for response in responses:
-                if response.HasField("delta"):
-                    pace.count(response.delta.token_count)
-                yield 0, response
-        return
     asking = _Asking(client, n, pace, timeout, metadata)
+    return asking.ask(0, requests[0]) if len(requests) * n == 1 else _merged(asking, requests, n)
+
+
+async def _merged(
+    asking: _Asking, requests: Sequence[pb.GenerateRequest], n: int
+) -> AsyncGenerator[Event, None]:
     try:
         for place, request in enumerate(requests):
             asking.start(asking.lead(place * n, request))
@@ -102,17 +100,18 @@ class _Asking:
         """
         accepted: pb.Accepted | None = None
         others = range(1, self._n)
-        async with aclosing(self._ask(index, request)) as events:
+        async with aclosing(self.ask(index, request)) as events:
             async for event in events:
                 if accepted is None:
                     accepted = event[1].accepted
                 elif others and not event[1].HasField("prompt_tokens"):
                     for place in others:
-                        self.start(self._ask(index + place, _follower(request, accepted, place)))
+                        self.start(self.ask(index + place, _follower(request, accepted, place)))
                     others = range(0)
                 yield event
 
-    async def _ask(self, index: int, request: pb.GenerateRequest) -> AsyncGenerator[Event, None]:
+    async def ask(self, index: int, request: pb.GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Ask for one choice."""
         left = max(self._deadline.left(time.monotonic()), 0.0) if self._deadline.exists else None
         stream = self._client.generate(
             request, timeout=left, metadata=self._metadata, flusher=self._pace.flusher

@@ -93,8 +93,7 @@ def unused_of_messages(messages: Sequence[Message]) -> list[str]:
     """
     names: set[str] = set()
     for number, message in enumerate(messages):
-        if not message.keys() <= _MESSAGE_FIELDS:
-            others = message.keys() - _MESSAGE_FIELDS
+        if others := message.keys() - _MESSAGE_FIELDS:
             given = [(name, message[name]) for name in others]  # type: ignore[literal-required]
             unused = unused_of(given, REFUSED, f"messages[{number}].")
             names.update("messages[]." + name.partition(".")[2] for name in unused)

@@ -88,10 +88,9 @@ async def stream(
         elif event == "accepted":
             begins = not tally.accepted
             tally.accepted[index] = response.accepted
-            data = form.begin(index, response.accepted)
             if begins:
-                await exchange.start_events({**tally.headers(), **headers}, data)
-                continue
+                await exchange.start_events({**tally.headers(), **headers})
+            data = form.begin(index, response.accepted)
         elif event == "finish":
             tally.finished[index] = response.finish
             complete = tally.complete

@@ -130,6 +130,4 @@ def _version() -> str:
 
 def _printable(text: str) -> str:
     """Return *text* as the value of a header: names of tiers and models may have any characters."""
-    if text.isascii() and text.isprintable():
-        return text
     return text.encode("ascii", "backslashreplace").decode().replace("\r", " ").replace("\n", " ")

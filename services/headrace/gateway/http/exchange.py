@@ -127,10 +127,8 @@ class Exchange:
         """Send a problem as the whole response. See `reply` for *hold*."""
         await self.reply(problem.body(), status=problem.status, headers=problem.headers, hold=hold)
 
-    async def start_events(
-        self, headers: Mapping[str, str] | None = None, first: bytes | None = None
-    ) -> None:
-        """Begin a stream of server-sent events. The *first* one is sent together with the headers."""
+    async def start_events(self, headers: Mapping[str, str] | None = None) -> None:
+        """Begin a stream of server-sent events."""
         given = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
@@ -138,19 +136,8 @@ class Exchange:
         }
         if not self._chunked:
             self._cycle.chunked_encoding = False  # uvicorn sends chunks to any client
-        given = {**given, **(headers or {})}
-        if first is None:
-            await self._start(200, given)
-            self.streams = True
-            return
-        cycle, transport = self._cycle, self._cycle.transport
-        cycle.transport = gathered = _Gathered()
-        try:
-            await self._start(200, given)
-        finally:
-            cycle.transport = transport
+        await self._start(200, {**given, **(headers or {})})
         self.streams = True
-        transport.write(b"".join(gathered.parts) + self._framed(first))
 
     async def send_event(self, data: bytes) -> None:
         """Send one event; *data* contains no line breaks. Waits while the client does not read."""
@@ -162,13 +149,11 @@ class Exchange:
         cycle = self._cycle
         if cycle.flow.write_paused:
             await cycle.flow.drain()
-        cycle.transport.write(self._framed(data))
-
-    def _framed(self, data: bytes) -> bytes:
         if self._chunked:
             # One chunk of HTTP: its size, the event, and the chunk's end.
-            return b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data)
-        return b"data: %b\n\n" % data
+            cycle.transport.write(b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data))
+        else:
+            cycle.transport.write(b"data: %b\n\n" % data)
 
     def tick(self, most: int) -> None:
         """Count a tick without an event; after *most*, send a comment, so that no proxy closes the stream."""
@@ -197,16 +182,6 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
         self.started = True
         self.status = status
-
-
-class _Gathered:
-    """Takes what uvicorn would write to a transport."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-
-    def write(self, data: bytes) -> None:
-        self.parts.append(data)
 
 
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -16,7 +16,7 @@ from headrace.gateway.api.tally import Tally
 from headrace.gateway.api.text.format import TextFormat
 from headrace.gateway.api.text.parameters import TextParameters, requests_of
 from headrace.gateway.http.exchange import Exchange
-from headrace.gateway.http.pace import Pace
+from headrace.gateway.pace import Pace
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import tokenizer_service_pb2 as tokenizer_pb
 from headrace.validation import check_request

@@ -1,4 +1,4 @@
-"""Decide how many tokens a chunk has: one, or several if there are thousands per second.
+"""Gather tokens for chunks: each is one, or several if there are thousands per second.
 
 A chunk costs this process and its client a system call each, many times as much as the event of the mesh that
 it is made of. So tokens are gathered where they arrive: the client library reads the rule, see
@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 import time
 
-from headrace.flushing import MAX_TOKENS_PER_EVENT, UPDATE_SECONDS, Flusher
+from headrace.flushing import UPDATE_SECONDS, Flusher, chunk_tokens
 from headrace.runtime.rate import RateMeter
 
-# A third of a core of a slow machine: a chunk takes about 85 us there.
-CHUNKS_PER_SECOND = 4000.0
 WINDOW_SECONDS = 1.0
 
 
@@ -36,8 +34,3 @@ class Pace:
         if now - self._updated >= UPDATE_SECONDS:
             self._updated = now
             self.flusher.tokens = chunk_tokens(self._rate.per_second(now))
-
-
-def chunk_tokens(tokens_per_second: float) -> int:
-    """Return the tokens per chunk under the current load."""
-    return min(max(math.ceil(tokens_per_second / CHUNKS_PER_SECOND), 1), MAX_TOKENS_PER_EVENT)

@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from headrace.gateway.http import pace
-from headrace.gateway.http.pace import Pace, chunk_tokens
+from headrace import flushing
+from headrace.flushing import chunk_tokens
+from headrace.gateway.pace import Pace
 from headrace.v1 import generation_pb2 as pb
 from tests.gateway.fake_router import FakeRouter, edge
 
@@ -44,7 +45,7 @@ async def test_tokens_are_gathered_after_the_first_one(monkeypatch: pytest.Monke
         await plain.chat(n=6)  # from now on, all calls share a stream
         monkeypatch.setattr(FakeRouter, "_events", slowly)
         assert len(parts(await plain.chat(stream=True))) == 4  # the emoji consists of two tokens
-        monkeypatch.setattr(pace, "CHUNKS_PER_SECOND", 0.5)
+        monkeypatch.setattr(flushing, "CHUNKS_PER_SECOND", 0.5)
         await plain.chat()  # updates the rule
         gathered = parts(await plain.chat(stream=True))
 
