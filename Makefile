@@ -63,6 +63,7 @@ check: $(INSTALLED) audit ## ruff, mypy, buf lint, stub drift, import rules, lin
 	ruff format --check .
 	mypy
 	buf lint protos
+	buf breaking protos --against protos/contract.binpb
 	lint-imports
 	pytest -q tests/test_contract.py tests/test_links.py
 

@@ -142,7 +142,7 @@ def transformers_tokenizer(path: Path, cache: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from headrace.batcher.text.tokenizer_files import read_tokenizer
+    from headrace.models.tokenizers.files import read_tokenizer
 
     kept: Any = AutoTokenizer
     return kept.from_pretrained(cache / "tokenizers" / read_tokenizer(path, cache).fingerprint)

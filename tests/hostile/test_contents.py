@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 from jwt.utils import base64url_decode
 
 from headrace import errors
-from headrace.batcher.text.gguf_tokenizer import read_metadata
 from headrace.bearer import AUTHORIZATION
+from headrace.models.tokenizers.gguf import read_metadata
 from headrace.runtime.security.caller_guard import Accepted, CallerGuard
 from headrace.runtime.security.callers_file import parse
 from headrace.runtime.security.guard import Peer

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from opentelemetry import trace
 
 from headrace import errors
+from headrace.batcher.form import FREE, AnswerForm
 from headrace.batcher.inbox import Inbox
 from headrace.deadline import Deadline
 from headrace.v1 import generation_pb2 as pb
@@ -46,6 +47,7 @@ class Job:
     model           the name of the model that answers
     timeout         ends the call at its deadline, or earlier if its reader stays behind
     unread_until    while its answer is paused: until when its reader may stay behind, time.monotonic()
+    form            what its tokens may be, and how its text is split into parts
     release_place   releases the place that the request has held since it arrived, for one in the queue or for
                     none; None: it holds no place yet
     """
@@ -75,6 +77,7 @@ class Job:
     timeout: asyncio.Timeout | None = None
     unread_until: float | None = None
     release_place: Callable[[], None] | None = None
+    form: AnswerForm = FREE
     history: History = field(default_factory=lambda: History())  # defined below
 
     @property

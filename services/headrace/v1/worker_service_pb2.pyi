@@ -344,6 +344,7 @@ class Sequence(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     PREFIX_SCOPE_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Identifies the sequence on this stream. Its last delta releases the handle; until then the sequence uses credit."""
     request_id: _builtins.str
@@ -358,6 +359,11 @@ class Sequence(_message.Message):
     """The scope of its cached prefixes: it shares them only with sequences of an equal scope. Opaque to the worker, at
     most 64 bytes. Batchers derive it from the request's tenant, so that no tenant can learn from `cached_tokens` or
     from latency what another tenant has sent. Empty is a scope as well.
+    """
+    grammar: _builtins.str
+    """The grammar of the answer, in llguidance's format: Lark's syntax, or JSON with several grammars. Only tokens with
+    which the answer can still match are sampled, and `sampling.structured` is ignored. Resumed tokens count. Requires
+    the feature "structured". Empty: any tokens.
     """
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -392,10 +398,11 @@ class Sequence(_message.Message):
         priority: _builtins.int = ...,
         trace: Global___TraceContext | None = ...,
         prefix_scope: _builtins.bytes = ...,
+        grammar: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "trace", b"trace", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "handle", b"handle", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "resume_ids", b"resume_ids", "sampling", b"sampling", "trace", b"trace", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "grammar", b"grammar", "handle", b"handle", "prefix_scope", b"prefix_scope", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "resume_ids", b"resume_ids", "sampling", b"sampling", "trace", b"trace", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -950,7 +957,7 @@ class ModelDescription(_message.Message):
     """The block size of the prefix cache, in tokens: sequences share whole blocks. 0: no prefix cache."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Optional features of the engine: "logprobs", "top_logprobs", "prompt_logprobs"."""
+        """Optional features of the engine: "logprobs", "top_logprobs", "prompt_logprobs", "structured"."""
 
     def __init__(
         self,

@@ -61,7 +61,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How the tokens of one sequence are sampled; ranges and meaning as in `headrace.v1.Sampling`."""
+    """How the tokens of one sequence are sampled; ranges and meaning as in `headrace.v1.Sampling`.
+
+    grammar   of the answer, as in `headrace.v1.Sequence`; empty: any tokens
+    """
 
     seed: int
     max_tokens: int
@@ -79,6 +82,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop_ids: frozenset[int] = frozenset()
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ def sequence_spec(
         key=key,
         ids=ids,
         prompt=len(message.prompt_ids),
-        params=_params(message.sampling),
+        params=_params(message.sampling, message.grammar),
         deadline=Deadline.after(ttl, now),
         submitted=now,
         priority=priority,
@@ -227,7 +227,7 @@ def _record_spans(
     last.end(ended_ns)
 
 
-def _params(sampling: pb.Sampling) -> SamplingParams:
+def _params(sampling: pb.Sampling, grammar: str) -> SamplingParams:
     """Translate sampling; absent fields get the contract's defaults."""
     given = {
         name: getattr(sampling, name)
@@ -254,6 +254,7 @@ def _params(sampling: pb.Sampling) -> SamplingParams:
         max_tokens=sampling.max_tokens,
         logit_bias=dict(sampling.logit_bias),
         stop_ids=frozenset(sampling.stop_token_ids),
+        grammar=grammar,
         **given,
     )
 

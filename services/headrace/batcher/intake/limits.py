@@ -143,6 +143,7 @@ class RequestLimits:
         sampling = pb.Sampling()
         sampling.CopyFrom(defaults)
         sampling.MergeFrom(asked)
+        sampling.ClearField("structured")  # the grammar of the job's form has it
         max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else self.max_tokens
         sampling.max_tokens = min(max_tokens, self.max_tokens, self.context_length - prompt_tokens)
         if sampling.HasField("temperature") and sampling.temperature < GREEDY_BELOW:

@@ -168,6 +168,7 @@ class WorkerLink:
                 request_id=job.request_id,
                 attempt=job.attempt,
                 prompt_ids=job.prompt_ids,
+                grammar=job.form.grammar,
                 resume_ids=job.answer_ids,
                 prefix_scope=job.scope,
                 sampling=job.sampling,

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.models.tokenizers.spelling import BYTE_LETTERS
+
 # Most bytes of text per byte of its composed form (Unicode's NFC): U+1FBE and two accents, seven bytes,
 # become the two bytes of U+0390.
 NFC_SHRINK = 4
@@ -100,17 +102,3 @@ def _tokens(model: dict[str, Any]) -> Set[str]:
 def _falls_back(model: dict[str, Any], vocabulary: Set[str]) -> bool:
     """Return whether unknown text becomes one token per byte; otherwise it may vanish or become one token."""
     return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-
-
-def _byte_letters() -> Iterator[str]:
-    """Yield the character by which a byte-level vocabulary writes each byte (GPT-2's table)."""
-    others = 0
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
-            yield chr(byte)
-        else:
-            yield chr(256 + others)
-            others += 1
-
-
-BYTE_LETTERS = tuple(_byte_letters())

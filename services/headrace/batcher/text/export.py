@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from headrace.batcher.text.tokenizer_files import read_tokenizer
 from headrace.models import FINGERPRINT_FILE, ModelUnavailable, resolve
+from headrace.models.tokenizers.files import read_tokenizer
 
 
 def export(path: Path, folder: Path) -> None:

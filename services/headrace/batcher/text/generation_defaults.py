@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from headrace import errors
-from headrace.batcher.text.tokenizer_files import read_json
 from headrace.models import ModelUnavailable
+from headrace.models.tokenizers.files import read_json
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_sampling
 

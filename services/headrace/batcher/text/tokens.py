@@ -2,14 +2,13 @@
 
 The methods of a tokenizer are synchronous and may be slow: callers run `encode_*` off the event loop, unless
 the request is quick.
-`detokenizer` decodes streams of ids from the spelling of single tokens; `tokenizer_files` reads tokenizers
+`detokenizer` decodes streams of ids from the spelling of single tokens; `models.tokenizers` reads tokenizers
 from files.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from headrace import errors
-from headrace.batcher.text.bytebound import BYTE_LETTERS, ByteBound, byte_bound
+from headrace.batcher.text.bytebound import ByteBound, byte_bound
 from headrace.batcher.text.detokenizer import EACH_BYTE, Spelling
 from headrace.batcher.text.specials import Marks, SpecialTokens, encode
 from headrace.batcher.text.templates import ChatTemplate, Turns, choose_template
-from headrace.batcher.text.tokenizer_files import read_tokenizer
+from headrace.models.tokenizers.files import read_tokenizer
+from headrace.models.tokenizers.spelling import TokenSpelling
 from headrace.template_arguments import NO_ARGUMENTS, Arguments, texts_in, with_texts
 
 # Up to this length the event loop spends about as much on encoding a text as on handing it to a thread: with
@@ -214,14 +214,9 @@ class TransformersTokenizer:
         description = json.loads(fast.to_str())
         self.bound = byte_bound(description)
         self._specials = SpecialTokens(fast, description, template.frame if template else "")
-        self._special_tokens = {
-            token.content: id for id, token in fast.get_added_tokens_decoder().items() if token.special
-        }
-        decoder = json.dumps(description["decoder"])
-        self._byte_level = '"ByteLevel"' in decoder
-        self._byte_fallback = '"ByteFallback"' in decoder
-        self.decode_errors = "replace" if self._byte_level else EACH_BYTE
-        self._bytes: dict[int, bytes | None] = {}
+        self._spelling = TokenSpelling(fast)
+        self.spell = self._spelling.spell
+        self.decode_errors = "replace" if self._spelling.byte_level else EACH_BYTE
 
     @property
     def fingerprint(self) -> str:
@@ -231,7 +226,7 @@ class TransformersTokenizer:
     @property
     def special_tokens(self) -> Mapping[str, int]:
         """See `Tokenizer`."""
-        return self._special_tokens
+        return self._spelling.special_tokens
 
     def render_chat(
         self, turns: Turns, *, continue_final: bool = False, arguments: Arguments = NO_ARGUMENTS
@@ -278,21 +273,6 @@ class TransformersTokenizer:
         # `decode` itself would hold the interpreter's lock.
         return str(self._fast.decode_batch([ids], skip_special_tokens=False)[0])
 
-    def spell(self, id: int, after: int | None) -> bytes | str:
-        """See `Spelling`."""
-        try:
-            piece = self._bytes[id]
-        except KeyError:
-            piece = self._bytes[id] = self._spelled(id)
-        at_start = after is None and not self._byte_level
-        if piece is not None and not (at_start and piece.isascii()):
-            return piece
-        if after is None:  # a space may be left out here, even if it is a byte
-            text = str(self._fast.decode([id]))
-            return text if piece is None else text.encode()
-        before = self._fast.decode([after])
-        return str(self._fast.decode([after, id])[len(before) :])
-
     @property
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:
@@ -300,18 +280,6 @@ class TransformersTokenizer:
                 "this model has no chat template: send `prompt` instead of `chat`", field="chat"
             )
         return self._template
-
-    def _spelled(self, id: int) -> bytes | None:
-        """Return the bytes of a token that stands for bytes or for no text; None for other tokens."""
-        token = self._fast.id_to_token(id)
-        if token is None or token in self._special_tokens:
-            return b""
-        if self._byte_level:
-            known = _BYTES_OF_LETTERS
-            return bytes(map(known.__getitem__, token)) if all(c in known for c in token) else token.encode()
-        if self._byte_fallback and (byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
-            return bytes.fromhex(byte[1])
-        return None
 
 
 def _render(
@@ -337,9 +305,6 @@ def _render(
             field="chat.continue_final_message",
         )
     return text[: text.rindex(marks.end)]
-
-
-_BYTES_OF_LETTERS = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 
 
 def load_tokenizer(path: Path, cache: Path) -> TransformersTokenizer:

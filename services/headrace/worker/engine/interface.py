@@ -28,10 +28,11 @@ class Memo:
     equal one.
     """
 
-    __slots__ = ("kept",)
+    __slots__ = ("kept", "matcher")
 
     def __init__(self) -> None:
         self.kept: Any = None
+        self.matcher: Any = None  # of its grammar
 
 
 # Rows and tokens are not frozen, though nothing changes them: one of each is made per token, and a frozen

@@ -17,8 +17,9 @@ from typing import Any
 
 import tokenizers
 
-from headrace.batcher.text import gguf_tokenizer, tokenizer_cache
 from headrace.models import ModelUnavailable, tokenizer_fingerprint
+from headrace.models.tokenizers import cache as kept_tokenizers
+from headrace.models.tokenizers import gguf
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +54,20 @@ class TokenizerFiles:
 def read_tokenizer(path: Path, cache: Path) -> TokenizerFiles:
     """Read the tokenizer of the model at *path*, a folder or a .gguf file.
 
-    cache   the folder for parsed tokenizers, because parsing takes seconds; see `tokenizer_cache`
+    cache   the folder for parsed tokenizers, because parsing takes seconds; see `cache`
 
     Raises ModelUnavailable for files without a usable tokenizer.
     """
     if path.is_dir():
         _check_files(path)
     fingerprint = tokenizer_fingerprint(path)
-    kept = tokenizer_cache.location(path, cache)
-    if (contents := tokenizer_cache.load(kept)) is not None:
+    kept = kept_tokenizers.location(path, cache)
+    if (contents := kept_tokenizers.load(kept)) is not None:
         backend = _read(path, lambda: tokenizers.Tokenizer.from_str(contents.backend))
         return TokenizerFiles(backend, contents.templates, contents.special_tokens, fingerprint)
     files = _read_afresh(path, cache / "tokenizers" / fingerprint, fingerprint)
-    tokenizer_cache.keep(
-        tokenizer_cache.Contents(files.backend.to_str(), files.templates, files.special_tokens), kept
+    kept_tokenizers.keep(
+        kept_tokenizers.Contents(files.backend.to_str(), files.templates, files.special_tokens), kept
     )
     return files
 
@@ -215,7 +216,7 @@ def _from_gguf(path: Path) -> Any:
     from transformers.integrations.gguf import gguf_tokenizer_mapping
 
     if hasattr(gguf_tokenizer_mapping, "convert_gguf_tokenizer"):
-        return gguf_tokenizer.from_gguf(path)
+        return gguf.from_gguf(path)
     # transformers 5.17 has this elsewhere, and needs the packages `torch` and `gguf` for it.
     return AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from headrace.batcher.text import tokenizer_cache, tokenizer_files
 from headrace.batcher.text.tokens import load_tokenizer
 from headrace.models import ModelUnavailable
+from headrace.models.tokenizers import cache, files
 from tests.batcher.text.tiny_tokenizers import byte_level, saved
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -23,7 +23,7 @@ def test_the_second_start_does_not_read_the_files_again(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load_tokenizer(model, tmp_path)
-    monkeypatch.delattr(tokenizer_files, "_read_afresh")
+    monkeypatch.delattr(files, "_read_afresh")
 
     second = load_tokenizer(model, tmp_path)
 
@@ -35,41 +35,41 @@ def test_the_second_start_does_not_read_the_files_again(
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "added.txt"])
 def test_a_changed_file_has_another_place_in_the_cache(model: Path, tmp_path: Path, name: str) -> None:
-    before = tokenizer_cache.location(model, tmp_path)
+    before = cache.location(model, tmp_path)
 
     with (model / name).open("a") as file:
         file.write(" ")
 
-    assert tokenizer_cache.location(model, tmp_path) != before
+    assert cache.location(model, tmp_path) != before
 
 
 def test_another_version_of_a_library_has_another_place_in_the_cache(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = tokenizer_cache.location(model, tmp_path)
+    before = cache.location(model, tmp_path)
 
-    monkeypatch.setattr(tokenizer_cache, "version", lambda name: "99.0")
+    monkeypatch.setattr(cache, "version", lambda name: "99.0")
 
-    assert tokenizer_cache.location(model, tmp_path) != before
+    assert cache.location(model, tmp_path) != before
 
 
 def test_weights_are_not_part_of_a_tokenizer(model: Path, tmp_path: Path) -> None:
-    before = tokenizer_cache.location(model, tmp_path)
+    before = cache.location(model, tmp_path)
 
     (model / "model.safetensors").write_bytes(b"weights")
 
-    assert tokenizer_cache.location(model, tmp_path) == before
+    assert cache.location(model, tmp_path) == before
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"backend": "x", "unknown": 1}'])
 def test_a_damaged_file_of_the_cache_is_replaced(model: Path, tmp_path: Path, content: str) -> None:
-    kept = tokenizer_cache.location(model, tmp_path)
+    kept = cache.location(model, tmp_path)
     kept.parent.mkdir(parents=True)
     kept.write_text(content)
 
     load_tokenizer(model, tmp_path)
 
-    assert tokenizer_cache.load(kept) is not None
+    assert cache.load(kept) is not None
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFWriter
 
-from headrace.batcher.text.gguf_tokenizer import from_gguf, read_metadata
+from headrace.models.tokenizers.gguf import from_gguf, read_metadata
 from tests.batcher.text.tiny_tokenizers import BYTES, byte_level
 
 TEXTS = ("Hello world", "a  b\n\n c", "12345 x=7", "<|im_end|> hello", " naïve 日本 🗼", "DON'T don't")
@@ -95,7 +95,7 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
 import sys
 sys.modules["torch"] = None  # importing it fails
 from pathlib import Path
-from headrace.batcher.text.tokenizer_files import read_tokenizer
+from headrace.models.tokenizers.files import read_tokenizer
 files = read_tokenizer(Path({str(path)!r}), Path({str(tmp_path / "cache")!r}))
 print(files.backend.decode(files.backend.encode("Hello world").ids))
 """

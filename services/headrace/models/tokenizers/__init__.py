@@ -1,0 +1,1 @@
+"""Read the tokenizers of models, for batchers and workers; needs transformers."""
