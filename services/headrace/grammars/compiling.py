@@ -19,7 +19,7 @@ class GrammarProblem(Exception):
 
 
 class Grammars:
-    """The compiled grammars of one vocabulary. Safe to use from several threads, and releases Python's lock."""
+    """The compiled grammars of one vocabulary. Safe to use from several threads; releases Python's lock."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary

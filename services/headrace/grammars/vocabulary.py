@@ -12,8 +12,8 @@ Encode = Callable[[str], Sequence[int]]  # text to ids, without special tokens a
 class Vocabulary:
     """The tokens of one model. Takes about a second to make for 150,000 tokens, and a few MiB.
 
-    tokens     the bytes that each id adds to a text; the name of a special token; empty for unused ids. As many
-               as the model has logits
+    tokens     the bytes that each id adds to a text; empty for special tokens and unused ids. As many as the
+               model has logits
     specials   names and ids of the special tokens, which grammars write as <name>
     eos_ids    tokens that end an answer, at least one; allowed where the grammar may end
     encode     tokenises texts that a grammar forces, as the model would
