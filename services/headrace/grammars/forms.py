@@ -73,7 +73,7 @@ def regex(pattern: str) -> Part:
 
 
 def choices(texts: Sequence[str]) -> Part:
-    """Return the grammar of texts of which an answer is one. Raises FormProblem, with the place in the list."""
+    """Return the grammar of texts of which an answer is one. Raises FormProblem with the place."""
     check_choices(texts)
     return lark(f"start: TEXT\nTEXT: {' | '.join(literal(text) for text in texts)}")
 
@@ -99,7 +99,7 @@ def check_choices(texts: Sequence[str]) -> None:
 def _check_size(what: str, text: str, most: int) -> None:
     if not text:
         raise FormProblem(f"{what} is empty")
-    if len(text) > most or (size := len(text.encode())) > most:
+    if len(text) > most or len(text.encode()) > most:
         raise FormProblem(f"{what} has more than {most} bytes")
 
 
