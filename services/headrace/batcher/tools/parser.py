@@ -60,6 +60,7 @@ class AnswerParser:
         self._index = -1
         self._marked = 0  # of the text that is held back: up to the end of the marker of a call
         self._object = ObjectEnd()
+        self._bare = False
         self._skips_space = form.thinking
         self._final = False
         self._step: Callable[[], bool] = self._begin if form.reasoning is not None else self._start
@@ -162,9 +163,17 @@ class AnswerParser:
 
     def _more(self) -> bool:
         """Whether a call is followed by another one, or by markup."""
-        if self._begins_call(self._format.more) or self._closes(self._format.closers):
+        if self._begins_call(self._format.more):
             return True
-        if self._may_follow([*self._format.more, *self._format.closers]):
+        if self._may_follow(self._format.more):
+            return False
+        self._step = self._close_calls
+        return True
+
+    def _close_calls(self) -> bool:
+        if self._closes(self._format.closers):
+            return True
+        if self._may_follow(self._format.closers):
             return False
         self._end_of_calls()
         return True

@@ -35,7 +35,7 @@ class Shape:
 
     def may_follow(self, text: str, at: int = 0) -> bool:
         """Whether the text from *at* on is a proper beginning of this shape, so that `match` may succeed later."""
-        return self._start.fullmatch(text, at) is not None
+        return self._start.fullmatch(text, at) is not None and self._whole.match(text, at) is None
 
 
 def escaped(text: str) -> str:
