@@ -98,10 +98,13 @@ def _arguments(parameters: str, field: str) -> forms.Part:
     """Return the grammar of a tool's arguments. Raises InvalidRequest."""
     try:
         part = forms.json_schema_grammar(parameters or _NO_ARGUMENTS)
-        if parameters and (schema := json.loads(parameters)).get("type") != "object":
-            if "type" in schema and "object" not in schema["type"]:
+        schema = json.loads(parameters or _NO_ARGUMENTS)
+        kinds = schema.get("type", ["object"])
+        if kinds != "object":
+            if not isinstance(kinds, list) or "object" not in kinds:
                 raise FormProblem('must be "object", because arguments are an object', "/type")
-            part = forms.json_schema_grammar(json.dumps({**schema, "type": "object"}))
+            objects = json.dumps({**schema, "type": "object"}, ensure_ascii=False, separators=(",", ":"))
+            part = forms.json_schema_grammar(objects)
     except FormProblem as problem:
         at = f" at {problem.place}" if problem.place else ""
         raise errors.InvalidRequest(f"{field}{at}: {problem.message}", field=field) from None
