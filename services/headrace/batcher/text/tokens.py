@@ -177,9 +177,14 @@ class ByteTokenizer:
     chat_template = ""
     quick_text_bytes = quick_chat_bytes = QUICK_BYTES
 
+    tool_family = Family.HERMES
+    reasoning: tuple[str, str] | None = None
+
     def __init__(self, *, tool_format: str = AUTO, reasoning: str = AUTO) -> None:
-        self.tool_family = Family.HERMES if tool_format == AUTO else Family(tool_format)
-        self.reasoning = THINK if reasoning == "think" else None
+        if tool_format != AUTO:
+            self.tool_family = Family(tool_format)
+        if reasoning == "think":
+            self.reasoning = THINK
 
     def render_chat(
         self,
