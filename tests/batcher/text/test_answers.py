@@ -15,6 +15,7 @@ from headrace.batcher.inbox import Arrival, SequenceEnd
 from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.templates import ChatTemplate
 from headrace.batcher.text.tokens import THINK, ByteTokenizer, TransformersTokenizer
+from headrace.batcher.text.turns import Turn
 from headrace.batcher.tools.families import Family
 from headrace.client import chat
 from headrace.metrics.requests import CANCELLED, End
@@ -123,7 +124,9 @@ async def test_a_last_message_of_the_assistant_is_continued_or_rejected() -> Non
 
     assert rejected.value.field == "chat.messages[3].role"
     assert answer.text == "is green"
-    assert answer.accepted.prompt_tokens == len(tokenizer.encode_chat(turns, continue_final=True))
+    assert answer.accepted.prompt_tokens == len(
+        tokenizer.encode_chat([Turn(*turn) for turn in turns], continue_final=True)
+    )
 
 
 class Watched(ByteTokenizer):
