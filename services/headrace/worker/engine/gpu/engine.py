@@ -25,7 +25,7 @@ from headrace.worker.engine.gpu.likelihoods import DeviceLikelihoods
 from headrace.worker.engine.gpu.sampler import DeviceSampler, counts_ids, read_tokens
 from headrace.worker.engine.gpu.slots import Slot, Slots
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, packed_numbers
-from headrace.worker.engine.interface import Fault, ModelInfo, Result, Row, Token
+from headrace.worker.engine.interface import Fault, Grammars, ModelInfo, Result, Row, Token
 from headrace.worker.engine.torch_engine import Computed
 
 
@@ -106,6 +106,7 @@ class GpuEngine:
     step_tokens   most tokens of a step
     tile          tokens of a query tile in steps with prompts
     graphs        captures all shapes of steps; None to launch each kernel of each step
+    grammars      of the model's vocabulary; None to support none
 
     uncaptured   why steps are not captured although *graphs* was given; empty if they are
     """
@@ -121,9 +122,11 @@ class GpuEngine:
         step_tokens: int,
         tile: int,
         graphs: Graphs | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._forward = forward
         self._model = model
+        self.grammars = grammars
         self._slots = slots
         self._device = device = slots.tables.device
         self._sampler = DeviceSampler(slots.count, model.vocabulary_size, model.eos_ids, device)
