@@ -21,9 +21,9 @@ from headrace.batcher.text.tokens import (
     TransformersTokenizer,
     load_tokenizer,
 )
-from headrace.batcher.text.turns import Call, Tool, Tools, Turn, Turns
 from headrace.batcher.tools.families import Family
 from headrace.batcher.tools.instructions import FORM, HEAD
+from headrace.batcher.turns import Call, Tool, Tools, Turn, Turns
 from headrace.runtime.serving.server import StartFailed
 from tests.batcher.text.tiny_tokenizers import FAMILIES, SPECIALS, byte_level, saved
 from tests.batcher.text.tool_templates import CHATML, DEEPSEEK, QWEN_3, QWEN_25, TEMPLATES

@@ -22,9 +22,9 @@ from typing import Any
 
 from headrace import errors
 from headrace.batcher.text.renderer import Renderer, TemplateFailed, TemplateRefused
-from headrace.batcher.text.turns import Call, Tool, Tools, Turn, Turns, dumped, named_results
 from headrace.batcher.tools.families import Family, family_of
 from headrace.batcher.tools.instructions import TOOLS_PLACE, Placed, as_text
+from headrace.batcher.turns import Call, Tool, Tools, Turn, Turns, dumped, named_results
 from headrace.template_arguments import FIELD, NO_ARGUMENTS, Arguments
 
 _PARTS = "parts"
