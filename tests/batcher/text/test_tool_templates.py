@@ -203,6 +203,10 @@ def test_tools_that_a_template_drops_in_some_conversations_are_rejected() -> Non
     [
         (QWEN_25.replace("{{ tool | tojson }}", ""), "tools"),
         (QWEN_25.replace("{{ call.arguments | tojson }}", ""), "arguments"),
+        (
+            QWEN_25.replace("{{ call.arguments | tojson }}", "<arg>{{ call.arguments.arg }}</arg>"),
+            "the form of arguments",
+        ),
         (CHATML + "{# <tool_call> #}", "everything"),
     ],
 )
