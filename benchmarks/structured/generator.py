@@ -1,8 +1,9 @@
-"""Write the schemas of the benchmark, with values that match them: `python -m benchmarks.structured generate`.
+"""Make the schemas of the benchmark, with values that match them.
 
-The schemas are made like those that applications send: from the fields of their records, with the keywords of
-hand-written schemas and of those that Pydantic and OpenAPI write. The last group has what is unusual, and what
-cannot be enforced. The same seed makes the same file.
+`python -m benchmarks.structured generate` writes them to a file. They are made like those that applications
+send: from the fields of their records, with the keywords of hand-written schemas and of those that Pydantic
+and OpenAPI write. The last group has what is unusual, and what cannot be enforced. The same seed makes the
+same file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _RECORDS: dict[str, list[tuple[str, str]]] = {
     ],
     "order": [
         ("order_id", "code"), ("customer", "text"), ("total", "price"), ("currency", "currency"),
-        ("quantity", "count"), ("placed_on", "date"), ("express", "flag"), ("note", "maybe"), ("tags", "texts"),
+        ("quantity", "count"), ("placed_on", "date"), ("express", "flag"), ("note", "maybe"),
+        ("tags", "texts"),
     ],
     "event": [
         ("title", "text"), ("starts_at", "moment"), ("minutes", "count"), ("place", "text"),
@@ -37,12 +39,12 @@ _RECORDS: dict[str, list[tuple[str, str]]] = {
         ("color", "color"), ("available", "flag"), ("description", "maybe"), ("sizes", "counts"),
     ],
     "ticket": [
-        ("id", "uuid"), ("summary", "text"), ("priority", "level"), ("status", "status"), ("assignee", "maybe"),
-        ("opened", "moment"), ("votes", "count"), ("labels", "texts"), ("resolved", "flag"),
+        ("id", "uuid"), ("summary", "text"), ("priority", "level"), ("status", "status"),
+        ("assignee", "maybe"), ("opened", "moment"), ("votes", "count"), ("labels", "texts"), ("resolved", "flag"),
     ],
     "recipe": [
-        ("dish", "text"), ("serves", "count"), ("minutes", "count"), ("vegetarian", "flag"), ("steps", "texts"),
-        ("difficulty", "level"), ("calories", "size"), ("cuisine", "text"), ("author", "maybe"),
+        ("dish", "text"), ("serves", "count"), ("minutes", "count"), ("vegetarian", "flag"),
+        ("steps", "texts"), ("difficulty", "level"), ("calories", "size"), ("cuisine", "text"), ("author", "maybe"),
     ],
     "sensor": [
         ("device", "code"), ("celsius", "temperature"), ("humidity", "share"), ("online", "flag"),

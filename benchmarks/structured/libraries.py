@@ -29,7 +29,7 @@ from headrace.grammars.forms import json_schema_grammar
 from headrace.grammars.problems import FormProblem
 from headrace.grammars.vocabulary import Vocabulary
 
-WALKS = 20  # of each schema
+WALKS = 10  # of each schema
 _WALK_BYTES = 400  # then it is given up
 # Of the allowed bytes, these are taken more often: they end strings, lists and objects.
 _USUAL = frozenset(b'"}],0123456789abcxyzABC: -T')

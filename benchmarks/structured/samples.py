@@ -93,6 +93,6 @@ def _integer(schema: dict[str, Any], rng: random.Random) -> int:
 def _number(schema: dict[str, Any], rng: random.Random) -> float:
     if (step := schema.get("multipleOf")) is not None:
         low, high = _bounds(schema, step)
-        return float(rng.randint(-int(-low // step), int(high // step)) * step)
+        return rng.randint(-int(-low // 1), int(high // 1))  # whole numbers, which have one spelling
     low, high = _bounds(schema, 0.125)
     return min(max(round(rng.uniform(low, high), 2), low), high)
