@@ -40,15 +40,18 @@ _RECORDS: dict[str, list[tuple[str, str]]] = {
     ],
     "ticket": [
         ("id", "uuid"), ("summary", "text"), ("priority", "level"), ("status", "status"),
-        ("assignee", "maybe"), ("opened", "moment"), ("votes", "count"), ("labels", "texts"), ("resolved", "flag"),
+        ("assignee", "maybe"), ("opened", "moment"), ("votes", "count"), ("labels", "texts"),
+        ("resolved", "flag"),
     ],
     "recipe": [
         ("dish", "text"), ("serves", "count"), ("minutes", "count"), ("vegetarian", "flag"),
-        ("steps", "texts"), ("difficulty", "level"), ("calories", "size"), ("cuisine", "text"), ("author", "maybe"),
+        ("steps", "texts"), ("difficulty", "level"), ("calories", "size"), ("cuisine", "text"),
+        ("author", "maybe"),
     ],
     "sensor": [
         ("device", "code"), ("celsius", "temperature"), ("humidity", "share"), ("online", "flag"),
-        ("readings", "sizes"), ("address", "ipv4"), ("seen", "moment"), ("battery", "share"), ("site", "text"),
+        ("readings", "sizes"), ("address", "ipv4"), ("seen", "moment"), ("battery", "share"),
+        ("site", "text"),
     ],
     "song": [
         ("title", "text"), ("artist", "text"), ("seconds", "count"), ("genre", "genre"), ("explicit", "flag"),
