@@ -21,8 +21,8 @@ from headrace.batcher.text.bytebound import ByteBound, byte_bound
 from headrace.batcher.text.detokenizer import EACH_BYTE, Spelling
 from headrace.batcher.text.specials import Marks, SpecialTokens, encode
 from headrace.batcher.text.templates import ChatTemplate, choose_template
-from headrace.batcher.text.turns import Tools, Turns, changed_tool, changed_turn, texts_of
 from headrace.batcher.tools.families import Family
+from headrace.batcher.turns import Tools, Turns, changed_tool, changed_turn, texts_of
 from headrace.models import ModelUnavailable
 from headrace.models.tokenizers.files import read_tokenizer
 from headrace.models.tokenizers.spelling import TokenSpelling
@@ -180,9 +180,14 @@ class ByteTokenizer:
     quick_text_bytes = quick_chat_bytes = QUICK_BYTES
     vocabulary_size = 256
 
+    tool_family = Family.HERMES
+    reasoning: tuple[str, str] | None = None
+
     def __init__(self, *, tool_format: str = AUTO, reasoning: str = AUTO) -> None:
-        self.tool_family = Family.HERMES if tool_format == AUTO else Family(tool_format)
-        self.reasoning = THINK if reasoning == "think" else None
+        if tool_format != AUTO:
+            self.tool_family = Family(tool_format)
+        if reasoning == "think":
+            self.reasoning = THINK
 
     def render_chat(
         self,
@@ -279,7 +284,7 @@ class TransformersTokenizer:
     ) -> str:
         """See `Bounded`. Raises InvalidRequest for turns that the template does not accept."""
         template = self._chat_template
-        turns = template.with_ids(turns)
+        turns = template.completed(turns)
         marks = self._specials.marks([template.source, *texts_of(turns, tools), *texts_in(arguments)])
         return _render(template, turns, tools, marks, arguments, continue_final=continue_final)
 
@@ -294,7 +299,7 @@ class TransformersTokenizer:
     ) -> list[int]:
         """See `Tokenizer`. Raises InvalidRequest for turns that the template does not accept."""
         template, specials = self._chat_template, self._specials
-        turns = template.with_ids(turns)
+        turns = template.completed(turns)
         contents = [*texts_of(turns, tools), *texts_in(arguments)]
         marks = specials.marks([template.source, *contents])
         render = partial(
