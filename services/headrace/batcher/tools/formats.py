@@ -19,7 +19,9 @@ FENCE = "```"
 def _heads(*before: str) -> tuple[Shape, ...]:
     """Return the shapes of calls up to the brace that opens the arguments, behind each of the texts."""
     return tuple(
-        Shape(f'{text} {{ "name" : "@" , "{key}" : {{') for text in before for key in ("arguments", "parameters")
+        Shape(f'{text} {{ "name" : "@" , "{key}" : {{')
+        for text in before
+        for key in ("arguments", "parameters")
     )
 
 

@@ -73,6 +73,11 @@ class AnswerParser:
         parts, self._parts = self._parts, []
         return parts
 
+    @property
+    def holds_text(self) -> bool:
+        """Whether text is held back."""
+        return bool(self._text)
+
     def finish(self) -> list[Part]:
         """Return what was held back: the answer has ended."""
         self._final = True
@@ -230,11 +235,10 @@ class AnswerParser:
         """Release the text, but for what may be the beginning of a marker, and the white space before."""
         text, end = self._text, len(self._text)
         if not self._final:
-            for at in range(max(end - len(marker) + 1, 0), end):
-                if marker.startswith(text[at:]):
-                    end = at
-                    break
-            end = self._space_before(end)
+            at = text.find(marker[0], max(end - len(marker) + 1, 0))
+            while at >= 0 and not marker.startswith(text[at:]):
+                at = text.find(marker[0], at + 1)
+            end = self._space_before(at if at >= 0 else end)
         self._release(kind, end)
 
     def _space_before(self, end: int) -> int:

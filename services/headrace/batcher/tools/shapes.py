@@ -34,7 +34,7 @@ class Shape:
         return self._whole.match(text, at)
 
     def may_follow(self, text: str, at: int = 0) -> bool:
-        """Whether the text from *at* on is a proper beginning of this shape, so that `match` may succeed later."""
+        """Whether the text from *at* on is a proper beginning of this shape."""
         return self._start.fullmatch(text, at) is not None and self._whole.match(text, at) is None
 
 
