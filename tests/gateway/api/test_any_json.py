@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from headrace.gateway.api.chat_parameters import ChatParameters
+from headrace.gateway.api.chat.parameters import ChatParameters
 from tests.gateway.fake_router import Edge, edge
 from tests.harness import PATIENCE
 

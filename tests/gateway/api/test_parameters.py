@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from headrace.gateway.api import messages
-from headrace.gateway.api.chat_parameters import ChatParameters
+from headrace.gateway.api.chat import messages
+from headrace.gateway.api.chat.parameters import ChatParameters
 from headrace.gateway.api.parameters import CompletionParameters
 from headrace.gateway.api.reading import Parameters, Refusal, read
 from headrace.gateway.api.text.parameters import TextParameters

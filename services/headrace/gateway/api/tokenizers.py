@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from headrace.client import Client
-from headrace.gateway.api.chat_parameters import conversation
-from headrace.gateway.api.messages import Message, unused_of_messages
+from headrace.gateway.api.chat.messages import Message, unused_of_messages
+from headrace.gateway.api.chat.parameters import conversation
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.parameters import NO_TOOLS, Uint32
 from headrace.gateway.api.reading import Parameters, Refusal, ignored_header, invalid, read

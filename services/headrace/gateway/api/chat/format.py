@@ -1,61 +1,15 @@
-"""Answer /v1/chat/completions."""
+"""Represent chat completions in OpenAI's shape, whole and as chunks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 
-from headrace.client import Client
-from headrace.gateway.api.chat_parameters import ChatParameters
-from headrace.gateway.api.choices import answers
-from headrace.gateway.api.hints import hints_of
-from headrace.gateway.api.models import Models
-from headrace.gateway.api.reading import ignored_header, read
-from headrace.gateway.api.streaming import Whole, deliver, json_bytes, json_text
+from headrace.gateway.api.chat.parameters import ChatParameters
+from headrace.gateway.api.streaming import Whole, json_bytes, json_text
 from headrace.gateway.api.tally import Tally, ending, head
 from headrace.gateway.api.token_details import chat_token
-from headrace.gateway.http.exchange import Exchange
-from headrace.gateway.pace import Pace
 from headrace.v1 import generation_pb2 as pb
-from headrace.validation import check_request
-
-
-class ChatCompletions:
-    """Chat completions, answered by the mesh."""
-
-    def __init__(self, client: Client, models: Models, pace: Pace) -> None:
-        self._client = client
-        self._models = models
-        self._pace = pace
-
-    async def complete(self, exchange: Exchange) -> None:
-        """Answer one request. Raises Problem and HeadraceError."""
-        parameters = read(ChatParameters, await exchange.json())
-        exchange.params = parameters.params()
-        unused = parameters.unused()
-        sampling, chat = parameters.sampling(), parameters.chat()
-        parameters.release("messages", "chat_template_kwargs")
-        hints = await hints_of(exchange, parameters, self._models, prefix="chatcmpl-")
-        request = pb.GenerateRequest(
-            request_id=hints.id,
-            chat=chat,
-            sampling=sampling,
-            routing=hints.routing,
-            stream=pb.StreamOptions(include_token_ids=parameters.return_token_ids),
-        )
-        check_request(request)
-        n = parameters.choices
-        await deliver(
-            exchange,
-            answers(
-                self._client, [request], self._pace, n=n, timeout=hints.timeout, metadata=exchange.metadata
-            ),
-            ChatFormat(parameters, hints.id),
-            Tally(choices=n, n=n),
-            streams=bool(parameters.stream),
-            include_usage=parameters.includes_usage,
-            headers=ignored_header((*unused, *hints.ignored)),
-        )
 
 
 class ChatFormat:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from pydantic_core import to_json
 
-from headrace.gateway.api.messages import Message, unused_of_messages, words_of
+from headrace.gateway.api.chat.messages import Message, unused_of_messages, words_of
 from headrace.gateway.api.parameters import LATER, NO_TOOLS, PARAMS, CompletionParameters, Uint32
 from headrace.gateway.api.reading import Refusal, invalid
 from headrace.gateway.problems import Problem
