@@ -12,10 +12,12 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from headrace.client import Client
+from headrace.gateway.api.chat import messages as chat_messages
 from headrace.gateway.api.chat.messages import Message, unused_of_messages
 from headrace.gateway.api.chat.parameters import conversation
+from headrace.gateway.api.chat.tools import MAX_TOOLS, Tool, params_of, set_tools, unused_of_tools
 from headrace.gateway.api.models import Models
-from headrace.gateway.api.parameters import NO_TOOLS, Uint32
+from headrace.gateway.api.parameters import Uint32
 from headrace.gateway.api.reading import Parameters, Refusal, ignored_header, invalid, read
 from headrace.gateway.http.exchange import Exchange
 from headrace.v1 import tokenizer_service_pb2 as pb
@@ -27,7 +29,6 @@ class TokenizeParameters(Parameters):
 
     refused: ClassVar[Mapping[str, Refusal]] = {
         "chat_template": Refusal("the template of the model is used; leave it out"),
-        "tools": Refusal(NO_TOOLS, ([],)),
     }
     ignored: ClassVar[Collection[str]] = ("media_io_kwargs", "mm_processor_kwargs")
 
@@ -41,10 +42,14 @@ class TokenizeParameters(Parameters):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 
     def unused(self, place: str = "") -> list[str]:
         """Return the names of the parameters that are ignored. Raises Problem for one that is refused."""
-        return super().unused(place) + unused_of_messages(self.messages or ())
+        names = super().unused(place)
+        if self.messages is None:
+            return names + ["tools"] * bool(self.tools)
+        return names + unused_of_messages(self.messages) + unused_of_tools(self.tools or ())
 
     def request(self) -> pb.TokenizeRequest:
         """Return the request of the mesh, without a model. Raises Problem."""
@@ -66,7 +71,9 @@ class TokenizeParameters(Parameters):
                 "add_generation_prompt",
                 "must not be true together with continue_final_message",
             )
-        request.chat.CopyFrom(conversation(self.messages, self.chat_template_kwargs or {}))
+        chat = conversation(self.messages, self.chat_template_kwargs or {})
+        set_tools(chat, self.tools or (), None, parallel=None)
+        request.chat.CopyFrom(chat)
         if self.continue_final_message:
             request.chat.continue_final_message = True
         request.add_generation_prompt = self.add_generation_prompt is not False
@@ -92,7 +99,7 @@ class Tokenizers:
         parameters = read(TokenizeParameters, await exchange.json())
         headers = ignored_header(parameters.unused())
         request = parameters.request()
-        parameters.release("messages", "chat_template_kwargs")
+        parameters.release("messages", "chat_template_kwargs", "tools")
         request.tokenizer.CopyFrom(await self._choice(parameters.model, exchange))
         exchange.params = _NAMES
         response = await self._client.tokenize(request, metadata=exchange.metadata)
@@ -148,7 +155,10 @@ class Tokenizers:
 
 
 _NAMES = {
+    **chat_messages.PARAMS,
+    **params_of((), None),
     "chat.messages": "messages",
+    "chat.tools": "tools",
     "chat.template_arguments": "chat_template_kwargs",
     "chat.continue_final_message": "continue_final_message",
     "prompt": "prompt",

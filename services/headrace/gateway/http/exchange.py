@@ -140,7 +140,10 @@ class Exchange:
         self.streams = True
 
     async def send_event(self, data: bytes) -> None:
-        """Send one event; *data* contains no line breaks. Waits while the client does not read."""
+        """Send one event. Waits while the client does not read.
+
+        data   without line breaks, except between several events: "\\n\\ndata: "
+        """
         self.quiet = 0
         self._events += 1
         if not self._events % BURST:

@@ -31,7 +31,7 @@ class ChatCompletions:
         exchange.params = parameters.params()
         unused = parameters.unused()
         sampling, chat = parameters.sampling(), parameters.chat()
-        parameters.release("messages", "chat_template_kwargs")
+        parameters.release("messages", "chat_template_kwargs", "tool_choice", "tools")
         hints = await hints_of(exchange, parameters, self._models, prefix="chatcmpl-")
         request = pb.GenerateRequest(
             request_id=hints.id,
@@ -47,7 +47,7 @@ class ChatCompletions:
             answers(
                 self._client, [request], self._pace, n=n, timeout=hints.timeout, metadata=exchange.metadata
             ),
-            ChatFormat(parameters, hints.id),
+            ChatFormat(parameters, hints.id, chat),
             Tally(choices=n, n=n),
             streams=bool(parameters.stream),
             include_usage=parameters.includes_usage,
