@@ -74,17 +74,7 @@ class ChatFormat:
             return start + json_text(text) + self._end if text else None
         if text and self._plain:
             self._starts[index] = self._opens[index] + _CONTENT  # the model has thought before its text
-        bodies = [*self._bodies(index, delta)]
-        more: dict[str, object] | None = None
-        if self._logprobs or self._token_ids:
-            more = {"logprobs": self._details(delta.tokens), "finish_reason": None}
-            if self._token_ids:
-                more["token_ids"] = list(delta.token_ids)
-            bodies = bodies or [b""]
-        if not bodies:
-            return None
-        chunks = [self._chunk(index, bodies[0], more), *(self._chunk(index, body) for body in bodies[1:])]
-        return several(chunks)
+        return self._chunks(index, delta)
 
     def finish(self, index: int, finish: pb.Finish, headrace: Mapping[str, object] | None) -> bytes:
         """Return the chunk for the end of an answer."""
@@ -133,6 +123,19 @@ class ChatFormat:
 
     def _ending(self, finish: pb.Finish, *, called: bool) -> dict[str, object]:
         return ending(finish, calls=called and self._decides)
+
+    def _chunks(self, index: int, delta: pb.Delta) -> bytes | None:
+        bodies = [*self._bodies(index, delta)]
+        more: dict[str, object] | None = None
+        if self._logprobs or self._token_ids:
+            more = {"logprobs": self._details(delta.tokens), "finish_reason": None}
+            if self._token_ids:
+                more["token_ids"] = list(delta.token_ids)
+            bodies = bodies or [b""]
+        if not bodies:
+            return None
+        chunks = [self._chunk(index, bodies[0], more), *(self._chunk(index, body) for body in bodies[1:])]
+        return several(chunks)
 
     def _bodies(self, index: int, delta: pb.Delta) -> Iterator[bytes]:
         """Return what the chunks for a part of an answer contain as `delta`."""
