@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,7 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     """Answers each request with the same tokens, one in a delta, on the tier that it pins or the first one.
 
     tokens     of each answer
+    deltas     of each answer, instead of those of the tokens
     logprobs   of each token, first to last; the others have -0.5
     reason, stop_sequence   of each finish
     cost       of each answer; None: no bill
@@ -51,6 +52,7 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     """
 
     tokens: Sequence[bytes] = TOKENS
+    deltas: Sequence[pb.Delta] = ()
     logprobs: Sequence[float] = ()
     reason: pb.FinishReason.ValueType = pb.FINISH_REASON_STOP
     stop_sequence: str = ""
@@ -116,24 +118,30 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         yield pb.GenerateResponse(accepted=accepted)
         if self.held_back is not None:
             await self.held_back.wait()
+        deltas = self.deltas or [*self._deltas(request.sampling)]
+        for place, delta in enumerate(deltas):
+            self.first_tokens += place == 0
+            yield pb.GenerateResponse(delta=delta)
+            if place == 0 and self.gate is not None:
+                await self.gate.wait()
+            if place == 0 and self.breaks is not None and fails:
+                raise self.breaks
+        count = sum(delta.token_count for delta in deltas)
+        usage = pb.Usage(prompt_tokens=7, cached_tokens=4, completion_tokens=count)
+        finish = pb.Finish(reason=self.reason, stop_sequence=self.stop_sequence, usage=usage)
+        if self.cost is not None:
+            finish.bill.cost = self.cost
+        yield pb.GenerateResponse(finish=finish)
+
+    def _deltas(self, sampling: pb.Sampling) -> Iterator[pb.Delta]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         for offset, token in enumerate(self.tokens):
             delta = pb.Delta(
                 offset=offset, token_count=1, token_ids=[100 + offset], text=decoder.decode(token)
             )
-            if request.sampling.HasField("top_logprobs"):
-                delta.tokens.append(self._details(offset, token, request.sampling.top_logprobs))
-            self.first_tokens += offset == 0
-            yield pb.GenerateResponse(delta=delta)
-            if offset == 0 and self.gate is not None:
-                await self.gate.wait()
-            if offset == 0 and self.breaks is not None and fails:
-                raise self.breaks
-        usage = pb.Usage(prompt_tokens=7, cached_tokens=4, completion_tokens=len(self.tokens))
-        finish = pb.Finish(reason=self.reason, stop_sequence=self.stop_sequence, usage=usage)
-        if self.cost is not None:
-            finish.bill.cost = self.cost
-        yield pb.GenerateResponse(finish=finish)
+            if sampling.HasField("top_logprobs"):
+                delta.tokens.append(self._details(offset, token, sampling.top_logprobs))
+            yield delta
 
     def _details(self, offset: int, token: bytes, most: int) -> pb.TokenLogprobs:
         logprob = self.logprobs[offset] if offset < len(self.logprobs) else -0.5

@@ -147,7 +147,7 @@ async def test_below_the_path_of_a_tier_no_name_is_needed() -> None:
             "add_generation_prompt",
             "must not be true together",
         ),
-        ("tokenize", {"messages": HI, "tools": [{}]}, "tools", "not supported"),
+        ("tokenize", {"messages": HI, "tools": [{}]}, "tools[0].function", "tools[0].function is missing"),
         ("tokenize", {"messages": HI, "chat_template": "x"}, "chat_template", "not supported"),
         ("tokenize", {"prompt": "Hi", "model": "nobody"}, "model", "does not exist"),
         ("detokenize", {}, "tokens", "tokens is missing"),

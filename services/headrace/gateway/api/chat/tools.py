@@ -117,7 +117,7 @@ def set_tools(chat: pb.Chat, tools: Sequence[Tool], choice: Choice | None, *, pa
         if choice is None or choice.allows(tool):
             _add(chat, function, f"tools[{place}].function")
     if choice is not None:
-        _check_allowed(chat, choice)
+        _check_names(chat, choice)
         if choice.name is None:
             chat.tool_choice.mode = choice.mode
         else:
@@ -132,9 +132,14 @@ def _add(chat: pb.Chat, function: Function, place: str) -> None:
         added.parameters = bounded_json(parameters, f"{place}.parameters", MAX_SCHEMA_BYTES)
 
 
-def _check_allowed(chat: pb.Chat, choice: Choice) -> None:
-    if unknown := (choice.allowed or frozenset()) - {tool.name for tool in chat.tools}:
-        raise invalid("tool_choice", f"allows {quoted(min(unknown))}, which is not the name of a tool")
+def _check_names(chat: pb.Chat, choice: Choice) -> None:
+    names = {tool.name for tool in chat.tools}
+    if choice.name is not None and choice.name not in names:
+        raise invalid("tool_choice.function.name", f"is {quoted(choice.name)}, which no tool has as its name")
+    if unknown := (choice.allowed or frozenset()) - names:
+        raise invalid(
+            "tool_choice.allowed_tools.tools", f"has {quoted(min(unknown))}, which no tool has as its name"
+        )
 
 
 def _function_of(tool: Tool, place: str) -> Function:
