@@ -38,7 +38,7 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     """Answers each request with the same tokens, one in a delta, on the tier that it pins or the first one.
 
     tokens     of each answer
-    deltas     of each answer, instead of those of the tokens
+    deltas     of each answer, instead of those of the tokens; offsets and ids are added
     logprobs   of each token, first to last; the others have -0.5
     reason, stop_sequence   of each finish
     cost       of each answer; None: no bill
@@ -118,7 +118,7 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         yield pb.GenerateResponse(accepted=accepted)
         if self.held_back is not None:
             await self.held_back.wait()
-        deltas = self.deltas or [*self._deltas(request.sampling)]
+        deltas = [*(_numbered(self.deltas) or self._deltas(request.sampling))]
         for place, delta in enumerate(deltas):
             self.first_tokens += place == 0
             yield pb.GenerateResponse(delta=delta)
@@ -148,6 +148,20 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         own = pb.TokenLogprob(id=100 + offset, logprob=logprob, text=token)
         others = [pb.TokenLogprob(id=rank, logprob=-1.0 - rank, text=b"o") for rank in range(most - 1)]
         return pb.TokenLogprobs(token=own, top=[own, *others] if most else [])
+
+
+def _numbered(deltas: Sequence[pb.Delta]) -> list[pb.Delta]:
+    """Return copies with the offset and, where there are none, the ids of their tokens."""
+    offset, numbered = 0, []
+    for delta in deltas:
+        copy = pb.Delta()
+        copy.CopyFrom(delta)
+        copy.offset = offset
+        if not copy.token_ids:
+            copy.token_ids.extend(range(100 + offset, 100 + offset + delta.token_count))
+        offset += delta.token_count
+        numbered.append(copy)
+    return numbered
 
 
 @asynccontextmanager

@@ -114,7 +114,8 @@ class CompletionParameters(FormParameters):
         """Return the names of parameters by the fields of the contract, for `problem_of`. Raises Problem."""
         if (form := self.form()) is None:
             return PARAMS
-        return {**PARAMS, f"sampling.{form.field}": form.name, "sampling.structured": form.name}
+        fields = (form.field, "choices.texts", "structured")
+        return {**PARAMS, **{f"sampling.{field}": form.name for field in fields}}
 
     @property
     def choices(self) -> int:

@@ -171,7 +171,7 @@ def _name(location: tuple[int | str, ...]) -> str:
     return name[:MAX_NAME]
 
 
-_ALTERNATIVE = re.compile(r"str|int|list\[.*\]")  # the names of a union's alternatives in a location
+_ALTERNATIVE = re.compile(r"str|int|(list|dict)\[.*\]")  # the names of a union's alternatives in a location
 _TYPES = {
     "string_type": "a string",
     "int_type": "an integer",
