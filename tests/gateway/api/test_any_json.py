@@ -27,21 +27,73 @@ parts = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "refusal", "image_url"]) | anything},
     optional={"text": st.text(max_size=5) | anything, "refusal": anything, "x": anything},
 )
+functions = st.fixed_dictionaries(
+    {"name": st.sampled_from(["a", "b"]) | anything},
+    optional={
+        "description": st.text(max_size=5) | anything,
+        "parameters": st.dictionaries(st.text(max_size=8), anything, max_size=3) | anything,
+        "strict": anything,
+    },
+)
+tools = st.fixed_dictionaries({"type": st.just("function") | anything, "function": functions | anything})
+calls = st.fixed_dictionaries(
+    {"id": st.text(max_size=5) | anything},
+    optional={
+        "type": st.just("function") | anything,
+        "function": st.fixed_dictionaries(
+            {"name": st.sampled_from(["a", "b"]) | anything, "arguments": st.just("{}") | anything}
+        ),
+    },
+)
+choices = st.sampled_from(["auto", "none", "required"]) | tools
+allowed = st.fixed_dictionaries(
+    {
+        "type": st.just("allowed_tools"),
+        "allowed_tools": st.fixed_dictionaries(
+            {"mode": choices | anything, "tools": st.lists(tools, max_size=2) | anything}
+        )
+        | anything,
+    }
+)
+schemas = st.fixed_dictionaries({}, optional={"name": anything, "schema": anything, "strict": anything})
+formats = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "json_object", "json_schema"]) | anything},
+    optional={"json_schema": schemas | anything},
+)
+outputs = st.dictionaries(
+    st.sampled_from(["json", "json_object", "regex", "choice", "grammar", "structural_tag"]),
+    anything | st.lists(st.text(max_size=3), max_size=3),
+    max_size=2,
+)
+forms = st.fixed_dictionaries(
+    {},
+    optional={
+        "tools": st.lists(tools, max_size=2) | anything,
+        "tool_choice": choices | allowed | anything,
+        "response_format": formats | anything,
+        "structured_outputs": outputs | anything,
+        "parallel_tool_calls": anything,
+    },
+)
 messages = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | anything},
         optional={
             "content": st.text(max_size=5) | st.lists(parts, max_size=3) | anything,
-            "name": anything,
-            "tool_calls": anything,
+            "name": st.text(max_size=5) | anything,
+            "tool_call_id": st.text(max_size=5) | anything,
+            "tool_calls": st.lists(calls, max_size=2) | anything,
+            "reasoning": st.text(max_size=5) | anything,
+            "reasoning_content": anything,
         },
     ),
     max_size=3,
 )
 small = st.integers(min_value=-2, max_value=3) | st.floats(min_value=0, max_value=1)
 bodies = st.builds(
-    lambda turns, others: {"messages": turns, **others},
+    lambda turns, forms, others: {"messages": turns, **forms, **others},
     st.just([{"role": "user", "content": "Hi"}]) | messages | anything,
+    st.just({}) | forms,
     st.dictionaries(names, small | st.booleans() | anything, max_size=4)
     | st.dictionaries(st.text(max_size=8), anything, max_size=2),
 )
@@ -68,7 +120,7 @@ async def test_any_json_gives_an_answer_or_an_error_in_shape() -> None:
     async with edge() as running:
         loop = asyncio.get_running_loop()
 
-        @settings(max_examples=60)
+        @settings(max_examples=120)
         @example(body={"messages": [{"role": "user", "content": "a"}], "stop": ["x"] * 99})
         @example(body={"messages": [{"role": "user", "content": "\x00"}], "user": "\x7f"})
         @example(body=[])

@@ -151,7 +151,7 @@ class CompletionParameters(FormParameters):
         for token, bias in (self.logit_bias or {}).items():
             sampling.logit_bias[_token_id(token)] = _bias(token, bias)
         if (form := self.form()) is not None:
-            form.set_in(sampling)
+            form.set_in(sampling, large=self.large)
         return sampling
 
     def urgency(self) -> int | None:

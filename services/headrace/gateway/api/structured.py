@@ -75,14 +75,14 @@ class Form:
     field: Literal["json_schema", "json_object", "regex", "choices", "lark"]
     value: str | bool | list[str] | Schema
 
-    def set_in(self, sampling: pb.Sampling) -> None:
-        """Set the field. Raises Problem for a schema that is too large."""
+    def set_in(self, sampling: pb.Sampling, *, large: bool) -> None:
+        """Set the field. Raises Problem for a schema that is too large; see `bounded_json`."""
         value = self.value
         if isinstance(value, list):
             sampling.choices.SetInParent()
             sampling.choices.texts.extend(value)
         elif isinstance(value, dict):
-            sampling.json_schema = bounded_json(value, self.name, MAX_SCHEMA_BYTES)
+            sampling.json_schema = bounded_json(value, self.name, MAX_SCHEMA_BYTES, large=large)
         else:
             setattr(sampling, self.field, value)
 

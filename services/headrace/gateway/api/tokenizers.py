@@ -71,8 +71,8 @@ class TokenizeParameters(Parameters):
                 "add_generation_prompt",
                 "must not be true together with continue_final_message",
             )
-        chat = conversation(self.messages, self.chat_template_kwargs or {})
-        set_tools(chat, self.tools or (), None, parallel=None)
+        chat = conversation(self.messages, self.chat_template_kwargs or {}, large=self.large)
+        set_tools(chat, self.tools or (), None, parallel=None, large=self.large)
         request.chat.CopyFrom(chat)
         if self.continue_final_message:
             request.chat.continue_final_message = True
@@ -96,9 +96,7 @@ class Tokenizers:
 
     async def tokenize(self, exchange: Exchange) -> None:
         """Answer /tokenize. Raises Problem and HeadraceError."""
-        parameters = read(TokenizeParameters, await exchange.json())
-        headers = ignored_header(parameters.unused())
-        request = parameters.request()
+        parameters, request, headers = await exchange.read(_tokenizing)
         parameters.release("messages", "chat_template_kwargs", "tools")
         request.tokenizer.CopyFrom(await self._choice(parameters.model, exchange))
         exchange.params = _NAMES
@@ -152,6 +150,15 @@ class Tokenizers:
             routing.tier = tier
         await self._models.pin_one(routing, "each model has its own tokenizer", metadata=exchange.metadata)
         return pb.TokenizerChoice(tier=routing.tier, model=routing.model)
+
+
+def _tokenizing(
+    body: dict[str, Any], large: bool
+) -> tuple[TokenizeParameters, pb.TokenizeRequest, dict[str, str]]:
+    """Return the parameters of /tokenize, the request of the mesh, and headers of the response."""
+    parameters = read(TokenizeParameters, body, large)
+    headers = ignored_header(parameters.unused())
+    return parameters, parameters.request(), headers
 
 
 _NAMES = {

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
 
 from headrace import errors
+from headrace.gateway.api.bounded import bounded_json
+from headrace.gateway.http.exchange import LARGE_BODY, Exchange
+from headrace.gateway.problems import Problem
 from headrace.v1 import generation_pb2 as pb
 from tests.gateway.fake_router import Edge
 
@@ -232,3 +236,38 @@ async def test_errors_of_the_mesh_about_allowed_tools_have_their_place_among_all
     )
 
     assert response.json()["error"]["param"] == "tools[3].function.parameters"
+
+
+@pytest.mark.parametrize("size", [10, LARGE_BODY])
+async def test_a_large_body_is_translated_on_another_thread(size: int) -> None:
+    async def send(message: Any) -> None:
+        raise AssertionError
+
+    body = json.dumps({"a": "x" * size}).encode()
+    exchange = Exchange({"headers": [], "http_version": "1.1"}, send, body=body)
+    large, thread = await exchange.read(lambda body, large: (large, threading.get_ident()))
+
+    assert large is (size == LARGE_BODY)
+    assert large is (thread != threading.get_ident())
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_json_may_have_as_many_bytes_as_the_limit(large: bool) -> None:
+    value = {"é": {"a": [1, None, "b"]}}
+    text = '{"é":{"a":[1,null,"b"]}}'
+    size = len(text.encode())
+
+    assert bounded_json(value, "x", size, large=large) == text
+    with pytest.raises(Problem, match=f"x has more than {size - 1} bytes as JSON"):
+        bounded_json(value, "x", size - 1, large=large)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_json_of_any_size_is_refused_alike(large: bool) -> None:
+    nested: Any = 1
+    for _ in range(300):  # more than a body may have
+        nested = [nested]
+    for value in (["x" * 200], [1] * 200, {"x" * 200: 1}, {str(number): 1 for number in range(99)}, nested):
+        with pytest.raises(Problem) as raised:
+            bounded_json(value, "tools[0]", 100, large=large)
+        assert raised.value.param == "tools[0]"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from headrace.client import Client
 from headrace.gateway.api.chat.format import ChatFormat
 from headrace.gateway.api.chat.parameters import ChatParameters
@@ -17,6 +21,30 @@ from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_request
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a body asks for.
+
+    parameters   without those that are in the other fields
+    params       the names of parameters by the fields of the contract
+    unused       the names of parameters that are ignored
+    """
+
+    parameters: ChatParameters
+    params: Mapping[str, str]
+    unused: Sequence[str]
+    sampling: pb.Sampling
+    chat: pb.Chat
+
+
+def _asked(body: dict[str, Any], large: bool) -> _Asked:
+    parameters = read(ChatParameters, body, large)
+    params, unused = parameters.params(), parameters.unused()
+    asked = _Asked(parameters, params, unused, parameters.sampling(), parameters.chat())
+    parameters.release("messages", "chat_template_kwargs", "tool_choice", "tools")
+    return asked
+
+
 class ChatCompletions:
     """Chat completions, answered by the mesh."""
 
@@ -27,16 +55,14 @@ class ChatCompletions:
 
     async def complete(self, exchange: Exchange) -> None:
         """Answer one request. Raises Problem and HeadraceError."""
-        parameters = read(ChatParameters, await exchange.json())
-        exchange.params = parameters.params()
-        unused = parameters.unused()
-        sampling, chat = parameters.sampling(), parameters.chat()
-        parameters.release("messages", "chat_template_kwargs", "tool_choice", "tools")
+        asked = await exchange.read(_asked)
+        parameters, chat = asked.parameters, asked.chat
+        exchange.params = asked.params
         hints = await hints_of(exchange, parameters, self._models, prefix="chatcmpl-")
         request = pb.GenerateRequest(
             request_id=hints.id,
             chat=chat,
-            sampling=sampling,
+            sampling=asked.sampling,
             routing=hints.routing,
             stream=pb.StreamOptions(include_token_ids=parameters.return_token_ids),
         )
@@ -51,5 +77,5 @@ class ChatCompletions:
             Tally(choices=n, n=n),
             streams=bool(parameters.stream),
             include_usage=parameters.includes_usage,
-            headers=ignored_header((*unused, *hints.ignored)),
+            headers=ignored_header((*asked.unused, *hints.ignored)),
         )

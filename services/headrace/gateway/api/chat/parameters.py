@@ -108,8 +108,9 @@ class ChatParameters(CompletionParameters):
         arguments = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", self.reasoning_effort)
-        chat = conversation(self.messages, arguments)
-        set_tools(chat, self.tools or (), self._choice(), parallel=self.parallel_tool_calls)
+        chat = conversation(self.messages, arguments, large=self.large)
+        tools, choice = self.tools or (), self._choice()
+        set_tools(chat, tools, choice, parallel=self.parallel_tool_calls, large=self.large)
         self._set_continuation(chat)
         return chat
 
@@ -148,22 +149,25 @@ class ChatParameters(CompletionParameters):
             )
 
 
-def conversation(messages: Sequence[Message], arguments: Mapping[str, object]) -> pb.Chat:
-    """Return the conversation of *messages*, with the variables of the chat template. Raises Problem."""
+def conversation(messages: Sequence[Message], arguments: Mapping[str, object], *, large: bool) -> pb.Chat:
+    """Return the conversation of *messages*, with the variables of the chat template. Raises Problem.
+
+    large   see `bounded_json`
+    """
     chat = pb.Chat()
     for number, message in enumerate(messages):
         add_message(chat, message, f"messages[{number}]")
     if arguments:
-        _set_arguments(chat, arguments)
+        _set_arguments(chat, arguments, large)
     return chat
 
 
-def _set_arguments(chat: pb.Chat, arguments: Mapping[str, object]) -> None:
+def _set_arguments(chat: pb.Chat, arguments: Mapping[str, object], large: bool) -> None:
     """Set the variables of the chat template. Raises Problem for those that the mesh cannot represent.
 
     Size and depth are checked before they are copied, which takes microseconds for each value.
     """
-    bounded_json(arguments, _ARGUMENTS, MAX_ARGUMENT_BYTES)
+    bounded_json(arguments, _ARGUMENTS, MAX_ARGUMENT_BYTES, large=large)
     if _depth(arguments) > MAX_ARGUMENT_DEPTH:
         raise invalid(_ARGUMENTS, f"is nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     try:

@@ -102,11 +102,14 @@ def _name_in(value: object) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def set_tools(chat: pb.Chat, tools: Sequence[Tool], choice: Choice | None, *, parallel: bool | None) -> None:
+def set_tools(
+    chat: pb.Chat, tools: Sequence[Tool], choice: Choice | None, *, parallel: bool | None, large: bool
+) -> None:
     """Set the tools of a conversation, and whether they are called. Raises Problem.
 
     choice     None: the model decides, if there are tools
     parallel   whether one answer may contain several calls; None: by default
+    large      see `bounded_json`
     """
     if not tools:
         if choice is not None and (choice.mode == pb.TOOL_MODE_REQUIRED or choice.allowed is not None):
@@ -115,7 +118,7 @@ def set_tools(chat: pb.Chat, tools: Sequence[Tool], choice: Choice | None, *, pa
     for place, tool in enumerate(tools):
         function = _function_of(tool, f"tools[{place}]")  # also of those that are not allowed
         if choice is None or choice.allows(tool):
-            _add(chat, function, f"tools[{place}].function")
+            _add(chat, function, f"tools[{place}].function", large)
     if choice is not None:
         _check_names(chat, choice)
         if choice.name is None:
@@ -126,10 +129,10 @@ def set_tools(chat: pb.Chat, tools: Sequence[Tool], choice: Choice | None, *, pa
         chat.parallel_tool_calls = parallel
 
 
-def _add(chat: pb.Chat, function: Function, place: str) -> None:
+def _add(chat: pb.Chat, function: Function, place: str, large: bool) -> None:
     added = chat.tools.add(name=function["name"], description=function.get("description") or "")
     if (parameters := function.get("parameters")) is not None:
-        added.parameters = bounded_json(parameters, f"{place}.parameters", MAX_SCHEMA_BYTES)
+        added.parameters = bounded_json(parameters, f"{place}.parameters", MAX_SCHEMA_BYTES, large=large)
 
 
 def _check_names(chat: pb.Chat, choice: Choice) -> None:
