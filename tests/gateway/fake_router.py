@@ -39,6 +39,7 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
 
     tokens     of each answer
     deltas     of each answer, instead of those of the tokens; offsets and ids are added
+    tool_calls   the answer to a request with tools, unless it ends with the result of one
     logprobs   of each token, first to last; the others have -0.5
     reason, stop_sequence   of each finish
     cost       of each answer; None: no bill
@@ -53,6 +54,7 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
 
     tokens: Sequence[bytes] = TOKENS
     deltas: Sequence[pb.Delta] = ()
+    tool_calls: Sequence[pb.ToolCallDelta] = ()
     logprobs: Sequence[float] = ()
     reason: pb.FinishReason.ValueType = pb.FINISH_REASON_STOP
     stop_sequence: str = ""
@@ -119,6 +121,8 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         if self.held_back is not None:
             await self.held_back.wait()
         deltas = [*(_numbered(self.deltas) or self._deltas(request.sampling))]
+        if self.tool_calls and request.chat.tools and request.chat.messages[-1].role != "tool":
+            deltas = _numbered([pb.Delta(token_count=1, tool_calls=self.tool_calls)])
         for place, delta in enumerate(deltas):
             self.first_tokens += place == 0
             yield pb.GenerateResponse(delta=delta)

@@ -13,8 +13,8 @@ def bounded_json(value: object, name: str, most: int, *, large: bool) -> str:
     """Return *value*, of a parsed body, as JSON without spaces; objects keep the order of their properties.
 
     name    of the parameter, for the error
-    large   whether the body is large: then the size is estimated first. That takes ten times as long as to write a
-            tool, but no other thread runs while a value is written, and megabytes take 50 ms
+    large   whether the body is large: then the size is estimated first. That takes ten times as long as to
+            write it, but other threads run meanwhile: while megabytes are written, none does for 50 ms
 
     Raises Problem for more than *most* bytes.
     """

@@ -194,7 +194,7 @@ async def test_log_probabilities_and_ids_come_with_the_first_chunk_of_their_toke
     marker = pb.Delta(token_count=1, token_ids=[1], tokens=[token])
     part = pb.Delta(token_count=1, token_ids=[2], tokens=[token], tool_calls=[begins(0, "{}")])
     plain.router.deltas = [marker, part]
-    asked = {"tools": [WEATHER], "logprobs": True, "return_token_ids": True}
+    asked: dict[str, Any] = {"tools": [WEATHER], "logprobs": True, "return_token_ids": True}
     streamed = chunks_of((await plain.chat(**asked, stream=True)).text)
     whole = (await plain.chat(**asked)).json()["choices"][0]
 

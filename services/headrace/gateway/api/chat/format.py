@@ -140,8 +140,8 @@ class ChatFormat:
     def _bodies(self, index: int, delta: pb.Delta) -> Iterator[bytes]:
         """Return what the chunks for a part of an answer contain as `delta`."""
         if self._thoughts and (reasoning := delta.reasoning):
-            text = json_text(reasoning)
-            yield b'"reasoning":' + text + b',"reasoning_content":' + text
+            thought = json_text(reasoning)
+            yield b'"reasoning":' + thought + b',"reasoning_content":' + thought
         if text := delta.text:
             yield _CONTENT + json_text(text)
         for part in delta.tool_calls:
