@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -150,3 +151,52 @@ async def test_any_bytes_give_an_error_in_shape(plain: Edge) -> None:
 
         assert response.status_code == 400
         assert response.json()["error"]["code"] in ("invalid_json", "missing_required_parameter")
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """Return a schema within schemas."""
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(levels):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
+HUGE: list[dict[str, Any]] = [
+    {"tools": [{"type": "function", "function": FUNCTION}] * 10_000},
+    {"tools": [{"type": "function", "function": {**FUNCTION, "name": "f" * 10**6}}]},
+    {"tools": [{"type": "function", "function": FUNCTION, **{f"k{n}": 1 for n in range(10_000)}}]},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": ["x" * 10**6]}}}]},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [1] * 200_000}}}]},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(90)}}]},
+    {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": nested(90)},
+    {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "x" * 10**6},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": nested(90)}}},
+    {"response_format": {"type": "x" * 10**6}},
+    {"structured_outputs": {"json": "[" * 10**6}},
+    {"structured_outputs": {"regex": "(" * 10**6}},
+    {"structured_outputs": {"choice": ["x" * 1000] * 1024}},
+    {"structured_outputs": {"grammar": "start: " + "(" * 10**6}},
+    {"guided_choice": ["x"] * 100_000},
+    {
+        "messages": [
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[" * 10**6}}],
+            }
+        ]
+    },
+    {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f"}}] * 10_000}]},
+    {"messages": [{"role": "user", "content": "a", "reasoning": "x" * 10**6}]},
+]
+
+
+@pytest.mark.parametrize("parameters", HUGE, ids=lambda value: f"{value}"[:70])
+async def test_huge_values_give_an_answer_or_an_error_in_shape(
+    plain: Edge, parameters: dict[str, Any]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], **parameters}
+
+    await respond(plain, json.dumps(body).encode())

@@ -108,7 +108,7 @@ def unused_of(
     return names
 
 
-def read(kind: type[P], body: Mapping[str, object], large: bool = False) -> P:
+def read(kind: type[P], body: Mapping[str, object], *, large: bool = False) -> P:
     """Return the parameters in the JSON object *body*. Raises Problem for the first thing that is wrong.
 
     large   whether the body is, see `Parameters.large`

@@ -12,8 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from headrace.client import Client
-from headrace.gateway.api.chat import messages as chat_messages
-from headrace.gateway.api.chat.messages import Message, unused_of_messages
+from headrace.gateway.api.chat.messages import MESSAGE_PARAMS, Message, unused_of_messages
 from headrace.gateway.api.chat.parameters import conversation
 from headrace.gateway.api.chat.tools import MAX_TOOLS, Tool, params_of, set_tools, unused_of_tools
 from headrace.gateway.api.models import Models
@@ -156,13 +155,13 @@ def _tokenizing(
     body: dict[str, Any], large: bool
 ) -> tuple[TokenizeParameters, pb.TokenizeRequest, dict[str, str]]:
     """Return the parameters of /tokenize, the request of the mesh, and headers of the response."""
-    parameters = read(TokenizeParameters, body, large)
+    parameters = read(TokenizeParameters, body, large=large)
     headers = ignored_header(parameters.unused())
     return parameters, parameters.request(), headers
 
 
 _NAMES = {
-    **chat_messages.PARAMS,
+    **MESSAGE_PARAMS,
     **params_of((), None),
     "chat.messages": "messages",
     "chat.tools": "tools",

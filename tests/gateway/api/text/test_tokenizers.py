@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from headrace import errors
+from headrace.v1 import generation_pb2 as pb
 from tests.gateway.api.text.text_router import NAME, SPECIAL, TextEdge, text_edge
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -70,6 +71,18 @@ async def test_a_conversation_is_tokenized_by_the_chat_template(
     assert call.chat.continue_final_message is continued
     assert call.add_generation_prompt is starts
     assert dict(call.chat.template_arguments) == {"enable_thinking": False}
+
+
+async def test_the_chat_template_lists_the_tools(edge: TextEdge) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    response = await edge.http.post("/tokenize", json={"messages": HI, "tools": tools})
+    ignored = await edge.http.post("/tokenize", json={"prompt": "Hi", "tools": tools})
+
+    assert "x-headrace-ignored" not in response.headers
+    assert ignored.headers["x-headrace-ignored"] == "tools"
+    with_tools, without = edge.router.calls
+    assert list(with_tools.chat.tools) == [pb.Tool(name="weather", parameters='{"type":"object"}')]
+    assert not without.HasField("chat")
 
 
 async def test_the_text_of_tokens_is_returned(edge: TextEdge) -> None:

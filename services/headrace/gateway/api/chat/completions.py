@@ -38,7 +38,7 @@ class _Asked:
 
 
 def _asked(body: dict[str, Any], large: bool) -> _Asked:
-    parameters = read(ChatParameters, body, large)
+    parameters = read(ChatParameters, body, large=large)
     params, unused = parameters.params(), parameters.unused()
     asked = _Asked(parameters, params, unused, parameters.sampling(), parameters.chat())
     parameters.release("messages", "chat_template_kwargs", "tool_choice", "tools")

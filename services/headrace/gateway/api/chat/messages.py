@@ -5,7 +5,7 @@ They are dictionaries: objects of classes take ten times as long, and a conversa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, with_config
@@ -25,9 +25,8 @@ REFUSED: Mapping[str, Refusal] = {
     "audio": Refusal(_TEXT_ONLY),
     "function_call": Refusal("use tool_calls"),
 }
-IGNORED: Collection[str] = ()
 # Names in a request for fields of the contract, for `problem_of`.
-PARAMS: Mapping[str, str] = {
+MESSAGE_PARAMS: Mapping[str, str] = {
     "chat.messages[].tool_calls[].name": "messages[].tool_calls[].function.name",
     "chat.messages[].tool_calls[].arguments": "messages[].tool_calls[].function.arguments",
 }

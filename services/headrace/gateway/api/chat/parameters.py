@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from headrace.gateway.api.bounded import bounded_json
-from headrace.gateway.api.chat import messages as chat_messages
-from headrace.gateway.api.chat.messages import Message, add_message, unused_of_messages
+from headrace.gateway.api.chat.messages import MESSAGE_PARAMS, Message, add_message, unused_of_messages
 from headrace.gateway.api.chat.tools import (
     MAX_TOOLS,
     Choice,
@@ -85,7 +84,7 @@ class ChatParameters(CompletionParameters):
 
     def params(self) -> Mapping[str, str]:
         """Return the names of parameters by the fields of the contract, for `problem_of`. Raises Problem."""
-        names = {**super().params(), **chat_messages.PARAMS, **params_of(self.tools or (), self._choice())}
+        names = {**super().params(), **MESSAGE_PARAMS, **params_of(self.tools or (), self._choice())}
         if self.max_completion_tokens is not None:
             names["sampling.max_tokens"] = "max_completion_tokens"
         return names

@@ -81,7 +81,7 @@ class TextCompletions:
 
 def _asked(body: dict[str, Any], large: bool) -> tuple[TextParameters, pb.Sampling, list[str]]:
     """Return the parameters, how tokens are sampled, and the names of parameters that are ignored."""
-    parameters = read(TextParameters, body, large)
+    parameters = read(TextParameters, body, large=large)
     unused = parameters.unused()
     return parameters, parameters.sampling(), unused
 
