@@ -81,9 +81,8 @@ async def test_a_whole_answer_has_its_calls_and_continues_the_conversation() -> 
     weather = tool("weather", "Returns the weather.", {"type": "object"})
     async with routed(only=fake) as client:
         reply = await client.ask(chat("Weather?", tools=[weather]), timeout=60)
-        results = [
-            tool_result(call, f"sunny in {json.loads(call.arguments)['city']}") for call in reply.calls
-        ]
+        cities = [json.loads(call.arguments)["city"] for call in reply.calls]
+        results = [tool_result(*pair) for pair in zip(reply.calls, cities, strict=True)]
         turns: list[Any] = [("user", "Weather?"), reply.message, *results]
         await client.ask(chat(turns, tools=[weather]), timeout=60)
 

@@ -5,7 +5,8 @@
             async for response in stream:
                 print(response.delta.text, end="")
 
-`Client.ask` returns a whole answer with its calls of tools, and `Client.parse` an instance of a pydantic model.
+`Client.ask` returns a whole answer with its calls of tools, and `Client.parse` one as an instance of a
+pydantic model.
 Closing the stream cancels the call, and every failure is an exception of `headrace.errors`. A request that
 the server could not accept is retried, and an answer whose stream was lost is resumed at the next token: the
 caller reads one uninterrupted stream.
