@@ -30,17 +30,16 @@ def chat(
     turns: list[tuple[str, str] | pb.Message] = [("user", text)] if isinstance(text, str) else list(text)
     if system:
         turns.insert(0, ("system", system))
-    request = pb.GenerateRequest(sampling=pb.Sampling(**sampling))  # type: ignore[arg-type]
-    request.chat.tools.extend(tools)
-    for turn in turns:
-        if isinstance(turn, pb.Message):
-            request.chat.messages.append(turn)
-            continue
-        role, content = turn
-        try:
-            request.chat.messages.add(role=role, content=content)
-        except UnicodeEncodeError as error:
-            raise errors.InvalidText(f"the text is not valid UTF-8 from character {error.start} on") from None
+    try:
+        request = pb.GenerateRequest(sampling=pb.Sampling(**sampling))  # type: ignore[arg-type]
+        request.chat.tools.extend(tools)
+        for turn in turns:
+            if isinstance(turn, pb.Message):
+                request.chat.messages.append(turn)
+            else:
+                request.chat.messages.add(role=turn[0], content=turn[1])
+    except UnicodeEncodeError as error:
+        raise errors.InvalidText(f"the text is not valid UTF-8 from character {error.start} on") from None
     if continue_final_message:
         request.chat.continue_final_message = True
     return request
