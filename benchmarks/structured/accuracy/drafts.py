@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+
 from benchmarks.structured.accuracy.rows import Row
 from headrace.routing.drafts import check
 
