@@ -156,7 +156,10 @@ async def main(settings: Settings) -> None:
 def _load(settings: Settings) -> tuple[Tokenizer, pb.Sampling]:
     """Return the tokenizer, and the model's recommended sampling fields if the settings ask for them."""
     if settings.fake:
-        return ByteTokenizer(), pb.Sampling()
+        return (
+            ByteTokenizer(tool_format=settings.tool_format, reasoning=settings.reasoning),
+            pb.Sampling(),
+        )
     # Each prompt is tokenised on its lane's thread: in the library's own pool, long ones would delay short
     # ones.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -165,7 +168,9 @@ def _load(settings: Settings) -> tuple[Tokenizer, pb.Sampling]:
         path = resolve(settings.model, cache, weights=False)
         recommended = recommended_sampling(path) if settings.generation_config == "auto" else pb.Sampling()
         with collection_paused():
-            tokenizer = load_tokenizer(path, cache)
+            tokenizer = load_tokenizer(
+                path, cache, tool_format=settings.tool_format, reasoning=settings.reasoning
+            )
     except ModelUnavailable as error:
         raise StartFailed(str(error)) from error
     _check_template_arguments(tokenizer, settings.default_template_arguments)

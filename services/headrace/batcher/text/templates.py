@@ -24,6 +24,7 @@ from typing import Any
 
 from headrace import errors
 from headrace.batcher.text import rendering
+from headrace.batcher.tools.families import Family, family_of
 from headrace.template_arguments import FIELD, NO_ARGUMENTS, Arguments
 
 Turns = Sequence[tuple[str, str]]  # (role, content), oldest first
@@ -137,15 +138,19 @@ class ChatTemplate:
     source    the template's text
     frame     the text that it wrote in trials
     problem   why it renders no chat at all; empty if it works
+    family    the format in which the model writes calls of tools
+
+    The last argument is the family; None: as the template writes calls.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, tokens: Mapping[str, Any], family: Family | None = None) -> None:
         self._renderer = Renderer(source, tokens)
         self._forms: dict[str, str] = {}
         self._tokens = frozenset(tokens)
         self.source = source
         self.frame = ""
         self.problem = ""
+        self.family = family or family_of(source)
         for roles in _TRIALS:
             if not self.problem:
                 self._choose_form(roles)
@@ -239,11 +244,14 @@ class ChatTemplate:
         ]
 
 
-def choose_template(templates: Mapping[str, str], tokens: Mapping[str, Any]) -> ChatTemplate | None:
+def choose_template(
+    templates: Mapping[str, str], tokens: Mapping[str, Any], family: Family | None = None
+) -> ChatTemplate | None:
     """Return the template for chats: the one called "default", or otherwise the first that works.
 
     templates   by name, in the order of the model's file
     tokens      see `Renderer`
+    family      see `ChatTemplate`
 
     A template that does not work is logged, and returned if there is no other. Returns None without
     templates.
@@ -251,7 +259,7 @@ def choose_template(templates: Mapping[str, str], tokens: Mapping[str, Any]) -> 
     names = ["default"] if "default" in templates else list(templates)
     chosen = None
     for name in names:
-        template = ChatTemplate(templates[name], tokens)
+        template = ChatTemplate(templates[name], tokens, family)
         if not template.problem:
             return template
         log.warning("chat template does not work", extra={"template": name, "problem": template.problem})

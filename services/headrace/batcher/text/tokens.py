@@ -20,6 +20,8 @@ from headrace.batcher.text.bytebound import ByteBound, byte_bound
 from headrace.batcher.text.detokenizer import EACH_BYTE, Spelling
 from headrace.batcher.text.specials import Marks, SpecialTokens, encode
 from headrace.batcher.text.templates import ChatTemplate, Turns, choose_template
+from headrace.batcher.tools.families import Family
+from headrace.models import ModelUnavailable
 from headrace.models.tokenizers.files import read_tokenizer
 from headrace.models.tokenizers.spelling import TokenSpelling
 from headrace.template_arguments import NO_ARGUMENTS, Arguments, texts_in, with_texts
@@ -27,6 +29,8 @@ from headrace.template_arguments import NO_ARGUMENTS, Arguments, texts_in, with_
 # Up to this length the event loop spends about as much on encoding a text as on handing it to a thread: with
 # the tokenizers of the default models 0.1 ms for words, and 0.25 ms for random characters.
 QUICK_BYTES = 512
+THINK = ("<think>", "</think>")
+AUTO = "auto"
 _TOGETHER = 256  # tokens that are spelled without a pause, which takes about half a millisecond
 
 
@@ -36,10 +40,14 @@ class Tokenizer(Spelling, Protocol):
     quick_text_bytes   a text of at most this many bytes is encoded in well below a millisecond, without
                        waiting for anything, so that it is encoded on the event loop; 0: none is
     quick_chat_bytes   the same for a chat
+    tool_family        the format in which the model writes calls of tools
+    reasoning          the markers around what the model thinks before its answer; None: it has none
     """
 
     quick_text_bytes: int
     quick_chat_bytes: int
+    tool_family: Family
+    reasoning: tuple[str, str] | None
 
     @property
     def fingerprint(self) -> str:
@@ -146,7 +154,11 @@ class Bounded(Protocol):
 
 
 class ByteTokenizer:
-    """One id per byte of UTF-8: the tokenizer of the echo engine, which needs no files."""
+    """One id per byte of UTF-8: the tokenizer of the echo engine, which needs no files.
+
+    tool_format   the value of a `Family`, or "auto": Hermes
+    reasoning     as of `TransformersTokenizer`; "auto": no markers
+    """
 
     fingerprint = "bytes-1"
     bound: ByteBound | None = ByteBound(1)
@@ -155,6 +167,10 @@ class ByteTokenizer:
     roles: Mapping[str, str] = {}
     chat_template = ""
     quick_text_bytes = quick_chat_bytes = QUICK_BYTES
+
+    def __init__(self, *, tool_format: str = AUTO, reasoning: str = AUTO) -> None:
+        self.tool_family = Family.HERMES if tool_format == AUTO else Family(tool_format)
+        self.reasoning = THINK if reasoning == "think" else None
 
     def render_chat(
         self, turns: Turns, *, continue_final: bool = False, arguments: Arguments = NO_ARGUMENTS
@@ -192,6 +208,8 @@ class TransformersTokenizer:
     fast       its `tokenizers.Tokenizer`, which this object takes over and changes
     template   its chat template; None without one
     roles      names of special tokens by their purpose
+    reasoning  "think": the model thinks between <think> and </think>; "off": it marks no thoughts; "auto":
+               the first if the template or the tokenizer has these markers
     """
 
     quick_text_bytes = QUICK_BYTES
@@ -203,6 +221,8 @@ class TransformersTokenizer:
         template: ChatTemplate | None,
         fingerprint: str,
         roles: Mapping[str, str] | None = None,
+        *,
+        reasoning: str = AUTO,
     ) -> None:
         fast.no_truncation()  # which some files enable
         fast.no_padding()
@@ -211,6 +231,8 @@ class TransformersTokenizer:
         self._fingerprint = fingerprint
         self.roles = roles or {}
         self.chat_template = template.source if template else ""
+        self.tool_family = template.family if template else Family.JSON
+        self.reasoning = _reasoning(reasoning, fast, self.chat_template)
         description = json.loads(fast.to_str())
         self.bound = byte_bound(description)
         self._specials = SpecialTokens(fast, description, template.frame if template else "")
@@ -307,14 +329,32 @@ def _render(
     return text[: text.rindex(marks.end)]
 
 
-def load_tokenizer(path: Path, cache: Path) -> TransformersTokenizer:
+def _reasoning(wanted: str, fast: Any, template: str) -> tuple[str, str] | None:
+    """Return the markers of thoughts, see `TransformersTokenizer`."""
+    added = {token.content for token in fast.get_added_tokens_decoder().values()}
+    thinks = THINK[1] in template or added.issuperset(THINK)
+    return THINK if wanted == "think" or (wanted == AUTO and thinks) else None
+
+
+def load_tokenizer(
+    path: Path, cache: Path, *, tool_format: str = AUTO, reasoning: str = AUTO
+) -> TransformersTokenizer:
     """Return the tokenizer of the model at *path*, a folder or a .gguf file.
 
-    cache   the folder where the tokenizer of a .gguf is stored, because its extraction takes seconds
+    cache         the folder where the tokenizer of a .gguf is stored, because its extraction takes seconds
+    tool_format   the value of a `Family`, or "auto": as the chat template writes calls
+    reasoning     as of `TransformersTokenizer`
 
-    Raises ModelUnavailable for files without a usable tokenizer, in one line that names the file.
+    Raises ModelUnavailable for files without a usable tokenizer, in one line that names the file, and for a
+    chat template that does not write tools in another format than JSON, if one is set.
     """
     read = read_tokenizer(path, cache)
-    template = choose_template(read.templates, read.special_tokens)
+    family = None if tool_format == AUTO else Family(tool_format)
+    template = choose_template(read.templates, read.special_tokens, family)
+    if template and family and template.family is not family:
+        raise ModelUnavailable(
+            f"HEADRACE_TOOL_FORMAT (or --tool-format) is {tool_format!r}, but the chat template of "
+            f"{path} does not render tools and their calls: set json or auto"
+        )
     roles = {role: str(name) for role, name in read.special_tokens.items() if isinstance(name, str)}
-    return TransformersTokenizer(read.backend, template, read.fingerprint, roles)
+    return TransformersTokenizer(read.backend, template, read.fingerprint, roles, reasoning=reasoning)
