@@ -13,6 +13,7 @@ import struct
 from google.protobuf import duration_pb2
 
 from headrace import errors
+from headrace.conversation_checks import ToolChecks
 from headrace.quoting import quoted
 from headrace.template_arguments import check_arguments
 from headrace.v1 import generation_pb2 as pb
@@ -225,12 +226,14 @@ def _check_chat(chat: pb.Chat, *, answered: bool = True) -> dict[int, str]:
             f"chat has {len(messages)} messages, must be at most {MAX_MESSAGES}: join or remove the oldest",
             field="chat.messages",
         )
+    tools = ToolChecks(chat)
     for place, turn in enumerate(messages):
         if (role := turn.role) not in ROLES:
             raise errors.InvalidRequest(
                 f"chat.messages[{place}].role is {quoted(role)}, must be one of {', '.join(ROLES)}",
                 field=f"chat.messages[{place}].role",
             )
+        tools.message(place, turn, role)
         if role in _MAY_BE_EMPTY:
             continue
         texts[place] = content = turn.content
@@ -239,6 +242,7 @@ def _check_chat(chat: pb.Chat, *, answered: bool = True) -> dict[int, str]:
                 f"chat.messages[{place}].content is empty: set its text",
                 field=f"chat.messages[{place}].content",
             )
+    tools.finish()
     if answered or chat.continue_final_message:
         _check_last_role(chat)
     if chat.HasField("template_arguments"):
@@ -260,6 +264,12 @@ def _check_last_role(chat: pb.Chat) -> None:
         raise errors.InvalidRequest(
             f"chat.continue_final_message is set, but the last message has role {role!r}: it must be "
             "'assistant'",
+            field="chat.continue_final_message",
+        )
+    if chat.continue_final_message and chat.messages[last].tool_calls:
+        raise errors.InvalidRequest(
+            "chat.continue_final_message is set, but the last message ends with calls of tools: leave them "
+            "out, or send their results",
             field="chat.continue_final_message",
         )
 

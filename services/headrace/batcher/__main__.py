@@ -24,6 +24,7 @@ from headrace.batcher.service import SERVICES, GenerationServicer
 from headrace.batcher.settings import Settings
 from headrace.batcher.text.generation_defaults import recommended_sampling
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer, load_tokenizer
+from headrace.batcher.text.turns import Turn
 from headrace.batcher.tokenizer_service import SERVICES as TOKENIZER_SERVICES
 from headrace.batcher.tokenizer_service import TokenizerServicer
 from headrace.batcher.waiting.queue import RequestQueue
@@ -182,7 +183,7 @@ def _check_template_arguments(tokenizer: Tokenizer, arguments: Arguments) -> Non
     if not arguments:
         return
     try:
-        tokenizer.encode_chat([("user", "Hello!")], arguments=arguments)
+        tokenizer.encode_chat([Turn("user", "Hello!")], arguments=arguments)
     except errors.InvalidRequest as error:
         raise StartFailed(
             f"HEADRACE_TEMPLATE_ARGUMENTS (or --template-arguments): {error.message}"

@@ -14,6 +14,7 @@ from headrace.batcher.inbox import Arrival
 from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.templates import ChatTemplate
 from headrace.batcher.text.tokens import ByteTokenizer, TransformersTokenizer
+from headrace.batcher.text.turns import Turn
 from headrace.client import chat
 from headrace.metrics.requests import CANCELLED, End
 from headrace.v1 import generation_pb2 as pb
@@ -121,7 +122,9 @@ async def test_a_last_message_of_the_assistant_is_continued_or_rejected() -> Non
 
     assert rejected.value.field == "chat.messages[3].role"
     assert answer.text == "is green"
-    assert answer.accepted.prompt_tokens == len(tokenizer.encode_chat(turns, continue_final=True))
+    assert answer.accepted.prompt_tokens == len(
+        tokenizer.encode_chat([Turn(*turn) for turn in turns], continue_final=True)
+    )
 
 
 class Watched(ByteTokenizer):

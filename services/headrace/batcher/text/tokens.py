@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,7 +20,8 @@ from headrace import errors
 from headrace.batcher.text.bytebound import ByteBound, byte_bound
 from headrace.batcher.text.detokenizer import EACH_BYTE, Spelling
 from headrace.batcher.text.specials import Marks, SpecialTokens, encode
-from headrace.batcher.text.templates import ChatTemplate, Turns, choose_template
+from headrace.batcher.text.templates import ChatTemplate, choose_template
+from headrace.batcher.text.turns import Tools, Turns, changed_tool, changed_turn, texts_of
 from headrace.batcher.tools.families import Family
 from headrace.models import ModelUnavailable
 from headrace.models.tokenizers.files import read_tokenizer
@@ -73,17 +75,19 @@ class Tokenizer(Spelling, Protocol):
         self,
         turns: Turns,
         *,
+        tools: Tools = (),
         continue_final: bool = False,
         generation_prompt: bool = True,
         arguments: Arguments = NO_ARGUMENTS,
     ) -> list[int]:
-        """Return the ids of (role, content) turns. Raises InvalidRequest.
+        """Return the ids of a chat. Raises InvalidRequest.
 
+        tools               the tools that the model may call
         continue_final      the answer continues the last turn, instead of starting a new one after it
         generation_prompt   whether the start of that new turn follows the others
         arguments           variables of the chat template
 
-        Contents and arguments never become special tokens.
+        No text of turns, tools and arguments becomes a special token.
         """
         ...
 
@@ -147,7 +151,12 @@ class Bounded(Protocol):
         ...
 
     def render_chat(
-        self, turns: Turns, *, continue_final: bool = False, arguments: Arguments = NO_ARGUMENTS
+        self,
+        turns: Turns,
+        *,
+        tools: Tools = (),
+        continue_final: bool = False,
+        arguments: Arguments = NO_ARGUMENTS,
     ) -> str:
         """Return the text that `encode_chat` encodes. Raises InvalidRequest."""
         ...
@@ -168,20 +177,31 @@ class ByteTokenizer:
     chat_template = ""
     quick_text_bytes = quick_chat_bytes = QUICK_BYTES
 
+    tool_family = Family.HERMES
+    reasoning: tuple[str, str] | None = None
+
     def __init__(self, *, tool_format: str = AUTO, reasoning: str = AUTO) -> None:
-        self.tool_family = Family.HERMES if tool_format == AUTO else Family(tool_format)
-        self.reasoning = THINK if reasoning == "think" else None
+        if tool_format != AUTO:
+            self.tool_family = Family(tool_format)
+        if reasoning == "think":
+            self.reasoning = THINK
 
     def render_chat(
-        self, turns: Turns, *, continue_final: bool = False, arguments: Arguments = NO_ARGUMENTS
+        self,
+        turns: Turns,
+        *,
+        tools: Tools = (),
+        continue_final: bool = False,
+        arguments: Arguments = NO_ARGUMENTS,
     ) -> str:
         """Return the content of the last turn: an echo does not need the others."""
-        return turns[-1][1]
+        return turns[-1].content
 
     def encode_chat(
         self,
         turns: Turns,
         *,
+        tools: Tools = (),
         continue_final: bool = False,
         generation_prompt: bool = True,
         arguments: Arguments = NO_ARGUMENTS,
@@ -251,37 +271,47 @@ class TransformersTokenizer:
         return self._spelling.special_tokens
 
     def render_chat(
-        self, turns: Turns, *, continue_final: bool = False, arguments: Arguments = NO_ARGUMENTS
+        self,
+        turns: Turns,
+        *,
+        tools: Tools = (),
+        continue_final: bool = False,
+        arguments: Arguments = NO_ARGUMENTS,
     ) -> str:
         """See `Bounded`. Raises InvalidRequest for turns that the template does not accept."""
         template = self._chat_template
-        marks = self._specials.marks(
-            [template.source, *(content for _, content in turns), *texts_in(arguments)]
-        )
-        return _render(template, turns, marks, arguments, continue_final=continue_final)
+        turns = template.with_ids(turns)
+        marks = self._specials.marks([template.source, *texts_of(turns, tools), *texts_in(arguments)])
+        return _render(template, turns, tools, marks, arguments, continue_final=continue_final)
 
     def encode_chat(
         self,
         turns: Turns,
         *,
+        tools: Tools = (),
         continue_final: bool = False,
         generation_prompt: bool = True,
         arguments: Arguments = NO_ARGUMENTS,
     ) -> list[int]:
         """See `Tokenizer`. Raises InvalidRequest for turns that the template does not accept."""
         template, specials = self._chat_template, self._specials
-        contents = [*(content for _, content in turns), *texts_in(arguments)]
+        turns = template.with_ids(turns)
+        contents = [*texts_of(turns, tools), *texts_in(arguments)]
         marks = specials.marks([template.source, *contents])
         render = partial(
             _render, template, continue_final=continue_final, generation_prompt=generation_prompt
         )
-        text = render(turns, marks, arguments)
+        text = render(turns, tools, marks, arguments)
         if not specials.may_occur_in(contents):
             return specials.encode(text, marks)
         for names_only in (False, True):
             mark = partial(specials.mark, marks=marks, names_only=names_only)
-            marked = [(role, mark(content)) for role, content in turns]
-            rendered = render(marked, marks, with_texts(arguments, mark))
+            rendered = render(
+                [changed_turn(turn, mark) for turn in turns],
+                [changed_tool(tool, mark) for tool in tools],
+                marks,
+                with_texts(arguments, mark),
+            )
             if marks.removed_from(rendered) == text:
                 break  # otherwise the template searches for one of the marked letters
         return specials.encode(rendered, marks)
@@ -307,6 +337,7 @@ class TransformersTokenizer:
 def _render(
     template: ChatTemplate,
     turns: Turns,
+    tools: Tools,
     marks: Marks,
     arguments: Arguments,
     *,
@@ -315,10 +346,15 @@ def _render(
 ) -> str:
     """Return the text of the turns up to the start of the answer."""
     if not continue_final:
-        return template.render(turns, add_generation_prompt=generation_prompt, arguments=arguments)
-    *before, (role, content) = turns
+        return template.render(
+            turns, tools=tools, add_generation_prompt=generation_prompt, arguments=arguments
+        )
+    *before, last = turns
     text = template.render(
-        [*before, (role, content + marks.end)], add_generation_prompt=False, arguments=arguments
+        [*before, replace(last, content=last.content + marks.end)],
+        tools=tools,
+        add_generation_prompt=False,
+        arguments=arguments,
     )
     if marks.end not in text:
         raise errors.InvalidRequest(
