@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import llguidance
 
-from headrace.grammars.schemas import ANY_OBJECT, FormProblem, read_schema
+from headrace.grammars.problems import FormProblem
+from headrace.grammars.schemas import ANY_OBJECT, read_schema
 
 MAX_REGEX_BYTES = 16 << 10
 MAX_LARK_BYTES = 64 << 10
