@@ -15,6 +15,7 @@ from google.protobuf import duration_pb2
 from headrace import errors
 from headrace.conversation_checks import ToolChecks
 from headrace.quoting import quoted
+from headrace.structured import check_structured
 from headrace.template_arguments import check_arguments
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing_pb
@@ -165,6 +166,8 @@ def check_sampling(sampling: pb.Sampling) -> None:
     for token in biases:
         if not -100 <= (bias := biases[token]) <= 100:
             raise _bad_sampling("logit_bias", f"of token {token} is {bias:g}, must be -100 to 100")
+    if sampling.WhichOneof("structured") is not None:
+        check_structured(sampling)
 
 
 def seconds_of(duration: duration_pb2.Duration, field: str) -> float:

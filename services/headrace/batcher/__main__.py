@@ -18,6 +18,7 @@ from headrace.batcher.admin import AdminServicer
 from headrace.batcher.answering import Answering
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.encoding import Encoder
+from headrace.batcher.intake.grammars import GrammarCheck
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.links.pool import WorkerPool
 from headrace.batcher.service import SERVICES, GenerationServicer
@@ -91,10 +92,12 @@ async def batcher(
         share_prefixes=settings.share_prefixes,
     )
     encoder = Encoder(tokenizer, settings.default_template_arguments)
+    grammars = GrammarCheck(tokenizer)
     with (
         Intake(
             coalescer,
             encoder,
+            grammars,
             tier=settings.tier,
             max_tokens=settings.max_tokens,
             max_unread_tokens=settings.max_unread_tokens,
@@ -121,6 +124,8 @@ async def batcher(
 
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(pool.run(coalescer)), tasks.create_task(coalescer.run())]
+            if not settings.fake:  # in good time: reading the vocabulary of a model takes a second
+                running.append(tasks.create_task(asyncio.to_thread(grammars.start)))
             try:
                 async with serving(
                     register,

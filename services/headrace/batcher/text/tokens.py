@@ -42,12 +42,14 @@ class Tokenizer(Spelling, Protocol):
     quick_text_bytes   a text of at most this many bytes is encoded in well below a millisecond, without
                        waiting for anything, so that it is encoded on the event loop; 0: none is
     quick_chat_bytes   the same for a chat
+    vocabulary_size    all ids are below this
     tool_family        the format in which the model writes calls of tools
     reasoning          the markers around what the model thinks before its answer; None: it has none
     """
 
     quick_text_bytes: int
     quick_chat_bytes: int
+    vocabulary_size: int
     tool_family: Family
     reasoning: tuple[str, str] | None
 
@@ -176,6 +178,7 @@ class ByteTokenizer:
     roles: Mapping[str, str] = {}
     chat_template = ""
     quick_text_bytes = quick_chat_bytes = QUICK_BYTES
+    vocabulary_size = 256
 
     tool_family = Family.HERMES
     reasoning: tuple[str, str] | None = None
@@ -247,6 +250,7 @@ class TransformersTokenizer:
         fast.no_truncation()  # which some files enable
         fast.no_padding()
         self._fast = fast
+        self.vocabulary_size = fast.get_vocab_size(with_added_tokens=True)
         self._template = template
         self._fingerprint = fingerprint
         self.roles = roles or {}

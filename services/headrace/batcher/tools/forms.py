@@ -11,7 +11,7 @@ from headrace.batcher.text.tokens import Tokenizer
 from headrace.batcher.tools.calls import Calls, Thoughts, answer_grammar
 from headrace.batcher.tools.formats import FORMATS
 from headrace.grammars import forms
-from headrace.grammars.schemas import FormProblem
+from headrace.grammars.problems import FormProblem
 from headrace.v1 import generation_pb2 as pb
 
 _NO_ARGUMENTS = '{"type": "object", "properties": {}, "additionalProperties": false}'
