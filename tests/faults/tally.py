@@ -146,9 +146,7 @@ def add_calls(calls: list[list[str]], delta: pb.Delta) -> None:
         if part.id:
             assert part.index == len(calls), f"call {part.index} follows {len(calls)} calls"
             calls.append([part.id, part.name, ""])
-        assert part.index == len(calls) - 1, (
-            f"a part of call {part.index} follows those of {len(calls)} calls"
-        )
+        assert part.index == len(calls) - 1, f"a part of call {part.index} comes after {len(calls)} calls"
         calls[-1][2] += part.arguments
 
 

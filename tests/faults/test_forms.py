@@ -1,4 +1,4 @@
-"""Services die within JSON answers and calls of tools: texts, ids of calls and arguments are byte-identical."""
+"""Services die within JSON and calls of tools: texts, ids of calls and arguments are byte-identical."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ import math
 from collections.abc import Sequence
 
 from headrace import errors
+from headrace.conversation_checks import MAX_CALL_ID
 from headrace.router.state.peer_reports import plausible
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import MAX_ATTEMPT, MAX_NAME, MAX_STOP_CHARACTERS
 
-MAX_CALL_ID = 128  # characters
-MAX_TOOL_NAME = 64
+MAX_TOOL_NAME = 64  # characters
 MAX_TOKENS = 2**31  # of one count that a peer reports; the sum of two still fits a uint32
 
 _MOST_LOGPROB = 0.01  # rounding may bring a log-probability above 0
