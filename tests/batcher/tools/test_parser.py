@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.batcher.form import AnswerForm
@@ -62,6 +62,7 @@ def content(form: AnswerForm, text: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@settings(max_examples=40)
 @given(text=TEXTS)
 def test_what_is_released_depends_on_the_text_so_far_alone(form: AnswerForm, text: str) -> None:
     """An answer that is resumed anywhere continues with the next character of the same part."""
@@ -95,6 +96,7 @@ def test_the_sources_of_all_parts_are_the_whole_text(form: AnswerForm, text: str
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@settings(max_examples=20)
 @given(text=TEXTS)
 def test_no_more_than_the_beginning_of_a_call_is_held_back(form: AnswerForm, text: str) -> None:
     """A bounded number of characters, so that the work for each does not grow with the answer."""

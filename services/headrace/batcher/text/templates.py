@@ -22,7 +22,7 @@ from typing import Any
 
 from headrace import errors
 from headrace.batcher.text.renderer import Renderer, TemplateFailed, TemplateRefused
-from headrace.batcher.text.turns import Call, Tool, Tools, Turn, Turns, dumped
+from headrace.batcher.text.turns import Call, Tool, Tools, Turn, Turns, dumped, named_results
 from headrace.batcher.tools.families import Family, family_of
 from headrace.batcher.tools.instructions import TOOLS_PLACE, Placed, as_text
 from headrace.template_arguments import FIELD, NO_ARGUMENTS, Arguments
@@ -82,6 +82,7 @@ class _CallForm:
 _CALL_FORMS = tuple(_CallForm(as_json, no_text) for as_json in (False, True) for no_text in ("", None))
 _CALLED = (_Shape("user"), _Shape("assistant", text=False, calls=1), _Shape("tool", linked=True))
 _TEXT_AND_CALL = (_CALLED[0], _Shape("assistant", calls=1), _CALLED[2])
+_APART = (_CALLED[0], _Shape("assistant"), *_CALLED[1:], _Shape("assistant"), _Shape("user"))
 
 
 class ChatTemplate:
@@ -154,8 +155,9 @@ class ChatTemplate:
             raise _dropped_error(TOOLS_PLACE if at == TOOLS_PLACE else placed[at][0], turns)
         return text
 
-    def with_ids(self, turns: Turns) -> Turns:
-        """Return the turns with ids of calls that the template accepts: Mistral's have nine characters."""
+    def completed(self, turns: Turns) -> Turns:
+        """Return the turns with what templates require: results name their tool, Mistral's ids are short."""
+        turns = named_results(turns)
         if self.family is not Family.MISTRAL:
             return turns
         return [
@@ -217,8 +219,15 @@ class ChatTemplate:
                 "chat template does not render tools", extra={"family": family.value, "problem": problem}
             )
             return
-        if self._try(_TEXT_AND_CALL, True, "{}") is not None:
+        if self._renders(_TEXT_AND_CALL) is False and self._renders(_APART):
             self._call_form = replace(self._call_form, apart=True)
+
+    def _renders(self, shapes: tuple[_Shape, ...]) -> bool | None:
+        """Return whether the template shows all of such a chat with tools; None: it refuses it."""
+        try:
+            return self._render_markers(shapes, tools=True)[1] is None
+        except (TemplateRefused, TemplateFailed):
+            return None
 
     def _try(self, shapes: tuple[_Shape, ...], tools: bool, arguments: str) -> int | None:
         """Return the place of a message that is dropped, `TOOLS_PLACE` for tools; *arguments* are JSON."""
@@ -245,10 +254,9 @@ class ChatTemplate:
             Turn(
                 shape.role,
                 marker(place) if shape.text else "",
-                tool_call_id=_TRIAL_ID if shape.linked else "",
-                tool_calls=tuple(
-                    Call("lookup", {"arg": marker(place)}, _TRIAL_ID) for _ in range(shape.calls)
-                ),
+                "lookup" if shape.linked else "",
+                _TRIAL_ID if shape.linked else "",
+                tuple(Call("lookup", {"arg": marker(place)}, _TRIAL_ID) for _ in range(shape.calls)),
             )
             for place, shape in enumerate(shapes)
         ]
@@ -345,8 +353,8 @@ def _dropped_error(place: int, turns: Turns) -> errors.InvalidRequest:
     turn = turns[place]
     if turn.tool_calls:
         return errors.InvalidRequest(
-            f"the model's chat template drops the content or a call of chat.messages[{place}]: send its "
-            "calls and its content in messages of their own",
+            f"the model's chat template drops the content or a call of chat.messages[{place}]: leave its "
+            "content out, or send its calls in messages of their own",
             field=f"chat.messages[{place}]",
         )
     return errors.InvalidRequest(

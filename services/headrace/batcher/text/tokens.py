@@ -284,7 +284,7 @@ class TransformersTokenizer:
     ) -> str:
         """See `Bounded`. Raises InvalidRequest for turns that the template does not accept."""
         template = self._chat_template
-        turns = template.with_ids(turns)
+        turns = template.completed(turns)
         marks = self._specials.marks([template.source, *texts_of(turns, tools), *texts_in(arguments)])
         return _render(template, turns, tools, marks, arguments, continue_final=continue_final)
 
@@ -299,7 +299,7 @@ class TransformersTokenizer:
     ) -> list[int]:
         """See `Tokenizer`. Raises InvalidRequest for turns that the template does not accept."""
         template, specials = self._chat_template, self._specials
-        turns = template.with_ids(turns)
+        turns = template.completed(turns)
         contents = [*texts_of(turns, tools), *texts_in(arguments)]
         marks = specials.marks([template.source, *contents])
         render = partial(

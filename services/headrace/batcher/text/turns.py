@@ -65,8 +65,7 @@ class Tool:
     @property
     def function(self) -> dict[str, Any]:
         """The tool as templates expect a function."""
-        described = {"description": self.description} if self.description else {}
-        return {"name": self.name, **described, "parameters": dict(self.parameters)}
+        return {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
 
 
 Turns = Sequence[Turn]  # oldest first
@@ -89,6 +88,21 @@ def texts_of(turns: Turns, tools: Tools) -> Iterator[str]:
     for tool in tools:
         yield from (tool.name, tool.description)
         yield from texts_in({"": tool.parameters})
+
+
+def named_results(turns: Turns) -> Turns:
+    """Return the turns with the name of its tool in each result: some templates require it.
+
+    A result that refers to no call keeps the name that it has.
+    """
+    names: dict[str, str] = {}
+    named = []
+    for turn in turns:
+        names.update((call.id, call.name) for call in turn.tool_calls)
+        if turn.tool_call_id and not turn.name:
+            turn = replace(turn, name=names.get(turn.tool_call_id, ""))
+        named.append(turn)
+    return named
 
 
 def changed_turn(turn: Turn, change: Change) -> Turn:

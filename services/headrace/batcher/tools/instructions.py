@@ -24,7 +24,8 @@ Placed = tuple[int, Turn]  # a turn, and the place of the message that it is mad
 
 def instructions(tools: Tools) -> str:
     """Return the text that tells a model of its tools."""
-    return "\n".join([HEAD, *(dumped(tool.function) for tool in tools), "", FORM])
+    described = [{name: value for name, value in tool.function.items() if value} for tool in tools]
+    return "\n".join([HEAD, *map(dumped, described), "", FORM])
 
 
 def as_text(turns: Turns, tools: Tools, *, system: bool) -> list[Placed]:
