@@ -88,6 +88,7 @@ OTHER_NAMES = {
     "PYTHON_IMAGE",
     "SOURCE_DATE_EPOCH",
     "TOOLS_FOLDER",
+    "TOOL_CALLS",  # a marker in templates of Mistral
 }
 MESSAGES: dict[str, Descriptor] = {
     "chat": pb.Chat.DESCRIPTOR,
