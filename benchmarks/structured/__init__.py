@@ -1,1 +1,1 @@
-"""Measure structured output: what is refused, what it costs, and whether answers have their form."""
+"""Measure structured output: what is refused, what it costs, whether answers have their form, and are right."""
