@@ -1,1 +1,1 @@
-"""Measure structured output: what is refused, what it costs, whether answers have their form, and are right."""
+"""Measure structured output: refusals, costs, whether answers have their form, and whether they are right."""
