@@ -25,9 +25,9 @@ from headrace.batcher.service import SERVICES, GenerationServicer
 from headrace.batcher.settings import Settings
 from headrace.batcher.text.generation_defaults import recommended_sampling
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer, load_tokenizer
-from headrace.batcher.text.turns import Turn
 from headrace.batcher.tokenizer_service import SERVICES as TOKENIZER_SERVICES
 from headrace.batcher.tokenizer_service import TokenizerServicer
+from headrace.batcher.turns import Turn
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.client import LIST_TIERS

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -98,13 +99,25 @@ def problem_of(error: errors.HeadraceError, params: Mapping[str, str] = NO_PARAM
 
 
 def translated(field: str, params: Mapping[str, str]) -> str | None:
-    """Return the name in the HTTP request of a field of the contract; None if it is not in *params*."""
+    """Return the name in the HTTP request of a field of the contract; None if it is not in *params*.
+
+    "chat.tools[]" in *params* stands for each element, and [] in its name for its place. "chat.tools[3]"
+    takes precedence.
+    """
     end = len(field)
     while end > 0:
-        if (name := params.get(field[:end])) is not None:
+        start, numbers = field[:end], _PLACE.findall(field[:end])
+        name = params.get(start)
+        if name is None and numbers and (name := params.get(_PLACE.sub("[]", start))) is not None:
+            for number in numbers:
+                name = name.replace("[]", number, 1)
+        if name is not None:
             return (name + field[end:]).lstrip(".") or None
         end = max(field.rfind(".", 0, end), field.rfind("[", 0, end))
     return None
+
+
+_PLACE = re.compile(r"\[\d+\]")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A `Matcher` is a function of its grammar and the ids of the answer so far: any w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import llguidance
 import numpy as np
@@ -18,7 +18,7 @@ from headrace.grammars.vocabulary import Vocabulary
 Bits = npt.NDArray[np.int32]
 
 # Computing one mask takes some 40 us, and handing it to a thread as long: fewer are computed here.
-_FEWEST_PARALLEL = 32
+_FEWEST_PARALLEL = 24
 _MOST_THREADS = 8
 
 
@@ -68,32 +68,31 @@ class Masks:
         self._threads = min(threads, _MOST_THREADS)
         self._executor: llguidance.LLExecutor | None = None
 
-    def fill(self, matchers: Sequence[Matcher], bits: Bits) -> dict[int, GrammarProblem]:
-        """Compute the mask of each matcher, in the row of *bits* with its index.
+    def fill(self, matchers: Mapping[int, Matcher], bits: Bits) -> dict[int, GrammarProblem]:
+        """Compute the mask of each matcher, in the row of *bits* that is its key.
 
-        bits   [matchers or more, words or more] int32, each row contiguous; receives the masks. The ids that
-               end an answer are set exactly where the grammar may end
+        bits   [rows, words or more] int32, each row contiguous; receives the masks. The ids that end an
+               answer are set exactly where the grammar may end
 
-        Returns the problems of matchers that exceed a limit, by index; their masks are undefined.
+        Returns the problems of matchers that exceed a limit, by key; their masks are undefined.
         """
-        address, stride = bits.ctypes.data, bits.strides[0]
-        size = 4 * self.words
+        address, stride, size = bits.ctypes.data, bits.strides[0], 4 * self.words
         if len(matchers) < _FEWEST_PARALLEL or self._threads < 2:
-            for index, matcher in enumerate(matchers):
-                matcher.inner.unsafe_compute_mask_ptr(address + index * stride, size)
+            for place, matcher in matchers.items():
+                matcher.inner.unsafe_compute_mask_ptr(address + place * stride, size)
         else:
             self._fill_parallel(matchers, bits)
         return {
-            index: problem_of(matcher.inner)
-            for index, matcher in enumerate(matchers)
+            place: problem_of(matcher.inner)
+            for place, matcher in matchers.items()
             if matcher.inner.is_error()
         }
 
-    def _fill_parallel(self, matchers: Sequence[Matcher], bits: Bits) -> None:
+    def _fill_parallel(self, matchers: Mapping[int, Matcher], bits: Bits) -> None:
         if self._executor is None:
             self._executor = llguidance.LLExecutor(self._threads)
-        # Masks of the executor are contiguous.
+        # The executor needs contiguous masks.
         masks = np.empty((len(matchers), self.words), np.int32)
-        jobs = [(matcher.inner, index) for index, matcher in enumerate(matchers)]
+        jobs = [(matcher.inner, index) for index, matcher in enumerate(matchers.values())]
         self._executor.unsafe_compute_mask_ptr(jobs, masks.ctypes.data, 4 * self.words, len(matchers))
-        bits[: len(matchers), : self.words] = masks
+        bits[list(matchers), : self.words] = masks

@@ -15,8 +15,8 @@ from headrace.batcher.inbox import Arrival, SequenceEnd
 from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.templates import ChatTemplate
 from headrace.batcher.text.tokens import THINK, ByteTokenizer, TransformersTokenizer
-from headrace.batcher.text.turns import Turn
 from headrace.batcher.tools.families import Family
+from headrace.batcher.turns import Turn
 from headrace.client import chat
 from headrace.metrics.requests import CANCELLED, End
 from headrace.v1 import generation_pb2 as pb

@@ -14,7 +14,7 @@ from headrace import errors, models
 from headrace.batcher.text import rendering, templates
 from headrace.batcher.text.renderer import Renderer
 from headrace.batcher.text.tokens import TransformersTokenizer, load_tokenizer
-from headrace.batcher.text.turns import Turn
+from headrace.batcher.turns import Turn
 from tests.batcher.text.tiny_tokenizers import FAMILIES, SPECIALS, byte_level, saved
 
 CHATML = (

@@ -9,7 +9,7 @@ import pytest
 from headrace import models
 from headrace.batcher.text.export import export, main
 from headrace.batcher.text.tokens import load_tokenizer
-from headrace.batcher.text.turns import Turn
+from headrace.batcher.turns import Turn
 from headrace.models import FINGERPRINT_FILE, ModelUnavailable, tokenizer_fingerprint
 
 

@@ -20,7 +20,7 @@ from headrace.batcher.text.tokens import (
     load_tokenizer,
     stop_ids,
 )
-from headrace.batcher.text.turns import Turn
+from headrace.batcher.turns import Turn
 from tests.batcher.text.tiny_tokenizers import byte_level, saved
 
 TEMPLATE = (

@@ -21,9 +21,9 @@ from headrace.batcher.text.tokens import (
     TransformersTokenizer,
     load_tokenizer,
 )
-from headrace.batcher.text.turns import Call, Tool, Tools, Turn, Turns
 from headrace.batcher.tools.families import Family
 from headrace.batcher.tools.instructions import FORM, HEAD
+from headrace.batcher.turns import Call, Tool, Tools, Turn, Turns
 from headrace.runtime.serving.server import StartFailed
 from tests.batcher.text.tiny_tokenizers import FAMILIES, SPECIALS, byte_level, saved
 from tests.batcher.text.tool_templates import CHATML, DEEPSEEK, QWEN_3, QWEN_25, TEMPLATES
@@ -203,6 +203,10 @@ def test_tools_that_a_template_drops_in_some_conversations_are_rejected() -> Non
     [
         (QWEN_25.replace("{{ tool | tojson }}", ""), "tools"),
         (QWEN_25.replace("{{ call.arguments | tojson }}", ""), "arguments"),
+        (
+            QWEN_25.replace("{{ call.arguments | tojson }}", "<arg>{{ call.arguments.arg }}</arg>"),
+            "the form of arguments",
+        ),
         (CHATML + "{# <tool_call> #}", "everything"),
     ],
 )

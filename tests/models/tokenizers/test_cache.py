@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from headrace.batcher.text.tokens import load_tokenizer
-from headrace.batcher.text.turns import Turn
+from headrace.batcher.turns import Turn
 from headrace.models import ModelUnavailable
 from headrace.models.tokenizers import cache, files
 from tests.batcher.text.tiny_tokenizers import byte_level, saved

@@ -22,9 +22,9 @@ from typing import Any
 
 from headrace import errors
 from headrace.batcher.text.renderer import Renderer, TemplateFailed, TemplateRefused
-from headrace.batcher.text.turns import Call, Tool, Tools, Turn, Turns, dumped, named_results
 from headrace.batcher.tools.families import Family, family_of
 from headrace.batcher.tools.instructions import TOOLS_PLACE, Placed, as_text
+from headrace.batcher.turns import Call, Tool, Tools, Turn, Turns, dumped, named_results
 from headrace.template_arguments import FIELD, NO_ARGUMENTS, Arguments
 
 _PARTS = "parts"
@@ -38,6 +38,7 @@ _TRIALS: tuple[tuple[str, ...], ...] = (
 log = logging.getLogger(__name__)
 
 _MARKER = re.compile(r"7\d{6}3")
+_JSON_ARGUMENT = re.compile(r'"arg":\s*"7\d{6}3"')
 _MAX_REMEMBERED = 256  # sequences of roles, with arguments of up to 16 KiB
 _INSTEAD = "send `prompt` instead of `chat`, or give the model another template"
 _TRIAL_ID = "callnum01"  # some templates require nine letters and digits
@@ -208,11 +209,12 @@ class ChatTemplate:
             except (TemplateRefused, TemplateFailed) as error:
                 problem = problem or str(error)
                 continue
-            if place is None and not re.search(r"'arg': '7\d{6}3'", text):  # Python's form of an object
+            # Other forms are Python's, or tags of XML, in which no `Family` is written.
+            if place is None and _JSON_ARGUMENT.search(text):
                 self.family = family
                 self.frame += text
                 break
-            problem = problem or "it drops the tools, a call or its result"
+            problem = problem or "it drops the tools, a call or its result, or writes a call in another form"
         else:
             self._call_form = _CALL_FORMS[0]
             log.warning(

@@ -21,8 +21,8 @@ from headrace.batcher.text.bytebound import ByteBound, byte_bound
 from headrace.batcher.text.detokenizer import EACH_BYTE, Spelling
 from headrace.batcher.text.specials import Marks, SpecialTokens, encode
 from headrace.batcher.text.templates import ChatTemplate, choose_template
-from headrace.batcher.text.turns import Tools, Turns, changed_tool, changed_turn, texts_of
 from headrace.batcher.tools.families import Family
+from headrace.batcher.turns import Tools, Turns, changed_tool, changed_turn, texts_of
 from headrace.models import ModelUnavailable
 from headrace.models.tokenizers.files import read_tokenizer
 from headrace.models.tokenizers.spelling import TokenSpelling

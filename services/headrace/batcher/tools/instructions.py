@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from headrace.batcher.text.turns import Call, Tools, Turn, Turns, dumped
+from headrace.batcher.turns import Call, Tools, Turn, Turns, dumped
 
 HEAD = "You can call these tools. Each line describes one, with the JSON schema of its parameters:"
 FORM = (

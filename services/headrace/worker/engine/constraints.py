@@ -23,13 +23,15 @@ UNSUPPORTED = Fault("the engine does not support grammars", invalid=True)
 class StepMasks:
     """The masks of the rows of a step that have a grammar.
 
-    bits     [masks, words] int32, see `Masks.words`
-    places   the row of `bits` of each row, by the index of the row
+    bits     [masks, words] int32, see `Masks.words`; undefined for rows with faults
+    count    number of rows that were asked for
+    places   the row of `bits` of each row without a fault, by the index of the row
     lifted   rows whose grammar allows only tokens that min_tokens bans: for them the ban does not apply
     faults   of rows that cannot follow their grammar, by the index of the row
     """
 
     bits: Bits
+    count: int
     places: dict[int, int] = field(default_factory=dict)
     lifted: set[int] = field(default_factory=set)
     faults: dict[int, Fault] = field(default_factory=dict)
@@ -54,55 +56,68 @@ class Constraints:
         return 0 if self._masks is None else self._masks.words
 
     def compute(
-        self, rows: Sequence[Row], indices: Sequence[int], latest: Mapping[int, int] | None = None
+        self,
+        rows: Sequence[Row],
+        indices: Sequence[int],
+        latest: Mapping[int, int] | None = None,
+        bits: Bits | None = None,
     ) -> StepMasks:
         """Compute the masks of the rows with these indices, all of which sample and have a grammar.
 
-        latest   the id at position `row.start` of rows that are pending, by index; by default, no row is
+        latest   the id at position `row.start` of rows that are pending, by index. The result of a pending
+                 row without one is ignored: it has neither a mask nor a fault. By default, no row is pending
+        bits     [indices or more, words or more] int32: receives the masks; by default a new array
 
         A row that cannot follow its grammar gets a Fault; other rows are not affected.
         """
-        grammars, masks = self._grammars, self._masks
-        if grammars is None or masks is None:
-            return StepMasks(np.empty((0, 0), np.int32), faults=dict.fromkeys(indices, UNSUPPORTED))
-        found = StepMasks(np.empty((len(indices), masks.words), np.int32))
-        matchers: list[Matcher] = []
-        for index in indices:
+        if bits is None:
+            bits = np.empty((len(indices), self.words), np.int32)
+        found = StepMasks(bits, len(indices))
+        if self._grammars is None or self._masks is None:
+            found.faults = dict.fromkeys(indices, UNSUPPORTED)
+            return found
+        matchers: dict[int, Matcher] = {}
+        for place, index in enumerate(indices):
             row = rows[index]
+            if row.pending and (latest is None or index not in latest):
+                continue
             try:
-                matchers.append(_advanced(grammars, row, None if latest is None else latest.get(index)))
+                matchers[place] = _advanced(self._grammars, row, latest[index] if row.pending else None)
             except GrammarProblem as problem:
                 found.faults[index] = fault_of(problem)
-            else:
-                found.places[index] = len(found.places)
-        problems = masks.fill(matchers, found.bits)
-        for index, place in list(found.places.items()):
+        problems = self._masks.fill(matchers, bits)
+        for place in matchers:
+            index = indices[place]
             if place in problems:
                 found.faults[index] = fault_of(problems[place])
-                del found.places[index]
-            elif rows[index].stop - rows[index].prompt < rows[index].params.min_tokens:
-                self._lift(rows[index], index, place, found)
+                continue
+            found.places[index] = place
+            row = rows[index]
+            if row.stop - row.prompt < row.params.min_tokens and self._allows_only_ends(row, bits[place]):
+                found.lifted.add(index)
         return found
 
-    def _lift(self, row: Row, index: int, place: int, found: StepMasks) -> None:
-        """Lift the ban of min_tokens if the grammar of a row allows nothing else."""
-        rest = found.bits[place].view(np.uint32).copy()
+    def _allows_only_ends(self, row: Row, mask: Bits) -> bool:
+        """Return whether a mask allows nothing but ids that would end the answer."""
+        rest = mask[: self.words].view(np.uint32).copy()
         for id in endings(row.params, self._eos_ids):
             if id // 32 < len(rest):
                 rest[id // 32] &= ~np.uint32(1 << id % 32)
-        if not rest.any():
-            found.lifted.add(index)
+        return not rest.any()
 
 
 def _advanced(grammars: Grammars, row: Row, latest: int | None) -> Matcher:
-    """Return the matcher of a row after all ids before the one that it samples. Raises GrammarProblem."""
+    """Return the matcher of a row after all ids before the one that it samples. Raises GrammarProblem.
+
+    latest   the last of them if the row is pending
+    """
     answered = row.stop - row.prompt
     matcher: Matcher | None = row.memo.matcher
     if matcher is None or matcher.consumed > answered:
         matcher = row.memo.matcher = follow(grammars, row.params.grammar, ())
-    ids = list(row.ids[row.prompt + matcher.consumed : row.stop])
+    ids = row.ids[row.prompt + matcher.consumed : row.stop]
     if len(ids) < answered - matcher.consumed and latest is not None:
-        ids.append(latest)
+        ids = [*ids, latest]
     matcher.advance(ids)
     return matcher
 
