@@ -58,7 +58,7 @@ audit: $(INSTALLED) ## look up all pinned dependencies in PyPI's advisories (HEA
 	@$(PYTHON) -m tests.deploy.tools audit
 	@python -m tests.deploy.audit
 
-check: $(INSTALLED) audit ## ruff, mypy, buf lint, stub drift, import rules, links, advisories
+check: $(INSTALLED) audit ## ruff, mypy, buf lint and breaking, stub drift, import rules, links, advisories
 	ruff check .
 	ruff format --check .
 	mypy

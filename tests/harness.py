@@ -171,6 +171,8 @@ class Answer:
 
     accepted: pb.Accepted = field(default_factory=pb.Accepted)
     text: str = ""
+    reasoning: str = ""
+    calls: list[pb.ToolCall] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     details: list[pb.TokenLogprobs] = field(default_factory=list)
@@ -202,6 +204,8 @@ async def collect(client: Client, request: pb.GenerateRequest, *, timeout: float
                 answer.deltas += 1
                 answer.tokens += delta.token_count
                 answer.text += delta.text
+                answer.reasoning += delta.reasoning
+                _add_calls(answer.calls, delta)
                 answer.ids += delta.token_ids
                 answer.logprobs += delta.logprobs
                 answer.details += delta.tokens
@@ -214,6 +218,17 @@ async def collect(client: Client, request: pb.GenerateRequest, *, timeout: float
                 answer.finish = response.finish
     assert seen[-1:] == ["finish"], f"the stream ended without finish: {seen}"
     return answer
+
+
+def _add_calls(calls: list[pb.ToolCall], delta: pb.Delta) -> None:
+    for part in delta.tool_calls:
+        assert bool(part.id) == bool(part.name), "the first part of a call has its id and its name"
+        if part.id:
+            assert not calls or part.index > 0, "the first call has index 0"
+            calls.append(pb.ToolCall(id=part.id, name=part.name))
+        elif not calls:  # of an answer that is resumed within a call
+            calls.append(pb.ToolCall())
+        calls[-1].arguments += part.arguments
 
 
 def prompt(text: str, **sampling: Any) -> pb.GenerateRequest:

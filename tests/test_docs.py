@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shlex
 import sys
@@ -87,6 +88,7 @@ OTHER_NAMES = {
     "PYTHON_IMAGE",
     "SOURCE_DATE_EPOCH",
     "TOOLS_FOLDER",
+    "TOOL_CALLS",  # a marker in templates of Mistral
 }
 MESSAGES: dict[str, Descriptor] = {
     "chat": pb.Chat.DESCRIPTOR,
@@ -165,6 +167,31 @@ async def run(*command: str) -> str:
     return printed.decode()
 
 
+def deltas_in(printed: str) -> list[dict[str, Any]]:
+    """The deltas of a stream of answers that grpcurl printed."""
+    decoder, found, at = json.JSONDecoder(), [], 0
+    while at < len(printed):
+        message, at = decoder.raw_decode(printed, at)
+        found.append(message.get("delta", {}))
+        at += len(printed[at:]) - len(printed[at:].lstrip())
+    return found
+
+
+def text_in(printed: str) -> str:
+    return "".join(delta.get("text", "") for delta in deltas_in(printed))
+
+
+def calls_in(printed: str) -> list[tuple[str, str]]:
+    """The names and arguments of calls, all parts joined."""
+    calls: list[list[str]] = []
+    for delta in deltas_in(printed):
+        for part in delta.get("toolCalls", ()):
+            if "id" in part:
+                calls.append([part["name"], ""])
+            calls[-1][1] += part.get("arguments", "")
+    return [(name, arguments) for name, arguments in calls]
+
+
 async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
     batcher = next(process for process in running.processes if process.name == "batcher-small")
 
@@ -175,9 +202,9 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
         return [await run("bash", "-c", here(command)) for command in grpcurl_commands(text)]
 
     listed, described, generated, explained, tiers, rated, health = await printed(README)
-    resumed, counted, multiplexed = await printed(CONTRACT)
+    *forms, required, named, told, resumed, counted, multiplexed = await printed(CONTRACT)
     (inside,) = await printed(OPERATING)
-    assert len(grpcurl_commands(EVERYTHING)) == 11, "one is on a page that is not tried here"
+    assert len(grpcurl_commands(EVERYTHING)) == 19, "one is on a page that is not tried here"
     assert "headrace.v1.GenerationService" in listed
     assert "rpc Generate" in described
     answer = "".join(re.findall(r'"text": "(.*)"', generated))  # in one part or several
@@ -186,6 +213,15 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
     assert '"name": "small"' in tiers
     assert '"tier": "small"' in rated
     assert "SERVING" in health
+    schema, anything, date, choice, total = map(text_in, forms)
+    assert set(json.loads(schema)) == {"city", "country"}
+    assert isinstance(json.loads(anything), dict)
+    assert (date, choice, total) == ("2026-11-29", "no", "1+20")
+    assert [(name, set(json.loads(arguments))) for name, arguments in calls_in(required)] == [
+        ("weather", {"city"})
+    ]
+    assert calls_in(named) == [("clock", "{}")]
+    assert text_in(told) == "It is noon.", "the echo engine repeats the result"
     assert "".join(re.findall(r'"text": "(.*)"', resumed)) == "llo"
     assert '"tokens": 5' in counted
     assert "".join(re.findall(r'"text": "(.*)"', multiplexed)) == "Hello"

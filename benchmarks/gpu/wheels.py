@@ -21,6 +21,7 @@ PACKAGES = (
     # Of the services.
     "annotated-types",
     "gguf",
+    "llguidance",
     "googleapis-common-protos",
     "grpcio",
     "grpcio-channelz",

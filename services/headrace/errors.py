@@ -2,7 +2,7 @@
 
     HeadraceError
     ├── InvalidRequest          the request must change; a retry does not help
-    │   ├── EmptyInput  InvalidText  InvalidSampling  ContextTooLong
+    │   ├── EmptyInput  InvalidText  InvalidSampling  ContextTooLong  AnswerCutOff
     │   └── UnknownTier  UnknownModel  HintsConflict
     ├── UnknownRequest  AlreadyRated
     ├── MessageTooLarge
@@ -99,6 +99,12 @@ class ContextTooLong(InvalidRequest):
     """Prompt and answer exceed the model's context length. Shorten the prompt or use another tier."""
 
     reason = "CONTEXT_TOO_LONG"
+
+
+class AnswerCutOff(InvalidRequest):
+    """The answer ended before it had its form. Raised by the client library, by no server."""
+
+    reason = "ANSWER_CUT_OFF"
 
 
 class UnknownTier(InvalidRequest):

@@ -70,8 +70,8 @@ class Progress:
     def add(self, response: pb.GenerateResponse) -> Responses:
         """Process a delta, and remove its token ids unless the caller requested them.
 
-        A delta without tokens contains text that was held back until the end. It is kept until the `finish`
-        that follows: if that is lost, the next stream repeats both.
+        A delta without tokens contains text or parts of calls that were held back until the end. It is kept
+        until the `finish` that follows: if that is lost, the next stream repeats both.
 
         Raises BatcherLost if the tokens do not start at the next offset.
         """

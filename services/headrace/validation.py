@@ -13,7 +13,9 @@ import struct
 from google.protobuf import duration_pb2
 
 from headrace import errors
+from headrace.conversation_checks import ToolChecks
 from headrace.quoting import quoted
+from headrace.structured import check_structured
 from headrace.template_arguments import check_arguments
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing_pb
@@ -164,6 +166,8 @@ def check_sampling(sampling: pb.Sampling) -> None:
     for token in biases:
         if not -100 <= (bias := biases[token]) <= 100:
             raise _bad_sampling("logit_bias", f"of token {token} is {bias:g}, must be -100 to 100")
+    if sampling.WhichOneof("structured") is not None:
+        check_structured(sampling)
 
 
 def seconds_of(duration: duration_pb2.Duration, field: str) -> float:
@@ -225,12 +229,14 @@ def _check_chat(chat: pb.Chat, *, answered: bool = True) -> dict[int, str]:
             f"chat has {len(messages)} messages, must be at most {MAX_MESSAGES}: join or remove the oldest",
             field="chat.messages",
         )
+    tools = ToolChecks(chat)
     for place, turn in enumerate(messages):
         if (role := turn.role) not in ROLES:
             raise errors.InvalidRequest(
                 f"chat.messages[{place}].role is {quoted(role)}, must be one of {', '.join(ROLES)}",
                 field=f"chat.messages[{place}].role",
             )
+        tools.message(place, turn, role)
         if role in _MAY_BE_EMPTY:
             continue
         texts[place] = content = turn.content
@@ -239,6 +245,7 @@ def _check_chat(chat: pb.Chat, *, answered: bool = True) -> dict[int, str]:
                 f"chat.messages[{place}].content is empty: set its text",
                 field=f"chat.messages[{place}].content",
             )
+    tools.finish()
     if answered or chat.continue_final_message:
         _check_last_role(chat)
     if chat.HasField("template_arguments"):
@@ -260,6 +267,12 @@ def _check_last_role(chat: pb.Chat) -> None:
         raise errors.InvalidRequest(
             f"chat.continue_final_message is set, but the last message has role {role!r}: it must be "
             "'assistant'",
+            field="chat.continue_final_message",
+        )
+    if chat.continue_final_message and chat.messages[last].tool_calls:
+        raise errors.InvalidRequest(
+            "chat.continue_final_message is set, but the last message ends with calls of tools: leave them "
+            "out, or send their results",
             field="chat.continue_final_message",
         )
 

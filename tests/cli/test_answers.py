@@ -75,3 +75,16 @@ def test_terminals_get_no_escape_sequences() -> None:
 )
 def test_durations_are_formatted_for_people(value: float, text: str) -> None:
     assert seconds(value) == text
+
+
+def test_calls_are_shown_one_per_line() -> None:
+    answer = Answer()
+    for part in (
+        pb.ToolCallDelta(index=0, id="a", name="weather", arguments='{"city":\n'),
+        pb.ToolCallDelta(index=0, arguments='"Ro\\nme"}'),
+        pb.ToolCallDelta(index=1, id="b", name="clock"),
+    ):
+        answer.add(pb.GenerateResponse(delta=pb.Delta(tool_calls=[part], token_count=1)), 0.5)
+
+    assert answer.lines_of_calls == ['weather({"city": "Ro\\nme"})', "clock()"]
+    assert "2 calls" in answer.figures()

@@ -13,6 +13,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from headrace.grammars.matching import Bits
+
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
 from headrace.worker.engine.interface import Result, Row, Token
@@ -24,25 +27,36 @@ _END = 61  # one token in so many ends the turn
 
 def draw(ids: Sequence[int], *, seed: int, greedy: bool, may_end: bool) -> int:
     """Return the token after *ids*, the prompt and the answer so far."""
-    noise = zlib.crc32(bytes(ids), 0 if greedy else zlib.crc32(seed.to_bytes(8, "little")))
-    # CRC is linear; a multiplication mixes its bits.
-    noise = (noise * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 24
+    noise = noise_of(ids, seed=seed, greedy=greedy)
     return EOS_ID if may_end and noise % _END == 0 else _LETTERS[noise % len(_LETTERS)]
 
 
+def noise_of(ids: Sequence[int], *, seed: int, greedy: bool) -> int:
+    """Return a hash of *ids*, and of the seed unless the request is greedy."""
+    noise = zlib.crc32(bytes(ids), 0 if greedy else zlib.crc32(seed.to_bytes(8, "little")))
+    # CRC is linear; a multiplication mixes its bits.
+    return (noise * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 24
+
+
 class DiceEngine(EchoEngine):
-    """The echo engine with other tokens. The checks of its KV memory apply here, too."""
+    """The echo engine with other tokens. The checks of its KV memory and of grammars apply here, too."""
 
     def step(self, rows: Sequence[Row]) -> list[Result]:
         """Compute all rows; see `Engine.step`."""
         if any(bytes(row.ids[: len(POISON)]) == POISON for row in rows):
             os._exit(13)  # as a fault of a driver ends a process: without a message
-        return [
-            replace(_token(row), top=result.top, prompt=result.prompt)
-            if isinstance(result, Token)
-            else result
-            for row, result in zip(rows, super().step(rows), strict=True)
-        ]
+        results = super().step(rows)
+        restricted = [index for index, row in enumerate(rows) if row.params.grammar and row.sample]
+        masks = self._constraints.compute(rows, restricted)
+        made: list[Result] = []
+        for index, (row, result) in enumerate(zip(rows, results, strict=True)):
+            if isinstance(result, Token):
+                token = _token(row)
+                if index in masks.places:
+                    token = _allowed(row, masks.bits[masks.places[index]])
+                result = replace(token, top=result.top, prompt=result.prompt)
+            made.append(result)
+        return made
 
 
 def _token(row: Row) -> Token:
@@ -54,13 +68,32 @@ def _token(row: Row) -> Token:
     return Token(draw(history, seed=params.seed, greedy=params.temperature == 0, may_end=may_end), 0.0)
 
 
+def _allowed(row: Row, mask: Bits) -> Token:
+    """Return a token that a grammar allows, as `draw` does.
+
+    The end of the answer, and of texts, lists and objects in it, is more likely than other tokens: otherwise
+    few answers would have an end.
+    """
+    ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    noise = noise_of(row.ids[: row.stop], seed=row.params.seed, greedy=row.params.temperature == 0)
+    closing = [id for id in (EOS_ID, *b'"]}') if id in ids]
+    if closing and noise % 8 == 0:
+        return Token(closing[0], 0.0)
+    return Token(int(ids[noise // 8 % len(ids)]), 0.0)
+
+
 @dataclass(frozen=True)
 class Expected:
-    """The answer that a request must get."""
+    """The answer that a request must get.
+
+    calls   of tools: id, name and arguments
+    """
 
     ids: list[int]
     text: str
     reason: pb.FinishReason.ValueType
+    calls: tuple[tuple[str, str, str], ...] = ()
+    reasoning: str = ""
 
 
 def expected(request: pb.GenerateRequest, seed: int, *, max_tokens: int = 1024) -> Expected:

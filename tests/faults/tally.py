@@ -75,7 +75,8 @@ async def visit(
     """
     seen = Visit()
     ids: list[int] = []
-    text = ""
+    text = reasoning = ""
+    calls: list[list[str]] = []
     seed = 0
     finish: pb.Finish | None = None
     began = time.monotonic()
@@ -100,6 +101,8 @@ async def visit(
                         seen.lost += max(delta.offset - len(ids), 0)
                         ids += delta.token_ids
                         text += delta.text
+                        reasoning += delta.reasoning
+                        add_calls(calls, delta)
                         if delta.token_count:
                             if seen.first is None:
                                 seen.first = time.monotonic() - began
@@ -121,15 +124,30 @@ async def visit(
         seen.outcome = pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower()
         seen.replayed = finish.usage.replayed_tokens
         seen.lost += max(len(whole.ids) - len(ids), 0)
-        came = (ids, text, int(finish.reason), finish.usage.completion_tokens)
-        right = (whole.ids, whole.text, int(whole.reason), len(whole.ids))
+        came = Expected(ids, text, finish.reason, tuple(map(tuple, calls)), reasoning)  # type: ignore[arg-type]
+        right = whole
+        if finish.usage.completion_tokens != len(whole.ids):
+            seen.wrong = True
     else:
-        came = (ids, text, 0, 0)
-        right = (whole.ids[: len(ids)], whole.text[: len(text)], 0, 0)
+        came = Expected(ids, text, pb.FINISH_REASON_UNSPECIFIED)
+        right = Expected(whole.ids[: len(ids)], whole.text[: len(text)], pb.FINISH_REASON_UNSPECIFIED)
     if came != right:
         seen.wrong = True
         seen.problem = f"{request} came as {came}, is {right}"
     return seen
+
+
+def add_calls(calls: list[list[str]], delta: pb.Delta) -> None:
+    """Add the parts of a delta to *calls*, each with id, name and arguments.
+
+    Raises AssertionError for a part that does not follow those before it.
+    """
+    for part in delta.tool_calls:
+        if part.id:
+            assert part.index == len(calls), f"call {part.index} follows {len(calls)} calls"
+            calls.append([part.id, part.name, ""])
+        assert part.index == len(calls) - 1, f"a part of call {part.index} comes after {len(calls)} calls"
+        calls[-1][2] += part.arguments
 
 
 class Streams:

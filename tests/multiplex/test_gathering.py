@@ -63,6 +63,38 @@ async def test_a_reader_that_is_behind_receives_one_long_delta() -> None:
     assert finish.HasField("finish")
 
 
+async def test_parts_of_calls_and_thoughts_are_gathered() -> None:
+    def part(index: int, arguments: str, **first: str) -> pb.ToolCallDelta:
+        return pb.ToolCallDelta(index=index, arguments=arguments, **first)
+
+    async def script(stream: ServerStream) -> None:
+        (first,) = await stream.welcome()
+        await stream.write(events=echoed(first, 0))
+        await stream.read_until(lambda: len(stream.opened) == 2)
+        rest = echoed(first)[1:]
+        parts = [
+            [part(0, "{", id="a", name="f")],
+            [part(0, "}"), part(1, "", id="b", name="g")],
+            [part(1, '{"x": ')],
+            [part(1, "1}")],
+        ]
+        for event, calls in zip(rest, parts, strict=False):
+            event.response.delta.tool_calls.extend(calls)
+            event.response.delta.reasoning = "?"
+        await stream.write(events=rest)
+        await stream.write(events=echoed(stream.opened[1]))
+        await stream.hang()
+
+    async with scripted(script) as server, server.client() as client:
+        _, response, _ = await behind(client, prompt("abcd"))
+
+    assert response.delta.reasoning == "????"
+    assert list(response.delta.tool_calls) == [
+        part(0, "{}", id="a", name="f"),
+        part(1, '{"x": 1}', id="b", name="g"),
+    ]
+
+
 @pytest.mark.parametrize("top", [0, 3])
 async def test_details_of_tokens_are_gathered_with_them_and_bound_the_length(top: int) -> None:
     most = MAX_GATHERED // (1 + top)

@@ -18,6 +18,7 @@ from headrace.batcher.admin import AdminServicer
 from headrace.batcher.answering import Answering
 from headrace.batcher.coalescer import Coalescer
 from headrace.batcher.intake.encoding import Encoder
+from headrace.batcher.intake.grammars import GrammarCheck
 from headrace.batcher.intake.intake import Intake
 from headrace.batcher.links.pool import WorkerPool
 from headrace.batcher.service import SERVICES, GenerationServicer
@@ -26,6 +27,7 @@ from headrace.batcher.text.generation_defaults import recommended_sampling
 from headrace.batcher.text.tokens import ByteTokenizer, Tokenizer, load_tokenizer
 from headrace.batcher.tokenizer_service import SERVICES as TOKENIZER_SERVICES
 from headrace.batcher.tokenizer_service import TokenizerServicer
+from headrace.batcher.turns import Turn
 from headrace.batcher.waiting.queue import RequestQueue
 from headrace.batcher.waiting.window import Window
 from headrace.client import LIST_TIERS
@@ -90,10 +92,12 @@ async def batcher(
         share_prefixes=settings.share_prefixes,
     )
     encoder = Encoder(tokenizer, settings.default_template_arguments)
+    grammars = GrammarCheck(tokenizer)
     with (
         Intake(
             coalescer,
             encoder,
+            grammars,
             tier=settings.tier,
             max_tokens=settings.max_tokens,
             max_unread_tokens=settings.max_unread_tokens,
@@ -120,6 +124,8 @@ async def batcher(
 
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(pool.run(coalescer)), tasks.create_task(coalescer.run())]
+            if not settings.fake:  # in good time: reading the vocabulary of a model takes a second
+                running.append(tasks.create_task(asyncio.to_thread(grammars.start)))
             try:
                 async with serving(
                     register,
@@ -156,7 +162,10 @@ async def main(settings: Settings) -> None:
 def _load(settings: Settings) -> tuple[Tokenizer, pb.Sampling]:
     """Return the tokenizer, and the model's recommended sampling fields if the settings ask for them."""
     if settings.fake:
-        return ByteTokenizer(), pb.Sampling()
+        return (
+            ByteTokenizer(tool_format=settings.tool_format, reasoning=settings.reasoning),
+            pb.Sampling(),
+        )
     # Each prompt is tokenised on its lane's thread: in the library's own pool, long ones would delay short
     # ones.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -165,7 +174,9 @@ def _load(settings: Settings) -> tuple[Tokenizer, pb.Sampling]:
         path = resolve(settings.model, cache, weights=False)
         recommended = recommended_sampling(path) if settings.generation_config == "auto" else pb.Sampling()
         with collection_paused():
-            tokenizer = load_tokenizer(path, cache)
+            tokenizer = load_tokenizer(
+                path, cache, tool_format=settings.tool_format, reasoning=settings.reasoning
+            )
     except ModelUnavailable as error:
         raise StartFailed(str(error)) from error
     _check_template_arguments(tokenizer, settings.default_template_arguments)
@@ -177,7 +188,7 @@ def _check_template_arguments(tokenizer: Tokenizer, arguments: Arguments) -> Non
     if not arguments:
         return
     try:
-        tokenizer.encode_chat([("user", "Hello!")], arguments=arguments)
+        tokenizer.encode_chat([Turn("user", "Hello!")], arguments=arguments)
     except errors.InvalidRequest as error:
         raise StartFailed(
             f"HEADRACE_TEMPLATE_ARGUMENTS (or --template-arguments): {error.message}"

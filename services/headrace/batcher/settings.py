@@ -94,6 +94,18 @@ class Settings(CalledServiceSettings):
         description='variables for the chat template, as a JSON object such as {"enable_thinking": false}; '
         "those of a request take precedence, one by one. Use the same for all batchers of a tier",
     )
+    tool_format: Literal["auto", "hermes", "llama3", "mistral", "json"] = Field(
+        default="auto",
+        description="format in which the model writes calls of tools; auto: as its chat template does, or "
+        "json, with the tools in a system message, if the template knows none. Use the same for all batchers "
+        "of a tier",
+    )
+    reasoning: Literal["auto", "off", "think"] = Field(
+        default="auto",
+        description="how the model marks what it thinks before its answer; think: between <think> and "
+        "</think>; auto: think if its chat template or its tokenizer has these markers; off: not at all. Use "
+        "the same for all batchers of a tier",
+    )
     max_tokens: int = Field(default=1024, ge=1, description="most tokens of an answer")
     trace_content: bool = Field(
         default=False,

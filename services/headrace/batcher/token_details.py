@@ -37,9 +37,14 @@ def tokens_per_event(top: int) -> int:
     return max(MAX_ENTRIES // (1 + top), 1)
 
 
-def needed_features(sampling: pb.Sampling) -> dict[str, str]:
-    """Return the features of an engine that a request for details needs, and the field that asks for each."""
+def needed_features(sampling: pb.Sampling, grammar: str = "") -> dict[str, str]:
+    """Return the optional features of an engine that a request needs, and the field that asks for each.
+
+    grammar   the field because of which the answer has a grammar; empty: it has none
+    """
     needed = {}
+    if grammar:
+        needed["structured"] = grammar
     if sampling.HasField("top_logprobs"):
         needed["top_logprobs"] = "sampling.top_logprobs"
     if sampling.HasField("prompt_logprobs"):

@@ -17,7 +17,7 @@ import grpc
 from headrace import errors
 from headrace.batcher.intake.encoding import Encoder
 from headrace.batcher.intake.intake import LONG_BYTES
-from headrace.batcher.intake.lanes import Lane, PendingPrompt, outcome_after
+from headrace.batcher.intake.lanes import Lane, Pending, outcome_after
 from headrace.batcher.intake.limits import RequestLimits
 from headrace.batcher.text.tokens import Tokenizer, token_texts
 from headrace.deadline import Deadline
@@ -143,31 +143,25 @@ class TokenizerServicer(TokenizerServiceServicer):
 
         Raises what it raises, Overloaded if too many calls wait, and DeadlineExceeded.
         """
-        results: list[T] = []
-
-        def encode() -> list[int]:
-            results.append(work())
-            return []
-
         now = time.monotonic()
         deadline = Deadline.after(context.time_remaining(), now)
-        pending = PendingPrompt(encode, size=size, tenant="", priority=5, arrived=now, deadline=deadline)
+        pending = Pending(work, size=size, tenant="", priority=5, arrived=now, deadline=deadline)
         lane = next(lane for lane in reversed(self.lanes) if size >= lane.smallest)
         self._check_room(lane, size)
         lane.put(pending)
         try:
-            await self._wait(pending)
+            result = await self._result(pending)
         except BaseException as error:
             lane.leave(pending, outcome_after(error))
             raise
         lane.leave(pending, "ok")
-        return results[0]
+        return result
 
-    async def _wait(self, pending: PendingPrompt) -> None:
-        """Wait until the work of a call is done, until its deadline at most."""
+    async def _result(self, pending: Pending[T]) -> T:
+        """Wait for the result of a call's work, until its deadline at most."""
         try:
             async with asyncio.timeout_at(pending.response_deadline.timeout_at) as timeout:
-                await pending.ids
+                return await pending.result
         except TimeoutError:
             if not timeout.expired():
                 raise

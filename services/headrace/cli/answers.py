@@ -30,6 +30,8 @@ class Answer:
     request_id: str = ""
     answer_id: str = ""  # empty if no router answered
     text: str = ""
+    reasoning: str = ""
+    calls: dict[int, pb.ToolCall] = field(default_factory=dict)  # by index
     tier: str = ""
     model: str = ""
     score: float | None = None  # None if it was not scored, or no event has arrived
@@ -55,6 +57,10 @@ class Answer:
                 self.last_token = seconds
                 self.tokens += response.delta.token_count
                 self.text += response.delta.text
+                self.reasoning += response.delta.reasoning
+                for part in response.delta.tool_calls:
+                    call = self.calls.setdefault(part.index, pb.ToolCall(id=part.id, name=part.name))
+                    call.arguments += part.arguments
                 return response.delta.text
             case "route_change":
                 self.moves.append(response.route_change)
@@ -70,6 +76,12 @@ class Answer:
             return None
         elapsed = self.last_token - self.first_token
         return (self.tokens - 1) / elapsed if elapsed > 0 else None
+
+    @property
+    def lines_of_calls(self) -> list[str]:
+        """Its calls of tools, one line each, such as `weather({"city": "Rome"})`."""
+        # Line breaks between the values of JSON; those within have escapes.
+        return [f"{call.name}({' '.join(call.arguments.split(chr(10)))})" for call in self.calls.values()]
 
     @property
     def ids(self) -> str:
@@ -90,6 +102,8 @@ class Answer:
         if self.first_token is not None:
             yield f"first token {seconds(self.first_token)}"
         yield f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
+        if self.calls:
+            yield f"{len(self.calls)} call{'' if len(self.calls) == 1 else 's'}"
         if (rate := self.tokens_per_second) is not None:
             yield f"{rate:.1f} tokens/s"
         for move in self.moves:

@@ -5,6 +5,8 @@
             async for response in stream:
                 print(response.delta.text, end="")
 
+`Client.ask` returns a whole answer with its calls of tools, and `Client.parse` one as an instance of a
+pydantic model.
 Closing the stream cancels the call, and every failure is an exception of `headrace.errors`. A request that
 the server could not accept is retried, and an answer whose stream was lost is resumed at the next token: the
 caller reads one uninterrupted stream.
@@ -12,6 +14,7 @@ caller reads one uninterrupted stream.
 
 from headrace.client.calls import LIST_TIERS, Client
 from headrace.client.connecting import connect
-from headrace.client.requests import chat
+from headrace.client.replies import Reply, gather
+from headrace.client.requests import chat, tool, tool_result
 
-__all__ = ["LIST_TIERS", "Client", "chat", "connect"]
+__all__ = ["LIST_TIERS", "Client", "Reply", "chat", "connect", "gather", "tool", "tool_result"]

@@ -25,6 +25,7 @@ from headrace.bearer import (
 from headrace.channel import MAX_MESSAGE_BYTES
 from headrace.client.span import Attempts, ClientSpan, server_attributes
 from headrace.client.tokenizers import TokenizerCalls
+from headrace.client.whole import WholeAnswers
 from headrace.deadline import Deadline
 from headrace.endpoints.endpoint import Endpoint
 from headrace.endpoints.endpoints import Endpoints, Spread
@@ -51,7 +52,7 @@ MAX_RESUMED = 4096  # answers that were resumed and may still be rated
 _EMPTY: Mapping[str, Any] = {}
 
 
-class Client(TokenizerCalls):
+class Client(TokenizerCalls, WholeAnswers):
     """Calls one target; use `connect` to create it.
 
     channel   to the target

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import llguidance
 
 Encode = Callable[[str], Sequence[int]]  # text to ids, without special tokens around it
 
+# Texts after which a tokenizer that puts a space in front of a text splits another one as inside of a text.
+_ANCHORS = ("\n", "=", "0")
+
+
+class Spelling(Protocol):
+    """How the tokens of a tokenizer are spelled; see `headrace.models.tokenizers.spelling.TokenSpelling`."""
+
+    special_tokens: Mapping[str, int]
+
+    def spell(self, id: int, after: int | None) -> bytes | str:
+        """Return what a token adds to a text after another token."""
+        ...
+
 
 class Vocabulary:
-    """The tokens of one model. Takes about a second to make for 150,000 tokens, and a few MiB.
+    """The tokens of one model. Takes about half a second to make for 150,000 tokens, and a few MiB.
 
     tokens     the bytes that each id adds to a text; empty for special tokens and unused ids. As many as the
                model has logits
@@ -18,7 +32,8 @@ class Vocabulary:
     eos_ids    tokens that end an answer, at least one; allowed where the grammar may end
     encode     tokenises texts that a grammar forces, as the model would
 
-    tokenizer  for llguidance's classes
+    size        number of tokens
+    tokenizer   for llguidance's classes
     """
 
     def __init__(
@@ -54,15 +69,72 @@ class _Tokens:
         for name, id in specials.items():
             self.tokens[id] = name.encode()
         self._encode = encode
+        self._by_spelling: dict[bytes, int] = {}
 
     def __call__(self, text: str) -> list[int]:
+        """Return ids that spell the text, which llguidance requires."""
         if not isinstance(text, str):
             raise TypeError("texts only")  # so that the wrapper passes texts, not bytes
-        ids = self._encode(text)
-        # llguidance requires that the tokens spell the text: some tokenizers put a space in front of it.
-        if b"".join(self.tokens[id] for id in ids) == text.encode():
+        wanted = text.encode()
+        if self._spelled(ids := self._encode(text)) == wanted:
             return list(ids)
-        return []
+        # Tokenizers of SentencePiece put a space in front of a text.
+        for anchor in _ANCHORS:
+            before = list(self._encode(anchor))
+            ids = list(self._encode(anchor + text))
+            if ids[: len(before)] == before and self._spelled(ids[len(before) :]) == wanted:
+                return ids[len(before) :]
+        return list(self._longest(wanted))
+
+    def _spelled(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self.tokens[id] for id in ids)
+
+    def _longest(self, text: bytes) -> Iterator[int]:
+        """Yield the longest token at each place of a text, up to a byte that no token spells."""
+        if not self._by_spelling:
+            special = set(self.special_token_ids)
+            self._by_spelling = {
+                token: id for id, token in enumerate(self.tokens) if token and id not in special
+            }
+        longest = max(map(len, self._by_spelling))
+        while text:
+            for length in range(min(longest, len(text)), 0, -1):
+                if (id := self._by_spelling.get(text[:length])) is not None:
+                    break
+            else:
+                return
+            yield id
+            text = text[length:]
+
+
+def spelled_tokens(fast: Any, spelling: Spelling) -> list[bytes]:
+    """Return the bytes that each token of a `tokenizers.Tokenizer` adds inside of a text.
+
+    Takes about a second for 150,000 tokens.
+    """
+    inside = fast.encode("a", add_special_tokens=False).ids
+    after = inside[-1] if inside else None
+    spelled = (spelling.spell(id, after) for id in range(max(fast.get_vocab().values()) + 1))
+    return [own if isinstance(own, bytes) else own.encode() for own in spelled]
+
+
+def model_vocabulary(
+    fast: Any, spelling: Spelling, tokens: Sequence[bytes], *, size: int, eos_ids: Collection[int]
+) -> Vocabulary:
+    """Return the vocabulary of a model with a `tokenizers.Tokenizer`.
+
+    tokens    from `spelled_tokens`
+    size      number of the model's logits: it may have more or fewer than the tokenizer has tokens
+    eos_ids   at least one, all below *size*
+    """
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    padded = [*tokens[:size], *[b""] * (size - len(tokens))]
+    specials = {name: id for name, id in spelling.special_tokens.items() if id < size}
+    return Vocabulary(padded, specials=specials, eos_ids=eos_ids, encode=encode)
 
 
 def byte_vocabulary() -> Vocabulary:

@@ -220,14 +220,14 @@ QUEUE_DEPTH: Final = Gauge(
     "headrace.queue.depth",
     "{request}",
     ("tier", "stage"),
-    "requests that wait to be tokenised or for a worker",
+    "requests that wait to be tokenised, for a check of their grammar, or for a worker",
     services=(BATCHER,),
 )
 QUEUE_WAIT: Final = Histogram(
     "headrace.queue.wait",
     "s",
     ("tier", "stage", "outcome"),
-    "how long requests waited to be tokenised or for a worker",
+    "how long requests waited to be tokenised, for a check of their grammar, or for a worker",
     services=(BATCHER,),
     bounds=attributes.BUCKETS_TTFT,
 )

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from headrace.flushing import Flusher, chooses_flushing
 from headrace.multiplex.call import Call
+from headrace.multiplex.joining import joined
 from headrace.v1 import generation_pb2 as pb
 
 CREDIT = 64  # events that a server may send ahead of a call's reader
@@ -127,7 +128,7 @@ class SharedCall:
         """Take the next event. Returns whether it is the last one."""
         self._received += 1
         arrived = self._arrived
-        if not (arrived and self._gathers and _joined(arrived[-1], response, self._most)):
+        if not (arrived and self._gathers and joined(arrived[-1], response, self._most)):
             arrived.append(response)
         elif self._detailed:
             arrived[-1].delta.tokens.extend(response.delta.tokens)
@@ -172,23 +173,3 @@ class SharedCall:
         self._error = error
         self._ended = True
         self.flush()
-
-
-def _joined(before: pb.GenerateResponse, response: pb.GenerateResponse, most: int) -> bool:
-    """Append a delta to the one before it, if both are deltas with tokens. Returns success.
-
-    most   tokens of the result
-
-    The details of tokens are left to the caller.
-    """
-    if not (before.HasField("delta") and response.HasField("delta")):
-        return False
-    delta, more = before.delta, response.delta
-    count, added = delta.token_count, more.token_count
-    if not count or not added or count + added > most or more.offset != delta.offset + count:
-        return False  # a delta without tokens contains the text that was held back until the end
-    delta.token_count = count + added
-    delta.text += more.text
-    delta.token_ids.extend(more.token_ids)
-    delta.logprobs.extend(more.logprobs)
-    return True

@@ -16,6 +16,7 @@ _OUTCOMES: dict[FinishReason, Outcome] = {
     FinishReason.CANCELLED: "cancelled",
     FinishReason.DEADLINE: "deadline",
     FinishReason.FAULT: "failed",
+    FinishReason.INVALID: "invalid",
 }
 
 

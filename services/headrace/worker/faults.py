@@ -18,6 +18,7 @@ from headrace.worker.engine.interface import (
     Engine,
     EngineBroken,
     Fault,
+    Grammars,
     LaunchedStep,
     ModelInfo,
     Result,
@@ -81,6 +82,11 @@ class FaultyEngine:
     def model(self) -> ModelInfo:
         """The model of the inner engine."""
         return self._inner.model
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """The grammars of the inner engine."""
+        return self._inner.grammars
 
     @property
     def ahead(self) -> int:

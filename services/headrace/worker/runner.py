@@ -114,13 +114,14 @@ class SequenceSpec(Generic[K]):
 
 
 class FinishReason(Enum):
-    """Why a sequence ended."""
+    """Why a sequence ended: FAULT if the engine failed, INVALID if the sequence's grammar is to blame."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     FAULT = "fault"
+    INVALID = "invalid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class SequenceUpdate(Generic[K]):
                the first token, or with it
     cached     number of submitted ids that the prefix cache held, so far
     finish     set in the last update of the sequence, and only there
-    fault      the error message, if finish is FAULT
+    fault      the error message, if finish is FAULT or INVALID
     times      set in the last update
     """
 

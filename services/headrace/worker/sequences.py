@@ -36,6 +36,7 @@ _FINISH = {
 }
 
 MAX_PREFIX_SCOPE = 64  # bytes
+MAX_GRAMMAR = 1 << 20  # bytes
 # Bytes of a message with a part of a prompt: a batcher handles it in a few milliseconds.
 PART_BYTES = 32 << 10
 _TOP_BYTES = 8  # of a TopTokens besides its tokens
@@ -157,6 +158,21 @@ def _check_sampling(message: wire.Sequence, model: ModelInfo) -> None:
                 f"the engine of {model.name} does not support sampling.{feature}",
                 field=f"sampling.{feature}",
             )
+    if message.grammar:
+        _check_grammar(message.grammar, ignore_eos=sampling.ignore_eos, model=model)
+
+
+def _check_grammar(grammar: str, *, ignore_eos: bool, model: ModelInfo) -> None:
+    """Check all that can be known of a grammar before it is compiled."""
+    problem = ""
+    if len(grammar) > MAX_GRAMMAR or len(grammar.encode()) > MAX_GRAMMAR:
+        problem = f"the grammar has more than {MAX_GRAMMAR} bytes"
+    elif "structured" not in model.features:
+        problem = f"the engine of {model.name} does not support sampling.structured"
+    elif ignore_eos:
+        problem = "sampling.structured cannot be combined with sampling.ignore_eos: leave one of them out"
+    if problem:
+        raise errors.InvalidSampling(problem, field="sampling.structured")
 
 
 def relative_priority(priority: int, others: int, priorities: int) -> float:
@@ -185,6 +201,9 @@ def conclude(
     assert finish is not None
     if finish is FinishReason.FAULT:
         delta.error.CopyFrom(statuses.to_status(errors.SequenceFault(update.fault)))
+    elif finish is FinishReason.INVALID:
+        invalid = errors.InvalidSampling(update.fault, field="sampling.structured")
+        delta.error.CopyFrom(statuses.to_status(invalid))
     elif finish is FinishReason.CANCELLED and sequence.cancelled_by is not None:
         delta.error.CopyFrom(statuses.to_status(sequence.cancelled_by))
     else:

@@ -40,6 +40,7 @@ class GatedTokenizer(ByteTokenizer):
     quick_text_bytes = quick_chat_bytes = 0  # on a thread
 
     def __init__(self, slow: Callable[[str], bool] = lambda text: True) -> None:
+        super().__init__()
         self.texts: list[str] = []
         self._slow = slow
         self._gate = threading.Event()
@@ -349,6 +350,7 @@ class CountingTokenizer(ByteTokenizer):
     """Records the length of each text that it tokenises."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.encoded: list[int] = []
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from headrace import errors
-from headrace.batcher.inbox import Arrival
+from headrace.batcher.form import FREE, AnswerForm
+from headrace.batcher.inbox import Arrival, SequenceEnd
 from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.templates import ChatTemplate
-from headrace.batcher.text.tokens import ByteTokenizer, TransformersTokenizer
+from headrace.batcher.text.tokens import THINK, ByteTokenizer, TransformersTokenizer
+from headrace.batcher.tools.families import Family
+from headrace.batcher.turns import Turn
 from headrace.client import chat
 from headrace.metrics.requests import CANCELLED, End
 from headrace.v1 import generation_pb2 as pb
@@ -121,7 +124,9 @@ async def test_a_last_message_of_the_assistant_is_continued_or_rejected() -> Non
 
     assert rejected.value.field == "chat.messages[3].role"
     assert answer.text == "is green"
-    assert answer.accepted.prompt_tokens == len(tokenizer.encode_chat(turns, continue_final=True))
+    assert answer.accepted.prompt_tokens == len(
+        tokenizer.encode_chat([Turn(*turn) for turn in turns], continue_final=True)
+    )
 
 
 class Watched(ByteTokenizer):
@@ -186,3 +191,127 @@ async def test_the_backlog_of_a_slow_reader_is_sent_in_slices() -> None:
     assert [delta.offset for delta in events] == [0, 1024, 2048, 3072, 4096]
     assert "".join(delta.text for delta in events) == "abc" * 1500
     assert all(len(delta.logprobs) == delta.token_count for delta in events)
+
+
+TOOLS = frozenset({"get"})
+PARIS = '{"name": "get", "arguments": {"city": "Pa\\"r}is"}}'
+SPECIAL = {"[TOOL_CALLS]": 300, "[ARGS]": 301, "</think>": 302}
+HERMES = AnswerForm(family=Family.HERMES, tools=TOOLS, reasoning=THINK)
+MISTRAL = AnswerForm(
+    family=Family.MISTRAL,
+    tools=TOOLS,
+    reasoning=THINK,
+    thinking=True,
+    markers={id: name for name, id in SPECIAL.items()},
+)
+ANSWERS: list[tuple[AnswerForm, list[str | int]]] = [
+    (FREE, ["<think>é</think><tool_call>"]),
+    (
+        HERMES,
+        [
+            f"<think>\nI see\n</think>\n\né\n<tool_call>\n{PARIS}\n</tool_call>\n",
+            f"<tool_call>{PARIS}</tool_call>",
+        ],
+    ),
+    (HERMES, [f"<tool_call>{PARIS}</tool_call>\n<tool_call> no call"]),
+    (HERMES, [f"<tool_call>\n{PARIS[:-9]}"]),
+    (HERMES, ["<think>never closed \n "]),
+    (HERMES, ["text <tool_ca"]),
+    (MISTRAL, ["well", 302, " é[", 300, "get", 301, '{"a": [1]}', 300, "get", 301, "{}"]),
+]
+
+
+def answer(form: AnswerForm, resumed: list[int] | None = None, *stops: str) -> AnswerEvents:
+    one = job()
+    one.sampling.max_tokens = 1000
+    one.sampling.stop.extend(stops)
+    one.form, one.resume_ids = form, resumed or []
+    events = AnswerEvents(one, pb.GenerateRequest(), ByteTokenizer(), tier="t")
+    if resumed:
+        events.replay()
+    return events
+
+
+def joined(deltas: Sequence[pb.Delta]) -> tuple[str, str, list[tuple[int, str, str, str]]]:
+    """Return text, reasoning and calls of an answer, of which the first delta may be within a call."""
+    calls: list[tuple[int, str, str, str]] = []
+    for part in (part for delta in deltas for part in delta.tool_calls):
+        if part.name or not calls:
+            calls.append((part.index, part.id, part.name, part.arguments))
+        else:
+            assert (part.index, part.id) == (calls[-1][0], "")
+            calls[-1] = (*calls[-1][:3], calls[-1][3] + part.arguments)
+    return "".join(delta.text for delta in deltas), "".join(delta.reasoning for delta in deltas), calls
+
+
+def deltas(events: AnswerEvents, ids: Sequence[int], tokens: int) -> list[pb.Delta]:
+    """Return the deltas of an answer that arrives in parts of so many tokens, without its end."""
+    made = [
+        event.delta
+        for at in range(0, len(ids), tokens)
+        for event in events.events_for(Arrival(list(ids[at : at + tokens]), [], None))
+    ]
+    assert sum(delta.token_count for delta in made) == len(ids)
+    return made
+
+
+def rest(events: AnswerEvents) -> list[pb.Delta]:
+    """Return the delta that the end of an answer adds, if any."""
+    *held, finish = events.events_for(
+        Arrival([], [], SequenceEnd(pb.FINISH_REASON_STOP, pb.Usage(), pb.Timing()))
+    )
+    assert finish.HasField("finish")
+    assert all(event.delta.token_count == 0 and event.delta.ByteSize() > 2 for event in held)
+    return [event.delta for event in held]
+
+
+@pytest.mark.parametrize(("form", "pieces"), ANSWERS)
+@pytest.mark.parametrize("tokens", [1, 3, 1000])
+def test_an_answer_with_calls_that_is_resumed_anywhere_is_the_same(
+    form: AnswerForm, pieces: list[str | int], tokens: int
+) -> None:
+    """Its parts of all kinds, with the ids of calls; only what was held back to the end may come again."""
+    ids = [id for piece in pieces for id in ([piece] if isinstance(piece, int) else piece.encode())]
+    once = answer(form)
+    each = deltas(once, ids, 1)
+    ends = rest(once)
+    whole = joined(each + ends)
+
+    for offset in range(len(ids) + 1):
+        resumed = answer(form, ids[:offset])
+        after = deltas(resumed, ids[offset:], tokens)
+        assert joined([*each[:offset], *after]) == joined(each), "what is released"
+        assert joined([*each[:offset], *after, *rest(resumed)]) == whole
+
+
+def test_calls_have_ids_of_their_own_in_the_first_part_only() -> None:
+    ids = f"<tool_call>{PARIS}</tool_call>" * 2
+    events = answer(HERMES)
+
+    parts = [part for delta in deltas(events, ids.encode(), 1) for part in delta.tool_calls]
+
+    named = [part for part in parts if part.name]
+    assert [part.index for part in named] == [0, 1]
+    assert len({part.id for part in named}) == 2
+    assert not any(part.id for part in parts if not part.name)
+    assert joined(deltas(answer(HERMES), ids.encode(), 1000)) == joined([pb.Delta(tool_calls=parts)])
+
+
+def test_a_stop_text_neither_contains_nor_spans_a_marker_without_text() -> None:
+    ids = [*b"a", 302, *b"b[", 300, *b"get", 301, *b'{"x": 1}', *b"c"]
+    stopped = answer(MISTRAL, None, "[T", "ab", "b[g", "TOOL", "c")
+
+    (*made, finish) = stopped.events_for(Arrival(ids, [], None))
+
+    assert joined([event.delta for event in made])[:2] == ("b[", "a")
+    assert [call[2:] for call in joined([event.delta for event in made])[2]] == [("get", '{"x": 1}')]
+    assert finish.finish.stop_sequence == "c"
+
+
+def test_a_stop_text_within_a_call_ends_the_answer_there() -> None:
+    stopped = answer(HERMES, None, "is")
+
+    (*made, finish) = stopped.events_for(Arrival(list(f"<tool_call>{PARIS}".encode()), [], None))
+
+    assert [call[3] for call in joined([event.delta for event in made])[2]] == ['{"city": "Pa\\"r}']
+    assert finish.finish.stop_sequence == "is"

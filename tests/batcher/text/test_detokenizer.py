@@ -51,7 +51,7 @@ def decoded(ours: TransformersTokenizer, ids: list[int]) -> str:
     complete characters that were released before. SentencePiece keeps those, and so do we.
     """
     fast = ours._fast
-    if not ours._byte_fallback:
+    if not ours._spelling._byte_fallback:
         return str(fast.decode(ids))
     tokens = [token for id in ids if (token := fast.id_to_token(id)) and token not in ours.special_tokens]
     text = ""
@@ -135,7 +135,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_answer(family: str) -> None
         def __getattr__(self, name: str) -> Any:
             return getattr(fast, name)
 
-    ours._fast = Counting()
+    ours._spelling._fast = Counting()
     vocabulary = fast.get_vocab()
     ids = [vocabulary[token] for token in ("</s>", "<0xE2>", "â", "Ċ", "▁", "e", "Ġ") if token in vocabulary]
     pieces(ours, [id for id in ids for _ in range(500)], ids[-1])

@@ -9,6 +9,7 @@ import pytest
 from headrace import models
 from headrace.batcher.text.export import export, main
 from headrace.batcher.text.tokens import load_tokenizer
+from headrace.batcher.turns import Turn
 from headrace.models import FINGERPRINT_FILE, ModelUnavailable, tokenizer_fingerprint
 
 
@@ -22,7 +23,7 @@ def test_an_exported_tokenizer_is_that_of_the_whole_model(tmp_path: Path) -> Non
     whole, alone = load_tokenizer(model, tmp_path / "a"), load_tokenizer(folder, tmp_path / "b")
     assert alone.fingerprint == whole.fingerprint
     assert alone.special_tokens == whole.special_tokens
-    turns = [("user", "Où est l'été? 日本 🗼")]
+    turns = [Turn("user", "Où est l'été? 日本 🗼")]
     assert alone.encode_chat(turns) == whole.encode_chat(turns)
     text = "def f(x):\n    return [x]"
     assert alone.encode_text(text) == whole.encode_text(text)

@@ -20,6 +20,7 @@ from headrace.batcher.text.tokens import (
     load_tokenizer,
     stop_ids,
 )
+from headrace.batcher.turns import Turn
 from tests.batcher.text.tiny_tokenizers import byte_level, saved
 
 TEMPLATE = (
@@ -53,20 +54,20 @@ def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def test_a_chat_is_rendered_by_the_models_template(small: TransformersTokenizer) -> None:
-    ids = small.encode_chat([("user", "the sky"), ("assistant", "is"), ("user", "blue?")])
+    ids = small.encode_chat([Turn("user", "the sky"), Turn("assistant", "is"), Turn("user", "blue?")])
 
     assert written(small, ids) == "<user>the sky</s><assistant>is</s><user>blue?</s><assistant>"
 
 
 def test_an_empty_turn_of_the_assistant_is_rendered(small: TransformersTokenizer) -> None:
-    ids = small.encode_chat([("user", "the sky"), ("assistant", ""), ("user", "blue?")])
+    ids = small.encode_chat([Turn("user", "the sky"), Turn("assistant", ""), Turn("user", "blue?")])
 
     assert written(small, ids) == "<user>the sky</s><assistant></s><user>blue?</s><assistant>"
 
 
 @pytest.mark.parametrize("start", ["", "the sea is", "the sea is ", "the </s> <"])
 def test_a_continued_answer_ends_where_the_message_ends(small: TransformersTokenizer, start: str) -> None:
-    turns = [("user", "the sky"), ("assistant", start)]
+    turns = [Turn("user", "the sky"), Turn("assistant", start)]
 
     ids = small.encode_chat(turns, continue_final=True)
 
@@ -78,7 +79,7 @@ def test_a_continued_answer_ends_where_the_message_ends(small: TransformersToken
 def test_a_chat_has_no_fewer_tokens_than_its_rendered_text_proves(
     small: TransformersTokenizer, text: str
 ) -> None:
-    turns = [("user", text), ("assistant", "is"), ("user", text)]
+    turns = [Turn("user", text), Turn("assistant", "is"), Turn("user", text)]
 
     assert small.bound is not None
     assert 1 < small.bound.min_tokens(small.render_chat(turns)) <= len(small.encode_chat(turns))
@@ -87,11 +88,11 @@ def test_a_chat_has_no_fewer_tokens_than_its_rendered_text_proves(
 
 def test_turns_that_the_template_refuses_are_an_invalid_request(small: TransformersTokenizer) -> None:
     with pytest.raises(errors.InvalidRequest, match="no system prompts here"):
-        small.encode_chat([("system", "be brief"), ("user", "hi")])
+        small.encode_chat([Turn("system", "be brief"), Turn("user", "hi")])
 
 
 def test_special_tokens_have_no_text(small: TransformersTokenizer) -> None:
-    ids = small.encode_chat([("user", "the sea")])
+    ids = small.encode_chat([Turn("user", "the sea")])
 
     assert answer_text(small, ids) == "the sea"
 
@@ -109,7 +110,7 @@ def test_a_model_without_a_template_accepts_prompts_only(folder: Path, tmp_path:
 
     assert answer_text(bare, bare.encode_text("the sky")) == "the sky"
     with pytest.raises(errors.InvalidRequest, match="send `prompt`"):
-        bare.encode_chat([("user", "hi")])
+        bare.encode_chat([Turn("user", "hi")])
 
 
 def test_a_prompt_is_encoded_completely_despite_limits_in_the_tokenizer_file(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_a_long_prompt_lets_other_threads_run_while_it_is_encoded(
     fast = small._fast
     small._fast = small._specials._fast = Watched()
     try:
-        encode = small.encode_text if kind == "text" else lambda text: small.encode_chat([("user", text)])
+        encode = small.encode_text if kind == "text" else lambda text: small.encode_chat([Turn("user", text)])
         thread = threading.Thread(target=encode, args=(text,))
         thread.start()
         encoding.wait(60)
@@ -165,7 +166,7 @@ def test_pieces_of_a_byte_level_tokenizer_concatenate_to_the_text(
 
 
 def test_the_byte_tokenizer_uses_bytes_as_ids() -> None:
-    assert ByteTokenizer().encode_chat([("system", "x"), ("user", "é")]) == [0xC3, 0xA9]
+    assert ByteTokenizer().encode_chat([Turn("system", "x"), Turn("user", "é")]) == [0xC3, 0xA9]
 
 
 def test_stop_ids_accept_a_special_token_but_no_text_that_contains_one(small: TransformersTokenizer) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from headrace.batcher.text.tokens import load_tokenizer
+from headrace.batcher.turns import Turn
 from headrace.models import ModelUnavailable
 from headrace.models.tokenizers import cache, files
 from tests.batcher.text.tiny_tokenizers import byte_level, saved
@@ -27,7 +28,7 @@ def test_the_second_start_does_not_read_the_files_again(
 
     second = load_tokenizer(model, tmp_path)
 
-    turns = [("user", "the sky is blue – é 🚀")]
+    turns = [Turn("user", "the sky is blue – é 🚀")]
     assert second.encode_chat(turns) == first.encode_chat(turns)
     assert second.special_tokens == first.special_tokens
     assert second.fingerprint == first.fingerprint

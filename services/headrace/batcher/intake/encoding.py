@@ -7,8 +7,9 @@ many times longer than the context, only the head is tokenised. `limits` decides
 from __future__ import annotations
 
 from headrace.batcher.intake.limits import RequestLimits
-from headrace.batcher.text.templates import Turns
 from headrace.batcher.text.tokens import Bounded, Tokenizer
+from headrace.batcher.turns import Call, Tool, Tools, Turn, Turns
+from headrace.conversation_checks import arguments_of_call, parameters_of_tool
 from headrace.template_arguments import NO_ARGUMENTS, Arguments, arguments_of
 from headrace.v1 import generation_pb2 as pb
 
@@ -66,6 +67,7 @@ class Encoder:
         if size > self._judge_rendered_above * limits.context_length and isinstance(self._tokenizer, Bounded):
             text = self._tokenizer.render_chat(
                 _turns(chat),
+                tools=_tools(chat),
                 continue_final=chat.continue_final_message,
                 arguments=self._arguments_of(chat),
             )
@@ -83,6 +85,7 @@ class Encoder:
         """Return the tokens of a conversation; see `Tokenizer.encode_chat`. Raises InvalidRequest."""
         return self._tokenizer.encode_chat(
             _turns(chat),
+            tools=_tools(chat),
             continue_final=chat.continue_final_message,
             generation_prompt=generation_prompt,
             arguments=self._arguments_of(chat),
@@ -106,4 +109,24 @@ class Encoder:
 
 
 def _turns(chat: pb.Chat) -> Turns:
-    return [(_ROLES.get(role := turn.role, role), turn.content) for turn in chat.messages]
+    return [
+        Turn(
+            _ROLES.get(role := message.role, role),
+            message.content,
+            message.name,
+            message.tool_call_id,
+            tuple(
+                Call(call.name, arguments_of_call(call, place, number), call.id)
+                for number, call in enumerate(message.tool_calls)
+            ),
+            message.reasoning,
+        )
+        for place, message in enumerate(chat.messages)
+    ]
+
+
+def _tools(chat: pb.Chat) -> Tools:
+    return [
+        Tool(tool.name, tool.description, parameters_of_tool(tool, place))
+        for place, tool in enumerate(chat.tools)
+    ]

@@ -2,10 +2,11 @@
 
 A request holds one of the batcher's `queue_limit` places from its arrival. It waits to be tokenised in the
 lane for its size (`lanes`), and then for a worker (`coalescer`). One that the tokenizer encodes quickly is
-tokenised immediately, on the event loop, unless others wait in its lane. Requests that wait here are
+tokenised immediately, on the event loop, unless others wait in its lane. If its answer has a grammar that was
+not seen before, it also waits for the check of the grammar, in a lane of its own. Requests that wait here are
 rejected, shed, timed out, cancelled and drained as those in the queue are. Prompts of `LONG_BYTES` and more
-are also bounded in bytes. A prompt of token ids is ready at once. `encoding` tokenises, and `limits` decides
-what fits.
+are also bounded in bytes. A prompt of token ids is ready at once. `encoding` tokenises, `grammars` checks
+grammars, and `limits` decides what fits.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import asyncio
 import time
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple, TypeVar
 
 from opentelemetry import trace
 
 from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
+from headrace.batcher.form import AnswerForm
 from headrace.batcher.inbox import Inbox
 from headrace.batcher.intake.encoding import Encoder
-from headrace.batcher.intake.lanes import Lane, PendingPrompt, outcome_after
+from headrace.batcher.intake.grammars import GrammarCheck, grammar_field
+from headrace.batcher.intake.lanes import Lane, Pending, outcome_after
 from headrace.batcher.intake.limits import RequestLimits
 from headrace.batcher.job import Job
 from headrace.batcher.waiting.admission import TOLERANCE
@@ -40,11 +45,22 @@ _LANES = ((0, 2), (LONG_BYTES, 1), (8 * LONG_BYTES, 1))
 
 _tracer = trace.get_tracer("headrace.batcher")
 
+T = TypeVar("T")
+
+
+class _Encoded(NamedTuple):
+    """The prompt of a request, and the form of its answer, with a grammar that is checked or not."""
+
+    prompt_ids: list[int]
+    form: AnswerForm
+    checked: bool
+
 
 class Intake:
     """Turns requests into jobs. Use as a context manager: it owns threads.
 
     tier                the name of the tier
+    grammars            makes and checks the forms of answers; the intake closes it
     max_tokens          most tokens of an answer
     max_unread_tokens   most unread tokens kept for a caller
     max_bytes           most bytes of requests of `LONG_BYTES` and more that wait to be tokenised; a single
@@ -57,6 +73,7 @@ class Intake:
         self,
         coalescer: Coalescer,
         encoder: Encoder,
+        grammars: GrammarCheck,
         *,
         tier: str,
         max_tokens: int,
@@ -68,6 +85,7 @@ class Intake:
         self._coalescer = coalescer
         self._admission = coalescer.admission
         self._encoder = encoder
+        self._grammars = grammars
         self._tier = tier
         self._max_tokens = max_tokens
         self._max_unread_tokens = max_unread_tokens
@@ -77,12 +95,15 @@ class Intake:
             Lane(smallest=smallest, threads=threads, ageing=ageing, tier=tier) for smallest, threads in _LANES
         ]
         self._long = self._lanes[1:]
-        self._admission.places += self._lanes
+        # One thread: the process that checks grammars checks one at a time.
+        self._checks = Lane(smallest=0, threads=1, ageing=ageing, tier=tier, stage="grammar")
+        self._admission.places += [*self._lanes, self._checks]
         self._threads = ExitStack()
 
     def __enter__(self) -> Intake:
-        for lane in self._lanes:
+        for lane in (*self._lanes, self._checks):
             self._threads.enter_context(lane)
+        self._threads.callback(self._grammars.close)  # first, which ends a check that is running
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,8 +111,8 @@ class Intake:
 
     @property
     def waiting(self) -> int:
-        """The number of requests that wait to be tokenised, or are being tokenised."""
-        return sum(lane.waiting for lane in self._lanes)
+        """The number of requests that wait to be tokenised or checked, or are at it."""
+        return sum(lane.waiting for lane in (*self._lanes, self._checks))
 
     @property
     def bytes(self) -> int:
@@ -99,8 +120,8 @@ class Intake:
         return sum(lane.bytes for lane in self._lanes)
 
     def oldest_wait(self, now: float) -> float:
-        """Return how long the oldest request has waited to be tokenised, in seconds."""
-        return max(lane.order.oldest_wait(now) for lane in self._lanes)
+        """Return how long the oldest request has waited to be tokenised or checked, in seconds."""
+        return max(lane.order.oldest_wait(now) for lane in (*self._lanes, self._checks))
 
     async def job(
         self, request: pb.GenerateRequest, arrived: float, deadline: Deadline, *, framed: bool = False
@@ -118,8 +139,8 @@ class Intake:
         limits.check(request)
         size, routing = request.ByteSize(), request.routing
         self._encoder.check(request, size, limits)
-        pending = PendingPrompt(
-            partial(self._encoder.prompt_ids, request, size, limits),
+        pending: Pending[_Encoded] = Pending(
+            partial(self._encoded, request, size, limits),
             size=size,
             tenant=routing.tenant,
             priority=routing.priority if routing.HasField("priority") else 5,
@@ -130,28 +151,56 @@ class Intake:
         if self._is_ready(request) or (size <= self._quick_bytes(request) and lane.empty):
             return self._job_at_once(request, pending, limits, framed)
         self._enter(pending, lane, time.monotonic())
+        held = lane, pending
         try:
             with _TokenizeSpan():
-                prompt_ids = await self._ids(pending)
-            job = self._job(request, pending, prompt_ids, limits, framed)
+                encoded = await _result(pending, "the prompt was tokenised")
+            if not encoded.checked:
+                held = self._enter_check(request, pending, encoded, lane)
+                await _result(held[1], "the grammar of the answer was checked")
+            job = self._job(request, pending, encoded, limits, framed)
         except BaseException as error:
+            lane, pending = held
             lane.leave(pending, outcome_after(error))
             raise
-        job.release_place = partial(lane.leave, pending, "ok")
+        job.release_place = partial(held[0].leave, held[1], "ok")
         return job
 
+    def _encoded(self, request: pb.GenerateRequest, size: int, limits: RequestLimits) -> _Encoded:
+        """Return the prompt and the form of the answer. Raises InvalidRequest."""
+        prompt_ids = self._encoder.prompt_ids(request, size, limits)
+        form = self._grammars.form_of(request, prompt_ids)
+        return _Encoded(prompt_ids, form, self._grammars.known(request, form))
+
+    def _enter_check(
+        self, request: pb.GenerateRequest, pending: Pending[_Encoded], encoded: _Encoded, lane: Lane
+    ) -> tuple[Lane, Pending[_Encoded]]:
+        """Move a request from the lane where it was tokenised to the one for grammars, with its place."""
+
+        def work() -> _Encoded:
+            self._grammars.check(request, encoded.form)
+            return encoded
+
+        check = replace(pending, work=work, size=len(encoded.form.grammar))
+        lane.leave(pending, "ok")
+        self._checks.put(check)
+        return self._checks, check
+
     def _is_ready(self, request: pb.GenerateRequest) -> bool:
-        """Whether there is nothing to tokenise and nothing to decode, see `_quick_bytes`."""
-        return request.HasField("token_ids") and not request.resume.token_ids
+        """Whether there is nothing to tokenise, decode or check, see `_quick_bytes`."""
+        if request.resume.token_ids or grammar_field(request):
+            return False
+        return request.HasField("token_ids")
 
     def _quick_bytes(self, request: pb.GenerateRequest) -> int:
         """Return the size up to which the request is tokenised on the event loop; 0: never."""
-        if request.resume.token_ids:  # its answer waits to be decoded, and must hold a place meanwhile
+        # An answer that is resumed waits to be decoded, and must hold a place meanwhile.
+        if request.resume.token_ids or grammar_field(request):
             return 0
         return self._encoder.quick_bytes(request)
 
     def _job_at_once(
-        self, request: pb.GenerateRequest, pending: PendingPrompt, limits: RequestLimits, framed: bool
+        self, request: pb.GenerateRequest, pending: Pending[_Encoded], limits: RequestLimits, framed: bool
     ) -> Job:
         """Return a short request as a job. It enters the queue in this turn of the event loop."""
         now = time.monotonic()
@@ -159,12 +208,12 @@ class Intake:
             raise _deadline_passed()
         self._admission.make_place(pending, now)  # before the work: an overloaded batcher rejects at low cost
         with _TokenizeSpan():
-            prompt_ids = pending.encode()
-        job = self._job(request, pending, prompt_ids, limits, framed)
+            encoded = pending.work()
+        job = self._job(request, pending, encoded, limits, framed)
         job.release_place = _nothing_held
         return job
 
-    def _enter(self, pending: PendingPrompt, lane: Lane, now: float) -> None:
+    def _enter(self, pending: Pending[_Encoded], lane: Lane, now: float) -> None:
         """Put the request into its lane, and shed others for it if need be."""
         if pending.deadline.exists:
             left = pending.response_deadline.left(now)
@@ -183,7 +232,7 @@ class Intake:
         self._admission.make_place(pending, now)
         lane.put(pending)
 
-    def _free_bytes(self, pending: PendingPrompt) -> None:
+    def _free_bytes(self, pending: Pending[_Encoded]) -> None:
         """Make sure that the bytes of a long request fit, by shedding if need be. Raises Overloaded."""
         taken = sum(lane.bytes for lane in self._long)
         if not taken or taken + pending.size <= self._max_bytes:
@@ -212,16 +261,6 @@ class Intake:
                 ),
             )
 
-    async def _ids(self, pending: PendingPrompt) -> list[int]:
-        """Wait for the request's tokens, until its deadline at most."""
-        try:
-            async with asyncio.timeout_at(pending.response_deadline.timeout_at) as timeout:
-                return await pending.ids
-        except TimeoutError:
-            if not timeout.expired():
-                raise
-            raise _deadline_passed() from None
-
     def limits(self) -> RequestLimits:
         """Return the current limits of the tier. Raises NoWorkers."""
         pool = self._coalescer.pool
@@ -236,11 +275,12 @@ class Intake:
     def _job(
         self,
         request: pb.GenerateRequest,
-        pending: PendingPrompt,
-        prompt_ids: list[int],
+        pending: Pending[_Encoded],
+        encoded: _Encoded,
         limits: RequestLimits,
         framed: bool,
     ) -> Job:
+        prompt_ids = encoded.prompt_ids
         limits.check_prompt(len(prompt_ids))
         resume, span = request.resume, trace.get_current_span()
         limits.check_resume(len(prompt_ids), len(resume.token_ids))
@@ -259,6 +299,7 @@ class Intake:
             blocks=block_names(prompt_ids),
             wants_route_changes=request.stream.include_route_changes,
             model=limits.model,
+            form=encoded.form,
         )
         job.request_prompt_details()
         if span.is_recording():
@@ -312,7 +353,19 @@ def _nothing_held() -> None:
     """Do nothing: a request that enters the queue in this turn of the event loop holds no place before."""
 
 
-def _deadline_passed() -> errors.DeadlineInQueue:
-    return errors.DeadlineInQueue(
-        "the deadline passed before the prompt was tokenised; nothing was generated"
-    )
+async def _result(pending: Pending[T], done: str) -> T:
+    """Wait for the result of a request's work, until its deadline at most.
+
+    done   what will have happened then, for the error
+    """
+    try:
+        async with asyncio.timeout_at(pending.response_deadline.timeout_at) as timeout:
+            return await pending.result
+    except TimeoutError:
+        if not timeout.expired():
+            raise
+        raise _deadline_passed(done) from None
+
+
+def _deadline_passed(done: str = "the prompt was tokenised") -> errors.DeadlineInQueue:
+    return errors.DeadlineInQueue(f"the deadline passed before {done}; nothing was generated")

@@ -1,7 +1,9 @@
-"""Queue prompts to be tokenised, and tokenise them on threads for their size.
+"""Queue the work that requests need before they enter the batcher's queue, and do it on threads.
+
+Most of it is tokenising: there are lanes for prompts of different sizes. Another lane checks grammars.
 
 The order is that of the queue (`order`): priority, tenants in turn, earliest deadline. Each lane has its own
-order and threads, and accepts requests of one range of sizes. So a short prompt never waits for a long one,
+order and threads, and accepts requests of one range of sizes. So a short pending never waits for a long one,
 nor a long one for one that is many times longer. What happens to the tokens is decided in `intake`.
 """
 
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Generic, TypeVar
 
 from headrace import errors
 from headrace.batcher import job as jobs
@@ -23,30 +26,32 @@ from headrace.metrics import catalogue
 from headrace.metrics.words import Outcome, outcome_of
 
 _BYTES_PER_TOKEN = 4  # of ordinary text
-# The fixed cost of a request, as tokens: half a millisecond, the time of a kilobyte of a long prompt.
+# The fixed cost of a request, as tokens: half a millisecond, the time of a kilobyte of a long pending.
 _FIXED_COST = 256
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
-class PendingPrompt:
-    """A request that waits to be tokenised. See `order.Waiting`.
+class Pending(Generic[T]):
+    """The work of a request that waits in a lane. See `order.Waiting`.
 
-    encode   returns its tokens; called on a thread
-    size     bytes of the request
-    ids      its tokens, or why there are none; set while it is in a lane
+    work     called on a thread
+    size     bytes of the request, or of the part of it that the work is about
+    result   what the work returns or raises; set while it is in a lane
     """
 
-    encode: Callable[[], list[int]]
+    work: Callable[[], T]
     size: int
     tenant: str
     priority: int
     arrived: float
     deadline: Deadline
-    ids: asyncio.Future[list[int]] = field(init=False)
+    result: asyncio.Future[T] = field(init=False)
 
     @property
     def cost(self) -> int:
-        """The cost of tokenising it, in tokens of ordinary text."""
+        """The cost of the work, in tokens of ordinary text."""
         return self.size // _BYTES_PER_TOKEN + _FIXED_COST
 
     @property
@@ -61,30 +66,34 @@ class PendingPrompt:
 
     def fail(self, error: errors.HeadraceError) -> None:
         """End it with *error*."""
-        if not self.ids.done():
-            self.ids.set_exception(error)
+        if not self.result.done():
+            self.result.set_exception(error)
 
 
 class Lane:
-    """Tokenises requests of at least *smallest* bytes, *threads* at a time. Use as a context manager.
+    """Works on requests of at least *smallest* bytes, *threads* at a time. Use as a context manager.
 
     ageing   as of `order.FairOrder`
     tier     its name, for metrics of waiting requests; empty: there are none, because others wait here
+    stage    what they wait for, in these metrics
     """
 
-    def __init__(self, *, smallest: int, threads: int, ageing: float, tier: str = "") -> None:
-        # The quantum covers one of the shortest prompts of the lane, or a few tiny ones. A prompt that is n
+    def __init__(
+        self, *, smallest: int, threads: int, ageing: float, tier: str = "", stage: str = "tokenizer"
+    ) -> None:
+        # The quantum covers one of the shortest prompts of the lane, or a few tiny ones. A pending that is n
         # times longer takes n rounds, which must be few.
         quantum = max(smallest // _BYTES_PER_TOKEN, 4 * _FIXED_COST)
-        self.order: FairOrder[PendingPrompt] = FairOrder(ageing=ageing, quantum=quantum)
+        self.order: FairOrder[Pending[Any]] = FairOrder(ageing=ageing, quantum=quantum)
         self.smallest = smallest
         self.bytes = 0
         self._threads = threads
         self._tier = tier
-        self._depth = catalogue.QUEUE_DEPTH.of(tier=tier, stage="tokenizer") if tier else None
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
-        self._held: set[PendingPrompt] = set()
-        self._running: dict[PendingPrompt, float] = {}  # and when each started
+        self._stage = stage
+        self._depth = catalogue.QUEUE_DEPTH.of(tier=tier, stage=stage) if tier else None
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=stage)
+        self._held: set[Pending[Any]] = set()
+        self._running: dict[Pending[Any], float] = {}  # and when each started
         self._seconds = RunningMean()
 
     def __enter__(self) -> Lane:
@@ -103,12 +112,12 @@ class Lane:
         """Whether no request waits here for a thread; some may be on one."""
         return not self.order
 
-    def by_level(self) -> dict[int, list[PendingPrompt]]:
+    def by_level(self) -> dict[int, list[Pending[Any]]]:
         """See `admission.WaitingPlace`: those that are not on a thread yet."""
         return self.order.by_level()
 
-    def wait_seconds(self, newcomer: PendingPrompt) -> float:
-        """Estimate how long *newcomer* would wait for its tokens, from previous ones; 0 while unknown."""
+    def wait_seconds(self, newcomer: Pending[Any]) -> float:
+        """Estimate how long *newcomer* would wait for its result, from previous ones; 0 while unknown."""
         ahead, _ = self.order.ahead_of(newcomer)
         return self._seconds_behind(ahead)
 
@@ -122,55 +131,55 @@ class Lane:
             return 0.0
         return (ahead + 1) / self._threads * self._seconds.value
 
-    def put(self, prompt: PendingPrompt) -> None:
-        """Queue *prompt*, whose tokens will be in `prompt.ids`. It holds a place until `leave` is called."""
-        prompt.ids = asyncio.get_running_loop().create_future()
-        self._held.add(prompt)
-        self.bytes += prompt.size
+    def put(self, pending: Pending[Any]) -> None:
+        """Queue *pending*, whose `result` follows. It holds a place until `leave` is called."""
+        pending.result = asyncio.get_running_loop().create_future()
+        self._held.add(pending)
+        self.bytes += pending.size
         if self._depth is not None:
             self._depth.add(1)
-        self.order.put(prompt)
+        self.order.put(pending)
         self._fill()
 
-    def remove(self, waiting: PendingPrompt, outcome: Outcome) -> bool:
+    def remove(self, waiting: Pending[Any], outcome: Outcome) -> bool:
         """See `admission.WaitingPlace`."""
         if waiting not in self.order:
             return False
         self.leave(waiting, outcome)
         return True
 
-    def leave(self, prompt: PendingPrompt, outcome: Outcome) -> None:
-        """Release the place of *prompt*, waiting or running. Further calls have no effect."""
-        if prompt not in self._held:
+    def leave(self, pending: Pending[Any], outcome: Outcome) -> None:
+        """Release the place of *pending*, waiting or running. Further calls have no effect."""
+        if pending not in self._held:
             return
-        self._held.discard(prompt)
-        self.order.discard(prompt)
-        if prompt not in self._running:
-            self.bytes -= prompt.size
+        self._held.discard(pending)
+        self.order.discard(pending)
+        if pending not in self._running:
+            self.bytes -= pending.size
         if self._depth is not None:
             self._depth.add(-1)
-            wait = catalogue.QUEUE_WAIT.of(tier=self._tier, stage="tokenizer", outcome=outcome)
-            wait.record(time.monotonic() - prompt.arrived)
+            wait = catalogue.QUEUE_WAIT.of(tier=self._tier, stage=self._stage, outcome=outcome)
+            wait.record(time.monotonic() - pending.arrived)
 
     def _fill(self) -> None:
         """Start the next prompts on free threads."""
         now = time.monotonic()
-        while len(self._running) < self._threads and (prompt := self.order.head(now)) is not None:
-            self.order.take(prompt)
-            self._running[prompt] = now
-            task = asyncio.get_running_loop().run_in_executor(self._executor, prompt.encode)
-            task.add_done_callback(partial(self._done, prompt))
+        while len(self._running) < self._threads and (pending := self.order.head(now)) is not None:
+            self.order.take(pending)
+            self._running[pending] = now
+            task = asyncio.get_running_loop().run_in_executor(self._executor, pending.work)
+            task.add_done_callback(partial(self._done, pending))
 
-    def _done(self, prompt: PendingPrompt, task: asyncio.Future[list[int]]) -> None:
-        self._seconds.add(time.monotonic() - self._running.pop(prompt))
-        if prompt not in self._held:
-            self.bytes -= prompt.size  # its caller left, but the thread could not be stopped
+    def _done(self, pending: Pending[Any], task: asyncio.Future[Any]) -> None:
+        self._seconds.add(time.monotonic() - self._running.pop(pending))
+        if pending not in self._held:
+            self.bytes -= pending.size  # its caller left, but the thread could not be stopped
         error = task.exception()
-        if not prompt.ids.done():
+        if not pending.result.done():
             if error is None:
-                prompt.ids.set_result(task.result())
+                pending.result.set_result(task.result())
             else:
-                prompt.ids.set_exception(error)
+                pending.result.set_exception(error)
         self._fill()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from headrace import errors
+from headrace.batcher.intake.grammars import grammar_field
 from headrace.batcher.token_details import needed_features
 from headrace.quoting import quoted
 from headrace.v1 import generation_pb2 as pb
@@ -60,7 +61,7 @@ class RequestLimits:
         self._check_ids("sampling.logit_bias", sampling.logit_bias)
         self._check_ids("sampling.stop_token_ids", sampling.stop_token_ids)
         self._check_ids("resume.token_ids", resume_ids)
-        for feature, field in needed_features(sampling).items():
+        for feature, field in needed_features(sampling, grammar_field(request)).items():
             if feature not in self.features:
                 raise errors.InvalidSampling(
                     f"{field} is set, but not all workers of tier {self.tier!r} support {feature}: leave it "

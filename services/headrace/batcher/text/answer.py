@@ -14,6 +14,7 @@ from headrace.batcher.text.detokenizer import Detokenizer, Piece, StopRules, Tex
 from headrace.batcher.text.token_texts import Spellings, TokenDescriber
 from headrace.batcher.text.tokens import Tokenizer, stop_ids
 from headrace.batcher.token_details import TokenScores, tokens_per_event
+from headrace.batcher.tools.parts import AnswerParts, has_content
 from headrace.metrics import catalogue
 from headrace.metrics.requests import End, Timing, finish_name, record
 from headrace.metrics.words import Outcome
@@ -58,7 +59,10 @@ class AnswerEvents:
         # space.
         before = last_with_text(tokenizer, job.prompt_ids)
         self._detokenizer = Detokenizer(tokenizer, before)
-        self._text = TextStream(self._detokenizer, stops)
+        self._text = TextStream(self._detokenizer, stops, job.form.markers)
+        self._parts: AnswerParts | None = None
+        if job.form.has_parts:
+            self._parts = AnswerParts(job.form, sampling.seed, job.prompt_ids)
         spellings = spellings or Spellings(tokenizer)
         asked = request.sampling
         self._with_logprobs = asked.logprobs
@@ -78,6 +82,8 @@ class AnswerEvents:
     def replay(self) -> None:
         """Decode the tokens that came with the request. Slow for many tokens: call it off the event loop."""
         self._replayed = self._text.feed(self._job.resume_ids)
+        if self._parts is not None:
+            self._parts.feed(self._replayed.text)
         if self._describer is not None:
             self._describer.after = self._detokenizer.after
 
@@ -135,8 +141,10 @@ class AnswerEvents:
         """
         stopped = stopped if stopped is not None else self._replayed.stopped
         last = self._text.flush() if stopped is None else Piece("", 0)
-        if last.text:
-            yield self._delta(Arrival([], [], None), 0, 0, last.text)
+        if last.text or (self._parts is not None and self._parts.holds_text):
+            event = self._delta(Arrival([], [], None), 0, 0, last.text, final=True)
+            if self._parts is None or has_content(event.delta):
+                yield event
         yield self._finish(stopped if stopped is not None else last.stopped, wasted)
 
     def _finish(self, stopped: str | None, wasted: int) -> pb.GenerateResponse:
@@ -191,13 +199,18 @@ class AnswerEvents:
             if end.finish:
                 job.span.set_attribute(attributes.GEN_AI_FINISH_REASONS, [end.finish])
 
-    def _delta(self, arrival: Arrival, start: int, stop: int, text: str) -> pb.GenerateResponse:
+    def _delta(
+        self, arrival: Arrival, start: int, stop: int, text: str, *, final: bool = False
+    ) -> pb.GenerateResponse:
         # Set field by field: a message that is passed to a constructor is copied.
         response = pb.GenerateResponse()
         delta = response.delta
         delta.offset = self._offset
         delta.token_count = stop - start
-        delta.text = text
+        if self._parts is None:
+            delta.text = text
+        else:
+            self._parts.fill(delta, text, final=final)
         if arrival.scores:
             if self._describer is None:
                 delta.logprobs.extend(arrival.scores[start:stop])  # type: ignore[arg-type] # floats then

@@ -163,13 +163,22 @@ class Piece(NamedTuple):
 
 
 class TextStream:
-    """Decodes ids to text up to the first stop text."""
+    """Decodes ids to text up to the first stop text.
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopRules | None = None) -> None:
+    markers   ids of special tokens that are decoded to texts. No stop text contains one, or spans it
+    """
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: StopRules | None = None,
+        markers: Mapping[int, str] | None = None,
+    ) -> None:
         self._detokenizer = detokenizer
         self._stops = stops or StopRules()
         self._finder = StopFinder(self._stops.texts)
-        self._never_stops = not (self._stops.texts or self._stops.ids)
+        self._markers = markers or {}
+        self._only_decodes = not (self._stops.texts or self._stops.ids or self._markers)
         self._count = 0
 
     @property
@@ -179,7 +188,7 @@ class TextStream:
     def feed(self, ids: Sequence[int]) -> Piece:
         """Decode the next ids. Do not call it again after a piece with a stop text."""
         decode = self._detokenizer.feed
-        if self._never_stops:
+        if self._only_decodes:
             return Piece(decode(ids[0]) if len(ids) == 1 else "".join(map(decode, ids)), len(ids))
         texts = []
         used = 0
@@ -188,6 +197,9 @@ class TextStream:
             if self._counts and id in self._stops.ids:
                 texts.append(self._rest())
                 return Piece("".join(texts), used, self._stops.ids[id])
+            if id in self._markers:
+                texts += self._rest(), self._markers[id]
+                continue
             text, stopped = self._finder.feed(decode(id), counts=self._counts)
             texts.append(text)
             if stopped is not None:

@@ -1,13 +1,13 @@
-"""Render one chat template in a separate process, which `templates` starts and can end.
+"""Render one chat template in a separate process, which `renderer` starts and can end.
 
 A template is a program that came with a model. In this process it may loop or request all memory without
 harm: the process is killed when a rendering takes too much CPU time, even inside of C code, and its memory is
 limited. It exits when its standard input closes.
 
 Frames in both directions are four bytes of length, big-endian, and JSON in UTF-8. The first incoming frame is
-{"template", "tokens"}. Each later one is {"messages", "add_generation_prompt", "arguments"}, and the response
-is {"text"}, {"refused"} (the template's own `raise_exception`) or {"failed"}. The file runs as a script and
-imports nothing of headrace.
+{"template", "tokens"}. Each later one is {"messages", "tools", "add_generation_prompt", "arguments"}, and the
+response is {"text"}, {"refused"} (the template's own `raise_exception`) or {"failed"}. The file runs as a
+script and imports nothing of headrace.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any
 
 CPU_SECONDS = 2.0  # per rendering; ordinary ones take well under a millisecond
 MEMORY_BYTES = 768 << 20  # in addition to what the process has at its start
-# A rendering may have this many times the characters of the messages, and this many more.
+# A rendering may have this many times the characters of the messages and tools, and this many more.
 MAX_GROWTH = 4
 MAX_EXTRA = 1 << 20
 
@@ -45,12 +45,14 @@ def rendered(
     template: str,
     tokens: dict[str, Any],
     messages: list[Any],
+    tools: list[Any] | None,
     add_generation_prompt: bool,
     arguments: dict[str, Any],
 ) -> dict[str, str]:
     """Return the response frame for *messages* rendered by *template*.
 
     tokens                  the tokenizer's special tokens by name, such as bos_token
+    tools                   the tools that the model may call; None: it has none
     add_generation_prompt   whether the start of the next answer follows the messages
     arguments               further variables, with other names than the tokens
     """
@@ -60,6 +62,7 @@ def rendered(
     try:
         result: Any = render_jinja_template(
             conversations=[messages],
+            tools=tools,
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             **tokens,
@@ -74,14 +77,19 @@ def rendered(
     except Exception as error:  # a template is a program and may raise anything
         return {"failed": f"{type(error).__name__}: {error}"}
     text = str(result[0][0])
-    limit = MAX_EXTRA + MAX_GROWTH * sum(_characters(message["content"]) for message in messages)
+    limit = MAX_EXTRA + MAX_GROWTH * (_characters(messages) + _characters(tools))
     if len(text) > limit:
         return {"failed": f"its text has {len(text)} characters, but these messages allow at most {limit}"}
     return {"text": text}
 
 
-def _characters(content: str | list[dict[str, str]]) -> int:
-    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+def _characters(value: Any) -> int:
+    """Return about how many characters *value* has as JSON."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(name) + _characters(each) for name, each in value.items())
+    return sum(map(_characters, value)) if isinstance(value, list) else 1
 
 
 def _limit_memory() -> None:

@@ -87,7 +87,7 @@ class Dispatcher:
 
         A job that no ready worker can serve any more fails.
         """
-        needed = needed_features(job.sampling)
+        needed = needed_features(job.sampling, "sampling" if job.form.grammar else "")
         if needed and not any(link.ready and link.has(needed) for link in self._pool):
             self._queue.remove(job, "failed")
             job.fail(_no_worker_has(needed, job))

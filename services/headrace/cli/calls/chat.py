@@ -1,7 +1,7 @@
 """`headrace chat`: send a prompt, and print the answer while it is streamed.
 
-The answer is written to standard output and everything else to standard error, so that a pipe receives only
-the answer. `conversation` sends several prompts.
+The answer, its text and its calls of tools, is written to standard output and everything else to standard
+error, so that a pipe receives only the answer. `conversation` sends several prompts.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class ChatOptions:
     temperature: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
+    json_schema: str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    tools: Sequence[pb.Tool] = ()
     system: str = ""
     tier: str = ""
     min_tier: str = ""
@@ -49,10 +53,10 @@ def request_for(
     """
     sampling = {
         name: value
-        for name in ("temperature", "max_tokens", "seed")
+        for name in ("temperature", "max_tokens", "seed", "json_schema", "json_object", "regex")
         if (value := getattr(options, name)) is not None
     }
-    request = chat(turns, system=options.system, **sampling)
+    request = chat(turns, system=options.system, tools=options.tools, **sampling)
     request.routing.tier = options.tier
     request.routing.min_tier = options.min_tier
     request.routing.max_tier = options.max_tier
@@ -67,30 +71,53 @@ async def follow(
     *,
     timeout: float,
     write: Callable[[str], None],
+    think: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Add the events of an answer to *answer*, and pass its text to *write*. Raises a HeadraceError."""
+    """Add the events of an answer to *answer*. Raises a HeadraceError.
+
+    write   is passed its text
+    think   is passed what the model thinks before it
+    """
     began = time.perf_counter()
     async with aclosing(client.generate(request, timeout=timeout)) as stream:
         async for response in stream:
-            if text := answer.add(response, time.perf_counter() - began):
+            text = answer.add(response, time.perf_counter() - began)
+            if thought := response.delta.reasoning:
+                think(thought)
+            if text:
                 write(text)
 
 
 async def print_answer(
     client: Client, request: pb.GenerateRequest, options: ChatOptions, answer: Answer
 ) -> None:
-    """Print an answer while it is streamed, then its figures. Raises a HeadraceError."""
+    """Print an answer while it is streamed, then its calls and its figures. Raises a HeadraceError."""
+    console = stderr_console()
+    open_line = False  # of thoughts
+
+    def think(text: str) -> None:
+        nonlocal open_line
+        console.print(printable(text), style="dim", markup=False, soft_wrap=True, end="")
+        open_line = not text.endswith("\n")
 
     def write(text: str) -> None:
+        nonlocal open_line
+        if open_line:
+            console.print()
+            open_line = False
         sys.stdout.write(printable(text))
         sys.stdout.flush()
 
     try:
-        await follow(client, request, answer, timeout=options.timeout, write=write)
+        await follow(client, request, answer, timeout=options.timeout, write=write, think=think)
     finally:
         if answer.text and not answer.text.endswith("\n"):
             write("\n")
-    stderr_console().print(answer.figures(), style="dim", markup=False, soft_wrap=True)
+        for line in answer.lines_of_calls:
+            write(f"{line}\n")
+    if open_line:
+        console.print()
+    console.print(answer.figures(), style="dim", markup=False, soft_wrap=True)
 
 
 async def ask_once(prompt: str, options: ChatOptions) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +33,22 @@ def chat(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes a sampled answer reproducible.")] = None,
     system: Annotated[str, typer.Option(help="Replaces the model's system prompt.")] = "",
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The answer is JSON that matches the JSON schema in this file."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The answer is a JSON object.")] = False,
+    regex: Annotated[
+        str, typer.Option(metavar="PATTERN", help="The answer matches this regular expression as a whole.")
+    ] = "",
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Tools that the model may call: a JSON list of objects with name, description and "
+            "parameters, or as in requests of OpenAI's API. Calls are printed, not made.",
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a whole answer.")] = 120.0,
 ) -> None:
     """Send a prompt and stream the answer. Without a prompt, start a conversation; /help lists its commands.
@@ -41,25 +58,38 @@ def chat(
     Example:  headrace chat --max-tokens 60 "Why is the sky blue?"
 
     Example:  git diff | headrace chat --system "Write a commit message." --min-tier large
+
+    Example:  headrace chat --regex "yes|no" "Is Paris in France?"
     """
     import asyncio
 
     from headrace.cli.calls.chat import ChatOptions, ask_once
     from headrace.cli.calls.conversation import conversation
+    from headrace.cli.files.forms import read_schema, read_tools
 
-    options = ChatOptions(
-        connection=connection,
-        timeout=timeout,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seed=seed,
-        system=system,
-        tier=tier,
-        min_tier=min_tier,
-        max_tier=max_tier,
-    )
+    if sum([json_schema is not None, as_json, bool(regex)]) > 1:
+        complain("give at most one of --json-schema, --json and --regex")
+        raise typer.Exit(2)
     with complaining(connection.target):
+        options = ChatOptions(
+            connection=connection,
+            timeout=timeout,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            json_schema=None if json_schema is None else read_schema(json_schema),
+            json_object=as_json or None,
+            regex=regex or None,
+            tools=() if tools is None else read_tools(tools),
+            system=system,
+            tier=tier,
+            min_tier=min_tier,
+            max_tier=max_tier,
+        )
         if prompt is None and sys.stdin.isatty():
+            if options.tools:
+                complain("--tools needs a prompt: a conversation cannot send results of calls")
+                raise typer.Exit(2)
             conversation(options)
             return
         # Invalid UTF-8 is rejected later, as it is in an argument.

@@ -21,6 +21,7 @@ from headrace.router.answering.attempts import Outgoing, Routed, across_tiers, c
 from headrace.router.optional import optional
 from headrace.router.state.peer_reports import total
 from headrace.router.state.tiers import Tier
+from headrace.routing.drafts.forms import fault
 from headrace.v1 import generation_pb2 as pb
 
 REJECTED = "DRAFT_REJECTED"
@@ -34,7 +35,10 @@ _SENTENCE_END = re.compile(r"[.!?:;]['\")\]]*(?:\s|$)|\n")
 class Draft:
     """An answer that is held back, or a sample.
 
+    structured whether its text has the form that the request asks for
     held       its events so far
+    reasoning  what the model thought before its text
+    calls      of tools, by index: the parts of the arguments
     prompt_tokens, tokens   of the prompt, and generated
     logprobs   one per token, if the engine reports them
     finish     its last event; None before it
@@ -44,8 +48,11 @@ class Draft:
     """
 
     tier: str = ""
+    structured: bool = False
     held: list[pb.GenerateResponse] = field(default_factory=list)
     text: str = ""
+    reasoning: str = ""
+    calls: dict[int, list[str]] = field(default_factory=dict)
     prompt_tokens: int = 0
     tokens: int = 0
     logprobs: list[float] = field(default_factory=list)
@@ -62,11 +69,20 @@ class Draft:
             self.tier = response.accepted.tier
             self.prompt_tokens = response.accepted.prompt_tokens
         elif event == "delta":
-            self.text += response.delta.text
-            self.tokens += response.delta.token_count
-            self.logprobs.extend(response.delta.logprobs)
+            delta = response.delta
+            self.text += delta.text
+            self.reasoning += delta.reasoning
+            self.tokens += delta.token_count
+            self.logprobs.extend(delta.logprobs)
+            for part in delta.tool_calls:
+                self.calls.setdefault(part.index, []).append(part.arguments)
         elif event == "finish":
             self.finish = response.finish
+
+    @property
+    def has_form(self) -> bool:
+        """Whether it is judged by its form, which shows at its end only."""
+        return self.structured or bool(self.calls)
 
     @property
     def cached_tokens(self) -> int:
@@ -78,15 +94,21 @@ class Draft:
         """Whether the model ended its turn by itself."""
         return self.finish is not None and self.finish.reason != pb.FINISH_REASON_LENGTH
 
+    def form_fault(self, *, is_json: bool) -> str:
+        """Return why its form makes it useless; see `forms.fault`."""
+        arguments = ["".join(parts) for parts in self.calls.values()]
+        return fault(self.text, arguments, complete=self.complete, is_json=is_json)
+
     def text_to_check(self) -> tuple[str, bool]:
         """Return the text to check, and whether it counts as complete.
 
-        A draft that is still being generated is checked by its complete sentences.
+        A draft that is still being generated is checked by its complete sentences, or those of its thoughts.
         """
         if self.finish is not None:
             return self.text, self.complete
-        ends = [found.end() for found in _SENTENCE_END.finditer(self.text)]
-        return (self.text[: ends[-1]], True) if ends else (self.text, False)
+        text = self.text or self.reasoning
+        ends = [found.end() for found in _SENTENCE_END.finditer(text)]
+        return (text[: ends[-1]], True) if ends else (text, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +117,7 @@ class HoldBack:
 
     tier             that answers
     max_tokens       a longer draft is checked when it has this many tokens, and streamed from there if it is
-                     released
+                     released; one that has a form is checked at its end
     sample_seconds   the longest that a draft waits for its sample; 0: no sample
     """
 
@@ -132,7 +154,7 @@ async def cascade(
     request, the draft is released although it was rejected. Raises the error of the last tier.
     """
     async with aclosing(across_tiers(routed, rejected)) as responses:
-        draft = Draft()
+        draft = Draft(structured=is_structured(routed.outgoing.request))
         draft.take(await anext(responses))
         failure: errors.HeadraceError | None = None
         plan = routed.hold_back()
@@ -232,6 +254,11 @@ async def _no_samples() -> Sequence[str]:
     return ()
 
 
+def is_structured(request: pb.GenerateRequest) -> bool:
+    """Whether a request asks for a form of its answer."""
+    return request.sampling.WhichOneof("structured") is not None
+
+
 def sample_request(request: pb.GenerateRequest, max_tokens: int) -> pb.GenerateRequest:
     """Return a request for a second answer to *request*, with another seed and at most *max_tokens* tokens.
 
@@ -256,11 +283,11 @@ def sample_request(request: pb.GenerateRequest, max_tokens: int) -> pb.GenerateR
 async def _complete(
     draft: Draft, responses: AsyncGenerator[pb.GenerateResponse, None], max_tokens: int
 ) -> errors.HeadraceError | None:
-    """Read the draft until it ends or has *max_tokens* tokens; return the failure that ended it, if any."""
+    """Read the draft as far as `HoldBack` says; return the failure that ended it, if any."""
     try:
         async for response in responses:
             draft.take(response)
-            if draft.tokens >= max_tokens and draft.finish is None:
+            if draft.tokens >= max_tokens and draft.finish is None and not draft.has_form:
                 return None
     except (errors.DeadlineExceeded, errors.RequestCancelled):
         raise  # no other tier has more time

@@ -37,6 +37,7 @@ class ForwardedAnswer(Progress):
         self._max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else math.inf
         self._top = sampling.top_logprobs if sampling.HasField("top_logprobs") else None
         self._wants_prompt = sampling.HasField("prompt_logprobs") and not self.ids
+        self._calls = None if self.ids else 0  # begun; None: the caller knows
         self._peer_is_router = False  # of this attempt
         self.accepted_here = False
         self.lost: errors.HeadraceError | None = None
@@ -88,6 +89,8 @@ class ForwardedAnswer(Progress):
             replies.check_delta(response.delta, len(self.ids), self._max_tokens)
             if self._top is not None:
                 replies.check_tokens(response.delta, self._top)
+            if response.delta.tool_calls:
+                self._check_calls(response.delta)
             if response.delta.token_count:
                 if not self.ids:  # in every attempt until a token is delivered
                     self._check_prompt()
@@ -143,6 +146,13 @@ class ForwardedAnswer(Progress):
         most = self._asked.sampling.prompt_logprobs
         replies.check_prompt(response.prompt_tokens, self.accepted.prompt_tokens, most)
         return self.add_prompt(response)
+
+    def _check_calls(self, delta: pb.Delta) -> None:
+        if not self._asked.chat.tools:
+            raise errors.BatcherLost("the batcher sent a call of a tool, and the request has no tools")
+        begun = replies.check_calls(delta, self._calls)
+        if delta.token_count:  # or else the next attempt repeats them, if the `finish` is lost
+            self._calls = begun
 
     def _check_prompt(self) -> None:
         """Check that the details of the prompt, if requested, came before the first token."""

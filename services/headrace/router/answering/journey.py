@@ -21,7 +21,7 @@ from headrace.metrics import catalogue
 from headrace.metrics.requests import Timing, finish_name
 from headrace.router.answering import replies
 from headrace.router.answering.attempts import Outgoing, across_tiers
-from headrace.router.answering.cascade import Draft, HoldBack, cascade
+from headrace.router.answering.cascade import Draft, HoldBack, cascade, is_structured
 from headrace.router.answering.prompts import digest_of, text_of
 from headrace.router.billing import bill_message
 from headrace.router.changes.answered import Answered, Beginning, Watchers
@@ -72,6 +72,8 @@ class Journey:
         self._turns, self._score, self._scorer = turns, score, scorer
         self._facts = routing_request(request, score, arm)
         self._shows_logprobs = request.sampling.logprobs
+        # Two answers in a form are not compared: the comparison is made for texts.
+        self._has_form = is_structured(request) or bool(request.chat.tools)
         # The details of the prompt belong to the model that answers, and its prompt is computed as a whole: a
         # draft would compute it once more.
         self._may_draft = chooser.rules.allow(self._facts) and not request.sampling.HasField(
@@ -190,7 +192,9 @@ class Journey:
             assert self._decision is not None, "an answer begins after a decision"
             now, deadline, rules = time.monotonic(), self.outgoing.deadline, self._chooser.rules
             if self._chooser.holds_back(self._facts, self._decision, now, deadline):
-                samples = self._chooser.draws_sample(self._facts, self._decision, now, deadline)
+                samples = not self._has_form and self._chooser.draws_sample(
+                    self._facts, self._decision, now, deadline
+                )
                 sample_seconds = rules.sample_seconds if samples else 0.0
                 return HoldBack(self._tiers[self._tier], rules.draft_tokens, sample_seconds)
         return None
@@ -199,26 +203,37 @@ class Journey:
         """See `cascade.Cascaded`. A draft that cannot be checked is released."""
         verdict = "unchecked"
         with _tracer.start_as_current_span(attributes.SPAN_CHECK) as span, optional("draft check"):
-            text, finished = draft.text_to_check()
-            released, check = self._chooser.check_draft(
-                text_of(self.outgoing.request),
-                text,
-                finished=finished,
-                logprobs=draft.logprobs,
-                quality_preference=self._facts.hints.quality_preference,
-                samples=draft.samples,
-            )
+            released, reasons = self._check_form(draft) if draft.has_form else self._check_text(draft)
             verdict = "released" if released else "escalated"
             span.set_attributes(
                 {
                     attributes.TIER: draft.tier,
-                    attributes.CHECK_GOOD: check.good,
-                    attributes.CHECK_REASONS: list(check.reasons),
+                    attributes.CHECK_REASONS: reasons,
                     attributes.VERDICT: verdict,
                 }
             )
         catalogue.DRAFTS.of(tier=draft.tier, verdict=verdict).add()
         return verdict != "escalated"
+
+    def _check_text(self, draft: Draft) -> tuple[bool, list[str]]:
+        """Return whether a draft in free text is released, and what was found against it."""
+        text, finished = draft.text_to_check()
+        released, check = self._chooser.check_draft(
+            text_of(self.outgoing.request),
+            text,
+            finished=finished,
+            logprobs=draft.logprobs,
+            quality_preference=self._facts.hints.quality_preference,
+            samples=draft.samples,
+        )
+        trace.get_current_span().set_attribute(attributes.CHECK_GOOD, check.good)
+        return released, list(check.reasons)
+
+    def _check_form(self, draft: Draft) -> tuple[bool, list[str]]:
+        """Return whether a draft in a form is released, and what was found against it."""
+        is_json = self.outgoing.request.sampling.WhichOneof("structured") in ("json_schema", "json_object")
+        found = draft.form_fault(is_json=is_json)
+        return not found, [found] if found else []
 
     def discard(self, draft: Draft, replaced_by: str = "") -> None:
         """See `cascade.Cascaded`."""

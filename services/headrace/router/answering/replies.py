@@ -10,10 +10,12 @@ import math
 from collections.abc import Sequence
 
 from headrace import errors
+from headrace.conversation_checks import MAX_CALL_ID
 from headrace.router.state.peer_reports import plausible
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import MAX_ATTEMPT, MAX_NAME, MAX_STOP_CHARACTERS
 
+MAX_TOOL_NAME = 64  # characters
 MAX_TOKENS = 2**31  # of one count that a peer reports; the sum of two still fits a uint32
 
 _MOST_LOGPROB = 0.01  # rounding may bring a log-probability above 0
@@ -52,6 +54,31 @@ def check_delta(delta: pb.Delta, had: int, max_tokens: float) -> None:
         raise errors.BatcherLost(_BAD_LOGPROB)
     if count and had + count > max_tokens:
         raise errors.BatcherLost(f"the batcher sent {had + count} tokens, the request allows {max_tokens}")
+
+
+def check_calls(delta: pb.Delta, begun: int | None) -> int | None:
+    """Raise BatcherLost unless the parts of calls in a delta continue those before it.
+
+    begun   calls of the answer before it; None if that is not known, since the answer was resumed
+
+    Returns the calls begun with it.
+    """
+    for part in delta.tool_calls:
+        if part.id:
+            if not part.name or len(part.id) > MAX_CALL_ID or len(part.name) > MAX_TOOL_NAME:
+                raise errors.BatcherLost(
+                    f"the batcher sent a call with a name of {len(part.name)} and an id of {len(part.id)} "
+                    "characters"
+                )
+            expected = part.index if begun is None else begun
+        else:
+            expected = part.index if begun is None else begun - 1
+        if part.index != expected or (part.name and not part.id):
+            raise errors.BatcherLost(
+                f"the batcher sent a part of call {part.index} that does not follow the parts before it"
+            )
+        begun = part.index + 1
+    return begun
 
 
 def check_tokens(delta: pb.Delta, most: int) -> None:

@@ -23,6 +23,7 @@ from opentelemetry import trace
 from headrace import attributes, errors
 from headrace.metrics import changes
 from headrace.metrics.requests import CANCELLED, End
+from headrace.router.answering.cascade import is_structured
 from headrace.router.changes.answered import Answered, Rating, Watchers
 from headrace.router.costs.weighing import Weighing
 from headrace.router.optional import optional
@@ -156,9 +157,12 @@ class Shadow:
     def wants_text(self, request: pb.GenerateRequest, facts: RoutingRequest) -> bool:
         """Draw requests; the text is needed of those whose answers are compared.
 
-        Token ids are of one model, and have no text for a judge.
+        Token ids are of one model, and have no text for a judge. Judges compare texts: not answers in a form,
+        nor calls of tools.
         """
         if facts.resumes or request.HasField("token_ids") or self._draw() >= self._share:
+            return False
+        if self._judge is not None and (request.chat.tools or is_structured(request)):
             return False
         self._drawn[id(request)] = request
         if len(self._drawn) > MAX_DRAWN:

@@ -3,6 +3,8 @@
 It repeats the prompt, token by token, and then ends its turn; if the request ignores that end, it starts
 over. Each answer can therefore be checked against its own prompt, and mixed-up requests are detected. It
 needs neither torch nor weights.
+
+An answer with a grammar is the prompt too, as far as the grammar allows it, see `_constrained`.
 """
 
 from __future__ import annotations
@@ -10,9 +12,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
+from headrace.grammars.vocabulary import byte_vocabulary
+from headrace.worker.engine.constraints import Constraints
 from headrace.worker.engine.interface import (
     DeferredStep,
     Fault,
+    Grammars,
     ModelInfo,
     PromptLogprobs,
     Result,
@@ -25,6 +33,12 @@ from headrace.worker.engine.interface import (
 VOCABULARY_SIZE = 258
 EOS_ID = 256
 FAULT_ID = 257  # a prompt that contains this id fails when its first token is sampled
+
+# What an answer with a grammar consists of where the prompt's own byte is not allowed: first what closes
+# strings, objects and arrays, then digits and other printable bytes, then the rest.
+_CLOSING = b'"}]'
+_PRINTABLE = np.array([*b"0123456789", *(byte for byte in range(0x21, 0x7F) if byte not in b"0123456789")])
+_OTHERS = np.array([*range(0x21), *range(0x7F, 256), FAULT_ID])
 
 # The engine is certain of each token, so all others are as good as impossible. Not minus infinity, which JSON
 # cannot represent.
@@ -101,8 +115,10 @@ class EchoEngine:
             block_tokens=block_tokens,
             kv_blocks=kv_blocks,
             exact=True,
-            features=("logprobs", "top_logprobs", "prompt_logprobs"),
+            features=("logprobs", "top_logprobs", "prompt_logprobs", "structured"),
         )
+        self.grammars: Grammars | None = Grammars(byte_vocabulary())
+        self._constraints = Constraints(self.grammars, [EOS_ID], threads=1)
 
     @property
     def model(self) -> ModelInfo:
@@ -127,7 +143,25 @@ class EchoEngine:
             self._verify(row)
         for row in rows:
             self._write(row)
-        return [_answer(row) for row in rows]
+        results = [_answer(row) for row in rows]
+        constrained = [index for index, row in enumerate(rows) if row.params.grammar and row.sample]
+        if constrained:
+            self._constrain(rows, constrained, results)
+        return results
+
+    def _constrain(self, rows: Sequence[Row], constrained: Sequence[int], results: list[Result]) -> None:
+        """Replace the tokens of rows with grammars by those that their grammars allow."""
+        masks = self._constraints.compute(rows, constrained)
+        for index, place in masks.places.items():
+            row, result = rows[index], results[index]
+            if isinstance(result, Token):
+                allowed = np.unpackbits(masks.bits[place].view(np.uint8), bitorder="little")
+                may_end = bool(row.stop - row.prompt >= row.params.min_tokens or index in masks.lifted)
+                id, most = _constrained(row, allowed, may_end=may_end), row.params.top_logprobs
+                top = likeliest(id, most) if most else None
+                results[index] = Token(id, 0.0, top, result.prompt)
+        for index, fault in masks.faults.items():
+            results[index] = fault
 
     def _verify(self, row: Row) -> None:
         """Raise RuntimeError unless positions 0 to start - 1 were computed from the ids of this row."""
@@ -213,6 +247,33 @@ def _token(row: Row) -> Token:
     # After its end it starts over, without a gap that could not be decoded as text.
     id = row.ids[answered % row.prompt]
     return _TOKENS[id] if id < VOCABULARY_SIZE else Token(id, 0.0)  # a test's engine may have more ids
+
+
+def _constrained(row: Row, allowed: npt.NDArray[np.uint8], *, may_end: bool) -> int:
+    """Return the token of a row with a grammar: a function of its prompt, its grammar and its answer so far.
+
+    allowed   [at least VOCABULARY_SIZE] 1 for each token that the grammar allows
+
+    At each place of the answer, it is the byte at that place of the prompt if that is allowed; else a
+    preferred one. After the last byte of the prompt the answer ends as soon as the grammar allows it. Until
+    then closing bytes come first, and others take turns, so that no repetition goes on forever.
+    """
+    answered = row.stop - row.prompt
+    beyond = answered - row.prompt
+    if beyond < 0:
+        own = row.ids[answered]
+        if own < VOCABULARY_SIZE and allowed[own] and (own != EOS_ID or may_end):
+            return own
+    elif may_end and allowed[EOS_ID]:
+        return EOS_ID
+    for byte in _CLOSING:
+        if allowed[byte]:
+            return byte
+    for preferred in (_PRINTABLE, _OTHERS):
+        found = preferred[allowed[preferred] == 1]
+        if len(found):
+            return int(found[max(beyond, 0) % len(found)])
+    return EOS_ID
 
 
 def _prompt(row: Row) -> PromptLogprobs:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from headrace.worker.engine.interface import Row
+from headrace.worker.engine.interface import Row, SamplingParams
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -82,8 +82,8 @@ class Edits:
         self.bias_ids: Ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
         self.biases: Floats = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
         check_ids(params.logit_bias, vocabulary, "logit_bias")
-        endings = {*(() if params.ignore_eos else eos_ids), *params.stop_ids} if params.min_tokens else ()
-        self.endings: Ids = np.array(sorted(id for id in endings if 0 <= id < vocabulary), np.int64)
+        banned = endings(params, eos_ids) if params.min_tokens else ()
+        self.endings: Ids = np.array(sorted(id for id in banned if 0 <= id < vocabulary), np.int64)
         self.seen = Tally() if params.repetition_penalty != 1 else None
         self.answered = Tally() if params.frequency_penalty or params.presence_penalty else None
 
@@ -98,6 +98,11 @@ class Edits:
             check_ids(new, self._vocabulary, "the sequence")
             self.answered.add(new)
         self.known = row.stop
+
+
+def endings(params: SamplingParams, eos_ids: Collection[int]) -> set[int]:
+    """Return the ids that would end the answer, which min_tokens bans."""
+    return {*(() if params.ignore_eos else eos_ids), *params.stop_ids}
 
 
 def check_ids(ids: Collection[int], vocabulary: int, where: str) -> None:

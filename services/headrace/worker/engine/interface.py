@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 # Part of this interface as well: an engine needs no other import.
+from headrace.grammars.compiling import Grammars as Grammars
 from headrace.worker.runner import ModelInfo as ModelInfo
 from headrace.worker.runner import PromptLogprobs as PromptLogprobs
 from headrace.worker.runner import SamplingParams as SamplingParams
@@ -94,9 +95,13 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why one row could not be computed; the other rows of the step are not affected."""
+    """Why one row could not be computed; the other rows of the step are not affected.
+
+    invalid   whether the request is to blame, and not the engine: its grammar
+    """
 
     message: str
+    invalid: bool = False
 
 
 # The result of a row: a token if it samples, else the log-probabilities of `Row.scored`, or None if there are
@@ -144,6 +149,14 @@ class Engine(Protocol):
     @property
     def model(self) -> ModelInfo:
         """The loaded model; constant."""
+        ...
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """The grammars of the model's vocabulary; None if the engine does not support grammars; constant.
+
+        Safe on any thread: matchers are made ahead of the steps that need them.
+        """
         ...
 
     @property

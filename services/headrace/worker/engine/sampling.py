@@ -1,10 +1,10 @@
 """Sample one token per row from logits on the CPU, for all rows of a step at once.
 
 The filters have the semantics of transformers' logits processors, and apply in their order: logit bias,
-repetition penalty, frequency and presence penalties (as OpenAI's API defines them), min_tokens, temperature,
-top-k, top-p, min-p. As there, tokens as likely as the last one that top-k keeps are kept too; here that is
-also so for top-p, whose result would otherwise depend on how equal tokens are sorted. `noise` supplies the
-randomness.
+repetition penalty, frequency and presence penalties (as OpenAI's API defines them), min_tokens, the grammar,
+temperature, top-k, top-p, min-p. As there, tokens as likely as the last one that top-k keeps are kept too;
+here that is also so for top-p, whose result would otherwise depend on how equal tokens are sorted. `noise`
+supplies the randomness.
 
 A row's token depends on its logits, ids and params, never on the other rows. `gpu.sampler` samples on the
 device, with the same arithmetic: equal logits give equal tokens.
@@ -13,7 +13,7 @@ device, with the same arithmetic: equal logits give equal tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,10 @@ import numpy.typing as npt
 import torch
 
 from headrace.worker.engine import fixed_math
+from headrace.worker.engine.constraints import Constraints
 from headrace.worker.engine.cpu.kernels.sampling import ROW, sample_rows
 from headrace.worker.engine.edits import Edits, Ids
-from headrace.worker.engine.interface import Fault, Row, Token
+from headrace.worker.engine.interface import Fault, Grammars, Row, Token
 from headrace.worker.engine.likelihoods import NOT_FINITE, likelihoods, logprobs
 from headrace.worker.engine.noise import noise_key
 
@@ -38,11 +39,13 @@ CANDIDATES = 1024
 class Sampler:
     """Samples tokens for one model.
 
-    eos_ids   ids that `min_tokens` bans
+    eos_ids    ids that `min_tokens` bans
+    grammars   of the model's vocabulary; None to support none
     """
 
-    def __init__(self, eos_ids: frozenset[int]) -> None:
+    def __init__(self, eos_ids: frozenset[int], grammars: Grammars | None = None) -> None:
         self._eos_ids = sorted(eos_ids)
+        self._constraints = Constraints(grammars, self._eos_ids, threads=torch.get_num_threads())
 
     def sample(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
         """Sample the token at `row.stop` for each row.
@@ -67,8 +70,15 @@ class Sampler:
 
     def _sample(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
         logits = logits.float().contiguous()
-        scores, faults = self._edit(logits, rows)
+        masks = None
+        if constrained := [index for index, row in enumerate(rows) if row.params.grammar]:
+            masks = self._constraints.compute(rows, constrained)
+        scores, faults = self._edit(logits, rows, masks.lifted if masks is not None else ())
         table = _table(rows)
+        if masks is not None:
+            faults.update(masks.faults)
+            for index, place in masks.places.items():
+                table["mask"][index] = masks.bits.ctypes.data + place * masks.bits.strides[0]
         width = 4 * logits.shape[1]
         starts = np.arange(len(rows)) * width
         table["scores"], table["logits"] = starts + scores.data_ptr(), starts + logits.data_ptr()
@@ -108,8 +118,12 @@ class Sampler:
             elif isinstance(token, Token):
                 tokens[index] = NOT_FINITE  # a ban has hidden the logit that is not
 
-    def _edit(self, logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, dict[int, Fault]]:
+    def _edit(
+        self, logits: torch.Tensor, rows: Sequence[Row], lifted: Collection[int] = ()
+    ) -> tuple[torch.Tensor, dict[int, Fault]]:
         """Apply bias, penalties and min_tokens. Returns *logits* itself if no row has any.
+
+        lifted   indices of rows to which min_tokens does not apply
 
         Also returns the faults of rows whose parameters cannot be applied.
         """
@@ -121,9 +135,15 @@ class Sampler:
                     edits[index] = own
             except (ValueError, OverflowError, TypeError) as error:
                 faults[index] = Fault(f"the sequence's parameters cannot be applied: {error}")
-        return (self._edited(logits, rows, edits) if edits else logits), faults
+        return (self._edited(logits, rows, edits, lifted) if edits else logits), faults
 
-    def _edited(self, logits: torch.Tensor, rows: Sequence[Row], edits: Mapping[int, Edits]) -> torch.Tensor:
+    def _edited(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[Row],
+        edits: Mapping[int, Edits],
+        lifted: Collection[int],
+    ) -> torch.Tensor:
         """Return a copy of *logits* with the edits of rows, given by index, applied."""
         scores = logits.to(torch.float32, copy=True)
         flat, width = scores.view(-1), scores.shape[1]
@@ -147,7 +167,9 @@ class Sampler:
         if banned := {
             i: own.endings
             for i, own in edits.items()
-            if rows[i].stop - rows[i].prompt < rows[i].params.min_tokens and len(own.endings)
+            if rows[i].stop - rows[i].prompt < rows[i].params.min_tokens
+            and i not in lifted
+            and len(own.endings)
         }:
             flat[self._places(width, banned)] = float("-inf")
         return scores

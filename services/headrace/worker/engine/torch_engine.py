@@ -17,6 +17,7 @@ from headrace.worker.engine.forward import Forward
 from headrace.worker.engine.interface import (
     DeferredStep,
     Fault,
+    Grammars,
     ModelInfo,
     PromptLogprobs,
     Result,
@@ -56,14 +57,16 @@ class Computed:
 class TorchEngine:
     """Computes steps of one model.
 
-    forward   the model and its KV memory, of at least model.kv_blocks blocks
-    model     its description
+    forward    the model and its KV memory, of at least model.kv_blocks blocks
+    model      its description
+    grammars   of the model's vocabulary; None to support none
     """
 
-    def __init__(self, forward: Forward, model: ModelInfo) -> None:
+    def __init__(self, forward: Forward, model: ModelInfo, grammars: Grammars | None = None) -> None:
         self._forward = forward
         self._model = model
-        self._sampler = Sampler(model.eos_ids)
+        self.grammars = grammars
+        self._sampler = Sampler(model.eos_ids, grammars)
 
     @property
     def model(self) -> ModelInfo:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from zlib import crc32
 
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
-from headrace.worker.engine.interface import Fault, Memo, ModelInfo, Result, Row, Token
+from headrace.worker.engine.interface import Fault, Grammars, Memo, ModelInfo, Result, Row, Token
 from tests.worker.engine.plan.scheduling import ON_PURPOSE
 
 
@@ -57,6 +57,11 @@ class DeviceEngine:
     def model(self) -> ModelInfo:
         """The inner engine's."""
         return self.inner.model
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """The inner engine's."""
+        return self.inner.grammars
 
     def launch(self, rows: Sequence[Row]) -> DeviceStep:
         """Copy the rows as they are now, because a device reads its inputs at the launch."""

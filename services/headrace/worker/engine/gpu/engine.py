@@ -8,7 +8,7 @@ instead of replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headrace.worker.engine.constraints import Constraints
+from headrace.worker.engine.edits import endings
 from headrace.worker.engine.gpu import cuda
-from headrace.worker.engine.gpu.filling import advance, fill
+from headrace.worker.engine.gpu.filling import advance, fill, masked_rows
 from headrace.worker.engine.gpu.graphs import Ladder
 from headrace.worker.engine.gpu.kernels.embedding import resolve
 from headrace.worker.engine.gpu.kernels.tables import append_blocks
@@ -25,7 +27,7 @@ from headrace.worker.engine.gpu.likelihoods import DeviceLikelihoods
 from headrace.worker.engine.gpu.sampler import DeviceSampler, counts_ids, read_tokens
 from headrace.worker.engine.gpu.slots import Slot, Slots
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, packed_numbers
-from headrace.worker.engine.interface import Fault, ModelInfo, Result, Row, Token
+from headrace.worker.engine.interface import Fault, Grammars, ModelInfo, Result, Row, Token
 from headrace.worker.engine.torch_engine import Computed
 
 
@@ -86,15 +88,23 @@ class _Decodes:
 
 @dataclass(slots=True)
 class _Prepared:
-    """A step of one shape: where its inputs, results and logits are, and what launches it.
+    """A step of one shape: where its inputs, results and logits are, and what launches its two parts.
 
-    logits   None before it was launched once
+    forward   computes logits
+    draw      samples from them
+    logits    None before it was launched once
     """
 
     inputs: StepInputs
     results: torch.Tensor
-    launch: Callable[[], None]
+    forward: Callable[[], None]
+    draw: Callable[[], None]
     logits: torch.Tensor | None = None
+
+    def launch(self) -> None:
+        """Launch both parts."""
+        self.forward()
+        self.draw()
 
 
 class GpuEngine:
@@ -106,6 +116,7 @@ class GpuEngine:
     step_tokens   most tokens of a step
     tile          tokens of a query tile in steps with prompts
     graphs        captures all shapes of steps; None to launch each kernel of each step
+    grammars      of the model's vocabulary; None to support none
 
     uncaptured   why steps are not captured although *graphs* was given; empty if they are
     """
@@ -121,12 +132,16 @@ class GpuEngine:
         step_tokens: int,
         tile: int,
         graphs: Graphs | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._forward = forward
         self._model = model
+        self.grammars = grammars
         self._slots = slots
         self._device = device = slots.tables.device
         self._sampler = DeviceSampler(slots.count, model.vocabulary_size, model.eos_ids, device)
+        threads = torch.get_num_threads()
+        self._constraints = Constraints(grammars, sorted(model.eos_ids), threads=threads)
         self._step_tokens = max(step_tokens, model.max_running)
         self._ladder = Ladder(max_running=model.max_running, step_tokens=step_tokens, tile=tile)
         numbers = max(packed_numbers(shape) for shape in self._ladder.shapes)
@@ -135,6 +150,7 @@ class GpuEngine:
         self._host = [cuda.HostBuffer(numbers, device) for _ in range(_BUFFERS)]
         self._steps = 0
         self._before: _Decodes | None = None
+        self._latest: tuple[Sequence[Row], cuda.Fetch] | None = None  # rows and results of the latest step
         self._logits: torch.Tensor | None = None  # of the latest step
         self._prepared: dict[StepShape, _Prepared] = {}
         forward.reserve(max(shape.tokens for shape in self._ladder.shapes), model.max_running)
@@ -155,12 +171,22 @@ class GpuEngine:
             try:
                 self._assign(rows, placed)
                 prepared = self._fill(rows, placed)
-                prepared.launch()
+                prepared.forward()
+                faults = {
+                    index: slot.fault
+                    for index, (row, slot) in enumerate(zip(rows, placed, strict=True))
+                    if row.sample and slot.fault is not None
+                }
+                if masked := masked_rows(rows):
+                    faults = self._restrict(rows, masked) | faults
+                prepared.draw()
                 self._logits = prepared.logits
-                return GpuStep(rows, placed, cuda.Fetch(prepared.results), self._ask(rows, prepared))
+                fetch = cuda.Fetch(prepared.results)
+                self._latest = rows, fetch
+                return GpuStep(rows, faults, fetch, self._ask(rows, prepared))
             except Exception as error:
                 self._slots.forget(placed)
-                self._before = None
+                self._before = self._latest = None
                 raise cuda.as_broken(error) from error
 
     def step(self, rows: Sequence[Row]) -> list[Result]:
@@ -174,6 +200,33 @@ class GpuEngine:
         sampling = [index for index, row in enumerate(rows) if row.sample]
         tokens = [token for index in sampling if isinstance(token := results[index], Token | Fault)]
         return Computed(sampling, self._logits[sampling], tokens)
+
+    def _restrict(self, rows: Sequence[Row], masked: Sequence[int]) -> dict[int, Fault]:
+        """Upload the masks of rows with grammars, while the device computes the logits of the step.
+
+        Waits for the step before, because a mask depends on the token that it samples. Returns the faults of
+        rows that cannot follow their grammars.
+        """
+        latest = self._tokens_before(rows, [index for index in masked if rows[index].pending])
+        return self._sampler.restrict(
+            lambda bits: self._constraints.compute(rows, masked, latest, bits)
+        ).faults
+
+    def _tokens_before(self, rows: Sequence[Row], pending: Sequence[int]) -> dict[int, int]:
+        """Return the tokens that pending rows continue with, by index; none for sequences that have ended."""
+        if not pending or self._latest is None:
+            return {}
+        before, fetch = self._latest
+        ids, finite = fetch.wait()[:2].tolist()
+        places = {id(row.memo): place for place, row in enumerate(before)}
+        found = {}
+        for index in pending:
+            place = places.get(id(rows[index].memo))
+            if place is not None and finite[place]:
+                ends = endings(rows[index].params, self._model.eos_ids)
+                if ids[place] not in ends:
+                    found[index] = ids[place]
+        return found
 
     def _ask(self, rows: Sequence[Row], prepared: _Prepared) -> DeviceLikelihoods | None:
         """Queue what rows ask for besides their tokens; None if they ask for nothing."""
@@ -235,13 +288,16 @@ class GpuEngine:
         inputs = StepInputs.over(self._inputs, shape)
         results = self._results[: 3 * shape.rows].view(3, shape.rows)
 
-        def launch() -> None:
+        def forward() -> None:
             append_blocks(self._slots.tables, inputs.table_places, inputs.table_blocks)
             ids = resolve(inputs.ids, inputs.slot_of, self._sampler.latest)
             prepared.logits = self._forward(ids, inputs)
+
+        def draw() -> None:
+            assert prepared.logits is not None
             self._sampler.draw(prepared.logits, inputs, results)
 
-        prepared = _Prepared(inputs, results, launch)
+        prepared = _Prepared(inputs, results, forward, draw)
         return prepared
 
     def _capture(self, graphs: Graphs) -> None:
@@ -254,7 +310,8 @@ class GpuEngine:
                 self.uncaptured = graphs.waits(prepared.launch)
                 if self.uncaptured:
                     return
-            prepared.launch = graphs.capture(prepared.launch)
+            prepared.forward = graphs.capture(prepared.forward)
+            prepared.draw = graphs.capture(prepared.draw)
             self._prepared[shape] = prepared
 
 
@@ -264,23 +321,22 @@ def _continues(row: Row, slot: Slot) -> bool:
 
 
 class GpuStep:
-    """A step that a device computes; see `LaunchedStep`."""
+    """A step that a device computes; see `LaunchedStep`.
+
+    faults   of rows whose parameters or grammars cannot be applied, by index
+    """
 
     def __init__(
         self,
         rows: Sequence[Row],
-        placed: Sequence[Slot],
+        faults: Mapping[int, Fault],
         results: cuda.Fetch,
         likelihoods: DeviceLikelihoods | None,
     ) -> None:
         self._rows = rows
-        self._likelihoods = likelihoods
-        self._faults = {
-            index: slot.fault
-            for index, (row, slot) in enumerate(zip(rows, placed, strict=True))
-            if row.sample and slot.fault is not None
-        }
+        self._faults = faults
         self._results = results
+        self._likelihoods = likelihoods
 
     def wait(self) -> list[Result]:
         """See `LaunchedStep.wait`. A row whose logits are not finite gets a Fault."""

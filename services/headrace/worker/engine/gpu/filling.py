@@ -35,7 +35,7 @@ def fill(
     inputs.slots[count:] = slots.count
     inputs.stops[:count] = stops
     inputs.stops[count:] = 0
-    inputs.samples[:count] = [row.sample for row in rows]
+    inputs.samples[:count] = _samples(rows)
     inputs.samples[count:] = 0
     inputs.keys[:count] = noise_keys(slots.seeds[indices], stops.astype(np.uint64))
     slots.update_tables(rows, placed, inputs.table_places[:count], inputs.table_blocks[:count], block_tokens)
@@ -67,6 +67,19 @@ def advance(
     seeds = slots.seeds[inputs.slots[:count]]
     inputs.keys[:count] = noise_keys(seeds, inputs.stops[:count].astype(np.uint64))
     slots.update_tables(rows, placed, inputs.table_places[:count], inputs.table_blocks[:count], block_tokens)
+
+
+def masked_rows(rows: Sequence[Row]) -> list[int]:
+    """Return the indices of the rows that masks restrict, in the order of their masks."""
+    return [index for index, row in enumerate(rows) if row.params.grammar and row.sample]
+
+
+def _samples(rows: Sequence[Row]) -> list[int]:
+    """Return `StepInputs.samples` of rows."""
+    samples = [int(row.sample) for row in rows]
+    for number, index in enumerate(masked_rows(rows)):
+        samples[index] = 2 + number
+    return samples
 
 
 def _fill_decodes(

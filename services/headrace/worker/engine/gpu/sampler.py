@@ -7,16 +7,18 @@ sequence itself, so the host need not know them: steps can run ahead.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from headrace.grammars.matching import Bits
 from headrace.validation import MAX_BIASES, MAX_STOP_IDS
+from headrace.worker.engine.constraints import StepMasks
 from headrace.worker.engine.edits import Edits, check_ids
-from headrace.worker.engine.gpu.cuda import to_device
+from headrace.worker.engine.gpu.cuda import HostBuffer, to_device
 from headrace.worker.engine.gpu.kernels.sampling import BLOCK, CANDIDATES, Layout, SamplingMemory, sample
 from headrace.worker.engine.gpu.kernels.sampling import parameters as column
 from headrace.worker.engine.gpu.step_inputs import StepInputs
@@ -36,7 +38,7 @@ class DeviceSampler:
     block        tokens of a program of a kernel
     candidates   how many of the likeliest tokens filters examine first; changes no result
 
-    Takes 8 bytes of memory per slot and token of the vocabulary.
+    Takes a little more than 8 bytes of memory per slot and token of the vocabulary.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DeviceSampler:
         self._memory = SamplingMemory(
             slots, vocabulary, self._layout, device, block=block, candidates=candidates
         )
+        self._masks = HostBuffer(slots * self._memory.words, device)
 
     @property
     def latest(self) -> torch.Tensor:
@@ -89,8 +92,21 @@ class DeviceSampler:
             memory.counts[slot].copy_(to_device(torch.from_numpy(counts), self._device))
         return fault
 
+    def restrict(self, compute: Callable[[Bits], StepMasks]) -> StepMasks:
+        """Upload the masks of the next step that is drawn, without waiting for its logits.
+
+        compute   computes them, each in a row of an array
+        """
+        memory, host = self._memory, self._masks
+        array = host.array().reshape(memory.masks.shape)
+        masks = compute(array)
+        array[: masks.count, -1] = 0
+        array[[masks.places[index] for index in masks.lifted], -1] = 1
+        host.copy_to(memory.masks.view(-1), masks.count * memory.words)
+        return masks
+
     def draw(self, logits: torch.Tensor, step: StepInputs, results: torch.Tensor) -> None:
-        """Sample the rows of a step with `samples` 1, without waiting; can be captured.
+        """Sample the rows of a step whose `samples` is not 0, without waiting; can be captured.
 
         logits    [rows, vocabulary], any float type; not modified
         results   [3, rows] int32, contiguous: receives tokens, whether the logits were finite, and

@@ -58,7 +58,8 @@ class StepInputs:
     starts         [rows] position of each row's first token
     stops          [rows] position after its last token: the number of keys which that token attends to
     last           [rows] index of its last token
-    samples        [rows] 1 if its next token is sampled, else 0
+    samples        [rows] 0 if its next token is not sampled, 1 if it is, and 2 + n if the mask with number n
+                   restricts it
     keys           [rows, 2] key of the sampling noise, see `noise.noise_key`
     tile_rows      [tiles] row of each query tile; UNUSED after the last tile
     tile_offsets   [tiles] index of each tile's first token; the tile ends with its row

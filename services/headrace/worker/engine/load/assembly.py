@@ -16,7 +16,7 @@ from headrace.worker.engine.attention_kinds import AttentionKind, Layers
 from headrace.worker.engine.cpu import packing
 from headrace.worker.engine.cpu.decoder import Decoder, DecoderWeights
 from headrace.worker.engine.forward import Forward, TransformersForward, scores_prompts
-from headrace.worker.engine.interface import Engine, ModelInfo, Result, Row
+from headrace.worker.engine.interface import Engine, Grammars, ModelInfo, Result, Row
 from headrace.worker.engine.load import gpu_assembly
 from headrace.worker.engine.load.devices import Plan
 from headrace.worker.engine.load.precision import Precision
@@ -98,13 +98,15 @@ class LoadedModel:
         progress: Callable[[str], None] = ignore,
         *,
         graphs: bool = True,
+        grammars: Grammars | None = None,
     ) -> ModelEngine:
         """Allocate KV memory for a model, and build the engine that computes over it.
 
-        graphs        on a GPU, compute steps as CUDA graphs
+        graphs     on a GPU, compute steps as CUDA graphs
+        grammars   of the model's vocabulary; None to support none
         """
         if not self.plan.target.gpu:
-            return TorchEngine(self.build_forward(model), model)
+            return TorchEngine(self.build_forward(model), model, grammars)
         return gpu_assembly.build_gpu_engine(
             model,
             self.plan,
@@ -115,6 +117,7 @@ class LoadedModel:
             dtype=self.precision.memory_dtype,
             progress=progress,
             graphs=graphs,
+            grammars=grammars,
         )
 
     def build_forward(self, model: ModelInfo) -> Forward:

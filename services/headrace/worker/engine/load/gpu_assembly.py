@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headrace.worker.engine.attention_kinds import AttentionKind, Layers
-from headrace.worker.engine.interface import ModelInfo
+from headrace.worker.engine.interface import Grammars, ModelInfo
 from headrace.worker.engine.load.devices import Plan
 from headrace.worker.engine.load.self_check import SEQUENCES, Sizes
 
@@ -54,6 +54,7 @@ def build_gpu_engine(
     dtype: torch.dtype,
     progress: Callable[[str], None],
     graphs: bool = True,
+    grammars: Grammars | None = None,
 ) -> GpuEngine:
     """Allocate KV memory for a model, and build its engine.
 
@@ -62,6 +63,7 @@ def build_gpu_engine(
     layers        the attention of each layer, which *kind* computes
     dtype         of keys and values
     graphs        compute steps as CUDA graphs, if the device is one of CUDA and the model can be captured
+    grammars      of the model's vocabulary; None to support none
     """
     from headrace.worker.engine.gpu import cuda
     from headrace.worker.engine.gpu.decoder import GpuDecoder
@@ -97,6 +99,7 @@ def build_gpu_engine(
         step_tokens=plan.step_tokens,
         tile=tile_tokens(layers, exact=plan.exact, dtype=dtype),
         graphs=pool,
+        grammars=grammars,
     )
     if engine.uncaptured:
         progress(f"steps are computed without CUDA graphs, which is slower: {engine.uncaptured}")

@@ -45,6 +45,7 @@ from headrace.worker.engine.load.refusals import (
     as_loading_error,
     one_line,
 )
+from headrace.worker.engine.load.vocabulary import VocabularyReader
 from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observe_layers, paged_attention
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def load_engine(
             warn("--exact has no effect on a CPU, where the fast kernels are batch-invariant anyway")
         if threads is not None:
             torch.set_num_threads(threads)
+        vocabulary_reader = VocabularyReader(path, cache)
         folder, digest = _model_folder(path, cache, progress)
         config = read_config(folder)
         architecture = str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)  # type: ignore[attr-defined]
@@ -133,6 +135,7 @@ def load_engine(
             exact=False,
             features=loaded.features,
         )
+        vocabulary_reader.make(size=vocabulary, eos_ids=model.eos_ids)
         cases = self_check.make_cases(vocabulary, checked)
         with enough_for_steps(target.device, step_tokens=step_tokens, max_running=max_running):
             network = loaded.network
@@ -155,7 +158,10 @@ def load_engine(
             model = dataclasses.replace(model, exact=invariant, kv_blocks=blocks)
             gib = blocks * loaded.kind.block_bytes(loaded.layers) / 2**30
             progress(f"KV memory for {model.kv_tokens} tokens, {gib:.1f} GiB")
-            return loaded.build_engine(model, progress)
+            grammars = vocabulary_reader.grammars(warn)
+            if grammars is not None:
+                model = dataclasses.replace(model, features=(*model.features, "structured"))
+            return loaded.build_engine(model, progress, grammars=grammars)
 
 
 def _model_folder(path: Path, cache: Path, progress: Report) -> tuple[Path, str]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic
 
+from headrace.grammars.matching import Matcher
 from headrace.worker.engine.interface import (
     Engine,
     EngineBroken,
@@ -29,6 +30,7 @@ from headrace.worker.engine.interface import (
     ModelInfo,
     Result,
 )
+from headrace.worker.engine.plan.preparation import Preparation, Preparing, ended_early
 from headrace.worker.engine.plan.scheduler import Scheduler
 from headrace.worker.engine.plan.sequences import PlannedStep
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceUpdate, StepReport
@@ -64,6 +66,9 @@ class EngineLoop(Generic[K]):
         self._report: Callable[[StepReport[K]], None] = _discard
         self._scheduler: Scheduler[K] = Scheduler(
             engine.model, step_tokens=step_tokens, prefix_cache=prefix_cache
+        )
+        self._preparation: Preparation[K] = Preparation(
+            engine.grammars, lambda own, outcome: self._command(partial(self._add_prepared, own, outcome))
         )
         self.shared_block_tokens = engine.model.block_tokens if prefix_cache else 0
         self._unreported: list[StepReport[K]] = []
@@ -105,29 +110,59 @@ class EngineLoop(Generic[K]):
             self._stopping = True
             self._changed.notify()
         self._thread.join(seconds)
+        self._preparation.stop()
         if self._thread.is_alive():
             log.warning("engine step does not end, stopping without it", extra={"seconds": seconds})
 
     def submit(self, *specs: SequenceSpec[K]) -> None:
         """Queue sequences; their keys must be new. One that the scheduler rejects ends with FAULT."""
-        with self._changed:
-            self._commands.append(partial(self._add, specs))
-            self._changed.notify()
+        plain = [spec for spec in specs if not spec.params.grammar]
+        preparing = [self._preparation.enter(spec) for spec in specs if spec.params.grammar]
+        self._command(partial(self._add, plain), *(partial(self._hold, own) for own in preparing))
+        for own in preparing:
+            self._preparation.start(own)
 
     def cancel(self, *keys: K) -> None:
         """Let sequences end before the next step."""
+        self._command(partial(self._cancel, keys))
+
+    def _command(self, *commands: Callable[[], None]) -> None:
+        """Queue commands for the engine's thread."""
         with self._changed:
-            self._commands.append(partial(self._scheduler.cancel, keys))
+            self._commands.extend(commands)
             self._changed.notify()
 
-    def _add(self, specs: Sequence[SequenceSpec[K]]) -> None:
+    def _cancel(self, keys: Sequence[K]) -> None:
+        self._scheduler.cancel(keys)
+        self._preparation.cancel(keys)
+
+    def _add(self, specs: Sequence[SequenceSpec[K]], matcher: Matcher | None = None) -> None:
         for spec in specs:
             try:
-                self._scheduler.add(spec)
+                if spec.key in self._preparation:
+                    raise ValueError(f"key {spec.key!r} is in use")
+                self._scheduler.add(spec, matcher)
             except ValueError as error:
                 log.exception("a sequence cannot be scheduled")
-                update = SequenceUpdate(spec.key, spec.resumed, finish=FinishReason.FAULT, fault=str(error))
-                self._queue_report([update])
+                self._queue_report([ended_early(spec, FinishReason.FAULT, str(error))])
+
+    def _hold(self, own: Preparing[K]) -> None:
+        """Hold a sequence back until its grammar is compiled."""
+        if own.spec.key in self._preparation:
+            error = f"key {own.spec.key!r} is in use"
+            self._queue_report([ended_early(own.spec, FinishReason.FAULT, error)])
+        elif (matcher := self._preparation.hold(own)) is not None:
+            self._add([own.spec], matcher)
+
+    def _add_prepared(self, own: Preparing[K], outcome: Matcher | Fault) -> None:
+        """Add a sequence whose grammar is compiled, unless it has ended."""
+        if not self._preparation.take(own):
+            return
+        if isinstance(outcome, Fault):
+            reason = FinishReason.INVALID if outcome.invalid else FinishReason.FAULT
+            self._queue_report([ended_early(own.spec, reason, outcome.message)])
+        else:
+            self._add([own.spec], outcome)
 
     def _main(self) -> None:
         # A worker without its engine can only hang; a process that exits is noticed and replaced.
@@ -145,22 +180,25 @@ class EngineLoop(Generic[K]):
         while not stopping:
             with self._changed:
                 while not (self._commands or self._stopping or self._in_flight or not self._scheduler.idle):
-                    self._changed.wait()
+                    if not self._changed.wait(self._preparation.timeout(time.monotonic())):
+                        break  # the deadline of a sequence passes while its grammar is being compiled
                 commands, self._commands = self._commands, deque()
                 stopping = self._stopping
             for command in commands:
                 command()
             if stopping:
                 self._scheduler.cancel_all()
+                self._preparation.cancel_all()
             self._advance()
         assert not self._in_flight, "no step follows the last one, so it was awaited"
 
     def _advance(self) -> None:
         """Remove sequences that must end, launch a step, and await the results that are due."""
         scheduler = self._scheduler
-        ended_early = scheduler.remove_ended(time.monotonic())
-        if ended_early:
-            self._queue_report(ended_early)
+        now = time.monotonic()
+        ended = [*scheduler.remove_ended(now), *self._preparation.remove_ended(now)]
+        if ended:
+            self._queue_report(ended)
         planned = time.monotonic()
         step = scheduler.plan(planned)
         launched = self._launch(step, planned) if step.rows else False
@@ -228,7 +266,8 @@ class EngineLoop(Generic[K]):
         ended: int = 0,
     ) -> None:
         """Make a report, and keep it until the next step is launched."""
-        scheduler = self._scheduler
+        scheduler, preparing, now = self._scheduler, self._preparation.specs, time.monotonic()
+        waited = max((now - spec.submitted for spec in preparing), default=0.0)
         self._unreported.append(
             StepReport(
                 updates=updates,
@@ -240,12 +279,13 @@ class EngineLoop(Generic[K]):
                 started=started,
                 ended=ended,
                 running=scheduler.running,
-                waiting=scheduler.waiting,
+                waiting=scheduler.waiting + len(preparing),
                 kv_tokens_free=scheduler.kv_tokens_free,
                 cached_tokens=scheduler.cached_tokens,
                 preemptions=scheduler.preemptions,
-                uncomputed_prompt_tokens=scheduler.uncomputed_prompt_tokens,
-                oldest_wait=scheduler.oldest_wait(time.monotonic()),
+                uncomputed_prompt_tokens=scheduler.uncomputed_prompt_tokens
+                + sum(len(spec.ids) for spec in preparing),
+                oldest_wait=max(scheduler.oldest_wait(now), waited),
             )
         )
 

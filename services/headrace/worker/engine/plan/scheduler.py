@@ -19,7 +19,7 @@ import math
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Generic
+from typing import Any, Generic
 
 from headrace.worker.engine.interface import Fault, ModelInfo, Result, Token
 from headrace.worker.engine.plan.blocks import BlockKey, BlockPool, BlockTable
@@ -110,8 +110,10 @@ class Scheduler(Generic[K]):
         """Return how long the longest-waiting sequence has waited, in seconds."""
         return max((now - s.spec.submitted for s in self._waiting), default=0.0)
 
-    def add(self, spec: SequenceSpec[K]) -> LiveSequence[K]:
+    def add(self, spec: SequenceSpec[K], matcher: Any = None) -> LiveSequence[K]:
         """Add a sequence.
+
+        matcher   of its grammar, for `Memo.matcher`
 
         Raises ValueError if its key is in use, if it contains an id outside the vocabulary, and if it leaves
         no room for an answer in the context. KV memory holds a whole context, so every other sequence can be
@@ -137,6 +139,7 @@ class Scheduler(Generic[K]):
             ends=params.stop_ids if params.ignore_eos else params.stop_ids | self._model.eos_ids,
             unscored=spec.prompt if params.prompt_logprobs is None else 1,
         )
+        sequence.memo.matcher = matcher
         insort(self._waiting, sequence, key=_rank)
         return sequence
 
@@ -204,7 +207,8 @@ class Scheduler(Generic[K]):
                 # The blocks may hold wrong keys: no other sequence may use them.
                 if table is not None:
                     table.invalidate()
-                updates.append(self._finish(sequence, FinishReason.FAULT, fault=result.message))
+                reason = FinishReason.INVALID if result.invalid else FinishReason.FAULT
+                updates.append(self._finish(sequence, reason, fault=result.message))
                 continue
             # After a preemption, the blocks are others, or none.
             if table is not None and table.blocks is row.blocks:

@@ -27,6 +27,7 @@ _i8, _f4 = types.int64, types.float32
 ROW = np.dtype(
     [
         ("scores", np.int64),  # address of [vocabulary] float32: logits after penalties and biases
+        ("mask", np.int64),  # address of one bit per token, in int32: whether it may be sampled; 0: all may
         ("logits", np.int64),  # address of [vocabulary] float32: the model's, read for log-probabilities
         ("top_k", np.int64),  # 0 for all tokens
         ("top_p", np.float32),  # 1 for all tokens
@@ -277,6 +278,20 @@ def padded(x: int, vocabulary: int, space: int) -> int:
     return space
 
 
+@m.intrinsic([_i8, _i8, _i8, _i8])
+def _mask(b: Any, x: Any, bits: Any, vectors: Any, out: Any) -> None:
+    """Store x in out, with -inf where the bit is clear. What is not below infinity stays, to be noticed."""
+
+    def body(i: Any, carried: list[Any]) -> list[Any]:
+        value = m.load(b, offset(b, x, i, 64), m.FLOATS)
+        kept = b.bitcast(m.load(b, offset(b, bits, i, 2), m.I16, 2), ir.VectorType(ir.IntType(1), m.LANES))
+        wrong = b.fcmp_unordered(">=", value, m.floats(float("inf")))
+        m.store(b, offset(b, out, i, 64), b.select(b.or_(kept, wrong), value, m.floats(float("-inf"))))
+        return []
+
+    m.counted_loop(b, vectors, [], body)
+
+
 @m.jit
 def likeliest_of(x: int, vectors: int) -> Any:
     """Return the greatest number of x and its first place; NaN if any is NaN."""
@@ -301,6 +316,9 @@ def _sample_row(call: Any, row: Any, scratch: int) -> None:
     best, scaled, found = scratch, scratch + 128, scratch + 128 + space
     ids, weights, copy = found + space, found + 2 * space, found + 4 * space
     scores = padded(row.scores, vocabulary, copy)
+    if row.mask != 0:
+        _mask(scores, row.mask, vectors, copy)
+        scores = copy
     largest, row.id = likeliest_of(scores, vectors)
     row.finite = np.isfinite(largest)
     if not row.finite:

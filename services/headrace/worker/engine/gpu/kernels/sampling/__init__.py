@@ -1,6 +1,6 @@
 """Sample one token per row on the device: six kernels, which can be captured.
 
-    edit        applies bias, penalties and min_tokens to blocks of logits, and finds their maxima
+    edit        applies bias, penalties, min_tokens and masks to blocks of logits, and finds their maxima
     histogram   counts the tokens of a filtered row by score
     collect     copies the scores of its likeliest tokens
     threshold   finds the least score that the filters of a row keep
@@ -75,6 +75,9 @@ class SamplingMemory:
     parameters   [slots + 1, layout.width] int32
     counts       [slots + 1, vocabulary] int32: how often each id has occurred in the answer, and SEEN
     latest       [slots + 1] int32: the token sampled last
+    masks        [slots, words] int32: number t // 32 has the bit t % 32 of token t, set if it may be sampled;
+                 the last number is 1 if the ban of min_tokens does not apply. `StepInputs.samples` has the
+                 mask of a row
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class SamplingMemory:
         self.parameters = zeros(slots + 1, layout.width)
         self.counts = zeros(slots + 1, vocabulary)
         self.latest = zeros(slots + 1)
+        self.words = triton.cdiv(vocabulary, 32) + 1
+        self.masks = zeros(slots, self.words)
         # The rest is scratch, by row of a step.
         self.scores = zeros(slots, vocabulary, dtype=torch.float32)
         self.maxima, self.own_maxima, self.bests = zeros(3, slots, self.blocks, dtype=torch.float32)
@@ -109,7 +114,7 @@ class SamplingMemory:
 
 
 def sample(logits: torch.Tensor, step: StepInputs, memory: SamplingMemory, results: torch.Tensor) -> None:
-    """Sample the rows of a step with `samples` 1, and update `latest` and the counts of their slots.
+    """Sample the rows of a step whose `samples` is not 0, and update `latest` and the counts of their slots.
 
     logits    [rows, vocabulary], of any float type; the last dimension contiguous
     results   [3, rows] int32, contiguous: receives tokens, whether the logits were finite, and
@@ -124,7 +129,7 @@ def sample(logits: torch.Tensor, step: StepInputs, memory: SamplingMemory, resul
     which = (step.slots, step.stops, step.samples)
     edit[by_block](
         *source, m.counts, *which, m.maxima, m.own_maxima, m.histograms, m.found, m.masses,
-        m.vocabulary, m.blocks,
+        m.masks, m.words, m.vocabulary, m.blocks,
         WIDTH=width, LIST=triton.next_power_of_2(m.layout.biases), BIAS_ROOM=m.layout.biases, BLOCK=m.block,
         num_warps=_WARPS[edit], enable_fp_fusion=False,
     )  # fmt: skip
@@ -157,7 +162,7 @@ def sample(logits: torch.Tensor, step: StepInputs, memory: SamplingMemory, resul
 
 _FLOATS = ("scores", "maxima", "own_maxima", "candidates", "thresholds", "bests")
 _LONGS = ("masses", "own_masses")
-_NUMBERS = ("stride", "rows", "vocabulary", "blocks")
+_NUMBERS = ("stride", "rows", "words", "vocabulary", "blocks")
 
 
 def variants() -> list[Variant]:

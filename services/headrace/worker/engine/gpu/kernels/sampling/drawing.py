@@ -42,7 +42,7 @@ def draw(
     places = block * BLOCK + tl.arange(0, BLOCK)
     inside = places < vocabulary
     temperature = real(parameters, slot, WIDTH, TEMPERATURE)
-    edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row))
+    edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row), tl.load(samples + row))
     best = tl.full([], float("-inf"), tl.float32)
     best_id = tl.full([], ABSOLUTE, tl.int32)
     own_best = tl.load(maxima + row * blocks + block)

@@ -59,7 +59,7 @@ def histogram(
     largest = maximum_of(maxima, row, blocks, MAXIMA)
     if not is_finite(largest):
         return
-    edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row))
+    edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row), tl.load(samples + row))
     places = block * BLOCK + tl.arange(0, BLOCK)
     x = load_logits(logits, stride, scores, vocabulary, row, places, edited)
     score = tl.div_rn(x - largest, real(parameters, slot, WIDTH, TEMPERATURE))
@@ -97,7 +97,7 @@ def collect(
     best = tl.div_rn(tl.load(maxima + row * blocks + block) - largest, temperature)
     if _bin(_key(best)) >= taken:
         return
-    edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row))
+    edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row), tl.load(samples + row))
     places = block * BLOCK + tl.arange(0, BLOCK)
     x = load_logits(logits, stride, scores, vocabulary, row, places, edited)
     score = tl.div_rn(x - largest, temperature)
@@ -186,7 +186,7 @@ def threshold(
         largest = maximum_of(maxima, row, blocks, MAXIMA)
         if is_finite(largest):
             temperature = real(parameters, slot, WIDTH, TEMPERATURE)
-            edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row))
+            edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row), tl.load(samples + row))
             top_k = parameter(parameters, slot, WIDTH, TOP_K)
             top_p = real(parameters, slot, WIDTH, TOP_P)
             count = tl.load(found + row)

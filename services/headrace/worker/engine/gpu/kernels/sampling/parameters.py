@@ -42,13 +42,18 @@ def real(parameters: tl.tensor, slot: tl.tensor, WIDTH: tl.constexpr, column: tl
 
 
 @triton.jit
-def is_edited(parameters: tl.tensor, slot: tl.tensor, WIDTH: tl.constexpr, stop: tl.tensor) -> tl.tensor:
-    """Return whether parameters change the logits at position *stop*."""
+def is_edited(
+    parameters: tl.tensor, slot: tl.tensor, WIDTH: tl.constexpr, stop: tl.tensor, sampled: tl.tensor
+) -> tl.tensor:  # fmt: skip
+    """Return whether parameters or a mask change the logits at position *stop*.
+
+    sampled   the row's number in `StepInputs.samples`
+    """
     flagged = (parameter(parameters, slot, WIDTH, FLAGS) & EDITED) != 0
     banned = (stop < parameter(parameters, slot, WIDTH, BAN_UNTIL)) & (
         parameter(parameters, slot, WIDTH, ENDINGS) > 0
     )
-    return flagged | banned
+    return flagged | banned | (sampled > 1)
 
 
 @triton.jit

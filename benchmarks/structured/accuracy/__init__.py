@@ -1,0 +1,1 @@
+"""Measures whether answers in an enforced form are right more often than the same answers without."""

@@ -1,0 +1,98 @@
+"""Follow answers through grammars, and compute which tokens may come next.
+
+A `Matcher` is a function of its grammar and the ids of the answer so far: any worker computes an equal one.
+`Masks` computes the masks of the matchers of a step. Both release Python's lock while they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from headrace.grammars.compiling import GrammarProblem, Grammars, problem_of
+from headrace.grammars.vocabulary import Vocabulary
+
+Bits = npt.NDArray[np.int32]
+
+# Computing one mask takes some 40 us, and handing it to a thread as long: fewer are computed here.
+_FEWEST_PARALLEL = 24
+_MOST_THREADS = 8
+
+
+class Matcher:
+    """Follows one answer through its grammar. One thread at a time uses it.
+
+    inner      at the first *consumed* ids of the answer
+    consumed   number of ids
+    """
+
+    __slots__ = ("consumed", "inner")
+
+    def __init__(self, inner: llguidance.LLMatcher) -> None:
+        self.inner = inner
+        self.consumed = 0
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """Consume the next ids of the answer. Raises GrammarProblem if the grammar does not allow them."""
+        if ids:
+            if not self.inner.consume_tokens(list(ids)):
+                raise problem_of(self.inner)
+            self.consumed += len(ids)
+
+
+def follow(grammars: Grammars, grammar: str, answer: Sequence[int]) -> Matcher:
+    """Return a matcher of *grammar* that has consumed an answer.
+
+    Takes milliseconds, or a second for the largest grammars that are within the limits. Safe on any thread.
+    Raises GrammarProblem if the grammar cannot be compiled or does not allow the answer.
+    """
+    matcher = Matcher(grammars.matcher(grammar))
+    matcher.advance(answer)
+    return matcher
+
+
+class Masks:
+    """Computes masks of tokens: one bit per token, set if it may come next.
+
+    vocabulary   of the matchers
+    threads      that compute the masks of many matchers
+
+    words        numbers of a mask: bit t % 32 of number t // 32 is that of token t
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, threads: int) -> None:
+        self.words = -(-vocabulary.size // 32)
+        self._threads = min(threads, _MOST_THREADS)
+        self._executor: llguidance.LLExecutor | None = None
+
+    def fill(self, matchers: Mapping[int, Matcher], bits: Bits) -> dict[int, GrammarProblem]:
+        """Compute the mask of each matcher, in the row of *bits* that is its key.
+
+        bits   [rows, words or more] int32, each row contiguous; receives the masks. The ids that end an
+               answer are set exactly where the grammar may end
+
+        Returns the problems of matchers that exceed a limit, by key; their masks are undefined.
+        """
+        address, stride, size = bits.ctypes.data, bits.strides[0], 4 * self.words
+        if len(matchers) < _FEWEST_PARALLEL or self._threads < 2:
+            for place, matcher in matchers.items():
+                matcher.inner.unsafe_compute_mask_ptr(address + place * stride, size)
+        else:
+            self._fill_parallel(matchers, bits)
+        return {
+            place: problem_of(matcher.inner)
+            for place, matcher in matchers.items()
+            if matcher.inner.is_error()
+        }
+
+    def _fill_parallel(self, matchers: Mapping[int, Matcher], bits: Bits) -> None:
+        if self._executor is None:
+            self._executor = llguidance.LLExecutor(self._threads)
+        # The executor needs contiguous masks.
+        masks = np.empty((len(matchers), self.words), np.int32)
+        jobs = [(matcher.inner, index) for index, matcher in enumerate(matchers.values())]
+        self._executor.unsafe_compute_mask_ptr(jobs, masks.ctypes.data, 4 * self.words, len(matchers))
+        bits[list(matchers), : self.words] = masks

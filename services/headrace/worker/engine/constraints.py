@@ -1,0 +1,127 @@
+"""Restrict the rows of a step to their grammars: compute which tokens each may sample.
+
+The matcher of a sequence is kept in `Row.memo.matcher`. It is a function of the sequence's grammar and the
+ids of its answer: one that is missing is rebuilt. Plain numbers on the host; the samplers apply them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from headrace.grammars.compiling import GrammarProblem, Grammars
+from headrace.grammars.matching import Bits, Masks, Matcher, follow
+from headrace.worker.engine.edits import endings
+from headrace.worker.engine.interface import Fault, Row
+
+UNSUPPORTED = Fault("the engine does not support grammars", invalid=True)
+
+
+@dataclass(slots=True)
+class StepMasks:
+    """The masks of the rows of a step that have a grammar.
+
+    bits     [masks, words] int32, see `Masks.words`; undefined for rows with faults
+    count    number of rows that were asked for
+    places   the row of `bits` of each row without a fault, by the index of the row
+    lifted   rows whose grammar allows only tokens that min_tokens bans: for them the ban does not apply
+    faults   of rows that cannot follow their grammar, by the index of the row
+    """
+
+    bits: Bits
+    count: int
+    places: dict[int, int] = field(default_factory=dict)
+    lifted: set[int] = field(default_factory=set)
+    faults: dict[int, Fault] = field(default_factory=dict)
+
+
+class Constraints:
+    """Computes the masks of one model's rows.
+
+    grammars   of the model's vocabulary; None if the engine does not support them
+    eos_ids    ids that min_tokens bans
+    threads    that compute masks
+    """
+
+    def __init__(self, grammars: Grammars | None, eos_ids: Sequence[int], *, threads: int) -> None:
+        self._grammars = grammars
+        self._eos_ids = eos_ids
+        self._masks = Masks(grammars.vocabulary, threads=threads) if grammars is not None else None
+
+    @property
+    def words(self) -> int:
+        """Number of int32 of a mask; 0 if grammars are not supported."""
+        return 0 if self._masks is None else self._masks.words
+
+    def compute(
+        self,
+        rows: Sequence[Row],
+        indices: Sequence[int],
+        latest: Mapping[int, int] | None = None,
+        bits: Bits | None = None,
+    ) -> StepMasks:
+        """Compute the masks of the rows with these indices, all of which sample and have a grammar.
+
+        latest   the id at position `row.start` of rows that are pending, by index. The result of a pending
+                 row without one is ignored: it has neither a mask nor a fault. By default, no row is pending
+        bits     [indices or more, words or more] int32: receives the masks; by default a new array
+
+        A row that cannot follow its grammar gets a Fault; other rows are not affected.
+        """
+        if bits is None:
+            bits = np.empty((len(indices), self.words), np.int32)
+        found = StepMasks(bits, len(indices))
+        if self._grammars is None or self._masks is None:
+            found.faults = dict.fromkeys(indices, UNSUPPORTED)
+            return found
+        matchers: dict[int, Matcher] = {}
+        for place, index in enumerate(indices):
+            row = rows[index]
+            if row.pending and (latest is None or index not in latest):
+                continue
+            try:
+                matchers[place] = _advanced(self._grammars, row, latest[index] if row.pending else None)
+            except GrammarProblem as problem:
+                found.faults[index] = fault_of(problem)
+        problems = self._masks.fill(matchers, bits)
+        for place in matchers:
+            index = indices[place]
+            if place in problems:
+                found.faults[index] = fault_of(problems[place])
+                continue
+            found.places[index] = place
+            row = rows[index]
+            if row.stop - row.prompt < row.params.min_tokens and self._allows_only_ends(row, bits[place]):
+                found.lifted.add(index)
+        return found
+
+    def _allows_only_ends(self, row: Row, mask: Bits) -> bool:
+        """Return whether a mask allows nothing but ids that would end the answer."""
+        rest = mask[: self.words].view(np.uint32).copy()
+        for id in endings(row.params, self._eos_ids):
+            if id // 32 < len(rest):
+                rest[id // 32] &= ~np.uint32(1 << id % 32)
+        return not rest.any()
+
+
+def _advanced(grammars: Grammars, row: Row, latest: int | None) -> Matcher:
+    """Return the matcher of a row after all ids before the one that it samples. Raises GrammarProblem.
+
+    latest   the last of them if the row is pending
+    """
+    answered = row.stop - row.prompt
+    matcher: Matcher | None = row.memo.matcher
+    if matcher is None or matcher.consumed > answered:
+        matcher = row.memo.matcher = follow(grammars, row.params.grammar, ())
+    ids = row.ids[row.prompt + matcher.consumed : row.stop]
+    if len(ids) < answered - matcher.consumed and latest is not None:
+        ids = [*ids, latest]
+    matcher.advance(ids)
+    return matcher
+
+
+def fault_of(problem: GrammarProblem) -> Fault:
+    """Return the fault of a row with a problem of its grammar."""
+    return Fault(f"the answer cannot follow its grammar: {problem}", invalid=True)
