@@ -148,6 +148,7 @@ _ROWS: Final[Mapping[type[errors.HeadraceError], _Row]] = {
     errors.EmptyInput: _INVALID,
     errors.InvalidText: _INVALID,
     errors.InvalidSampling: _INVALID,
+    errors.AnswerCutOff: _INVALID,  # no server raises it
     errors.ContextTooLong: _Row(400, "invalid_request_error", "context_length_exceeded"),
     errors.UnknownTier: _Row(404, "not_found_error", "model_not_found"),
     errors.UnknownModel: _Row(404, "not_found_error", "model_not_found"),
