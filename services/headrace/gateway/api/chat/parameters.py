@@ -85,6 +85,8 @@ class ChatParameters(CompletionParameters):
     def params(self) -> Mapping[str, str]:
         """Return the names of parameters by the fields of the contract, for `problem_of`. Raises Problem."""
         names = {**super().params(), **MESSAGE_PARAMS, **params_of(self.tools or (), self._choice())}
+        if self.tools:
+            names.setdefault("sampling.structured", "tools")  # calls have a form, too
         if self.max_completion_tokens is not None:
             names["sampling.max_tokens"] = "max_completion_tokens"
         return names
