@@ -235,7 +235,7 @@ async def test_text_completions_have_vllms_forms(client: openai.AsyncOpenAI) -> 
 
 
 async def test_what_cannot_be_enforced_is_refused_with_its_place(client: openai.AsyncOpenAI) -> None:
-    schema = {"type": "object", "properties": {"a": {"not": {"minimum": 1}}}}
+    schema: dict[str, object] = {"type": "object", "properties": {"a": {"not": {"minimum": 1}}}}
     with pytest.raises(openai.BadRequestError) as form:
         await client.chat.completions.create(
             model="auto",
