@@ -34,7 +34,12 @@ def regex(text: str) -> str:
 def schema(**properties: object) -> str:
     return str(
         llguidance.LLMatcher.grammar_from_json_schema(
-            {"properties": properties, "required": [*properties], "additionalProperties": False},
+            {
+                "type": "object",
+                "properties": properties,
+                "required": [*properties],
+                "additionalProperties": False,
+            },
             overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
         )
     )

@@ -187,7 +187,7 @@ def test_a_limit_that_other_answers_have_used_up_does_not_fail_a_row() -> None:
     assert spent is not None
     matcher = spent.matcher(row.params.grammar)
     (expected,) = own.sample(logits_of(row), [row])
-    row.memo.matcher.inner.consume_token(30)  # an error state, as if a shared limit was exceeded
+    row.memo.matcher.inner.consume_token(9)  # an error state, as if a shared limit was exceeded
     assert row.memo.matcher.inner.is_error()
     assert not matcher.is_error()
 
