@@ -206,7 +206,8 @@ def test_sequences_that_wait_for_grammars_are_reported_as_waiting() -> None:
         assert report.oldest_wait > 0
 
 
-def test_any_thread_may_submit(count: int = 40) -> None:
+def test_any_thread_may_submit() -> None:
+    count = 40
     grammars = [WORD, PERSON, "", regex("[0-9]{3}")]
     with running() as run:
         for _ in range(4 * count):
