@@ -21,6 +21,7 @@ from headrace.worker.engine.gpu.slots import Slots
 from headrace.worker.engine.interface import (
     EngineBroken,
     Fault,
+    Grammars,
     ModelInfo,
     Row,
     SamplingParams,
@@ -32,6 +33,7 @@ from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observ
 from headrace.worker.runner import SequenceSpec, StepReport
 from tests.worker.engine.conftest import VOCABULARY
 from tests.worker.engine.gpu.device import DEVICE
+from tests.worker.engine.grammar_cases import letters, matches, regex
 from tests.worker.engine.test_torch_engine import (
     GREEDY,
     WARM,
@@ -100,6 +102,7 @@ def device_engine(tiny_folder: Callable[[str], Path]) -> Callable[..., GpuEngine
         step_tokens: int = STEP_TOKENS,
         model: ModelInfo | None = None,
         exact: bool = True,
+        grammars: Grammars | None = None,
     ) -> GpuEngine:
         model = model or model_info()
         auto: Any = transformers.AutoModelForCausalLM
@@ -136,6 +139,7 @@ def device_engine(tiny_folder: Callable[[str], Path]) -> Callable[..., GpuEngine
             step_tokens=step_tokens,
             tile=tile_tokens(layers, exact=exact, dtype=torch.float32),
             graphs=graphs,
+            grammars=grammars,
         )
 
     return make
@@ -193,6 +197,32 @@ def test_an_exact_engine_answers_alike_alone_and_in_a_batch(device_engine: Calla
     alone = [answers(engine, [prompt], 3, [own])[0] for prompt, own in zip(prompts, params, strict=True)]
 
     assert answers(engine, prompts, 3, params) == alone
+
+
+def test_answers_follow_their_grammars_though_the_host_does_not_know_the_latest_token(
+    device_engine: Callable[..., GpuEngine],
+) -> None:
+    """Alone and in a batch with a sequence without a grammar, and with one whose grammar fails."""
+    grammars = letters(VOCABULARY)
+    model = replace(model_info(), eos_ids=frozenset({0}))
+    params = [
+        replace(PENALISED, grammar=regex("[ab]{3}"), min_tokens=9),
+        WARM,
+        replace(WARM, grammar=regex("ab|[0-9]+"), logprobs=True),
+    ]
+    prompts = [prompt_of(length) for length in (2, 4, 3)]
+    engine = device_engine(graphs=Graphs(), grammars=grammars, model=model)
+    alone = [answers(engine, [prompt], 5, [own])[0] for prompt, own in zip(prompts, params, strict=True)]
+
+    assert matches("[ab]{3}", grammars, alone[0])
+    assert matches("ab|[0-9]+", grammars, alone[2])
+    assert answers(engine, prompts, 5, params) == alone
+    bad, good = rows_of(prompts[:2], params[0])
+    bad.params = replace(params[0], grammar="start: /(/")
+    results = engine.step([bad, good])
+    assert isinstance(results[0], Fault)
+    assert results[0].invalid
+    assert isinstance(results[1], Token)
 
 
 def test_steps_without_graphs_have_the_same_results(device_engine: Callable[..., GpuEngine]) -> None:

@@ -12,11 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.worker.engine.constraints import Constraints
+from headrace.worker.engine.gpu.filling import masked_rows
 from headrace.worker.engine.gpu.sampler import DeviceSampler, read_tokens
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, zeros
 from headrace.worker.engine.interface import Fault, Result, Row, Token
 from headrace.worker.engine.noise import noise_key
+from headrace.worker.engine.sampling import Sampler
 from tests.worker.engine.gpu.device import DEVICE
+from tests.worker.engine.grammar_cases import letters, regex
 from tests.worker.engine.rows import EOS, draw, kept_by_definition, random_logits, row_of
 
 PARAMS: list[dict[str, Any]] = [
@@ -275,3 +279,39 @@ def test_an_id_outside_the_vocabulary_is_a_fault_of_sequences_whose_ids_are_coun
 def test_a_sequence_with_a_pending_token_cannot_begin() -> None:
     with pytest.raises(ValueError, match="not complete"):
         sampler_of(1, 37).assign(0, dataclasses.replace(row_of(), pending=True))
+
+
+def test_masks_sample_the_tokens_of_the_cpu() -> None:
+    """With all kinds of parameters, more rows than masks, and a grammar that lifts the ban of min_tokens."""
+    grammars = letters(37, end=EOS)
+    constraints = Constraints(grammars, [EOS], threads=1)
+    patterns = ["[ab]+", "", "a|[0-9]*", "", "[a-h]{2,}", "b", "", "[ab]*", "[0-9]", "a"]
+    rows = [row_of((1, 2, 9), prompt=3, seed=seed, **own) for seed, own in enumerate(PARAMS)]
+    rows.append(row_of((1, 2, 9, 1), prompt=3, seed=10, min_tokens=5))
+    for row, pattern in zip(rows, [*patterns, "a"], strict=True):
+        row.params = dataclasses.replace(row.params, grammar=regex(pattern) if pattern else "")
+    logits = random_logits(len(rows), 37, seed=5, spread=2.0)
+    logits[0, 20] = float("nan")
+    expected = Sampler(frozenset({EOS}), grammars).sample(logits, rows)
+    sampler = sampler_of(len(rows), 37)
+    begin(sampler, rows)
+    masked = masked_rows(rows)
+    masks = sampler.restrict(lambda bits: constraints.compute(rows, masked, bits=bits))
+    step = step_of(rows, range(len(rows)))
+    for number, index in enumerate(masked):
+        step.samples[index] = 2 + number
+    results = torch.zeros((3, len(rows)), dtype=torch.int32, device=DEVICE)
+
+    sampler.draw(logits.to(DEVICE), step, results)
+
+    assert not masks.faults
+    assert masks.lifted == {10}
+    found = read_tokens(results.cpu(), rows)
+    assert isinstance(found[0], Fault)
+    assert [*map(bare, found)] == [*map(bare, expected)]
+    assert found[10] == Token(EOS)
+
+
+def bare(result: Result) -> object:
+    """Return a result without the most likely tokens, which another kernel computes."""
+    return dataclasses.replace(result, top=None) if isinstance(result, Token) else result

@@ -92,7 +92,7 @@ class DeviceEngine:
         valid = [row for row in step.rows if row.memo not in self.broken]
         for row in valid:
             if row.pending:
-                row.ids = [*row.ids, self.latest[row.memo]]
+                row.ids, row.pending = [*row.ids, self.latest[row.memo]], False
         results = iter(self.inner.step(valid))
         found = [Token(0) if row.memo in self.broken else next(results) for row in step.rows]
         for index, row in enumerate(step.rows):
