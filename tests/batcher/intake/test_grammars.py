@@ -1,4 +1,4 @@
-"""A request whose answer has a grammar waits until the grammar is known to work, as others wait in the queue."""
+"""A request whose answer has a grammar waits until the grammar is known to work, as it would in the queue."""
 
 from __future__ import annotations
 
