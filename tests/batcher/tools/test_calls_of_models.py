@@ -46,7 +46,7 @@ def read(tokenizer: TransformersTokenizer, form: AnswerForm, ids: list[int]) -> 
     calls = [[part.name, ""] for part in parts if part.kind is Kind.CALL]
     for part in parts:
         if part.kind is Kind.ARGUMENTS:
-            calls[part.index][1] += part.source
+            calls[part.call][1] += part.source
     return [(name, arguments) for name, arguments in calls]
 
 
