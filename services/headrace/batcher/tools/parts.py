@@ -49,9 +49,7 @@ class AnswerParts:
                 case Kind.ARGUMENTS:
                     # The first part of a call has its name, and the arguments that came with it.
                     calls = delta.tool_calls
-                    call = (
-                        calls[-1] if calls and calls[-1].index == part.call else calls.add(index=part.call)
-                    )
+                    call = calls[-1] if calls and calls[-1].index == part.call else calls.add(index=part.call)
                     call.arguments += part.source
                 case Kind.MARKUP:
                     pass
