@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.batcher.form import AnswerForm
 from headrace.batcher.text.detokenizer import Detokenizer, TextStream
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.tools.forms import form_of
 from headrace.batcher.tools.parser import AnswerParser, Kind, Part
 from headrace.grammars.compiling import Grammars
