@@ -265,6 +265,15 @@ def test_a_call_that_begins_must_be_valid(family: str, text: str) -> None:
     assert allowed(made, text.replace("get", "other")) in ("whole", repr(text[: text.index("get")]))
 
 
+@pytest.mark.parametrize("family", ["llama3", "json"])
+def test_a_call_after_thoughts_is_valid_however_much_white_space_is_between(family: str) -> None:
+    made = form(Family(family), request(), thinks="opened")
+    text = "well</think>" + "\n" * 100 + written(Family(family), False, WRONG)
+
+    assert read(made, ids_of(text, made))[2] == [("get", WRONG)]
+    assert allowed(made, text) == repr(text[:-1])
+
+
 @EVERY
 @BOTH
 @pytest.mark.parametrize("thinks", ["off", "may", "opened"])
