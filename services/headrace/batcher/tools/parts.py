@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.batcher.form import AnswerForm
 from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.tools.ids import CallIds
 from headrace.batcher.tools.parser import AnswerParser, Kind
 from headrace.v1 import generation_pb2 as pb
