@@ -13,9 +13,9 @@ import struct
 from google.protobuf import duration_pb2
 
 from headrace import errors
-from headrace.conversation_checks import ToolChecks
+from headrace.checks.conversations import ToolChecks
+from headrace.checks.structured import check_structured
 from headrace.quoting import quoted
-from headrace.structured import check_structured
 from headrace.template_arguments import check_arguments
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import routing_service_pb2 as routing_pb

@@ -13,7 +13,7 @@ from headrace import errors, models
 from headrace.batcher.text.templates import ChatTemplate
 from headrace.batcher.text.tokens import ByteTokenizer, TransformersTokenizer, load_tokenizer
 from headrace.batcher.tools.instructions import HEAD
-from headrace.conversation_checks import READ_AT_ONCE
+from headrace.checks.conversations import READ_AT_ONCE
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import tokenizer_service_pb2 as tokens_pb
 from headrace.worker.engine.echo import EchoEngine

@@ -9,7 +9,7 @@ from __future__ import annotations
 from headrace.batcher.intake.limits import RequestLimits
 from headrace.batcher.text.tokens import Bounded, Tokenizer
 from headrace.batcher.turns import Call, Tool, Tools, Turn, Turns
-from headrace.conversation_checks import arguments_of_call, parameters_of_tool
+from headrace.checks.conversations import arguments_of_call, parameters_of_tool
 from headrace.template_arguments import NO_ARGUMENTS, Arguments, arguments_of
 from headrace.v1 import generation_pb2 as pb
 

@@ -12,10 +12,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from headrace.checks.structured import MAX_CHOICES, MAX_SCHEMA_BYTES
 from headrace.gateway.api.bounded import bounded_json
 from headrace.gateway.api.reading import Parameters, Refusal, invalid
 from headrace.gateway.problems import Problem
-from headrace.structured import MAX_CHOICES, MAX_SCHEMA_BYTES
 from headrace.v1 import generation_pb2 as pb
 
 Schema = dict[str, object]

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from headrace.checks.conversations import MAX_TOOLS
 from headrace.client import Client
-from headrace.conversation_checks import MAX_TOOLS
 from headrace.gateway.api.chat.messages import MESSAGE_PARAMS, Message, unused_of_messages
 from headrace.gateway.api.chat.parameters import conversation
 from headrace.gateway.api.chat.tools import Tool, params_of, set_tools, unused_of_tools

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from headrace import errors
-from headrace.conversation_checks import MAX_CALL_ID
+from headrace.checks.conversations import MAX_CALL_ID
 from headrace.router.state.peer_reports import plausible
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import MAX_ATTEMPT, MAX_NAME, MAX_STOP_CHARACTERS

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from headrace.conversation_checks import MAX_ARGUMENTS, MAX_CALLS
+from headrace.checks.conversations import MAX_ARGUMENTS, MAX_CALLS
 from headrace.gateway.api.reading import Refusal, unused_of
 from headrace.gateway.problems import Problem
 from headrace.quoting import quoted

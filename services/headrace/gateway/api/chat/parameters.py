@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from headrace.conversation_checks import MAX_TOOLS
+from headrace.checks.conversations import MAX_TOOLS
 from headrace.gateway.api.bounded import bounded_json
 from headrace.gateway.api.chat.messages import MESSAGE_PARAMS, Message, add_message, unused_of_messages
 from headrace.gateway.api.chat.tools import (

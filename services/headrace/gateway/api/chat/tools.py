@@ -13,7 +13,7 @@ from typing import Any, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from headrace.conversation_checks import MAX_PARAMETERS, MAX_TOOLS
+from headrace.checks.conversations import MAX_PARAMETERS, MAX_TOOLS
 from headrace.gateway.api.bounded import bounded_json
 from headrace.gateway.api.reading import MAX_IGNORED, invalid
 from headrace.gateway.problems import Problem
