@@ -87,6 +87,7 @@ OTHER_NAMES = {
     "PIP_ARGS",
     "PYTHON_IMAGE",
     "SOURCE_DATE_EPOCH",
+    "TOOL_MODE_REQUIRED",
     "TOOLS_FOLDER",
     "TOOL_CALLS",  # a marker in templates of Mistral
 }
@@ -185,7 +186,7 @@ def calls_in(printed: str) -> list[tuple[str, str]]:
     """The names and arguments of calls, all parts joined."""
     calls: list[list[str]] = []
     for delta in deltas_in(printed):
-        for part in delta.get("toolCalls", ()):
+        for part in delta.get("tool_calls", ()):
             if "id" in part:
                 calls.append([part["name"], ""])
             calls[-1][1] += part.get("arguments", "")
@@ -214,12 +215,12 @@ async def test_every_grpcurl_command_works_as_printed(running: Running) -> None:
     assert '"tier": "small"' in rated
     assert "SERVING" in health
     schema, anything, date, choice, total = map(text_in, forms)
-    assert set(json.loads(schema)) == {"city", "country"}
+    assert "city" in json.loads(schema)
     assert isinstance(json.loads(anything), dict)
     assert (date, choice, total) == ("2026-11-29", "no", "1+20")
-    assert [(name, set(json.loads(arguments))) for name, arguments in calls_in(required)] == [
-        ("weather", {"city"})
-    ]
+    ((called, arguments),) = calls_in(required)
+    assert called == "weather"
+    assert "city" in json.loads(arguments)
     assert calls_in(named) == [("clock", "{}")]
     assert text_in(told) == "It is noon.", "the echo engine repeats the result"
     assert "".join(re.findall(r'"text": "(.*)"', resumed)) == "llo"

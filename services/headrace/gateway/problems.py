@@ -86,6 +86,7 @@ def problem_of(error: errors.HeadraceError, params: Mapping[str, str] = NO_PARAM
     if error.field:
         param = translated(error.field, params)
         message = message.replace(error.field, param or error.field)
+        message = _OTHER_FIELD.sub(lambda found: translated(found[0], params) or found[0], message)
     headers = {"www-authenticate": "Bearer"} if row.status == _UNAUTHORIZED else {}
     wait = error.retry_after if error.retry_after is not None else row.retry_after
     return Problem(
@@ -118,6 +119,8 @@ def translated(field: str, params: Mapping[str, str]) -> str | None:
 
 
 _PLACE = re.compile(r"\[\d+\]")
+# Fields that a message names besides the one at fault; not in quotes, which contain text of the caller.
+_OTHER_FIELD = re.compile(r"""(?<![\w.'"])(?:chat|sampling)(?:\.[\w\[\]]+)+""")
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ _ROWS: Final[Mapping[type[errors.HeadraceError], _Row]] = {
     errors.EmptyInput: _INVALID,
     errors.InvalidText: _INVALID,
     errors.InvalidSampling: _INVALID,
+    errors.AnswerCutOff: _INVALID,  # no server raises it
     errors.ContextTooLong: _Row(400, "invalid_request_error", "context_length_exceeded"),
     errors.UnknownTier: _Row(404, "not_found_error", "model_not_found"),
     errors.UnknownModel: _Row(404, "not_found_error", "model_not_found"),

@@ -227,6 +227,11 @@ class Chooser:
         )
         return self.rules.release(check, quality_preference), check
 
+    def check_certainty(self, logprobs: Sequence[float], *, quality_preference: float) -> tuple[bool, Check]:
+        """Return whether a draft that has its form is released, and the verdict on its log-probabilities."""
+        check = self._checker.check_certainty(logprobs)
+        return self.rules.release(check, quality_preference), check
+
     def _views(self, request: RoutingRequest, now: float) -> list[TierView]:
         """Return the tiers as the policy sees them."""
         views = []

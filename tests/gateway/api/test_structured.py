@@ -157,7 +157,7 @@ async def test_a_wrong_form_is_explained(
     [
         ({"response_format": JSON_SCHEMA}, "sampling.json_schema", "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_object"}}, "sampling.json_object", "response_format"),
-        ({"structured_outputs": {"json": "x"}}, "sampling.json_schema", "structured_outputs.json"),
+        ({"structured_outputs": {"json": "{}"}}, "sampling.json_schema", "structured_outputs.json"),
         ({"structured_outputs": {"choice": ["a"]}}, "sampling.choices", "structured_outputs.choice"),
         ({"structured_outputs": {"choice": ["a"]}}, "sampling.choices.texts", "structured_outputs.choice"),
         ({"structured_outputs": {"grammar": "a"}}, "sampling.lark", "structured_outputs.grammar"),

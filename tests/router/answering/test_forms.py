@@ -43,11 +43,15 @@ def asks_for_json() -> pb.GenerateRequest:
 
 @dataclass
 class FormBatcher(FakeBatcher):
-    """Answers every request with these deltas, of one token each."""
+    """Answers every request with these deltas, of one token each.
+
+    logprob   of each token; None: the engine reports none
+    """
 
     deltas: Sequence[pb.Delta] = ()
     reason: pb.FinishReason.ValueType = pb.FINISH_REASON_STOP
     breaks_at: list[int] = field(default_factory=list)
+    logprob: float | None = None
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
@@ -61,6 +65,8 @@ class FormBatcher(FakeBatcher):
             response = pb.GenerateResponse(delta=self.deltas[place])
             response.delta.offset, response.delta.token_count = place, 1
             response.delta.token_ids.append(place)
+            if self.logprob is not None and request.sampling.logprobs:
+                response.delta.logprobs.append(self.logprob)
             yield response
         yield pb.GenerateResponse(finish=pb.Finish(reason=self.reason))
 
@@ -234,6 +240,18 @@ async def test_a_draft_without_its_whole_form_is_replaced(
     assert answer.accepted.tier == "large"
     assert answer.text == "".join(part.text for part in deltas)
     assert answer.finish.usage.wasted_tokens == len(draft.deltas)
+
+
+async def test_a_draft_in_a_form_of_which_the_model_is_unsure_is_replaced() -> None:
+    """The engine forced the form on it: what it would have written is something else."""
+    for deltas, request in ((JSON, asks_for_json()), (CALL, asks_for_calls())):
+        large = FormBatcher(deltas=deltas)
+        async with routed(CASCADE, small=FormBatcher(deltas=deltas, logprob=-3.0), large=large) as client:
+            unsure = await collect(client, request)
+        async with routed(CASCADE, small=FormBatcher(deltas=deltas, logprob=-0.01), large=large) as client:
+            sure = await collect(client, request)
+
+        assert (unsure.accepted.tier, sure.accepted.tier) == ("large", "small")
 
 
 async def test_a_draft_in_a_form_is_held_until_its_end() -> None:

@@ -6,8 +6,6 @@ from pydantic_core import to_json
 
 from headrace.gateway.api.reading import invalid
 
-MAX_SCHEMA_BYTES = 64 * 1024  # of the contract, for each schema
-
 
 def bounded_json(value: object, name: str, most: int, *, large: bool) -> str:
     """Return *value*, of a parsed body, as JSON without spaces; objects keep the order of their properties.

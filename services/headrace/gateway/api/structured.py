@@ -12,12 +12,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from headrace.gateway.api.bounded import MAX_SCHEMA_BYTES, bounded_json
+from headrace.gateway.api.bounded import bounded_json
 from headrace.gateway.api.reading import Parameters, Refusal, invalid
 from headrace.gateway.problems import Problem
+from headrace.structured import MAX_CHOICES, MAX_SCHEMA_BYTES
 from headrace.v1 import generation_pb2 as pb
-
-MAX_CHOICES = 1024  # of the contract
 
 Schema = dict[str, object]
 Choices = Annotated[list[str], Field(max_length=MAX_CHOICES, fail_fast=True)]

@@ -12,9 +12,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from headrace.client import Client
+from headrace.conversation_checks import MAX_TOOLS
 from headrace.gateway.api.chat.messages import MESSAGE_PARAMS, Message, unused_of_messages
 from headrace.gateway.api.chat.parameters import conversation
-from headrace.gateway.api.chat.tools import MAX_TOOLS, Tool, params_of, set_tools, unused_of_tools
+from headrace.gateway.api.chat.tools import Tool, params_of, set_tools, unused_of_tools
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.parameters import Uint32
 from headrace.gateway.api.reading import Parameters, Refusal, ignored_header, invalid, read

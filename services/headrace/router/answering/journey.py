@@ -232,8 +232,15 @@ class Journey:
     def _check_form(self, draft: Draft) -> tuple[bool, list[str]]:
         """Return whether a draft in a form is released, and what was found against it."""
         is_json = self.outgoing.request.sampling.WhichOneof("structured") in ("json_schema", "json_object")
-        found = draft.form_fault(is_json=is_json)
-        return not found, [found] if found else []
+        if found := draft.form_fault(is_json=is_json):
+            return False, [found]
+        if not draft.logprobs:
+            return True, []
+        released, check = self._chooser.check_certainty(
+            draft.logprobs, quality_preference=self._facts.hints.quality_preference
+        )
+        trace.get_current_span().set_attribute(attributes.CHECK_GOOD, check.good)
+        return released, list(check.reasons)
 
     def discard(self, draft: Draft, replaced_by: str = "") -> None:
         """See `cascade.Cascaded`."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.routing.artifact import BadArtifact
-from headrace.routing.drafts.features import FEATURES, measure
+from headrace.routing.drafts.features import FEATURES, doubts, measure
 from headrace.routing.scoring.score import Feature, sigmoid
 
 FORMAT = 2  # of the weights' file
@@ -87,7 +87,19 @@ class DraftChecker:
             logprobs = None
         values = measure(prompt, draft, finished=finished, logprobs=logprobs, samples=samples)
         compared = bool(values["samples_agree"] or values["samples_differ"])
-        evidence = "+".join(["logprobs"] * bool(logprobs) + ["samples"] * compared) or "text"
+        return self._verdict(
+            "+".join(["logprobs"] * bool(logprobs) + ["samples"] * compared) or "text", values
+        )
+
+    def check_certainty(self, logprobs: Sequence[float]) -> Check:
+        """Check a draft that has a form, to which findings in texts do not apply, by log-probabilities alone.
+
+        logprobs   as of `check`, at least one
+        """
+        return self._verdict("logprobs", dict.fromkeys(FEATURES, 0.0) | doubts(logprobs))
+
+    def _verdict(self, evidence: str, values: Mapping[str, float]) -> Check:
+        """Weigh the findings, for one kind of `EVIDENCE`."""
         bias, weights = self._weights[evidence].bias, self._weights[evidence].weights
         features = tuple(
             Feature(name, values[name], values[name] * weights[name]) for name in FEATURES if values[name]

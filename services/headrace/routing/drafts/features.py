@@ -152,10 +152,7 @@ def measure(
     found = dict.fromkeys(FEATURES, 0.0)
     found["cut_off"] = 0.0 if finished else 1.0
     if logprobs:
-        surprise = sorted(-max(value, -20.0) for value in logprobs)
-        worst = surprise[-max(1, len(surprise) // 20) :]
-        found["unsure"] = _between(sum(surprise) / len(surprise), 0.05, 1.0)
-        found["unsure_at_worst"] = _between(sum(worst) / len(worst), 0.7, 4.0)
+        found |= doubts(logprobs)
     if not draft:
         return found | {"empty": 1.0}
     onward = _RUNS_ON.search(draft, 1)
@@ -176,6 +173,16 @@ def measure(
     if agree is not None:
         found["samples_agree"], found["samples_differ"] = agree, 1 - agree
     return found
+
+
+def doubts(logprobs: Sequence[float]) -> dict[str, float]:
+    """Return the strength of the findings about log-probabilities, of which there is at least one."""
+    surprise = sorted(-max(value, -20.0) for value in logprobs)
+    worst = surprise[-max(1, len(surprise) // 20) :]
+    return {
+        "unsure": _between(sum(surprise) / len(surprise), 0.05, 1.0),
+        "unsure_at_worst": _between(sum(worst) / len(worst), 0.7, 4.0),
+    }
 
 
 def asks_for_number(prompt: str) -> bool:

@@ -1,7 +1,7 @@
 """Check whether a draft that must have a form has it. Pure functions.
 
-A form is a JSON schema, a regular expression and the like, or calls of tools. The findings of `features.py`
-are about prose and do not apply to such drafts.
+A form is a JSON schema, a regular expression and the like, or calls of tools. Findings in texts are about
+prose and do not apply to such drafts; those about log-probabilities do, see `DraftChecker.check_certainty`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ async def test_an_assistants_refusal_is_what_it_said(plain: Edge) -> None:
 async def test_fields_of_messages_without_effect_are_named_in_the_header(plain: Edge) -> None:
     turns = [
         {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}], "mood": "good"},
-        {"role": "tool", "content": "b", "tool_call_id": "1", "tool_calls": [], "audio": None},
+        {"role": "tool", "content": "b", "tool_calls": [], "audio": None},
         {"role": "user", "content": "c", "mood": "bad", "extra": None},
     ]
 

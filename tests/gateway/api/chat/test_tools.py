@@ -271,3 +271,13 @@ def test_json_of_any_size_is_refused_alike(large: bool) -> None:
         with pytest.raises(Problem) as raised:
             bounded_json(value, "tools[0]", 100, large=large)
         assert raised.value.param == "tools[0]"
+
+
+async def test_the_form_of_calls_is_that_of_the_tools(plain: Edge) -> None:
+    text = "sampling.structured cannot be combined with sampling.ignore_eos"
+    plain.router.refuses = errors.InvalidSampling(text, field="sampling.structured")
+    error = (await plain.chat(tools=[tool("a")])).json()["error"]
+    with_form = (await plain.chat(tools=[tool("a")], guided_regex="a")).json()["error"]
+
+    assert (error["param"], error["message"]) == ("tools", "tools cannot be combined with ignore_eos")
+    assert with_form["param"] == "guided_regex"

@@ -11,13 +11,13 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+from headrace.conversation_checks import MAX_ARGUMENTS, MAX_CALLS
 from headrace.gateway.api.reading import Refusal, unused_of
 from headrace.gateway.problems import Problem
 from headrace.quoting import quoted
 from headrace.v1 import generation_pb2 as pb
 
 MAX_PARTS = 4096  # of a message
-MAX_CALLS = 128  # of a message, as in the contract
 
 _TEXT_ONLY = "the models of this server read text only: send parts of type text"
 _MEDIA = ("image_url", "input_audio", "file", "video_url", "audio_url")
@@ -46,7 +46,7 @@ class CalledFunction(TypedDict):
     """What a call calls; the arguments are JSON."""
 
     name: str
-    arguments: NotRequired[str | None]
+    arguments: NotRequired[Annotated[str, Field(max_length=MAX_ARGUMENTS)] | None]
 
 
 @with_config(ConfigDict(extra="allow", strict=True))

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from headrace.conversation_checks import MAX_TOOLS
 from headrace.gateway.api.bounded import bounded_json
 from headrace.gateway.api.chat.messages import MESSAGE_PARAMS, Message, add_message, unused_of_messages
 from headrace.gateway.api.chat.tools import (
-    MAX_TOOLS,
     Choice,
     Tool,
     choice_of,
@@ -85,6 +85,8 @@ class ChatParameters(CompletionParameters):
     def params(self) -> Mapping[str, str]:
         """Return the names of parameters by the fields of the contract, for `problem_of`. Raises Problem."""
         names = {**super().params(), **MESSAGE_PARAMS, **params_of(self.tools or (), self._choice())}
+        if self.tools:
+            names.setdefault("sampling.structured", "tools")  # calls have a form, too
         if self.max_completion_tokens is not None:
             names["sampling.max_tokens"] = "max_completion_tokens"
         return names

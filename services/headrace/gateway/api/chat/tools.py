@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NotRequired
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from headrace.gateway.api.bounded import MAX_SCHEMA_BYTES, bounded_json
-from headrace.gateway.api.reading import invalid
+from headrace.conversation_checks import MAX_PARAMETERS, MAX_TOOLS
+from headrace.gateway.api.bounded import bounded_json
+from headrace.gateway.api.reading import MAX_IGNORED, invalid
 from headrace.gateway.problems import Problem
 from headrace.quoting import quoted
 from headrace.v1 import generation_pb2 as pb
-
-MAX_TOOLS = 128  # of the contract
 
 _MODES = {
     "auto": pb.TOOL_MODE_AUTO,
@@ -132,7 +132,7 @@ def set_tools(
 def _add(chat: pb.Chat, function: Function, place: str, large: bool) -> None:
     added = chat.tools.add(name=function["name"], description=function.get("description") or "")
     if (parameters := function.get("parameters")) is not None:
-        added.parameters = bounded_json(parameters, f"{place}.parameters", MAX_SCHEMA_BYTES, large=large)
+        added.parameters = bounded_json(parameters, f"{place}.parameters", MAX_PARAMETERS, large=large)
 
 
 def _check_names(chat: pb.Chat, choice: Choice) -> None:
@@ -177,15 +177,17 @@ def params_of(tools: Sequence[Tool], choice: Choice | None) -> dict[str, str]:
 
 
 def unused_of_tools(tools: Sequence[Tool]) -> list[str]:
-    """Return the names of the fields of tools that are ignored, each once for all tools."""
+    """Return the names of the fields of tools that are ignored, each once for all tools.
+
+    Of more than a header has room for, only some.
+    """
     names: set[str] = set()
     for tool in tools:
-        names.update(f"tools[].{name}" for name in _others(tool, Tool))
-        if "function" in tool:
-            names.update(f"tools[].function.{name}" for name in _others(tool["function"], Function))
+        for place, fields in (("tools[]", tool), ("tools[].function", tool.get("function", {}))):
+            given = (name for name, value in fields.items() if value is not None)
+            others = (f"{place}.{name}" for name in given if name not in _FIELDS[place])
+            names.update(islice(others, MAX_IGNORED))
     return sorted(names)
 
 
-def _others(value: Mapping[str, object], kind: type) -> list[str]:
-    """Return the names of what is set in a dictionary and is not in its class."""
-    return [name for name in value.keys() - kind.__annotations__.keys() if value[name] is not None]
+_FIELDS = {"tools[]": Tool.__annotations__.keys(), "tools[].function": Function.__annotations__.keys()}
