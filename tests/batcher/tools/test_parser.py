@@ -115,6 +115,22 @@ def test_ordinary_text_is_released_but_for_white_space(form: AnswerForm, text: s
     assert "".join(part.source for part in found).rstrip(SPACE) == text.rstrip(SPACE)
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("text", ["a" + "\n" * 1000, "<think>a" + " " * 1000, f"{CALL}" + "\n" * 1000])
+def test_much_white_space_is_released_before_its_end(form: AnswerForm, text: str) -> None:
+    released = "".join(part.source for part in parts(form, text, end=False))
+
+    assert len(text) - len(released) <= 32
+
+
+def test_a_call_of_no_tool_is_released_as_soon_as_that_is_known() -> None:
+    text = 'a <tool_call>\n{"name": "other", "arguments": {'
+
+    released = parts(FORMS["hermes "], text, end=False)
+
+    assert released == [Part(Kind.TEXT, text)]
+
+
 CALLED = [("call", "get"), ("arguments", ARGUMENTS)]
 
 
