@@ -37,9 +37,9 @@ class ChatFormat:
         self._created = int(time.time())
         self._head: dict[str, object] = {}
         self._opens: dict[int, bytes] = {}  # of a chunk, up to its `delta`, by choice
-        self._starts: dict[int, bytes] = {}  # up to the text; empty until only text can come
+        self._starts: dict[int, bytes] = {}  # up to the text; empty until thoughts and details cannot come
         self._called: set[int] = set()  # choices with a call
-        self._plain = not (self._logprobs or self._token_ids or self._may_call)  # most are
+        self._detailed = self._logprobs or self._token_ids
         self._tail = b',"usage":null}' if parameters.includes_usage else b"}"
         self._end = b'},"logprobs":null,"finish_reason":null}]' + self._tail
 
@@ -70,9 +70,9 @@ class ChatFormat:
     def delta(self, index: int, delta: pb.Delta) -> bytes | None:
         """Return the chunks for a part of an answer; None for one that has no text yet."""
         text = delta.text
-        if start := self._starts[index]:
+        if (start := self._starts[index]) and not (self._may_call and delta.tool_calls):
             return start + json_text(text) + self._end if text else None
-        if text and self._plain:
+        if text and not self._detailed:
             self._starts[index] = self._opens[index] + _CONTENT  # the model has thought before its text
         return self._chunks(index, delta)
 
@@ -127,7 +127,7 @@ class ChatFormat:
     def _chunks(self, index: int, delta: pb.Delta) -> bytes | None:
         bodies = [*self._bodies(index, delta)]
         more: dict[str, object] | None = None
-        if self._logprobs or self._token_ids:
+        if self._detailed:
             more = {"logprobs": self._details(delta.tokens), "finish_reason": None}
             if self._token_ids:
                 more["token_ids"] = list(delta.token_ids)
