@@ -17,7 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from headrace.v1 import tokenizer_service_pb2 as tokens
 MODELS = {"small": models.SMALL, "large": models.LARGE}
 MAX_TOKENS = 160
 SIDE_BY_SIDE = 8
+TASKS = {task.id: task for task in (*extractions(), *choices())}
 SYSTEM = "You are a helpful assistant."
 
 
@@ -50,7 +51,7 @@ async def extract(client: Client, task: Extraction, arm: str) -> Row:
     if arm == "schema":
         request.sampling.json_schema = json.dumps(task.schema)
     text, _, logprobs = await answered(client, request)
-    return Row(task.id, arm, task.valid(text), task.right(text), len(logprobs), text, None, logprobs)
+    return Row(task.id, arm, text, None, logprobs)
 
 
 async def choose(client: Client, task: Choice, arm: str, *, marked: bool) -> Row:
@@ -67,7 +68,7 @@ async def choose(client: Client, task: Choice, arm: str, *, marked: bool) -> Row
     made: list[dict[str, Any]] | None = calls
     if arm == "prompt only":
         made = written_calls(text, marked=marked)
-    return Row(task.id, arm, task.valid(made), task.right(made), len(logprobs), text, made, logprobs)
+    return Row(task.id, arm, text, made, logprobs)
 
 
 async def answered(
@@ -122,23 +123,29 @@ async def measure(model: str, log: Path) -> list[Row]:
 
 def table(model: str, rows: Sequence[Row]) -> str:
     """Return the figures as a table."""
-    lines = [
-        "| model | tasks | form | valid form | right | tokens of an answer |",
-        "|---|---|---|---|---|---|",
-    ]
-    tools = {task.id: task for task in choices()}
+    lines = ["| model | tasks | form | valid | right | tokens of an answer |", "|---|---|---|---|---|---|"]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        task = tools.get(row.id)
-        kind = "extraction" if task is None else "a tool fits" if task.name is not None else "no tool fits"
+        task = TASKS[row.id]
+        kind = (
+            "extraction" if isinstance(task, Extraction) else "a tool fits" if task.name else "no tool fits"
+        )
         groups.setdefault((kind, row.arm), []).append(row)
     for (kind, arm), each in groups.items():
-        share = [100 * sum(getattr(row, name) for row in each) / len(each) for name in ("valid", "right")]
-        mean = sum(row.tokens for row in each) / len(each)
+        valid = sum(TASKS[row.id].valid(row) for row in each) / len(each)
+        right = sum(TASKS[row.id].right(row) for row in each) / len(each)
+        mean = sum(len(row.logprobs) for row in each) / len(each)
         lines.append(
-            f"| {model} | {kind}, {len(each)} | {arm} | {share[0]:.0f} % | {share[1]:.0f} % | {mean:.0f} |"
+            f"| {model} | {kind}, {len(each)} | {arm} | {100 * valid:.0f} % | {100 * right:.0f} % | {mean:.0f} |"
         )
     return "\n".join(lines)
+
+
+def read(log: Path) -> list[Row]:
+    """Return the answers in a log."""
+    names = {field.name for field in fields(Row)}
+    every = (json.loads(line) for line in log.read_text().splitlines())
+    return [Row(**{name: value for name, value in row.items() if name in names}) for row in every]
 
 
 def main() -> None:
@@ -150,7 +157,7 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     if options.read:
-        rows = [Row(**json.loads(line)) for line in options.read.read_text().splitlines()]
+        rows = read(options.read)
     else:
         log = options.log or Path(tempfile.gettempdir()) / f"headrace-accuracy-{options.model}.jsonl"
         log.write_text("")
@@ -158,7 +165,7 @@ def main() -> None:
         print(f"{time.monotonic() - began:.0f} s; answers in {log}\n")
     print(table(options.model, rows))
     print()
-    print(drafts.table([row for row in rows if row.arm in ("schema", "tools")]))
+    print(drafts.table(rows))
 
 
 if __name__ == "__main__":
