@@ -1,1 +1,1 @@
-"""Measures structured output and tool calls: what can be enforced, at which cost, and whether it helps."""
+"""Measure structured output: refusals, costs, whether answers have their form, and whether they are right."""

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from headrace.grammars.matching import Bits
 
+from headrace.grammars.matching import Bits
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EOS_ID, EchoEngine
 from headrace.worker.engine.interface import Result, Row, Token

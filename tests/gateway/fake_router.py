@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,8 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     """Answers each request with the same tokens, one in a delta, on the tier that it pins or the first one.
 
     tokens     of each answer
+    deltas     of each answer, instead of those of the tokens; offsets and ids are added
+    tool_calls   the answer to a request with tools, unless it ends with the result of one
     logprobs   of each token, first to last; the others have -0.5
     reason, stop_sequence   of each finish
     cost       of each answer; None: no bill
@@ -51,6 +53,8 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     """
 
     tokens: Sequence[bytes] = TOKENS
+    deltas: Sequence[pb.Delta] = ()
+    tool_calls: Sequence[pb.ToolCallDelta] = ()
     logprobs: Sequence[float] = ()
     reason: pb.FinishReason.ValueType = pb.FINISH_REASON_STOP
     stop_sequence: str = ""
@@ -116,30 +120,52 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         yield pb.GenerateResponse(accepted=accepted)
         if self.held_back is not None:
             await self.held_back.wait()
+        deltas = [*(_numbered(self.deltas) or self._deltas(request.sampling))]
+        if self.tool_calls and request.chat.tools and request.chat.messages[-1].role != "tool":
+            deltas = _numbered([pb.Delta(token_count=1, tool_calls=self.tool_calls)])
+        for place, delta in enumerate(deltas):
+            self.first_tokens += place == 0
+            yield pb.GenerateResponse(delta=delta)
+            if place == 0 and self.gate is not None:
+                await self.gate.wait()
+            if place == 0 and self.breaks is not None and fails:
+                raise self.breaks
+        count = sum(delta.token_count for delta in deltas)
+        usage = pb.Usage(prompt_tokens=7, cached_tokens=4, completion_tokens=count)
+        finish = pb.Finish(reason=self.reason, stop_sequence=self.stop_sequence, usage=usage)
+        if self.cost is not None:
+            finish.bill.cost = self.cost
+        yield pb.GenerateResponse(finish=finish)
+
+    def _deltas(self, sampling: pb.Sampling) -> Iterator[pb.Delta]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         for offset, token in enumerate(self.tokens):
             delta = pb.Delta(
                 offset=offset, token_count=1, token_ids=[100 + offset], text=decoder.decode(token)
             )
-            if request.sampling.HasField("top_logprobs"):
-                delta.tokens.append(self._details(offset, token, request.sampling.top_logprobs))
-            self.first_tokens += offset == 0
-            yield pb.GenerateResponse(delta=delta)
-            if offset == 0 and self.gate is not None:
-                await self.gate.wait()
-            if offset == 0 and self.breaks is not None and fails:
-                raise self.breaks
-        usage = pb.Usage(prompt_tokens=7, cached_tokens=4, completion_tokens=len(self.tokens))
-        finish = pb.Finish(reason=self.reason, stop_sequence=self.stop_sequence, usage=usage)
-        if self.cost is not None:
-            finish.bill.cost = self.cost
-        yield pb.GenerateResponse(finish=finish)
+            if sampling.HasField("top_logprobs"):
+                delta.tokens.append(self._details(offset, token, sampling.top_logprobs))
+            yield delta
 
     def _details(self, offset: int, token: bytes, most: int) -> pb.TokenLogprobs:
         logprob = self.logprobs[offset] if offset < len(self.logprobs) else -0.5
         own = pb.TokenLogprob(id=100 + offset, logprob=logprob, text=token)
         others = [pb.TokenLogprob(id=rank, logprob=-1.0 - rank, text=b"o") for rank in range(most - 1)]
         return pb.TokenLogprobs(token=own, top=[own, *others] if most else [])
+
+
+def _numbered(deltas: Sequence[pb.Delta]) -> list[pb.Delta]:
+    """Return copies with the offset and, where there are none, the ids of their tokens."""
+    offset, numbered = 0, []
+    for delta in deltas:
+        copy = pb.Delta()
+        copy.CopyFrom(delta)
+        copy.offset = offset
+        if not copy.token_ids:
+            copy.token_ids.extend(range(100 + offset, 100 + offset + delta.token_count))
+        offset += delta.token_count
+        numbered.append(copy)
+    return numbered
 
 
 @asynccontextmanager

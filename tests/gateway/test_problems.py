@@ -93,3 +93,29 @@ def test_fields_have_the_names_of_the_http_request(field: str, param: str | None
     params = {"sampling.top_p": "top_p", "routing.tenant": "user", "chat.messages": "messages", "chat": ""}
 
     assert translated(field, params) == param
+
+
+def test_elements_have_the_place_of_the_http_request() -> None:
+    params = {
+        "chat.tools[]": "tools[].function",
+        "chat.tools[1]": "tools[3].function",
+        "a[].b[]": "x[].y[].z",
+    }
+
+    assert translated("chat.tools[12].parameters", params) == "tools[12].function.parameters"
+    assert translated("chat.tools[1].parameters", params) == "tools[3].function.parameters"
+    assert translated("a[3].b[40].c", params) == "x[3].y[40].z.c"
+    assert translated("chat.tools", params) is None
+
+
+def test_other_fields_in_a_message_have_the_names_of_the_http_request_too() -> None:
+    params = {"sampling": "", "chat": "", "chat.tools[]": "tools[].function"}
+    text = (
+        "sampling.regex and sampling.ignore_eos: see chat.tools[2].name, 'chat.tools' and my.sampling.top_p."
+    )
+    problem = problem_of(errors.InvalidSampling(text, field="sampling.regex"), params)
+
+    assert problem.message == (
+        "regex and ignore_eos: see tools[2].function.name, 'chat.tools' and my.sampling.top_p."
+    )
+    assert problem_of(errors.InvalidSampling(text, field="sampling.regex")).message == text

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.client import Client
 from headrace.gateway import health, page
 from headrace.gateway.api import one_tier, unserved
-from headrace.gateway.api.chat import ChatCompletions
+from headrace.gateway.api.chat.completions import ChatCompletions
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.reading import IGNORED_HEADER
 from headrace.gateway.api.text.completions import TextCompletions

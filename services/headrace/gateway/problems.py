@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -85,6 +86,7 @@ def problem_of(error: errors.HeadraceError, params: Mapping[str, str] = NO_PARAM
     if error.field:
         param = translated(error.field, params)
         message = message.replace(error.field, param or error.field)
+        message = _OTHER_FIELD.sub(lambda found: translated(found[0], params) or found[0], message)
     headers = {"www-authenticate": "Bearer"} if row.status == _UNAUTHORIZED else {}
     wait = error.retry_after if error.retry_after is not None else row.retry_after
     return Problem(
@@ -98,13 +100,27 @@ def problem_of(error: errors.HeadraceError, params: Mapping[str, str] = NO_PARAM
 
 
 def translated(field: str, params: Mapping[str, str]) -> str | None:
-    """Return the name in the HTTP request of a field of the contract; None if it is not in *params*."""
+    """Return the name in the HTTP request of a field of the contract; None if it is not in *params*.
+
+    "chat.tools[]" in *params* stands for each element, and [] in its name for its place. "chat.tools[3]"
+    takes precedence.
+    """
     end = len(field)
     while end > 0:
-        if (name := params.get(field[:end])) is not None:
+        start, numbers = field[:end], _PLACE.findall(field[:end])
+        name = params.get(start)
+        if name is None and numbers and (name := params.get(_PLACE.sub("[]", start))) is not None:
+            for number in numbers:
+                name = name.replace("[]", number, 1)
+        if name is not None:
             return (name + field[end:]).lstrip(".") or None
         end = max(field.rfind(".", 0, end), field.rfind("[", 0, end))
     return None
+
+
+_PLACE = re.compile(r"\[\d+\]")
+# Fields that a message names besides the one at fault; not in quotes, which contain text of the caller.
+_OTHER_FIELD = re.compile(r"""(?<![\w.'"])(?:chat|sampling)(?:\.[\w\[\]]+)+""")
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,7 @@ _ROWS: Final[Mapping[type[errors.HeadraceError], _Row]] = {
     errors.EmptyInput: _INVALID,
     errors.InvalidText: _INVALID,
     errors.InvalidSampling: _INVALID,
+    errors.AnswerCutOff: _INVALID,  # no server raises it
     errors.ContextTooLong: _Row(400, "invalid_request_error", "context_length_exceeded"),
     errors.UnknownTier: _Row(404, "not_found_error", "model_not_found"),
     errors.UnknownModel: _Row(404, "not_found_error", "model_not_found"),

@@ -70,17 +70,22 @@ def json_object() -> Part:
 def regex(pattern: str) -> Part:
     """Return the grammar of texts that match a regular expression, of Rust's syntax, as a whole."""
     _check_size("the regular expression", pattern, MAX_REGEX_BYTES)
-    return lark(f"start: /{llguidance.regex_to_lark(pattern, use_ascii='')}/")
+    return _lark(f"start: /{llguidance.regex_to_lark(pattern, use_ascii='')}/")
 
 
 def choices(texts: Sequence[str]) -> Part:
     """Return the grammar of texts of which an answer is one. Raises FormProblem with the place."""
     check_choices(texts)
-    return lark(f"start: TEXT\nTEXT: {' | '.join(literal(text) for text in texts)}")
+    return _lark(f"start: TEXT\nTEXT: {' | '.join(literal(text) for text in texts)}")
 
 
 def lark(grammar: str) -> Part:
     """Return the grammar that *grammar*, in llguidance's variant of Lark, describes from its rule `start`."""
+    _check_size("the grammar", grammar, MAX_LARK_BYTES)
+    return _lark(grammar)
+
+
+def _lark(grammar: str) -> Part:
     return Part(_entry("lark_grammar", grammar))
 
 

@@ -22,6 +22,7 @@ _MAX_MESSAGE = 300  # characters
 
 Compile = Callable[[str], str]  # a grammar to what is wrong with it, or to nothing
 
+_REFERENCE = "\n  while processing json-schema:"  # and the reference that llguidance followed last
 NOTHING_MATCHES = "no text matches"
 # How messages of llguidance start, the keyword that they are about, and what to report instead.
 _MESSAGES = (
@@ -64,7 +65,7 @@ def explain(grammar: str, problem: str, compile: Compile) -> FormProblem:
 
 def _innermost(schema: Schema, problem: str, compile: Compile) -> tuple[str, str]:
     """Return the pointer of the innermost schema that has the problem, and the problem there."""
-    document = _moved(schema)
+    document, problem = _moved(schema), problem.partition(_REFERENCE)[0]
     started, compilations, place, seen = time.monotonic(), 0, "", {""}
     while True:
         best: tuple[str, str] | None = None
@@ -75,7 +76,7 @@ def _innermost(schema: Schema, problem: str, compile: Compile) -> tuple[str, str
             compilations += 1
             if compilations > MAX_COMPILATIONS or time.monotonic() > started + MAX_SECONDS:
                 return place, problem
-            found = compile(_alone(document, at))
+            found = compile(_alone(document, at)).partition(_REFERENCE)[0]
             if found == problem:
                 best = at, found
                 break
@@ -151,7 +152,7 @@ def _described(problem: str, place: str, schema: Schema, part: str) -> FormProbl
 
 def _short(problem: str) -> str:
     """Return a message of llguidance in one line, without its dumps of the parser and of the grammar."""
-    text = problem.partition("\n<state>")[0].partition(" while processing json-schema:")[0]
+    text = problem.partition("\n<state>")[0].partition(_REFERENCE)[0]
     if "regex" in text and (reason := re.search(r"\nerror: (.*)", text)):
         text = f"the regular expression is not valid: {reason[1]}"
     elif (look := re.search(r"lookarounds not supported yet; (\w+)", text)) is not None:

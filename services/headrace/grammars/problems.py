@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from headrace.quoting import clipped
+
+MAX_PLACE = 256  # bytes in a message
+
 
 class FormProblem(Exception):
     """A form that callers ask for is malformed, too large, or cannot be enforced.
 
-    message   what to change, for people
+    message   what to change, for people; on one line
     place     where in the form, as a JSON pointer; empty: as a whole
     part      the name of the part of the grammar that has the form; empty: unknown, or there is only one
     """
 
     def __init__(self, message: str, place: str = "", part: str = "") -> None:
         super().__init__(message)
-        self.message = message
+        self.message = _printable(message)
         self.place = place
         self.part = part
+
+    def about(self, field: str) -> str:
+        """Return a message for people that names the request's field and the place in it."""
+        at = f" at {_printable(clipped(self.place, MAX_PLACE))}" if self.place else ""
+        return f"{field}{at}: {self.message}"
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)

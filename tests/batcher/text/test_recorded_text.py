@@ -67,3 +67,31 @@ async def test_the_end_of_a_conversation_and_the_beginning_of_an_answer_are_kept
     assert parts(made["gen_ai.output.messages"]) == [("assistant", "y" * MAX_CHARACTERS + OMITTED)]
     long = RecordedText(pb.GenerateRequest(prompt="a" * MAX_CHARACTERS + "z"), ignore).attributes()
     assert parts(long["gen_ai.input.messages"]) == [("user", OMITTED + "a" * (MAX_CHARACTERS - 1) + "z")]
+
+
+async def test_calls_results_and_thoughts_are_parts_of_their_messages() -> None:
+    request = chat([("user", "Weather?"), ("assistant", ""), ("tool", "sunny")])
+    request.chat.messages[1].reasoning = "I call."
+    request.chat.messages[1].tool_calls.add(id="call_1", name="weather", arguments='{"city": "Bonn"}')
+    request.chat.messages[2].tool_call_id = "call_1"
+    text = RecordedText(request, ignore)
+    for part in (
+        pb.ToolCallDelta(index=0, id="call_2", name="now", arguments="{"),
+        pb.ToolCallDelta(index=0, arguments="}"),
+        pb.ToolCallDelta(index=1, id="call_3", name="weather", arguments='{"cit'),
+    ):
+        await text.write(pb.GenerateResponse(delta=pb.Delta(reasoning="Hm. ", tool_calls=[part])))
+
+    made = text.attributes()
+    assert [message["parts"] for message in json.loads(made["gen_ai.input.messages"])][1:] == [
+        [
+            {"type": "reasoning", "content": "I call."},
+            {"type": "tool_call", "id": "call_1", "name": "weather", "arguments": {"city": "Bonn"}},
+        ],
+        [{"type": "tool_call_response", "id": "call_1", "response": "sunny"}],
+    ]
+    assert json.loads(made["gen_ai.output.messages"])[0]["parts"] == [
+        {"type": "reasoning", "content": "Hm. Hm. Hm. "},
+        {"type": "tool_call", "id": "call_2", "name": "now", "arguments": {}},
+        {"type": "tool_call", "id": "call_3", "name": "weather", "arguments": '{"cit'},
+    ]

@@ -153,7 +153,7 @@ def read(form: AnswerForm, ids: list[int]) -> tuple[str, str, list[tuple[str, st
     arguments = dict.fromkeys(range(sum(part.kind is Kind.CALL for part in parts)), "")
     for part in parts:
         if part.kind is Kind.ARGUMENTS:
-            arguments[part.index] += part.source
+            arguments[part.call] += part.source
     names = [part.name for part in parts if part.kind is Kind.CALL]
     return text, reasoning, list(zip(names, arguments.values(), strict=True))
 

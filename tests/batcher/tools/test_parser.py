@@ -91,7 +91,7 @@ def test_the_sources_of_all_parts_are_the_whole_text(form: AnswerForm, text: str
 
     assert "".join(part.source for part in found) == text
     calls = [part for part in found if part.kind is Kind.CALL]
-    assert [part.index for part in calls] == list(range(len(calls)))
+    assert [part.call for part in calls] == list(range(len(calls)))
     assert {part.name for part in calls} <= TOOLS
 
 

@@ -6,10 +6,11 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from headrace.gateway.api.chat_parameters import ChatParameters
+from headrace.gateway.api.chat.parameters import ChatParameters
 from tests.gateway.fake_router import Edge, edge
 from tests.harness import PATIENCE
 
@@ -27,21 +28,73 @@ parts = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "refusal", "image_url"]) | anything},
     optional={"text": st.text(max_size=5) | anything, "refusal": anything, "x": anything},
 )
+functions = st.fixed_dictionaries(
+    {"name": st.sampled_from(["a", "b"]) | anything},
+    optional={
+        "description": st.text(max_size=5) | anything,
+        "parameters": st.dictionaries(st.text(max_size=8), anything, max_size=3) | anything,
+        "strict": anything,
+    },
+)
+tools = st.fixed_dictionaries({"type": st.just("function") | anything, "function": functions | anything})
+calls = st.fixed_dictionaries(
+    {"id": st.text(max_size=5) | anything},
+    optional={
+        "type": st.just("function") | anything,
+        "function": st.fixed_dictionaries(
+            {"name": st.sampled_from(["a", "b"]) | anything, "arguments": st.just("{}") | anything}
+        ),
+    },
+)
+choices = st.sampled_from(["auto", "none", "required"]) | tools
+allowed = st.fixed_dictionaries(
+    {
+        "type": st.just("allowed_tools"),
+        "allowed_tools": st.fixed_dictionaries(
+            {"mode": choices | anything, "tools": st.lists(tools, max_size=2) | anything}
+        )
+        | anything,
+    }
+)
+schemas = st.fixed_dictionaries({}, optional={"name": anything, "schema": anything, "strict": anything})
+formats = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "json_object", "json_schema"]) | anything},
+    optional={"json_schema": schemas | anything},
+)
+outputs = st.dictionaries(
+    st.sampled_from(["json", "json_object", "regex", "choice", "grammar", "structural_tag"]),
+    anything | st.lists(st.text(max_size=3), max_size=3),
+    max_size=2,
+)
+forms = st.fixed_dictionaries(
+    {},
+    optional={
+        "tools": st.lists(tools, max_size=2) | anything,
+        "tool_choice": choices | allowed | anything,
+        "response_format": formats | anything,
+        "structured_outputs": outputs | anything,
+        "parallel_tool_calls": anything,
+    },
+)
 messages = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | anything},
         optional={
             "content": st.text(max_size=5) | st.lists(parts, max_size=3) | anything,
-            "name": anything,
-            "tool_calls": anything,
+            "name": st.text(max_size=5) | anything,
+            "tool_call_id": st.text(max_size=5) | anything,
+            "tool_calls": st.lists(calls, max_size=2) | anything,
+            "reasoning": st.text(max_size=5) | anything,
+            "reasoning_content": anything,
         },
     ),
     max_size=3,
 )
 small = st.integers(min_value=-2, max_value=3) | st.floats(min_value=0, max_value=1)
 bodies = st.builds(
-    lambda turns, others: {"messages": turns, **others},
+    lambda turns, forms, others: {"messages": turns, **forms, **others},
     st.just([{"role": "user", "content": "Hi"}]) | messages | anything,
+    st.just({}) | forms,
     st.dictionaries(names, small | st.booleans() | anything, max_size=4)
     | st.dictionaries(st.text(max_size=8), anything, max_size=2),
 )
@@ -68,7 +121,7 @@ async def test_any_json_gives_an_answer_or_an_error_in_shape() -> None:
     async with edge() as running:
         loop = asyncio.get_running_loop()
 
-        @settings(max_examples=60)
+        @settings(max_examples=120)
         @example(body={"messages": [{"role": "user", "content": "a"}], "stop": ["x"] * 99})
         @example(body={"messages": [{"role": "user", "content": "\x00"}], "user": "\x7f"})
         @example(body=[])
@@ -98,3 +151,52 @@ async def test_any_bytes_give_an_error_in_shape(plain: Edge) -> None:
 
         assert response.status_code == 400
         assert response.json()["error"]["code"] in ("invalid_json", "missing_required_parameter")
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """Return a schema within schemas."""
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(levels):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
+HUGE: list[dict[str, Any]] = [
+    {"tools": [{"type": "function", "function": FUNCTION}] * 10_000},
+    {"tools": [{"type": "function", "function": {**FUNCTION, "name": "f" * 10**6}}]},
+    {"tools": [{"type": "function", "function": FUNCTION, **{f"k{n}": 1 for n in range(10_000)}}]},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": ["x" * 10**6]}}}]},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [1] * 200_000}}}]},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(90)}}]},
+    {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": nested(90)},
+    {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "x" * 10**6},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": nested(90)}}},
+    {"response_format": {"type": "x" * 10**6}},
+    {"structured_outputs": {"json": "[" * 10**6}},
+    {"structured_outputs": {"regex": "(" * 10**6}},
+    {"structured_outputs": {"choice": ["x" * 1000] * 1024}},
+    {"structured_outputs": {"grammar": "start: " + "(" * 10**6}},
+    {"guided_choice": ["x"] * 100_000},
+    {
+        "messages": [
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[" * 10**6}}],
+            }
+        ]
+    },
+    {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f"}}] * 10_000}]},
+    {"messages": [{"role": "user", "content": "a", "reasoning": "x" * 10**6}]},
+]
+
+
+@pytest.mark.parametrize("parameters", HUGE, ids=lambda value: f"{value}"[:70])
+async def test_huge_values_give_an_answer_or_an_error_in_shape(
+    plain: Edge, parameters: dict[str, Any]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], **parameters}
+
+    await respond(plain, json.dumps(body).encode())

@@ -7,11 +7,17 @@ import json
 import shutil
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx2
 import openai
 import pytest
-from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from openai.types.chat import (
+    ChatCompletionChunk,
+    ChatCompletionMessageParam,
+    ChatCompletionNamedToolChoiceParam,
+)
+from pydantic import BaseModel
 
 from headrace.gateway.__main__ import gateway
 from headrace.gateway.settings import Settings
@@ -155,6 +161,103 @@ async def test_leaving_a_stream_of_openais_package_frees_the_mesh(
                 break
 
     await eventually(lambda: not served.mesh.left_behind)
+
+
+class Place(BaseModel):
+    """Arguments, or an answer."""
+
+    town: str
+    days: int
+
+
+PLACE = '{"town": "Röme 🚀", "days": 3}'
+WEATHER = openai.pydantic_function_tool(Place, name="weather")
+WRITTEN = f'<tool_call>\n{{"name": "weather", "arguments": {PLACE}}}\n</tool_call>'  # as the model writes it
+NAMED: ChatCompletionNamedToolChoiceParam = {"type": "function", "function": {"name": "weather"}}
+
+
+def saying(text: str) -> list[ChatCompletionMessageParam]:
+    """Return a conversation that the echo engine answers with a text, as far as the form allows it."""
+    return [{"role": "user", "content": text}]
+
+
+async def test_openais_package_gets_an_instance_of_a_class(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.parse(
+        model="auto", messages=saying(PLACE), response_format=Place, n=2
+    )
+
+    assert [choice.message.parsed for choice in answer.choices] == [Place(town="Röme 🚀", days=3)] * 2
+
+
+async def test_openais_package_calls_a_tool_and_continues_with_its_result(client: openai.AsyncOpenAI) -> None:
+    messages = saying("Wait. " + WRITTEN)
+    async with client.chat.completions.stream(model="auto", messages=messages, tools=[WEATHER]) as stream:
+        events = [event.type async for event in stream]
+        first = (await stream.get_final_completion()).choices[0]
+    calls = first.message.tool_calls
+    assert calls
+    again: Any = {"role": "assistant", "content": first.message.content, "tool_calls": [calls[0].to_dict()]}
+    messages += [again, {"role": "tool", "tool_call_id": calls[0].id, "content": "Sunny."}]
+    second = await client.chat.completions.create(model="auto", messages=messages, tools=[WEATHER])
+
+    assert (first.message.content or "").strip() == "Wait."
+    assert calls[0].function.parsed_arguments == Place(town="Röme 🚀", days=3)
+    assert first.finish_reason == "tool_calls"
+    assert events.count("tool_calls.function.arguments.done") == 1
+    assert second.choices[0].message.content == "Sunny."
+    assert second.choices[0].finish_reason == "stop"
+
+
+async def test_calls_that_are_required_have_valid_arguments(client: openai.AsyncOpenAI) -> None:
+    """The echo engine would repeat the prompt, which is no call."""
+    required = await client.chat.completions.create(
+        model="auto", messages=saying("Hi"), tools=[WEATHER], tool_choice="required", max_tokens=500
+    )
+    named = await client.chat.completions.create(
+        model="auto", messages=saying(WRITTEN), tools=[WEATHER], tool_choice=NAMED
+    )
+
+    for answer, reason in ((required, "tool_calls"), (named, "stop")):
+        choice = answer.choices[0]
+        assert choice.message.content is None
+        assert choice.finish_reason == reason
+        (call,) = choice.message.tool_calls or []
+        assert call.type == "function"
+        assert Place.model_validate_json(call.function.arguments)
+
+
+async def test_text_completions_have_vllms_forms(client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(
+        model="small", prompt="no", extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    )
+
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("no", "stop")
+
+
+async def test_what_cannot_be_enforced_is_refused_with_its_place(client: openai.AsyncOpenAI) -> None:
+    schema: dict[str, object] = {"type": "object", "properties": {"a": {"not": {"minimum": 1}}}}
+    with pytest.raises(openai.BadRequestError) as form:
+        await client.chat.completions.create(
+            model="auto",
+            messages=MESSAGES,
+            response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+        )
+    with pytest.raises(openai.BadRequestError) as tool:
+        await client.chat.completions.create(
+            model="auto",
+            messages=MESSAGES,
+            tools=[WEATHER, {"type": "function", "function": {"name": "f", "parameters": schema}}],
+        )
+    with pytest.raises(openai.BadRequestError) as grammar:
+        await client.chat.completions.create(
+            model="auto", messages=MESSAGES, extra_body={"structured_outputs": {"grammar": "start: ("}}
+        )
+
+    assert form.value.param == "response_format.json_schema.schema"
+    assert "/properties/a" in form.value.message
+    assert tool.value.param == "tools[1].function.parameters"
+    assert "/properties/a" in tool.value.message
+    assert grammar.value.param == "structured_outputs.grammar"
 
 
 async def curl(*arguments: str) -> tuple[int | None, str]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from starlette.datastructures import Headers
 
-from headrace.gateway.api.chat_parameters import ChatParameters
+from headrace.gateway.api.chat.parameters import ChatParameters
 from headrace.gateway.api.hints import Hints, hints_of
 from headrace.gateway.api.models import Models
 from headrace.gateway.api.reading import read

@@ -14,6 +14,8 @@ from tests.harness import PATIENCE, eventually
 MARK = "only in the bodies of these tests"
 UNUSED: dict[str, list[Any]] = {MARK: []}  # a list in it, so that the garbage collector knows the object
 HI = {"role": "user", "content": "Hi"}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"enum": [UNUSED] * 9}}}
+NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
 def held() -> int:
@@ -26,9 +28,15 @@ def held() -> int:
     ("path", "body"),
     [
         ("/chat/completions", {"messages": [HI], "metadata": [UNUSED] * 9}),
-        ("/chat/completions", {"messages": [{**HI, "name": [UNUSED] * 9}]}),
+        ("/chat/completions", {"messages": [{**HI, "mood": [UNUSED] * 9}]}),
+        (
+            "/chat/completions",
+            {"messages": [HI], "tools": [WEATHER], "tool_choice": {**NAMED, "x": [UNUSED] * 9}},
+        ),
+        ("/chat/completions", {"messages": [HI], "guided_json": {"enum": [UNUSED] * 9}}),
         ("/chat/completions", {"messages": [HI], "chat_template_kwargs": {"a": [UNUSED] * 9}}),
         ("/completions", {"prompt": "Hi", "metadata": [UNUSED] * 9}),
+        ("/completions", {"prompt": "Hi", "structured_outputs": {"json": {"enum": [UNUSED] * 9}}}),
     ],
 )
 async def test_what_is_not_used_is_freed_before_the_answer(

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from headrace.gateway.api import messages
-from headrace.gateway.api.chat_parameters import ChatParameters
+from headrace.gateway.api.chat import messages
+from headrace.gateway.api.chat.parameters import ChatParameters
 from headrace.gateway.api.parameters import CompletionParameters
 from headrace.gateway.api.reading import Parameters, Refusal, read
 from headrace.gateway.api.text.parameters import TextParameters
@@ -54,7 +54,7 @@ def test_the_table_of_messages_is_that_of_the_code() -> None:
     fields = messages.Message.__annotations__
     table = {name: kind for name, kind, _ in rows_of("Messages")}
 
-    assert table == kinds_of(fields, messages.IGNORED, messages.REFUSED)
+    assert table == kinds_of(fields, (), messages.REFUSED)
 
 
 def test_every_row_of_the_table_is_tested_below() -> None:
@@ -73,7 +73,6 @@ def test_every_row_of_the_table_is_tested_below() -> None:
 TEXT_REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": ("AAAA",),
     "prompt_logprobs": (1,),
-    "response_format": ({"type": "json_object"}, {"type": "text"}),
     "suffix": ("x", ""),
 }
 
@@ -125,6 +124,7 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CHOICE = ("choices", 0)
 SUPPORTED: dict[str, Set | Reply] = {
     "add_generation_prompt": Set(True, {"chat.continue_final_message": False}),
@@ -138,7 +138,12 @@ SUPPORTED: dict[str, Set | Reply] = {
         {"messages": [user("Hi"), {"role": "assistant", "content": "Sure"}]},
     ),
     "frequency_penalty": Set(0.5, {"sampling.frequency_penalty": 0.5}),
+    "guided_choice": Set(["a", "b"], {"sampling.choices.texts": ["a", "b"]}),
+    "guided_grammar": Set("start: /a/", {"sampling.lark": "start: /a/"}),
+    "guided_json": Set('{"type": "object"}', {"sampling.json_schema": '{"type": "object"}'}),
+    "guided_regex": Set("a+", {"sampling.regex": "a+"}),
     "ignore_eos": Set(True, {"sampling.ignore_eos": True}),
+    "include_reasoning": Reply(False, (*CHOICE, "message", "content"), TEXT),  # more in test_calls
     "include_stop_str_in_output": Reply(True, (*CHOICE, "message", "content"), TEXT + "."),
     "logit_bias": Set({"42": -100, "7": 1.5}, {"sampling.logit_bias": {42: -100.0, 7: 1.5}}),
     "logprobs": Set(True, {"sampling.top_logprobs": 0}),
@@ -149,11 +154,13 @@ SUPPORTED: dict[str, Set | Reply] = {
     "min_tokens": Set(3, {"sampling.min_tokens": 3}),
     "model": Set("large", {"routing.tier": "large", "routing.model": ""}),
     "n": Reply(2, ("choices", 1, "index"), 1),
+    "parallel_tool_calls": Set(False, {"chat.parallel_tool_calls": False}, {"tools": [WEATHER]}),
     "presence_penalty": Set(-0.5, {"sampling.presence_penalty": -0.5}),
     "priority": Set(-2, {"routing.priority": 7}),
     "reasoning_effort": Set("low", {"chat.template_arguments": {"reasoning_effort": "low"}}),
     "repetition_penalty": Set(1.5, {"sampling.repetition_penalty": 1.5}),
     "request_id": Set("mine", {"request_id": "chatcmpl-mine"}),
+    "response_format": Set({"type": "json_object"}, {"sampling.json_object": True}),
     "return_token_ids": Reply(True, (*CHOICE, "token_ids", 1), 101),
     "return_tokens_as_token_ids": Reply(
         True, (*CHOICE, "logprobs", "content", 0, "token"), "token_id:100", {"logprobs": True}
@@ -163,18 +170,19 @@ SUPPORTED: dict[str, Set | Reply] = {
     "stop_token_ids": Set([5], {"sampling.stop_token_ids": [5]}),
     "stream": Set(True, {}),
     "stream_options": Set({"include_usage": True}, {}, {"stream": True}),
+    "structured_outputs": Set({"regex": "a+"}, {"sampling.regex": "a+"}),
     "temperature": Set(0, {"sampling.temperature": 0.0}),
+    "tool_choice": Set("required", {"chat.tool_choice.mode": pb.TOOL_MODE_REQUIRED}, {"tools": [WEATHER]}),
+    "tools": Set([WEATHER], {"chat.tools.0.name": "weather", "chat.tools.0.parameters": '{"type":"object"}'}),
     "top_k": Set(5, {"sampling.top_k": 5}),
     "top_logprobs": Set(3, {"sampling.top_logprobs": 3}, {"logprobs": True}),
     "top_p": Set(0.5, {"sampling.top_p": 0.5}),
     "user": Set("ann", {"routing.tenant": "ann"}),
 }
 IGNORED: dict[str, Any] = {
-    "include_reasoning": True,
     "kv_transfer_params": {"a": 1},
     "metadata": {"a": "b"},
     "mm_processor_kwargs": {},
-    "parallel_tool_calls": True,
     "prediction": {"type": "content", "content": "x"},
     "prompt_cache_key": "k",
     "prompt_cache_options": {"mode": "implicit"},
@@ -198,20 +206,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "echo": (True, False),
     "function_call": ({"name": "f"}, "none", "auto"),
     "functions": ([{"name": "f"}], []),
-    "guided_choice": (["a"],),
-    "guided_grammar": ("x",),
-    "guided_json": ({},),
-    "guided_regex": ("x",),
     "length_penalty": (2, 1, 1.0),
     "logits_processors": (["x"], []),
     "modalities": (["text", "audio"], ["text"]),
     "moderation": ({"model": "m"},),
     "prompt_logprobs": (0,),
-    "response_format": ({"type": "json_object"}, {"type": "text"}),
     "skip_special_tokens": (False, True),
-    "structured_outputs": ({"regex": "x"}, {}),
-    "tool_choice": ("required", "none", "auto"),
-    "tools": ([{"type": "function"}], []),
     "truncate_prompt_tokens": (-1,),
     "use_beam_search": (True, False),
     "web_search_options": ({},),
@@ -225,7 +225,7 @@ def field_of(request: Any, path: str) -> Any:
         request = request[int(part)] if part.isdigit() else getattr(request, part)
     if hasattr(request, "items"):
         return dict(request)
-    return list(request) if path.endswith(("stop", "ids")) else request
+    return list(request) if path.endswith(("stop", "ids", "texts")) else request
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -363,7 +363,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("request_id", "a" * 65, f"request_id is '{'a' * 64}'... (65 characters), must be at most 64"),
     ("reasoning_effort", "a" * 65, "reasoning_effort has more than 64 characters: shorten it"),
     ("add_generation_prompt", False, "add_generation_prompt is false without continue_final_message"),
-    ("chat_template_kwargs", {"a": "b" * 2**14}, "chat_template_kwargs has 16392 bytes, must be at most"),
+    ("chat_template_kwargs", {"a": "b" * 2**14}, "chat_template_kwargs has more than 16384 bytes as JSON"),
     ("chat_template_kwargs", {"a": 10**400}, "chat_template_kwargs has a value that cannot be passed on"),
     ("continue_final_message", True, "continue_final_message is true, but the last message has role 'user'"),
     ("messages", None, "messages is null, must be a list"),

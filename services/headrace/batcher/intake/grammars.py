@@ -70,8 +70,7 @@ def error_of(request: pb.GenerateRequest, problem: FormProblem) -> errors.Invali
         field = f"chat.tools[{_tool(request.chat, int(problem.part.removeprefix(_ARGUMENTS)))}].parameters"
     elif field.startswith("sampling."):
         error = errors.InvalidSampling
-    at = f" at {problem.place}" if problem.place else ""
-    return error(f"{field}{at}: {problem.message}", field=field)
+    return error(problem.about(field), field=field)
 
 
 def _tool(chat: pb.Chat, number: int) -> int:

@@ -65,10 +65,7 @@ def _form_part(sampling: pb.Sampling) -> forms.Part | None:
             case "lark":
                 return forms.lark(sampling.lark)
     except FormProblem as problem:
-        at = f" at {problem.place}" if problem.place else ""
-        raise errors.InvalidSampling(
-            f"sampling.{field}{at}: {problem.message}", field=f"sampling.{field}"
-        ) from None
+        raise errors.InvalidSampling(problem.about(f"sampling.{field}"), field=f"sampling.{field}") from None
     return None
 
 
@@ -102,8 +99,7 @@ def _arguments(parameters: str, field: str) -> forms.Part:
     try:
         return read(parameters or _NO_ARGUMENTS)
     except FormProblem as problem:
-        at = f" at {problem.place}" if problem.place else ""
-        raise errors.InvalidRequest(f"{field}{at}: {problem.message}", field=field) from None
+        raise errors.InvalidRequest(problem.about(field), field=field) from None
 
 
 def _object(schema: str) -> forms.Part:

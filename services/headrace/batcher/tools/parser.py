@@ -36,13 +36,13 @@ class Part(NamedTuple):
     """A part of an answer.
 
     source   its characters, markup included
-    index    of a call and its arguments: the place of the call among those of the answer, from 0
+    call     of a call and its arguments: the place of the call among those of the answer, from 0
     name     of a call: the tool's
     """
 
     kind: Kind
     source: str
-    index: int = 0
+    call: int = 0
     name: str = ""
 
 
@@ -57,7 +57,7 @@ class AnswerParser:
         self._special = _splitter(form.markers.values())
         self._text = ""  # not released yet
         self._parts: list[Part] = []
-        self._index = -1
+        self._call = -1
         self._marked = 0  # of the text that is held back: up to the end of the marker of a call
         self._object = ObjectEnd()
         self._bare = False
@@ -151,7 +151,7 @@ class AnswerParser:
 
     def _arguments(self) -> bool:
         end = self._object.feed(self._text)
-        self._release(Kind.ARGUMENTS, len(self._text) if end is None else end, self._index)
+        self._release(Kind.ARGUMENTS, len(self._text) if end is None else end, self._call)
         if end is None:
             return False
         self._step = self._more if self._bare else self._tail
@@ -197,8 +197,8 @@ class AnswerParser:
         """Begin a call if the text from *at* on has one of *shapes* and names a tool."""
         for shape in shapes:
             if (found := shape.match(self._text, at)) is not None and found["name"] in self._tools:
-                self._index += 1
-                self._release(Kind.CALL, found.end() - 1, self._index, found["name"])
+                self._call += 1
+                self._release(Kind.CALL, found.end() - 1, self._call, found["name"])
                 self._bare = shape is BARE_CALL
                 self._object = ObjectEnd()
                 self._step = self._arguments
@@ -245,7 +245,7 @@ class AnswerParser:
         first = max(end - MAX_HELD_SPACE, 0)
         return first + len(self._text[first:end].rstrip(_SPACE))
 
-    def _release(self, kind: Kind, count: int, index: int = 0, name: str = "") -> None:
+    def _release(self, kind: Kind, count: int, call: int = 0, name: str = "") -> None:
         if not count and kind is not Kind.CALL:
             return
         source, self._text = self._text[:count], self._text[count:]
@@ -253,14 +253,14 @@ class AnswerParser:
             for place, piece in enumerate(self._special.split(source)):
                 self._append(Part(Kind.MARKUP if place % 2 else kind, piece))
         else:
-            self._append(Part(kind, source, index, name))
+            self._append(Part(kind, source, call, name))
 
     def _append(self, part: Part) -> None:
         if not part.source:
             return
         if part.kind is not Kind.CALL and self._parts:
             last = self._parts[-1]
-            if last.kind is part.kind and last.index == part.index:
+            if last.kind is part.kind and last.call == part.call:
                 self._parts[-1] = last._replace(source=last.source + part.source)
                 return
         self._parts.append(part)

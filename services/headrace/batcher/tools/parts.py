@@ -45,12 +45,12 @@ class AnswerParts:
                 case Kind.REASONING:
                     delta.reasoning += part.source
                 case Kind.CALL:
-                    delta.tool_calls.add(index=part.index, id=self._ids.id(part.index), name=part.name)
+                    delta.tool_calls.add(index=part.call, id=self._ids.id(part.call), name=part.name)
                 case Kind.ARGUMENTS:
                     # The first part of a call has its name, and the arguments that came with it.
                     calls = delta.tool_calls
                     call = (
-                        calls[-1] if calls and calls[-1].index == part.index else calls.add(index=part.index)
+                        calls[-1] if calls and calls[-1].index == part.call else calls.add(index=part.call)
                     )
                     call.arguments += part.source
                 case Kind.MARKUP:

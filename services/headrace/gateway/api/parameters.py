@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from headrace.gateway.api.reading import Parameters, Refusal, invalid
+from headrace.gateway.api.structured import FormParameters
 from headrace.quoting import clipped, quoted
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import MAX_BIASES, MAX_STOP_IDS, MAX_STOPS
@@ -23,10 +24,6 @@ DEFAULT_PRIORITY = 5
 
 _MAX_UINT32 = 2**32 - 1
 Uint32 = Annotated[int, Field(ge=0, le=_MAX_UINT32)]
-
-LATER = "this server has no structured output yet; ask for the format in the prompt, and check the answer"
-NO_TOOLS = "this server has no tool calls yet; leave it out"
-
 
 PARAMS: Mapping[str, str] = {
     "sampling": "",  # sampling.top_p is top_p
@@ -53,7 +50,7 @@ class StreamOptions(Parameters):
     include_usage: bool | None = None
 
 
-class CompletionParameters(Parameters):
+class CompletionParameters(FormParameters):
     """What chat completions and text completions have in common."""
 
     refused: ClassVar[Mapping[str, Refusal]] = {
@@ -64,14 +61,9 @@ class CompletionParameters(Parameters):
         "allowed_token_ids": Refusal("use logit_bias to prefer or exclude tokens", ([],)),
         "bad_words": Refusal("use logit_bias to exclude tokens", ([],)),
         "cache_salt": Refusal("prefixes are cached per tenant: set user or x-headrace-tenant instead"),
-        "guided_choice": Refusal(LATER),
-        "guided_grammar": Refusal(LATER),
-        "guided_json": Refusal(LATER),
-        "guided_regex": Refusal(LATER),
         "length_penalty": Refusal("it applies to beam search only; leave it out", (1, 1.0)),
         "logits_processors": Refusal("leave it out", ([],)),
         "skip_special_tokens": Refusal("special tokens have no text; leave it out", (True,)),
-        "structured_outputs": Refusal(LATER, ({},)),
         "truncate_prompt_tokens": Refusal("shorten the prompt before you send it"),
         "use_beam_search": Refusal("leave it out; n returns several sampled answers", (False,)),
     }
@@ -119,8 +111,11 @@ class CompletionParameters(Parameters):
         return names
 
     def params(self) -> Mapping[str, str]:
-        """Return the names of parameters by the fields of the contract, for `problem_of`."""
-        return PARAMS
+        """Return the names of parameters by the fields of the contract, for `problem_of`. Raises Problem."""
+        if (form := self.form()) is None:
+            return PARAMS
+        fields = (form.field, "choices.texts", "structured")
+        return {**PARAMS, **{f"sampling.{field}": form.name for field in fields}}
 
     @property
     def choices(self) -> int:
@@ -155,6 +150,8 @@ class CompletionParameters(Parameters):
         )
         for token, bias in (self.logit_bias or {}).items():
             sampling.logit_bias[_token_id(token)] = _bias(token, bias)
+        if (form := self.form()) is not None:
+            form.set_in(sampling, large=self.large)
         return sampling
 
     def urgency(self) -> int | None:

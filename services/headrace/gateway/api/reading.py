@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
 from headrace.gateway.problems import Problem
@@ -55,6 +55,8 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
+    _large: bool = PrivateAttr(default=False)
+
     refused: ClassVar[Mapping[str, Refusal]] = {}
     ignored: ClassVar[Collection[str]] = ()
 
@@ -64,6 +66,11 @@ class Parameters(BaseModel):
         place   prepended to the names, such as "stream_options."
         """
         return unused_of((self.model_extra or {}).items(), self.refused, place)
+
+    @property
+    def large(self) -> bool:
+        """Whether they come from a large body: then sizes are checked before values are copied."""
+        return self._large
 
     def release(self, *fields: str) -> None:
         """Free the memory of parameters that are not supported, and of *fields*, which are not read again.
@@ -101,12 +108,17 @@ def unused_of(
     return names
 
 
-def read(kind: type[P], body: Mapping[str, object]) -> P:
-    """Return the parameters in the JSON object *body*. Raises Problem for the first thing that is wrong."""
+def read(kind: type[P], body: Mapping[str, object], *, large: bool = False) -> P:
+    """Return the parameters in the JSON object *body*. Raises Problem for the first thing that is wrong.
+
+    large   whether the body is, see `Parameters.large`
+    """
     try:
-        return kind.model_validate(body)
+        parameters = kind.model_validate(body)
     except ValidationError as error:
         raise _problem(error) from None
+    parameters._large = large
+    return parameters
 
 
 def invalid(name: str, complaint: str) -> Problem:
@@ -171,7 +183,7 @@ def _name(location: tuple[int | str, ...]) -> str:
     return name[:MAX_NAME]
 
 
-_ALTERNATIVE = re.compile(r"str|int|list\[.*\]")  # the names of a union's alternatives in a location
+_ALTERNATIVE = re.compile(r"str|int|(list|dict)\[.*\]")  # the names of a union's alternatives in a location
 _TYPES = {
     "string_type": "a string",
     "int_type": "an integer",

@@ -7,7 +7,7 @@ bytes that are made once for each choice, and only the text of the delta is enco
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii
@@ -20,7 +20,10 @@ from headrace.v1 import generation_pb2 as pb
 
 
 class Format(Protocol):
-    """How an API represents answers: whole ones, and chunks as JSON; None if it has no chunk for an event."""
+    """How an API represents answers: whole ones, and chunks as JSON; None if it has no chunk for an event.
+
+    One event may become `several` chunks.
+    """
 
     def whole(self, wholes: list[Whole], tally: Tally) -> dict[str, object]:
         """Return the whole response."""
@@ -111,15 +114,28 @@ async def stream(
 
 
 @dataclass
+class WholeCall:
+    """A whole call of a tool."""
+
+    id: str = ""
+    name: str = ""
+    arguments: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Whole:
     """A whole answer.
 
-    prompt   the tokens of the prompt, if they were requested
-    tokens   the details of the answer's tokens, if they were requested
-    ids      of the answer's tokens, if they were requested
+    thoughts   what the model thinks before the text
+    calls      of tools, by their index
+    prompt     the tokens of the prompt, if they were requested
+    tokens     the details of the answer's tokens, if they were requested
+    ids        of the answer's tokens, if they were requested
     """
 
     texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: dict[int, WholeCall] = field(default_factory=dict)
     prompt: list[pb.TokenLogprobs] = field(default_factory=list)
     tokens: list[pb.TokenLogprobs] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -129,6 +145,18 @@ class Whole:
         """The text of the answer."""
         return "".join(self.texts)
 
+    def add(self, delta: pb.Delta) -> None:
+        """Append a part of the answer."""
+        self.texts.append(delta.text)
+        if delta.reasoning:
+            self.thoughts.append(delta.reasoning)
+        for part in delta.tool_calls:
+            call = self.calls.setdefault(part.index, WholeCall())
+            call.id, call.name = call.id or part.id, call.name or part.name
+            call.arguments.append(part.arguments)
+        self.tokens.extend(delta.tokens)
+        self.ids.extend(delta.token_ids)
+
 
 async def gather(events: AsyncIterator[Event], tally: Tally) -> list[Whole]:
     """Read all *events*. Returns the answers in the order of their index."""
@@ -137,10 +165,7 @@ async def gather(events: AsyncIterator[Event], tally: Tally) -> list[Whole]:
         event = response.WhichOneof("event")
         whole = wholes[index]
         if event == "delta":
-            delta = response.delta
-            whole.texts.append(delta.text)
-            whole.tokens.extend(delta.tokens)
-            whole.ids.extend(delta.token_ids)
+            whole.add(response.delta)
         elif event == "accepted":
             tally.accepted[index] = response.accepted
         elif event == "finish":
@@ -148,6 +173,11 @@ async def gather(events: AsyncIterator[Event], tally: Tally) -> list[Whole]:
         elif event == "prompt_tokens":
             whole.prompt.extend(response.prompt_tokens.tokens)
     return wholes
+
+
+def several(chunks: Sequence[bytes]) -> bytes:
+    """Return several chunks as one, which `Exchange.send_event` sends as so many events, at once."""
+    return b"\n\ndata: ".join(chunks)
 
 
 def json_text(text: str) -> bytes:

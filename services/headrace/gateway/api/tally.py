@@ -108,10 +108,14 @@ def head(id: str, kind: str, created: int, accepted: pb.Accepted) -> dict[str, o
     }
 
 
-def ending(finish: pb.Finish) -> dict[str, object]:
-    """Return why an answer ended: OpenAI's reason, and the stop text as in vLLM."""
+def ending(finish: pb.Finish, *, calls: bool = False) -> dict[str, object]:
+    """Return why an answer ended: OpenAI's reason, and the stop text as in vLLM.
+
+    calls   whether the model has decided to call tools, which is a reason to stop
+    """
+    stopped = calls and finish.reason == pb.FINISH_REASON_STOP
     return {
-        "finish_reason": FINISH_REASONS.get(finish.reason, "stop"),
+        "finish_reason": "tool_calls" if stopped else FINISH_REASONS.get(finish.reason, "stop"),
         "stop_reason": finish.stop_sequence or None,
     }
 

@@ -12,10 +12,12 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from headrace.client import Client
-from headrace.gateway.api.chat_parameters import conversation
-from headrace.gateway.api.messages import Message, unused_of_messages
+from headrace.conversation_checks import MAX_TOOLS
+from headrace.gateway.api.chat.messages import MESSAGE_PARAMS, Message, unused_of_messages
+from headrace.gateway.api.chat.parameters import conversation
+from headrace.gateway.api.chat.tools import Tool, params_of, set_tools, unused_of_tools
 from headrace.gateway.api.models import Models
-from headrace.gateway.api.parameters import NO_TOOLS, Uint32
+from headrace.gateway.api.parameters import Uint32
 from headrace.gateway.api.reading import Parameters, Refusal, ignored_header, invalid, read
 from headrace.gateway.http.exchange import Exchange
 from headrace.v1 import tokenizer_service_pb2 as pb
@@ -27,7 +29,6 @@ class TokenizeParameters(Parameters):
 
     refused: ClassVar[Mapping[str, Refusal]] = {
         "chat_template": Refusal("the template of the model is used; leave it out"),
-        "tools": Refusal(NO_TOOLS, ([],)),
     }
     ignored: ClassVar[Collection[str]] = ("media_io_kwargs", "mm_processor_kwargs")
 
@@ -41,10 +42,14 @@ class TokenizeParameters(Parameters):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 
     def unused(self, place: str = "") -> list[str]:
         """Return the names of the parameters that are ignored. Raises Problem for one that is refused."""
-        return super().unused(place) + unused_of_messages(self.messages or ())
+        names = super().unused(place)
+        if self.messages is None:
+            return names + ["tools"] * bool(self.tools)
+        return names + unused_of_messages(self.messages) + unused_of_tools(self.tools or ())
 
     def request(self) -> pb.TokenizeRequest:
         """Return the request of the mesh, without a model. Raises Problem."""
@@ -66,7 +71,9 @@ class TokenizeParameters(Parameters):
                 "add_generation_prompt",
                 "must not be true together with continue_final_message",
             )
-        request.chat.CopyFrom(conversation(self.messages, self.chat_template_kwargs or {}))
+        chat = conversation(self.messages, self.chat_template_kwargs or {}, large=self.large)
+        set_tools(chat, self.tools or (), None, parallel=None, large=self.large)
+        request.chat.CopyFrom(chat)
         if self.continue_final_message:
             request.chat.continue_final_message = True
         request.add_generation_prompt = self.add_generation_prompt is not False
@@ -89,10 +96,8 @@ class Tokenizers:
 
     async def tokenize(self, exchange: Exchange) -> None:
         """Answer /tokenize. Raises Problem and HeadraceError."""
-        parameters = read(TokenizeParameters, await exchange.json())
-        headers = ignored_header(parameters.unused())
-        request = parameters.request()
-        parameters.release("messages", "chat_template_kwargs")
+        parameters, request, headers = await exchange.read(_tokenizing)
+        parameters.release("messages", "chat_template_kwargs", "tools")
         request.tokenizer.CopyFrom(await self._choice(parameters.model, exchange))
         exchange.params = _NAMES
         response = await self._client.tokenize(request, metadata=exchange.metadata)
@@ -147,8 +152,20 @@ class Tokenizers:
         return pb.TokenizerChoice(tier=routing.tier, model=routing.model)
 
 
+def _tokenizing(
+    body: dict[str, Any], large: bool
+) -> tuple[TokenizeParameters, pb.TokenizeRequest, dict[str, str]]:
+    """Return the parameters of /tokenize, the request of the mesh, and headers of the response."""
+    parameters = read(TokenizeParameters, body, large=large)
+    headers = ignored_header(parameters.unused())
+    return parameters, parameters.request(), headers
+
+
 _NAMES = {
+    **MESSAGE_PARAMS,
+    **params_of((), None),
     "chat.messages": "messages",
+    "chat.tools": "tools",
     "chat.template_arguments": "chat_template_kwargs",
     "chat.continue_final_message": "continue_final_message",
     "prompt": "prompt",

@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.types import Scope, Send
 
@@ -21,6 +21,9 @@ from headrace.runtime.security.identity import ANONYMOUS, Identity
 
 Handler: TypeAlias = Callable[["Exchange"], Awaitable[None]]
 
+T = TypeVar("T")
+
+LARGE_BODY = 256 * 1024  # bytes; what a smaller one contains is checked and copied within few ms
 PING = b": ping\n\n"  # a comment of server-sent events, which clients ignore
 _PING_CHUNK = b"%x\r\n%b\r\n" % (len(PING), PING)
 # The key of uvicorn's request in the scope. Events are written by it: ASGI costs as much as the write itself.
@@ -77,6 +80,16 @@ class Exchange:
         A large body is parsed on another thread.
         """
         return await json_of(self.body)
+
+    async def read(self, translate: Callable[[dict[str, Any], bool], T]) -> T:
+        """Return what *translate* makes of the body, which must be a JSON object. Raises Problem.
+
+        It is called with the object, and with whether the body is large: then on another thread.
+        """
+        body = await self.json()
+        if len(self.body) <= LARGE_BODY:
+            return translate(body, False)
+        return await asyncio.to_thread(translate, body, True)
 
     def when_left(self, call: Callable[[], None] | None) -> None:
         """Have *call* called once when the client leaves before the response is complete.
@@ -140,7 +153,10 @@ class Exchange:
         self.streams = True
 
     async def send_event(self, data: bytes) -> None:
-        """Send one event; *data* contains no line breaks. Waits while the client does not read."""
+        """Send one event. Waits while the client does not read.
+
+        data   without line breaks, except between several events: "\\n\\ndata: "
+        """
         self.quiet = 0
         self._events += 1
         if not self._events % BURST:

@@ -303,7 +303,7 @@ async def test_vllms_additions_are_in_the_choices(edge: TextEdge, stream: bool) 
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"echo": 1}, "echo", "must be true or false"),
         ({"prompt_logprobs": 1}, "prompt_logprobs", "use echo with logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "json"}}, "response_format.type", "must be 'text', 'json_object' or"),
         ({"temperature": 11}, "temperature", "temperature is 11, must be 0 to 10"),
         ({"min_tokens": 20}, "min_tokens", "must be at most max_tokens"),
         ({"model": "nobody"}, "model", "the model 'nobody' does not exist"),

@@ -20,6 +20,13 @@ SUPPORTED: dict[str, tuple[Any, pb.GenerateRequest | None]] = {
     "best_of": (1, None),
     "echo": (True, None),
     "frequency_penalty": (0.5, pb.GenerateRequest(sampling=pb.Sampling(frequency_penalty=0.5))),
+    "guided_choice": (["a"], pb.GenerateRequest(sampling=pb.Sampling(choices=pb.Choices(texts=["a"])))),
+    "guided_grammar": ("start: /a/", pb.GenerateRequest(sampling=pb.Sampling(lark="start: /a/"))),
+    "guided_json": (
+        {"type": "null"},
+        pb.GenerateRequest(sampling=pb.Sampling(json_schema='{"type":"null"}')),
+    ),
+    "guided_regex": ("a+", pb.GenerateRequest(sampling=pb.Sampling(regex="a+"))),
     "ignore_eos": (True, pb.GenerateRequest(sampling=pb.Sampling(ignore_eos=True))),
     "include_stop_str_in_output": (True, None),
     "logit_bias": ({"42": -100}, pb.GenerateRequest(sampling=pb.Sampling(logit_bias={42: -100}))),
@@ -34,6 +41,10 @@ SUPPORTED: dict[str, tuple[Any, pb.GenerateRequest | None]] = {
     "prompt": ("Ho", pb.GenerateRequest(prompt="Ho")),
     "repetition_penalty": (1.5, pb.GenerateRequest(sampling=pb.Sampling(repetition_penalty=1.5))),
     "request_id": ("mine", pb.GenerateRequest(request_id="cmpl-mine")),
+    "response_format": (
+        {"type": "json_object"},
+        pb.GenerateRequest(sampling=pb.Sampling(json_object=True)),
+    ),
     "return_token_ids": (True, pb.GenerateRequest(stream=pb.StreamOptions(include_token_ids=True))),
     "return_tokens_as_token_ids": (True, None),
     "seed": (7, pb.GenerateRequest(sampling=pb.Sampling(seed=7))),
@@ -41,6 +52,7 @@ SUPPORTED: dict[str, tuple[Any, pb.GenerateRequest | None]] = {
     "stop_token_ids": ([5], pb.GenerateRequest(sampling=pb.Sampling(stop_token_ids=[5]))),
     "stream": (True, None),
     "stream_options": ({"include_usage": True}, None),
+    "structured_outputs": ({"regex": "a+"}, pb.GenerateRequest(sampling=pb.Sampling(regex="a+"))),
     "temperature": (0, pb.GenerateRequest(sampling=pb.Sampling(temperature=0))),
     "top_k": (5, pb.GenerateRequest(sampling=pb.Sampling(top_k=5))),
     "top_p": (0.5, pb.GenerateRequest(sampling=pb.Sampling(top_p=0.5))),
@@ -73,6 +85,8 @@ async def test_a_supported_parameter_reaches_the_mesh(edge: TextEdge, name: str)
         asked.MergeFrom(expected)
         for repeated in ("stop", "stop_token_ids"):  # which are appended
             del getattr(asked.sampling, repeated)[len(getattr(expected.sampling, repeated)) :]
+        if expected.sampling.HasField("choices"):
+            asked.sampling.choices.CopyFrom(expected.sampling.choices)
         assert asked == edge.asked
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from headrace import errors
+from headrace.v1 import generation_pb2 as pb
 from tests.gateway.api.text.text_router import NAME, SPECIAL, TextEdge, text_edge
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -70,6 +71,18 @@ async def test_a_conversation_is_tokenized_by_the_chat_template(
     assert call.chat.continue_final_message is continued
     assert call.add_generation_prompt is starts
     assert dict(call.chat.template_arguments) == {"enable_thinking": False}
+
+
+async def test_the_chat_template_lists_the_tools(edge: TextEdge) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    response = await edge.http.post("/tokenize", json={"messages": HI, "tools": tools})
+    ignored = await edge.http.post("/tokenize", json={"prompt": "Hi", "tools": tools})
+
+    assert "x-headrace-ignored" not in response.headers
+    assert ignored.headers["x-headrace-ignored"] == "tools"
+    with_tools, without = edge.router.calls
+    assert list(with_tools.chat.tools) == [pb.Tool(name="weather", parameters='{"type":"object"}')]
+    assert not without.HasField("chat")
 
 
 async def test_the_text_of_tokens_is_returned(edge: TextEdge) -> None:
@@ -147,7 +160,7 @@ async def test_below_the_path_of_a_tier_no_name_is_needed() -> None:
             "add_generation_prompt",
             "must not be true together",
         ),
-        ("tokenize", {"messages": HI, "tools": [{}]}, "tools", "not supported"),
+        ("tokenize", {"messages": HI, "tools": [{}]}, "tools[0].function", "tools[0].function is missing"),
         ("tokenize", {"messages": HI, "chat_template": "x"}, "chat_template", "not supported"),
         ("tokenize", {"prompt": "Hi", "model": "nobody"}, "model", "does not exist"),
         ("detokenize", {}, "tokens", "tokens is missing"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from headrace.client import Client
 from headrace.gateway.api.choices import Event, answers
@@ -35,10 +36,8 @@ class TextCompletions:
 
     async def complete(self, exchange: Exchange) -> None:
         """Answer one request. Raises Problem and HeadraceError."""
-        parameters = read(TextParameters, await exchange.json())
+        parameters, sampling, unused = await exchange.read(_asked)
         exchange.params = parameters.params()
-        unused = parameters.unused()
-        sampling = parameters.sampling()
         parameters.release()
         hints = await hints_of(exchange, parameters, self._models, prefix="cmpl-")
         routing = hints.routing
@@ -78,6 +77,13 @@ class TextCompletions:
         async with asyncio.TaskGroup() as tasks:
             calls = [tasks.create_task(text_of(prompt)) for prompt in parameters.prompt]
         return [call.result() for call in calls]
+
+
+def _asked(body: dict[str, Any], large: bool) -> tuple[TextParameters, pb.Sampling, list[str]]:
+    """Return the parameters, how tokens are sampled, and the names of parameters that are ignored."""
+    parameters = read(TextParameters, body, large=large)
+    unused = parameters.unused()
+    return parameters, parameters.sampling(), unused
 
 
 async def _without_answers(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:

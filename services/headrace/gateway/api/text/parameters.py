@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from headrace.gateway.api.parameters import LATER, MAX_CHOICES, PARAMS, CompletionParameters
+from headrace.gateway.api.parameters import MAX_CHOICES, CompletionParameters
 from headrace.gateway.api.reading import Refusal, invalid
 from headrace.gateway.api.text.prompts import Prompt, Prompts
 from headrace.v1 import generation_pb2 as pb
@@ -21,7 +21,6 @@ class TextParameters(CompletionParameters):
 
     refused: ClassVar[Mapping[str, Refusal]] = {
         **CompletionParameters.refused,
-        "response_format": Refusal(LATER, ({"type": "text"},)),
         "suffix": Refusal("the models of this server do not insert text; leave it out", ("",)),
         # vLLM's
         "add_special_tokens": Refusal(
@@ -48,7 +47,7 @@ class TextParameters(CompletionParameters):
 
     def params(self) -> Mapping[str, str]:
         """Return the names of parameters by the fields of the contract, for `problem_of`."""
-        return _PARAMS
+        return {**super().params(), **_PARAMS}
 
     def most_tokens(self) -> int:
         """Return the most tokens to generate: at least 1, which is left out if `echo_only`."""
@@ -62,7 +61,7 @@ class TextParameters(CompletionParameters):
             sampling.top_logprobs = self.logprobs
             if self.echo:
                 sampling.prompt_logprobs = self.logprobs
-                if self.most_tokens() == 1:
+                if self.most_tokens() == 1 and sampling.WhichOneof("structured") is None:
                     # Evaluation harnesses expect exactly one token after the prompt, and leave it out.
                     # The token that ends a turn counts as one only with ignore_eos.
                     sampling.ignore_eos = True
@@ -110,7 +109,6 @@ def requests_of(
 
 
 _PARAMS = {
-    **PARAMS,
     "prompt": "prompt",
     "token_ids": "prompt",
     "sampling.top_logprobs": "logprobs",

@@ -6,10 +6,19 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from pydantic_core import to_json
 
-from headrace.gateway.api.messages import Message, unused_of_messages, words_of
-from headrace.gateway.api.parameters import LATER, NO_TOOLS, PARAMS, CompletionParameters, Uint32
+from headrace.conversation_checks import MAX_TOOLS
+from headrace.gateway.api.bounded import bounded_json
+from headrace.gateway.api.chat.messages import MESSAGE_PARAMS, Message, add_message, unused_of_messages
+from headrace.gateway.api.chat.tools import (
+    Choice,
+    Tool,
+    choice_of,
+    params_of,
+    set_tools,
+    unused_of_tools,
+)
+from headrace.gateway.api.parameters import CompletionParameters, Uint32
 from headrace.gateway.api.reading import Refusal, invalid
 from headrace.gateway.problems import Problem
 from headrace.v1 import generation_pb2 as pb
@@ -19,6 +28,8 @@ MAX_ARGUMENT_BYTES = 16 * 1024  # of the template arguments, as JSON
 MAX_ARGUMENT_DEPTH = 16
 MAX_TOP_LOGPROBS = 20
 
+_ARGUMENTS = "chat_template_kwargs"
+
 
 class ChatParameters(CompletionParameters):
     """The parameters of /v1/chat/completions."""
@@ -26,13 +37,10 @@ class ChatParameters(CompletionParameters):
     refused: ClassVar[Mapping[str, Refusal]] = {
         **CompletionParameters.refused,
         "audio": Refusal("the models of this server answer with text only; leave it out"),
-        "function_call": Refusal(NO_TOOLS, ("none", "auto")),
-        "functions": Refusal(NO_TOOLS, ([],)),
+        "function_call": Refusal("use tool_choice", ("none", "auto")),
+        "functions": Refusal("use tools", ([],)),
         "modalities": Refusal("the models of this server answer with text only", (["text"],)),
         "moderation": Refusal("this server does not moderate; leave it out"),
-        "response_format": Refusal(LATER, ({"type": "text"},)),
-        "tool_choice": Refusal(NO_TOOLS, ("none", "auto")),
-        "tools": Refusal(NO_TOOLS, ([],)),
         "web_search_options": Refusal("this server does not search the web; leave it out"),
         # vLLM's
         "add_special_tokens": Refusal("the chat template sets special tokens; leave it out", (False,)),
@@ -43,7 +51,6 @@ class ChatParameters(CompletionParameters):
     }
     ignored: ClassVar[Collection[str]] = (
         *CompletionParameters.ignored,
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
@@ -51,29 +58,38 @@ class ChatParameters(CompletionParameters):
         "safety_identifier",
         "verbosity",
         # vLLM's
-        "include_reasoning",
         "mm_processor_kwargs",
     )
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     max_completion_tokens: Uint32 | None = None
+    parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    tool_choice: object = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     # vLLM's
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
     continue_final_message: bool | None = None
+    include_reasoning: bool | None = None
 
     def unused(self, place: str = "") -> list[str]:
         """Return the names of the parameters that are ignored. Raises Problem for one that is refused."""
-        return super().unused(place) + unused_of_messages(self.messages)
+        names = super().unused(place) + unused_of_messages(self.messages) + unused_of_tools(self.tools or ())
+        if self.parallel_tool_calls is not None and not self.tools:
+            names.append("parallel_tool_calls")
+        return names
 
     def params(self) -> Mapping[str, str]:
-        """Return the names of parameters by the fields of the contract, for `problem_of`."""
-        if self.max_completion_tokens is None:
-            return PARAMS
-        return {**PARAMS, "sampling.max_tokens": "max_completion_tokens"}
+        """Return the names of parameters by the fields of the contract, for `problem_of`. Raises Problem."""
+        names = {**super().params(), **MESSAGE_PARAMS, **params_of(self.tools or (), self._choice())}
+        if self.tools:
+            names.setdefault("sampling.structured", "tools")  # calls have a form, too
+        if self.max_completion_tokens is not None:
+            names["sampling.max_tokens"] = "max_completion_tokens"
+        return names
 
     def most_tokens(self) -> int | None:
         """Return the most tokens to generate; None: as many as the tier allows."""
@@ -93,9 +109,15 @@ class ChatParameters(CompletionParameters):
         arguments = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             arguments.setdefault("reasoning_effort", self.reasoning_effort)
-        chat = conversation(self.messages, arguments)
+        chat = conversation(self.messages, arguments, large=self.large)
+        tools, choice = self.tools or (), self._choice()
+        set_tools(chat, tools, choice, parallel=self.parallel_tool_calls, large=self.large)
         self._set_continuation(chat)
         return chat
+
+    def _choice(self) -> Choice | None:
+        """Return whether the model calls tools; None: as by default. Raises Problem."""
+        return None if self.tool_choice is None else choice_of(self.tool_choice)
 
     def _set_continuation(self, chat: pb.Chat) -> None:
         role = self.messages[-1]["role"]
@@ -128,33 +150,31 @@ class ChatParameters(CompletionParameters):
             )
 
 
-def conversation(messages: Sequence[Message], arguments: Mapping[str, object]) -> pb.Chat:
-    """Return the conversation of *messages*, with the variables of the chat template. Raises Problem."""
+def conversation(messages: Sequence[Message], arguments: Mapping[str, object], *, large: bool) -> pb.Chat:
+    """Return the conversation of *messages*, with the variables of the chat template. Raises Problem.
+
+    large   see `bounded_json`
+    """
     chat = pb.Chat()
     for number, message in enumerate(messages):
-        chat.messages.add(role=message["role"], content=words_of(message, f"messages[{number}]"))
+        add_message(chat, message, f"messages[{number}]")
     if arguments:
-        _set_arguments(chat, arguments)
+        _set_arguments(chat, arguments, large)
     return chat
 
 
-def _set_arguments(chat: pb.Chat, arguments: Mapping[str, object]) -> None:
+def _set_arguments(chat: pb.Chat, arguments: Mapping[str, object], large: bool) -> None:
     """Set the variables of the chat template. Raises Problem for those that the mesh cannot represent.
 
     Size and depth are checked before they are copied, which takes microseconds for each value.
     """
-    complaint = ""
+    bounded_json(arguments, _ARGUMENTS, MAX_ARGUMENT_BYTES, large=large)
+    if _depth(arguments) > MAX_ARGUMENT_DEPTH:
+        raise invalid(_ARGUMENTS, f"is nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     try:
-        if (size := len(to_json(arguments))) > MAX_ARGUMENT_BYTES:
-            complaint = f"has {size} bytes, must be at most {MAX_ARGUMENT_BYTES}"
-        elif _depth(arguments) > MAX_ARGUMENT_DEPTH:
-            complaint = f"is nested deeper than {MAX_ARGUMENT_DEPTH} levels"
-        else:
-            chat.template_arguments.update(arguments)  # type: ignore[arg-type]
+        chat.template_arguments.update(arguments)  # type: ignore[arg-type]
     except (OverflowError, ValueError) as error:
-        complaint = f"has a value that cannot be passed on: {error}"
-    if complaint:
-        raise invalid("chat_template_kwargs", complaint)
+        raise invalid(_ARGUMENTS, f"has a value that cannot be passed on: {error}") from None
 
 
 def _depth(value: object) -> int:

@@ -1,0 +1,50 @@
+"""Read the schemas of the benchmark, and judge answers independently of what made them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+FILE = Path(__file__).with_name("schemas.jsonl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A schema, and values that match it, all as JSON."""
+
+    name: str
+    group: str
+    schema: str
+    values: list[str]
+
+
+def entries() -> list[Entry]:
+    """Return all schemas of the benchmark."""
+    return [Entry(**json.loads(line)) for line in FILE.read_text().splitlines()]
+
+
+def fault(schema: str, answer: str) -> str:
+    """Return why *answer* is not a value of *schema*, by the package `jsonschema`; empty if it is one.
+
+    Numbers are decimal, because 0.3 is a multiple of 0.1 in JSON, but not as binary fractions.
+    """
+    read: Any = json.loads(schema, parse_float=_decimal)
+    try:
+        value = json.loads(answer, parse_float=_decimal)
+    except ValueError as error:
+        return f"no JSON: {error}"
+    kind = jsonschema.validators.validator_for(read, jsonschema.Draft202012Validator)
+    problem = next(kind(read, format_checker=kind.FORMAT_CHECKER).iter_errors(value), None)
+    return problem.message[:200] if problem is not None else ""
+
+
+def _decimal(text: str) -> Decimal | float:
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # an exponent that no decimal number has
+        return float(text)

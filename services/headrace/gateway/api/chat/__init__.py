@@ -1,0 +1,1 @@
+"""Chat completions: conversations to requests of the mesh, and answers back."""

@@ -1,0 +1,217 @@
+"""Answers of a JSON schema match it by an independent judge, and what cannot be enforced is rejected."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.structured.data import Entry, entries, fault
+from headrace.grammars.forms import json_schema_grammar
+from headrace.grammars.problems import FormProblem
+from headrace.grammars.schemas import MAX_DEPTH
+from tests.grammars.walks import accepts, walk
+
+NAMES = st.sampled_from(["a", "b c", "é", 'q"q', "n\nn", "/~"])
+ANSWERS = 3  # of each schema
+DRAFT_7 = "http://json-schema.org/draft-07/schema#"
+
+USUAL = [entry for entry in entries() if entry.group != "unusual"]
+BOUNDS = st.integers(-1000, 1000)
+
+
+def _in(kind: str, least: str, most: str, low: st.SearchStrategy[int]) -> st.SearchStrategy[Any]:
+    """Return schemas of a kind between two bounds, which are keywords."""
+    return st.builds(lambda low, more: {"type": kind, least: low, most: low + more}, low, st.integers(1, 99))
+
+
+def _strings(keyword: str, *values: str) -> st.SearchStrategy[Any]:
+    return st.sampled_from([{"type": "string", keyword: value} for value in values])
+
+
+SCALARS = st.one_of(
+    st.sampled_from([{"type": kind} for kind in ("string", "integer", "number", "boolean", "null")]),
+    _in("integer", "minimum", "maximum", BOUNDS),
+    _in("number", "exclusiveMinimum", "maximum", BOUNDS),
+    _in("string", "minLength", "maxLength", st.integers(0, 3)),
+    _strings("format", "date", "time", "date-time", "uuid", "ipv4", "duration"),
+    _strings("pattern", "^a[0-9]+$", "^(x|yy){1,2}$", r'^["\\/]$', "^é?$"),
+    st.lists(st.one_of(st.text(max_size=3), BOUNDS, st.booleans(), st.none()), min_size=1, max_size=4).map(
+        lambda values: {"enum": values}
+    ),
+    st.integers(1, 50).map(lambda step: {"type": "integer", "multipleOf": step}),
+)
+
+
+def _object(fields: dict[str, Any], required: int, more: Any) -> dict[str, Any]:
+    names = [name for place, name in enumerate(fields) if required >> place & 1]
+    return {"type": "object", "properties": fields, "required": names, "additionalProperties": more}
+
+
+def _list(items: Any, least: int, more: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": least + more}
+
+
+def _tuple(head: list[Any], items: Any) -> dict[str, Any]:
+    return {"type": "array", "prefixItems": head, "items": items, "minItems": len(head)}
+
+
+def _compound(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    few, maybe = st.integers(0, 2), st.one_of(st.booleans(), inner)
+    return st.one_of(
+        st.builds(_object, st.dictionaries(NAMES, inner, max_size=3), st.integers(0, 7), maybe),
+        st.builds(_list, inner, few, few),
+        st.builds(_tuple, st.lists(inner, min_size=1, max_size=2), maybe),
+        st.lists(inner, min_size=1, max_size=3).map(lambda options: {"anyOf": options}),
+        inner.map(lambda each: {"allOf": [each], "description": "x"}),
+    )
+
+
+SCHEMAS = st.recursive(SCALARS, _compound, max_leaves=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(schema=SCHEMAS, seed=st.integers(0, 2**32))
+def test_answers_of_random_schemas_match_them(schema: dict[str, Any], seed: int) -> None:
+    text = json.dumps(schema)
+    grammar = json_schema_grammar(text).text
+    for number in range(ANSWERS):
+        answer = walk(grammar, random.Random(f"{seed}-{number}"))
+        assert answer is None or not fault(text, answer)
+
+
+@pytest.mark.parametrize("entry", USUAL[::6], ids=lambda entry: entry.name)
+def test_answers_of_usual_schemas_match_them_and_their_values_are_allowed(entry: Entry) -> None:
+    grammar = json_schema_grammar(entry.schema).text
+    assert all(accepts(grammar, value) for value in entry.values)
+    for number in range(ANSWERS):
+        answer = walk(grammar, random.Random(f"{entry.name}-{number}"))
+        assert answer is None or not fault(entry.schema, answer)
+
+
+def _with(**keywords: Any) -> str:
+    return json.dumps({"type": "object", "properties": {"v": keywords}, "required": ["v"]})
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ("", ""),
+        ("[]", ""),
+        ('{"a": NaN}', ""),
+        ('{"const": 1e999}', ""),
+        ('{"const": "\\ud800"}', ""),
+        ('{"a":' * 10_000 + "1" + "}" * 10_000, ""),
+        (json.dumps({"description": "x" * 65_536}), ""),
+        (_with(**{"$ref": "https://example.org/a.json"}), "/properties/v/$ref"),
+        (_with(**{"$ref": "other.json#/x"}), "/properties/v/$ref"),
+        (_with(type="string", format="phone"), "/properties/v/format"),
+        (_with(type=["string", "null"], format="regex"), "/properties/v/format"),
+        (_with(const=2**53 + 1), "/properties/v/const"),
+        (_with(enum=[1, {"a": [-(2**63)]}]), "/properties/v/enum"),
+        (_with(type="object", minProperties=2), "/properties/v/minProperties"),
+        ('{"$ref": "#"}', ""),
+        ('{"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}', ""),
+        (_with(**{"anyOf": [{"$ref": "#/properties/v"}]}), ""),
+        (
+            json.dumps({"$defs": {"n": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/n"}}}}),
+            "/$defs/n",
+        ),
+    ],
+)
+def test_a_schema_that_cannot_be_read_or_enforced_is_rejected_with_the_place(schema: str, place: str) -> None:
+    with pytest.raises(FormProblem) as caught:
+        json_schema_grammar(schema)
+
+    assert caught.value.place == place
+
+
+def test_what_is_in_each_other_is_bounded_with_the_place() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(MAX_DEPTH // 2):
+        schema = {"type": "array", "items": schema, "default": []}
+    json_schema_grammar(json.dumps(schema["items"]["items"]))
+    deep = {"const": json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)}
+
+    with pytest.raises(FormProblem) as caught:
+        json_schema_grammar(json.dumps(deep))
+    assert caught.value.place == "/const" + "/0" * (MAX_DEPTH - 1)
+
+
+@pytest.mark.parametrize(
+    ("schema", "matching", "others"),
+    [
+        # A property cannot be repeated under another spelling of its name.
+        (
+            {"properties": {"a": {"type": "integer"}}, "required": ["a"], "type": "object"},
+            ['{"a": 1, "b": "x"}'],
+            ['{"a": 1, "\\u0061": "x"}', '{"a": 1, "a": "x"}'],
+        ),
+        ({"type": "object", "x-guidance": {"lenient": True, "whitespace_flexible": True}}, ["{}"], ["{ }"]),
+        ({"type": "array", "uniqueItems": False}, ["[1, 1]"], []),
+        ({"type": "array", "uniqueItems": True, "maxItems": 1}, ["[1]"], ["[1, 1]"]),
+        (
+            {"type": "object", "properties": {"a": True}, "unevaluatedProperties": False},
+            ['{"a": 1}'],
+            ['{"b": 1}'],
+        ),
+        (
+            {
+                "type": "object",
+                "propertyNames": {"enum": ["x", "y"]},
+                "additionalProperties": {"type": "null"},
+            },
+            ['{"x": null}', "{}"],
+            ['{"z": null}', '{"x": 1}'],
+        ),
+        ({"type": "object", "propertyNames": {"pattern": "^a"}}, ['{"ab": 1}'], ['{"b": 1}']),
+        ({"type": "integer", "format": "int64", "nullable": True}, ["5"], ["null", "1" * 19]),
+        (
+            {"type": "string", "format": "date"},
+            ['"2024-02-29"'],
+            ['"2023-02-29"', '"0000-01-01"', '"1900-02-29"'],
+        ),
+        ({"type": "string", "format": "date", "pattern": "^2"}, ['"2000-02-29"'], ['"1999-01-01"']),
+        ({"type": "string", "format": "date-time"}, ['"2024-02-29T23:59:59.5Z"'], ['"2024-02-29T23:59:60Z"']),
+        ({"$schema": "https://example.org/own", "type": "null"}, ["null"], ["1"]),
+        ({"$schema": DRAFT_7, "items": [{"type": "null"}], "type": "array"}, ["[null]"], ["[1]"]),
+        ({"type": "number", "multipleOf": 0.1}, ["0.3", "7"], ["0.35"]),
+        (
+            {"const": {"b": 1, "a": [1.5, "\n"]}},
+            ['{"b": 1, "a": [1.5, "\\n"]}'],
+            ['{"a": [1.5, "\\n"], "b": 1}'],
+        ),
+    ],
+)
+def test_keywords_in_other_words_mean_the_same(
+    schema: dict[str, Any], matching: list[str], others: list[str]
+) -> None:
+    grammar = json_schema_grammar(json.dumps(schema)).text
+
+    assert [text for text in matching if not accepts(grammar, text)] == []
+    assert [text for text in others if accepts(grammar, text)] == []
+
+
+def test_recursive_schemas_are_enforced_at_each_depth() -> None:
+    kids = {"type": "array", "items": {"$ref": "#/$defs/node"}}
+    node = {
+        "type": "object",
+        "properties": {"v": {"type": "integer"}, "kids": kids},
+        "required": ["v"],
+        "additionalProperties": False,
+    }
+    grammar = json_schema_grammar(json.dumps({"$defs": {"node": node}, "$ref": "#/$defs/node"})).text
+
+    assert accepts(grammar, '{"v": 1, "kids": [{"v": 2, "kids": []}, {"v": 3}]}')
+    assert not accepts(grammar, '{"v": 1, "kids": [{"v": 2, "kids": [{}]}]}')
+
+
+def test_the_judge_rejects() -> None:
+    """Otherwise the tests above prove nothing."""
+    assert fault('{"type": "integer"}', "1.5")
+    assert fault('{"type": "integer"}', "{")
+    assert fault('{"type": "string", "format": "date"}', '"2023-02-29"')
