@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from opentelemetry import trace
 
 from headrace import errors
-from headrace.batcher.form import FREE, AnswerForm
 from headrace.batcher.inbox import Inbox
+from headrace.batcher.tools.form import FREE, AnswerForm
 from headrace.deadline import Deadline
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire

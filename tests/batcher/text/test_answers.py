@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from headrace import errors
-from headrace.batcher.form import FREE, AnswerForm
 from headrace.batcher.inbox import Arrival, SequenceEnd
 from headrace.batcher.text.answer import AnswerEvents
 from headrace.batcher.text.templates import ChatTemplate
 from headrace.batcher.text.tokens import THINK, ByteTokenizer, TransformersTokenizer
 from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import FREE, AnswerForm
 from headrace.batcher.turns import Turn
 from headrace.client import chat
 from headrace.metrics.requests import CANCELLED, End

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.batcher.form import AnswerForm
 from headrace.batcher.text.detokenizer import Detokenizer, TextStream
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.tools.forms import form_of
 from headrace.batcher.tools.parser import AnswerParser, Kind, Part
 from headrace.grammars.compiling import Grammars
@@ -263,6 +263,15 @@ def test_a_call_that_begins_must_be_valid(family: str, text: str) -> None:
     assert allowed(made, text + '"city": "Bonn"') == "part"
     assert allowed(made, text + '"city": 5') == repr(text + '"city": ')
     assert allowed(made, text.replace("get", "other")) in ("whole", repr(text[: text.index("get")]))
+
+
+@pytest.mark.parametrize("family", ["llama3", "json"])
+def test_a_call_after_thoughts_is_valid_however_much_white_space_is_between(family: str) -> None:
+    made = form(Family(family), request(), thinks="opened")
+    text = "well</think>" + "\n" * 100 + written(Family(family), False, WRONG)
+
+    assert read(made, ids_of(text, made))[2] == [("get", WRONG)]
+    assert allowed(made, text) == repr(text[:-1])
 
 
 @EVERY

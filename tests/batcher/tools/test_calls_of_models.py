@@ -10,10 +10,10 @@ import llguidance.numpy
 import numpy as np
 import pytest
 
-from headrace.batcher.form import AnswerForm
 from headrace.batcher.text.detokenizer import Detokenizer, TextStream
 from headrace.batcher.text.tokens import TransformersTokenizer, load_tokenizer, token_texts
 from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.tools.forms import form_of
 from headrace.batcher.tools.parser import AnswerParser, Kind
 from headrace.grammars.compiling import Grammars

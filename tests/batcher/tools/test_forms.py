@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from headrace import errors
-from headrace.batcher.form import FREE, AnswerForm
 from headrace.batcher.text.tokens import THINK, ByteTokenizer
 from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import FREE, AnswerForm
 from headrace.batcher.tools.forms import form_of
 from headrace.v1 import generation_pb2 as pb
 from tests.harness import prompt

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.batcher.form import AnswerForm
 from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.tools.parser import AnswerParser, Kind, Part
 
 TOOLS = frozenset({"get", "get_x"})

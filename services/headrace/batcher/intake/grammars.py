@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headrace import errors
-from headrace.batcher.form import AnswerForm
 from headrace.batcher.text.tokens import Tokenizer, token_texts
+from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.tools.forms import form_of
 from headrace.grammars.checker import Checker, Tokens
 from headrace.grammars.problems import FormProblem

@@ -23,13 +23,13 @@ from opentelemetry import trace
 
 from headrace import attributes, errors
 from headrace.batcher.coalescer import Coalescer
-from headrace.batcher.form import AnswerForm
 from headrace.batcher.inbox import Inbox
 from headrace.batcher.intake.encoding import Encoder
 from headrace.batcher.intake.grammars import GrammarCheck, grammar_field
 from headrace.batcher.intake.lanes import Lane, Pending, outcome_after
 from headrace.batcher.intake.limits import RequestLimits
 from headrace.batcher.job import Job
+from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.waiting.admission import TOLERANCE
 from headrace.batcher.waiting.estimates import retry_after
 from headrace.batcher.waiting.prefixes import block_names

@@ -153,7 +153,8 @@ class _Rules:
         if style.starts:
             heads = "|".join(dict.fromkeys(shape.pattern for shape in style.starts))
             for place, (name, _) in enumerate(calls.tools):
-                self.add(f"head_{place}[lazy]", f'/({heads}){escaped(name)}"/')
+                # Any white space: after thoughts, all of it is dropped before the call.
+                self.add(f"head_{place}[lazy]", f'/[ \\t\\r\\n]*({heads}){escaped(name)}"/')
             first = " | ".join(
                 f"head_{place} {_member(style.arguments, place)}" for place in range(len(calls.tools))
             )

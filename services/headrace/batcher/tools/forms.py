@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 from headrace import errors
-from headrace.batcher.form import FREE, AnswerForm
-from headrace.batcher.text.tokens import Tokenizer
 from headrace.batcher.tools.calls import Calls, Thoughts, answer_grammar
+from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import FREE, AnswerForm
 from headrace.batcher.tools.formats import FORMATS
 from headrace.grammars import forms
 from headrace.grammars.problems import FormProblem
@@ -22,7 +23,23 @@ _END = 32
 _KEPT_CHARACTERS = 4096  # of schemas that are kept
 
 
-def form_of(request: pb.GenerateRequest, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> AnswerForm:
+class Writer(Protocol):
+    """What a tokenizer states of how its model writes; see `text.tokens.Tokenizer`."""
+
+    tool_family: Family
+    reasoning: tuple[str, str] | None
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Names and ids of the tokens that have no text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of *ids*, with the names of special tokens."""
+        ...
+
+
+def form_of(request: pb.GenerateRequest, tokenizer: Writer, prompt_ids: Sequence[int]) -> AnswerForm:
     """Return the form of the answer to *request*.
 
     Takes microseconds for requests without tools and forms. With them, time grows with their schemas: call it
@@ -69,7 +86,7 @@ def _form_part(sampling: pb.Sampling) -> forms.Part | None:
     return None
 
 
-def _calls(chat: pb.Chat, tokenizer: Tokenizer) -> Calls | None:
+def _calls(chat: pb.Chat, tokenizer: Writer) -> Calls | None:
     """Return the calls that the answer to a chat may contain."""
     choice = chat.tool_choice
     if not chat.tools or choice.mode == pb.TOOL_MODE_NONE:
@@ -119,7 +136,7 @@ def _object(schema: str) -> forms.Part:
 _known_object = lru_cache(maxsize=512)(_object)
 
 
-def _thoughts(chat: pb.Chat, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> Thoughts | None:
+def _thoughts(chat: pb.Chat, tokenizer: Writer, prompt_ids: Sequence[int]) -> Thoughts | None:
     """Return the thoughts with which the answer may begin."""
     if tokenizer.reasoning is None:
         return None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from headrace.batcher.form import AnswerForm
+from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.tools.formats import BARE_CALL, FORMATS, Format
 from headrace.batcher.tools.shapes import ObjectEnd, Shape, marker_shape
 

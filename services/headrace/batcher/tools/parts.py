@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.batcher.form import AnswerForm
 from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.tools.ids import CallIds
 from headrace.batcher.tools.parser import AnswerParser, Kind
 from headrace.v1 import generation_pb2 as pb
@@ -49,9 +49,7 @@ class AnswerParts:
                 case Kind.ARGUMENTS:
                     # The first part of a call has its name, and the arguments that came with it.
                     calls = delta.tool_calls
-                    call = (
-                        calls[-1] if calls and calls[-1].index == part.call else calls.add(index=part.call)
-                    )
+                    call = calls[-1] if calls and calls[-1].index == part.call else calls.add(index=part.call)
                     call.arguments += part.source
                 case Kind.MARKUP:
                     pass
