@@ -127,17 +127,16 @@ def table(model: str, rows: Sequence[Row]) -> str:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         task = TASKS[row.id]
-        kind = (
-            "extraction" if isinstance(task, Extraction) else "a tool fits" if task.name else "no tool fits"
-        )
+        kind = "extraction"
+        if isinstance(task, Choice):
+            kind = "no tool fits" if task.name is None else "a tool fits"
         groups.setdefault((kind, row.arm), []).append(row)
     for (kind, arm), each in groups.items():
         valid = sum(TASKS[row.id].valid(row) for row in each) / len(each)
         right = sum(TASKS[row.id].right(row) for row in each) / len(each)
         mean = sum(len(row.logprobs) for row in each) / len(each)
-        lines.append(
-            f"| {model} | {kind}, {len(each)} | {arm} | {100 * valid:.0f} % | {100 * right:.0f} % | {mean:.0f} |"
-        )
+        shares = f"{100 * valid:.0f} % | {100 * right:.0f} %"
+        lines.append(f"| {model} | {kind}, {len(each)} | {arm} | {shares} | {mean:.0f} |")
     return "\n".join(lines)
 
 
