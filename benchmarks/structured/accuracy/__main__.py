@@ -23,7 +23,14 @@ from typing import Any
 
 from benchmarks.structured.accuracy import drafts
 from benchmarks.structured.accuracy.rows import Row
-from benchmarks.structured.accuracy.tasks import Choice, Extraction, choices, extractions, written_calls
+from benchmarks.structured.accuracy.tasks import (
+    TASKS,
+    Choice,
+    Extraction,
+    choices,
+    extractions,
+    written_calls,
+)
 from headrace import models
 from headrace.cli.launch.mesh import MeshSpec, TierSpec, mesh
 from headrace.client import Client, chat, connect, gather
@@ -33,7 +40,9 @@ from headrace.v1 import tokenizer_service_pb2 as tokens
 MODELS = {"small": models.SMALL, "large": models.LARGE}
 MAX_TOKENS = 160
 SIDE_BY_SIDE = 8
-TASKS = {task.id: task for task in (*extractions(), *choices())}
+ONE_CALL = "required, one call"
+EXTRACTING = ("prompt only", "schema")
+CHOOSING = ("prompt only", "tools", "required", ONE_CALL)
 SYSTEM = "You are a helpful assistant."
 
 
@@ -57,8 +66,9 @@ async def extract(client: Client, task: Extraction, arm: str) -> Row:
 async def choose(client: Client, task: Choice, arm: str, *, marked: bool) -> Row:
     """Answer a tool task."""
     request = greedy(chat(task.prompt, system=SYSTEM, tools=task.tools))
-    if arm == "required":
+    if arm.startswith("required"):
         request.chat.tool_choice.mode = pb.TOOL_MODE_REQUIRED
+        request.chat.parallel_tool_calls = arm != ONE_CALL
     if arm == "prompt only":
         asked = tokens.TokenizeRequest(chat=request.chat, tokenizer=tokens.TokenizerChoice(tier="only"))
         ids = (await client.tokenize(asked, timeout=120)).token_ids
@@ -93,8 +103,8 @@ async def answered(
     return reply.text, calls, [value for event in events for value in event.delta.logprobs]
 
 
-async def measure(model: str, log: Path) -> list[Row]:
-    """Answer all tasks in all ways."""
+async def measure(model: str, log: Path, arms: Sequence[str]) -> list[Row]:
+    """Answer the tasks in these ways."""
     spec = MeshSpec(
         cache=models.cache_folder(),
         log_dir=Path(tempfile.mkdtemp(prefix="headrace-accuracy-")),
@@ -113,10 +123,10 @@ async def measure(model: str, log: Path) -> list[Row]:
     async with mesh(spec) as running, connect(running.address) as client:
         asked = tokens.GetTokenizerRequest(tokenizer=tokens.TokenizerChoice(tier="only"))
         marked = "<tool_call>" in (await client.get_tokenizer(asked, timeout=60)).chat_template
-        for arm in ("prompt only", "schema"):
+        for arm in (arm for arm in EXTRACTING if arm in arms):
             rows += await asyncio.gather(*(one(extract(client, task, arm)) for task in extractions()))
-        for arm in ("prompt only", "tools", "required"):
-            tasks = [task for task in choices() if arm != "required" or task.name is not None]
+        for arm in (arm for arm in CHOOSING if arm in arms):
+            tasks = [task for task in choices() if not arm.startswith("required") or task.name is not None]
             rows += await asyncio.gather(*(one(choose(client, task, arm, marked=marked)) for task in tasks))
     return rows
 
@@ -151,16 +161,16 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument("--log", type=Path, default=None, help="where to write the answers, as JSON Lines")
-    parser.add_argument("--read", type=Path, help="print the tables of an earlier log")
+    parser.add_argument("--log", type=Path, default=None, help="where to add the answers, as JSON Lines")
+    parser.add_argument("--arms", nargs="+", choices={*EXTRACTING, *CHOOSING}, help="only these ways")
+    parser.add_argument("--read", type=Path, nargs="+", help="print the tables of earlier logs")
     options = parser.parse_args()
     began = time.monotonic()
     if options.read:
-        rows = read(options.read)
+        rows = [row for log in options.read for row in read(log)]
     else:
         log = options.log or Path(tempfile.gettempdir()) / f"headrace-accuracy-{options.model}.jsonl"
-        log.write_text("")
-        rows = asyncio.run(measure(options.model, log))
+        rows = asyncio.run(measure(options.model, log, options.arms or (*EXTRACTING, *CHOOSING)))
         print(f"{time.monotonic() - began:.0f} s; answers in {log}\n")
     print(table(options.model, rows))
     print()

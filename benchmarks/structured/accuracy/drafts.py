@@ -6,11 +6,9 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from benchmarks.structured.accuracy.rows import Row
-from benchmarks.structured.accuracy.tasks import choices, extractions
+from benchmarks.structured.accuracy.tasks import TASKS
 from headrace.routing.drafts import check
 from headrace.routing.drafts.rules import CascadeRules
-
-TASKS = {task.id: task for task in (*extractions(), *choices())}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -27,7 +25,7 @@ def table(rows: Sequence[Row]) -> str:
     }
     lines = ["| drafts | measure | AUC | released | of which right |", "|---|---|---|---|---|"]
     structured = [row for row in rows if row.arm == "schema"]
-    calls = [row for row in rows if row.arm == "tools" and row.calls]
+    calls = [row for row in rows if row.arm == "required, one call"]
     for name, drafts in (("extraction", structured), ("calls", calls)):
         whole = [row for row in drafts if TASKS[row.id].valid(row)]
         right = sum(TASKS[row.id].right(row) for row in whole)

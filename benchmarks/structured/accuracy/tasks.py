@@ -121,6 +121,12 @@ def choices() -> list[Choice]:
     ]
 
 
+TASKS: dict[str, Extraction | Choice] = {
+    **{task.id: task for task in extractions()},
+    **{task.id: task for task in choices()},
+}
+
+
 def first_object(text: str) -> object:
     """Return the first JSON object in a text; None if there is none."""
     decoder = json.JSONDecoder()
