@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 import llguidance
 
 from headrace.grammars.vocabulary import Vocabulary
 
 # Compiled grammars that are kept, and the bytes of their texts.
-MAX_KEPT = 128
+MAX_KEPT = 64
 MAX_KEPT_BYTES = 8 << 20
+# A mask takes tens of microseconds as a rule, and at worst some 50 ms: its time grows with the square of the
+# items of a row. A schema has about 4 of them for each optional property of an object. A state of the lexer
+# takes up to 1 KiB, so a compiled grammar grows to some 50 MiB at most. Messages quote nothing of an answer.
+LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=1_000,
+    step_lexer_fuel=100_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+# llguidance compiles rules that refer to each other recursively, with up to some 5 KiB of stack for each.
+# Beyond the 8 MiB of a usual thread, the process would end. The stack is reserved, not used.
+_STACK_BYTES = 512 << 20
 _LONGEST_PROBLEM = 500  # characters
-LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+
+_stack_lock = threading.Lock()
 
 
 class GrammarProblem(Exception):
@@ -39,12 +54,18 @@ class Grammars:
         """Return whether the compiled grammar is kept."""
         return grammar in self._kept
 
-    def matcher(self, grammar: str) -> llguidance.LLMatcher:
-        """Return a new matcher at the start of *grammar*, in llguidance's format. Raises GrammarProblem."""
-        kept = self.kept(grammar)
+    def matcher(self, grammar: str, *, afresh: bool = False) -> llguidance.LLMatcher:
+        """Return a new matcher at the start of *grammar*, in llguidance's format. Raises GrammarProblem.
+
+        afresh   compile it even if it is kept: the matchers of a compiled grammar share the states of their
+                 lexer, whose number is limited, so those before may have used it up
+        """
+        kept = None if afresh else self.kept(grammar)
         if kept is not None:
             return kept
-        compiled = llguidance.LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=LIMITS)
+        compiled = _on_large_stack(
+            lambda: llguidance.LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=LIMITS)
+        )
         if compiled.is_error():
             raise problem_of(compiled)
         self._keep(grammar, compiled)
@@ -67,3 +88,19 @@ class Grammars:
             while len(self._kept) > MAX_KEPT or self._bytes > MAX_KEPT_BYTES:
                 oldest, _ = self._kept.popitem(last=False)
                 self._bytes -= len(oldest)
+
+
+def _on_large_stack(make: Callable[[], llguidance.LLMatcher]) -> llguidance.LLMatcher:
+    """Call *make* on a thread with a stack that no grammar within the limits exceeds."""
+    made: list[llguidance.LLMatcher] = []
+    thread = threading.Thread(target=lambda: made.append(make()), name="grammar", daemon=True)
+    with _stack_lock:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if not made:
+        raise GrammarProblem("it cannot be compiled")
+    return made[0]

@@ -43,13 +43,15 @@ class Matcher:
             self.consumed += len(ids)
 
 
-def follow(grammars: Grammars, grammar: str, answer: Sequence[int]) -> Matcher:
+def follow(grammars: Grammars, grammar: str, answer: Sequence[int], *, afresh: bool = False) -> Matcher:
     """Return a matcher of *grammar* that has consumed an answer.
+
+    afresh   see `Grammars.matcher`
 
     Takes milliseconds, or a second for the largest grammars that are within the limits. Safe on any thread.
     Raises GrammarProblem if the grammar cannot be compiled or does not allow the answer.
     """
-    matcher = Matcher(grammars.matcher(grammar))
+    matcher = Matcher(grammars.matcher(grammar, afresh=afresh))
     matcher.advance(answer)
     return matcher
 

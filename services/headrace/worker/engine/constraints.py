@@ -77,23 +77,35 @@ class Constraints:
             found.faults = dict.fromkeys(indices, UNSUPPORTED)
             return found
         matchers: dict[int, Matcher] = {}
+        problems: dict[int, GrammarProblem] = {}
+        answers = {}
         for place, index in enumerate(indices):
             row = rows[index]
             if row.pending and (latest is None or index not in latest):
                 continue
+            answers[place] = _Answer(row, [latest[index]] if latest is not None and row.pending else [])
             try:
-                matchers[place] = _advanced(self._grammars, row, latest[index] if row.pending else None)
+                matchers[place] = _advanced(self._grammars, row, answers[place])
             except GrammarProblem as problem:
-                found.faults[index] = fault_of(problem)
-        problems = self._masks.fill(matchers, bits)
-        for place in matchers:
+                problems[place] = problem
+        problems |= self._masks.fill(matchers, bits)
+        for place in list(problems):
+            # Other answers may have used up a limit that all matchers of a compiled grammar share.
+            row, ids = rows[indices[place]], answers[place].after(0)
+            try:
+                matcher = row.memo.matcher = follow(self._grammars, row.params.grammar, ids, afresh=True)
+                del problems[place]
+                problems |= self._masks.fill({place: matcher}, bits)
+            except GrammarProblem as problem:
+                problems[place] = problem
+        for place in answers:
             index = indices[place]
             if place in problems:
                 found.faults[index] = fault_of(problems[place])
                 continue
             found.places[index] = place
-            row = rows[index]
-            if row.stop - row.prompt < row.params.min_tokens and self._allows_only_ends(row, bits[place]):
+            banning = answers[place].length < rows[index].params.min_tokens
+            if banning and self._allows_only_ends(rows[index], bits[place]):
                 found.lifted.add(index)
         return found
 
@@ -106,19 +118,32 @@ class Constraints:
         return not rest.any()
 
 
-def _advanced(grammars: Grammars, row: Row, latest: int | None) -> Matcher:
-    """Return the matcher of a row after all ids before the one that it samples. Raises GrammarProblem.
+class _Answer:
+    """The answer of a row before the token that it samples.
 
-    latest   the last of them if the row is pending
+    latest   its last id if the row is pending, else empty
     """
-    answered = row.stop - row.prompt
+
+    __slots__ = ("_latest", "_row", "length")
+
+    def __init__(self, row: Row, latest: list[int]) -> None:
+        self._row = row
+        self._latest = latest
+        self.length = row.stop - row.prompt
+
+    def after(self, begin: int) -> Sequence[int]:
+        """Return the ids from a place of the answer on."""
+        row = self._row
+        return [*row.ids[row.prompt + begin : row.stop - len(self._latest)], *self._latest]
+
+
+def _advanced(grammars: Grammars, row: Row, answer: _Answer) -> Matcher:
+    """Return the matcher of a row after its answer. Raises GrammarProblem."""
     matcher: Matcher | None = row.memo.matcher
-    if matcher is None or matcher.consumed > answered:
+    if matcher is None or matcher.consumed > answer.length:
         matcher = row.memo.matcher = follow(grammars, row.params.grammar, ())
-    ids = row.ids[row.prompt + matcher.consumed : row.stop]
-    if len(ids) < answered - matcher.consumed and latest is not None:
-        ids = [*ids, latest]
-    matcher.advance(ids)
+    if matcher.consumed < answer.length:
+        matcher.advance(answer.after(matcher.consumed))
     return matcher
 
 

@@ -1,0 +1,194 @@
+"""With a grammar, a row samples what it would sample if all other tokens were impossible."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.worker.engine.interface import Fault, Row, Token
+from headrace.worker.engine.sampling import Sampler
+from tests.worker.engine.grammar_cases import letters, matches, regex
+from tests.worker.engine.rows import EOS, random_logits, row_of
+
+SIZE = 53  # not a multiple of the words of masks, nor of the vectors of kernels
+GRAMMARS = letters(SIZE, end=EOS)
+PATTERNS = ("[ab]{2,5}", "a|bb|[0-9]+", '[{]"[a-h]*": [0-9]{1,3}[}]', "(ab)*c?")
+PROMPT = [1, 2, 3]
+PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {},
+    {"top_k": 3, "temperature": 1.5},
+    {"top_p": 0.6, "logprobs": True},
+    {"min_p": 0.3, "top_logprobs": 4, "logprobs": True},
+    {"repetition_penalty": 0.8, "presence_penalty": -1.3, "frequency_penalty": 0.37, "top_p": 0.9},
+    {"logit_bias": {1: 20.0, 2: -9.0, 50: 100.0}, "temperature": 0.5},
+    {"min_tokens": 3, "stop_ids": frozenset({3}), "temperature": 0.3},
+]
+
+
+def sampler() -> Sampler:
+    return Sampler(frozenset({EOS}), GRAMMARS)
+
+
+def start(pattern: str, seed: int, params: dict[str, Any]) -> Row:
+    row = row_of(PROMPT, prompt=len(PROMPT), seed=seed, **params)
+    return dataclasses.replace(row, params=dataclasses.replace(row.params, grammar=regex(pattern)))
+
+
+def following(row: Row, id: int) -> Row:
+    return dataclasses.replace(row, ids=[*row.ids, id], stop=row.stop + 1)
+
+
+def logits_of(row: Row) -> torch.Tensor:
+    """Return logits that are a function of the row's ids."""
+    return random_logits(1, SIZE, seed=hash(tuple(row.ids)) % 2**31, spread=3.0)
+
+
+def answer(row: Row, *, forgetful: bool = False) -> tuple[list[int], bool]:
+    """Sample until the end, or for some steps. Returns the answer, and whether it ended."""
+    own, found = sampler(), []
+    for _ in range(12):
+        if forgetful:
+            row = dataclasses.replace(row, memo=type(row.memo)())
+        (token,) = own.sample(logits_of(row), [row])
+        assert isinstance(token, Token)
+        if token.id in {EOS, *row.params.stop_ids}:
+            return found, True
+        found.append(token.id)
+        row = following(row, token.id)
+    return found, False
+
+
+@given(pattern=st.sampled_from(PATTERNS), seed=st.integers(0, 99), params=st.sampled_from(PARAMS))
+@settings(max_examples=60, deadline=None)
+def test_an_answer_that_ends_matches_its_grammar(pattern: str, seed: int, params: dict[str, Any]) -> None:
+    row = start(pattern, seed, params)
+
+    found, ended = answer(row)
+
+    assert answer(row, forgetful=True) == (found, ended), "a lost matcher is rebuilt"
+    if ended and not params.get("stop_ids"):
+        assert matches(pattern, GRAMMARS, found)
+
+
+@given(dice=st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_the_grammar_is_applied_after_the_other_edits_and_before_the_filters(dice: random.Random) -> None:
+    """As if the others had logits of -inf. Rows without a grammar, or with another one, change nothing."""
+    rows: list[Row] = []
+    for seed in range(6):
+        row = start(dice.choice(PATTERNS), seed, dice.choice(PARAMS))
+        for _ in range(dice.randrange(4)):
+            (token,) = sampler().sample(logits_of(row), [row])
+            assert isinstance(token, Token)
+            if token.id in {EOS, *row.params.stop_ids}:
+                break
+            row = following(row, token.id)
+        rows.append(row if dice.random() < 0.7 else plain(row))
+    logits = torch.cat([logits_of(row) for row in rows])
+
+    found = sampler().sample(logits, rows)
+
+    for index, row in enumerate(rows):
+        own = logits[index : index + 1]
+        assert found[index] == sampler().sample(own, [row])[0]
+        if row.params.grammar:
+            token = found[index]
+            assert isinstance(token, Token)
+            assert token.id == by_hand(own, row)
+            if row.params.logprobs:
+                assert token.logprob == pytest.approx(own.log_softmax(-1)[0, token.id].item(), abs=1e-5)
+                assert token.top == likeliest(own, row)
+        else:
+            assert found[index] == Sampler(frozenset({EOS})).sample(own, [row])[0]
+
+
+def plain(row: Row) -> Row:
+    return dataclasses.replace(row, params=dataclasses.replace(row.params, grammar=""))
+
+
+def likeliest(logits: torch.Tensor, row: Row) -> object:
+    """Return the most likely tokens, which a grammar does not change."""
+    (token,) = Sampler(frozenset({EOS})).sample(logits, [plain(row)])
+    assert isinstance(token, Token)
+    return token.top
+
+
+def by_hand(logits: torch.Tensor, row: Row) -> int:
+    """Return the token of a row whose edits are applied first, and then its grammar as logits of -inf."""
+    own = sampler()
+    masks = own._constraints.compute([row], [0])
+    edited, faults = own._edit(logits, [row], masks.lifted)
+    assert not faults
+    allowed = np.unpackbits(masks.bits[0].view(np.uint8), bitorder="little")[:SIZE]
+    masked = torch.where(torch.from_numpy(allowed == 1), edited, float("-inf"))
+    filters = ("temperature", "top_k", "top_p", "min_p", "seed")
+    kept = {name: getattr(row.params, name) for name in filters}
+    (token,) = own.sample(masked, [row_of(row.ids, prompt=row.prompt, **kept)])
+    assert isinstance(token, Token)
+    return token.id
+
+
+def test_where_the_grammar_allows_only_the_end_the_answer_ends_whatever_min_tokens_is() -> None:
+    row = start("a", 1, {"min_tokens": 9, "temperature": 0.0})
+
+    assert answer(row) == ([1], True)
+    longer, ended = answer(start("a{1,4}", 1, {"min_tokens": 3, "temperature": 0.0}))
+    assert (len(longer) >= 3, ended) == (True, True)
+
+
+def test_a_row_that_cannot_follow_its_grammar_fails_alone() -> None:
+    good, other = start("[ab]+", 1, {}), plain(start("a", 2, {}))
+    bad = [
+        following(start("[ab]+", 1, {}), 20),  # resumed with what the grammar does not allow
+        dataclasses.replace(
+            good, params=dataclasses.replace(good.params, grammar="start: /(/"), memo=type(good.memo)()
+        ),
+    ]
+    logits = random_logits(4, SIZE, seed=1)
+
+    results = sampler().sample(logits, [good, *bad, other])
+
+    for result in results[1:3]:
+        assert isinstance(result, Fault)
+        assert result.invalid
+    assert results[0] == sampler().sample(logits[:1], [good])[0]
+    assert results[3] == sampler().sample(logits[3:], [other])[0]
+
+
+def test_an_engine_without_grammars_rejects_them() -> None:
+    results = Sampler(frozenset({EOS})).sample(random_logits(2, SIZE, seed=1), [start("a", 1, {}), row_of()])
+
+    assert isinstance(results[0], Fault)
+    assert isinstance(results[1], Token)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_noticed_behind_a_mask(value: float, temperature: float) -> None:
+    logits = random_logits(1, SIZE, seed=1)
+    logits[0, 40] = value
+
+    (result,) = sampler().sample(logits, [start("a|b", 1, {"temperature": temperature})])
+
+    assert isinstance(result, Fault)
+
+
+def test_a_limit_that_other_answers_have_used_up_does_not_fail_a_row() -> None:
+    row, own = start("[ab]{1,3}", 1, {}), sampler()
+    spent = own._constraints._grammars
+    assert spent is not None
+    matcher = spent.matcher(row.params.grammar)
+    (expected,) = own.sample(logits_of(row), [row])
+    row.memo.matcher.inner.consume_token(9)  # an error state, as if a shared limit was exceeded
+    assert row.memo.matcher.inner.is_error()
+    assert not matcher.is_error()
+
+    assert own.sample(logits_of(row), [row]) == [expected]
