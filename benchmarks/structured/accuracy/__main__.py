@@ -17,13 +17,20 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.structured.accuracy import drafts
 from benchmarks.structured.accuracy.rows import Row
-from benchmarks.structured.accuracy.tasks import Choice, Extraction, choices, extractions, written_calls
+from benchmarks.structured.accuracy.tasks import (
+    TASKS,
+    Choice,
+    Extraction,
+    choices,
+    extractions,
+    written_calls,
+)
 from headrace import models
 from headrace.cli.launch.mesh import MeshSpec, TierSpec, mesh
 from headrace.client import Client, chat, connect, gather
@@ -33,6 +40,9 @@ from headrace.v1 import tokenizer_service_pb2 as tokens
 MODELS = {"small": models.SMALL, "large": models.LARGE}
 MAX_TOKENS = 160
 SIDE_BY_SIDE = 8
+ONE_CALL = "required, one call"
+EXTRACTING = ("prompt only", "schema")
+CHOOSING = ("prompt only", "tools", "required", ONE_CALL)
 SYSTEM = "You are a helpful assistant."
 
 
@@ -50,14 +60,15 @@ async def extract(client: Client, task: Extraction, arm: str) -> Row:
     if arm == "schema":
         request.sampling.json_schema = json.dumps(task.schema)
     text, _, logprobs = await answered(client, request)
-    return Row(task.id, arm, task.valid(text), task.right(text), len(logprobs), text, None, logprobs)
+    return Row(task.id, arm, text, None, logprobs)
 
 
 async def choose(client: Client, task: Choice, arm: str, *, marked: bool) -> Row:
     """Answer a tool task."""
     request = greedy(chat(task.prompt, system=SYSTEM, tools=task.tools))
-    if arm == "required":
+    if arm.startswith("required"):
         request.chat.tool_choice.mode = pb.TOOL_MODE_REQUIRED
+        request.chat.parallel_tool_calls = arm != ONE_CALL
     if arm == "prompt only":
         asked = tokens.TokenizeRequest(chat=request.chat, tokenizer=tokens.TokenizerChoice(tier="only"))
         ids = (await client.tokenize(asked, timeout=120)).token_ids
@@ -67,7 +78,7 @@ async def choose(client: Client, task: Choice, arm: str, *, marked: bool) -> Row
     made: list[dict[str, Any]] | None = calls
     if arm == "prompt only":
         made = written_calls(text, marked=marked)
-    return Row(task.id, arm, task.valid(made), task.right(made), len(logprobs), text, made, logprobs)
+    return Row(task.id, arm, text, made, logprobs)
 
 
 async def answered(
@@ -92,8 +103,8 @@ async def answered(
     return reply.text, calls, [value for event in events for value in event.delta.logprobs]
 
 
-async def measure(model: str, log: Path) -> list[Row]:
-    """Answer all tasks in all ways."""
+async def measure(model: str, log: Path, arms: Sequence[str]) -> list[Row]:
+    """Answer the tasks in these ways."""
     spec = MeshSpec(
         cache=models.cache_folder(),
         log_dir=Path(tempfile.mkdtemp(prefix="headrace-accuracy-")),
@@ -112,53 +123,58 @@ async def measure(model: str, log: Path) -> list[Row]:
     async with mesh(spec) as running, connect(running.address) as client:
         asked = tokens.GetTokenizerRequest(tokenizer=tokens.TokenizerChoice(tier="only"))
         marked = "<tool_call>" in (await client.get_tokenizer(asked, timeout=60)).chat_template
-        for arm in ("prompt only", "schema"):
+        for arm in (arm for arm in EXTRACTING if arm in arms):
             rows += await asyncio.gather(*(one(extract(client, task, arm)) for task in extractions()))
-        for arm in ("prompt only", "tools", "required"):
-            tasks = [task for task in choices() if arm != "required" or task.name is not None]
+        for arm in (arm for arm in CHOOSING if arm in arms):
+            tasks = [task for task in choices() if not arm.startswith("required") or task.name is not None]
             rows += await asyncio.gather(*(one(choose(client, task, arm, marked=marked)) for task in tasks))
     return rows
 
 
 def table(model: str, rows: Sequence[Row]) -> str:
     """Return the figures as a table."""
-    lines = [
-        "| model | tasks | form | valid form | right | tokens of an answer |",
-        "|---|---|---|---|---|---|",
-    ]
-    tools = {task.id: task for task in choices()}
+    lines = ["| model | tasks | form | valid | right | tokens of an answer |", "|---|---|---|---|---|---|"]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        task = tools.get(row.id)
-        kind = "extraction" if task is None else "a tool fits" if task.name is not None else "no tool fits"
+        task = TASKS[row.id]
+        kind = "extraction"
+        if isinstance(task, Choice):
+            kind = "no tool fits" if task.name is None else "a tool fits"
         groups.setdefault((kind, row.arm), []).append(row)
     for (kind, arm), each in groups.items():
-        share = [100 * sum(getattr(row, name) for row in each) / len(each) for name in ("valid", "right")]
-        mean = sum(row.tokens for row in each) / len(each)
-        lines.append(
-            f"| {model} | {kind}, {len(each)} | {arm} | {share[0]:.0f} % | {share[1]:.0f} % | {mean:.0f} |"
-        )
+        valid = sum(TASKS[row.id].valid(row) for row in each) / len(each)
+        right = sum(TASKS[row.id].right(row) for row in each) / len(each)
+        mean = sum(len(row.logprobs) for row in each) / len(each)
+        shares = f"{100 * valid:.0f} % | {100 * right:.0f} %"
+        lines.append(f"| {model} | {kind}, {len(each)} | {arm} | {shares} | {mean:.0f} |")
     return "\n".join(lines)
+
+
+def read(log: Path) -> list[Row]:
+    """Return the answers in a log."""
+    names = {field.name for field in fields(Row)}
+    every = (json.loads(line) for line in log.read_text().splitlines())
+    return [Row(**{name: value for name, value in row.items() if name in names}) for row in every]
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument("--log", type=Path, default=None, help="where to write the answers, as JSON Lines")
-    parser.add_argument("--read", type=Path, help="print the tables of an earlier log")
+    parser.add_argument("--log", type=Path, default=None, help="where to add the answers, as JSON Lines")
+    parser.add_argument("--arms", nargs="+", choices={*EXTRACTING, *CHOOSING}, help="only these ways")
+    parser.add_argument("--read", type=Path, nargs="+", help="print the tables of earlier logs")
     options = parser.parse_args()
     began = time.monotonic()
     if options.read:
-        rows = [Row(**json.loads(line)) for line in options.read.read_text().splitlines()]
+        rows = [row for log in options.read for row in read(log)]
     else:
         log = options.log or Path(tempfile.gettempdir()) / f"headrace-accuracy-{options.model}.jsonl"
-        log.write_text("")
-        rows = asyncio.run(measure(options.model, log))
+        rows = asyncio.run(measure(options.model, log, options.arms or (*EXTRACTING, *CHOOSING)))
         print(f"{time.monotonic() - began:.0f} s; answers in {log}\n")
     print(table(options.model, rows))
     print()
-    print(drafts.table([row for row in rows if row.arm in ("schema", "tools")]))
+    print(drafts.table(rows))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -10,14 +10,13 @@ from typing import Any
 class Row:
     """One answer.
 
-    valid   whether it has the form
+    id, arm    of its task, and how it was asked for
+    calls      of tools; None: it has none that are JSON, or its task has no tools
+    logprobs   of its tokens
     """
 
     id: str
     arm: str
-    valid: bool
-    right: bool
-    tokens: int
     text: str
-    calls: list[dict[str, Any]] | None = None
-    logprobs: list[float] = field(default_factory=list)
+    calls: list[dict[str, Any]] | None
+    logprobs: list[float]

@@ -14,6 +14,7 @@ from typing import Any
 
 import jsonschema
 
+from benchmarks.structured.accuracy.rows import Row
 from headrace.client import tool
 from headrace.v1 import generation_pb2 as pb
 
@@ -42,17 +43,17 @@ class Extraction:
             f"Text: {self.text}\n\nReply with the JSON only."
         )
 
-    def valid(self, answer: str) -> bool:
+    def valid(self, answer: Row) -> bool:
         """Whether the whole answer is JSON that matches the schema."""
         try:
-            jsonschema.validate(json.loads(answer), self.schema)
+            jsonschema.validate(json.loads(answer.text), self.schema)
         except (ValueError, jsonschema.ValidationError):
             return False
         return True
 
-    def right(self, answer: str) -> bool:
+    def right(self, answer: Row) -> bool:
         """Whether the first object in the answer, perhaps with text around it, has the expected values."""
-        return _alike(first_object(answer), self.expected)
+        return _alike(first_object(answer.text), self.expected)
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ class Choice:
     name: str | None
     arguments: dict[str, Any] | None
 
-    def valid(self, calls: list[dict[str, Any]] | None) -> bool:
-        """Whether all calls are of the tools, with arguments that match; None: there are broken calls."""
-        return calls is not None and all(self._matches(call) for call in calls)
+    def valid(self, answer: Row) -> bool:
+        """Whether all calls are of the tools, with arguments that match, and there is one if a tool fits."""
+        calls = answer.calls
+        if calls is None or (self.name is not None and not calls):
+            return False
+        return all(self._matches(call) for call in calls)
 
     def _matches(self, call: dict[str, Any]) -> bool:
         schemas = {tool.name: json.loads(tool.parameters) for tool in self.tools}
@@ -79,8 +83,9 @@ class Choice:
             return False
         return jsonschema.Draft202012Validator(schemas[name]).is_valid(call.get("arguments"))
 
-    def right(self, calls: list[dict[str, Any]] | None) -> bool:
+    def right(self, answer: Row) -> bool:
         """Whether the only call is the expected one, or there is none if no tool fits."""
+        calls = answer.calls
         if self.name is None:
             return calls == []
         if not calls or len(calls) != 1:
@@ -114,6 +119,12 @@ def choices() -> list[Choice]:
         Choice(f"tools-{place}", tuple(known[each] for each in names), prompt, name, arguments)
         for place, (names, prompt, name, arguments) in enumerate(content["items"])
     ]
+
+
+TASKS: dict[str, Extraction | Choice] = {
+    **{task.id: task for task in extractions()},
+    **{task.id: task for task in choices()},
+}
 
 
 def first_object(text: str) -> object:

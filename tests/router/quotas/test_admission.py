@@ -63,6 +63,29 @@ async def test_a_tenant_over_its_requests_is_refused_and_others_are_not(tmp_path
     assert "tenant 'acme' reached the limit of 3 requests per minute" in error.message
 
 
+async def test_tools_and_calls_count_as_text_of_the_prompt(tmp_path: Path) -> None:
+    long = "x" * 4000  # some 1000 tokens
+    with_tool, with_call = ask(max_tokens=10), ask(max_tokens=10)
+    with_tool.chat.tools.add(name="f", description=long)
+    with_call.chat.messages.add(role="assistant").tool_calls.add(
+        id="1", name="f", arguments=f'{{"x": "{long}"}}'
+    )
+    with_call.chat.messages.add(role="user", content="go on")
+    for first, refuses in ((ask(max_tokens=10), False), (with_tool, True), (with_call, True)):
+        fake = FakeBatcher(hangs=True)
+        async with (
+            limited(tmp_path, "[default]\ntokens_per_minute = 500", fake) as client,
+            aclosing(client.generate(first, timeout=PATIENCE)) as running,
+        ):
+            await anext(running)
+            if refuses:
+                error = await refused(client, ask(max_tokens=10))
+                assert error.fields["limit"] == "tokens_per_minute"
+            else:
+                async with aclosing(client.generate(ask(max_tokens=10), timeout=PATIENCE)) as other:
+                    assert (await anext(other)).HasField("accepted")
+
+
 async def test_metrics_name_the_class_whose_limits_apply(tmp_path: Path, count: Callable[..., float]) -> None:
     gold = {"tenant_class": "gold"}
     quotas = '[classes.gold]\nrequests_per_minute = 1\n[tenants.acme]\nclass = "gold"'

@@ -159,7 +159,9 @@ class Quotas:
             return need
         if request.HasField("chat"):
             messages = request.chat.messages
-            characters = sum(len(message.content) for message in messages)
+            characters = sum(tool.ByteSize() for tool in request.chat.tools)
+            for message in messages:
+                characters += len(message.content) + sum(call.ByteSize() for call in message.tool_calls)
             prompt = characters / TOKEN_CHARACTERS + MESSAGE_TOKENS * len(messages)
         elif request.HasField("token_ids"):
             prompt = float(len(request.token_ids.ids))
