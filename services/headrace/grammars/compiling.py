@@ -25,7 +25,7 @@ LIMITS = llguidance.LLParserLimits(
 )
 # llguidance compiles rules that refer to each other recursively, with up to some 5 KiB of stack for each.
 # Beyond the 8 MiB of a usual thread, the process would end. The stack is reserved, not used.
-_STACK_BYTES = 512 << 20
+STACK_BYTES = 512 << 20
 _LONGEST_PROBLEM = 500  # characters
 
 _stack_lock = threading.Lock()
@@ -42,10 +42,14 @@ def problem_of(matcher: llguidance.LLMatcher) -> GrammarProblem:
 
 
 class Grammars:
-    """The compiled grammars of one vocabulary. Safe to use from several threads; releases Python's lock."""
+    """The compiled grammars of one vocabulary. Safe to use from several threads; releases Python's lock.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    stack_bytes   of the threads that compile; a grammar that needs more ends the process
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, stack_bytes: int = STACK_BYTES) -> None:
         self.vocabulary = vocabulary
+        self._stack_bytes = stack_bytes
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -63,8 +67,9 @@ class Grammars:
         kept = None if afresh else self.kept(grammar)
         if kept is not None:
             return kept
-        compiled = _on_large_stack(
-            lambda: llguidance.LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=LIMITS)
+        compiled = _on_own_stack(
+            lambda: llguidance.LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=LIMITS),
+            self._stack_bytes,
         )
         if compiled.is_error():
             raise problem_of(compiled)
@@ -90,12 +95,12 @@ class Grammars:
                 self._bytes -= len(oldest)
 
 
-def _on_large_stack(make: Callable[[], llguidance.LLMatcher]) -> llguidance.LLMatcher:
-    """Call *make* on a thread with a stack that no grammar within the limits exceeds."""
+def _on_own_stack(make: Callable[[], llguidance.LLMatcher], stack_bytes: int) -> llguidance.LLMatcher:
+    """Call *make* on a thread with a stack of this size."""
     made: list[llguidance.LLMatcher] = []
     thread = threading.Thread(target=lambda: made.append(make()), name="grammar", daemon=True)
     with _stack_lock:
-        before = threading.stack_size(_STACK_BYTES)
+        before = threading.stack_size(stack_bytes)
         try:
             thread.start()
         finally:
