@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace import errors
-from headrace.checks import conversations
 from headrace.checks.conversations import (
     MAX_DEPTH,
     READ_AT_ONCE,
@@ -169,7 +168,7 @@ def test_the_event_loop_reads_little_json_and_the_rest_is_left_to_the_batchers_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counting = _Counting(json.loads)
-    monkeypatch.setattr(conversations.json, "loads", counting)
+    monkeypatch.setattr(json, "loads", counting)
     long = nested(2, '"' + "x" * 60_000 + '"')
     chat = asked(*(tool(long, f"f{number}") for number in range(16)), tool("{", "broken"))
     for _ in range(20):

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from headrace.batcher.text.bytebound import BYTE_LETTERS, NFC_SHRINK, byte_bound
+from headrace.batcher.text.bytebound import NFC_SHRINK, byte_bound
+from headrace.models.tokenizers.spelling import BYTE_LETTERS
 
 CORPUS = ["hello hello world", "    a    b", "########", "żółw żółw", "const x = 1;\n\n\n", "한글 한글"] * 20
 

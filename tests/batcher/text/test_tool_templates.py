@@ -88,7 +88,7 @@ def test_a_chat_with_tools_has_the_ids_that_transformers_gives_it(tmp_path: Path
     function = {"name": CALL.name, "arguments": CALL.arguments}
     messages[1]["tool_calls"] = [{"type": "function", "id": CALL.id, "function": function}]
     messages[2] |= {"tool_call_id": CALL.id, "name": CALL.name}
-    tools = [
+    tools: list[Any] = [
         {
             "type": "function",
             "function": {"name": t.name, "description": t.description, "parameters": t.parameters},
@@ -97,7 +97,7 @@ def test_a_chat_with_tools_has_the_ids_that_transformers_gives_it(tmp_path: Path
     ]
 
     for shown in (tools, None):
-        expected = theirs.apply_chat_template(  # type: ignore[attr-defined]
+        expected = theirs.apply_chat_template(
             messages, tools=shown, add_generation_prompt=True, return_dict=False
         )
         assert ours.encode_chat(CHAT, tools=[WEATHER, NOTHING] if shown else []) == expected
