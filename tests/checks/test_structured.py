@@ -7,14 +7,14 @@ import json
 import pytest
 
 from headrace import errors
-from headrace.grammars import forms, schemas
-from headrace.structured import (
+from headrace.checks.structured import (
     MAX_CHOICE_BYTES,
     MAX_CHOICES,
     MAX_LARK_BYTES,
     MAX_REGEX_BYTES,
     MAX_SCHEMA_BYTES,
 )
+from headrace.grammars import forms, schemas
 from headrace.v1 import generation_pb2 as pb
 from headrace.validation import check_sampling
 
