@@ -67,7 +67,7 @@ class StubDevice:
     """Answers each row with a token at once."""
 
     def __init__(self, model: ModelInfo, ahead: int = 1) -> None:
-        self.model, self.ahead = model, ahead
+        self.model, self.ahead, self.grammars = model, ahead, None
 
     def launch(self, rows: Sequence[Row]) -> StubStep:
         """Return a step that is computed already."""
@@ -140,7 +140,7 @@ class Timed:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.model, self.ahead = engine.model, engine.ahead
+        self.model, self.ahead, self.grammars = engine.model, engine.ahead, engine.grammars
         self._launches: list[Spent | None] = []
 
     def launch(self, rows: Sequence[Row]) -> LaunchedStep:

@@ -150,8 +150,9 @@ async def test_many_calls_at_once_are_neither_lost_nor_mixed_up(multiplex: bool)
 async def test_a_slow_reader_receives_whole_calls(multiplex: bool) -> None:
     """Parts are gathered while it does not read."""
     text = written(*(("weather", f'{{"city": "{"y" * 40}", "days": {number}}}') for number in range(8)))
-    settings = {"batcher_settings": {"max_unread_tokens": 64}}
-    async with running_mesh(client_options={"multiplex": multiplex}, **settings) as mesh:
+    async with running_mesh(
+        client_options={"multiplex": multiplex}, batcher_settings={"max_unread_tokens": 64}
+    ) as mesh:
         seen: list[pb.GenerateResponse] = []
         async with aclosing(mesh.client.generate(calling(text), timeout=PATIENCE)) as stream:
             async for event in stream:

@@ -279,8 +279,8 @@ def test_a_call_after_thoughts_is_valid_however_much_white_space_is_between(fami
 @pytest.mark.parametrize("thinks", ["off", "may", "opened"])
 def test_an_answer_has_its_form_or_consists_of_calls(family: Family, special: bool, thinks: str) -> None:
     """Also if both are JSON objects that begin in the same way."""
-    schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
-    schema |= {"required": ["name"], "additionalProperties": False}
+    properties = {"name": {"type": "string"}, "age": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["name"], "additionalProperties": False}
     made = form(family, request(json_schema=json.dumps(schema)), special=special, thinks=thinks)
     begin = {"off": "", "may": "<think>x</think>\n", "opened": "x</think>"}[thinks]
 
