@@ -26,8 +26,8 @@ from headrace.grammars.vocabulary import Vocabulary, byte_vocabulary
 
 CPU_SECONDS = 2.0  # per grammar; ordinary ones take 1 to 20 ms
 MEMORY_BYTES = 512 << 20  # in addition to what the process has with its vocabulary
-# llguidance recurses as deep as a grammar does. A worker compiles on larger stacks, and computes masks on those
-# of usual threads, so that what passes here does not exhaust them there.
+# llguidance recurses as deep as a grammar does. A worker compiles on larger stacks, and computes masks on
+# those of usual threads, so that what passes here does not exhaust them there.
 STACK_BYTES = 2 << 20
 
 
