@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -91,6 +92,29 @@ def test_answers_of_usual_schemas_match_them_and_their_values_are_allowed(entry:
     for number in range(ANSWERS):
         answer = walk(grammar, random.Random(f"{entry.name}-{number}"))
         assert answer is None or not fault(entry.schema, answer)
+
+
+KEYWORDS = st.sampled_from(
+    [
+        *("$ref", "$schema", "$defs", "type", "properties", "required", "additionalProperties", "items"),
+        *("patternProperties", "propertyNames", "minProperties", "maxProperties", "prefixItems", "minItems"),
+        *("maxItems", "uniqueItems", "unevaluatedProperties", "unevaluatedItems", "allOf", "anyOf", "oneOf"),
+        *("enum", "const", "format", "pattern", "minimum", "maximum", "x-guidance", "not", "a"),
+    ]
+)
+WORDS = st.sampled_from(["string", "integer", "object", "array", "#", "#/$defs/a", "#/items", "date", "a"])
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(-3, 3), WORDS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYWORDS, inner, max_size=4)),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(schema=st.dictionaries(KEYWORDS, ANYTHING, max_size=5))
+def test_a_schema_of_any_content_is_read_or_rejected(schema: dict[str, Any]) -> None:
+    with suppress(FormProblem):
+        json_schema_grammar(json.dumps(schema))
 
 
 def _with(**keywords: Any) -> str:

@@ -59,9 +59,8 @@ def _needed(root: Schema, schema: Schema) -> Iterator[Any]:
     kind = types[0] if isinstance(types, list) and len(types) == 1 else types
     if kind == "object" and isinstance(required := schema.get("required"), list):
         properties = schema.get("properties")
-        for name in required if isinstance(properties, dict) else ():
-            if isinstance(name, str) and name in properties:
-                yield properties[name]
+        if isinstance(properties, dict):
+            yield from (properties[name] for name in required if isinstance(name, str) and name in properties)
     least = schema.get("minItems")
     if kind == "array" and isinstance(least, int) and least > 0:
         listed = schema.get("prefixItems")

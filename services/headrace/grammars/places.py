@@ -122,7 +122,7 @@ def _moved(schema: Schema) -> dict[str, Any]:
             }
         return value
 
-    outer = {key: schema[key] for key in ("x-guidance", "$schema") if key in schema}
+    outer: Schema = {key: schema[key] for key in ("x-guidance", "$schema") if key in schema}
     inner = {key: moved(value) for key, value in schema.items() if key not in outer}
     return {**outer, "$defs": {"root": inner}}
 

@@ -110,7 +110,7 @@ def _check_format(schema: Schema, place: str) -> None:
     if types != "string" and not (isinstance(types, list) and "string" in types):
         del schema["format"]  # formats restrict strings only
         return
-    if name not in _FORMATS:
+    if not isinstance(name, str) or name not in _FORMATS:
         raise FormProblem(
             f"this format cannot be enforced: leave it out, or use one of {', '.join(sorted(_FORMATS))}",
             f"{place}/format",
@@ -178,18 +178,22 @@ def _write_names(schema: Schema, place: str) -> None:
     value = schema.get("additionalProperties", True)
     if kinds == {"pattern"} and isinstance(names["pattern"], str):
         schema["patternProperties"] = {names["pattern"]: value}
-    elif kinds == {"enum"} and all(isinstance(name, str) for name in names["enum"]):
-        schema["properties"] = dict.fromkeys(names["enum"], value)
+    elif kinds == {"enum"} and isinstance(listed := names["enum"], list) and all(map(_is_text, listed)):
+        schema["properties"] = dict.fromkeys(listed, value)
     else:
         return
     del schema["propertyNames"]
     schema["additionalProperties"] = False
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def _bound_integers(schema: Schema, place: str) -> None:
     types = schema.get("type")
-    is_integer = types == "integer" or (isinstance(types, list) and "integer" in types)
-    if not is_integer or "number" in types or "const" in schema or "enum" in schema:
+    allowed = types if isinstance(types, list) else [types]
+    if "integer" not in allowed or "number" in allowed or "const" in schema or "enum" in schema:
         return
     if "minimum" not in schema and "exclusiveMinimum" not in schema:
         schema["minimum"] = -_MOST_DIGITS
