@@ -15,7 +15,7 @@ from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.engine.interface import Engine
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, StepReport
-from tests.worker.engine.grammar_cases import PERSON, is_person, regex
+from tests.worker.engine.grammar.cases import PERSON, is_person, regex
 from tests.worker.engine.plan.device import DeviceEngine
 
 FORMS = {
