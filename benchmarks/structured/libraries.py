@@ -190,7 +190,7 @@ def measure(models: Sequence[str] = MODELS) -> dict[str, Any]:
         ready = library(words)
         for entry in track(every, f"{name}, coverage"):
             _cover(ready, entry, figures)
-        found[name]["coverage"] = figures.table()
+        found.setdefault(name, {})["coverage"] = figures.table()
     return found
 
 
