@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("part", choices=("generate", "libraries", "answers", "steps"))
     parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS, help="default: both")
     parser.add_argument("--limit", type=int, default=None, help="schemas, spread over all; default: all")
+    parser.add_argument("--coverage", action="store_true", help="of `libraries`: no times, which take long")
     parser.add_argument("--json", type=Path, default=None, help="file for the figures")
     arguments = parser.parse_args()
     if arguments.part == "generate":
@@ -47,7 +48,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     if arguments.part == "libraries":
         from benchmarks.structured import libraries
 
-        found = libraries.measure(arguments.model)
+        found = libraries.measure(() if arguments.coverage else arguments.model)
         return found, list(libraries.lines(found))
     if arguments.part == "answers":
         from benchmarks.structured import answers

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import referencing
+import referencing.exceptions
 
 FILE = Path(__file__).with_name("schemas.jsonl")
 
@@ -39,7 +41,11 @@ def fault(schema: str, answer: str) -> str:
     except ValueError as error:
         return f"no JSON: {error}"
     kind = jsonschema.validators.validator_for(read, jsonschema.Draft202012Validator)
-    problem = next(kind(read, format_checker=kind.FORMAT_CHECKER).iter_errors(value), None)
+    judge = kind(read, format_checker=kind.FORMAT_CHECKER, registry=referencing.Registry())  # fetches nothing
+    try:
+        problem = next(judge.iter_errors(value), None)
+    except referencing.exceptions.Unresolvable as error:
+        return f"no such reference: {error}"
     return problem.message[:200] if problem is not None else ""
 
 

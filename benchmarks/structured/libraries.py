@@ -190,7 +190,7 @@ def measure(models: Sequence[str] = MODELS) -> dict[str, Any]:
         ready = library(words)
         for entry in track(every, f"{name}, coverage"):
             _cover(ready, entry, figures)
-        found[name]["coverage"] = figures.table()
+        found.setdefault(name, {})["coverage"] = figures.table()
     return found
 
 
@@ -231,8 +231,8 @@ def _cover(library: Llguidance | Xgrammar, entry: Entry, figures: Figures) -> No
         if answer is None:
             continue
         figures.complete += 1
-        if problem := fault(entry.schema, answer.decode(errors="replace")):
-            figures.wrong.setdefault(entry.name, f"{answer.decode(errors='replace')[:100]}: {problem}")
+        if wrong := fault(entry.schema, answer.decode(errors="replace")):
+            figures.wrong.setdefault(entry.name, f"{answer.decode(errors='replace')[:100]}: {wrong}")
 
 
 def walk(matcher: Matcher, rng: random.Random) -> bytes | None:

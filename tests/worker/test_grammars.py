@@ -13,7 +13,7 @@ from headrace.v1 import worker_service_pb2 as wire
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.sequences import MAX_GRAMMAR
 from tests.harness import running_worker
-from tests.worker.engine.grammar_cases import PERSON, is_person, regex
+from tests.worker.engine.grammar.cases import PERSON, is_person, regex
 from tests.worker.peer import Peer, dialled, sequence, submit
 
 AMBIGUOUS = 'start: s\ns: s s s | "a" s | "b" s | "a" | ""'

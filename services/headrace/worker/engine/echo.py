@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.grammars.vocabulary import byte_vocabulary
-from headrace.worker.engine.constraints import Constraints
+from headrace.worker.engine.grammar.constraints import Constraints
 from headrace.worker.engine.interface import (
     DeferredStep,
     Fault,

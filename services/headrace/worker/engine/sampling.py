@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 
 from headrace.worker.engine import fixed_math
-from headrace.worker.engine.constraints import Constraints
 from headrace.worker.engine.cpu.kernels.sampling import ROW, sample_rows
 from headrace.worker.engine.edits import Edits, Ids
+from headrace.worker.engine.grammar.constraints import Constraints
 from headrace.worker.engine.interface import Fault, Grammars, Row, Token
 from headrace.worker.engine.likelihoods import NOT_FINITE, likelihoods, logprobs
 from headrace.worker.engine.noise import noise_key

@@ -33,7 +33,7 @@ from headrace.worker.engine.transformers_attention import IMPLEMENTATION, observ
 from headrace.worker.runner import SequenceSpec, StepReport
 from tests.worker.engine.conftest import VOCABULARY
 from tests.worker.engine.gpu.device import DEVICE
-from tests.worker.engine.grammar_cases import letters, matches, regex
+from tests.worker.engine.grammar.cases import letters, matches, regex
 from tests.worker.engine.test_torch_engine import (
     GREEDY,
     WARM,

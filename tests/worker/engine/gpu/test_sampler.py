@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.worker.engine.constraints import Constraints
 from headrace.worker.engine.gpu.filling import masked_rows
 from headrace.worker.engine.gpu.sampler import DeviceSampler, read_tokens
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, zeros
+from headrace.worker.engine.grammar.constraints import Constraints
 from headrace.worker.engine.interface import Fault, Result, Row, Token
 from headrace.worker.engine.noise import noise_key
 from headrace.worker.engine.sampling import Sampler
 from tests.worker.engine.gpu.device import DEVICE
-from tests.worker.engine.grammar_cases import letters, regex
+from tests.worker.engine.grammar.cases import letters, regex
 from tests.worker.engine.rows import EOS, draw, kept_by_definition, random_logits, row_of
 
 PARAMS: list[dict[str, Any]] = [

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from headrace.worker.engine.interface import Row, SamplingParams, Token
-from tests.worker.engine.grammar_cases import regex
+from tests.worker.engine.grammar.cases import regex
 from tests.worker.engine.load.starting import load
 
 Folder = Callable[[str], Path]

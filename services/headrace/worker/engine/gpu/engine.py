@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.worker.engine.constraints import Constraints
 from headrace.worker.engine.edits import endings
 from headrace.worker.engine.gpu import cuda
 from headrace.worker.engine.gpu.filling import advance, fill, masked_rows
@@ -27,6 +26,7 @@ from headrace.worker.engine.gpu.likelihoods import DeviceLikelihoods
 from headrace.worker.engine.gpu.sampler import DeviceSampler, counts_ids, read_tokens
 from headrace.worker.engine.gpu.slots import Slot, Slots
 from headrace.worker.engine.gpu.step_inputs import StepInputs, StepShape, packed_numbers
+from headrace.worker.engine.grammar.constraints import Constraints
 from headrace.worker.engine.interface import Fault, Grammars, ModelInfo, Result, Row, Token
 from headrace.worker.engine.torch_engine import Computed
 

@@ -16,12 +16,12 @@ import torch
 
 from headrace.grammars.matching import Bits
 from headrace.validation import MAX_BIASES, MAX_STOP_IDS
-from headrace.worker.engine.constraints import StepMasks
 from headrace.worker.engine.edits import Edits, check_ids
 from headrace.worker.engine.gpu.cuda import HostBuffer, to_device
 from headrace.worker.engine.gpu.kernels.sampling import BLOCK, CANDIDATES, Layout, SamplingMemory, sample
 from headrace.worker.engine.gpu.kernels.sampling import parameters as column
 from headrace.worker.engine.gpu.step_inputs import StepInputs
+from headrace.worker.engine.grammar.constraints import StepMasks
 from headrace.worker.engine.interface import Fault, Result, Row, SamplingParams, Token
 from headrace.worker.engine.likelihoods import NOT_FINITE
 from headrace.worker.engine.sampling import min_p_logs

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Generic
 
 from headrace.grammars.matching import Matcher
+from headrace.worker.engine.grammar.preparation import Preparation, Preparing, ended_early
 from headrace.worker.engine.interface import (
     Engine,
     EngineBroken,
@@ -30,7 +31,6 @@ from headrace.worker.engine.interface import (
     ModelInfo,
     Result,
 )
-from headrace.worker.engine.plan.preparation import Preparation, Preparing, ended_early
 from headrace.worker.engine.plan.scheduler import Scheduler
 from headrace.worker.engine.plan.sequences import PlannedStep
 from headrace.worker.runner import FinishReason, K, SequenceSpec, SequenceUpdate, StepReport

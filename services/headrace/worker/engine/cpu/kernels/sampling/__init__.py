@@ -21,6 +21,7 @@ from headrace.worker.engine.cpu.kernels import team, vector_math
 from headrace.worker.engine.cpu.kernels.cache import compile_entry_point
 from headrace.worker.engine.cpu.kernels.elementwise import pointer
 from headrace.worker.engine.cpu.kernels.machine import integer, offset
+from headrace.worker.engine.cpu.kernels.sampling.masking import mask
 
 _i8, _f4 = types.int64, types.float32
 
@@ -278,20 +279,6 @@ def padded(x: int, vocabulary: int, space: int) -> int:
     return space
 
 
-@m.intrinsic([_i8, _i8, _i8, _i8])
-def _mask(b: Any, x: Any, bits: Any, vectors: Any, out: Any) -> None:
-    """Store x in out, with -inf where the bit is clear. What is not below infinity stays, to be noticed."""
-
-    def body(i: Any, carried: list[Any]) -> list[Any]:
-        value = m.load(b, offset(b, x, i, 64), m.FLOATS)
-        kept = b.bitcast(m.load(b, offset(b, bits, i, 2), m.I16, 2), ir.VectorType(ir.IntType(1), m.LANES))
-        wrong = b.fcmp_unordered(">=", value, m.floats(float("inf")))
-        m.store(b, offset(b, out, i, 64), b.select(b.or_(kept, wrong), value, m.floats(float("-inf"))))
-        return []
-
-    m.counted_loop(b, vectors, [], body)
-
-
 @m.jit
 def likeliest_of(x: int, vectors: int) -> Any:
     """Return the greatest number of x and its first place; NaN if any is NaN."""
@@ -317,7 +304,7 @@ def _sample_row(call: Any, row: Any, scratch: int) -> None:
     ids, weights, copy = found + space, found + 2 * space, found + 4 * space
     scores = padded(row.scores, vocabulary, copy)
     if row.mask != 0:
-        _mask(scores, row.mask, vectors, copy)
+        mask(scores, row.mask, vectors, copy)
         scores = copy
     largest, row.id = likeliest_of(scores, vectors)
     row.finite = np.isfinite(largest)

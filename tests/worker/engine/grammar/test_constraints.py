@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from headrace.worker.engine.interface import Fault, Row, Token
 from headrace.worker.engine.sampling import Sampler
-from tests.worker.engine.grammar_cases import letters, matches, regex
+from tests.worker.engine.grammar.cases import letters, matches, regex
 from tests.worker.engine.rows import EOS, random_logits, row_of
 
 SIZE = 53  # not a multiple of the words of masks, nor of the vectors of kernels
@@ -53,7 +53,8 @@ def logits_of(row: Row) -> torch.Tensor:
 
 def answer(row: Row, *, forgetful: bool = False) -> tuple[list[int], bool]:
     """Sample until the end, or for some steps. Returns the answer, and whether it ended."""
-    own, found = sampler(), []
+    own = sampler()
+    found: list[int] = []
     for _ in range(12):
         if forgetful:
             row = dataclasses.replace(row, memo=type(row.memo)())

@@ -17,7 +17,7 @@ from headrace.grammars.vocabulary import byte_vocabulary
 from headrace.worker.engine.echo import EchoEngine
 from headrace.worker.engine.plan.loop import EngineLoop
 from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, StepReport
-from tests.worker.engine.grammar_cases import PERSON, regex
+from tests.worker.engine.grammar.cases import PERSON, regex
 
 SECONDS = 90  # longer than a step takes on any machine
 WORD = regex("[a-z]+")

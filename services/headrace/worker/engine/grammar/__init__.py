@@ -1,0 +1,1 @@
+"""Sequences with grammars: `preparation` before they are scheduled, `constraints` when they are sampled."""
