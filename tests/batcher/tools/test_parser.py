@@ -147,6 +147,7 @@ CALLED = [("call", "get"), ("arguments", ARGUMENTS)]
         ("hermes", "a < b", [("text", "a < b")]),
         ("hermes", CALL, CALLED),
         ("hermes", f"```json\n{CALL}\n```", CALLED),
+        ("hermes", f"{CALL}\n{CALL}", CALLED * 2),
         ("hermes", f"I call: {CALL}", [("text", f"I call: {CALL}")]),
         ("llama3", LLAMA_CALL, CALLED),
         ("llama3", f"\n<|python_tag|>{LLAMA_CALL}; {LLAMA_CALL}\n{LLAMA_CALL}", CALLED * 3),

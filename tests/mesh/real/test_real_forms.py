@@ -83,18 +83,21 @@ async def test_a_model_that_decides_writes_text_or_valid_calls(client: Client) -
 
 
 async def test_a_call_its_result_and_the_answer(client: Client) -> None:
+    """The answer depends on the result, so the result has reached the model. A form keeps it short."""
     question = "What is the weather in Paris?"
     first = asking(question)
     first.chat.tool_choice.mode = pb.TOOL_MODE_REQUIRED
+    first.chat.parallel_tool_calls = False
     reply = await client.ask(first, timeout=1200)
-    told = [tool_result(call, "It rains, 11 degrees Celsius.") for call in reply.calls]
-    second = asking([("user", question), reply.message, *told])
-    second.chat.tool_choice.mode = pb.TOOL_MODE_NONE
 
-    answer = await client.ask(second, timeout=1200)
+    for result in ("rain", "snow", "sunshine"):
+        told = [tool_result(call, json.dumps({"weather": result})) for call in reply.calls]
+        second = asking([("user", question), reply.message, *told])
+        second.chat.tool_choice.mode = pb.TOOL_MODE_NONE
+        second.sampling.regex = "In Paris there is (rain|snow|sunshine|fog)[.]"
+        answer = await client.ask(second, timeout=1200)
 
-    assert answer.calls == ()
-    assert "rain" in answer.text.lower() or "11" in answer.text
+        assert (answer.text, answer.calls) == (f"In Paris there is {result}.", ())
 
 
 class Person(pydantic.BaseModel):

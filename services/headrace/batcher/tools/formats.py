@@ -59,6 +59,7 @@ FORMATS = {
         # Qwen2.5-Coder writes its calls so, whatever its template says.
         starts=_heads("", f" {FENCE}", f" {FENCE}json"),
         heads=_heads(""),
+        more=_heads(""),
         closers=(Shape(f" {END_OF_TOOL_CALL}"), Shape(f" {FENCE}")),
     ),
     Family.LLAMA3: Format(
