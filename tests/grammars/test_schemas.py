@@ -202,6 +202,37 @@ def test_what_is_in_each_other_is_bounded_with_the_place() -> None:
         ({"type": "string", "format": "date", "pattern": "^2"}, ['"2000-02-29"'], ['"1999-01-01"']),
         ({"type": "string", "format": "date-time"}, ['"2024-02-29T23:59:59.5Z"'], ['"2024-02-29T23:59:60Z"']),
         ({"$schema": "https://example.org/own", "type": "null"}, ["null"], ["1"]),
+        # What pydantic writes for Decimal, Base64Bytes, UUID4, IPvAnyAddress, Path, and dictionaries.
+        (
+            {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"},
+            ['"-12.50"', '".5"', '"7."'],
+            ['""', '"-"', '"."', '"1.2.3"', '"x"'],
+        ),
+        ({"type": "string", "format": "base64"}, ['""', '"YQ=="', '"YWI="', '"YWJj"'], ['"YQ"', '"YR=="']),
+        ({"type": "string", "format": "base64url"}, ['"-_-_"'], ['"+/+/"']),
+        (
+            {"type": "string", "format": "uuid4"},
+            ['"3f2504e0-4f89-41d3-9a0c-0305e82c3301"'],
+            ['"3f2504e0-4f89-11d3-9a0c-0305e82c3301"', '"3f2504e0-4f89-41d3-7a0c-0305e82c3301"'],
+        ),
+        ({"type": "string", "format": "ipvanyaddress"}, ['"10.0.0.1"', '"::1"'], ['"10.0.0"', '"x"', "1"]),
+        ({"type": "string", "format": "path"}, ['"any text"'], ["1"]),
+        (
+            {
+                "type": "object",
+                "propertyNames": {"$ref": "#/$defs/Color"},
+                "additionalProperties": {"type": "integer"},
+                "$defs": {"Color": {"enum": ["red", "blue"], "title": "Color", "type": "string"}},
+            },
+            ['{"red": 1, "blue": 2}', "{}"],
+            ['{"green": 1}', '{"red": "x"}'],
+        ),
+        ({"type": "object", "propertyNames": {"const": "a"}}, ['{"a": 1}', "{}"], ['{"b": 1}']),
+        (
+            {"type": "object", "propertyNames": {"format": "date"}},
+            ['{"2024-02-29": 1}'],
+            ['{"2023-02-29": 1}'],
+        ),
         ({"$schema": DRAFT_7, "items": [{"type": "null"}], "type": "array"}, ["[null]"], ["[1]"]),
         ({"type": "number", "multipleOf": 0.1}, ["0.3", "7"], ["0.35"]),
         (

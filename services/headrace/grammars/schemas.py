@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from headrace.grammars.finiteness import first_endless
 from headrace.grammars.problems import FormProblem
-from headrace.grammars.walking import Schema, depth_exceeded, subschemas
+from headrace.grammars.walking import Schema, depth_exceeded, resolved, subschemas
 
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_DEPTH = 100  # lists and objects in each other; llguidance reads 128
@@ -37,6 +37,7 @@ ANY_OBJECT: Schema = {_OPTIONS: _WRITTEN, "type": "object"}
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
+_NOT_ONLY_SIGNS = "^(?!^[-+.]*$)"
 _YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
 _LEAP_YEAR = (
     "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"  # years from 4
@@ -51,6 +52,15 @@ _TIME = (
 # llguidance's own accept the 29th of February in each year, the year 0 and leap seconds in each minute, which
 # most libraries cannot read.
 _PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+# Formats of pydantic and OpenAPI. In the end of base64, the bits that are left over are 0.
+_BASE64 = "(?:{0}{{4}})*(?:{0}[AQgw]==|{0}{{2}}[AEIMQUYcgkosw048]=)?"
+_PATTERNS |= dict.fromkeys(("base64", "byte"), f"^{_BASE64.format('[A-Za-z0-9+/]')}$")
+_PATTERNS["base64url"] = f"^{_BASE64.format('[A-Za-z0-9_-]')}$"
+for _version in range(1, 9):
+    _PATTERNS[f"uuid{_version}"] = (
+        f"^[0-9a-f]{{8}}-[0-9a-f]{{4}}-{_version}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}-[0-9a-f]{{12}}$"
+    )
+_FREE_FORMATS = frozenset(("binary", "directory-path", "file-path", "password", "path"))  # of any text
 _APPLIED = ("$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "$dynamicRef", "$recursiveRef")
 _DRAFT = re.compile(r"https?://json-schema\.org/draft(-0[467]/schema#?|/20(19-09|20-12)/schema#?)")
 
@@ -62,6 +72,7 @@ def read_schema(text: str) -> Schema:
         raise FormProblem(f"more than {MAX_DEPTH} lists and objects are in each other", deep)
     if not _DRAFT.fullmatch(str(schema.get("$schema", ""))):
         schema.pop("$schema", None)
+    _copy_names(schema)
     for place, each in list(subschemas(schema)):
         for prepare in _PREPARATIONS:
             prepare(each, place)
@@ -110,7 +121,14 @@ def _check_format(schema: Schema, place: str) -> None:
     if types != "string" and not (isinstance(types, list) and "string" in types):
         del schema["format"]  # formats restrict strings only
         return
-    if not isinstance(name, str) or name not in _FORMATS:
+    if name == "ipvanyaddress" and "anyOf" not in schema:
+        schema["anyOf"] = [{"type": "string", "format": "ipv4"}, {"type": "string", "format": "ipv6"}]
+        del schema["format"]
+        return
+    if isinstance(name, str) and name in _FREE_FORMATS:
+        del schema["format"]
+        return
+    if not isinstance(name, str) or (name not in _FORMATS and name not in _PATTERNS):
         raise FormProblem(
             f"this format cannot be enforced: leave it out, or use one of {', '.join(sorted(_FORMATS))}",
             f"{place}/format",
@@ -118,6 +136,14 @@ def _check_format(schema: Schema, place: str) -> None:
     if name in _PATTERNS:
         del schema["format"]
         _add_pattern(schema, _PATTERNS[name])
+
+
+def _write_decimal(schema: Schema, place: str) -> None:
+    """Write pydantic's pattern of decimal numbers, "not only signs and dots, and ...", as two patterns."""
+    pattern = schema.get("pattern")
+    if isinstance(pattern, str) and pattern.startswith(_NOT_ONLY_SIGNS):
+        schema["pattern"] = "^" + pattern.removeprefix(_NOT_ONLY_SIGNS)
+        _add_pattern(schema, "[^-+.]")
 
 
 def _add_pattern(schema: Schema, pattern: str) -> None:
@@ -175,15 +201,33 @@ def _write_names(schema: Schema, place: str) -> None:
     if not isinstance(names, dict) or "properties" in schema or "patternProperties" in schema:
         return
     kinds = names.keys() - {"type", "title", "description"}
+    if names.get("type", "string") != "string" or len(kinds) != 1:
+        return
     value = schema.get("additionalProperties", True)
-    if kinds == {"pattern"} and isinstance(names["pattern"], str):
-        schema["patternProperties"] = {names["pattern"]: value}
-    elif kinds == {"enum"} and isinstance(listed := names["enum"], list) and all(map(_is_text, listed)):
-        schema["properties"] = dict.fromkeys(listed, value)
+    kind = next(iter(kinds))
+    named = names[kind]
+    if kind == "pattern" and isinstance(named, str):
+        schema["patternProperties"] = {named: value}
+    elif kind == "format" and isinstance(named, str) and named in _PATTERNS:
+        schema["patternProperties"] = {_PATTERNS[named]: value}
+    elif kind == "enum" and isinstance(named, list) and all(map(_is_text, named)):
+        schema["properties"] = dict.fromkeys(named, value)
+    elif kind == "const" and isinstance(named, str):
+        schema["properties"] = {named: value}
     else:
         return
     del schema["propertyNames"]
     schema["additionalProperties"] = False
+
+
+def _copy_names(schema: Schema) -> None:
+    """Replace references of `propertyNames` by what they refer to, so that `_write_names` can write it."""
+    for _, each in list(subschemas(schema)):
+        names = each.get("propertyNames")
+        if isinstance(names, dict) and names.keys() - {"title", "description"} == {"$ref"}:
+            target = resolved(schema, names["$ref"])
+            if target is not None and isinstance(target[1], dict):
+                each["propertyNames"] = dict(target[1])
 
 
 def _is_text(value: object) -> bool:
@@ -208,6 +252,7 @@ def _remove_options(schema: Schema, place: str) -> None:
 _PREPARATIONS: tuple[Callable[[Schema, str], None], ...] = (
     _remove_options,
     _check_reference,
+    _write_decimal,
     _check_format,
     _check_constants,
     _check_size_of_object,
