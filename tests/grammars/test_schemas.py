@@ -138,6 +138,7 @@ def _with(**keywords: Any) -> str:
         (_with(const=2**53 + 1), "/properties/v/const"),
         (_with(enum=[1, {"a": [-(2**63)]}]), "/properties/v/enum"),
         (_with(type="object", minProperties=2), "/properties/v/minProperties"),
+        (_with(**{"$ref": "#/$defs/missing"}), "/properties/v/$ref"),
         ('{"$ref": "#"}', ""),
         ('{"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}', ""),
         (_with(**{"anyOf": [{"$ref": "#/properties/v"}]}), ""),

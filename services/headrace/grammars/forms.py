@@ -68,9 +68,12 @@ def json_object() -> Part:
 
 
 def regex(pattern: str) -> Part:
-    """Return the grammar of texts that match a regular expression, of Rust's syntax, as a whole."""
+    """Return the grammar of texts that match a regular expression, of Rust's syntax, as a whole.
+
+    `\\d` is 0 to 9 only, as in patterns of JSON schemas: models may choose digits of any script otherwise.
+    """
     _check_size("the regular expression", pattern, MAX_REGEX_BYTES)
-    return _lark(f"start: /{llguidance.regex_to_lark(pattern, use_ascii='')}/")
+    return _lark(f"start: /{llguidance.regex_to_lark(pattern, use_ascii='d')}/")
 
 
 def choices(texts: Sequence[str]) -> Part:

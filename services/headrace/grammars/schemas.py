@@ -15,6 +15,7 @@ from collections.abc import Callable
 from headrace.grammars.finiteness import first_endless
 from headrace.grammars.problems import FormProblem
 from headrace.grammars.walking import Schema, depth_exceeded, resolved, subschemas
+from headrace.quoting import clipped
 
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_DEPTH = 100  # lists and objects in each other; llguidance reads 128
@@ -72,6 +73,7 @@ def read_schema(text: str) -> Schema:
         raise FormProblem(f"more than {MAX_DEPTH} lists and objects are in each other", deep)
     if not _DRAFT.fullmatch(str(schema.get("$schema", ""))):
         schema.pop("$schema", None)
+    _check_targets(schema)
     _copy_names(schema)
     for place, each in list(subschemas(schema)):
         for prepare in _PREPARATIONS:
@@ -101,6 +103,19 @@ def parse_schema(text: str) -> Schema:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"it has {name}, which is not a JSON number")
+
+
+def _check_targets(schema: Schema) -> None:
+    """Find references to nothing. Where `$id` starts a document of its own, llguidance finds them."""
+    everything = list(subschemas(schema))
+    if any("$id" in each for place, each in everything if place):
+        return
+    for place, each in everything:
+        reference = each.get("$ref")
+        if not (isinstance(reference, str) and reference.startswith("#/")) or "%" in reference:
+            continue
+        if resolved(schema, reference) is None:
+            raise FormProblem(f"the schema has no {clipped(reference[1:], 64)}", f"{place}/$ref")
 
 
 def _check_reference(schema: Schema, place: str) -> None:

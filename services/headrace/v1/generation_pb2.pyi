@@ -498,7 +498,7 @@ class Sampling(_message.Message):
     """Any JSON object. Must be true."""
     regex: _builtins.str
     """A text that matches this regular expression as a whole, in the syntax of Rust's `regex`, which has neither
-    look-around nor back-references. At most 16 KiB.
+    look-around nor back-references. Digits are 0 to 9. At most 16 KiB.
     """
     lark: _builtins.str
     """A text of this context-free grammar, in the variant of Lark's syntax that llguidance documents. At most 64 KiB."""
