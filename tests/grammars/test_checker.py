@@ -52,7 +52,7 @@ def problem(checker: Checker, grammar: str) -> FormProblem:
         ({"properties": {"p": {"pattern": "(a"}}}, "/properties/p/pattern", "unclosed group"),
         ({"properties": {"p": {"pattern": r"\bx"}}}, "/properties/p/pattern", r"\b"),
         ({"items": {"oneOf": [{"type": "number"}, {"type": "integer"}]}}, "/items/oneOf", "anyOf"),
-        ({"items": {"type": "none of array"}}, "/items/type", "word"),
+        ({"items": {"type": "word"}}, "/items/type", "none of array"),
         ({"items": {"minLength": -1}}, "/items/minLength", "positive integer"),
         (
             {"type": "object", "required": ["a"], "properties": {"a": {"type": "string", "enum": [1]}}},
