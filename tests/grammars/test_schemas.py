@@ -217,6 +217,11 @@ def test_what_is_in_each_other_is_bounded_with_the_place() -> None:
             ['"3f2504e0-4f89-11d3-9a0c-0305e82c3301"', '"3f2504e0-4f89-41d3-7a0c-0305e82c3301"'],
         ),
         ({"type": "string", "format": "ipvanyaddress"}, ['"10.0.0.1"', '"::1"'], ['"10.0.0"', '"x"', "1"]),
+        (
+            {"type": ["string", "null"], "format": "ipvanyaddress"},
+            ["null", '"::1"'],
+            ['"x"', "1"],
+        ),
         ({"type": "string", "format": "path"}, ['"any text"'], ["1"]),
         (
             {

@@ -137,7 +137,7 @@ def _check_format(schema: Schema, place: str) -> None:
         del schema["format"]  # formats restrict strings only
         return
     if name == "ipvanyaddress" and "anyOf" not in schema:
-        schema["anyOf"] = [{"type": "string", "format": "ipv4"}, {"type": "string", "format": "ipv6"}]
+        schema["anyOf"] = [{"format": "ipv4"}, {"format": "ipv6"}]
         del schema["format"]
         return
     if isinstance(name, str) and name in _FREE_FORMATS:
@@ -156,7 +156,7 @@ def _check_format(schema: Schema, place: str) -> None:
 def _write_decimal(schema: Schema, place: str) -> None:
     """Write pydantic's pattern of decimal numbers, "not only signs and dots, and ...", as two patterns."""
     pattern = schema.get("pattern")
-    if isinstance(pattern, str) and pattern.startswith(_NOT_ONLY_SIGNS):
+    if isinstance(pattern, str) and pattern.startswith(_NOT_ONLY_SIGNS) and "|" not in pattern:
         schema["pattern"] = "^" + pattern.removeprefix(_NOT_ONLY_SIGNS)
         _add_pattern(schema, "[^-+.]")
 
