@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
@@ -239,3 +240,18 @@ def test_the_judge_rejects() -> None:
     assert fault('{"type": "integer"}', "1.5")
     assert fault('{"type": "integer"}', "{")
     assert fault('{"type": "string", "format": "date"}', '"2023-02-29"')
+
+
+@pytest.mark.parametrize(
+    "inner", [{"const": [0] * 15_000}, {"properties": {f"{name:x}": {} for name in range(3000)}}]
+)
+def test_a_long_name_around_many_values_costs_no_memory_for_each(inner: dict[str, Any]) -> None:
+    text = json.dumps({"properties": {"n" * 30_000: inner}}, separators=(",", ":"))
+    tracemalloc.start()
+    try:
+        json_schema_grammar(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 100 * len(text), "pointers to all values would be a thousand times the schema"

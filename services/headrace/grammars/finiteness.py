@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from headrace.grammars.walking import Schema, resolved, subschemas
+from headrace.grammars.walking import Place, Schema, resolved, subschemas
 
 _CHOICES = ("anyOf", "oneOf")
 
 
-def first_endless(root: Schema) -> str | None:
-    """Return the JSON pointer of the first schema that only endless values match; None if there is none.
+def first_endless(root: Schema) -> Place | None:
+    """Return the place of the first schema that only endless values match; None if there is none.
 
     llguidance compiles such a schema to a grammar that reaches no end, or rejects it without a place.
     """

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from headrace.grammars.finiteness import first_endless
 from headrace.grammars.problems import FormProblem
-from headrace.grammars.walking import Schema, depth_exceeded, subschemas
+from headrace.grammars.walking import Place, Schema, depth_exceeded, subschemas
 
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_DEPTH = 100  # lists and objects in each other; llguidance reads 128
@@ -59,14 +59,14 @@ def read_schema(text: str) -> Schema:
     """Return a caller's schema as llguidance should read it. Raises FormProblem."""
     schema = parse_schema(text)
     if (deep := depth_exceeded(schema, MAX_DEPTH)) is not None:
-        raise FormProblem(f"more than {MAX_DEPTH} lists and objects are in each other", deep)
+        raise FormProblem(f"more than {MAX_DEPTH} lists and objects are in each other", str(deep))
     if not _DRAFT.fullmatch(str(schema.get("$schema", ""))):
         schema.pop("$schema", None)
     for place, each in list(subschemas(schema)):
         for prepare in _PREPARATIONS:
             prepare(each, place)
     if (endless := first_endless(schema)) is not None:
-        raise FormProblem("no value ends: each one contains another one of the same schema", endless)
+        raise FormProblem("no value ends: each one contains another one of the same schema", str(endless))
     return {_OPTIONS: _WRITTEN, **schema}
 
 
@@ -92,7 +92,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"it has {name}, which is not a JSON number")
 
 
-def _check_reference(schema: Schema, place: str) -> None:
+def _check_reference(schema: Schema, place: Place) -> None:
     reference = schema.get("$ref")
     if "$ref" in schema and not (isinstance(reference, str) and reference.startswith("#")):
         raise FormProblem(
@@ -102,7 +102,7 @@ def _check_reference(schema: Schema, place: str) -> None:
         )
 
 
-def _check_format(schema: Schema, place: str) -> None:
+def _check_format(schema: Schema, place: Place) -> None:
     name = schema.get("format")
     if "format" not in schema:
         return
@@ -127,7 +127,7 @@ def _add_pattern(schema: Schema, pattern: str) -> None:
         others.append({"pattern": pattern})
 
 
-def _check_constants(schema: Schema, place: str) -> None:
+def _check_constants(schema: Schema, place: Place) -> None:
     for key in ("const", "enum"):
         unseen = [schema[key]] if key in schema else []
         while unseen:
@@ -142,7 +142,7 @@ def _check_constants(schema: Schema, place: str) -> None:
                 )
 
 
-def _check_size_of_object(schema: Schema, place: str) -> None:
+def _check_size_of_object(schema: Schema, place: Place) -> None:
     least, required = schema.get("minProperties"), schema.get("required", [])
     if isinstance(least, int) and isinstance(required, list) and least > len(set(map(str, required))) + 1:
         raise FormProblem(
@@ -151,13 +151,13 @@ def _check_size_of_object(schema: Schema, place: str) -> None:
         )
 
 
-def _check_unique(schema: Schema, place: str) -> None:
+def _check_unique(schema: Schema, place: Place) -> None:
     most = schema.get("maxItems")
     if schema.get("uniqueItems") is False or (isinstance(most, int) and most <= 1):
         schema.pop("uniqueItems", None)
 
 
-def _write_unevaluated(schema: Schema, place: str) -> None:
+def _write_unevaluated(schema: Schema, place: Place) -> None:
     """Write unevaluated properties and items as additional ones, where nothing else evaluates any."""
     if any(key in schema for key in _APPLIED):
         return
@@ -167,7 +167,7 @@ def _write_unevaluated(schema: Schema, place: str) -> None:
             schema.setdefault(same, value)
 
 
-def _write_names(schema: Schema, place: str) -> None:
+def _write_names(schema: Schema, place: Place) -> None:
     """Write a schema for names of properties, if there are no others, as the properties themselves."""
     names = schema.get("propertyNames")
     if names is True:
@@ -190,7 +190,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _bound_integers(schema: Schema, place: str) -> None:
+def _bound_integers(schema: Schema, place: Place) -> None:
     types = schema.get("type")
     allowed = types if isinstance(types, list) else [types]
     if "integer" not in allowed or "number" in allowed or "const" in schema or "enum" in schema:
@@ -201,11 +201,11 @@ def _bound_integers(schema: Schema, place: str) -> None:
         schema["maximum"] = _MOST_DIGITS
 
 
-def _remove_options(schema: Schema, place: str) -> None:
+def _remove_options(schema: Schema, place: Place) -> None:
     schema.pop(_OPTIONS, None)
 
 
-_PREPARATIONS: tuple[Callable[[Schema, str], None], ...] = (
+_PREPARATIONS: tuple[Callable[[Schema, Place], None], ...] = (
     _remove_options,
     _check_reference,
     _check_format,
