@@ -21,7 +21,7 @@ _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions", "d
 class Place(NamedTuple):
     """Where something is in a document; `str` returns the JSON pointer.
 
-    Pointers are written on demand only: those of all values in a schema of some KiB may have GiB, because each
+    Pointers are written on demand only: those of all values of a small schema may have GiB, because each
     repeats the names around it.
 
     outer   None: of the document itself
