@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield the figures as a table in Markdown."""
     yield "| what | " + " | ".join(found) + " |"
     yield "|---|" + "---:|" * len(found)
-    rows = {
+    rows: dict[str, Callable[[dict[str, Any]], object]] = {
         "schemas": lambda each: each["schemas"],
         "refused": lambda each: len(each["refused"]),
         "complete answers": lambda each: each["complete"],

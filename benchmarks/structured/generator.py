@@ -406,7 +406,8 @@ def _large(rng: random.Random, number: int) -> Schema:
 
 
 def _unusual(rng: random.Random, number: int) -> Schema:
-    return json.loads(json.dumps(_UNUSUAL[number]))
+    copied: Schema = json.loads(json.dumps(_UNUSUAL[number]))
+    return copied
 
 
 def _with(**keywords: Any) -> Schema:

@@ -231,8 +231,8 @@ def _cover(library: Llguidance | Xgrammar, entry: Entry, figures: Figures) -> No
         if answer is None:
             continue
         figures.complete += 1
-        if problem := fault(entry.schema, answer.decode(errors="replace")):
-            figures.wrong.setdefault(entry.name, f"{answer.decode(errors='replace')[:100]}: {problem}")
+        if wrong := fault(entry.schema, answer.decode(errors="replace")):
+            figures.wrong.setdefault(entry.name, f"{answer.decode(errors='replace')[:100]}: {wrong}")
 
 
 def walk(matcher: Matcher, rng: random.Random) -> bytes | None:

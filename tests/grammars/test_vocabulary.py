@@ -48,7 +48,9 @@ def byte_level() -> Tokenizer:
 def vocabulary_of(fast: Tokenizer, end: str, *, size: int) -> Vocabulary:
     spelling = TokenSpelling(fast)
     tokens = spelled_tokens(fast, spelling)
-    return model_vocabulary(fast, spelling, tokens, size=size, eos_ids=[fast.token_to_id(end)])
+    eos_id = fast.token_to_id(end)
+    assert eos_id is not None
+    return model_vocabulary(fast, spelling, tokens, size=size, eos_ids=[eos_id])
 
 
 def allowed(vocabulary: Vocabulary, grammar: str, ids: Sequence[int]) -> set[int]:

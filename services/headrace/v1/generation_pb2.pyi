@@ -264,8 +264,9 @@ class Tool(_message.Message):
     description: _builtins.str
     """What it does and when to call it, for the model."""
     parameters: _builtins.str
-    """The JSON schema of its arguments, as JSON: an object's. At most 64 KiB. The arguments of each call match it. Empty:
-    it has no arguments.
+    """The JSON schema of its arguments, as JSON: an object's. At most 64 KiB. The arguments of each call match it, and have
+    no properties that it does not mention, unless it has a keyword such as additionalProperties. Empty: it has no
+    arguments.
     """
     def __init__(
         self,

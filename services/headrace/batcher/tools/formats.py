@@ -56,8 +56,10 @@ FORMATS = {
     Family.HERMES: Format(
         marker=TOOL_CALL,
         special=(END_OF_TOOL_CALL,),
+        # Qwen2.5-Coder writes its calls so, whatever its template says.
+        starts=_heads("", f" {FENCE}", f" {FENCE}json"),
         heads=_heads(""),
-        closers=(Shape(f" {END_OF_TOOL_CALL}"),),
+        closers=(Shape(f" {END_OF_TOOL_CALL}"), Shape(f" {FENCE}")),
     ),
     Family.LLAMA3: Format(
         arguments="parameters",

@@ -53,7 +53,8 @@ def logits_of(row: Row) -> torch.Tensor:
 
 def answer(row: Row, *, forgetful: bool = False) -> tuple[list[int], bool]:
     """Sample until the end, or for some steps. Returns the answer, and whether it ended."""
-    own, found = sampler(), []
+    own = sampler()
+    found: list[int] = []
     for _ in range(12):
         if forgetful:
             row = dataclasses.replace(row, memo=type(row.memo)())

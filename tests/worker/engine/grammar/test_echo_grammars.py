@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -18,10 +19,15 @@ from headrace.worker.runner import FinishReason, SamplingParams, SequenceSpec, S
 from tests.worker.engine.grammar.cases import PERSON, is_person, regex
 from tests.worker.engine.plan.device import DeviceEngine
 
-FORMS = {
+
+def _matches(pattern: re.Pattern[bytes], text: bytes) -> bool:
+    return pattern.fullmatch(text) is not None
+
+
+FORMS: dict[str, Callable[[bytes], bool]] = {
     PERSON: is_person,
     **{
-        regex(pattern): lambda text, pattern=pattern: re.fullmatch(pattern.encode(), text) is not None
+        regex(pattern): partial(_matches, re.compile(pattern.encode()))
         for pattern in ("[a-z]+( [a-z]+)*", "[ab]*c[0-9]{3}", "yes|no", "-?[0-9]+")
     },
 }
