@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.structured.data import Entry, entries, fault
+from headrace.grammars import finiteness
 from headrace.grammars.forms import json_schema_grammar
 from headrace.grammars.problems import FormProblem
 from headrace.grammars.schemas import MAX_DEPTH
@@ -255,3 +256,29 @@ def test_a_long_name_around_many_values_costs_no_memory_for_each(inner: dict[str
         tracemalloc.stop()
 
     assert peak < 100 * len(text), "pointers to all values would be a thousand times the schema"
+
+
+def test_a_schema_for_names_is_not_written_for_each_of_many() -> None:
+    """Within each other, such schemas would multiply."""
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(5):
+        names = [f"n{number}" for number in range(40)]
+        schema = {"type": "object", "propertyNames": {"enum": names}, "additionalProperties": schema}
+
+    assert len(json_schema_grammar(json.dumps(schema)).text) < 100_000
+
+
+def test_a_schema_is_not_judged_again_for_each_that_it_requires(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"n{number}" for number in range(300)]
+    schema = {
+        "type": "object",
+        "properties": {**{name: {} for name in names}, "last": {"$ref": "#/properties/n0"}},
+        "required": names[::-1],
+    }
+    judged: list[Any] = []
+    judge = finiteness._ends
+    monkeypatch.setattr(finiteness, "_ends", lambda *given: judged.append(given) or judge(*given))
+
+    json_schema_grammar(json.dumps(schema))
+
+    assert len(judged) < 1.1 * len(names)

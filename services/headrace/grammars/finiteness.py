@@ -25,12 +25,13 @@ def first_endless(root: Schema) -> Place | None:
         for part in chain(_needed(root, schema), *_options(schema)):
             users.setdefault(id(part), []).append(schema)
     # The least fixed point: a schema ends if what each of its values must contain is known to end.
-    waiting = [schema for _, schema in found]
+    # First in, first out, and each once: a schema that needs thousands is not judged again for each of them.
+    waiting = {id(schema): schema for _, schema in reversed(found)}
     while waiting:
-        schema = waiting.pop()
+        schema = waiting.pop(next(iter(waiting)))
         if id(schema) in unproven and _ends(root, schema, unproven):
             unproven.discard(id(schema))
-            waiting += users.get(id(schema), [])
+            waiting.update((id(user), user) for user in users.get(id(schema), []))
     return next((place for place, schema in found if id(schema) in unproven), None)
 
 

@@ -21,6 +21,8 @@ MAX_DEPTH = 100  # lists and objects in each other; llguidance reads 128
 _EXACT = 2**53  # constants up to here are written as they were read
 _MOST_DIGITS = 10**18 - 1  # of integers without bounds: models may repeat digits until the answer is cut off
 
+_MOST_REPEATED = 16 << 10  # characters of a schema that is written for each of several names
+
 _OPTIONS = "x-guidance"  # the key of llguidance's options: one in a caller's schema could switch checks off
 # With spaces as in Python's and most models' JSON, and no other: models may repeat white space until the
 # answer is cut off. No \uXXXX: a property could be repeated under another spelling.
@@ -62,9 +64,12 @@ def read_schema(text: str) -> Schema:
         raise FormProblem(f"more than {MAX_DEPTH} lists and objects are in each other", str(deep))
     if not _DRAFT.fullmatch(str(schema.get("$schema", ""))):
         schema.pop("$schema", None)
-    for place, each in list(subschemas(schema)):
+    found = list(subschemas(schema))
+    for place, each in found:
         for prepare in _PREPARATIONS:
             prepare(each, place)
+    for _, each in reversed(found):  # inner ones first, so that what is repeated has its size
+        _write_names(each)
     if (endless := first_endless(schema)) is not None:
         raise FormProblem("no value ends: each one contains another one of the same schema", str(endless))
     return {_OPTIONS: _WRITTEN, **schema}
@@ -167,8 +172,11 @@ def _write_unevaluated(schema: Schema, place: Place) -> None:
             schema.setdefault(same, value)
 
 
-def _write_names(schema: Schema, place: Place) -> None:
-    """Write a schema for names of properties, if there are no others, as the properties themselves."""
+def _write_names(schema: Schema) -> None:
+    """Write a schema for names of properties, if there are no others, as the properties themselves.
+
+    Where that would repeat a large schema for many names, it is left as it is, and llguidance rejects it.
+    """
     names = schema.get("propertyNames")
     if names is True:
         del schema["propertyNames"]
@@ -179,6 +187,8 @@ def _write_names(schema: Schema, place: Place) -> None:
     if kinds == {"pattern"} and isinstance(names["pattern"], str):
         schema["patternProperties"] = {names["pattern"]: value}
     elif kinds == {"enum"} and isinstance(listed := names["enum"], list) and all(map(_is_text, listed)):
+        if len(listed) * len(json.dumps(value)) > _MOST_REPEATED:
+            return
         schema["properties"] = dict.fromkeys(listed, value)
     else:
         return
@@ -213,6 +223,5 @@ _PREPARATIONS: tuple[Callable[[Schema, Place], None], ...] = (
     _check_size_of_object,
     _check_unique,
     _write_unevaluated,
-    _write_names,
     _bound_integers,
 )
