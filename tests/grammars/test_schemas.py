@@ -277,7 +277,12 @@ def test_a_schema_is_not_judged_again_for_each_that_it_requires(monkeypatch: pyt
     }
     judged: list[Any] = []
     judge = finiteness._ends
-    monkeypatch.setattr(finiteness, "_ends", lambda *given: judged.append(given) or judge(*given))
+
+    def counted(*given: Any) -> bool:
+        judged.append(given)
+        return judge(*given)
+
+    monkeypatch.setattr(finiteness, "_ends", counted)
 
     json_schema_grammar(json.dumps(schema))
 

@@ -238,4 +238,4 @@ def test_a_grammar_that_no_worker_accepts_is_rejected_with_its_field() -> None:
     with pytest.raises(errors.InvalidRequest, match="too large a grammar") as caught:
         GrammarCheck(ByteTokenizer()).form_of(asked, [1])
 
-    assert caught.value.fields["field"] == "chat.tools"
+    assert caught.value.field == "chat.tools"
