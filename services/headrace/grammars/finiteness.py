@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -26,9 +27,9 @@ def first_endless(root: Schema) -> Place | None:
             users.setdefault(id(part), []).append(schema)
     # The least fixed point: a schema ends if what each of its values must contain is known to end.
     # First in, first out, and each once: a schema that needs thousands is not judged again for each of them.
-    waiting = {id(schema): schema for _, schema in reversed(found)}
+    waiting = OrderedDict((id(schema), schema) for _, schema in reversed(found))
     while waiting:
-        schema = waiting.pop(next(iter(waiting)))
+        _, schema = waiting.popitem(last=False)
         if id(schema) in unproven and _ends(root, schema, unproven):
             unproven.discard(id(schema))
             waiting.update((id(user), user) for user in users.get(id(schema), []))
