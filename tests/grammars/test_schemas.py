@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.structured.data import Entry, entries, fault
+from headrace.grammars import finiteness
 from headrace.grammars.forms import json_schema_grammar
 from headrace.grammars.problems import FormProblem
 from headrace.grammars.schemas import MAX_DEPTH
@@ -276,3 +278,49 @@ def test_the_judge_rejects() -> None:
     assert fault('{"type": "integer"}', "1.5")
     assert fault('{"type": "integer"}', "{")
     assert fault('{"type": "string", "format": "date"}', '"2023-02-29"')
+
+
+@pytest.mark.parametrize(
+    "inner", [{"const": [0] * 15_000}, {"properties": {f"{name:x}": {} for name in range(3000)}}]
+)
+def test_a_long_name_around_many_values_costs_no_memory_for_each(inner: dict[str, Any]) -> None:
+    text = json.dumps({"properties": {"n" * 30_000: inner}}, separators=(",", ":"))
+    tracemalloc.start()
+    try:
+        json_schema_grammar(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 100 * len(text), "pointers to all values would be a thousand times the schema"
+
+
+def test_a_schema_for_names_is_not_written_for_each_of_many() -> None:
+    """Within each other, such schemas would multiply."""
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(5):
+        names = [f"n{number}" for number in range(40)]
+        schema = {"type": "object", "propertyNames": {"enum": names}, "additionalProperties": schema}
+
+    assert len(json_schema_grammar(json.dumps(schema)).text) < 100_000
+
+
+def test_a_schema_is_not_judged_again_for_each_that_it_requires(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"n{number}" for number in range(300)]
+    schema = {
+        "type": "object",
+        "properties": {**{name: {} for name in names}, "last": {"$ref": "#/properties/n0"}},
+        "required": names[::-1],
+    }
+    judged: list[Any] = []
+    judge = finiteness._ends
+
+    def counted(*given: Any) -> bool:
+        judged.append(given)
+        return judge(*given)
+
+    monkeypatch.setattr(finiteness, "_ends", counted)
+
+    json_schema_grammar(json.dumps(schema))
+
+    assert len(judged) < 1.1 * len(names)

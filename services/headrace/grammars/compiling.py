@@ -45,15 +45,26 @@ def problem_of(matcher: llguidance.LLMatcher) -> GrammarProblem:
     return GrammarProblem(text if len(text) <= _LONGEST_PROBLEM else text[:_LONGEST_PROBLEM] + "...")
 
 
-class Grammars:
-    """The compiled grammars of one vocabulary. Safe to use from several threads; releases Python's lock.
+def compile_grammar(
+    vocabulary: Vocabulary, grammar: str, *, stack_bytes: int = STACK_BYTES
+) -> llguidance.LLMatcher:
+    """Return a matcher at the start of *grammar*, in llguidance's format. Raises GrammarProblem.
 
-    stack_bytes   of the threads that compile; a grammar that needs more ends the process
+    stack_bytes   of the thread that compiles; a grammar that needs more ends the process
     """
+    compiled = _on_own_stack(
+        lambda: llguidance.LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=LIMITS), stack_bytes
+    )
+    if compiled.is_error():
+        raise problem_of(compiled)
+    return compiled
 
-    def __init__(self, vocabulary: Vocabulary, *, stack_bytes: int = STACK_BYTES) -> None:
+
+class Grammars:
+    """The compiled grammars of one vocabulary. Safe to use from several threads; releases Python's lock."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._stack_bytes = stack_bytes
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -71,12 +82,7 @@ class Grammars:
         kept = None if afresh else self.kept(grammar)
         if kept is not None:
             return kept
-        compiled = _on_own_stack(
-            lambda: llguidance.LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=LIMITS),
-            self._stack_bytes,
-        )
-        if compiled.is_error():
-            raise problem_of(compiled)
+        compiled = compile_grammar(self.vocabulary, grammar)
         if afresh:
             self._forget(grammar)
             return compiled

@@ -14,13 +14,15 @@ from collections.abc import Callable
 
 from headrace.grammars.finiteness import first_endless
 from headrace.grammars.problems import FormProblem
-from headrace.grammars.walking import Schema, depth_exceeded, resolved, subschemas
+from headrace.grammars.walking import Place, Schema, depth_exceeded, resolved, subschemas
 from headrace.quoting import clipped
 
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_DEPTH = 100  # lists and objects in each other; llguidance reads 128
 _EXACT = 2**53  # constants up to here are written as they were read
 _MOST_DIGITS = 10**18 - 1  # of integers without bounds: models may repeat digits until the answer is cut off
+
+_MOST_REPEATED = 16 << 10  # characters of a schema that is written for each of several names
 
 _OPTIONS = "x-guidance"  # the key of llguidance's options: one in a caller's schema could switch checks off
 # With spaces as in Python's and most models' JSON, and no other: models may repeat white space until the
@@ -70,16 +72,19 @@ def read_schema(text: str) -> Schema:
     """Return a caller's schema as llguidance should read it. Raises FormProblem."""
     schema = parse_schema(text)
     if (deep := depth_exceeded(schema, MAX_DEPTH)) is not None:
-        raise FormProblem(f"more than {MAX_DEPTH} lists and objects are in each other", deep)
+        raise FormProblem(f"more than {MAX_DEPTH} lists and objects are in each other", str(deep))
     if not _DRAFT.fullmatch(str(schema.get("$schema", ""))):
         schema.pop("$schema", None)
     _check_targets(schema)
     _copy_names(schema)
-    for place, each in list(subschemas(schema)):
+    found = list(subschemas(schema))
+    for place, each in found:
         for prepare in _PREPARATIONS:
             prepare(each, place)
+    for _, each in reversed(found):  # inner ones first, so that what is repeated has its size
+        _write_names(each)
     if (endless := first_endless(schema)) is not None:
-        raise FormProblem("no value ends: each one contains another one of the same schema", endless)
+        raise FormProblem("no value ends: each one contains another one of the same schema", str(endless))
     return {_OPTIONS: _WRITTEN, **schema}
 
 
@@ -108,7 +113,7 @@ def _no_constant(name: str) -> None:
 def _check_targets(schema: Schema) -> None:
     """Find references to nothing. Where `$id` starts a document of its own, llguidance finds them."""
     everything = list(subschemas(schema))
-    if any("$id" in each for place, each in everything if place):
+    if any("$id" in each and each is not schema for _, each in everything):
         return
     for place, each in everything:
         reference = each.get("$ref")
@@ -118,7 +123,7 @@ def _check_targets(schema: Schema) -> None:
             raise FormProblem(f"the schema has no {clipped(reference[1:], 64)}", f"{place}/$ref")
 
 
-def _check_reference(schema: Schema, place: str) -> None:
+def _check_reference(schema: Schema, place: Place) -> None:
     reference = schema.get("$ref")
     if "$ref" in schema and not (isinstance(reference, str) and reference.startswith("#")):
         raise FormProblem(
@@ -128,7 +133,7 @@ def _check_reference(schema: Schema, place: str) -> None:
         )
 
 
-def _check_format(schema: Schema, place: str) -> None:
+def _check_format(schema: Schema, place: Place) -> None:
     name = schema.get("format")
     if "format" not in schema:
         return
@@ -153,7 +158,7 @@ def _check_format(schema: Schema, place: str) -> None:
         _add_pattern(schema, _PATTERNS[name])
 
 
-def _write_decimal(schema: Schema, place: str) -> None:
+def _write_decimal(schema: Schema, place: Place) -> None:
     """Write pydantic's pattern of decimal numbers, "not only signs and dots, and ...", as two patterns."""
     pattern = schema.get("pattern")
     if isinstance(pattern, str) and pattern.startswith(_NOT_ONLY_SIGNS) and "|" not in pattern:
@@ -168,7 +173,7 @@ def _add_pattern(schema: Schema, pattern: str) -> None:
         others.append({"pattern": pattern})
 
 
-def _check_constants(schema: Schema, place: str) -> None:
+def _check_constants(schema: Schema, place: Place) -> None:
     for key in ("const", "enum"):
         unseen = [schema[key]] if key in schema else []
         while unseen:
@@ -183,7 +188,7 @@ def _check_constants(schema: Schema, place: str) -> None:
                 )
 
 
-def _check_size_of_object(schema: Schema, place: str) -> None:
+def _check_size_of_object(schema: Schema, place: Place) -> None:
     least, required = schema.get("minProperties"), schema.get("required", [])
     if isinstance(least, int) and isinstance(required, list) and least > len(set(map(str, required))) + 1:
         raise FormProblem(
@@ -192,13 +197,13 @@ def _check_size_of_object(schema: Schema, place: str) -> None:
         )
 
 
-def _check_unique(schema: Schema, place: str) -> None:
+def _check_unique(schema: Schema, place: Place) -> None:
     most = schema.get("maxItems")
     if schema.get("uniqueItems") is False or (isinstance(most, int) and most <= 1):
         schema.pop("uniqueItems", None)
 
 
-def _write_unevaluated(schema: Schema, place: str) -> None:
+def _write_unevaluated(schema: Schema, place: Place) -> None:
     """Write unevaluated properties and items as additional ones, where nothing else evaluates any."""
     if any(key in schema for key in _APPLIED):
         return
@@ -208,8 +213,11 @@ def _write_unevaluated(schema: Schema, place: str) -> None:
             schema.setdefault(same, value)
 
 
-def _write_names(schema: Schema, place: str) -> None:
-    """Write a schema for names of properties, if there are no others, as the properties themselves."""
+def _write_names(schema: Schema) -> None:
+    """Write a schema for names of properties, if there are no others, as the properties themselves.
+
+    Where that would repeat a large schema for many names, it is left as it is, and llguidance rejects it.
+    """
     names = schema.get("propertyNames")
     if names is True:
         del schema["propertyNames"]
@@ -226,6 +234,8 @@ def _write_names(schema: Schema, place: str) -> None:
     elif kind == "format" and isinstance(named, str) and named in _PATTERNS:
         schema["patternProperties"] = {_PATTERNS[named]: value}
     elif kind == "enum" and isinstance(named, list) and all(map(_is_text, named)):
+        if len(named) * len(json.dumps(value)) > _MOST_REPEATED:
+            return
         schema["properties"] = dict.fromkeys(named, value)
     elif kind == "const" and isinstance(named, str):
         schema["properties"] = {named: value}
@@ -249,7 +259,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _bound_integers(schema: Schema, place: str) -> None:
+def _bound_integers(schema: Schema, place: Place) -> None:
     types = schema.get("type")
     allowed = types if isinstance(types, list) else [types]
     if "integer" not in allowed or "number" in allowed or "const" in schema or "enum" in schema:
@@ -260,11 +270,11 @@ def _bound_integers(schema: Schema, place: str) -> None:
         schema["maximum"] = _MOST_DIGITS
 
 
-def _remove_options(schema: Schema, place: str) -> None:
+def _remove_options(schema: Schema, place: Place) -> None:
     schema.pop(_OPTIONS, None)
 
 
-_PREPARATIONS: tuple[Callable[[Schema, str], None], ...] = (
+_PREPARATIONS: tuple[Callable[[Schema, Place], None], ...] = (
     _remove_options,
     _check_reference,
     _write_decimal,
@@ -273,6 +283,5 @@ _PREPARATIONS: tuple[Callable[[Schema, str], None], ...] = (
     _check_size_of_object,
     _check_unique,
     _write_unevaluated,
-    _write_names,
     _bound_integers,
 )
