@@ -109,7 +109,7 @@ def test_threads_that_start_while_grammars_are_compiled_have_stacks_of_the_usual
         return make(*args, **named)
 
     grammars, grammar = Grammars(byte_vocabulary()), regex("ab")
-    monkeypatch.setattr(compiling.llguidance, "LLMatcher", observed)
+    monkeypatch.setattr(llguidance, "LLMatcher", observed)
 
     grammars.matcher(grammar)
 
@@ -122,7 +122,7 @@ def test_an_unexpected_error_of_the_compiler_is_a_problem(monkeypatch: pytest.Mo
         raise RuntimeError
 
     grammars, grammar = Grammars(byte_vocabulary()), regex("ab")
-    monkeypatch.setattr(compiling.llguidance, "LLMatcher", broken)
+    monkeypatch.setattr(llguidance, "LLMatcher", broken)
 
     with pytest.raises(GrammarProblem, match="cannot be compiled"):
         grammars.matcher(grammar)

@@ -117,7 +117,8 @@ def test_a_forced_text_that_is_the_name_of_a_special_token_is_written_as_text(ma
     fast: Tokenizer = make()  # type: ignore[operator]
     text = f"{end}a"
     vocabulary = vocabulary_of(fast, end, size=400)
-    grammar, ids = str(llguidance.LLMatcher.grammar_from_regex(text)), []
+    grammar = str(llguidance.LLMatcher.grammar_from_regex(text))
+    ids: list[int] = []
 
     while (found := allowed(vocabulary, grammar, ids)) != {fast.token_to_id(end)}:
         ids.append(min(found))
