@@ -43,8 +43,32 @@ async def test_an_answer_is_returned_as_an_instance_of_the_model() -> None:
         city = await client.parse(request, City, timeout=60)
 
     assert city == City(name="Paris", people=2_100_000)
-    assert json.loads(fake.requests[0].sampling.json_schema) == City.model_json_schema()
+    closed = {**City.model_json_schema(), "additionalProperties": False}
+    assert json.loads(fake.requests[0].sampling.json_schema) == closed
     assert not request.sampling.HasField("json_schema"), "the caller's request is unchanged"
+
+
+class Street(pydantic.BaseModel):
+    type: str
+    properties: list[City]
+    counts: dict[str, int]
+
+
+class Open(pydantic.BaseModel, extra="allow"):
+    street: Street
+
+
+async def test_objects_have_other_properties_where_the_model_allows_them_only() -> None:
+    fake = answering('{"street": {"type": "t", "properties": [], "counts": {}}}')
+    async with routed(only=fake) as client:
+        await client.parse(chat("Which street?"), Open, timeout=60)
+
+    schema = json.loads(fake.requests[0].sampling.json_schema)
+    street = schema["$defs"]["Street"]
+    assert schema["additionalProperties"] is True
+    assert schema["$defs"]["City"]["additionalProperties"] is False
+    assert street["additionalProperties"] is False
+    assert street["properties"] == Street.model_json_schema()["properties"]
 
 
 async def test_an_answer_that_was_cut_off_is_an_error_that_says_what_to_do() -> None:

@@ -52,9 +52,8 @@ def problem(checker: Checker, grammar: str) -> FormProblem:
         ({"properties": {"p": {"pattern": "(a"}}}, "/properties/p/pattern", "unclosed group"),
         ({"properties": {"p": {"pattern": r"\bx"}}}, "/properties/p/pattern", r"\b"),
         ({"items": {"oneOf": [{"type": "number"}, {"type": "integer"}]}}, "/items/oneOf", "anyOf"),
-        ({"items": {"type": "word"}}, "/items/type", "word"),
+        ({"items": {"type": "word"}}, "/items/type", "none of array"),
         ({"items": {"minLength": -1}}, "/items/minLength", "positive integer"),
-        ({"$ref": "#/$defs/none"}, "", "/$defs/none"),
         (
             {"type": "object", "required": ["a"], "properties": {"a": {"type": "string", "enum": [1]}}},
             "/properties/a",
@@ -82,6 +81,7 @@ def test_a_schema_that_is_not_enforced_is_rejected_with_its_place(
     [
         (lambda: forms.regex("(a"), "unclosed group"),
         (lambda: forms.regex("a(?=b)"), "look-ahead"),
+        (lambda: forms.lark('root ::= "a" | "b"'), "Lark"),
         (lambda: forms.lark("start: missing"), "missing"),
         (lambda: forms.lark("start: (((("), "Expected"),
         (lambda: forms.lark("start: start"), "no text matches"),
@@ -175,3 +175,40 @@ def test_grammars_that_multiply_end_in_a_problem_or_work(checker: Checker, part:
     with suppress(FormProblem):
         checker.check(part().text)
     checker.check(GOOD)
+
+
+def test_a_grammar_is_checked_again_if_the_process_was_killed_from_outside() -> None:
+    checker = Checker(lambda: ([bytes([byte]) for byte in range(256)], {}))
+    checker.start()
+    assert checker._process is not None
+    checker._process.kill()
+
+    checker.check(GOOD)
+
+    checker.close()
+
+
+def test_a_check_that_the_end_of_the_batcher_interrupts_is_no_problem_of_the_grammar() -> None:
+    checker = Checker(lambda: ([bytes([byte]) for byte in range(256)], {}))
+    checker.start()
+    checker.close()
+
+    with pytest.raises(RuntimeError, match="closed"):
+        checker.check(GOOD)
+    assert not checker.is_known(GOOD)
+    assert checker._process is None
+
+
+def test_a_vocabulary_is_read_once_however_often_the_process_starts() -> None:
+    reads = []
+
+    def tokens() -> tuple[list[bytes], dict[str, int]]:
+        reads.append(1)
+        return [bytes([byte]) for byte in range(256)], {}
+
+    checker = Checker(tokens)
+    for number in range(2):
+        problem(checker, forms.lark(f"{ENDLESS_RULES}\n// {number}").text)
+    checker.close()
+
+    assert len(reads) == 1

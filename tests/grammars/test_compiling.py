@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+from typing import Any
 
 import llguidance
 import pytest
@@ -91,4 +93,36 @@ def test_a_limit_that_matchers_share_is_not_used_up_by_others() -> None:
     assert not grammars.matcher(grammar).consume_tokens(list(b"abbaab" * 9)), "the limit is shared"
 
     assert grammars.matcher(grammar, afresh=True).consume_tokens(list(b"abbaab" * 9))
-    assert grammars.matcher(grammar).consume_tokens(list(b"abbaab" * 9)), "it replaces the one that was kept"
+    assert grammars.matcher(grammar).consume_tokens(list(b"abbaab" * 9)), "the one that was kept is replaced"
+
+
+def test_threads_that_start_while_grammars_are_compiled_have_stacks_of_the_usual_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The size of stacks is a setting of the whole process."""
+    usual, sizes = threading.stack_size(), []
+    make = llguidance.LLMatcher
+
+    def observed(*args: Any, **named: Any) -> Any:
+        with compiling._stack_lock:
+            sizes.append(threading.stack_size())
+        return make(*args, **named)
+
+    grammars, grammar = Grammars(byte_vocabulary()), regex("ab")
+    monkeypatch.setattr(llguidance, "LLMatcher", observed)
+
+    grammars.matcher(grammar)
+
+    assert sizes == [usual]
+    assert threading.stack_size() == usual
+
+
+def test_an_unexpected_error_of_the_compiler_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **named: Any) -> Any:
+        raise RuntimeError
+
+    grammars, grammar = Grammars(byte_vocabulary()), regex("ab")
+    monkeypatch.setattr(llguidance, "LLMatcher", broken)
+
+    with pytest.raises(GrammarProblem, match="cannot be compiled"):
+        grammars.matcher(grammar)

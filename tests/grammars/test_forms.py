@@ -37,6 +37,13 @@ def test_answers_match_a_regular_expression_as_a_whole(pattern: str) -> None:
     assert not accepts(forms.regex("ab").text, "abx")
 
 
+def test_digits_of_a_regular_expression_are_0_to_9() -> None:
+    grammar = forms.regex(r"\d\D").text
+
+    assert accepts(grammar, "7\N{ARABIC-INDIC DIGIT SEVEN}")
+    assert not accepts(grammar, "\N{ARABIC-INDIC DIGIT SEVEN}x")
+
+
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, unique=True))
 def test_an_answer_is_one_of_the_choices(texts: list[str]) -> None:
     grammar = forms.choices(texts).text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import llguidance
 import numpy as np
@@ -88,6 +89,23 @@ def test_a_matcher_is_a_function_of_the_ids(words: list[str], split: int) -> Non
 def test_ids_that_the_grammar_does_not_allow_are_a_problem() -> None:
     with pytest.raises(GrammarProblem, match="satisfy the grammar"):
         follow(GRAMMARS, choices(["ab"]), [2])
+
+
+def test_an_answer_is_followed_though_others_have_used_up_a_limit() -> None:
+    """As when an answer resumes on a worker that has seen many answers of its grammar."""
+    grammars, grammar = (
+        Grammars(byte_vocabulary()),
+        str(llguidance.LLMatcher.grammar_from_regex("[ab]*a[ab]{16}")),
+    )
+    first, dice = follow(grammars, grammar, ()), random.Random(1)
+    with pytest.raises(GrammarProblem, match="too many"):
+        while True:
+            first.advance([dice.choice(b"ab")])
+    answer = b"abbaab" * 9
+
+    assert follow(grammars, grammar, answer).consumed == len(answer)
+    with pytest.raises(GrammarProblem, match="satisfy the grammar"):
+        follow(grammars, grammar, [*answer, ord("c")])
 
 
 def test_a_matcher_that_exceeds_a_limit_does_not_affect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

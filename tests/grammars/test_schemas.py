@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.structured.data import Entry, entries, fault
+from headrace.grammars import finiteness
 from headrace.grammars.forms import json_schema_grammar
 from headrace.grammars.problems import FormProblem
 from headrace.grammars.schemas import MAX_DEPTH
@@ -138,6 +140,7 @@ def _with(**keywords: Any) -> str:
         (_with(const=2**53 + 1), "/properties/v/const"),
         (_with(enum=[1, {"a": [-(2**63)]}]), "/properties/v/enum"),
         (_with(type="object", minProperties=2), "/properties/v/minProperties"),
+        (_with(**{"$ref": "#/$defs/missing"}), "/properties/v/$ref"),
         ('{"$ref": "#"}', ""),
         ('{"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}', ""),
         (_with(**{"anyOf": [{"$ref": "#/properties/v"}]}), ""),
@@ -202,6 +205,42 @@ def test_what_is_in_each_other_is_bounded_with_the_place() -> None:
         ({"type": "string", "format": "date", "pattern": "^2"}, ['"2000-02-29"'], ['"1999-01-01"']),
         ({"type": "string", "format": "date-time"}, ['"2024-02-29T23:59:59.5Z"'], ['"2024-02-29T23:59:60Z"']),
         ({"$schema": "https://example.org/own", "type": "null"}, ["null"], ["1"]),
+        # What pydantic writes for Decimal, Base64Bytes, UUID4, IPvAnyAddress, Path, and dictionaries.
+        (
+            {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"},
+            ['"-12.50"', '".5"', '"7."'],
+            ['""', '"-"', '"."', '"1.2.3"', '"x"'],
+        ),
+        ({"type": "string", "format": "base64"}, ['""', '"YQ=="', '"YWI="', '"YWJj"'], ['"YQ"', '"YR=="']),
+        ({"type": "string", "format": "base64url"}, ['"-_-_"'], ['"+/+/"']),
+        (
+            {"type": "string", "format": "uuid4"},
+            ['"3f2504e0-4f89-41d3-9a0c-0305e82c3301"'],
+            ['"3f2504e0-4f89-11d3-9a0c-0305e82c3301"', '"3f2504e0-4f89-41d3-7a0c-0305e82c3301"'],
+        ),
+        ({"type": "string", "format": "ipvanyaddress"}, ['"10.0.0.1"', '"::1"'], ['"10.0.0"', '"x"', "1"]),
+        (
+            {"type": ["string", "null"], "format": "ipvanyaddress"},
+            ["null", '"::1"'],
+            ['"x"', "1"],
+        ),
+        ({"type": "string", "format": "path"}, ['"any text"'], ["1"]),
+        (
+            {
+                "type": "object",
+                "propertyNames": {"$ref": "#/$defs/Color"},
+                "additionalProperties": {"type": "integer"},
+                "$defs": {"Color": {"enum": ["red", "blue"], "title": "Color", "type": "string"}},
+            },
+            ['{"red": 1, "blue": 2}', "{}"],
+            ['{"green": 1}', '{"red": "x"}'],
+        ),
+        ({"type": "object", "propertyNames": {"const": "a"}}, ['{"a": 1}', "{}"], ['{"b": 1}']),
+        (
+            {"type": "object", "propertyNames": {"format": "date"}},
+            ['{"2024-02-29": 1}'],
+            ['{"2023-02-29": 1}'],
+        ),
         ({"$schema": DRAFT_7, "items": [{"type": "null"}], "type": "array"}, ["[null]"], ["[1]"]),
         ({"type": "number", "multipleOf": 0.1}, ["0.3", "7"], ["0.35"]),
         (
@@ -239,3 +278,49 @@ def test_the_judge_rejects() -> None:
     assert fault('{"type": "integer"}', "1.5")
     assert fault('{"type": "integer"}', "{")
     assert fault('{"type": "string", "format": "date"}', '"2023-02-29"')
+
+
+@pytest.mark.parametrize(
+    "inner", [{"const": [0] * 15_000}, {"properties": {f"{name:x}": {} for name in range(3000)}}]
+)
+def test_a_long_name_around_many_values_costs_no_memory_for_each(inner: dict[str, Any]) -> None:
+    text = json.dumps({"properties": {"n" * 30_000: inner}}, separators=(",", ":"))
+    tracemalloc.start()
+    try:
+        json_schema_grammar(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 100 * len(text), "pointers to all values would be a thousand times the schema"
+
+
+def test_a_schema_for_names_is_not_written_for_each_of_many() -> None:
+    """Within each other, such schemas would multiply."""
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(5):
+        names = [f"n{number}" for number in range(40)]
+        schema = {"type": "object", "propertyNames": {"enum": names}, "additionalProperties": schema}
+
+    assert len(json_schema_grammar(json.dumps(schema)).text) < 100_000
+
+
+def test_a_schema_is_not_judged_again_for_each_that_it_requires(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"n{number}" for number in range(300)]
+    schema = {
+        "type": "object",
+        "properties": {**{name: {} for name in names}, "last": {"$ref": "#/properties/n0"}},
+        "required": names[::-1],
+    }
+    judged: list[Any] = []
+    judge = finiteness._ends
+
+    def counted(*given: Any) -> bool:
+        judged.append(given)
+        return judge(*given)
+
+    monkeypatch.setattr(finiteness, "_ends", counted)
+
+    json_schema_grammar(json.dumps(schema))
+
+    assert len(judged) < 1.1 * len(names)

@@ -109,3 +109,26 @@ def test_a_tokenizer_that_cannot_spell_a_text_gets_its_longest_tokens() -> None:
     vocabulary = Vocabulary(tokens, specials={}, eos_ids=[0], encode=lambda text: [])
 
     assert vocabulary.tokenizer.tokenize_str("abcab") == [2, 4, 2]
+
+
+@pytest.mark.parametrize(("make", "end"), [(sentencepiece, "</s>"), (byte_level, "<end>")])
+def test_a_forced_text_that_is_the_name_of_a_special_token_is_written_as_text(make: object, end: str) -> None:
+    """With the special token, the answer would end, or break its grammar."""
+    fast: Tokenizer = make()  # type: ignore[operator]
+    text = f"{end}a"
+    vocabulary = vocabulary_of(fast, end, size=400)
+    grammar = str(llguidance.LLMatcher.grammar_from_regex(text))
+    ids: list[int] = []
+
+    while (found := allowed(vocabulary, grammar, ids)) != {fast.token_to_id(end)}:
+        ids.append(min(found))
+
+    assert b"".join(vocabulary.tokens[id] for id in ids) == text.encode()
+
+
+@pytest.mark.parametrize("encoded", [[1, 2], [1, 3], [1, 9]], ids=["an end", "a special token", "unknown"])
+def test_a_forced_text_has_no_token_that_ends_the_answer_or_has_no_text(encoded: list[int]) -> None:
+    tokens = [b"</s>", b"a", b"b", b"", b"b"]
+    vocabulary = Vocabulary(tokens, specials={"</s>": 0, "b": 3}, eos_ids=[0, 2], encode=lambda text: encoded)
+
+    assert vocabulary.tokenizer.tokenize_str("ab") == [1, 4]

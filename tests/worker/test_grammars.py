@@ -8,10 +8,10 @@ import pytest
 
 from headrace import errors, statuses
 from headrace.batcher.links.failover import is_worker_fault
+from headrace.grammars.problems import MAX_GRAMMAR
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
 from headrace.worker.engine.echo import EchoEngine
-from headrace.worker.sequences import MAX_GRAMMAR
 from tests.harness import running_worker
 from tests.worker.engine.grammar.cases import PERSON, is_person, regex
 from tests.worker.peer import Peer, dialled, sequence, submit

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from headrace import errors
-from headrace.quoting import quoted
+from headrace.quoting import clipped, quoted
 from headrace.v1 import generation_pb2 as pb
 
 MAX_TOOLS = 128
@@ -141,7 +141,8 @@ def parameters_of_tool(tool: pb.Tool, place: int) -> dict[str, Any]:
     schema = _object(tool.parameters, field)
     if (kind := schema.get("type", "object")) != "object":
         raise _invalid(
-            f'{field} has the type {quoted(json.dumps(kind))}, must be "object": arguments are an object',
+            f"{field} has the type {clipped(json.dumps(kind), 64)}, "
+            'must be "object": arguments are an object',
             field,
         )
     return schema

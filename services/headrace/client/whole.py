@@ -27,6 +27,10 @@ class Model(Protocol):
         ...
 
 
+_UNCHANGED = frozenset(("allOf", "const", "default", "enum", "examples"))
+# With one of these, an object may have more properties than it lists.
+_OTHERS = frozenset(("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"))
+
 M = TypeVar("M", bound=Model)
 
 
@@ -66,12 +70,15 @@ class WholeAnswers(ABC):
 
         model   a pydantic model, or another class with its `model_json_schema` and `model_validate_json`
 
+        Objects have the properties of the schema only, unless it says something about others: a model could
+        add them until the answer is cut off.
+
         Raises AnswerCutOff if the answer ended before it was complete, the errors of `generate`, and the
         model's own, such as pydantic's ValidationError, for conditions that its JSON schema does not contain.
         """
         made = pb.GenerateRequest()
         made.CopyFrom(request)
-        made.sampling.json_schema = json.dumps(model.model_json_schema(), ensure_ascii=False)
+        made.sampling.json_schema = json.dumps(_closed(model.model_json_schema()), ensure_ascii=False)
         if made.chat.tools:  # the answer may not consist of calls
             made.chat.tool_choice.mode = pb.TOOL_MODE_NONE
         reply = await self.ask(made, timeout=timeout, metadata=metadata)
@@ -86,6 +93,21 @@ class WholeAnswers(ABC):
             "increase sampling.max_tokens, or remove sampling.stop",
             field="sampling.max_tokens",
         )
+
+
+def _closed(schema: Any) -> Any:
+    """Return a schema whose objects have no properties beyond those that are listed.
+
+    Parts of `allOf` stay as they are: each of them would exclude the properties of the others.
+    """
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: each if key in _UNCHANGED else _closed(each) for key, each in schema.items()}
+    if schema.get("type") == "object" and "properties" in schema and not _OTHERS & schema.keys():
+        closed["additionalProperties"] = False
+    return closed
 
 
 def _name(reason: pb.FinishReason.ValueType) -> str:

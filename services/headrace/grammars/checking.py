@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import llguidance
 
-from headrace.grammars.compiling import GrammarProblem, Grammars
+from headrace.grammars.compiling import GrammarProblem, compile_grammar
 from headrace.grammars.places import NOTHING_MATCHES, explain
 from headrace.grammars.vocabulary import Vocabulary, byte_vocabulary
 
@@ -31,9 +31,14 @@ MEMORY_BYTES = 512 << 20  # in addition to what the process has with its vocabul
 STACK_BYTES = 2 << 20
 
 
-def send(pipe: IO[bytes], frame: dict[str, Any]) -> None:
+def frame_of(content: dict[str, Any]) -> bytes:
+    """Return a frame."""
+    return json.dumps(content).encode() + b"\n"
+
+
+def send(pipe: IO[bytes], frame: bytes) -> None:
     """Write one frame."""
-    pipe.write(json.dumps(frame).encode() + b"\n")
+    pipe.write(frame)
     pipe.flush()
 
 
@@ -44,10 +49,10 @@ def receive(pipe: IO[bytes]) -> dict[str, Any] | None:
     return frame
 
 
-def checked(grammars: Grammars, grammar: str) -> dict[str, str]:
-    """Return the response frame for *grammar*."""
+def checked(vocabulary: Vocabulary, grammar: str) -> dict[str, str]:
+    """Return the response for *grammar*. The compiled one is not kept: its memory would be the next one's."""
     try:
-        problem = first_problem(grammars.matcher(grammar))
+        problem = first_problem(compile_grammar(vocabulary, grammar, stack_bytes=STACK_BYTES))
     except GrammarProblem as error:
         problem = str(error)
     except BaseException as error:  # native code panics with one that is no Exception
@@ -109,14 +114,14 @@ def _serve() -> None:
     start = receive(requests)
     if start is None:
         return
-    grammars = Grammars(_vocabulary(start), stack_bytes=STACK_BYTES)
+    vocabulary = _vocabulary(start)
     del start
     _limit_memory()
     while (frame := receive(requests)) is not None:
         _limit_time(CPU_SECONDS)
-        response = checked(grammars, frame["grammar"])
+        response = checked(vocabulary, frame["grammar"])
         _limit_time(0)
-        send(responses, response)
+        send(responses, frame_of(response))
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,6 +11,8 @@ from collections.abc import Callable
 import llguidance
 
 from headrace.grammars.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 # Compiled grammars that are kept, and the bytes of their texts.
 MAX_KEPT = 64
@@ -41,15 +45,26 @@ def problem_of(matcher: llguidance.LLMatcher) -> GrammarProblem:
     return GrammarProblem(text if len(text) <= _LONGEST_PROBLEM else text[:_LONGEST_PROBLEM] + "...")
 
 
-class Grammars:
-    """The compiled grammars of one vocabulary. Safe to use from several threads; releases Python's lock.
+def compile_grammar(
+    vocabulary: Vocabulary, grammar: str, *, stack_bytes: int = STACK_BYTES
+) -> llguidance.LLMatcher:
+    """Return a matcher at the start of *grammar*, in llguidance's format. Raises GrammarProblem.
 
-    stack_bytes   of the threads that compile; a grammar that needs more ends the process
+    stack_bytes   of the thread that compiles; a grammar that needs more ends the process
     """
+    compiled = _on_own_stack(
+        lambda: llguidance.LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=LIMITS), stack_bytes
+    )
+    if compiled.is_error():
+        raise problem_of(compiled)
+    return compiled
 
-    def __init__(self, vocabulary: Vocabulary, *, stack_bytes: int = STACK_BYTES) -> None:
+
+class Grammars:
+    """The compiled grammars of one vocabulary. Safe to use from several threads; releases Python's lock."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._stack_bytes = stack_bytes
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -61,18 +76,16 @@ class Grammars:
     def matcher(self, grammar: str, *, afresh: bool = False) -> llguidance.LLMatcher:
         """Return a new matcher at the start of *grammar*, in llguidance's format. Raises GrammarProblem.
 
-        afresh   compile it even if it is kept: the matchers of a compiled grammar share the states of their
-                 lexer, whose number is limited, so those before may have used it up
+        afresh   compile it for this matcher alone, and keep the compiled one no longer: its matchers share
+                 the states of their lexer, whose number is limited, so others may have used it up
         """
         kept = None if afresh else self.kept(grammar)
         if kept is not None:
             return kept
-        compiled = _on_own_stack(
-            lambda: llguidance.LLMatcher(self.vocabulary.tokenizer, grammar, log_level=0, limits=LIMITS),
-            self._stack_bytes,
-        )
-        if compiled.is_error():
-            raise problem_of(compiled)
+        compiled = compile_grammar(self.vocabulary, grammar)
+        if afresh:
+            self._forget(grammar)
+            return compiled
         self._keep(grammar, compiled)
         return compiled.deep_copy()
 
@@ -84,6 +97,11 @@ class Grammars:
                 return None
             self._kept.move_to_end(grammar)
         return compiled.deep_copy()
+
+    def _forget(self, grammar: str) -> None:
+        with self._lock:
+            if self._kept.pop(grammar, None) is not None:
+                self._bytes -= len(grammar)
 
     def _keep(self, grammar: str, compiled: llguidance.LLMatcher) -> None:
         with self._lock:
@@ -98,14 +116,26 @@ class Grammars:
 def _on_own_stack(make: Callable[[], llguidance.LLMatcher], stack_bytes: int) -> llguidance.LLMatcher:
     """Call *make* on a thread with a stack of this size."""
     made: list[llguidance.LLMatcher] = []
-    thread = threading.Thread(target=lambda: made.append(make()), name="grammar", daemon=True)
+    ended = threading.Lock()
+
+    def run() -> None:
+        try:
+            made.append(make())
+        except BaseException:
+            log.exception("a grammar cannot be compiled")
+        finally:
+            ended.release()
+
+    ended.acquire()
+    # The size is that of all threads of the process which start meanwhile: `Thread.start` would wait here
+    # until the new one runs, and others could start.
     with _stack_lock:
         before = threading.stack_size(stack_bytes)
         try:
-            thread.start()
+            _thread.start_new_thread(run, ())
         finally:
             threading.stack_size(before)
-    thread.join()
+    ended.acquire()
     if not made:
         raise GrammarProblem("it cannot be compiled")
     return made[0]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from headrace.grammars.walking import Schema, resolved, subschemas
+from headrace.grammars.walking import Place, Schema, resolved, subschemas
 
 _CHOICES = ("anyOf", "oneOf")
 
 
-def first_endless(root: Schema) -> str | None:
-    """Return the JSON pointer of the first schema that only endless values match; None if there is none.
+def first_endless(root: Schema) -> Place | None:
+    """Return the place of the first schema that only endless values match; None if there is none.
 
     llguidance compiles such a schema to a grammar that reaches no end, or rejects it without a place.
     """
@@ -25,12 +26,13 @@ def first_endless(root: Schema) -> str | None:
         for part in chain(_needed(root, schema), *_options(schema)):
             users.setdefault(id(part), []).append(schema)
     # The least fixed point: a schema ends if what each of its values must contain is known to end.
-    waiting = [schema for _, schema in found]
+    # First in, first out, and each once: a schema that needs thousands is not judged again for each of them.
+    waiting = OrderedDict((id(schema), schema) for _, schema in reversed(found))
     while waiting:
-        schema = waiting.pop()
+        _, schema = waiting.popitem(last=False)
         if id(schema) in unproven and _ends(root, schema, unproven):
             unproven.discard(id(schema))
-            waiting += users.get(id(schema), [])
+            waiting.update((id(user), user) for user in users.get(id(schema), []))
     return next((place for place, schema in found if id(schema) in unproven), None)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import llguidance
 
-from headrace.grammars.problems import FormProblem
+from headrace.grammars.problems import MAX_GRAMMAR, FormProblem
 from headrace.grammars.schemas import ANY_OBJECT, read_schema
 
 MAX_REGEX_BYTES = 16 << 10
@@ -59,7 +59,10 @@ def json_schema_grammar(schema: str) -> Part:
     The values have ", " and ": " as separators and no other white space. Raises FormProblem for a schema
     that is malformed, too large, or has keywords that cannot be enforced.
     """
-    return Part(_entry("json_schema", read_schema(schema)))
+    part = Part(_entry("json_schema", read_schema(schema)))
+    if len(part.definition) > MAX_GRAMMAR:  # formats are written as patterns, which are longer
+        raise FormProblem("the schema becomes too large a grammar: make it smaller")
+    return part
 
 
 def json_object() -> Part:
@@ -68,9 +71,12 @@ def json_object() -> Part:
 
 
 def regex(pattern: str) -> Part:
-    """Return the grammar of texts that match a regular expression, of Rust's syntax, as a whole."""
+    """Return the grammar of texts that match a regular expression, of Rust's syntax, as a whole.
+
+    `\\d` is 0 to 9 only, as in patterns of JSON schemas: models may choose digits of any script otherwise.
+    """
     _check_size("the regular expression", pattern, MAX_REGEX_BYTES)
-    return _lark(f"start: /{llguidance.regex_to_lark(pattern, use_ascii='')}/")
+    return _lark(f"start: /{llguidance.regex_to_lark(pattern, use_ascii='d')}/")
 
 
 def choices(texts: Sequence[str]) -> Part:

@@ -27,13 +27,15 @@ class Matcher:
 
     inner      at the first *consumed* ids of the answer
     consumed   number of ids
+    alone      whether it shares no limit with other matchers, so that a problem is its own
     """
 
-    __slots__ = ("consumed", "inner")
+    __slots__ = ("alone", "consumed", "inner")
 
-    def __init__(self, inner: llguidance.LLMatcher) -> None:
+    def __init__(self, inner: llguidance.LLMatcher, *, alone: bool = False) -> None:
         self.inner = inner
         self.consumed = 0
+        self.alone = alone
 
     def advance(self, ids: Sequence[int]) -> None:
         """Consume the next ids of the answer. Raises GrammarProblem if the grammar does not allow them."""
@@ -43,15 +45,22 @@ class Matcher:
             self.consumed += len(ids)
 
 
-def follow(grammars: Grammars, grammar: str, answer: Sequence[int], *, afresh: bool = False) -> Matcher:
+def follow(grammars: Grammars, grammar: str, answer: Sequence[int]) -> Matcher:
     """Return a matcher of *grammar* that has consumed an answer.
 
-    afresh   see `Grammars.matcher`
-
-    Takes milliseconds, or a second for the largest grammars that are within the limits. Safe on any thread.
+    Takes milliseconds, or seconds for the largest grammars that are within the limits. Safe on any thread.
     Raises GrammarProblem if the grammar cannot be compiled or does not allow the answer.
     """
-    matcher = Matcher(grammars.matcher(grammar, afresh=afresh))
+    kept = grammars.kept(grammar)
+    if kept is not None:
+        matcher = Matcher(kept)
+        try:
+            matcher.advance(answer)
+            return matcher
+        except GrammarProblem:  # perhaps because other answers have used up a limit that they share
+            matcher = Matcher(grammars.matcher(grammar, afresh=True), alone=True)
+    else:
+        matcher = Matcher(grammars.matcher(grammar))
     matcher.advance(answer)
     return matcher
 

@@ -37,10 +37,16 @@ _MESSAGES = (
         "minProperties",
         "minProperties and maxProperties cannot be enforced unless all of `properties` are in `required`",
     ),
+    (
+        "Invalid type:",
+        "type",
+        "the type is none of array, boolean, integer, null, number, object and string",
+    ),
     ("Regex is empty", "", "no text matches all of these restrictions"),
     ("Unsatisfiable schema: Regex is empty", "", "no text matches all of these restrictions"),
     ("NoExtensionBias", "", NOTHING_MATCHES),
 )
+_OTHER_SYNTAX = "rules are written in Lark's syntax, such as `start: rule`, not with `::=`; "
 _LOOKS = {"WordUnicode": r"\b", "WordUnicodeNegate": r"\B", "Start": "^ within it", "End": "$ within it"}
 _KEYS = re.compile(r'Unimplemented keys: (\["[^\]]*"\])')
 
@@ -59,7 +65,8 @@ def explain(grammar: str, problem: str, compile: Compile) -> FormProblem:
             place, found = _innermost(schema, found, compile)
             return _described(found, place, schema, name)
         if found:
-            return FormProblem(_described(found, "", {}, "").message, "", name)
+            hint = _OTHER_SYNTAX if "::=" in entry.get("lark_grammar", "") else ""
+            return FormProblem(hint + _described(found, "", {}, "").message, "", name)
     return FormProblem(_described(problem, "", {}, "").message)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headrace.quoting import clipped
 
+MAX_GRAMMAR = 2 << 20  # bytes of a whole grammar, for workers: tools may have schemas of 1 MiB
 MAX_PLACE = 256  # bytes in a message
 
 

@@ -48,7 +48,7 @@ class Vocabulary:
         self.eos_ids = sorted(eos_ids)
         self.tokens = tokens
         self.tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Tokens(tokens, specials, self.eos_ids[0], encode)),
+            llguidance.TokenizerWrapper(_Tokens(tokens, specials, self.eos_ids, encode)),
             n_vocab=self.size,
             eos_token=self.eos_ids,
             slices=llguidance.LLTokenizer.json_slices(),
@@ -61,11 +61,14 @@ class _Tokens:
     bos_token_id = None
 
     def __init__(
-        self, tokens: Sequence[bytes], specials: Mapping[str, int], eos_id: int, encode: Encode
+        self, tokens: Sequence[bytes], specials: Mapping[str, int], eos_ids: Sequence[int], encode: Encode
     ) -> None:
         self.tokens = list(tokens)
-        self.eos_token_id = eos_id
-        self.special_token_ids = sorted({*specials.values(), eos_id})
+        self.eos_token_id = eos_ids[0]
+        self.special_token_ids = sorted({*specials.values(), eos_ids[0]})
+        # Those of a text: others end the answer, or are no text, whatever their names are.
+        barred = {*self.special_token_ids, *eos_ids}
+        self._texts = {id: token for id, token in enumerate(tokens) if token and id not in barred}
         for name, id in specials.items():
             self.tokens[id] = name.encode()
         self._encode = encode
@@ -87,15 +90,13 @@ class _Tokens:
         return list(self._longest(wanted))
 
     def _spelled(self, ids: Sequence[int]) -> bytes:
-        return b"".join(self.tokens[id] for id in ids)
+        """Return the text of ids, as if those that have none were not there."""
+        return b"".join(self._texts.get(id, b"") for id in ids)
 
     def _longest(self, text: bytes) -> Iterator[int]:
         """Yield the longest token at each place of a text, up to a byte that no token spells."""
         if not self._by_spelling:
-            special = set(self.special_token_ids)
-            self._by_spelling = {
-                token: id for id, token in enumerate(self.tokens) if token and id not in special
-            }
+            self._by_spelling = {token: id for id, token in self._texts.items()}
         longest = max(map(len, self._by_spelling))
         while text:
             for length in range(min(longest, len(text)), 0, -1):
@@ -123,6 +124,7 @@ def model_vocabulary(
 ) -> Vocabulary:
     """Return the vocabulary of a model with a `tokenizers.Tokenizer`.
 
+    fast      from now on it splits a text that is the name of a special token like any other
     tokens    from `spelled_tokens`
     size      number of the model's logits: it may have more or fewer than the tokenizer has tokens
     eos_ids   at least one, all below *size*
@@ -132,6 +134,7 @@ def model_vocabulary(
         ids: list[int] = fast.encode(text, add_special_tokens=False).ids
         return ids
 
+    fast.encode_special_tokens = True
     padded = [*tokens[:size], *[b""] * (size - len(tokens))]
     specials = {name: id for name, id in spelling.special_tokens.items() if id < size}
     return Vocabulary(padded, specials=specials, eos_ids=eos_ids, encode=encode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -16,6 +16,27 @@ _ONE = frozenset(
 )
 _LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems", "items"))
 _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+
+
+class Place(NamedTuple):
+    """Where something is in a document; `str` returns the JSON pointer.
+
+    Pointers are written on demand only: those of all values of a small schema may have GiB, because each
+    repeats the names around it.
+
+    outer   None: of the document itself
+    below   the pointer from there
+    """
+
+    outer: Place | None = None
+    below: str = ""
+
+    def __str__(self) -> str:
+        parts, place = [self.below], self.outer
+        while place is not None:
+            parts.append(place.below)
+            place = place.outer
+        return "".join(reversed(parts))
 
 
 def pointer(*keys: str | int) -> str:
@@ -34,14 +55,14 @@ def children(schema: Schema) -> Iterator[tuple[str, Any]]:
             yield from ((pointer(key, name), each) for name, each in value.items())
 
 
-def subschemas(schema: Schema, place: str = "") -> Iterator[tuple[str, Schema]]:
-    """Yield a schema and all that are in it, outer ones first, each with its JSON pointer."""
-    waiting: list[tuple[str, Any]] = [(place, schema)]
+def subschemas(schema: Schema) -> Iterator[tuple[Place, Schema]]:
+    """Yield a schema and all that are in it, outer ones first, each with its place."""
+    waiting: list[tuple[Place, Any]] = [(Place(), schema)]
     while waiting:
         at, each = waiting.pop()
         if isinstance(each, dict):
             yield at, each
-            waiting += ((at + below, child) for below, child in reversed(list(children(each))))
+            waiting += ((Place(at, below), child) for below, child in reversed(list(children(each))))
 
 
 def resolved(root: Schema, reference: Any) -> tuple[str, Any] | None:
@@ -60,14 +81,18 @@ def resolved(root: Schema, reference: Any) -> tuple[str, Any] | None:
     return reference[1:], found
 
 
-def depth_exceeded(value: Any, most: int) -> str | None:
-    """Return the pointer of a value inside of more than *most* lists and objects; None if there is none."""
-    waiting: list[tuple[str, int, Any]] = [("", 1, value)]
+def depth_exceeded(value: Any, most: int) -> Place | None:
+    """Return the place of a value inside of more than *most* lists and objects; None if there is none."""
+    waiting: list[tuple[Place, int, Any]] = [(Place(), 1, value)]
     while waiting:
         place, depth, each = waiting.pop()
         if isinstance(each, dict | list):
             if depth > most:
                 return place
             items = each.items() if isinstance(each, dict) else enumerate(each)
-            waiting += ((place + pointer(key), depth + 1, inner) for key, inner in items)
+            waiting += (
+                (Place(place, pointer(key)), depth + 1, inner)
+                for key, inner in items
+                if isinstance(inner, dict | list)
+            )
     return None

@@ -264,8 +264,9 @@ class Tool(_message.Message):
     description: _builtins.str
     """What it does and when to call it, for the model."""
     parameters: _builtins.str
-    """The JSON schema of its arguments, as JSON: an object's. At most 64 KiB. The arguments of each call match it. Empty:
-    it has no arguments.
+    """The JSON schema of its arguments, as JSON: an object's. At most 64 KiB. The arguments of each call match it, and have
+    no properties that it does not mention, unless it has a keyword such as additionalProperties. Empty: it has no
+    arguments.
     """
     def __init__(
         self,
@@ -498,7 +499,7 @@ class Sampling(_message.Message):
     """Any JSON object. Must be true."""
     regex: _builtins.str
     """A text that matches this regular expression as a whole, in the syntax of Rust's `regex`, which has neither
-    look-around nor back-references. At most 16 KiB.
+    look-around nor back-references. Digits are 0 to 9. At most 16 KiB.
     """
     lark: _builtins.str
     """A text of this context-free grammar, in the variant of Lark's syntax that llguidance documents. At most 64 KiB."""

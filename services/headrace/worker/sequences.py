@@ -11,6 +11,7 @@ from opentelemetry import trace
 
 from headrace import attributes, errors, statuses
 from headrace.deadline import Deadline
+from headrace.grammars.problems import MAX_GRAMMAR
 from headrace.propagation import from_w3c
 from headrace.v1 import generation_pb2 as pb
 from headrace.v1 import worker_service_pb2 as wire
@@ -36,7 +37,6 @@ _FINISH = {
 }
 
 MAX_PREFIX_SCOPE = 64  # bytes
-MAX_GRAMMAR = 1 << 20  # bytes
 # Bytes of a message with a part of a prompt: a batcher handles it in a few milliseconds.
 PART_BYTES = 32 << 10
 _TOP_BYTES = 8  # of a TopTokens besides its tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +14,8 @@ import pytest
 
 from headrace import errors
 from headrace.batcher import job as jobs
+from headrace.batcher.intake.grammars import GrammarCheck
+from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.grammars.checker import Checker
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
@@ -224,3 +227,15 @@ async def test_tenants_take_turns_at_the_check(gate: Gate) -> None:
 
     place = next(place for place, grammar in enumerate(gate.checked) if "quiet" in grammar)
     assert place < 15
+
+
+def test_a_grammar_that_no_worker_accepts_is_rejected_with_its_field() -> None:
+    dates = {f"date{number}": {"type": "string", "format": "date-time"} for number in range(500)}
+    asked = pb.GenerateRequest()
+    for number in range(16):
+        asked.chat.tools.add(name=f"t{number}", parameters=json.dumps({"properties": dates}))
+
+    with pytest.raises(errors.InvalidRequest, match="too large a grammar") as caught:
+        GrammarCheck(ByteTokenizer()).form_of(asked, [1])
+
+    assert caught.value.field == "chat.tools"

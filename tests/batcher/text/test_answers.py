@@ -217,6 +217,7 @@ ANSWERS: list[tuple[AnswerForm, list[str | int]]] = [
     (HERMES, [f"<tool_call>\n{PARIS[:-9]}"]),
     (HERMES, ["<think>never closed \n "]),
     (HERMES, ["text <tool_ca"]),
+    (MISTRAL, ["<think>[ARGS]</think>", 302, "[TOOL_CALLS]get[ARGS]{}"]),
     (MISTRAL, ["well", 302, " é[", 300, "get", 301, '{"a": [1]}', 300, "get", 301, "{}"]),
 ]
 

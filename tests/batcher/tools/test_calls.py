@@ -141,7 +141,7 @@ def walk(form: AnswerForm, begin: str, seed: int, *, special: bool = False) -> l
 
 def read(form: AnswerForm, ids: list[int]) -> tuple[str, str, list[tuple[str, str]]]:
     """Return text, reasoning and calls of an answer."""
-    stream = TextStream(Detokenizer(ByteTokenizer()), None, form.markers)
+    stream = TextStream(Detokenizer(ByteTokenizer()), None, form.marker_texts)
     parser = AnswerParser(form)
     parts: list[Part] = []
     for id in ids:

@@ -40,7 +40,7 @@ def loaded(model: str) -> tuple[TransformersTokenizer, Grammars]:
 
 
 def read(tokenizer: TransformersTokenizer, form: AnswerForm, ids: list[int]) -> list[tuple[str, str]]:
-    stream, parser = TextStream(Detokenizer(tokenizer, 0), None, form.markers), AnswerParser(form)
+    stream, parser = TextStream(Detokenizer(tokenizer, 0), None, form.marker_texts), AnswerParser(form)
     parts = [part for id in ids for part in parser.feed(stream.feed([id]).text)]
     parts += [*parser.feed(stream.flush().text), *parser.finish()]
     calls = [[part.name, ""] for part in parts if part.kind is Kind.CALL]

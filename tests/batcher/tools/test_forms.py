@@ -128,6 +128,26 @@ def test_arguments_are_objects_whatever_the_schema_leaves_open(parameters: str) 
     assert schema["type"] == "object"
 
 
+@pytest.mark.parametrize(
+    ("more", "closed"),
+    [
+        ({}, True),
+        ({"additionalProperties": True}, False),
+        ({"additionalProperties": {"type": "integer"}}, False),
+        ({"patternProperties": {"^x-": {"type": "integer"}}}, False),
+    ],
+)
+def test_arguments_have_the_properties_of_the_schema_only_unless_it_says_otherwise(
+    more: dict[str, Any], closed: bool
+) -> None:
+    request = asked(tool_choice=pb.ToolChoice(name="a"))
+    request.chat.tools[0].parameters = json.dumps({**json.loads(SCHEMA), **more})
+
+    grammar = json.loads(form(request).grammar)["grammars"]
+    (schema,) = [part["json_schema"] for part in grammar if "json_schema" in part]
+    assert (schema.get("additionalProperties") is False) == closed
+
+
 def test_a_choice_of_an_unknown_tool_is_rejected() -> None:
     with pytest.raises(errors.InvalidRequest, match=r"one of chat\.tools") as rejected:
         form(asked(tool_choice=pb.ToolChoice(name="c")))

@@ -222,17 +222,27 @@ def test_thoughts_come_first_and_contain_no_calls(
     assert content(FORMS["hermes opened"], called)[-2:] == CALLED
 
 
-def test_a_marker_that_is_a_special_token_is_no_text_anywhere() -> None:
-    form = AnswerForm(
-        family=Family.MISTRAL,
-        tools=TOOLS,
-        reasoning=THINK,
-        markers={1: "[TOOL_CALLS]", 2: "[ARGS]", 3: "</think>"},
-    )
+SPECIAL = AnswerForm(
+    family=Family.MISTRAL,
+    tools=TOOLS,
+    reasoning=THINK,
+    markers={1: "[TOOL_CALLS]", 2: "[ARGS]", 3: "</think>"},
+)
 
-    assert content(form, "a[TOOL_CALLS]b[ARGS]c</think>d") == [
+
+def test_a_marker_that_is_a_special_token_is_no_text_anywhere() -> None:
+    calls, args, closer = SPECIAL.marker_texts.values()
+
+    assert content(SPECIAL, f"a{calls}b{args}c{closer}d") == [
         ("text", "a"),
         ("text", "b"),
         ("text", "c"),
         ("text", "d"),
     ]
+
+
+def test_the_name_of_a_special_token_in_ordinary_text_is_no_marker() -> None:
+    """It has no grammar, and would be dropped or not, depending on the pieces in which it comes."""
+    text = f"a[ARGS]b</think>[TOOL_CALLS] [{CALL}]"
+
+    assert content(SPECIAL, text) == [("text", text)]

@@ -9,7 +9,7 @@ from headrace.batcher.text.tokens import Tokenizer, token_texts
 from headrace.batcher.tools.form import AnswerForm
 from headrace.batcher.tools.forms import form_of
 from headrace.grammars.checker import Checker, Tokens
-from headrace.grammars.problems import FormProblem
+from headrace.grammars.problems import MAX_GRAMMAR, FormProblem
 from headrace.v1 import generation_pb2 as pb
 
 _ARGUMENTS = "arguments_"  # the parts of a grammar for the arguments of tools, as `tools.calls` names them
@@ -39,8 +39,15 @@ class GrammarCheck:
         self._checker.close()
 
     def form_of(self, request: pb.GenerateRequest, prompt_ids: Sequence[int]) -> AnswerForm:
-        """Return the form of an answer, unchecked. Fast for requests without a grammar only."""
-        return form_of(request, self._tokenizer, prompt_ids)
+        """Return the form of an answer, unchecked but for its size. Fast for requests without a grammar only.
+
+        Raises InvalidRequest as of `tools.forms.form_of`, and for a grammar that no worker would accept.
+        """
+        form = form_of(request, self._tokenizer, prompt_ids)
+        grammar = form.grammar
+        if len(grammar) > MAX_GRAMMAR or 4 * len(grammar) > MAX_GRAMMAR < len(grammar.encode()):
+            raise error_of(request, FormProblem("it becomes too large a grammar: make it smaller"))
+        return form
 
     def known(self, request: pb.GenerateRequest, form: AnswerForm) -> bool:
         """Whether the grammar of *form* needs no check. Raises InvalidRequest if it is known not to work."""

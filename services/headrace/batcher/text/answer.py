@@ -59,7 +59,7 @@ class AnswerEvents:
         # space.
         before = last_with_text(tokenizer, job.prompt_ids)
         self._detokenizer = Detokenizer(tokenizer, before)
-        self._text = TextStream(self._detokenizer, stops, job.form.markers)
+        self._text = TextStream(self._detokenizer, stops, job.form.marker_texts)
         self._parts: AnswerParts | None = None
         if job.form.has_parts:
             self._parts = AnswerParts(job.form, sampling.seed, job.prompt_ids)

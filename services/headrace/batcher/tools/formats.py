@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
 
 from headrace.batcher.tools.families import Family
+from headrace.batcher.tools.form import marker_text
 from headrace.batcher.tools.shapes import Shape
 
 TOOL_CALL, END_OF_TOOL_CALL = "<tool_call>", "</tool_call>"
@@ -84,3 +87,19 @@ FORMATS = {
         closers=(Shape(" ]"), Shape(f" {FENCE}")),
     ),
 }
+
+
+@lru_cache(maxsize=64)  # one or two for each model
+def format_of(family: Family, special: tuple[str, ...]) -> Format:
+    """Return the format of a family in which `marker_text` stands for each of the *special* markers."""
+
+    def written(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(written, value))
+        text = value.template if isinstance(value, Shape) else value
+        for number, name in enumerate(special):
+            text = text.replace(name, marker_text(number))
+        return Shape(text) if isinstance(value, Shape) else text
+
+    plain = FORMATS[family]
+    return Format(**{field.name: written(getattr(plain, field.name)) for field in fields(plain)})

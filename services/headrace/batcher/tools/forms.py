@@ -21,6 +21,11 @@ _NO_ARGUMENTS = '{"type": "object", "properties": {}, "additionalProperties": fa
 # byte is one.
 _END = 32
 _KEPT_CHARACTERS = 4096  # of schemas that are kept
+# Keywords that say something about properties besides `properties`.
+_OPEN = {
+    *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
+    *("$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas"),
+}
 
 
 class Writer(Protocol):
@@ -120,16 +125,22 @@ def _arguments(parameters: str, field: str) -> forms.Part:
 
 
 def _object(schema: str) -> forms.Part:
-    """Return the grammar of the objects that match a JSON schema. Raises FormProblem."""
+    """Return the grammar of objects that match a JSON schema, with its properties only. Raises FormProblem.
+
+    A schema that does not mention further properties allows any, but no tool expects them, and small models
+    make them up.
+    """
     part = forms.json_schema_grammar(schema)
     read = json.loads(schema)
     kinds = read.get("type", ["object"])
-    if kinds == "object":
-        return part
-    if not isinstance(kinds, list) or "object" not in kinds:
+    if kinds != "object" and (not isinstance(kinds, list) or "object" not in kinds):
         raise FormProblem('must be "object", because arguments are an object', "/type")
-    objects = json.dumps({**read, "type": "object"}, ensure_ascii=False, separators=(",", ":"))
-    return forms.json_schema_grammar(objects)
+    stricter = {**read, "type": "object"}
+    if "properties" in read and not _OPEN & read.keys():
+        stricter["additionalProperties"] = False
+    if stricter == read:
+        return part
+    return forms.json_schema_grammar(json.dumps(stricter, ensure_ascii=False, separators=(",", ":")))
 
 
 # The turns of a conversation have the same tools: 128 of them take 25 ms to read.

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from headrace.batcher.tools.form import AnswerForm
-from headrace.batcher.tools.formats import BARE_CALL, FORMATS, Format
+from headrace.batcher.tools.form import AnswerForm, marker_text
+from headrace.batcher.tools.formats import Format, format_of
 from headrace.batcher.tools.shapes import ObjectEnd, Shape, marker_shape
 
 _SPACE = " \t\r\n"
@@ -52,9 +52,11 @@ class AnswerParser:
     def __init__(self, form: AnswerForm) -> None:
         self._tools = form.tools
         self._thinking = form.thinking
-        self._open, self._close = form.reasoning or ("", "")
-        self._format = FORMATS[form.family] if form.family is not None else Format()
-        self._special = _splitter(form.markers.values())
+        names = tuple(form.markers.values())
+        texts = {name: marker_text(number) for number, name in enumerate(names)}
+        self._open, self._close = (texts.get(marker, marker) for marker in form.reasoning or ("", ""))
+        self._format = format_of(form.family, names) if form.family is not None else Format()
+        self._special = re.compile(f"([{''.join(texts.values())}])") if texts else None
         self._text = ""  # not released yet
         self._parts: list[Part] = []
         self._call = -1
@@ -199,7 +201,7 @@ class AnswerParser:
             if (found := shape.match(self._text, at)) is not None and found["name"] in self._tools:
                 self._call += 1
                 self._release(Kind.CALL, found.end() - 1, self._call, found["name"])
-                self._bare = shape is BARE_CALL
+                self._bare = shape.bare
                 self._object = ObjectEnd()
                 self._step = self._arguments
                 return True
@@ -249,9 +251,10 @@ class AnswerParser:
         if not count and kind is not Kind.CALL:
             return
         source, self._text = self._text[:count], self._text[count:]
-        if self._special is not None and kind in (Kind.TEXT, Kind.REASONING):
+        # Outside of markup, markers that are special tokens have no text.
+        if self._special is not None and kind in (Kind.TEXT, Kind.REASONING, Kind.ARGUMENTS):
             for place, piece in enumerate(self._special.split(source)):
-                self._append(Part(Kind.MARKUP if place % 2 else kind, piece))
+                self._append(Part(Kind.MARKUP, piece) if place % 2 else Part(kind, piece, call))
         else:
             self._append(Part(kind, source, call, name))
 
@@ -264,9 +267,3 @@ class AnswerParser:
                 self._parts[-1] = last._replace(source=last.source + part.source)
                 return
         self._parts.append(part)
-
-
-def _splitter(markers: Iterable[str]) -> re.Pattern[str] | None:
-    """Return a pattern that finds markers that are special tokens: outside of markup they have no text."""
-    names = "|".join(map(re.escape, markers))
-    return re.compile(f"({names})") if names else None

@@ -19,10 +19,12 @@ class Shape:
     template   the text; " " stands for up to MAX_SPACE characters of white space, and "@" for a name
 
     pattern    the part before the name as a regular expression
+    bare       whether it has no object around the arguments
     """
 
     def __init__(self, template: str) -> None:
         self.template = template
+        self.bare = '"name"' not in template
         self.pattern = "".join(map(_atom, template.partition("@")[0]))
         atoms = [f"(?P<name>{NAME})" if letter == "@" else _atom(letter) for letter in template]
         self._whole = re.compile("".join(atoms))

@@ -206,9 +206,9 @@ def test_answers_follow_their_grammars_though_the_host_does_not_know_the_latest_
     grammars = letters(VOCABULARY)
     model = replace(model_info(), eos_ids=frozenset({0}))
     params = [
-        replace(PENALISED, grammar=regex("[ab]{3}"), min_tokens=9),
+        replace(PENALISED, grammar=regex("[ab]{3}"), min_tokens=9, ignore_eos=False),
         WARM,
-        replace(WARM, grammar=regex("ab|[0-9]+"), logprobs=True),
+        replace(WARM, grammar=regex("ab|[0-9]+"), logprobs=True, ignore_eos=False),
     ]
     prompts = [prompt_of(length) for length in (2, 4, 3)]
     engine = device_engine(graphs=Graphs(), grammars=grammars, model=model)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.grammars.matching import Matcher
 from headrace.worker.engine.interface import Fault, Row, Token
 from headrace.worker.engine.sampling import Sampler
 from tests.worker.engine.grammar.cases import letters, matches, regex
@@ -193,3 +194,27 @@ def test_a_limit_that_other_answers_have_used_up_does_not_fail_a_row() -> None:
     assert not matcher.is_error()
 
     assert own.sample(logits_of(row), [row]) == [expected]
+
+
+def test_a_row_is_compiled_for_once_at_most_when_it_exceeds_a_limit() -> None:
+    """A step waits for that; an engine that runs ahead launches one more step of a row that has failed."""
+    own, row = sampler(), start("[ab]{1,3}", 1, {})
+    grammars = own._constraints._grammars
+    assert grammars is not None
+    row.memo.matcher = Matcher(grammars.matcher(row.params.grammar))
+    row = following(row, 20)  # not allowed
+    compiled: list[bool] = []
+    make = grammars.matcher
+
+    def counted(grammar: str, *, afresh: bool = False) -> Any:
+        compiled.append(afresh)
+        return make(grammar, afresh=afresh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammars, "matcher", counted)
+        for _ in range(3):
+            (result,) = own.sample(logits_of(row), [row])
+            assert isinstance(result, Fault)
+            row = following(row, 1)
+
+    assert compiled == [True]

@@ -228,3 +228,13 @@ def test_any_thread_may_submit() -> None:
     for key in range(count):
         same = [bytes(run.answers[other]) for other in range(key % 4, count, 4)]
         assert len({*same}) == 1
+
+
+def test_a_sequence_that_is_submitted_after_the_end_is_ignored() -> None:
+    """As is one without a grammar: nothing computes any more."""
+    with running() as run:
+        run.loop.stop()
+
+        run.loop.submit(sequence(1), sequence(2, grammar=""))
+
+        assert run.reports.empty()

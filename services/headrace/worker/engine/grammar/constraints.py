@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from headrace.grammars.compiling import GrammarProblem, Grammars
-from headrace.grammars.matching import Bits, Masks, Matcher, follow
+from headrace.grammars.matching import Bits, Masks, Matcher
 from headrace.worker.engine.edits import endings
 from headrace.worker.engine.interface import Fault, Row
 
@@ -90,10 +90,15 @@ class Constraints:
                 problems[place] = problem
         problems |= self._masks.fill(matchers, bits)
         for place in list(problems):
-            # Other answers may have used up a limit that all matchers of a compiled grammar share.
+            # Other answers may have used up a limit that all matchers of a compiled grammar share. The step
+            # waits for a compiler now, so that happens once for a sequence.
             row, ids = rows[indices[place]], answers[place].after(0)
+            if row.memo.matcher is not None and row.memo.matcher.alone:
+                continue
             try:
-                matcher = row.memo.matcher = follow(self._grammars, row.params.grammar, ids, afresh=True)
+                inner = self._grammars.matcher(row.params.grammar, afresh=True)
+                matcher = row.memo.matcher = Matcher(inner, alone=True)
+                matcher.advance(ids)
                 del problems[place]
                 problems |= self._masks.fill({place: matcher}, bits)
             except GrammarProblem as problem:
@@ -141,7 +146,7 @@ def _advanced(grammars: Grammars, row: Row, answer: _Answer) -> Matcher:
     """Return the matcher of a row after its answer. Raises GrammarProblem."""
     matcher: Matcher | None = row.memo.matcher
     if matcher is None or matcher.consumed > answer.length:
-        matcher = row.memo.matcher = follow(grammars, row.params.grammar, ())
+        matcher = row.memo.matcher = Matcher(grammars.matcher(row.params.grammar))
     if matcher.consumed < answer.length:
         matcher.advance(answer.after(matcher.consumed))
     return matcher

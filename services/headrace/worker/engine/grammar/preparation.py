@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Generic
 
 from headrace.grammars.compiling import GrammarProblem
@@ -80,7 +81,8 @@ class Preparation(Generic[K]):
     def start(self, own: Preparing[K]) -> None:
         """Begin to make the matcher of a sequence, if it is not there at once."""
         if not own.at_once:
-            own.job = self._threads.submit(self._run, own)
+            with suppress(RuntimeError):  # stopped: it is held back until it ends
+                own.job = self._threads.submit(self._run, own)
 
     def hold(self, own: Preparing[K]) -> Matcher | None:
         """Return the matcher of a sequence if it is there; else hold the sequence back until it is taken."""
