@@ -1,7 +1,7 @@
 """Measure structured output.
 
     python -m benchmarks.structured generate     write schemas.jsonl
-    python -m benchmarks.structured libraries    llguidance and xgrammar on these schemas
+    python -m benchmarks.structured libraries    llguidance and xgrammar (pip install xgrammar) on these schemas
     python -m benchmarks.structured answers      answers of a model, one for each schema
     python -m benchmarks.structured steps        what a grammar adds to the time of a step
 

@@ -134,10 +134,10 @@ class _XgrammarMatcher:
         return _set_bits(self._mask)
 
     def accept(self, token: int) -> bool:
-        return self._matcher.accept_token(token)
+        return bool(self._matcher.accept_token(token))
 
     def may_end(self) -> bool:
-        return self._matcher.is_completed()
+        return bool(self._matcher.is_completed())
 
 
 LIBRARIES: dict[str, type[Llguidance | Xgrammar]] = {"llguidance": Llguidance, "xgrammar": Xgrammar}

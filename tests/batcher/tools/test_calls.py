@@ -303,3 +303,12 @@ def test_a_form_without_tools_follows_the_thoughts(special: bool, thinks: str) -
     assert allowed(made, begin, special=special) == "part"
     assert allowed(made, begin + "4a", special=special) not in ("whole", "part")
     assert allowed(made, "42", special=special) == ("whole" if thinks == "may" else "part")
+
+
+def test_text_may_stand_before_between_and_after_calls_that_have_an_end_of_their_own() -> None:
+    made = form(Family.HERMES, request())
+    call = f"{written(Family.HERMES, False, GET)}}}\n</tool_call>"
+
+    assert allowed(made, f"Let me see. {call} And then: {call} Done.") == "whole"
+    wrong = f"{call} And then: {written(Family.HERMES, False, WRONG)}"
+    assert allowed(made, wrong) not in ("whole", "part"), "later calls are valid, too"

@@ -85,6 +85,10 @@ def answer_grammar(
     return to_text("\n".join(rules.lines), rules.parts)
 
 
+# Calls of these have an end of their own, so that text after them is no part of a call.
+_TEXT_AFTER_CALLS = (Family.HERMES, Family.MISTRAL)
+
+
 class _Rules:
     """The rules of a grammar, and the grammars that they refer to as `@name`."""
 
@@ -145,11 +149,7 @@ class _Rules:
     def add_free_text(self, calls: Calls) -> None:
         """Add the rule `body`: text or calls, as they come."""
         style = FORMATS[calls.family]
-        ways = ["ANY?"]
-        if style.marker:
-            self.add_up_to("up_to_call", style.marker)
-            repeated = calls.several and not style.starts
-            ways = ["(up_to_call after_marker)* ANY?"] if repeated else ["up_to_call after_marker", "ANY?"]
+        ends = ["ANY?"]
         if style.starts:
             heads = "|".join(dict.fromkeys(shape.pattern for shape in style.starts))
             for place, (name, _) in enumerate(calls.tools):
@@ -160,7 +160,14 @@ class _Rules:
             )
             more = "(SEPARATOR object)*" if calls.several else ""
             self.add("CLOSER", rf"/{_FEW}(\]|{FENCE}|\]{_FEW}{FENCE}){_FEW}/")
-            ways.append(f'({first}) "}}" {more} {"CLOSER?" if style.closers else ""}')
+            ends.append(f'({first}) "}}" {more} {"CLOSER?" if style.closers else ""}')
+        ways = ends
+        if style.marker:
+            self.add_up_to("up_to_call", style.marker)
+            if calls.several and calls.family in _TEXT_AFTER_CALLS:
+                ways = [f"(up_to_call after_marker)* ({' | '.join(ends)})"]
+            else:
+                ways = ["up_to_call after_marker", *ends]
         self.add("body", " | ".join(ways))
 
     def add_thoughts(self, thoughts: Thoughts, *, may_remain_open: bool) -> None:
