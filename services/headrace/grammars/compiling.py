@@ -15,7 +15,7 @@ from headrace.grammars.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 # Compiled grammars that are kept, and the bytes of their texts.
-MAX_KEPT = 64
+MAX_KEPT = 32
 MAX_KEPT_BYTES = 8 << 20
 # A mask takes tens of microseconds as a rule, and at worst some 50 ms: its time grows with the square of the
 # items of a row. A schema has about 4 of them for each optional property of an object. A state of the lexer
