@@ -1,11 +1,11 @@
 """Measure structured output.
 
     python -m benchmarks.structured generate     write schemas.jsonl
-    python -m benchmarks.structured libraries    llguidance and xgrammar (pip install xgrammar) on these schemas
+    python -m benchmarks.structured libraries    llguidance and xgrammar on these schemas
     python -m benchmarks.structured answers      answers of a model, one for each schema
     python -m benchmarks.structured steps        what a grammar adds to the time of a step
 
-Each prints a table in Markdown, and writes its figures to a file with --json.
+Each prints a table in Markdown, and writes its figures to a file with --json. `libraries` needs xgrammar.
 """
 
 from __future__ import annotations
