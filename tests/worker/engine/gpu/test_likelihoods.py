@@ -77,7 +77,7 @@ def test_a_replayed_step_reports_what_its_rows_ask_for(
     untouched, part = launched.wait()
     (token,) = following.wait()
 
-    assert graphs.replayed == 2
+    assert graphs.replayed == 2 * 2, "each step has two graphs"
     assert isinstance(untouched, Token)
     assert (untouched.top, untouched.prompt) == (None, None)
     assert isinstance(part, PromptLogprobs)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from headrace.worker.engine.load.loading import load_engine
 from headrace.worker.engine.load.refusals import LoadingError
-from tests.worker.engine.load.starting import refusal, start
+from tests.worker.engine.load.starting import besides_tokenizer, refusal, start
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4096\n"
 
@@ -230,7 +230,7 @@ def test_computed_buffers_are_ignored_without_a_warning(name: str, folder: Path)
 
     start(folder, warn=warnings.append)
 
-    assert warnings == []
+    assert besides_tokenizer(warnings) == []
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_parts_that_do_not_affect_text_cause_a_warning(name: str, folder: Path) 
 
     start(folder, warn=warnings.append)
 
-    (warning,) = warnings
+    (warning,) = besides_tokenizer(warnings)
     assert name in warning
     assert str(folder) in warning
 

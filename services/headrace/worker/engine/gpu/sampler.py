@@ -17,7 +17,8 @@ import torch
 from headrace.grammars.matching import Bits
 from headrace.validation import MAX_BIASES, MAX_STOP_IDS
 from headrace.worker.engine.edits import Edits, check_ids
-from headrace.worker.engine.gpu.cuda import HostBuffer, to_device
+from headrace.worker.engine.gpu import cuda
+from headrace.worker.engine.gpu.cuda import to_device
 from headrace.worker.engine.gpu.kernels.sampling import BLOCK, CANDIDATES, Layout, SamplingMemory, sample
 from headrace.worker.engine.gpu.kernels.sampling import parameters as column
 from headrace.worker.engine.gpu.step_inputs import StepInputs
@@ -58,7 +59,7 @@ class DeviceSampler:
         self._memory = SamplingMemory(
             slots, vocabulary, self._layout, device, block=block, candidates=candidates
         )
-        self._masks = HostBuffer(slots * self._memory.words, device)
+        self._masks = cuda.HostBuffer(slots * self._memory.words, device)
 
     @property
     def latest(self) -> torch.Tensor:

@@ -91,13 +91,13 @@ def collect(
     largest = maximum_of(maxima, row, blocks, MAXIMA)
     if not is_finite(largest):
         return
+    edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row), tl.load(samples + row))
     temperature = real(parameters, slot, WIDTH, TEMPERATURE)
     counted = tl.load(histograms + row * BINS + tl.arange(0, BINS))
     taken = tl.sum((tl.cumsum(counted) <= CANDIDATES).to(tl.int32))
     best = tl.div_rn(tl.load(maxima + row * blocks + block) - largest, temperature)
     if _bin(_key(best)) >= taken:
         return
-    edited = is_edited(parameters, slot, WIDTH, tl.load(stops + row), tl.load(samples + row))
     places = block * BLOCK + tl.arange(0, BLOCK)
     x = load_logits(logits, stride, scores, vocabulary, row, places, edited)
     score = tl.div_rn(x - largest, temperature)
