@@ -191,6 +191,8 @@ async def observed(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[O
                     'sum(headrace_tenant_requests_total{headrace_tenant="acme",headrace_outcome="ok"})',
                     done * PER_ROUND,
                 )
+                # The gateway is scraped at another time than the router.
+                await seen.becomes("sum(headrace_http_time_to_first_token_seconds_count)", done)
             yield seen
 
 
