@@ -48,7 +48,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     if arguments.part == "libraries":
         from benchmarks.structured import libraries
 
-        found = libraries.measure(() if arguments.coverage else arguments.model)
+        found = libraries.measure(() if arguments.coverage else arguments.model, arguments.limit)
         return found, list(libraries.lines(found))
     if arguments.part == "answers":
         from benchmarks.structured import answers
