@@ -110,7 +110,7 @@ def test_an_answer_is_followed_though_others_have_used_up_a_limit() -> None:
 
 def test_a_matcher_that_exceeds_a_limit_does_not_affect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "_FEWEST_PARALLEL", 2)
-    for masks in (MASKS, Masks(GRAMMARS.vocabulary, threads=2)):
+    for masks in (MASKS, Masks(GRAMMARS.vocabulary, threads=4)):
         good, bad, other = (follow(GRAMMARS, choices(["ab", "b"]), ()) for _ in range(3))
         bad.inner.consume_token(3)  # puts it into an error state, as a limit does
         bits = np.empty((4, masks.words), np.int32)

@@ -17,8 +17,9 @@ from headrace.grammars.vocabulary import Vocabulary
 
 Bits = npt.NDArray[np.int32]
 
-# Computing one mask takes some 40 us, and handing it to a thread as long: fewer are computed here.
-_FEWEST_PARALLEL = 24
+# Computing one mask takes some 100 us, and handing it to a thread as long. With two threads, 32 masks took
+# 6 ms, and 3.5 ms one after the other.
+_FEWEST_PARALLEL, _FEWEST_THREADS = 24, 4
 _MOST_THREADS = 8
 
 
@@ -88,7 +89,7 @@ class Masks:
         Returns the problems of matchers that exceed a limit, by key; their masks are undefined.
         """
         address, stride, size = bits.ctypes.data, bits.strides[0], 4 * self.words
-        if len(matchers) < _FEWEST_PARALLEL or self._threads < 2:
+        if len(matchers) < _FEWEST_PARALLEL or self._threads < _FEWEST_THREADS:
             for place, matcher in matchers.items():
                 matcher.inner.unsafe_compute_mask_ptr(address + place * stride, size)
         else:
