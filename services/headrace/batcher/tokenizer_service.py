@@ -6,7 +6,6 @@ queue nor delay the prompts that wait to be tokenised. `Encoder` tokenises.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -150,22 +149,14 @@ class TokenizerServicer(TokenizerServiceServicer):
         self._check_room(lane, size)
         lane.put(pending)
         try:
-            result = await self._result(pending)
+            result = await pending.wait(
+                errors.DeadlineExceeded("the deadline passed before the tokenizer was done")
+            )
         except BaseException as error:
             lane.leave(pending, outcome_after(error))
             raise
         lane.leave(pending, "ok")
         return result
-
-    async def _result(self, pending: Pending[T]) -> T:
-        """Wait for the result of a call's work, until its deadline at most."""
-        try:
-            async with asyncio.timeout_at(pending.response_deadline.timeout_at) as timeout:
-                return await pending.result
-        except TimeoutError:
-            if not timeout.expired():
-                raise
-            raise errors.DeadlineExceeded("the deadline passed before the tokenizer was done") from None
 
     def _check_room(self, lane: Lane, size: int) -> None:
         """Raise Overloaded if too many calls, or too many bytes of them, wait."""

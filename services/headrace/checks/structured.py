@@ -10,6 +10,7 @@ import json
 from typing import NoReturn
 
 from headrace import errors
+from headrace.checks.conversations import READ_AT_ONCE
 from headrace.v1 import generation_pb2 as pb
 
 MAX_SCHEMA_BYTES = 64 * 1024
@@ -17,7 +18,6 @@ MAX_REGEX_BYTES = 16 * 1024
 MAX_LARK_BYTES = 64 * 1024
 MAX_CHOICES = 1024
 MAX_CHOICE_BYTES = 1024
-READ_AT_ONCE = 32 * 1024  # bytes of JSON that are read on the event loop, in 4 ms at most
 
 
 def check_structured(sampling: pb.Sampling) -> None:

@@ -11,13 +11,12 @@ grammars, and `limits` decides what fits.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from opentelemetry import trace
 
@@ -44,8 +43,6 @@ LONG_BYTES = 64 * 1024  # tokenised in about 30 ms; a shorter prompt never waits
 _LANES = ((0, 2), (LONG_BYTES, 1), (8 * LONG_BYTES, 1))
 
 _tracer = trace.get_tracer("headrace.batcher")
-
-T = TypeVar("T")
 
 
 class _Encoded(NamedTuple):
@@ -154,10 +151,10 @@ class Intake:
         held = lane, pending
         try:
             with _TokenizeSpan():
-                encoded = await _result(pending, "the prompt was tokenised")
+                encoded = await pending.wait(_deadline_passed())
             if not encoded.checked:
                 held = self._enter_check(request, pending, encoded, lane)
-                await _result(held[1], "the grammar of the answer was checked")
+                await held[1].wait(_deadline_passed("the grammar of the answer was checked"))
             job = self._job(request, pending, encoded, limits, framed)
         except BaseException as error:
             lane, pending = held
@@ -351,20 +348,6 @@ class _TokenizeSpan:
 
 def _nothing_held() -> None:
     """Do nothing: a request that enters the queue in this turn of the event loop holds no place before."""
-
-
-async def _result(pending: Pending[T], done: str) -> T:
-    """Wait for the result of a request's work, until its deadline at most.
-
-    done   what will have happened then, for the error
-    """
-    try:
-        async with asyncio.timeout_at(pending.response_deadline.timeout_at) as timeout:
-            return await pending.result
-    except TimeoutError:
-        if not timeout.expired():
-            raise
-        raise _deadline_passed(done) from None
 
 
 def _deadline_passed(done: str = "the prompt was tokenised") -> errors.DeadlineInQueue:

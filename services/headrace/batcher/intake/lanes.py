@@ -64,6 +64,16 @@ class Pending(Generic[T]):
         """See `job.response_deadline`."""
         return jobs.response_deadline(self.deadline)
 
+    async def wait(self, late: errors.DeadlineExceeded) -> T:
+        """Wait for the result, until the deadline of the response at most; then raise *late*."""
+        try:
+            async with asyncio.timeout_at(self.response_deadline.timeout_at) as timeout:
+                return await self.result
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            raise late from None
+
     def fail(self, error: errors.HeadraceError) -> None:
         """End it with *error*."""
         if not self.result.done():
