@@ -24,7 +24,7 @@ from headrace.worker.runner import SamplingParams, SequenceSpec, StepReport
 
 ROWS = (1, 8, 32)
 TOKENS = 64
-TURNS = 5  # with and without, each
+TURNS = 7  # with and without, each
 _RECORD = {
     "type": "object",
     "properties": {

@@ -61,6 +61,8 @@ def test_a_mask_is_that_of_the_language(words: list[str], dice: object) -> None:
         ends = {END} if b"" in rest else set()
         found = allowed(matcher)
 
+        if not matcher.forced:
+            assert found == {id for id in range(len(TOKENS)) if matcher.allows(id)}
         forced = not ends and len({own[0] for own in rest}) == 1
         assert found == right | ends or (forced and len(found) == 1 and found <= right)
         assert SPECIAL not in found

@@ -45,6 +45,18 @@ class Matcher:
                 raise problem_of(self.inner)
             self.consumed += len(ids)
 
+    @property
+    def forced(self) -> bool:
+        """Whether the next bytes are known, or the end: a mask has one token, or those of one text."""
+        return bool(self.inner.is_stopped() or self.inner.compute_ff_bytes())
+
+    def allows(self, id: int) -> bool:
+        """Return whether an id may come next, as its bit in the mask says unless the matcher is `forced`.
+
+        False if the matcher exceeds a limit.
+        """
+        return bool(self.inner.validate_tokens([id]) == 1)
+
 
 def follow(grammars: Grammars, grammar: str, answer: Sequence[int]) -> Matcher:
     """Return a matcher of *grammar* that has consumed an answer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import llguidance
@@ -11,6 +12,9 @@ Encode = Callable[[str], Sequence[int]]  # text to ids, without special tokens a
 
 # Texts after which a tokenizer that puts a space in front of a text splits another one as inside of a text.
 _ANCHORS = ("\n", "=", "0")
+
+# A grammar forces the same texts in each answer, such as the names of a schema, and each takes some 60 us.
+_MOST_REMEMBERED, _LONGEST_REMEMBERED = 4096, 256  # texts; characters
 
 
 class Spelling(Protocol):
@@ -73,14 +77,18 @@ class _Tokens:
             self.tokens[id] = name.encode()
         self._encode = encode
         self._by_spelling: dict[bytes, int] = {}
+        self._remembered = lru_cache(_MOST_REMEMBERED)(self._ids)
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text: str) -> Sequence[int]:
         """Return ids that spell the text, which llguidance requires."""
         if not isinstance(text, str):
             raise TypeError("texts only")  # so that the wrapper passes texts, not bytes
+        return self._remembered(text) if len(text) <= _LONGEST_REMEMBERED else self._ids(text)
+
+    def _ids(self, text: str) -> Sequence[int]:
         wanted = text.encode()
         if self._spelled(ids := self._encode(text)) == wanted:
-            return list(ids)
+            return ids
         # Tokenizers of SentencePiece put a space in front of a text.
         for anchor in _ANCHORS:
             before = list(self._encode(anchor))

@@ -23,7 +23,7 @@ import torch
 from headrace.worker.engine import fixed_math
 from headrace.worker.engine.cpu.kernels.sampling import ROW, sample_rows
 from headrace.worker.engine.edits import Edits, Ids
-from headrace.worker.engine.grammar.constraints import Constraints
+from headrace.worker.engine.grammar.constraints import Constraints, StepMasks
 from headrace.worker.engine.interface import Fault, Grammars, Row, Token
 from headrace.worker.engine.likelihoods import NOT_FINITE, likelihoods, logprobs
 from headrace.worker.engine.noise import noise_key
@@ -70,19 +70,19 @@ class Sampler:
 
     def _sample(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[Token | Fault]:
         logits = logits.float().contiguous()
-        masks = None
-        if constrained := [index for index, row in enumerate(rows) if row.params.grammar]:
-            masks = self._constraints.compute(rows, constrained)
-        scores, faults = self._edit(logits, rows, masks.lifted if masks is not None else ())
+        constrained = [index for index, row in enumerate(rows) if row.params.grammar]
+        unmasked = [i for i in constrained if _can_do_without(rows[i]) and self._constraints.is_free(rows[i])]
+        masks = self._constraints.compute(rows, sorted({*constrained} - {*unmasked}))
+        scores, faults = self._edit(logits, rows, masks.lifted)
         table = _table(rows)
-        if masks is not None:
-            faults.update(masks.faults)
-            for index, place in masks.places.items():
-                table["mask"][index] = masks.bits.ctypes.data + place * masks.bits.strides[0]
         width = 4 * logits.shape[1]
         starts = np.arange(len(rows)) * width
         table["scores"], table["logits"] = starts + scores.data_ptr(), starts + logits.data_ptr()
-        sample_rows(table, logits.shape[1], candidates=CANDIDATES, threads=torch.get_num_threads())
+        _restrict(table, masks)
+        _sample_table(table, logits.shape[1])
+        faults |= masks.faults
+        if unmasked:
+            faults |= self._sample_again(table, rows, unmasked, logits.shape[1])
         own = _logprobs(table).tolist() if table["logprobs"].any() else [None] * len(rows)
         tokens: list[Token | Fault] = [
             faults[index]
@@ -98,6 +98,32 @@ class Sampler:
         if asking:
             self._add_top(logits, rows, tokens, asking)
         return tokens
+
+    def _sample_again(
+        self, table: npt.NDArray[Any], rows: Sequence[Row], unmasked: Sequence[int], vocabulary: int
+    ) -> dict[int, Fault]:
+        """Sample rows, given by index, with a mask if the token without one is not what a mask would give.
+
+        It is if the grammar allows it and the likeliest token, which scores are relative to. That takes less
+        time than a mask, and is so for most tokens of a model that knows the form (llama.cpp samples in this
+        order, too, in common/sampling.cpp).
+
+        Returns the faults of rows, by index.
+        """
+        refused = [
+            index
+            for index in unmasked
+            if not table["finite"][index]
+            or not self._constraints.allows(rows[index], {*table[["likeliest", "id"]][index].tolist()})
+        ]
+        if not refused:
+            return {}
+        masks = self._constraints.compute(rows, refused)
+        _restrict(table, masks)
+        again = table[refused]
+        _sample_table(again, vocabulary)
+        table[refused] = again
+        return masks.faults
 
     def _add_top(
         self,
@@ -194,6 +220,23 @@ class Sampler:
     def _places(self, width: int, ids: Mapping[int, Ids]) -> torch.Tensor:
         """Return the indices of the rows' ids in the flat scores; *width* is the length of a row."""
         return torch.from_numpy(np.concatenate([own + index * width for index, own in ids.items()]))
+
+
+def _can_do_without(row: Row) -> bool:
+    """Return whether a mask changes no token that it allows, if it allows the likeliest one, too."""
+    params = row.params
+    filtered = params.temperature > 0 and (params.top_k or params.top_p < 1)
+    return not filtered and row.stop - row.prompt >= params.min_tokens
+
+
+def _restrict(table: npt.NDArray[Any], masks: StepMasks) -> None:
+    """Put the addresses of masks into the table of their rows."""
+    for index, place in masks.places.items():
+        table["mask"][index] = masks.bits.ctypes.data + place * masks.bits.strides[0]
+
+
+def _sample_table(table: npt.NDArray[Any], vocabulary: int) -> None:
+    sample_rows(table, vocabulary, candidates=CANDIDATES, threads=torch.get_num_threads())
 
 
 def _table(rows: Sequence[Row]) -> npt.NDArray[Any]:

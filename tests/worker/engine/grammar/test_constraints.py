@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.grammars.matching import Matcher
+from headrace.grammars.compiling import GrammarProblem
+from headrace.grammars.matching import Bits, Masks, Matcher
+from headrace.worker.engine.grammar.constraints import StepMasks
 from headrace.worker.engine.interface import Fault, Row, Token
 from headrace.worker.engine.sampling import Sampler
 from tests.worker.engine.grammar.cases import letters, matches, regex
@@ -112,6 +116,82 @@ def test_the_grammar_is_applied_after_the_other_edits_and_before_the_filters(dic
             assert found[index] == Sampler(frozenset({EOS})).sample(own, [row])[0]
 
 
+@given(dice=st.randoms(use_true_random=False), spread=st.sampled_from([0.1, 3.0]))
+@settings(max_examples=60, deadline=None)
+def test_a_likely_token_is_sampled_without_a_mask_as_with_one(dice: random.Random, spread: float) -> None:
+    rows, logits = [], []
+    for seed in range(6):
+        row = start(dice.choice(PATTERNS), seed, dice.choice(PARAMS))
+        own = random_logits(1, SIZE, seed=dice.randrange(999), spread=spread)
+        likely = np.flatnonzero(allowed_by(row)).tolist()
+        own[0, dice.sample(likely, min(2, len(likely)))] += dice.choice([2.0, 4.0, 9.0])
+        if dice.random() < 0.1:
+            own[0, dice.randrange(SIZE)] = float("nan")
+        rows.append(row)
+        logits.append(own)
+
+    found = sampler().sample(torch.cat(logits), rows)
+
+    for row, own, token in zip(rows, logits, found, strict=True):
+        finite = bool(own.isfinite().all())
+        assert token == sampler().sample(own, [dataclasses.replace(row, memo=type(row.memo)())])[0]
+        if finite:
+            assert isinstance(token, Token)
+            assert token.id == by_hand(own, row)
+
+
+@pytest.mark.parametrize(
+    ("likely", "params", "masks"),
+    [
+        (1, {}, 0),
+        (1, {"temperature": 0.0, "top_k": 3}, 0),
+        (20, {}, 1),  # not allowed
+        (1, {"top_p": 0.9}, 1),  # the filter would count tokens that are not allowed
+    ],
+)
+def test_a_mask_is_computed_if_the_token_may_differ_without(
+    monkeypatch: pytest.MonkeyPatch, likely: int, params: dict[str, Any], masks: int
+) -> None:
+    own, row, computed = sampler(), start("[ab]{2,5}", 1, params), 0
+    logits = torch.zeros(1, SIZE)
+    logits[0, likely] = 50
+    expected = by_hand(logits, row)
+    fill = Masks.fill
+
+    def counted(own: Masks, matchers: Mapping[int, Matcher], bits: Bits) -> dict[int, GrammarProblem]:
+        nonlocal computed
+        computed += len(matchers)
+        return fill(own, matchers, bits)
+
+    monkeypatch.setattr(Masks, "fill", counted)
+    (token,) = own.sample(logits, [row])
+
+    assert isinstance(token, Token)
+    assert token.id == expected
+    assert computed == masks
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_min_p_is_relative_to_the_likeliest_token_that_is_allowed(seed: int) -> None:
+    """Though a likelier one, which is not allowed, might be sampled too."""
+    row, logits = start("[ab]{2,5}", seed, {"min_p": 0.9}), torch.zeros(1, SIZE)
+    logits[0, [20, 1, 2]] = torch.tensor([5.0, 4.95, 4.89])  # 0.9 is a difference of 0.105
+
+    (token,) = sampler().sample(logits, [row])
+
+    assert isinstance(token, Token)
+    assert token.id == by_hand(logits, row)
+
+
+def test_an_answer_ends_early_where_all_that_is_allowed_would_end_it() -> None:
+    row = start("[cd]e", 1, {"min_tokens": 9, "stop_ids": frozenset({3, 4})})
+
+    (token,) = sampler().sample(random_logits(1, SIZE, seed=1), [row])
+
+    assert isinstance(token, Token)
+    assert token.id in {3, 4}
+
+
 def plain(row: Row) -> Row:
     return dataclasses.replace(row, params=dataclasses.replace(row.params, grammar=""))
 
@@ -123,14 +203,23 @@ def likeliest(logits: torch.Tensor, row: Row) -> object:
     return token.top
 
 
+def allowed_by(row: Row) -> npt.NDArray[np.bool]:
+    """Return whether the grammar of a row allows each token."""
+    return _allowed(sampler()._constraints.compute([row], [0]))
+
+
+def _allowed(masks: StepMasks) -> npt.NDArray[np.bool]:
+    bits = np.unpackbits(masks.bits[0].view(np.uint8), bitorder="little")
+    return np.asarray(bits[:SIZE] == 1)
+
+
 def by_hand(logits: torch.Tensor, row: Row) -> int:
     """Return the token of a row whose edits are applied first, and then its grammar as logits of -inf."""
     own = sampler()
     masks = own._constraints.compute([row], [0])
     edited, faults = own._edit(logits, [row], masks.lifted)
     assert not faults
-    allowed = np.unpackbits(masks.bits[0].view(np.uint8), bitorder="little")[:SIZE]
-    masked = torch.where(torch.from_numpy(allowed == 1), edited, float("-inf"))
+    masked = torch.where(torch.from_numpy(_allowed(masks)), edited, float("-inf"))
     filters = ("temperature", "top_k", "top_p", "min_p", "seed")
     kept = {name: getattr(row.params, name) for name in filters}
     (token,) = own.sample(masked, [row_of(row.ids, prompt=row.prompt, **kept)])

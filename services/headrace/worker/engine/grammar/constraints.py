@@ -6,7 +6,7 @@ ids of its answer: one that is missing is rebuilt. Plain numbers on the host; th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +73,8 @@ class Constraints:
         if bits is None:
             bits = np.empty((len(indices), self.words), np.int32)
         found = StepMasks(bits, len(indices))
+        if not indices:
+            return found
         if self._grammars is None or self._masks is None:
             found.faults = dict.fromkeys(indices, UNSUPPORTED)
             return found
@@ -113,6 +115,18 @@ class Constraints:
             if banning and self._allows_only_ends(rows[index], bits[place]):
                 found.lifted.add(index)
         return found
+
+    def is_free(self, row: Row) -> bool:
+        """Return whether `allows` answers for a row: it has a matcher, and its next byte is not forced."""
+        try:
+            return self._grammars is not None and not _advanced(self._grammars, row, _Answer(row, [])).forced
+        except GrammarProblem:
+            return False
+
+    def allows(self, row: Row, ids: Collection[int]) -> bool:
+        """Return whether the mask of a free row would have all of the ids; takes a small part of its time."""
+        matcher: Matcher = row.memo.matcher
+        return all(map(matcher.allows, ids))
 
     def _allows_only_ends(self, row: Row, mask: Bits) -> bool:
         """Return whether a mask allows nothing but ids that would end the answer."""

@@ -40,6 +40,7 @@ ROW = np.dtype(
         # Results:
         ("finite", np.int32),  # whether the greatest score is finite; else there is no token
         ("id", np.int64),
+        ("likeliest", np.int64),  # the token with the greatest score
         ("largest", np.float32),  # of logits
         ("own", np.float32),  # the token's logit
         ("mass", np.int64),  # sum of `fixed_math.weight` of logits - largest
@@ -306,7 +307,8 @@ def _sample_row(call: Any, row: Any, scratch: int) -> None:
     if row.mask != 0:
         mask(scores, row.mask, vectors, copy)
         scores = copy
-    largest, row.id = likeliest_of(scores, vectors)
+    largest, row.likeliest = likeliest_of(scores, vectors)
+    row.id = row.likeliest
     row.finite = np.isfinite(largest)
     if not row.finite:
         return
