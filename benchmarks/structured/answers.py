@@ -41,8 +41,7 @@ class _Answer:
 
 def measure(chosen: Sequence[str], limit: int | None) -> dict[str, Any]:
     """Return the figures of each model."""
-    every = entries()
-    return {model: _measure(model, every[:: max(1, len(every) // (limit or len(every)))]) for model in chosen}
+    return {model: _measure(model, entries(limit)) for model in chosen}
 
 
 def _measure(model: str, asked: Sequence[Entry]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def measure(models: Sequence[str]) -> dict[str, Any]:
         ids = list(words_of(model).encode(_PROMPT))
         engine = load(model, "auto", machine.cores(), context_length=512, max_running=max(ROWS))
         turns = _Turns()
-        assert isinstance(engine, TorchEngine), "on a GPU, masks are computed while the device computes"
+        assert isinstance(engine, TorchEngine)
         turns.watch(engine._sampler)
         loop = start(engine, turns.report)
         with Progress() as progress:

@@ -14,7 +14,8 @@ Encode = Callable[[str], Sequence[int]]  # text to ids, without special tokens a
 _ANCHORS = ("\n", "=", "0")
 
 # A grammar forces the same texts in each answer, such as the names of a schema, and each takes some 60 us.
-_MOST_REMEMBERED, _LONGEST_REMEMBERED = 4096, 256  # texts; characters
+# Those that are remembered take 10 MiB at most.
+_MOST_REMEMBERED, _LONGEST_REMEMBERED = 1024, 256  # texts; characters
 
 
 class Spelling(Protocol):

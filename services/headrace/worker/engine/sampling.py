@@ -102,11 +102,11 @@ class Sampler:
     def _sample_again(
         self, table: npt.NDArray[Any], rows: Sequence[Row], unmasked: Sequence[int], vocabulary: int
     ) -> dict[int, Fault]:
-        """Sample rows, given by index, with a mask if the token without one is not what a mask would give.
+        """Sample rows, given by index, again with a mask where it may change the token.
 
-        It is if the grammar allows it and the likeliest token, which scores are relative to. That takes less
-        time than a mask, and is so for most tokens of a model that knows the form (llama.cpp samples in this
-        order, too, in common/sampling.cpp).
+        It cannot if the grammar allows the token, and also the likeliest one, which scores are relative to.
+        Most tokens of a model that knows the form are so, and finding that out takes less time than a mask
+        (llama.cpp samples in this order, too, in common/sampling.cpp).
 
         Returns the faults of rows, by index.
         """
@@ -223,7 +223,11 @@ class Sampler:
 
 
 def _can_do_without(row: Row) -> bool:
-    """Return whether a mask changes no token that it allows, if it allows the likeliest one, too."""
+    """Return whether a mask gives the same token wherever it allows that token and the likeliest one.
+
+    Not so with top_k and top_p, which would count tokens that the mask excludes, and not while min_tokens
+    bans ends: where the mask allows nothing else, the ban does not apply.
+    """
     params = row.params
     filtered = params.temperature > 0 and (params.top_k or params.top_p < 1)
     return not filtered and row.stop - row.prompt >= params.min_tokens
