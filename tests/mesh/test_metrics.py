@@ -18,7 +18,7 @@ from headrace.metrics.catalogue import METRICS
 from headrace.runtime.serving.bind_check import bind_error
 from headrace.v1 import generation_pb2 as pb
 from headrace.worker.engine.echo import EchoEngine
-from tests.harness import collect, eventually, prompt, running_mesh
+from tests.harness import PATIENCE, collect, eventually, prompt, running_mesh
 
 # The label that tells the services apart, and those of Prometheus' text format.
 OTHER_LABELS = {"service_name", "le"}
@@ -88,31 +88,44 @@ async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Sc
 async def test_every_process_reports_its_part_of_a_request(scraped: Scraped) -> None:
     request = chat("hello " * 10, max_tokens=20)
     request.routing.tier, request.routing.tenant = "small", "acme"
-    before = {name: await scraped.scrape(name) for name in scraped.ports}
-    answer = await collect(scraped.client, request)
-    after = {name: await scraped.scrape(name) for name in scraped.ports}
+    tier = {"headrace_tier": "small", "gen_ai_request_model": "echo"}
+    ended = {**tier, "headrace_outcome": "ok", "headrace_finish_reason": "length"}
+    conventional = {**tier, "gen_ai_operation_name": "chat", "gen_ai_provider_name": "headrace"}
+    scored = {"headrace_tier": "small", "headrace_route_cause": "score"}
+    counted: list[tuple[str, str, dict[str, str], float]] = []
+    for process in ("router", "batcher-small"):
+        counted += [
+            (process, "headrace_requests_total", ended, 1),
+            (process, "headrace_tokens_delivered_total", tier, 20),
+            (process, "gen_ai_server_request_duration_seconds_count", conventional, 1),
+            (process, "gen_ai_server_time_to_first_token_seconds_count", conventional, 1),
+            (process, "rpc_server_call_duration_seconds_count", {"rpc_status_code": "OK"}, 1),
+        ]
+    counted += [
+        ("router", "rpc_client_call_duration_seconds_count", {"rpc_system_name": "grpc"}, 1),
+        ("router", "headrace_routed_total", scored, 1),
+        ("router", "headrace_tenant_requests_total", {"headrace_tenant": "acme"}, 1),
+        ("router", "headrace_tenant_tokens_total", {"headrace_token_kind": "completion"}, 20),
+        ("batcher-small", "headrace_batch_size_count", {"headrace_tier": "small"}, 1),
+        ("worker-small", "headrace_tokens_generated_total", {"headrace_tier": "small"}, 20),
+        ("worker-small", "headrace_sequences_ended_total", {"headrace_finish_reason": "length"}, 1),
+        ("worker-large", "headrace_tokens_generated_total", {}, 0),
+    ]
 
-    def grown(process: str, name: str, **labels: str) -> float:
-        return after[process].value(name, **labels) - before[process].value(name, **labels)
+    async def values() -> list[float]:
+        now = {name: await scraped.scrape(name) for name in scraped.ports}
+        return [now[process].value(name, **labels) for process, name, labels, _ in counted]
+
+    before = await values()
+    wanted = [value + grown for value, (_, _, _, grown) in zip(before, counted, strict=True)]
+    answer = await collect(scraped.client, request)
 
     assert answer.tokens == 20
-    for process in ("router", "batcher-small"):
-        tier = {"headrace_tier": "small", "gen_ai_request_model": "echo"}
-        ended = {**tier, "headrace_outcome": "ok", "headrace_finish_reason": "length"}
-        conventional = {**tier, "gen_ai_operation_name": "chat", "gen_ai_provider_name": "headrace"}
-        assert grown(process, "headrace_requests_total", **ended) == 1
-        assert grown(process, "headrace_tokens_delivered_total", **tier) == 20
-        assert grown(process, "gen_ai_server_request_duration_seconds_count", **conventional) == 1
-        assert grown(process, "gen_ai_server_time_to_first_token_seconds_count", **conventional) == 1
-        assert grown(process, "rpc_server_call_duration_seconds_count", rpc_status_code="OK") == 1
-    assert grown("router", "rpc_client_call_duration_seconds_count", rpc_system_name="grpc") == 1
-    assert grown("router", "headrace_routed_total", headrace_tier="small", headrace_route_cause="score") == 1
-    assert grown("router", "headrace_tenant_requests_total", headrace_tenant="acme") == 1
-    assert grown("router", "headrace_tenant_tokens_total", headrace_token_kind="completion") == 20
-    assert grown("batcher-small", "headrace_batch_size_count", headrace_tier="small") == 1
-    assert grown("worker-small", "headrace_tokens_generated_total", headrace_tier="small") == 20
-    assert grown("worker-small", "headrace_sequences_ended_total", headrace_finish_reason="length") == 1
-    assert grown("worker-large", "headrace_tokens_generated_total") == 0
+    # A process counts a call after it sent its last message.
+    patience = asyncio.get_running_loop().time() + PATIENCE
+    while (now := await values()) != wanted and asyncio.get_running_loop().time() < patience:
+        await asyncio.sleep(0.05)
+    assert now == wanted
 
 
 async def test_the_processes_and_their_peers_are_counted(scraped: Scraped) -> None:

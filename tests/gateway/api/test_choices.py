@@ -101,13 +101,20 @@ async def test_only_the_last_chunk_of_a_stream_without_usage_has_the_bill(plain:
 async def test_the_failure_of_one_choice_ends_all(plain: Edge, failing: int) -> None:
     plain.router.breaks, plain.router.failing = errors.SequenceFault("the engine failed"), failing
 
-    whole = await plain.chat(n=3)
-    plain.router.requests.clear()
-    streamed = await plain.chat(n=3, stream=True)
+    response = await plain.chat(n=3)
 
-    assert whole.status_code == 500
-    assert streamed.text.count('"error":') == 1
-    assert "[DONE]" not in streamed.text
+    assert response.status_code == 500
+    await eventually(lambda: plain.router.active == 0)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+async def test_the_failure_of_one_streamed_choice_ends_all(plain: Edge, failing: int) -> None:
+    plain.router.breaks, plain.router.failing = errors.SequenceFault("the engine failed"), failing
+
+    response = await plain.chat(n=3, stream=True)
+
+    assert response.text.count('"error":') == 1
+    assert "[DONE]" not in response.text
     await eventually(lambda: plain.router.active == 0)
 
 
