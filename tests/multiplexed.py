@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -29,8 +30,9 @@ class MultiplexedServicer(GenerationServiceServicer):
 
     async def _answer(self, incoming: Incoming, write: Write) -> None:
         responses: Any = self.Generate(incoming.request, _Context(incoming))  # type: ignore[arg-type]
-        async for response in responses:
-            await write(response)
+        async with aclosing(responses):  # a request that is cancelled ends now, not when memory is collected
+            async for response in responses:
+                await write(response)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from headrace.v1.routing_service_pb2_grpc import (
     RoutingServiceServicer,
     add_RoutingServiceServicer_to_server,
 )
+from tests.harness import eventually
 from tests.multiplexed import MultiplexedServicer
 
 TIERS = {"small": "tiny", "large": "big,bigger"}
@@ -73,8 +74,20 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     started_after: list[int] = field(default_factory=list)
 
     def reset(self) -> None:
-        """Forget all requests, and behave as by default."""
+        """Forget all requests but those that run, and behave as by default."""
+        active = self.active
         self.__init__()  # type: ignore[misc]
+        self.active = active
+
+    async def renew(self, ask: Callable[[], Awaitable[object]]) -> None:
+        """Reset, after the requests of earlier tests, whose callers have left, have come and ended.
+
+        ask   sends a request: those that were sent before it come before it
+        """
+        self.reset()
+        await ask()
+        await eventually(lambda: self.active == 0)
+        self.reset()
 
     async def ListTiers(self, request: object, context: Any) -> routing.ListTiersResponse:
         self.polls.append(dict(context.invocation_metadata()))
@@ -91,19 +104,24 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
     async def Feedback(self, request: object, context: object) -> routing.FeedbackResponse:
         raise errors.Unimplemented("a fake router takes no feedback")
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Any
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         number = len(self.requests)
         self.requests.append(request)
         self.time_left.append(context.time_remaining())
         self.active += 1
         self.started_after.append(self.first_tokens)
         try:
-            async for response in self._events(request, number):
-                yield response
+            async with aclosing(self._events(request, number)) as events:
+                async for response in events:
+                    yield response
         finally:
             self.active -= 1
 
-    async def _events(self, request: pb.GenerateRequest, number: int) -> AsyncIterator[pb.GenerateResponse]:
+    async def _events(
+        self, request: pb.GenerateRequest, number: int
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         fails = self.failing in (None, number)
         if self.refuses is not None and fails:
             raise self.refuses

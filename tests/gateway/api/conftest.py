@@ -17,7 +17,7 @@ async def running() -> AsyncGenerator[Edge, None]:
 
 
 @pytest.fixture
-def plain(running: Edge) -> Edge:
+async def plain(running: Edge) -> Edge:
     """A gateway whose router answers every request the same way, until the test changes it."""
-    running.router.reset()
+    await running.router.renew(running.chat)
     return running

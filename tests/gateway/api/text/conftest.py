@@ -17,7 +17,7 @@ async def running_text() -> AsyncGenerator[TextEdge, None]:
 
 
 @pytest.fixture
-def edge(running_text: TextEdge) -> TextEdge:
+async def edge(running_text: TextEdge) -> TextEdge:
     """A gateway whose router answers every request the same way, until the test changes it."""
-    running_text.router.reset()
+    await running_text.router.renew(running_text.complete)
     return running_text

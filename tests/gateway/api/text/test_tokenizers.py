@@ -22,9 +22,9 @@ async def running_with_one_tier() -> AsyncGenerator[TextEdge, None]:
 
 
 @pytest.fixture
-def edge(running_with_one_tier: TextEdge) -> TextEdge:
+async def edge(running_with_one_tier: TextEdge) -> TextEdge:
     """A gateway whose mesh has one tier, and no calls yet."""
-    running_with_one_tier.router.reset()
+    await running_with_one_tier.router.renew(running_with_one_tier.complete)
     running_with_one_tier.router.tiers = {"small": "tiny"}
     return running_with_one_tier
 

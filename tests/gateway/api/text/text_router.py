@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,22 +53,25 @@ class TextRouter(FakeRouter, TokenizerServiceServicer):
     calls: list[Any] = field(default_factory=list)
     tokenizer_refuses: errors.HeadraceError | None = None
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Any
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         ids = list(request.token_ids.ids) or ids_of(request.prompt)
-        async for response in super().Generate(request, context):
-            if response.HasField("accepted"):
-                response.accepted.prompt_tokens = len(ids)
-            elif response.HasField("finish"):
-                response.finish.usage.prompt_tokens = len(ids)
-            yield response
-            if response.HasField("accepted") and request.sampling.HasField("prompt_logprobs"):
-                for start in range(0, len(ids), 2):
-                    tokens = [
-                        _details(ids[at], at, request.sampling.prompt_logprobs)
-                        for at in range(start, min(start + 2, len(ids)))
-                    ]
-                    part = pb.PromptTokens(offset=start, tokens=tokens)
-                    yield pb.GenerateResponse(prompt_tokens=part)
+        async with aclosing(super().Generate(request, context)) as responses:
+            async for response in responses:
+                if response.HasField("accepted"):
+                    response.accepted.prompt_tokens = len(ids)
+                elif response.HasField("finish"):
+                    response.finish.usage.prompt_tokens = len(ids)
+                yield response
+                if response.HasField("accepted") and request.sampling.HasField("prompt_logprobs"):
+                    for start in range(0, len(ids), 2):
+                        tokens = [
+                            _details(ids[at], at, request.sampling.prompt_logprobs)
+                            for at in range(start, min(start + 2, len(ids)))
+                        ]
+                        part = pb.PromptTokens(offset=start, tokens=tokens)
+                        yield pb.GenerateResponse(prompt_tokens=part)
 
     async def Tokenize(self, request: tokens_pb.TokenizeRequest, context: Any) -> tokens_pb.TokenizeResponse:
         self._note(request)
