@@ -227,11 +227,11 @@ async def test_calls_wait_for_each_other_but_requests_and_short_calls_do_not_wai
     tokenizer = Gated()
     async with running_tier([EchoEngine()], tokenizer=tokenizer, queue_limit=1) as tier:
         try:
-            calls = [
-                asyncio.create_task(tier.client.count_tokens(count(LONG), timeout=PATIENCE)) for _ in range(3)
-            ]
+            calls = []
+            for waiting in (1, 2, 3):  # in order: the first one is tokenised, and the last one leaves
+                calls.append(asyncio.create_task(tier.client.count_tokens(count(LONG), timeout=PATIENCE)))
+                await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == waiting)  # noqa: B023
             await eventually(lambda: tokenizer.started == 1)
-            await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == 3)
             answer = await collect(tier.client, prompt("hi"))
             short = await tier.client.count_tokens(count("hi"))
             with pytest.raises(errors.Overloaded, match="3 calls with") as refused:

@@ -15,6 +15,7 @@ from headrace.batcher.inbox import Inbox, SequenceEnd
 from headrace.batcher.job import Job
 from headrace.batcher.links.breaker import BreakerState
 from headrace.batcher.links.link import WorkerLink
+from headrace.batcher.links.liveness import Liveness
 from headrace.batcher.links.receiver import Receiver
 from headrace.batcher.text.tokens import ByteTokenizer
 from headrace.channel import MAX_MESSAGE_BYTES
@@ -427,7 +428,7 @@ async def test_an_unexpected_error_in_a_link_is_handled_as_a_lost_worker(
         def fails(*_: object) -> None:
             raise RuntimeError("planned")
 
-        for count, (owner, name) in enumerate(((Receiver, "_handle_step"), (WorkerLink, "_ping")), 1):
+        for count, (owner, name) in enumerate(((Receiver, "_handle_step"), (Liveness, "lost")), 1):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, fails)
                 await eventually(partial(lambda least: link.epoch >= least, first + count))
