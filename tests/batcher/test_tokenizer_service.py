@@ -230,7 +230,7 @@ async def test_calls_wait_for_each_other_but_requests_and_short_calls_do_not_wai
             calls = []
             for waiting in (1, 2, 3):  # in order: the first one is tokenised, and the last one leaves
                 calls.append(asyncio.create_task(tier.client.count_tokens(count(LONG), timeout=PATIENCE)))
-                await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == waiting)  # noqa: B023
+                await calls_in_lanes(tier, waiting)
             await eventually(lambda: tokenizer.started == 1)
             answer = await collect(tier.client, prompt("hi"))
             short = await tier.client.count_tokens(count("hi"))
@@ -238,12 +238,12 @@ async def test_calls_wait_for_each_other_but_requests_and_short_calls_do_not_wai
                 await tier.client.count_tokens(count(LONG))
             listed = (await tier.client.list_tiers()).tiers[0]
             calls[2].cancel()
-            await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == 2)
+            await calls_in_lanes(tier, 2)
             late = asyncio.create_task(tier.client.count_tokens(count(LONG), timeout=3))
-            await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == 3)
+            await calls_in_lanes(tier, 3)
             with pytest.raises(errors.DeadlineExceeded):
                 await late
-            await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == 2)
+            await calls_in_lanes(tier, 2)
         finally:
             tokenizer.gate.set()
         counted = await asyncio.gather(*calls[:2])
@@ -272,6 +272,11 @@ async def test_long_calls_are_bounded_in_bytes() -> None:
 
 def lanes(tier: Tier) -> Sequence[Any]:
     return tier.batcher.tokenizers.lanes
+
+
+async def calls_in_lanes(tier: Tier, calls: int) -> None:
+    """Wait until so many calls are in the lanes."""
+    await eventually(lambda: sum(lane.waiting for lane in lanes(tier)) == calls)
 
 
 async def test_the_special_tokens_and_the_template_are_those_of_the_model() -> None:

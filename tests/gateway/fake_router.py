@@ -80,9 +80,9 @@ class FakeRouter(MultiplexedServicer, RoutingServiceServicer):
         self.active = active
 
     async def renew(self, ask: Callable[[], Awaitable[object]]) -> None:
-        """Reset, after the requests of earlier tests, whose callers have left, have come and ended.
+        """Reset once the requests of earlier tests have arrived and ended; their callers may have left.
 
-        ask   sends a request: those that were sent before it come before it
+        ask   sends a request: those that were sent before it arrive before it
         """
         self.reset()
         await ask()
