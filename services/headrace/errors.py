@@ -13,7 +13,8 @@
     │   └── DeadlineInQueue  DeadlineInDecode  TtftUnattainable  DeadlineUnattainable
     ├── RequestCancelled
     ├── Unavailable             may be temporary; retry before `accepted`
-    │   └── NoWorkers  WorkerLost  BatcherLost  WorkerDraining  Draining  NotReady
+    │   ├── NoWorkers  WorkerLost  BatcherLost  WorkerDraining  Draining  NotReady
+    │   └── UpstreamLost        an answer that cannot be resumed broke off: what was delivered is a part of it
     ├── SequenceFault           the engine failed on this request, not on others in the batch
     ├── PoisonRequest           the workers that took this request crashed, probably because of it
     ├── Unimplemented
@@ -268,6 +269,12 @@ class BatcherLost(Unavailable):
     """The batcher was lost with the request. The router may resume it on another batcher."""
 
     reason = "BATCHER_LOST"
+
+
+class UpstreamLost(Unavailable):
+    """A service outside of the mesh broke off its answer. It cannot be resumed; a new request starts over."""
+
+    reason = "UPSTREAM_LOST"
 
 
 class WorkerDraining(Unavailable):

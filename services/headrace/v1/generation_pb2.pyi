@@ -879,6 +879,7 @@ class Accepted(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     ANSWER_ID_FIELD_NUMBER: _builtins.int
+    TEXT_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's request id, or the generated one."""
     model: _builtins.str
@@ -895,6 +896,12 @@ class Accepted(_message.Message):
     """Identifies this answer in `FeedbackRequest.answer_id`: random, made by the router, different for each answer.
     Empty from a batcher. A stream that resumes an answer has an id of its own.
     """
+    text_only: _builtins.bool
+    """Whether the answer consists of text without token ids, because a service outside of the mesh computes it. Deltas
+    then have no `token_ids`, and `token_count` is an estimate, at least 1 for each that the model has generated; the
+    numbers in `Finish.usage` are the service's own. `prompt_tokens` is 0 here, because it is known at the end only.
+    If the stream is lost after its first delta, the answer cannot be resumed, and the call ends with UPSTREAM_LOST.
+    """
     def __init__(
         self,
         *,
@@ -905,10 +912,11 @@ class Accepted(_message.Message):
         prompt_tokens: _builtins.int = ...,
         seed: _builtins.int = ...,
         answer_id: _builtins.str = ...,
+        text_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "answer_id", b"answer_id", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "score", b"score", "seed", b"seed", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "answer_id", b"answer_id", "model", b"model", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "score", b"score", "seed", b"seed", "text_only", b"text_only", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
     _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
@@ -933,7 +941,7 @@ class Delta(_message.Message):
     offset: _builtins.int
     """Position in the answer of the first token of this delta, from 0."""
     token_count: _builtins.int
-    """Number of tokens in this delta."""
+    """Number of tokens in this delta; an estimate if `Accepted.text_only` is set."""
     text: _builtins.str
     """The text that these tokens completed; valid UTF-8. It may be empty, or lag behind the tokens, while a character or
     a possible stop text is incomplete. Text that is held back until the end comes in a delta without tokens right
@@ -943,7 +951,7 @@ class Delta(_message.Message):
     """What the model thinks before its answer, if its chat template marks that. It is not part of `text`."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Their ids, if stream.include_token_ids is set."""
+        """Their ids, if stream.include_token_ids is set and `Accepted.text_only` is not."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
