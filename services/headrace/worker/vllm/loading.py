@@ -44,8 +44,10 @@ def load_runner(
             f"vLLM does not read {folder}: `headrace unpack` converts a .gguf file or a default model into a "
             "folder; or use --engine torch"
         )
+    # vLLM reads them, also in the processes that it starts.
     os.environ.update(environment(os.environ, debug=log.isEnabledFor(logging.DEBUG)))
     progress("importing vLLM")
+    records = logging.getLogRecordFactory()
     version = _version(warn)
     thread = LoopThread("vllm")
     try:
@@ -63,6 +65,8 @@ def load_runner(
     except BaseException:
         thread.stop(1.0)
         raise
+    finally:
+        logging.setLogRecordFactory(records)  # vLLM's adds the name of its process to the worker's lines
 
 
 def _version(warn: Report) -> str:

@@ -3,8 +3,8 @@
 Everything happens on the event loop of one thread, which vLLM's output handler runs on as well. Submitted
 sequences are sent to the engine core in the order of the calls, except those with grammars, which vLLM checks
 on a thread first. After each step, `step` takes what vLLM has put into the sequences' collectors and reports
-it at once. Sequences that are cancelled, or whose deadline passes, are reported immediately; whatever vLLM still
-sends for them is dropped.
+it at once. Sequences that are cancelled, or whose deadline passes, are reported immediately; whatever vLLM
+still sends for them is dropped.
 """
 
 from __future__ import annotations
