@@ -56,6 +56,7 @@ class MeshSpec:
     tiers: Sequence[TierSpec] = DEFAULT_TIERS  # smallest first
     fake: bool = False  # echo engines instead of models
     fake_step_seconds: float = 0.02  # of a step of an echo engine; 0 for no delay
+    echo_flags: Sequence[str] = ("--engine", "echo")  # of a worker with an echo engine
     port: int = 0  # of the router; 0 for a free one
     gateway_port: int | None = None  # of the gateway; 0 for a free one, None for no gateway
     metrics_port: int = 0  # of the first endpoint for Prometheus; the next ports are the others'. 0 for none
@@ -287,7 +288,7 @@ def _worker_flags(spec: MeshSpec, tier: TierSpec, threads: int) -> list[str]:
     device = [f"--device={spec.device}"] if spec.device else []
     dtype = [f"--dtype={spec.dtype}"] if spec.dtype else []
     if spec.fake:
-        return ["--fake", "--fake-step-seconds", str(spec.fake_step_seconds), *device, *dtype]
+        return [*spec.echo_flags, "--fake-step-seconds", str(spec.fake_step_seconds), *device, *dtype]
     if _on_vllm(spec, tier):
         arguments = [f"--engine-args={spec.vllm_args}"] if spec.vllm_args else []
         return ["--engine", "vllm", *arguments, *_model_flags(spec, tier)]
