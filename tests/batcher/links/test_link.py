@@ -13,7 +13,7 @@ from opentelemetry import trace
 from headrace import errors, statuses
 from headrace.batcher.inbox import Inbox, SequenceEnd
 from headrace.batcher.job import Job
-from headrace.batcher.links.breaker import BreakerState
+from headrace.runtime.breaker import BreakerState
 from headrace.batcher.links.link import WorkerLink
 from headrace.batcher.links.liveness import Liveness
 from headrace.batcher.links.receiver import Receiver

@@ -19,7 +19,7 @@ from opentelemetry import trace
 
 from headrace import errors, statuses
 from headrace.batcher.job import Job
-from headrace.batcher.links.breaker import CircuitBreaker
+from headrace.runtime.breaker import CircuitBreaker
 from headrace.batcher.links.failover import request_keys
 from headrace.batcher.links.in_flight import InFlightSequences
 from headrace.batcher.links.listener import LinkListener

@@ -15,7 +15,7 @@ from headrace import attributes, errors
 from headrace.batcher.inbox import WorkerChange
 from headrace.batcher.job import Job
 from headrace.batcher.links import failover
-from headrace.batcher.links.breaker import BreakerState
+from headrace.runtime.breaker import BreakerState
 from headrace.batcher.links.link import WorkerLink
 from headrace.batcher.links.pool import WorkerPool
 from headrace.batcher.token_details import needed_features
