@@ -14,8 +14,6 @@ from headrace.runtime.security.watched_file import BadFile, WatchedFile
 
 log = logging.getLogger(__name__)
 
-HIDDEN = "[key]"
-
 
 class ApiKey:
     """The key in a file, which is read again when it changes. Without a file there is no key.
@@ -29,7 +27,6 @@ class ApiKey:
         self.changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._key = ""
-        self._earlier = ""  # a request that began before the key was replaced may fail with it
         self._file = None if path is None else WatchedFile(path, self._use)
         if path is not None and self._file is not None:
             self._file.load()
@@ -39,20 +36,13 @@ class ApiKey:
         return f"ApiKey({'set' if self._key else 'none'})"
 
     @property
-    def exists(self) -> bool:
-        """Whether there is a key."""
-        return bool(self._key)
+    def value(self) -> str:
+        """The key; empty if there is none. Remove it from what an upstream reports."""
+        return self._key
 
     def headers(self) -> Mapping[str, str]:
         """Return the headers of a request."""
         return {AUTHORIZATION: f"Bearer {self._key}"} if self._key else {}
-
-    def hidden_in(self, text: str) -> str:
-        """Return *text* without the key, for messages that may repeat what was sent."""
-        for key in (self._key, self._earlier):
-            if key:
-                text = text.replace(key, HIDDEN)
-        return text
 
     async def watch(self) -> None:
         """Read the file whenever it changes, until cancelled."""
@@ -66,7 +56,7 @@ class ApiKey:
             raise BadFile(
                 f"it must have 1 to {MAX_TOKEN} characters, printable ASCII without spaces, in one line"
             )
-        self._earlier, self._key = self._key, key
+        self._key = key
         if self._loop is not None:  # on another thread than the event loop's
             self._loop.call_soon_threadsafe(self.changed.set)
 
