@@ -6,7 +6,7 @@ Server-sent events are split into JSON values elsewhere.
 
 from __future__ import annotations
 
-from headrace.upstream.api.requests import Terms
+from headrace.upstream.api.terms import Terms
 from headrace.v1 import generation_pb2 as pb
 
 
