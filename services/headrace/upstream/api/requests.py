@@ -60,7 +60,7 @@ def to_http(request: pb.GenerateRequest, terms: Terms) -> HttpRequest:
     body["stream"] = True
     body["stream_options"] = {"include_usage": True}
     if terms.api == "vllm":
-        # With each event, the number of tokens so far: a speculative or a busy server sends several at a time.
+        # The number of tokens so far with each event, which may contain several tokens.
         body["stream_options"]["continuous_usage_stats"] = True
     return HttpRequest("chat/completions" if chat else "completions", body)
 

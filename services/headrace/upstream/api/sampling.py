@@ -56,7 +56,7 @@ def sampling_body(sampling: pb.Sampling, terms: Terms, *, chat: bool) -> dict[st
     body: dict[str, Any] = {}
     _set_common(body, sampling, api)
     for field, neutral in _NO_EFFECT.items():
-        value = _plain(getattr(sampling, field)) if sampling.HasField(field) else neutral
+        value = _plain(getattr(sampling, field)) if sampling.HasField(field) else neutral  # type: ignore[arg-type]
         if value == neutral and field not in _DEFAULTS[api]:
             continue
         if (name := _NAMES[api].get(field)) is None:
@@ -80,7 +80,7 @@ def sampling_body(sampling: pb.Sampling, terms: Terms, *, chat: bool) -> dict[st
 def _set_common(body: dict[str, Any], sampling: pb.Sampling, api: Api) -> None:
     """Set what is in OpenAI's API."""
     for field in ("temperature", "top_p"):
-        if sampling.HasField(field):  # type: ignore[arg-type]
+        if sampling.HasField(field):
             body[field] = _plain(getattr(sampling, field))
         elif api != "openai":
             body[field] = 1.0
