@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
+
+from headrace.upstream.api.malformed import Malformed, object_in, text_in
 
 MAX_CHARACTERS = 300  # of a message
 MAX_READ = 2048  # characters of a message that are read
@@ -19,7 +22,7 @@ _TITLE = re.compile(r"<title[^>]*>([^<]{1,200})", re.I)
 
 
 def valid(text: str) -> str:
-    """Return *text* as valid Unicode. Halves of surrogate pairs, which JSON allows, are joined or replaced."""
+    """Return *text* as valid Unicode: halves of surrogate pairs, as JSON allows, are joined or replaced."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -46,3 +49,33 @@ def passed_on(text: str, key: str, *, most: int = MAX_CHARACTERS, empty: str = "
     text = _KEYS.sub(_HIDDEN, text)
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return f"{line[: most - 3]}..." if len(line) > most else line or empty
+
+
+def words_of(body: dict[str, Any]) -> tuple[str, str]:
+    """Return the text of a message or a delta, and what the model thinks. Raises Malformed.
+
+    What it refuses with is text. Some servers send lists of parts, and most have thoughts in a field of their
+    own, some in two.
+    """
+    text, thoughts = [], []
+    content = body.get("content")
+    if isinstance(content, list):
+        for each in content:
+            part = object_in(each, "a part of a text")
+            if (kind := part.get("type")) == "thinking":
+                thoughts.append(_thought(part.get("thinking")))
+            elif kind in ("text", "refusal"):
+                text.append(text_in(part.get(kind), "a text"))
+            else:
+                raise Malformed("a part of a text that is no text")
+    else:
+        text.append(text_in(content, "a text"))
+    text.append(text_in(body.get("refusal"), "a text"))
+    thoughts.append(_thought(body.get("reasoning_content")) or _thought(body.get("reasoning")))
+    return valid("".join(text)), valid("".join(thoughts))
+
+
+def _thought(value: object) -> str:
+    if isinstance(value, list):
+        return "".join(text_in(object_in(part, "a thought").get("text"), "a thought") for part in value)
+    return text_in(value, "a thought")
