@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from opentelemetry import trace
 
 from headrace import attributes, errors
 from headrace.deadline import Deadline, response_deadline
-from headrace.flushing import LiveFlushing, chosen_flusher
+from headrace.flushing import Flusher, LiveFlushing, chosen_flusher
 from headrace.metrics import catalogue
 from headrace.metrics.requests import CANCELLED, End, Timing, finish_name, record
 from headrace.multiplex.serving import Incoming, Write
@@ -27,7 +26,7 @@ from headrace.upstream.asking import Asking
 from headrace.upstream.attempt import Begun
 from headrace.upstream.call import Call, call_for
 from headrace.upstream.gathering import Gathering
-from headrace.upstream.limits.per_minute import BYTES_PER_TOKEN, PerMinute, Taken
+from headrace.upstream.limits.per_minute import PerMinute, Taken, prompt_tokens
 from headrace.upstream.limits.slots import Slots
 from headrace.v1 import generation_pb2 as pb
 
@@ -126,14 +125,14 @@ class Answering:
 
     def _take(self, call: Call) -> Taken:
         """Take the request, with its estimated tokens, from the limits of the minute. Raises Overloaded."""
-        tokens = _prompt_tokens(call.request) + most_tokens(call.request, self._terms)
+        tokens = prompt_tokens(call.request) + most_tokens(call.request, self._terms)
         return self._per_minute.admit(tokens, time.monotonic())
 
     def _correct(self, taken: Taken, live: LiveAnswer) -> None:
         """Replace the estimate by what was used."""
         used = live.used
         if used is None:
-            used = _prompt_tokens(live.request) + live.tokens if live.accepted else 0
+            used = prompt_tokens(live.request) + live.tokens if live.accepted else 0
         self._per_minute.correct(taken, used, time.monotonic())
 
     async def _answer(
@@ -163,13 +162,13 @@ class Answering:
             for delta in arrived:
                 self._count(live, delta)
                 due += gathering.add(delta, now)
-            if (stream.ended and not stream.failed) or failure is not None:
+            if stream.ended or failure is not None:
                 due += gathering.flush()
             for delta in due:
                 await self._write(live, write, pb.GenerateResponse(delta=delta))
             if failure is not None:
                 raise failure
-            if stream.ended and not stream.failed:
+            if stream.ended:
                 return
             try:
                 arrived = await begun.read(gathering.flush_at)
@@ -183,7 +182,7 @@ class Answering:
             live.tokens += delta.token_count
             self.rate.add(now, delta.token_count)
 
-    def _flusher(self, request: pb.GenerateRequest, framed: bool):  # type: ignore[no-untyped-def]
+    def _flusher(self, request: pb.GenerateRequest, framed: bool) -> Flusher:
         now = time.monotonic()
         if self._flushing.is_due(now):
             self._flushing.update(
@@ -271,21 +270,13 @@ class Answering:
 
 
 def _completed(request: pb.GenerateRequest) -> pb.GenerateRequest:
-    """Return the request with an id and a seed."""
-    if request.request_id and request.sampling.HasField("seed"):
+    """Return the request with an id."""
+    if request.request_id:
         return request
     completed = pb.GenerateRequest()
     completed.CopyFrom(request)
-    if not completed.request_id:
-        completed.request_id = str(uuid.uuid4())
-    if not completed.sampling.HasField("seed"):
-        completed.sampling.seed = secrets.randbits(63)
+    completed.request_id = str(uuid.uuid4())
     return completed
-
-
-def _prompt_tokens(request: pb.GenerateRequest) -> int:
-    """Return about how many tokens the prompt has."""
-    return request.ByteSize() // BYTES_PER_TOKEN + 1
 
 
 def _deadline_error(live: LiveAnswer) -> errors.DeadlineExceeded:

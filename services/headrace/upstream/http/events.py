@@ -69,7 +69,7 @@ class AnswerStream:
         Raises UpstreamLost.
         """
         now = asyncio.get_running_loop().time
-        while not self.ended or self._failure is not None:
+        while not self.ended:
             if self._failure is not None:
                 raise self._failure
             finished = self.reader.finished

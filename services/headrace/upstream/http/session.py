@@ -14,7 +14,7 @@ from importlib.metadata import version
 import aiohttp
 
 from headrace.upstream.http.key import ApiKey
-from headrace.upstream.http.proxy import Proxy, proxy_for
+from headrace.upstream.http.proxy import Proxy
 
 # Servers close idle connections, uvicorn after five seconds. aiohttp notices, unless it sends a request at
 # that moment: the request is then sent again, as after other failures.
@@ -133,20 +133,15 @@ class Http:
             else:
                 response.close()
 
-    def connections(self) -> int:
-        """Return the number of open connections, for the debug endpoint."""
-        connector = self._session.connector
-        return 0 if connector is None else len(getattr(connector, "_acquired", ()))
-
 
 @asynccontextmanager
-async def http(urls: list[str], key: ApiKey, connect_seconds: float) -> AsyncGenerator[Http, None]:
-    """Open the connections to base URLs while the block runs.
+async def http(
+    proxies: Mapping[str, Proxy], key: ApiKey, connect_seconds: float
+) -> AsyncGenerator[Http, None]:
+    """Open the connections to base URLs, each by its proxy, while the block runs.
 
-    Certificates of https are verified, by the authorities of the system or of SSL_CERT_FILE. Raises ValueError
-    for a proxy that cannot be used.
+    Certificates of https are verified, by the authorities of the system or of SSL_CERT_FILE.
     """
-    proxies = {url: proxy_for(url) for url in urls}
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
     async with aiohttp.ClientSession(
         connector=connector,

@@ -92,8 +92,6 @@ class PerMinute:
         taken.tokens = used
 
 
-def estimated_tokens(request: pb.GenerateRequest, max_tokens: int) -> tuple[int, int]:
-    """Return about how many tokens the prompt of *request* has, and its answer at most."""
-    prompt = request.ByteSize() // BYTES_PER_TOKEN + 1
-    asked = request.sampling
-    return prompt, min(asked.max_tokens, max_tokens) if asked.HasField("max_tokens") else max_tokens
+def prompt_tokens(request: pb.GenerateRequest) -> int:
+    """Return about how many tokens the prompt of *request* has."""
+    return request.ByteSize() // BYTES_PER_TOKEN + 1
