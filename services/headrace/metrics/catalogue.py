@@ -221,14 +221,14 @@ QUEUE_DEPTH: Final = Gauge(
     "headrace.queue.depth",
     "{request}",
     ("tier", "stage"),
-    "requests that wait to be tokenised, for a check of their grammar, for a worker, or for the upstream",
+    "requests that wait to be tokenised, for a check of a grammar, for a worker, or for an upstream",
     services=(BATCHER, UPSTREAM),
 )
 QUEUE_WAIT: Final = Histogram(
     "headrace.queue.wait",
     "s",
     ("tier", "stage", "outcome"),
-    "how long requests waited to be tokenised, for a check of their grammar, for a worker, or for the upstream",
+    "how long requests waited to be tokenised, for a check of a grammar, for a worker, or for an upstream",
     services=(BATCHER, UPSTREAM),
     bounds=attributes.BUCKETS_TTFT,
 )
@@ -294,7 +294,7 @@ UPSTREAM_RETRIES: Final = Counter(
     "headrace.upstream.retries",
     "{request}",
     ("tier", "error"),
-    "HTTP requests that repeat one that failed before its first token, at the same URL or another, by the error",
+    "HTTP requests that repeat one that failed before its first token, at any URL, by its error",
     services=(UPSTREAM,),
 )
 UPSTREAM_URLS: Final = Gauge(

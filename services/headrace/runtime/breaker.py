@@ -79,7 +79,7 @@ class CircuitBreaker:
             del self._affected[next(iter(self._affected))]
         self._faults += 1
         if self._opened is not None or self._faults >= self.threshold:
-            # Faults of requests that were sent before it opened do not prolong the pause; that of a probe does.
+            # Faults of requests that were sent before it opened do not prolong the pause; a probe's does.
             if self._opened is None or self._probing:
                 self._openings += 1
                 self._opened = now

@@ -31,7 +31,7 @@ from headrace.runtime.telemetry.scraping import scraping
 from headrace.runtime.telemetry.setup import telemetry
 from headrace.upstream.admin import AdminServicer
 from headrace.upstream.answering import Answering
-from headrace.upstream.api.requests import Terms
+from headrace.upstream.api.terms import Terms
 from headrace.upstream.asking import Asking
 from headrace.upstream.attempt import AttemptLimits
 from headrace.upstream.http.key import ApiKey
@@ -75,9 +75,7 @@ async def upstream(settings: Settings) -> AsyncGenerator[RunningUpstream, None]:
     )
     slots = Slots(settings.max_concurrent, settings.queue_limit, tier=settings.tier)
     per_minute = PerMinute(settings.requests_per_minute, settings.tokens_per_minute, time.monotonic())
-    terms = Terms(
-        tier=settings.tier, model=settings.model, api=settings.api, max_tokens=settings.max_tokens
-    )
+    terms = Terms(tier=settings.tier, model=settings.model, api=settings.api, max_tokens=settings.max_tokens)
     limits = AttemptLimits(
         first_token_seconds=settings.first_token_seconds,
         stall_seconds=settings.stall_seconds,
@@ -86,7 +84,10 @@ async def upstream(settings: Settings) -> AsyncGenerator[RunningUpstream, None]:
     with ExitStack() as stack:
         for state, count in _counts(urls).items():
             stack.enter_context(catalogue.UPSTREAM_URLS.of(tier=settings.tier, state=state).reading(count))
-        async with http(_proxies(settings), key, settings.connect_seconds) as connections, asyncio.TaskGroup() as tasks:
+        async with (
+            http(_proxies(settings), key, settings.connect_seconds) as connections,
+            asyncio.TaskGroup() as tasks,
+        ):
             asking = Asking(
                 connections,
                 urls,
@@ -141,9 +142,7 @@ def _key(settings: Settings) -> ApiKey:
     for url in settings.urls:
         parts = urlsplit(url)
         if key.value and parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-            log.warning(
-                "the key is sent without TLS: others on the way could read it", extra={"url": url}
-            )
+            log.warning("the key is sent without TLS: others on the way could read it", extra={"url": url})
     return key
 
 

@@ -21,7 +21,8 @@ from headrace.metrics import catalogue
 from headrace.metrics.requests import CANCELLED, End, Timing, finish_name, record
 from headrace.multiplex.serving import Incoming, Write
 from headrace.runtime.rate import RateMeter
-from headrace.upstream.api.requests import Terms, most_tokens
+from headrace.upstream.api.requests import most_tokens
+from headrace.upstream.api.terms import Terms
 from headrace.upstream.asking import Asking
 from headrace.upstream.attempt import Begun
 from headrace.upstream.call import Call, call_for
@@ -185,9 +186,7 @@ class Answering:
     def _flusher(self, request: pb.GenerateRequest, framed: bool) -> Flusher:
         now = time.monotonic()
         if self._flushing.is_due(now):
-            self._flushing.update(
-                now, streams=len(self.live), tokens_per_second=self.rate.per_second(now)
-            )
+            self._flushing.update(now, streams=len(self.live), tokens_per_second=self.rate.per_second(now))
         default = self._flushing.framed if framed else self._flushing.messages
         return chosen_flusher(request.stream, default)
 
@@ -282,4 +281,4 @@ def _completed(request: pb.GenerateRequest) -> pb.GenerateRequest:
 def _deadline_error(live: LiveAnswer) -> errors.DeadlineExceeded:
     if live.accepted:
         return errors.DeadlineInDecode("the deadline passed before the answer was complete")
-    return errors.DeadlineInQueue("the deadline passed before the upstream's first token; nothing was delivered")
+    return errors.DeadlineInQueue("the deadline passed before the first token; nothing was delivered")

@@ -1,8 +1,8 @@
 """Ask the upstream for an answer: try its URLs by preference, and again after a pause, until one begins.
 
-A request is sent again only while its answer has not begun. Each round tries every usable URL once; between
-rounds there is a pause that doubles, with full jitter (Brooker, Exponential Backoff And Jitter, AWS, 2015), or
-that the upstream asks for.
+A request is sent again only while its answer has not begun. Each round tries every usable URL once. Between
+rounds there is a pause: one that doubles, with full jitter (Brooker, Exponential Backoff And Jitter, AWS,
+2015), or the one that the upstream asks for.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Asking:
 
     async def _first(self, call: Call, deadline: Deadline, stack: AsyncExitStack) -> Begun:
         """Return the first answer that begins."""
-        attempts, failure = 0, None
+        attempts = 0
+        failure: errors.HeadraceError | None = None
         for number in range(self._retries + 1):
             failures: list[errors.HeadraceError] = []
             tried: list[UpstreamUrl] = []

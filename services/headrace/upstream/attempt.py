@@ -1,7 +1,7 @@
 """Send one HTTP request for an answer to one URL, and record how it went.
 
-Failures become errors of the mesh: `retry_after` is None if the same request would fail there again, otherwise
-the seconds to wait first, as in `api.problems`.
+Failures become errors of the mesh: `retry_after` is None if the same request would fail there again. Otherwise
+it is the seconds to wait first, as in `api.problems`.
 """
 
 from __future__ import annotations

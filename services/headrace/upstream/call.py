@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 
 from headrace.metrics.requests import operation_of
-from headrace.upstream.api.requests import Terms, to_http
+from headrace.upstream.api.requests import to_http
+from headrace.upstream.api.terms import Terms
 from headrace.v1 import generation_pb2 as pb
 
 

@@ -121,7 +121,9 @@ class TokenizerServicer(TokenizerServiceServicer):
         """Reject the call."""
         self._reject()
 
-    async def CountTokens(self, request: tokens.TokenizeRequest, context: Any) -> tokens.CountTokensResponse:
+    async def CountTokens(
+        self, request: tokens.CountTokensRequest, context: Any
+    ) -> tokens.CountTokensResponse:
         """Reject the call."""
         self._reject()
 

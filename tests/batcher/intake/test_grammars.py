@@ -167,7 +167,7 @@ async def test_a_deadline_that_passes_during_a_check_ends_the_request(
     async with gated(gate) as tier:
         blocked = ask(tier, choosing("first"))
         await eventually(lambda: len(gate.checked) == 1)
-        monkeypatch.setattr(deadline, "DEADLINE_MARGIN", 57.0)  # only the batcher notices, after three seconds
+        monkeypatch.setattr(deadline, "DEADLINE_MARGIN", 57.0)  # only the batcher notices, after 3 s
         with pytest.raises(errors.DeadlineInQueue, match="grammar"):
             await ask(tier, choosing("late"), 60.0)
         monkeypatch.setattr(deadline, "DEADLINE_MARGIN", 0.02)

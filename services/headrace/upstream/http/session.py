@@ -102,7 +102,9 @@ class Http:
         path   to append to it
 
         If the block is left before the end of the body, the connection is closed at once, so that the
-        upstream notices. Raises Broken if no response arrives. There is no timeout but that of the connection.
+        upstream notices. Only the time to connect is limited here.
+
+        Raises Broken if no response arrives.
         """
         proxy = self._proxies[url]
         # Nothing is compressed: that would delay and combine events.
