@@ -1,7 +1,7 @@
 """Send one HTTP request for an answer to one URL, and record how it went.
 
-Failures become errors of the mesh: `retry_after` is None if the same request would fail there again. Otherwise
-it is the seconds to wait first, as in `api.problems`.
+Failures become errors of the mesh. Their `retry_after` is None if the same request would fail there again.
+Otherwise it is the seconds to wait first, as in `api.problems`.
 """
 
 from __future__ import annotations
@@ -223,6 +223,7 @@ class _Record:
             may_be_its = error.retry_after is not None or isinstance(error, errors.UpstreamLost)
             cause = self._call.request.request_id if self.connected and may_be_its else None
             self._url.failed(error, now, cause)
+            self._url.block(error.retry_after or 0.0, now)
         self._probing = False
 
     def end(self) -> None:
