@@ -18,7 +18,7 @@ def logprobs(*tokens: dict[str, Any]) -> dict[str, Any]:
     return {"choice": {"logprobs": {"content": list(tokens)}}}
 
 
-def test_an_answer_of_openai():
+def test_an_answer_of_openai() -> None:
     events = [
         chunk(role="assistant", content="", refusal=None),
         chunk(content="Hello"),
@@ -40,7 +40,7 @@ def test_an_answer_of_openai():
     assert reading.usage_known
 
 
-def test_an_answer_begins_with_its_first_part():
+def test_an_answer_begins_with_its_first_part() -> None:
     """Before that, another batcher or tier can still answer."""
     reading = reader()
 
@@ -54,7 +54,7 @@ def test_an_answer_begins_with_its_first_part():
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
-def test_an_empty_answer_begins_with_its_end(finish: str):
+def test_an_empty_answer_begins_with_its_end(finish: str) -> None:
     reading = reader()
 
     assert reading.read(chunk(finish=finish)) == []
@@ -63,21 +63,21 @@ def test_an_empty_answer_begins_with_its_end(finish: str):
     assert reading.finished
 
 
-def test_without_usage_the_parts_are_counted():
+def test_without_usage_the_parts_are_counted() -> None:
     reading, _, finish = read([chunk(content="a"), chunk(reasoning="b"), chunk(content=""), END])
 
     assert finish.usage == pb.Usage(completion_tokens=2)
     assert not reading.usage_known
 
 
-def test_a_final_usage_with_more_tokens_than_parts_adds_no_deltas():
+def test_a_final_usage_with_more_tokens_than_parts_adds_no_deltas() -> None:
     reading, deltas, finish = read([chunk(content="abc"), END, {"choices": [], "usage": usage(1, 50)}])
 
     assert (len(deltas), reading.tokens) == (1, 1)
     assert finish.usage.completion_tokens == 50
 
 
-def test_continuous_usage_counts_the_tokens_of_each_event():
+def test_continuous_usage_counts_the_tokens_of_each_event() -> None:
     events = [
         {**chunk(role="assistant", content=""), "usage": usage(5, 0)},
         {**chunk(content="a"), "usage": usage(5, 1)},
@@ -93,7 +93,7 @@ def test_continuous_usage_counts_the_tokens_of_each_event():
     assert finish.usage.completion_tokens == 8
 
 
-def test_counts_stay_within_the_limit_of_the_request():
+def test_counts_stay_within_the_limit_of_the_request() -> None:
     _, deltas, _ = read([*[chunk(content="a")] * 5, chunk(finish="length")], sampling={"max_tokens": 3})
 
     assert [delta.token_count for delta in deltas] == [1, 1, 1, 0, 0]
@@ -113,14 +113,14 @@ def test_counts_stay_within_the_limit_of_the_request():
         {"prompt_tokens": True, "completion_tokens": 2},
     ],
 )
-def test_implausible_usage_counts_as_none(value: object):
+def test_implausible_usage_counts_as_none(value: object) -> None:
     reading, _, finish = read([{**chunk(content="a"), "usage": value}, END])
 
     assert not reading.usage_known
     assert finish.usage == pb.Usage(completion_tokens=1)
 
 
-def test_more_cached_tokens_than_a_prompt_has_are_cut():
+def test_more_cached_tokens_than_a_prompt_has_are_cut() -> None:
     _, _, finish = read([END, {"choices": [], "usage": usage(3, 1, cached=9)}])
 
     assert finish.usage.cached_tokens == 3
@@ -146,20 +146,22 @@ def test_more_cached_tokens_than_a_prompt_has_are_cut():
         ("eos_token", {}, [], pb.FINISH_REASON_STOP, ""),
     ],
 )
-def test_the_reason_of_the_end(finish: str, choice: dict[str, Any], stop: list[str], reason: int, text: str):
+def test_the_reason_of_the_end(
+    finish: str, choice: dict[str, Any], stop: list[str], reason: int, text: str
+) -> None:
     _, _, end = read([chunk(content="a"), chunk(finish=finish, choice=choice)], sampling={"stop": stop})
 
     assert (end.reason, end.stop_sequence) == (reason, text)
 
 
-def test_a_filter_that_withholds_an_answer_rejects_the_request():
+def test_a_filter_that_withholds_an_answer_rejects_the_request() -> None:
     with pytest.raises(errors.InvalidRequest, match="filter") as raised:
         reader().read(chunk(finish="content_filter"))
 
     assert errors.FEATURE not in raised.value.fields
 
 
-def test_a_filter_that_cuts_an_answer_off_loses_it():
+def test_a_filter_that_cuts_an_answer_off_loses_it() -> None:
     """The contract has no end for it: what was delivered would look complete."""
     reading = reader()
     reading.read(chunk(content="a"))
@@ -179,7 +181,7 @@ def test_a_filter_that_cuts_an_answer_off_loses_it():
         {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}]},
     ],
 )
-def test_thoughts_are_kept_apart(delta: dict[str, Any]):
+def test_thoughts_are_kept_apart(delta: dict[str, Any]) -> None:
     _, deltas, _ = read([chunk(**delta), chunk(content="Hi"), END])
 
     assert (reasoning_of(deltas), text_of(deltas)) == ("Hm.", "Hi")
@@ -194,13 +196,13 @@ def test_thoughts_are_kept_apart(delta: dict[str, Any]):
         {"content": [{"type": "refusal", "refusal": "Hi"}]},
     ],
 )
-def test_all_forms_of_text(delta: dict[str, Any]):
+def test_all_forms_of_text(delta: dict[str, Any]) -> None:
     _, deltas, _ = read([chunk(**delta), END])
 
     assert text_of(deltas) == "Hi"
 
 
-def test_halves_of_surrogate_pairs_become_valid_text():
+def test_halves_of_surrogate_pairs_become_valid_text() -> None:
     _, deltas, _ = read(
         [chunk(content="\ud83d\ude00"), chunk(content="\ud83d"), chunk(content="\ude00"), END]
     )
@@ -208,7 +210,7 @@ def test_halves_of_surrogate_pairs_become_valid_text():
     assert text_of(deltas) == "\U0001f600\ufffd\ufffd"
 
 
-def test_logprobs_of_a_conversation():
+def test_logprobs_of_a_conversation() -> None:
     events = [chunk(content="a", **logprobs(LIKELY)), chunk(content="aa", **logprobs(LIKELY, LIKELY)), END]
 
     _, deltas, _ = read(events, sampling={"logprobs": True, "top_logprobs": 1})
@@ -220,7 +222,7 @@ def test_logprobs_of_a_conversation():
     )
 
 
-def test_logprobs_of_a_raw_prompt():
+def test_logprobs_of_a_raw_prompt() -> None:
     found = {
         "tokens": ["a", "bytes:\\xf0\\x9f"],
         "token_logprobs": [-0.25, -1],
@@ -235,7 +237,7 @@ def test_logprobs_of_a_raw_prompt():
     assert [(other.text, other.logprob) for other in delta.tokens[0].top] == [(b"a", -0.25), (b"b", -2.0)]
 
 
-def test_tokens_without_text_yet_are_delivered():
+def test_tokens_without_text_yet_are_delivered() -> None:
     """A character may have several tokens."""
     events = [chunk(content="", **logprobs(LIKELY)), chunk(content="ä", **logprobs(LIKELY)), END]
 
@@ -245,7 +247,7 @@ def test_tokens_without_text_yet_are_delivered():
 
 
 @pytest.mark.parametrize("value", [-9999.0, -1e300, -(10**400), float("-inf")])
-def test_the_lowest_logprob_is_finite(value: float):
+def test_the_lowest_logprob_is_finite(value: float) -> None:
     event = chunk(content="a", **logprobs({**LIKELY, "logprob": value}))
 
     _, (delta,), _ = read([event, END], sampling={"logprobs": True})
@@ -253,21 +255,21 @@ def test_the_lowest_logprob_is_finite(value: float):
     assert list(delta.logprobs) == [-9999.0]
 
 
-def test_logprobs_that_were_not_requested_only_count():
+def test_logprobs_that_were_not_requested_only_count() -> None:
     _, (delta,), _ = read([chunk(content="aa", **logprobs(LIKELY, LIKELY)), END])
 
     assert (delta.token_count, len(delta.logprobs), len(delta.tokens)) == (2, 0, 0)
 
 
 @pytest.mark.parametrize("sampling", [{"logprobs": True}, {"top_logprobs": 2}])
-def test_an_upstream_that_ignores_logprobs_is_left_to_another_tier(sampling: dict[str, Any]):
+def test_an_upstream_that_ignores_logprobs_is_left_to_another_tier(sampling: dict[str, Any]) -> None:
     with pytest.raises(errors.InvalidSampling) as raised:
         reader(sampling=sampling).read(chunk(content="a"))
 
     assert errors.FEATURE in raised.value.fields
 
 
-def test_text_that_was_held_back_may_come_without_logprobs():
+def test_text_that_was_held_back_may_come_without_logprobs() -> None:
     events = [chunk(content="a", **logprobs(LIKELY)), chunk(content="b"), END]
 
     _, deltas, _ = read(events, sampling={"logprobs": True})
@@ -275,7 +277,7 @@ def test_text_that_was_held_back_may_come_without_logprobs():
     assert [delta.token_count for delta in deltas] == [1, 0]
 
 
-def test_a_whole_response_is_one_event():
+def test_a_whole_response_is_one_event() -> None:
     body = {
         "object": "chat.completion",
         "choices": [
@@ -295,7 +297,7 @@ def test_a_whole_response_is_one_event():
     assert reading.begun
 
 
-def test_a_large_response_becomes_several_deltas():
+def test_a_large_response_becomes_several_deltas() -> None:
     text, count = "ä" * 200_000, 3000
     choice = {
         "message": {"content": text},
@@ -352,7 +354,7 @@ REJECTED: list[Any] = [
 
 
 @pytest.mark.parametrize("event", REJECTED)
-def test_an_invalid_event_before_the_answer_is_left_to_another_server(event: object):
+def test_an_invalid_event_before_the_answer_is_left_to_another_server(event: object) -> None:
     with pytest.raises(errors.NoWorkers) as raised:
         reader(sampling={"logprobs": True, "top_logprobs": 1}).read(event)
 
@@ -360,7 +362,7 @@ def test_an_invalid_event_before_the_answer_is_left_to_another_server(event: obj
 
 
 @pytest.mark.parametrize("event", REJECTED)
-def test_an_invalid_event_within_the_answer_loses_it(event: object):
+def test_an_invalid_event_within_the_answer_loses_it(event: object) -> None:
     reading = reader(sampling={"logprobs": True, "top_logprobs": 1})
     reading.read(chunk(content="a", **logprobs(LIKELY)))
 
@@ -368,7 +370,7 @@ def test_an_invalid_event_within_the_answer_loses_it(event: object):
         reading.read(event)
 
 
-def test_more_of_an_answer_after_its_end_is_invalid():
+def test_more_of_an_answer_after_its_end_is_invalid() -> None:
     reading = reader()
     reading.read(END)
 
@@ -378,7 +380,7 @@ def test_more_of_an_answer_after_its_end_is_invalid():
         reading.read(chunk(content="a"))
 
 
-def test_an_answer_without_an_end_is_lost():
+def test_an_answer_without_an_end_is_lost() -> None:
     reading = reader()
     reading.read(chunk(content="a"))
 
@@ -386,7 +388,7 @@ def test_an_answer_without_an_end_is_lost():
         reading.finish()
 
 
-def test_a_stream_without_an_answer_is_left_to_another_server():
+def test_a_stream_without_an_answer_is_left_to_another_server() -> None:
     reading = reader()
     reading.read(chunk(role="assistant", content=""))
     reading.read({"detail": "Not Found", "choices": None})
@@ -395,7 +397,7 @@ def test_a_stream_without_an_answer_is_left_to_another_server():
         reading.finish()
 
 
-def test_an_error_before_the_answer_is_that_of_the_request():
+def test_an_error_before_the_answer_is_that_of_the_request() -> None:
     with pytest.raises(errors.ContextTooLong):
         reader().read({"error": {"message": "maximum context length", "code": 400}})
 
@@ -404,7 +406,7 @@ def test_an_error_before_the_answer_is_that_of_the_request():
     "event",
     [{"error": {"message": "sk-0123456789 broke"}}, {"object": "error", "message": "sk-0123456789 broke"}],
 )
-def test_an_error_within_the_answer_loses_it(event: dict[str, Any]):
+def test_an_error_within_the_answer_loses_it(event: dict[str, Any]) -> None:
     reading = reader(key="sk-0123456789")
     reading.read(chunk(content="a"))
 
@@ -414,7 +416,7 @@ def test_an_error_within_the_answer_loses_it(event: dict[str, Any]):
     assert "0123456789" not in raised.value.message
 
 
-def test_an_endless_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch):
+def test_an_endless_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headrace.upstream.api.events.MAX_CHARACTERS", 100)
     reading = reader()
     reading.read(chunk(content="a" * 100))

@@ -82,7 +82,7 @@ STATUSES: list[tuple[int, object, type[errors.HeadraceError], bool]] = [
 
 @pytest.mark.parametrize("status", [400, 422])
 @pytest.mark.parametrize("row", INVALID, ids=lambda row: f"{row[1].__name__}-{row[2]}")
-def test_an_invalid_request_is_reported_with_its_field(row: tuple[Any, ...], status: int):
+def test_an_invalid_request_is_reported_with_its_field(row: tuple[Any, ...], status: int) -> None:
     body, kind, field, elsewhere = row
 
     error = problem(status, body)
@@ -93,7 +93,7 @@ def test_an_invalid_request_is_reported_with_its_field(row: tuple[Any, ...], sta
 
 
 @pytest.mark.parametrize("row", STATUSES, ids=lambda row: f"{row[0]}-{row[2].__name__}")
-def test_a_status_becomes_an_error(row: tuple[Any, ...]):
+def test_a_status_becomes_an_error(row: tuple[Any, ...]) -> None:
     status, body, kind, retryable = row
 
     error = problem(status, body)
@@ -107,7 +107,7 @@ def test_a_status_becomes_an_error(row: tuple[Any, ...]):
 @pytest.mark.parametrize(
     ("status", "advice"), [(401, "--api-key-file"), (403, "--api-key-file"), (404, "--model"), (301, "--url")]
 )
-def test_an_error_of_the_configuration_names_the_setting(status: int, advice: str):
+def test_an_error_of_the_configuration_names_the_setting(status: int, advice: str) -> None:
     assert advice in problem(status).message
 
 
@@ -127,7 +127,7 @@ RECORDED: list[tuple[str, type[errors.HeadraceError], str]] = [
 
 
 @pytest.mark.parametrize(("name", "kind", "field"), RECORDED)
-def test_recorded_errors(name: str, kind: type[errors.HeadraceError], field: str):
+def test_recorded_errors(name: str, kind: type[errors.HeadraceError], field: str) -> None:
     status, body = recorded(name)
 
     error = problem(status, body)
@@ -154,11 +154,11 @@ def test_recorded_errors(name: str, kind: type[errors.HeadraceError], field: str
         ({"retry-after-ms": "x", "retry-after": "2"}, 2.0),
     ],
 )
-def test_the_time_to_wait(headers: dict[str, str], seconds: float | None):
+def test_the_time_to_wait(headers: dict[str, str], seconds: float | None) -> None:
     assert wait_of(headers, NOW) == seconds
 
 
-def test_the_time_to_wait_is_part_of_a_temporary_error_only():
+def test_the_time_to_wait_is_part_of_a_temporary_error_only() -> None:
     assert problem(429, retry_after="7").retry_after == 7.0
     assert problem(503, retry_after="7").retry_after == 7.0
     assert problem(429).retry_after == 0.0
@@ -176,7 +176,7 @@ def test_the_time_to_wait_is_part_of_a_temporary_error_only():
         "key AIzaSyA0123456789abcdef is expired",
     ],
 )
-def test_keys_are_removed_from_messages(message: str):
+def test_keys_are_removed_from_messages(message: str) -> None:
     said = problem(401, openai(message)).message
 
     assert "[key]" in said
@@ -185,19 +185,19 @@ def test_keys_are_removed_from_messages(message: str):
     assert "abcdef" not in said
 
 
-def test_keys_are_removed_from_codes_and_from_text():
+def test_keys_are_removed_from_codes_and_from_text() -> None:
     assert KEY not in problem(500, openai("no", code=KEY)).fields[UPSTREAM_CODE]
     assert KEY not in problem(500, f"no {KEY}".encode()).message
 
 
-def test_messages_are_one_line_of_bounded_length():
+def test_messages_are_one_line_of_bounded_length() -> None:
     said = problem(500, openai("a\r\nb\x00c\x1b[31m\u202e" + "x" * 5000)).message
 
     assert said.isprintable()
     assert len(said) < 400
 
 
-def test_a_page_of_html_is_replaced_by_its_title():
+def test_a_page_of_html_is_replaced_by_its_title() -> None:
     said = problem(502, b"<html><head><title>502 Bad Gateway</title></head><body>long</body>").message
 
     assert said.endswith("a page of HTML, '502 Bad Gateway'")
@@ -218,7 +218,7 @@ def test_a_page_of_html_is_replaced_by_its_title():
         (True, errors.NoWorkers, True),
     ],
 )
-def test_an_error_in_a_stream(error: object, kind: type[errors.HeadraceError], retryable: bool):
+def test_an_error_in_a_stream(error: object, kind: type[errors.HeadraceError], retryable: bool) -> None:
     found = problem_of_event(error, key=KEY)
 
     assert type(found) is kind
@@ -238,7 +238,7 @@ JSON = st.recursive(
 
 
 @given(status=st.integers(300, 999), body=JSON | st.binary(max_size=50))
-def test_any_response_is_an_error_of_the_mesh(status: int, body: object):
+def test_any_response_is_an_error_of_the_mesh(status: int, body: object) -> None:
     error = problem(status, body)
 
     assert isinstance(error, errors.Unavailable | errors.Overloaded | errors.InvalidRequest)
@@ -246,7 +246,7 @@ def test_any_response_is_an_error_of_the_mesh(status: int, body: object):
 
 
 @given(error=JSON)
-def test_any_error_in_a_stream_is_one_of_the_mesh(error: object):
+def test_any_error_in_a_stream_is_one_of_the_mesh(error: object) -> None:
     found = problem_of_event(error, key=KEY)
 
     assert isinstance(found, errors.Unavailable | errors.Overloaded | errors.InvalidRequest)

@@ -46,7 +46,7 @@ def schema(inner: dict[str, Any]) -> dict[str, Any]:
 
 
 # The field that a row is about; a request; what the body has then with each API.
-ROWS: list[tuple[str, dict[str, Any], Any, Any, Any]] = [
+ROWS: list[tuple[Any, ...]] = [
     # field, request, openai, vllm, llama.cpp
     ("Sampling.temperature", sampling(temperature=0.7), *[{"temperature": 0.7}] * 3),
     ("Sampling.temperature", sampling(temperature=0), *[{"temperature": 0.0}] * 3),
@@ -324,7 +324,7 @@ def fields_of(message: Descriptor) -> Iterator[str]:
             yield from fields_of(inner)
 
 
-def test_each_field_of_a_request_is_decided():
+def test_each_field_of_a_request_is_decided() -> None:
     """A field that is added to the contract has no row here, until someone decides what becomes of it."""
     decided = {row[0] for row in ROWS} | WITHOUT.keys()
 
@@ -333,7 +333,7 @@ def test_each_field_of_a_request_is_decided():
 
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_a_field_reaches_the_upstream_or_is_refused(row: tuple[Any, ...], api: Api):
+def test_a_field_reaches_the_upstream_or_is_refused(row: tuple[Any, ...], api: Api) -> None:
     field, fields, *expected = row
     wanted = expected[APIS.index(api)]
     if wanted is REFUSED:
@@ -351,7 +351,7 @@ def test_a_field_reaches_the_upstream_or_is_refused(row: tuple[Any, ...], api: A
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_a_request_without_options_asks_for_a_stream_with_usage(api: Api):
+def test_a_request_without_options_asks_for_a_stream_with_usage(api: Api) -> None:
     request = to_http(asked(), terms(api))
 
     assert request.path == "chat/completions"
@@ -363,11 +363,11 @@ def test_a_request_without_options_asks_for_a_stream_with_usage(api: Api):
     }
 
 
-def test_a_raw_prompt_has_a_path_of_its_own():
+def test_a_raw_prompt_has_a_path_of_its_own() -> None:
     assert to_http(asked(prompt="Hi"), terms()).path == "completions"
 
 
-def test_openai_receives_no_more_than_what_was_set():
+def test_openai_receives_no_more_than_what_was_set() -> None:
     """Its reasoning models reject parameters that they do not support, even with their default."""
     assert body_of("openai").keys() == {
         "model",
@@ -397,7 +397,7 @@ def test_openai_receives_no_more_than_what_was_set():
 )
 def test_an_invalid_request_is_rejected_before_it_is_sent(
     fields: dict[str, Any], error: type[errors.InvalidRequest], field: str
-):
+) -> None:
     with pytest.raises(error) as raised:
         body_of("vllm", **fields)
 
@@ -405,24 +405,24 @@ def test_an_invalid_request_is_rejected_before_it_is_sent(
     assert errors.FEATURE not in raised.value.fields
 
 
-def test_the_names_of_tier_and_model_are_accepted():
+def test_the_names_of_tier_and_model_are_accepted() -> None:
     assert body_of(routing={"tier": "large", "model": "gpt"})
 
 
-def test_llama_cpp_sees_only_the_tool_that_it_must_call():
+def test_llama_cpp_sees_only_the_tool_that_it_must_call() -> None:
     body = body_of("llama.cpp", chat={"tools": [TIME, WEATHER], "tool_choice": {"name": "get_weather"}})
 
     assert [tool["function"]["name"] for tool in body["tools"]] == ["get_weather"]
 
 
-def test_a_tool_with_optional_arguments_is_not_strict():
+def test_a_tool_with_optional_arguments_is_not_strict() -> None:
     (tool,) = body_of("openai", chat={"tools": [WEATHER]})["tools"]
 
     assert tool["function"]["strict"] is False
     assert "additionalProperties" not in tool["function"]["parameters"]
 
 
-def test_calls_without_ids_receive_some():
+def test_calls_without_ids_receive_some() -> None:
     calls = [{"name": "get_time"}, {"name": "get_time", "arguments": '{"zone": "UTC"}'}]
     body = body_of("vllm", chat={"messages": [HELLO, {"role": "assistant", "tool_calls": calls}, HELLO]})
 

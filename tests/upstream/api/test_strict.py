@@ -37,11 +37,11 @@ def nested(levels: int) -> dict[str, Any]:
         nested(10),
     ],
 )
-def test_a_schema_of_the_subset_is_unchanged(schema: dict[str, Any]):
+def test_a_schema_of_the_subset_is_unchanged(schema: dict[str, Any]) -> None:
     assert strict_schema(schema) == schema
 
 
-def test_objects_are_closed_everywhere():
+def test_objects_are_closed_everywhere() -> None:
     inner = {"type": "object", "properties": {"b": {"type": "string"}}, "required": ["b"]}
     schema = {"type": "object", "properties": {"a": inner}, "required": ["a"]}
 
@@ -79,5 +79,5 @@ def test_objects_are_closed_everywhere():
         nested(12),
     ],
 )
-def test_another_schema_is_not_enforced(schema: dict[str, Any]):
+def test_another_schema_is_not_enforced(schema: dict[str, Any]) -> None:
     assert strict_schema(schema) is None
