@@ -139,12 +139,18 @@ ROWS: list[tuple[Any, ...]] = [
         *[{"response_format": {"type": "json_object"}}] * 2,
         {"json_schema": {"type": "object"}},
     ),
-    ("Sampling.regex", sampling(regex="a+"), REFUSED, {"structured_outputs": {"regex": "a+"}}, REFUSED),
+    (
+        "Sampling.regex",
+        sampling(regex="a+"),
+        REFUSED,
+        {"structured_outputs": {"regex": "a+"}, "regex": "a+"},
+        REFUSED,
+    ),
     (
         "Sampling.choices",
         sampling(choices={"texts": ["yes", 'a "no"\n']}),
         REFUSED,
-        {"structured_outputs": {"choice": ["yes", 'a "no"\n']}},
+        {"structured_outputs": {"choice": ["yes", 'a "no"\n']}, "regex": '(yes|a\\ "no"\\\n)'},
         {"grammar": r'root ::= "yes" | "a \x22no\x22\x0A"'},
     ),
     (
