@@ -7,6 +7,7 @@ llama.cpp enforce any that they accept.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from headrace.checks.structured import read_schema
@@ -46,10 +47,15 @@ def form_body(sampling: pb.Sampling, terms: Terms, *, chat: bool, tools: bool) -
     if terms.api == "openai":
         raise unsupported(field)
     match field:
+        # `structured_outputs` is for vLLM and Headrace's gateway, `regex` for SGLang; each ignores the other.
         case "sampling.regex":
-            return {"structured_outputs": {"regex": sampling.regex}}
+            return {"structured_outputs": {"regex": sampling.regex}, "regex": sampling.regex}
         case "sampling.choices":
-            return {"structured_outputs": {"choice": list(sampling.choices.texts)}}
+            texts = list(sampling.choices.texts)
+            return {
+                "structured_outputs": {"choice": texts},
+                "regex": f"({'|'.join(map(re.escape, texts))})",
+            }
         case _:
             return {"structured_outputs": {"grammar": sampling.lark}}
 

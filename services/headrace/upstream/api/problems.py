@@ -230,7 +230,7 @@ def _report(value: object, key: str) -> _Report:
     param = _text(value, "param")
     if not param and isinstance(place := value.get("loc"), list):  # of FastAPI: ["body", "messages", 3]
         param = ".".join(str(part) for part in place[1:3])
-    code, kind = _text(value, "code") or _text(value, "status"), _text(value, "type")
+    code, kind = _text(value, "code"), _text(value, "type") or _text(value, "status")
     return _Report(
         passed_on(message, key),
         *(passed_on(text, key, most=64, empty="") for text in (kind, code, param)),
