@@ -118,7 +118,7 @@ async def _load(
         if runner is not None:
             runner.step(engine, scheduler, iteration)
 
-    parsed = _parse(arguments(settings, folder), cache=cache)
+    parsed = parse(arguments(settings, folder), cache=cache)
     drawing = parsed.logits_processors is not None
     progress(f"starting vLLM {version}, which loads {settings.model}")
     try:
@@ -158,7 +158,7 @@ async def _load(
     return runner
 
 
-def _parse(words: list[str], *, cache: Path) -> Any:
+def parse(words: list[str], *, cache: Path) -> Any:
     """Read vLLM's arguments, and add those that the runner depends on. Raises LoadingError.
 
     cache   folder for parsed tokenizers
