@@ -218,7 +218,7 @@ class Plan:
     tier: str = "only"
     worker_module: str = "tests.faults.dice_worker"
     worker_python: str = sys.executable
-    worker_flags: Sequence[str] = ("--fake", "--fake-step-seconds", "0.01", "--max-running", "16")
+    worker_flags: Sequence[str] = ("--engine", "echo", "--fake-step-seconds", "0.01", "--max-running", "16")
     batcher_flags: Sequence[str] = ("--fake",)
     router_flags: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)

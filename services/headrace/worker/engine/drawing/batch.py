@@ -88,7 +88,7 @@ class DrawnBatch:
         self._layout: _Layout | None = None
 
     def put(self, row: int, sequence: Drawn) -> None:
-        """Begin a sequence. Its grammar is compiled meanwhile, and the resumed part of its answer replayed."""
+        """Begin a sequence; its grammar is compiled, and the resumed part of its answer replayed, meanwhile."""
         if sequence.params.grammar:
             sequence.matcher = self._threads.submit(self._follow, sequence)
         self._sequences[row] = sequence
